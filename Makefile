@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -52,6 +52,7 @@ help:
 	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
 	@echo "make bench-serving    load a service with locust, break and swap its engine, eval/results/serving.json"
 	@echo "make campaign     hand malformed inputs to everything that reads what a user names, eval/results/campaign.json"
+	@echo "make gpu-check    on a machine with a GPU: fifteen checks, eval/results/gpu.json, docs/gpu.md; what passed is kept"
 	@echo "make check-sources DATA=FOLDER   read copies of published sets of yours and compare their counts"
 	@echo "make suites       classic recommenders on MovieLens-100K, eval/LEADERBOARD.md"
 	@echo "make record       keep the quickstart's results in eval/results/ and the README"
@@ -198,6 +199,11 @@ bench-serving: setup
 # ARGS="--against FOLDER" asks another checkout the same; its counts go under `earlier` of the same file.
 campaign: setup
 	$(BIN)/python -m eval.benchmarks.campaign eval/results/campaign.json $(ARGS)
+
+# The bare Python: the first check is the set-up itself. ARGS="--only 1 3" runs some, ARGS="--again" what has passed too.
+gpu-check:
+	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make gpu-check PYTHON=/path/to/python"; exit 2; }
+	@$(PYTHON) -m eval.benchmarks.gpu $(ARGS)
 
 bench-prefixes: setup
 	$(BIN)/python -m eval.benchmarks.prefixes eval/results/prefixes.json

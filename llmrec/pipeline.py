@@ -286,7 +286,7 @@ class Session:
             return {}
         if recipe.eval.server is not None:
             # The model folder lends its tokenizer at most.
-            return {"name": recipe.eval.server.model, "folder": recipe.eval.server.url, "dtype": "as served"}
+            return {"name": recipe.eval.server.model, "folder": recipe.eval.server.where, "dtype": "as served"}
         return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
 
     def audit(self, written: Written) -> tuple[AuditLine, ...]:

@@ -109,8 +109,13 @@ def engine_section(options: RecommenderOptions, *, paired: bool) -> EvalSection:
     return EvalSection(backend="hf", scorer="hf")
 
 
-def _server_values(options: RecommenderOptions) -> dict[str, str | None]:
-    return {"url": options.server_url, "model": options.server_model, "key_env": options.server_key_env}
+def _server_values(options: RecommenderOptions) -> dict[str, str | tuple[str, ...] | None]:
+    return {"url": _addresses(options.server_url), "model": options.server_model, "key_env": options.server_key_env}
+
+
+def _addresses(given: str | tuple[str, ...]) -> str | tuple[str, ...] | None:
+    """Return what a recipe would say; in Python a single address may be given as it is."""
+    return given if isinstance(given, str) else given[0] if len(given) == 1 else given or None
 
 
 def _server(options: RecommenderOptions) -> ServerSection:

@@ -78,8 +78,13 @@ class RecommenderOptions:
         str, About(choices=("auto", "vllm", "hf", "openai"), help="Engine; auto: the faster one here.")
     ] = "auto"
     server_url: Annotated[
-        str | None, About(metavar="URL", help="With --backend openai: the address as far as /v1.")
-    ] = None
+        tuple[str, ...],
+        About(
+            names=("--server-url",),
+            metavar="URL",
+            help="With --backend openai: the address as far as /v1; repeatable: servers of one model.",
+        ),
+    ] = ()
     server_model: Annotated[str | None, About(metavar="NAME", help="The name that the server knows its model by.")] = (
         None
     )

@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from llmrec.baselines.neural import NeuralConfig, SequenceNetwork
+from llmrec.baselines.neural import SequenceConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 
 
-class GRU4RecConfig(NeuralConfig):
+class GRU4RecConfig(SequenceConfig):
     """Parameters of `GRU4Rec`."""
 
     dim: Positive = Field(128, description="length of item vectors and of the state")

@@ -20,8 +20,8 @@ from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
-from llmrec.errors import require
-from llmrec.models.load import cpu_has_bf16
+from llmrec.errors import RecipeError, require
+from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda
 from llmrec.progress import Bar
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request
@@ -36,8 +36,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Cells of a block of logits: 2 MB in single precision, which stay in a core's cache from the product to the gradient.
-_CELLS = 1 << 19
+# Cells of a block of logits: 2 MB in single precision, which stay in a core's cache from the product to the gradient;
+# and as many as keep a GPU busy.
+_CELLS, _GPU_CELLS = 1 << 19, 1 << 26
 # Sequences that are scored together.
 _ROWS = 512
 # What the line of progress says of the epochs.
@@ -79,6 +80,36 @@ class NeuralConfig(Section):
         return self.precision == "bfloat16" or (self.precision == "auto" and cpu_has_bf16())
 
 
+class SequenceConfig(NeuralConfig):
+    """And where it is trained and asked."""
+
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where the network is trained and asked; auto: a GPU where torch can use one"
+    )
+
+    @property
+    def half(self) -> bool:
+        """Whether products with the item table are in bfloat16."""
+        return gpu_has_bf16() if self.precision == "auto" and self.place == "cuda" else super().half
+
+    @property
+    def place(self) -> Literal["cpu", "cuda"]:
+        """The device, resolved.
+
+        Raises:
+            RecipeError: If a GPU is asked for and there is none.
+        """
+        if self.device != "cpu" and has_cuda():
+            return "cuda"
+        if self.device == "cuda":
+            raise RecipeError(
+                "device=cuda: torch finds no GPU here; `llmrec doctor` tells more. Set the parameter to auto or cpu",
+                kind="unsupported",
+                column="device",
+            )
+        return "cpu"
+
+
 @dataclass
 class Trained:
     """A network with what it needs to score."""
@@ -106,12 +137,12 @@ class Trained:
         self.network.eval()
         with torch.no_grad():
             for rows in _of_one_length(histories, _ROWS):
-                items = torch.from_numpy(np.stack([histories[row] for row in rows]))
-                found[rows] = (self.encode(self.network, items)[:, -1] @ table.T).numpy()
+                items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
+                found[rows] = (self.encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
         return self.warm.spread(found, histories)
 
 
-N = TypeVar("N", bound=NeuralConfig)
+N = TypeVar("N", bound=SequenceConfig)
 
 
 class SequenceNetwork(ScoredBaseline[N, Trained]):
@@ -144,6 +175,7 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         with require("torch", "baselines").random.fork_rng(devices=[]):
             network = self._build(len(warm.places))
         put_back(network, state)
+        network.to(self._config.place)
         epochs, looked_at = int(state["epochs"][0]), stopped_by(stop_cases(data, self._config, _STOP_CASES))
         most = self._config.max_len
         self._model = Trained(catalogue, warm, network, self._encode, most, epochs, looked_at, self.name)
@@ -160,7 +192,7 @@ def train(
     data: SplitDataset,
     build: Callable[[int], Any],
     encode: Encode,
-    config: NeuralConfig,
+    config: SequenceConfig,
     seed: int,
     *,
     name: str = "network",
@@ -185,7 +217,7 @@ def train(
     # Seeds torch for this fit alone, and leaves the caller's stream as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network = build(len(warm.places))
+        network = build(len(warm.places)).to(config.place)
         model = Trained(catalogue, warm, network, encode, config.max_len, 0, name=name)
         whole = partial(over_all, half=config.half)
         loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
@@ -207,7 +239,7 @@ def stopped_by(cases: Sequence[Case]) -> frozenset[str]:
 
 def weights_of(network: Any) -> dict[str, NDArray[Any]]:
     """Return the weights of a network as arrays."""
-    return {f"network.{name}": tensor.detach().numpy() for name, tensor in network.state_dict().items()}
+    return {f"network.{name}": tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
 def put_back(network: Any, state: Mapping[str, NDArray[Any]]) -> None:
@@ -279,9 +311,9 @@ def _epoch(network: Any, encode: Encode, batches: Iterator[_Batch], optimiser: A
     table = network["table"].weight
     for batch in batches:
         optimiser.zero_grad(set_to_none=True)
-        wanted = torch.from_numpy(batch.targets)
+        wanted, items = (torch.from_numpy(each).to(table.device) for each in (batch.targets, batch.items))
         rows = wanted >= 0
-        vectors = encode(network, torch.from_numpy(batch.items))[rows]
+        vectors = encode(network, items)[rows]
         with torch.no_grad():
             value, of_vectors, of_table = loss(vectors.detach(), table.detach(), wanted[rows])
         vectors.backward(of_vectors)
@@ -368,7 +400,7 @@ def over_all(
     of_vectors, of_table, total = torch.empty_like(vectors), torch.zeros_like(table), 0.0
     kind = torch.bfloat16 if half else vectors.dtype
     left, right = vectors.to(kind), table.to(kind)
-    block = max(1, _CELLS // len(table))
+    block = max(1, (_GPU_CELLS if table.is_cuda else _CELLS) // len(table))
     for start in range(0, len(vectors), block):
         rows, wanted = left[start : start + block], targets[start : start + block, None]
         logits = (rows @ right.T).to(vectors.dtype)
@@ -402,8 +434,8 @@ class _Sampled:
     def __call__(self, vectors: Any, table: Any, targets: Any) -> tuple[float, Any, Any]:
         torch = require("torch", "baselines")
         drawn = self._rng.choice(len(self._chance), size=self._negatives, p=self._chance)
-        offset = torch.from_numpy(np.log(self._negatives * self._chance[drawn])).to(vectors.dtype)
-        items = torch.from_numpy(drawn)
+        offset = torch.from_numpy(np.log(self._negatives * self._chance[drawn])).to(vectors)
+        items = torch.from_numpy(drawn).to(targets.device)
         others = vectors @ table[items].T - offset
         others.masked_fill_(items[None, :] == targets[:, None], -math.inf)
         own = (vectors * table[targets]).sum(-1, keepdim=True)

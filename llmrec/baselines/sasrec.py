@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from llmrec.baselines.neural import NeuralConfig, SequenceNetwork
+from llmrec.baselines.neural import SequenceConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 
 
-class SASRecConfig(NeuralConfig):
+class SASRecConfig(SequenceConfig):
     """Parameters of `SASRec`."""
 
     dim: Positive = Field(64, description="length of item vectors and hidden states; a multiple of heads")

@@ -13,6 +13,7 @@ from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment.resume import Budget
 from llmrec.machine import ENGINE_PACKAGES, versions
 from llmrec.models.load import check_weights, device, dtype, load_config, load_model, release_memory
+from llmrec.models.memory import LOADING, told_of_full_memory
 from llmrec.models.rating_head import load_head
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import EvalSection, ModelSection, ServerSection
@@ -102,6 +103,7 @@ class Engines:
             "model": self._model.model_dump(exclude={"name", "device"}),
             "dtype": dtype_name(self._model) if engine != "fake" else None,
             "device": _device(self._model),
+            **_shared(engine, self._section),
             "decoding": "greedy",
             "seed": self._seed,
             "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
@@ -129,12 +131,14 @@ class Engines:
             return fake
         if engine == "openai":
             server = _server(self._section)
-            name = f"{server.url.rstrip('/')} {server.model}"
+            name = f"{' '.join(server.urls)} {server.model}"
             ledger = None if self._store is None else StoredLedger(self._store, name)
             client: Backend = lookup(BACKENDS, "openai", "backend")(server, self._encoder, ledger=ledger)
             return client
         if engine == "vllm":
             check_weights(folder, self._model)
+            # A text encoder, baselines and what was trained before leave memory with torch, which vLLM finds taken.
+            release_memory()
             try:
                 started: Backend = lookup(BACKENDS, "vllm", "backend")(
                     folder,
@@ -143,15 +147,21 @@ class Engines:
                     seed=self._seed,
                     trust_remote_code=self._model.trust_remote_code,
                     gpu_memory=self._section.gpu_memory,
+                    tensor_parallel=self._section.tensor_parallel,
+                    pipeline_parallel=self._section.pipeline_parallel,
+                    eager=self._section.enforce_eager,
                 )
                 return started
             except MissingExtra as error:
                 raise MissingExtra(
                     f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
                 ) from error
-        model = load_model(folder, self._model).to(device(self._model))
+        with told_of_full_memory(f"loading {self._model.name}", LOADING, "model.name"):
+            model = load_model(folder, self._model).to(device(self._model))
         head = load_head(Path(folder)) if Path(folder).is_dir() else None
-        loaded: Backend = lookup(BACKENDS, "hf", "backend")(model, self._encoder, head=head)
+        loaded: Backend = lookup(BACKENDS, "hf", "backend")(
+            model, self._encoder, head=head, batch_tokens=self._section.batch_tokens
+        )
         return loaded
 
 
@@ -181,8 +191,9 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
 
     Raises:
         ModelError: If torch cannot use it.
-        RecipeError: If vLLM is asked, and its build is for GPUs alone.
+        RecipeError: If vLLM is asked, and its build is for GPUs alone, or more GPUs are asked for than there are.
     """
+    _refuse_gpus(model, section)
     # A build of vLLM's own sources for the CPU says so in its version.
     for_gpus = "cpu" not in versions().get("vllm", "cpu")
     if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and for_gpus:
@@ -192,6 +203,35 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
             kind="unsupported",
             column="eval.backend",
         )
+
+
+def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
+    """Refuse to share a model among more GPUs than this machine has, or among any where vLLM is not asked."""
+    wanted = section.tensor_parallel * section.pipeline_parallel
+    if wanted == 1:
+        return
+    key = "eval.tensor_parallel" if section.tensor_parallel > 1 else "eval.pipeline_parallel"
+    if "vllm" not in (section.backend, section.scorer):
+        raise RecipeError(
+            f"{key}: only vLLM shares a model among GPUs, and eval.backend is {section.backend}; set "
+            "eval.backend=vllm, or drop the key",
+            kind="contradiction",
+            column=key,
+        )
+    here = require("torch", "train").cuda.device_count() if _on_gpu(model) else 0
+    if wanted > here:
+        raise RecipeError(
+            f"{key}: tensor_parallel * pipeline_parallel is {wanted}, and torch sees {here} GPUs here; lower it, or "
+            "serve the model on other machines and name them (eval.backend=openai, eval.server.url)",
+            kind="unsupported",
+            column=key,
+        )
+
+
+def _shared(engine: str, section: EvalSection) -> dict[str, Json]:
+    """Return among how many GPUs a model is shared, where it is: sums are then added up in another order."""
+    shape = [section.tensor_parallel, section.pipeline_parallel]
+    return {"shared": [*shape]} if engine == "vllm" and shape != [1, 1] else {}
 
 
 def _device(model: ModelSection) -> str:

@@ -19,6 +19,7 @@ from llmrec.experiment.row_specs import listing
 from llmrec.experiment.study import Study, fused_finder
 from llmrec.experiment.tuning.judging import Judge, judged
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
+from llmrec.models.memory import TRAINING, told_of_full_memory
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
@@ -335,6 +336,7 @@ def train_stage(
     return record
 
 
+@told_of_full_memory("training", TRAINING, "train.batch_tokens")
 def _train(
     study: Study,
     encoder: Encoder,

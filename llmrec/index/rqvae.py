@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.errors import require
+from llmrec.errors import RecipeError, require
 from llmrec.index.kmeans import Floats, nearest, reconstructed, residual_kmeans
 from llmrec.progress import Bar
 from llmrec.recipe.schema import RQVAEIndex
@@ -69,7 +69,7 @@ class RQVAE:
 
 
 def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, quiet: bool = False) -> RQVAE:
-    """Train; the same seed gives the same numbers on the same machine with the same number of threads.
+    """Train where ``section.device`` says; the same seed gives the same numbers on the same machine and threads.
 
     The first codewords are residual k-means of the first batch's encodings. A codeword that no vector of an epoch chose
     moves to the residual of a vector drawn at random.
@@ -82,15 +82,15 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
         seed: Of weights and batches.
         quiet: Show no progress bar.
     """
-    torch = require("torch", "train")
-    rng, source = np.random.default_rng([seed, 7]), torch.from_numpy(np.ascontiguousarray(x, np.float32))
-    network = made(x.shape[1], section, levels, k, seed)
+    torch, place = require("torch", "train"), _place(section)
+    rng, source = np.random.default_rng([seed, 7]), torch.from_numpy(np.ascontiguousarray(x, np.float32)).to(place)
+    network = made(x.shape[1], section, levels, k, seed, place=place)
     _first_codewords(network, source[rng.permutation(len(x))[: section.batch]], seed)
     optimiser = torch.optim.AdamW(network.parameters(), lr=section.learning_rate, weight_decay=_WEIGHT_DECAY)
     means = []
     with Bar("RQ-VAE", section.epochs, unit="epochs", quiet=quiet, passing=True) as bar:
         for _ in range(section.epochs):
-            total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool), rng.permutation(len(x))
+            total, used, order = 0.0, torch.zeros(levels, k, dtype=torch.bool, device=place), rng.permutation(len(x))
             for start in range(0, len(x), section.batch):
                 rows = source[order[start : start + section.batch]]
                 losses, codes = forward(network, rows)
@@ -99,12 +99,32 @@ def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, q
                 loss.backward()
                 optimiser.step()
                 total += float(loss.detach()) * len(rows)
-                used[torch.arange(levels), codes] = True
+                used[torch.arange(levels, device=place), codes] = True
             means.append(total / len(x))
             if len(means) < section.epochs:
                 _revive(network, source, used, rng)
             bar.advance(1, f"loss {means[-1]:.4f}")
     return _numbers(network, x, (means[0], means[-1]))
+
+
+def _place(section: RQVAEIndex) -> str:
+    """Return the device of training.
+
+    Raises:
+        RecipeError: If a GPU is asked for and there is none.
+    """
+    if section.device == "cpu":
+        return "cpu"
+    if require("torch", "train").cuda.is_available():
+        return "cuda"
+    if section.device == "cuda":
+        raise RecipeError(
+            "index.semantic.rqvae.device=cuda: torch finds no GPU here; `llmrec doctor` tells more. Set it to auto or "
+            "cpu",
+            kind="unsupported",
+            column="index.semantic.rqvae.device",
+        )
+    return "cpu"
 
 
 def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
@@ -125,7 +145,7 @@ def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
     return np.concatenate(found)
 
 
-def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int) -> Network:
+def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, place: str = "cpu") -> Network:
     """Return an untrained network for vectors of a width; layers start as He et al. (ICCV 2015) say, codewords at 0."""
     torch = require("torch", "train")
     generator = torch.Generator().manual_seed(seed)
@@ -133,12 +153,15 @@ def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int) -> Net
     def layers(sizes: Sequence[int]) -> list[tuple[Any, Any]]:
         found = []
         for inside, outside in pairwise(sizes):
-            weight = torch.randn(outside, inside, generator=generator) * (2 / inside) ** 0.5
-            found.append((weight.requires_grad_(), torch.zeros(outside, requires_grad=True)))
+            # Drawn on the CPU, so that a GPU begins with the same weights.
+            weight = (torch.randn(outside, inside, generator=generator) * (2 / inside) ** 0.5).to(place)
+            found.append((weight.requires_grad_(), torch.zeros(outside, device=place).requires_grad_()))
         return found
 
     sizes = (width, *section.hidden, section.dim)
-    return Network(layers(sizes), layers(sizes[::-1]), torch.zeros(levels, k, section.dim, requires_grad=True))
+    return Network(
+        layers(sizes), layers(sizes[::-1]), torch.zeros(levels, k, section.dim, device=place).requires_grad_()
+    )
 
 
 def forward(network: Network, x: Any) -> tuple[Losses, Any]:
@@ -171,15 +194,15 @@ def _first_codewords(network: Network, batch: Any, seed: int) -> None:
     torch = require("torch", "train")
     levels, k, _ = network.codebooks.shape
     with torch.no_grad():
-        z = _through(network.encoder, batch).numpy()
+        z = _through(network.encoder, batch).cpu().numpy()
         first = residual_kmeans(z, levels, k, seed=seed, iterations=_FIRST_STEPS)
-        network.codebooks.copy_(torch.from_numpy(first.codebooks))
+        network.codebooks.copy_(torch.from_numpy(first.codebooks).to(network.codebooks.device))
 
 
 def _revive(network: Network, source: Any, used: Any, rng: np.random.Generator) -> None:
     """Move codewords that nothing chose to residuals of their level."""
     torch = require("torch", "train")
-    dead = (~used).numpy()
+    dead = (~used).cpu().numpy()
     if not dead.any():
         return
     _, k, _ = network.codebooks.shape
@@ -195,11 +218,11 @@ def _numbers(network: Network, x: Floats, loss: tuple[float, float]) -> RQVAE:
     torch = require("torch", "train")
     weights = {}
     for place, (weight, bias) in enumerate(network.encoder):
-        weights[f"encoder.{place}.weight"] = weight.detach().numpy().copy()
-        weights[f"encoder.{place}.bias"] = bias.detach().numpy().copy()
-    codebooks: NDArray[np.float32] = network.codebooks.detach().numpy().copy()
+        weights[f"encoder.{place}.weight"] = weight.detach().cpu().numpy().copy()
+        weights[f"encoder.{place}.bias"] = bias.detach().cpu().numpy().copy()
+    codebooks: NDArray[np.float32] = network.codebooks.detach().cpu().numpy().copy()
     total = reconstructed(nearest(encode(weights, x), codebooks), codebooks)
     with torch.no_grad():
-        decoded = _through(network.decoder, torch.from_numpy(total)).numpy()
+        decoded = _through(network.decoder, torch.from_numpy(total).to(network.codebooks.device)).cpu().numpy()
     error = np.square(x - decoded).sum(dtype=np.float64) / max(np.square(x).sum(dtype=np.float64), 1e-30)
     return RQVAE(weights, codebooks, float(error), loss)

@@ -45,8 +45,9 @@ def write(shape: ShapeSection, folder: Path, *, seed: int) -> None:
     torch = require("torch", "train")
     tokenizer = byte_tokenizer()
     config = _config(shape, tokenizer)
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
+    # The generator of the CPU alone: seeding or keeping those of GPUs would open a context on each of them.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(seed)
         model = auto_class(config).from_config(config)
     with replacing(folder) as draft:
         model.save_pretrained(draft)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import (
     AfterValidator,
     BaseModel,
+    BeforeValidator,
     ConfigDict,
     Field,
     JsonValue,
@@ -224,6 +225,9 @@ class RQVAEIndex(Section):
     batch: Positive = 1024
     learning_rate: Rate = 1e-3
     beta: float = Field(0.25, ge=0, description="weight of the commitment loss")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        "auto", description="where it is trained; auto: a GPU if there is one"
+    )
 
 
 class SemanticIndex(Section):
@@ -757,10 +761,20 @@ class ShotSection(Section):
     )
 
 
+def _one_or_several(value: Any) -> Any:
+    """Refuse in one line what is neither a text nor a list of texts."""
+    if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)):
+        return value
+    raise PydanticCustomError("not_addresses", "write an address, or a list of addresses")
+
+
 class ServerSection(Section):
     """A server that speaks OpenAI's protocol, for ``eval.backend: openai``."""
 
-    url: str = Field("http://127.0.0.1:8000/v1", description="as far as /v1; without credentials")
+    url: Annotated[str | tuple[str, ...], BeforeValidator(_one_or_several)] = Field(
+        "http://127.0.0.1:8000/v1",
+        description="as far as /v1; without credentials; a list: servers of the same model, asked in turn",
+    )
     model: str = Field(min_length=1, description="the name that the server knows it by")
     key_env: str | None = Field(None, description="environment variable that holds the key; None: no key is sent")
     chat: Literal["auto", "chat", "completions"] = Field(
@@ -770,7 +784,7 @@ class ServerSection(Section):
     extra: dict[str, Annotated[JsonValue, WithJsonSchema({})]] = Field(
         default={}, description="further keys of every request; null takes one out"
     )
-    concurrency: Positive = Field(16, description="requests under way at a time")
+    concurrency: Positive = Field(16, description="requests under way at a time, at all servers together")
     timeout: float = Field(120.0, gt=0, description="seconds that one attempt may take, its answer included")
     attempts: Positive = Field(8, description="at each request, the first one included")
     backoff: float = Field(0.5, gt=0, description="seconds: longest wait before the second attempt, doubled each time")
@@ -783,11 +797,13 @@ class ServerSection(Section):
     @model_validator(mode="after")
     def _holds_no_secret(self) -> ServerSection:
         # No message repeats a value: it may be a key.
-        if not _is_address(self.url):
+        if not self.urls or not all(map(_is_address, self.urls)):
             raise ValueError(
                 "eval.server.url: write http://host:port/v1 or https://host/v1, with no user, password or parameters; "
                 "a key belongs into the environment variable that eval.server.key_env names"
             )
+        if len(set(self.urls)) != len(self.urls):
+            raise ValueError("eval.server.url: an address stands twice; keep one")
         if self.key_env is not None and not re.fullmatch(r"[A-Z_][A-Z0-9_]{0,63}", self.key_env):
             raise ValueError(
                 "eval.server.key_env: it is the name of an environment variable in capitals, such as OPENAI_API_KEY, "
@@ -804,7 +820,18 @@ class ServerSection(Section):
     def answering(self) -> dict[str, JsonValue]:
         """Return what can change an answer; nothing in it is secret."""
         kept = self.model_dump(mode="json", include={"url", "model", "chat", "thinking_tokens", "extra"})
-        return kept | {"url": self.url.rstrip("/")}
+        return kept | {"url": self.urls[0] if len(self.urls) == 1 else sorted(self.urls)}
+
+    @property
+    def urls(self) -> tuple[str, ...]:
+        """Addresses of the servers, without a slash at their end."""
+        return tuple(url.rstrip("/") for url in ((self.url,) if isinstance(self.url, str) else self.url))
+
+    @property
+    def where(self) -> str:
+        """What messages call the servers."""
+        named, more = ", ".join(self.urls[:2]), len(self.urls) - 2
+        return named + (f" and {more} more" if more > 0 else "")
 
 
 _ADDRESS = re.compile(
@@ -890,6 +917,14 @@ class EvalSection(Section):
         gt=0,
         le=1,
         description="vllm: share of the GPU's memory that the engine takes; None: what is free, at most 92 %",
+    )
+    tensor_parallel: Positive = Field(1, description="vllm: GPUs that share every layer of the model")
+    pipeline_parallel: Positive = Field(1, description="vllm: groups of GPUs that hold a part of the layers each")
+    enforce_eager: bool = Field(
+        False, description="vllm on a GPU: compile nothing and capture no graphs; starts sooner, answers more slowly"
+    )
+    batch_tokens: Positive | None = Field(
+        None, description="hf: tokens of a forward pass, padding included; None: 4,096 on a CPU, 32,768 on a GPU"
     )
     beams: Positive = Field(
         BEAMS, description="search: prefixes that are kept of each request, and items in its answer"

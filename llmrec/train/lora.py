@@ -43,7 +43,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     blocks = _block_weights(base)
-    adapted = _with_adapter(base, train.lora, tokens)
+    adapted = with_adapter(base, train.lora, tokens)
     if not train.lora.targets and train.lora.top_layers is None:
         _say_what_is_reached(adapted, blocks)
     adapted.llmrec_float32 = dtype(model) == torch.float32
@@ -92,7 +92,12 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
         return peft.PeftModel.from_pretrained(base, adapter).eval()
 
 
-def _with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int]) -> Any:
+def with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:
+    """Put new adapters on a base, whose own weights then no longer learn.
+
+    Raises:
+        RecipeError: If no module matches ``train.lora.targets``.
+    """
     peft = require("peft", "train")
     layers = None
     if lora.top_layers is not None:

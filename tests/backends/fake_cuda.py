@@ -34,8 +34,19 @@ class _Mode(TorchFunctionMode):
 @contextmanager
 def fake_cuda() -> Iterator[Callable[[Any], Any]]:
     """Give a function that puts a model or tensor on ``cuda:0``; tensors made for ``cuda`` inside are there too."""
-    with _Mode():
-        yield on_cuda
+    to = torch.nn.Module.to
+
+    def moved(module: Any, *args: Any, **kwargs: Any) -> Any:
+        # A module's own `to` keeps its parameters, which are plain tensors, and changes their data.
+        told = next((each for each in args if isinstance(each, str | torch.device)), None)
+        return on_cuda(module) if _is_cuda(told) else to(module, *args, **kwargs)
+
+    torch.nn.Module.to = moved  # type: ignore[method-assign]
+    try:
+        with _Mode():
+            yield on_cuda
+    finally:
+        torch.nn.Module.to = to  # type: ignore[method-assign]
 
 
 def on_cuda(found: Any) -> Any:
@@ -108,6 +119,8 @@ def _call(func: Any, args: Any, kwargs: Any) -> Any:
         if name in ("__get__", "__set__"):
             # Attributes such as the gradient are those of the tensor itself, and not of another view of its data.
             return _mapped(func(*args, **kwargs), _wrapped if fakes else lambda leaf: leaf)
+        if name == "requires_grad_":
+            return func(*args, **kwargs)
         if name in ("numpy", "__array__") and fakes:
             raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu()")
         here = bool(fakes)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -141,13 +142,69 @@ def test_vllm_takes_what_is_free_on_a_shared_card(
     platforms = {cpu: SimpleNamespace(current_platform=_Platform(cpu)) for cpu in (True, False)}
     found = {"vllm": library, "torch": torch}
     monkeypatch.setattr(backend, "prepare_environment", lambda: None)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free * 2**30), 80 * 2**30))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (int(free * 2**30), 80 * 2**30))
     for on_cpu in (False, True):
         asked.clear()
         monkeypatch.setattr(backend, "require", lambda name, extra, cpu=on_cpu: found.get(name) or platforms[cpu])
         encoder = SimpleNamespace(max_length=512)
         backend.VLLMBackend("folder", encoder, dtype="float16", gpu_memory=given)  # type: ignore[arg-type]
         assert asked.get("gpu_memory_utilization") == (None if on_cpu else pytest.approx(share))
+
+
+def _started(monkeypatch: pytest.MonkeyPatch, on_cpu: bool, **options: Any) -> dict[str, Any]:
+    """Return what vLLM is handed where a backend starts it."""
+    from llmrec.backends.vllm import backend
+
+    asked: dict[str, Any] = {}
+    found = {"vllm": SimpleNamespace(LLM=lambda folder, **given: asked.update(given)), "torch": torch}
+    platform = SimpleNamespace(current_platform=_Platform(on_cpu))
+    monkeypatch.setattr(backend, "prepare_environment", lambda: None)
+    monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
+    backend.VLLMBackend("folder", SimpleNamespace(max_length=512), dtype="float16", **options)  # type: ignore[arg-type]
+    return asked
+
+
+def test_vllm_is_told_how_gpus_share_a_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    free = [60, 20, 50, 40]
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu] * 2**30, 80 * 2**30))
+    alone = _started(monkeypatch, on_cpu=False)
+    assert (alone["tensor_parallel_size"], alone["pipeline_parallel_size"], alone["enforce_eager"]) == (1, 1, False)
+    assert alone["gpu_memory_utilization"] == pytest.approx(0.95 * 60 / 80)
+    shared = _started(monkeypatch, on_cpu=False, tensor_parallel=2, pipeline_parallel=2, eager=True)
+    assert (shared["tensor_parallel_size"], shared["pipeline_parallel_size"], shared["enforce_eager"]) == (2, 2, True)
+    # vLLM takes the same share of each GPU, so the fullest decides.
+    assert shared["gpu_memory_utilization"] == pytest.approx(0.95 * 20 / 80)
+    assert _started(monkeypatch, on_cpu=True, tensor_parallel=2)["tensor_parallel_size"] == 2
+
+
+def test_keys_of_a_recipe_reach_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from llmrec.experiment.resume import Budget
+
+    def made(section: EvalSection) -> engines.Engines:
+        return engines.Engines(CPU, section, SimpleNamespace(digest="d"), 0, Budget(quiet=True), None)  # type: ignore[arg-type]
+
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(engines, "check_weights", lambda *_: None)
+    monkeypatch.setattr(engines, "lookup", lambda *_: lambda *_, **given: told.update(given))
+    sharing = made(EvalSection(tensor_parallel=4, pipeline_parallel=2, enforce_eager=True, gpu_memory=0.5))
+    sharing._start("vllm", str(tmp_path))
+    wanted = {"tensor_parallel": 4, "pipeline_parallel": 2, "eager": True, "gpu_memory": 0.5}
+    assert {name: told[name] for name in wanted} == wanted
+    assert sharing.identity("vllm", "w")["shared"] == [4, 2] and "shared" not in sharing.identity("hf", "w")
+    assert "shared" not in made(EvalSection()).identity("vllm", "w")
+
+
+def test_no_more_gpus_are_asked_for_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    card(monkeypatch, (9, 0))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(engines, "versions", lambda: {"vllm": "0.32.0"})
+    engines.refuse_device(AUTO, EvalSection(backend="vllm", tensor_parallel=2))
+    with raises(
+        RecipeError, Facts("unsupported", column="eval.tensor_parallel", says=("is 4", "2 GPUs", "eval.server.url"))
+    ):
+        engines.refuse_device(AUTO, EvalSection(backend="vllm", tensor_parallel=2, pipeline_parallel=2))
+    with raises(RecipeError, Facts("contradiction", column="eval.pipeline_parallel", says="eval.backend is hf")):
+        engines.refuse_device(AUTO, EvalSection(backend="hf", pipeline_parallel=2))
 
 
 @pytest.mark.parametrize(("usable", "kept"), [(3, 2), (15, 5), (100, 8)])

@@ -32,7 +32,7 @@ def questions(count: int) -> list[Prompt]:
     return [question(f"Rate film {n}") for n in range(count)]
 
 
-def section(url: str, **changes: Any) -> ServerSection:
+def section(url: str | tuple[str, ...], **changes: Any) -> ServerSection:
     """What a test asks with: little patience, many attempts."""
     settings: dict[str, Any] = {"timeout": 1.0, "attempts": 24, "backoff": 0.02, "longest_wait": 0.5, "concurrency": 32}
     return ServerSection(url=url, model="films", **{**settings, **changes})

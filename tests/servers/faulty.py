@@ -49,6 +49,8 @@ class Behaviour:
         think: ``closed``, ``open``, ``tail`` or ``field``: how it shows thoughts in chats; empty: it has none.
         owner: Who it says owns the models.
         delivered: Most sound answers; later requests are answered with 503.
+        weights: What log-probabilities follow from, beside the question.
+        port: Where it listens; 0: at a free one.
     """
 
     share: float = 0.0
@@ -63,6 +65,8 @@ class Behaviour:
     think: str = ""
     owner: str = "somebody"
     delivered: int | None = None
+    weights: str = ""
+    port: int = 0
 
 
 def digest_of(question: Any) -> str:
@@ -76,9 +80,9 @@ def answer_to(question: Any) -> str:
     return f"{1 + int(digest, 16) % 5} {digest}"
 
 
-def logprob(question: Any, token: Any) -> float:
+def logprob(question: Any, token: Any, weights: str = "") -> float:
     """Return the log-probability of a token behind a question, in nats."""
-    drawn = hashlib.blake2b(json.dumps([question, token]).encode(), digest_size=8).digest()
+    drawn = hashlib.blake2b(json.dumps([question, token]).encode(), digest_size=8, key=weights.encode()).digest()
     return -0.01 - 20 * int.from_bytes(drawn, "big") / 2**64
 
 
@@ -103,12 +107,13 @@ class FaultyServer:
         assert self._ready.wait(10)
 
     def stop(self) -> None:
-        self._loop.call_soon_threadsafe(self._loop.stop)
-        self._thread.join(10)
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join(10)
 
     def _serve(self) -> None:
         asyncio.set_event_loop(self._loop)
-        server = self._loop.run_until_complete(asyncio.start_server(self._connection, "127.0.0.1", 0))
+        server = self._loop.run_until_complete(asyncio.start_server(self._connection, "127.0.0.1", self.behaviour.port))
         self.url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1"
         self._ready.set()
         self._loop.run_forever()
@@ -221,8 +226,8 @@ class FaultyServer:
             message["content"] = shown[self.behaviour.think]
         choice: dict[str, Any] = {"index": 0, "message": message, "finish_reason": reason, "logprobs": None}
         if body.get("logprobs") and "chat logprobs" in self.behaviour.offers:
-            likely = sorted(SYMBOLS, key=lambda symbol: -logprob(question, symbol))[: body["top_logprobs"]]
-            entries = [{"token": symbol, "logprob": logprob(question, symbol)} for symbol in likely]
+            likely = sorted(SYMBOLS, key=lambda symbol: -self._logprob(question, symbol))[: body["top_logprobs"]]
+            entries = [{"token": symbol, "logprob": self._logprob(question, symbol)} for symbol in likely]
             choice["logprobs"] = {"content": [{**entries[0], "top_logprobs": entries}]}
         return self._whole([choice], len(json.dumps(question)) // 4, len(text.split()))
 
@@ -239,6 +244,9 @@ class FaultyServer:
             )
         return self._whole(choices, read, written)
 
+    def _logprob(self, question: Any, token: Any) -> float:
+        return logprob(question, token, self.behaviour.weights)
+
     def _length(self, row: Sequence[int] | str) -> int:
         if isinstance(row, str):
             return self.behaviour.count(row) if self.behaviour.count else len(row.split())
@@ -249,13 +257,13 @@ class FaultyServer:
         if top is None or "logprobs" not in self.behaviour.offers or isinstance(row, str):
             return None
         if body.get("echo"):
-            values = [None, *(logprob(row[:k], row[k]) for k in range(1, len(row)))]
-            return {"token_logprobs": [*values, logprob(row, 0)], "top_logprobs": None}
+            values = [None, *(self._logprob(row[:k], row[k]) for k in range(1, len(row)))]
+            return {"token_logprobs": [*values, self._logprob(row, 0)], "top_logprobs": None}
         named = body.get("logprob_token_ids") if "named" in self.behaviour.offers else None
         if named:
-            return {"top_logprobs": [{f"token_id:{i}": logprob(row, i) for i in named}]}
-        likely = sorted(range(_VOCABULARY), key=lambda i: -logprob(row, i))[:top]
-        return {"top_logprobs": [{self.behaviour.texts.get(i, f"<{i}>"): logprob(row, i) for i in likely}]}
+            return {"top_logprobs": [{f"token_id:{i}": self._logprob(row, i) for i in named}]}
+        likely = sorted(range(_VOCABULARY), key=lambda i: -self._logprob(row, i))[:top]
+        return {"top_logprobs": [{self.behaviour.texts.get(i, f"<{i}>"): self._logprob(row, i) for i in likely}]}
 
     def _whole(self, choices: list[dict[str, Any]], read: int, written: int) -> dict[str, Any]:
         used = {"prompt_tokens": read, "completion_tokens": written, "total_tokens": read + written}

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -12,13 +11,14 @@ import numpy as np
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.bodies import reads_states, states_of, takes_trees
+from llmrec.backends.hf.candidates import Candidates, read_through, sums
 from llmrec.backends.hf.prefix import BLOCK, PrefixReader
 from llmrec.backends.hf.rows import PlainTree
 from llmrec.backends.hf.streaming import Listening
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.backends.search import search, single_token_labels
-from llmrec.decode.beam import Fed, TreeEngine, Wanted
 from llmrec.errors import BackendError, require
+from llmrec.models.memory import ASKING, told_of_full_memory
 from llmrec.models.rating_head import RatingHead, last_states
 from llmrec.models.traits import chosen_logprobs, is_paired, takes_block_mask
 from llmrec.types import Capability, Completion, Found, Prompt, Read, Scores
@@ -28,8 +28,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+# What a verb says where a GPU is too small for it.
+_told_if_full = told_of_full_memory("asking the model", ASKING, "eval.batch_tokens")
 # Rows of logits that are turned into float32 at a time.
 _ROWS = 256
+# Tokens of a forward pass on a CPU and on a GPU, where one takes tens of milliseconds however small it is.
+_CPU_TOKENS, _GPU_TOKENS = 4096, 32768
 
 
 class _Stopping(TypedDict, total=False):
@@ -45,7 +49,7 @@ class HFBackend:
     Args:
         model: The loaded model, in any dtype, on any device.
         encoder: Its tokenizer and chat template.
-        batch_tokens: Upper bound on the padded tokens of one forward.
+        batch_tokens: Upper bound on the padded tokens of one forward; None: as many as the device takes at a time.
         packed: Score all candidates of a prompt in one forward under a block mask. Models with sliding windows or
             recurrent layers, and encoder-decoders other than T5, cannot take such a mask and are scored one row per
             candidate instead.
@@ -53,6 +57,8 @@ class HFBackend:
             servers that ask about the same user again. Sums then differ in their last bits from those of a search by
             itself.
         head: The rating head that was trained with the model, if one was.
+        wide: Candidates of many prompts are scored together, each prompt read whole, and not one after the other with
+            what they share read once; None: on a GPU, where passes cost more than tokens.
 
     Attributes:
         listener: Gets the text of a prompt that is asked alone, piece by piece, while it is generated.
@@ -66,16 +72,19 @@ class HFBackend:
         model: Any,
         encoder: Encoder,
         *,
-        batch_tokens: int = 4096,
+        batch_tokens: int | None = None,
         packed: bool | None = None,
         warm: bool = False,
         head: RatingHead | None = None,
+        wide: bool | None = None,
     ) -> None:
         self._torch = require("torch", "train")
         self.model = model.eval()
         self.model.generation_config = self._greedy(model.generation_config, encoder)
         self.encoder = encoder
-        self.batch_tokens = batch_tokens
+        on_gpu = model.device.type == "cuda"
+        self.batch_tokens = batch_tokens or (_GPU_TOKENS if on_gpu else _CPU_TOKENS)
+        self._wide = on_gpu if wide is None else wide
         _say_what_scales(model.config, encoder.max_length)
         self._paired = is_paired(model.config)
         reads = takes_trees(model) if self._paired else takes_block_mask(model.config)
@@ -87,6 +96,7 @@ class HFBackend:
         self._head = head.to(model.device) if head is not None else None
         self.listener: Callable[[str], None] | None = None
 
+    @_told_if_full
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily, in batches of similar length; see `Backend.generate`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
@@ -99,27 +109,51 @@ class HFBackend:
                     answers[i] = completion
         return [answer for answer in answers if answer is not None]
 
+    @_told_if_full
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Score candidates exactly in the full vocabulary; see `Backend.score`."""
         encoded = [self.encoder.prompt(prompt) for prompt in prompts]
+        tails = [
+            self.encoder.continuations(prompt, ids, texts, closed=closed)
+            for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
+        ]
+        if self._wide and self._states:
+            return self._score_wide(encoded, tails)
         scores: list[Scores | None] = [None] * len(prompts)
         # Prompts that begin alike stand together, so that what they share is read once.
         for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
-            prompt, texts, ids = prompts[i], candidates[i], encoded[i]
-            tails = self.encoder.continuations(prompt, ids, texts, closed=closed)
-            labels = None if self._paired else single_token_labels(tails)
-            if labels is not None:
-                logprobs, engine = self._score_labels(ids + list(labels.shared), labels.distinct), "hf:one-token"
-            elif self._may_pack(ids, tails):
-                logprobs, engine = self._score_packed(ids, tails), "hf:tree"
-            else:
-                logprobs, engine = self._score_rows(ids, tails), "hf:rows"
-            lengths = tuple(1 if labels else len(tail) for tail in tails)
-            scores[i] = Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine)
+            scores[i] = self._score_one(encoded[i], tails[i])
         return [each for each in scores if each is not None]
 
+    def _score_one(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> Scores:
+        labels = None if self._paired else single_token_labels(tails)
+        if labels is not None:
+            each = [(token,) for token in labels.distinct]
+            return _scores(self._score_labels(ids + list(labels.shared), labels.distinct), ids, each, "hf:one-token")
+        if self._may_pack(ids, tails):
+            return _scores(self._score_packed(ids, tails), ids, tails, "hf:tree")
+        return _scores(self._score_rows(ids, tails), ids, tails, "hf:rows")
+
+    def _score_wide(self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[Scores]:
+        """Score the candidates of many prompts in each pass; batches hold prompts of similar length."""
+        trees = self._reads_trees()
+        engine = MaskedTree(self.model, self.encoder.tokenizer.pad_token_id) if trees else self._rows_tree()
+        labels = [None if self._paired else single_token_labels(own) for own in tails]
+        prompts = [ids if one is None else [*ids, *one.shared] for ids, one in zip(encoded, labels, strict=True)]
+        behind = [
+            own if one is None else [(token,) for token in one.distinct] for own, one in zip(tails, labels, strict=True)
+        ]
+        found: list[Scores | None] = [None] * len(encoded)
+        for batch in self._batches([len(ids) + sum(map(len, own)) for ids, own in zip(prompts, behind, strict=True)]):
+            values = read_through(engine, [prompts[i] for i in batch], [behind[i] for i in batch])
+            for i, logprobs in zip(batch, values, strict=True):
+                name = "hf:one-token" if labels[i] else "hf:tree" if trees else "hf:rows"
+                found[i] = _scores(logprobs, encoded[i], behind[i], name)
+        return [each for each in found if each is not None]
+
+    @_told_if_full
     def search(
         self,
         prompts: Sequence[Prompt],
@@ -148,6 +182,7 @@ class HFBackend:
             batch_tokens=self.batch_tokens,
         )
 
+    @_told_if_full
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
         """Read ratings in batches of similar length, one forward each; see `HeadBackend.rate`."""
         if self._head is None:
@@ -167,6 +202,7 @@ class HFBackend:
                 found[i] = Read(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
         return [read for read in found if read is not None]
 
+    @_told_if_full
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return the mean of the last hidden states over each text's tokens, shape (n, hidden size)."""
         torch = self._torch
@@ -283,15 +319,15 @@ class HFBackend:
         """
         torch, device, start = self._torch, self.model.device, len(ids)
         if self._paired:
-            return _read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), ids, tails)
-        tree = _Tree.of(tails)
+            return read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), [ids], [tails])[0]
+        tree = Candidates.of(tails)
         after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
         if self._states and len(tree.tokens) <= BLOCK:
             # Few tokens behind a prompt: answers such as yes and no, whose prompts come in families.
             states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
             with torch.inference_mode():
                 found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
-            return _sums(found, tree.owners, len(tails))
+            return sums(found, tree.owners, len(tails))
         size = start + len(tree.tokens)
         seen = np.tri(size, start, dtype=bool)
         seen = np.hstack([seen, np.vstack([np.zeros((start, len(tree.tokens)), dtype=bool), tree.sees])])
@@ -314,13 +350,13 @@ class HFBackend:
                 logits = self.model(**asked, logits_to_keep=kept).logits[0]
                 totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
                 found = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
-        return _sums(found, tree.owners, len(tails))
+        return sums(found, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """The plain reference: one full row per candidate."""
         torch = self._torch
         if self._paired:
-            return _read_through(self._rows_tree(), ids, tails)
+            return read_through(self._rows_tree(), [ids], [tails])[0]
         results = []
         for tail in tails:
             row = torch.tensor([ids + list(tail)], device=self.model.device)
@@ -344,59 +380,6 @@ class HFBackend:
         return PlainTree(self.model, self.encoder.tokenizer.pad_token_id, states=self._states)
 
 
-@dataclass(frozen=True)
-class _Tree:
-    """Candidates with common beginnings merged.
-
-    Attributes:
-        tokens: Every token that another follows, once, parents before their children.
-        parents: The token that each follows, counted from 1; 0 is the prompt.
-        depths: How many tokens come before each.
-        sees: Which tokens each sees: its ancestors and itself, shape (tokens, tokens).
-        owners: Of every token of every candidate, the candidate's number.
-        after: The token that it follows, counted from 1; 0 is the prompt.
-        wanted: The token itself.
-    """
-
-    tokens: list[int]
-    parents: list[int]
-    depths: NDArray[np.int64]
-    sees: NDArray[np.bool_]
-    owners: NDArray[np.int64]
-    after: NDArray[np.int64]
-    wanted: NDArray[np.int64]
-
-    @staticmethod
-    def of(tails: Sequence[tuple[int, ...]]) -> _Tree:
-        numbers: dict[tuple[int, ...], int] = {(): 0}
-        parents: list[int] = []
-        owners, after, wanted = [], [], []
-        # In the order of their tokens: half precision rounds by columns, and a score must not depend on the order.
-        for owner, tail in sorted(enumerate(tails), key=lambda pair: pair[1]):
-            for end, token in enumerate(tail):
-                before = tail[:end]
-                if before not in numbers:
-                    parents.append(numbers[before[:-1]])
-                    numbers[before] = len(numbers)
-                owners.append(owner)
-                after.append(numbers[before])
-                wanted.append(token)
-        prefixes = list(numbers)[1:]
-        sees = np.eye(len(prefixes), dtype=bool)
-        for number, parent in enumerate(parents):
-            if parent:
-                sees[number] |= sees[parent - 1]
-        return _Tree(
-            tokens=[prefix[-1] for prefix in prefixes],
-            parents=parents,
-            depths=np.array([len(prefix) - 1 for prefix in prefixes], dtype=np.int64),
-            sees=sees,
-            owners=np.array(owners, dtype=np.int64),
-            after=np.array(after, dtype=np.int64),
-            wanted=np.array(wanted, dtype=np.int64),
-        )
-
-
 def _say_what_scales(config: Any, longest: int) -> None:
     """Warn where the places of all rows of a batch are scaled by its longest one."""
     text = config.get_text_config()
@@ -414,25 +397,9 @@ def _say_what_scales(config: Any, longest: int) -> None:
         )
 
 
-def _read_through(engine: TreeEngine, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
-    """Score candidates through an engine of searches: the whole tree is fed at once."""
-    tree = _Tree.of(tails)
-    order = np.argsort(tree.after, kind="stable")
-    first, later = order[tree.after[order] == 0], order[tree.after[order] > 0]
-    found = np.empty(len(order))
-    try:
-        found[first] = engine.open([ids], Wanted(tree.after[first], tree.wanted[first]))
-        if len(later):
-            users, parents, tokens = (np.array(each) for each in ([0] * len(tree.tokens), tree.parents, tree.tokens))
-            found[later] = engine.feed(Fed(users, parents, tokens), Wanted(tree.after[later], tree.wanted[later]))
-    finally:
-        engine.close()
-    return _sums(found, tree.owners, len(tails))
-
-
-def _sums(found: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
-    """Add up the tokens of each candidate."""
-    return [float(total) for total in np.bincount(owners, weights=found, minlength=count)]
+def _scores(logprobs: Sequence[float], ids: Sequence[int], tails: Sequence[tuple[int, ...]], engine: str) -> Scores:
+    lengths = tuple(len(tail) for tail in tails)
+    return Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine)
 
 
 def _picked(logits: Any, ids: Any) -> Any:

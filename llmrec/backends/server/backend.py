@@ -1,4 +1,4 @@
-"""A backend over any server that speaks OpenAI's protocol: a hosted one, vLLM's own, and others.
+"""A backend over any server that speaks OpenAI's protocol, or several of one model: hosted, vLLM's own, and others.
 
 Two routes, which a first question chooses between (`llmrec.backends.server.probe`):
 
@@ -24,7 +24,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.search import Labels, single_token_labels
 from llmrec.backends.server import read as remote_read
 from llmrec.backends.server.client import Loop, Wire
-from llmrec.backends.server.probe import Offers, probe
+from llmrec.backends.server.probe import Offers, probe_all
 from llmrec.backends.server.read import MARGIN, Labelled
 from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
 from llmrec.backends.server.spending import Ledger, Spending, usage
@@ -51,7 +51,7 @@ _WRITTEN = "strategies that read what is written still work: list, parsed and te
 
 
 class OpenAIBackend:
-    """A client of one server.
+    """A client of one server, or of several that serve the same model.
 
     Args:
         section: Address, model, key, limits.
@@ -59,7 +59,7 @@ class OpenAIBackend:
         ledger: Where tokens are booked, so that budgets outlive the process.
 
     Raises:
-        BackendError: If the server does not answer, refuses the key or does not know the model.
+        BackendError: If a server does not answer, refuses the key or does not know the model, or servers differ.
         MissingExtra: If httpx is not installed.
     """
 
@@ -74,7 +74,7 @@ class OpenAIBackend:
         self._loop = Loop()
         self._floored = False
         try:
-            self.offers: Offers = self._loop.run(probe(self.wire, section, encoder))
+            self.offers: Offers = self._loop.run(probe_all(self.wire, section, encoder))
         except BaseException:
             self.close()
             raise
@@ -111,10 +111,10 @@ class OpenAIBackend:
         """
         if "score" not in self.capabilities:
             raise BackendError(
-                f"the server {self._section.url} gives no log-probabilities of {self._section.model}, so nothing can "
+                f"the server {self._section.where} gives no log-probabilities of {self._section.model}, so nothing can "
                 f"be scored; {_WRITTEN} (tasks.<family>.strategies)",
                 kind="unsupported",
-                at=self._section.url,
+                at=self._section.where,
             )
         route = self._exact_scores if self.offers.exact else self._chat_scores
         asked = zip(_questions(prompts), candidates, strict=True)
@@ -202,11 +202,11 @@ class OpenAIBackend:
         if self.offers.likelihood:
             return lambda: self._whole(asked, ids, tails)
         raise BackendError(
-            f"the server {self._section.url} gives log-probabilities of the first token alone, and {asked.named()} "
+            f"the server {self._section.where} gives log-probabilities of the first token alone, and {asked.named()} "
             f"asks for those of longer texts, such as {texts[0]!r}; scores of one-token labels (label, expected) and "
             f"{_WRITTEN} (tasks.<family>.strategies)",
             kind="unsupported",
-            at=self._section.url,
+            at=self._section.where,
         )
 
     async def _named(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
@@ -245,12 +245,12 @@ class OpenAIBackend:
         labels = [text.strip() for text in texts]
         if closed or len(set(labels)) != len(labels) or not all(label.isalnum() for label in labels):
             raise BackendError(
-                f"the server {self._section.url} is asked by chat, which gives log-probabilities of the first token "
+                f"the server {self._section.where} is asked by chat, which gives log-probabilities of the first token "
                 f"alone, and {asked.named()} asks for those of whole texts, such as {texts[0]!r}; {_WRITTEN} "
                 "(tasks.<family>.strategies). Where model.name is the model that the server has, "
                 "eval.server.chat=completions may score them",
                 kind="unsupported",
-                at=self._section.url,
+                at=self._section.where,
                 column="eval.server.chat",
             )
         body = self._chat(asked.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
@@ -276,7 +276,7 @@ class OpenAIBackend:
             log.warning(
                 "%s gives log-probabilities of the %d likeliest tokens; labels that are not among them count as %g "
                 "nats below the least likely one, and tie",
-                self._section.url,
+                self._section.where,
                 self.offers.top,
                 MARGIN,
             )

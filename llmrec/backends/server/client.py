@@ -1,4 +1,4 @@
-"""Requests to a server, many at a time, each tried again where that can help: the only layer that retries.
+"""Requests to servers, many at a time, each tried again where that can help: the only layer that retries.
 
 Tried again are 408, 425, 429 and 5xx, attempts that take too long, connections that break, bodies that end early, that
 are larger than any answer, and that are no JSON or not of the right form. Waits double and are drawn between nothing
@@ -14,6 +14,7 @@ under way, so that a slow disk cannot pile up answers that a kill would lose.
 from __future__ import annotations
 
 import asyncio
+import copy
 import email.utils
 import json
 import logging
@@ -30,6 +31,7 @@ from queue import SimpleQueue
 from typing import Any, Generic, TypeVar
 from urllib.parse import urlsplit
 
+from llmrec.backends.server.fleet import Fleet, Server
 from llmrec.backends.server.spending import Spending, usage
 from llmrec.errors import BackendError, require
 from llmrec.guard import clean
@@ -83,7 +85,7 @@ class _Again(Exception):
 
 
 class Wire:
-    """A client of one server.
+    """A client of one server, or of several that serve the same model.
 
     Args:
         section: Address, key, time-outs, attempts.
@@ -97,15 +99,17 @@ class Wire:
     def __init__(self, section: ServerSection, spending: Spending) -> None:
         httpx = require("httpx", "openai")
         self._httpx, self._section, self._spending = httpx, section, spending
-        self._url = section.url.rstrip("/")
+        self._fleet = Fleet(section.urls, section.longest_wait)
         self._key = key_of(section)
-        self._told = False
+        # Shared by copies for one server each, as everything else that is counted.
+        self._told: set[str] = set()
+        self.where = section.where
         self.attempts: Counter[str] = Counter()
         """Attempts by how they ended: ``ok`` or the kind of fault."""
         for name in ("httpx", "httpcore"):
             # They write one line per request otherwise.
             logging.getLogger(name).setLevel(logging.WARNING)
-        local = urlsplit(self._url).hostname in _LOCAL
+        local = any(urlsplit(url).hostname in _LOCAL for url in section.urls)
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = httpx.AsyncClient(
             # What is packed otherwise could not be unpacked a bit at a time.
@@ -132,48 +136,65 @@ class Wire:
             BackendError: If no attempt succeeds, or a budget is used up.
         """
         faults: list[str] = []
+        server: Server | None = None
         asked: float | None = None
         for attempt in range(self._section.attempts):
-            if attempt:
+            # Another server is asked at once, but not all of them one after the other.
+            if server is not None and not (attempt % 2 and self._fleet.another(server)):
                 await asyncio.sleep(self._pause(attempt, asked))
             self._spending.check()
+            server = self._fleet.take(server)
             try:
-                found = await self._once(path, body, read, what)
+                found = await self._once(server.url, path, body, read, what)
             except _Again as fault:
-                asked = fault.wait
                 faults.append(fault.kind)
                 self.attempts[fault.kind.partition(":")[0]] += 1
-                if fault.wait is not None and fault.wait > self._section.longest_wait:
+                self._fleet.failed(server, fault.kind, fault.wait)
+                asked = None if self._fleet.another(server) else fault.wait
+                if asked is not None and asked > self._section.longest_wait:
                     raise BackendError(
-                        f"{self._url}{path} asks to wait {fault.wait:.0f} s before {what()}, longer than "
+                        f"{server.url}{path} asks to wait {asked:.0f} s before {what()}, longer than "
                         f"eval.server.longest_wait={self._section.longest_wait:g}; what was answered is kept, run the "
                         "same command again later, or raise that key",
                         kind="unreachable",
-                        at=f"{self._url}{path}",
+                        at=f"{server.url}{path}",
                         column="eval.server.longest_wait",
                     ) from None
                 continue
+            except Refused:
+                self._fleet.answered(server)
+                raise
+            self._fleet.answered(server)
             self.attempts["ok"] += 1
             return found
         seen = ", ".join(f"{kind} ({count})" for kind, count in Counter(faults).most_common())
         raise BackendError(
-            f"{self._url}{path} did not answer {what()} in {len(faults)} attempts: {seen}; what was answered is kept, "
-            "run the same command again to continue, or raise eval.server.attempts or eval.server.timeout",
+            f"{self.where}{path} did not answer {what()} in {len(faults)} attempts: {seen}; what was answered is "
+            "kept, run the same command again to continue, or raise eval.server.attempts or eval.server.timeout",
             kind="unreachable",
-            at=f"{self._url}{path}",
+            at=f"{self.where}{path}",
         )
+
+    def each(self) -> list[Wire]:
+        """Return clients of every server alone, over the same connections and with the same counts."""
+        found = []
+        for url in self._section.urls:
+            one = copy.copy(self)
+            one._fleet, one.where = Fleet([url], self._section.longest_wait), url
+            found.append(one)
+        return found
 
     async def close(self) -> None:
         """Close all connections."""
         await self._client.aclose()
 
     async def _once(
-        self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], what: Callable[[], str]
+        self, url: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], what: Callable[[], str]
     ) -> T:
         try:
             # The client's own time-outs bound single reads; one that trickles would go on for ever.
             async with asyncio.timeout(self._section.timeout):
-                asked = self._client.stream("GET" if body is None else "POST", self._url + path, json=body)
+                asked = self._client.stream("GET" if body is None else "POST", url + path, json=body)
                 async with asked as response:
                     content = await unpacked(response)
         except (TimeoutError, self._httpx.TimeoutException):
@@ -189,9 +210,9 @@ class Wire:
             fix = _MENDS.get(status, "see eval.server in the recipe")
             said = self._words(_message(content.decode("utf-8", "replace")))
             refusal = Refused(
-                f"{self._url}{path} refused {what()} with status {status}: {said}; {fix}",
+                f"{url}{path} refused {what()} with status {status}: {said}; {fix}",
                 kind="failed",
-                at=f"{self._url}{path}",
+                at=f"{url}{path}",
             )
             refusal.status = status
             raise refusal
@@ -216,10 +237,10 @@ class Wire:
             self._spending.count(cost)
         elif body is not None and self._spending.capped:
             raise BackendError(
-                f"{self._url} does not say how many tokens an answer used, so no budget can be kept; leave "
+                f"{self.where} does not say how many tokens an answer used, so no budget can be kept; leave "
                 "eval.server.max_tokens_budget and max_cost out, and set a limit at the server",
                 kind="unsupported",
-                at=self._url,
+                at=self.where,
                 column="eval.server.max_tokens_budget",
             )
 
@@ -240,8 +261,8 @@ class Wire:
             return value
         masked = _replaced(value, self._key, _MASK)
         if masked != value and not self._told:
-            self._told = True
-            log.warning("%s repeats the key in its answers; it is kept as %s", self._url, _MASK)
+            self._told.add(_MASK)
+            log.warning("%s repeats the key in its answers; it is kept as %s", self.where, _MASK)
         return masked
 
 

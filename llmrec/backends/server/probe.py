@@ -6,6 +6,7 @@ ones, of prompts, or none. What counts is what comes back, not what a server is 
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,6 +33,8 @@ _PROMPT = Prompt(messages=(Message("user", (Segment("text", "Answer with one dig
 # The most that servers allow, first of all and in older versions.
 _TOPS = (20, 5)
 _ROOM = 4
+# Nats by which servers of one model may differ on a likely token: kernels and half precision round otherwise.
+_ALIKE, _LIKELY = 0.5, -3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +56,82 @@ class Offers:
     continues: bool = False
 
 
+async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
+    """Find out what servers offer, all of them the same.
+
+    Raises:
+        BackendError: As `probe`; or if they differ in what they offer, in whether they list the model, or in what they
+            say after one prompt.
+    """
+    wires = wire.each()
+    found = await asyncio.gather(*(probe(one, section, encoder) for one in wires), return_exceptions=True)
+    offers = [each for each in found if isinstance(each, Offers)]
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    if len(wires) == 1:
+        return offers[0]
+    differ = [_different(offers[0], each) for each in offers]
+    if not any(differ):
+        told = [await _told(one, section, encoder, offers[0]) for one in wires]
+        differ = [_contradicts(told[0], each) for each in told]
+    for one, how in zip(wires, differ, strict=True):
+        if how:
+            raise BackendError(
+                f"eval.server.url: {wires[0].where} and {one.where} do not serve the same model: {how}; serve "
+                f"{section.model} alike on all of them, or take one out of the list",
+                kind="mismatch",
+                at=one.where,
+                column="eval.server.url",
+            )
+    return offers[0]
+
+
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """What a server says of its model: whether it lists it, if it lists any, and its likeliest first tokens."""
+
+    listed: bool | None
+    tokens: dict[str, float]
+
+
+async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Told:
+    """Ask a server for its models, and for log-probabilities after one prompt where it gives any."""
+
+    def listed(value: Any) -> bool:
+        return section.model in [model["id"] for model in value["data"]]
+
+    try:
+        known = await wire.ask("/models", None, listed, what=lambda: "a question for its models")
+    except BackendError:
+        known = None
+    if not offers.top:
+        return _Told(known, {})
+    if offers.exact and encoder is not None:
+        body = completion_body(section, list(encoder.piece(_TEXT)), room=1, logprobs=offers.top)
+        return _Told(known, await _try(wire, "/completions", body, remote_read.first))
+    keys = {"logprobs": True, "top_logprobs": offers.top}
+    body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False) | keys
+    return _Told(known, await _try(wire, "/chat/completions", body, remote_read.chat_first))
+
+
+def _different(one: Offers, other: Offers) -> str:
+    """Say in what two servers offer different things; empty: in nothing."""
+    names = [name for name in ("exact", "top", "named", "likelihood") if getattr(one, name) != getattr(other, name)]
+    return ", ".join(f"{name} is {getattr(one, name)} and {getattr(other, name)}" for name in names)
+
+
+def _contradicts(one: _Told, other: _Told) -> str:
+    """Say where two servers speak of different models; empty: nowhere."""
+    if None not in (one.listed, other.listed) and one.listed != other.listed:
+        return "only one of them lists it"
+    for token in one.tokens.keys() | other.tokens.keys():
+        here, there = (each.tokens.get(token, min(each.tokens.values(), default=0.0)) for each in (one, other))
+        if max(here, there) > _LIKELY and abs(here - there) > _ALIKE:
+            return f"after one prompt {token!r} has the log-probability {here:.2f} and {there:.2f}"
+    return ""
+
+
 async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
     """Find out what a server offers.
 
@@ -65,13 +144,13 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
             return found
         if section.chat == "completions":
             raise BackendError(
-                f"eval.server.chat: token ids cannot be continued at {section.url}: {found}; set model.name to the "
+                f"eval.server.chat: token ids cannot be continued at {wire.where}: {found}; set model.name to the "
                 "model that the server has, or eval.server.chat=chat",
                 kind="mismatch",
-                at=section.url,
+                at=wire.where,
                 column="eval.server.chat",
             )
-        log.info("%s is asked by chat: %s", section.url, found)
+        log.info("%s is asked by chat: %s", wire.where, found)
     return Offers(exact=False, top=await _chat_top(wire, section), continues=await _continues(wire))
 
 

@@ -108,7 +108,7 @@ def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
     Raises:
         LookupError: If one of them was not returned.
     """
-    found = _first(value)
+    found = first(value)
     return tuple(_nats(found[f"token_id:{i}"]) for i in ids)
 
 
@@ -119,7 +119,7 @@ def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
         value: The answer.
         spellings: How servers may write each label's token, the surest first.
     """
-    found = _first(value)
+    found = first(value)
     return by_name(found, [next((name for name in names if name in found), names[0]) for names in spellings])
 
 
@@ -128,12 +128,16 @@ def chat_labels(value: Any, texts: Sequence[str]) -> Labelled:
 
     White space around a token is no part of its label: a chat may begin with either form, so both are added up.
     """
+    return by_name(chat_first(value), [text.strip() for text in texts])
+
+
+def chat_first(value: Any) -> dict[str, float]:
+    """Return the log-probabilities of the likeliest first tokens of a chat answer, by text without white space."""
     (choice,) = choices(value, 1)
-    entries = choice["logprobs"]["content"][0]["top_logprobs"]
     found: dict[str, list[float]] = {}
-    for entry in entries:
+    for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
         found.setdefault(entry["token"].strip(), []).append(_nats(entry["logprob"]))
-    return by_name({name: _log_sum(values) for name, values in found.items()}, [text.strip() for text in texts])
+    return {name: _log_sum(values) for name, values in found.items()}
 
 
 def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
@@ -169,10 +173,10 @@ def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[fl
     return sums
 
 
-def _first(value: Any) -> Mapping[str, float]:
+def first(value: Any) -> dict[str, float]:
+    """Return the log-probabilities of the likeliest first tokens of a completion, by their text."""
     (choice,) = choices(value, 1)
-    found: Mapping[str, float] = choice["logprobs"]["top_logprobs"][0]
-    return dict(found)
+    return {name: _nats(nats) for name, nats in choice["logprobs"]["top_logprobs"][0].items()}
 
 
 def _nats(value: Any) -> float:

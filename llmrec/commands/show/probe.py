@@ -8,6 +8,7 @@ GPU the clock is the wall's.
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -24,8 +25,22 @@ SECONDS = 10.0
 # Weights of the layers that are made, and the largest vocabulary: both only cost time here.
 _WEIGHTS, _VOCABULARY = 3e8, 2048
 _LAYERS, _REPEATS = 4, 3
-# Rows and tokens of one timed call: prompts as they are read, and answers as they are written side by side.
-_READ, _WRITTEN = (2, 192), (32, 1)
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Rows and tokens of one timed call: prompts as they are read, and answers as they are written side by side.
+
+    ``states`` are the positions whose logits are computed.
+    """
+
+    read: tuple[int, int]
+    written: tuple[int, int]
+    states: int
+
+
+# A GPU that is asked for little is timed by its launches: what runs there holds thousands of tokens at a time.
+_SHAPES = {"cpu": _Shapes((2, 192), (32, 1), 64), "cuda": _Shapes((16, 512), (32, 1), 8192)}
 
 
 @dataclass(frozen=True)
@@ -77,30 +92,37 @@ def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
     made = min(_LAYERS, layers, max(1, int(_WEIGHTS // (12 * width**2))))
     place = device(model)
     small = _few_layers(config, made).to(device=place, dtype=dtype(model))
-    clock = _Clock(place, until)
-    states = torch.ones(64, width, dtype=dtype(model), device=place)
+    clock, shapes = _Clock(place, until), _SHAPES[place]
+    states = torch.ones(shapes.states, width, dtype=dtype(model), device=place)
     table = torch.full((vocabulary, width), 0.01, dtype=dtype(model), device=place)
     threads = torch.get_num_threads()
     # Threads that wait for each other spin, which would count as work.
     torch.set_num_threads(1 if place == "cpu" else threads)
     try:
-        return _scaled(small, states, table, clock, train, layers / made, layers)
+        return _scaled(small, states, table, clock, shapes, train, layers / made, layers)
     finally:
         torch.set_num_threads(threads)
 
 
 def _scaled(
-    small: Any, states: Any, table: Any, clock: _Clock, train: TrainSection, whole: float, layers: int
+    small: Any,
+    states: Any,
+    table: Any,
+    clock: _Clock,
+    shapes: _Shapes,
+    train: TrainSection,
+    whole: float,
+    layers: int,
 ) -> Speed:
     """Time each kind of work; ``whole`` is how many times the layers that are timed go into the ``layers`` of all."""
     torch = require("torch", "train")
     with torch.no_grad():
         small.eval()
-        read = clock(lambda: _forward(small, _READ)) / (_READ[0] * _READ[1])
-        write = clock(lambda: _forward(small, _WRITTEN)) / (_WRITTEN[0] * _WRITTEN[1])
+        read = clock(lambda: _forward(small, shapes.read)) / math.prod(shapes.read)
+        write = clock(lambda: _forward(small, shapes.written)) / math.prod(shapes.written)
         head = clock(lambda: (states @ table.T).float().logsumexp(-1)) / len(states)
     learning = _learning(small, train)
-    step = clock(lambda: _forward(learning, _READ).float().sum().backward()) / (_READ[0] * _READ[1])
+    step = clock(lambda: _forward(learning, shapes.read).float().sum().backward()) / math.prod(shapes.read)
     top = layers if train.method == "full" else min(layers, train.lora.top_layers or layers)
     again = read if train.gradient_checkpointing else 0.0
     return Speed(
@@ -150,7 +172,8 @@ def _few_layers(config: Any, layers: int) -> Any:
     text.vocab_size = min(_VOCABULARY, int(text.vocab_size))
     for each in (small, text):
         each.pad_token_id, each.bos_token_id, each.eos_token_id = 0, 0, 0
-    with torch.random.fork_rng():
+    # The layers are made on the CPU; keeping the generators of GPUs would open a context on each of them.
+    with torch.random.fork_rng(devices=[]):
         return require("transformers", "train").AutoModel.from_config(small)
 
 

@@ -1,0 +1,93 @@
+"""Memory of a GPU: what is free, what a model takes, and one line where it was not enough."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from llmrec.errors import LlmrecError, require
+from llmrec.models.load import gpu_has_bf16
+
+log = logging.getLogger(__name__)
+
+TRAINING = (
+    "set train.gradient_checkpointing=true, lower train.batch_tokens, or set train.method=qlora; `llmrec check "
+    "--dry-run` estimates what each takes"
+)
+"""What makes training smaller."""
+ASKING = "lower eval.batch_tokens or eval.beams, or close what else holds the GPU's memory (nvidia-smi)"
+"""What makes evaluation through transformers smaller."""
+LOADING = (
+    "choose a smaller model.name, set model.dtype=bfloat16, close what else holds the GPU's memory, or model.device=cpu"
+)
+"""What lets a model be loaded."""
+
+# What torch says of it, without advice for its allocator.
+_TOLD = re.compile(
+    r"Tried to allocate [\d.]+ \w+\.(?: GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free\.)?"
+)
+
+
+@contextmanager
+def told_of_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
+    """Turn torch's error of a full GPU into one line.
+
+    Args:
+        what: What was going on.
+        fix: What makes it smaller.
+        column: The key to begin with.
+
+    Raises:
+        LlmrecError: If the memory of the GPU did not suffice.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        # By its name: torch is not imported to catch what it alone could raise.
+        if type(error).__name__ != "OutOfMemoryError":
+            raise
+        told = _TOLD.search(str(error))
+        raise LlmrecError(
+            f"{what}: the memory of the GPU is full ({told[0].rstrip('.') if told else 'torch says no more'}); {fix}",
+            kind="exhausted",
+            column=column,
+        ) from error
+
+
+def placed(model: Any, place: str) -> Any:
+    """Put a model where it fits: on a GPU as it is, there in half precision, or on the CPU, with a warning each.
+
+    Args:
+        model: An unquantised model on the CPU.
+        place: Where it is wanted, ``"cpu"`` or ``"cuda"``.
+    """
+    if place == "cpu":
+        return model
+    torch = require("torch", "train")
+    size = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    free, gib = free_bytes(), 2.0**30
+    if _with_room(size) <= free:
+        return model.to(place)
+    name = str(model.dtype).removeprefix("torch.")
+    said = f"the model takes {size / gib:.1f} GiB as {name}, and {free / gib:.1f} GiB of the GPU are free"
+    half = torch.bfloat16 if gpu_has_bf16() else torch.float16
+    if model.dtype == torch.float32 and _with_room(size // 2) <= free:
+        log.warning("%s: it is asked in %s", said, str(half).removeprefix("torch."))
+        return model.to(half).to(place)
+    log.warning("%s: it is asked on the CPU, which takes long", said)
+    return model
+
+
+def _with_room(size: int) -> float:
+    """Return what a model of ``size`` bytes takes while it is asked a few rows at a time."""
+    return 1.05 * size + 1.5 * 2**30
+
+
+def free_bytes() -> int:
+    """Return the free memory of the GPU in use, what torch keeps for later included."""
+    cuda = require("torch", "train").cuda
+    free, _ = cuda.mem_get_info()
+    return int(free) + int(cuda.memory_reserved()) - int(cuda.memory_allocated())

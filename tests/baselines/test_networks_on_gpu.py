@@ -1,0 +1,73 @@
+"""Networks on a GPU that is made up: nothing they meet lies elsewhere, and they learn what they learn on a CPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from llmrec.baselines import neural  # noqa: E402
+from llmrec.baselines.gru4rec import GRU4Rec  # noqa: E402
+from llmrec.baselines.sasrec import SASRec  # noqa: E402
+from llmrec.errors import RecipeError  # noqa: E402
+from llmrec.index import rqvae  # noqa: E402
+from llmrec.recipe.schema import RQVAEIndex  # noqa: E402
+from tests.backends.fake_cuda import FakeCuda, fake_cuda  # noqa: E402
+from tests.baselines.test_baselines_neural import _request, _ring  # noqa: E402
+from tests.facts import Facts, raises  # noqa: E402
+
+CHOSEN = {"dropout": 0.0, "learning_rate": 0.01, "batch": 64, "epochs": 2, "patience": 2, "quiet": True, "dim": 8}
+
+
+def scores(made: Any, device: str, **more: Any) -> tuple[Any, Any]:
+    model = made(made.Config(device=device, precision="float32", **{**CHOSEN, **more}))
+    model.fit(_ring(users=40))
+    return model, model.scores([_request(4, 5, 6), _request(6), _request()])
+
+
+# Asked of a device that says that it is one of CUDA.
+@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
+@pytest.mark.parametrize(("made", "negatives"), [(SASRec, None), (SASRec, 5), (GRU4Rec, None)])
+def test_a_network_learns_on_a_gpu_what_it_learns_on_a_cpu(
+    made: Any, negatives: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, expected = scores(made, "cpu", negatives=negatives)
+    monkeypatch.setattr(neural, "has_cuda", lambda: True)
+    monkeypatch.setattr(neural, "gpu_has_bf16", lambda: False)
+    with fake_cuda():
+        model, found = scores(made, "auto", negatives=negatives)
+        table = model._fitted.network["table"].weight
+        assert isinstance(table, FakeCuda) and str(table.device) == "cuda:0"
+        state = model.state()
+        again = made(model.config)
+        again.restore(_ring(users=40), state)
+        assert isinstance(again._fitted.network["table"].weight, FakeCuda)
+        assert np.allclose(again.scores([_request(4, 5, 6)]), found[:1], atol=1e-4)
+    assert np.allclose(found, expected, atol=1e-3)
+    assert all(type(each) is np.ndarray for each in state.values())
+
+
+def test_an_rq_vae_learns_on_a_gpu_what_it_learns_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    x = np.random.default_rng(0).standard_normal((80, 6)).astype(np.float32)
+    section = RQVAEIndex(hidden=(10,), dim=4, epochs=3, batch=32)
+    # More codewords than vectors choose, so that some are moved.
+    expected = rqvae.fit(x, section, 2, 30, quiet=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    with fake_cuda():
+        found = rqvae.fit(x, section, 2, 30, quiet=True)
+        kept = rqvae.fit(x, section.model_copy(update={"device": "cpu"}), 2, 30, quiet=True)
+    assert np.allclose(found.codebooks, expected.codebooks, atol=1e-4)
+    assert np.array_equal(kept.codebooks, expected.codebooks)
+    assert found.error == pytest.approx(expected.error, abs=1e-4)
+
+
+def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with raises(RecipeError, Facts("unsupported", column="device")):
+        scores(SASRec, "cuda")
+    x = np.zeros((4, 2), dtype=np.float32)
+    with raises(RecipeError, Facts("unsupported", column="index.semantic.rqvae.device")):
+        rqvae.fit(x, RQVAEIndex(device="cuda"), 2, 2)
