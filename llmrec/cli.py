@@ -12,6 +12,8 @@ from llmrec.commands import common
 from llmrec.commands.auto.app import app as searching
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.app import app as starting
+from llmrec.commands.merge.app import Piece, ask_shard
+from llmrec.commands.merge.app import app as merging
 from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.app import app as ranking
@@ -43,6 +45,7 @@ app = common.App(
 )
 
 app.add_typer(ranking)
+app.add_typer(merging)
 app.add_typer(scoring)
 app.add_typer(serving)
 app.add_typer(starting)
@@ -59,13 +62,17 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/<name>
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
+def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, shard: Piece = None) -> None:
     """Run a recipe end to end: data, training, evaluation, report.
 
-    A second run reuses every stage whose inputs did not change; a killed run resumes where it was.
+    A second run reuses every stage whose inputs did not change; a killed run resumes where it was. A shard trains
+    nothing: train first.
     """
     from llmrec import pipeline
 
+    if shard is not None:
+        ask_shard(recipe, overrides or (), out, shard)
+        return
     finish(pipeline.run(_recipe(recipe, overrides), out, before=tell_before))
 
 
@@ -196,6 +203,7 @@ def evaluate(
     results: Annotated[
         Path, typer.Option("--results", help="Of a suite: folder for its results; its page goes beside the folder.")
     ] = Path("eval/results"),
+    shard: Piece = None,
 ) -> None:
     """Evaluate a recipe with the adapter that `train` left, never training; or run a suite or a benchmark.
 
@@ -206,6 +214,9 @@ def evaluate(
     from llmrec.recipe.load import kind_of_page, load_benchmark, load_suite
 
     kind = kind_of_page(recipe)
+    if shard is not None:
+        ask_shard(recipe, overrides or (), out, shard)
+        return
     if kind == "benchmark":
         from llmrec.commands.compare.benchmark import run_benchmark
 
@@ -280,6 +291,7 @@ def augment(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="The store; <run folder>/features by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and a prompt.")] = False,
+    shard: Piece = None,
 ) -> None:
     """Have a language model write texts of users and items, and store them with their vectors as features.
 
@@ -288,7 +300,7 @@ def augment(
     """
     from llmrec.commands.features import augment as command
 
-    command.run(_recipe(recipe, overrides), out, dry_run=dry_run)
+    command.run(_recipe(recipe, overrides), out, shard, dry_run=dry_run)
 
 
 @app.command()

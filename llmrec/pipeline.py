@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from llmrec.experiment.preflight import checked_study, refuse
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.runs import start_of
+from llmrec.experiment.shards.asking import Weights
 from llmrec.experiment.study import Study, build_study, folder_of
 from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
@@ -45,6 +47,9 @@ from llmrec.terminal import works_in
 from llmrec.train import trackers
 
 log = logging.getLogger(__name__)
+
+ANSWERS = "answers.sqlite"
+"""In a run folder: what language models answered."""
 
 Trained = dict[str, Any]
 """What training left behind: ``train.json``."""
@@ -110,17 +115,8 @@ def run(
         session = open_session(recipe, folder, quiet=quiet)
         if before is not None:
             before(session)
-        training = None
-        if "tuned" in recipe.eval.arms:
-            training = session.train() if may_train else session.trained()
-            if training is None:
-                raise RecipeError(
-                    f"{folder} holds no adapter made by this recipe, which the tuned setting needs; run "
-                    "`llmrec train` first, or evaluate other settings with 'eval.arms=[zero-shot, few-shot]'",
-                    kind="missing-file",
-                    at=folder,
-                    column="eval.arms",
-                )
+        trains = may_train and "tuned" in recipe.eval.arms
+        training = session.train() if trains else session.tuned(folder)
         rows, written = session.evaluate(training)
         with Bar("audit", None, quiet=quiet):
             audited = session.audit(written)
@@ -248,17 +244,41 @@ class Session:
         """Return the training record that this recipe left in the folder, if any."""
         return trained(self.study, self.model.start, self.folder) if self.model else None
 
+    def tuned(self, home: Path) -> Trained | None:
+        """Return the training record that this recipe left in a run folder; None where it asks no tuned model.
+
+        Raises:
+            RecipeError: If it asks one, and there is no adapter.
+        """
+        if "tuned" not in self.study.recipe.eval.arms:
+            return None
+        found = trained(self.study, self.start, home)
+        if found is None:
+            raise RecipeError(
+                f"{home} holds no adapter made by this recipe, which the tuned setting needs; run `llmrec train` "
+                "first, or evaluate other settings with 'eval.arms=[zero-shot, few-shot]'",
+                kind="missing-file",
+                at=home,
+                column="eval.arms",
+            )
+        return found
+
     def train(self) -> Trained:
         """Train, or reuse."""
         return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
 
+    def evaluation(self) -> Evaluation:
+        """Return the rows of the recipe, which are stored in the folder."""
+        encoder = self.model.encoder if self.model else None
+        return Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
+
     def evaluate(self, training: Trained | None) -> tuple[list[ResultRow], Written]:
         """Evaluate every setting and write the results; returns the rows and what was written."""
-        encoder = self.model.encoder if self.model else None
-        evaluation = Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
+        evaluation = self.evaluation()
         rows: list[ResultRow] = evaluation.baselines()
         if self.model is not None:
-            rows += self._arms(evaluation, self.model, training, rows)
+            with self.asking(training, self.folder) as (weights, engines):
+                rows += evaluation.arms(weights, engines, rows)
         stored.write(self.study, rows, self.folder)
         with Bar("comparisons", None, quiet=self.quiet):
             written = write_results(self.study, rows, training, self._told(), self.budget, self.folder)
@@ -266,18 +286,32 @@ class Session:
         trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
         return rows, written
 
-    def _arms(
-        self, evaluation: Evaluation, model: OpenedModel, training: Trained | None, rows: Sequence[ResultRow]
-    ) -> list[ResultRow]:
-        recipe = self.study.recipe
-        store = AnswerStore(self.folder / "answers.sqlite")
+    @contextmanager
+    def asking(
+        self, training: Trained | None, home: Path, *, remembers: bool = True
+    ) -> Iterator[tuple[Weights, Engines]]:
+        """Hand out what answers in each setting, and engines that remember their answers in the folder.
+
+        Args:
+            training: What training left.
+            home: The folder that it left it in.
+            remembers: Without it the store of answers is not opened.
+        """
+        recipe, model = self.study.recipe, self._asked
+        store = AnswerStore(self.folder / ANSWERS) if remembers else None
         engines = Engines(recipe.model, recipe.eval, model.encoder, recipe.seed, self.budget, store)
+        weights: dict[Arm, tuple[str, str]] = {}
         try:
-            weights = {arm: self._weights(arm, model, training) for arm in _by_model(recipe.eval.arms)}
-            return evaluation.arms(weights, engines, rows)
+            for arm in _by_model(recipe.eval.arms):
+                if arm != "tuned" or training is None:
+                    weights[arm] = model.base, weights_stamp(model.base)
+                else:
+                    weights[arm] = str(home / "merged"), training["merged_sha256"]
+            yield weights, engines
         finally:
             engines.close()
-            store.close()
+            if store is not None:
+                store.close()
 
     def _told(self) -> Mapping[str, str]:
         """Say which language model answered; nothing where none did."""
@@ -298,12 +332,6 @@ class Session:
             if check.verdict == "leak":
                 log.warning("audit: %s: %s", check.name, check.found)
         return lines
-
-    def _weights(self, arm: str, model: OpenedModel, training: Trained | None) -> tuple[str, str]:
-        """Return the model folder of a setting and a hash that stands for its weights."""
-        if arm != "tuned" or training is None:
-            return model.base, weights_stamp(model.base)
-        return str(self.folder / "merged"), training["merged_sha256"]
 
 
 def open_session(

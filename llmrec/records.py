@@ -1,4 +1,4 @@
-"""Frozen records: their base, and what a run says of its data, its training and its texts.
+"""Frozen records: their base, a piece of a job, and what a run says of its data, its training and its texts.
 
 Figures are in `llmrec.results`.
 """
@@ -6,9 +6,67 @@ Figures are in `llmrec.results`.
 from __future__ import annotations
 
 import math
-from typing import Annotated, Any
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Annotated, Any, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from llmrec.errors import RecipeError
+
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of several pieces of a job: neighbouring whole chunks of the order in which one process does it.
+
+    What is asked together in one process is asked together in a shard, so that answers are the same to the last bit.
+
+    Attributes:
+        index: Which piece, from 1.
+        count: How many pieces there are.
+    """
+
+    index: int
+    count: int
+
+    @classmethod
+    def parse(cls, text: str) -> Shard:
+        """Read ``2/4``.
+
+        Raises:
+            RecipeError: If it is no such piece.
+        """
+        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        shard = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
+        if not 1 <= shard.index <= shard.count:
+            raise RecipeError(
+                f"--shard {text[:40]}: name one piece of several as I/N, such as 1/4 to 4/4",
+                kind="bad-value",
+                column="--shard",
+            )
+        return shard
+
+    @property
+    def name(self) -> str:
+        """The name of its folder, such as ``2-of-4``."""
+        return f"{self.index}-of-{self.count}"
+
+    def __str__(self) -> str:
+        """Write it as `parse` reads it."""
+        return f"{self.index}/{self.count}"
+
+    def chunks(self, rows: int, size: int) -> range:
+        """Return the numbers of its chunks, from 0, where so many rows are cut into chunks of one size; maybe none."""
+        total = -(-rows // size)
+        return range((self.index - 1) * total // self.count, self.index * total // self.count)
+
+    def share(self, found: Sequence[_T], size: int) -> Sequence[_T]:
+        """Return what stands in its chunks."""
+        chosen = self.chunks(len(found), size)
+        return found[chosen.start * size : chosen.stop * size]
 
 
 def _finite(value: object) -> object:

@@ -304,13 +304,18 @@ class Recommender:
         )
 
     def answer(
-        self, requests: Sequence[RankRequest | Unparsed], *, advance: Callable[[int], None] = lambda done: None
+        self,
+        requests: Sequence[RankRequest | Unparsed],
+        *,
+        advance: Callable[[int], None] = lambda done: None,
+        part: int | None = None,
     ) -> list[Answered]:
         """Answer every request, in order; one that cannot be answered does not touch the others.
 
         Args:
             requests: From `read`; what could not be read comes back as it is.
             advance: Called with the number of requests just answered.
+            part: Of a job: its answers do not depend on other parts.
 
         Raises:
             LlmrecError: If the engine does not start or breaks down, or the recommender is closed.
@@ -326,16 +331,17 @@ class Recommender:
                 advance(len(able))
                 found = iter([(each, Reasons()) for each in ranked])
             else:
-                found = iter(self._with_model(able, advance))
+                found = iter(self._with_model(able, advance, part))
         return [
             Answered(answer=each) if isinstance(each, Unparsed) else self._answered(each, *next(found))
             for each in asked
         ]
 
     def _with_model(
-        self, requests: Sequence[RankRequest], advance: Callable[[int], None]
+        self, requests: Sequence[RankRequest], advance: Callable[[int], None], part: int | None
     ) -> list[tuple[Ranking | Unparsed, Reasons]]:
         backend = self.engines.get(self.engine, self.bundle.folder, self.weights)
+        backend.part = part
         # What a killed run had asked already costs what it cost then.
         before = backend.recalled_seconds
         ranked = self._ranked(requests, backend, advance)
@@ -401,8 +407,7 @@ class Recommender:
             return [Reasons() for _ in requests]
         before = backend.recalled_seconds
         with self.budget.stage("rationales"):
-            items = self.items if self.whole is not None else None
-            reasons = self.reasoner.write(requests, ranked, items, backend)
+            reasons = self.reasoner.write(requests, ranked, self.items if self.whole is not None else None, backend)
         self.budget.add("rationales", backend.recalled_seconds - before)
         return reasons
 
@@ -412,9 +417,8 @@ class Recommender:
             return Answered(answer=answer, notes=notes, retrieved=request.retrieved)
         top = self.options.top
         items = answer.items[:top]
-        known = {item.item_id: item for item in request.candidates}
-        if self.whole is not None and self.items is not None:
-            known = {item: self.items[item] for item in items}
+        whole = self.items if self.whole is not None else None
+        known = whole or {item.item_id: item for item in request.candidates}
         return Answered(
             answer=replace(answer, items=items, scores=answer.scores[:top]),
             titles=tuple(known[item].title for item in items),

@@ -9,12 +9,12 @@ import os
 import shutil
 import sqlite3
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import count, islice
 from pathlib import Path
 from typing import Any, TypedDict, TypeVar
 
-from llmrec.durable import replacing
+from llmrec.durable import replacing, sha256_of
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 
@@ -30,6 +30,7 @@ _TABLES = (
     "completion_tokens INTEGER NOT NULL, sum TEXT NOT NULL) WITHOUT ROWID",
 )
 _ANSWER = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)"
+_MISSING = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
 _SPENT = "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)"
 # What the machine refuses and another start may find otherwise: no permission, a lock, memory, reading, a full disk.
 _CIRCUMSTANCES = frozenset(
@@ -82,7 +83,7 @@ class AnswerStore:
         """Store answers in one transaction: all of them or, after a kill, none."""
         texts = ((key, json.dumps(value)) for key, value in answers)
         rows = [(key, text, _sum(key, text)) for key, text in texts]
-        self._tried(lambda _: self._together(_ANSWER, rows))
+        self._tried(lambda _: self._together((_ANSWER, rows)))
 
     def spent(self, name: str) -> Cost:
         """Return the tokens that were booked under a name."""
@@ -103,9 +104,36 @@ class AnswerStore:
         def book(_: _Run) -> None:
             before = self.spent(name)
             total = (name, before.prompt_tokens + cost.prompt_tokens, before.completion_tokens + cost.completion_tokens)
-            self._together(_SPENT, [(*total, _sum(*total))])
+            self._together((_SPENT, [(*total, _sum(*total))]))
 
         self._tried(book)
+
+    def join(self, other: Path) -> None:
+        """Take over the answers of another store that this one lacks, and what was spent there, once each.
+
+        Args:
+            other: A database that nobody writes to; it is not changed.
+        """
+        name = f"joined {sha256_of(other)}"
+        mark = (name, 0, 0)
+
+        def take(run: _Run) -> None:
+            if run("SELECT 1 FROM spent WHERE name = ?", (name,)).fetchone() is not None:
+                return
+            with closing(sqlite3.connect(f"{other.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as found:
+                booked = found.execute("SELECT * FROM spent WHERE name NOT LIKE 'joined %'").fetchall()
+                rows = found.execute("SELECT key, value, sum FROM answers")
+                spent = [
+                    (each, *(one + two for one, two in zip(costs, _counts(self.spent(each)), strict=True)))
+                    for each, *costs, told in booked
+                    if told == _sum(each, *costs)
+                ]
+                self._together(
+                    (_MISSING, (row for row in rows if row[2] == _sum(*row[:2]))),
+                    (_SPENT, [(*row, _sum(*row)) for row in (*spent, mark)]),
+                )
+
+        self._tried(take)
 
     def __len__(self) -> int:
         """Number of stored answers."""
@@ -174,11 +202,13 @@ class AnswerStore:
         writable = code == sqlite3.SQLITE_READONLY and os.access(self._path, os.W_OK)
         return code in _CIRCUMSTANCES and not (writable and os.access(self._path.parent, os.W_OK))
 
-    def _together(self, statement: str, rows: Sequence[Sequence[object]]) -> None:
+    def _together(self, *writes: tuple[str, Iterable[Sequence[object]]]) -> None:
+        """Write rows, by statement, in one transaction."""
         connection = self._connection or self._open()
         connection.execute("BEGIN IMMEDIATE")
         try:
-            connection.executemany(statement, rows)
+            for statement, rows in writes:
+                connection.executemany(statement, rows)
             connection.execute("COMMIT")
         except BaseException:
             # Damage can have ended the transaction already.
@@ -197,12 +227,12 @@ class AnswerStore:
                 part.replace(aside.with_name(aside.name + suffix))
         connection = self._open()
         answers = {row[0]: row for row in _rows(aside, "SELECT key, value, sum FROM answers ORDER BY key")}
-        self._together(_ANSWER, [row for row in answers.values() if row[2] == _sum(*row[:2])])
+        self._together((_ANSWER, [row for row in answers.values() if row[2] == _sum(*row[:2])]))
         booked = {row[0]: row for row in _rows(aside, "SELECT * FROM spent ORDER BY name")}
         # Where there were no checksums, what was spent counts all the same: a budget must not begin again.
         sums = {name: _sum(*row[:3]) for name, row in booked.items()}
         kept = [(*row[:3], sums[name]) for name, row in booked.items() if row[3:] in ((), (sums[name],))]
-        self._together(_SPENT, kept)
+        self._together((_SPENT, kept))
         log.warning(
             "%s cannot be trusted (%s); it is kept as %s, %d answers of it are used and the others are asked again",
             *(self._path, error, aside.name, connection.execute("SELECT count(*) FROM answers").fetchone()[0]),
@@ -239,6 +269,10 @@ def _rows(path: Path, query: str) -> Iterator[tuple[Any, ...]]:
                 yield from islice(connection.execute(query + order), most)
             finally:
                 connection.close()
+
+
+def _counts(cost: Cost) -> tuple[int, int]:
+    return cost.prompt_tokens, cost.completion_tokens
 
 
 def _sum(*row: object) -> str:

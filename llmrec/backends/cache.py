@@ -87,6 +87,13 @@ class CachedBackend:
         self.capabilities: frozenset[Capability] = kind.capabilities
         self._store, self._start = store, start
         self._identity = dict(identity)
+        self._together = not issubclass(kind, OneByOne)
+        self.part: int | None = None
+        """The part of a job that questions belong to, where its answers must not depend on what other parts asked.
+
+        An engine that generates or searches for several prompts at once may differ in the last bits with what stands
+        beside a prompt, so that those answers are remembered for one part alone. Scores stand by themselves.
+        """
         self._started: Backend | None = None
         self.recalled = 0
         """Answers that came from the table."""
@@ -219,6 +226,8 @@ class CachedBackend:
             "stop": prompt.stop,
             **question,
         }
+        if self.part is not None and self._together and verb != "score":
+            asked["part"] = self.part
         text = json.dumps([self._identity, asked], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 

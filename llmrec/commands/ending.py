@@ -33,7 +33,7 @@ _TOLD = re.compile(
 _MOST_CAUSES = 10
 # Commands that go on where they were.
 _RESUMED = frozenset(
-    {"run", "train", "eval", "export", "rank", "predict", "augment", "refresh", "fuse", "auto", "tune"}
+    {"run", "train", "eval", "export", "rank", "predict", "augment", "refresh", "fuse", "auto", "tune", "merge"}
 )
 _CHECKPOINT = "checkpoint-"
 

@@ -9,6 +9,7 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.figures import EvalProtocol, figure, mean_figure
 from llmrec.metrics import explained, probability
@@ -251,3 +252,19 @@ def _gauc_figure(
         return figure(None, None, None, sign, "no user has both a yes and a no"), within.left_out
     names = [name for name, kept in zip(within.users, both, strict=True) if kept]
     return mean_figure("GAUC", within.values[both], names, protocol, sign), within.left_out
+
+
+def background_of(data: SplitDataset) -> explained.Background:
+    """Return the training texts of a split, and the features of its pairs where its interactions have a column."""
+    columns = ["user_id", "item_id", "feature"]
+    features: dict[tuple[str, str], str] | None = None
+    if "feature" in data.train.columns:
+        parts = (data.train, data.valid, data.test)
+        rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
+        features = {(user, item): feature for user, item, feature in rows}
+    told = list(data.train.select("user_id", "item_id", "text").iter_rows())
+    # Where a text is one sentence of a review, the rest of it supports features and can be copied too.
+    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in told)
+    told += [(user, item, review.text) for user, item, review in reviews if review is not None]
+    users, items, texts = zip(*told, strict=True)
+    return explained.background(users, items, texts, features)

@@ -4,30 +4,39 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from llmrec import __version__
 from llmrec.augment.stores import of_texts
 from llmrec.augment.texts import Asked, about_items, about_users, template_of
 from llmrec.backends.answers import AnswerStore
+from llmrec.backends.cache import CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.data.derived import TITLES
 from llmrec.data.features import ANSWERS, FeatureKind, FeatureStore, Provenance, write_version, writing
 from llmrec.data.split import SplitDataset
+from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.engines import Engines
-from llmrec.experiment.resume import Budget
+from llmrec.experiment.resume import Budget, key_of, locked
+from llmrec.experiment.shards.folders import SHARD, Finished, done_before, finish, gathered, shard_folder
 from llmrec.experiment.study import load_tables
 from llmrec.guard import clean
 from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
 from llmrec.progress import Bar
+from llmrec.recipe.load import STORED, dump, load_stored
 from llmrec.recipe.schema import AugmentSection, Recipe
+from llmrec.records import Shard
 from llmrec.strategies.asking import cost_of
 from llmrec.types import Backend, Cost, Prompt
+
+log = logging.getLogger(__name__)
 
 FEATURES = "features"
 """In a run folder: the store that the recipe's section ``augment`` asks for."""
@@ -105,7 +114,7 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
     return rows | {"time": f"about {max(1, round(seconds / 60))} minutes for a small model on two cores"}
 
 
-def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
+def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[Finished] = ()) -> Augmented:
     """Write the texts, make vectors of them and publish both; a killed call resumes where it was.
 
     A store that was made so already stays as it is, with what was corrected or erased in it since.
@@ -114,12 +123,13 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
         recipe: With the section ``augment``.
         out: The store.
         quiet: Show no progress.
+        shards: What `augment_shard` left, whose answers are taken over.
 
     Raises:
         RecipeError: See `plan`.
         DataError: See `plan`; or if no text came out.
         BackendError: If the engine fails.
-        LlmrecError: If the folder holds other things, or another process writes to it.
+        LlmrecError: If the folder holds other things, another process writes to it, or shards are of other inputs.
     """
     section, begin = _section(recipe), time.perf_counter()
     planned = plan(recipe)
@@ -127,23 +137,92 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False) -> Augmented:
     with writing(out) as place:
         if (kept := _made_so(place, made, section)) is not None:
             return Augmented(place, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
-        store = AnswerStore(place / ANSWERS)
-        engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, Budget(), store)
         cost, tables = Cost(), []
-        try:
-            engine = engines.engine_for("text")
-            backend = engines.get(engine, planned.base, _weights(engine, planned))
+        for each in shards:
+            each.refuse_other(_answers_key(recipe, planned))
+        with _asking(recipe, planned, place, Budget()) as (backend, store):
+            for each in shards:
+                store.join(each.folder / ANSWERS)
             for kind, asked in planned.asked.items():
                 written, spent = _write(backend, asked, section, recipe.eval.batch, f"{kind}s", quiet=quiet)
                 cost += spent
                 seen = {each.id: each.seen for each in asked if each.seen}
                 tables.append(of_texts(kind, written, encoder=section.encoder, provenance=made[kind], seen=seen))
             write_version(place, tables, dtype=section.dtype)
-        finally:
-            engines.close()
-            store.close()
     counts = {table.kind: len(table.ids) for table in tables}
     return Augmented(out, counts, cost, time.perf_counter() - begin)
+
+
+def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
+    """Write the texts of one shard of the users and items into a folder beside the store, as answers.
+
+    Args:
+        recipe: With the section ``augment``.
+        out: The store that `merge_augment` makes.
+        shard: Which piece: whole batches of the texts of each kind.
+        quiet: Show no progress.
+
+    Returns:
+        The shard's folder.
+
+    Raises:
+        LlmrecError: As `augment`.
+    """
+    section, folder, budget = _section(recipe), shard_folder(out, shard), Budget(quiet=quiet)
+    with locked(folder, (STORED, ANSWERS, SHARD)):
+        with budget.stage("data"):
+            planned = plan(recipe)
+        key = _answers_key(recipe, planned)
+        if done_before(folder, key):
+            log.warning("shard %s is complete already", shard)
+            return folder
+        cost, count = Cost(), 0
+        with _asking(recipe, planned, folder, budget) as (backend, _):
+            for kind, asked in planned.asked.items():
+                part = shard.share(asked, recipe.eval.batch)
+                with budget.stage(f"{kind}s"):
+                    cost += _write(backend, part, section, recipe.eval.batch, f"{kind}s", quiet=quiet)[1]
+                count += len(part)
+        write_text(folder / STORED, dump(recipe))
+        told = {"texts": count, "cost": asdict(cost), "seconds": budget.stages}
+        finish(folder, "augment", shard, key, [STORED, ANSWERS], told)
+    return folder
+
+
+def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
+    """Make the store of all shards as one process makes it.
+
+    Args:
+        out: The store, as the shards were told.
+        folders: The shards' folders; by default those beside the store.
+        quiet: Show no progress.
+
+    Raises:
+        LlmrecError: If shards are missing, damaged, doubled or of other inputs; or as `augment`.
+    """
+    found = gathered(out, folders)
+    return augment(load_stored(found[0].folder), out, quiet=quiet, shards=found)
+
+
+@contextmanager
+def _asking(recipe: Recipe, planned: Plan, folder: Path, budget: Budget) -> Iterator[tuple[CachedBackend, AnswerStore]]:
+    """Hand out what answers, and the store that remembers it."""
+    store = AnswerStore(folder / ANSWERS)
+    engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, budget, store)
+    try:
+        engine = engines.engine_for("text")
+        yield engines.get(engine, planned.base, _weights(engine, planned)), store
+    finally:
+        engines.close()
+        store.close()
+
+
+def _answers_key(recipe: Recipe, planned: Plan) -> str:
+    """Return a hash over all that decides what is answered, and which questions are put together."""
+    engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, Budget(), None)
+    engine = engines.engine_for("text")
+    made = {kind: asdict(_provenance(recipe, planned, kind)) for kind in planned.asked}
+    return key_of(made=made, asked=engines.identity(engine, _weights(engine, planned)), batch=recipe.eval.batch)
 
 
 def _weights(engine: str, planned: Plan) -> str:

@@ -17,9 +17,9 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.rating import UserMean
-from llmrec.data.split import SplitDataset
 from llmrec.durable import Json, write_checked
 from llmrec.errors import LlmrecError
+from llmrec.evaluate.answers import background_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import Engines
@@ -56,7 +56,7 @@ from llmrec.experiment.row_specs import (
     stores,
 )
 from llmrec.experiment.study import Study
-from llmrec.metrics.explained import Background, background
+from llmrec.metrics.explained import Background
 from llmrec.progress import Bar
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Shown
@@ -137,12 +137,8 @@ class Evaluation:
             family: [row for row in baselines if row.figures.task == family and row.figures.fusion is None]
             for family in self._study.tasks
         }
-        specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
-        planned = [(spec, engines.engine_for(spec.predictor), *weights[arm]) for spec, arm in specs if not spec.joins]
-        # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
-        order = sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
         rows = {}
-        for spec, engine, folder, digest in order:
+        for spec, engine, folder, digest in self.asked(weights, engines):
 
             def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder, digest: str = digest) -> Made:
                 backend = engines.get(engine, folder, digest)
@@ -155,11 +151,19 @@ class Evaluation:
 
             rows[spec.id] = self._row(spec, engine, engines.identity(engine, digest), make)
         found = []
-        for place, (spec, _) in enumerate(specs):
+        specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
+        for place, spec in enumerate(specs):
             # A fusion stands behind the row of a language model that it joins with the baselines.
-            before = specs[place - 1][0]
+            before = specs[place - 1]
             found += self._joined(spec, [*controls[spec.family], rows[before.id]]) if spec.joins else [rows[spec.id]]
         return found
+
+    def asked(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
+        """Return the rows that ask a language model, each with its engine, model folder and hash of the weights."""
+        specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
+        planned = [(spec, engines.engine_for(spec.predictor), *weights[arm]) for spec, arm in specs if not spec.joins]
+        # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
+        return sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
 
     def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
         """Return the row of a fusion, none where nobody weighs it."""
@@ -201,7 +205,7 @@ class Evaluation:
             make: Makes it.
         """
         inputs = inputs_of(spec, self._study) + left_out(spec, self._study)
-        return self._stored(spec, self._key(spec, engine, identity), make, inputs, self._reads(spec))
+        return self._stored(spec, self.key(spec, engine, identity), make, inputs, self._reads(spec))
 
     def _stored(self, spec: RowSpec, key: str, make: Callable[[], Made], inputs: str, reads: Reads) -> ResultRow:
         """Return the stored row with a key, or make it and store it."""
@@ -232,7 +236,8 @@ class Evaluation:
             log.info("evaluation: reusing row %s", spec.id)
         return row_of(stored)
 
-    def _key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
+    def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
+        """Return a hash over all that can change a row."""
         study, recipe = self._study, self._study.recipe
         return key_of(
             llmrec=__version__,
@@ -303,6 +308,12 @@ class Evaluation:
         return reads_of(spec.predictor.partition("(")[0], parameters)
 
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
+        predictor = self.strategy(spec, backend, advance)
+        found = self._evaluate(spec, predictor, backend)
+        return Made(found, predictor.engine, self._examples(spec, predictor, found), self._said(spec, predictor))
+
+    def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
+        """Return what asks the questions of a row."""
         assert spec.template is not None
         task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
         asker = Prompting(
@@ -316,9 +327,7 @@ class Evaluation:
         options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
         measured = eval_section.debias == "measured" and is_positional(spec.predictor)
         asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
-        predictor = strategy_of(spec.predictor, asker, **options, **asked)
-        found = self._evaluate(spec, predictor, backend)
-        return Made(found, predictor.engine, self._examples(spec, predictor, found), self._said(spec, predictor))
+        return strategy_of(spec.predictor, asker, **options, **asked)
 
     def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
         cases = self._calibrating(spec.family)
@@ -394,9 +403,12 @@ class Evaluation:
             )
         return tuple(shown)
 
+    def questions(self, spec: RowSpec) -> tuple[list[Case], ...]:
+        """Return what a row is asked, call by call: cases of calibration, its own, and those that weigh fusions."""
+        return self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
+
     def _progress(self, spec: RowSpec) -> Bar:
-        total = len(self._cases[spec.family]) + len(self._calibrating(spec.family)) + len(self._weighers(spec))
-        return Bar(spec.id, total, quiet=self._quiet)
+        return Bar(spec.id, sum(map(len, self.questions(spec))), quiet=self._quiet)
 
 
 def row_of(stored: Mapping[str, Any]) -> ResultRow:
@@ -416,22 +428,6 @@ def part_of(row: ResultRow) -> Recalled:
     name = row.figures.predictor
     kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
     return Recalled(name, row.figures.reads or "events", kind, answers_of(row.weighing, row.records))
-
-
-def background_of(data: SplitDataset) -> Background:
-    """Return the training texts of a split, and the features of its pairs where its interactions have a column."""
-    columns = ["user_id", "item_id", "feature"]
-    features: dict[tuple[str, str], str] | None = None
-    if "feature" in data.train.columns:
-        parts = (data.train, data.valid, data.test)
-        rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
-        features = {(user, item): feature for user, item, feature in rows}
-    told = list(data.train.select("user_id", "item_id", "text").iter_rows())
-    # Where a text is one sentence of a review, the rest of it supports features and can be copied too.
-    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in told)
-    told += [(user, item, review.text) for user, item, review in reviews if review is not None]
-    users, items, texts = zip(*told, strict=True)
-    return background(users, items, texts, features)
 
 
 def _title(item: str, family: str, study: Study) -> str:

@@ -461,16 +461,16 @@ def test_a_kill_while_the_table_is_written(
 ) -> None:
     clean = uninterrupted(llama_folder, tmp_path, "out.csv")
     chosen = options(llama_folder, tmp_path / "in.jsonl", tmp_path / "out.csv", items=tmp_path / "items.csv")
-    stored = run._stored
+    stored = run.stored
 
-    def torn(folder: Path, parts: int) -> Iterator[Any]:
-        for n, record in enumerate(stored(folder, parts)):
+    def torn(paths: list[Path]) -> Iterator[Any]:
+        for n, record in enumerate(stored(paths)):
             if n == 5:
                 raise Killed
             yield record
 
     with monkeypatch.context() as patch:
-        patch.setattr(run, "_stored", torn)
+        patch.setattr(run, "stored", torn)
         with pytest.raises(Killed):
             rank_file(chosen)
     assert not chosen.out.exists()

@@ -83,6 +83,17 @@ def test_a_question_is_computed_once_and_answered_alike(store: AnswerStore) -> N
     assert scores == FakeBackend().score(questions, [["x", "y"]] * 3)
 
 
+def test_what_is_generated_is_remembered_for_its_part_of_a_job_alone(store: AnswerStore) -> None:
+    engine = Counting()
+    asked = backend(store, engine)
+    for part, generated, scored in ((None, 1, 1), (0, 1, 0), (1, 1, 0), (0, 0, 0), (None, 0, 0)):
+        asked.part, before = part, engine.asked
+        asked.generate([prompt()], max_tokens=4)
+        assert engine.asked - before == generated
+        asked.score([prompt()], [["x", "y"]])
+        assert engine.asked - before == generated + scored
+
+
 def test_the_engine_starts_only_for_a_new_question(store: AnswerStore) -> None:
     backend(store, Counting()).generate([prompt()], max_tokens=4)
 

@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
+from llmrec.evaluate.answers import background_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.experiment.evaluation import background_of
 from llmrec.metrics.copies import COPIED, alike, copied, library, words_of
 from llmrec.metrics.explained import (
     Background,

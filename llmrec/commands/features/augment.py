@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from llmrec.commands.show.console import say, show, tell
+from llmrec.commands.show.console import say, show, show_shard, tell
 from llmrec.data.features import FeatureStore
 from llmrec.experiment import augmenting
 from llmrec.experiment.study import folder_of
 from llmrec.recipe.schema import Recipe
+from llmrec.records import Shard
 
 _SHOWN = 3
 
 
-def run(recipe: Recipe, out: Path | None, *, dry_run: bool) -> None:
+def run(recipe: Recipe, out: Path | None, shard: str | None, *, dry_run: bool) -> None:
     """Write the features of a recipe, or say what that would cost."""
     if dry_run:
         planned = augmenting.plan(recipe)
@@ -23,7 +24,15 @@ def run(recipe: Recipe, out: Path | None, *, dry_run: bool) -> None:
         assert recipe.augment is not None
         show("augment", augmenting.estimate(planned, recipe.augment))
         return
-    done = augmenting.augment(recipe, out or folder_of(recipe, None) / augmenting.FEATURES)
+    target = out or folder_of(recipe, None) / augmenting.FEATURES
+    if shard is not None:
+        show_shard(augmenting.augment_shard(recipe, target, Shard.parse(shard)), target)
+        return
+    show_texts(augmenting.augment(recipe, target))
+
+
+def show_texts(done: augmenting.Augmented) -> None:
+    """Print some texts of a store that was made, and what they cost."""
     store = FeatureStore.open(done.folder)
     for kind in store.kinds:
         for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):

@@ -8,7 +8,7 @@ from llmrec import terminal
 from llmrec.commands.common import App
 from llmrec.commands.options import takes
 from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.show.console import short, show
+from llmrec.commands.show.console import short, show, show_shard
 
 app = App()
 
@@ -22,12 +22,18 @@ def rank(options: RankOptions) -> None:
     """
     from llmrec.commands.rank.progress import console_rows
     from llmrec.commands.rank.run import STDOUT, rank_file
+    from llmrec.commands.rank.sharded import rank_shard
     from llmrec.commands.rank.users import rank_users
 
     if options.all_users:
         told = rank_users(options)
         show("lists", told, short)
         raise typer.Exit(int(told["failed"] != 0))
+    if options.shard is not None:
+        from llmrec.records import Shard
+
+        done = show_shard(rank_shard(options, Shard.parse(options.shard)), options.target)
+        raise typer.Exit(int(done["failed"] != 0))
     summary = rank_file(options)
     where = terminal.err() if options.target == STDOUT else None
     show("ranking", console_rows(summary), told={"ranking": summary}, file=where)

@@ -44,6 +44,9 @@ class RankOptions(RecommenderOptions):
         str | None, About(metavar="NAME", help="With --all-users: tuned, untuned, fusion, fusion-model or a baseline.")
     ] = None
     limit: Annotated[int | None, About(least=1, help="Rank the first so many requests only.")] = None
+    shard: Annotated[
+        str | None, About(metavar="I/N", help="Rank the I-th of N pieces; llmrec merge puts them together.")
+    ] = None
     restart: Annotated[bool, About(help="Drop what an earlier, killed run left.")] = False
 
     @property
@@ -62,6 +65,11 @@ class RankOptions(RecommenderOptions):
         from llmrec.data.reading.ranked import form_of
 
         return form_of(self.target, self.form)
+
+    @property
+    def bare(self) -> bool:
+        """Whether requests may lack candidates, which are found for them."""
+        return self.whole or self.retrieve is not None or self.baseline is not None
 
     @property
     def parts(self) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -15,7 +16,7 @@ from llmrec.data.reading.request_file import RequestFile
 from llmrec.durable import sha256_of
 from llmrec.machine import machine, versions
 from llmrec.progress import Bar
-from llmrec.types import Cost
+from llmrec.types import Cost, Form
 
 _SHOWN = 5
 # Texts that a request brought can make a note long; the output has it whole.
@@ -172,23 +173,53 @@ def _cost(spent: Mapping[str, Any]) -> str:
     return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forward passes a ranked line"
 
 
-def summary_of(
-    options: RankOptions, source: RequestFile, recommender: Ranker, key: str, tally: Tally
-) -> dict[str, Any]:
-    """Return what the console and the JSON file say."""
-    seconds = recommender.budget.stages
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, by what, as a summary says it.
+
+    Attributes:
+        requests: The file of requests.
+        out: The file of rankings.
+        form: How they lie in it.
+        blank_lines: Lines between the requests.
+        told: What ranked, and how it was asked; see `told_of`.
+        key: Hash of every input.
+    """
+
+    requests: str
+    out: Path
+    form: Form
+    blank_lines: int
+    told: Mapping[str, object]
+    key: str
+
+
+def asked_of(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Asked:
+    """Return what was asked of a recommender."""
+    told = told_of(recommender)
+    return Asked(str(options.source), options.target, options.layout, source.blank, told, key)
+
+
+def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the console and the JSON file say.
+
+    Args:
+        asked: What was asked.
+        tally: What became of it.
+        seconds: Spent, by stage.
+    """
     ranking = seconds.get("ranking", 0.0)
-    told = dict(told_of(recommender))
+    told = dict(asked.told)
     reasons = bool(told.pop("rationales", False))
     return {
-        "key": key,
-        "requests": str(options.source),
-        "out": str(options.target),
-        "form": options.layout,
-        "sha256": sha256_of(options.target),
+        "key": asked.key,
+        "requests": asked.requests,
+        "out": str(asked.out),
+        "form": asked.form,
+        "sha256": sha256_of(asked.out),
         **told,
         "lines": tally.lines,
-        "blank_lines": source.blank,
+        "blank_lines": asked.blank_lines,
         "ranked": tally.lines - tally.failed,
         "failed": tally.failed,
         "failures": tally.failures,

@@ -51,9 +51,13 @@ class Ranker(AbstractContextManager["Ranker"], Protocol):
         ...
 
     def answer(
-        self, requests: Sequence[RankRequest | Unparsed], *, advance: Callable[[int], None] = lambda done: None
+        self,
+        requests: Sequence[RankRequest | Unparsed],
+        *,
+        advance: Callable[[int], None] = lambda done: None,
+        part: int | None = None,
     ) -> list[Answered]:
-        """Answer every request, in order."""
+        """Answer every request, in order; see `Recommender.answer`."""
         ...
 
 
@@ -222,7 +226,11 @@ class ClassicRanker:
         return ""
 
     def answer(
-        self, requests: Sequence[RankRequest | Unparsed], *, advance: Callable[[int], None] = lambda done: None
+        self,
+        requests: Sequence[RankRequest | Unparsed],
+        *,
+        advance: Callable[[int], None] = lambda done: None,
+        part: int | None = None,
     ) -> list[Answered]:
         """See `Ranker`."""
         able = [each for each in requests if isinstance(each, RankRequest)]

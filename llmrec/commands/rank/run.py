@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from itertools import islice
@@ -18,8 +18,8 @@ from typing import Any
 from llmrec import terminal
 from llmrec.answering.recommender import Answered
 from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.rank.outputs import check_out
-from llmrec.commands.rank.progress import RankBar, Tally, summary_of
+from llmrec.commands.rank.outputs import check_out, summary_beside
+from llmrec.commands.rank.progress import RankBar, Tally, asked_of, summary_of
 from llmrec.commands.rank.ranker import Ranker, open_ranker
 from llmrec.data.reading.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
 from llmrec.data.reading.request_file import Raw, RequestFile, open_requests
@@ -28,7 +28,8 @@ from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Place
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import Budget, key_of, locked, read_stage
-from llmrec.types import Ranking, Unparsed
+from llmrec.records import Shard
+from llmrec.types import Form, Ranking, Unparsed
 
 log = logging.getLogger(__name__)
 
@@ -118,29 +119,50 @@ def _rank_into(options: RankOptions) -> Mapping[str, Any]:
     check_out(options.target, reads, option="--out", by="rank", parts=options.parts)
     budget = Budget()
     with budget.stage("start"):
-        bare = options.whole or options.retrieve is not None or options.baseline is not None
-        source = open_requests(options.source, bare=bare)
-    with locked(options.parts, _own):
+        source = open_requests(options.source, bare=options.bare)
+    with locked(options.parts, own):
         if options.restart:
-            _empty(options.parts)
-        with ExitStack() as opened:
-            try:
-                with budget.stage("start"):
-                    recommender = open_ranker(options, store=options.parts / "answers.sqlite", budget=budget)
-                    opened.enter_context(recommender)
-                    _check_titled(options, source, recommender)
-                    key = key_of(requests=source.sha256, limit=options.limit, **recommender.identity)
-            except BaseException:
-                opened.close()
-                if not any(options.parts.glob(_part("*"))):
-                    _remove(options.parts)
-                raise
-            done = None if options.restart else _finished(options, key)
+            empty(options.parts)
+        with opening(options, source, options.parts, budget) as (recommender, key):
+            done = None if options.restart else finished(options.target, options.layout, key)
             summary = done or _work(options, source, recommender, key)
         if done is not None:
             log.warning("%s is complete already; --restart ranks again", options.target)
-        _remove(options.parts)
+        remove(options.parts)
     return summary
+
+
+@contextmanager
+def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Budget) -> Iterator[tuple[Ranker, str]]:
+    """Open what ranks, and hand it out with the hash of every input; where that fails a new folder is removed.
+
+    Args:
+        options: What is asked for.
+        source: The requests.
+        folder: Where parts and answers are kept.
+        budget: Where seconds are booked.
+
+    Raises:
+        LlmrecError: If nothing can be ranked.
+    """
+    with ExitStack() as opened:
+        try:
+            with budget.stage("start"):
+                recommender = open_ranker(options, store=folder / "answers.sqlite", budget=budget)
+                opened.enter_context(recommender)
+                _check_titled(options, source, recommender)
+                key = rank_key(options, source, recommender)
+        except BaseException:
+            opened.close()
+            if not any(folder.glob(part_name("*"))):
+                remove(folder)
+            raise
+        yield recommender, key
+
+
+def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> str:
+    """Return the hash of every input that can change a ranking."""
+    return key_of(requests=source.sha256, limit=options.limit, **recommender.identity)
 
 
 def _check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
@@ -159,22 +181,18 @@ def _check_titled(options: RankOptions, source: RequestFile, recommender: Ranker
             )
 
 
-def _finished(options: RankOptions, key: str) -> Mapping[str, Any] | None:
+def finished(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
     """Return the summary of an output that the same inputs gave, if it still lies there as it was written."""
-    done = read_stage(options.summary, key, itemgetter("sha256"))
-    same = (
-        done is not None
-        and done.get("form") == options.layout
-        and options.target.is_file()
-        and sha256_of(options.target) == done["sha256"]
-    )
+    done = read_stage(summary_beside(target), key, itemgetter("sha256"))
+    same = done is not None and done.get("form") == form and target.is_file() and sha256_of(target) == done["sha256"]
     return done if same else None
 
 
 # --------------------------------------------------------------------------- parts
 
 
-def _part(number: int | str) -> str:
+def part_name(number: int | str) -> str:
+    """Return the name of a part's file."""
     return f"part-{number:0>8}.jsonl" if isinstance(number, int) else f"part-{number}.jsonl"
 
 
@@ -183,7 +201,7 @@ def _claim(folder: Path, key: str) -> None:
     mark = folder / "key"
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
-    others = [path for path in folder.glob(_part("*")) if _own(path.name)]
+    others = [path for path in folder.glob(part_name("*")) if own(path.name)]
     if others:
         log.warning("%d parts in %s were made from other inputs or options; they are discarded", len(others), folder)
     for path in others:
@@ -191,23 +209,24 @@ def _claim(folder: Path, key: str) -> None:
     write_text(mark, key)
 
 
-_OWN = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl)((\.llmrec)?\.draft)?|answers\.sqlite.*")
+_OWN = re.compile(r"\.lock|\.?(key|part-[0-9]{8}\.jsonl|shard\.json)((\.llmrec)?\.draft)?|answers\.sqlite.*")
 
 
-def _own(name: str) -> bool:
+def own(name: str) -> bool:
     """Whether a file of this name in a folder of parts is one that ranking writes there."""
     return _OWN.fullmatch(name) is not None
 
 
-def _empty(folder: Path) -> None:
+def empty(folder: Path) -> None:
+    """Remove what ranking wrote into a folder of parts, but its lock."""
     for path in folder.iterdir():
-        if path.name != LOCK and _own(path.name) and (path.is_symlink() or path.is_file()):
+        if path.name != LOCK and own(path.name) and (path.is_symlink() or path.is_file()):
             path.unlink()
 
 
-def _remove(folder: Path) -> None:
+def remove(folder: Path) -> None:
     """Remove a folder of parts; what somebody else put there since stays, and the folder with it."""
-    _empty(folder)
+    empty(folder)
     others = [path.name for path in folder.iterdir() if path.name != LOCK]
     if others:
         log.warning("%s is kept, since it holds files that llmrec did not write: %s", folder, ", ".join(others[:3]))
@@ -216,19 +235,39 @@ def _remove(folder: Path) -> None:
     folder.rmdir()
 
 
-def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Mapping[str, Any]:
-    _claim(options.parts, key)
-    budget = recommender.budget
-    tally, form = Tally(), options.layout
-    earlier: dict[bytes, int] = {}
-    owners: dict[str, int] = {}
-    total = source.rows if options.limit is None else min(source.rows, options.limit)
-    number = 0
-    with budget.stage("reading"), RankBar(total) as bar:
-        rows = islice(source, total)
-        while raws := list(islice(rows, max(PART, options.batch))):
-            lines = [Row.of(raw, tally.lines + n, earlier) for n, raw in enumerate(raws, start=1)]
-            path = options.parts / _part(number)
+def rank_parts(
+    options: RankOptions,
+    source: RequestFile,
+    recommender: Ranker,
+    folder: Path,
+    key: str,
+    tally: Tally,
+    shard: Shard | None = None,
+) -> Iterator[list[Ranked]]:
+    """Rank part after part, and keep each in a folder; one that lies there already is not ranked again.
+
+    Args:
+        options: What is asked for.
+        source: The requests.
+        recommender: What ranks them.
+        folder: Where parts are kept.
+        key: Hash of every input; parts that others gave are dropped.
+        tally: Where records are counted.
+        shard: Rank the parts of one shard alone; ids of the rows before it are read, since one may stand twice.
+    """
+    _claim(folder, key)
+    budget, earlier = recommender.budget, dict[bytes, int]()
+    total, size = part_sizes(options, source)
+    parts = (shard or Shard(1, 1)).chunks(total, size)
+    rows = islice(source, total)
+    mine = max(0, min(total, parts.stop * size) - parts.start * size)
+    with budget.stage("reading"), RankBar(mine) as bar:
+        for number in range(parts.stop if parts else 0):
+            raws = list(islice(rows, size))
+            lines = [Row.of(raw, number * size + n, earlier) for n, raw in enumerate(raws, start=1)]
+            if number not in parts:
+                continue
+            path = folder / part_name(number)
             records = read_part(path, [raw.line for raw in raws])
             if records is not None:
                 bar.skip(len(records))
@@ -236,21 +275,36 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
             else:
                 before = budget.stages.get("ranking", 0.0)
                 with budget.stage("ranking"):
-                    answers = recommender.answer([row.asked(recommender) for row in lines], advance=bar.advance)
+                    asked = [row.asked(recommender) for row in lines]
+                    answers = recommender.answer(asked, advance=bar.advance, part=number)
                     records = [row.record(answer) for row, answer in zip(lines, answers, strict=True)]
                 write_part(path, records)
                 tally.add(records, seconds=budget.stages["ranking"] - before)
-            if form != "records":
-                _check_owners(source, records, owners)
-            number += 1
+            yield records
+
+
+def part_sizes(options: RankOptions, source: RequestFile) -> tuple[int, int]:
+    """Return how many requests are ranked, and how many of them are a part."""
+    total = source.rows if options.limit is None else min(source.rows, options.limit)
+    return total, max(PART, options.batch)
+
+
+def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Mapping[str, Any]:
+    budget, tally, form = recommender.budget, Tally(), options.layout
+    owners: dict[str, int] = {}
+    paths: list[Path] = []
+    for records in rank_parts(options, source, recommender, options.parts, key, tally):
+        if form != "records":
+            check_owners(source.path, records, owners)
+        paths.append(options.parts / part_name(len(paths)))
     with budget.stage("write"):
-        write_lists(options.target, _stored(options.parts, number), form, options.baseline or "llmrec")
-    summary = summary_of(options, source, recommender, key, tally)
+        write_lists(options.target, stored(paths), form, options.baseline or "llmrec")
+    summary = summary_of(asked_of(options, source, recommender, key), tally, budget.stages)
     write_checked(options.summary, summary)
     return summary
 
 
-def _check_owners(source: RequestFile, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
+def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
     """Refuse a second list of a user where a row of the output names the user alone.
 
     Raises:
@@ -259,18 +313,22 @@ def _check_owners(source: RequestFile, records: Sequence[Ranked], earlier: dict[
     for record in records:
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
-                f"{source.path}, line {record.line} asks for a second list of {listed(record)[:60]!r}, after line "
+                f"{source}, line {record.line} asks for a second list of {listed(record)[:60]!r}, after line "
                 f"{first}, and --form long and trec tell lists apart by the user; leave user_id out, so that the id of "
                 "the request stands for it, or write --form records",
                 kind="duplicate",
-                at=Place(str(source.path), line=record.line),
+                at=Place(str(source), line=record.line),
                 column="user_id",
             )
 
 
-def _stored(folder: Path, parts: int) -> Iterator[Ranked]:
-    for number in range(parts):
-        path = folder / _part(number)
+def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
+    """Yield the records of finished parts.
+
+    Raises:
+        LlmrecError: If one was changed since.
+    """
+    for path in paths:
         records = read_part(path)
         if records is None:
             raise LlmrecError(

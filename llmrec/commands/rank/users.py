@@ -108,7 +108,7 @@ def _refuse_others(options: RankOptions) -> None:
         DataError: If there is one.
     """
     plain = RankOptions()
-    named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
+    named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task", "shard")
     for name in (*named, *(("by",) if options.baseline is not None else ("settings",))):
         if getattr(options, name) != getattr(plain, name):
             option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")

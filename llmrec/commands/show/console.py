@@ -63,6 +63,20 @@ def finish(done: Any) -> None:
         say(f"serve it: llmrec serve {shlex.quote(str(done.folder))}")
 
 
+def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
+    """Print what became of a shard, and how its job is put together; return what it says of itself."""
+    from llmrec.experiment.shards.folders import read
+
+    done = read(folder)
+    counts = {name: f"{done.told[name]:,}" for name in ("lines", "failed", "answers", "texts") if name in done.told}
+    seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in done.told["seconds"].items())
+    rows = {**counts, "seconds": seconds, "folder": str(folder)}
+    last = f"when all {done.shard.count} are done: llmrec merge {shlex.quote(str(target))}"
+    show(f"shard {done.shard}", rows, told={"shard": {**done.told, "of": str(done.shard), "folder": folder}})
+    say(last)
+    return done.told
+
+
 def show_tables(folder: Path) -> None:
     """Print the tables of a run folder."""
     from llmrec.report.results import content_of

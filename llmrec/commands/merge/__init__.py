@@ -1,0 +1,1 @@
+"""Shards of an evaluation, and the command merge, which puts shards of any command together."""

@@ -1,0 +1,1 @@
+"""Jobs that are cut into shards: a folder each, and what is put together again."""

@@ -1,0 +1,54 @@
+"""What a shard of an evaluation asks: its share of every row's cases; the answers stay in a store of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from llmrec.experiment.engines import Engines
+from llmrec.experiment.evaluation import Evaluation
+from llmrec.experiment.resume import Budget, key_of
+from llmrec.progress import Bar
+from llmrec.records import Shard
+from llmrec.results import Arm
+
+Weights = Mapping[Arm, tuple[str, str]]
+"""Of each setting the model folder, and the hash of what lies in it."""
+
+
+def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, *, batch: int) -> str:
+    """Return a hash over all that decides what language models answer, and which questions are put together."""
+    asked = evaluation.asked(weights, engines)
+    rows = [evaluation.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in asked]
+    return key_of(rows=rows, batch=batch)
+
+
+def ask(
+    evaluation: Evaluation,
+    weights: Weights,
+    engines: Engines,
+    shard: Shard,
+    budget: Budget,
+    *,
+    batch: int,
+    quiet: bool = False,
+) -> None:
+    """Ask language models one shard of all cases.
+
+    A row is asked whole batches of its cases, so that the same questions are put together as in one process.
+
+    Args:
+        evaluation: All rows.
+        weights: What answers.
+        engines: Where backends come from; what their store holds is not asked again.
+        shard: Which piece.
+        budget: Where seconds are booked.
+        batch: Cases handed to an engine at a time.
+        quiet: Show no progress bars.
+    """
+    for spec, engine, folder, digest in evaluation.asked(weights, engines):
+        backend = engines.get(engine, folder, digest)
+        shares = [[case.request for case in shard.share(cases, batch)] for cases in evaluation.questions(spec)]
+        with budget.stage(spec.arm), Bar(spec.id, sum(map(len, shares)), quiet=quiet) as bar:
+            predictor = evaluation.strategy(spec, backend, bar.advance)
+            for requests in filter(None, shares):
+                predictor.answer(requests)

@@ -1,0 +1,214 @@
+"""Folders of shards: where they lie, what a finished one says of itself, and which ones may be put together.
+
+    TARGET.shards/2-of-4/            beside what the job makes: a file of rankings, a run folder, a store of features
+    TARGET.shards/2-of-4/shard.json  written last: command, shard, key of all inputs, checksums of the files that count
+
+A shard can be copied anywhere as a folder; nothing in it names its place.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
+from pathlib import Path
+from typing import Any, Literal, cast, get_args
+
+from llmrec import __version__
+from llmrec.durable import read_json, sha256_of, write_checked
+from llmrec.errors import LlmrecError
+from llmrec.records import Shard
+
+log = logging.getLogger(__name__)
+
+SHARD = "shard.json"
+"""In a folder of a shard: that it is finished, and of what."""
+
+Command = Literal["rank", "eval", "augment"]
+
+_AGAIN = "run the command of this shard again"
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A shard that is done.
+
+    Attributes:
+        folder: Where it lies.
+        command: What made it.
+        shard: Which it is.
+        key: Hash of every input that can change an answer; equal in all shards of a job.
+        files: The sha256 of the files that count, by name.
+        told: What the command says of its shard.
+    """
+
+    folder: Path
+    command: Command
+    shard: Shard
+    key: str
+    files: Mapping[str, str]
+    told: Mapping[str, Any]
+
+    def damaged(self) -> str | None:
+        """Return the first file that is not as it was written; None: all are."""
+        for name, digest in self.files.items():
+            path = self.folder / name
+            if not path.is_file() or sha256_of(path) != digest:
+                return name
+        return None
+
+    def refuse_other(self, key: str) -> None:
+        """Refuse a shard that was made of other inputs than those at hand.
+
+        Raises:
+            LlmrecError: If it was.
+        """
+        if self.key != key:
+            raise LlmrecError(
+                f"{self.folder} was made from another recipe, data, model, device or versions than are here "
+                f"({self.key}, here {key}); merge where the shards were made, or run them again",
+                kind="mismatch",
+                at=self.folder,
+            )
+
+
+def shards_of(target: Path) -> Path:
+    """Return the folder that holds the shards of a job."""
+    place = target if target.name not in ("", "..") else target.resolve()
+    return place.with_name(f"{place.name}.shards")
+
+
+def shard_folder(target: Path, shard: Shard) -> Path:
+    """Return the folder of one shard."""
+    return shards_of(target) / shard.name
+
+
+def finish(
+    folder: Path, command: Command, shard: Shard, key: str, files: Sequence[str], told: Mapping[str, Any]
+) -> Finished:
+    """Say that a shard is done; what is said is written in one step."""
+    found = {name: sha256_of(folder / name) for name in files}
+    values = {"llmrec": __version__, "command": command, "shard": shard.index, "of": shard.count, "key": key}
+    write_checked(folder / SHARD, {**values, "files": found, "told": told})
+    return Finished(folder, command, shard, key, found, told)
+
+
+def read(folder: Path) -> Finished:
+    """Read what a finished shard says of itself.
+
+    Raises:
+        LlmrecError: If it is not finished, or its record is damaged.
+    """
+    path = folder / SHARD
+    if not path.is_file():
+        raise LlmrecError(
+            f"{folder} holds no finished shard ({SHARD} is missing); {_AGAIN}", kind="missing-file", at=folder
+        )
+    found = read_json(path, _AGAIN)
+    try:
+        command, shard = found["command"], Shard(int(found["shard"]), int(found["of"]))
+        if command not in get_args(Command) or not 1 <= shard.index <= shard.count:
+            raise ValueError(f"{command} {shard}")
+        if any(Path(name).name != name for name in found["files"]):
+            raise ValueError("a file that counts lies elsewhere")
+        return Finished(
+            folder, cast("Command", command), shard, str(found["key"]), dict(found["files"]), dict(found["told"])
+        )
+    except (KeyError, TypeError, ValueError) as error:
+        raise LlmrecError(f"{path} is no record of a shard ({error!r}); {_AGAIN}", kind="damaged", at=path) from None
+
+
+def done_before(folder: Path, key: str) -> Finished | None:
+    """Return a shard that the same inputs gave already, if it still lies there as it was written."""
+    try:
+        found = read(folder)
+    except LlmrecError as error:
+        if error.kind != "missing-file":
+            log.warning("%s", error)
+        return None
+    if found.key != key:
+        return None
+    if (name := found.damaged()) is not None:
+        log.warning("%s was changed since it was written; it is made again", folder / name)
+        return None
+    return found
+
+
+def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
+    """Return the folders of a job's shards: those that are named, else those in `shards_of`.
+
+    Raises:
+        LlmrecError: If there are none.
+    """
+    place = shards_of(target)
+    if not folders and place.is_dir():
+        folders = sorted(path for path in place.iterdir() if path.is_dir())
+    if not folders:
+        raise LlmrecError(
+            f"there are no shards in {place}; make them with --shard, or name their folders after {target}",
+            kind="missing-file",
+            at=place,
+        )
+    return folders
+
+
+def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
+    """Return all shards of a job, in order, or refuse them.
+
+    Args:
+        target: What the job makes.
+        folders: The shards; by default those in `shards_of`.
+
+    Raises:
+        LlmrecError: If one is missing, not finished, damaged or doubled, or they are not of one job.
+    """
+    found = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
+    first = found[0]
+    for each in found:
+        _same_job(first, each)
+    for one, other in pairwise(found):
+        if one.shard == other.shard:
+            raise LlmrecError(
+                f"{one.folder} and {other.folder} are both shard {one.shard}; name each shard once",
+                kind="duplicate",
+                at=other.folder,
+            )
+    there = {each.shard.index for each in found}
+    if missing := [number for number in range(1, first.shard.count + 1) if number not in there]:
+        names = ", ".join(f"{number}/{first.shard.count}" for number in missing[:8])
+        raise LlmrecError(
+            f"{len(missing)} of {first.shard.count} shards of {target} are missing: {names}"
+            f"{' and more' if len(missing) > 8 else ''}; run them, or name their folders",
+            kind="missing-file",
+            at=shards_of(target),
+        )
+    for each in found:
+        if (name := each.damaged()) is not None:
+            raise LlmrecError(
+                f"{each.folder / name} is not as shard {each.shard} wrote it; {_AGAIN}, or copy the folder once more",
+                kind="damaged",
+                at=each.folder / name,
+            )
+    return found
+
+
+def _same_job(first: Finished, other: Finished) -> None:
+    """Refuse shards of two jobs.
+
+    Raises:
+        LlmrecError: If they are.
+    """
+    for what, one, two in (
+        ("command", f"llmrec {first.command}", f"llmrec {other.command}"),
+        ("number of shards", first.shard.count, other.shard.count),
+        ("inputs or options", first.key, other.key),
+    ):
+        if one != two:
+            raise LlmrecError(
+                f"{first.folder} and {other.folder} are no shards of one job: their {what} differ ({one}, {two}); "
+                "move away those that do not belong here, or name the others",
+                kind="mismatch",
+                at=other.folder,
+            )
