@@ -222,7 +222,8 @@ def _answers_key(recipe: Recipe, planned: Plan) -> str:
     engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, Budget(), None)
     engine = engines.engine_for("text")
     made = {kind: asdict(_provenance(recipe, planned, kind)) for kind in planned.asked}
-    return key_of(made=made, asked=engines.identity(engine, _weights(engine, planned)), batch=recipe.eval.batch)
+    asked = engines.identity(engine, _weights(engine, planned))
+    return key_of(made=made, asked=asked, section=_section(recipe).model_dump(mode="json"), batch=recipe.eval.batch)
 
 
 def _weights(engine: str, planned: Plan) -> str:

@@ -157,7 +157,7 @@ def test_a_server_that_dies_and_comes_back_costs_no_answer(
 def test_faults_of_several_servers_mix_nothing_up(tmp_path: Path) -> None:
     with ExitStack() as stack:
         servers = [stack.enter_context(running(Behaviour(share=0.3, stall=3.0, seed=n))) for n in range(3)]
-        backend = cached(AnswerStore(tmp_path / "answers.sqlite"), section(urls(servers), timeout=0.5))
+        backend = cached(AnswerStore(tmp_path / "answers.sqlite"), section(urls(servers), attempts=60))
         prompts = questions(90)
         assert wrong(backend.generate(prompts, max_tokens=ROOM), prompts) == []
         backend.close()

@@ -67,14 +67,14 @@ def evaluate_shard(
         key = _key_of(session, training, home)
         if done_before(folder, key):
             log.warning("shard %s is complete already", shard)
-            return folder
-        if training is not None:
-            log.warning("a shard trains nothing: the tuned model is that of %s", home)
-        with session.asking(training, home) as (weights, engines):
-            ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet)
-        with closing(AnswerStore(folder / ANSWERS)) as store:
-            told = {"answers": len(store), "seconds": dict(budget.stages)}
-        finish(folder, "eval", shard, key, [STORED, ANSWERS], told)
+        else:
+            if training is not None:
+                log.warning("a shard trains nothing: the tuned model is that of %s", home)
+            with session.asking(training, home) as (weights, engines):
+                ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet)
+            with closing(AnswerStore(folder / ANSWERS)) as store:
+                told = {"answers": len(store), "seconds": dict(budget.stages)}
+            finish(folder, "eval", shard, key, [STORED, ANSWERS], told)
         for name in _SPARE:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
@@ -111,4 +111,4 @@ def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) 
 
 def _key_of(session: Session, training: Trained | None, home: Path) -> str:
     with session.asking(training, home, remembers=False) as (weights, engines):
-        return answers_key(session.evaluation(), weights, engines, batch=session.study.recipe.eval.batch)
+        return answers_key(session.evaluation(), weights, engines, session.study.recipe)

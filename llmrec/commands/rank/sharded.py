@@ -43,7 +43,7 @@ _FRESH = ("fresh", "fresh_ranked", "fresh_tokens")
 
 
 def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = None) -> Path:
-    """Rank one shard of a file of requests into a folder beside the output; a killed call goes on where it was.
+    """Rank one shard of a file of requests into a folder beside the output; a killed call resumes.
 
     Args:
         options: As for the whole file; ``out`` is the file that `merge_rank` writes.

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.evaluation import Evaluation
 from llmrec.experiment.resume import Budget, key_of
 from llmrec.progress import Bar
+from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.results import Arm
 
@@ -15,11 +17,15 @@ Weights = Mapping[Arm, tuple[str, str]]
 """Of each setting the model folder, and the hash of what lies in it."""
 
 
-def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, *, batch: int) -> str:
-    """Return a hash over all that decides what language models answer, and which questions are put together."""
+# Of a recipe: where things lie on a machine, and what the keys of rows say already, by content.
+_PLACES: Any = {name: True for name in ("name", "model", "data", "reviews", "prompts")} | {"eval": {"server"}}
+
+
+def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, recipe: Recipe) -> str:
+    """Return a hash over all that decides what language models answer and what is made of it."""
     asked = evaluation.asked(weights, engines)
     rows = [evaluation.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in asked]
-    return key_of(rows=rows, batch=batch)
+    return key_of(rows=rows, recipe=recipe.model_dump(mode="json", exclude=_PLACES))
 
 
 def ask(
