@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -50,6 +50,7 @@ help:
 	@echo "make bench-remote     ask a server that fails on purpose, and kill the client, eval/results/remote.json"
 	@echo "make bench-schema     ask a service whatever its OpenAPI document allows and does not, eval/results/serve_schema.json"
 	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
+	@echo "make bench-processes  one training process beside two, one of them killed, eval/results/processes.json"
 	@echo "make bench-serving    load a service with locust, break and swap its engine, eval/results/serving.json"
 	@echo "make campaign     hand malformed inputs to everything that reads what a user names, eval/results/campaign.json"
 	@echo "make gpu-check    on a machine with a GPU: fifteen checks, eval/results/gpu.json, docs/gpu.md; what passed is kept"
@@ -207,6 +208,9 @@ gpu-check:
 
 bench-prefixes: setup
 	$(BIN)/python -m eval.benchmarks.prefixes eval/results/prefixes.json
+
+bench-processes: setup
+	$(BIN)/python -m eval.benchmarks.processes eval/results/processes.json
 
 # LLMREC_DATA is the folder that holds amazon14_toys.
 bench-cold: setup

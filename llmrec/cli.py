@@ -184,13 +184,25 @@ def index(
 
 
 @app.command()
-def train(recipe: RecipePath, overrides: Overrides = None, out: Out = None) -> None:
-    """Train and merge only; `run` and `eval` reuse the result."""
-    from llmrec import pipeline
+def train(
+    context: typer.Context,
+    recipe: RecipePath,
+    overrides: Overrides = None,
+    out: Out = None,
+    launch: Annotated[
+        int | None, typer.Option("--launch", min=1, metavar="N", help="Train in N processes of this machine.")
+    ] = None,
+) -> None:
+    """Train and merge only; `run` and `eval` reuse the result.
 
-    record = pipeline.train(_recipe(recipe, overrides), out)
-    shown = ("method", "steps", "tokens", "target_tokens", "seconds", "tokens_per_second", "adapter_sha256")
-    show("training", {name: record[name] for name in shown}, short)
+    torchrun and accelerate launch can start it too, also on several machines: see docs/scaling.md.
+    """
+    from llmrec.commands.launching import train
+
+    words = ["train", recipe, *(overrides or ()), *common.said(context.meta)]
+    record = train(_recipe(recipe, overrides), out, words, launch)
+    shown = ("method", "steps", "tokens", "target_tokens", "processes", "distributed", "seconds", "tokens_per_second")
+    show("training", {name: record[name] for name in (*shown, "adapter_sha256") if name in record}, short)
 
 
 @app.command("eval")

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from llmrec import processes
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
@@ -34,7 +35,7 @@ from llmrec.experiment.shards.asking import Weights
 from llmrec.experiment.study import Study, build_study, folder_of
 from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
-from llmrec.models.load import load_tokenizer, quiet_libraries, resolve, weights_stamp
+from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.progress import Bar
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored
 from llmrec.recipe.paths import both_places
@@ -105,6 +106,7 @@ def run(
     """
     if isinstance(out, Mapping):
         overrides, out = out, None
+    processes.alone("llmrec run")
     recipe = as_recipe(recipe, overrides)
     folder = folder_of(recipe, Path(out) if out is not None else None)
     with locked(folder, RUN):
@@ -166,11 +168,22 @@ def check(
 
 
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> Trained:
-    """Only train; returns the training record."""
+    """Only train; returns the training record.
+
+    In several processes, as torchrun starts them, the first one writes the folder, and the others read what it found.
+    """
+    from llmrec.train.world import joined
+
     folder = folder_of(recipe, out)
-    with locked(folder, RUN):
-        works_in(folder)
-        return open_session(recipe, folder, quiet=quiet, trains=True).train()
+    with joined(device(recipe.model)) as world:
+        if not world.first:
+            world.wait()
+            return _beside(recipe, folder).train()
+        with locked(folder, RUN):
+            works_in(folder)
+            session = open_session(recipe, folder, quiet=quiet, trains=True)
+            world.wait()
+            return session.train()
 
 
 def fuse(runs: Sequence[Path], out: Path) -> Run:
@@ -365,6 +378,13 @@ def open_session(
                 study.aligned.save(draft)
         item_index = index_report.write_run(study, folder)
     return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet, item_index)
+
+
+def _beside(recipe: Recipe, folder: Path) -> Session:
+    """Open a session whose folder another process has opened, without writing there."""
+    quiet_libraries()
+    budget, study = Budget(quiet=True), build_study(recipe)
+    return Session(study, _opened(study, folder, budget), folder, budget, quiet=True)
 
 
 def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:

@@ -135,6 +135,8 @@ class Training(Record):
     total_parameters: int | None = None
     log: tuple[LogLine, ...] = ()
     judged: Judged | None = None
+    processes: int = 1
+    distributed: str = "no"
     adapter_sha256: str | None = None
     merged_sha256: str | None = None
 

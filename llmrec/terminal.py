@@ -120,6 +120,23 @@ def apart() -> Iterator[None]:
             _close(ended)
 
 
+@contextmanager
+def heard() -> Iterator[None]:
+    """Let processes that are started in the block say what they have to say where `err` goes; they answer into the log.
+
+    It is for llmrec's own commands, which keep libraries apart themselves.
+    """
+    if _now is None:
+        yield
+        return
+    _flush()
+    os.dup2(_now.err.fileno(), 2)
+    try:
+        yield
+    finally:
+        _now.turn()
+
+
 def _standard() -> bool:
     """Whether Python's streams write to the standard descriptors; a notebook and a test have others."""
     try:

@@ -13,13 +13,14 @@ import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Annotated, Any, Literal, TextIO
 
 import typer
 from typer.core import TyperCommand, TyperGroup
 from typer.main import get_command
 
-from llmrec import __version__, progress, terminal
+from llmrec import __version__, processes, progress, terminal
 from llmrec.commands.ending import fix_of, told_of_signals
 from llmrec.commands.show.console import as_json, facts
 from llmrec.errors import ErrorKind
@@ -81,6 +82,13 @@ def _options(
     """Take the options that every command has; `_Shared` adds them."""
 
 
+def said(meta: Mapping[str, Any]) -> list[str]:
+    """Return the options of every command that were given, for the same command in another process; not ``--json``."""
+    level = meta.get("llmrec.log_level")
+    flags = [f"--{name}" for name in ("verbose", "quiet") if meta.get(f"llmrec.{name}")]
+    return [*flags, *(["--log-level", level] if level else [])]
+
+
 _holder = typer.Typer(add_completion=False)
 _holder.command()(_options)
 _OPTIONS = get_command(_holder).params
@@ -134,11 +142,12 @@ class _Voice(logging.Handler):
 
 
 def _heed(meta: Mapping[str, Any]) -> None:
-    quiet = bool(meta.get("llmrec.quiet"))
+    # Of several processes of a command one speaks.
+    quiet = bool(meta.get("llmrec.quiet")) or processes.rank() > 0
     if quiet:
         os.environ.update({name: value for name, value in _SILENT.items() if name == QUIET or name not in os.environ})
         warnings.simplefilter("ignore")
-    level: Level = meta.get("llmrec.log_level") or (
+    level: Level = (not processes.rank() and meta.get("llmrec.log_level")) or (
         "error" if quiet else "info" if meta.get("llmrec.verbose") else "warning"
     )
     # Other libraries say at most what they warn of.
@@ -153,7 +162,13 @@ def _heed(meta: Mapping[str, Any]) -> None:
 
 
 def main(app: typer.Typer) -> None:
-    """Run the command line; expected failures are one paragraph, or an ``error`` in JSON, and exit with 2."""
+    """Run the command line; expected failures are one paragraph, or an ``error`` in JSON, and exit with 2.
+
+    Of several processes that a launcher started the first one answers, and the first that fails says why.
+    """
+    if processes.rank():
+        with Path(os.devnull).open("wb") as nowhere:
+            os.dup2(nowhere.fileno(), 1)
     with told_of_signals():
         if _asks_for_json(sys.argv[1:]):
             with _aside() as out:
@@ -164,6 +179,8 @@ def main(app: typer.Typer) -> None:
             app(obj=_MAIN)
         except Exception as error:
             wrong = fix_of(error)
+            if not processes.begins_to_tell():
+                sys.exit(2 if wrong else 1)
             _last_words(wrong.kind if wrong else "defect")
             if wrong is None:
                 raise

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from llmrec import terminal
+from llmrec import processes, terminal
 from llmrec.durable import WRITING
 from llmrec.errors import ErrorKind, LlmrecError
 from llmrec.progress import under_way
@@ -97,7 +97,8 @@ def told_of_signals() -> Iterator[None]:
         if os.getpid() != owner:  # a fork that inherited this
             os.kill(os.getpid(), number)
             return
-        os.write(_error_stream(), last_line(sys.argv[1:], ended=number != signal.SIGINT).encode())
+        if not processes.rank():
+            os.write(_error_stream(), last_line(sys.argv[1:], ended=number != signal.SIGINT).encode())
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         os._exit(128 + number)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from llmrec import __version__
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.durable import replacing, write_checked, write_text
-from llmrec.errors import RecipeError, require
+from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.row_specs import listing
@@ -299,20 +299,28 @@ def train_stage(
     study: Study, encoder: Encoder, base: str, folder: Path, budget: Budget, *, quiet: bool = False
 ) -> dict[str, Any]:
     """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
-    done = trained(study, base, folder)
-    if done is not None:
+    from llmrec.train.world import here, refuse_different
+
+    world, key = here(), training_key(study, base)
+    refuse_different(world, key, "training data, model or recipe")
+    done = trained(study, base, folder) if world.first else None
+    if world.agree(done is not None):
         log.info("training: reusing %s", folder / "adapter")
-        return done
-    key = training_key(study, base)
-    # A record must never vouch for weights of another run that was killed half-way.
-    (folder / "train.json").unlink(missing_ok=True)
+        return done or _stored(folder, key)
+    if world.first:
+        # A record must never vouch for weights of another run that was killed half-way.
+        (folder / "train.json").unlink(missing_ok=True)
     with budget.stage("plan"):
         paired = is_paired(load_config(base, study.recipe.model))
         planned = plan_training(study, encoder, paired=paired)
+        refuse_different(world, planned.steps.digest(), "training rows")
     with budget.stage("train"):
-        judge = Judge.of(study, encoder)
+        judge = Judge.of(study, encoder) if world.first else None
         training = _train(study, encoder, base, folder, planned, key, judge=judge, quiet=quiet)
     budget.add("train", training.seconds_before)
+    if not world.first:
+        world.wait()
+        return _stored(folder, key)
     with budget.stage("merge"):
         _merge(study, encoder, base, folder)
     told = asdict(training)
@@ -333,7 +341,21 @@ def train_stage(
         "merged_sha256": weights_stamp(str(folder / "merged")),
     }
     write_checked(folder / "train.json", record)
+    world.wait()
     return record
+
+
+def _stored(folder: Path, key: str) -> dict[str, Any]:
+    """Return the record that the first of several processes has just written."""
+    found = read_stage(folder / "train.json", key, _record_of)
+    if found is None:
+        raise LlmrecError(
+            f"{folder / 'train.json'} was written by the first process, and this one does not see it; put the run "
+            "folder on storage that all machines share",
+            kind="missing-file",
+            at=folder,
+        )
+    return found
 
 
 @told_of_full_memory("training", TRAINING, "train.batch_tokens")
@@ -349,9 +371,11 @@ def _train(
     quiet: bool,
 ) -> Training:
     from llmrec.train import lora, sft
+    from llmrec.train.world import here
 
     section = study.recipe.train
-    _clear_foreign(folder, key)
+    if here().first:
+        _clear_foreign(folder, key)
     names = study.index.vocabulary if study.index is not None else ()
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
     # Adapters and heads start from random weights.

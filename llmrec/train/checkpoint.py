@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,27 +18,33 @@ from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
 from llmrec.durable import refuse_link, verifies
+from llmrec.train.world import World
 
 # What the Trainer continues from beside weights; it has torch load these, and nothing else of a checkpoint.
-_STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state.pth")
+_STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "optimizer.bin", "pytorch_model_fsdp.bin")
+OF_FSDP = "pytorch_model_fsdp.bin"
+"""What the Trainer's checkpoints have under FSDP alone."""
 
 log = logging.getLogger(__name__)
 
 
 class OnSave(TrainerCallback):  # type: ignore[misc]
-    """Does something with each checkpoint that was just saved: writes more into it, or seals it after its last file.
+    """Does something with each checkpoint that was just saved: writes more into it, and seals it after its last file.
 
     Args:
-        work: Handed the checkpoint's folder. Of several callbacks the first is called first.
+        works: Each is handed the checkpoint's folder, one after the other.
+        world: The processes that train; each saves its own random states, and the first one does the rest.
     """
 
-    def __init__(self, work: Callable[[Path], None]) -> None:
-        self._work = work
+    def __init__(self, works: Sequence[Callable[[Path], None]], world: World) -> None:
+        self._works, self._world = works, world
 
     def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Do it, in one process of many."""
-        if state.is_world_process_zero:
-            self._work(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+        self._world.wait()
+        if self._world.first:
+            for work in self._works:
+                work(Path(args.output_dir) / f"checkpoint-{state.global_step}")
 
 
 def checkpoints(folder: Path) -> list[Path]:
@@ -68,15 +74,13 @@ def _unloadable(checkpoint: Path) -> str:
 
     Whoever can seal a folder can put pickled objects into it. The Trainer refuses them too, by ending.
     """
-    for name in _STATES:
-        file = checkpoint / name
+    for file in sorted(file for name in _STATES for file in checkpoint.glob(name)):
         try:
             with safe_globals():
-                if file.is_file():
-                    torch.load(file, map_location="cpu", weights_only=True, mmap=file.suffix == ".pt")
+                torch.load(file, map_location="cpu", weights_only=True, mmap=file.suffix == ".pt")
         except Exception as error:
             reason = next(iter(str(error).splitlines()), type(error).__name__)[:100]
-            return f"holds {name}, which is no plain state ({reason}),"
+            return f"holds {file.name}, which is no plain state ({reason}),"
     return ""
 
 

@@ -21,6 +21,7 @@ from llmrec.train.batches import laid_out
 from llmrec.train.best import Best
 from llmrec.train.loss import StateLoss, rows_loss
 from llmrec.train.precision import mixed_precision
+from llmrec.train.world import World, through
 
 
 class Follow(TrainerCallback):  # type: ignore[misc]
@@ -38,7 +39,11 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         quiet: bool,
         by: StateLoss | None = None,
         best: Best | None = None,
+        world: World,
     ) -> None:
+        self._world = world
+        # Where weights are divided among processes, none can ask the model alone.
+        self.everybody = False
         self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self._best = best
@@ -49,7 +54,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._spent = 0.0
         self._steps_timed = 0
         self._step_start = 0.0
-        self._bar = Bar("train", steps, unit="steps", quiet=quiet)
+        self._bar = Bar("train", steps, unit="steps", quiet=quiet or not world.first)
 
     def open(self, *, resumed: bool) -> None:
         """Start a new log, or read back the one that a resumed run continues."""
@@ -57,7 +62,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             self.records = [
                 record for line in self._file.read_text(encoding="utf-8").splitlines() if (record := _read(line))
             ]
-        else:
+        elif self._world.first:
             write_text(self._file, "")
 
     def speed(self) -> float:
@@ -69,7 +74,8 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what the log holds beyond the checkpoint, and measure the loss before the first step."""
         self.records = [record for record in self.records if record["step"] <= state.global_step]
-        write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
+        if self._world.first:
+            write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
         self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
         self._bar.start()
         if self._best is not None:
@@ -116,8 +122,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 **looks,
             }
         )
-        if self._best is not None and self._best.done:
-            control.should_training_stop = True
+        # What one process alone has measured decides for all.
+        if self._section.judge is not None:
+            control.should_training_stop |= bool(self._world.agree(self._best is not None and self._best.done))
         self._bar.reach(step, f"loss {float(logs['loss']):.3f}  {self.speed():,.0f} tokens/s")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -128,11 +135,15 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         record["tokens_per_second"] = self.speed()
         record["seconds"] = self.before + time.monotonic() - self._begin
         self.records.append(record)
+        if not self._world.first:
+            return
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
     def _looks(self, step: int, model: Any) -> dict[str, object]:
-        """Return what is measured on the validation split where it is due."""
+        """Return what is measured on the validation split, by one process, for which the others wait."""
+        if not (self._world.first or self.everybody):
+            return dict(self._unlooked())
         found: dict[str, object] = {"valid_loss": self._losses(model)}
         if self._best is not None:
             training = model.training
@@ -156,13 +167,16 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 for start in range(0, len(rows), 8):
                     laid = laid_out(model, rows[start : start + 8], self._pad)
                     inputs = {name: torch.tensor(values, device=model.device) for name, values in laid.items()}
-                    with mixed_precision(model):
-                        loss, n = rows_loss(model, inputs, self._by)
+                    loss, n = through(model, self._summed, inputs)
                     total, count = total + float(loss), count + n
                 if count:
                     losses[task] = total / count
         model.train(was_training)
         return losses
+
+    def _summed(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, float]:
+        with mixed_precision(model):
+            return rows_loss(model, inputs, self._by)
 
 
 def _read(line: str) -> dict[str, Any] | None:

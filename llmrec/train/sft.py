@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
@@ -21,16 +20,16 @@ from trl import SFTConfig, SFTTrainer
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.durable import replacing, seal
-from llmrec.errors import RecipeError
+from llmrec.errors import LlmrecError, RecipeError
 from llmrec.models.load import has_cuda
 from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.traits import takes_block_mask
-from llmrec.models.whole_words import save_words
+from llmrec.models.whole_words import save_words, words_of
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
 from llmrec.train.batches import laid_out, padded
 from llmrec.train.best import Best
-from llmrec.train.checkpoint import OnSave, keep_newest, newest
+from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
 from llmrec.train.follow import Follow
 from llmrec.train.loss import StateLoss, label_loss, list_loss, packed_loss, rows_loss
 from llmrec.train.packing import stack, tree
@@ -39,8 +38,13 @@ from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
 from llmrec.train.whole_words import restore_words
+from llmrec.train.world import SHARDED, World, here, kind_asked, refuse_other, refuse_sharding, through
+from llmrec.train.world import told as tell_world
 
 log = logging.getLogger(__name__)
+
+# Marks what is laid out for a process that has nothing to do: its loss counts nothing.
+_IDLE = "idle"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,7 +52,8 @@ class Training:
     """What a training run did.
 
     ``seconds`` counts what killed invocations spent up to the checkpoint that was gone on from, ``seconds_before``.
-    ``kept_step`` is the step whose adapter was kept, where validation decided that.
+    ``kept_step`` is the step whose adapter was kept, where validation decided that. ``processes`` is how many trained,
+    and ``distributed`` as what, in accelerate's words.
     """
 
     method: str
@@ -62,6 +67,8 @@ class Training:
     total_parameters: int
     log: list[dict[str, Any]]
     adapter_sha256: str
+    processes: int = 1
+    distributed: str = "no"
     kept_step: int | None = None
 
 
@@ -70,6 +77,15 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
 
     by: StateLoss | None = None
     listwise: Listwise | None = None
+    world: World = World()
+
+    def get_train_dataloader(self) -> Any:
+        """Return the planned steps in an order that does not depend on processes: each takes its share of every one."""
+        loader = super().get_train_dataloader()
+        if self.world.size > 1:
+            # accelerate hands out whole batches in turn; transformers undoes that in the same way for its own sampler.
+            loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
+        return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
         """Return the schedule of the recipe, whose warm-up ends at the full learning rate and does not begin at 0.
@@ -86,30 +102,25 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     def compute_loss(
         self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
-        """Return the mean loss over the step's targets, each counted as its row says, or over its lists."""
+        """Return the mean loss over the step's targets, each counted as its row says, or over its lists.
+
+        Of several processes each returns its part times their number, since gradients and logged losses are then
+        averaged over them: the mean of these is the loss of one process that has the whole step.
+        """
+        share = {name: value for name, value in inputs.items() if name != _IDLE}
+        total, count = through(model, self._summed, share)
+        if _IDLE in inputs:  # a step too small for all
+            total, count = total * 0.0, 0.0
+        loss = total * self.world.size / (self.world.total(count, total.device) or 1)
+        return (loss, {}) if return_outputs else loss
+
+    def _summed(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, float]:
+        """Return the summed loss and what its targets, or lists, count."""
         with mixed_precision(model):
             if self.listwise is not None:
                 lists = self.listwise
-                total, count = list_loss(model, inputs, lists.size, lists.loss, lists.temperature)
-            else:
-                total, count = (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
-        loss = total / (count or 1)
-        return (loss, {}) if return_outputs else loss
-
-
-def _one_process() -> None:
-    """Refuse to be one of several processes.
-
-    Raises:
-        RecipeError: If a launcher started several: gradients would not be summed, and each would write the run folder.
-    """
-    processes = os.environ.get("WORLD_SIZE", "1")
-    if processes not in ("", "0", "1"):
-        raise RecipeError(
-            f"training runs in one process on one GPU, and WORLD_SIZE={processes} says that a launcher started "
-            "several; start llmrec without torchrun or accelerate launch",
-            kind="unsupported",
-        )
+                return list_loss(model, inputs, lists.size, lists.loss, lists.temperature)
+            return (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
 
 
 def train(
@@ -147,7 +158,7 @@ def train(
             None: that of the last step is.
         listwise: Rows are lists of candidates, planned as such, and have a loss over these.
     """
-    _one_process()
+    world = here()
     started = time.monotonic()
     widen(model)
     if steps and steps[0].bins:
@@ -157,32 +168,39 @@ def train(
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(save_words, model)]
     kept += [] if head is None else [partial(save_head, head)]
-    saving: list[Callable[[Path], None]] = [*kept, seal, partial(keep_newest, section.keep_checkpoints)]
+    saving = OnSave([*kept, seal, partial(keep_newest, section.keep_checkpoints)], world)
     sizes = [(step.tokens, step.targets) for step in steps]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
 
-    def write(tuned: Any, draft: Path) -> None:
-        tuned.save_pretrained(draft)
+    def write(tuned: Any, draft: Path, **weights: Any) -> None:
+        tuned.save_pretrained(draft, **weights)
         for save in kept:
             save(draft)
 
     patience = section.judge.patience if section.judge else None
-    best = Best(folder / "best", patience, judge, write) if judge is not None else None
+    best = Best(folder / "best", patience, judge, write) if judge is not None and world.first else None
     log_file = folder / "train_log.jsonl"
-    follow = Follow(len(steps), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=by, best=best)
+    follow = Follow(len(steps), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=by, best=best, world=world)
+    device = device or ("cuda" if has_cuda() else "cpu")
     with adapters_as_they_are(model):
         trainer = LabelRowTrainer(
             model=model,
-            args=_config(section, folder, len(steps), seed, device or ("cuda" if has_cuda() else "cpu")),
+            args=_config(section, folder, len(steps), seed, device),
             train_dataset=_numbered(steps),
             processing_class=encoder.tokenizer,
-            data_collator=partial(_batch, model, steps, pad),
+            data_collator=partial(_batch, model, steps, pad, world),
             # Trackers come after what adds validation losses to a step's log.
-            callbacks=[follow, *callbacks(chosen(section), folder), *(OnSave(work) for work in saving)],
+            callbacks=[follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
+    kind = trainer.accelerator.distributed_type.value
+    refuse_other(kind_asked(device), kind)
+    if kind == SHARDED:
+        refuse_sharding(trainer.accelerator.state.fsdp_plugin, section, plain=head is None and words_of(model) is None)
+    follow.everybody = kind == SHARDED
+    tell_world(world, kind)
     trainer.remove_callback(PrinterCallback)
-    trainer.by, trainer.listwise = by, listwise
-    checkpoint = newest(folder / "checkpoints")
+    trainer.by, trainer.listwise, trainer.world = by, listwise, world
+    checkpoint = _checkpoint(folder / "checkpoints", world, sharded=kind == SHARDED)
     if checkpoint is not None:
         restore_words(model, checkpoint)
     if head is not None and checkpoint is not None:
@@ -194,13 +212,16 @@ def train(
     trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     parameters = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
     adapter = folder / "adapter"
-    with replacing(adapter) as draft:
-        if head is not None:
-            detach(model)
-        if best is not None:
-            best.copy_to(draft)
-        else:
-            write(model, draft)
+    whole = {"state_dict": trainer.accelerator.get_state_dict(trainer.model)} if kind == SHARDED else {}
+    if world.first:
+        with replacing(adapter) as draft:
+            if head is not None:
+                detach(model)
+            if best is not None:
+                best.copy_to(draft)
+            else:
+                write(model, draft, **whole)
+    world.wait()
     # Where validation ended it, the rest of the planned steps were not taken.
     sizes = sizes[: follow.records[-1]["step"]]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
@@ -217,6 +238,8 @@ def train(
         total_parameters=sum(size for size, _ in parameters),
         log=follow.records,
         adapter_sha256=weights_sha256(adapter),
+        processes=world.size,
+        distributed=kind.lower() if kind == "NO" else kind,
         kept_step=None if best is None else best.step,
     )
 
@@ -264,15 +287,49 @@ def weights_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
+    """Return the checkpoint that all processes go on from; the first one looks, and removes what is torn.
+
+    Raises:
+        LlmrecError: If it is one of FSDP and this training is not, or the other way round.
+    """
+    found = newest(folder) if world.first else None
+    step = world.agree(int(found.name.rpartition("-")[2]) if found is not None else -1)
+    if step < 0:
+        return None
+    checkpoint = folder / f"checkpoint-{step}"
+    if (checkpoint / OF_FSDP).is_file() != sharded:
+        raise LlmrecError(
+            f"{checkpoint} was saved {'without' if sharded else 'with'} FSDP and can only be continued so; start the "
+            f"training as before, in any number of processes, or remove {folder}",
+            kind="mismatch",
+            at=checkpoint,
+        )
+    return checkpoint
+
+
 def _numbered(steps: Sequence[Step]) -> Any:
     """Planned steps as the dataset that TRL asks for: their numbers, since a step is laid out when its turn comes."""
     return Dataset.from_dict({"step": range(len(steps))})
 
 
-def _batch(model: Any, steps: Sequence[Step], pad: int, items: Sequence[Mapping[str, int]]) -> dict[str, Any]:
-    """Lay out one optimiser step."""
+def _batch(
+    model: Any, steps: Sequence[Step], pad: int, world: World, items: Sequence[Mapping[str, int]]
+) -> dict[str, torch.Tensor]:
+    """Lay out one optimiser step, or the share of it that this process has."""
     (item,) = items
     step = steps[item["step"]]
+    if world.size == 1:
+        return _laid(model, step, pad)
+    parts = step.split(world.size)
+    if parts[world.rank].rows:
+        return _laid(model, parts[world.rank], pad)
+    # Every process computes something: gradients are summed once all have theirs.
+    shortest = min((part for part in parts if part.rows), key=lambda part: part.tokens)
+    return _laid(model, shortest, pad) | {_IDLE: torch.ones(())}
+
+
+def _laid(model: Any, step: Step, pad: int) -> dict[str, torch.Tensor]:
     if step.bins:
         laid = asdict(stack([tree(each.rows, each.band) for each in step.bins], pad))
     else:

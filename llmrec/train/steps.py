@@ -16,6 +16,7 @@ from typing import overload
 import numpy as np
 
 from llmrec.backends.encode import IGNORED, TokenRow
+from llmrec.durable import checksum
 from llmrec.train.packing import Bin
 
 
@@ -44,6 +45,23 @@ class Step:
     def targets(self) -> int:
         """Tokens with loss."""
         return sum(row.targets for row in self.rows)
+
+    def split(self, count: int) -> list[Step]:
+        """Return the step in parts of about equal tokens, the longest first to whoever has least.
+
+        Args:
+            count: How many parts. Where there are fewer rows, or masked rows, some are empty.
+        """
+        sizes = [each.columns for each in self.bins] or [len(row.ids) for row in self.rows]
+        loads, parts = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
+        for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
+            least = loads.index(min(loads))
+            loads[least] += sizes[n]
+            parts[least].append(n)
+        if not self.bins:
+            return [Step(tuple(self.rows[n] for n in sorted(part))) for part in parts]
+        chosen = [tuple(self.bins[n] for n in sorted(part)) for part in parts]
+        return [Step(tuple(row for each in bins for row in each.rows), bins) for bins in chosen]
 
 
 class RowTable:
@@ -123,6 +141,12 @@ class Steps(Sequence[Step]):
     def numbers(self) -> Iterator[Sequence[int]]:
         """Yield the numbers of each step's rows."""
         return (self._order[start:end] for start, end in pairwise(self._ends))
+
+    def digest(self) -> str:
+        """Return 32 hex digits over the rows' tokens and how they are divided into steps."""
+        table = self.table
+        arrays = (table._ids, table._ends, self._order, self._ends, self._sizes, array("d", self._weights))
+        return checksum(b"".join(each.tobytes() for each in arrays) + bytes(table._learned))
 
     def __len__(self) -> int:
         return len(self._ends) - 1

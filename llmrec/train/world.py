@@ -1,0 +1,285 @@
+"""The processes that train one model together: what kind of group they are, what they wait for and agree on.
+
+Each optimiser step is divided among them (`llmrec.train.steps.Step.split`), and its loss by the targets of the whole
+step, so that a gradient is that of one process. The first process alone writes: run folder, logs and trackers.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from llmrec import processes
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.progress import note
+from llmrec.recipe.schema import TrainSection
+
+SHARDED = "FSDP"
+"""accelerate's word for weights that are divided among processes."""
+# One process reads data, judges and merges while the others wait for it; the launcher ends all when one dies.
+_PATIENCE = timedelta(days=1)
+# What gloo and NCCL say when the other side of a connection is gone.
+_GONE = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket")
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """The processes of a training.
+
+    Attributes:
+        rank: The number of this one.
+        size: How many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this process writes and speaks for all."""
+        return self.rank == 0
+
+    def wait(self) -> None:
+        """Return when every process has come here."""
+        self.agree(0)
+
+    def agree(self, value: int) -> int:
+        """Return the number that the first process has; those of the others do not count."""
+        if self.size == 1:
+            return value
+        held = torch.tensor([value], dtype=torch.int64, device=PartialState().device)
+        # A sum is complete only when everybody has taken part; a broadcast would not make the first one wait.
+        torch.distributed.all_reduce(held.mul_(self.first))
+        return int(held)
+
+    def total(self, value: float, device: Any) -> float:
+        """Return the sum of a number over all processes."""
+        if self.size == 1:
+            return value
+        held = torch.tensor([value], dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(held)
+        return float(held)
+
+
+def here() -> World:
+    """Return the processes that `joined` put together; one, where it did not.
+
+    Raises:
+        RecipeError: If a launcher started several and they were not: gradients would not be summed.
+    """
+    if torch.distributed.is_initialized():
+        return World(torch.distributed.get_rank(), torch.distributed.get_world_size())
+    processes.alone("this training")
+    return World()
+
+
+@contextmanager
+def joined(device: str) -> Iterator[World]:
+    """Put the processes that a launcher started together, through accelerate.
+
+    Args:
+        device: Where they train, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        RecipeError: If they cannot be what was asked for.
+        LlmrecError: If one of them has ended while another waits for it.
+    """
+    asked = kind_asked(device)
+    if asked == "no":
+        yield World()
+        return
+    try:
+        if not torch.distributed.is_initialized():
+            PartialState._reset_state()  # what a training before this one left in the process
+        state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
+        if state.num_processes != processes.size():
+            raise _other(f"{processes.size()} processes", f"{state.num_processes}")
+        if asked != SHARDED:  # sharding begins with the trainer, which compares again
+            refuse_other(asked, state.distributed_type.value)
+        yield here()
+        torch.distributed.destroy_process_group()
+    except RuntimeError as error:
+        if processes.size() > 1 and _GONE.search(f"{type(error).__name__} {error}"):
+            raise processes.lost(processes.size()) from error
+        raise
+
+
+def kind_asked(device: str) -> str:
+    """Return what the launcher asks for, in accelerate's words; ``"no"``: nothing but this process.
+
+    Args:
+        device: Where the recipe trains, ``"cpu"`` or ``"cuda"``.
+
+    Raises:
+        RecipeError: If it is something that llmrec does not do, or that accelerate would silently not do.
+    """
+    _refuse_settings()
+    sharded = _set("ACCELERATE_USE_FSDP")
+    if sharded and device == "cpu":
+        raise RecipeError(
+            "FSDP is asked for on a CPU, where accelerate silently takes MULTI_CPU: every process would hold the "
+            "whole model; train on GPUs, or leave ACCELERATE_USE_FSDP out",
+            kind="unsupported",
+        )
+    count = processes.size()
+    if "RANK" not in os.environ or "LOCAL_RANK" not in os.environ:
+        if count > 1:
+            raise RecipeError(
+                f"the environment speaks of {count} processes (WORLD_SIZE) and not of which this one is (RANK, "
+                "LOCAL_RANK), so every one would train alone; start them with `llmrec train RECIPE --launch N`, "
+                "torchrun or accelerate launch",
+                kind="unsupported",
+            )
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_ADDR" in os.environ:
+            raise RecipeError(
+                "accelerate launch was told to start several processes on a CPU and starts one, without mpirun; use "
+                "`llmrec train RECIPE --launch N` or torchrun",
+                kind="unsupported",
+            )
+        return "no"
+    gpus, local = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if device == "cuda" and local > gpus:
+        raise RecipeError(
+            f"{local} processes were started on a machine with {gpus} GPU{'' if gpus == 1 else 's'}, and each needs "
+            "one; start fewer, or set model.device=cpu",
+            kind="unsupported",
+        )
+    return "MULTI_CPU" if device == "cpu" else SHARDED if sharded else "MULTI_GPU"
+
+
+def _refuse_settings() -> None:
+    """Refuse what accelerate can be told and llmrec does not do."""
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if precision not in ("", "no"):
+        raise RecipeError(
+            f"accelerate is told mixed_precision: {precision}, and llmrec multiplies as model.dtype says; set "
+            "mixed_precision: 'no' there, and model.dtype in the recipe",
+            kind="contradiction",
+            column="model.dtype",
+        )
+    for name in ("DEEPSPEED", "MEGATRON_LM"):
+        if _set(f"ACCELERATE_USE_{name}"):
+            raise RecipeError(
+                f"accelerate is told to use {name}, which llmrec does not train with; choose MULTI_GPU or FSDP",
+                kind="unsupported",
+            )
+
+
+def _set(name: str) -> bool:
+    return os.environ.get(name, "").lower() in ("1", "true")
+
+
+def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool) -> None:
+    """Refuse what does not go with FSDP.
+
+    Args:
+        plugin: accelerate's settings of it.
+        section: What is trained.
+        plain: It is adapters or weights of the model itself, without a rating head or whole-word embeddings.
+
+    Raises:
+        RecipeError: If the settings, or what is trained, are of another kind.
+    """
+    if plugin.fsdp_version != 2 or "FULL" not in str(plugin.state_dict_type) or plugin.cpu_ram_efficient_loading:
+        raise RecipeError(
+            "FSDP needs fsdp_version: 2, fsdp_state_dict_type: FULL_STATE_DICT and fsdp_cpu_ram_efficient_loading: "
+            "false in accelerate's configuration, as in docs/scaling.md; sharded ones hold pickled metadata, which "
+            "llmrec never reads",
+            kind="unsupported",
+        )
+    if not plain or section.judge is not None or section.method not in ("lora", "full"):
+        raise RecipeError(
+            "FSDP trains adapters (train.method=lora) or all weights (full), without train.judge, a rating head, "
+            "whole-word embeddings or a quantised base; drop these, or train with MULTI_GPU",
+            kind="unsupported",
+            column="train.method",
+        )
+
+
+def refuse_other(asked: str, obtained: str) -> None:
+    """Refuse a group of another kind than the one that was asked for.
+
+    Args:
+        asked: From `kind_asked`.
+        obtained: accelerate's word for what there is.
+
+    Raises:
+        RecipeError: If they differ.
+    """
+    if asked.lower() != obtained.lower():
+        raise _other(asked, obtained)
+
+
+def _other(asked: str, obtained: str) -> RecipeError:
+    return RecipeError(
+        f"training on {asked} was asked for, and accelerate has {obtained}; compare its configuration and the "
+        "environment (WORLD_SIZE, LOCAL_RANK, ACCELERATE_*) with docs/scaling.md",
+        kind="mismatch",
+    )
+
+
+def told(world: World, kind: str) -> None:
+    """Say how many processes train, and as what."""
+    if world.size > 1:
+        backend = torch.distributed.get_backend()
+        note(f"training: {world.size} processes, {kind} ({backend})")
+
+
+def refuse_different(world: World, digest: str, what: str) -> None:
+    """Refuse to train with a process that has something else than the first.
+
+    Args:
+        world: The processes.
+        digest: Hexadecimal digits over what must be the same.
+        what: What that is, for the error.
+
+    Raises:
+        LlmrecError: If this process is the one.
+    """
+    mine = int(digest[:15], 16)
+    if world.agree(mine) != mine:
+        raise LlmrecError(
+            f"training: process {world.rank} of {world.size} has other {what} than the first one; give all of them "
+            "the same data, recipe, model and version of llmrec",
+            kind="mismatch",
+        )
+
+
+def through(model: Any, compute: Callable[[Any, Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
+    """Return what is computed with a model, as a forward pass of whatever is around it.
+
+    DDP begins to sum gradients in its forward pass, and FSDP2 gathers the weights in that of the outermost module.
+    Losses here ask parts of a model, decoder and head, so for one call they stand in for the model's own forward.
+
+    Args:
+        model: A model, or DDP around one.
+        compute: Called with the model without anything around it, and the inputs.
+        inputs: Tensors by name, at least one.
+    """
+    inner = model.module if isinstance(model, torch.nn.parallel.DistributedDataParallel) else model
+    if inner is model and not isinstance(model, torch.distributed.fsdp.FSDPModule):
+        return compute(model, inputs)
+    before = inner.__dict__.get("forward")
+
+    def put_back() -> None:
+        inner.__dict__.pop("forward", None)
+        if before is not None:
+            inner.forward = before
+
+    def once(**given: Any) -> Any:
+        put_back()  # what is computed may ask the whole model
+        return compute(inner, given)
+
+    inner.forward = once
+    try:
+        return model(**inputs)
+    finally:
+        put_back()

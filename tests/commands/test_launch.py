@@ -1,0 +1,64 @@
+"""`llmrec train --launch`: one answer, one error, and a word where a process is killed; with real processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.recovery.kills import SMALL
+
+pytestmark = pytest.mark.slow
+
+
+def started(model: str, out: Path, *more: str) -> subprocess.Popen[str]:
+    """Begin a training in two processes."""
+    words = ["train", "recipes/quickstart.yaml", *SMALL, f"model.name={model}", *more, "--launch", "2"]
+    told = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LLMREC_FITS": "off"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "llmrec", *words, "--out", str(out)],
+        env={**os.environ, **told},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_two_processes_answer_once_and_go_on_after_one_was_killed(llama_folder: Path, tmp_path: Path) -> None:
+    out, log = tmp_path / "run", tmp_path / "run" / "train_log.jsonl"
+    killed = started(str(llama_folder), out)
+    while not (log.is_file() and len(log.read_text(encoding="utf-8").splitlines()) > 3):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.05)
+    (second,) = (each for each in psutil.Process(killed.pid).children() if each.environ().get("RANK") == "1")
+    second.send_signal(signal.SIGKILL)
+    _, said = killed.communicate(timeout=120)
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert killed.returncode == 2
+    assert "process 1 of 2 was ended by SIGKILL" in errors[-1]
+    assert "Traceback" not in said
+    assert len(errors) <= 2
+    assert not (out / "train.json").exists()
+    whole = started(str(llama_folder), out, "--json")
+    answered, said = whole.communicate(timeout=300)
+    assert whole.returncode == 0, said
+    told = json.loads(answered)["training"]
+    assert (told["processes"], told["distributed"], told["steps"]) == (2, "MULTI_CPU", 6)
+    assert "training: 2 processes, MULTI_CPU (gloo)" in said
+
+
+def test_what_is_wrong_is_said_once(tmp_path: Path) -> None:
+    wrong = started(str(tmp_path / "nowhere"), tmp_path / "run")
+    answered, said = wrong.communicate(timeout=300)
+    assert wrong.returncode == 2
+    assert answered == ""
+    lines = [line for line in said.splitlines() if not line.startswith(("data:", "model:"))]
+    assert len(lines) == 1, said
+    assert "nowhere does not exist" in lines[0]
