@@ -85,6 +85,7 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
     from llmrec.baselines.knn import ItemKNN
     from llmrec.baselines.markov import FirstOrder, Markov
     from llmrec.baselines.popular import Popularity
+    from llmrec.data.candidates import draw
     from llmrec.data.sources.table import load
     from llmrec.data.split import split
     from llmrec.data.stats import statistics
@@ -108,6 +109,9 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
         made["study"] = build_study(recipe, made["split"])
         made["requests"] = [case.request for case in made["study"].cases("sequential")]
 
+    def drawn(made: dict[str, Any]) -> None:
+        draw(made["split"], "test", recipe.eval.candidates, seed=0)
+
     def planned(made: dict[str, Any]) -> None:
         base = resolve(recipe.model, seed=0)
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
@@ -126,6 +130,7 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
         ("split", parted),
         ("statistics and fingerprints", told),
         ("tasks and candidates of 1,000 users", studied),
+        ("candidates of every user", drawn),
         ("training plan of 20 steps", planned),
         ("popularity", asked(Popularity)),
         ("markov-1", asked(FirstOrder)),
@@ -141,10 +146,19 @@ def _measure(path: Path, rows: int, out: Any) -> None:
     for name, stage in todo:
         gc.collect()
         Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-        begun = time.perf_counter()
+        begun, worked, held = time.perf_counter(), time.process_time(), _status("VmRSS")
         stage(made)
-        seconds = time.perf_counter() - begun
-        out.put({"stage": name, "seconds": round(seconds, 2), "peak_mib": round(_status("VmHWM") - empty, 1)})
+        seconds, processor = time.perf_counter() - begun, time.process_time() - worked
+        peak = _status("VmHWM")
+        out.put(
+            {
+                "stage": name,
+                "seconds": round(seconds, 2),
+                "processor_seconds": round(processor, 2),
+                "peak_mib": round(peak - empty, 1),
+                "more_mib": round(peak - held, 1),
+            }
+        )
     out.put(None)
 
 

@@ -105,9 +105,15 @@ def finder_of(section: CandidateSection, seed: int) -> Single:
 
 
 def retrieve(
-    data: SplitDataset, split: SplitName, section: CandidateSection, *, seed: int, finder: Finder | None = None
+    data: SplitDataset,
+    split: SplitName,
+    section: CandidateSection,
+    *,
+    seed: int,
+    finder: Finder | None = None,
+    users: frozenset[str] | None = None,
 ) -> CandidateSets:
-    """Return the best items of a retriever for every held-out interaction, in an order that tells nothing.
+    """Return the best items of a retriever for held-out interactions, in an order that tells nothing.
 
     The retriever sees the history of the request; seen items are left out. Whether the held-out item is among
     its best is its own doing: where it is not, every ranking misses it. The order is shuffled by a hash of the request,
@@ -119,16 +125,17 @@ def retrieve(
         section: ``retriever`` and ``count``.
         seed: The run's seed.
         finder: The retriever; None: the baseline that the section names.
+        users: Whose interactions; None: those of all.
 
     Raises:
         RecipeError: If the retriever is no baseline that ranks.
         DataError: If a history leaves fewer items than are asked for.
     """
     finder = finder or finder_of(section, seed)
-    held = data.holdouts(split)
+    held = data.holdouts(split).of(users)
     sets: dict[str, tuple[str, ...]] = {}
-    for model, users in finder.fitted(data, split):
-        asked = [one for one in held if users is None or one.user_id in users]
+    for model, own in finder.fitted(data, split):
+        asked = held.of(own)
         for start in range(0, len(asked), _BLOCK):
             requests = [request_of(data, one, split) for one in asked[start : start + _BLOCK]]
             for request, items in zip(requests, best(model, requests, section.count), strict=True):
@@ -141,7 +148,7 @@ def retrieve(
                     )
                 sets[request.id] = shuffled(items, request.id, seed)
     sets = {name: sets[name] for name in (request_id(one.user_id, one.item_id) for one in held)}
-    found = CandidateSets.of(f"retrieved-{finder.name}", section.count, seed, sets)
+    found = CandidateSets.of(f"retrieved-{finder.name}", section.count, seed, sets, users)
     log.info(
         "%s finds %.1f %% of the held-out items among %d",
         finder.name,

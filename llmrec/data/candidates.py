@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +32,7 @@ _META = b"llmrec.candidates"
 
 @dataclass(frozen=True)
 class CandidateSets:
-    """Candidates of every request of a split.
+    """Candidates of the requests of a split.
 
     Attributes:
         kind: How negatives were drawn, ``uniform`` or ``popularity``, or by what all were retrieved.
@@ -40,6 +40,7 @@ class CandidateSets:
         seed: The seed they were drawn with.
         sets: Item ids by `request_id`, in the order in which predictors see them.
         digest: SHA-256 over all of the above.
+        users: Whose requests have sets; None: those of all users. A file does not say it.
     """
 
     kind: str
@@ -47,11 +48,14 @@ class CandidateSets:
     seed: int
     sets: Mapping[str, tuple[str, ...]]
     digest: str
+    users: frozenset[str] | None = None
 
     @staticmethod
-    def of(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]]) -> CandidateSets:
+    def of(
+        kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]], users: frozenset[str] | None = None
+    ) -> CandidateSets:
         """Return sets with their digest."""
-        return _sets(kind, count, seed, sets)
+        return replace(_sets(kind, count, seed, sets), users=users)
 
     def save(self, path: Path) -> None:
         """Write the sets as Parquet: columns request_id and candidates, the rest as metadata."""
@@ -99,8 +103,15 @@ def _sets(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]])
     return CandidateSets(kind, count, seed, sets, digest_strings([kind, str(count), str(seed), *rows]))
 
 
-def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, seed: int) -> CandidateSets:
-    """Draw the candidates of every held-out interaction of a split.
+def draw(
+    data: SplitDataset,
+    split: SplitName,
+    section: CandidateSection,
+    *,
+    seed: int,
+    users: frozenset[str] | None = None,
+) -> CandidateSets:
+    """Draw the candidates of every held-out interaction of a split, or of those of some users.
 
     Negatives are items that the user has not touched; see `touched`. ``popularity`` draws them without replacement
     with chances proportional to 1 + their number of *training* interactions. The order is shuffled, so that the
@@ -111,6 +122,7 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
         split: ``valid`` or ``test``.
         section: The recipe's ``eval.candidates``.
         seed: The run's seed.
+        users: Whose; None: those of all. A set does not depend on which others are drawn.
 
     Raises:
         DataError: If some user leaves fewer untouched items than are asked for.
@@ -123,7 +135,7 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
     # Items that were filtered out have a name and no place, and nobody has touched them.
     placed = np.array([place.get(name, -1) for name in had.names])
     sets: dict[str, tuple[str, ...]] = {}
-    for held in data.holdouts(split):
+    for held in data.holdouts(split).of(users):
         banned = set(placed[had.places(held.user_id)].tolist())
         if len(catalogue) - len(banned) < section.count - 1:
             raise DataError(
@@ -137,7 +149,7 @@ def draw(data: SplitDataset, split: SplitName, section: CandidateSection, *, see
         numbers = _Numbers(hash_one("candidates", seed, name))
         chosen = [place[held.item_id], *_negatives(numbers, weights, total, banned, section.count - 1)]
         sets[name] = tuple(catalogue[index] for index in numbers.shuffled(chosen))
-    return _sets(section.kind, section.count, seed, sets)
+    return CandidateSets.of(section.kind, section.count, seed, sets, users)
 
 
 class Touched(Mapping[str, frozenset[str]]):

@@ -6,7 +6,7 @@ target where many events carry the same timestamp. Without timestamps the file o
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Literal, overload
@@ -52,6 +52,18 @@ class Holdouts(Sequence[Interaction]):
 
     def __iter__(self) -> Iterator[Interaction]:
         return (Interaction(**row) for row in self.frame.iter_rows(named=True))
+
+    def of(self, users: Collection[str] | None) -> Holdouts:
+        """Return those of some users, in their order; None: all."""
+        if users is None:
+            return self
+        names, rows = codes(self.frame["user_id"])
+        return Holdouts(self.frame.filter(names.is_in(list(users)).to_numpy()[rows]))
+
+    def first_users(self, count: int, *, but: Collection[str] = ()) -> tuple[str, ...]:
+        """Return the first so many users who have any, others than those of ``but``."""
+        found = self.frame["user_id"].unique(maintain_order=True).cast(pl.String)
+        return tuple(found.filter(~found.is_in(list(but))).head(count))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Holdouts) and list(self) == list(other)
@@ -143,7 +155,7 @@ class SplitDataset:
         # A source may hold out what is older than its training rows.
         return past if self.kind != "given" else tuple(sorted(past, key=lambda event: event.timestamp or 0.0))
 
-    def holdouts(self, split: SplitName) -> Sequence[Interaction]:
+    def holdouts(self, split: SplitName) -> Holdouts:
         """Return a split's held-out interactions by a seeded hash, so that the first n are an unbiased sample.
 
         Raises:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -32,7 +31,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
 from llmrec.registry import BASELINES, lookup
-from llmrec.tasks.cases import Cases
+from llmrec.tasks.cases import Cases, of_first_users
 from llmrec.tasks.family import check_names, family_of
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
 from llmrec.tasks.history import ItemVectors
@@ -53,7 +52,8 @@ class Study:
         recipe: The whole recipe.
         data: Main data; its held-out pairs are held out by every task.
         reviews: The second table, where the recipe names one.
-        candidates: Stored candidate sets of the evaluated split, for ranking tasks; None where the catalogue is ranked.
+        candidates: Stored candidate sets of the users who are asked about in the evaluated split, for ranking tasks;
+            None where the catalogue is ranked.
         index: Codes of the items, where the recipe has an index.
         tasks: Chosen families by name.
         templates: All templates of the chosen families, ``family -> name -> template``.
@@ -157,11 +157,7 @@ class Study:
         cases, count = self.tasks[family].cases(split), self.section(family).users or self.recipe.eval.users
         if not isinstance(cases, Cases):
             return list(cases[:count])
-        aside = self.set_aside(family)
-        able = dict.fromkeys(held.user_id for held in cases.held if held.user_id not in aside)
-        chosen = set(islice(able, count))
-        places = [place for place, held in enumerate(cases.held) if held.user_id in chosen]
-        return [cases[place] for place in places] if len(places) < len(cases) else list(cases)
+        return of_first_users(cases, count, but=self.set_aside(family))
 
     def set_aside(self, family: str) -> frozenset[str]:
         """Return the users who are not asked about, since their own profile names an item that is held out for them."""
@@ -230,7 +226,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     templates = {family: load_templates(family, family_of(family).prompts, *recipe.prompts) for family in families}
     candidates = None
     if any(family_of(family).ranks_for_users for family in families):
-        candidates = draw_sets(recipe, data, recipe.eval.split)
+        candidates = draw_sets(recipe, data, recipe.eval.split, _asked_users(recipe, data))
     held, aligned = _aligned(recipe, data)
     with both_places(recipe):
         index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
@@ -282,14 +278,34 @@ def _check_slices(study: Study) -> None:
             )
 
 
-def draw_sets(recipe: Recipe, data: SplitDataset, split: SplitName) -> CandidateSets | None:
-    """Draw or retrieve the candidate sets of a split, as the recipe says; None where the catalogue is ranked."""
+def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
+    """Return the users whom some family ranks for in the evaluated split; None: all.
+
+    Of millions of users a run may ask about hundreds, and only their sets are drawn.
+    """
+    ranking = [section for name, section in recipe.tasks.present().items() if family_of(name).ranks_for_users]
+    most = max(section.users or recipe.eval.users for section in ranking)
+    found = data.holdouts(recipe.eval.split).first_users(most + 1, but=users(told(data)))
+    return None if len(found) <= most else frozenset(found[:most])
+
+
+def draw_sets(
+    recipe: Recipe, data: SplitDataset, split: SplitName, users: frozenset[str] | None = None
+) -> CandidateSets | None:
+    """Draw or retrieve the candidate sets of a split, as the recipe says; None where the catalogue is ranked.
+
+    Args:
+        recipe: The recipe.
+        data: The data that it ranks.
+        split: ``valid`` or ``test``.
+        users: Whose sets; None: those of all.
+    """
     section = recipe.eval.candidates
     if section.kind == "catalogue":
         return None
     if section.kind == "retrieved":
-        return retrieve(data, split, section, seed=recipe.seed, finder=fused_finder(recipe))
-    return draw(data, split, section, seed=recipe.seed)
+        return retrieve(data, split, section, seed=recipe.seed, finder=fused_finder(recipe), users=users)
+    return draw(data, split, section, seed=recipe.seed, users=users)
 
 
 def fused_finder(recipe: Recipe) -> FusedFinder | None:

@@ -24,8 +24,8 @@ class Told:
 def told(data: SplitDataset) -> tuple[Told, ...]:
     """Return every place where a profile, as prompts show it, names an item that is held out for its user."""
     profiles, held = data.dataset.users, defaultdict[str, dict[str, str]](dict)
-    for user, item in sorted(data.held_out):
-        title = data.dataset.titles.get(item, "") if user in profiles else ""
+    for user, item in sorted(pair for pair in data.held_out if pair[0] in profiles):
+        title = data.dataset.titles.get(item, "")
         if len(title) >= NAMED:
             held[user][title] = item
     return tuple(

@@ -86,8 +86,14 @@ class Columns(Section):
 
     user: str = "user_id"
     item: str = "item_id"
-    rating: str | None = Field(None, description="preference value; absent for clicks")
-    time: str | None = Field(None, description="number or ISO date; absent means file order is time order")
+    rating: str | None = Field(
+        None, description="preference value; absent for clicks; none: not read, whatever a column is called"
+    )
+    time: str | None = Field(
+        None,
+        description="number or ISO date; absent means file order is time order; none: not read, though there is a "
+        "timestamp",
+    )
     title: str | None = Field(None, description="item title, in this table or in the items table")
     text: str | None = Field(None, description="review or explanation text of the interaction")
     split: str | None = Field(

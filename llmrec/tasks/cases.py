@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from itertools import islice
 from typing import overload
 
 from llmrec.data.candidates import CandidateSets
-from llmrec.data.split import SplitDataset, request_id, request_of
+from llmrec.data.split import Holdouts, SplitDataset, request_id, request_of
 from llmrec.errors import DataError
 from llmrec.types import Case, Interaction, SplitName
 
 
-def held_out(data: SplitDataset, split: SplitName) -> Sequence[Interaction]:
+def held_out(data: SplitDataset, split: SplitName) -> Holdouts:
     """Return a split's held-out interactions, refusing the training split."""
     if split == "train":
         raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
@@ -44,6 +45,24 @@ class Cases(Sequence[Case]):
 
     def __iter__(self) -> Iterator[Case]:
         return map(self._make, self.held)
+
+
+def of_first_users(
+    cases: Sequence[Case], count: int | None, *, among: Collection[str] | None = None, but: Collection[str] = ()
+) -> list[Case]:
+    """Return the cases of the first so many users, in their order; those of the others are not made.
+
+    Args:
+        cases: Of any users.
+        count: Of users; None: all.
+        among: The users who come into question; None: all.
+        but: Users who do not.
+    """
+    asked = cases.held if isinstance(cases, Cases) else [case.request for case in cases]
+    users = [each.user_id for each in asked]
+    able = dict.fromkeys(user for user in users if user not in but and (among is None or user in among))
+    chosen = set(islice(able, count))
+    return [cases[place] for place, user in enumerate(users) if user in chosen]
 
 
 def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
@@ -79,16 +98,17 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
 
 
 def ranking_cases(data: SplitDataset, split: SplitName, sets: CandidateSets | None, family: str) -> Cases:
-    """Return every held-out interaction with its stored candidates, or with none where there are no sets.
+    """Return every held-out interaction of the users who have sets with its candidates, without sets all with none.
 
     Raises:
         DataError: If there are sets, but none for one of them.
     """
-    for held in held_out(data, split) if sets is not None else ():
+    every = held_out(data, split).of(sets.users if sets is not None else None)
+    for held in every if sets is not None else ():
         candidates_of(sets, held, family)
 
     def case(held: Interaction) -> Case:
         request = request_of(data, held, split, candidates=candidates_of(sets, held, family))
         return Case(request=request, truth=held.item_id)
 
-    return Cases(held_out(data, split), case)
+    return Cases(every, case)

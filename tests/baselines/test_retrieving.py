@@ -48,6 +48,13 @@ def test_the_best_of_the_retriever_without_the_history() -> None:
         assert min(scores[item] for item in chosen) >= max(score for item, score in best if item not in chosen)
 
 
+def test_lists_of_some_users_are_those_of_all() -> None:
+    every, users = retrieve(DATA, "test", SECTION, seed=0), DATA.holdouts("test").first_users(5)
+    some = retrieve(DATA, "test", SECTION, seed=0, users=frozenset(users))
+    assert some.sets == {name: items for name, items in every.sets.items() if name.partition("|")[0] in users}
+    assert len(some.sets) >= 5 < len(every.sets)
+
+
 def test_the_order_does_not_tell_the_retrievers_order() -> None:
     sets = retrieve(DATA, "test", SECTION, seed=0)
     model = ItemKNN(seed=0)

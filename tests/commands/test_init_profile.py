@@ -19,8 +19,9 @@ from llmrec.commands.init.columns import guess
 from llmrec.commands.init.faults import faults, mended
 from llmrec.commands.init.forms import numbers, times
 from llmrec.commands.init.profile import peek, profile, shown
-from llmrec.commands.init.roles import NONE, Asked, Roles, asked
+from llmrec.commands.init.roles import Asked, Roles, asked
 from llmrec.commands.init.words import named, noun_of
+from llmrec.data.reading.columns import NONE
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import numbers as read_numbers

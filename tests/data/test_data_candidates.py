@@ -197,3 +197,21 @@ def test_numbers_are_splitmix64() -> None:
     numbers = _Numbers(1234567)
     drawn = [*numbers.below(2**63, 2).tolist(), *numbers.below(2**63, 3).tolist()]
     assert drawn == [number % 2**63 for number in published]
+
+
+@settings(max_examples=30, deadline=None)
+@given(seeds, st.integers(1, 6), st.sampled_from(["uniform", "popularity"]), st.sampled_from(["valid", "test"]))
+def test_sets_of_some_users_are_those_that_are_drawn_for_all(seed: int, count: int, kind: str, name: str) -> None:
+    data = cut(random_rows(seed, items=20), seed)
+    section = CandidateSection(count=5, kind=kind)  # type: ignore[arg-type]
+    held = data.holdouts(name)  # type: ignore[arg-type]
+    users = dict.fromkeys(each.user_id for each in held)
+    first = held.first_users(count)
+    assert first == tuple(users)[:count] and held.first_users(count, but=first) == tuple(users)[count : 2 * count]
+    part = [request_id(each.user_id, each.item_id) for each in held.of(first)]
+    assert part == [request_id(each.user_id, each.item_id) for each in held if each.user_id in first]
+    every = draw(data, name, section, seed=seed)  # type: ignore[arg-type]
+    some = draw(data, name, section, seed=seed, users=frozenset(first))  # type: ignore[arg-type]
+    assert list(some.sets) == part
+    assert some.digest == _sets(kind, 5, seed, {each: every.sets[each] for each in part}).digest
+    assert draw(data, name, section, seed=seed, users=frozenset(users)).digest == every.digest  # type: ignore[arg-type]

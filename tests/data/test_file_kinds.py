@@ -18,11 +18,14 @@ import pytest
 from data_cases import section
 
 from llmrec.commands.init import profile, start
+from llmrec.commands.init.roles import Asked
 from llmrec.data.reading import packed
-from llmrec.data.reading.table import read_table
+from llmrec.data.reading.table import of_atomic, read_table
 from llmrec.data.reading.text import preamble
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
+from llmrec.experiment.study import load_split
+from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
 from tests.facts import Facts, raises
 
@@ -242,3 +245,52 @@ def test_damaged_files_of_these_kinds_are_refused(name: str, raw: bytes, facts: 
     path.write_bytes(raw)
     with raises(DataError, facts):
         read_table(path)
+
+
+def test_recboles_files_of_one_data_set_are_found_together(tmp_path: Path) -> None:
+    folder = tmp_path / "shop"
+    folder.mkdir()
+    films = sorted(set(ROWS["item_id"].to_list()))
+    entries = "".join(f"{film}\tThe {film}\t{('Drama', 'Comedy')[n % 2]}\n" for n, film in enumerate(films))
+    (folder / "shop.inter").write_bytes(ATOMIC)
+    (folder / "shop.item").write_text(f"item_id:token\tmovie_title:token_seq\tclass:token_seq\n{entries}")
+    (folder / "shop.user").write_text("user_id:token\tage:token\nu1\t24\n")
+    (folder / "shop.link").write_text("item_id:token\tentity_id:token\n1\tm.08gjyx\n")
+    assert read_table(folder).frame.select(pl.all().cast(pl.String)).equals(ROWS)
+    for given in (folder, folder / "shop.inter"):
+        made = start.init(str(given), out=tmp_path / "mine.yaml", force=True, measure=False)
+        data = load_recipe(made.recipe).data
+        assert data.items == str(folder / "shop.item") and data.columns.title == "movie_title"
+        assert data.columns.fields == ("class",) and "shop.user is about users" in made.found
+    # A copy that is sorted does not hide which one is meant.
+    (folder / "shop.sorted.inter").write_bytes(ATOMIC)
+    assert of_atomic(folder, ".inter") == folder / "shop.inter"
+    (folder / "shop.sorted.inter").unlink()
+    # Where a split is published with it, the files of its parts have the items of all.
+    assert of_atomic(folder / "shop.inter", ".user") == folder / "shop.user"
+    (folder / "shop.inter").rename(folder / "shop.train.inter")
+    assert of_atomic(folder / "shop.train.inter", ".item") == folder / "shop.item"
+    (folder / "shop.test.inter").write_bytes(ATOMIC)
+    assert of_atomic(folder, ".inter") is None
+
+
+def test_a_column_that_has_a_name_of_ours_can_be_left_out(tmp_path: Path) -> None:
+    """`--time none` of a table with a column ``timestamp`` is the order of its rows, also in the recipe."""
+    rows = [(f"u{user}", f"i{(user + step) % 12}", 3, 9 - step, "so") for user in range(8) for step in range(5)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
+    frame.write_csv(tmp_path / "rows.csv")
+    asked = Asked(rating="none", time="none", text="none")
+    made = start.init(str(tmp_path / "rows.csv"), out=tmp_path / "mine.yaml", asked=asked, measure=False)
+    recipe = load_recipe(made.recipe)
+    assert recipe.data.columns == Columns(user="user_id", item="item_id", rating="none", time="none", text="none")
+    data = load_split(recipe.data, recipe.seed)
+    assert not data.dataset.has_time
+    assert set(data.test.select("user_id", "item_id").iter_rows()) == {(f"u{n}", f"i{(n + 4) % 12}") for n in range(8)}
+    assert all(data.dataset.interactions[name].null_count() == 40 for name in ("rating", "text"))
+    # Left to itself it reads them.
+    data = load_split(recipe.data.model_copy(update={"columns": Columns()}), recipe.seed)
+    assert data.dataset.has_time
+    assert set(data.test.select("user_id", "item_id").iter_rows()) == {(f"u{n}", f"i{n}") for n in range(8)}
+    frame.rename({"timestamp": "none"}).write_csv(tmp_path / "odd.csv")
+    odd = section(tmp_path / "odd.csv", columns=Columns(time="none"))
+    assert load(odd, seed=0).has_time

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmrec.data.candidates import draw
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.evaluation import Evaluation, ResultRow
 from llmrec.experiment.resume import Budget
@@ -37,6 +38,20 @@ def test_two_tables_share_what_is_held_out() -> None:
     for family, task in study.tasks.items():
         for example in islice(task.examples("train"), 500):
             assert not held & set(example.pairs), family
+
+
+def test_candidates_are_drawn_for_users_who_are_asked_about_alone() -> None:
+    """Each family asks its own number of users; of those whom most are asked of, the sets are what they always were."""
+    every = build_study(recipe("eval.users=1000"))
+    some = build_study(recipe("tasks.sequential.users=3", "tasks.direct.users=7", "tasks.rating.users=9"))
+    assert some.candidates and every.candidates
+    users = [each.user_id for each in every.data.holdouts("test")]
+    assert some.candidates.users == set(dict.fromkeys(users[:7])) and every.candidates.users is None
+    for family, count in (("sequential", 3), ("direct", 7)):
+        assert [case.request for case in some.cases(family)] == [case.request for case in every.cases(family)][:count]
+    assert set(some.candidates.sets) == {case.request.id for case in some.cases("direct")}
+    # Where all are asked about, the hash is over all, those included who could be set aside.
+    assert every.candidates == draw(every.data, "test", every.recipe.eval.candidates, seed=0)
 
 
 @pytest.mark.parametrize(

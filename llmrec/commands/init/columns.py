@@ -24,7 +24,8 @@ from llmrec.commands.init.profile import (
     shown,
     when,
 )
-from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles, check_asked
+from llmrec.commands.init.roles import ROLES, Asked, Roles, check_asked
+from llmrec.data.reading.columns import NONE
 from llmrec.data.reading.text import Table
 from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError

@@ -12,6 +12,7 @@ import yaml
 from llmrec.commands.init.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, shown_history, window
 from llmrec.commands.init.profile import shown
 from llmrec.commands.show.console import minutes
+from llmrec.data.reading.columns import NONE
 from llmrec.recipe.schema import Columns
 
 SCHEMA = "llmrec.schema.json"
@@ -101,7 +102,7 @@ def _data(page: Page) -> list[str]:
         value = getattr(columns, key)
         if value is not None:
             lines.append(_line(f"    {key}: {scalar(value)}", page.why.get(key, "")))
-    if columns.time is None:
+    if columns.time in (None, NONE):
         lines.append("    # no time: the order of the rows is the order in time")
     if columns.fields:
         named = ", ".join(map(_in_list, columns.fields))
@@ -116,14 +117,14 @@ def _data(page: Page) -> list[str]:
     lines.append(_line(f"  noun: {scalar(plan.noun)}", "what prompts call the items, in the plural; use your own word"))
     if page.duplicates:
         lines.append(_line("  duplicates: keep_last", page.duplicates))
-    if plan.scale is not None and columns.rating is not None:
+    if plan.scale is not None and columns.rating not in (None, NONE):
         low, high = plan.scale
         seen = (plan.facts.levels[0], plan.facts.levels[-1])
         remark = "lowest and highest rating" + (
             "" if seen == plan.scale else f"; the table has {seen[0]:g} to {seen[1]:g}"
         )
         lines.append(_line(f"  rating_scale: [{_number(low)}, {_number(high)}]", remark))
-    if plan.facts.zeros > 0.3 and columns.rating is not None:
+    if plan.facts.zeros > 0.3 and columns.rating not in (None, NONE):
         share = f"{plan.facts.zeros:.0%}"
         lines.append(f"  # {share} of the ratings are 0; if that means no rating, add  filter: {{min_rating: 1}}")
     return lines

@@ -7,11 +7,10 @@ from dataclasses import dataclass, field
 
 from llmrec.commands.init.forms import ORDERS, DateOrder
 from llmrec.commands.init.profile import Profile, shown
+from llmrec.data.reading.columns import NONE
 from llmrec.errors import DataError, did_you_mean
 
 ROLES = ("user", "item", "rating", "time", "title", "text", "split")
-NONE = "none"
-"""What stands for "leave it out" where a column is asked for."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,24 @@ class Roles:
     profiles: Mapping[str, Profile] = field(repr=False)
     items: Mapping[str, Profile] = field(repr=False, default_factory=dict)
     split: str | None = None
+
+    def named(self, role: str, own: str) -> str | None:
+        """Return a role's column as recipes say it: `NONE` where there is none, and a column has llmrec's own name."""
+        found: str | None = getattr(self, role)
+        return found or (NONE if own in self.profiles else None)
+
+    def again(self, item: str) -> Asked:
+        """Return the roles as something asked for, of a copy of the table that calls the item so."""
+        return Asked(
+            user=self.user,
+            item=item,
+            rating=self.rating or NONE,
+            time=self.time or NONE,
+            title=(item if self.title == self.item else self.title) or NONE,
+            text=self.text or NONE,
+            fields=self.fields,
+            split=self.split or NONE,
+        )
 
     def taken_for(self, column: str) -> str:
         """Return what a column was taken for, in the words of a recipe; ``-`` for one that is not used."""

@@ -16,11 +16,11 @@ from llmrec.commands.init.faults import faults, mended, refusal, write_copy
 from llmrec.commands.init.page import SCHEMA, Page, expected, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
 from llmrec.commands.init.profile import Peek, peek, profile, shown
-from llmrec.commands.init.roles import NONE, ROLES, Asked, Roles
+from llmrec.commands.init.roles import ROLES, Asked, Roles
 from llmrec.data.reading.databases import is_database, read_query, tables_of
 from llmrec.data.reading.hub import is_hub, read_hub
 from llmrec.data.reading.limits import enumerated
-from llmrec.data.reading.table import is_pattern
+from llmrec.data.reading.table import is_pattern, of_atomic
 from llmrec.data.reading.text import Table, user_path
 from llmrec.data.sources.recognise import sources_with
 from llmrec.data.stats import baskets
@@ -92,7 +92,7 @@ def init(
     name = name_of(name, table)
     target = _target(out, name, force)
     path = None if _is_elsewhere(table) else _file(table)
-    items_path = _file(items) if items is not None else None
+    items_path = _file(items) if items is not None else of_atomic(path, ".item") if path is not None else None
     if query is not None and not is_database(table):
         raise DataError(f"--query: {table} is no database, so nothing is asked; leave it out", kind="contradiction")
     if mend is not None and mend.exists() and any(mend.samefile(p) for p in (path, items_path) if p and p.exists()):
@@ -119,7 +119,7 @@ def init(
             *notes,
         ]
         path, used, query = mend, peek(mend, whole=True), None
-        again = guess(used.table, _again(roles, column), listed)
+        again = guess(used.table, roles.again(column), listed)
         roles = replace(again, why={**again.why, **{again.item: roles.why[roles.item]}, **roles.why})
     called = path.name if path is not None else table
     names = (roles.item, roles.title or "", items_path.name if items_path else "", called)
@@ -234,20 +234,6 @@ def _item_column(roles: Roles, items: Table | None) -> str:
     return best
 
 
-def _again(roles: Roles, item_column: str) -> Asked:
-    """Return the roles as something asked for, for a look at the fixed copy."""
-    return Asked(
-        user=roles.user,
-        item=item_column,
-        rating=roles.rating or NONE,
-        time=roles.time or NONE,
-        title=(item_column if roles.title == roles.item else roles.title) or NONE,
-        text=roles.text or NONE,
-        fields=roles.fields,
-        split=roles.split or NONE,
-    )
-
-
 def _page(
     name: str,
     called: str,
@@ -265,10 +251,10 @@ def _page(
     columns = Columns(
         user=roles.user,
         item=roles.item,
-        rating=roles.rating if plan.rates else None,
-        time=roles.time,
+        rating=roles.named("rating", "rating") if plan.rates or roles.rating is None else None,
+        time=roles.named("time", "timestamp"),
         title=title,
-        text=roles.text,
+        text=roles.named("text", "text"),
         fields=roles.fields,
         split=roles.split,
     )
@@ -401,6 +387,8 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
         if companion is not None:
             option = f"--items {shlex.quote(str(companion))}"
             hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
+    if path is not None and (people := of_atomic(path, ".user")) is not None:
+        hints.append(f"{people} is about users: data.users and data.columns.user_fields read it (docs/own-data.md)")
     if plan.facts.zeros > 0.3:
         hints.append(
             f"{plan.facts.zeros:.0%} of the ratings are 0; if that means no rating, set data.filter.min_rating"

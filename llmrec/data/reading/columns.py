@@ -6,13 +6,16 @@ from llmrec.data.reading.limits import enumerated
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, did_you_mean
 
+NONE = "none"
+"""What a key of ``data.columns`` says where no column is meant, though one has the name that llmrec looks for."""
+
 
 def find(table: Table, name: str | None, default: str, key: str) -> str | None:
     """Return the column that a recipe means.
 
     Args:
         table: Where to look.
-        name: The recipe's value; None means ``default``, if there is such a column.
+        name: The recipe's value; None means ``default``, if there is such a column, and `NONE` none at all.
         default: llmrec's own name.
         key: The recipe's key, for the error.
 
@@ -20,6 +23,8 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
         DataError: If the recipe names a column that is not there.
     """
     columns = table.frame.columns
+    if name == NONE and name not in columns:
+        return None
     check_usable(table, name or default, key)
     if name is None:
         return default if default in columns else None

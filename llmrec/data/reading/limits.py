@@ -7,6 +7,7 @@ these end in an error before they do harm.
 
 from __future__ import annotations
 
+import codecs
 import lzma
 import stat
 import zipfile
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
-from llmrec.errors import DataError, ErrorKind
+from llmrec.errors import DataError, ErrorKind, Place
 
 MAX_BYTES = 8 * 2**30
 """Largest table, unpacked; tables are held in memory whole."""
@@ -141,6 +142,19 @@ def stranger(head: bytes) -> str:
     if head[:64].removeprefix(b"\xef\xbb\xbf").lstrip().lower().startswith(_PAGES):
         return "this is a web page; fetch the file again, perhaps after logging in"
     return ""
+
+
+def check_head(place: Place, head: bytes) -> None:
+    """Refuse a file that begins like something else than text in UTF-8.
+
+    Raises:
+        DataError: Naming what it is.
+    """
+    if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise DataError.at(place, "encoding", ": this looks like UTF-16; save the file as UTF-8")
+    problem = stranger(head[:100])
+    if problem:
+        raise DataError.at(place, "wrong-format", f": {problem}")
 
 
 # --------------------------------------------------------------------------- sizes

@@ -12,7 +12,7 @@ from typing import BinaryIO, Literal
 import polars as pl
 
 from llmrec.data.reading.files import Member
-from llmrec.data.reading.limits import enumerated, stranger
+from llmrec.data.reading.limits import check_head, enumerated
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, Place, did_you_mean
 
@@ -100,13 +100,7 @@ def pieces(member: Member, *, quoted: bool) -> Iterator[Piece]:
         for raw in _cut(member.name, stream, quoted):
             if not line:
                 raw = raw.removeprefix(_BOM)
-                if raw[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                    raise DataError.at(
-                        Place(member.name, line=1), "encoding", ": this looks like UTF-16; save it as UTF-8"
-                    )
-                problem = stranger(raw[:100])
-                if problem:
-                    raise DataError.at(Place(member.name, line=1), "wrong-format", f": {problem}")
+                check_head(Place(member.name, line=1), raw)
             if raw:
                 piece = Piece(member.name, raw, line, line)
                 yield piece

@@ -6,9 +6,9 @@ A row that cannot be read is a `Raw` with an error and never ends the file; only
 from __future__ import annotations
 
 import csv
-import gzip
 import json
 import re
+from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,8 +17,9 @@ from typing import Any
 
 import pyarrow.parquet as pq
 
-from llmrec.data.reading.limits import BROKEN, Capped, enumerated, reason, require_file, stranger
+from llmrec.data.reading.limits import BROKEN, Capped, check_head, enumerated, reason, require_file
 from llmrec.data.reading.objects import json_object
+from llmrec.data.reading.packed import STREAMS
 from llmrec.data.reading.parquet import FAULTS, check_size
 from llmrec.data.reading.text import LONGEST, column_names, csv_problem
 from llmrec.data.requests import KEYS
@@ -162,7 +163,7 @@ def _readable(path: Path, suffix: str) -> Iterator[None]:
 def _open(path: Path) -> Iterator[Any]:
     with path.open("rb") as stored:
         if path.suffix.lower() == ".gz":
-            yield Capped(str(path), gzip.GzipFile(fileobj=stored), path.stat().st_size)  # type: ignore[arg-type]
+            yield Capped(str(path), STREAMS[".gz"](stored), path.stat().st_size)
         else:
             yield stored
 
@@ -172,14 +173,8 @@ def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
     with _open(path) as stream:
         for number, raw in enumerate(_cut(stream), start=1):
             if number == 1 and raw is not None:
-                if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-                    raise DataError.at(
-                        Place(str(path), line=1), "encoding", ": this looks like UTF-16; save the file as UTF-8"
-                    )
-                problem = stranger(raw[:100])
-                if problem:
-                    raise DataError.at(Place(str(path), line=1), "wrong-format", f": {problem}")
-                raw = raw.removeprefix(b"\xef\xbb\xbf")
+                check_head(Place(str(path), line=1), raw)
+                raw = raw.removeprefix(BOM_UTF8)
             yield number, raw
 
 

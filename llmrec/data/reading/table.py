@@ -85,6 +85,22 @@ def _lean(path: Path, kind: str, packing: str, wanted: Mapping[str, Kind]) -> Ta
     return without_kinds(found) if found is not None and kind in ATOMIC else found
 
 
+def of_atomic(path: Path, ending: str) -> Path | None:
+    """Return one of RecBole's files of a data set, by its ending; None if it is not beside the interactions.
+
+    Args:
+        path: The file of interactions, or of a part of them (``NAME.train.inter``); or the folder that holds one, or
+            one that is called like the folder.
+        ending: ``.inter``, ``.item`` or ``.user``.
+    """
+    found = sorted(path.glob("*.inter")) if path.is_dir() else [path]
+    found = [each for each in found if path.is_dir() and each.stem == path.absolute().name] or found
+    if len(found) != 1 or found[0].suffix.lower() != ".inter":
+        return None
+    file = found[0] if ending == ".inter" else found[0].with_name(found[0].name.split(".")[0] + ending)
+    return file if file.is_file() else None
+
+
 def is_pattern(path: Path) -> bool:
     """Whether a path stands for the files that fit it, such as ``part-*.csv``; a file of that very name goes first."""
     return glob.has_magic(str(path)) and not path.exists()
@@ -125,6 +141,8 @@ def without_kinds(table: Table) -> Table:
 def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
     """Read the tables of a folder, or those that fit a pattern, in the order of their names."""
     found = sorted(path.iterdir()) if path.is_dir() else fitting(path)
+    if (events := of_atomic(path, ".inter")) is not None:
+        found = [events]  # its other tables are about items and users
     shown = [each for each in found if each.is_file() and not each.name.startswith((".", "_"))]
     files = [each for each in shown if _endings(each)[0] in _TABLES or _endings(each)[1] == ".zip"]
     if not files:

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 
 from llmrec.data.reading import limits
-from llmrec.data.reading.limits import no_file, reason, require_file, shown, stranger
+from llmrec.data.reading.limits import check_head, no_file, reason, require_file, shown, stranger
 from llmrec.data.reading.packed import STREAMS, unpack
 from llmrec.errors import DataError, Place, did_you_mean
 
@@ -187,9 +187,7 @@ def decode(name: str, raw: bytes, *, encoding: str = "utf-8", header: int = 1) -
         line = raw.count(b"\n", 0, offset) + 1
         return Place(name, max(0, line - header), line)
 
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise DataError.at(Place(name, 1, 1), "encoding", ": this looks like UTF-16; save the file as UTF-8")
-    recognised(name, raw[:_HEAD])
+    check_head(Place(name, 1, 1), raw[:_HEAD])
     nul = raw.find(b"\0")
     if nul >= 0:
         raise DataError.at(

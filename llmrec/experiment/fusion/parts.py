@@ -26,6 +26,7 @@ from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
 from llmrec.strategies.fusion import Fusion
 from llmrec.strategies.fusion_weights import FOLDS, Kind
 from llmrec.strategies.weighed import Weighed
+from llmrec.tasks.cases import of_first_users
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Unparsed
 
@@ -110,16 +111,18 @@ class Weighing:
             return []
         data = study.task_data(family)
         task = study.tasks[family]
+        weighers = halves(data, section.reserved)[1].holdouts("valid")
+        aside = study.set_aside(family)
         if own.ranks_for_users and study.candidates is not None:
-            asked = replace(study, candidates=draw_sets(study.recipe, study.data, "valid"))
+            users = frozenset(weighers.first_users(MOST, but=aside))
+            asked = replace(study, candidates=draw_sets(study.recipe, study.data, "valid", users))
             task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
-        weigh = set(halves(data, section.reserved)[1].valid["user_id"].to_list()) - study.set_aside(family)
         try:
             able = task.cases("valid")
         except DataError as error:
             log.warning("%s: no fusion of the baselines: %s", family, error)
             return []
-        cases = of_first_users([case for case in able if case.request.user_id in weigh], MOST)
+        cases = of_first_users(able, MOST, among=set(weighers.frame["user_id"].to_list()), but=aside)
         found = len({case.request.user_id for case in cases})
         if found < 2 * FOLDS:
             log.warning(
@@ -257,9 +260,3 @@ def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:
     """Say what the row of a fusion was given."""
     users = len({case.request.user_id for case in cases})
     return f"what {len(parts)} rows answer, weighed by {users} users of the validation split"
-
-
-def of_first_users(cases: Sequence[Case], most: int | None) -> list[Case]:
-    """Return the cases of the first so many users, all without a number."""
-    users = set(list(dict.fromkeys(case.request.user_id for case in cases))[:most])
-    return [case for case in cases if case.request.user_id in users]

@@ -106,7 +106,7 @@ def candidate_sets(study: Study) -> list[Check]:
         return []
     by_user = touched(data, split)
     lacking, repeated, taken, positions = [], [], [], []
-    for held in data.holdouts(split):
+    for held in data.holdouts(split).of(sets.users):
         name = request_id(held.user_id, held.item_id)
         items = sets.sets.get(name, ())
         if held.item_id not in items:

@@ -23,7 +23,6 @@ from llmrec.experiment.fusion.parts import (
     fusible,
     join,
     kind_of,
-    of_first_users,
     reads_of,
     widest,
 )
@@ -31,6 +30,7 @@ from llmrec.experiment.row_specs import protocol_of
 from llmrec.experiment.study import Study, build_task, draw_sets
 from llmrec.registry import options_of
 from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.tasks.cases import of_first_users
 from llmrec.tasks.family import family_of
 from llmrec.tasks.task import Task
 from llmrec.types import Case, Predictor, Ranking
@@ -82,12 +82,11 @@ class Judge:
                 column="train.judge",
             )
         family, data = able[0], study.data
-        asked = replace(study, candidates=draw_sets(study.recipe, data, "valid"))
+        choosing = halves(data, study.recipe.eval.fusion.reserved)[0].holdouts("valid")
+        users = frozenset(choosing.first_users(section.users, but=study.set_aside(family)))
+        asked = replace(study, candidates=draw_sets(study.recipe, data, "valid", users))
         task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
-        choosing = halves(data, study.recipe.eval.fusion.reserved)[0].valid["user_id"].to_list()
-        users = set(choosing) - study.set_aside(family)
-        asked_of_them = [case for case in task.cases("valid") if case.request.user_id in users]
-        cases = of_first_users(asked_of_them, section.users)
+        cases = of_first_users(task.cases("valid"), None, among=users)
         if not cases:
             raise DataError(
                 f"{data.dataset.name}: the validation split has no case of {family} to judge a model by; give it "
