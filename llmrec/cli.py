@@ -289,7 +289,7 @@ def tune_encoder(
     The folder can stand wherever a recipe names an encoder, with the same data and seed: `transitions-text`, `content`,
     `tower`, semantic IDs and item tokens. Rows that use it count as language models.
     """
-    from llmrec.baselines.tower import TunedTowerConfig
+    from llmrec.baselines.towers.tower import TunedTowerConfig
     from llmrec.experiment.tuning.encoder import tune_encoder as tuned
 
     told = tuned(_recipe(recipe, overrides), out, TunedTowerConfig(encoder=encoder, blocks=blocks, step=step))
@@ -303,6 +303,10 @@ def augment(
     overrides: Overrides = None,
     out: Annotated[Path | None, typer.Option("--out", help="The store; <run folder>/features by default.")] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and a prompt.")] = False,
+    without_model: Annotated[
+        bool,
+        typer.Option("--without-model", help="The control: the same events and items; <run folder>/control."),
+    ] = False,
     shard: Piece = None,
 ) -> None:
     """Have a language model write texts of users and items, and store them with their vectors as features.
@@ -312,7 +316,7 @@ def augment(
     """
     from llmrec.commands.features import augment as command
 
-    command.run(_recipe(recipe, overrides), out, shard, dry_run=dry_run)
+    command.run(_recipe(recipe, overrides), out, shard, dry_run=dry_run, without_model=without_model)
 
 
 @app.command()

@@ -237,6 +237,32 @@ class Sample(Record):
     answers: dict[str, Written]
 
 
+class Exhibit(Record):
+    """One request beside what a language model wrote as features, and what recommenders answer with and without it.
+
+    Attributes:
+        store: The folder of the features.
+        read: Titles of the events that the text on the user was written from, the first of them.
+        events: How many it was written from.
+        profile: That text; empty: there is none.
+        described: The text on the item; empty: there is none.
+        truth: The answer.
+        answers: By row id, of rows that are the same recommender but for what it reads.
+    """
+
+    task: str
+    request_id: str
+    user: User
+    item: Product
+    store: str
+    read: tuple[str, ...] = ()
+    events: int = 0
+    profile: str = ""
+    described: str = ""
+    truth: str = ""
+    answers: dict[str, str] = Field(default_factory=dict)
+
+
 class SetAside(Record):
     """Users of a table who are not asked about, and why."""
 

@@ -1,7 +1,6 @@
 """The frozen records of results.json: evaluation makes them, the report reads them.
 
-Everything in them is untrusted text or a number. Keys that no record has are ignored, and what later versions added is
-optional, so that results of any version can be read.
+All in them is untrusted text or a number. Keys that no record has are ignored, and what was added later is optional.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ from typing import Literal, get_args
 
 from pydantic import Field, JsonValue
 
-from llmrec.records import Candidates, DataInfo, Number, Record, Sample, SetAside, Shown, Stage, Training
+from llmrec.records import Candidates, DataInfo, Exhibit, Number, Record, Sample, SetAside, Shown, Stage, Training
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
@@ -384,6 +383,7 @@ class Results(Record):
     seconds: Number = None
     examples: tuple[Shown, ...] = ()
     texts: tuple[Sample, ...] = ()
+    gallery: tuple[Exhibit, ...] = ()
     set_aside: tuple[SetAside, ...] = ()
     notes: tuple[str, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)

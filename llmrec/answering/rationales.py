@@ -13,6 +13,7 @@ from llmrec.answering.questions import NOBODY
 from llmrec.answering.strategy import TWO_STEP, Asking
 from llmrec.answering.task import data_of
 from llmrec.backends.encode import Encoder
+from llmrec.data.knowledge import FIELD, cited
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.bundle import Bundle
@@ -98,6 +99,7 @@ class Reasoner:
         found = [Reasons() for _ in requests]
         prompts: list[Prompt] = []
         owners: list[tuple[int, int]] = []
+        facts: dict[tuple[int, int], str] = {}
         for n, (request, answer) in enumerate(zip(requests, answers, strict=True)):
             if isinstance(answer, Unparsed):
                 continue
@@ -107,13 +109,14 @@ class Reasoner:
                 try:
                     prompts.append(self._prompt(request, answer, item))
                     owners.append((n, place))
+                    facts[n, place] = item.fields.get(FIELD, "")
                 except LlmrecError as error:
                     found[n].notes.append(f"rationale of {item.item_id[:60]!r}: {error}")
         for start in range(0, len(prompts), self._batch):
             part = slice(start, start + self._batch)
             said = backend.generate(prompts[part], max_tokens=TOKENS)
             for (n, place), done in zip(owners[part], said, strict=True):
-                found[n].texts[place] = _first_line(done.text)
+                found[n].texts[place] = cited(_first_line(done.text), facts[n, place])[0]
                 found[n].cost += cost_of(done)
         return found
 

@@ -14,6 +14,8 @@ import numpy as np
 from llmrec import __version__
 from llmrec.data.features import (
     ANSWERS,
+    KINDS,
+    OF_PERSONS,
     FeatureKind,
     Features,
     FeatureStore,
@@ -151,8 +153,10 @@ def forget(folder: Path, user: str) -> Forgotten:
         tables = [whole(store, kind) for kind in store.kinds]
         pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
         told = [(table.kind, each, known) for table in tables for each, known in table.seen.items()]
-        others = sorted(each for kind, each, known in told if known & pairs and (kind, each) != ("user", user))
-        had = any(table.kind == "user" and user in table.ids for table in tables)
+        others = sorted(
+            each for kind, each, known in told if known & pairs and not (kind in OF_PERSONS and each == user)
+        )
+        had = any(table.kind in OF_PERSONS and user in table.ids for table in tables)
         if not had and not pairs:
             raise DataError.at(folder, "unknown-name", f" knows nothing of user {user!r}")
         write_version(place, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
@@ -163,8 +167,9 @@ def forget(folder: Path, user: str) -> Forgotten:
 
 
 def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
-    stays = [place for place, each in enumerate(table.ids) if table.kind != "user" or each != user]
-    less = {each: known - pairs for each, known in table.seen.items() if (table.kind, each) != ("user", user)}
+    own = table.kind in OF_PERSONS
+    stays = [place for place, each in enumerate(table.ids) if not own or each != user]
+    less = {each: known - pairs for each, known in table.seen.items() if not own or each != user}
     return Features(
         table.kind,
         [table.ids[place] for place in stays],
@@ -176,8 +181,11 @@ def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
     )
 
 
-def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> None:
+def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[FeatureKind, ...]:
     """Correct a text, and make its vector anew with the encoder of the store.
+
+    Returns:
+        Kinds of texts that were written from it, and say what they said.
 
     Raises:
         DataError: If the store has no text of this id or was made with another encoder, or the text is blank.
@@ -205,6 +213,8 @@ def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> None:
         vectors[row], said[row] = embedder([text])[0], text
         tables[kind] = replace(table, vectors=vectors, texts=said)
         write_version(place, list(tables.values()), dtype=store.dtype)
+    made = tables.get("synthetic")
+    return ("synthetic",) if kind == "user" and made is not None and each in made.ids else ()
 
 
 @dataclass(frozen=True)
@@ -220,7 +230,7 @@ class Difference:
 def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
     """Return what two stores say differently, by kind: ids, and the texts of those that are in both."""
     found = []
-    for kind in ("user", "item"):
+    for kind in KINDS:
         before, after = (set(store.ids(kind)) if kind in store.kinds else set() for store in (old, new))
         both = sorted(before & after)
         said_before, said_after = ((store.texts(kind, both) if both else {}) for store in (old, new))

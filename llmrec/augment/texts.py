@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import numpy as np
 
@@ -11,13 +15,14 @@ from llmrec.data.features import FeatureKind, Pair
 from llmrec.data.hashing import hash64
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError, did_you_mean
+from llmrec.guard import clean
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import AugmentSection
 from llmrec.tasks.base import View
 from llmrec.types import Event, Prompt
 
 FAMILY = "augment"
-_USERS = frozenset({"history", "factors", "noun", "user_id", "profile"})
+_USERS = frozenset({"history", "factors", "topics", "interests", "noun", "user_id", "profile"})
 _ITEMS = frozenset({"item", "item_id", "fields", "factors", "noun"})
 
 
@@ -45,12 +50,12 @@ def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Te
     known = load_templates(FAMILY, *prompts)
     if name not in known:
         raise RecipeError(
-            f"augment.{kind}s: there is no template {name!r}{did_you_mean(name, known)}; known: "
+            f"{key_of(kind)}: there is no template {name!r}{did_you_mean(name, known)}; known: "
             f"{', '.join(sorted(known))}",
             kind="unknown-name",
-            column=f"augment.{kind}s",
+            column=key_of(kind),
         )
-    known[name].check(turns=_USERS if kind == "user" else _ITEMS, lead=(), target={"text"})
+    known[name].check(turns=_ITEMS if kind == "item" else _USERS, lead=(), target={"text"})
     return known[name]
 
 
@@ -63,15 +68,36 @@ def readable(data: SplitDataset, user: str) -> tuple[Event, ...]:
     return data.known_events(user) if data.kind == "prefix" else data.train_events(user)
 
 
-def about_users(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
-    """Return the questions about users who have events that may be read."""
-    assert section.users is not None
-    template, view = template_of("user", section.users, prompts), View(data)
-    able = [user for user in data.users() if readable(data, user)]
+def about_users(
+    data: SplitDataset,
+    section: AugmentSection,
+    seed: int,
+    prompts: Sequence[str] = (),
+    *,
+    kind: FeatureKind = "user",
+    interests: Mapping[str, str] = MappingProxyType({}),
+) -> list[Asked]:
+    """Return the questions about users who have events that may be read.
+
+    Args:
+        data: The split.
+        section: What is asked.
+        seed: Of the draw, where not all are asked about.
+        prompts: Files and folders of further templates.
+        kind: ``user``, or ``synthetic``: which item users with few events would have next.
+        interests: What was written on users before, which the second question may show.
+    """
+    name = section.users if kind == "user" else section.synthetic
+    assert name is not None
+    template, view = template_of(kind, name, prompts), View(data)
+    most = math.inf if kind == "user" else section.cold
+    able = [user for user in data.users() if 0 < len(readable(data, user)) <= most]
+    told = {"factors": list(section.factors), "topics": list(section.topics)}
     found = []
     for user in _some(able, section.limit, seed):
         events = readable(data, user)[-section.history :]
-        values = view.user(user, {}) | {"history": view.events(events, _stars), "factors": list(section.factors)}
+        values = view.user(user, {}) | told | {"history": view.events(events, _stars)}
+        values["interests"] = interests.get(user, "")
         seen = frozenset((user, event.item_id) for event in events)
         found.append(Asked(user, Prompt(messages=template.turns(values)), seen))
     return found
@@ -87,6 +113,45 @@ def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts:
         values.pop("item_stats", None)
         found.append(Asked(item, Prompt(messages=template.turns(values)), frozenset()))
     return found
+
+
+def key_of(kind: FeatureKind) -> str:
+    """Return the key of a recipe that names the template of a kind."""
+    return "augment.synthetic" if kind == "synthetic" else f"augment.{kind}s"
+
+
+def kept(kind: FeatureKind, said: str, section: AugmentSection) -> str:
+    """Return what is kept of an answer; nothing where it holds nothing that was asked for.
+
+    Of a text on a user, with a closed list, the topics of the list that it names, in their order there (GENRE, Liu et
+    al., WSDM 2024, section 3.2). Of a synthetic item its title and description: those of a JSON object, as GENRE asks
+    for, or the first line.
+    """
+    if kind == "user" and section.topics:
+        words = f" {_plain(said)} "
+        return ", ".join(topic for topic in section.topics if f" {_plain(topic)} " in words)
+    if kind == "synthetic":
+        said = invented(said)
+    # What a model writes is data like any other, and can forge no word of a template.
+    return clean(said)
+
+
+def invented(said: str) -> str:
+    """Return title and description of the item that an answer makes up."""
+    begin, end = said.find("{"), said.rfind("}")
+    try:
+        item = json.loads(said[begin : end + 1]) if 0 <= begin < end else None
+    except ValueError:
+        item = None
+    if isinstance(item, dict):
+        told = [str(item[key]).strip() for key in ("title", "description", "desc", "abstract") if item.get(key)]
+        return ". ".join(dict.fromkeys(each.rstrip(".") for each in told))
+    first = next((line.strip() for line in said.splitlines() if line.strip()), "")
+    return first.strip("\"'* ")
+
+
+def _plain(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
 
 
 def _stars(rating: float) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.text import TfIdf
-from llmrec.data.features import FeatureStore
+from llmrec.data.features import FeatureKind, FeatureStore
 from llmrec.errors import DataError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
 from llmrec.models.embedder import fitting
@@ -102,9 +102,17 @@ class Turned:
 
     def whitened(self, exponent: float) -> NDArray[np.float64]:
         """Return the vectors under the `whitening`, of length 1, shape (n, at most k)."""
-        vectors = (self.vectors - self.centre) @ self.whitening(exponent)
-        lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-        return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
+        return self.turn(self.vectors, exponent)
+
+    def turn(self, vectors: NDArray[np.floating[Any]], exponent: float) -> NDArray[np.float64]:
+        """Return other vectors under the same `whitening`, of length 1, shape (n, at most k)."""
+        return unit((vectors - self.centre) @ self.whitening(exponent))
+
+
+def unit(vectors: NDArray[Any]) -> NDArray[Any]:
+    """Return vectors of length 1, and of 0 those that are 0."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
 
 def text_vectors(data: SplitDataset, ids: Sequence[str], config: TextsConfig) -> NDArray[np.floating[Any]]:
@@ -121,8 +129,8 @@ def text_vectors(data: SplitDataset, ids: Sequence[str], config: TextsConfig) ->
         ModelError: If there is no such encoder.
     """
     order = config.order(len(ids))
-    for folder in config.folders:
-        return _stored(data, ids, folder)[order]
+    if config.encoder.startswith(STORE):
+        return _stored(data, ids, config.encoder.removeprefix(STORE))[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)
     if config.encoder != LSA:
@@ -130,25 +138,29 @@ def text_vectors(data: SplitDataset, ids: Sequence[str], config: TextsConfig) ->
     return _latent(texts)[order]
 
 
-def _stored(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
-    """Return the features of items, of length 1; of those that the store does not know the fallback.
+def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
+    """Open a store whose texts of a kind may be read beside a split.
 
     Raises:
         DataError: If there is no such store, it was written from other training interactions, or a text has seen a
             held-out one.
     """
     store = FeatureStore.open(folder, split=data.readable)
-    if told := store.seen("item") & data.held_out:
+    if told := store.seen(kind) & data.held_out:
         user, item = min(told)
         raise DataError.at(
             folder,
             "leak",
-            f": texts of items have seen {len(told)} held-out interactions, such as that of user {user!r} with item "
+            f": texts of {kind}s have seen {len(told)} held-out interactions, such as that of user {user!r} with item "
             f"{item!r}; write them from the training part of this split",
         )
-    vectors, _ = store.get("item", list(ids))
-    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-    return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
+    return store
+
+
+def _stored(data: SplitDataset, ids: Sequence[str], folder: str) -> NDArray[np.floating[Any]]:
+    """Return the features of items, of length 1; of those that the store does not know the fallback; see `opened`."""
+    store = opened(data, folder, "item")
+    return unit(store.get("item", list(ids))[0])
 
 
 def texts_of(items: Sequence[Item]) -> list[str]:

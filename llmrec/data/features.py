@@ -4,7 +4,7 @@ A store is a folder that a service can map and read without llmrec: docs/feature
 
     current           the name of the version that counts
     VERSION/meta.json           format, numbers of rows and columns, provenance
-    VERSION/KIND-ids.npy        ids as UTF-8 bytes, sorted; KIND is user or item
+    VERSION/KIND-ids.npy        ids as UTF-8 bytes, sorted; KIND is user, item or synthetic
     VERSION/KIND-vectors.npy    float32 or float16, shape (n, d), a row an id
     VERSION/KIND-fallback.npy   what an unknown id has, shape (d,)
     VERSION/features.sqlite     tables texts (kind, id, text) and seen (kind, id, user, item)
@@ -37,7 +37,10 @@ from llmrec.machine import lock
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-FeatureKind = Literal["user", "item"]
+FeatureKind = Literal["user", "item", "synthetic"]
+"""What features tell of: users, items, or, by the ids of users, synthetic items that a language model made up for them.
+
+A synthetic item is a feature and nothing else: it is in no data set, and so in no split, candidate set or count."""
 Pair = tuple[str, str]
 """A user and an item."""
 ANSWERS = "answers.sqlite"
@@ -51,7 +54,11 @@ _VERSION, _DRAFT = re.compile(r"[0-9a-f]{16}"), re.compile(r"\.[0-9a-f]{16}\.dra
 _WIDEST = 512
 # Versions that are kept for who has them open, the one that counts among them.
 _KEPT = 2
-_KINDS: tuple[FeatureKind, ...] = ("user", "item")
+KINDS: tuple[FeatureKind, ...] = ("user", "synthetic", "item")
+"""In the order in which texts are written: a synthetic item may be written from the text on its user."""
+PLURALS: Mapping[FeatureKind, str] = {"user": "users", "synthetic": "synthetic items", "item": "items"}
+OF_PERSONS: tuple[FeatureKind, ...] = ("user", "synthetic")
+"""Kinds whose ids are users."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,7 +216,7 @@ class FeatureStore:
     @property
     def kinds(self) -> tuple[FeatureKind, ...]:
         """What it has features of."""
-        return tuple(kind for kind in _KINDS if kind in self._tables)
+        return tuple(kind for kind in KINDS if kind in self._tables)
 
     def provenance(self, kind: FeatureKind) -> Provenance:
         """Return where the features of a kind come from."""

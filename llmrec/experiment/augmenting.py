@@ -11,14 +11,28 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
+import numpy as np
+
 from llmrec import __version__
 from llmrec.augment.stores import of_texts
-from llmrec.augment.texts import Asked, about_items, about_users, template_of
+from llmrec.augment.texts import Asked, about_items, about_users, kept, template_of
 from llmrec.backends.answers import AnswerStore
 from llmrec.backends.cache import CachedBackend
 from llmrec.backends.encode import Encoder
+from llmrec.baselines.item_texts import texts_of
 from llmrec.data.derived import TITLES
-from llmrec.data.features import ANSWERS, FeatureKind, FeatureStore, Provenance, write_version, writing
+from llmrec.data.features import (
+    ANSWERS,
+    KINDS,
+    OF_PERSONS,
+    PLURALS,
+    FeatureKind,
+    Features,
+    FeatureStore,
+    Provenance,
+    write_version,
+    writing,
+)
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
@@ -26,7 +40,6 @@ from llmrec.experiment.engines import Engines
 from llmrec.experiment.resume import Budget, key_of, locked
 from llmrec.experiment.shards.folders import SHARD, Finished, done_before, finish, gathered, shard_folder
 from llmrec.experiment.study import load_tables
-from llmrec.guard import clean
 from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
 from llmrec.progress import Bar
@@ -38,8 +51,8 @@ from llmrec.types import Backend, Cost, Prompt
 
 log = logging.getLogger(__name__)
 
-FEATURES = "features"
-"""In a run folder: the store that the recipe's section ``augment`` asks for."""
+FEATURES, CONTROL = "features", "control"
+"""In a run folder: the store that the recipe's section ``augment`` asks for, and that of `without_model`."""
 
 # Tokens a second of a small model on two cores, for the estimate before anything is asked.
 _READS, _WRITES = 1000.0, 150.0
@@ -92,16 +105,47 @@ def plan(recipe: Recipe) -> Plan:
         RecipeError: If the recipe has no such section, or names a template that is not there.
         DataError: If the data cannot be read or split.
     """
-    section = _section(recipe)
-    data, _ = load_tables(recipe, None)
-    asked: dict[FeatureKind, list[Asked]] = {}
-    if section.users is not None:
-        asked["user"] = about_users(data, section, recipe.seed, recipe.prompts)
-    if section.items is not None:
-        asked["item"] = about_items(data, section, recipe.seed, recipe.prompts)
+    data, asked = questions(recipe)
     base = resolve(recipe.model, seed=recipe.seed)
     encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
     return Plan(data, asked, encoder, base)
+
+
+def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
+    """Return the split and what would be asked of it, without a model; errors as `plan` raises them."""
+    section = _section(recipe)
+    data, _ = load_tables(recipe, None)
+    return data, {kind: _asked(recipe, data, kind, {}) for kind in KINDS if _template(section, kind) is not None}
+
+
+def without_model(recipe: Recipe, out: Path) -> Augmented:
+    """Publish what the same events and items say without a language model: the control of what its texts add.
+
+    An item has its title and fields; a user the mean vector of the items whose events the question shows, and has seen
+    the same interactions as the text would.
+
+    Raises:
+        RecipeError: See `plan`.
+        DataError: See `plan`; or if no item has a text.
+        LlmrecError: If the folder holds other things, or another process writes to it.
+    """
+    section, begin = _section(recipe), time.perf_counter()
+    data, asked = questions(recipe)
+    items = [data.dataset.items[each] for each in sorted(data.dataset.items)]
+    told = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
+    made = Provenance(system="augment without a model", split=data.readable, version=__version__)
+    every = of_texts("item", told, encoder=section.encoder, provenance=made)
+    tables = [every] if "item" in asked else []
+    place_of = {item: place for place, item in enumerate(every.ids)}
+    if "user" in asked:
+        users = [each for each in asked["user"] if any(item in place_of for _, item in each.seen)]
+        seen = {each.id: each.seen for each in users}
+        rows = [[place_of[item] for _, item in sorted(pairs) if item in place_of] for pairs in seen.values()]
+        vectors = np.array([every.vectors[places].mean(axis=0) for places in rows], dtype=np.float32)
+        tables.insert(0, Features("user", list(seen), vectors, every.provenance, seen=seen))
+    with writing(out) as folder:
+        write_version(folder, tables, dtype=section.dtype)
+    return Augmented(out, {table.kind: len(table.ids) for table in tables}, Cost(), time.perf_counter() - begin)
 
 
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
@@ -110,7 +154,7 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
     for kind, tokens in planned.prompt_tokens().items():
         count = len(planned.asked[kind])
         seconds += tokens / _READS + count * section.max_tokens / _WRITES
-        rows[f"{kind}s"] = f"{count:,} texts, {tokens:,} tokens read, {count * section.max_tokens:,} written at most"
+        rows[PLURALS[kind]] = f"{count:,} texts, {tokens:,} tokens read, {count * section.max_tokens:,} written at most"
     return rows | {"time": f"about {max(1, round(seconds / 60))} minutes for a small model on two cores"}
 
 
@@ -143,8 +187,12 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
         with _asking(recipe, planned, place, Budget()) as (backend, store):
             for each in shards:
                 store.join(each.folder / ANSWERS)
-            for kind, asked in planned.asked.items():
-                written, spent = _write(backend, asked, section, recipe.eval.batch, f"{kind}s", quiet=quiet)
+            interests: dict[str, str] = {}
+            for kind, planned_of_it in planned.asked.items():
+                # A synthetic item is asked for with what was just written on its user.
+                asked = _asked(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_of_it
+                written, spent = _write(backend, asked, kind, section, recipe.eval.batch, quiet=quiet)
+                interests = written if kind == "user" else interests
                 cost += spent
                 seen = {each.id: each.seen for each in asked if each.seen}
                 tables.append(of_texts(kind, written, encoder=section.encoder, provenance=made[kind], seen=seen))
@@ -179,9 +227,10 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
         cost, count = Cost(), 0
         with _asking(recipe, planned, folder, budget) as (backend, _):
             for kind, asked in planned.asked.items():
-                part = shard.share(asked, recipe.eval.batch)
-                with budget.stage(f"{kind}s"):
-                    cost += _write(backend, part, section, recipe.eval.batch, f"{kind}s", quiet=quiet)[1]
+                # These follow from the texts of their users, which no shard has whole: merging asks for them.
+                part = [] if kind == "synthetic" else shard.share(asked, recipe.eval.batch)
+                with budget.stage(PLURALS[kind]):
+                    cost += _write(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
                 count += len(part)
         write_text(folder / STORED, dump(recipe))
         told = {"texts": count, "cost": asdict(cost), "seconds": budget.stages}
@@ -233,10 +282,10 @@ def _weights(engine: str, planned: Plan) -> str:
 def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
     """Return where texts come from, but for the encoder: equal ones are equal texts."""
     section, data = _section(recipe), planned.data
-    template = template_of(kind, str(getattr(section, f"{kind}s")), recipe.prompts)
+    template = template_of(kind, str(_template(section, kind)), recipe.prompts)
     engine = recipe.eval.backend
     # Texts on items show no interaction, and belong to no split; but for titles that are made of training reviews.
-    of_split = kind == "user" or TITLES in data.dataset.derives
+    of_split = kind in OF_PERSONS or TITLES in data.dataset.derives
     shown = section.model_dump(mode="json", exclude={"dtype", "encoder"})
     return Provenance(
         system="augment",
@@ -250,6 +299,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
             "max_tokens": section.max_tokens,
             "seed": recipe.seed,
             "asked": _digest([each.id for each in planned.asked[kind]]),
+            **({"synthetic": True} if kind == "synthetic" else {}),
         },
         version=__version__,
     )
@@ -269,6 +319,17 @@ def _made_so(place: Path, made: Mapping[FeatureKind, Provenance], section: Augme
     return store if same else None
 
 
+def _template(section: AugmentSection, kind: FeatureKind) -> str | None:
+    return {"user": section.users, "item": section.items, "synthetic": section.synthetic}[kind]
+
+
+def _asked(recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]) -> list[Asked]:
+    section = _section(recipe)
+    if kind == "item":
+        return about_items(data, section, recipe.seed, recipe.prompts)
+    return about_users(data, section, recipe.seed, recipe.prompts, kind=kind, interests=interests)
+
+
 def _section(recipe: Recipe) -> AugmentSection:
     if recipe.augment is None:
         raise RecipeError(
@@ -280,16 +341,15 @@ def _section(recipe: Recipe) -> AugmentSection:
 
 
 def _write(
-    backend: Backend, asked: Sequence[Asked], section: AugmentSection, batch: int, what: str, *, quiet: bool
+    backend: Backend, asked: Sequence[Asked], kind: FeatureKind, section: AugmentSection, batch: int, *, quiet: bool
 ) -> tuple[dict[str, str], Cost]:
     written, cost = {}, Cost()
-    with Bar(what, len(asked), quiet=quiet) as bar:
+    with Bar(PLURALS[kind], len(asked), quiet=quiet) as bar:
         for start in range(0, len(asked), batch):
             part = asked[start : start + batch]
             prompts: list[Prompt] = [each.prompt for each in part]
             for each, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
-                # What a model writes is data like any other, and can forge no word of a template.
-                written[each.id] = clean(done.text)
+                written[each.id] = kept(kind, done.text, section)
                 cost += cost_of(done)
             bar.advance(len(part))
     return written, cost

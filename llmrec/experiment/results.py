@@ -20,7 +20,7 @@ from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.predictions import write_items, write_predictions
 from llmrec.experiment.resume import Budget
-from llmrec.experiment.row_details import breakdowns, text_samples
+from llmrec.experiment.row_details import breakdowns, exhibits, text_samples
 from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
@@ -87,6 +87,7 @@ def write_results(
         seconds=sum(spent.values()),
         examples=tuple(example for row in rows for example in row.examples),
         texts=tuple(text_samples(study, rows)),
+        gallery=tuple(exhibits(study, rows)),
         set_aside=tuple(
             SetAside(data=table.dataset.name, said=f"{sentence(table, found)}.", users=tuple(users(found)))
             for table in study.tables

@@ -15,7 +15,9 @@ from typing import Any, NotRequired, TypedDict, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.baselines.parameters import stores_of
 from llmrec.data.dataset import Dataset
+from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import hash64
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.slices import slice_figures
@@ -27,7 +29,7 @@ from llmrec.metrics import ranking
 from llmrec.metrics.multiple import holm
 from llmrec.metrics.stats import mean_ranks
 from llmrec.prompts.template import Template
-from llmrec.records import Product, Sample, Told, User, Written
+from llmrec.records import Exhibit, Product, Sample, Told, User, Written
 from llmrec.results import AtPosition, Prediction, SliceOfRow, Trend
 from llmrec.tasks.base import PAST, View
 from llmrec.tasks.family import family_of
@@ -230,6 +232,9 @@ COUNT = 20
 # Characters of an input; of an answer that could not be read, which no task has cut.
 _INPUT, _RAW = 400, 500
 _TITLES = 3
+EXHIBITS = 8
+"""Requests a family that show what features say and change."""
+_READ = 6
 _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
 
 
@@ -263,6 +268,58 @@ def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[S
             truth=str(case.truth),
             answers={row.figures.id: _answer(row.records[place]) for row in own},
         )
+
+
+def exhibits(study: Study, rows: Sequence[ResultRow]) -> list[Exhibit]:
+    """Return ``gallery`` of results.json: what features say of a few requests, and what they change.
+
+    Of each family the first baseline that reads features is shown, beside the rows of the same baseline.
+    """
+    return [exhibit for family in study.tasks for exhibit in _exhibits(study, family, rows)]
+
+
+def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
+    named = {each.label: each for each in study.baselines(family)}
+    folders = {label: stores_of(each.name, each.parameters) for label, each in named.items()}
+    reading = [label for label, found in folders.items() if found and not named[label].parameters.get("shuffled")]
+    if not reading:
+        return
+    first, folder = named[reading[0]], next(iter(folders[reading[0]]))
+    store, cases, data = FeatureStore.open(folder), study.cases(family), study.task_data(family).dataset
+    alike = [
+        row
+        for row in rows
+        if row.figures.task == family
+        and row.figures.predictor in named
+        and named[row.figures.predictor].name == first.name
+    ]
+    seen = store.seen_by("user")
+    told = [place for place, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
+    for n in drawn([cases[place].request.id for place in told], study.recipe.seed, EXHIBITS):
+        place, request = told[n], cases[told[n]].request
+        user, item = request.user_id, str(request.item or cases[told[n]].truth)
+        pairs = sorted(each for _, each in seen.get(user, ()) if each in data.items)
+        yield Exhibit(
+            task=family,
+            request_id=request.id,
+            user=_user(data, user),
+            item=_product(data, item),
+            store=folder,
+            read=tuple(clean(data.items[each].title) for each in pairs[:_READ]),
+            events=len(pairs),
+            profile=_cut(clean(store.texts("user", [user]).get(user, ""), _INPUT)),
+            described=_cut(clean(store.texts("item", [item]).get(item, ""), _INPUT)),
+            truth=f"{truth:g}" if isinstance(truth := cases[place].truth, float) else str(truth),
+            answers={row.figures.id: _said(row.records[place], item) for row in alike},
+        )
+
+
+def _said(record: Prediction, item: str) -> str:
+    """Return an answer in a few words: a number as it is, of a ranking the place of the item."""
+    answer = json.loads(record.parsed)
+    if isinstance(answer, list):
+        return f"place {answer.index(item) + 1}" if item in answer else f"not among the first {len(answer)}"
+    return f"{answer:.3f}" if isinstance(answer, float) else "could not be read" if answer is None else str(answer)
 
 
 def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:

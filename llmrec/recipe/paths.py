@@ -13,7 +13,14 @@ from llmrec.durable import Json
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import Recipe
 
-_DATA = (("source",), ("path",), ("items",), ("users",), *(("files", part) for part in ("train", "valid", "test")))
+_DATA = (
+    ("source",),
+    ("path",),
+    ("items",),
+    ("users",),
+    ("facts", "path"),
+    *(("files", part) for part in ("train", "valid", "test")),
+)
 _KEYS = (
     *((table, *key) for table in ("data", "reviews") for key in _DATA),
     ("index", "path"),

@@ -138,6 +138,17 @@ class Files(Section):
     test: str
 
 
+class FactsSection(Section):
+    """Documents about items, of which templates show the best passages as ``item.facts``: docs/features.md."""
+
+    path: str = Field(description="table of documents, with item_id, or title where ids are not known, and a text")
+    text: str = Field("text", description="column of the texts")
+    about: tuple[str, ...] = Field(
+        (), description="what passages are to tell, such as director or country, found by BM25; none: the first ones"
+    )
+    tokens: int = Field(40, ge=1, le=150, description="words and punctuation marks of an item's passages at most")
+
+
 class DataSection(Section):
     """Where interactions come from."""
 
@@ -155,6 +166,7 @@ class DataSection(Section):
     users: str | None = Field(
         None, description="table: table of users, joined on the user column; columns.user_fields says what is read"
     )
+    facts: FactsSection | None = Field(None, description="documents about items")
     columns: Columns = Columns()
     filter: Filter = Filter()
     split: Split = Split()
@@ -990,6 +1002,13 @@ class AugmentSection(Section):
     users: str | None = Field("user-reasoning", description="template of texts on users; None: none are written")
     items: str | None = Field("item-facts", description="template of texts on items; None: none are written")
     factors: tuple[str, ...] = Field((), description="what texts are to consider, such as genre or mood")
+    topics: tuple[str, ...] = Field(
+        (), description="closed list: of a text on a user those topics are kept that it names, and nothing else"
+    )
+    synthetic: str | None = Field(
+        None, description="template of a synthetic item for each user of few events, such as cold-item; None: none"
+    )
+    cold: Positive = Field(5, description="such users have so many events at most that may be read")
     history: Positive = Field(30, description="events of a user that a prompt shows, the latest of those it may read")
     max_tokens: Positive = Field(80, description="of a text")
     limit: Positive | None = Field(None, description="users and items at most, drawn by a seeded hash; None: all")
@@ -998,7 +1017,9 @@ class AugmentSection(Section):
 
     @model_validator(mode="after")
     def _something_is_written(self) -> AugmentSection:
-        if self.users is None and self.items is None:
+        if self.topics and self.users is None:
+            raise ValueError("augment.topics: they are kept of texts on users; name a template as augment.users")
+        if self.users is None and self.items is None and self.synthetic is None:
             raise ValueError("augment: neither users nor items have texts; name a template for one of them")
         return self
 

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 
 from llmrec.data.hashing import hash_one
+from llmrec.data.knowledge import FIELD
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import Tallies
 from llmrec.errors import DataError
-from llmrec.guard import TEXT_LIMIT
+from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT
 from llmrec.prompts.template import Template, clean
 from llmrec.recipe.schema import RatingSection, SequentialSection
 from llmrec.tasks.templates import Chosen
@@ -77,7 +78,9 @@ class View:
                     at=self.data.dataset.name,
                 )
             title = clean(entry.title) or clean(item_id) or "untitled"
-            known = Fields({name: clean(text) for name, text in sorted(entry.fields.items())}, title=title)
+            known = Fields(title=title)
+            for name, text in sorted(entry.fields.items()):
+                known.setdefault(name, clean(text, TEXT_LIMIT if name == FIELD else TITLE_LIMIT))
             if self.index is not None:
                 known["code"] = self.index.encode(item_id)
             self._items[item_id] = known

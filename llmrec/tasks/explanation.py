@@ -11,6 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
+from llmrec.data.knowledge import FIELD, cited
 from llmrec.data.split import request_of
 from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
@@ -156,12 +157,14 @@ class ExplanationTask(Task):
         return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Return the completion as one clean line; None if nothing is left."""
+        """Return the completion as one clean line, without citations of facts that there are not; None if empty."""
         asked = self._chosen.every.get(template.rpartition("/")[2])
         if asked is not None and _rates(asked):
             rated = _RATED.match(completion)
             completion = completion[rated.end() :] if rated else ""
         text = clean(completion, TEXT_LIMIT)
+        if facts := self._data.dataset.items[asked_item(request, self.family)].fields.get(FIELD):
+            text = cited(text, facts)[0]
         return Text(request_id=request.id, text=text) if text else None
 
     def reward(self, answer: Answer, case: Case) -> float:

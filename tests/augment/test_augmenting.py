@@ -146,6 +146,20 @@ def test_a_recipe_without_the_section_or_with_an_unknown_template_is_refused(
     assert template_of("item", "item-facts").shape == "chat"
 
 
+def test_the_control_has_the_same_events_and_no_model(llama_folder: Path, tmp_path: Path) -> None:
+    made = recipe(llama_folder)
+    done = augmenting.without_model(made, tmp_path / "control")
+    store, (data, asked) = FeatureStore.open(done.folder), augmenting.questions(made)
+    assert store.kinds == ("user", "item") and not store.texts("user", store.ids("user"))
+    # Every item is there, so that each mean is over all events that the question shows.
+    assert store.ids("item") == sorted(data.dataset.items)
+    for each in asked["user"]:
+        assert store.seen_by("user")[each.id] == each.seen
+        mean = store.get("item", sorted(item for _, item in each.seen))[0].mean(axis=0)
+        assert np.allclose(store.get("user", [each.id])[0][0], mean, atol=1e-5)
+    assert store.provenance("user").split == data.readable and store.provenance("user").generator == {}
+
+
 def test_the_estimate_counts_what_would_be_read(llama_folder: Path) -> None:
     made = recipe(llama_folder)
     planned = augmenting.plan(made)
@@ -218,12 +232,19 @@ def test_a_run_writes_its_features_first_and_uses_them_again(llama_folder: Path,
     folder = tmp_path / "run"
     host = {"name": "deepfm", "features": str(folder / "features"), "epochs": 1}
     made = recipe(llama_folder, limit=None, max_tokens=2)
-    tasks = {"ctr": {"baselines": ["like-ratio", "logistic", host]}}
+    plain = {"name": "deepfm", "epochs": 1}
+    tasks = {"ctr": {"baselines": ["like-ratio", "logistic", plain, host]}}
     values = made.model_dump(mode="json") | {"tasks": tasks, "eval": {"arms": [], "backend": "hf", "users": 20}}
     first = pipeline.run(values, folder, quiet=True)
     version = (folder / "features" / "current").read_text()
     assert any(row["predictor"].startswith("deepfm(") for row in first.results["rows"])
     assert any(check["name"].startswith("texts of features") for check in _audit(folder))
+    # What the texts say of a few requests, and what the host answers with and without them.
+    store, shown = FeatureStore.open(folder / "features"), first.results["gallery"]
+    for each in shown:
+        assert each["profile"] == store.texts("user", [each["user"]["id"]]).get(each["user"]["id"], "")
+        assert len(each["answers"]) == 2 and each["read"] and each["truth"] in ("0", "1")
+    assert shown and any(len(set(each["answers"].values())) == 2 for each in shown)
     again = pipeline.run(values, folder, quiet=True)
     assert (folder / "features" / "current").read_text() == version
     assert again.results["rows"] == first.results["rows"]

@@ -8,7 +8,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.baselines.tower import Tower, TunedTower
+from llmrec.baselines.towers.tower import Tower, TunedTower
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import RecipeError

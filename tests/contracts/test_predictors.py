@@ -51,6 +51,7 @@ NEEDS = {
     "gru4rec": "torch",
     "tower": "torch",
     "tuned-tower": "torch",
+    "text-matcher": "torch",
     **dict.fromkeys(HOSTS, "torch"),
 }
 # CTR hosts differ in one function, which tests/baselines/test_ctr_hosts.py looks at; what they share is tested of one.
@@ -63,7 +64,7 @@ RATING = tuple(dict.fromkeys([*family_of("rating").baselines, *family_of("stars"
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Their validation split chooses when to stop.
-STOPPING = {"sasrec", "gru4rec", "tower", "tuned-tower", *HOSTS}
+STOPPING = {"sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher", *HOSTS}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
@@ -72,13 +73,14 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gru4rec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "tuned-tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
+    "text-matcher": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     **{name: {"dim": 4, "hidden": "8", "epochs": 2, "patience": 1} for name in HOSTS},
     "mf": {"rounds": 5},
     "svd": {"epochs": 5},
 }
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
-DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower", "tuned-tower"}
-READING = {"content", "transitions-text", "tower", "tuned-tower"}  # they know items by their texts
+DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher"}
+READING = {"content", "transitions-text", "tower", "tuned-tower", "text-matcher"}  # they know items by their texts
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")

@@ -14,7 +14,7 @@ from llmrec.commands.show.console import say, short, show, tell
 app = App(no_args_is_help=True)
 
 Store = Annotated[Path, typer.Argument(metavar="STORE", help="A folder of features; docs/features.md.")]
-Kind = Annotated[Literal["user", "item"], typer.Option("--kind", help="What the ids name.")]
+Kind = Annotated[Literal["user", "item", "synthetic"], typer.Option("--kind", help="What the ids name.")]
 
 
 @app.command("import")
@@ -69,12 +69,13 @@ def what(
 def diff(old: Store, new: Annotated[Path, typer.Argument(metavar="STORE", help="The newer one.")]) -> None:
     """Print what two stores say differently; exit code 1 if they do."""
     from llmrec.augment.stores import compare
-    from llmrec.data.features import FeatureStore
+    from llmrec.data.features import PLURALS, FeatureStore
 
     found = compare(FeatureStore.open(old), FeatureStore.open(new))
     tell(differences=found)
     for each in found:
-        say(f"{each.kind}s: {len(each.added)} added, {len(each.removed)} removed, {len(each.changed)} texts changed")
+        counted = f"{len(each.added)} added, {len(each.removed)} removed, {len(each.changed)} texts changed"
+        say(f"{PLURALS[each.kind]}: {counted}")
         for name, before, after in each.changed[:20]:
             say(f"  {name}\n    - {before}\n    + {after}")
     if any(each.added or each.removed or each.changed for each in found):
@@ -91,8 +92,10 @@ def edit(
     """Correct a text; its vector is made anew by the encoder of the store."""
     from llmrec.augment import stores
 
-    stores.edit(store, kind, name, text)
-    tell(kind=kind, id=name, text=text)
+    made = stores.edit(store, kind, name, text)
+    tell(kind=kind, id=name, text=text, made_from_it=made)
+    for other in made:
+        say(f"written from it, and unchanged: the text of {other} {name}; correct it with edit --kind {other}")
 
 
 @app.command()
@@ -111,23 +114,23 @@ def forget(store: Store, user: Annotated[str, typer.Argument(metavar="USER", hel
 def bench(store: Store) -> None:
     """Time look-ups of one id and of a hundred, half of them unknown."""
     from llmrec.augment.stores import timed
-    from llmrec.data.features import FeatureStore
+    from llmrec.data.features import PLURALS, FeatureStore
 
     opened = FeatureStore.open(store)
     for kind in opened.kinds:
-        show(f"look-ups of {kind}s", timed(opened, kind), short)
+        show(f"look-ups of {PLURALS[kind]}", timed(opened, kind), short)
 
 
 def _facts(folder: Path) -> dict[str, str]:
-    from llmrec.data.features import FeatureStore
+    from llmrec.data.features import PLURALS, FeatureStore
 
     store = FeatureStore.open(folder)
     facts = {}
     for kind in store.kinds:
-        made, seen = store.provenance(kind), store.seen_by(kind)
-        facts[f"{kind}s"] = f"{len(store.ids(kind)):,} vectors of {store.width(kind)}"
-        facts[f"{kind}s: made by"] = made.system + (f", split {made.split[:12]}" if made.split else "")
-        facts[f"{kind}s: texts by"] = json.dumps(dict(made.generator)) if made.generator else "nobody: as they are"
-        facts[f"{kind}s: encoder"] = str(made.encoder.get("name", "none"))
-        facts[f"{kind}s: have seen"] = f"{sum(map(len, seen.values())):,} interactions"
+        made, seen, name = store.provenance(kind), store.seen_by(kind), PLURALS[kind]
+        facts[name] = f"{len(store.ids(kind)):,} vectors of {store.width(kind)}"
+        facts[f"{name}: made by"] = made.system + (f", split {made.split[:12]}" if made.split else "")
+        facts[f"{name}: texts by"] = json.dumps(dict(made.generator)) if made.generator else "nobody: as they are"
+        facts[f"{name}: encoder"] = str(made.encoder.get("name", "none"))
+        facts[f"{name}: have seen"] = f"{sum(map(len, seen.values())):,} interactions"
     return facts

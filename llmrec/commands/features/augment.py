@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from llmrec.commands.show.console import say, show, show_shard, tell
-from llmrec.data.features import FeatureStore
+from llmrec.data.features import PLURALS, FeatureStore
+from llmrec.errors import RecipeError
 from llmrec.experiment import augmenting
 from llmrec.experiment.study import folder_of
 from llmrec.recipe.schema import Recipe
@@ -14,8 +15,8 @@ from llmrec.records import Shard
 _SHOWN = 3
 
 
-def run(recipe: Recipe, out: Path | None, shard: str | None, *, dry_run: bool) -> None:
-    """Write the features of a recipe, or say what that would cost."""
+def run(recipe: Recipe, out: Path | None, shard: str | None, *, dry_run: bool, without_model: bool) -> None:
+    """Write the features of a recipe or their control without a language model, or say what the first would cost."""
     if dry_run:
         planned = augmenting.plan(recipe)
         for asked in planned.asked.values():
@@ -24,7 +25,17 @@ def run(recipe: Recipe, out: Path | None, shard: str | None, *, dry_run: bool) -
         assert recipe.augment is not None
         show("augment", augmenting.estimate(planned, recipe.augment))
         return
-    target = out or folder_of(recipe, None) / augmenting.FEATURES
+    folder = folder_of(recipe, None)
+    if without_model:
+        if shard is not None:
+            raise RecipeError(
+                "--shard shares out questions, and --without-model asks none; drop one of them",
+                kind="contradiction",
+                column="--shard",
+            )
+        show_texts(augmenting.without_model(recipe, out or folder / augmenting.CONTROL))
+        return
+    target = out or folder / augmenting.FEATURES
     if shard is not None:
         show_shard(augmenting.augment_shard(recipe, target, Shard.parse(shard)), target)
         return
@@ -38,6 +49,6 @@ def show_texts(done: augmenting.Augmented) -> None:
         for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):
             say(f"{kind} {name}: {text}")
     tell(texts=done.texts, cost=done.cost, seconds=done.seconds, store=done.folder)
-    facts = {f"{kind}s": f"{count:,} texts" for kind, count in done.texts.items()}
+    facts = {PLURALS[kind]: f"{count:,}" for kind, count in done.texts.items()}
     tokens = f"{done.cost.prompt_tokens:,} tokens read, {done.cost.completion_tokens:,} written"
     show("augment", {**facts, "cost": tokens, "seconds": f"{done.seconds:.0f}", "store": str(done.folder)})

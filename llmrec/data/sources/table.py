@@ -15,6 +15,7 @@ import polars as pl
 from llmrec.data import dataset as filters
 from llmrec.data.assemble import assemble, catalogue, profiles
 from llmrec.data.dataset import PARTS, Dataset
+from llmrec.data.knowledge import informed
 from llmrec.data.reading.columns import find
 from llmrec.data.reading.databases import is_database, read_query
 from llmrec.data.reading.hub import hub_name, is_hub, read_hub
@@ -46,7 +47,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
 
     Raises:
         RecipeError: If there is no such source, or its page is wrong.
-        DataError: If the data is missing or malformed, or the filters leave less than 2 items.
+        DataError: If the data or documents are missing or malformed, or the filters leave less than 2 items.
     """
     source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source", key="data.source")
     section = located(section)
@@ -66,7 +67,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
             kind="too-few",
             column="data.filter",
         )
-    return dataset
+    return informed(dataset, section.facts)
 
 
 def located(section: DataSection) -> DataSection:
@@ -82,7 +83,8 @@ def located(section: DataSection) -> DataSection:
     files = section.files
     if files is not None:
         files = files.model_copy(update={part: under(getattr(files, part)) for part in PARTS})
-    return section.model_copy(update={"path": under(section.path), "files": files})
+    facts = section.facts and section.facts.model_copy(update={"path": under(section.facts.path)})
+    return section.model_copy(update={"path": under(section.path), "files": files, "facts": facts})
 
 
 def _fits(pattern: Path) -> bool:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import numpy as np
 from pydantic import Field
@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
 
+    #: Network, vectors of all items, histories as catalogue numbers -> what users are compared by, shape (n, dim).
+    Query = Callable[[Any, Any, Sequence[NDArray[np.int64]]], Any]
+
 # Validation cases that decide when to stop.
 _STOP_CASES = 5_000
 # Logarithm of the factor of cosines before training: a softmax over thousands of items needs more than 1.
@@ -43,11 +46,10 @@ _TEXTS = 64
 _FURTHEST = 5.0
 
 
-class TowerConfig(WhitenedConfig, NeuralConfig):
-    """Parameters of `Tower`."""
+class TowersConfig(WhitenedConfig, NeuralConfig):
+    """How texts are read, and how towers over them are trained."""
 
     dim: Positive = Field(128, description="length of the vectors that users and items are compared by")
-    decay: Decay = Field(0.7, description="factor from one event to the one before")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
     max_len: Positive = Field(10, description="the network sees the last so many items")
     batch: Positive = Field(1024, description="targets of one optimiser step")
@@ -62,6 +64,9 @@ class TowerConfig(WhitenedConfig, NeuralConfig):
     )
 
 
+T = TypeVar("T", bound=TowersConfig)
+
+
 @dataclass
 class Towers:
     """Vectors of all items, of length 1, shape (items, d), and the maps that are learned over them."""
@@ -71,7 +76,8 @@ class Towers:
     warm: NDArray[np.int64]
     popular: NDArray[np.float64]
     network: Any
-    config: TowerConfig
+    of_users: Query
+    config: TowersConfig
     name: str = "tower"
 
     @property
@@ -97,52 +103,24 @@ class Towers:
 
     def item_vectors(self, vectors: Any) -> Any:
         """Return what items are compared by, of length 1, shape (n, dim)."""
-        nn, network = require("torch", "baselines").nn.functional, self.network
-        return nn.normalize(network["item"](nn.dropout(vectors, self.config.dropout, network.training)), dim=1)
+        return item_vectors(self.network, vectors, self.config.dropout)
 
     def query(self, histories: Sequence[NDArray[np.int64]]) -> Any:
         """Return what users are compared by, as long as the factor of cosines, shape (n, dim)."""
-        torch, network = require("torch", "baselines"), self.network
-        nn, config = torch.nn.functional, self.config
-        weights = fading(histories, len(self.catalogue.ids), config.decay, np.float32)
-        shares = weights.data / np.repeat(np.maximum(weights.sum(axis=1), 1e-9), np.diff(weights.indptr))
-        mean = nn.embedding_bag(
-            torch.from_numpy(weights.indices.astype(np.int64)),
-            self.vectors,
-            torch.from_numpy(weights.indptr.astype(np.int64)),
-            mode="sum",
-            per_sample_weights=torch.from_numpy(shares.astype(np.float32)),
-            include_last_offset=True,
-        )
-        last = torch.from_numpy(np.array([history[-1] if len(history) else 0 for history in histories], dtype=np.int64))
-        drop = partial(nn.dropout, p=config.dropout, training=network.training)
-        both = network["mean"](drop(mean)) + network["last"](drop(self.vectors[last]))
-        return nn.normalize(both, dim=1) * network["scale"][0].exp()
+        normalize = require("torch", "baselines").nn.functional.normalize
+        found = self.of_users(self.network, self.vectors, histories)
+        return normalize(found, dim=1) * self.network["scale"][0].exp()
 
 
-class Tower(ScoredBaseline[TowerConfig, Towers]):
-    """Predicts the text of the next item from the texts of the latest ones: two linear maps and a softmax.
-
-    With whitened text vectors x_i of length 1 (see `Content`) and fading weights w_i that sum to 1, a history is
-    ``q = norm(M sum_i w_i x_i + L x_last)``, an item ``p_j = norm(P x_j)``, and ``score(j) = exp(s) q . p_j``. M, L, P
-    and s are learned: the loss is the cross-entropy over all items with training interactions, less those of the
-    history. The text encoder is fixed and no item has a parameter of its own, so that items that nobody has chosen are
-    ranked like all others. The form is that of two-tower retrieval (Yi et al., RecSys 2019), both towers linear.
+class TextTowers(ScoredBaseline[T, Towers]):
+    """Towers over text vectors that are whitened and fixed: it needs ``_build`` and ``_query``.
 
     Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept.
     """
 
-    name = "tower"
     stochastic = True
-    Config = TowerConfig
     READS: ClassVar[Reads] = "texts"
     SCORES = "logits"
-    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "whitening": WHITENINGS,
-        "decay": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9),
-        "dropout": (0.0, 0.1, 0.2, 0.35, 0.5),
-    }
-    FITS: ClassVar[int] = 12
 
     def fit(self, data: SplitDataset) -> None:
         """Learn the maps.
@@ -157,14 +135,10 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
         texts = Turned.of(text_vectors(data, catalogue.ids, config))
         vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
         events = Log.of(data, catalogue)
-        popular = counts(events, catalogue)
         cases = stop_cases(data, config, _STOP_CASES)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            network = _network(vectors.shape[1], config.dim)
-            model = Towers(
-                catalogue, vectors, np.flatnonzero(popular), popular / popular.max(initial=1.0), network, config
-            )
+            model = self._towers(catalogue, vectors, counts(events, catalogue))
             rows, rng = _rows(events, config.max_len), np.random.default_rng(self._seed)
             until_best(model, cases, config, lambda optimiser: epoch_of(model, rows, optimiser, rng))
             self._tune(model, data, texts, rows, cases)
@@ -177,16 +151,30 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
 
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Put back what `state` returned."""
-        torch, config = require("torch", "baselines"), self._config
+        torch = require("torch", "baselines")
         catalogue = Catalogue.of(data)
-        popular = counts(Log.of(data, catalogue), catalogue)
-        vectors = torch.from_numpy(state["vectors"])
         with torch.random.fork_rng(devices=[]):
-            network = _network(vectors.shape[1], config.dim)
-        put_back(network, state)
-        shares = popular / popular.max(initial=1.0)
-        self._model = Towers(catalogue, vectors, np.flatnonzero(popular), shares, network, config)
-        self.looked_at = stopped_by(stop_cases(data, config, _STOP_CASES))
+            model = self._towers(
+                catalogue, torch.from_numpy(state["vectors"]), counts(Log.of(data, catalogue), catalogue)
+            )
+        put_back(model.network, state)
+        self._model = model
+        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+
+    def _towers(self, catalogue: Catalogue, vectors: Any, popular: NDArray[np.float64]) -> Towers:
+        torch = require("torch", "baselines")
+        network = self._build(vectors.shape[1])
+        network["scale"] = torch.nn.ParameterList([torch.tensor(_SCALE)])
+        warm, shares = np.flatnonzero(popular), popular / popular.max(initial=1.0)
+        return Towers(catalogue, vectors, warm, shares, network, self._query, self._config, self.name)
+
+    def _build(self, width: int) -> Any:
+        """Return a ``torch.nn.ModuleDict`` with the map ``item``, for vectors of this length."""
+        raise NotImplementedError
+
+    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+        """Return what users are compared by, of any length; see `Query`."""
+        raise NotImplementedError
 
     def _tune(
         self, model: Towers, data: SplitDataset, texts: Turned, rows: Sequence[NDArray[np.int64]], cases: Sequence[Case]
@@ -196,6 +184,62 @@ class Tower(ScoredBaseline[TowerConfig, Towers]):
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Return the logits after each history, shape (n, items)."""
         return self._fitted.scores(requests)
+
+
+def item_vectors(network: Any, vectors: Any, dropout: float) -> Any:
+    """Return what items of text vectors are compared by, of length 1, shape (n, dim)."""
+    nn = require("torch", "baselines").nn.functional
+    return nn.normalize(network["item"](nn.dropout(vectors, dropout, network.training)), dim=-1)
+
+
+class TowerConfig(TowersConfig):
+    """Parameters of `Tower`."""
+
+    decay: Decay = Field(0.7, description="factor from one event to the one before")
+
+
+class Tower(TextTowers[TowerConfig]):
+    """Predicts the text of the next item from the texts of the latest ones: two linear maps and a softmax.
+
+    With whitened text vectors x_i of length 1 (see `Content`) and fading weights w_i that sum to 1, a history is
+    ``q = norm(M sum_i w_i x_i + L x_last)``, an item ``p_j = norm(P x_j)``, and ``score(j) = exp(s) q . p_j``. M, L, P
+    and s are learned: the loss is the cross-entropy over all items with training interactions, less those of the
+    history. The text encoder is fixed and no item has a parameter of its own, so that items that nobody has chosen are
+    ranked like all others. The form is that of two-tower retrieval (Yi et al., RecSys 2019), both towers linear.
+    """
+
+    name = "tower"
+    Config = TowerConfig
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "whitening": WHITENINGS,
+        "decay": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9),
+        "dropout": (0.0, 0.1, 0.2, 0.35, 0.5),
+    }
+    FITS: ClassVar[int] = 12
+
+    def _build(self, width: int) -> Any:
+        """Return the maps, all three the same to begin with: parts of a rotation, so that likenesses are kept."""
+        nn, names = require("torch", "baselines").nn, ("mean", "last", "item")
+        network = nn.ModuleDict({name: nn.Linear(width, self._config.dim, bias=False) for name in names})
+        turn(network, names)
+        return network
+
+    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+        torch, config = require("torch", "baselines"), self._config
+        nn = torch.nn.functional
+        weights = fading(histories, len(vectors), config.decay, np.float32)
+        shares = weights.data / np.repeat(np.maximum(weights.sum(axis=1), 1e-9), np.diff(weights.indptr))
+        mean = nn.embedding_bag(
+            torch.from_numpy(weights.indices.astype(np.int64)),
+            vectors,
+            torch.from_numpy(weights.indptr.astype(np.int64)),
+            mode="sum",
+            per_sample_weights=torch.from_numpy(shares.astype(np.float32)),
+            include_last_offset=True,
+        )
+        last = torch.from_numpy(np.array([history[-1] if len(history) else 0 for history in histories], dtype=np.int64))
+        drop = partial(nn.dropout, p=config.dropout, training=network.training)
+        return network["mean"](drop(mean)) + network["last"](drop(vectors[last]))
 
 
 class TunedTowerConfig(TowerConfig):
@@ -299,17 +343,13 @@ class TunedTower(Tower):
         self._encoder = encoder if self._keep else None
 
 
-def _network(width: int, dim: int) -> Any:
-    """Return the maps, all three the same to begin with: parts of a rotation, so that likenesses are kept."""
+def turn(network: Any, names: Sequence[str]) -> None:
+    """Make linear maps of a network parts of one random rotation."""
     torch = require("torch", "baselines")
-    names = ("mean", "last", "item")
-    network = torch.nn.ModuleDict({name: torch.nn.Linear(width, dim, bias=False) for name in names})
-    turned = torch.nn.init.orthogonal_(torch.empty(dim, width))
+    turned = torch.nn.init.orthogonal_(torch.empty_like(network[names[0]].weight))
     with torch.no_grad():
         for name in names:
             network[name].weight.copy_(turned)
-    network["scale"] = torch.nn.ParameterList([torch.tensor(_SCALE)])
-    return network
 
 
 def _rows(events: Log, most: int) -> list[NDArray[np.int64]]:

@@ -1,0 +1,223 @@
+"""Documents about items: found by id or by title, and cut to the passages that a prompt has room for.
+
+What is retrieved becomes the field ``facts`` of an item, numbered passages in one text, so that it is data like any
+other field: templates show it as ``item.facts``, it is cleaned before a model reads it, and it counts in the
+fingerprint of the data, so that other documents are other prompts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy import sparse
+
+from llmrec.data.dataset import Dataset
+from llmrec.data.derived import sentences
+from llmrec.data.reading.columns import find
+from llmrec.data.reading.table import read_table
+from llmrec.data.reading.text import user_path
+from llmrec.data.reading.typed import ids, texts
+from llmrec.errors import DataError
+from llmrec.recipe.schema import FactsSection
+from llmrec.types import Item
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+FIELD = "facts"
+"""The field of an item that holds what was retrieved on it."""
+
+Embed = Callable[[Sequence[str]], "NDArray[np.floating[Any]]"]
+
+_WORD, _MARKS, _NUMBER = re.compile(r"\w+"), re.compile(r"\w+|[^\w\s]"), re.compile(r"\s*\[(\d+)\]")
+# How a repeated word saturates and how a long text is discounted: the usual values.
+_K1, _B = 1.2, 0.75
+# Where two orders are joined, how little the first places differ (Cormack et al., SIGIR 2009).
+_RANK = 60
+
+
+@dataclass(frozen=True)
+class BM25:
+    """Weights of words in texts (Robertson and Zaragoza, 2009, equation 3.15).
+
+    Attributes:
+        index: Column of each word.
+        weights: Sparse, shape (texts, words).
+    """
+
+    index: Mapping[str, int]
+    weights: Any
+
+    @staticmethod
+    def of(written: Sequence[str]) -> BM25:
+        """Weigh the words of some texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
+        counts = [Counter(_words(text)) for text in written]
+        frequency = Counter(word for counted in counts for word in counted)
+        index = {word: place for place, word in enumerate(sorted(frequency))}
+        idf = {word: np.log(1 + (len(written) - have + 0.5) / (have + 0.5)) for word, have in frequency.items()}
+        mean = max(1.0, sum(map(Counter.total, counts)) / max(1, len(counts)))
+        rows, columns, values = [], [], []
+        for row, counted in enumerate(counts):
+            slow = _K1 * (1 - _B + _B * counted.total() / mean)
+            for word, times in counted.items():
+                rows.append(row)
+                columns.append(index[word])
+                values.append(idf[word] * times * (_K1 + 1) / (times + slow))
+        shape = (len(written), len(index))
+        return BM25(index, sparse.csr_array((values, (rows, columns)), shape=shape))
+
+    def scores(self, question: str, part: slice = slice(None)) -> NDArray[np.float64]:
+        """Return how well texts answer a question, shape (texts,), or those of a part of them."""
+        asked = np.zeros(len(self.index))
+        for word in _words(question):
+            if word in self.index:
+                asked[self.index[word]] += 1
+        found: NDArray[np.float64] = self.weights[part] @ asked
+        return found
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Texts about items.
+
+    Attributes:
+        names: Ids of the items, or titles where the table has no ids.
+        written: One document a name.
+        by_title: Whether names are titles.
+        source: Name and hash of the table.
+    """
+
+    names: tuple[str, ...]
+    written: tuple[str, ...]
+    by_title: bool
+    source: str
+
+    @staticmethod
+    def read(path: str, *, column: str = "text") -> Documents:
+        """Read a table with ``item_id`` or ``title``, and a column of texts.
+
+        Raises:
+            DataError: If it cannot be read, a column is missing, or an id stands twice.
+        """
+        table = read_table(user_path(path))
+        key = find(table, None, "item_id", "data.facts") or find(table, None, "title", "data.facts")
+        said = find(table, column, "", "data.facts.text")
+        if key is None or said is None:
+            raise DataError.at(table.name, "missing-column", ": documents need a column item_id or title", "data.facts")
+        by_title = key == "title"
+        names = texts(table, key) if by_title else [str(each) for each in ids(table, key)]
+        twice = {name for name, times in Counter(names).items() if times > 1 and name}
+        if twice and not by_title:
+            raise DataError.at(table.name, "duplicate", f": {min(twice)!r} has several documents; join them", key)
+        return Documents(tuple(names), tuple(texts(table, said)), by_title, f"{table.name} {table.sha256[:16]}")
+
+    @cached_property
+    def _place(self) -> Mapping[str, int]:
+        return {name: place for place, name in reversed(list(enumerate(self.names)))}
+
+    @cached_property
+    def _whole(self) -> BM25:
+        return BM25.of([f"{name} {name} {text}" for name, text in zip(self.names, self.written, strict=True)])
+
+    @cached_property
+    def _passages(self) -> tuple[tuple[str, ...], NDArray[np.int64], BM25]:
+        """All passages, the first one of each document, and their weights."""
+        cut = [sentences(text) for text in self.written]
+        flat = tuple(passage for each in cut for passage in each)
+        return flat, np.cumsum([0, *map(len, cut)]), BM25.of(flat)
+
+    def about(self, item: Item) -> int | None:
+        """Return the place of an item's document: by its id, else the best by its title that holds all words of it."""
+        if not self.by_title:
+            return self._place.get(item.item_id)
+        if (same := self._place.get(item.title)) is not None:
+            return same
+        best = int(np.argmax(self._whole.scores(item.title))) if self.names else 0
+        held = {*_words(self.names[best]), *_words(self.written[best])} if self.names else set()
+        return best if (wanted := set(_words(item.title))) and wanted <= held else None
+
+    def passages(self, place: int, question: str, tokens: int, embed: Embed | None = None) -> list[str]:
+        """Return the passages of a document that answer a question best, in the order of the document.
+
+        Args:
+            place: Of the document.
+            question: In words; empty, or where no passage has any of them: the first passages are taken.
+            tokens: Words and punctuation marks of all of them at most; a passage that has no
+                room is left out, or cut where it is the best one.
+            embed: A text encoder, whose order of the passages is joined with that of BM25 by reciprocal ranks.
+        """
+        flat, begins, weights = self._passages
+        part = slice(int(begins[place]), int(begins[place + 1]))
+        own, room, kept = flat[part], tokens, dict[int, str]()
+        for each in _order(own, weights.scores(question, part), question, embed).tolist():
+            marks = list(_MARKS.finditer(own[each]))
+            if len(marks) <= room:
+                kept[each] = own[each]
+                room -= len(marks)
+            elif not kept:
+                kept[each] = own[each][: marks[room - 1].end()]
+                break
+        return [kept[each] for each in sorted(kept)]
+
+
+def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
+    """Return a dataset whose items have the facts that a recipe's ``data.facts`` retrieves.
+
+    Raises:
+        DataError: See `Documents.read`; or if no item has a document.
+    """
+    if section is None:
+        return dataset
+    documents, question = Documents.read(section.path, column=section.text), " ".join(section.about)
+    items = dict(dataset.items)
+    for name, item in dataset.items.items():
+        place = documents.about(item)
+        found = [] if place is None else documents.passages(place, question, section.tokens)
+        if found:
+            items[name] = replace(item, fields={**item.fields, FIELD: numbered(found)})
+    had = sum(FIELD in item.fields for item in items.values())
+    if not had:
+        raise DataError.at(
+            section.path, "empty", f" has no document on any item of {dataset.name}; compare ids, or raise tokens"
+        )
+    told = {"facts": documents.source, "items with facts": f"{had} of {len(items)}"}
+    return replace(dataset, items=items, provenance={**dataset.provenance, **told})
+
+
+def numbered(passages: Sequence[str]) -> str:
+    """Return passages as one text, each behind the number by which an answer cites it."""
+    return " ".join(f"[{n}] {passage}" for n, passage in enumerate(passages, start=1))
+
+
+def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
+    """Return an answer without citations of passages that were not shown, and the passages that it does cite."""
+    parts = _NUMBER.split(facts)
+    known = {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
+    named = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
+    kept = _NUMBER.sub(lambda found: found.group() if found[1] in known else "", answer)
+    return kept.strip(), tuple(known[number] for number in named)
+
+
+def _order(
+    passages: Sequence[str], scores: NDArray[np.float64], question: str, embed: Embed | None
+) -> NDArray[np.int64]:
+    # Equal ones, as all are without a question, in the order of the document.
+    order = np.argsort(-scores, kind="stable")
+    told = order[scores[order] > 0]
+    if embed is None or not question or not passages:
+        return told if len(told) else order
+    vectors = embed([question, *passages])
+    joined = np.zeros(len(passages))
+    for each in (told, np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")):
+        joined[each] += 1 / (_RANK + np.arange(len(each)))
+    return np.argsort(-joined, kind="stable")
+
+
+def _words(text: str) -> list[str]:
+    return [word.lower() for word in _WORD.findall(text)]
