@@ -102,6 +102,7 @@ BASELINES: Mapping[str, str] = {
     "tower": "llmrec.baselines.towers.tower:Tower",
     "tuned-tower": "llmrec.baselines.towers.tower:TunedTower",
     "text-matcher": "llmrec.baselines.towers.matcher:TextMatcher",
+    "unisrec": "llmrec.baselines.unisrec.baseline:UniSRec",
     "global-mean": "llmrec.baselines.rating:GlobalMean",
     "user-mean": "llmrec.baselines.rating:UserMean",
     "item-mean": "llmrec.baselines.rating:ItemMean",

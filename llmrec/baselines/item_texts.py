@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -115,7 +115,9 @@ def unit(vectors: NDArray[Any]) -> NDArray[Any]:
     return np.asarray(np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0))
 
 
-def text_vectors(data: SplitDataset, ids: Sequence[str], config: TextsConfig) -> NDArray[np.floating[Any]]:
+def text_vectors(
+    data: SplitDataset, ids: Sequence[str], config: TextsConfig, change: Callable[[str], str] | None = None
+) -> NDArray[np.floating[Any]]:
     """Return vectors of length 1 of the titles and fields of items, shape (n, d).
 
     Args:
@@ -123,19 +125,26 @@ def text_vectors(data: SplitDataset, ids: Sequence[str], config: TextsConfig) ->
         ids: The items.
         config: Says whose text an item has, and the encoder: ``lsa``, which learns from these texts alone (Deerwester
             et al., JASIS 1990, over TF-IDF), or a text encoder, a name or a folder.
+        change: What is done to each text before it becomes a vector; the encoder is that of the texts as they are.
 
     Raises:
-        DataError: If no item has a title or a field, or the encoder was tuned on another split.
+        DataError: If no item has a title or a field, the encoder was tuned on another split, or texts are to change and
+            a store has none.
         ModelError: If there is no such encoder.
     """
     order = config.order(len(ids))
-    if config.encoder.startswith(STORE):
-        return _stored(data, ids, config.encoder.removeprefix(STORE))[order]
+    for folder in config.folders:
+        if change is not None:
+            raise DataError(f"{folder} holds vectors, and no text whose words could be left out", kind="unsupported")
+        return _stored(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)
-    if config.encoder != LSA:
-        return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
-    return _latent(texts)[order]
+    said = texts if change is None else [change(text) for text in texts]
+    if config.encoder == LSA:
+        return _latent(texts, said)[order]
+    if change is not None:
+        return fitting(config.encoder, data)(said)[order]
+    return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
 
 
 def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
@@ -175,13 +184,14 @@ def texts_of(items: Sequence[Item]) -> list[str]:
     return [item_text(item, fields) for item in items]
 
 
-def _latent(texts: Sequence[str]) -> NDArray[np.float64]:
-    """Return the projections of TF-IDF vectors on their leading singular directions, of length 1.
+def _latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
+    """Return the projections of TF-IDF vectors on the leading singular directions of those of ``texts``, of length 1.
 
     The directions are found by subspace iteration from a fixed start (Halko et al., SIAM Review 2011, algorithm 4.4),
     so that equal texts have equal vectors in every run.
     """
-    matrix = TfIdf.of(texts, least=2).vectors(texts)
+    model = TfIdf.of(texts, least=2)
+    matrix = model.vectors(texts)
     width = min(_WIDTH, *matrix.shape)
     if width < 1:
         return np.zeros((len(texts), 1))
@@ -191,7 +201,7 @@ def _latent(texts: Sequence[str]) -> NDArray[np.float64]:
         basis = matrix @ np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])[0]
     rows = (matrix.T @ np.linalg.qr(basis)[0]).T
     directions = np.linalg.svd(rows, full_matrices=False)[2][:width]
-    found = matrix @ directions.T
+    found = (matrix if said is texts else model.vectors(said)) @ directions.T
     lengths = np.linalg.norm(found, axis=1, keepdims=True)
     vectors: NDArray[np.float64] = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 1e-9)
     return vectors

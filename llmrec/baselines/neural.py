@@ -136,7 +136,7 @@ class Trained:
         found = np.zeros((len(requests), len(table)), dtype=np.float32)
         self.network.eval()
         with torch.no_grad():
-            for rows in _of_one_length(histories, _ROWS):
+            for rows in of_one_length(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
                 found[rows] = (self.encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
         return self.warm.spread(found, histories)
@@ -212,7 +212,7 @@ def train(
     catalogue = Catalogue.of(data)
     events = Log.of(data, catalogue)
     warm = Warm.of(events, catalogue)
-    sequences = _sequences(warm.log(events), config.max_len)
+    sequences = pieces_of(warm.log(events), config.max_len)
     cases = stop_cases(data, config, _STOP_CASES)
     # Seeds torch for this fit alone, and leaves the caller's stream as it was.
     with torch.random.fork_rng(devices=[]):
@@ -222,7 +222,7 @@ def train(
         whole = partial(over_all, half=config.half)
         loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
         rng = np.random.default_rng(seed)
-        batches = partial(_batches, sequences, config.batch, rng)
+        batches = partial(batches_of, sequences, config.batch, rng)
         epoch = until_best(model, cases, config, lambda optimiser: _epoch(network, encode, batches(), optimiser, loss))
     return replace(model, epochs=epoch, looked_at=stopped_by(cases))
 
@@ -304,7 +304,7 @@ def until_best(
     return kept[0] if kept else config.epochs
 
 
-def _epoch(network: Any, encode: Encode, batches: Iterator[_Batch], optimiser: Any, loss: Any) -> float:
+def _epoch(network: Any, encode: Encode, batches: Iterator[Batch], optimiser: Any, loss: Any) -> float:
     torch = require("torch", "baselines")
     network.train()
     total, count = 0.0, 0
@@ -327,14 +327,14 @@ def _epoch(network: Any, encode: Encode, batches: Iterator[_Batch], optimiser: A
 
 
 @dataclass(frozen=True)
-class _Batch:
+class Batch:
     """Items and what follows each, padded on the right, shape (b, t); a target of -1 is none."""
 
     items: NDArray[np.int64]
     targets: NDArray[np.int64]
 
 
-def _sequences(events: Log, max_len: int) -> list[NDArray[np.int64]]:
+def pieces_of(events: Log, max_len: int) -> list[NDArray[np.int64]]:
     """Cut every user's items into pieces of at most ``max_len + 1``, from the end; pieces share the item at the cut."""
     ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
     pieces = []
@@ -344,7 +344,7 @@ def _sequences(events: Log, max_len: int) -> list[NDArray[np.int64]]:
     return pieces
 
 
-def _batches(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[_Batch]:
+def batches_of(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
     """Yield batches of about ``size`` targets, of sequences about as long, in a random order."""
     mixed = rng.permutation(len(sequences))
     lengths = np.array([len(sequences[place]) - 1 for place in mixed])
@@ -360,16 +360,16 @@ def _batches(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.G
             yield _padded(rows)
 
 
-def _padded(rows: Sequence[NDArray[np.int64]]) -> _Batch:
+def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
     longest = max(len(row) for row in rows) - 1
     items = np.zeros((len(rows), longest), dtype=np.int64)
     targets = np.full((len(rows), longest), -1, dtype=np.int64)
     for place, row in enumerate(rows):
         items[place, : len(row) - 1], targets[place, : len(row) - 1] = row[:-1], row[1:]
-    return _Batch(items, targets)
+    return Batch(items, targets)
 
 
-def _of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
+def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
     """Yield the places of histories of the same length, at most ``most`` together; empty ones are left out."""
     lengths = np.array([len(history) for history in histories], dtype=np.int64)
     for length in np.unique(lengths[lengths > 0]).tolist():

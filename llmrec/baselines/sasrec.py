@@ -51,47 +51,66 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
     def _build(self, items: int) -> Any:
         nn, dim = require("torch", "baselines").nn, self._config.dim
-        blocks = [
-            {
-                "attend_norm": nn.LayerNorm(dim),
-                "attend_in": nn.Linear(dim, 3 * dim),
-                "attend_out": nn.Linear(dim, dim),
-                "feed_norm": nn.LayerNorm(dim),
-                "feed_in": nn.Linear(dim, 4 * dim),
-                "feed_out": nn.Linear(4 * dim, dim),
-            }
-            for _ in range(self._config.layers)
-        ]
-        network = nn.ModuleDict(
-            {
-                "table": nn.Embedding(items, dim),
-                "places": nn.Embedding(self._config.max_len, dim),
-                "blocks": nn.ModuleList([nn.ModuleDict(block) for block in blocks]),
-                "last_norm": nn.LayerNorm(dim),
-            }
-        )
-        for name, parameter in network.named_parameters():
-            if parameter.dim() > 1:
-                nn.init.normal_(parameter, std=0.02)
-            elif name.endswith("bias"):
-                nn.init.zeros_(parameter)
-        return network
+        blocks = blocks_of(dim, self._config.layers)
+        parts = {"table": nn.Embedding(items, dim), "places": nn.Embedding(self._config.max_len, dim)}
+        return start_small(nn.ModuleDict({**parts, "blocks": blocks, "last_norm": nn.LayerNorm(dim)}))
 
     def _encode(self, network: Any, items: Any) -> Any:
-        # Padding stands on the right, and no position sees what follows it: it needs no mask.
-        functional = require("torch", "baselines").nn.functional
-        rows, length = items.shape
-        share = self._config.dropout if network.training else 0.0
+        return attended(network, network["table"](items), self._config.heads, self._config.dropout)
 
-        def drop(values: Any) -> Any:
-            return functional.dropout(values, share, network.training)
 
-        state = drop(network["table"](items) + network["places"].weight[:length])
-        for block in network["blocks"]:
-            mixed = block["attend_in"](block["attend_norm"](state))
-            query, key, value = mixed.view(rows, length, 3, self._config.heads, -1).permute(2, 0, 3, 1, 4)
-            seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=share)
-            state = state + drop(block["attend_out"](seen.transpose(1, 2).reshape(rows, length, self._config.dim)))
-            wide = functional.gelu(block["feed_in"](block["feed_norm"](state)))
-            state = state + drop(block["feed_out"](drop(wide)))
-        return network["last_norm"](state)
+def blocks_of(dim: int, layers: int) -> Any:
+    """Return blocks of attention and feed-forward, as `attended` reads them."""
+    nn = require("torch", "baselines").nn
+    blocks = [
+        {
+            "attend_norm": nn.LayerNorm(dim),
+            "attend_in": nn.Linear(dim, 3 * dim),
+            "attend_out": nn.Linear(dim, dim),
+            "feed_norm": nn.LayerNorm(dim),
+            "feed_in": nn.Linear(dim, 4 * dim),
+            "feed_out": nn.Linear(4 * dim, dim),
+        }
+        for _ in range(layers)
+    ]
+    return nn.ModuleList([nn.ModuleDict(block) for block in blocks])
+
+
+def start_small(network: Any) -> Any:
+    """Draw all matrices of a network from a narrow normal distribution, set biases to 0, and return it."""
+    init = require("torch", "baselines").nn.init
+    for name, parameter in network.named_parameters():
+        if parameter.dim() > 1:
+            init.normal_(parameter, std=0.02)
+        elif name.endswith("bias"):
+            init.zeros_(parameter)
+    return network
+
+
+def attended(network: Any, items: Any, heads: int, dropout: float) -> Any:
+    """Return one vector a position, each from its own and earlier positions only, shape (b, t, dim).
+
+    Padding stands on the right, and no position sees what follows it: it needs no mask.
+
+    Args:
+        network: With ``places``, ``blocks`` and ``last_norm``.
+        items: Vectors of items, shape (b, t, dim).
+        heads: Attention heads.
+        dropout: Share of values left out in training.
+    """
+    functional = require("torch", "baselines").nn.functional
+    rows, length, dim = items.shape
+    share = dropout if network.training else 0.0
+
+    def drop(values: Any) -> Any:
+        return functional.dropout(values, share, network.training)
+
+    state = drop(items + network["places"].weight[:length])
+    for block in network["blocks"]:
+        mixed = block["attend_in"](block["attend_norm"](state))
+        query, key, value = mixed.view(rows, length, 3, heads, -1).permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(query, key, value, is_causal=True, dropout_p=share)
+        state = state + drop(block["attend_out"](seen.transpose(1, 2).reshape(rows, length, dim)))
+        wide = functional.gelu(block["feed_in"](block["feed_norm"](state)))
+        state = state + drop(block["feed_out"](drop(wide)))
+    return network["last_norm"](state)

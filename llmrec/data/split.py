@@ -20,7 +20,7 @@ from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.derived import derived
 from llmrec.data.events import Events
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
-from llmrec.data.split_kinds import KINDS, KNOWN, PAIR, TEST, TRAIN, VALID, Rows
+from llmrec.data.split_kinds import KINDS, KNOWN, PAIR, TEST, TRAIN, VALID, Rows, cold_parts
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 from llmrec.types import Event, Interaction, Request, SplitName
@@ -84,8 +84,10 @@ class SplitDataset:
         train: What may be learned from.
         valid: Held-out interactions for choosing.
         test: Held-out interactions for reporting.
-        held_out: Every (user_id, item_id) of ``valid`` or ``test``; none of them is in ``train``.
+        held_out: Every (user_id, item_id) of ``valid`` or ``test``, and all others of ``cold`` items; none of them is
+            in ``train``.
         known: Events that are shown as history and never learned from: the past of held-out users.
+        cold: Items that are held out wholly: no event on them is in ``train``, in ``known`` or in a history.
     """
 
     dataset: Dataset
@@ -96,6 +98,7 @@ class SplitDataset:
     test: pl.DataFrame
     held_out: frozenset[tuple[str, str]]
     known: pl.DataFrame = field(default_factory=_no_rows)
+    cold: frozenset[str] = frozenset()
 
     def without(self, pairs: frozenset[tuple[str, str]]) -> SplitDataset:
         """Return this split with another table's held-out pairs taken out of ``train`` and ``known``."""
@@ -215,7 +218,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
         DataError: If there are fewer interactions or users than the split needs.
     """
     if (
-        section.kind in ("last_share", "global_time", "user_disjoint", "prefix")
+        section.kind in ("last_share", "global_time", "user_disjoint", "prefix", "cold_items")
         and not 0 < section.valid + section.test < 1
     ):
         raise DataError(
@@ -234,6 +237,9 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
             f": the split {section.kind} leaves no training interaction; hold out less",
             "data.split",
         )
+    cold = rows.frame[:0]
+    if section.kind == "cold_items":
+        cold = rows.frame.filter(cold_parts(dataset, rows, section, seed) != TRAIN)
     return SplitDataset(
         # What a source lacks is made up here, where it is known what may be learned from.
         dataset=derived(dataset, frames[0], seed=seed),
@@ -242,8 +248,9 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
         train=frames[0],
         valid=frames[1],
         test=frames[2],
-        held_out=frozenset(pair for frame in frames[1:3] for pair in frame.select(PAIR).iter_rows()),
+        held_out=frozenset(pair for frame in (*frames[1:3], cold) for pair in frame.select(PAIR).iter_rows()),
         known=frames[3],
+        cold=frozenset(cold["item_id"].unique().to_list()),
     )
 
 

@@ -22,7 +22,7 @@ PAIR = ["user_id", "item_id"]
 TRAIN, VALID, TEST, KNOWN = range(4)
 """Labels of rows: learned from, held out for validation or for test, or shown as history alone."""
 GONE = 4
-"""The label of earlier interactions of a pair that is held out, which stand in no part."""
+"""The label of what stands in no part: earlier interactions of a pair that is held out, others on cold items."""
 _LEAST = 3
 """Items, or moments, of a user of whom something is held out for validation and for test."""
 
@@ -93,10 +93,16 @@ def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
 
 def _last(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the last place of every user that has one; places are ascending."""
+    found = _lasts(rows, places)
+    return found[found >= 0]
+
+
+def _lasts(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the last place of every user, -1 where there is none, shape (users,); places are ascending."""
     found = np.full(len(rows.names), -1, dtype=np.int64)
     # Of several values for one index the last one counts.
     found[rows.users[places]] = places
-    return found[found >= 0]
+    return found
 
 
 def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
@@ -234,6 +240,54 @@ def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     return _last_shares(dataset, rows, section, late, remedy, labels, f" after the first {section.prefix:.0%}")
 
 
+def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+    """Return for each row whether its item is cold for test or for validation, or warm (the label `TRAIN`).
+
+    Each item falls by a hash of its own, so that it is cold in every table and under every filter. With ``after``
+    items that first appear then or later are cold for test, and only those of validation fall by the hash.
+
+    Raises:
+        DataError: If there is an ``after`` and the data has no times.
+    """
+    names, items = codes(rows.frame["item_id"])
+    drawn = hash64("cold items", seed, names) / 2.0**64
+    tested, shown = drawn < section.test, drawn < section.test + section.valid
+    if section.since is not None:
+        if not dataset.has_time:
+            raise DataError.at(
+                dataset.name,
+                "contradiction",
+                " has no times, so that no item appears after a date; name data.columns.time, or drop the key",
+                "data.split.after",
+            )
+        first = np.full(len(names), np.inf)
+        np.minimum.at(first, items, rows.frame["timestamp"].fill_null(-np.inf).to_numpy())
+        tested, shown = first >= section.since, drawn < section.valid
+    part = np.where(tested, TEST, np.where(shown, VALID, TRAIN)).astype(np.int8)
+    return part[items]
+
+
+def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
+    """Items are held out wholly: some are asked for in test, others in validation, and nobody's events on them stay.
+
+    A user is asked about the last cold item that comes after all that stays of the user, and about the last warm item.
+    Users are asked in test or in validation alone, so that no history holds a cold item.
+    """
+    part = cold_parts(dataset, rows, section, seed)
+    of_latest = part[rows.latest]
+    warm = rows.latest[of_latest == TRAIN]
+    last = _lasts(rows, warm)
+    before = _lasts(rows, np.setdiff1d(warm, last, assume_unique=True))
+    free, held = before >= 0, {}
+    for label in (TEST, VALID):
+        cold = _lasts(rows, rows.latest[of_latest == label])
+        asked = free & (cold > before)
+        held[label], free = np.concatenate([cold[asked], last[asked]]), free & ~asked
+    have = f"{rows.frame['item_id'].n_unique()} items and their last events"
+    _need(dataset, section, len(held[VALID]), len(held[TEST]), have)
+    return rows.labels(held[VALID], held[TEST], np.where(part == TRAIN, TRAIN, GONE).astype(np.int8))
+
+
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """The source says which pairs are held out, and whose other events are history only."""
     given = dataset.given
@@ -282,6 +336,7 @@ KINDS: Mapping[str, Callable[[Dataset, Rows, Split, int], Labels]] = {
     "global_time": _global_time,
     "user_disjoint": _user_disjoint,
     "prefix": _prefix,
+    "cold_items": _cold_items,
     "given": _given,
 }
 """What holds out, by the name that recipes use."""

@@ -95,8 +95,9 @@ def list_figures(
 ) -> tuple[dict[str, Metric], dict[str, NDArray[np.float64]]]:
     """Return the list metrics of a row, at 10 where the protocol cuts there, else at its largest cut-off.
 
-    Coverage and Gini are figures of all lists together; a resample shows fewer different lists, so they have no
-    interval. Serendipity takes for expected what training popularity would show the same user.
+    Coverage, Gini and ColdItems are figures of all lists together; a resample shows fewer different lists, so they have
+    no interval. Figures of cold items are those of a catalogue that has some. Serendipity takes for expected what
+    training popularity would show the same user.
 
     Returns:
         Figures by metric, and the per-request values behind those that are means.
@@ -115,24 +116,28 @@ def list_figures(
     users = [case.request.user_id for case in cases]
     size = len(background.items)
     values = {f"Novelty@{k}": beyond.novelty(lists.numbers, k, background.counts, background.users)}
-    how: dict[str, str | None] = {f"Novelty@{k}": "bits", f"Serendipity@{k}": "against-popularity"}
+    how = {f"Novelty@{k}": "bits", f"Serendipity@{k}": "against-popularity"}
     if background.words is not None and k > 1:
         values[f"ILD@{k}"] = beyond.diversity_by_fields(lists.numbers, k, background.words)
         how[f"ILD@{k}"] = "jaccard-" + re.sub(r"[|\s]+", "-", str(background.field))
     elif background.vectors is not None and k > 1:
         values[f"ILD@{k}"] = beyond.diversity_by_vectors(lists.numbers, k, background.vectors)
         how[f"ILD@{k}"] = "cosine-" + re.sub(r"[|\s]+", "-", str(background.encoder))
+    together = {
+        f"Coverage@{k}": beyond.coverage(lists.numbers, k, size),
+        f"Gini@{k}": beyond.gini(lists.numbers, k, size),
+    }
+    if not background.counts.all():
+        values[f"Exposure@{k}"] = beyond.cold_exposure(lists.numbers, k, background.counts)
+        together[f"ColdItems@{k}"] = beyond.cold_shown(lists.numbers, k, background.counts)
     targets = np.array([index.get(str(case.truth), -1) for case in cases])
     expected = _popular(background, held if lists.seen == "excluded" else [held[0][:0]] * len(held), targets, k)
     values[f"Serendipity@{k}"] = beyond.serendipity(lists.numbers, k, expected, targets)
     figures = {
-        name: mean_figure(name, each, users, protocol, protocol.sign(name, seen=lists.seen, how=how[name]))
+        name: mean_figure(name, each, users, protocol, protocol.sign(name, seen=lists.seen, how=how.get(name)))
         for name, each in values.items()
     }
-    for name, value in (
-        (f"Coverage@{k}", beyond.coverage(lists.numbers, k, size)),
-        (f"Gini@{k}", beyond.gini(lists.numbers, k, size)),
-    ):
+    for name, value in together.items():
         figures[name] = figure(value, None, None, protocol.sign(name, seen=lists.seen))
     name = f"PopularityLift@{k}"
     popular = beyond.popularity(lists.numbers, k, background.counts, background.users)

@@ -1,4 +1,4 @@
-"""Metrics of recommended lists beyond accuracy: coverage, novelty, concentration, popularity, diversity, serendipity.
+"""Metrics of lists beyond accuracy: coverage, novelty, concentration, popularity, cold items, diversity, serendipity.
 
 Lists are integer arrays of shape (n, k): item numbers from 0, best first, -1 where a list is shorter. Which of equally
 scored items a list shows is drawn by whoever makes the lists; these figures take lists as they are.
@@ -91,6 +91,27 @@ def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArr
     """Mean popularity of a list's items, the share of training users who have each, shape (n,)."""
     held = np.asarray(counts, dtype=np.float64)
     return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
+
+
+def cold_exposure(lists: ArrayLike, k: int, counts: ArrayLike) -> NDArray[np.float64]:
+    """Exposure@k: the share of a list's places that go to items without a training interaction, shape (n,).
+
+    How visible new items are before anybody has chosen one. Exposure of a group of items is what Singh and Joachims
+    (KDD 2018) call it; here all places count alike.
+
+    Args:
+        lists: See the module.
+        k: Length at which lists are cut.
+        counts: Training users of each item, shape (items,).
+    """
+    cold = np.asarray(counts) == 0
+    return _mean_over_list(_cut(lists, k, len(cold)), cold.astype(np.float64))
+
+
+def cold_shown(lists: ArrayLike, k: int, counts: ArrayLike) -> int:
+    """ColdItems@k: how many different items without a training interaction stand in some list."""
+    cold = np.asarray(counts) == 0
+    return int(np.count_nonzero(exposure(lists, k, len(cold))[cold]))
 
 
 def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> Statistic:

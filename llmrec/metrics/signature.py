@@ -18,7 +18,7 @@ Kind = Literal["ranking", "lists", "rating", "probability", "text"]
 _CUT = r"@[1-9]\d*"
 _NAMES: Mapping[Kind, re.Pattern[str]] = {
     "ranking": re.compile(rf"(HR|Recall|Precision|NDCG){_CUT}|(MRR|MAP)({_CUT})?|RankAUC"),
-    "lists": re.compile(rf"(Coverage|Novelty|Gini|PopularityLift|ILD|Serendipity){_CUT}"),
+    "lists": re.compile(rf"(Coverage|Novelty|Gini|PopularityLift|Exposure|ColdItems|ILD|Serendipity){_CUT}"),
     "rating": re.compile(r"RMSE|MAE|LikedAUC"),
     "probability": re.compile(r"AUC|GAUC|LogLoss|ECE"),
     "text": re.compile(r"(BLEU|ROUGE|Distinct)-(\d+|L)|FMR|FCR|DIV|USR|Hallucination|CopyRate"),
@@ -82,10 +82,10 @@ def signature(
 
     Args:
         metric: ``HR@k``, ``Recall@k``, ``Precision@k``, ``NDCG@k``, ``MRR``, ``MAP`` (or cut, ``MRR@k``),
-            ``RankAUC``; of lists ``Coverage@k``, ``Novelty@k``, ``Gini@k``, ``PopularityLift@k``, ``ILD@k``,
-            ``Serendipity@k``; ``RMSE``, ``MAE``, ``LikedAUC``; ``AUC``, ``GAUC``, ``LogLoss``, ``ECE``; ``BLEU-4``,
-            ``ROUGE-1``, ``ROUGE-L``, ``Distinct-2``, ``FMR``, ``FCR``, ``DIV``, ``USR``, ``Hallucination``,
-            ``CopyRate``.
+            ``RankAUC``; of lists ``Coverage@k``, ``Novelty@k``, ``Gini@k``, ``PopularityLift@k``, ``Exposure@k``,
+            ``ColdItems@k``, ``ILD@k``, ``Serendipity@k``; ``RMSE``, ``MAE``, ``LikedAUC``; ``AUC``, ``GAUC``,
+            ``LogLoss``, ``ECE``; ``BLEU-4``, ``ROUGE-1``, ``ROUGE-L``, ``Distinct-2``, ``FMR``, ``FCR``, ``DIV``,
+            ``USR``, ``Hallucination``, ``CopyRate``.
         gain: Gain of the relevant item; only ranking metrics have one.
         ties: How tied scores are treated by ranking metrics. Lists show one draw of the tied items: ``seeded``.
         candidates: ``full``, or kind and number such as ``uniform-20``; needed by metrics of rankings and lists.

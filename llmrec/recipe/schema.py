@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from datetime import UTC, date, datetime
 from ipaddress import IPv6Address
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -22,6 +23,7 @@ from pydantic import (
     PrivateAttr,
     SerializerFunctionWrapHandler,
     WithJsonSchema,
+    field_validator,
     model_serializer,
     model_validator,
 )
@@ -119,15 +121,51 @@ class Filter(Section):
 class Split(Section):
     """How validation and test interactions are held out. Ties in time fall by a seeded hash of (user, item)."""
 
-    kind: Literal["leave_one_out", "last_share", "last_basket", "global_time", "user_disjoint", "prefix", "given"] = (
-        "leave_one_out"
-    )
-    valid: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
-    test: Fraction = Field(0.1, description="share of a user's items, of interactions or of users, by the kind")
+    kind: Literal[
+        "leave_one_out",
+        "last_share",
+        "last_basket",
+        "global_time",
+        "user_disjoint",
+        "prefix",
+        "cold_items",
+        "given",
+    ] = "leave_one_out"
+    valid: Fraction = Field(0.1, description="share of a user's items, of interactions, users or items, by the kind")
+    test: Fraction = Field(0.1, description="share of a user's items, of interactions, users or items, by the kind")
     prefix: Fraction = Field(
         0.5, description="prefix: share of a user's interactions, the first ones, that are history"
     )
     prefix_most: Positive = Field(30, description="prefix: and how many of them at most")
+    after: str | float | None = Field(
+        None,
+        description="cold_items: items that first appear at this ISO date (UTC) or number, or later, are those of test "
+        "in place of a share",
+    )
+
+    @field_validator("after", mode="before")
+    @classmethod
+    def _as_written(cls, value: Any) -> Any:
+        # YAML reads a date that has no quotes as a date.
+        return value.isoformat() if isinstance(value, date) else value
+
+    @model_validator(mode="after")
+    def _after_belongs(self) -> Split:
+        if self.after is not None and self.kind != "cold_items":
+            raise ValueError(f"after: it belongs to kind: cold_items, not {self.kind}; drop the key")
+        self.since  # noqa: B018  a date that is none is refused where it is written
+        return self
+
+    @property
+    def since(self) -> float | None:
+        """The moment ``after`` as a number, dates as seconds since 1970."""
+        if self.after is None or isinstance(self.after, float):
+            return self.after
+        try:
+            moment = datetime.fromisoformat(self.after)
+        except ValueError:
+            raise ValueError(f"after: {self.after!r} is neither an ISO date such as 2014-01-31 nor a number") from None
+        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
 
 
 class Files(Section):

@@ -230,6 +230,15 @@ def test_new_events_and_items_are_known_after_a_refresh(rec: Loaded, run: Path, 
         assert lists[0] == lists[1]
 
 
+def test_new_items_need_no_events(run: Path, tmp_path: Path) -> None:
+    items = _csv(tmp_path / "items.csv", "item_id,title\nn1,A new kettle\n")
+    with raises(DataError, Facts(kind="missing-key", column="--events")):
+        refresh(RefreshOptions(model=str(run), out=tmp_path / "out"))
+    told = refresh(RefreshOptions(model=str(run), items=items, out=tmp_path / "out"))
+    assert (told["new events"], told["new items"]) == (0, 1)
+    assert "n1" in pl.read_parquet(tmp_path / "out" / "items.parquet")["item_id"].to_list()
+
+
 def test_a_refresh_does_not_write_over_other_files(run: Path, tmp_path: Path) -> None:
     events = _csv(tmp_path / "new.csv", "user_id,item_id\nu01,k05\n")
     bad = _csv(tmp_path / "bad.csv", "user,item_id\nu01,k05\n")

@@ -142,10 +142,10 @@ def test_every_step_of_every_sequence_is_a_target_once(lengths: list[int], longe
     users = np.repeat(np.arange(len(lengths)), lengths)
     # Every event is an item of its own, so that a step names its place.
     events = Log(users=users, items=np.arange(len(users)), times=users * 0.0, user_count=len(lengths))
-    sequences = neural._sequences(events, longest)
+    sequences = neural.pieces_of(events, longest)
     assert all(2 <= len(items) <= longest + 1 for items in sequences)
     seen = []
-    for batch in neural._batches(sequences, size, np.random.default_rng(0)):
+    for batch in neural.batches_of(sequences, size, np.random.default_rng(0)):
         assert batch.items.shape == batch.targets.shape
         kept = batch.targets >= 0
         assert kept[:, 0].all() and (kept.sum() <= size or len(kept) == 1)
@@ -157,7 +157,7 @@ def test_every_step_of_every_sequence_is_a_target_once(lengths: list[int], longe
 def test_batches_are_shuffled_and_hold_hardly_any_padding() -> None:
     rng = np.random.default_rng(1)
     sequences = [np.arange(n) for n in rng.integers(2, 40, 2000)]
-    first, second = (list(neural._batches(sequences, 256, np.random.default_rng(seed))) for seed in (0, 1))
+    first, second = (list(neural.batches_of(sequences, 256, np.random.default_rng(seed))) for seed in (0, 1))
     assert [b.items.shape for b in first] != [b.items.shape for b in second]
     padded = sum(batch.targets.size for batch in first)
     assert sum(len(items) - 1 for items in sequences) > 0.97 * padded

@@ -27,6 +27,7 @@ PARAMETERS: dict[str, dict[str, Any]] = {
     "sasrec": NEURAL,
     "gru4rec": {**NEURAL, "patience": None},
     "tower": NEURAL,
+    "unisrec": {**NEURAL, "ids": True},
 }
 
 

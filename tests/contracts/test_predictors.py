@@ -50,6 +50,7 @@ NEEDS = {
     "sasrec": "torch",
     "gru4rec": "torch",
     "tower": "torch",
+    "unisrec": "torch",
     "tuned-tower": "torch",
     "text-matcher": "torch",
     **dict.fromkeys(HOSTS, "torch"),
@@ -64,7 +65,7 @@ RATING = tuple(dict.fromkeys([*family_of("rating").baselines, *family_of("stars"
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Their validation split chooses when to stop.
-STOPPING = {"sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher", *HOSTS}
+STOPPING = {"sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher", "unisrec", *HOSTS}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
@@ -74,13 +75,21 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "tuned-tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "text-matcher": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
+    "unisrec": {"dim": 8, "experts": 2, "layers": 1, "epochs": 2, "patience": 1, "quiet": True},
     **{name: {"dim": 4, "hidden": "8", "epochs": 2, "patience": 1} for name in HOSTS},
     "mf": {"rounds": 5},
     "svd": {"epochs": 5},
 }
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
-DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher"}
-READING = {"content", "transitions-text", "tower", "tuned-tower", "text-matcher"}  # they know items by their texts
+DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher", "unisrec"}
+READING = {
+    "content",
+    "transitions-text",
+    "tower",
+    "tuned-tower",
+    "text-matcher",
+    "unisrec",
+}  # they know items by their texts
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")

@@ -22,6 +22,13 @@ def test_coverage_and_exposure() -> None:
     assert beyond.coverage(LISTS, 1, 6) == pytest.approx(1 / 6)
 
 
+def test_exposure_of_cold_items() -> None:
+    lists, counts = np.array([[0, 4, 5], [4, -1, -1], [0, 1, 2]]), [3, 1, 1, 1, 0, 0, 0]
+    assert beyond.cold_exposure(lists, 3, counts).tolist() == pytest.approx([2 / 3, 1, 0])
+    assert beyond.cold_exposure(lists, 1, counts).tolist() == [0, 1, 0]
+    assert (beyond.cold_shown(lists, 3, counts), beyond.cold_shown(lists, 1, counts)) == (2, 1)
+
+
 def test_gini() -> None:
     assert beyond.gini(np.array([[0], [1], [2]]), 1, 3) == pytest.approx(0.0)
     assert beyond.gini(np.array([[1], [1]]), 1, 4) == pytest.approx(1.0)

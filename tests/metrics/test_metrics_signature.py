@@ -39,6 +39,7 @@ _METRIC = st.sampled_from(
     [
         *("HR@1", "Recall@20", "Precision@5", "NDCG@10", "MRR", "MRR@10", "MAP", "MAP@10", "RankAUC"),
         *("Coverage@10", "Novelty@10", "Gini@10", "PopularityLift@10", "ILD@10", "Serendipity@10"),
+        *("Exposure@10", "ColdItems@10"),
         *("RMSE", "MAE", "AUC", "GAUC", "LogLoss", "ECE"),
         *("BLEU-4", "ROUGE-1", "ROUGE-2", "ROUGE-L", "Distinct-1", "Distinct-2"),
     ]

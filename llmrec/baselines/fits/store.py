@@ -20,6 +20,7 @@ import numpy as np
 
 from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.baselines.parameters import stores_of
+from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import RecipeError
 from llmrec.machine import versions
 from llmrec.models.load import cpu_has_bf16, has_cuda
@@ -75,6 +76,7 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "seed": seed,
         "data": data.fingerprint,
         "stores": stores_of(model.name, parameters),
+        "start": _start(config.get("start")),
         "encoder": find_encoder(encoder)[1] if encoder != LSA and not encoder.startswith(STORE) else None,
         "bf16": cpu_has_bf16(),
         # Sums are added up in another order on a GPU.
@@ -83,6 +85,12 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "code": _code(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+
+
+def _start(folder: str | None) -> str | None:
+    """Return a hash over the weights that a fit starts from; None without any, or where ``fit`` will refuse them."""
+    sealed = Path(folder or "") / MANIFEST
+    return sha256_of(sealed) if folder and sealed.is_file() else None
 
 
 def keeps() -> bool:

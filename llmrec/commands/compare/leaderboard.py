@@ -317,6 +317,8 @@ def _cold(found: SuiteResult, seen: str) -> list[str]:
     """Show rows that find items without training interactions, and their figures on all other requests."""
     metrics, rows = found.protocol.metrics, []
     last = metrics[-1]
+    # Results of before there were such figures have none.
+    shown = [name for name in found.rows[0].tables[seen].metrics if name.startswith(("Exposure@", "ColdItems@"))]
     for row in found.rows:
         table = row.tables[seen]
         cold, whole = table.cold or {}, table.metrics[last].value
@@ -325,12 +327,13 @@ def _cold(found: SuiteResult, seen: str) -> list[str]:
             continue
         rest = (whole * table.n - cold[last] * few) / (table.n - few)
         rows.append((cold[last], [cell(row.name), *(f"{cold[name]:.4f}" for name in metrics), f"{rest:.4f}"]))
+        rows[-1][1].extend(f"{table.metrics[name].value or 0:.4g}" for name in shown if name in table.metrics)
     if not rows:
         return []
     few = max((row.tables[seen].cold or {}).get("n", 0.0) for row in found.rows)
     said = f"Targets without training interactions, {few:.0f} requests; a row that is missing here finds none of them:"
     ordered = [cells for _, cells in sorted(rows, key=lambda each: -each[0])]
-    return [said, _left(["predictor", *metrics, f"{last} on all other requests"], ordered)]
+    return [said, _left(["predictor", *metrics, f"{last} on all other requests", *shown], ordered)]
 
 
 def _undefined(found: SuiteResult, seen: str) -> list[str]:

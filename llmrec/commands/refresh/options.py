@@ -17,8 +17,9 @@ class RefreshOptions:
         str, About(argument=True, metavar="MODEL", help="A run folder, or a folder that was refreshed before.")
     ]
     events: Annotated[
-        str, About(metavar="FILE|STORE", help="New events: a table, or the store of a service (file or postgresql://).")
-    ]
+        str | None,
+        About(metavar="FILE|STORE", help="New events: a table, or the store of a service (file or postgresql://)."),
+    ] = None
     items: Annotated[Path | None, About(help="Table of new items: item_id, title and fields.")] = None
     out: Annotated[
         Path | None, About(metavar="FOLDER", help="The folder to write; a refreshed one is renewed in its place.")

@@ -57,6 +57,12 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         LlmrecError: If a file cannot be read or written, an event names an item that nobody describes, or a service
             does not take the folder.
     """
+    if options.events is None and options.items is None:
+        raise DataError(
+            "there is nothing to refresh with; name new events with --events, new items with --items, or both",
+            kind="missing-key",
+            column="--events",
+        )
     bundle = bundles.read(options.model)
     out = _target(options, bundle)
     before = _before(bundle)
@@ -153,7 +159,9 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
     rows, items = before.rows, dict(before.items)
     if options.items is not None:
         items.update(read_items(options.items))
-    if _is_store(options.events):
+    if options.events is None:
+        new = rows.select("user_id", "item_id", "rating", "timestamp").clear()
+    elif _is_store(options.events):
         store = ServiceStore.open(options.events)
         try:
             put, removed = store.item_changes()

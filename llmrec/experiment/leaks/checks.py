@@ -66,14 +66,23 @@ def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
 
 
 def training_interactions(data: SplitDataset) -> Check:
-    """Held-out pairs among training interactions, and training interactions later than the user's held-out ones."""
+    """Held-out pairs among training interactions, such later than the user's held-out ones, and any on cold items."""
     train = data.train.select("user_id", "item_id", "timestamp")
     places = [
         f"user {user}, item {item} is held out and trained on"
         for user, item in train.select("user_id", "item_id").iter_rows()
         if (user, item) in data.held_out
     ]
-    if data.kind in ("leave_one_out", "last_share", "last_basket") and data.dataset.has_time:
+    places += [
+        f"item {item} is cold, and an event of user {user} on it is learned from or shown"
+        for frame in (data.train, data.known)
+        for user, item in frame.select("user_id", "item_id").iter_rows()
+        if item in data.cold
+    ]
+    if data.cold:
+        both = set(data.valid["user_id"]) & set(data.test["user_id"])
+        places += [f"user {user} is asked about in both splits, and histories hold cold items" for user in sorted(both)]
+    if data.kind in ("leave_one_out", "last_share", "last_basket", "cold_items") and data.dataset.has_time:
         first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
         late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
         places += [

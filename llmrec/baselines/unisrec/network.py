@@ -1,0 +1,186 @@
+"""The network of UniSRec: whitenings of text vectors, mixed by gates, and the sequence encoder of SASRec above them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from llmrec.baselines.base import AboveZero, Catalogue
+from llmrec.baselines.item_texts import LSA, STORE, TextsConfig
+from llmrec.baselines.neural import of_one_length
+from llmrec.baselines.sasrec import SASRecConfig, attended, blocks_of, start_small
+from llmrec.errors import require
+from llmrec.recipe.schema import Positive
+from llmrec.types import Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Sequences that are scored together.
+_ROWS = 512
+# The least deviation of the noise of a gate.
+_NOISE = 1e-2
+
+
+class UniSRecConfig(TextsConfig, SASRecConfig):
+    """Parameters of `UniSRec`."""
+
+    experts: Positive = Field(8, description="whitenings that are mixed")
+    temperature: AboveZero = Field(0.07, description="what cosines are divided by")
+    ids: bool = Field(False, description="transductive: an item of training has a vector of its own too")
+    start: str | None = Field(
+        None, description="folder of weights that another domain taught; of these the adaptor alone learns on"
+    )
+    pretrain: int = Field(0, ge=0, description="epochs of the contrastive losses before the softmax")
+    contrast: float = Field(1e-3, ge=0, description="pretrain: weight of the loss between sequences")
+    item_drop: float = Field(0.2, ge=0, lt=1, description="pretrain: share of items left out of a changed sequence")
+    word_drop: float = Field(
+        0.2, ge=0, lt=1, description="pretrain: share of words left out of the texts of every other changed sequence"
+    )
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
+    negatives: None = Field(None, description="the softmax is over all items")
+    batch: Positive = Field(2048, description="targets of one optimiser step, about")
+    epochs: Positive = Field(50, description="passes over the training sequences, at most")
+    patience: Positive | None = Field(
+        5,
+        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
+        "a look at the validation split",
+    )
+
+    @model_validator(mode="after")
+    def _vectors_are_the_same(self) -> UniSRecConfig:
+        if self.start is not None and not self.named:
+            raise ValueError(
+                f"start takes vectors of the encoder that its weights were learned with, and {self.encoder} makes "
+                "others of every data set; name a text encoder"
+            )
+        return self
+
+    @property
+    def named(self) -> bool:
+        """Whether a pretrained encoder makes the vectors, the same of a text in every data set."""
+        return self.encoder != LSA and not self.encoder.startswith(STORE)
+
+
+@dataclass
+class Universal:
+    """A network over texts, with the vectors of the catalogue's.
+
+    Attributes:
+        catalogue: The catalogue.
+        vectors: Of texts, shape (items, d).
+        own: Number of the vector that each item has of its own, -1 for one without, shape (items,).
+        popular: Training interactions of each item by those of the most popular one, shape (items,).
+        network: Adaptor and sequence encoder.
+        config: The parameters.
+        table: What items are compared by once nothing is learned any more, shape (items, dim).
+    """
+
+    catalogue: Catalogue
+    vectors: Any
+    own: NDArray[np.int64]
+    popular: NDArray[np.float64]
+    network: Any
+    config: UniSRecConfig
+    table: Any = None
+    name: str = "unisrec"
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return self.catalogue.ids
+
+    @property
+    def warm(self) -> NDArray[np.int64]:
+        """Places of the items that training has, in the order of their own numbers."""
+        known = np.flatnonzero(self.own >= 0)
+        return known[np.argsort(self.own[known])]
+
+    def represented(self, places: NDArray[np.int64], vectors: Any = None) -> Any:
+        """Return the vectors of items as a sequence takes them, shape (n, dim).
+
+        Args:
+            places: In the catalogue.
+            vectors: Of texts, in place of their own, shape (n, d).
+        """
+        torch, network = require("torch", "baselines"), self.network
+        found = adapted(network, self.vectors[places] if vectors is None else vectors, self.config.dropout)
+        if "table" in network:
+            own = torch.from_numpy(self.own[places])
+            # Items that training does not have keep the vector of their text.
+            found = found + network["table"](own.clamp(min=0)) * (own >= 0)[:, None]
+        return found
+
+    def encoded(self, items: Any) -> Any:
+        """Return a vector of length 1 a position, shape (b, t, dim); ``items`` are vectors, padded on the right."""
+        states = attended(self.network, items, self.config.heads, self.config.dropout)
+        return require("torch", "baselines").nn.functional.normalize(states, dim=-1)
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Score every item after each history, shape (n, items); popularity decides for an empty one."""
+        torch, index, most = require("torch", "baselines"), self.catalogue.index, self.config.max_len
+        histories = [
+            np.array([index[event.item_id] for event in request.history if event.item_id in index][-most:], np.int64)
+            for request in requests
+        ]
+        found = np.tile(self.popular.astype(np.float32), (len(requests), 1))
+        self.network.eval()
+        with torch.no_grad():
+            raw = self.represented(np.arange(len(self.items))) if self.table is None else self.table
+            compared = torch.nn.functional.normalize(raw, dim=1).T / self.config.temperature
+            for rows in of_one_length(histories, _ROWS):
+                items = torch.from_numpy(np.stack([histories[row] for row in rows]))
+                found[rows] = (self.encoded(raw[items])[:, -1] @ compared).numpy()
+        return found
+
+    def finished(self) -> Universal:
+        """Return it with the table of what items are compared by."""
+        torch = require("torch", "baselines")
+        self.network.eval()
+        with torch.no_grad():
+            return replace(self, table=self.represented(np.arange(len(self.items))))
+
+
+def adapted(network: Any, vectors: Any, dropout: float) -> Any:
+    """Return the mixture of parametric whitenings of text vectors, shape (n, d) -> (n, dim)."""
+    functional, own = require("torch", "baselines").nn.functional, network["adaptor"]
+    gates = gates_of(network, vectors)
+    left = functional.dropout(vectors, dropout, network.training)
+    experts, width, dim = own["maps"].shape
+    spread = (left @ own["maps"].transpose(0, 1).reshape(width, -1)).view(-1, experts, dim)
+    centred = spread - (own["shifts"][:, None, :] @ own["maps"])[:, 0]
+    return (gates[:, :, None] * centred).sum(dim=1)
+
+
+def gates_of(network: Any, vectors: Any) -> Any:
+    """Return how much each whitening counts, shape (n, d) -> (n, experts); with noise in training alone."""
+    torch, own = require("torch", "baselines"), network["adaptor"]
+    logits = vectors @ own["gate"]
+    if network.training:
+        deviation = torch.nn.functional.softplus(vectors @ own["noise"]) + _NOISE
+        logits = logits + torch.randn_like(logits) * deviation
+    return torch.softmax(logits, dim=-1)
+
+
+def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
+    """Return adaptor and sequence encoder, and vectors of so many items; gates are equal to begin with."""
+    torch = require("torch", "baselines")
+    nn, dim, experts = torch.nn, config.dim, config.experts
+    blocks = blocks_of(dim, config.layers)
+    adaptor = {
+        "maps": nn.Parameter(torch.empty(experts, width, dim)),
+        "shifts": nn.Parameter(torch.empty(experts, width)),
+        "gate": nn.Parameter(torch.empty(width, experts)),
+        "noise": nn.Parameter(torch.empty(width, experts)),
+    }
+    parts = {"adaptor": nn.ParameterDict(adaptor), "places": nn.Embedding(config.max_len, dim)}
+    if items:
+        parts["table"] = nn.Embedding(items, dim)
+    network = start_small(nn.ModuleDict({**parts, "blocks": blocks, "last_norm": nn.LayerNorm(dim)}))
+    for name in ("shifts", "gate", "noise"):
+        nn.init.zeros_(network["adaptor"][name])
+    return network

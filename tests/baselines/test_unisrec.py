@@ -1,0 +1,268 @@
+"""UniSRec: its parts worked by hand, and what it carries to new items and to another domain."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from llmrec.baselines.neural import Batch
+from llmrec.baselines.unisrec.baseline import UniSRec
+from llmrec.baselines.unisrec.contrast import Fewer, changed_sequences, contrastive
+from llmrec.baselines.unisrec.network import adapted, gates_of, network_of
+from llmrec.baselines.unisrec.weights import CARD
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.errors import DataError, ModelError, RecipeError
+from llmrec.recipe.schema import Split
+from llmrec.types import Event, Item, Request
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
+
+torch = pytest.importorskip("torch")
+
+TOPICS = 5
+WORDS = ("anvil", "banjo", "candle", "drum", "engine")
+SMALL: dict[str, Any] = {
+    "dim": 16,
+    "layers": 1,
+    "experts": 3,
+    "max_len": 8,
+    "batch": 64,
+    "patience": None,
+    "quiet": True,
+}
+
+
+def _ring(name: str = "ring", *, new: int = 0, shift: int = 1) -> SplitDataset:
+    """After an item of one topic comes one of the next; the last items of each topic are in no sequence."""
+    rng = np.random.default_rng(0)
+    rows = [
+        (f"u{user:03d}", f"{(start + shift * step) % TOPICS}{rng.integers(4)}", float(step))
+        for user, start in enumerate(rng.integers(0, TOPICS, 120).tolist())
+        for step in range(6)
+    ]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    kinds = ("one", "two", "three", "four", "one two", *("two three", "one four")[:new])
+    items = {
+        f"{topic}{number}": Item(item_id=f"{topic}{number}", title=f"{word} {kind}")
+        for topic, word in enumerate(WORDS)
+        for number, kind in enumerate(kinds)
+    }
+    whole = Dataset(name=name, noun="things", interactions=frame, items=items)
+    return split(whole, Split(kind="leave_one_out"), seed=0)
+
+
+def _model(**settings: Any) -> UniSRec:
+    return UniSRec(UniSRec.Config(**(SMALL | settings)), seed=3)
+
+
+def _fitted(data: SplitDataset | None = None, **settings: Any) -> UniSRec:
+    model = _model(**settings)
+    model.fit(data or _ring())
+    return model
+
+
+def _asked(*history: str) -> list[Request]:
+    return [Request(id="r", user_id="nobody", history=tuple(Event(item_id=item) for item in history))]
+
+
+def _best(model: UniSRec, *history: str, k: int = 5) -> list[str]:
+    (scores,) = model.scores(_asked(*history))
+    return [model.items[place] for place in np.argsort(-scores, kind="stable")[:k]]
+
+
+# --------------------------------------------------------------------------- its parts
+
+
+def _drawn(experts: int = 3, width: int = 7, **settings: Any) -> Any:
+    network = network_of(width, 0, UniSRec.Config(**(SMALL | {"experts": experts} | settings)))
+    with torch.no_grad():
+        for parameter in network["adaptor"].values():
+            parameter.normal_()
+    return network
+
+
+def test_the_adaptor_is_a_mixture_of_whitenings() -> None:
+    network, vectors = _drawn().eval(), torch.randn(11, 7)
+    own = network["adaptor"]
+    gates = torch.softmax(vectors @ own["gate"], dim=1)
+    by_hand = sum(gates[:, [k]] * ((vectors - own["shifts"][k]) @ own["maps"][k]) for k in range(3))
+    torch.testing.assert_close(adapted(network, vectors, 0.5), by_hand, rtol=1e-4, atol=1e-4)
+    # A shift by the mean centres: what comes out of one whitening has no mean left.
+    alone = _drawn(experts=1).eval()
+    with torch.no_grad():
+        alone["adaptor"]["shifts"][0] = vectors.mean(dim=0)
+    torch.testing.assert_close(adapted(alone, vectors, 0.5).mean(dim=0), torch.zeros(16), rtol=0, atol=1e-4)
+
+
+def test_gates_sum_to_one_and_are_noisy_in_training_alone() -> None:
+    network, vectors = _drawn(), torch.randn(11, 7)
+    for training in (True, False):
+        network.train(training)
+        one, other = gates_of(network, vectors), gates_of(network, vectors)
+        torch.testing.assert_close(one.sum(dim=1), torch.ones(11))
+        assert torch.equal(one, other) != training
+    untaught = network_of(7, 0, UniSRec.Config(**SMALL)).eval()
+    torch.testing.assert_close(gates_of(untaught, vectors), torch.full((11, 3), 1 / 3))
+
+
+def test_contrast_of_vectors_that_are_all_alike_is_the_logarithm_of_the_batch() -> None:
+    nothing, numbers = torch.zeros(32, 5), torch.arange(32)
+    assert float(contrastive(nothing, nothing, numbers, 0.07)) == pytest.approx(math.log(32))
+    # Rows of the same target are no negatives of each other: of 32 rows 16 are left.
+    assert float(contrastive(nothing, nothing, numbers // 17 * 100, 0.07)) == pytest.approx(
+        (17 * math.log(16) + 15 * math.log(18)) / 32
+    )
+    left, right = torch.randn(4, 3), torch.randn(4, 3)
+    logits = (left @ right.T / 0.5).numpy()
+    by_hand = np.mean([np.log(np.exp(row).sum()) - row[place] for place, row in enumerate(logits)])
+    assert float(contrastive(left, right, torch.arange(4), 0.5)) == pytest.approx(by_hand, rel=1e-5)
+
+
+def test_changed_sequences_hold_what_they_held_less_something() -> None:
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 9, 300)
+    items, targets = np.zeros((300, 8), np.int64), np.full((300, 8), -1)
+    for row, length in enumerate(lengths.tolist()):
+        items[row, :length], targets[row, :length] = np.arange(length) + 10 * row + 1, 1
+    found, ends = changed_sequences(Batch(items, targets), 0.5, 5000, rng)
+    worded = found[:, 0] >= 5000
+    assert 0.3 < worded.mean() < 0.7
+    for row, length in enumerate(lengths.tolist()):
+        own, before = found[row, : ends[row] + 1], items[row, :length]
+        assert len(own) >= 1 and not found[row, ends[row] + 1 :].any()
+        if worded[row]:
+            assert (own - 5000).tolist() == before.tolist()
+        else:
+            assert own.tolist() == [item for item in before if item in set(own.tolist())]
+    assert 0.4 < (ends[~worded] + 1).sum() / lengths[~worded].sum() < 0.65
+    whole, _ = changed_sequences(Batch(items, targets), 0.0, 0, rng)
+    assert (whole == items).all()
+
+
+def test_words_are_left_out_but_never_all_of_them() -> None:
+    fewer, text = Fewer(0.5, 0), " ".join(f"w{n}" for n in range(200))
+    kept = fewer(text).split()
+    assert 70 < len(kept) < 130 and kept == [word for word in text.split() if word in set(kept)]
+    assert all(fewer("word") == "word" for _ in range(20))
+
+
+# --------------------------------------------------------------------------- the model
+
+
+@pytest.fixture(scope="module")
+def taught() -> UniSRec:
+    return _fitted(encoder=tiny_encoder(), epochs=30, learning_rate=0.01, dropout=0.0)
+
+
+def test_it_learns_which_text_follows_and_ranks_items_that_nobody_chose() -> None:
+    model = _fitted(epochs=20, learning_rate=0.01, dropout=0.0)
+    for topic in range(TOPICS):
+        following = {f"{(topic + 1) % TOPICS}{number}" for number in range(5)}
+        # The fifth item of a topic is in no sequence, as a target or as a history.
+        assert len(set(_best(model, f"{topic}2")) & following) >= 4
+        assert len(set(_best(model, f"{topic}4")) & following) >= 4
+
+
+def test_the_inductive_model_has_no_parameter_of_an_item(taught: UniSRec) -> None:
+    few, many = (_fitted(_ring(new=new), epochs=1) for new in (0, 2))
+    shapes = [
+        {name: value.shape for name, value in model._fitted.network.state_dict().items()} for model in (few, many)
+    ]
+    widths = [model._fitted.vectors.shape[1] for model in (few, many)]
+    assert {name: shape for name, shape in shapes[0].items() if widths[0] not in shape} == {
+        name: shape for name, shape in shapes[1].items() if widths[1] not in shape
+    }
+    assert "table" not in taught._fitted.network
+    own = _fitted(epochs=1, ids=True)
+    assert own._fitted.network["table"].weight.shape == (TOPICS * 4, 16)
+    assert np.isfinite(own.scores(_asked("02", "04"))).all()
+
+
+def test_padding_and_neighbours_change_nothing(taught: UniSRec) -> None:
+    model = taught._fitted
+    model.network.eval()
+    short, long = torch.from_numpy(np.array([[1, 2, 0, 0]])), torch.from_numpy(np.array([[1, 2, 9, 4]]))
+    with torch.no_grad():
+        one, other = (model.encoded(model.table[items])[0, :2] for items in (short, long))
+    torch.testing.assert_close(one, other)
+    requests = [*_asked("01", "12"), *_asked("34"), *_asked()]
+    together = taught.scores(requests)
+    for row, request in enumerate(requests):
+        np.testing.assert_allclose(taught.scores([request])[0], together[row], rtol=1e-5, atol=1e-5)
+    # Cosines by the temperature.
+    assert np.abs(together[:2]).max() <= 1 / 0.07 + 1e-4
+
+
+def test_items_are_added_without_training(taught: UniSRec) -> None:
+    more = taught.extended(_ring(new=2))
+    assert len(more.items) == len(taught.items) + 2 * TOPICS
+    before = dict(zip(taught.items, taught.scores(_asked("02"))[0].tolist(), strict=True))
+    after = dict(zip(more.items, more.scores(_asked("02"))[0].tolist(), strict=True))
+    assert {name: after[name] for name in before} == pytest.approx(before, abs=1e-4)
+    # An item of the following topic ranks above the others that are new.
+    fresh = [name for name in _best(more, "02", k=len(more.items)) if name not in before]
+    assert fresh[0][0] == "1" and len(fresh) == 2 * TOPICS
+    with raises(RecipeError, Facts("unsupported", column="encoder")):
+        _fitted(epochs=1).extended(_ring(new=1))
+
+
+# --------------------------------------------------------------------------- another domain
+
+
+def test_contrast_teaches_what_follows_and_another_domain_begins_there(tmp_path: Path) -> None:
+    source, target = _ring("source", new=2), _ring("target")
+    settings = {"encoder": tiny_encoder(), "learning_rate": 0.01, "dropout": 0.0}
+    teacher = _model(**settings, pretrain=40)
+    teacher.pretrained(source)
+    assert sum(name[0] == "2" for name in _best(teacher, "12")) >= 3
+    teacher.save(tmp_path / "start", source)
+    told = json.loads((tmp_path / "start" / CARD).read_text())
+    assert told["data"] == "source" and told["dim"] == 16
+
+    settings |= {"start": str(tmp_path / "start")}
+    # Epoch 0 is a choice too: here there is nothing but it.
+    begun = _model(**settings, epochs=1)
+    begun.fit(target)
+    assert sum(name[0] == "2" for name in _best(begun, "12")) >= 3
+    one, other = (model._fitted.network.state_dict() for model in (teacher, begun))
+    same = {name for name in one if torch.equal(one[name], other[name])}
+    # The sequence encoder stays, and the adaptor learns.
+    assert {name for name in one if not name.startswith("adaptor")} <= same and "adaptor.maps" not in same
+
+
+def test_weights_that_do_not_belong_are_refused(tmp_path: Path) -> None:
+    data, folder = _ring(), tmp_path / "start"
+    model = _model(encoder=tiny_encoder())
+    model.pretrained(data)
+    model.save(folder, data)
+    settings = {"encoder": tiny_encoder(), "start": str(folder), "epochs": 1}
+    with raises(ModelError, Facts("mismatch", column="dim", says="dim=16")):
+        _fitted(**settings, dim=32)
+    # The same shape, other weights.
+    shutil.copytree(tiny_encoder(), tmp_path / "encoder")
+    tensors = load_file(tmp_path / "encoder" / "model.safetensors")
+    save_file({name: tensor * 1.5 for name, tensor in tensors.items()}, tmp_path / "encoder" / "model.safetensors")
+    with raises(ModelError, Facts("mismatch", column="stamp")):
+        _fitted(**(settings | {"encoder": str(tmp_path / "encoder")}))
+    less = replace(data, train=data.train[:-1])
+    with raises(DataError, Facts("leak", column="start")):
+        _fitted(less, **settings)
+    with pytest.raises(ValueError, match="name a text encoder"):
+        UniSRec.Config(start=str(folder))
+    with raises(RecipeError, Facts("unsupported", column="encoder")):
+        _fitted(epochs=1).save(tmp_path / "lsa", data)
+    (folder / CARD).write_text((folder / CARD).read_text().replace('"dim": 16', '"dim": 32'))
+    with raises(ModelError, Facts("damaged")):
+        _fitted(**settings)
+    with raises(ModelError, Facts("damaged")):
+        _fitted(**(settings | {"start": str(tmp_path / "nothing")}))
