@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -30,6 +30,7 @@ help:
 	@echo "make bench-auto       llmrec auto on MovieLens-100K and the made shop within BUDGET, eval/results/auto.json"
 	@echo "make bench-commands   processor time of small commands, eval/results/small_commands.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
+	@echo "make bench-ray   rank, evaluate and write texts on two nodes of Ray, with actors, nodes and commands killed, eval/results/ray.json"
 	@echo "make bench-recovery   kill a run, an export and a ranking at named and random points, eval/results/recovery.json"
 	@echo "make bench-faults     kills, full disks, damaged files, links, two processes, read-only folders, eval/results/faults.json"
 	@echo "make bench-metrics    metrics beside other libraries' and calibration of the tests, eval/results/"
@@ -158,6 +159,10 @@ bench-commands: setup
 
 bench-rank: setup
 	$(BIN)/python -m eval.benchmarks.rank_requests eval/results/rank.json $(ARGS)
+
+# In an environment that has the extra ray too; a small job on two nodes of one machine.
+bench-ray: setup
+	$(BIN)/python -m eval.benchmarks.ray eval/results/ray.json
 
 bench-recovery: setup
 	$(BIN)/python -m tests.recovery.kills eval/results/recovery.json

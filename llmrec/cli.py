@@ -12,7 +12,7 @@ from llmrec.commands import common
 from llmrec.commands.auto.app import app as searching
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.app import app as starting
-from llmrec.commands.merge.app import Piece, ask_shard
+from llmrec.commands.merge.app import Cluster, Piece, ask_shards
 from llmrec.commands.merge.app import app as merging
 from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
@@ -62,7 +62,9 @@ Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/<name>
 
 
 @app.command()
-def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, shard: Piece = None) -> None:
+def run(
+    recipe: RecipePath, overrides: Overrides = None, out: Out = None, shard: Piece = None, ray: Cluster = None
+) -> None:
     """Run a recipe end to end: data, training, evaluation, report.
 
     A second run reuses every stage whose inputs did not change; a killed run resumes where it was. A shard trains
@@ -70,8 +72,8 @@ def run(recipe: RecipePath, overrides: Overrides = None, out: Out = None, shard:
     """
     from llmrec import pipeline
 
-    if shard is not None:
-        ask_shard(recipe, overrides or (), out, shard)
+    if shard is not None or ray is not None:
+        ask_shards(recipe, overrides or (), out, shard, ray)
         return
     finish(pipeline.run(_recipe(recipe, overrides), out, before=tell_before))
 
@@ -216,6 +218,7 @@ def evaluate(
         Path, typer.Option("--results", help="Of a suite: folder for its results; its page goes beside the folder.")
     ] = Path("eval/results"),
     shard: Piece = None,
+    ray: Cluster = None,
 ) -> None:
     """Evaluate a recipe with the adapter that `train` left, never training; or run a suite or a benchmark.
 
@@ -226,8 +229,8 @@ def evaluate(
     from llmrec.recipe.load import kind_of_page, load_benchmark, load_suite
 
     kind = kind_of_page(recipe)
-    if shard is not None:
-        ask_shard(recipe, overrides or (), out, shard)
+    if shard is not None or ray is not None:
+        ask_shards(recipe, overrides or (), out, shard, ray)
         return
     if kind == "benchmark":
         from llmrec.commands.compare.benchmark import run_benchmark
@@ -308,6 +311,7 @@ def augment(
         typer.Option("--without-model", help="The control: the same events and items; <run folder>/control."),
     ] = False,
     shard: Piece = None,
+    ray: Cluster = None,
 ) -> None:
     """Have a language model write texts of users and items, and store them with their vectors as features.
 
@@ -316,7 +320,7 @@ def augment(
     """
     from llmrec.commands.features import augment as command
 
-    command.run(_recipe(recipe, overrides), out, shard, dry_run=dry_run, without_model=without_model)
+    command.run(_recipe(recipe, overrides), out, shard, ray, dry_run=dry_run, without_model=without_model)
 
 
 @app.command()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -24,6 +25,32 @@ log = logging.getLogger(__name__)
 
 # Strategies that read trees of tokens behind a prompt; everything else reads one label or generates.
 TREES = frozenset({"likelihood", "likelihood-prior", "search"})
+
+
+class _Keeper:
+    """The engine of a process that works piece after piece of a job, and its inputs."""
+
+    def __init__(self) -> None:
+        self._held: tuple[str, Backend] | None = None
+
+    def get(self, inputs: str, start: Callable[[], Backend]) -> Backend:
+        """Return the engine that the same inputs gave, or start one in place of another."""
+        if self._held is None or self._held[0] != inputs:
+            if self._held is not None:
+                self._held[1].close()
+                self._held = None
+                release_memory()
+            self._held = inputs, start()
+        return self._held[1]
+
+
+_keeper: _Keeper | None = None
+
+
+def keep_engine() -> None:
+    """From now on this process keeps its last engine open: what is closed and asked for again need not start."""
+    global _keeper
+    _keeper = _keeper or _Keeper()
 
 
 class Engines:
@@ -112,13 +139,26 @@ class Engines:
     def close(self) -> None:
         """Close the open engine, if any."""
         if self._open is not None:
-            self._open[2].close()
+            if not self._kept(self._open[0]):
+                self._open[2].close()
+                release_memory()
             self._open = None
-            release_memory()
+
+    def _kept(self, engine: str) -> bool:
+        # What a server's client spends is booked in the store of the piece that asks.
+        return _keeper is not None and engine != "openai"
 
     def _begin(self, engine: str, folder: str) -> Backend:
-        with self._budget.stage(f"start {engine}"):
-            return self._start(engine, folder)
+        def start() -> Backend:
+            with self._budget.stage(f"start {engine}"):
+                return self._start(engine, folder)
+
+        if _keeper is None or not self._kept(engine):
+            return start()
+        sections = self._model.model_dump_json(), self._section.model_dump_json()
+        return _keeper.get(
+            repr((engine, folder, self._encoder.digest, self._encoder.max_length, self._seed, sections)), start
+        )
 
     def _start(self, engine: str, folder: str) -> Backend:
         if is_plugin(BACKENDS, engine):

@@ -1062,6 +1062,19 @@ class AugmentSection(Section):
         return self
 
 
+class RaySection(Section):
+    """What `--ray` takes of a cluster, docs/scaling.md; no answer depends on it."""
+
+    actors: Positive | None = Field(None, description="processes with a model each; None: as many as there is room for")
+    cpus: float = Field(1.0, gt=0, le=1024, description="logical CPUs of an actor")
+    gpus: float | None = Field(
+        None, ge=0, le=64, description="GPUs of an actor; None: 1 where a node of the cluster has one, else 0"
+    )
+    shards: Positive | None = Field(
+        None, description="pieces of the job; None: as those that are there already, else four an actor"
+    )
+
+
 class Recipe(Section):
     """One experiment."""
 
@@ -1086,6 +1099,7 @@ class Recipe(Section):
     train: TrainSection = TrainSection()
     eval: EvalSection = EvalSection()
     augment: AugmentSection | None = Field(None, description="texts of users and items, which `llmrec augment` writes")
+    ray: RaySection = RaySection()
     _sought: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     @property

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from llmrec.commands.merge.app import refuse_both
 from llmrec.commands.show.console import say, show, show_shard, tell
 from llmrec.data.features import PLURALS, FeatureStore
 from llmrec.errors import RecipeError
@@ -15,7 +16,9 @@ from llmrec.records import Shard
 _SHOWN = 3
 
 
-def run(recipe: Recipe, out: Path | None, shard: str | None, *, dry_run: bool, without_model: bool) -> None:
+def run(
+    recipe: Recipe, out: Path | None, shard: str | None, ray: str | None, *, dry_run: bool, without_model: bool
+) -> None:
     """Write the features of a recipe or their control without a language model, or say what the first would cost."""
     if dry_run:
         planned = augmenting.plan(recipe)
@@ -27,15 +30,21 @@ def run(recipe: Recipe, out: Path | None, shard: str | None, *, dry_run: bool, w
         return
     folder = folder_of(recipe, None)
     if without_model:
-        if shard is not None:
+        if shard is not None or ray is not None:
             raise RecipeError(
-                "--shard shares out questions, and --without-model asks none; drop one of them",
+                "--shard and --ray share out questions, and --without-model asks none; drop one of them",
                 kind="contradiction",
-                column="--shard",
+                column="--without-model",
             )
         show_texts(augmenting.without_model(recipe, out or folder / augmenting.CONTROL))
         return
     target = out or folder / augmenting.FEATURES
+    refuse_both(shard, ray)
+    if ray is not None:
+        from llmrec.commands.cluster.actors import finish_on
+
+        finish_on(ray, "augment", target, recipe)
+        return
     if shard is not None:
         show_shard(augmenting.augment_shard(recipe, target, Shard.parse(shard)), target)
         return

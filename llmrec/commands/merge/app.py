@@ -18,6 +18,15 @@ Piece = Annotated[
     typer.Option("--shard", metavar="I/N", help="Do the I-th of N pieces alone; llmrec merge puts them together."),
 ]
 
+Cluster = Annotated[
+    str | None,
+    typer.Option(
+        "--ray",
+        metavar="local|HOST:PORT",
+        help="Have a Ray cluster work all pieces, and put them together; ray.* of the recipe says how.",
+    ),
+]
+
 
 @app.command()
 def merge(
@@ -32,10 +41,14 @@ def merge(
 
     Missing, damaged or doubled shards, and those of other inputs, are refused. Exit code of rank: 1 if lines failed.
     """
+    put_together(target, shards or ())
+
+
+def put_together(target: Path, folders: Sequence[Path] = ()) -> None:
+    """Put shards together, and print what came out."""
     from llmrec.experiment.shards.folders import folders_of, read
 
-    folders = folders_of(target, shards or ())
-    command = read(folders[0]).command
+    command = read(folders_of(target, folders)[0]).command
     if command == "eval":
         from llmrec.commands.merge.evaluation import merge_run
 
@@ -54,24 +67,56 @@ def merge(
         raise typer.Exit(int(summary["failed"] != 0))
 
 
-def ask_shard(page: str, overrides: Sequence[str], out: Path | None, piece: str) -> None:
-    """Ask one shard of a recipe's cases, for `llmrec run` and `llmrec eval`, and say what became of it.
+def ask_shards(
+    page: str, overrides: Sequence[str], out: Path | None, piece: str | None = None, address: str | None = None
+) -> None:
+    """Ask one shard of a recipe's cases, or have Ray ask all, for `llmrec run` and `llmrec eval`.
+
+    Args:
+        page: The recipe.
+        overrides: Changed keys.
+        out: The run folder.
+        piece: Which shard; None: all.
+        address: Of a Ray cluster; None: the shard is asked here.
 
     Raises:
         RecipeError: If the page is no recipe.
     """
-    from llmrec.commands.merge.evaluation import evaluate_shard
     from llmrec.errors import RecipeError
     from llmrec.experiment.study import folder_of
     from llmrec.recipe.load import kind_of_page, load_recipe
     from llmrec.records import Shard
 
-    kind, shard = kind_of_page(page), Shard.parse(piece)
-    if kind != "recipe":
+    option = "--shard" if address is None else "--ray"
+    shard = None if piece is None else Shard.parse(piece)
+    refuse_both(piece, address)
+    if (kind := kind_of_page(page)) != "recipe":
         raise RecipeError(
-            f"--shard: {page} is a {kind}; evaluate its recipes in shards, and then the {kind}",
+            f"{option}: {page} is a {kind}; evaluate its recipes in shards, and then the {kind}",
             kind="unsupported",
-            column="--shard",
+            column=option,
         )
     recipe = load_recipe(page, overrides)
-    show_shard(evaluate_shard(recipe, out, shard), folder_of(recipe, out))
+    home = folder_of(recipe, out)
+    if address is not None:
+        from llmrec.commands.cluster.actors import finish_on
+
+        finish_on(address, "eval", home, recipe)
+    elif shard is not None:
+        from llmrec.commands.merge.evaluation import evaluate_shard
+
+        show_shard(evaluate_shard(recipe, out, shard), home)
+
+
+def refuse_both(piece: str | None, address: str | None) -> None:
+    """Refuse one shard where Ray is to work all.
+
+    Raises:
+        RecipeError: If both are asked for.
+    """
+    from llmrec.errors import RecipeError
+
+    if piece is not None and address is not None:
+        raise RecipeError(
+            "--ray works all shards, and --shard one; drop one of them", kind="contradiction", column="--shard"
+        )

@@ -34,6 +34,11 @@ def rank(options: RankOptions) -> None:
 
         done = show_shard(rank_shard(options, Shard.parse(options.shard)), options.target)
         raise typer.Exit(int(done["failed"] != 0))
+    if options.ray is not None:
+        from llmrec.commands.cluster.actors import rank_on
+
+        rank_on(options, options.ray)
+        return
     summary = rank_file(options)
     where = terminal.err() if options.target == STDOUT else None
     show("ranking", console_rows(summary), told={"ranking": summary}, file=where)

@@ -47,6 +47,19 @@ class RankOptions(RecommenderOptions):
     shard: Annotated[
         str | None, About(metavar="I/N", help="Rank the I-th of N pieces; llmrec merge puts them together.")
     ] = None
+    ray: Annotated[
+        str | None,
+        About(metavar="local|HOST:PORT", help="Have a Ray cluster rank all pieces, and put them together."),
+    ] = None
+    actors: Annotated[
+        int | None,
+        About(least=1, help="With --ray: processes with a model each; default: as many as there is room for."),
+    ] = None
+    cpus: Annotated[float, About(help="With --ray: logical CPUs of an actor.")] = 1.0
+    gpus: Annotated[float | None, About(help="With --ray: GPUs of an actor; default: 1 where there are some.")] = None
+    shards: Annotated[
+        int | None, About(least=1, help="With --ray: pieces; default: as those that are there, else four an actor.")
+    ] = None
     restart: Annotated[bool, About(help="Drop what an earlier, killed run left.")] = False
 
     @property

@@ -61,12 +61,12 @@ class Ranker(AbstractContextManager["Ranker"], Protocol):
         ...
 
 
-def open_ranker(options: RankOptions, *, store: Path, budget: Budget) -> Ranker:
+def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> Ranker:
     """Open what is to rank.
 
     Args:
         options: They name a model or a baseline.
-        store: A database of answers of a language model.
+        store: A database of answers of a language model; None: none are kept.
         budget: Where seconds are booked.
 
     Raises:
