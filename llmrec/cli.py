@@ -140,7 +140,6 @@ def prompts(
 
     What is learned stands in «these marks». A template that the recipe does not train on is rendered where it is named.
     """
-    from llmrec.commands.show import estimate
     from llmrec.commands.show import prompts as listing
     from llmrec.experiment import study as studies
     from llmrec.models.load import resolve
@@ -163,7 +162,7 @@ def prompts(
     elif template or sets:
         show_prompts({each.id: list(listing.rendered(study, encoder, [each], count or 1)) for each in chosen})
     else:
-        show_prompts(estimate.rendered(study, encoder, count or (estimate.SHOWN if every else 1)))
+        show_prompts(listing.by_task(study, encoder, count or (listing.SHOWN if every else 1)))
 
 
 @app.command()

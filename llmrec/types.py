@@ -18,8 +18,6 @@ Role = Literal["system", "user", "assistant"]
 SegmentKind = Literal["text", "item", "target", "given"]
 SplitName = Literal["train", "valid", "test"]
 Capability = Literal["generate", "score", "embed", "search", "rate"]
-Form = Literal["records", "long", "trec"]
-"""How ranked lists lie in a file: a record a request, a row a ranked item, or a line of a TREC run."""
 
 # --------------------------------------------------------------------------- data
 

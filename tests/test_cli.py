@@ -52,12 +52,12 @@ def expect_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
         assert part in done.stderr
 
 
-def test_help_is_quick_and_loads_no_torch() -> None:
+def test_help_is_quick_and_loads_neither_torch_nor_the_schema_of_recipes() -> None:
     code = (
         "import sys, time; begin = time.process_time(); sys.argv = ['llmrec', '--help']\n"
         "from llmrec import cli\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
-        "heavy = {'torch', 'transformers', 'datasets', 'vllm', 'polars', 'trl'} & set(sys.modules)\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'vllm', 'polars', 'trl', 'pydantic'} & set(sys.modules)\n"
         "sys.stderr.write(f'{time.process_time() - begin:.3f} {sorted(heavy)}')"
     )
     times = []
@@ -68,6 +68,15 @@ def test_help_is_quick_and_loads_no_torch() -> None:
         assert "run" in done.stdout
         times.append(float(seconds))
     assert min(times) < 0.5
+
+
+def test_ids_become_codes_without_pandas() -> None:
+    code = (
+        "import sys, polars; from llmrec.data.codes import coded\n"
+        "print(coded(polars.Series(['b', 'a', 'b'])).to_physical().to_list(), 'pandas' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout == "[1, 0, 1] False\n"
 
 
 def test_every_command_has_help() -> None:

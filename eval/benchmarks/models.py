@@ -33,7 +33,7 @@ from llmrec.recipe.schema import Split
 from llmrec.types import Item, Request
 
 USERS, ITEMS, ROUNDS = 6040, 3416, 2
-GOALS = {"ease": 3.0, "sasrec": 1.0}
+GOALS = {"ease": 6.0, "sasrec": 1.0}
 
 
 def made() -> SplitDataset:

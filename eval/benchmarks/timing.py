@@ -2,25 +2,40 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
+import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
+
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
 
 Summary = dict[str, dict[str, float]]
 
 
+def seconds_now() -> float:
+    """Return a time in seconds: on the clock, or of the processor under ``BENCH_CLOCK=processor``.
+
+    Where others use the cores too, a clock measures them as well.
+    """
+    return time.process_time() if os.environ.get("BENCH_CLOCK") == "processor" else time.perf_counter()
+
+
 def alternated(rounds: int, ways: dict[str, Callable[[], Any]]) -> tuple[Summary, dict[str, Any]]:
-    """Time every way once a round, in turn; return seconds, and what each gave last."""
+    """Time every way once a round, in turn; return seconds (`seconds_now`), and what each gave last."""
     spent: dict[str, list[float]] = {name: [] for name in ways}
     given: dict[str, Any] = {}
     for _ in range(rounds):
         for name, once in ways.items():
             # What was given before is freed outside the time.
             given.pop(name, None)
-            begin = time.perf_counter()
+            begin = seconds_now()
             result = once()
-            spent[name].append(time.perf_counter() - begin)
+            spent[name].append(seconds_now() - begin)
             given[name] = result
     return {name: summary(values) for name, values in spent.items()}, given
 
@@ -68,3 +83,32 @@ def at_most(found: dict[str, float], limit: float, unit: str, others: dict[str, 
         "line": limit,
         "unit": unit,
     }
+
+
+def measured(
+    target: Path, head: Mapping[str, Any], parts: Mapping[str, Callable[[], dict[str, Any]]], only: Sequence[str] = ()
+) -> None:
+    """Measure parts, one after the other, and write each as soon as it is there.
+
+    Args:
+        target: The result file.
+        head: What stands above its sections.
+        parts: What gives a section, by name.
+        only: Measure these alone, and leave the others as the file has them; each then has its machine with it.
+    """
+    begin = time.perf_counter()
+    kept = json.loads(target.read_text(encoding="utf-8")) if only else {}
+    found = dict(kept.get("sections", {}))
+    for name in only or parts:
+        before = os.getloadavg()[0]
+        found[name] = parts[name]() | {"load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}}
+        if only:
+            clock = os.environ.get("BENCH_CLOCK", "wall")
+            found[name]["apart"] = {**head, "machine": machine(), "versions": versions(), "clock": clock}
+        for each in found[name]["goals"].values():
+            figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
+            sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
+            sys.stdout.flush()
+        sections = {each: found[each] for each in parts if each in found}
+        whole = kept or {**head, "machine": machine(), "versions": versions(), "seconds": time.perf_counter() - begin}
+        write_json(target, {**whole, "sections": sections})

@@ -6,10 +6,14 @@ only if both meet it. ``--quick`` does little of everything, to see that it runs
 
 - rows: a row a user beside a row a position, padded and packed by TRL, with SmolLM2-135M-Instruct under LoRA on
   MovieLens-100K.
+- alike: a row a user on both sides: TRL is given llmrec's own rows, with loss on the same targets.
 - prompts: rows from lines that are tokenised once, beside strings that are built and tokenised, for the same draws.
 - memory: what a loss adds to the peak of memory, beside logits of every token.
 - packing: tasks that branch off one history under a mask, beside the same rows padded.
 - windows: what late targets of a long row read beyond the window of evaluation, with and without a band.
+
+Names of parts behind the file measure these alone and leave the others as they stand; ``BENCH_CLOCK=processor`` counts
+the processor's time, for a machine that others use.
 """
 
 from __future__ import annotations
@@ -36,12 +40,10 @@ from datasets import disable_progress_bars
 
 from eval.benchmarks import training_peers as peers
 from eval.benchmarks import training_windows as windows
-from eval.benchmarks.timing import alternated, at_most, faster
+from eval.benchmarks.timing import alternated, at_most, faster, measured
 from llmrec.backends.encode import Encoder, TokenRow
-from llmrec.durable import write_json
 from llmrec.experiment.study import Study, build_study, encoder_of
 from llmrec.experiment.training import plan_training
-from llmrec.machine import machine, versions
 from llmrec.models.load import cpu_has_bf16, load_model, quiet_libraries, resolve
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
@@ -54,6 +56,7 @@ from llmrec.train.steps import Step
 
 ROWS = "the same rows, padded"
 OURS, PADDED, PACKED = "llmrec", "TRL, a row a position, padded", "TRL, a row a position, packed"
+ALIKE = "TRL, the same rows and targets"
 STRINGS, ONE_BY_ONE, PLANNED = (
     "strings, then a batched tokenizer",
     "llmrec, row by row from words",
@@ -118,6 +121,40 @@ def measure_rows(setting: Setting) -> dict[str, Any]:
         "goals": {
             "padded": faster(seconds, PADDED, OURS, 10.0) | {"what": "times the targets a second of TRL, padded"},
             "packed": faster(seconds, PACKED, OURS, 6.0) | {"what": "times the targets a second of TRL, packed"},
+        },
+    }
+
+
+def measure_alike(setting: Setting) -> dict[str, Any]:
+    """One step over the same rows and targets, a row a user, by llmrec and by TRL: the trainers alone differ."""
+    study = made_study(setting.window)
+    section = study.recipe.model
+    folder = resolve(section)
+    encoder = encoder_of(study, folder)
+    rows = full_rows(study, encoder, setting)
+    model = lora.load_trainable(folder, section, TrainSection())
+    step = plan(iter(rows), steps=1, batch_tokens=10**9, seed=0)
+    trl = peers.trl_trainer(model, encoder.tokenizer, rows, packing=False, bf16=cpu_has_bf16())
+    trainers = {OURS: our_trainer(model, encoder, step), ALIKE: trl}
+    losses: dict[str, float] = {}
+
+    def run(name: str) -> None:
+        losses[name] = trainers[name].train().training_loss
+
+    # The first pass of a trainer sets it up.
+    seconds, _ = alternated(setting.rounds + 1, {name: partial(run, name) for name in trainers})
+    work = {OURS: {"steps": 1, "tokens": step[0].padded_tokens}, ALIKE: peers.work(trl)}
+    assert work[OURS] == work[ALIKE], "both compute the same tokens"
+    assert abs(losses[OURS] - losses[ALIKE]) < 0.01, ("both learn the same targets", losses)
+    return {
+        "what": f"{len(rows)} users, lists of {setting.window} titles, {sum(row.targets for row in rows)} target "
+        f"tokens of {work[OURS]['tokens']}, in one step; SmolLM2-135M-Instruct, LoRA on every linear layer, forward, "
+        "backward and update. TRL gets the rows of llmrec as they are, with a mask of their targets.",
+        "seconds": seconds,
+        "work": work,
+        "losses": losses,
+        "goals": {
+            "alike": faster(seconds, ALIKE, OURS, 1.0) | {"what": "times the targets a second of TRL, same rows"}
         },
     }
 
@@ -307,43 +344,31 @@ def measure_windows(setting: Setting) -> dict[str, Any]:
     }
 
 
-def main(target: Path, *, quick: bool) -> None:
+def main(target: Path, *, quick: bool, only: Sequence[str]) -> None:
     """Measure and write."""
     quiet_libraries()
     disable_progress_bars()
-    begin, setting = time.perf_counter(), Setting(quick=quick)
+    setting = Setting(quick=quick)
     parts: dict[str, Callable[[Setting], dict[str, Any]]] = {
         "rows": measure_rows,
+        "alike": measure_alike,
         "prompts": measure_prompts,
         "memory": measure_memory,
         "packing": measure_packing,
         "windows": measure_windows,
     }
     dtype = "bfloat16" if cpu_has_bf16() else "float32"
-    sections: dict[str, Any] = {}
-    result = {
+    head = {
         "command": "python -m eval.benchmarks.training eval/results/training.json",
         "what": "training rows: how they are made, how many tokens they take, and what their loss costs",
         "rounds": setting.rounds,
         "quick": quick,
         "model": f"SmolLM2-135M-Instruct, LoRA, {dtype}",
         "threads": torch.get_num_threads(),
-        "sections": sections,
-        "machine": machine(),
-        "versions": versions(),
     }
-    for name, measure in parts.items():
-        before = os.getloadavg()[0]
-        sections[name] = measure(setting) | {
-            "load": {"before": round(before, 2), "after": round(os.getloadavg()[0], 2)}
-        }
-        for each in sections[name]["goals"].values():
-            figures = ", ".join(f"{value:.2f}" for value in each["found"].values())
-            sys.stdout.write(f"{name}: {figures} {each['what']}, {'met' if each['met'] else 'NOT met'}\n")
-            sys.stdout.flush()
-        # After each part: what a killed call measured is not lost.
-        write_json(target, result | {"seconds": time.perf_counter() - begin})
+    measured(target, head, {name: partial(measure, setting) for name, measure in parts.items()}, only)
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), quick="--quick" in sys.argv[2:])
+    words = sys.argv[2:]
+    main(Path(sys.argv[1]), quick="--quick" in words, only=[word for word in words if word != "--quick"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -190,7 +191,7 @@ class Catalogue:
 
     def places(self, items: Iterable[str]) -> NDArray[np.int64]:
         """Return each item's number, -1 for an unknown one."""
-        return np.array([self.index.get(item, -1) for item in items], dtype=np.int64)
+        return np.fromiter(map(self.index.get, items, repeat(-1)), dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -326,6 +327,8 @@ class Warm:
             histories: As `histories` gives them.
         """
         scores[[place for place, history in enumerate(histories) if not len(history)]] = self.popular
+        if len(self.places) == len(self.catalogue.ids):
+            return scores
         lowest = scores.min(axis=1, keepdims=True) if len(self.places) else np.zeros((len(scores), 1), scores.dtype)
         whole = np.repeat(lowest - 1, len(self.catalogue.ids), axis=1)
         whole[:, self.places] = scores
@@ -413,7 +416,7 @@ def refusal(request: Request) -> Unparsed | None:
 def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
     """Return the numbers of all items that are not in the request's history."""
     keep = np.ones(len(catalogue.ids), dtype=bool)
-    seen = catalogue.places(event.item_id for event in request.history)
+    seen = catalogue.places([event.item_id for event in request.history])
     keep[seen[seen >= 0]] = False
     return np.flatnonzero(keep)
 
@@ -433,7 +436,7 @@ def top_of(
     order = np.argsort(-scores, kind="stable")
     return Ranking(
         request_id=request.id,
-        items=tuple(catalogue.ids[place] for place in places[order].tolist()),
+        items=tuple(map(catalogue.ids.__getitem__, places[order].tolist())),
         scores=tuple(scores[order].tolist()),
     )
 

@@ -16,7 +16,9 @@ def coded(ids: pl.Series) -> pl.Series:
     if isinstance(ids.dtype, pl.Enum):
         return ids
     found = ids.cast(pl.String).to_arrow().dictionary_encode()
-    return from_dictionary(ids.name, pl.Series(found.dictionary, dtype=pl.String), [np.asarray(found.indices)])
+    # Arrow's own way to numpy loads pandas, where that is installed.
+    rows = pl.Series(found.indices).to_numpy()
+    return from_dictionary(ids.name, pl.Series(found.dictionary, dtype=pl.String), [rows])
 
 
 def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:

@@ -19,14 +19,13 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.decode.token_tree import ROOT, Catalogue
+from llmrec.decode.token_tree import ROOT, Catalogue, Index
 from llmrec.types import Found
 
 WIDEST = 4096
 """Most prefixes that an exact search keeps: what it holds grows with the square of them."""
 
 Floats = NDArray[np.float64]
-Index = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
@@ -215,22 +214,14 @@ def _branches(search: _Search, beams: _Beams) -> _Branches:
     """Return all children of all kept prefixes that hold an item which may be given."""
     catalogue = search.catalogue
     live = np.flatnonzero(~beams.whole)
-    first, end = catalogue.firsts[beams.nodes[live]], catalogue.firsts[beams.nodes[live] + 1]
-    counts = (end - first).astype(np.int64)
-    parents = np.repeat(live, counts)
-    within = np.arange(len(parents)) - np.repeat(np.cumsum(counts) - counts, counts)
-    nodes = np.repeat(first.astype(np.int64), counts) + within
-    last = within == np.repeat(counts - 1, counts)
-    lows = catalogue.lows[nodes].astype(np.int64)
-    # The last sibling's items end where its parent's do.
-    following = catalogue.lows[np.minimum(nodes + 1, len(catalogue.lows) - 1)].astype(np.int64)
-    highs = np.where(last, beams.highs[parents], following)
+    below = catalogue.below(beams.nodes[live], beams.lows[live], beams.highs[live])
+    parents, nodes, lows, highs = live[below.parents], below.nodes, below.lows, below.highs
     if len(search.barred):
         base = beams.users[parents] * len(catalogue)
         gone = np.searchsorted(search.barred, base + highs) - np.searchsorted(search.barred, base + lows)
         stay = highs - lows > gone
         parents, nodes, lows, highs = parents[stay], nodes[stay], lows[stay], highs[stay]
-    return _Branches(parents, nodes, lows, highs, catalogue.tokens[nodes].astype(np.int64))
+    return _Branches(parents, nodes, lows, highs, catalogue.tokens(nodes))
 
 
 def _kept(search: _Search, beams: _Beams, branches: _Branches, logprobs: Floats) -> _Beams:
@@ -272,18 +263,17 @@ def _onward(search: _Search, beams: _Beams) -> tuple[_Beams, _Branches, Floats]:
     handle = search.next_handle
     going = rows
     while len(going):
-        first = catalogue.firsts[nodes[going]]
-        count = catalogue.firsts[nodes[going] + 1] - first
+        first, count = catalogue.spans(nodes[going])
         leaf = count == 0
         whole[going[leaf]] = True
         going, first, count = going[~leaf], first[~leaf], count[~leaf]
         numbers = handle + np.arange(len(going))
-        fed.append(Fed(beams.users[going], handles[going], catalogue.tokens[nodes[going]].astype(np.int64)))
+        fed.append(Fed(beams.users[going], handles[going], catalogue.tokens(nodes[going])))
         handles[going] = numbers
         handle += len(going)
         forced = count == 1
-        going, first, numbers = going[forced], first[forced].astype(np.int64), numbers[forced]
-        wanted.append((numbers, catalogue.tokens[first].astype(np.int64)))
+        going, first, numbers = going[forced], first[forced], numbers[forced]
+        wanted.append((numbers, catalogue.tokens(first)))
         wanted_rows.append(going)
         nodes[going] = first
     reached = _Beams(beams.users, nodes, beams.lows, beams.highs, beams.scores.copy(), handles, whole)

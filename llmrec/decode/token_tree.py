@@ -1,9 +1,10 @@
-"""The one index of legal outputs: the token paths of a catalogue, as a tree of three integers a node.
+"""The one index of legal outputs: the token paths of a catalogue, as a tree of at most three integers a node.
 
 Every item is a path of token ids that ends where no other goes on. Sorted, the paths below a node are a range, and the
 children of a node stand side by side among the nodes of the next depth. So a node is its token, where its children
-begin, and where its range begins. Nothing here grows with the vocabulary, and no step of a search grows with the
-catalogue.
+begin, and where its range begins. At the last depth, where most nodes are, no node has children, and the range of a
+node right above it is as long as the number of its children: what follows from that is not stored. Nothing here grows
+with the vocabulary, and no step of a search grows with the catalogue.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from llmrec.durable import replacing
 from llmrec.errors import DataError, require
 
 Ints = NDArray[np.int32]
+Index = NDArray[np.int64]
 _LONGEST_KEY = 63
 ROOT = 0
 
@@ -31,15 +33,19 @@ class Catalogue:
     """Token paths of a set of items; nodes by depth and, within one, in the order of their paths.
 
     Attributes:
-        tokens: The last token of each node's path, shape (nodes,); node 0 is the root, which has none (-1).
-        firsts: The first child of each node, shape (nodes + 1,); those of node v end where those of v + 1 begin.
-        lows: Where each node's items begin among the sorted paths, shape (nodes,). They end where those of the next
-            sibling begin, or of the last sibling where the parent's end.
+        marks: The last token of each node's path, less the lowest of all, in as few bytes as hold it, shape (nodes,);
+            node 0 is the root, which has none. `tokens` tells them.
+        lowest: The lowest token.
+        firsts: The first child of each node above the last depth, and one past the last node, shape
+            (starts[depth] + 1,); those of node v end where those of v + 1 begin.
+        lows: Where each node's items begin among the sorted paths, of all nodes whose children may have children,
+            shape (starts[depth - 1],). `below` tells the others.
         starts: The first node of each depth, and one past the last node; depth 0 is the root.
         order: Which item each sorted path is, as its place in the sequence that was given, shape (items,).
     """
 
-    tokens: Ints
+    marks: NDArray[np.unsignedinteger[Any]]
+    lowest: int
     firsts: Ints
     lows: Ints
     starts: tuple[int, ...]
@@ -71,7 +77,7 @@ class Catalogue:
     @property
     def nbytes(self) -> int:
         """Size of the arrays in bytes."""
-        return int(self.tokens.nbytes + self.firsts.nbytes + self.lows.nbytes + self.order.nbytes)
+        return int(self.marks.nbytes + self.firsts.nbytes + self.lows.nbytes + self.order.nbytes)
 
     @cached_property
     def places(self) -> Ints:
@@ -80,21 +86,58 @@ class Catalogue:
         found[self.order] = np.arange(len(self.order), dtype=np.int32)
         return found
 
+    def tokens(self, nodes: NDArray[np.integer[Any]]) -> Index:
+        """Return the last token of the paths of nodes below the root, shape (n,)."""
+        return self.marks[nodes].astype(np.int64) + self.lowest
+
+    def spans(self, nodes: NDArray[np.integer[Any]]) -> tuple[Index, Index]:
+        """Return the first child of each node and how many it has, shape (n,) each."""
+        last = len(self.firsts) - 1
+        first = self.firsts[np.minimum(nodes, last)].astype(np.int64)
+        return first, self.firsts[np.minimum(nodes + 1, last)] - first
+
+    def below(self, nodes: Index, lows: Index, highs: Index) -> Below:
+        """Return the children of nodes.
+
+        Args:
+            nodes: Where, shape (n,).
+            lows: Where the items of each begin among the sorted paths.
+            highs: Where they end.
+        """
+        first, counts = self.spans(nodes)
+        parents = np.repeat(np.arange(len(nodes)), counts)
+        heads = np.cumsum(counts) - counts
+        children = np.repeat(first - heads, counts) + np.arange(len(parents))
+        deep = children >= len(self.lows)
+        begins = np.empty(0, dtype=np.int64)
+        if deep.any():
+            # What lies below these are single tokens, each the end of an item, or nothing where they end one.
+            sizes = np.maximum(self.spans(children)[1], 1)
+            passed = np.cumsum(sizes) - sizes
+            begins = np.repeat(lows - passed[np.minimum(heads, len(passed) - 1)], counts) + passed
+        if not deep.all():
+            begins = np.where(deep, begins if len(begins) else 0, self.lows[np.where(deep, 0, children)])
+        # The items of the last sibling end where its parent's do.
+        ends = np.append(begins[1:], 0)
+        ends[(heads + counts - 1)[counts > 0]] = highs[counts > 0]
+        return Below(parents, children, begins, ends)
+
     def path(self, place: int) -> tuple[int, ...]:
         """Return the tokens of the path at a place of the sorted order."""
-        found: list[int] = []
-        node = ROOT
-        while (low := int(self.firsts[node])) < (high := int(self.firsts[node + 1])):
-            node = low + int(np.searchsorted(self.lows[low:high], place, side="right")) - 1
-            found.append(int(self.tokens[node]))
-        return tuple(found)
+        found: list[Index] = []
+        opened = self.below(np.array([ROOT]), np.array([0]), np.array([len(self)]))
+        while len(opened.nodes):
+            at = [int(np.searchsorted(opened.lows, place, side="right")) - 1]
+            found.append(self.tokens(opened.nodes[at]))
+            opened = self.below(opened.nodes[at], opened.lows[at], opened.highs[at])
+        return tuple(int(token) for token in np.concatenate(found))
 
     def save(self, file: Path) -> None:
         """Write the arrays as safetensors, in one step."""
-        arrays = {name: getattr(self, name) for name in ("tokens", "firsts", "lows", "order")}
+        arrays = {name: getattr(self, name) for name in ("marks", "firsts", "lows", "order")}
+        numbers = {name: np.array(getattr(self, name), dtype=np.int64) for name in ("starts", "lowest")}
         with replacing(file) as draft:
-            starts = np.array(self.starts, dtype=np.int64)
-            require("safetensors.numpy", "train").save_file({**arrays, "starts": starts}, draft)
+            require("safetensors.numpy", "train").save_file({**arrays, **numbers}, draft)
 
     @staticmethod
     def load(file: Path) -> Catalogue:
@@ -106,11 +149,29 @@ class Catalogue:
         tensors = require("safetensors.numpy", "train")
         try:
             found = tensors.load_file(file)
-            return Catalogue(starts=tuple(int(each) for each in found.pop("starts")), **found)
+            starts, lowest = (found.pop(name) for name in ("starts", "lowest"))
+            return Catalogue(starts=tuple(int(each) for each in starts), lowest=int(lowest), **found)
         except Exception as error:
             raise DataError(
                 f"the catalogue {file} cannot be read ({error}); make it again", kind="damaged", at=file
             ) from error
+
+
+@dataclass(frozen=True)
+class Below:
+    """Children of nodes, side by side.
+
+    Attributes:
+        parents: Which of the nodes each is a child of, ascending, shape (n,).
+        nodes: The children.
+        lows: Where the items of each begin among the sorted paths.
+        highs: Where they end.
+    """
+
+    parents: Index
+    nodes: Index
+    lows: Index
+    highs: Index
 
 
 def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[Ints, Ints]:
@@ -155,19 +216,21 @@ def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
     fresh = np.zeros(len(table), dtype=bool)
     fresh[0] = True
     lows = [np.zeros(1, dtype=np.int64)]
-    tokens = [np.array([-1], dtype=np.int32)]
+    lowest = int(np.where(table < 0, table.max(), table).min())
+    kind = np.min_scalar_type(int(table.max()) - lowest)
+    marks = [np.zeros(1, dtype=kind)]
     for column in range(table.shape[1]):
         fresh[1:] |= table[1:, column] != table[:-1, column]
         lows.append(np.flatnonzero(fresh & (lengths > column)))
-        tokens.append(table[lows[-1], column])
+        marks.append((table[lows[-1], column] - lowest).astype(kind))
     _refuse_ambiguous(table, lengths, order, fresh)
     starts = np.cumsum([0, *(len(each) for each in lows)])
-    below = [*lows[1:], np.empty(0, dtype=np.int64)]
-    firsts = [starts[at + 1] + np.searchsorted(below[at], lows[at]) for at in range(len(lows))]
+    firsts = [starts[at + 1] + np.searchsorted(after, own) for at, (own, after) in enumerate(pairwise(lows))]
     return Catalogue(
-        tokens=np.concatenate(tokens).astype(np.int32),
+        marks=np.concatenate(marks),
+        lowest=lowest,
         firsts=np.concatenate([*firsts, starts[-1:]]).astype(np.int32),
-        lows=np.concatenate(lows).astype(np.int32),
+        lows=np.concatenate([np.empty(0, dtype=np.int64), *lows[:-2]]).astype(np.int32),
         starts=tuple(starts.tolist()),
         order=order.astype(np.int32),
     )

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,6 @@ from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.attributes import attributes_of
-from llmrec.experiment.fusion.retrieving import FusedFinder
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.told import Told, told, users
 from llmrec.index.semantic import item_vectors
@@ -39,6 +39,9 @@ from llmrec.tasks.mixture import shares
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Case, Example, Item, SplitName
+
+if TYPE_CHECKING:
+    from llmrec.experiment.fusion.retrieving import FusedFinder
 
 # Ranks by texts alone, in seconds and without a download.
 _BY_TEXT = "content"
@@ -312,6 +315,8 @@ def fused_finder(recipe: Recipe) -> FusedFinder | None:
     """Return the fusion that retrieves, of the baselines of the first family that ranks for users; None: a baseline."""
     if recipe.eval.candidates.retriever != FUSED:
         return None
+    from llmrec.experiment.fusion.retrieving import FusedFinder
+
     family = next(name for name in recipe.tasks.present() if family_of(name).ranks_for_users)
     baselines = recipe.tasks.present()[family].baselines
     return FusedFinder(baselines, recipe.eval.fusion.reserved, recipe.seed)

@@ -26,6 +26,8 @@ _UNREACHED = {"ConnectError", "ConnectionError", "TimeoutException", "TimeoutErr
 def cached(name: str, revision: str | None, *, code: bool) -> str | None:
     """Return the folder of a model that the hub's cache holds whole, weights included; None where it does not."""
     hub = require("huggingface_hub", "train")
+    if not Path(_cache(), f"models--{name.replace('/', '--')}").is_dir():
+        return None  # said without what fetches, which takes long to import
     try:
         found = hub.snapshot_download(
             name, revision=revision, allow_patterns=_patterns(weights=True, code=code), local_files_only=True
@@ -199,7 +201,7 @@ def _cache() -> str:
 
 
 def _constants() -> Any:
-    return require("huggingface_hub", "train").constants
+    return require("huggingface_hub.constants", "train")
 
 
 def _token() -> bool:

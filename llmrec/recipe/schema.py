@@ -30,7 +30,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from llmrec.errors import did_you_mean
-from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
+from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
 
 # Bounds keep what is a slip of the pen from filling the memory; no experiment comes near them.
@@ -956,8 +956,8 @@ class EvalSection(Section):
     )
     candidates: CandidateSection = CandidateSection()
     shots: ShotSection = ShotSection()
-    cutoffs: tuple[Positive, ...] = Field((1, 5, 10), min_length=1, description="ranks at which HR and NDCG are cut")
-    bootstrap: Resamples = Field(2000, description="resamples over users for the 95 % intervals")
+    cutoffs: tuple[Positive, ...] = Field(CUTOFFS, min_length=1, description="ranks at which HR and NDCG are cut")
+    bootstrap: Resamples = Field(RESAMPLES, description="resamples over users for the 95 % intervals")
     planned: tuple[tuple[str, str], ...] | None = Field(
         None,
         description="pairs of row ids to test: is the first better than the second; FAMILY/best-baseline is a family's "

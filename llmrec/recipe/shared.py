@@ -9,3 +9,7 @@ DTYPE: Dtype = "auto"
 BEAMS = 20
 EXACT = False
 BATCH = 64
+CUTOFFS = (1, 5, 10)
+RESAMPLES = 2000
+Form = Literal["records", "long", "trec"]
+"""How ranked lists lie in a file: a record a request, a row a ranked item, or a line of a TREC run."""

@@ -165,7 +165,7 @@ def test_work_is_counted_in_branches(paths: list[tuple[int, ...]], seed: int, wi
     # Where all paths begin alike, that beginning is one more forward.
     alike = len({path[0] for path in paths}) == 1
     assert engine.forwards <= branching(tree) + 1 + alike
-    assert engine.fed < len(tree.tokens)
+    assert engine.fed < len(tree.marks)
 
 
 @pytest.mark.parametrize("width", [1, 5, 20])

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.decode.token_tree import ROOT, Catalogue
+from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import DataError
 from tests.facts import Facts, raises
 
@@ -26,27 +26,34 @@ def test_nodes_children_and_ranges_are_those_of_the_paths(paths: list[tuple[int,
     assert all(ordered[tree.places[item]] == path for item, path in enumerate(paths))
     depths = range(1, tree.depth + 1)
     prefixes = [(), *(p for d in depths for p in sorted({path[:d] for path in paths if len(path) >= d}))]
-    assert len(prefixes) == len(tree.tokens)
+    assert len(prefixes) == len(tree.marks)
     assert list(tree.starts) == [0, *(sum(len(p) <= d for p in prefixes) for d in range(tree.depth + 1))]
-    for node, prefix in enumerate(prefixes):
-        below = [place for place, path in enumerate(ordered) if path[: len(prefix)] == prefix]
-        assert tree.lows[node] == below[0]
-        children = sorted({ordered[place][len(prefix)] for place in below if len(ordered[place]) > len(prefix)})
-        assert tree.tokens[tree.firsts[node] : tree.firsts[node + 1]].tolist() == children
+    held = [[place for place, path in enumerate(ordered) if path[: len(prefix)] == prefix] for prefix in prefixes]
+    lows, highs = np.array([places[0] for places in held]), np.array([places[-1] + 1 for places in held])
+    nodes = np.arange(len(prefixes))
+    found = tree.below(nodes, lows, highs)
+    wanted = [(node, child) for node in nodes for child in nodes if prefixes[child][:-1] == prefixes[node] and child]
+    assert list(zip(found.parents.tolist(), found.nodes.tolist(), strict=True)) == wanted
+    assert (found.lows == lows[found.nodes]).all() and (found.highs == highs[found.nodes]).all()
+    assert tree.tokens(nodes[1:]).tolist() == [prefix[-1] for prefix in prefixes[1:]]
+    # One node at a time is as all at once.
+    for node in nodes:
+        alone = tree.below(nodes[[node]], lows[[node]], highs[[node]])
+        assert (alone.lows == found.lows[found.parents == node]).all()
 
 
 @given(PATHS, st.randoms(use_true_random=False))
 def test_the_given_order_changes_numbers_only(paths: list[tuple[int, ...]], dice: object) -> None:
     turned = list(reversed(paths))
     one, two = Catalogue.of(paths), Catalogue.of(turned)
-    assert (one.tokens == two.tokens).all() and (one.firsts == two.firsts).all() and (one.lows == two.lows).all()
+    assert (one.marks == two.marks).all() and (one.firsts == two.firsts).all() and (one.lows == two.lows).all()
     assert [paths[item] for item in one.order] == [turned[item] for item in two.order]
 
 
 def test_an_array_of_equally_long_paths_is_read_as_it_is() -> None:
     table = np.random.default_rng(0).integers(0, 50_000, (500, 5))
     one, two = Catalogue.of(table), Catalogue.of([tuple(row) for row in table.tolist()])
-    assert (one.order == two.order).all() and (one.tokens == two.tokens).all()
+    assert (one.order == two.order).all() and (one.marks == two.marks).all()
     # Wide ids in many columns do not fit one integer, and are sorted column by column.
     wide = Catalogue.of(np.hstack([table, table]))
     assert (wide.order == one.order).all()
@@ -71,14 +78,18 @@ def test_what_is_saved_is_what_is_loaded(tmp_path: Path) -> None:
     tree = Catalogue.of([(1, 2, 9), (1, 9), (3, 9)])
     tree.save(tmp_path / "catalogue.safetensors")
     again = Catalogue.load(tmp_path / "catalogue.safetensors")
-    assert again.starts == tree.starts and [again.path(place) for place in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
+    assert again.starts == tree.starts and again.lowest == 1
+    assert [again.path(place) for place in range(3)] == [(1, 2, 9), (1, 9), (3, 9)]
     (tmp_path / "torn").write_bytes(b"x")
     with raises(DataError, Facts("damaged", tmp_path / "torn", says="make it again")):
         Catalogue.load(tmp_path / "torn")
 
 
-def test_memory_is_three_integers_a_node_and_one_an_item() -> None:
-    codes = np.unique(np.random.default_rng(0).integers(0, 64, (20_000, 4)), axis=0)
+@pytest.mark.parametrize(("spread", "bytes_a_token"), [(1, 1), (300, 2), (100_000, 4)])
+def test_memory_is_a_token_a_node_a_number_above_the_last_and_one_an_item(spread: int, bytes_a_token: int) -> None:
+    codes = np.unique(np.random.default_rng(0).integers(0, 64, (20_000, 4)), axis=0) * spread + 150_000
     tree = Catalogue.of(codes)
-    assert tree.nbytes == 4 * (3 * len(tree.tokens) + 1 + len(tree))
-    assert tree.tokens[ROOT] == -1 and len(tree.tokens) == tree.starts[-1]
+    *_, above, last, nodes = tree.starts
+    assert len(tree.marks) == nodes and last - above > 0.9 * len(tree)
+    assert tree.nbytes == bytes_a_token * nodes + 4 * (last + 1 + above + len(tree))
+    assert tree.tokens(np.arange(1, nodes)).max() == codes.max()

@@ -9,7 +9,7 @@ from typing import Annotated, get_args
 from llmrec.answering.options import About, RecommenderOptions
 from llmrec.commands.rank.outputs import summary_beside
 from llmrec.errors import RecipeError
-from llmrec.types import Form
+from llmrec.recipe.shared import Form
 
 
 @dataclass(frozen=True, kw_only=True)

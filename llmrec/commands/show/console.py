@@ -97,13 +97,13 @@ def _console() -> Console:
 
 def show_dry_run(study: Any) -> None:
     """Print rendered prompts, training rows, and an estimate of time and memory."""
-    from llmrec.commands.show import estimate
+    from llmrec.commands.show.prompts import by_task
     from llmrec.experiment.study import encoder_of
     from llmrec.models.load import resolve
 
     base = resolve(study.recipe.model, seed=study.recipe.seed)
     encoder = encoder_of(study, base)
-    show_prompts(estimate.rendered(study, encoder))
+    show_prompts(by_task(study, encoder))
     show_estimate(study, encoder, base)
 
 

@@ -1,10 +1,9 @@
-"""What a recipe would do, found without weights: rows, tokens, prompts, and an estimate of time and memory."""
+"""What a recipe would do, found without weights: rows, tokens, and an estimate of time and memory."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import psutil
@@ -20,10 +19,7 @@ from llmrec.models.memory import free_bytes
 from llmrec.models.tables import named_tables
 from llmrec.models.traits import auto_class, is_paired
 from llmrec.recipe.schema import ModelSection, TrainSection
-from llmrec.types import Example
 
-SHOWN = 3
-"""Prompts that are shown of a task."""
 # Bytes that are kept for backward, of a token, a layer and a unit of width: with adapters under bfloat16 autocast and
 # in float32, and with all weights learning; and what checkpointing keeps of a layer.
 _KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 58.0, 83.0, 100.0, 2.1, 4.0
@@ -33,28 +29,6 @@ CONTEXT = 0.8 * 2**30
 """What a process takes of a GPU before any tensor, and room for logits; a guess, which no GPU has confirmed."""
 # Seconds to start one vLLM engine, and to load one hf model.
 _START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
-
-
-def rendered(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, list[str]]:
-    """Return rendered training prompts with answers per task, one of each template first."""
-    shown: dict[str, list[str]] = {}
-    for family in study.tasks:
-        first: dict[str, str] = {}
-        more: list[str] = []
-        for example in islice(study.training_examples(family), 64):
-            text = f"[{example.template}]\n{marked(example, encoder)}"
-            if example.template in first:
-                more.append(text)
-            else:
-                first[example.template] = text
-        shown[family] = [*first.values(), *more][:count]
-    return shown
-
-
-def marked(example: Example, encoder: Encoder) -> str:
-    """Return a row as the model reads it, with what is learned in «these marks»."""
-    answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
-    return encoder.turns_text(example.messages) + answer
 
 
 def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | dict[str, int]]:

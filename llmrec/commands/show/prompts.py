@@ -13,7 +13,6 @@ from pathlib import Path
 from jinja2 import Environment, nodes
 
 from llmrec.backends.encode import Encoder
-from llmrec.commands.show.estimate import marked
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 from llmrec.experiment.bundle import FILE
 from llmrec.experiment.study import Study, build_task
@@ -23,6 +22,8 @@ from llmrec.tasks.templates import Chosen, choose
 from llmrec.types import Example
 
 WIDTH = 80
+SHOWN = 3
+"""Prompts that are shown of a task."""
 _READER = Environment(autoescape=True)  # parses alone; what is parsed was checked against the grammar
 
 
@@ -181,6 +182,28 @@ def rows(study: Study, template: Template) -> Iterator[Example]:
     shown = replace(template, use="named") if template.use == "unseen" else template
     known = {**study.templates[template.family], template.name: shown}
     yield from build_task(study, template.family, section, known, study.training_seed).examples("train")
+
+
+def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, list[str]]:
+    """Return rendered training prompts with answers per task, one of each template first."""
+    shown: dict[str, list[str]] = {}
+    for family in study.tasks:
+        first: dict[str, str] = {}
+        more: list[str] = []
+        for example in islice(study.training_examples(family), 64):
+            text = f"[{example.template}]\n{marked(example, encoder)}"
+            if example.template in first:
+                more.append(text)
+            else:
+                first[example.template] = text
+        shown[family] = [*first.values(), *more][:count]
+    return shown
+
+
+def marked(example: Example, encoder: Encoder) -> str:
+    """Return a row as the model reads it, with what is learned in «these marks»."""
+    answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
+    return encoder.turns_text(example.messages) + answer
 
 
 def rendered(study: Study, encoder: Encoder, templates: Sequence[Template], count: int) -> Iterator[str]:

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from llmrec.data.reading.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
 from llmrec.durable import checksum, replacing, write_text
 from llmrec.errors import DataError, RecipeError
-from llmrec.types import Form
+from llmrec.recipe.shared import Form
 
 _ROW_GROUP = 4096
 # A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms.
