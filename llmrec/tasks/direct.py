@@ -53,6 +53,7 @@ from llmrec.types import (
     Case,
     Event,
     Example,
+    Interaction,
     Message,
     Probability,
     Prompt,
@@ -102,7 +103,7 @@ class DirectTask(Task):
         """Yield rows with targets; see `Task`."""
         refuse_test(split)
         if split == "valid":
-            every = held_out(self._data, "valid")
+            every: Sequence[Interaction] = held_out(self._data, "valid")
             known = self._lists.held() if self._lists else self._candidates.sets if self._candidates else {}
             if self._lists is not None:
                 # What is not retrieved is in no list, as in training.

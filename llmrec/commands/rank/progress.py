@@ -16,7 +16,8 @@ from llmrec.data.reading.request_file import RequestFile
 from llmrec.durable import sha256_of
 from llmrec.machine import machine, versions
 from llmrec.progress import Bar
-from llmrec.types import Cost, Form
+from llmrec.recipe.shared import Form
+from llmrec.types import Cost
 
 _SHOWN = 5
 # Texts that a request brought can make a note long; the output has it whole.

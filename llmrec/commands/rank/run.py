@@ -28,8 +28,9 @@ from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Place
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import Budget, key_of, locked, read_stage
+from llmrec.recipe.shared import Form
 from llmrec.records import Shard
-from llmrec.types import Form, Ranking, Unparsed
+from llmrec.types import Ranking, Unparsed
 
 log = logging.getLogger(__name__)
 
