@@ -9,11 +9,13 @@ import typer
 
 from llmrec import __version__
 from llmrec.commands import common
+from llmrec.commands.augment.app import app as augmenting
 from llmrec.commands.auto.app import app as searching
+from llmrec.commands.common import Overrides, RecipePath
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.app import app as starting
-from llmrec.commands.merge.app import Cluster, Piece, ask_shards
 from llmrec.commands.merge.app import app as merging
+from llmrec.commands.merge.options import Cluster, Piece
 from llmrec.commands.options import takes
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.rank.app import app as ranking
@@ -51,13 +53,10 @@ app.add_typer(serving)
 app.add_typer(starting)
 app.add_typer(searching)
 app.add_typer(tuning)
+app.add_typer(augmenting)
 app.add_typer(showing)
 app.add_typer(features, name="features", help="Stores of what a language model wrote: make, show, compare, correct.")
 
-RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=20 eval.users=100.")
-]
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/<name> by default.")]
 
 
@@ -73,6 +72,8 @@ def run(
     from llmrec import pipeline
 
     if shard is not None or ray is not None:
+        from llmrec.commands.cluster.asking import ask_shards
+
         ask_shards(recipe, overrides or (), out, shard, ray)
         return
     finish(pipeline.run(_recipe(recipe, overrides), out, before=tell_before))
@@ -229,6 +230,8 @@ def evaluate(
 
     kind = kind_of_page(recipe)
     if shard is not None or ray is not None:
+        from llmrec.commands.cluster.asking import ask_shards
+
         ask_shards(recipe, overrides or (), out, shard, ray)
         return
     if kind == "benchmark":
@@ -297,29 +300,6 @@ def tune_encoder(
     told = tuned(_recipe(recipe, overrides), out, TunedTowerConfig(encoder=encoder, blocks=blocks, step=step))
     tell(folder=out, **told)
     say(f"encoder: {out}, tuned on {told['interactions']:,} interactions of {told['data']}")
-
-
-@app.command()
-def augment(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The store; <run folder>/features by default.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and a prompt.")] = False,
-    without_model: Annotated[
-        bool,
-        typer.Option("--without-model", help="The control: the same events and items; <run folder>/control."),
-    ] = False,
-    shard: Piece = None,
-    ray: Cluster = None,
-) -> None:
-    """Have a language model write texts of users and items, and store them with their vectors as features.
-
-    A killed call resumes where it was. Texts on users are written from what nothing else learns from, where
-    data.split.kind=prefix keeps it apart.
-    """
-    from llmrec.commands.features import augment as command
-
-    command.run(_recipe(recipe, overrides), out, shard, ray, dry_run=dry_run, without_model=without_model)
 
 
 @app.command()

@@ -50,6 +50,10 @@ STRATEGIES: Mapping[str, Mapping[str, Any]] = {
     "likelihood": {"task": "sequential", "strategy": "likelihood"},
     "search": {"candidates": "all", "beams": 3, "top": 3},
 }
+CASES = (
+    *("rank, label", "rank, likelihood", "rank, search", "rank, label, again"),
+    *("eval, likelihood and label", "augment"),
+)
 EVALUATED = (
     "data={source: made-reviews, noun: products}",
     "reviews=null",
@@ -259,7 +263,9 @@ class Bench:
         told = [read_json(path, "start again")["told"] for path in finished(target)]
         stages = [each["seconds"] for each in told]
         opening = [sum(each.get(stage, 0.0) for stage in ("start", "data", "model")) for each in stages]
-        engines = [spent for each in stages for stage, spent in each.items() if stage.startswith("start ")]
+        engines = [
+            spent for each in stages for stage, spent in each.items() if stage.startswith("start ") and spent > 0
+        ]
         ray: Any = facts.get("ray")
         self.cases.append(
             {
@@ -292,6 +298,7 @@ class Bench:
             "what": f"{REQUESTS} requests, 12 users and 40 texts on a random model of two blocks, hf in float32, "
             f"{SHARDS} shards on {ACTORS} actors of two nodes of Ray on one machine",
             "cases": self.cases,
+            "cases_not_run": [name for name in CASES if name not in {each["case"] for each in self.cases}],
             "node_start_seconds": self.nodes.seconds,
             "node_starts_that_ray_gave_up": self.nodes.failed_starts,
             "estimate": estimate(self.cases),

@@ -119,6 +119,12 @@ class _Group(_Shared, TyperGroup):
     pass
 
 
+RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=20 eval.users=100.")
+]
+
+
 class App(typer.Typer):
     """A group of commands which all have the shared options."""
 

@@ -18,10 +18,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from llmrec import pipeline
 from llmrec.cli import app
 from llmrec.commands.cluster import actors, jobs
 from llmrec.commands.cluster.actors import cluster, knock, places, rank_on
 from llmrec.commands.cluster.jobs import JOB, Job, Worked, Worker, count_of, facts_of, published, work_all
+from llmrec.commands.merge.evaluation import merge_run
 from llmrec.commands.rank import run
 from llmrec.commands.rank.run import rank_file
 from llmrec.commands.rank.sharded import merge_rank
@@ -36,6 +38,7 @@ from llmrec.recipe.load import as_recipe, load_recipe
 from llmrec.recipe.schema import RaySection
 from llmrec.records import Shard
 from tests.answering.rank_cases import items_csv, jsonl, options, records
+from tests.experiment.test_shards import figures, recipe
 from tests.facts import Facts, raises
 
 COUNT = 5
@@ -111,8 +114,8 @@ def test_a_job_is_cut_as_it_was_before(tmp_path: Path) -> None:
 def test_a_job_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ranking = job_in(Path())
-    recipe = load_recipe("recipes/quickstart.yaml", ["eval.users=7", "ray.gpus=2"])
-    for job in (ranking, Job("eval", Path("runs/x"), recipe)):
+    page = load_recipe("recipes/quickstart.yaml", ["eval.users=7", "ray.gpus=2"])
+    for job in (ranking, Job("eval", Path("runs/x"), page)):
         with published(job) as token:
             read = jobs.read_job(shards_of(job.target), token)
             assert (read.command, read.target, read.asked) == (job.command, job.target.absolute(), job.asked)
@@ -203,6 +206,21 @@ def test_a_worker_keeps_its_engine_from_shard_to_shard(llama_folder: Path, tmp_p
     assert started == ["hf", "hf"] and facts_of(done)[2] == whole.cost.prompt_tokens + whole.cost.completion_tokens
     merge_augment(job.target, quiet=True)
     assert FeatureStore.open(job.target).stamp == FeatureStore.open(whole.folder).stamp
+
+
+@pytest.mark.slow
+def test_a_worker_evaluates_to_the_figures_of_one_process(
+    llama_folder: Path, tmp_path: Path, started: list[str]
+) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    chosen = recipe(llama_folder)
+    pipeline.run(chosen, tmp_path / "whole", quiet=True, may_train=False)
+    job = Job("eval", tmp_path / "run", chosen)
+    with published(job) as token:
+        worker = Worker(shards_of(job.target), token, 2, "node", 1)
+        work_all(job, 2, lambda numbers: (worker.work(number) for number in numbers))
+    merge_run(job.target, quiet=True)
+    assert started == ["hf", "hf"] and figures(job.target) == figures(tmp_path / "whole")
 
 
 # --------------------------------------------------------------------------- what a cluster holds

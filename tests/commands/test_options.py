@@ -37,12 +37,13 @@ def test_every_option_reaches_its_field() -> None:
     given += ["--server-key-env", "K", "--top", "6", "--batch", "7", "--noun", "films", "--max-length", "80"]
     given += ["--dtype", "float32", "--limit", "8", "--shard", "1/2", "--restart", "--all-users", "--to", "x.db"]
     given += ["--by", "fusion"]
+    given += ["--ray", "local", "--actors", "2", "--cpus", "0.5", "--gpus", "3", "--shards", "9"]
     wanted = RankOptions(
         **FILES, items=Path("i.csv"), task="direct", template="t", candidates="all", strategy="search", beams=3,
         exact=True, settings=("depth=2", "window=3"), retrieve="knn", k=4, fuse="model", rationale=5, backend="openai",
         server_url=("u", "v"), server_model="s", server_key_env="K", top=6, batch=7, noun="films", max_length=80,
         dtype="float32", limit=8, shard="1/2", restart=True, all_users=True, to="x.db", by="fusion", baseline="markov",
-        recipe="r.yaml", form="long",
+        recipe="r.yaml", form="long", ray="local", actors=2, cpus=0.5, gpus=3.0, shards=9,
     )  # fmt: skip
     assert handed(*NEEDED, *given) == wanted
     default = RankOptions(**FILES)

@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.commands.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
-from llmrec.commands.merge.app import put_together, refuse_both
+from llmrec.commands.merge.app import put_together
 from llmrec.commands.merge.evaluation import merge_run
+from llmrec.commands.merge.options import refuse_both
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.run import STDOUT, part_sizes
 from llmrec.commands.show.console import finish, show

@@ -9,23 +9,9 @@ from typing import Annotated
 import typer
 
 from llmrec.commands.common import App
-from llmrec.commands.show.console import finish, show, show_shard
+from llmrec.commands.show.console import finish, show
 
 app = App()
-
-Piece = Annotated[
-    str | None,
-    typer.Option("--shard", metavar="I/N", help="Do the I-th of N pieces alone; llmrec merge puts them together."),
-]
-
-Cluster = Annotated[
-    str | None,
-    typer.Option(
-        "--ray",
-        metavar="local|HOST:PORT",
-        help="Have a Ray cluster work all pieces, and put them together; ray.* of the recipe says how.",
-    ),
-]
 
 
 @app.command()
@@ -54,7 +40,7 @@ def put_together(target: Path, folders: Sequence[Path] = ()) -> None:
 
         finish(merge_run(target, folders))
     elif command == "augment":
-        from llmrec.commands.features.augment import show_texts
+        from llmrec.commands.augment.show import show_texts
         from llmrec.experiment.augmenting import merge_augment
 
         show_texts(merge_augment(target, folders))
@@ -65,58 +51,3 @@ def put_together(target: Path, folders: Sequence[Path] = ()) -> None:
         summary = merge_rank(target, folders)
         show("ranking", console_rows(summary), told={"ranking": summary})
         raise typer.Exit(int(summary["failed"] != 0))
-
-
-def ask_shards(
-    page: str, overrides: Sequence[str], out: Path | None, piece: str | None = None, address: str | None = None
-) -> None:
-    """Ask one shard of a recipe's cases, or have Ray ask all, for `llmrec run` and `llmrec eval`.
-
-    Args:
-        page: The recipe.
-        overrides: Changed keys.
-        out: The run folder.
-        piece: Which shard; None: all.
-        address: Of a Ray cluster; None: the shard is asked here.
-
-    Raises:
-        RecipeError: If the page is no recipe.
-    """
-    from llmrec.errors import RecipeError
-    from llmrec.experiment.study import folder_of
-    from llmrec.recipe.load import kind_of_page, load_recipe
-    from llmrec.records import Shard
-
-    option = "--shard" if address is None else "--ray"
-    shard = None if piece is None else Shard.parse(piece)
-    refuse_both(piece, address)
-    if (kind := kind_of_page(page)) != "recipe":
-        raise RecipeError(
-            f"{option}: {page} is a {kind}; evaluate its recipes in shards, and then the {kind}",
-            kind="unsupported",
-            column=option,
-        )
-    recipe = load_recipe(page, overrides)
-    home = folder_of(recipe, out)
-    if address is not None:
-        from llmrec.commands.cluster.actors import finish_on
-
-        finish_on(address, "eval", home, recipe)
-    elif shard is not None:
-        from llmrec.commands.merge.evaluation import evaluate_shard
-
-        show_shard(evaluate_shard(recipe, out, shard), home)
-
-
-def refuse_both(piece: str | None, address: str | None) -> None:
-    """Refuse one shard where Ray is to work all.
-
-    Raises:
-        RecipeError: If both are asked for.
-    """
-    from llmrec.errors import RecipeError
-
-    if piece is not None and address is not None:
-        raise RecipeError(
-            "--ray works all shards, and --shard one; drop one of them", kind="contradiction", column="--shard"
-        )
