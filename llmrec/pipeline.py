@@ -172,9 +172,18 @@ def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> Tr
 
     In several processes, as torchrun starts them, the first one writes the folder, and the others read what it found.
     """
+    folder = folder_of(recipe, out)
+    if processes.size() > 1:
+        return _train_together(recipe, folder, quiet=quiet)
+    with locked(folder, RUN):
+        works_in(folder)
+        return open_session(recipe, folder, quiet=quiet, trains=True).train()
+
+
+def _train_together(recipe: Recipe, folder: Path, *, quiet: bool) -> Trained:
+    refuse(recipe, asks=True)
     from llmrec.train.world import joined
 
-    folder = folder_of(recipe, out)
     with joined(device(recipe.model)) as world:
         if not world.first:
             world.wait()

@@ -53,6 +53,7 @@ from llmrec.train.line_rows import LineTable, RowStream
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.steps import Step
+from llmrec.train.world import World
 
 ROWS = "the same rows, padded"
 OURS, PADDED, PACKED = "llmrec", "TRL, a row a position, padded", "TRL, a row a position, packed"
@@ -180,7 +181,7 @@ def our_trainer(model: Any, encoder: Encoder, steps: Sequence[Step]) -> Any:
         args=config,
         train_dataset=sft._numbered(steps),
         processing_class=encoder.tokenizer,
-        data_collator=partial(sft._batch, model, steps, pad),
+        data_collator=partial(sft._batch, model, steps, pad, World()),
     )
     trainer.remove_callback(PrinterCallback)
     return trainer

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec import __version__
+from llmrec import __version__, processes
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
@@ -299,13 +299,16 @@ def train_stage(
     study: Study, encoder: Encoder, base: str, folder: Path, budget: Budget, *, quiet: bool = False
 ) -> dict[str, Any]:
     """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
+    done = trained(study, base, folder) if not processes.rank() else None
+    if done is not None:
+        log.info("training: reusing %s", folder / "adapter")
+        if processes.size() == 1:
+            return done
     from llmrec.train.world import here, refuse_different
 
     world, key = here(), training_key(study, base)
     refuse_different(world, key, "training data, model or recipe")
-    done = trained(study, base, folder) if world.first else None
     if world.agree(done is not None):
-        log.info("training: reusing %s", folder / "adapter")
         return done or _stored(folder, key)
     if world.first:
         # A record must never vouch for weights of another run that was killed half-way.
