@@ -263,8 +263,8 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
         first = np.full(len(names), np.inf)
         np.minimum.at(first, items, rows.frame["timestamp"].fill_null(-np.inf).to_numpy())
         tested, shown = first >= section.since, drawn < section.valid
-    part = np.where(tested, TEST, np.where(shown, VALID, TRAIN)).astype(np.int8)
-    return part[items]
+    part: Labels = np.where(tested, TEST, np.where(shown, VALID, TRAIN)).astype(np.int8)[items]
+    return part
 
 
 def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:

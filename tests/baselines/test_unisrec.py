@@ -245,7 +245,7 @@ def test_weights_that_do_not_belong_are_refused(tmp_path: Path) -> None:
     model = _model(encoder=tiny_encoder())
     model.pretrained(data)
     model.save(folder, data)
-    settings = {"encoder": tiny_encoder(), "start": str(folder), "epochs": 1}
+    settings: dict[str, Any] = {"encoder": tiny_encoder(), "start": str(folder), "epochs": 1}
     with raises(ModelError, Facts("mismatch", column="dim", says="dim=16")):
         _fitted(**settings, dim=32)
     # The same shape, other weights.

@@ -51,8 +51,8 @@ def test_nothing_of_a_cold_item_is_learned_from_shown_or_counted(seed: int, repe
     assert data.held_out == valid | test | {row[:2] for row in rows if row[1] in data.cold}
     assert not data.held_out & train
     for name in ("valid", "test"):
-        for held in data.holdouts(name):  # type: ignore[arg-type]
-            history = {event.item_id for event in data.history(held.user_id, name)}  # type: ignore[arg-type]
+        for held in data.holdouts(name):
+            history = {event.item_id for event in data.history(held.user_id, name)}
             assert history and not history & data.cold and held.item_id not in history
     catalogue = Catalogue.of(data)
     popular = counts(Log.of(data, catalogue), catalogue)
@@ -71,10 +71,10 @@ def test_each_user_is_asked_about_a_cold_and_a_warm_item_after_all_that_stays(se
         asked = frame.with_columns(cold=pl.col("item_id").is_in(sorted(data.cold)))
         for (user,), own in asked.group_by("user_id"):
             assert sorted(own["cold"].to_list()) == [False, True]
-            assert own["timestamp"].min() >= last[user]  # type: ignore[operator]
+            assert own["timestamp"].min() >= last[user]
     assert training_interactions(data).verdict != "leak"
     # The items of test are not those of validation.
-    of = {name: {row.item_id for row in data.holdouts(name)} & data.cold for name in ("valid", "test")}  # type: ignore[arg-type]
+    of = {name: {row.item_id for row in data.holdouts(name)} & data.cold for name in ("valid", "test")}
     assert of["valid"] and of["test"] and not of["valid"] & of["test"]
 
 

@@ -74,4 +74,5 @@ def carried(folder: Path, *, seed: int) -> SplitDataset | None:
     parts = {name: frame.filter(pl.col("part") == name).select(*SCHEMA) for name in ("train", "valid")}
     data = Dataset(name=folder.name, noun="items", interactions=frame.select(*SCHEMA), items=items)
     held = frozenset(parts["valid"].select("user_id", "item_id").iter_rows())
-    return SplitDataset(dataset=data, kind="given", seed=seed, test=parts["valid"].clear(), held_out=held, **parts)
+    train, valid = parts["train"], parts["valid"]
+    return SplitDataset(data, "given", seed, train=train, valid=valid, test=valid.clear(), held_out=held)
