@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager, suppress
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -136,7 +137,7 @@ class Nodes:
 
 def _words(process: psutil.Process) -> list[str]:
     with suppress(psutil.NoSuchProcess):
-        return process.cmdline()
+        return list(map(str, process.cmdline()))
     return []
 
 
@@ -304,7 +305,7 @@ class Bench:
             "estimate": estimate(self.cases),
             "machine": machine(),
             "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("OMP_")},
-            "versions": {**versions(), "ray": _ray_version()},
+            "versions": {**versions(), "ray": version("ray")},
         }
 
 
@@ -332,12 +333,6 @@ def estimate(cases: list[dict[str, Any]]) -> dict[str, Any] | None:
         "gpus": found,
         "left_out": "the start of an engine on a GPU, data that are read by all nodes at once, GPUs that differ",
     }
-
-
-def _ray_version() -> str:
-    import ray
-
-    return str(ray.__version__)
 
 
 def _figures(folder: Path) -> dict[str, Any]:

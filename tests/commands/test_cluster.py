@@ -9,6 +9,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import replace
@@ -147,7 +148,7 @@ def test_a_shard_that_another_process_holds_is_waited_for(tmp_path: Path, monkey
     held = locked(shard_folder(job.target, shard))
     monkeypatch.setattr(jobs, "rank_shard", rank_shard)
     monkeypatch.setattr(jobs, "open_ranker", lambda *_, **__: None)
-    monkeypatch.setattr(jobs.time, "sleep", lambda _: holder.append(held.__exit__(None, None, None)))
+    monkeypatch.setattr(time, "sleep", lambda _: holder.append(held.__exit__(None, None, None)))
     held.__enter__()
     with published(job) as token:
         found = Worker(shards_of(job.target), token, 1, "node", 1).work(1)
