@@ -44,7 +44,7 @@ from llmrec.types import Item, Prompt, Segment
 MODEL = "SmolLM2-135M-Instruct"
 QUESTIONS = {
     "director": ('Who directed the film "{title}"?', "The film was directed by", "directed by director"),
-    "country": ('Which country is the film "{title}" from?', "The film is", "country American British French"),
+    "country": ('Which country is the film "{title}" from?', "The film is from", "country American British French"),
     "decade": ('In which year was the film "{title}" made?', "The film was made in", "film released year"),
 }
 """By factor: what is asked, how the answer begins, and what passages are looked for by."""
@@ -148,6 +148,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--films", type=int, default=300)
     parser.add_argument("--tokens", type=int, default=40)
+    parser.add_argument("--factors", nargs="+", default=list(QUESTIONS), choices=QUESTIONS)
     parser.add_argument("--keep", type=Path, default=Path("runs/factor-questions"))
     given = parser.parse_args(arguments)
     folder, begin = Path(os.environ.get("LLMREC_DATA", ".")) / "movie_facts", time.perf_counter()
@@ -164,7 +165,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     store = AnswerStore(given.keep / "answers.sqlite")
     backend = CachedBackend(store, {"weights": weights_stamp(base), **versions()}, HFBackend, begun)
     template, rows, compared = load_templates("knowledge")["answer"], [], []
-    for factor, (*_, looked_for) in QUESTIONS.items():
+    for factor in given.factors:
+        looked_for = QUESTIONS[factor][-1]
         places = [documents.about(Item(item_id=film.id, title=film.title)) or 0 for film in drawn]
         facts = [documents.passages(place, looked_for, given.tokens) for place in places]
         others = [*facts[1:], *facts[:1]]
@@ -191,7 +193,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     draws = enough(2000, len(compared))
     decided = decide([paired_of(mean_of(each), len(drawn), resamples=draws, seed=0) for *_, each in compared])
     found = {
-        "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.factor_questions eval/results/factor_questions.json",
+        "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.factor_questions eval/results/factor_questions.json "
+        f"--films {given.films} --tokens {given.tokens} --factors {' '.join(given.factors)}",
         "model": MODEL,
         "films": len(drawn),
         "tokens": given.tokens,

@@ -163,8 +163,9 @@ class ExplanationTask(Task):
             rated = _RATED.match(completion)
             completion = completion[rated.end() :] if rated else ""
         text = clean(completion, TEXT_LIMIT)
-        if facts := self._data.dataset.items[asked_item(request, self.family)].fields.get(FIELD):
-            text = cited(text, facts)[0]
+        item = self._data.dataset.items.get(request.item or "")
+        if item is not None and FIELD in item.fields:
+            text = cited(text, item.fields[FIELD])[0]
         return Text(request_id=request.id, text=text) if text else None
 
     def reward(self, answer: Answer, case: Case) -> float:
