@@ -88,7 +88,8 @@ class Catalogue:
 
     def tokens(self, nodes: NDArray[np.integer[Any]]) -> Index:
         """Return the last token of the paths of nodes below the root, shape (n,)."""
-        return self.marks[nodes].astype(np.int64) + self.lowest
+        found: Index = self.marks[nodes].astype(np.int64) + self.lowest
+        return found
 
     def spans(self, nodes: NDArray[np.integer[Any]]) -> tuple[Index, Index]:
         """Return the first child of each node and how many it has, shape (n,) each."""
