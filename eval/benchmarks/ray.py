@@ -60,7 +60,7 @@ EVALUATED = (
     "reviews=null",
     "model.dtype=float32",
     "tasks={sequential: {templates: [continue-list], strategies: [likelihood], baselines: [random, popularity, "
-    "markov-1]}, direct: {templates: [after-history], strategies: [label]}}",
+    "markov-1, item-knn]}, direct: {templates: [after-history], strategies: [label]}}",
     "eval={arms: [zero-shot], users: 12, batch: 2, bootstrap: 20, backend: hf, candidates: {count: 4}}",
     f"ray={{actors: {ACTORS}, cpus: {CPUS}, gpus: 0, shards: {SHARDS}}}",
 )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import repeat
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -191,7 +190,7 @@ class Catalogue:
 
     def places(self, items: Iterable[str]) -> NDArray[np.int64]:
         """Return each item's number, -1 for an unknown one."""
-        return np.fromiter(map(self.index.get, items, repeat(-1)), dtype=np.int64)
+        return np.array([self.index.get(item, -1) for item in items], dtype=np.int64)
 
 
 @dataclass(frozen=True)
@@ -327,8 +326,6 @@ class Warm:
             histories: As `histories` gives them.
         """
         scores[[place for place, history in enumerate(histories) if not len(history)]] = self.popular
-        if len(self.places) == len(self.catalogue.ids):
-            return scores
         lowest = scores.min(axis=1, keepdims=True) if len(self.places) else np.zeros((len(scores), 1), scores.dtype)
         whole = np.repeat(lowest - 1, len(self.catalogue.ids), axis=1)
         whole[:, self.places] = scores
