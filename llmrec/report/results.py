@@ -100,7 +100,7 @@ def read(run_dir: Path) -> Results:
     return results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
 
 
-def content_of(run_dir: Path) -> dict[str, Any]:
+def content_of(run_dir: Path) -> Mapping[str, Any]:
     """Read ``run_dir/results.json``.
 
     Raises:
