@@ -116,7 +116,8 @@ class Reasoner:
             part = slice(start, start + self._batch)
             said = backend.generate(prompts[part], max_tokens=TOKENS)
             for (n, place), done in zip(owners[part], said, strict=True):
-                found[n].texts[place] = cited(_first_line(done.text), facts[n, place])[0]
+                line, shown = _first_line(done.text), facts[n, place]
+                found[n].texts[place] = cited(line, shown)[0] if shown else line
                 found[n].cost += cost_of(done)
         return found
 

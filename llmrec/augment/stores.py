@@ -88,7 +88,8 @@ def from_table(
         DataError: If a table cannot be read, or an id stands twice.
     """
     table = read_table(user_path(path))
-    key = find(table, f"{kind}_id", "", f"--kind {kind}")
+    person = kind in OF_PERSONS
+    key = find(table, "user_id" if person else "item_id", "", f"--kind {kind}")
     said = find(table, column, "", "--text")
     assert key is not None and said is not None
     names = [str(each) for each in ids(table, key)]
@@ -100,7 +101,7 @@ def from_table(
     if seen is not None:
         told = read_table(user_path(seen))
         for user, item in zip(ids(told, "user_id"), ids(told, "item_id"), strict=True):
-            pairs.setdefault(str(user if kind == "user" else item), set()).add((str(user), str(item)))
+            pairs.setdefault(str(user if person else item), set()).add((str(user), str(item)))
     made = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
     return of_texts(
         kind, written, encoder=encoder, provenance=made, seen={each: frozenset(known) for each, known in pairs.items()}

@@ -133,7 +133,8 @@ def text_vectors(
         ModelError: If there is no such encoder.
     """
     order = config.order(len(ids))
-    for folder in config.folders:
+    if config.encoder.startswith(STORE):
+        folder = config.encoder.removeprefix(STORE)
         if change is not None:
             raise DataError(f"{folder} holds vectors, and no text whose words could be left out", kind="unsupported")
         return _stored(data, ids, folder)[order]

@@ -172,7 +172,7 @@ def main(app: typer.Typer) -> None:
 
     Of several processes that a launcher started the first one answers, and the first that fails says why.
     """
-    if processes.rank():
+    if processes.rank() and "train" in sys.argv[1:]:
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)
     with told_of_signals():

@@ -192,7 +192,9 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
 
 def numbered(passages: Sequence[str]) -> str:
     """Return passages as one text, each behind the number by which an answer cites it."""
-    return " ".join(f"[{n}] {passage}" for n, passage in enumerate(passages, start=1))
+    # Numbers that a document cites its own sources by would pass for ours.
+    own = [_NUMBER.sub("", passage).strip() for passage in passages]
+    return " ".join(f"[{n}] {passage}" for n, passage in enumerate(own, start=1))
 
 
 def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:

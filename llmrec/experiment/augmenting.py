@@ -131,12 +131,25 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
     """
     section, begin = _section(recipe), time.perf_counter()
     data, asked = questions(recipe)
+    if not {"user", "item"} & asked.keys():
+        raise RecipeError(
+            "the control has users and items, and augment asks for synthetic items alone; set augment.users or "
+            "augment.items",
+            kind="unsupported",
+            column="augment",
+        )
     items = [data.dataset.items[each] for each in sorted(data.dataset.items)]
     told = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
     made = Provenance(system="augment without a model", split=data.readable, version=__version__)
     every = of_texts("item", told, encoder=section.encoder, provenance=made)
-    tables = [every] if "item" in asked else []
     place_of = {item: place for place, item in enumerate(every.ids)}
+    tables = []
+    if "item" in asked:
+        # Those that the questions are about, which augment.limit bounds.
+        places = [place_of[each.id] for each in asked["item"] if each.id in place_of]
+        names = [every.ids[place] for place in places]
+        written = [every.texts[place] for place in places]
+        tables.append(Features("item", names, every.vectors[places], every.provenance, texts=written))
     if "user" in asked:
         users = [each for each in asked["user"] if any(item in place_of for _, item in each.seen)]
         seen = {each.id: each.seen for each in users}

@@ -171,7 +171,7 @@ class Engines:
             return fake
         if engine == "openai":
             server = _server(self._section)
-            name = f"{' '.join(server.urls)} {server.model}"
+            name = f"{' '.join(sorted(server.urls))} {server.model}"
             ledger = None if self._store is None else StoredLedger(self._store, name)
             client: Backend = lookup(BACKENDS, "openai", "backend")(server, self._encoder, ledger=ledger)
             return client

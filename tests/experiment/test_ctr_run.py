@@ -173,7 +173,7 @@ def test_rows_see_what_reads_alike(llama_folder: Path) -> None:
     def key(arm: str, *more: str) -> str:
         study = build_study(recipe(llama_folder, *more))
         spec = RowSpec("ctr", arm, "yes-no", study.eval_templates("ctr")[0], 2 if arm == "few-shot" else 0)
-        return Evaluation(study, None, Path("nowhere"), Budget(), quiet=True)._key(spec, "hf", "")
+        return Evaluation(study, None, Path("nowhere"), Budget(), quiet=True).key(spec, "hf", "")
 
     for more in (["tasks.ctr.past=relevant"], ["eval.shots.choice=nearest"]):
         assert key("few-shot", *more) != key("few-shot", *more, "encoder=chance")

@@ -187,13 +187,13 @@ def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) ->
         engines = Engines(study.recipe.model, study.recipe.eval, encoder, study.recipe.seed, Budget(), store)
         spec = RowSpec("sequential", "zero-shot", "likelihood", study.eval_templates("sequential")[0])
         for engine, weights in (("hf", "w"), ("vllm", "w"), ("hf", "v")):
-            keys.add(evaluation._key(spec, engine, engines.identity(engine, weights)))
+            keys.add(evaluation.key(spec, engine, engines.identity(engine, weights)))
         store.close()
     assert len(keys) == 3 * len(changes)
     # What was answered on a processor, in its dtype, is not what a GPU says.
     told = engines.identity("hf", "w")
     elsewhere = ({**told, "device": "NVIDIA H100"}, {**told, "dtype": "float16"})
-    assert len({evaluation._key(spec, "hf", each) for each in (told, *elsewhere)}) == 3
+    assert len({evaluation.key(spec, "hf", each) for each in (told, *elsewhere)}) == 3
 
 
 def test_the_start_of_an_engine_is_no_part_of_what_a_row_costs(

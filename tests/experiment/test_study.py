@@ -105,7 +105,7 @@ def test_models_and_rows_from_other_negatives_are_made_again(monkeypatch: pytest
 
     def keys() -> list[str]:
         trained = [training_key(study, str(tmp_path)) for study in (with_direct, without)]
-        return trained + [evaluation._key(spec, "hf", None) for spec in specs]
+        return trained + [evaluation.key(spec, "hf", None) for spec in specs]
 
     now = keys()
     for module in ("training", "row_specs"):

@@ -117,7 +117,11 @@ async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, off
 
 def _different(one: Offers, other: Offers) -> str:
     """Say in what two servers offer different things; empty: in nothing."""
-    names = [name for name in ("exact", "top", "named", "likelihood") if getattr(one, name) != getattr(other, name)]
+    names = [
+        name
+        for name in ("exact", "top", "named", "likelihood", "continues")
+        if getattr(one, name) != getattr(other, name)
+    ]
     return ", ".join(f"{name} is {getattr(one, name)} and {getattr(other, name)}" for name in names)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from pydantic import Field, model_validator
@@ -41,6 +41,7 @@ class UniSRecConfig(TextsConfig, SASRecConfig):
     word_drop: float = Field(
         0.2, ge=0, lt=1, description="pretrain: share of words left out of the texts of every other changed sequence"
     )
+    device: Literal["cpu"] = Field("cpu", description="where the network is trained and asked")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
     negatives: None = Field(None, description="the softmax is over all items")
     batch: Positive = Field(2048, description="targets of one optimiser step, about")

@@ -77,7 +77,8 @@ def load(model: Universal, folder: str, data: SplitDataset) -> None:
                 at=path,
                 column=key,
             )
-    if told.get("fingerprint") == data.dataset.fingerprint and told.get("train") != digest_frame(data.train):
+    same = told.get("data") == data.dataset.name or told.get("fingerprint") == data.dataset.fingerprint
+    if same and told.get("train") != digest_frame(data.train):
         raise DataError(
             f"start: {folder} was learned from {data.dataset.name} under another split, and may know what is held out "
             "here; learn it anew from the training part of this one",

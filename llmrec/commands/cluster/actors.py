@@ -19,11 +19,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from llmrec.commands.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
 from llmrec.commands.merge.app import put_together
 from llmrec.commands.merge.evaluation import merge_run
 from llmrec.commands.merge.options import refuse_both
-from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.options import OF_CLUSTERS, RankOptions
 from llmrec.commands.rank.run import STDOUT, part_sizes
 from llmrec.commands.show.console import finish, show
 from llmrec.data.reading.request_file import open_requests
@@ -264,7 +266,14 @@ def rank_on(options: RankOptions, address: str) -> None:
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
     total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
-    asked = RaySection(actors=options.actors, cpus=options.cpus, gpus=options.gpus, shards=options.shards)
+    given = {name: getattr(options, name) for name in OF_CLUSTERS}
+    try:
+        asked = RaySection(**given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise RecipeError(
+            f"--{name} {given[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
+        ) from None
     work_on(address, Job("rank", options.target, options), asked, -(-total // size))
     put_together(options.target)
 

@@ -6,8 +6,9 @@ import typer
 
 from llmrec import terminal
 from llmrec.commands.common import App
+from llmrec.commands.merge.options import refuse_both
 from llmrec.commands.options import takes
-from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.options import RankOptions, check_cluster
 from llmrec.commands.show.console import short, show, show_shard
 
 app = App()
@@ -25,6 +26,8 @@ def rank(options: RankOptions) -> None:
     from llmrec.commands.rank.sharded import rank_shard
     from llmrec.commands.rank.users import rank_users
 
+    refuse_both(options.shard, options.ray)
+    check_cluster(options)
     if options.all_users:
         told = rank_users(options)
         show("lists", told, short)

@@ -95,6 +95,26 @@ class RankOptions(RecommenderOptions):
         return summary_beside(self.target)
 
 
+OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
+"""Options that say how a cluster works."""
+
+
+def check_cluster(options: RankOptions) -> None:
+    """Refuse options of a cluster where none is asked for.
+
+    Raises:
+        RecipeError: If there is one.
+    """
+    plain = RankOptions()
+    for name in OF_CLUSTERS:
+        if options.ray is None and getattr(options, name) != getattr(plain, name):
+            raise RecipeError(
+                f"--{name} says how a cluster works, and --ray names none; add --ray, or drop it",
+                kind="contradiction",
+                column=f"--{name}",
+            )
+
+
 def _given(value: Path | None, option: str, what: str) -> Path:
     if value is None:
         raise RecipeError(

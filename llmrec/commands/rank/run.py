@@ -151,7 +151,7 @@ def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Bud
             with budget.stage("start"):
                 recommender = open_ranker(options, store=folder / "answers.sqlite", budget=budget)
                 opened.enter_context(recommender)
-                _check_titled(options, source, recommender)
+                check_titled(options, source, recommender)
                 key = rank_key(options, source, recommender)
         except BaseException:
             opened.close()
@@ -166,7 +166,7 @@ def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> 
     return key_of(requests=source.sha256, limit=options.limit, **recommender.identity)
 
 
-def _check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
+def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
     """Refuse the whole file where a request names an item by its id alone, and no item is known.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from llmrec.commands.rank.ranker import Ranker
 from llmrec.commands.rank.run import (
     STDOUT,
     check_owners,
+    check_titled,
     empty,
     finished,
     opening,
@@ -69,11 +70,15 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
         with locked(folder, own):
             if options.restart:
                 empty(folder)
-            opened = (
-                nullcontext((ranker, rank_key(options, source, ranker)))
-                if ranker
-                else opening(options, source, folder, budget)
-            )
+                # Otherwise merging would find the old output complete.
+                summary_beside(options.target).unlink(missing_ok=True)
+            if ranker:
+                check_titled(options, source, ranker)
+                opened: AbstractContextManager[tuple[Ranker, str]] = nullcontext(
+                    (ranker, rank_key(options, source, ranker))
+                )
+            else:
+                opened = opening(options, source, folder, budget)
             with opened as (recommender, key):
                 done = done_before(folder, key)
                 if done is not None and done.told["form"] == options.layout:

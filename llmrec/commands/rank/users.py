@@ -108,7 +108,8 @@ def _refuse_others(options: RankOptions) -> None:
         DataError: If there is one.
     """
     plain = RankOptions()
-    named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task", "shard")
+    named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
+    named = (*named, "shard", "ray")
     for name in (*named, *(("by",) if options.baseline is not None else ("settings",))):
         if getattr(options, name) != getattr(plain, name):
             option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")

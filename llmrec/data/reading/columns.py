@@ -8,6 +8,7 @@ from llmrec.errors import DataError, did_you_mean
 
 NONE = "none"
 """What a key of ``data.columns`` says where no column is meant, though one has the name that llmrec looks for."""
+_COMPULSORY = ("data.columns.user", "data.columns.item")
 
 
 def find(table: Table, name: str | None, default: str, key: str) -> str | None:
@@ -23,7 +24,7 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
         DataError: If the recipe names a column that is not there.
     """
     columns = table.frame.columns
-    if name == NONE and name not in columns:
+    if name == NONE and name not in columns and key not in _COMPULSORY:
         return None
     check_usable(table, name or default, key)
     if name is None:

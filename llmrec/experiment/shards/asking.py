@@ -18,7 +18,7 @@ Weights = Mapping[Arm, tuple[str, str]]
 
 
 # Of a recipe: where things lie on a machine, and what the keys of rows say already, by content.
-_PLACES: Any = {name: True for name in ("name", "model", "data", "reviews", "prompts")} | {"eval": {"server"}}
+_PLACES: Any = {name: True for name in ("name", "model", "data", "reviews", "prompts", "ray")} | {"eval": {"server"}}
 
 
 def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, recipe: Recipe) -> str:
