@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.text import TfIdf
-from llmrec.data.features import FeatureKind, FeatureStore
+from llmrec.data.features import PLURALS, FeatureKind, FeatureStore
 from llmrec.errors import DataError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
 from llmrec.models.embedder import fitting
@@ -161,7 +161,7 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
         raise DataError.at(
             folder,
             "leak",
-            f": texts of {kind}s have seen {len(told)} held-out interactions, such as that of user {user!r} with item "
+            f": texts of {PLURALS[kind]} have seen {len(told)} held-out interactions, such as that of user {user!r} with item "
             f"{item!r}; write them from the training part of this split",
         )
     return store
