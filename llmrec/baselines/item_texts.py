@@ -161,7 +161,7 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
         raise DataError.at(
             folder,
             "leak",
-            f": texts of {PLURALS[kind]} have seen {len(told)} held-out interactions, such as that of user {user!r} with item "
+            f": texts of {PLURALS[kind]} have seen {len(told)} held-out interactions, such as user {user!r} with item "
             f"{item!r}; write them from the training part of this split",
         )
     return store

@@ -113,7 +113,7 @@ class Features:
         """
         if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
             raise DataError(
-                f"features of {len(self.ids)} {PLURALS[self.kind]} have vectors of shape {self.vectors.shape}; give one each",
+                f"{len(self.ids)} {PLURALS[self.kind]} have vectors of shape {self.vectors.shape}; give one each",
                 kind="mismatch",
             )
         if self.texts and len(self.texts) != len(self.ids):
@@ -202,15 +202,13 @@ class FeatureStore:
         for kind in store.kinds:
             table, rows = store._tables[kind], meta["kinds"][kind]["rows"]
             if len(table.ids) != rows or len(table.vectors) != rows:
-                raise DataError.at(
-                    place, "damaged", f" has not the {rows} {PLURALS[kind]} that it should have; make it again"
-                )
+                raise DataError.at(place, "damaged", f" lacks some of its {rows} {PLURALS[kind]}; make it again")
             made_from = store.provenance(kind).split
             if split is not None and made_from and made_from != split:
                 raise DataError.at(
                     place,
                     "mismatch",
-                    f": the texts of its {PLURALS[kind]} were written from other training interactions ({made_from[:12]}, here "
+                    f": the texts of its {PLURALS[kind]} come from other training interactions ({made_from[:12]}, here "
                     f"{split[:12]}), and may tell what is held out here; run llmrec augment on this recipe",
                 )
         return store
