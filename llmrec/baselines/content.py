@@ -82,7 +82,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
         "history": (1, 2, 3, 5, 10, 20, 50, 100),
     }
     AT_ANSWER: ClassVar[frozenset[str]] = (
-        frozenset(ContentConfig.model_fields) - set(TextsConfig.model_fields) - {"synthetic"}
+        frozenset(ContentConfig.model_fields) - set(TextsConfig.model_fields) - {"synthetic", "cold"}
     )
 
     def fit(self, data: SplitDataset) -> None:

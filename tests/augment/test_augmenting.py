@@ -151,11 +151,15 @@ def test_the_control_has_the_same_events_and_no_model(llama_folder: Path, tmp_pa
     done = augmenting.without_model(made, tmp_path / "control")
     store, (data, asked) = FeatureStore.open(done.folder), augmenting.questions(made)
     assert store.kinds == ("user", "item") and not store.texts("user", store.ids("user"))
-    # Every item is there, so that each mean is over all events that the question shows.
-    assert store.ids("item") == sorted(data.dataset.items)
+    assert store.ids("item") == sorted(each.id for each in asked["item"])
+    assert len(store.ids("item")) < len(data.dataset.items)
+    # Each mean is over all events that the question shows, those of items that no question is about among them.
+    whole = augmenting.without_model(recipe(llama_folder, limit=None), tmp_path / "whole").folder
+    every = FeatureStore.open(whole)
+    assert every.ids("item") == sorted(data.dataset.items)
     for each in asked["user"]:
         assert store.seen_by("user")[each.id] == each.seen
-        mean = store.get("item", sorted(item for _, item in each.seen))[0].mean(axis=0)
+        mean = every.get("item", sorted(item for _, item in each.seen))[0].mean(axis=0)
         assert np.allclose(store.get("user", [each.id])[0][0], mean, atol=1e-5)
     assert store.provenance("user").split == data.readable and store.provenance("user").generator == {}
 
