@@ -109,8 +109,7 @@ def _refuse_others(options: RankOptions) -> None:
     """
     plain = RankOptions()
     named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
-    named = (*named, "shard", "ray")
-    for name in (*named, *(("by",) if options.baseline is not None else ("settings",))):
+    for name in (*named, "shard", "ray", *(("by",) if options.baseline is not None else ("settings",))):
         if getattr(options, name) != getattr(plain, name):
             option = {"requests": "--in", "settings": "--set"}.get(name, f"--{name}")
             raise DataError(
