@@ -6,7 +6,7 @@ is met only if both meet it. Random weights are right for speed and say nothing 
 
 - beam: 8 users, prompts of 200 tokens, 10,000 codes of 4 tokens that part at every token, 20 beams; beside ``generate``
   with a prefix function.
-- limit: the same, beside one plain forward over no more tokens than any exact search must read.
+- limit: the same, beside one plain forward pass over no more tokens than any exact search must read.
 - scoring: 100 candidates of one user, beside a forward for each.
 - warm: a user with one new event, beside the same search with nothing kept from before.
 - catalogue: making the tree of a million items, and what a step of the search costs over ten thousand and a million.
@@ -123,7 +123,7 @@ def measure_limit(model: Any) -> dict[str, Any]:
         "seconds": seconds,
         "goals": {
             "forwards": within(seconds, OURS, LIMIT, 1.1)
-            | {"what": "times as long as one plain forward over its tokens"}
+            | {"what": "times as long as one plain forward pass over its tokens"}
         },
     }
 

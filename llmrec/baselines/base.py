@@ -192,6 +192,11 @@ class Catalogue:
         """Return each item's number, -1 for an unknown one."""
         return np.array([self.index.get(item, -1) for item in items], dtype=np.int64)
 
+    def history(self, request: Request) -> NDArray[np.int64]:
+        """Return the numbers of the items of a request's history, oldest first; unknown ones are left out."""
+        found = self.places(event.item_id for event in request.history)
+        return found[found >= 0]
+
 
 @dataclass(frozen=True)
 class Log:
@@ -308,18 +313,13 @@ class Warm:
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
         """Return the warm items of each history, oldest first; others are left out."""
-        index, column = self.catalogue.index, self.column
-        known = [[index[event.item_id] for event in request.history if event.item_id in index] for request in requests]
-        numbers = [column[np.array(places, dtype=np.int64)] for places in known]
+        numbers = [self.column[self.catalogue.history(request)] for request in requests]
         return [found[found >= 0] for found in numbers]
 
     def spread(
         self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
     ) -> NDArray[np.floating[Any]]:
-        """Return scores of the whole catalogue.
-
-        Cold items come below every warm one. Where the history holds no warm item there is nothing to go by, and
-        popularity decides.
+        """Return scores of the whole catalogue, cold items lowest; popularity decides for a history without warm ones.
 
         Args:
             scores: Of the warm items, shape (b, warm).
@@ -413,8 +413,7 @@ def refusal(request: Request) -> Unparsed | None:
 def unseen(request: Request, catalogue: Catalogue) -> NDArray[np.int64]:
     """Return the numbers of all items that are not in the request's history."""
     keep = np.ones(len(catalogue.ids), dtype=bool)
-    seen = catalogue.places([event.item_id for event in request.history])
-    keep[seen[seen >= 0]] = False
+    keep[catalogue.history(request)] = False
     return np.flatnonzero(keep)
 
 

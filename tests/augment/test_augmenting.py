@@ -21,30 +21,15 @@ from llmrec.experiment import augmenting
 from llmrec.experiment.leaks.checks import Check, feature_texts
 from llmrec.experiment.study import build_study, load_tables
 from llmrec.recipe.load import as_recipe
-from llmrec.recipe.schema import Recipe
 from llmrec.types import Request
+from tests.augment_recipe import augmenting_recipe
 from tests.facts import Facts, raises
 
 pytest.importorskip("transformers")
 
-SPLIT = {"kind": "prefix", "valid": 0.2, "test": 0.2}
-
-
-def recipe(model: Path, **more: Any) -> Recipe:
-    return as_recipe(
-        {
-            "name": "toy",
-            "model": {"name": str(model)},
-            "data": {"source": "made-reviews", "noun": "products", "split": SPLIT},
-            "tasks": {"ctr": {}},
-            "eval": {"backend": "hf", "batch": 4},
-            "augment": {"limit": 6, "max_tokens": 4, "encoder": "chance", "factors": ["taste"], **more},
-        }
-    )
-
 
 def test_texts_on_users_read_the_beginning_alone(llama_folder: Path) -> None:
-    made = recipe(llama_folder, history=3)
+    made = augmenting_recipe(llama_folder, history=3)
     data, _ = load_tables(made, None)
     assert made.augment is not None
     for each in about_users(data, made.augment, 0):
@@ -60,7 +45,7 @@ def test_texts_on_users_read_the_beginning_alone(llama_folder: Path) -> None:
 
 
 def test_what_is_written_is_stored_with_where_it_comes_from(llama_folder: Path, tmp_path: Path) -> None:
-    made = recipe(llama_folder)
+    made = augmenting_recipe(llama_folder)
     done = augmenting.augment(made, tmp_path / "store", quiet=True)
     store = FeatureStore.open(done.folder)
     data, _ = load_tables(made, None)
@@ -73,7 +58,7 @@ def test_what_is_written_is_stored_with_where_it_comes_from(llama_folder: Path, 
 
 
 def test_what_was_corrected_or_erased_stays_so(llama_folder: Path, tmp_path: Path) -> None:
-    made = recipe(llama_folder)
+    made = augmenting_recipe(llama_folder)
     done = augmenting.augment(made, tmp_path / "store", quiet=True)
     first, second = FeatureStore.open(done.folder).ids("item")[:2]
     stores.edit(done.folder, "item", first, "another text")
@@ -83,18 +68,20 @@ def test_what_was_corrected_or_erased_stays_so(llama_folder: Path, tmp_path: Pat
     store = FeatureStore.open(again.folder)
     assert store.texts("item", [first]) == {first: "another text"} and gone not in store.ids("user")
     assert again.cost.prompt_tokens == 0 and not list(done.folder.glob("answers.sqlite*"))
-    more = augmenting.augment(recipe(llama_folder, factors=["price"]), tmp_path / "store", quiet=True)
+    more = augmenting.augment(augmenting_recipe(llama_folder, factors=["price"]), tmp_path / "store", quiet=True)
     assert (
         more.cost.prompt_tokens > 0 and FeatureStore.open(more.folder).texts("item", [first])[first] != "another text"
     )
     assert FeatureStore.open(more.folder).dtype == "float32"
-    augmenting.augment(recipe(llama_folder, factors=["price"], dtype="float16"), tmp_path / "store", quiet=True)
+    augmenting.augment(
+        augmenting_recipe(llama_folder, factors=["price"], dtype="float16"), tmp_path / "store", quiet=True
+    )
     assert FeatureStore.open(more.folder).dtype == "float16"
     assert second in store.ids("item")
 
 
 def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    made, calls = recipe(llama_folder), []
+    made, calls = augmenting_recipe(llama_folder), []
     whole = augmenting.augment(made, tmp_path / "whole", quiet=True)
     plain = CachedBackend.generate
 
@@ -121,7 +108,7 @@ def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, mo
 
 def test_hosts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("torch")
-    made = recipe(llama_folder, limit=None, max_tokens=2)
+    made = augmenting_recipe(llama_folder, limit=None, max_tokens=2)
     done = augmenting.augment(made, tmp_path / "store", quiet=True)
     data, _ = load_tables(made, None)
     host = make(
@@ -136,25 +123,25 @@ def test_hosts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> None
 def test_a_recipe_without_the_section_or_with_an_unknown_template_is_refused(
     llama_folder: Path, tmp_path: Path
 ) -> None:
-    bare = recipe(llama_folder).model_copy(update={"augment": None})
+    bare = augmenting_recipe(llama_folder).model_copy(update={"augment": None})
     with raises(RecipeError, Facts("missing-key", column="augment")):
         augmenting.plan(bare)
     with raises(RecipeError, Facts("unknown-name", column="augment.users", says="user-reasoning")):
-        augmenting.plan(recipe(llama_folder, users="user-reasonin"))
+        augmenting.plan(augmenting_recipe(llama_folder, users="user-reasonin"))
     with pytest.raises(RecipeError, match="neither users nor items"):
-        recipe(llama_folder, users=None, items=None)
+        augmenting_recipe(llama_folder, users=None, items=None)
     assert template_of("item", "item-facts").shape == "chat"
 
 
 def test_the_control_has_the_same_events_and_no_model(llama_folder: Path, tmp_path: Path) -> None:
-    made = recipe(llama_folder)
+    made = augmenting_recipe(llama_folder)
     done = augmenting.without_model(made, tmp_path / "control")
     store, (data, asked) = FeatureStore.open(done.folder), augmenting.questions(made)
     assert store.kinds == ("user", "item") and not store.texts("user", store.ids("user"))
     assert store.ids("item") == sorted(each.id for each in asked["item"])
     assert len(store.ids("item")) < len(data.dataset.items)
     # Each mean is over all events that the question shows, those of items that no question is about among them.
-    whole = augmenting.without_model(recipe(llama_folder, limit=None), tmp_path / "whole").folder
+    whole = augmenting.without_model(augmenting_recipe(llama_folder, limit=None), tmp_path / "whole").folder
     every = FeatureStore.open(whole)
     assert every.ids("item") == sorted(data.dataset.items)
     for each in asked["user"]:
@@ -165,7 +152,7 @@ def test_the_control_has_the_same_events_and_no_model(llama_folder: Path, tmp_pa
 
 
 def test_the_estimate_counts_what_would_be_read(llama_folder: Path) -> None:
-    made = recipe(llama_folder)
+    made = augmenting_recipe(llama_folder)
     planned = augmenting.plan(made)
     assert made.augment is not None
     said = augmenting.estimate(planned, made.augment)
@@ -235,7 +222,7 @@ def test_a_run_writes_its_features_first_and_uses_them_again(llama_folder: Path,
     pytest.importorskip("torch")
     folder = tmp_path / "run"
     host = {"name": "deepfm", "features": str(folder / "features"), "epochs": 1}
-    made = recipe(llama_folder, limit=None, max_tokens=2)
+    made = augmenting_recipe(llama_folder, limit=None, max_tokens=2)
     plain = {"name": "deepfm", "epochs": 1}
     tasks = {"ctr": {"baselines": ["like-ratio", "logistic", plain, host]}}
     values = made.model_dump(mode="json") | {"tasks": tasks, "eval": {"arms": [], "backend": "hf", "users": 20}}

@@ -18,7 +18,7 @@ from llmrec.experiment import augmenting
 from llmrec.experiment.study import load_tables
 from llmrec.recipe.schema import AugmentSection
 from llmrec.types import Completion, Event, Request
-from tests.augment.test_augmenting import recipe
+from tests.augment_recipe import augmenting_recipe
 from tests.facts import Facts, raises
 
 TOPICS = ("sound", "battery life", "price")
@@ -47,7 +47,7 @@ def test_a_synthetic_item_is_read(said: str, title: str) -> None:
 
 
 def test_only_users_of_few_events_are_asked_about(llama_folder: Path) -> None:
-    made = recipe(llama_folder, synthetic="cold-item", cold=5, limit=None)
+    made = augmenting_recipe(llama_folder, synthetic="cold-item", cold=5, limit=None)
     data, _ = load_tables(made, None)
     assert made.augment is not None
     asked = about_users(data, made.augment, 0, kind="synthetic")
@@ -68,7 +68,7 @@ def test_the_chain_shows_what_was_written_before_and_makes_no_interaction(
         return [Completion(text=text, prompt_tokens=1, completion_tokens=1) for text in said]
 
     monkeypatch.setattr(CachedBackend, "generate", generate)
-    made = recipe(
+    made = augmenting_recipe(
         llama_folder, users="user-topics", items=None, topics=TOPICS, synthetic="cold-item", cold=5, limit=None
     )
     before, _ = load_tables(made, None)
@@ -99,7 +99,7 @@ def _synthetic(folder: Path, user: str, vector: np.ndarray, **more: Any) -> None
 
 
 def test_it_stands_before_the_events_of_users_who_have_few(tmp_path: Path) -> None:
-    data, _ = load_tables(recipe(tmp_path), None)
+    data, _ = load_tables(augmenting_recipe(tmp_path), None)
     items = sorted(data.dataset.items)
     vectors = np.random.default_rng(0).normal(size=(len(items), 8)).astype(np.float32)
     publish(tmp_path / "items", [Features("item", items, vectors, Provenance(system="x", encoder={"stamp": "s"}))])
@@ -128,7 +128,7 @@ def test_it_stands_before_the_events_of_users_who_have_few(tmp_path: Path) -> No
 
 
 def test_what_was_written_from_held_out_events_or_by_another_encoder_is_refused(tmp_path: Path) -> None:
-    data, _ = load_tables(recipe(tmp_path), None)
+    data, _ = load_tables(augmenting_recipe(tmp_path), None)
     held = min(data.held_out)
     _synthetic(tmp_path / "leak", held[0], np.ones(8), seen={held[0]: frozenset({held})})
     with raises(DataError, Facts("leak", says="held-out")):

@@ -35,10 +35,11 @@ from llmrec.experiment import engines
 from llmrec.experiment.augmenting import augment, merge_augment
 from llmrec.experiment.resume import locked
 from llmrec.experiment.shards.folders import finish, shard_folder, shards_of
-from llmrec.recipe.load import as_recipe, load_recipe
+from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import RaySection
 from llmrec.records import Shard
 from tests.answering.rank_cases import items_csv, jsonl, options, records
+from tests.augment_recipe import augmenting_recipe
 from tests.experiment.test_shards import figures, recipe
 from tests.facts import Facts, raises
 
@@ -189,16 +190,7 @@ def test_a_worker_ranks_the_bytes_of_one_process_with_one_engine(
 
 def test_a_worker_keeps_its_engine_from_shard_to_shard(llama_folder: Path, tmp_path: Path, started: list[str]) -> None:
     pytest.importorskip("transformers")
-    chosen = as_recipe(
-        {
-            "name": "toy",
-            "model": {"name": str(llama_folder), "dtype": "float32"},
-            "data": {"source": "made-reviews", "split": {"kind": "prefix", "valid": 0.2, "test": 0.2}},
-            "tasks": {"ctr": {}},
-            "eval": {"backend": "hf", "batch": 2},
-            "augment": {"limit": 6, "max_tokens": 3, "encoder": "chance", "factors": ["taste"]},
-        }
-    )
+    chosen = augmenting_recipe(llama_folder, batch=2, model_dtype="float32", max_tokens=3)
     whole = augment(chosen, tmp_path / "whole", quiet=True)
     job = Job("augment", tmp_path / "store", chosen)
     with published(job) as token:

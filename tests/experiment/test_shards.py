@@ -20,10 +20,11 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment import augmenting
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.shards.folders import done_before, finish, gathered, shard_folder
-from llmrec.recipe.load import as_recipe, load_recipe
+from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.types import Cost
+from tests.augment_recipe import augmenting_recipe
 from tests.facts import Facts, raises
 
 # --------------------------------------------------------------------------- pieces
@@ -224,16 +225,7 @@ def test_texts_in_shards_make_the_store_of_one_process(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("transformers")
-    chosen = as_recipe(
-        {
-            "name": "toy",
-            "model": {"name": str(llama_folder), "dtype": "float32"},
-            "data": {"source": "made-reviews", "split": {"kind": "prefix", "valid": 0.2, "test": 0.2}},
-            "tasks": {"ctr": {}},
-            "eval": {"backend": "hf", "batch": 2},
-            "augment": {"limit": 7, "max_tokens": 4, "encoder": "chance", "factors": ["taste"]},
-        }
-    )
+    chosen = augmenting_recipe(llama_folder, batch=2, model_dtype="float32", limit=7)
     whole = augmenting.augment(chosen, tmp_path / "whole", quiet=True)
     out = tmp_path / "store"
     for index in (2, 3, 1):

@@ -87,9 +87,7 @@ class Towers:
 
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
         """Return the latest items of each history, oldest first; unknown ones are left out."""
-        index, most = self.catalogue.index, self.config.max_len
-        known = [[index[event.item_id] for event in request.history if event.item_id in index] for request in requests]
-        return [np.array(places[-most:], dtype=np.int64) for places in known]
+        return [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Score every item after each history, shape (n, items); popularity decides for an empty one."""

@@ -123,11 +123,8 @@ class Universal:
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
         """Score every item after each history, shape (n, items); popularity decides for an empty one."""
-        torch, index, most = require("torch", "baselines"), self.catalogue.index, self.config.max_len
-        histories = [
-            np.array([index[event.item_id] for event in request.history if event.item_id in index][-most:], np.int64)
-            for request in requests
-        ]
+        torch = require("torch", "baselines")
+        histories = [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
         found = np.tile(self.popular.astype(np.float32), (len(requests), 1))
         self.network.eval()
         with torch.no_grad():

@@ -24,7 +24,6 @@ from pydantic import ValidationError
 from llmrec.commands.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
 from llmrec.commands.merge.app import put_together
 from llmrec.commands.merge.evaluation import merge_run
-from llmrec.commands.merge.options import refuse_both
 from llmrec.commands.rank.options import OF_CLUSTERS, RankOptions
 from llmrec.commands.rank.run import STDOUT, part_sizes
 from llmrec.commands.show.console import finish, show
@@ -262,7 +261,6 @@ def rank_on(options: RankOptions, address: str) -> None:
     Raises:
         LlmrecError: See `work_on`; or as `llmrec.commands.rank.run.rank_file`.
     """
-    refuse_both(options.shard, address)
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
     total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
