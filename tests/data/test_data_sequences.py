@@ -318,3 +318,16 @@ def test_a_path_that_is_not_here_is_looked_for_under_the_folder_that_the_environ
     assert located(section).path == str(tmp_path / "kept" / "some_sequences")
     (tmp_path / "some_sequences").mkdir()
     assert located(section) == section
+    tables = DataSection(
+        source="table",
+        path="rows.csv",
+        items="items.csv",
+        users="users.csv",
+        columns=Columns(user_fields=("age",)),
+    )
+    for name in ("rows.csv", "items.csv", "users.csv"):
+        (tmp_path / "kept" / name).touch()
+    found = located(tables)
+    assert [found.path, found.items, found.users] == [
+        str(tmp_path / "kept" / name) for name in ("rows.csv", "items.csv", "users.csv")
+    ]

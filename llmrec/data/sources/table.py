@@ -71,7 +71,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
 
 
 def located(section: DataSection) -> DataSection:
-    """Return a section whose path is where the data lies: its own, or one under the folder that LLMREC_DATA names."""
+    """Return a section whose paths are where the data lies: its own, or those under the folder of LLMREC_DATA."""
     folder = os.environ.get("LLMREC_DATA")
     if not folder:
         return section
@@ -84,7 +84,8 @@ def located(section: DataSection) -> DataSection:
     if files is not None:
         files = files.model_copy(update={part: under(getattr(files, part)) for part in PARTS})
     facts = section.facts and section.facts.model_copy(update={"path": under(section.facts.path)})
-    return section.model_copy(update={"path": under(section.path), "files": files, "facts": facts})
+    tables = {key: under(getattr(section, key)) for key in ("path", "items", "users")}
+    return section.model_copy(update={**tables, "files": files, "facts": facts})
 
 
 def _fits(pattern: Path) -> bool:
