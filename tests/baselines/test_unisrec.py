@@ -20,6 +20,7 @@ from llmrec.baselines.unisrec.contrast import Fewer, changed_sequences, contrast
 from llmrec.baselines.unisrec.network import adapted, gates_of, network_of
 from llmrec.baselines.unisrec.weights import CARD
 from llmrec.data.dataset import Dataset
+from llmrec.data.features import Features, Provenance, publish
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
@@ -89,6 +90,17 @@ def _drawn(experts: int = 3, width: int = 7, **settings: Any) -> Any:
         for parameter in network["adaptor"].values():
             parameter.normal_()
     return network
+
+
+
+def test_features_of_items_take_the_place_of_texts(tmp_path: Path) -> None:
+    data = _ring()
+    names = sorted(data.dataset.items)
+    told = np.eye(TOPICS, dtype=np.float32)[[int(name[0]) for name in names]]
+    publish(tmp_path / "facts", [Features("item", names, told, Provenance(system="facts"))])
+    model = _fitted(data, encoder=f"store:{tmp_path / 'facts'}", epochs=8, ids=True)
+    # Nothing but the features says which topic the last item, which no sequence has, belongs to.
+    assert {name[0] for name in _best(model, "24")} == {"3"}
 
 
 def test_the_adaptor_is_a_mixture_of_whitenings() -> None:
