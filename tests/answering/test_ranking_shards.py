@@ -79,6 +79,16 @@ def test_shards_in_any_order_give_the_bytes_of_one_process(
     assert sha256_of(other) == whole["sha256"]
 
 
+def test_shards_that_are_restarted_are_merged_anew(llama_folder: Path, tmp_path: Path) -> None:
+    chosen = asked(llama_folder, tmp_path, strategy="likelihood")
+    for restart in (False, True):
+        for number in (1, 2):
+            rank_shard(replace(chosen, restart=restart), Shard(number, 2))
+        stamp = chosen.target.stat().st_mtime_ns if restart else 0
+        merge_rank(chosen.target)
+    assert chosen.target.stat().st_mtime_ns > stamp
+
+
 def test_a_killed_shard_goes_on_and_is_not_merged_before(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from llmrec import pipeline
@@ -26,8 +27,9 @@ from llmrec.commands.cluster.actors import cluster, knock, places, rank_on
 from llmrec.commands.cluster.jobs import JOB, Job, Worked, Worker, count_of, facts_of, published, work_all
 from llmrec.commands.merge.evaluation import merge_run
 from llmrec.commands.rank import run
+from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.run import rank_file
-from llmrec.commands.rank.sharded import merge_rank
+from llmrec.commands.rank.sharded import merge_rank, rank_shard
 from llmrec.data.features import FeatureStore
 from llmrec.durable import sha256_of
 from llmrec.errors import LlmrecError, MissingExtra, RecipeError
@@ -186,6 +188,28 @@ def test_a_worker_ranks_the_bytes_of_one_process_with_one_engine(
         done = work_all(job, 4, lambda numbers: (worker.work(number) for number in reversed(numbers)))
     assert started == ["hf", "hf"] and facts_of(done)[2] == whole["prompt_tokens"] + whole["completion_tokens"]
     assert merge_rank(asked.target)["sha256"] == whole["sha256"] == sha256_of(asked.target)
+
+
+def test_a_restart_drops_what_was_there_once_and_not_at_every_try(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("transformers")
+    requests = jsonl(tmp_path / "in.jsonl", records(4, candidates=3, history=2))
+    asked = options(llama_folder, requests, tmp_path / "out.jsonl", items=items_csv(tmp_path), batch=2)
+    old = [rank_shard(asked, Shard(number, 2)) for number in (1, 2)]
+    merge_rank(asked.target)
+
+    def work_on(address: str, job: Job, *_: object) -> None:
+        assert not any(folder.exists() for folder in old)
+        assert isinstance(job.asked, RankOptions) and not job.asked.restart
+        for number in (1, 2):
+            rank_shard(job.asked, Shard(number, 2))
+
+    monkeypatch.setattr(actors, "work_on", work_on)
+    stamp = asked.target.stat().st_mtime_ns
+    with pytest.raises(typer.Exit):
+        rank_on(replace(asked, restart=True), "local")
+    assert asked.target.stat().st_mtime_ns > stamp
 
 
 def test_a_worker_keeps_its_engine_from_shard_to_shard(llama_folder: Path, tmp_path: Path, started: list[str]) -> None:

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,7 @@ from llmrec.commands.merge.app import put_together
 from llmrec.commands.merge.evaluation import merge_run
 from llmrec.commands.rank.options import OF_CLUSTERS, RankOptions
 from llmrec.commands.rank.run import STDOUT, part_sizes
+from llmrec.commands.rank.sharded import drop_shards
 from llmrec.commands.show.console import finish, show
 from llmrec.data.reading.request_file import open_requests
 from llmrec.durable import read_json
@@ -272,6 +273,10 @@ def rank_on(options: RankOptions, address: str) -> None:
         raise RecipeError(
             f"--{name} {given[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
         ) from None
+    if options.restart:
+        # Here and once: a shard that is lost is tried again, and keeps the parts that it has by then.
+        drop_shards(options.target)
+        options = replace(options, restart=False)
     work_on(address, Job("rank", options.target, options), asked, -(-total // size))
     put_together(options.target)
 

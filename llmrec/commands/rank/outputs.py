@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmrec.durable import Json, sha256_of, write_json
+from llmrec.durable import Json, sha256_of, write_checked, write_json
 from llmrec.errors import DataError
 
 
@@ -42,6 +42,12 @@ def check_out(out: Path, reads: Sequence[Path | None], *, option: str, by: str, 
             at=out,
             column=option,
         )
+
+
+def outdate(out: Path) -> None:
+    """Have merging make an output again, which stays until then: its summary names no inputs any more."""
+    if summary_beside(out).is_file():
+        write_checked(summary_beside(out), {"key": ""})
 
 
 def write_summary(out: Path, told: Mapping[str, Json]) -> None:

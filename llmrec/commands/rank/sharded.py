@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.rank.outputs import check_out, summary_beside
+from llmrec.commands.rank.outputs import check_out, outdate, summary_beside
 from llmrec.commands.rank.progress import Asked, Part, Tally, asked_of, summary_of
 from llmrec.commands.rank.ranker import Ranker
 from llmrec.commands.rank.run import (
@@ -70,8 +70,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
         with locked(folder, own):
             if options.restart:
                 empty(folder)
-                # Otherwise merging would find the old output complete.
-                summary_beside(options.target).unlink(missing_ok=True)
+                outdate(options.target)
             if ranker:
                 check_titled(options, source, ranker)
                 opened: AbstractContextManager[tuple[Ranker, str]] = nullcontext(
@@ -97,6 +96,18 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
         with suppress(OSError):  # where nothing could be ranked, the shard's folder is gone too
             shards_of(options.target).rmdir()
     return folder
+
+
+def drop_shards(target: Path) -> None:
+    """Remove what earlier calls left of all shards of a file, so that each is ranked anew, however often it is tried.
+
+    Raises:
+        LlmrecError: If a shard is being worked.
+    """
+    for folder in sorted(shards_of(target).glob("*-of-*")):
+        with locked(folder, own):
+            remove(folder)
+    outdate(target)
 
 
 def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
