@@ -93,6 +93,7 @@ def furthest(one: Sequence[Sequence[float]], two: Sequence[Sequence[float]]) -> 
 # --------------------------------------------------------------------------- the engine
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_the_engine_answers_like_transformers(
     qwen_folder: Path, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]

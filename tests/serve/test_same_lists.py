@@ -142,7 +142,14 @@ def test_a_model_gives_one_list_of_candidates(url: str, rec: Loaded, run: Path, 
     )
 
 
-@pytest.mark.parametrize("strategy", ["likelihood", "likelihood-prior", "pairwise", "two-step"])
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "likelihood",
+        "pairwise",
+        *(pytest.param(each, marks=pytest.mark.slow) for each in ("likelihood-prior", "two-step")),
+    ],
+)
 def test_every_strategy_gives_one_list(
     url: str, rec: Loaded, run: Path, tmp_path: Path, strategy: str, served: Served
 ) -> None:
