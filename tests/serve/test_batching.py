@@ -402,7 +402,11 @@ def test_an_engine_that_hangs_does_not_hold_up_the_end(engine: FakeEngine) -> No
 
 def test_the_end_of_a_queue_that_never_began(engine: FakeEngine) -> None:
     async def work() -> None:
-        await Batcher(engine.ask).close()
+        batcher = Batcher(engine.ask)
+        await batcher.close()
+        with pytest.raises(EngineLost):
+            await batcher.ask(RANK, request("late"))
+        assert not engine.batches
 
     within(10, work)
 
