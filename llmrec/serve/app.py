@@ -21,15 +21,17 @@ from llmrec.serve.failures import answer_failures, failure, said
 from llmrec.serve.forms import document_text, told
 from llmrec.serve.gates import BodyLimit, Door, Measured, Plain, SameOrigin, json_alone
 from llmrec.serve.metrics import Metrics
+from llmrec.serve.schema_chat import ChatAnswer, ChatBody
 from llmrec.serve.schema_rerank import RerankAnswer, RerankBody, RerankResult
 from llmrec.serve.service import Service
+from llmrec.serve.talking import Talking
 from llmrec.types import Item
 
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-_PAGE = {"page.js": "text/javascript", "page.css": "text/css"}
+_PAGE = {"page.js": "text/javascript", "chat.js": "text/javascript", "page.css": "text/css"}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -56,11 +58,13 @@ def make_app(service: Service, door: Door, *, body_limit: int = 1 << 20) -> Fast
         door: Who may ask.
         body_limit: Bytes of a body.
     """
+    talking = Talking(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
+        talking.close()
         await service.close()
 
     app = FastAPI(
@@ -77,7 +81,7 @@ def make_app(service: Service, door: Door, *, body_limit: int = 1 << 20) -> Fast
     metrics = Metrics(service)
     answer_failures(app)
     app.include_router(_open_routes(service, metrics))
-    app.include_router(_questions(service, door))
+    app.include_router(_questions(service, talking, door))
     app.include_router(_knowledge(service, door))
     app.add_middleware(BodyLimit, most=body_limit)
     app.add_middleware(SameOrigin, keyed=door.keyed)
@@ -121,6 +125,10 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
     async def page() -> Response:
         return _asset("index.html", "text/html")
 
+    @router.get("/chat", include_in_schema=False)
+    async def chat_page() -> Response:
+        return _asset("chat.html", "text/html")
+
     @router.get("/page/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in _PAGE:
@@ -153,7 +161,7 @@ def _asset(name: str, kind: str) -> Response:
     return Response(found, media_type=f"{kind}; charset=utf-8", headers=_HEADERS)
 
 
-def _questions(service: Service, door: Door) -> APIRouter:
+def _questions(service: Service, talking: Talking, door: Door) -> APIRouter:
     router = APIRouter(
         tags=["questions"], dependencies=[Depends(door.key), Depends(json_alone)], responses=said(*_ASKED)
     )
@@ -216,6 +224,19 @@ def _questions(service: Service, door: Door) -> APIRouter:
     async def similar(request: Request, body: schema.SimilarBody) -> schema.SimilarAnswer:
         """Find items like others."""
         return await _while_there(request, service.similar(body))
+
+    @router.post(
+        "/v1/chat",
+        response_model=ChatAnswer,
+        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
+    )
+    async def chat(request: Request, body: ChatBody) -> Any:
+        """Answer one line of a conversation; with ``Accept: text/event-stream`` calls come as events before it."""
+        if "text/event-stream" in request.headers.get("accept", ""):
+            events = talking.streamed(body)
+            first = await _while_there(request, anext(events))
+            return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
+        return await _while_there(request, talking.answer(body))
 
     # Cohere's client of its second version asks the one, its first version and Jina's the other.
     @router.post("/v2/rerank", operation_id="rerank_v2")

@@ -54,14 +54,16 @@ _Float = Annotated[float, Field(allow_inf_nan=False), NUMBER]
 Bool = Annotated[bool, Field(strict=True)]
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """What is sent: closed, so that a misspelt key is refused."""
+
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 # --------------------------------------------------------------------------- what is asked
 
 
-class ItemText(_Body):
+class ItemText(Body):
     """An item by its id, by its title, or both; a title goes before that of the catalogue."""
 
     model_config = ConfigDict(
@@ -91,14 +93,14 @@ class PastEvent(ItemText):
     timestamp: _Float | None = None
 
 
-class Quota(_Body):
+class Quota(Body):
     """At most so many items of a list share a value of a field."""
 
     field: Id
     most: Annotated[int, Field(ge=1, le=1000), NUMBER]
 
 
-class Rules(_Body):
+class Rules(Body):
     """Business rules, applied exactly: what a rule forbids is never in a list.
 
     ``only`` and ``without`` compare fields of the catalogue, such as ``category`` or ``in_stock``, with values; a field
@@ -112,7 +114,7 @@ class Rules(_Body):
     diversity: Annotated[float, Field(ge=0.0, le=1.0), NUMBER] = 0.0
 
 
-class _About(_Body):
+class _About(Body):
     """Whom a question is about: a known user, a history, or both (then the history goes before the known one)."""
 
     model: Annotated[Id, Field(description="One of GET /v1/models; by default the first of them.")] | None = None
@@ -155,7 +157,7 @@ class AskBody(ItemBody):
     family: Annotated[Id, Field(description="rating, ctr, explanation, review or stars; a model's card says which.")]
 
 
-class SimilarBody(_Body):
+class SimilarBody(Body):
     """Items like these."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"items": ["1"], "k": 5}]})
@@ -168,19 +170,19 @@ class SimilarBody(_Body):
     rules: Rules = Rules()
 
 
-class RankBatch(_Body):
+class RankBatch(Body):
     """Several questions; each is answered, or fails, by itself."""
 
     requests: Annotated[list[RankBody], Field(min_length=1, max_length=MOST_BATCH)]
 
 
-class ItemBatch(_Body):
+class ItemBatch(Body):
     """Several questions; each is answered, or fails, by itself."""
 
     requests: Annotated[list[ItemBody], Field(min_length=1, max_length=MOST_BATCH)]
 
 
-class NewItem(_Body):
+class NewItem(Body):
     """An item of the catalogue."""
 
     item_id: Id
@@ -188,7 +190,7 @@ class NewItem(_Body):
     fields: Fields = {}
 
 
-class ItemsBody(_Body):
+class ItemsBody(Body):
     """Items to add, or to replace."""
 
     model_config = ConfigDict(
@@ -198,7 +200,7 @@ class ItemsBody(_Body):
     items: Annotated[list[NewItem], Field(min_length=1, max_length=MOST_ITEMS)]
 
 
-class NewEvent(_Body):
+class NewEvent(Body):
     """Something that a user did."""
 
     user_id: Id
@@ -209,7 +211,7 @@ class NewEvent(_Body):
     )
 
 
-class EventsBody(_Body):
+class EventsBody(Body):
     """Events that extend histories; what a model has learned does not change."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"events": [{"user_id": "42", "item_id": "7"}]}]})

@@ -331,7 +331,7 @@ class Service:
 
     async def _request(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
         """Give a question its history, and every item its text."""
-        self._check_model(body.model)
+        self.check_model(body.model)
         history: list[Any] = [entry_of(each) for each in body.history or ()]
         if body.history is None and body.user_id is not None:
             events = await asyncio.to_thread(self._events, body.user_id)
@@ -354,7 +354,12 @@ class Service:
         ]
         return since if self.store.erased(user_id) else merged(self._known.histories.of_user(user_id), since)
 
-    def _check_model(self, name: str | None) -> None:
+    def check_model(self, name: str | None) -> None:
+        """Refuse a name that no model has, as far as they are known already.
+
+        Raises:
+            DataError: If it has.
+        """
         names = [card.name for card in self.engine.cards]
         if name is not None and names and name not in names:
             raise unknown("model", name, names)

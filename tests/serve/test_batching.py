@@ -414,6 +414,7 @@ def test_the_end_of_a_queue_that_never_began(engine: FakeEngine) -> None:
 # --------------------------------------------------------------------------- for a long time
 
 
+@pytest.mark.slow
 def test_nothing_grows_with_the_number_of_questions(engine: FakeEngine) -> None:
     engine.batches = _Forgets()
     sizes: list[int] = []

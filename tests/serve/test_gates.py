@@ -568,7 +568,7 @@ ABSURD = {
 }
 POSTED = (
     *("/v1/rank", "/v1/rank/batch", "/v1/rate", "/v1/predict/batch", "/v1/explain", "/v1/similar", "/v1/rerank"),
-    *("/v2/rerank", "/v1/events", "/v1/items", "/v1/ask"),
+    *("/v2/rerank", "/v1/events", "/v1/items", "/v1/ask", "/v1/chat"),
 )
 
 

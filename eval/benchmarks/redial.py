@@ -1,0 +1,408 @@
+"""Retrieval for a conversation without a trained model, and what rules read in it: ReDial's test dialogues.
+
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.redial eval/results/redial.json`` reads FOLDER/convrec and
+FOLDER/movie_facts. ReDial (Li et al., NeurIPS 2018) is here in CRSLab's processing,
+its test part alone: 1,322 dialogues.
+
+Cases are the items that the recommender names and nobody named before in the dialogue; all items but those that were
+named are ranked, and ties count in expectation. Intervals and differences resample dialogues.
+
+Parts, none of which is trained on these data but for counts of the *other* dialogues:
+
+- ``popularity``: in how many other dialogues an item is recommended; ``co-mention``: in those that name one of the
+  items named so far.
+- ``words``: BM25 of the last three utterances over names and, where a page of the same name is known, facts.
+- ``encoder, name`` and ``encoder, text``: MiniLM, untrained, of the same utterances and of names, or names with leads.
+- ``named``: MiniLM between the texts of the items named so far and an item's. ``concepts``: the utterances and the mean
+  vector of an item's genres, cast and year.
+
+Mixtures are conditional logits. Weights are fitted over five folds of dialogues: those of a fold by 1,000 cases of the
+others, whose counts for the fit hold nothing of that fold. ``somebody else's context`` is the control of the text.
+
+Slots: what `llmrec.chat.reading` reads in the users' turns of 77 dialogues of IARD (Cai and Chen, UMAP 2020), against
+gold. ReDial's terms are CC BY 4.0; nothing of the data enters the repository.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import re
+import sys
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import sparse
+
+from eval.benchmarks.kar import table
+from llmrec.chat.facts import Facts
+from llmrec.chat.reading import Reader
+from llmrec.chat.state import ITEM, State
+from llmrec.data.hashing import hash64
+from llmrec.data.knowledge import BM25
+from llmrec.durable import write_json
+from llmrec.index.titles import title_key
+from llmrec.machine import machine, versions
+from llmrec.metrics.multiple import decide, enough
+from llmrec.metrics.ranking import hit_rate
+from llmrec.metrics.stats import by_user, interval, paired_of
+from llmrec.models.embedder import text_embedder
+from llmrec.strategies.fusion_cases import Known
+from llmrec.strategies.fusion_weights import FOLDS, Kind, Weights, folds_of
+from llmrec.types import Item
+
+CUTS = (1, 10, 50)
+LAST = 3
+"""Utterances that a query is made of."""
+KINDS: Mapping[str, Kind] = {
+    "popularity": "counts",
+    "co-mention": "counts",
+    "words": "logits",
+    "encoder, name": "logits",
+    "encoder, text": "logits",
+    "named": "logits",
+    "concepts": "logits",
+}
+COUNTS = ("popularity", "co-mention")
+MIXTURES: Mapping[str, Sequence[str]] = {
+    "mixture of all": list(KINDS),
+    "mixture of counts": list(COUNTS),
+    "mixture of popularity and text": [name for name in KINDS if name != "co-mention"],
+}
+PLANNED = (
+    ("mixture of all", "popularity"),
+    ("mixture of popularity and text", "popularity"),
+    ("mixture of all", "mixture of counts"),
+    ("encoder, text", "somebody else's context"),
+)
+"""Differences of Recall@10 that are tested together."""
+LEARN = 1000
+"""Cases that a fold's weights are fitted to, by a hash: a handful of numbers needs no more."""
+SLOTS = {"genres": "GENRE", ITEM: "TITLE", "cast": "ACTOR", "year": "YEAR"}
+_YEAR, _PLACE = re.compile(r"\((\d{4})[^)]*\)\s*$"), re.compile(r"\s*\([^()]*\)\s*$")
+
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Cases:
+    """What is asked: one case for each target.
+
+    Attributes:
+        rows: Turn of each case, among the turns.
+        targets: Column of each target.
+        dialogues: Of each turn.
+        queries: The last utterances of each turn.
+        named: Columns of the items named before each turn.
+    """
+
+    rows: NDArray[np.int64]
+    targets: NDArray[np.int64]
+    dialogues: list[str]
+    queries: list[str]
+    named: list[list[int]]
+
+    @property
+    def clusters(self) -> list[str]:
+        """The dialogue of each case."""
+        return [self.dialogues[row] for row in self.rows]
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    """Read a packed file of JSON lines."""
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def items_of(folder: Path) -> list[Item]:
+    """Return the items, with facts where a page of the same name is known."""
+    pages = {
+        str(row["wiki_page"]).replace("_", " "): row
+        for row in table(folder / "movie_facts" / "wikipedia_extracts.tsv.gz").iter_rows(named=True)
+    }
+    found = []
+    for row in table(folder / "convrec" / "redial_items.tsv.gz").iter_rows(named=True):
+        name, page = str(row["name"]), pages.get(str(row["name"]))
+        said = {key: str(page[key] or "").replace("|", ", ") for key in ("genres", "cast")} if page else {}
+        year = _YEAR.search(name)
+        said["year"] = str(page["year"]) if page else year[1] if year else ""
+        said["facts"] = str(page["extract"] or "") if page else ""
+        found.append(Item(item_id=str(row["item_id"]), title=name, fields={key: v for key, v in said.items() if v}))
+    return found
+
+
+def cases_of(folder: Path, items: Sequence[Item]) -> Cases:
+    """Return the cases: targets that were not named before."""
+    place = {item.item_id: column for column, item in enumerate(items)}
+    turns = lines(folder / "convrec" / "redial_test.jsonl.gz")
+    rows, targets = [], []
+    for row, turn in enumerate(turns):
+        for target in turn["targets"]:
+            if target not in turn["mentioned_before"] and str(target) in place:
+                rows.append(row)
+                targets.append(place[str(target)])
+    return Cases(
+        rows=np.array(rows),
+        targets=np.array(targets),
+        dialogues=[turn["dialogue"] for turn in turns],
+        queries=[" ".join(turn["context"][-LAST:]) for turn in turns],
+        named=[[place[str(each)] for each in turn["mentioned_before"] if str(each) in place] for turn in turns],
+    )
+
+
+def counted(cases: Cases, size: int, among: NDArray[np.bool_]) -> dict[str, Floats]:
+    """Return popularity and co-mentions in other dialogues, shape (turns, items) each.
+
+    Args:
+        cases: What is asked.
+        size: Items.
+        among: Dialogues that count, by their place in sorted order; each turn's own never does.
+    """
+    names, own = np.unique(cases.dialogues, return_inverse=True)
+    advised = {(int(own[row]), int(column)) for row, column in zip(cases.rows, cases.targets, strict=True)}
+    told = advised | {(int(own[row]), column) for row, named in enumerate(cases.named) for column in named}
+    counting = sparse.diags_array(among.astype(np.float32))
+    goals, all_named = (counting @ _table(pairs, (len(names), size)) for pairs in (advised, told))
+    popular = np.asarray(goals.sum(axis=0)).ravel()
+    both = (all_named.T @ goals).tocsr()
+    popularity = np.empty((len(own), size), dtype=np.float32)
+    together = np.zeros_like(popularity)
+    for row, dialogue in enumerate(own):
+        mine, here = goals[[dialogue]].toarray().ravel(), cases.named[row]
+        popularity[row] = popular - mine
+        if here:
+            # Less what this dialogue itself counts for: its goals with each of those named.
+            own_named = float(all_named[[dialogue]].toarray().ravel()[here].sum())
+            together[row] = np.asarray(both[here].sum(axis=0)).ravel() - mine * own_named
+    together /= np.sqrt(np.maximum(popularity, 0) + 1)
+    return {"popularity": popularity, "co-mention": np.maximum(together, 0)}
+
+
+def _table(pairs: set[tuple[int, int]], shape: tuple[int, int]) -> Any:
+    return sparse.csr_array((np.ones(len(pairs), dtype=np.float32), np.array(sorted(pairs)).T), shape)
+
+
+def texts(cases: Cases, items: Sequence[Item]) -> dict[str, Floats]:
+    """Return what the parts that read texts say, shape (turns, items) each, and the control."""
+    embed = text_embedder("all-MiniLM-L6-v2")
+    names = [_PLACE.sub("", item.title) for item in items]
+    told = [f"{name}. {item.fields.get('facts', '')}" for name, item in zip(names, items, strict=True)]
+    facts = Facts({item.item_id: item for item in items}, embed)
+    asked, titles, wholes = embed(cases.queries), embed(names), embed(told)
+    words = BM25.of([f"{name} {' '.join(item.fields.values())}" for name, item in zip(names, items, strict=True)])
+    past = np.stack([wholes[named].mean(axis=0) if named else np.zeros(wholes.shape[1]) for named in cases.named])
+    owners = np.unique(cases.dialogues, return_inverse=True)[1]
+    # Some turn of another dialogue: the one that stands half of all turns further on.
+    other = np.argsort(owners, kind="stable")
+    exchanged = np.empty(len(owners), dtype=np.int64)
+    exchanged[other] = np.roll(other, len(other) // 2)
+    found = {
+        "words": np.stack([words.scores(query) for query in cases.queries]),
+        "encoder, name": asked @ titles.T,
+        "encoder, text": asked @ wholes.T,
+        "named": past @ wholes.T,
+        "concepts": asked @ facts.concepts.T,
+        "somebody else's context": asked[exchanged] @ wholes.T,
+    }
+    return {name: np.asarray(scores, dtype=np.float32) for name, scores in found.items()}
+
+
+def hits(scores: Floats, cases: Cases, chosen: NDArray[np.int64] | None = None) -> dict[int, NDArray[np.float64]]:
+    """Return whether each case's target is among the first k, ties in expectation.
+
+    Args:
+        scores: One row for each turn, or for each case of ``chosen``.
+        cases: What is asked.
+        chosen: Cases that the rows belong to; None: rows are turns.
+    """
+    which = np.arange(len(cases.rows)) if chosen is None else chosen
+    greater, tied = [], []
+    for at, case in enumerate(which):
+        row = cases.rows[case]
+        values = scores[row if chosen is None else at].copy()
+        own = values[cases.targets[case]]
+        values[cases.named[row]] = -np.inf
+        greater.append(int((values > own).sum()))
+        tied.append(int((values == own).sum()))
+    return {k: hit_rate(greater, tied, k) for k in CUTS}
+
+
+def mixed(cases: Cases, size: int, said: Mapping[str, Floats]) -> tuple[dict[str, dict[int, NDArray[np.float64]]], Any]:
+    """Return the hits of every mixture under weights of the other folds, and these weights."""
+    names = np.unique(cases.dialogues)
+    folds = folds_of("redial", cases.clusters)
+    fold_of = dict(zip(cases.clusters, folds.tolist(), strict=True))
+    found = {name: {k: np.zeros(len(cases.rows)) for k in CUTS} for name in MIXTURES}
+    weights: dict[str, list[dict[str, float]]] = {name: [] for name in MIXTURES}
+    starts: dict[str, Weights] = {}
+    order = np.argsort(hash64("redial cases", 0, [str(case) for case in range(len(cases.rows))]), kind="stable")
+    out = np.zeros((len(cases.rows), size), dtype=bool)
+    for case, row in enumerate(cases.rows):
+        out[case, cases.named[row]] = True
+    every = counted(cases, size, np.ones(len(names), dtype=bool))
+    for fold in range(FOLDS):
+        # What is counted for the fit knows nothing of the dialogues that judge it.
+        within = counted(cases, size, np.array([fold_of.get(name) != fold for name in names]))
+        judge = np.flatnonzero(folds == fold)
+        learn = np.array([case for case in order if folds[case] != fold][:LEARN])
+        for name, parts in MIXTURES.items():
+            fit = _known(cases, learn, {**said, **within}, parts, out)
+            fitted = starts[name] = fit.logit(np.arange(len(learn)), starts.get(name))
+            weights[name].append({part: round(w, 3) for part, w in zip(parts, fitted.parts, strict=True)})
+            known = _known(cases, judge, {**said, **every}, parts, out)
+            total = np.matmul(np.array(fitted.parts, dtype=np.float32), known.features())
+            for k, values in hits(total, cases, judge).items():
+                found[name][k][judge] = values
+        sys.stderr.write(f"fold {fold + 1} of {FOLDS}\n")
+    return found, weights
+
+
+def _known(
+    cases: Cases, chosen: NDArray[np.int64], said: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
+) -> Known:
+    raw = [said[part][cases.rows[chosen]] for part in parts]
+    had = np.zeros_like(out[chosen])
+    return Known(raw, [KINDS[part] for part in parts], had, cases.targets[chosen], out[chosen], repeats=False)
+
+
+# --------------------------------------------------------------------------- slots
+
+
+def slots(folder: Path, items: Sequence[Item]) -> tuple[list[dict[str, Any]], int]:
+    """Return precision and recall of what rules read in users' turns, by slot, and how many turns there are."""
+    reader = Reader(Facts({item.item_id: item for item in items}))
+    titles = {item.item_id: item.title for item in items}
+    right: Counter[str] = Counter()
+    read: Counter[str] = Counter()
+    gold: Counter[str] = Counter()
+    turns = 0
+    for dialogue in lines(folder / "convrec" / "iard_gold.jsonl.gz"):
+        for turn in dialogue["turns"]:
+            if turn["speaker"] != "user":
+                continue
+            turns += 1
+            heard = reader.read(turn["text"], State(turn=1))
+            said = [(slot, value) for act in turn["acts"] for slot, value in act["slots"] if value]
+            wanted = Counter({(slot, _plain(slot, value, reader)) for slot, value in said})
+            got = Counter(
+                {
+                    (SLOTS[wish.field], _plain(SLOTS[wish.field], titles.get(wish.value, wish.value), reader))
+                    for wish in heard.wishes
+                    if wish.field in SLOTS and wish.op != "until"
+                }
+            )
+            right.update(slot for slot, _ in wanted & got)
+            read.update(slot for slot, _ in got)
+            gold.update(slot for slot, _ in wanted)
+    rows = [_slot(name, right[name], read[name], gold[name]) for name in sorted(gold, key=lambda name: -gold[name])]
+    closed = [name for name in gold if name in SLOTS.values()]
+    for name, among in (("all with closed lists", closed), ("all", list(gold))):
+        rows.append(_slot(name, *(sum(counts[each] for each in among) for counts in (right, read, gold))))
+    return rows, turns
+
+
+def _slot(name: str, right: int, read: int, gold: int) -> dict[str, Any]:
+    precision, recall = right / max(1, read), right / max(1, gold)
+    both = 2 * precision * recall / max(1e-12, precision + recall)
+    return {
+        "slot": name,
+        "gold": gold,
+        "read": read,
+        "precision": round(precision, 4),
+        "recall": round(recall, 4),
+        "f1": round(both, 4),
+    }
+
+
+def _plain(slot: str, value: str, reader: Reader) -> str:
+    """Return a value as it is compared: a genre as the catalogue has it, a title without what tells it apart."""
+    if slot == "YEAR":
+        # A decade and its first year are one.
+        digits = re.sub(r"\D", "", value)[-2:]
+        return digits
+    key = title_key(_PLACE.sub("", value))
+    return reader.canonical(key) if slot == "GENRE" else key
+
+
+# --------------------------------------------------------------------------- all of it
+
+
+def row_of(name: str, found: Mapping[int, NDArray[np.float64]], clusters: Sequence[str]) -> dict[str, Any]:
+    """Return one row of the table, with intervals over dialogues."""
+    row: dict[str, Any] = {"row": name}
+    for k, values in found.items():
+        each = interval(values, resamples=2000, seed=0, users=clusters)
+        row[f"Recall@{k}"] = {name: round(value, 4) for name, value in asdict(each).items()}
+    text = "  ".join(f"R@{k} {row[f'Recall@{k}']['value']:.3f}" for k in CUTS)
+    sys.stdout.write(f"{name:32} {text}\n")
+    return row
+
+
+def differences(
+    found: Mapping[str, Mapping[int, NDArray[np.float64]]], clusters: Sequence[str]
+) -> list[dict[str, Any]]:
+    """Return the planned differences of Recall@10, tested as one family over dialogues."""
+    draws, sampled = enough(2000, len(PLANNED)), []
+    for one, other in PLANNED:
+        sums, sizes = by_user(found[one][10] - found[other][10], clusters)
+        sampled.append(
+            paired_of(
+                lambda rows, sums=sums, sizes=sizes: sums[rows].sum(axis=1) / sizes[rows].sum(axis=1),  # type: ignore[misc]
+                len(sums),
+                resamples=draws,
+                seed=0,
+            )
+        )
+    return [
+        {"metric": "Recall@10", "a": one, "b": other, **{key: round(v, 5) for key, v in asdict(each).items()}}
+        for (one, other), each in zip(PLANNED, decide(sampled), strict=True)
+    ]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and write what came out."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.redial")
+    parser.add_argument("target", type=Path)
+    given = parser.parse_args(arguments)
+    folder, begin = Path(os.environ.get("LLMREC_DATA", ".")), time.perf_counter()
+    items = items_of(folder)
+    slot_rows, turns = slots(folder, items)
+    for row in slot_rows:
+        sys.stdout.write(f"{row['slot']:24} gold {row['gold']:4} P {row['precision']:.3f} R {row['recall']:.3f}\n")
+    cases = cases_of(folder, items)
+    said = texts(cases, items)
+    single = {**counted(cases, len(items), np.ones(len(set(cases.dialogues)), dtype=bool)), **said}
+    found = {name: hits(scores, cases) for name, scores in single.items()}
+    mixtures, weights = mixed(cases, len(items), said)
+    found |= mixtures
+    write_json(
+        given.target,
+        {
+            "command": "LLMREC_DATA=FOLDER make bench-redial",
+            "dialogues": len(set(cases.clusters)),
+            "cases": len(cases.rows),
+            "seeds": [],
+            "items": len(items),
+            "items with facts": sum("facts" in item.fields for item in items),
+            "rows": [row_of(name, values, cases.clusters) for name, values in found.items()],
+            "pairs": differences(found, cases.clusters),
+            "weights by fold": weights,
+            "slots": slot_rows,
+            "turns with slots": turns,
+            "seconds": round(time.perf_counter() - begin, 1),
+            "machine": machine(),
+            "versions": versions(),
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

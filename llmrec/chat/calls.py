@@ -1,0 +1,204 @@
+"""The tools and endings of a conversation as typed records, and all calls that are legal at a moment.
+
+A call's arguments come from closed lists: fields and values of the catalogue, places in the list that was shown, fixed
+numbers, and words copied from what the user just said. So the legal calls of a moment are a finite list of texts. A
+language model that searches the token tree of this list (`llmrec.decode.token_tree`) cannot write anything else.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal, TypeAlias
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from llmrec.chat import english
+from llmrec.chat.facts import Facts
+from llmrec.chat.state import State
+from llmrec.errors import DataError
+
+Talk = Literal["hello", "thanks", "bye", "decline", "explained"]
+FEW, COUNTS, ASKED = 60, (5, 20, 50), 5
+"""Values up to which a field is listed whole; how many items a search finds; items that a list shows."""
+
+LONGEST = 200
+"""Characters of a text that is searched for."""
+
+_WORDS = re.compile(r"[\w'’-]+")
+# Words of one turn that a search text may begin at, and its longest span.
+_BEGINS, _SPAN = 40, 5
+
+
+class _Call(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Search(_Call):
+    """Find items by words."""
+
+    tool: Literal["search"] = "search"
+    text: str = Field(min_length=1, max_length=LONGEST)
+    k: int = Field(20, ge=1, le=200)
+
+
+class Filter(_Call):
+    """Keep to items whose field has a value, has it not, or lies within a bound."""
+
+    tool: Literal["filter"] = "filter"
+    field: str = Field(max_length=100)
+    op: Literal["is", "not", "from", "until"]
+    value: str = Field(max_length=1000)
+
+
+class Similar(_Call):
+    """Find items that are chosen together with some of the list; without places, with those that the user likes."""
+
+    tool: Literal["similar"] = "similar"
+    items: tuple[int, ...] = Field((), max_length=20)
+
+
+class Rank(_Call):
+    """Order the candidates, or the whole catalogue, by the recommender; or some of the list, by their places."""
+
+    tool: Literal["rank"] = "rank"
+    items: tuple[int, ...] = Field((), max_length=20)
+
+
+class Explain(_Call):
+    """Say what is known of an item of the list, and why it was shown."""
+
+    tool: Literal["explain"] = "explain"
+    item: int = Field(ge=1, le=1000)
+
+
+class Show(_Call):
+    """End the turn with a list, and with a question where ``ask`` names a field."""
+
+    tool: Literal["show"] = "show"
+    k: int = Field(ASKED, ge=1, le=50)
+    ask: str = Field("", max_length=100)
+
+
+class Ask(_Call):
+    """End the turn with a question about a field."""
+
+    tool: Literal["ask"] = "ask"
+    field: str = Field(max_length=100)
+
+
+class ShowProfile(_Call):
+    """End the turn with the profile in words."""
+
+    tool: Literal["profile"] = "profile"
+
+
+class Forget(_Call):
+    """End the turn after wishes were forgotten: the one of this number in the profile, or all of them (0)."""
+
+    tool: Literal["forget"] = "forget"
+    wish: int = Field(0, ge=0, le=1000)
+
+
+class Say(_Call):
+    """End the turn with a fixed line."""
+
+    tool: Literal["say"] = "say"
+    what: Talk
+
+
+Call: TypeAlias = Annotated[
+    Search | Filter | Similar | Rank | Explain | Show | Ask | ShowProfile | Forget | Say, Field(discriminator="tool")
+]
+ENDINGS = (Show, Ask, ShowProfile, Forget, Say)
+"""Calls that end a turn; the others are tools."""
+_READER: TypeAdapter[Call] = TypeAdapter(Call)
+
+
+def schema() -> dict[str, object]:
+    """Return the JSON schema of all calls."""
+    return _READER.json_schema()
+
+
+def written(call: Call) -> str:
+    """Return a call as one line of JSON."""
+    return json.dumps(call.model_dump(), ensure_ascii=False)
+
+
+def read_call(text: str) -> Call:
+    """Read a call.
+
+    Raises:
+        DataError: If it is none of the schema.
+    """
+    try:
+        return _READER.validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise DataError(
+            f"this is no call of a tool: {'.'.join(map(str, first['loc']))}: {first['msg']}", kind="bad-value"
+        ) from None
+
+
+def ends(call: Call) -> bool:
+    """Whether a call ends the turn."""
+    return isinstance(call, ENDINGS)
+
+
+def legal(state: State, facts: Facts, *, ending: bool = False) -> list[Call]:
+    """Return every call that is legal now.
+
+    Values of fields with more than `FEW` of them are legal where they share a word with what the user said last.
+    Nothing is forgotten unless the user asks for it.
+
+    Args:
+        state: With the user's last line.
+        facts: Of the catalogue.
+        ending: Endings alone, as after the last tool of a turn.
+    """
+    found: list[Call] = list(_endings(state, facts))
+    return found if ending else [*_tools(state, facts), *found]
+
+
+def _said(state: State) -> str:
+    """Return the user's last line."""
+    return next((line.text for line in reversed(state.lines) if line.role == "user"), "")
+
+
+def _tools(state: State, facts: Facts) -> Iterator[Call]:
+    words = _WORDS.findall(_said(state))[:_BEGINS]
+    spans = {" ".join(words[at : at + size]) for at in range(len(words)) for size in range(1, _SPAN + 1)}
+    for text in sorted(span for span in spans if len(span) <= LONGEST):
+        yield from (Search(text=text, k=k) for k in COUNTS)
+    heard = {word.casefold() for word in words}
+    for field, values in facts.values.items():
+        near = [
+            value for value in values if len(values) <= FEW or heard & {w.casefold() for w in _WORDS.findall(value)}
+        ]
+        for value in near:
+            yield from (Filter(field=field, op=op, value=value) for op in ("is", "not"))
+            if field in facts.numeric:
+                yield from (Filter(field=field, op=op, value=value) for op in ("from", "until"))
+    places = range(1, len(state.shown) + 1)
+    if state.liked:
+        yield Similar()
+    yield from (Similar(items=(place,)) for place in places)
+    yield from (Similar(items=(one, other)) for one in places for other in places if one < other)
+    yield Rank()
+    if len(places) > 1:
+        yield Rank(items=tuple(places))
+    yield from (Explain(item=place) for place in places)
+
+
+def _endings(state: State, facts: Facts) -> Iterator[Call]:
+    fields = [field for field in facts.values if field not in state.asked]
+    for k in (1, 3, ASKED):
+        yield Show(k=k)
+        yield from (Show(k=k, ask=field) for field in fields)
+    yield from (Ask(field=field) for field in fields)
+    yield ShowProfile()
+    said = _said(state)
+    if english.INTENTS["forget"].search(said) or english.LIFTED.search(said):
+        yield from (Forget(wish=number) for number in range(len(state.profile) + 1))
+    yield from (Say(what=what) for what in ("hello", "thanks", "bye", "decline", "explained"))

@@ -1,0 +1,160 @@
+"""One turn of a conversation: words are read, calls are made until one ends the turn, and the answer is written.
+
+What is said to the user is made of this module's lines, of titles and of values of the catalogue. A language model
+chooses calls and writes no word of it, so that it can neither invent an item nor repeat its instructions.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from llmrec.chat.calls import Call, Say, ShowProfile, ends
+from llmrec.chat.managers import Manager, Moment
+from llmrec.chat.reading import Heard, Reader
+from llmrec.chat.state import ITEM, MOST_TURNS, State, fresh, learned, revoked
+from llmrec.chat.tools import Outcome, Tools
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.types import Cost
+
+_SAY = {
+    "hello": "Hello! Say what you are looking for, what you like, or what you do not want.",
+    "thanks": "You are welcome.",
+    "bye": "Goodbye.",
+    "decline": "I only know this catalogue. Say what you like, what you want, or what you do not want.",
+    "explained": "That is what the catalogue says.",
+}
+_LIST, _QUESTION, _EMPTY = (
+    "How about:",
+    "Do you have a wish about {field}, such as {some}?",
+    "Nothing is noted of you yet.",
+)
+_BETWEEN = "Do you have a wish about {field} ({low} to {high})?"
+# Values that a question names.
+_NAMED = 3
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The answer to one line of the user.
+
+    Attributes:
+        text: In words, with the list.
+        items: Ids of the list, best first.
+        calls: What was called, the ending last.
+        state: From now on.
+        heard: What rules read in the user's words.
+        cost: Of the language model.
+        seconds: Of all.
+    """
+
+    text: str
+    items: tuple[str, ...]
+    calls: tuple[Call, ...]
+    state: State
+    heard: Heard = field(default_factory=Heard)
+    cost: Cost = field(default_factory=Cost)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation over a catalogue; it holds nothing of the user, whose state goes in and out.
+
+    Attributes:
+        tools: Over the catalogue and a recommender.
+        manager: Who chooses among them.
+        reader: Reads the user's words; None: nothing is read, as for controls.
+    """
+
+    tools: Tools
+    manager: Manager
+    reader: Reader | None
+
+    def answer(self, state: State, text: str, called: Callable[[Call], None] = lambda call: None) -> Reply:
+        """Answer one line of the user.
+
+        Args:
+            state: So far.
+            text: What the user says.
+            called: Told of every call once it is done.
+
+        Raises:
+            LlmrecError: If an engine fails.
+        """
+        begun = time.perf_counter()
+        said = clean(text, TEXT_LIMIT)
+        state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", said)
+        heard = Heard() if self.reader is None else self.reader.read(said, state)
+        state = start = self._heard(state, heard, said)
+        made: list[tuple[Call, str]] = []
+        told: list[str] = []
+        cost, outcome = Cost(), Outcome()
+        while not made or not ends(made[-1][0]):
+            call, took = self.manager.choose(Moment(state, start, heard, tuple(made), self.tools))
+            cost += took
+            state, outcome = self.tools.apply(call, state)
+            told += outcome.told
+            made.append((call, outcome.note))
+            called(call)
+        # What a list holds is looked up once more: a tool that is added later cannot show what is not there.
+        items = tuple(name for name in outcome.items if name in self.tools.titles)
+        answer = self._wording(made[-1][0], told, items, outcome.ask)
+        calls = tuple(call for call, _ in made)
+        spent = time.perf_counter() - begun
+        return Reply(answer, items, calls, state.saying("assistant", answer), heard, cost, spent)
+
+    def _sound(self, state: State) -> State:
+        """Drop what a state says of things that the catalogue has not, or has no more."""
+        facts, titles = self.tools.facts, self.tools.titles
+        return state.with_(
+            profile=tuple(wish for wish in state.profile if facts.legal(wish)),
+            buffer=tuple(name for name in state.buffer if name in titles),
+            shown=tuple(name for name in state.shown if name in titles),
+            asked=tuple(name for name in state.asked if name in facts.values),
+        )
+
+    def _heard(self, state: State, heard: Heard, said: str) -> State:
+        profile = state.profile
+        for name, value in heard.revoked:
+            profile = revoked(profile, name, value)
+        wishes = [wish for wish in heard.wishes if self.tools.facts.legal(wish)]
+        # Whoever speaks of what is not wanted does not want it yet.
+        bans = {
+            wish.key
+            for wish in (*profile, *wishes)
+            if wish.op == "not" and wish.hard and wish.field != ITEM and wish.source != "inferred"
+        }
+        wishes = [wish for wish in wishes if wish.op not in ("is", "or") or wish.key not in bans]
+        if "instead" in said.casefold():
+            new = {wish.field for wish in wishes if wish.asks}
+            profile = tuple(wish for wish in profile if not (wish.asks and wish.field in new))
+        changed = learned(profile, wishes)
+        # Candidates that were found under other wishes are none any more.
+        buffer = () if changed != state.profile else state.buffer
+        state = state.with_(profile=fresh(changed, state.turn), buffer=buffer)
+        # Nothing new can be concluded from the same items: what was, grows old. A state may begin with likes.
+        named = state.turn == 1 or any(wish.field == ITEM for wish in wishes)
+        return self.tools.concluded(state) if named else state
+
+    def _wording(self, call: Call, told: list[str], items: tuple[str, ...], ask: str) -> str:
+        lines = list(told)
+        if isinstance(call, ShowProfile) and not told:
+            lines.append(_EMPTY)
+        if isinstance(call, Say):
+            lines.append(_SAY[call.what])
+        if items:
+            titles = [f"{place}. {self.tools.titles[name]}" for place, name in enumerate(items, start=1)]
+            lines += [_LIST, *titles]
+        if ask:
+            lines.append(self._question(ask))
+        return "\n".join(lines)
+
+    def _question(self, name: str) -> str:
+        facts = self.tools.facts
+        values = facts.values.get(name, ())
+        if name in facts.numeric:
+            low, high = facts.bounds(name)
+            return _BETWEEN.format(field=clean(name), low=low, high=high)
+        return _QUESTION.format(field=clean(name), some=", ".join(clean(value) for value in values[:_NAMED]))

@@ -1,0 +1,188 @@
+"""What a catalogue says of its items: fields with closed lists of values, texts to search, and wishes as rules."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.answering.rules import OneOf, Rules
+from llmrec.chat.state import ITEM, Wish, alternatives
+from llmrec.data.knowledge import BM25, FIELD, Embed
+from llmrec.guard import clean
+from llmrec.types import Item
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+_NUMBER = re.compile(r"-?\d{1,9}")
+# Values of more words on average, or that no two items share, are texts.
+_LONGEST = 4.0
+# Characters of a value, and of a field's name, that somebody may name; longer ones are only searched.
+_LONGEST_VALUE, _LONGEST_FIELD = 300, 100
+# Share of a field's values that are numbers, where it has bounds: tables say "unknown" among years.
+_MOSTLY = 0.9
+# Where orders are joined, how little the first places differ (Cormack et al., SIGIR 2009).
+_RANK = 60
+
+
+class Facts:
+    """Facts of a catalogue.
+
+    Args:
+        items: The catalogue.
+        embed: A text encoder; with it search compares meanings and concepts beside words.
+    """
+
+    def __init__(self, items: Mapping[str, Item], embed: Embed | None = None) -> None:
+        self.items, self._embed = dict(items), embed
+        self.titles = {name: clean(item.title) or clean(name) or name for name, item in self.items.items()}
+        self.values = _closed(self.items.values())
+        self._spelt = {field: {value.casefold(): value for value in values} for field, values in self.values.items()}
+        self.numeric = frozenset(field for field, values in self.values.items() if _are_numbers(values))
+
+    def value(self, field: str, value: str) -> str | None:
+        """Return a value as the catalogue writes it; None if no item has it."""
+        return self._spelt.get(field, {}).get(value.casefold().strip())
+
+    def legal(self, wish: Wish) -> bool:
+        """Whether a wish is about something that the catalogue has."""
+        if wish.field == ITEM:
+            return wish.value in self.items and wish.op in ("is", "not", "seen")
+        if wish.op in ("from", "until"):
+            return wish.field in self.numeric and bool(_NUMBER.fullmatch(wish.value))
+        return wish.op != "seen" and self.value(wish.field, wish.value) is not None
+
+    def rules(self, profile: Iterable[Wish]) -> Rules:
+        """Return constraints as the rules of lists; soft wishes make none."""
+        every = tuple(profile)
+        without: dict[str, set[str]] = defaultdict(set)
+        for wish in every:
+            if wish.hard and wish.op == "not" and wish.field != ITEM:
+                without[wish.field].add(wish.value)
+        return Rules(
+            more=tuple(
+                OneOf(group[0].field, frozenset(value for wish in group for value in self._meeting(wish)))
+                for group in alternatives(every)
+            ),
+            without={field: frozenset(values) for field, values in without.items()},
+            block=frozenset(wish.value for wish in every if wish.field == ITEM),
+        )
+
+    def matches(self, item: str, wish: Wish) -> bool:
+        """Whether an item has the value that a wish on a field names, or lies within its bound."""
+        said = self._held[item].get(wish.field, ())
+        if wish.op in ("from", "until"):
+            return any(_inside(value, wish) for value in said)
+        return wish.value.casefold() in {value.casefold() for value in said}
+
+    def told(self, item: str) -> list[tuple[str, str]]:
+        """Return what the closed fields say of an item, as (field, values)."""
+        return [(field, ", ".join(values)) for field, values in self._held[item].items()]
+
+    # ------------------------------------------------------------------- search
+
+    def search(self, text: str, allowed: frozenset[str] | None = None) -> list[str]:
+        """Return the items whose words answer a text, best first; with an encoder also those of like meaning.
+
+        Orders by BM25, by vectors of texts and by concepts are joined by reciprocal ranks.
+        """
+        words = self._index.scores(text)
+        orders = [np.argsort(-words, kind="stable")[: int((words > 0).sum())]]
+        if self._embed is not None:
+            asked = self._embed([text])[0]
+            orders += [np.argsort(-(table @ asked), kind="stable") for table in (self._vectors, self.concepts)]
+        joined = np.zeros(len(self.items))
+        for order in orders:
+            joined[order] += 1 / (_RANK + np.arange(len(order)))
+        names = list(self.items)
+        found = [names[place] for place in np.argsort(-joined, kind="stable") if joined[place] > 0]
+        return [name for name in found if allowed is None or name in allowed]
+
+    def known_words(self, words: Sequence[str]) -> list[str]:
+        """Return those words that the text of some item has."""
+        return [word for word in words if word.casefold() in self._index.index]
+
+    def bounds(self, field: str) -> tuple[int, int]:
+        """Return the lowest and the highest number of a numeric field."""
+        numbers = [int(value) for value in self.values[field] if _NUMBER.fullmatch(value)]
+        return min(numbers), max(numbers)
+
+    def _meeting(self, wish: Wish) -> list[str]:
+        if wish.op not in ("from", "until"):
+            return [wish.value]
+        return [value for value in self.values.get(wish.field, ()) if _inside(value, wish)]
+
+    @cached_property
+    def _held(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
+        """Values of each item's closed fields."""
+        return {
+            name: {field: said for field in self.values if (said := tuple(_values(item.fields.get(field, ""))))}
+            for name, item in self.items.items()
+        }
+
+    @cached_property
+    def texts(self) -> list[str]:
+        """Title, fields and documents of each item, in the order of the catalogue."""
+        return [". ".join((self.titles[name], *item.fields.values())) for name, item in self.items.items()]
+
+    @cached_property
+    def _index(self) -> BM25:
+        return BM25.of(self.texts)
+
+    @cached_property
+    def _vectors(self) -> NDArray[np.floating[Any]]:
+        assert self._embed is not None
+        return self._embed(self.texts)
+
+    @cached_property
+    def concepts(self) -> NDArray[np.floating[Any]]:
+        """Each item as the mean of the vectors of its values, shape (n, d): attributes as concepts."""
+        assert self._embed is not None
+        pairs = [(field, value) for field, values in self.values.items() for value in values]
+        place = {pair: row for row, pair in enumerate(pairs)}
+        table = self._embed([f"{field}: {value}" for field, value in pairs]) if pairs else np.zeros((0, 1))
+        rows = [
+            [place[field, self._spelt[field][v.casefold()]] for field, vs in held.items() for v in vs]
+            for held in self._held.values()
+        ]
+        return np.stack([table[row].mean(axis=0) if row else np.zeros(table.shape[1]) for row in rows])
+
+
+def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
+    """Return the values of every field that has a closed list of them, the most frequent first."""
+    counts: dict[str, Counter[str]] = defaultdict(Counter)
+    for item in items:
+        for field, said in item.fields.items():
+            if field not in (FIELD, ITEM, "title") and len(field) <= _LONGEST_FIELD:
+                counts[field].update(_values(said))
+    found = {}
+    for field, counted in counts.items():
+        if not counted:
+            continue
+        spelt: dict[str, str] = {}
+        for value, _ in counted.most_common():
+            spelt.setdefault(value.casefold(), value)
+        words = sum(len(value.split()) for value in spelt.values()) / max(1, len(spelt))
+        if words <= _LONGEST and (counted.total() > len(spelt) or _are_numbers(spelt)):
+            found[field] = tuple(spelt.values())
+    return found
+
+
+def _values(said: str) -> list[str]:
+    return [value for value in map(str.strip, said.split(",")) if 0 < len(value) <= _LONGEST_VALUE]
+
+
+def _are_numbers(values: Iterable[str]) -> bool:
+    every = list(values)
+    return sum(map(bool, map(_NUMBER.fullmatch, every))) >= _MOSTLY * len(every)
+
+
+def _inside(value: str, wish: Wish) -> bool:
+    if not _NUMBER.fullmatch(value):
+        return False
+    return int(value) >= int(wish.value) if wish.op == "from" else int(value) <= int(wish.value)

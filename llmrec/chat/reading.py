@@ -1,0 +1,325 @@
+"""What rules read in a user's words: items, values of fields, whether they are wanted, and what else is asked for.
+
+English alone (`llmrec.chat.english`). Values and titles are those of the catalogue; words that stand for them, such as
+*scary* for horror, count where the catalogue has the value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from llmrec.chat import english
+from llmrec.chat.english import singular
+from llmrec.chat.facts import Facts
+from llmrec.chat.state import ITEM, Op, State, Wish
+from llmrec.index.titles import title_key
+
+_BRACKET = re.compile(r"\s*\([^()]*\)\s*$")
+_ARTICLE = re.compile(r"^(.*), (The|A|An|Les?|La|Il|Der|Die|Das)$", re.IGNORECASE)
+_YEAR = re.compile(r"\s*\((\d{4})\)")
+# Fields of more values are names, of which one word alone is meant where it has a capital.
+_NAMES = 200
+# Words of a clause that needs no verb to be a request.
+_BARE = 6
+
+
+@dataclass(frozen=True)
+class Heard:
+    """What was read.
+
+    Attributes:
+        wishes: New ones.
+        revoked: (field, value) of what is not unwanted any more.
+        intents: Names among `llmrec.chat.english.INTENTS`.
+        places: In the list that was shown, from 1.
+        rest: Words that stood for nothing else and that some item's text has; what a search is made of.
+    """
+
+    wishes: tuple[Wish, ...] = ()
+    revoked: tuple[tuple[str, str], ...] = ()
+    intents: frozenset[str] = frozenset()
+    places: tuple[int, ...] = ()
+    rest: str = ""
+
+
+@dataclass(frozen=True)
+class _Mention:
+    """Something of the catalogue in a text: its field and value, and from which character to which."""
+
+    field: str
+    value: str
+    start: int
+    end: int
+
+
+class Reader:
+    """Reads what users say about a catalogue.
+
+    Args:
+        facts: Of the catalogue.
+    """
+
+    def __init__(self, facts: Facts) -> None:
+        self._facts = facts
+        self._phrases: dict[str, list[tuple[str, str]]] = defaultdict(list)
+        for name, title in facts.titles.items():
+            if form := title_key(title_of(title)):
+                self._phrases[form].append((ITEM, name))
+        for field, values in facts.values.items():
+            for value in values if field not in facts.numeric else ():
+                for form in {title_key(value), singular(title_key(value))}:
+                    # Every other line says "no": such values are chosen by filters alone.
+                    if not english.STOP.issuperset(form.split()):
+                        self._phrases[form].append((field, value))
+        # Twice: one word may stand for a value by way of another.
+        for said, meant in (*english.MEANS.items(), *english.MEANS.items()):
+            known = self._values(title_key(meant))
+            if known and not self._values(title_key(said)):
+                self._phrases[title_key(said)] += known
+        self._longest = max((len(form.split()) for form in self._phrases), default=1)
+        years = (name for name in sorted(facts.numeric) if _are_years(*facts.bounds(name)))
+        self._years = next(years, "")
+
+    def read(self, text: str, state: State) -> Heard:
+        """Read what was said last.
+
+        Args:
+            text: The user's words.
+            state: Before them; its turn is the one of the wishes.
+        """
+        wishes: list[Wish] = []
+        again: list[tuple[str, str]] = []
+        rest: list[str] = []
+        mentions = list(self._mentions(text))
+        # Titles go first: their words are none of a clause's.
+        titles = [each for each in mentions if each.field == ITEM]
+        for start, end in _clauses(text, titles):
+            bare = _without(text, start, end, titles)
+            inside = [each for each in mentions if start <= each.start < end]
+            for wish, back in self._wishes(bare, start, inside, state):
+                if back:
+                    again.append((wish.field, wish.value))
+                else:
+                    wishes.append(wish)
+            wishes += self._times(bare, state)
+            rest += self._rest(bare, start, inside)
+        plain = _without(text, 0, len(text), titles)
+        intents = frozenset(name for name, pattern in english.INTENTS.items() if pattern.search(plain))
+        places = _places(plain, len(state.shown))
+        if not titles and "explain" not in intents:
+            wishes += _about_list(text, state, places, intents)
+        return Heard(tuple(dict.fromkeys(wishes)), tuple(again), intents, places, " ".join(rest))
+
+    def canonical(self, phrase: str) -> str:
+        """Return the value of a field that a phrase stands for, or the phrase itself."""
+        known = self._values(phrase) or self._values(singular(phrase))
+        return title_key(known[0][1]) if known else phrase
+
+    # ------------------------------------------------------------------- wishes
+
+    def _wishes(self, bare: str, start: int, inside: Sequence[_Mention], state: State) -> Iterator[tuple[Wish, bool]]:
+        """Yield what a clause says of what it mentions, and whether that takes a ban back."""
+        banned = {(wish.field, wish.value) for wish in state.profile if wish.op == "not"}
+        wanted = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
+        last: _Mention | None = None
+        for each in inside:
+            before, after = bare[: each.start - start], bare[each.end - start :]
+            unwanted = _negated(before, after, each.field == ITEM)
+            if each.field == ITEM:
+                if not _unseen(before):
+                    yield Wish(field=ITEM, op=_op(bare, unwanted), value=each.value, hard=False, turn=state.turn), False
+                continue
+            back = bool(english.AGAIN.search(bare)) and (
+                ((each.field, each.value) in banned and not unwanted) or bool(english.LIFTED.search(bare))
+            )
+            joined = last is not None and last.field == each.field
+            between = "" if last is None else bare[last.end - start : each.start - start]
+            op: Op = "not" if unwanted else "or" if joined and english.OR.fullmatch(between) else "is"
+            hard = unwanted or (wanted and not (english.LIKE.search(before) and not english.WOULD.search(before)))
+            yield Wish(field=each.field, op=op, value=each.value, hard=hard, turn=state.turn), back
+            last = None if unwanted else each
+
+    def _times(self, bare: str, state: State) -> Iterator[Wish]:
+        """Yield bounds on the year: *after 1990*, *the nineties*, *80s*."""
+        if not self._years:
+            return
+
+        def bound(op: Op, year: int | str, ban: bool = False) -> Wish:
+            return Wish(field=self._years, op=op, value=str(year), turn=state.turn, ban=ban)
+
+        for pattern, newer in english.BOUNDS:
+            for found in pattern.finditer(bare):
+                # What is not wanted before a year begins with it.
+                ban = bool(english.NO.search(bare[: found.start()]))
+                yield bound("from" if newer != ban else "until", found[1], ban)
+        said = [int(found[1]) for found in english.DECADE.finditer(bare)]
+        said += [decade for name, decade in english.DECADES.items() if re.search(rf"\b{name}\b", bare, re.IGNORECASE)]
+        years = [year if year > 100 else 1900 + year if year >= 20 else 2000 + year for year in said]
+        if not years or english.NO.search(bare):
+            return
+        if english.OLDER.search(bare):
+            yield bound("until", min(years) - 1)
+            return
+        yield bound("from", min(years))
+        if not english.NEWER.search(bare):
+            yield bound("until", max(years) + 9)
+
+    def _rest(self, bare: str, start: int, inside: Sequence[_Mention]) -> list[str]:
+        """Return the words of a clause that a search may use: none of a negated one."""
+        if english.NO.search(bare):
+            return []
+        taken = [(each.start - start, each.end - start) for each in inside]
+        free = [
+            found.group()
+            for found in english.WORD.finditer(bare)
+            if not any(low <= found.start() < high for low, high in taken)
+            and found.group().casefold() not in english.STOP
+        ]
+        return self._facts.known_words([word for word in free if len(word) > 2])
+
+    # ------------------------------------------------------------------- mentions
+
+    def _mentions(self, text: str) -> Iterator[_Mention]:
+        """Yield what of the catalogue stands in a text, the longest first at each place."""
+        words = [(found.start(), found.end(), title_key(found.group())) for found in english.WORD.finditer(text)]
+        at = 0
+        while at < len(words):
+            found = self._mention(text, words[at : at + self._longest])
+            if found is None:
+                at += 1
+                continue
+            yield found
+            while at < len(words) and words[at][0] < found.end:
+                at += 1
+
+    def _mention(self, text: str, words: Sequence[tuple[int, int, str]]) -> _Mention | None:
+        """Return the longest mention that some words begin with."""
+        for size in range(len(words), 0, -1):
+            start, end = words[0][0], words[size - 1][1]
+            form = " ".join(word for *_, word in words[:size])
+            known = self._phrases.get(form) or self._phrases.get(singular(form), [])
+            chosen = self._chosen(known, text, start, end, form) if known else None
+            if chosen is not None:
+                # What follows a title in brackets is its year.
+                year = _YEAR.match(text[end:]) if chosen[0] == ITEM else None
+                return _Mention(*chosen, start, end + (year.end() if year else 0))
+        return None
+
+    def _chosen(
+        self, known: Sequence[tuple[str, str]], text: str, start: int, end: int, form: str
+    ) -> tuple[str, str] | None:
+        """Return which of the meanings of a phrase is meant, or None."""
+        value = next((pair for pair in known if pair[0] != ITEM), None)
+        items = [name for field, name in known if field == ITEM]
+        if items:
+            year = _YEAR.match(text[end:])
+            quoted = text[start - 1 : start] in ('"', "“") and text[end : end + 1] in ('"', "”")
+            same = [name for name in items if year and year[1] in self._facts.titles[name]]
+            if year or quoted or (value is None and _is_title(text, start, end, form)):
+                return ITEM, (same or items)[0]
+        if value is not None and len(self._facts.values[value[0]]) > _NAMES and " " not in form:
+            return value if text[start].isupper() else None
+        return value
+
+    def _values(self, form: str) -> list[tuple[str, str]]:
+        return [pair for pair in self._phrases.get(form, ()) if pair[0] != ITEM]
+
+
+# --------------------------------------------------------------------------- words
+
+
+def title_of(title: str) -> str:
+    """Return a title as it is said: without its year, and with its article in front."""
+    bare = title
+    while (found := _BRACKET.search(bare)) is not None and found.start() > 0:
+        bare = bare[: found.start()]
+    moved = _ARTICLE.match(bare)
+    return f"{moved[2]} {moved[1]}" if moved else bare
+
+
+def _is_title(text: str, start: int, end: int, form: str) -> bool:
+    """Whether words that are a title are written as one: in capitals, or too many to stand together otherwise."""
+    words = text[start:end].split()
+    capitals = sum(word[:1].isupper() or word[:1].isdigit() for word in words)
+    before = text[:start].rstrip()
+    if len(words) > 1:
+        return capitals > 1 or len(words) > 2
+    # The first word of a sentence has a capital anyway.
+    inner = bool(before) and before[-1] not in ".!?"
+    return capitals == 1 and inner and form not in english.PLAIN and len(form) > 3
+
+
+def _are_years(low: int, high: int) -> bool:
+    return low >= 1800 and high <= 2100
+
+
+def _clauses(text: str, titles: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
+    """Yield where clauses begin and end; what ends one inside a title does not."""
+    begin = 0
+    for found in english.CLAUSE.finditer(text):
+        if any(each.start <= found.start() < each.end for each in titles):
+            continue
+        if text[begin : found.start()].strip():
+            yield begin, found.start()
+        begin = found.end()
+    if text[begin:].strip():
+        yield begin, len(text)
+
+
+def _without(text: str, start: int, end: int, titles: Sequence[_Mention]) -> str:
+    """Return a clause whose titles are blotted out, of the same length."""
+    letters = list(text[start:end])
+    for each in titles:
+        for at in range(max(each.start, start), min(each.end, end)):
+            letters[at - start] = "\u00b7"
+    return "".join(letters)
+
+
+def _negated(before: str, after: str, item: bool) -> bool:
+    """Whether what stands between two texts is negated: by the last negation before it, or one right behind it."""
+    found = list(english.NO.finditer(before))
+    if found:
+        between = before[found[-1].end() :]
+        return not re.match(r"\s+only\b", between, re.IGNORECASE) and not english.TURN.search(between)
+    return bool(english.IS_NOT.match(after)) or (item and bool(english.DID_NOT.match(after)))
+
+
+def _unseen(before: str) -> bool:
+    """Whether the words before a title say that it was not seen, which is no wish."""
+    found = list(english.UNSEEN.finditer(before))
+    return bool(found) and not english.TURN.search(before[found[-1].end() :])
+
+
+def _op(bare: str, unwanted: bool) -> Op:
+    """Return what a clause, whose titles are blotted out, says of an item that it names."""
+    seen, liked = english.SEEN.search(bare), english.LIKE.search(bare)
+    if english.DISLIKED.search(bare) or (unwanted and (liked or not seen)):
+        return "not"
+    return "seen" if seen and not liked else "is"
+
+
+def _places(text: str, count: int) -> tuple[int, ...]:
+    """Return the places of a list that are named: numbers, *the first one*, *last*."""
+    if not count:
+        return ()
+    found = [int(each[1]) if each[1] else english.ORDINALS[each[2].lower()] for each in english.PLACE.finditer(text)]
+    if alone := re.fullmatch(r"\s*(\d{1,2})\s*[.!?]?\s*", text):
+        found.append(int(alone[1]))
+    full = [count if place == -1 else place for place in found]
+    return tuple(dict.fromkeys(place for place in full if 1 <= place <= count))
+
+
+def _about_list(text: str, state: State, places: Sequence[int], intents: frozenset[str]) -> Iterator[Wish]:
+    """Yield wishes about the items of the list that the user points at."""
+    every = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
+    seen, liked, unwanted = (bool(each.search(text)) for each in (english.SEEN, english.LIKE, english.NO))
+    if not (seen or liked or unwanted) or (places and "similar" in intents) or english.UNSEEN.search(text):
+        return
+    op: Op = "seen" if seen and (not liked or unwanted) else "not" if unwanted else "is"
+    if english.DISLIKED.search(text):
+        op = "not"
+    for place in places or every:
+        yield Wish(field=ITEM, op=op, value=state.shown[place - 1], hard=False, turn=state.turn)

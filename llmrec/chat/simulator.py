@@ -1,0 +1,193 @@
+"""A simulated user who wants one item and knows its attributes, never its title.
+
+A simulator that is told the title gives it away sooner or later (Zhu et al., SimpleUserSim, arXiv 2403.16416). So the
+one here is made of attributes and of items that the user likes, none of which is called nearly as the wanted one;
+whether a list holds that is judged outside of it.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.facts import Facts
+from llmrec.chat.reading import title_of
+from llmrec.chat.state import State
+from llmrec.index.titles import title_key
+from llmrec.types import Cost
+
+NEAR = 0.9
+"""Similarity from which on a text is taken for a title."""
+
+_BEGIN = (
+    "Hi, I'm looking for something to watch.",
+    "Hello! Can you recommend something?",
+    "I need an idea for tonight.",
+)
+_LIKES = ("I really liked {title}.", "I enjoyed {title}.", "{title} is one of my favorites.")
+_WANTS = ("I'd like {value}.", "Something with {value} please.", "It should be {value}.")
+_TIME = ("Something from the {decade}s please.", "I'd prefer the {decade}s.")
+_NOT = ("But not {value}.", "And no {value} please.")
+_FREE = ("I don't mind.", "No preference there.")
+_MORE = ("Anything else?", "Show me some more please.", "Something different?")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Who is simulated: session variables, without the title of what is wanted.
+
+    Attributes:
+        attributes: Values by field, in the order in which the user brings them up.
+        unwanted: (field, value) that the wanted item has not and the user rejects.
+        likes: Titles of other items.
+    """
+
+    attributes: Mapping[str, Sequence[str]]
+    unwanted: tuple[tuple[str, str], ...] = ()
+    likes: tuple[str, ...] = ()
+
+
+@dataclass
+class SimulatedUser:
+    """Says what a user of these variables would say.
+
+    Attributes:
+        wanted: Session variables.
+        numeric: Fields that are years.
+        seed: Decides wordings and how much is said in a turn: the turn variables.
+    """
+
+    wanted: Wanted
+    numeric: frozenset[str]
+    seed: int
+    _left: list[tuple[str, str]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self._random = random.Random(self.seed)
+        self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
+        self._unwanted = list(self.wanted.unwanted)
+        self._likes = list(self.wanted.likes)
+
+    def says(self, asked: str = "", *, first: bool = False) -> str:
+        """Return the next line of the user.
+
+        Args:
+            asked: The field that the last answer asked about; empty: none.
+            first: It opens the conversation.
+        """
+        lines: list[str] = []
+        if first:
+            lines.append(self._random.choice(_BEGIN))
+            if self._likes:
+                lines.append(self._random.choice(_LIKES).format(title=self._likes.pop(0)))
+        told = next((pair for pair in self._left if pair[0] == asked), None)
+        if asked and told is None:
+            lines.append(self._random.choice(_FREE))
+        if told is None and self._left and (not first or self._random.random() < 0.5):
+            told = self._left[0]
+        if told is not None:
+            self._left.remove(told)
+            lines.append(self._wish(*told))
+        if self._unwanted and self._random.random() < 0.3:
+            lines.append(self._random.choice(_NOT).format(value=self._unwanted.pop(0)[1]))
+        return " ".join(lines) or self._random.choice(_MORE)
+
+    def _wish(self, name: str, value: str) -> str:
+        if name in self.numeric:
+            return self._random.choice(_TIME).format(decade=int(value) // 10 * 10)
+        return self._random.choice(_WANTS).format(value=value)
+
+
+@dataclass(frozen=True)
+class Held:
+    """A conversation that was held with a simulated user.
+
+    Attributes:
+        lines: What the user said.
+        hit: The turn whose list held what is wanted, from 1; None: none did.
+        seconds: Of the answers.
+        cost: Of a language model.
+        tools: Names of the calls.
+        shown: Every item that was shown.
+    """
+
+    lines: tuple[str, ...]
+    hit: int | None
+    seconds: float
+    cost: Cost
+    tools: tuple[str, ...]
+    shown: tuple[str, ...]
+
+
+def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None) -> Held:
+    """Hold a conversation until a list has the wanted item, or for so many turns.
+
+    Args:
+        conversation: With whom.
+        user: Who does not know the target's title.
+        target: Judged here: the simulator never sees it.
+        turns: At most.
+        begun: The state to begin with, such as a known user's likes.
+    """
+    state, asked, lines, seconds, cost = begun or State(), "", [], 0.0, Cost()
+    tools: list[str] = []
+    shown: list[str] = []
+    for turn in range(1, turns + 1):
+        lines.append(user.says(asked, first=turn == 1))
+        before = len(state.asked)
+        reply = conversation.answer(state, lines[-1])
+        state, seconds, cost = reply.state, seconds + reply.seconds, cost + reply.cost
+        asked = state.asked[-1] if len(state.asked) > before else ""
+        tools += [call.tool for call in reply.calls]
+        shown += reply.items
+        if target in reply.items:
+            return Held(tuple(lines), turn, seconds, cost, tuple(tools), tuple(shown))
+    return Held(tuple(lines), None, seconds, cost, tuple(tools), tuple(shown))
+
+
+def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
+    """Return what a user who wants an item knows: its attributes, and liked items that are not called nearly so.
+
+    A value that is nearly the title is left out as well.
+
+    Args:
+        facts: Of the catalogue.
+        target: The wanted item.
+        liked: Items that the user likes, from which those named in the conversation are drawn.
+        seed: Of the draws.
+        likes: Liked items that are named.
+    """
+    drawn, title = random.Random(seed), title_of(facts.titles[target])
+    attributes = {
+        name: tuple(value for value in said.split(", ") if not near(value, title)) for name, said in facts.told(target)
+    }
+    names = list(attributes)
+    drawn.shuffle(names)
+    unwanted = [
+        (name, value)
+        for name, values in facts.values.items()
+        if name not in facts.numeric and len(values) < 50
+        for value in values
+        if value not in attributes.get(name, ()) and not near(value, title)
+    ]
+    known = [facts.titles[name] for name in liked if not near(facts.titles[name], title)]
+    drawn.shuffle(known)
+    return Wanted(
+        attributes={name: attributes[name] for name in names if attributes[name]},
+        unwanted=tuple(drawn.sample(unwanted, min(1, len(unwanted)))),
+        likes=tuple(known[:likes]),
+    )
+
+
+def near(text: str, title: str) -> bool:
+    """Whether some words of a text are a title, or one that is at least `NEAR` alike."""
+    words, sought = title_key(text).split(), title_key(title)
+    count = len(sought.split())
+    return any(
+        SequenceMatcher(None, " ".join(words[at : at + size]), sought, autojunk=False).ratio() >= NEAR
+        for size in {max(1, count - 1), count, count + 1}
+        for at in range(max(1, len(words) - size + 1))
+    )

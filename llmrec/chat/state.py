@@ -1,0 +1,226 @@
+"""What a conversation knows: the profile in words, candidates, and what was shown and said.
+
+A profile is a list of wishes, which the user can read, edit and delete. Hard wishes are constraints: what they forbid
+is never shown until they are revoked. A state is plain data, so that a client can hold it and a transcript replays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from llmrec.errors import DataError
+from llmrec.guard import TEXT_LIMIT, clean
+
+Op = Literal["is", "or", "not", "from", "until", "seen"]
+"""``or`` joins the wish before it on the same field; ``seen`` is said of items alone."""
+Source = Literal["said", "inferred", "edited"]
+
+ITEM = "item_id"
+"""The field of wishes about an item itself: liked (``is``), not wanted (``not``) or known already (``seen``)."""
+KEPT = 8
+"""Turns after which an inferred wish is forgotten; what was said stands until it is taken back."""
+MOST_WISHES, MOST_SHOWN, MOST_BUFFER, MOST_LINES, MOST_TURNS = 100, 1000, 200, 12, 1 << 20
+
+_WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at least", "until": "is at most"}
+_ABOUT_ITEMS = {"is": "likes", "not": "does not want", "seen": "knows already"}
+
+
+class Wish(BaseModel):
+    """One thing that is known of what the user wants.
+
+    Attributes:
+        field: Of the catalogue's items, or `ITEM`.
+        op: How the value is meant.
+        value: One of the field's values, or an item's id.
+        hard: It is a constraint; a soft wish moves the order only.
+        source: Said by the user, concluded from it, or written into the profile by the user.
+        turn: When, counted from 1.
+        ban: It is a bound because something is not wanted: *nothing before 1999*.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    field: str = Field(max_length=100)
+    op: Op
+    value: str = Field(max_length=1000)
+    hard: bool = True
+    source: Source = "said"
+    turn: int = Field(0, ge=0, le=MOST_TURNS)
+    ban: bool = False
+
+    @property
+    def asks(self) -> bool:
+        """Whether it is a constraint that asks for something, and forbids nothing by name."""
+        return self.hard and self.field != ITEM and self.op != "not" and not self.ban
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What only one wish may have: a bound its side, other wishes their value."""
+        return (self.field, self.op if self.op in ("from", "until") else self.value)
+
+    def told(self, titles: Mapping[str, str]) -> str:
+        """Return the wish in words, on one line.
+
+        Args:
+            titles: Of items, by id.
+        """
+        if self.field == ITEM:
+            said = f"{_ABOUT_ITEMS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
+        else:
+            said = f"{'' if self.hard else 'rather: '}{self.field} {_WORDS[self.op]} {self.value}"
+        return clean(said, TEXT_LIMIT)
+
+
+class Line(BaseModel):
+    """What somebody said."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    role: Literal["user", "assistant"]
+    text: str = Field(max_length=4000)
+
+
+class State(BaseModel):
+    """All that a conversation carries from turn to turn.
+
+    Attributes:
+        turn: Turns of the user so far.
+        profile: Wishes, oldest first.
+        buffer: Candidates, best first.
+        shown: The last list that was shown, to whose places the user's numbers refer.
+        past: Every item that was shown, which is not shown again.
+        asked: Fields that were asked about.
+        lines: The last lines of both.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    turn: int = Field(0, ge=0, le=MOST_TURNS)
+    profile: tuple[Wish, ...] = Field((), max_length=MOST_WISHES)
+    buffer: tuple[str, ...] = Field((), max_length=MOST_BUFFER)
+    shown: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
+    past: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
+    asked: tuple[str, ...] = Field((), max_length=MOST_WISHES)
+    lines: tuple[Line, ...] = Field((), max_length=MOST_LINES)
+
+    @property
+    def liked(self) -> tuple[str, ...]:
+        """Ids of the items that the user likes, in the order in which they were named."""
+        return tuple(wish.value for wish in self.profile if wish.field == ITEM and wish.op == "is")
+
+    @property
+    def barred(self) -> frozenset[str]:
+        """Ids of items that are not shown: unwanted, known, liked, and what was shown before."""
+        return frozenset(wish.value for wish in self.profile if wish.field == ITEM) | frozenset(self.past)
+
+    def with_(self, **changes: Any) -> State:
+        """Return the state with other values."""
+        return self.model_copy(update=changes)
+
+    def saying(self, role: Literal["user", "assistant"], text: str) -> State:
+        """Return the state after a line was said."""
+        return self.with_(lines=(*self.lines, Line(role=role, text=text[:4000]))[-MOST_LINES:])
+
+
+def read_state(record: object) -> State:
+    """Read a state that somebody sent.
+
+    Raises:
+        DataError: If it is none; the message names the key.
+    """
+    try:
+        return State.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join(("state", *map(str, first["loc"])))
+        raise DataError(
+            f"{key}: {first['msg']}; send back the state of the last answer", kind="bad-value", column=key
+        ) from None
+
+
+# --------------------------------------------------------------------------- the profile
+
+
+def learned(profile: Iterable[Wish], new: Iterable[Wish]) -> tuple[Wish, ...]:
+    """Merge new wishes into a profile.
+
+    A wish takes the place of the one on the same value, or of the bound on the same side; one of some alternatives that
+    is asked for anew takes the place of all of them. What was concluded never takes the place of what was said or
+    edited.
+    """
+    known = {wish.key: wish for wish in profile}
+    groups = {wish.key: group for group in alternatives(known.values()) for wish in group}
+    new = list(new)
+    chosen = {wish.field for wish in new if wish.op == "or"}
+    for wish in new:
+        old = known.get(wish.key)
+        if wish.source == "inferred" and old is not None and old.source != "inferred":
+            continue
+        if wish.asks:
+            for other in groups.get(wish.key, ()):
+                if other is not old and known.get(other.key) is other:
+                    del known[other.key]
+        if wish.field in chosen:
+            # Alternatives stand side by side.
+            known.pop(wish.key, None)
+        known[wish.key] = wish
+    return _most(tuple(known.values()))
+
+
+def _most(profile: tuple[Wish, ...]) -> tuple[Wish, ...]:
+    """Return as many wishes as a profile holds: conclusions go first, then soft ones, then the oldest; bans last."""
+
+    def worth(wish: Wish) -> int:
+        if wish.source == "inferred":
+            return 0
+        return 3 if wish.op in ("not", "seen") or wish.ban else 2 if wish.hard else 1
+
+    places = sorted(range(len(profile)), key=lambda place: worth(profile[place]))
+    return tuple(profile[place] for place in sorted(places[max(0, len(profile) - MOST_WISHES) :]))
+
+
+def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
+    """Return the constraints that an item has to meet, each as the wishes of which one is enough.
+
+    ``or`` joins the last constraint on its field of the same turn; alone it is a constraint of its own.
+    """
+    found: list[list[Wish]] = []
+    for wish in (wish for wish in profile if wish.hard and wish.field != ITEM and wish.op != "not"):
+        said = (group for group in reversed(found) if (group[0].field, group[0].turn) == (wish.field, wish.turn))
+        last = next(said, None) if wish.op == "or" else None
+        if last is None:
+            found.append([wish])
+        else:
+            last.append(wish)
+    return found
+
+
+def revoked(profile: Iterable[Wish], field: str, value: str) -> tuple[Wish, ...]:
+    """Return a profile without what it says of a value."""
+    return tuple(wish for wish in profile if (wish.field, wish.value) != (field, value))
+
+
+def fresh(profile: Iterable[Wish], turn: int) -> tuple[Wish, ...]:
+    """Return a profile without what was concluded more than `KEPT` turns ago."""
+    return tuple(wish for wish in profile if wish.source != "inferred" or turn - wish.turn <= KEPT)
+
+
+def eased(profile: tuple[Wish, ...]) -> tuple[tuple[Wish, ...], Wish | None]:
+    """Return a profile without its oldest constraint that asks for something, and that one; bans stay.
+
+    What was concluded goes before what was said. Alternatives go together.
+    """
+    groups = [group for group in alternatives(profile) if group[0].asks]
+    if not groups:
+        return profile, None
+    out = min(groups, key=lambda group: (group[0].source != "inferred", group[0].turn))
+    keys = {wish.key for wish in out}
+    return tuple(replace_hard(wish) if wish.key in keys and wish.asks else wish for wish in profile), out[0]
+
+
+def replace_hard(wish: Wish) -> Wish:
+    """Return a constraint as a soft wish."""
+    return wish.model_copy(update={"hard": False})

@@ -1,0 +1,317 @@
+"""What each tool does to a conversation. Items come from the catalogue, and are looked up before they are shown."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from llmrec.answering.known import Catalogue
+from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
+from llmrec.answering.opening import Models
+from llmrec.answering.recommender import Answered
+from llmrec.answering.rules import Rules
+from llmrec.chat.calls import (
+    Ask,
+    Call,
+    Explain,
+    Filter,
+    Forget,
+    Rank,
+    Search,
+    Show,
+    ShowProfile,
+    Similar,
+)
+from llmrec.chat.facts import Facts
+from llmrec.chat.state import ITEM, MOST_BUFFER, MOST_SHOWN, MOST_WISHES, State, Wish, eased, learned, revoked
+from llmrec.data.requests import Past, RankRequest
+from llmrec.errors import DataError
+from llmrec.guard import TEXT_LIMIT, clean
+
+# How far the wishes of the profile that are no constraints move an item: a place near the top counts as 1.
+_SOFT = 0.5
+# Items of the list that are rejected or liked until what they share is taken for a wish.
+_SHARED = 2
+# As in `Facts.search`.
+_RANK = 60
+
+
+class Lists(Protocol):
+    """The recommender that a conversation is held with."""
+
+    @property
+    def rules(self) -> Rules:
+        """Rules that always stand."""
+        ...
+
+    def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
+        """Return ids, best first: of the candidates, or of the whole catalogue."""
+        ...
+
+    def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
+        """Return ids of items that are chosen together with others, best first."""
+        ...
+
+
+Verb = Literal["rank", "similar", "popular"]
+"""What a recommender is asked: to order, for items like those of the history, and for a user who is not known."""
+
+
+@dataclass(frozen=True)
+class ModelLists:
+    """Lists of models, here or in another process.
+
+    Attributes:
+        catalogue: What may be listed.
+        ask: Answers a verb for a request, as deep as it is told.
+        rules: Rules that always stand.
+    """
+
+    catalogue: Catalogue
+    ask: Callable[[Verb, RankRequest, int], Answered]
+    rules: Rules = field(default_factory=Rules)
+
+    def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
+        """See `Lists`."""
+        return self._asked("rank", liked, rules, k, candidates)
+
+    def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
+        """See `Lists`."""
+        return self._asked("similar", items, rules, k)
+
+    def _asked(
+        self, verb: Verb, history: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()
+    ) -> list[str]:
+        items = self.catalogue.items
+        request = RankRequest(
+            id="chat",
+            candidates=tuple(items[name] for name in candidates),
+            history=tuple(Past(item=items[name]) for name in history if name in items),
+        )
+        every = self.rules.joined(rules)
+        request = ruled(request, every, items, self.catalogue.allowed, exclude_seen=True)
+        verb = "popular" if is_cold(request) else verb
+        steps = listing(request, every, items, k)
+        depth = next(steps)
+        while True:
+            try:
+                depth = steps.send(self.ask(verb, request, depth))
+            except StopIteration as done:
+                return list(ranking_of(done.value).items)
+
+
+def asking(models: Models) -> Callable[[Verb, RankRequest, int], Answered]:
+    """Return what asks models that are open in this process."""
+    neighbours = models.similar("text" if models.data is None else "interactions")
+    by = {"rank": models.get(), "similar": neighbours, "popular": models.popular or models.get()}
+    return lambda verb, request, depth: by[verb].rank([request], depth=depth)[0]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a call did.
+
+    Attributes:
+        items: Ids that are shown to the user.
+        told: Lines for the user: facts, the profile, what was eased; titles and values are data of the catalogue.
+        ask: The field that is asked about; empty: none.
+        note: For the manager: what came of a tool, in words of this program alone.
+    """
+
+    items: tuple[str, ...] = ()
+    told: tuple[str, ...] = ()
+    ask: str = ""
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class Tools:
+    """The tools over a catalogue and a recommender.
+
+    Attributes:
+        facts: Of the catalogue.
+        lists: The recommender.
+        titles: Of items, by id.
+    """
+
+    facts: Facts
+    lists: Lists
+    titles: Mapping[str, str] = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "titles", self.facts.titles)
+
+    def allowed(self, state: State) -> frozenset[str]:
+        """Return the ids that may be shown."""
+        return self.lists.rules.joined(self.facts.rules(state.profile)).allowed(self.facts.items) - state.barred
+
+    def apply(self, call: Call, state: State) -> tuple[State, Outcome]:
+        """Do what a call says; one that points at nothing does nothing."""
+        if isinstance(call, Search):
+            found = self.facts.search(call.text, self.allowed(state))[: call.k]
+            return _with_buffer(state, found, f"search found {len(found)}")
+        if isinstance(call, Filter):
+            return self._filter(call, state)
+        if isinstance(call, Similar):
+            named = [state.shown[place - 1] for place in call.items if place <= len(state.shown)] or list(state.liked)
+            found = self._tried(self.lists.similar, named, state) if named else []
+            return _with_buffer(state, found, f"similar found {len(found)}")
+        if isinstance(call, Rank):
+            return self._rank(call, state)
+        if isinstance(call, Explain):
+            return state, self._explain(call, state)
+        if isinstance(call, Show):
+            return self._show(call, state)
+        if isinstance(call, Ask):
+            return state.with_(asked=(*state.asked, call.field)[-MOST_WISHES:]), Outcome(ask=call.field)
+        if isinstance(call, ShowProfile):
+            return state, Outcome(told=self.profile(state))
+        if isinstance(call, Forget):
+            return self._forget(call, state)
+        return state, Outcome()
+
+    def profile(self, state: State) -> tuple[str, ...]:
+        """Return the profile in words, numbered as `Forget` takes them."""
+        return tuple(
+            f"{place}. {wish.told(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
+            for place, wish in enumerate(state.profile, start=1)
+        )
+
+    def concluded(self, state: State) -> State:
+        """Return a state with what liked, and unwanted, items have in common as soft wishes."""
+        profile = state.profile
+        for op in ("is", "not"):
+            named = [wish.value for wish in profile if wish.field == ITEM and wish.op == op]
+            counts: dict[tuple[str, str], int] = {}
+            for name in named:
+                for fact, said in self.facts.told(name):
+                    if fact not in self.facts.numeric:
+                        for value in said.split(", "):
+                            counts[fact, value] = counts.get((fact, value), 0) + 1
+            profile = learned(
+                profile,
+                [
+                    Wish(field=fact, op=op, value=value, hard=False, source="inferred", turn=state.turn)
+                    for (fact, value), times in counts.items()
+                    if times >= _SHARED and 2 * times > len(named)
+                ],
+            )
+        return state.with_(profile=profile)
+
+    # ------------------------------------------------------------------- one tool each
+
+    def _filter(self, call: Filter, state: State) -> tuple[State, Outcome]:
+        value = call.value if call.op in ("from", "until") else self.facts.value(call.field, call.value) or ""
+        wish = Wish(field=call.field, op=call.op, value=value, source="inferred", turn=state.turn)
+        if not self.facts.legal(wish):
+            return state, Outcome(note="there is no such value")
+        state = state.with_(profile=learned(state.profile, [wish]))
+        left = self.allowed(state)
+        return _with_buffer(state, [name for name in state.buffer if name in left], f"{len(left)} items are left")
+
+    def _rank(self, call: Rank, state: State) -> tuple[State, Outcome]:
+        chosen = [state.shown[place - 1] for place in call.items if place <= len(state.shown)]
+        if chosen:
+            order = self._tried(self.lists.rank, list(state.liked), state, candidates=chosen, shown=True)
+            return state, Outcome(items=tuple(order), note="the list is ordered")
+        allowed = self.allowed(state)
+        pool = [name for name in state.buffer if name in allowed]
+        order = self._tried(self.lists.rank, list(state.liked), state, candidates=pool)
+        if not order:
+            # Items that the recommender does not know yet, in the order of the search or of the catalogue.
+            new = [(name, 0.0) for name in pool or self.facts.items if name in allowed]
+            order = [name for name, _ in self.lists.rules.arrange(new, self.facts.items, MOST_BUFFER)]
+        return _with_buffer(state, self._softened(_joined(order, pool), state), f"{len(order)} items are ranked")
+
+    def _tried(
+        self, ask: object, history: list[str], state: State, candidates: Sequence[str] = (), shown: bool = False
+    ) -> list[str]:
+        """Ask the recommender; rules that leave nothing give nothing. Other failures are the user's to see."""
+        rules = self.facts.rules(state.profile).joined(Rules(block=frozenset() if shown else state.barred))
+        further = {"candidates": candidates} if candidates else {}
+        try:
+            found: list[str] = ask(history, rules, MOST_BUFFER, **further)  # type: ignore[operator]
+        except DataError as error:
+            # A model without interactions knows no neighbours, and says so each time.
+            if error.kind not in ("empty", "unsupported"):
+                raise
+            return []
+        return [name for name in found if name in self.facts.items]
+
+    def _softened(self, order: Sequence[str], state: State) -> list[str]:
+        """Move items up that meet soft wishes, and others down."""
+        wishes = [wish for wish in state.profile if not wish.hard and wish.field != ITEM]
+        if not wishes:
+            return list(order)
+
+        def worth(place: int) -> float:
+            met = [self.facts.matches(order[place], wish) * (-1 if wish.op == "not" else 1) for wish in wishes]
+            return 1 - place / len(order) + _SOFT * sum(met) / len(wishes)
+
+        return [order[place] for place in sorted(range(len(order)), key=lambda place: (-worth(place), place))]
+
+    def _explain(self, call: Explain, state: State) -> Outcome:
+        if call.item > len(state.shown):
+            return Outcome(note="there is no such place in the list")
+        name = state.shown[call.item - 1]
+        said = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.told(name))
+        lines = [f"{self.titles[name]}: {said}"]
+        met = [
+            wish for wish in state.profile if wish.field != ITEM and wish.op != "not" and self.facts.matches(name, wish)
+        ]
+        if met:
+            lines.append("It fits: " + "; ".join(wish.told(self.titles) for wish in met))
+        if state.liked:
+            lines.append("You like: " + ", ".join(self.titles[each] for each in state.liked if each in self.titles))
+        return Outcome(told=tuple(lines), note="explained")
+
+    def _show(self, call: Show, state: State) -> tuple[State, Outcome]:
+        told: list[str] = []
+        found = self._listed(state)
+        while not found:
+            profile, out = eased(state.profile)
+            if out is None:
+                break
+            told.append(f"Nothing is left, so this is only a preference now: {out.told(self.titles)}.")
+            state = state.with_(profile=profile, buffer=())
+            state, _ = self._rank(Rank(), state)
+            found = self._listed(state)
+        items = tuple(found[: call.k])
+        if not items:
+            told.append("There is nothing left to show under these wishes.")
+        asked = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
+        past = (*state.past, *items)[-MOST_SHOWN:]
+        return state.with_(shown=items, past=past, asked=asked), Outcome(items, tuple(told), call.ask)
+
+    def _listed(self, state: State) -> list[str]:
+        """Return what may be shown: of the candidates, or of the whole catalogue where none of them is left."""
+        allowed = self.allowed(state)
+        found = [name for name in state.buffer if name in allowed]
+        if not found and allowed:
+            ranked, _ = self._rank(Rank(), state.with_(buffer=()))
+            found = [name for name in ranked.buffer if name in allowed]
+        return found
+
+    def _forget(self, call: Forget, state: State) -> tuple[State, Outcome]:
+        if call.wish == 0:
+            state = state.with_(profile=(), buffer=(), past=(), asked=(), lines=())
+            return state, Outcome(told=("The profile is empty now.",))
+        if call.wish > len(state.profile):
+            return state, Outcome(note="there is no such wish")
+        wish = state.profile[call.wish - 1]
+        profile = revoked(state.profile, wish.field, wish.value)
+        return state.with_(profile=profile, buffer=()), Outcome(told=(f"Forgotten: {wish.told(self.titles)}.",))
+
+
+def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
+    """Join the order of a recommender, which holds what may be listed, with that of a search by reciprocal ranks."""
+    if not pool:
+        return list(order)
+    at = {name: place for place, name in enumerate(order)}
+    worth = {name: 1 / (_RANK + place) + 1 / (_RANK + at[name]) for place, name in enumerate(pool) if name in at}
+    return sorted(worth, key=lambda name: -worth[name])
+
+
+def _with_buffer(state: State, found: Sequence[str], note: str) -> tuple[State, Outcome]:
+    return state.with_(buffer=tuple(found[:MOST_BUFFER])), Outcome(note=note)

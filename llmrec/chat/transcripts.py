@@ -1,0 +1,120 @@
+"""Transcripts of conversations as JSON lines, which replay as tests: the same words have to have the same answer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from llmrec.chat.calls import Call
+from llmrec.chat.conversation import Conversation, Reply
+from llmrec.chat.state import State
+from llmrec.durable import write_text
+from llmrec.errors import DataError
+
+
+class Turn(BaseModel):
+    """One line of a transcript.
+
+    Attributes:
+        user: What the user said; null begins another conversation.
+        calls: What was called.
+        items: Ids of the list.
+        text: The answer.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    user: str | None
+    calls: tuple[Call, ...] = ()
+    items: tuple[str, ...] = ()
+    text: str = ""
+
+    @staticmethod
+    def of(said: str, reply: Reply) -> Turn:
+        """Return what a transcript keeps of a reply."""
+        return Turn(user=said, calls=reply.calls, items=reply.items, text=reply.text)
+
+
+BREAK = Turn(user=None)
+"""Between two conversations."""
+
+
+def write(file: Path, turns: Sequence[Turn]) -> None:
+    """Write a transcript in one step."""
+    write_text(file, "".join(json.dumps(turn.model_dump(), ensure_ascii=False) + "\n" for turn in turns))
+
+
+def refuse_other(file: Path) -> None:
+    """Refuse to write a transcript over anything else.
+
+    Raises:
+        DataError: If there is a file that is no transcript.
+    """
+    if not file.exists():
+        return
+    try:
+        read(file)
+    except DataError as error:
+        raise DataError(
+            f"--save {file}: what lies there is no transcript, and is not overwritten ({error}); name another file, or "
+            "move that one away",
+            kind="exists",
+            at=file,
+            column="--save",
+        ) from None
+
+
+def read(file: Path) -> list[Turn]:
+    """Read a transcript.
+
+    Raises:
+        DataError: If a line is none of a transcript.
+    """
+    try:
+        # Line feeds alone: JSON leaves other ends of lines, such as U+2028, as they are.
+        lines = file.read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"the transcript {file} cannot be read: {error}", kind="unreadable", at=file) from None
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(Turn.model_validate_json(line))
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, first["loc"])) or "line"
+            raise DataError(
+                f"{file}, line {number}: {key}: {first['msg']}; a line has the keys {', '.join(Turn.model_fields)}",
+                kind="syntax",
+                at=file,
+                column=key,
+            ) from None
+    return found
+
+
+def differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[str]:
+    """Hold the conversations of a transcript again, and yield a line for every answer that differs.
+
+    Raises:
+        LlmrecError: If an engine fails.
+    """
+    state = State()
+    for number, turn in enumerate(turns, start=1):
+        if turn.user is None:
+            state = State()
+            continue
+        reply = conversation.answer(state, turn.user)
+        state, now = reply.state, Turn.of(turn.user, reply)
+        for key in ("calls", "items", "text"):
+            then, found = turn.model_dump()[key], now.model_dump()[key]
+            if then != found:
+                yield f"line {number}, {turn.user[:60]!r}: {key} were {_short(then)}, are {_short(found)}"
+                break
+
+
+def _short(value: object) -> str:
+    return json.dumps(value, ensure_ascii=False)[:200]

@@ -1,0 +1,23 @@
+"""The command `llmrec chat`."""
+
+from __future__ import annotations
+
+import typer
+
+from llmrec.commands.chat.options import ChatOptions
+from llmrec.commands.common import App
+from llmrec.commands.options import takes
+
+app = App()
+
+
+@app.command()
+@takes(ChatOptions)
+def chat(options: ChatOptions) -> None:
+    """Talk with a recommender about its catalogue, a line at a time, or replay a transcript as a test.
+
+    It shows items of the catalogue alone; docs/chat.md says what it understands.
+    """
+    from llmrec.commands.chat.run import chat
+
+    raise typer.Exit(chat(options))

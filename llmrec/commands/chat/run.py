@@ -1,0 +1,120 @@
+"""Holds a conversation in the terminal, or replays a transcript."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from llmrec.answering.checks import decided
+from llmrec.answering.known import Catalogue
+from llmrec.answering.opening import Models, open_models
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.recommender import Recommender
+from llmrec.chat import transcripts
+from llmrec.chat.calls import written
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.facts import Facts
+from llmrec.chat.managers import Manager, ModelManager, RuleManager
+from llmrec.chat.reading import Reader
+from llmrec.chat.state import State
+from llmrec.chat.tools import ModelLists, Tools, asking
+from llmrec.commands.chat.options import RULES, ChatOptions
+from llmrec.commands.show.console import say, tell
+from llmrec.errors import DataError
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.models.embedder import text_embedder
+
+_HELLO = "Say what you are looking for; an empty line ends."
+
+
+def chat(options: ChatOptions) -> int:
+    """Hold a conversation on the standard input, or replay one, and return the exit status.
+
+    Raises:
+        LlmrecError: If the model cannot be opened, a transcript cannot be read, or another file would be overwritten.
+    """
+    if options.save is not None:
+        if options.replay is not None:
+            raise DataError(
+                "--save keeps what is said now, and --replay what was said before; drop one of them",
+                kind="contradiction",
+                column="--save",
+            )
+        transcripts.refuse_other(options.save)
+    past = None if options.replay is None else transcripts.read(options.replay)
+    turns: list[transcripts.Turn] = []
+    models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
+    try:
+        with _manager(options) as manager:
+            conversation = talking(models, manager, options.encoder)
+            if past is not None:
+                return _replayed(conversation, past)
+            for turn in _held(conversation, options):
+                turns.append(turn)
+    finally:
+        # Also after Ctrl-C or an error: what was said is not lost.
+        if options.save is not None and turns:
+            transcripts.write(options.save, turns)
+        models.close()
+    tell(turns=[turn.model_dump() for turn in turns])
+    return 0
+
+
+def talking(models: Models, manager: Manager, encoder: str | None = None) -> Conversation:
+    """Return a conversation over the models of a folder.
+
+    Raises:
+        DataError: If there is no catalogue to talk about.
+    """
+    if not models.items:
+        raise DataError(
+            "chat: this model knows no item to talk about; name a table with --items", kind="empty", column="--items"
+        )
+    facts = Facts(models.items, None if encoder is None else text_embedder(encoder))
+    lists = ModelLists(Catalogue(models.items), asking(models))
+    return Conversation(Tools(facts, lists), manager, Reader(facts))
+
+
+@contextmanager
+def _manager(options: ChatOptions) -> Iterator[Manager]:
+    """Hand out who chooses the tools."""
+    if options.manager == RULES:
+        yield RuleManager(k=options.k)
+        return
+    asked = RecommenderOptions(model=options.manager, backend="hf", dtype=options.dtype)
+    with Recommender.open(decided(asked), ranks=False) as model, model.asked("search") as backend:
+        yield ModelManager(backend)
+
+
+def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:
+    """Answer the lines of the standard input, and yield each turn before it is printed."""
+    state = State()
+    if sys.stdin.isatty():
+        say(_HELLO)
+    for line in sys.stdin:
+        if not (said := clean(line, TEXT_LIMIT)):
+            break
+        reply = conversation.answer(state, said)
+        state = reply.state
+        yield transcripts.Turn.of(said, reply)
+        _say(reply.text)
+        if options.calls:
+            calls = "; ".join(map(written, reply.calls))
+            _say(f"{reply.seconds:.2f} s, {reply.cost.prompt_tokens} tokens read: {calls}", "  ")
+
+
+def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
+    different = list(transcripts.differences(past, conversation))
+    for line in different:
+        _say(line)
+    said = sum(turn.user is not None for turn in past)
+    tell(turns=said, different=different)
+    say(f"{said} turns, {len(different)} of them different")
+    return int(bool(different))
+
+
+def _say(text: str, before: str = "") -> None:
+    """Print lines with words of users and values of a table: these must not steer the terminal."""
+    for line in text.split("\n"):
+        say(before + clean(line, max(1, len(line))))

@@ -1,0 +1,427 @@
+"""Conversations: constraints until they are revoked, the profile, items of the catalogue alone, transcripts."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llmrec.answering.rules import Quota, Rules
+from llmrec.chat import transcripts
+from llmrec.chat.calls import Explain, Filter, Forget, Search, Show, ends
+from llmrec.chat.conversation import Conversation, Reply
+from llmrec.chat.facts import Facts
+from llmrec.chat.managers import RandomManager, RuleManager
+from llmrec.chat.simulator import NEAR, SimulatedUser, hold, near, told_of
+from llmrec.chat.state import ITEM, KEPT, MOST_TURNS, MOST_WISHES, State, Wish, eased, fresh, learned, read_state
+from llmrec.chat.tools import Tools
+from llmrec.errors import DataError, ErrorKind
+from llmrec.types import Item
+from tests.chat.shelf import MadeLists, conversation, items
+from tests.facts import Facts as Expected
+from tests.facts import raises
+
+
+def said(talk: Conversation, *lines: str, state: State | None = None) -> list[Reply]:
+    """Say some lines and return the answers."""
+    state, replies = state or State(), []
+    for line in lines:
+        replies.append(talk.answer(state, line))
+        state = replies[-1].state
+    return replies
+
+
+def genres(reply: Reply) -> list[set[str]]:
+    return [set(items()[name].fields["genres"].split(", ")) for name in reply.items]
+
+
+# --------------------------------------------------------------------------- constraints
+
+
+def test_what_is_not_wanted_is_not_shown_until_it_is_revoked() -> None:
+    talk = conversation()
+    first = "Please something, but not horror"
+    more = [
+        "more please",
+        "I loved The Cellar Door",
+        "a thriller",
+        "something like number 1",
+        "I have seen these",
+        "from the eighties",
+        "sci-fi instead",
+        "anything else?",
+    ]
+    replies = said(talk, first, *more)
+    assert all("Horror" not in each for reply in replies for each in genres(reply))
+    assert all(reply.items for reply in replies[:3])
+    (again,) = said(talk, "horror is fine again", state=replies[-1].state)
+    assert any("Horror" in each for each in genres(again))
+    assert not any(wish.op == "not" for wish in again.state.profile if wish.field == "genres")
+
+
+@pytest.mark.parametrize(
+    ("line", "wishes"),
+    [
+        ("I'd like a comedy", {("genres", "is", "Comedy", True)}),
+        ("I love westerns", {("genres", "is", "Western", False)}),
+        ("no musicals or horror please", {("genres", "not", "Musical", True), ("genres", "not", "Horror", True)}),
+        ("comedies or thrillers", {("genres", "is", "Comedy", True), ("genres", "or", "Thriller", True)}),
+        ("anything but dramas", {("genres", "not", "Drama", True)}),
+        (
+            "I don't like horror, but a scifi film would be nice",
+            {("genres", "not", "Horror", True), ("genres", "is", "Sci-Fi", True)},
+        ),
+        ("something from the nineties", {("year", "from", "1990", True), ("year", "until", "1999", True)}),
+        ("nothing before 1985", {("year", "from", "1985", True)}),
+        ("films after 1990", {("year", "from", "1990", True)}),
+        ("older than the 70s please", {("year", "until", "1969", True)}),
+        ("a film by Ann Vale", {("director", "is", "Ann Vale", True)}),
+        ("I loved Cold Trail (1988)", {(ITEM, "is", "f16", False)}),
+        ("I didn't like The Signal", {(ITEM, "not", "f07", False)}),
+        ("I have already seen Two Left Feet", {(ITEM, "seen", "f04", False)}),
+        ("I didn't like Saw (2004)", {(ITEM, "not", "f18", False)}),
+        ("I have seen Cold Trail and didn't like it", {(ITEM, "not", "f16", False)}),
+        ("I did not enjoy Cold Trail when I saw it", {(ITEM, "not", "f16", False)}),
+        ("I haven't seen Cold Trail", set()),
+        ("I loved Cold Trail, not The Signal", {(ITEM, "is", "f16", False), (ITEM, "not", "f07", False)}),
+        ("I loved Cold Trail, no horror please", {(ITEM, "is", "f16", False), ("genres", "not", "Horror", True)}),
+        ("please remove horror", {("genres", "not", "Horror", True)}),
+        ("leave out horror and exclude dramas", {("genres", "not", "Horror", True), ("genres", "not", "Drama", True)}),
+        ("neither horror nor dramas", {("genres", "not", "Horror", True), ("genres", "not", "Drama", True)}),
+        ("no, yes please", set()),
+        ("what's the weather?", set()),
+    ],
+)
+def test_rules_read(line: str, wishes: set[tuple[str, str, str, bool]]) -> None:
+    known = items()
+    known["f18"] = Item(item_id="f18", title="Saw (2004)", fields={"genres": "Horror", "colour": "yes"})
+    known["f17"] = replace(known["f17"], fields={**known["f17"].fields, "colour": "no"})
+    known["f16"] = replace(known["f16"], fields={**known["f16"].fields, "colour": "yes"})
+    talk = conversation(known=known)
+    assert "colour" in talk.tools.facts.values
+    (reply,) = said(talk, line)
+    assert {(wish.field, wish.op, wish.value, wish.hard) for wish in reply.heard.wishes} == wishes
+
+
+@pytest.mark.parametrize("line", ["my sister loves horror", "is the first one horror?", "horror or a drama please"])
+def test_a_ban_outlives_a_mention(line: str) -> None:
+    replies = said(conversation(), "something, but not horror", line, "more please")
+    assert all("Horror" not in each for reply in replies for each in genres(reply)) and replies[-1].items
+    assert Wish(field="genres", op="not", value="Horror", turn=1) in replies[-1].state.profile
+
+
+def test_rules_that_always_stand_hold_whatever_is_said() -> None:
+    rules = Rules(
+        without={"genres": frozenset({"Horror"})}, block=frozenset({"f03"}), quotas=(Quota(field="director", most=1),)
+    )
+    talk = conversation(rules=rules)
+    lines = ("a film about a ferry, cellar, station or harvest", "horror please", "I loved Red Dust Station", "more")
+    replies = said(talk, *lines)
+    shown = [name for reply in replies for name in reply.items]
+    assert shown and "f03" not in shown and not any("Horror" in items()[name].fields["genres"] for name in shown)
+    directors = [[items()[name].fields["director"] for name in reply.items] for reply in replies]
+    assert all(len(set(each)) == len(each) for each in directors)
+
+
+class Failing(MadeLists):
+    """A recommender that knows no item, or whose engine fails."""
+
+    kind: ErrorKind = "empty"
+
+    def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
+        raise DataError("the engine stopped", kind=self.kind)
+
+
+def test_items_that_the_recommender_does_not_know_are_listed_and_failures_are_told() -> None:
+    lists, plain = Failing(items()), conversation()
+    talk = Conversation(Tools(plain.tools.facts, lists), RuleManager(), plain.reader)
+    (reply,) = said(talk, "a western please")
+    assert reply.items == ("f12", "f13")
+    lists.kind = "failed"
+    with raises(DataError, Expected("failed")):
+        talk.answer(State(), "a western please")
+
+
+def test_alternatives_stay_together() -> None:
+    talk = conversation()
+    replies = said(talk, "comedies or thrillers", "a thriller or comedy please")
+    kept = talk.tools.facts.rules(replies[-1].state.profile)
+    assert kept.only == {"genres": frozenset({"comedy", "thriller"})} and not kept.more
+    # One of them alone takes the place of both, and all are eased together.
+    (reply,) = said(talk, "a comedy please", state=replies[0].state)
+    assert all("Comedy" in each for each in genres(reply)) and len(reply.state.profile) == 1
+    profile, out = eased(replies[0].state.profile)
+    assert out is not None and not any(wish.hard for wish in profile)
+    # Of another turn, each is a wish of its own.
+    apart = (
+        Wish(field="genres", op="is", value="Comedy", turn=1),
+        Wish(field="genres", op="or", value="Drama", turn=2),
+    )
+    assert talk.tools.facts.rules(apart).allowed(items()) == frozenset()
+
+
+def test_a_bound_on_what_is_not_wanted_never_eases() -> None:
+    replies = said(conversation(), "nothing before 1992", "a western please")
+    assert all(int(items()[name].fields["year"]) >= 1992 for reply in replies for name in reply.items)
+    assert "genres is Western" in replies[1].text and replies[1].items
+
+
+def test_a_full_profile_keeps_its_bans() -> None:
+    bans = [Wish(field="genres", op="not", value=f"g{n}") for n in range(MOST_WISHES - 3)]
+    soft = [Wish(field=ITEM, op="is", value=f"i{n}", hard=False) for n in range(3)]
+    guess = Wish(field="genres", op="is", value="guess", source="inferred")
+    hard = [Wish(field="genres", op="is", value=f"w{n}") for n in range(2)]
+    full = learned([*bans, *soft], [guess, *hard])
+    assert full == (*bans, soft[2], *hard)
+
+
+def test_bounds_and_values_hold_together_and_ease_where_nothing_is_left() -> None:
+    talk = conversation()
+    (reply,) = said(talk, "a comedy or western from the sixties")
+    assert reply.items == ("f13", "f12") or set(reply.items) == {"f12", "f13"}
+    replies = said(talk, "a western please", "by Cy Marsh")
+    assert replies[1].items and "only a preference now" in replies[1].text
+    assert {items()[name].fields["director"] for name in replies[1].items} == {"Cy Marsh"}
+    # A ban never eases.
+    replies = said(talk, "no western, no comedy, no horror, no drama, no thriller, no sci-fi, no romance, no musical")
+    assert not replies[0].items and "nothing left" in replies[0].text
+
+
+# --------------------------------------------------------------------------- the profile
+
+
+def test_what_was_said_overrides_what_was_concluded() -> None:
+    said_, guess = (
+        Wish(field="genres", op=op, value="Horror", source=source, turn=3)
+        for op, source in (("not", "said"), ("is", "inferred"))
+    )
+    assert learned([said_], [guess]) == (said_,)
+    assert learned([guess], [said_]) == (said_,)
+    edited = said_.model_copy(update={"source": "edited", "op": "is"})
+    assert learned([edited], [guess]) == (edited,)
+    # A filter of a language model is a conclusion.
+    talk = conversation()
+    state, _ = talk.tools.apply(Filter(field="genres", op="is", value="Horror"), State(profile=(said_,)))
+    assert state.profile == (said_,)
+
+
+def test_conclusions_are_drawn_and_forgotten() -> None:
+    talk = conversation()
+    replies = said(talk, "I loved Orbit of Glass", "I loved Paper Moon Landing")
+    drawn = [wish for wish in replies[-1].state.profile if wish.source == "inferred"]
+    assert [(wish.field, wish.value, wish.hard) for wish in drawn] == [("genres", "Sci-Fi", False)]
+    assert drawn[0] in fresh(drawn, drawn[0].turn + KEPT) and not fresh(drawn, drawn[0].turn + KEPT + 1)
+    assert fresh([drawn[0].model_copy(update={"source": "said"})], 1000)
+
+
+def test_conclusions_grow_old_in_a_conversation() -> None:
+    talk = conversation()
+    replies = said(talk, "I loved Orbit of Glass", "I loved Paper Moon Landing", *["thanks"] * (KEPT + 1))
+    concluded = [any(wish.source == "inferred" for wish in reply.state.profile) for reply in replies]
+    assert concluded == [False, *[True] * (KEPT + 1), False]
+
+
+def test_the_user_reads_edits_and_deletes_the_profile() -> None:
+    talk = conversation()
+    replies = said(talk, "no horror please", "I loved Cold Trail", "what do you know about me?")
+    assert "1. genres is not Horror" in replies[-1].text and "likes Cold Trail (1988)" in replies[-1].text
+    state = replies[-1].state
+    edited = state.with_(profile=(*state.profile, Wish(field="genres", op="not", value="Comedy", source="edited")))
+    (reply,) = said(talk, "more please", state=read_state(edited.model_dump()))
+    assert not any({"Horror", "Comedy"} & each for each in genres(reply))
+    gone, outcome = talk.tools.apply(Forget(wish=1), state)
+    assert not any(wish.value == "Horror" for wish in gone.profile) and "Horror" in outcome.told[0]
+    (reply,) = said(talk, "forget everything", state=state)
+    left = reply.state
+    assert not (left.profile or left.buffer or left.past or left.asked)
+    assert [each.role for each in left.lines] == ["assistant"]
+    # A title asks for nothing.
+    known = items()
+    known["f02"] = replace(known["f02"], title="Forget Me Not (1936)")
+    replies = said(conversation(known=known), "no horror please", "I loved Forget Me Not (1936)")
+    assert len(replies[-1].state.profile) == 2
+    assert said(conversation(), "no horror please", "I loved Forget Me Not")[-1].state.profile
+
+
+def test_a_state_is_checked() -> None:
+    with raises(DataError, Expected("bad-value", column="state.profile.0.op")):
+        read_state({"profile": [{"field": "genres", "op": "drop table", "value": "x"}]})
+    talk = conversation()
+    made = State(
+        profile=(Wish(field="genres", op="is", value="Nonsense"), Wish(field=ITEM, op="is", value="f99")),
+        shown=("f99", "f01"),
+        buffer=("f98",),
+        asked=("nothing",),
+    )
+    (reply,) = said(talk, "more please", state=made)
+    assert not reply.state.profile and set(reply.items) <= set(items()) and reply.items
+    long = State(turn=MOST_TURNS, asked=("year",) * MOST_WISHES, profile=(Wish(field=ITEM, op="is", value="f01"),))
+    (reply,) = said(talk, "surprise me", state=long)
+    assert read_state(reply.state.model_dump()) == reply.state and reply.state.turn == MOST_TURNS
+
+
+def test_long_values_are_searched_alone_and_no_control_character_is_said() -> None:
+    bell = "Loud\x1b[31m\nNoise"
+    known = items()
+    for name in ("f00", "f01"):
+        fields = {"mood\x07": bell, "long": "y" * 301, "z" * 101: "same", "genres": "Horror, " + "x" * 301}
+        known[name] = replace(known[name], fields={**known[name].fields, **fields})
+    talk = conversation(known=known)
+    facts = talk.tools.facts
+    assert set(facts.values) == {"genres", "year", "director", "mood\x07"}
+    assert all(len(value) <= 300 for values in facts.values.values() for value in values)
+    assert Facts(known, lambda texts: np.ones((len(texts), 2))).concepts.shape == (18, 2)
+    state = State(shown=("f00",), profile=(Wish(field="mood\x07", op="is", value=bell),))
+    (told,) = [talk.tools.apply(Explain(item=1), state)[1].told]
+    spoken = (*told, *talk.tools.profile(state), *(talk._question(field) for field in facts.values))
+    assert "Noise" in "".join(spoken) and all(line.isprintable() for line in spoken)
+
+
+# --------------------------------------------------------------------------- the catalogue alone
+
+
+def test_no_item_outside_the_catalogue_is_ever_shown() -> None:
+    class Inventing:
+        """A recommender that returns what the catalogue lacks."""
+
+        def __init__(self, inner: object) -> None:
+            self._inner = inner
+            self.rules = Rules()
+
+        def rank(self, *args: object, **more: object) -> list[str]:
+            return ["x1", *self._inner.rank(*args, **more), "x2"]  # type: ignore[attr-defined]
+
+        def similar(self, *args: object) -> list[str]:
+            return ["x3", *self._inner.similar(*args)]  # type: ignore[attr-defined]
+
+    plain = conversation()
+    talk = Conversation(Tools(plain.tools.facts, Inventing(plain.tools.lists)), RandomManager(1), plain.reader)
+    dice, shown = random.Random(0), 0
+    lines = ("a comedy", "not horror", "more", "I liked Cold Trail", "like the first", "Titanic please", "thanks")
+    for _ in range(25):
+        state, banned = State(), False
+        for _ in range(6):
+            line = dice.choice(lines)
+            banned = banned or line == "not horror"
+            reply = talk.answer(state, line)
+            state = reply.state
+            assert not (banned and any("Horror" in each for each in genres(reply)))
+            shown += len(reply.items)
+            assert set(reply.items) <= set(items())
+            assert len(set(reply.items)) == len(reply.items)
+    assert shown > 30
+
+
+def test_explanations_cite_fields() -> None:
+    replies = said(conversation(), "a comedy please", "why the second one?")
+    name = replies[0].items[1]
+    assert isinstance(replies[1].calls[0], Explain) and items()[name].title in replies[1].text
+    assert f"genres: {items()[name].fields['genres']}" in replies[1].text and "genres is Comedy" in replies[1].text
+
+
+def test_other_subjects_are_declined_and_lists_end_with_a_question() -> None:
+    replies = said(conversation(), "hello", "surprise me", "write me a poem", "thanks", "bye")
+    tools = [reply.calls[-1].tool for reply in replies]
+    assert tools == ["ask", "show", "say", "say", "say"]
+    assert [reply.calls[-1].model_dump().get("what") for reply in replies[2:]] == ["decline", "thanks", "bye"]
+    (reply,) = said(conversation(), "a film about a harbour")
+    assert isinstance(reply.calls[0], Search) and reply.items[0] == "f10"
+
+
+# --------------------------------------------------------------------------- transcripts
+
+
+def test_a_transcript_replays_and_says_what_differs(tmp_path: Path) -> None:
+    file = tmp_path / "talk.jsonl"
+    lines = ("a comedy, not horror", "more please", "why the first?", "bye")
+    turns = [transcripts.Turn.of(line, reply) for line, reply in zip(lines, said(conversation(), *lines), strict=True)]
+    transcripts.write(file, [*turns, transcripts.BREAK, *turns])
+    assert list(transcripts.differences(transcripts.read(file), conversation())) == []
+    assert list(transcripts.differences(transcripts.read(file), conversation(RuleManager(k=3))))
+    changed = turns[0].model_copy(update={"items": ("f00",)})
+    (told,) = transcripts.differences([changed, *turns[1:]], conversation())
+    assert "line 1" in told and "items" in told
+    file.write_text(file.read_text() + '{"user": 3}\n')
+    with raises(DataError, Expected("syntax", file=file.name, column="user")):
+        transcripts.read(file)
+
+
+# --------------------------------------------------------------------------- simulated users
+
+
+def test_simulated_users_never_say_the_title() -> None:
+    assert near("I loved Cold Trails so much", "Cold Trail") and not near("I loved Cold Comfort", "Cold Trail")
+    assert 0 < NEAR < 1
+    talk = conversation()
+    facts, dice, hits = talk.tools.facts, random.Random(3), 0
+    for number, target in enumerate(list(items()) * 3):
+        liked = dice.sample([name for name in items() if name != target], 3)
+        wanted = told_of(facts, target, liked, number, likes=2)
+        user = SimulatedUser(wanted, facts.numeric, number)
+        likes = tuple(Wish(field=ITEM, op="is", value=name, hard=False) for name in liked)
+        held = hold(talk, user, target, 5, State(profile=likes))
+        assert not any(near(line, facts.titles[target].split(" (")[0]) for line in held.lines), held.lines
+        assert len(held.lines) <= 5 and (held.hit is None or held.hit == len(held.lines))
+        hits += held.hit is not None
+    # Attributes find it mostly: a made catalogue of 18 items and lists of five.
+    assert hits > 38, hits
+    assert any(isinstance(call, Show) for call in said(talk, "a comedy")[0].calls)
+
+
+# --------------------------------------------------------------------------- search, and any words at all
+
+
+def test_search_by_meaning_finds_what_no_word_does() -> None:
+    def embed(texts: Sequence[str]) -> NDArray[np.float64]:
+        # A made encoder that knows one synonym.
+        return np.array([[float(any(word in text.lower() for word in ("spooky", "horror"))), 0.1] for text in texts])
+
+    plain, meant = Facts(items()), Facts(items(), embed)
+    assert plain.search("spooky") == [] and plain.known_words(["spooky", "harbour"]) == ["harbour"]
+    best = meant.search("spooky")[:4]
+    assert all("Horror" in items()[name].fields["genres"] for name in best)
+    assert meant.search("harbour")[0] == plain.search("harbour")[0] == "f10"
+    assert meant.search("spooky", frozenset({"f03"})) == ["f03"]
+
+
+def test_any_words_at_all_have_an_answer() -> None:
+    dice, talk = random.Random(1), conversation()
+    parts = (
+        "not",
+        "horror",
+        "(1994)",
+        "Cold Trail",
+        "#",
+        "9",
+        "first",
+        "after 1990",
+        "80s",
+        "'",
+        '"',
+        "<|im_end|>",
+        "\u202e",
+        "\n",
+        "\x00",
+        "but",
+        "again",
+        "I loved",
+        "or",
+        "{",
+        "[12]",
+        "Zürich",
+        "the last",
+        "these",
+        ",",
+        ".",
+    )
+    for _ in range(80):
+        state = State()
+        for _ in range(3):
+            reply = talk.answer(state, " ".join(dice.choice(parts) for _ in range(dice.randrange(12))))
+            state = read_state(reply.state.model_dump(mode="json"))
+            assert set(reply.items) <= set(items()) and ends(reply.calls[-1])
