@@ -82,6 +82,10 @@ class Columns:
     vectors: NDArray[np.float32]
     places: NDArray[np.int64]
 
+    def of(self, rows: NDArray[np.int64]) -> Columns:
+        """Return those of some rows."""
+        return Columns(self.vectors, self.places[rows])
+
 
 @dataclass(frozen=True)
 class Adaptor:

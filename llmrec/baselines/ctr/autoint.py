@@ -45,12 +45,16 @@ class AutoInt(Host[AutoIntConfig]):
             }
         )
 
-    def _logits(self, body: Any, seen: Seen) -> Any:
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
         torch, fields = require("torch", "baselines"), all_fields(seen)
-        deep = body["deep"](torch.cat([fields.flatten(1), seen.numbers], dim=1))[:, 0]
+        deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
         for block in body["blocks"]:
             fields = attend(block, fields, self._config.heads)
-        return body["last"](fields.flatten(1))[:, 0] + deep
+        return deep, fields.flatten(1)
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        deep, fields = parts
+        return body["last"](fields)[:, 0] + body["deep"][-1](deep)[:, 0]
 
 
 def attend(block: Any, fields: Any, heads: int) -> Any:

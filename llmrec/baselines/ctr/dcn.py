@@ -34,10 +34,13 @@ class DCN(Host[DCNConfig]):
             }
         )
 
-    def _logits(self, body: Any, seen: Seen) -> Any:
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
         first = torch.cat([all_fields(seen).flatten(1), seen.numbers], dim=1)
-        return body["last"](torch.cat([crossed(body["cross"], first), body["deep"](first)], dim=1))[:, 0]
+        return (torch.cat([crossed(body["cross"], first), body["deep"](first)], dim=1),)
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        return body["last"](parts[0])[:, 0]
 
 
 def crossed(cross: Any, first: Any) -> Any:

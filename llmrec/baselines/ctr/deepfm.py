@@ -27,11 +27,15 @@ class DeepFM(Host[DeepFMConfig]):
             }
         )
 
-    def _logits(self, body: Any, seen: Seen) -> Any:
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
         torch, fields = require("torch", "baselines"), all_fields(seen)
         flat = fields.flatten(1)
-        deep = body["deep"](torch.cat([flat, seen.numbers], dim=1))[:, 0]
-        return body["first"](flat)[:, 0] + products(fields) + deep
+        deep = body["deep"][:-1](torch.cat([flat, seen.numbers], dim=1))
+        return deep, flat, products(fields)[:, None]
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        deep, flat, pairs = parts
+        return body["first"](flat)[:, 0] + pairs[:, 0] + body["deep"][-1](deep)[:, 0]
 
 
 def products(fields: Any) -> Any:

@@ -32,11 +32,14 @@ class DIN(Host[DINConfig]):
             }
         )
 
-    def _logits(self, body: Any, seen: Seen) -> Any:
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
         interest = attended(body["weigh"], seen.item, seen.events, seen.mask)
         wide = torch.cat([seen.fields.flatten(1), interest, seen.numbers], dim=1)
-        return body["deep"](wide)[:, 0]
+        return (body["deep"][:-1](wide),)
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        return body["deep"][-1](parts[0])[:, 0]
 
 
 def attended(weigh: Any, item: Any, events: Any, mask: Any) -> Any:

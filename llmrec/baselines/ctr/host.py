@@ -15,6 +15,7 @@ from pydantic import Field, field_validator
 
 from llmrec.baselines.base import AboveZero, Baseline, Decay
 from llmrec.baselines.ctr.adaptor import Adaptor, Columns, adapt
+from llmrec.baselines.ctr.align import Align, Sentences, first_stage
 from llmrec.baselines.ctr.fields import Fields, Rows
 from llmrec.baselines.tuning.validation import rating_cases
 from llmrec.baselines.yes_no import LikeRatioConfig
@@ -64,6 +65,7 @@ class HostConfig(LikeRatioConfig):
         "a look at the validation split",
     )
     quiet: bool = Field(True, description="no line for each epoch in the log")
+    align: Align | None = Field(None, description="a first stage that brings the network near texts (CTRL); None: none")
 
     @field_validator("hidden")
     @classmethod
@@ -133,7 +135,7 @@ H = TypeVar("H", bound=HostConfig)
 
 
 class Host(Baseline[H, Fitted]):
-    """A network over fields: it needs ``_build`` and ``_logits``, and says how many vectors it makes of the events.
+    """A network over fields: it needs what stands under *what a host says*, and how many vectors events become.
 
     Fields are the item, its attributes, those of the user, the user (if asked for), the events, and one for each table
     of features. What is counted enters beside them. The loss is the cross-entropy; training ends when validation
@@ -178,8 +180,10 @@ class Host(Baseline[H, Fitted]):
         self.looked_at = frozenset(case.request.user_id for case in cases)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            network = self._whole(fields, adaptor)
-            epoch = self._train(network, fields, (rows, adaptor.columns(rows)), (judged, adaptor.columns(judged)))
+            network, columns = self._whole(fields, adaptor), adaptor.columns(rows)
+            if config.align is not None:
+                self._align(config.align, network, fields, rows, columns, data)
+            epoch = self._train(network, fields, (rows, columns), (judged, adaptor.columns(judged)))
         self._model = Fitted(fields, adaptor, network.double().eval(), epoch)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -204,8 +208,12 @@ class Host(Baseline[H, Fitted]):
         """Return a ``torch.nn.ModuleDict`` for these sizes."""
         raise NotImplementedError
 
-    def _logits(self, body: Any, seen: Seen) -> Any:
-        """Return the log-odds of a yes, shape (b,)."""
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+        """Return what the last layer reads, one or more parts of shape (b, k)."""
+        raise NotImplementedError
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        """Return the log-odds of a yes of what `_represent` made, shape (b,)."""
         raise NotImplementedError
 
     # ----------------------------------------------------------------------- building blocks
@@ -267,6 +275,31 @@ class Host(Baseline[H, Fitted]):
                         module.weight[module.padding_idx].zero_()
         return network
 
+    def _align(
+        self,
+        align: Align,
+        network: Any,
+        fields: Fields,
+        rows: Rows,
+        columns: Sequence[Columns],
+        data: SplitDataset,
+    ) -> None:
+        """Train the network beside texts; these end with this call, and nothing of them is kept."""
+
+        def represent(part: NDArray[np.int64]) -> Any:
+            seen = self._see(network, fields, rows.of(part), [each.of(part) for each in columns])
+            return require("torch", "baselines").cat(self._represent(network["body"], seen), dim=1)
+
+        def judge(part: NDArray[np.int64]) -> Any:
+            return self._forward(network, fields, rows.of(part), [each.of(part) for each in columns])
+
+        sentences = None if align.longer else Sentences.of(data, fields, align)
+        for number, told in enumerate(
+            first_stage(align, network, rows, represent=represent, judge=judge, sentences=sentences, seed=self._seed), 1
+        ):
+            level = logging.DEBUG if self._config.quiet else logging.INFO
+            log.log(level, "stage one, epoch %d: loss %.4f, own text first %.4f", number, told.loss, told.right)
+
     def _train(
         self,
         network: Any,
@@ -286,9 +319,7 @@ class Host(Baseline[H, Fitted]):
             for start in range(0, len(order), config.batch):
                 part = order[start : start + config.batch]
                 optimiser.zero_grad(set_to_none=True)
-                logits = self._forward(
-                    network, fields, rows.of(part), [Columns(c.vectors, c.places[part]) for c in columns]
-                )
+                logits = self._forward(network, fields, rows.of(part), [each.of(part) for each in columns])
                 loss_of(logits, torch.from_numpy(rows.truth[part])).backward()
                 optimiser.step()
             if not len(judged[0]):
@@ -313,13 +344,13 @@ class Host(Baseline[H, Fitted]):
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS):
                 part = np.arange(start, min(start + _ROWS, len(rows)))
-                some = [Columns(each.vectors, each.places[part]) for each in columns]
+                some = [each.of(part) for each in columns]
                 found[part] = self._forward(network, fields, rows.of(part), some).double().numpy()
         return found
 
     def _forward(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Any:
         seen = self._see(network, fields, rows, columns)
-        logits = self._logits(network["body"], seen)
+        logits = self._output(network["body"], self._represent(network["body"], seen))
         return logits + network["numbers"](seen.numbers)[:, 0] if self._config.numbers else logits
 
     def _see(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Seen:

@@ -31,7 +31,7 @@ from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE, carried
-from llmrec.recipe.load import load_stored
+from llmrec.recipe.load import STORED, load_stored
 from llmrec.recipe.schema import Columns, DataSection, Filter
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
@@ -72,7 +72,10 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     with _draft(out) as draft:
         if options.train is not None:
             model = _trained(bundle, after, options, draft / "training")
-        if model != out:
+        if not bundle.weights:
+            # It names the recommenders.
+            shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
+        elif model != out:
             _link(model, draft)
         rows = after.rows if _choose(fusions) else after.rows.with_columns(part=pl.lit("train"))
         rows.write_parquet(draft / FILE)
@@ -103,7 +106,7 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
     Raises:
         DataError: If there is none, or it is somebody else's.
     """
-    refreshed = (Path(bundle.folder) / MARK).is_file()
+    refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK).is_file()
     if options.out is None and not refreshed:
         raise DataError(
             f"{options.model} was not refreshed before, and a run stays as it was measured; name a folder with --out",

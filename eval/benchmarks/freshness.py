@@ -1,0 +1,291 @@
+"""How fast profiles age: MovieLens replayed by year, a CTR host that learns anew each year beside older profiles.
+
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.freshness eval/results/freshness.json`` reads FOLDER/ml_latest_small (610
+users, 1996 to 2018). In each year the host learns from the `WINDOW` years before it, whatever is older is history, and
+every rating of the year is a question, with the latest `HISTORY` ratings of the user before it as history. A profile is
+the mean vector of the liked films of a user less that of the others, by the words of titles and genres; no language
+model is in it. At age a, profiles know what was rated before the a-th last year began, and the store knows the films
+that had been rated by then; the profile of a user in an earlier year, whose ratings the host learns from, is as old
+as it was then. So a user is another one in each year: the profile changes, and no rating is in a profile beside which
+it is learned from or asked about.
+
+``never`` are the profiles of the first replayed year. The controls are features of others (profiles and films' vectors
+alike), the host without either, and that host as it was in the first year, which never learns anew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import io
+import json
+import os
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from eval.benchmarks.kar import figures, measure, within
+from llmrec.baselines.item_texts import latent, texts_of
+from llmrec.baselines.parameters import make
+from llmrec.data.dataset import Dataset, conform
+from llmrec.data.features import Features, Provenance, publish
+from llmrec.data.split import SplitDataset, request_id
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+from llmrec.types import Case, Event, Item, Request
+
+HOST, LIKED, WINDOW, HISTORY = "deepfm", 4.0, 3, 100
+YEARS = tuple(range(2013, 2019))
+NEVER = 99
+AGES: Mapping[str, int] = {"age 0": 0, "age 1": 1, "age 3": 3, "never refreshed": NEVER}
+"""Profiles by name: how many years old."""
+SHUFFLED, ALONE, FROZEN = "shuffled", "host alone", "host never trained anew"
+PAIRS = (
+    ("age 0", ALONE),
+    ("age 0", SHUFFLED),
+    ("age 0", "age 1"),
+    ("age 0", "age 3"),
+    ("age 0", "never refreshed"),
+    (ALONE, FROZEN),
+)
+PARAMETERS: Mapping[str, Any] = {"liked": LIKED, "epochs": 3, "patience": None}
+
+
+@dataclass(frozen=True)
+class Replay:
+    """Ratings in the order of time.
+
+    Attributes:
+        events: Columns user_id, item_id, rating, timestamp and year, sorted by time.
+        items: By id.
+        vectors: Of what is said of items, by the place of their id in the order of ``items``, shape (items, d).
+    """
+
+    events: pl.DataFrame
+    items: Mapping[str, Item]
+    vectors: NDArray[np.float64]
+
+    @staticmethod
+    def of(events: pl.DataFrame, items: Mapping[str, Item]) -> Replay:
+        """Read what is said of items."""
+        said = texts_of(list(items.values()))
+        return Replay(events.sort("timestamp", "user_id", "item_id"), items, latent(said, said))
+
+
+def read(folder: Path) -> Replay:
+    """Return MovieLens as GroupLens packs it, times in UTC."""
+
+    def table(name: str) -> pl.DataFrame:
+        with gzip.open(folder / f"{name}.csv.gz") as stream:
+            return pl.read_csv(io.BytesIO(stream.read()))
+
+    found = table("ratings").select(
+        pl.col("userId").cast(pl.String).alias("user_id"),
+        pl.col("movieId").cast(pl.String).alias("item_id"),
+        pl.col("rating").cast(pl.Float64),
+        pl.col("timestamp").cast(pl.Float64),
+        pl.from_epoch("timestamp").dt.year().cast(pl.Int64).alias("year"),
+    )
+    rated = set(found["item_id"].to_list())
+    items = {
+        str(item): Item(item_id=str(item), title=title, fields={"genres": genres.replace("|", ", ")})
+        for item, title, genres in table("movies").select("movieId", "title", "genres").iter_rows()
+        if str(item) in rated
+    }
+    return Replay.of(found, items)
+
+
+def before(year: int, age: int, first: int) -> int:
+    """Return the year before which everything is known to features that are so old; ``first``: of the replay."""
+    return min(year, first) if age == NEVER else year - age
+
+
+def name_of(user: str, year: int) -> str:
+    """Return what a user is called in a year."""
+    return f"{user}@{year}"
+
+
+def features(replay: Replay, year: int, age: int, first: int) -> list[Features]:
+    """Return profiles of users in a year and the years that the host learns from, and vectors of items.
+
+    Args:
+        replay: The data.
+        year: That is asked about.
+        age: Of the features, in years.
+        first: Year of the replay.
+    """
+    made = Provenance(system="freshness benchmark")
+    place = {item: number for number, item in enumerate(replay.items)}
+    names, rows, seen = [], [], {}
+    for other in range(year - WINDOW, year + 1):
+        asked = replay.events.filter(pl.col("year") == other)["user_id"].unique().to_list()
+        known = replay.events.filter((pl.col("year") < before(other, age, first)) & pl.col("user_id").is_in(asked))
+        for (user,), own in known.sort("user_id", maintain_order=True).group_by("user_id", maintain_order=True):
+            vectors = replay.vectors[[place[item] for item in own["item_id"]]]
+            liked = (own["rating"] >= LIKED).to_numpy()
+            means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in _parts(vectors, liked)]
+            name = name_of(str(user), other)
+            names.append(name)
+            rows.append(means[0] - means[1])
+            seen[name] = frozenset((name, item) for item in own["item_id"])
+    there = replay.events.filter(pl.col("year") < before(year, age, first))["item_id"].unique().sort().to_list()
+    return [
+        Features("user", names, np.array(rows, dtype=np.float32), made, seen=seen),
+        Features("item", there, replay.vectors[[place[item] for item in there]].astype(np.float32), made),
+    ]
+
+
+def _parts(vectors: NDArray[np.float64], liked: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    return vectors[liked], vectors[~liked]
+
+
+def slice_of(replay: Replay, year: int) -> tuple[SplitDataset, list[Case]]:
+    """Return what the host of a year learns from, and the questions of the year."""
+    told = replay.events.filter(pl.col("year") < year)
+    train = told.filter(pl.col("year") >= year - WINDOW)
+    known = [
+        told.filter(
+            (pl.col("year") < other) & pl.col("user_id").is_in(rows["user_id"].unique().to_list())
+        ).with_columns(pl.lit(other, dtype=pl.Int64).alias("year"))
+        for (other,), rows in train.sort("year").group_by("year", maintain_order=True)
+    ]
+    asked = replay.events.filter(pl.col("year") == year)
+    # The data know nothing of the year but its items.
+    whole = Dataset(
+        name=f"ml-latest-small before {year}",
+        noun="movies",
+        interactions=_named(pl.concat([*known, train])),
+        items=dict(replay.items),
+        rating_scale=(0.5, 5.0),
+    )
+    data = SplitDataset(
+        dataset=whole,
+        kind="given",
+        seed=0,
+        train=_named(train),
+        valid=_named(asked.clear()),
+        test=_named(asked.clear()),
+        held_out=frozenset(),
+        known=_named(pl.concat(known)),
+    )
+    return data, _cases(asked, told)
+
+
+def _named(frame: pl.DataFrame) -> pl.DataFrame:
+    named = pl.concat_str("user_id", pl.lit("@"), pl.col("year").cast(pl.String)).alias("user_id")
+    return conform(frame.select(named, "item_id", "rating", "timestamp"))
+
+
+def _cases(asked: pl.DataFrame, told: pl.DataFrame) -> list[Case]:
+    past: dict[str, list[Event]] = {}
+    users = set(asked["user_id"].to_list())
+    columns = ("user_id", "item_id", "rating", "timestamp")
+    for user, item, rating, at in told.select(columns).iter_rows():
+        if user in users:
+            past.setdefault(user, []).append(Event(item_id=item, rating=rating, timestamp=at))
+    cases = []
+    for user, item, rating, at, year in asked.select(*columns, "year").iter_rows():
+        own, name = past.setdefault(user, []), name_of(user, year)
+        # Ratings of the same second were given on one page, and are no history of each other.
+        history = tuple(event for event in own if event.timestamp is not None and event.timestamp < at)[-HISTORY:]
+        cases.append(
+            Case(request=Request(id=request_id(name, item), user_id=name, item=item, history=history), truth=rating)
+        )
+        own.append(Event(item_id=item, rating=rating, timestamp=at))
+    return cases
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Replay and write."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.freshness")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--years", type=int, nargs="+", default=list(YEARS))
+    parser.add_argument("--keep", type=Path, default=Path("runs/freshness"))
+    given = parser.parse_args(arguments)
+    replay, begin = read(Path(os.environ.get("LLMREC_DATA", ".")) / "ml_latest_small"), time.process_time()
+    said: dict[str, list[list[NDArray[np.float64]]]] = {}
+    asked: list[Case] = []
+    frozen: list[Any] = []
+    for year in given.years:
+        data, cases = slice_of(replay, year)
+        asked += cases
+        for arm, (age, more) in _arms().items():
+            folder = given.keep / f"{year}-{age}"
+            if age is not None:
+                publish(folder, features(replay, year, age, given.years[0]))
+                more = {"features": str(folder), **more}
+            for seed in range(given.seeds):
+                host = make(HOST, {**PARAMETERS, **more}, seed=seed)
+                host.fit(data)
+                said.setdefault(arm, [[] for _ in range(given.seeds)])[seed].append(measure(host, cases))
+                if arm == ALONE and year == given.years[0]:
+                    frozen.append(host)
+        for seed, host in enumerate(frozen):
+            said.setdefault(FROZEN, [[] for _ in range(given.seeds)])[seed].append(measure(host, cases))
+        sys.stdout.write(f"{year}: {len(cases)} ratings, {time.process_time() - begin:.0f} s\n")
+        sys.stdout.flush()
+        done = given.years[: given.years.index(year) + 1]
+        write_json(given.target, result(replay, asked, said, done) | {"processor_seconds": _since(begin)})
+
+
+def _arms() -> dict[str, tuple[int | None, dict[str, Any]]]:
+    aged: dict[str, tuple[int | None, dict[str, Any]]] = {arm: (age, {}) for arm, age in AGES.items()}
+    return {ALONE: (None, {}), **aged, SHUFFLED: (0, {"shuffled": True})}
+
+
+def _since(begin: float) -> float:
+    return round(time.process_time() - begin, 1)
+
+
+def result(
+    replay: Replay, asked: Sequence[Case], said: Mapping[str, Sequence[Sequence[NDArray[np.float64]]]], years: list[int]
+) -> dict[str, Any]:
+    """Return figures of all questions, of those of users who had rated in an earlier year, and the comparisons."""
+    truth = np.array([float(float(case.truth) >= LIKED) for case in asked])
+    users, of_year = zip(*(case.request.user_id.split("@") for case in asked), strict=True)
+    joined = dict(replay.events.group_by("user_id").agg(pl.col("year").min()).iter_rows())
+    returning = np.array([joined[user] < int(year) for user, year in zip(users, of_year, strict=True)])
+    whole = {arm: [np.concatenate(parts) for parts in seeds] for arm, seeds in said.items()}
+    groups = {"all": np.ones(len(asked), dtype=bool), "returning": returning}
+    rows, pairs = [], []
+    for group, kept in groups.items():
+        names = [user for user, there in zip(users, kept, strict=True) if there]
+        some = {arm: [values[kept] for values in seeds] for arm, seeds in whole.items()}
+        rows += [
+            {"of": group, "arm": arm, "questions": int(kept.sum()), "users": len(set(names))}
+            | figures(seeds, truth[kept], names)
+            for arm, seeds in some.items()
+        ]
+        told = within(some, PAIRS, truth[kept], names)
+        pairs += [{"of": group, "a": a, "b": b, **found} for (a, b), found in zip(PAIRS, told, strict=True)]
+    return {
+        "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.freshness eval/results/freshness.json",
+        "what": "MovieLens-latest-small by year; a CTR host that learns anew each year, profiles of several ages",
+        "host": HOST,
+        "years": years,
+        "window": WINDOW,
+        "users": len(set(users)),
+        "questions": len(asked),
+        "seeds": list(range(len(next(iter(said.values()))))),
+        "rows": rows,
+        "pairs": pairs,
+        "machine": machine(),
+        "versions": versions(),
+    }
+
+
+def show(found: Mapping[str, Any]) -> str:
+    """Return the rows as lines."""
+    return "\n".join(json.dumps(row) for row in found["rows"])
+
+
+if __name__ == "__main__":
+    main()

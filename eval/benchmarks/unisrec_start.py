@@ -1,0 +1,67 @@
+"""Makes what ``eval/suites/unisrec-transfer.yaml`` compares: weights of UniSRec from Beauty, and shares of Toys' users.
+
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.unisrec_start`` learns from the training part of FOLDER/amazon14_beauty
+by the two contrastive losses, as Hou et al. (KDD 2022) pretrain, and writes the weights to ``runs/unisrec/beauty``.
+Beside them it writes ``toys-1`` and ``toys-10``: the sequences of 1 and 10 of 100 users of FOLDER/amazon14_toys, drawn
+by a hash, the fewer among the more. ``--share 0.01`` learns from 1 of 100 users of Beauty, to try it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import os
+import shutil
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from llmrec.baselines.unisrec.baseline import UniSRec
+from llmrec.data.hashing import hash64
+from llmrec.data.sources.table import load
+from llmrec.data.split import split
+from llmrec.durable import write_text
+from llmrec.recipe.schema import DataSection, Split
+
+TARGET, ENCODER = Path("runs/unisrec"), "all-MiniLM-L6-v2"
+
+
+def some_users(source: Path, share: float, folder: Path) -> int:
+    """Write the sequences of a share of the users of a data set, and return how many they are."""
+    with gzip.open(source / "sequences.txt.gz", "rt", encoding="utf-8") as stream:
+        lines = stream.read().splitlines()
+    drawn = hash64("share of users", 0, [line.split(" ", 1)[0] for line in lines])
+    kept = [line for line, number in zip(lines, drawn.tolist(), strict=True) if number < share * 2**64]
+    folder.mkdir(parents=True, exist_ok=True)
+    write_text(folder / "sequences.txt", "\n".join(kept) + "\n")
+    shutil.copyfile(source / "items.tsv.gz", folder / "items.tsv.gz")
+    return len(kept)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Learn and write."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.unisrec_start")
+    parser.add_argument("--epochs", type=int, default=30, help="passes over the sequences of Beauty")
+    parser.add_argument("--share", type=float, default=1.0, help="of the users of Beauty")
+    parser.add_argument("--out", type=Path, default=TARGET)
+    given = parser.parse_args(arguments)
+    home = Path(os.environ.get("LLMREC_DATA", "."))
+    for percent in (1, 10):
+        count = some_users(home / "amazon14_toys", percent / 100, given.out / f"toys-{percent}")
+        sys.stdout.write(f"{given.out / f'toys-{percent}'}: {count} users\n")
+    beauty = home / "amazon14_beauty"
+    if given.share < 1:
+        beauty = given.out / "source"
+        some_users(home / "amazon14_beauty", given.share, beauty)
+    data = split(load(DataSection(source="sequences", path=str(beauty)), seed=0), Split(), seed=0)
+    begin = time.process_time()
+    teacher = UniSRec(UniSRec.Config(encoder=ENCODER, pretrain=given.epochs, quiet=True), seed=0)
+    teacher.pretrained(data)
+    teacher.save(given.out / "beauty", data)
+    took = time.process_time() - begin
+    sys.stdout.write(f"{given.out / 'beauty'}: {given.epochs} epochs of {len(data.users())} users, {took:.0f} s\n")
+
+
+if __name__ == "__main__":
+    main()
