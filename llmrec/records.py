@@ -87,14 +87,48 @@ class Record(BaseModel):
         return self.model_dump(mode="json", exclude_unset=True)
 
 
+class RewardLine(Record):
+    """What the rollouts of an optimiser step were like.
+
+    Attributes:
+        reward: Their mean reward, weighted as their advantages are.
+        zero: Share of groups whose members all have the same reward, which teach nothing.
+        hit: Share of groups that hold the true item.
+        kl: Estimated divergence from the model that training started from, in nats an item.
+        entropy: Of the items over all groups, in nats: 0 where every rollout is the same item.
+        distinct: How many items there are among them.
+        rollouts: How many different rollouts all groups have.
+        clipped: Share of rollouts whose ratio was clipped.
+        tokens: Tokens that were read to learn from them.
+        targets: Those of them that bear loss.
+    """
+
+    reward: Number = None
+    zero: Number = None
+    hit: Number = None
+    kl: Number = None
+    entropy: Number = None
+    distinct: int = 0
+    rollouts: int = 0
+    clipped: Number = None
+    tokens: int = 0
+    targets: int = 0
+
+
 class LogLine(Record):
-    """One logged optimiser step; losses are nats a target token, and NDCG@10 is that of `Judged`."""
+    """One logged optimiser step; losses are nats a target token, and NDCG@10 is that of `Judged`.
+
+    ``figures`` are what else a loss says of its step, such as ``rewards/margins``.
+    Where training learns from reward, the loss is that of `llmrec.train.reward.loss` a question.
+    """
 
     step: int
     loss: Number = None
     learning_rate: Number = None
     valid_loss: dict[str, Number] | None = None
     valid_ndcg: Number = None
+    figures: dict[str, Number] | None = None
+    reward: RewardLine | None = None
     tokens_per_second: Number = None
     seconds: Number = None
 
@@ -144,6 +178,11 @@ class Training(Record):
     def validated(self) -> tuple[str, ...]:
         """Tasks with a validation loss in the log."""
         return tuple(dict.fromkeys(task for line in self.log for task in line.valid_loss or {}))
+
+    @property
+    def figured(self) -> tuple[str, ...]:
+        """Names of what the log has of steps beside losses, such as ``rewards/margins``."""
+        return tuple(dict.fromkeys(name for line in self.log for name in line.figures or {}))
 
 
 class DataInfo(Record):

@@ -32,6 +32,8 @@ _FOLDS = 5
 # Training events of a user that are looked for.
 _EVENTS = 20
 
+HARD = 20
+"""How many of its best items a retriever gives to be rejected; a row draws some of them."""
 LISTS = 1
 """Raised whenever `Lists` lists others than before: stored models that depend on them are made anew."""
 
@@ -68,10 +70,12 @@ class Single:
     Attributes:
         name: Of a baseline that ranks.
         seed: The run's seed.
+        key: What names it in the recipe.
     """
 
     name: str
     seed: int
+    key: str = "eval.candidates.retriever"
 
     def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
         """Return the recommender, fitted to training interactions; see `Finder`."""
@@ -81,11 +85,11 @@ class Single:
         """Return the recommender, fitted to the interactions of the other parts; see `Finder`."""
         if stops_early(self.name):
             raise RecipeError(
-                f"eval.candidates.retriever: {self.name} chooses its epoch on the validation split, and the lists of "
-                "training rows must not depend on that; choose another retriever, such as transitions, or train no "
-                "direct rows (tasks.direct.weight=0)",
+                f"{self.key}: {self.name} chooses its epoch on the validation split, and the lists of "
+                "training rows must not depend on that; choose another retriever, such as transitions, or train "
+                "other families alone (train.only)",
                 kind="unsupported",
-                column="eval.candidates.retriever",
+                column=self.key,
             )
         inside = [user for user, own in parts.items() if own == part]
         rest = replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside)))
@@ -173,12 +177,17 @@ class Lists:
         section: ``retriever`` and ``count``.
         seed: Of the retriever and of what is drawn.
         finder: The retriever; None: the baseline that the section names.
+        others: List what the user has had nothing of in training, for every event that is looked for: items that the
+            event is preferred to. Else a list holds the event's item, or there is none.
+        least: Items that make a list, where fewer than ``count`` are left to a user; None: ``count``.
     """
 
     data: SplitDataset
     section: CandidateSection
     seed: int
     finder: Finder | None = None
+    others: bool = False
+    least: int | None = None
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
         """Return places among a user's training events, and lists that hold the item of that event."""
@@ -210,11 +219,18 @@ class Lists:
                     Request(id=f"list/{user}/{at}", user_id=user, history=self.data.train_events(user)[:at])
                     for user, at in block
                 ]
-                for (user, at), items in zip(block, best(model, requests, self.section.count), strict=True):
-                    if len(items) == self.section.count and self.data.train_events(user)[at].item_id in items:
+                more = max(len(self.data.train_events(user)) - at for user, at in block) if self.others else 0
+                for (user, at), items in zip(block, best(model, requests, self.section.count + more), strict=True):
+                    events = self.data.train_events(user)
+                    if self.others:
+                        had = {event.item_id for event in events[at:]}
+                        items = [item for item in items if item not in had][: self.section.count]
+                    enough = len(items) >= (self.least or self.section.count)
+                    if enough and (self.others or events[at].item_id in items):
                         found.setdefault(user, []).append((at, tuple(items)))
         count = sum(map(len, found.values()))
-        log.info("%s finds %d of %d training events among %d", finder.name, count, looked, self.section.count)
+        if not self.others:
+            log.info("%s finds %d of %d training events among %d", finder.name, count, looked, self.section.count)
         return found
 
     def _places(self, user: str) -> list[int]:

@@ -12,9 +12,10 @@ gave in this search; in half precision another layout of the same tokens rounds 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from functools import partial
+from typing import Any, Protocol, Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -74,7 +75,7 @@ class TreeEngine(Protocol):
 
 
 @dataclass
-class _Beams:
+class Beams:
     """What is kept of all requests: prefixes at a node with several children, and whole items.
 
     Attributes:
@@ -95,12 +96,17 @@ class _Beams:
     handles: Index
     whole: NDArray[np.bool_]
 
-    def take(self, rows: NDArray[Any]) -> _Beams:
-        return _Beams(**{name: array[rows] for name, array in vars(self).items()})
+    def take(self, rows: NDArray[Any]) -> Self:
+        """Return some of them, in the order of ``rows``."""
+        return type(self)(**{name: array[rows] for name, array in vars(self).items()})
 
-    @staticmethod
-    def join(*parts: _Beams) -> _Beams:
-        return _Beams(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+    @classmethod
+    def join(cls, *parts: Self) -> Self:
+        """Return all of several, one behind the other."""
+        return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
+
+
+_Kind = TypeVar("_Kind", bound=Beams)
 
 
 @dataclass
@@ -175,32 +181,66 @@ def _run(
     offset = np.concatenate([_none(), *(places + n * size for n, places in enumerate(barred))])
     search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, users, np.zeros(users, np.int64))
     left = np.array([size - len(places) for places in barred])
-    rows = np.flatnonzero(left)
-    beams = _Beams(
-        users=rows,
-        nodes=np.full(len(rows), ROOT, dtype=np.int64),
-        lows=np.zeros(len(rows), dtype=np.int64),
-        highs=np.full(len(rows), size, dtype=np.int64),
-        scores=np.zeros(len(rows)),
-        handles=rows.copy(),
-        whole=np.zeros(len(rows), dtype=bool),
-    )
-    try:
-        # The first tokens are wanted before anything is fed; a catalogue may begin with one that all paths share.
-        branches = _branches(search, beams)
-        logprobs = engine.open(prompts, Wanted(beams.handles[branches.parents], branches.tokens))
-        while True:
-            beams = _kept(search, beams, branches, logprobs)
-            beams, branches, logprobs = _onward(search, beams)
-            if beams.whole.all():
-                break
-    finally:
-        engine.close()
+    beams = _descended(search, prompts, start(np.flatnonzero(left), size), partial(_kept, search))
     return [_found(search, beams, user, k, int(left[user])) for user in range(users)]
 
 
+def start(users: Index, size: int) -> Beams:
+    """Return the roots of requests over a catalogue of so many items."""
+    return Beams(
+        users=users,
+        nodes=np.full(len(users), ROOT, dtype=np.int64),
+        lows=np.zeros(len(users), dtype=np.int64),
+        highs=np.full(len(users), size, dtype=np.int64),
+        scores=np.zeros(len(users)),
+        handles=users.copy(),
+        whole=np.zeros(len(users), dtype=bool),
+    )
+
+
+def descend(
+    engine: TreeEngine,
+    catalogue: Catalogue,
+    prompts: Sequence[Sequence[int]],
+    beams: _Kind,
+    keep: Callable[[_Kind, Branches, Floats], _Kind],
+) -> _Kind:
+    """Go from the roots of all requests to whole items, as `beam` does, and keep of every branching what is said.
+
+    Args:
+        engine: Where log-probabilities come from.
+        catalogue: The legal outputs.
+        prompts: Token ids of each request.
+        beams: One root a request, in their order.
+        keep: What was kept, the branches that this opens and their log-probabilities -> what is kept of both.
+    """
+    users = len(prompts)
+    fed = np.zeros(users, np.int64)
+    search = _Search(catalogue, 0, _none(), np.full(users, -np.inf), engine, users, fed)
+    return _descended(search, prompts, beams, keep)
+
+
+def _descended(
+    search: _Search,
+    prompts: Sequence[Sequence[int]],
+    beams: _Kind,
+    keep: Callable[[_Kind, Branches, Floats], _Kind],
+) -> _Kind:
+    try:
+        # The first tokens are wanted before anything is fed; a catalogue may begin with one that all paths share.
+        branches = _branches(search, beams)
+        logprobs = search.engine.open(prompts, Wanted(beams.handles[branches.parents], branches.tokens))
+        while True:
+            beams = keep(beams, branches, logprobs)
+            beams, branches, logprobs = _onward(search, beams)
+            if beams.whole.all():
+                return beams
+    finally:
+        search.engine.close()
+
+
 @dataclass(frozen=True)
-class _Branches:
+class Branches:
     """Children of kept prefixes: ``parents`` are rows of the prefixes, in ascending order."""
 
     parents: Index
@@ -210,7 +250,7 @@ class _Branches:
     tokens: Index
 
 
-def _branches(search: _Search, beams: _Beams) -> _Branches:
+def _branches(search: _Search, beams: Beams) -> Branches:
     """Return all children of all kept prefixes that hold an item which may be given."""
     catalogue = search.catalogue
     live = np.flatnonzero(~beams.whole)
@@ -221,21 +261,24 @@ def _branches(search: _Search, beams: _Beams) -> _Branches:
         gone = np.searchsorted(search.barred, base + highs) - np.searchsorted(search.barred, base + lows)
         stay = highs - lows > gone
         parents, nodes, lows, highs = parents[stay], nodes[stay], lows[stay], highs[stay]
-    return _Branches(parents, nodes, lows, highs, catalogue.tokens(nodes))
+    return Branches(parents, nodes, lows, highs, catalogue.tokens(nodes))
 
 
-def _kept(search: _Search, beams: _Beams, branches: _Branches, logprobs: Floats) -> _Beams:
-    """Return the best branches and whole items of each request, and note the best of what is pruned."""
-    opened = _Beams(
-        users=beams.users[branches.parents],
+def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
+    """Return branches as prefixes, with all that was noted of their parents."""
+    return replace(
+        beams.take(branches.parents),
         nodes=branches.nodes,
         lows=branches.lows,
         highs=branches.highs,
         scores=beams.scores[branches.parents] + logprobs,
-        handles=beams.handles[branches.parents],
         whole=np.zeros(len(logprobs), dtype=bool),
     )
-    pool = _Beams.join(beams.take(np.flatnonzero(beams.whole)), opened)
+
+
+def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
+    """Return the best branches and whole items of each request, and note the best of what is pruned."""
+    pool = Beams.join(beams.take(np.flatnonzero(beams.whole)), opened(beams, branches, logprobs))
     # Equal scores fall by the order of paths, which no batch or width changes.
     order = np.lexsort((pool.lows, -pool.scores, pool.users))
     counts = np.bincount(pool.users, minlength=len(search.bounds))
@@ -247,7 +290,7 @@ def _kept(search: _Search, beams: _Beams, branches: _Branches, logprobs: Floats)
     return pool.take(order[rank < search.width])
 
 
-def _onward(search: _Search, beams: _Beams) -> tuple[_Beams, _Branches, Floats]:
+def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
     """Follow every kept branch to the next node with several children or to its item, and score what lies behind.
 
     One call of the engine: the branch's own token, the forced ones after it, and the children of where they lead. The
@@ -276,7 +319,7 @@ def _onward(search: _Search, beams: _Beams) -> tuple[_Beams, _Branches, Floats]:
         wanted.append((numbers, catalogue.tokens(first)))
         wanted_rows.append(going)
         nodes[going] = first
-    reached = _Beams(beams.users, nodes, beams.lows, beams.highs, beams.scores.copy(), handles, whole)
+    reached = replace(beams, nodes=nodes, scores=beams.scores.copy(), handles=handles, whole=whole)
     branches = _branches(search, reached)
     if not fed or not sum(len(each.tokens) for each in fed):
         return reached, branches, np.empty(0)
@@ -286,12 +329,12 @@ def _onward(search: _Search, beams: _Beams) -> tuple[_Beams, _Branches, Floats]:
 
 def _scored(
     search: _Search,
-    beams: _Beams,
-    branches: _Branches,
+    beams: _Kind,
+    branches: Branches,
     fed: Sequence[Fed],
     wanted: Sequence[tuple[Index, Index]],
     wanted_rows: Sequence[Index],
-) -> tuple[_Beams, _Branches, Floats]:
+) -> tuple[_Kind, Branches, Floats]:
     """Ask the engine once, add what forced tokens cost, and return the log-probabilities of the branches."""
     after = np.concatenate([*(pair[0] for pair in wanted), beams.handles[branches.parents]])
     tokens = np.concatenate([*(pair[1] for pair in wanted), branches.tokens])
@@ -308,7 +351,7 @@ def _scored(
     return beams, branches, logprobs[len(forced) :]
 
 
-def _found(search: _Search, beams: _Beams, user: int, k: int, left: int) -> Found:
+def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> Found:
     own = np.flatnonzero(beams.users == user)
     own = own[np.lexsort((beams.lows[own], -beams.scores[own]))][:k]
     places = beams.lows[own]

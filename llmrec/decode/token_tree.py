@@ -125,13 +125,18 @@ class Catalogue:
 
     def path(self, place: int) -> tuple[int, ...]:
         """Return the tokens of the path at a place of the sorted order."""
-        found: list[Index] = []
+        return tuple(token for token, _ in self.choices(place))
+
+    def choices(self, place: int) -> list[tuple[int, Index]]:
+        """Return the tokens of the path at a place of the sorted order, each beside all that may stand there."""
+        found: list[tuple[int, Index]] = []
         opened = self.below(np.array([ROOT]), np.array([0]), np.array([len(self)]))
         while len(opened.nodes):
             at = [int(np.searchsorted(opened.lows, place, side="right")) - 1]
-            found.append(self.tokens(opened.nodes[at]))
+            legal = self.tokens(opened.nodes)
+            found.append((int(legal[at[0]]), legal))
             opened = self.below(opened.nodes[at], opened.lows[at], opened.highs[at])
-        return tuple(int(token) for token in np.concatenate(found))
+        return found
 
     def save(self, file: Path) -> None:
         """Write the arrays as safetensors, in one step."""

@@ -31,6 +31,7 @@ from llmrec.experiment.leaks.checks import Check
 from llmrec.experiment.resume import key_of, locked, read_stage
 from llmrec.experiment.row_specs import asks
 from llmrec.experiment.study import Study, build_study
+from llmrec.experiment.tuning.rejecting import close
 from llmrec.machine import versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
 from llmrec.recipe.load import load_stored
@@ -130,6 +131,8 @@ def examine(
             yield leaks_rows.shots_drawn_again(study, family)
         if (positions := leaks_rows.positions_drawn_again(study, family)) is not None:
             yield positions
+    # Rows that reject what the start of training finds were made with its weights.
+    close()
     yield from leaks.candidate_sets(study)
     yield from leaks_alignment.checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -17,6 +17,7 @@ from llmrec import __version__
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.durable import Json, checked, write_checked
 from llmrec.errors import LlmrecError, ModelError, RecipeError
+from llmrec.experiment.fusion.carried import FILE as INTERACTIONS
 from llmrec.experiment.indexing import stored_index
 from llmrec.experiment.study import Study
 from llmrec.index.table import ItemIndex
@@ -36,7 +37,8 @@ class Bundle:
     """A model that knows how it was asked in training.
 
     Attributes:
-        folder: The weights: a folder, or a hub name; empty where the run asked no language model (``eval.arms: []``).
+        folder: The weights: a folder, or a hub name. Where the run asked no language model (``eval.arms: []``) it is
+            empty, or the folder that was refreshed.
         run: The run folder that it was opened from, if it was one; its recipe names the data.
         model: How to load it; ``name`` is ``folder``.
         tasks: Settings of each family that it was tuned on; of a plain model, the ranking families' defaults.
@@ -46,6 +48,7 @@ class Bundle:
         seed: Of the recipe that tuned it.
         tuned: Whether the folder says how it was tuned; a plain pretrained model does not.
         index: Codes of items, where it was tuned on codes.
+        weights: Whether there is a language model in it.
     """
 
     folder: str
@@ -58,6 +61,7 @@ class Bundle:
     seed: int
     tuned: bool
     index: ItemIndex | None = None
+    weights: bool = True
 
     @property
     def called(self) -> str:
@@ -107,7 +111,8 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         with suppress(RecipeError):  # what cannot be read is an unfinished run all the same
             recipe = load_stored(run)
             if not recipe.eval.arms:
-                return _classic(run, recipe)
+                found = _classic(run, recipe)
+                return replace(found, folder=str(run), run=None) if (run / INTERACTIONS).is_file() else found
         raise ModelError(
             f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
             kind="missing-file",
@@ -213,6 +218,7 @@ def _classic(run: Path, recipe: Recipe) -> Bundle:
         rating_scale=recipe.data.rating_scale,
         seed=recipe.seed,
         tuned=False,
+        weights=False,
     )
 
 

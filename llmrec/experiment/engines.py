@@ -13,7 +13,16 @@ from llmrec.durable import Json
 from llmrec.errors import MissingExtra, RecipeError, require
 from llmrec.experiment.resume import Budget
 from llmrec.machine import ENGINE_PACKAGES, versions
-from llmrec.models.load import check_weights, device, dtype, load_config, load_model, release_memory
+from llmrec.models import bottleneck, soft_prompt
+from llmrec.models.load import (
+    check_weights,
+    device,
+    dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    release_memory,
+)
 from llmrec.models.memory import LOADING, told_of_full_memory
 from llmrec.models.rating_head import load_head
 from llmrec.models.traits import is_paired
@@ -131,6 +140,7 @@ class Engines:
             "dtype": dtype_name(self._model) if engine != "fake" else None,
             "device": _device(self._model),
             **_shared(engine, self._section),
+            **({"exit": self._section.exit} if self._section.exit is not None else {}),
             "decoding": "greedy",
             "seed": self._seed,
             "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
@@ -160,10 +170,17 @@ class Engines:
             repr((engine, folder, self._encoder.digest, self._encoder.max_length, self._seed, sections)), start
         )
 
+    def _encoder_of(self, folder: str) -> Encoder:
+        """Return what encodes prompts for a model: soft prompts stand in its own tokenizer's chat template."""
+        if not (Path(folder) / soft_prompt.CONFIG).is_file():
+            return self._encoder
+        return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
+
     def _start(self, engine: str, folder: str) -> Backend:
+        encoder = self._encoder_of(folder)
         if is_plugin(BACKENDS, engine):
             made: Backend = lookup(BACKENDS, engine, "backend")(
-                folder, self._encoder, model=self._model, section=self._section, seed=self._seed
+                folder, encoder, model=self._model, section=self._section, seed=self._seed
             )
             return made
         if engine == "fake":
@@ -173,16 +190,23 @@ class Engines:
             server = _server(self._section)
             name = f"{' '.join(sorted(server.urls))} {server.model}"
             ledger = None if self._store is None else StoredLedger(self._store, name)
-            client: Backend = lookup(BACKENDS, "openai", "backend")(server, self._encoder, ledger=ledger)
+            client: Backend = lookup(BACKENDS, "openai", "backend")(server, encoder, ledger=ledger)
             return client
         if engine == "vllm":
+            if (Path(folder) / bottleneck.WEIGHTS).is_file():
+                raise RecipeError(
+                    f"eval.backend: {folder} has bottleneck adapters, which are no part of an architecture that vLLM "
+                    "knows; set eval.backend=hf",
+                    kind="unsupported",
+                    column="eval.backend",
+                )
             check_weights(folder, self._model)
             # A text encoder, baselines and what was trained before leave memory with torch, which vLLM finds taken.
             release_memory()
             try:
                 started: Backend = lookup(BACKENDS, "vllm", "backend")(
                     folder,
-                    self._encoder,
+                    encoder,
                     dtype=dtype_name(self._model),
                     seed=self._seed,
                     trust_remote_code=self._model.trust_remote_code,
@@ -200,7 +224,7 @@ class Engines:
             model = load_model(folder, self._model).to(device(self._model))
         head = load_head(Path(folder)) if Path(folder).is_dir() else None
         loaded: Backend = lookup(BACKENDS, "hf", "backend")(
-            model, self._encoder, head=head, batch_tokens=self._section.batch_tokens
+            model, encoder, head=head, batch_tokens=self._section.batch_tokens, exit=self._section.exit
         )
         return loaded
 

@@ -11,7 +11,8 @@ from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import refuse_device, refuse_paired
 from llmrec.experiment.runs import start_of
 from llmrec.experiment.study import Study, build_study, encoder_of, folder_of
-from llmrec.experiment.training import classes_of, listwise_of
+from llmrec.experiment.tuning.rewarding import rewarded
+from llmrec.experiment.tuning.targets import classes_of, labels_of, listwise_of
 from llmrec.models.hub import is_whole
 from llmrec.models.load import load_config, outline
 from llmrec.models.traits import is_paired
@@ -138,6 +139,9 @@ def checked_study(recipe: Recipe) -> Study:
             refuse_words(recipe.model.name)
         classes_of(study, encoder, paired=paired)
         listwise_of(study, paired=paired)
+        labels_of(study, encoder, paired=paired)
+        if recipe.train.reward is not None:
+            rewarded(study, paired=paired)
         with both_places(recipe):
             start_of(study, encoder, base, folder_of(recipe, None))
     return study

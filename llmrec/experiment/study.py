@@ -22,6 +22,7 @@ from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.attributes import attributes_of
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.told import Told, told, users
+from llmrec.experiment.tuning.rejecting import hard_of
 from llmrec.index.semantic import item_vectors
 from llmrec.index.table import ItemIndex
 from llmrec.models.embedder import text_embedder
@@ -347,7 +348,11 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         vectors=vectors_of(used.dataset.items, study.recipe.encoder),
         lists=_lists(study.recipe, family, used, seed),
     )
-    return family_of(family).task(section, inputs)
+    kind, preference = family_of(family).task, study.recipe.train.preference
+    if preference is None or family not in study.recipe.trained():
+        return kind(section, inputs)
+    hard = hard_of(study.recipe, family, used, seed, lambda: kind(section, inputs))
+    return kind(section, replace(inputs, preference=preference, hard=hard))
 
 
 def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists | None:

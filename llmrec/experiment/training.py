@@ -5,12 +5,13 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__, processes
 from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.experiment import bundle, indexing
@@ -18,24 +19,24 @@ from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.row_specs import listing
 from llmrec.experiment.study import Study, fused_finder
 from llmrec.experiment.tuning.judging import Judge, judged
+from llmrec.experiment.tuning.rejecting import BEAM, close
+from llmrec.experiment.tuning.rewarding import objective_of, plan_questions, rewarded
+from llmrec.experiment.tuning.targets import classes_of, labels_of, listwise_of, soft_prompt_of
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
 from llmrec.models.memory import TRAINING, told_of_full_memory
 from llmrec.models.rating_head import RatingHead, copy_head
+from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
-from llmrec.recipe.schema import Recipe
+from llmrec.recipe.schema import Recipe, TrainSection
 from llmrec.records import Training as TrainingRecord
-from llmrec.registry import TASKS, stamps, written
+from llmrec.registry import BASELINES, TASKS, stamps, written
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.tasks.pool import NEGATIVES
-from llmrec.tasks.rating import RatingTask, learned_only
-from llmrec.tasks.rows import Listwise
-from llmrec.train.batches import Classes, plan
-from llmrec.train.listwise import Listing
+from llmrec.train.batches import plan
 from llmrec.train.rows import Sources, followed, streams
-from llmrec.train.shares import weighted
-from llmrec.train.steps import Steps
+from llmrec.train.steps import Plan, weighted
 from llmrec.train.trackers import forget
 
 if TYPE_CHECKING:
@@ -50,23 +51,10 @@ _EVALUATION_ONLY = {
 }
 # Training settings that change nothing of the adapter.
 _UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
+# Sections that change nothing where there are none.
+_OPTIONAL = ("judge", "preference", "reward")
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
 _PATIENCE = 2000
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Planned steps, how many rows of each task they hold, and validation rows by task.
-
-    ``dropped`` counts rows whose only target lay beyond ``train.max_row_tokens``; ``loss_shares`` is what part of the
-    loss each task has.
-    """
-
-    steps: Steps
-    rows: Mapping[str, int]
-    dropped: Mapping[str, int]
-    valid: Mapping[str, list[TokenRow]]
-    loss_shares: Mapping[str, float] = field(default_factory=dict)
 
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
@@ -74,9 +62,13 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
+    if section.reward is not None:
+        family = rewarded(study, paired=paired)
+        return plan_questions(study, encoder, {family: _valid_rows(study, family, encoder, paired=paired)})
     shares = study.shares
     dropped = dict.fromkeys(shares, 0)
-    classes, listwise = classes_of(study, encoder, paired=paired), listwise_of(study, paired=paired)
+    listwise, labels = listwise_of(study, paired=paired), labels_of(study, encoder, paired=paired)
+    classes = classes_of(study, encoder, paired=paired) or labels
     families: list[str] = []
 
     def rows() -> Iterator[TokenRow]:
@@ -125,76 +117,24 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     for numbers in steps.numbers():
         for n in numbers:
             counts[families[n]] += 1
+    # Labels are closed here: what only validation shows must not decide what soft prompts start from.
+    soft = soft_prompt_of(study, labels) if labels is not None else None
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
         valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
     balanced = weighted(steps, families)
-    return Plan(balanced.steps, counts, dropped, valid, balanced.shares)
+    return Plan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
 
 
 def _followed(study: Study) -> list[str]:
     """Return the families whose validation loss is followed: those left out of training too, to see what carries over.
 
-    A rating head has a loss of its own, so that beside it no other family has one.
+    A rating head and tied soft prompts have a loss of their own, so that beside them no other family has one.
     """
     rating = study.recipe.tasks.rating
-    if rating is not None and rating.head is not None:
+    if study.recipe.train.method in TIED or (rating is not None and rating.head is not None):
         return list(study.shares)
     return [family for family in study.tasks if study.section(family).weight > 0]
-
-
-def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
-    """Return what puts classes in place of target tokens, where the recipe trains a rating head.
-
-    Raises:
-        RecipeError: If the model is an encoder-decoder.
-    """
-    rating = study.recipe.tasks.rating
-    if rating is None or rating.head is None:
-        return None
-    if paired:
-        raise RecipeError(
-            f"tasks.rating.head: {study.recipe.model.name} is an encoder-decoder, and a head reads the states of a "
-            "decoder alone; drop the section and 'head' from tasks.rating.strategies, or choose another model",
-            kind="unsupported",
-            column="tasks.rating.head",
-        )
-    task = study.tasks["rating"]
-    assert isinstance(task, RatingTask)
-    if other := [template.id for template in task.training_templates if learned_only(template)]:
-        raise RecipeError(
-            f"tasks.rating.templates: {other[0]} is answered by yes or no, and tasks.rating.head learns ratings alone; "
-            "leave it out, or drop the head",
-            kind="contradiction",
-            column="tasks.rating.templates",
-        )
-    return Classes(encoder, task.scale)
-
-
-def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
-    """Return how training rows are learned as lists of candidates, where the recipe says so.
-
-    Raises:
-        RecipeError: If other families are trained beside them, or the model is an encoder-decoder.
-    """
-    found = {
-        family: task.listwise
-        for family in study.shares
-        if isinstance(task := study.training_tasks[family], Listing) and task.listwise is not None
-    }
-    if not found:
-        return None
-    ((family, listwise),) = found.items()
-    key, others = f"tasks.{family}.loss", [name for name in study.shares if name != family]
-    if others or paired:
-        what = (
-            f"{study.recipe.model.name} is an encoder-decoder, whose rows are not packed; choose another model"
-            if paired
-            else f"a loss over candidates is of another kind than that of {others[0]}; leave one of both out of "
-            "training (train.only), or set it to answer"
-        )
-        raise RecipeError(f"{key}: {what}", kind="contradiction", column=key)
-    return listwise
 
 
 def _size(row: TokenRow | None) -> int:
@@ -227,12 +167,29 @@ def training_key(study: Study, folder: str) -> str:
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
         candidates=recipe.eval.candidates.model_dump() if any(family_of(f).lists for f in study.tasks) else None,
         # What training starts from stands in its weights, wherever they lie.
-        train=recipe.train.model_dump(exclude=_UNLEARNED if recipe.train.judge else {*_UNLEARNED, "judge"}),
+        train=recipe.train.model_dump(exclude=_unlearned(recipe.train)),
         seed=recipe.seed,
-        **stamps((TASKS, written(family)) for family in study.tasks),
+        **stamps([*((TASKS, written(family)) for family in study.tasks), *_teacher(recipe)]),
         **_nearness(study),
         **_drawing(study),
         **_judging(study),
+    )
+
+
+def _teacher(recipe: Recipe) -> list[tuple[Mapping[str, str], str]]:
+    """Return the baseline whose scores are a reward, or whose best items are rejected, where one is."""
+    reward, preference = recipe.train.reward, recipe.train.preference
+    named = [reward.baseline if reward is not None else None, preference.rejected if preference is not None else None]
+    return [(BASELINES, name) for name in named if name is not None]
+
+
+def _unlearned(train: TrainSection) -> set[str]:
+    """Return the settings of training that change nothing of what this method leaves."""
+    return (
+        _UNLEARNED
+        | {name for name in _OPTIONAL if getattr(train, name) is None}
+        | (set() if train.method in METHODS else {"soft"})
+        | (set() if train.exits else {"exits"})
     )
 
 
@@ -264,9 +221,14 @@ def _judging(study: Study) -> dict[str, object]:
 
 def _drawing(study: Study) -> dict[str, object]:
     """Return what says how negatives are drawn, where rows show any."""
-    if not any(family_of(family).lists for family in study.tasks):
+    preference = study.recipe.train.preference
+    if preference is None and not any(family_of(family).lists for family in study.tasks):
         return {}
-    return {"negatives": NEGATIVES} | listing(study.recipe.eval) | _finding(study.recipe)
+    hard: dict[str, object] = {"hard": LISTS} if preference is not None else {}
+    if preference is not None and preference.rejected == BEAM:
+        asked = {family: study.tasks[family].eval_templates[0] for family in study.shares}
+        hard["beam"] = [asked, study.recipe.eval.exact]
+    return {"negatives": NEGATIVES} | hard | listing(study.recipe.eval) | _finding(study.recipe)
 
 
 def _finding(recipe: Recipe) -> dict[str, object]:
@@ -313,9 +275,14 @@ def train_stage(
     if world.first:
         # A record must never vouch for weights of another run that was killed half-way.
         (folder / "train.json").unlink(missing_ok=True)
+    if study.recipe.train.method in METHODS:
+        from llmrec.train.option import soft_encoder
+
+        encoder = soft_encoder(encoder, study.recipe.train)
     with budget.stage("plan"):
         paired = is_paired(load_config(base, study.recipe.model))
         planned = plan_training(study, encoder, paired=paired)
+        close()
         refuse_different(world, planned.steps.digest(), "training rows")
     with budget.stage("train"):
         judge = Judge.of(study, encoder) if world.first else None
@@ -373,7 +340,7 @@ def _train(
     judge: Judge | None,
     quiet: bool,
 ) -> Training:
-    from llmrec.train import lora, sft
+    from llmrec.train import lora, option, sft
     from llmrec.train.world import here
 
     section = study.recipe.train
@@ -383,7 +350,10 @@ def _train(
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
     # Adapters and heads start from random weights.
     require("torch", "train").manual_seed(study.training_seed)
-    model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
+    if planned.soft is not None:
+        model = option.load_soft(base, study.recipe.model, section, encoder, planned.soft)
+    else:
+        model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
     if study.recipe.model.whole_words:
         from llmrec.train.whole_words import put_on
 
@@ -399,9 +369,11 @@ def _train(
         seed=study.training_seed,
         quiet=quiet,
         head=head,
+        soft=planned.soft,
         device=device(study.recipe.model),
         judge=None if judge is None else judge.model,
         listwise=listwise_of(study),
+        objective=objective_of(study, encoder, planned) if section.reward is not None else None,
     )
     del model, head
     release_memory()
@@ -430,6 +402,7 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
             lora.merge(base, study.recipe.model, folder / "adapter", draft)
         copy_head(folder / "adapter", draft)
         copy_words(folder / "adapter", draft)
+        copy_soft(folder / "adapter", draft)
         encoder.tokenizer.save_pretrained(draft)
         bundle.write(study, draft)
         if study.index is not None:

@@ -198,8 +198,11 @@ def plots(results: Results) -> dict[str, Plot]:
             found[f"cost-{place}"] = cost
     if results.training and results.training.log:
         found["training-loss"] = losses(results)
+        found |= {f"training/{name}": figured(results.training, name) for name in results.training.figured}
         if results.training.judged is not None:
             found["training-ndcg"] = judged(results.training, results.training.judged)
+        if any(line.reward is not None for line in results.training.log):
+            found["training-reward"] = rewards(results.training)
         if any(line.tokens_per_second is not None for line in results.training.log):
             found["training-speed"] = speed(results)
     if results.budget:
@@ -299,7 +302,15 @@ def losses(results: Results) -> Lines:
     for name in names:
         points = [(line.step, (line.valid_loss or {}).get(name)) for line in log]
         series.append(_series(f"valid: {title(name)}", "valid", points))
-    return {"kind": "lines", "unit": "loss, nats a token", "series": series}
+    # A preference's loss is a mean over lists, and a reward's is a policy gradient's.
+    other = results.training is not None and (results.training.figured or any(line.reward for line in log))
+    return {"kind": "lines", "unit": "loss" if other else "loss, nats a token", "series": series}
+
+
+def figured(training: Training, name: str) -> Lines:
+    """Return what a loss says of its steps under a name, by optimiser step."""
+    points = [(line.step, (line.figures or {}).get(name)) for line in training.log]
+    return {"kind": "lines", "unit": name, "series": [_series(name, "train", points)]}
 
 
 def judged(training: Training, judge: Judged) -> Lines:
@@ -317,6 +328,22 @@ def judged(training: Training, judge: Judged) -> Lines:
     for name in [name for name in judge.controls if name in (*shown, best)]:
         series.append(_series(name, "valid", [(step, judge.controls[name]) for step in ends]))
     return {"kind": "lines", "unit": "validation NDCG@10", "series": series}
+
+
+def rewards(training: Training) -> Lines:
+    """Return what rollouts earned by optimiser step, beside what says whether they teach anything."""
+    names = {
+        "mean reward": "reward",
+        "groups with the true item": "hit",
+        "groups without any advantage": "zero",
+        "divergence, nats": "kl",
+    }
+    made = [(line.step, line.reward) for line in training.log if line.reward is not None]
+    series = [
+        _series(label, "train" if name == "reward" else "valid", [(step, getattr(each, name)) for step, each in made])
+        for label, name in names.items()
+    ]
+    return {"kind": "lines", "unit": "a step's rollouts", "series": series}
 
 
 def speed(results: Results) -> Lines:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from llmrec.data.split import request_id, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
@@ -35,6 +36,7 @@ from llmrec.tasks.rows import (
     chat_example,
     list_prompt,
     list_row,
+    preferred,
     solved_chat,
     solved_list,
     steps,
@@ -95,8 +97,14 @@ class CtrTask(Task):
             else:
                 asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "liked", "disliked"}
                 template.check(turns=asked, lead=(), target={"answer"})
+        self._listwise = inputs.listwise
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, label=lambda event: self._yes(event.rating))
+
+    @property
+    def training_templates(self) -> tuple[Template, ...]:
+        """The templates that training rows are drawn from."""
+        return tuple(self._chosen.train)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -116,6 +124,12 @@ class CtrTask(Task):
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._events[user]
+            if self._listwise is not None:
+                at = rng.randrange(min(1, len(events) - 1), len(events))
+                swapped = self.liked - 1 if self._yes(events[at].rating) else self.liked
+                ends = (events[at], replace(events[at], rating=swapped))
+                yield preferred(self._asking(template, row, user, events[:at], end) for end in ends)
+                continue
             if template.shape == "list":
                 shown = _last_of_each(window(events, self._section.window, rng))
                 yield self._listed(template, row, user, shown, last_only=False)
@@ -348,7 +362,7 @@ FAMILY = Family(
     answer=Probability,
     headline="AUC",
     strategies=("yes-no", "parsed-yes-no"),
-    baselines=("like-ratio", "logistic", "din", "deepfm", "dcn", "autoint"),
+    baselines=("like-ratio", "logistic", "din", "deepfm", "dcn", "autoint", "late-interaction"),
     controls=("like-ratio",),
     column="rating",
 )

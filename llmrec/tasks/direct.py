@@ -31,7 +31,9 @@ from llmrec.tasks.ctr import read_choice
 from llmrec.tasks.direct_answers import (
     asks_for,
     candidate_labels,
+    check_asks_yes,
     check_loss,
+    check_rejected,
     check_strategies,
     check_words,
     fits,
@@ -42,7 +44,7 @@ from llmrec.tasks.direct_answers import (
 from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_ranking
-from llmrec.tasks.pool import Negatives
+from llmrec.tasks.pool import Negatives, Rejecting, shuffled
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.rows import Listwise, chat_example, solved_chat, with_shots
 from llmrec.tasks.sequential import items_by_text, read_item
@@ -90,6 +92,12 @@ class DirectTask(Task):
         self._events = Pasts(data)
         self._negatives = Negatives(data, candidates.kind if candidates else "uniform")
         self._count = candidates.count if candidates else _COUNT
+        loss = None if section.loss == "answer" else Listwise(section.loss, self._count, section.temperature)
+        self._listwise, self._rejecting = inputs.listwise or loss, None
+        if (preference := inputs.preference) is not None:
+            check_rejected(preference, self._count, retrieved=inputs.lists is not None)
+            if preference.rejected == "ratings":
+                self._rejecting = Rejecting(self.family, self._events, preference, self._negatives)
         self._lists = inputs.lists
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events)
@@ -118,23 +126,17 @@ class DirectTask(Task):
                 event = Event(item_id=held.item_id)
                 yield self._example(self._chosen.train[0], f"direct/valid/{name}", held.user_id, past, event, stored)
             return
-        for row, user, rng in passes(self.family, self._asked_users, self._seed, limit):
-            template = rng.choice(self._chosen.train)
+        users = self._rejecting.users if self._rejecting is not None else self._asked_users
+        for row, user, rng in passes(self.family, users, self._seed, limit):
+            template, events = rng.choice(self._chosen.train), self._events[user]
+            if self._rejecting is not None:
+                at, lower = self._rejecting.pair(user, rng)
+                item, some = events[at].item_id, self._count - 1 - len(lower)
+                pool = shuffled((item, *lower, *self._negatives.draw(user, some, rng, but=(item,))), rng)
+                yield self._example(template, row, user, events[:at], events[at], pool, lower)
+                continue
             at, pool = self._question(user, rng)
-            events = self._events[user]
             yield self._example(template, row, user, events[:at], events[at], pool)
-
-    @property
-    def listwise(self) -> Listwise | None:
-        """How rows are learned as lists of candidates; None: by their own tokens."""
-        section = self._section
-        return None if section.loss == "answer" else Listwise(section.loss, self._count, section.temperature)
-
-    def alternatives(self, example: Example) -> Sequence[Example]:
-        """Return a row whose template answers with an item once for each candidate, the chosen one first."""
-        template, noun = self._chosen.get(example.template.partition("/")[2]), self._data.dataset.noun
-        answers = (template.step({"noun": noun, "item": self._view.item(item)})[1] for item in example.negatives)
-        return (example, *(replace(example, answer=answer) for answer in answers))
 
     def cases(self, split: SplitName) -> Cases:
         """Return every held-out interaction with its stored candidates.
@@ -309,18 +311,14 @@ class DirectTask(Task):
         """Return the place of a training event of a user, and candidates as evaluation has them."""
         if self._lists is not None:
             at, found = rng.choice(self._lists.of(user))
-            mixed = list(found)
-            rng.shuffle(mixed)
-            return at, tuple(mixed)
+            return at, shuffled(found, rng)
         events = self._events[user]
         # A question about the first event has no history to show, so it is asked only of users with no other.
         at = rng.randrange(min(1, len(events) - 1), len(events))
         return at, self._pool(user, events[at].item_id, self._count, rng)
 
     def _pool(self, user: str, item: str, count: int, rng: random.Random, had: Sequence[str] = ()) -> tuple[str, ...]:
-        pool = [item, *self._negatives.draw(user, count - 1, rng, but=(item, *had))]
-        rng.shuffle(pool)
-        return tuple(pool)
+        return shuffled((item, *self._negatives.draw(user, count - 1, rng, but=(item, *had))), rng)
 
     def _values(
         self, user: str, past: Sequence[Event], pool: Sequence[str], want: str, context: Mapping[str, str] | None = None
@@ -355,7 +353,14 @@ class DirectTask(Task):
         return values | {"label": candidate_labels(len(pool))[pool.index(item)]}
 
     def _example(
-        self, template: Template, row: str, user: str, past: Sequence[Event], event: Event, pool: tuple[str, ...]
+        self,
+        template: Template,
+        row: str,
+        user: str,
+        past: Sequence[Event],
+        event: Event,
+        pool: tuple[str, ...],
+        lower: tuple[str, ...] = (),
     ) -> Example:
         if asks_for(template) == "yes":
             return self._yes_example(template, row, user, past, event)
@@ -363,7 +368,12 @@ class DirectTask(Task):
         values = self._values(user, shown.events, pool, "one", shown.context({}))
         answer = self._chosen_one(template, values, pool, event.item_id)
         made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
-        return replace(made, negatives=tuple(item for item in pool if item != event.item_id))
+        others = tuple(item for item in pool if item != event.item_id)
+        count = 0 if self._listwise is None else self._listwise.size - 1
+        drawn = others if count == len(others) else keyed("direct rejected", self._seed, row).sample(others, count)
+        answers = (self._chosen_one(template, values, pool, item) for item in lower or drawn)
+        rejected = tuple(template.answer(each) + template.tail for each in answers)
+        return replace(made, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return a row about the event's item, answered yes, or one as likely about a negative, answered no."""
@@ -375,6 +385,8 @@ class DirectTask(Task):
         values = self._asking(template, user, shown.events, (item,), "yes", shown.context({}))
         answer = values | {"answer": template.words.said(yes=yes)}
         made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
+        if self._listwise is not None:
+            made = replace(made, rejected=(template.answer({"answer": template.words.said(yes=not yes)}),))
         # A negative is no interaction of the user's, and the event is not shown.
         return made if yes else replace(made, pairs=made.pairs[:-1], negatives=(item,))
 
@@ -415,14 +427,7 @@ class DirectTask(Task):
                 column="candidates",
             )
         if asks == "label" and template.name not in self._asks_yes:
-            one, yes = (template.turns(self._values(request.user_id, (), pool, want)) for want in ("one", "yes"))
-            if one == yes:
-                raise RecipeError(
-                    f"template {template.id} has no words for the strategy 'pointwise-yes'; ask its question under "
-                    '{% if want == "yes" %}, or choose another template',
-                    kind="unsupported",
-                    at=template.id,
-                )
+            check_asks_yes(template, lambda want: self._values(request.user_id, (), pool, want))
             self._asks_yes.add(template.name)
         return "yes"
 

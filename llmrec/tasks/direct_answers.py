@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from string import ascii_uppercase
 from typing import Literal
 
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import PreferenceSection
 from llmrec.registry import STRATEGIES, is_plugin, lookup
-from llmrec.tasks.base import ABOUT_USER, USER_STATS
+from llmrec.tasks.base import ABOUT_USER, USER_STATS, Values
 
 Asks = Literal["label", "item", "yes"]
 
@@ -113,6 +114,52 @@ def check_loss(templates: Sequence[Template], loss: str) -> None:
             kind="contradiction",
             at=other.id,
             column="tasks.direct.loss",
+        )
+
+
+def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
+    """Check that a template has other words for a yes or no than for one of several candidates.
+
+    Args:
+        template: One that answers with a label.
+        values: What is wanted -> what a question shows.
+
+    Raises:
+        RecipeError: If it has not.
+    """
+    if template.turns(values("one")) == template.turns(values("yes")):
+        raise RecipeError(
+            f"template {template.id} has no words for the strategy 'pointwise-yes'; ask its question under "
+            '{% if want == "yes" %}, or choose another template',
+            kind="unsupported",
+            at=template.id,
+        )
+
+
+def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool) -> None:
+    """Check that what rows reject is among the candidates that a question shows.
+
+    Args:
+        preference: The recipe's ``train.preference``.
+        count: Candidates of a question.
+        retrieved: Whether they are retrieved.
+
+    Raises:
+        RecipeError: If there are too few of them, or others are to be rejected.
+    """
+    if preference.negatives >= count:
+        raise RecipeError(
+            f"train.preference.negatives: a question of tasks.direct shows {count} candidates (eval.candidates.count), "
+            f"of which at most {count - 1} can be rejected",
+            kind="too-large",
+            column="train.preference.negatives",
+        )
+    if preference.rejected not in ("uniform", "ratings") or (preference.rejected == "ratings" and retrieved):
+        raise RecipeError(
+            f"train.preference.rejected: tasks.direct rejects some of the candidates that its question shows, not "
+            f"{preference.rejected}; leave the key out, and choose by eval.candidates.kind how hard they are",
+            kind="contradiction",
+            column="train.preference.rejected",
         )
 
 

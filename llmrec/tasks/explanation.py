@@ -34,7 +34,8 @@ from llmrec.tasks.base import (
 from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn
-from llmrec.tasks.rows import chat_example, solved_chat, with_shots
+from llmrec.tasks.pool import with_other_texts
+from llmrec.tasks.rows import chat_example, preferred, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Request, SplitName, Text
@@ -74,6 +75,7 @@ class ExplanationTask(Task):
                 at=data.dataset.name,
                 column="text",
             )
+        self._listwise = inputs.listwise
         rated = [template.id for template in self._chosen.asking if _rates(template)]
         unrated = sum(event.rating is None for events in self._events.values() for event in events)
         if rated and unrated:
@@ -112,7 +114,10 @@ class ExplanationTask(Task):
             at = rng.randrange(len(events))
             shown = self._past.show(events[:at], [events[at].item_id])
             values = self._solved_values(user, shown.events, events[at], shown.context({}))
-            yield self._example(template, row, user, values, shown.events, events[at])
+            ends = [events[at]]
+            if self._listwise is not None:
+                ends = with_other_texts(events[at], self._events, text_of, self._listwise.size, rng)
+            yield preferred(self._example(template, row, user, values, shown.events, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out texts; an interaction without one is no case.

@@ -1,19 +1,21 @@
-"""Items that a user has not had in training, and pools of a few fixed rows (TALLRec, section 4)."""
+"""Items that a user has not had in training, rejected ones, and pools of a few fixed rows (TALLRec, section 4)."""
 
 from __future__ import annotations
 
 import random
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import count as numbers
 from typing import Protocol, runtime_checkable
 
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError
+from llmrec.recipe.schema import PreferenceSection
 from llmrec.tasks.base import keyed
-from llmrec.tasks.task import Task
-from llmrec.types import Example
+from llmrec.tasks.task import EventLists, Task
+from llmrec.types import Event, Example
 
 # Rows read in a row without a new one before a stream counts as exhausted.
 _PATIENCE = 2000
@@ -102,9 +104,11 @@ class Negatives:
     Args:
         data: The split data.
         kind: ``uniform`` over the catalogue, or ``popularity``: by 1 + number of training interactions.
+        key: What a recipe lowers where users leave too few items.
     """
 
-    def __init__(self, data: SplitDataset, kind: str) -> None:
+    def __init__(self, data: SplitDataset, kind: str, key: str = "eval.candidates.count") -> None:
+        self._key = key
         self._catalogue = sorted(data.dataset.items)
         self._bag = list(self._catalogue)
         if kind == "popularity":
@@ -135,9 +139,9 @@ class Negatives:
         if free < count:
             raise DataError(
                 f"user {user!r} has had {len(had)} of {len(self._catalogue)} items, which leaves {free}, fewer than "
-                f"the {count} negatives asked for; set eval.candidates.count to at most {free + 1}",
+                f"the {count} negatives asked for; set {self._key} to at most {free + self._key.endswith('count')}",
                 kind="too-few",
-                column="eval.candidates.count",
+                column=self._key,
             )
         taken: dict[str, None] = {}
         for _ in range(8 * count):
@@ -153,3 +157,93 @@ class Negatives:
                 taken[item] = None
                 rest = [other for other in rest if other != item]
         return list(taken)
+
+
+@dataclass(frozen=True)
+class Rejecting:
+    """Draws what training events are preferred to (``train.preference.rejected``), from training interactions alone.
+
+    Attributes:
+        family: Whose rows are made.
+        events: Training events by user.
+        section: ``negatives`` and ``rejected``.
+        negatives: Draws items that a user has not had.
+        lists: Hard items for places among a user's events, where ``rejected`` names what ranks.
+    """
+
+    family: str
+    events: Mapping[str, tuple[Event, ...]]
+    section: PreferenceSection
+    negatives: Negatives
+    lists: EventLists | None = None
+
+    @cached_property
+    def users(self) -> list[str]:
+        """Users with an event that something is known to be worse than.
+
+        Raises:
+            DataError: If there is none.
+        """
+        if self.lists is not None and self.section.rejected != "beam":
+            found = [user for user in self.events if self.lists.of(user)]
+        elif self.section.rejected == "ratings":
+            found = [user for user in self.events if any(self._lower(user))]
+        else:
+            found = list(self.events)
+        if not found:
+            raise DataError(
+                f"tasks.{self.family}: no user has a training event with {self.section.negatives} items that "
+                f"train.preference.rejected={self.section.rejected} finds; lower train.preference.negatives, or reject "
+                "others",
+                kind="too-few",
+                column="train.preference.rejected",
+            )
+        return found
+
+    def pair(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
+        """Return the place of an event of one of the `users`, and what it is preferred to."""
+        count = self.section.negatives
+        if self.lists is not None or self.section.rejected == "ratings":
+            at, items = rng.choice(self.lists.of(user) if self.lists is not None else list(self._lower(user)))
+            return at, tuple(rng.sample(items, count))
+        # A question about the first event has no history to show.
+        at = rng.randrange(min(1, len(self.events[user]) - 1), len(self.events[user]))
+        return at, tuple(self.negatives.draw(user, count, rng))
+
+    def _lower(self, user: str) -> Iterator[tuple[int, tuple[str, ...]]]:
+        """Yield places, and items that the user first chose after that and rated lower, where there are enough."""
+        events = self.events[user]
+        for at in range(min(1, len(events) - 1), len(events)):
+            own, known = events[at].rating, {event.item_id for event in events[: at + 1]}
+            after = [event for event in events[at + 1 :] if event.item_id not in known and event.rating is not None]
+            lower = dict.fromkeys(e.item_id for e in after if own is not None and (e.rating or 0.0) < own)
+            if len(lower) >= self.section.negatives:
+                yield at, tuple(lower)
+
+
+def shuffled(items: Sequence[str], rng: random.Random) -> tuple[str, ...]:
+    """Return items in a random order."""
+    mixed = list(items)
+    rng.shuffle(mixed)
+    return tuple(mixed)
+
+
+def with_other_texts(
+    event: Event, events: Mapping[str, tuple[Event, ...]], text: Callable[[Event], str], size: int, rng: random.Random
+) -> list[Event]:
+    """Return an event, and behind it the same with texts of other training events, ``size`` in all at most.
+
+    Args:
+        event: What the true text is about.
+        events: Training events by user.
+        text: Reads an event's text; no two of those returned are alike.
+        size: How many events.
+        rng: Random numbers.
+    """
+    users, found = sorted(events), {text(event): event}
+    for _ in range(_PATIENCE):
+        if len(found) == size:
+            break
+        other = rng.choice(events[rng.choice(users)])
+        found.setdefault(text(other), replace(event, text=other.text))
+    return list(found.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
@@ -37,6 +37,7 @@ from llmrec.tasks.rows import (
     chat_example,
     list_prompt,
     list_row,
+    preferred,
     solved_chat,
     solved_list,
     steps,
@@ -77,6 +78,14 @@ class RatingTask(Task):
                     template.check(turns=asked, lead=(), target=asked | {"rating"})
         for name in self._chosen.evaluate:
             _refuse_learned(templates[name])
+        self._listwise = inputs.listwise
+        if (other := next(filter(learned_only, self._chosen.train), None)) is not None and self._listwise is not None:
+            raise RecipeError(
+                f"train.preference: {other.id} is answered by yes or no, and ratings are compared with others; leave "
+                "it out of tasks.rating.templates",
+                kind="contradiction",
+                column="tasks.rating.templates",
+            )
         self._events = Pasts(data, rated=True)
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, label=lambda event: self.scale.label(event.rating or 0.0))
@@ -105,7 +114,13 @@ class RatingTask(Task):
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events, context = self._train_events(template, user, rng)
-            yield self._example(template, row, user, events, last_only=False, context=context)
+            if self._listwise is None:
+                yield self._example(template, row, user, events, last_only=False, context=context)
+                continue
+            ends = self.scale.misrated(events[-1], self._listwise.size, rng)
+            yield preferred(
+                self._example(template, row, user, (*events[:-1], end), last_only=True, context=context) for end in ends
+            )
 
     @property
     def branches(self) -> bool:
@@ -303,6 +318,12 @@ class Scale:
     def nearness(self, rating: float, truth: float) -> float:
         """Return 1 for the true rating, falling linearly to 0 at the width of the scale."""
         return max(0.0, 1.0 - abs(rating - truth) / ((self.high - self.low) or 1.0))
+
+    def misrated(self, event: Event, size: int, rng: random.Random) -> list[Event]:
+        """Return a rated event, and behind it the same with other ratings in random order, ``size`` in all at most."""
+        true = self.label(event.rating or 0.0)
+        others = [value for value, label in zip(self.values, self.labels, strict=True) if label != true]
+        return [event, *(replace(event, rating=value) for value in rng.sample(others, min(size - 1, len(others))))]
 
     def label(self, rating: float) -> str:
         """Return how a rating is written: the nearest label, the lower one of two."""

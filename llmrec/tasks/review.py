@@ -36,8 +36,9 @@ from llmrec.tasks.explanation import shared_words
 from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, WRITERS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number
+from llmrec.tasks.pool import with_other_texts
 from llmrec.tasks.rating import Scale, find_scale
-from llmrec.tasks.rows import chat_example, solved_chat, with_shots
+from llmrec.tasks.rows import chat_example, preferred, solved_chat, with_shots
 from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import (
@@ -81,6 +82,7 @@ class ReviewTask(Task):
         asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"review", "scale_low", "scale_high"}
         for template in templates.values():
             template.check(turns=asked, lead=(), target=asked | {self.target})
+        self._listwise = inputs.listwise
         self._events = Pasts(data, self._usable)
         if inputs.learns and not self._events:
             raise DataError(
@@ -124,8 +126,15 @@ class ReviewTask(Task):
                 yield self._example(self._chosen.train[0], row, held.user_id, event)
             return
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
-            template = rng.choice(self._chosen.train)
-            yield self._example(template, row, user, rng.choice(self._events[user]))
+            template, event = rng.choice(self._chosen.train), rng.choice(self._events[user])
+            if self._listwise is None:
+                yield self._example(template, row, user, event)
+            elif self._scale is not None:
+                ends = self._scale.misrated(event, self._listwise.size, rng)
+                yield preferred(self._example(template, row, user, end) for end in ends)
+            else:
+                ends = with_other_texts(event, self._events, text_of, self._listwise.size, rng)
+                yield preferred(self._example(template, row, user, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out reviews, each as the request's context; one without its target is no case."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from llmrec.prompts.template import Template
+from llmrec.recipe.schema import PreferenceSection
 from llmrec.tasks.base import PAST, Values, pairs_of
 from llmrec.types import (
     Event,
@@ -25,11 +26,15 @@ ListLoss = Literal["softmax", "lambda"]
 
 @dataclass(frozen=True, slots=True)
 class Listwise:
-    """How rows are learned as lists: the loss over one, how many candidates it has, and what divides their scores."""
+    """How rows are learned as lists: the loss over one, how many answers it has, and what divides their scores.
+
+    With ``preference`` the loss is that of `llmrec.train.preference`, over the chosen answer and the rejected ones.
+    """
 
     loss: ListLoss
     size: int
     temperature: float = 1.0
+    preference: PreferenceSection | None = None
 
 
 def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:
@@ -121,6 +126,18 @@ def chat_example(
         ends_turn=True,
         pairs=pairs_of(user_id, (*shown, event)),
     )
+
+
+def preferred(rows: Iterable[Example]) -> Example:
+    """Return the first of rows that differ in their last target alone, preferred to the others."""
+    first, *others = rows
+    return replace(first, rejected=tuple(row.answer[-1].text for row in others))
+
+
+def against(example: Example) -> list[Example]:
+    """Return a row, and behind it the same with each of its rejected texts in place of its last target."""
+    begin = example.answer[:-1]
+    return [example, *(replace(example, answer=(*begin, Segment("target", text))) for text in example.rejected)]
 
 
 def list_example(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 from llmrec.data.split import request_id
@@ -30,6 +31,7 @@ from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_line
+from llmrec.tasks.pool import Negatives, Rejecting
 from llmrec.tasks.rating import find_scale
 from llmrec.tasks.rows import (
     chat_example,
@@ -90,6 +92,10 @@ class SequentialTask(Task):
         self._keys: dict[str, Mapping[str, tuple[str, ...]]] = {}
         self._past = inputs.past(section, self._chosen.asking)
         self._shots = inputs.shots(self.family, self._events, least=2)
+        self._listwise, self._rejecting = inputs.listwise, None
+        if (preference := inputs.preference) is not None:
+            drawn = Negatives(data, preference.rejected, key="train.preference.negatives")
+            self._rejecting = Rejecting(self.family, self._events, preference, drawn, inputs.hard)
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -111,8 +117,24 @@ class SequentialTask(Task):
                 events = (*past, Event(item_id=held.item_id))
                 yield self._example(self._chosen.train[0], row, held.user_id, events, first_target=len(past))
             return
+        if self._rejecting is not None:
+            yield from self._preferences(self._rejecting, limit)
+            return
         for draw in self.draws(limit):
             yield self.example(draw)
+
+    def _preferences(self, rejecting: Rejecting, limit: int | None) -> Iterator[Example]:
+        """Yield rows whose last item alone is learned, as one that is preferred to others."""
+        for row, user, rng in passes(self.family, rejecting.users, self._seed, limit):
+            template, events = rng.choice(self._chosen.train), self._events[user]
+            at, rejected = rejecting.pair(user, rng)
+            shown = (*self._past.show(events[:at]).events, events[at])
+            made = self._example(template, row, user, shown, first_target=len(shown) - 1)
+            values = self._view.user(user) | {"n": len(shown)}
+            if template.shape == "chat":
+                values |= self._question(user, shown)
+            others = (template.answer(values | {"item": self._view.item(item)}) for item in rejected)
+            yield replace(made, negatives=rejected, rejected=tuple(text + template.tail for text in others))
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
         """Yield training rows before they are put into words: ``examples("train")`` is `example` of each, in order."""
@@ -147,6 +169,13 @@ class SequentialTask(Task):
     def cases(self, split: SplitName) -> Cases:
         """Return every held-out interaction with its candidates, or with none where the whole catalogue is ranked."""
         return ranking_cases(self._data, split, self._candidates, self.family)
+
+    def training_cases(self) -> Iterator[Case]:
+        """Yield training events as questions about what came before them; see `Task`."""
+        for row, user, rng in passes(f"{self.family} question", list(self._events), self._seed, None):
+            events = self._events[user]
+            at = rng.randrange(max(1, self._section.warm_up), len(events))
+            yield Case(request=Request(id=row, user_id=user, history=events[:at]), truth=events[at].item_id)
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`.

@@ -14,21 +14,26 @@ from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
-from llmrec.recipe.schema import TaskSection
+from llmrec.recipe.schema import PreferenceSection, TaskSection
 from llmrec.tasks.fewshot import Drawn, ShotPool
 from llmrec.tasks.history import ItemVectors, Past
+from llmrec.tasks.rows import Listwise
 from llmrec.types import Answer, Case, Event, Example, ItemCodes, Prompt, Request, SplitName
 
 Want = Literal["one", "ranking", "yes"]
 """What a prompt asks of its candidates: the one to choose, an order of all, or a yes or no to the only one."""
 
 
-class RetrievedLists(Protocol):
-    """Candidates of training rows, where those of evaluation are retrieved."""
+class EventLists(Protocol):
+    """Items for training events: candidates that hold an event's own, or others that it is preferred to."""
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return places among a user's training events, and lists that hold the item of that event."""
+        """Return places among a user's training events, and a list for each."""
         ...
+
+
+class RetrievedLists(EventLists, Protocol):
+    """Candidates of training rows, where those of evaluation are retrieved."""
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
         """Return the candidates of validation requests by id, where they hold the target."""
@@ -48,6 +53,8 @@ class TaskInputs:
         index: How items are written, where there is an index.
         vectors: What says which items read alike.
         lists: What is retrieved for training events; None: candidates of training rows are drawn.
+        preference: How training rows are learned from preference; None: their answers are learned.
+        hard: Rejected items of training events, where ``preference`` names what ranks them.
         learns: Whether there is something to learn from; without, a task can only ask.
     """
 
@@ -59,7 +66,15 @@ class TaskInputs:
     index: ItemCodes | None = None
     vectors: ItemVectors | None = None
     lists: RetrievedLists | None = None
+    preference: PreferenceSection | None = None
+    hard: EventLists | None = None
     learns: bool = True
+
+    @property
+    def listwise(self) -> Listwise | None:
+        """How rows are learned as a chosen answer and rejected ones; None: they are not."""
+        section = self.preference
+        return None if section is None else Listwise("softmax", 1 + section.negatives, preference=section)
 
     def past(self, section: TaskSection, asking: Sequence[Template]) -> Past:
         """Return what chooses the events that a prompt shows."""
@@ -83,6 +98,7 @@ class Task(Protocol):
     """One family over one data set. The same object serves training, evaluation and reward."""
 
     family: str
+    _listwise: Listwise | None = None
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
@@ -149,9 +165,31 @@ class Task(Protocol):
             column=f"tasks.{self.family}",
         )
 
+    @property
+    def training_templates(self) -> tuple[Template, ...]:
+        """The templates that training rows are drawn from, where a family is answered by labels."""
+        return ()
+
+    @property
+    def listwise(self) -> Listwise | None:
+        """How training rows are learned as lists, each with its `Example.rejected`; None: by their own tokens."""
+        return self._listwise
+
     def words(self, template: str) -> Words:
         """Return the words of the language that a template is written in, where a strategy writes some itself."""
         return english()
+
+    def training_cases(self) -> Iterator[Case]:
+        """Yield training events as questions about what came before them, without end, in seeded order.
+
+        Raises:
+            RecipeError: If the family asks for no item of the catalogue.
+        """
+        raise RecipeError(
+            f"tasks.{self.family} asks for no item of the catalogue; tasks.sequential does",
+            kind="unsupported",
+            column=f"tasks.{self.family}",
+        )
 
     def writes_alike(self, template: str) -> bool:
         """Whether a template writes an item in the same way for every request, so that a search can."""

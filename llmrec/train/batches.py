@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
 from typing import Any
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
+from llmrec.errors import RecipeError
 from llmrec.models.traits import is_paired
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rating import Scale
@@ -35,6 +36,7 @@ def plan(
     width: int | None = None,
     band: int | None = None,
     lists: int | None = None,
+    behind: int = 0,
 ) -> Steps:
     """Group rows into steps of at most ``batch_tokens`` padded tokens, in seeded order.
 
@@ -47,6 +49,7 @@ def plan(
         band: Packed rows of lists: how many lines before its own a token sees. None: all.
         lists: Rows come as lists of so many candidates, the chosen one first, and each list is a masked row: targets of
             the others get the weight 0. None: every row stands for itself.
+        behind: Tokens that each row grows by before it is read: those of its rollouts.
     """
     rng = random.Random(seed)
     table = RowTable()
@@ -60,7 +63,7 @@ def plan(
             for row in group:
                 table.add(row)
             if lists is None:
-                held += len(group[0].ids)
+                held += len(group[0].ids) + behind
             else:
                 # What the rows of a list share is read once.
                 made.append(one_bin(group))
@@ -70,7 +73,7 @@ def plan(
         if lists is not None:
             cut = _cut_packed(sorted(made, key=lambda each: each.columns), batch_tokens)
         elif width is None:
-            cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens)
+            cut = _cut(sorted(buffer, key=lambda row: len(row.ids)), batch_tokens, behind)
         else:
             made = bins(buffer, min(width, batch_tokens), band)
             cut = _cut_packed(sorted(made, key=lambda each: each.columns), batch_tokens)
@@ -81,8 +84,8 @@ def plan(
     return planned if lists is None else planned.weighing([float(n % lists == 0) for n in range(len(table))])
 
 
-def _cut(rows: Sequence[TokenRow], batch_tokens: int) -> list[Step]:
-    lengths = [len(row.ids) for row in rows]
+def _cut(rows: Sequence[TokenRow], batch_tokens: int, behind: int) -> list[Step]:
+    lengths = [len(row.ids) + behind for row in rows]
     return [Step(tuple(rows[start:end])) for start, end in _spans(lengths, batch_tokens)]
 
 
@@ -156,7 +159,7 @@ class Classes:
         A target that was cut with its row, so that it might be another one, bears no loss: the 1 of a 10.
         """
         labels = [IGNORED] * len(row.ids)
-        for start, end in _runs(row.labels):
+        for start, end in runs(row.labels):
             found = self._place(row.labels[start:end], last=end == len(row.ids))
             if found is not None:
                 labels[start] = found
@@ -187,7 +190,79 @@ class Classes:
         return self.scale.labels.index(label)
 
 
-def _runs(labels: Sequence[int]) -> list[tuple[int, int]]:
+@dataclass(slots=True)
+class Labels:
+    """Reads off training rows which label each target is: the first token of an answer, which no two labels share.
+
+    Labels are numbered in the order in which they are added: those that a family says it has, then as rows show them.
+
+    Attributes:
+        encoder: The tokenizer with the soft prompts.
+        limit: How many labels there may be: one a soft prompt.
+        tied: Rows are learned as labels; otherwise as the tokens that they are, and answers need not be labels.
+        ids: Tokens of the labels so far; none where answers are no labels.
+        closed: No further label is taken: training rows were read.
+    """
+
+    encoder: Encoder
+    limit: int
+    tied: bool
+    ids: list[int] = field(default_factory=list)
+    closed: bool = False
+    _open: bool = False
+
+    def row(self, row: TokenRow) -> TokenRow | None:
+        """Return the row with numbers of labels where targets begin and no other loss, or as it is if not ``tied``.
+
+        None if no target is left: once labels are ``closed``, an answer that is none of them bears no loss.
+
+        Raises:
+            RecipeError: If it is to be learned as labels, and an answer is more than one token, or one label too many.
+        """
+        if self.closed and not self.tied:
+            return row
+        labels = [IGNORED] * len(row.ids)
+        for start, end in runs(row.labels):
+            if not self.add(row.labels[start:end]):
+                return row
+            if row.labels[start] in self.ids:
+                labels[start] = self.ids.index(row.labels[start])
+        made = replace(row, labels=tuple(labels)) if self.tied else row
+        return made if made.targets else None
+
+    def add(self, answer: tuple[int, ...]) -> bool:
+        """Take the tokens of an answer as those of a label; whether answers are labels at all.
+
+        Raises:
+            RecipeError: If they must be and this one is more than one token, or one label too many.
+        """
+        why = "" if self.closed else self._read(answer)
+        if why and self.tied:
+            raise RecipeError(
+                f"train.method: {why}, and option tuning takes families that are answered by one of a few labels "
+                "of one token each, such as ctr; leave the others out (train.only), or set train.method=prompt or "
+                "lora",
+                kind="contradiction",
+                column="train.method",
+            )
+        if why:
+            self._open = True
+            self.ids.clear()
+        return not self._open
+
+    def _read(self, answer: tuple[int, ...]) -> str:
+        """Remember the label of an answer, and say why it is none."""
+        rest = [token for token in answer[1:] if token != self.encoder.end_id]
+        if self.encoder.tokenizer.decode(rest).strip():
+            return f"the answer {self.encoder.tokenizer.decode(list(answer))!r} is more than one token"
+        if answer[0] not in self.ids and not self._open:
+            if len(self.ids) == self.limit:
+                return f"rows have more labels than train.soft.prompts={self.limit}"
+            self.ids.append(answer[0])
+        return ""
+
+
+def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
     """Return where stretches of labels begin and end: one a target, since a list names an item before each."""
     found: list[tuple[int, int]] = []
     for place, label in enumerate(labels):

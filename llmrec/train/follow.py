@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._world = world
         # Where weights are divided among processes, none can ask the model alone.
         self.everybody = False
+        # What the log says of a step that makes its own rows.
+        self.told: Callable[[], Mapping[str, float]] = dict
         self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
         self._best = best
@@ -52,7 +54,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self.before = 0.0
         self._begin = time.monotonic()
         self._spent = 0.0
-        self._steps_timed = 0
+        self._tokens_timed = 0.0
         self._step_start = 0.0
         self._bar = Bar("train", steps, unit="steps", quiet=quiet or not world.first)
 
@@ -69,7 +71,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         """Tokens a second over the steps timed so far, validation excluded; as last noted where none was timed."""
         if not self._spent:
             return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
-        return self._steps_timed * self._mean_tokens / self._spent
+        return self._tokens_timed / self._spent
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Drop what the log holds beyond the checkpoint, and measure the loss before the first step."""
@@ -91,7 +93,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Stop the clock."""
         self._spent += _now() - self._step_start
-        self._steps_timed += 1
+        self._tokens_timed += self.told().get("tokens", self._mean_tokens)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         """Write the line of a step, with validation losses where they are due.
@@ -112,14 +114,18 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             )
         due = step % self._section.valid_every == 0 or step == state.max_steps
         looks = self._looks(step, kwargs["model"]) if due else self._unlooked()
+        figures = {name: float(value) for name, value in logs.items() if "/" in name}
+        told = dict(self.told())
         # Trackers, which are called next with the same log, have them too.
-        logs.update(_as_logged(looks))
+        logs.update(_as_logged(looks) | {f"reward/{name}": value for name, value in told.items()})
         self._record(
             {
                 "step": step,
                 "loss": float(logs["loss"]),
                 "learning_rate": float(logs.get("learning_rate", 0.0)),
                 **looks,
+                **({"figures": figures} if figures else {}),
+                **({"reward": told} if told else {}),
             }
         )
         # What one process alone has measured decides for all.

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.errors import RecipeError, require
+from llmrec.models import soft_prompt
 from llmrec.models.load import device, dtype, load_model
 from llmrec.models.tables import named_tables, told_as_tied
 from llmrec.models.traits import is_paired
@@ -56,6 +57,11 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     A QLoRA adapter is merged into the unquantised base too, which rounds less than merging into NF4.
     """
     torch, peft = require("torch", "train"), require("peft", "train")
+    if (prompt := soft_prompt.read(adapter)) is not None:
+        from llmrec.train.option import assembled
+
+        assembled(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
+        return
     base = load_model(folder, model, dtype=torch.float32)
     with told_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
@@ -84,6 +90,10 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
     torch, peft = require("torch", "train"), require("peft", "train")
     if train.method == "full":
         return load_model(str(adapter), model, dtype=torch.float32).eval()
+    if (prompt := soft_prompt.read(adapter)) is not None:
+        from llmrec.train.option import assembled
+
+        return assembled(folder, model, adapter, prompt).eval()
     if train.method in QUANTISED:
         base = _quantised(folder, model, train)
     else:

@@ -7,13 +7,16 @@ hundred at a time, keeps both its cost and its memory proportional to the number
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import checkpoint
 
 from llmrec.backends.encode import IGNORED
+from llmrec.decode.token_tree import Catalogue
+from llmrec.models import exits
 from llmrec.models.traits import is_paired, plain_head
 from llmrec.tasks.rows import ListLoss
 
@@ -22,6 +25,21 @@ _CHUNK = 256
 
 StateLoss = Callable[[Any, Any], Any]
 """Summed loss of hidden states, shape (n, d), and labels, shape (n,): what stands in for the language-model head."""
+
+
+@dataclass(frozen=True, slots=True)
+class ExitLoss:
+    """The loss of the states after every layer, the deeper the heavier; see `llmrec.models.exits`.
+
+    Attributes:
+        inner: The loss of the states of one depth; None: the language-model head's.
+    """
+
+    inner: StateLoss | None
+
+    def __call__(self, states: Any, labels: Any) -> Any:
+        """Never: the states of one depth are not enough."""
+        raise NotImplementedError
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
@@ -132,7 +150,45 @@ def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = No
     )
 
 
-def target_losses(model: Any, packed: Mapping[str, Any]) -> Any:
+@dataclass(frozen=True)
+class Legal:
+    """What may stand where each target of masked rows does, under the tree of a catalogue.
+
+    Attributes:
+        sets: Tokens that may stand somewhere, as tensors.
+        which: The number of the set of each target, shape (targets,).
+    """
+
+    sets: Sequence[Any]
+    which: Any
+
+    @staticmethod
+    def of(catalogue: Catalogue, items: Sequence[int], device: Any) -> Legal:
+        """Return what is legal along the paths of items, whose rows lie in this order; targets are whole paths."""
+        numbers: dict[tuple[int, ...], int] = {}
+        sets, which = [], []  # type: list[Any], list[int]
+        for item in items:
+            path: tuple[int, ...] = ()
+            for token, legal in catalogue.choices(int(catalogue.places[item])):
+                if path not in numbers:
+                    numbers[path] = len(sets)
+                    sets.append(torch.from_numpy(legal).to(device))
+                which.append(numbers[path])
+                path = (*path, token)
+        return Legal(sets, torch.tensor(which, device=device))
+
+    def masked(self, logits: Any, which: Any) -> Any:
+        """Return logits, shape (n, vocabulary), that are -inf but for the tokens of the sets ``which``, shape (n,)."""
+        used, rows = which.unique(return_inverse=True)
+        barred = torch.ones((len(used), logits.shape[-1]), dtype=torch.bool, device=logits.device)
+        for row, number in enumerate(used.tolist()):
+            barred[row, self.sets[number]] = False
+        return logits.masked_fill(barred[rows], -torch.inf)
+
+
+def target_losses(
+    model: Any, packed: Mapping[str, Any], *, temperature: float = 1.0, legal: Legal | None = None
+) -> Any:
     """Return the cross-entropy of every target of masked rows, float32, shape (targets,), through any head.
 
     Logits are made again in the backward pass, a few hundred targets at a time.
@@ -140,22 +196,30 @@ def target_losses(model: Any, packed: Mapping[str, Any]) -> Any:
     Args:
         model: See `packed_loss`.
         packed: See there.
+        temperature: What logits are divided by.
+        legal: Renormalise over what may stand where each target does; None: over the vocabulary.
     """
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     after, wanted, inputs = packed["after"], packed["wanted"], _masked(model, packed)
+    which = wanted if legal is None else legal.which
+
+    def entropies(logits: Any, targets: Any, sets: Any) -> Any:
+        logits = logits.float() / temperature
+        if legal is not None:
+            logits = legal.masked(logits, sets)
+        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+
     head, rows, places = _head(base)
     if not plain_head(base.config, head):
-        logits = model(**inputs, use_cache=False).logits.flatten(0, 1)[after]
-        return torch.nn.functional.cross_entropy(logits.float(), wanted, reduction="none")
+        return entropies(model(**inputs, use_cache=False).logits.flatten(0, 1)[after], wanted, which)
     hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[after]
     weight = head.weight if rows is None else head.weight.index_copy(0, places, rows.to(head.weight.dtype))
 
-    def losses(states: Any, targets: Any) -> Any:
-        logits = (states.to(weight.dtype) @ weight.T).float()
-        return torch.nn.functional.cross_entropy(logits, targets, reduction="none")
+    def losses(states: Any, targets: Any, sets: Any) -> Any:
+        return entropies(states.to(weight.dtype) @ weight.T, targets, sets)
 
-    parts = zip(hidden.split(_CHUNK), wanted.split(_CHUNK), strict=True)
-    return torch.cat([checkpoint(losses, states, targets, use_reentrant=False) for states, targets in parts])
+    parts = zip(hidden.split(_CHUNK), wanted.split(_CHUNK), which.split(_CHUNK), strict=True)
+    return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
 def _masked(model: Any, packed: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -189,14 +253,27 @@ def _loss_at(
 ) -> tuple[Any, float]:
     """Return the summed loss of targets, and what they count; ``pick`` takes the states that they follow."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if isinstance(by, ExitLoss):
+        found = [pick(states) for states in exits.depths(base, **inputs)]
+        scales = exits.weights(len(found))
+        loss = by.inner or (lambda states, wanted: _vocabulary_loss(base, states, wanted, counts))
+        count = len(targets) if by.inner or counts is None else float(counts.sum())
+        return sum(scale * loss(states, targets) for scale, states in zip(scales, found, strict=True)), count
     if by is not None:
         return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
     count = len(targets) if counts is None else float(counts.sum())
-    head, rows, places = _head(base)
+    head, _, _ = _head(base)
     if not plain_head(base.config, head):
         return cross_entropy(pick(model(**inputs, use_cache=False).logits), targets, counts), count
-    hidden = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
-    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places, counts), count
+    return _vocabulary_loss(
+        base, pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets, counts
+    ), count
+
+
+def _vocabulary_loss(base: Any, hidden: Any, targets: Any, counts: Any) -> Any:
+    """Return the summed cross-entropy of states, shape (n, d), through a plain head."""
+    head, rows, places = _head(base)
+    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places, counts)
 
 
 def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:
@@ -219,13 +296,30 @@ def list_loss(
         kind: `softmax` or `lambda`.
         temperature: What log-likelihoods are divided by before that.
     """
-    owners, losses = packed["owners"], target_losses(model, packed)
-    count = int(owners.max()) + 1
-    scores = losses.new_zeros(count).index_add(0, owners, -losses).view(-1, size)
-    marks = losses.new_zeros(count).index_add(0, owners, packed["weights"].to(losses.dtype)).view(-1, size)
-    chosen = marks.argmax(1)
+    scores = list_scores(model, packed, size)
     loss = {"softmax": softmax_loss, "lambda": lambda_loss}[kind]
-    return loss(scores / temperature, chosen), float(len(scores))
+    return loss(scores / temperature, chosen_of(packed, size)), float(len(scores))
+
+
+def list_scores(model: Any, packed: Mapping[str, Any], size: int) -> Any:
+    """Return the log-likelihoods of the candidates of lists, float32, shape (lists, size); see `list_loss`."""
+    return _of_rows(packed, -target_losses(model, packed), size)
+
+
+def chosen_of(packed: Mapping[str, Any], size: int) -> Any:
+    """Return the place of each list's chosen candidate, shape (lists,); see `list_loss`."""
+    return _of_rows(packed, packed["weights"], size).argmax(1)
+
+
+def lengths_of(packed: Mapping[str, Any], size: int) -> Any:
+    """Return how many targets each candidate has, shape (lists, size); see `list_loss`."""
+    return _of_rows(packed, torch.ones_like(packed["weights"]), size)
+
+
+def _of_rows(packed: Mapping[str, Any], values: Any, size: int) -> Any:
+    """Add up what targets have to what rows have, shape (lists, size)."""
+    owners = packed["owners"]
+    return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values).view(-1, size)
 
 
 def softmax_loss(scores: Any, chosen: Any) -> Any:
@@ -263,8 +357,8 @@ def _head(base: Any) -> tuple[Any, Any, Any]:
     """Return the head, and of one with new tokens the trained rows and their places in it; else None and None."""
     head = base.get_output_embeddings()
     adapter = getattr(head, "token_adapter", None)
-    if adapter is None:
-        return head, None, None
+    if adapter is None or adapter.disable_adapters:
+        return head if adapter is None else adapter.base_layer, None, None
     (name,) = adapter.active_adapters
     places = torch.tensor(adapter.token_indices[name], device=adapter.base_layer.weight.device)
     return adapter.base_layer, adapter.trainable_tokens_delta[name], places

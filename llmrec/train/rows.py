@@ -18,7 +18,7 @@ from llmrec.tasks.task import Task
 from llmrec.train.batches import fit_row
 from llmrec.train.branches import Branching, branching_rows
 from llmrec.train.line_rows import Drawing, RowStream
-from llmrec.train.listwise import Listing, list_rows
+from llmrec.train.listwise import list_rows
 from llmrec.train.seq2seq import target_rows
 from llmrec.types import Example
 
@@ -88,8 +88,8 @@ def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow |
     """Return a family's training rows, without end."""
     task, section = sources.tasks[family], sources.section
     limit = section.max_row_tokens
-    if isinstance(task, Listing) and task.listwise is not None:
-        return list_rows(task, sources.examples(family), encoder, limit)
+    if task.listwise is not None:
+        return list_rows(task.listwise, sources.examples(family), encoder, limit)
     if sources.paired:
         made = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in made for row in (*rows, *([] if rows else [None])))

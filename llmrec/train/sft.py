@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from datasets import Dataset
@@ -21,8 +21,11 @@ from trl import SFTConfig, SFTTrainer
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.durable import replacing, seal
 from llmrec.errors import LlmrecError, RecipeError
+from llmrec.models import bottleneck
+from llmrec.models.exits import check as check_exits
 from llmrec.models.load import has_cuda
 from llmrec.models.rating_head import RatingHead, save_head
+from llmrec.models.soft_prompt import SoftPrompt
 from llmrec.models.traits import takes_block_mask
 from llmrec.models.whole_words import save_words, words_of
 from llmrec.recipe.schema import TrainSection
@@ -31,9 +34,11 @@ from llmrec.train.batches import laid_out, padded
 from llmrec.train.best import Best
 from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
 from llmrec.train.follow import Follow
-from llmrec.train.loss import StateLoss, label_loss, list_loss, packed_loss, rows_loss
+from llmrec.train.loss import ExitLoss, StateLoss, label_loss, list_loss, packed_loss, rows_loss
+from llmrec.train.option import OptionLoss, rows_of
 from llmrec.train.packing import stack, tree
 from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
+from llmrec.train.preference.loss import compare, without_dropout
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
@@ -72,12 +77,39 @@ class Training:
     kept_step: int | None = None
 
 
+class Objective(Protocol):
+    """Makes the loss of a planned step when its turn comes, from what the model is by then.
+
+    Attributes:
+        updates: How many optimiser steps each planned step is for, one after the other.
+    """
+
+    updates: int
+
+    def loss(self, model: Any, number: int) -> tuple[Any, float]:
+        """Return the summed loss of a planned step, and what it is divided by."""
+        ...
+
+    def told(self) -> Mapping[str, float]:
+        """Return what the log says of the last step, its ``tokens`` and ``targets`` among it."""
+        ...
+
+
 class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
     """SFTTrainer whose dataset rows are whole planned steps and whose head sees label rows only."""
 
     by: StateLoss | None = None
     listwise: Listwise | None = None
+    objective: Objective | None = None
     world: World = World()
+    # What is logged of a step beside its loss, by name: its sum over what counts, and then its mean.
+    figures: Mapping[str, float] = {}
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        """Return the planned order where a step is taken several times, else a seeded one."""
+        if self.objective is not None:
+            return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
+        return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
         """Return the planned steps in an order that does not depend on processes: each takes its share of every one."""
@@ -107,18 +139,31 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         Of several processes each returns its part times their number, since gradients and logged losses are then
         averaged over them: the mean of these is the loss of one process that has the whole step.
         """
+        if self.objective is not None:
+            total, count = self.objective.loss(model, int(inputs["step"]))
+            return (total / count, {}) if return_outputs else total / count
         share = {name: value for name, value in inputs.items() if name != _IDLE}
         total, count = through(model, self._summed, share)
         if _IDLE in inputs:  # a step too small for all
             total, count = total * 0.0, 0.0
-        loss = total * self.world.size / (self.world.total(count, total.device) or 1)
+            self.figures = dict.fromkeys(self.figures, 0.0)
+        whole = self.world.total(count, total.device) or 1
+        self.figures = {name: self.world.total(value, total.device) / whole for name, value in self.figures.items()}
+        loss = total * self.world.size / whole
         return (loss, {}) if return_outputs else loss
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log a step's figures with its loss."""
+        super().log({**logs, **self.figures} if "loss" in logs else logs, *args, **kwargs)
 
     def _summed(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, float]:
         """Return the summed loss and what its targets, or lists, count."""
         with mixed_precision(model):
             if self.listwise is not None:
                 lists = self.listwise
+                if lists.preference is not None:
+                    total, count, self.figures = compare(model, inputs, lists.preference)
+                    return total, count
                 return list_loss(model, inputs, lists.size, lists.loss, lists.temperature)
             return (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
 
@@ -134,9 +179,11 @@ def train(
     seed: int,
     quiet: bool = False,
     head: RatingHead | None = None,
+    soft: SoftPrompt | None = None,
     device: str | None = None,
     judge: Callable[[Any], float] | None = None,
     listwise: Listwise | None = None,
+    objective: Objective | None = None,
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -153,23 +200,35 @@ def train(
         seed: Seeds the order of steps and dropout.
         quiet: Show no progress bar.
         head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
+        soft: The soft prompts of the model, for rows whose labels are numbers of labels where these are tied to them.
         device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
         judge: A model -> its figure on the validation split, for ``train.judge``: the adapter of the best look is kept.
             None: that of the last step is.
         listwise: Rows are lists of candidates, planned as such, and have a loss over these.
+        objective: Makes the loss of each planned step itself.
     """
     world = here()
     started = time.monotonic()
     widen(model)
+    if listwise is not None and listwise.preference is not None:
+        without_dropout(model)
     if steps and steps[0].bins:
-        check_packing(model, "tasks.direct.loss=answer" if listwise else "train.packing=none")
+        check_packing(model, "train.packing=none" if listwise is None else _no_lists(listwise))
     pad = encoder.tokenizer.pad_token_id
-    by = None if head is None else HeadLoss(head)
+    by: StateLoss | None = None if head is None else HeadLoss(head)
+    if soft is not None and soft.tied:
+        by = OptionLoss(rows_of(model), len(soft.labels))
+    if section.exits:
+        check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
+        by = ExitLoss(by)
     # What a checkpoint holds beside the Trainer's own files.
-    kept: list[Callable[[Path], None]] = [partial(save_words, model)]
+    kept: list[Callable[[Path], None]] = [partial(save_words, model), partial(bottleneck.save, model)]
     kept += [] if head is None else [partial(save_head, head)]
+    kept += [] if soft is None else [soft.save]
     saving = OnSave([*kept, seal, partial(keep_newest, section.keep_checkpoints)], world)
-    sizes = [(step.tokens, step.targets) for step in steps]
+    # Which planned step each optimiser step takes.
+    order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
+    sizes = [(step.tokens, step.targets) for step in map(steps.__getitem__, order)]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
 
     def write(tuned: Any, draft: Path, **weights: Any) -> None:
@@ -180,15 +239,18 @@ def train(
     patience = section.judge.patience if section.judge else None
     best = Best(folder / "best", patience, judge, write) if judge is not None and world.first else None
     log_file = folder / "train_log.jsonl"
-    follow = Follow(len(steps), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=by, best=best, world=world)
+    follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=by, best=best, world=world)
+    if objective is not None:
+        check_packing(model, "train.reward=null")
+        follow.told = objective.told
     device = device or ("cuda" if has_cuda() else "cpu")
     with adapters_as_they_are(model):
         trainer = LabelRowTrainer(
             model=model,
-            args=_config(section, folder, len(steps), seed, device),
-            train_dataset=_numbered(steps),
+            args=_config(section, folder, len(order), seed, device),
+            train_dataset=Dataset.from_dict({"step": order}),
             processing_class=encoder.tokenizer,
-            data_collator=partial(_batch, model, steps, pad, world),
+            data_collator=partial(_batch, model, steps, pad, world) if objective is None else _number,
             # Trackers come after what adds validation losses to a step's log.
             callbacks=[follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
@@ -199,10 +261,11 @@ def train(
     follow.everybody = kind == SHARDED
     tell_world(world, kind)
     trainer.remove_callback(PrinterCallback)
-    trainer.by, trainer.listwise, trainer.world = by, listwise, world
+    trainer.by, trainer.listwise, trainer.objective, trainer.world = by, listwise, objective, world
     checkpoint = _checkpoint(folder / "checkpoints", world, sharded=kind == SHARDED)
     if checkpoint is not None:
         restore_words(model, checkpoint)
+        bottleneck.load(model, checkpoint)
     if head is not None and checkpoint is not None:
         restore(head, checkpoint)
     elif head is not None:
@@ -224,6 +287,9 @@ def train(
     world.wait()
     # Where validation ended it, the rest of the planned steps were not taken.
     sizes = sizes[: follow.records[-1]["step"]]
+    if objective is not None:
+        made = [record["reward"] for record in follow.records if "reward" in record]
+        sizes = [(int(each["tokens"]), int(each["targets"])) for each in made]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
     seconds = follow.before + time.monotonic() - started
     return Training(
@@ -242,6 +308,10 @@ def train(
         distributed=kind.lower() if kind == "NO" else kind,
         kept_step=None if best is None else best.step,
     )
+
+
+def _no_lists(listwise: Listwise) -> str:
+    return "tasks.direct.loss=answer" if listwise.preference is None else "train.preference=null"
 
 
 def check_packing(model: Any, instead: str = "train.packing=none") -> None:
@@ -308,9 +378,10 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
     return checkpoint
 
 
-def _numbered(steps: Sequence[Step]) -> Any:
-    """Planned steps as the dataset that TRL asks for: their numbers, since a step is laid out when its turn comes."""
-    return Dataset.from_dict({"step": range(len(steps))})
+def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
+    """Hand on the number of a planned step: the trainer fetches ahead, so that rows of the model's own come later."""
+    (item,) = items
+    return {"step": torch.tensor(item["step"])}
 
 
 def _batch(

@@ -7,17 +7,22 @@ its id, and whether it bears loss. Rows and steps are made from that when they a
 from __future__ import annotations
 
 from array import array
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate, pairwise
-from typing import overload
+from typing import TYPE_CHECKING, overload
 
 import numpy as np
 
 from llmrec.backends.encode import IGNORED, TokenRow
 from llmrec.durable import checksum
 from llmrec.train.packing import Bin
+from llmrec.types import Case
+
+if TYPE_CHECKING:
+    from llmrec.models.soft_prompt import SoftPrompt
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +114,24 @@ class RowTable:
         return self._learned.count(1, self._ends[number], self._ends[number + 1])
 
 
+@dataclass(frozen=True)
+class Plan:
+    """Planned steps, how many rows of each task they hold, and validation rows by task.
+
+    ``dropped`` counts rows whose only target lay beyond ``train.max_row_tokens``; ``loss_shares`` is what part of the
+    loss each task has; ``cases`` are the questions of rows that rollouts answer, by the rows' numbers; ``soft`` what
+    soft prompts there are.
+    """
+
+    steps: Steps
+    rows: Mapping[str, int]
+    dropped: Mapping[str, int]
+    valid: Mapping[str, list[TokenRow]]
+    loss_shares: Mapping[str, float] = field(default_factory=dict)
+    cases: Sequence[Case] = ()
+    soft: SoftPrompt | None = None
+
+
 class Steps(Sequence[Step]):
     """Planned steps in their order; a step is made when it is asked for.
 
@@ -165,3 +188,45 @@ class Steps(Sequence[Step]):
         ends = list(accumulate(self._sizes[own], initial=0))
         bins = zip(pairwise(ends), self._columns[own], strict=True)
         return Step(rows, tuple(Bin(rows[start:end], columns, self._band) for (start, end), columns in bins))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Steps whose rows are weighted, and what part of the loss each family has in them: the mean over steps."""
+
+    steps: Steps
+    shares: Mapping[str, float]
+
+
+def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
+    """Weight rows so that each family's part of a step's loss is its part of the step's tokens, on average.
+
+    Shares are shares of tokens when rows are drawn. The loss of a step is a mean over its targets, and a row of a list
+    has many of them where a question with one answer has few: in a step that holds both, the list would have nearly all
+    of it. So a family's targets count as many times more as they stand apart: tokens over targets, one number for each
+    family.
+
+    The mean target counts 1, and rows of a single family are left as they are.
+
+    Args:
+        steps: Planned steps.
+        families: The family of every row that was drawn for them.
+    """
+    table, tokens, targets = steps.table, defaultdict[str, int](int), defaultdict[str, int](int)
+    for numbers in steps.numbers():
+        for n in numbers:
+            tokens[families[n]] += table.tokens(n)
+            targets[families[n]] += table.targets(n)
+    if len(tokens) < 2:
+        return Weighted(steps, dict.fromkeys(tokens, 1.0))
+    every = sum(targets.values()) / sum(tokens.values())
+    weights = {family: tokens[family] / targets[family] * every for family in tokens}
+    parts = defaultdict[str, float](float)
+    for numbers in steps.numbers():
+        mass = defaultdict[str, float](float)
+        for n in numbers:
+            mass[families[n]] += weights[families[n]] * table.targets(n)
+        for family, held in mass.items():
+            parts[family] += held / sum(mass.values()) / len(steps)
+    # Of a family that no step has, rows may have been drawn.
+    return Weighted(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))

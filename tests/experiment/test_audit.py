@@ -499,6 +499,23 @@ def test_a_template_that_names_its_item_twice_may_name_a_negative_twice(study: S
     assert often(2) == [] and len(often(3)) == 1
 
 
+def test_what_a_row_of_sequential_rejects_may_stand_in_no_question(study: Study) -> None:
+    (user, item), template = held(study), study.templates["sequential"][study.tasks["sequential"].eval_templates[0]]
+    said = title(study, item)
+    shown = Message("user", (Segment("text", "After "), Segment("item", said)))
+
+    def told(message: Message, *rejected: str) -> list[str]:
+        row = Example(
+            id="r", user_id=user, task="sequential", template=template.id, messages=(message,), ends_turn=False,
+            answer=(Segment("target", "x"),), negatives=(item,), rejected=rejected,
+        )  # fmt: skip
+        return list(leaks_rows._told(row, leaks_rows._Secrets(study.data), template))
+
+    plain = Message("user", (Segment("text", "What next?"),))
+    assert told(plain, f"{said}\n") == [] and len(told(shown, f"{said}\n")) == 1
+    assert len(told(plain, f"{said}\n", f"{said}\n")) == 1
+
+
 def test_redrawn_holdouts_are_others_in_all_but_their_users(study: Study) -> None:
     data = study.data
     (user, _), only = held(study), min(data.dataset.items)

@@ -74,7 +74,11 @@ def test_it_is_an_encoder_that_says_what_it_learned_from(table: Path, tuned: Pat
 def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
     assert reads_of("content", {"encoder": str(tuned)}) == "language model"
     assert reads_of("content", {"encoder": tiny_encoder()}) == reads_of("content", {}) == "texts"
-    assert reads_of("popularity", {}) == "events"
+    assert reads_of("popularity", {}) == reads_of("dcn", {}) == reads_of("dcn", {"align": {"longer": True}}) == "events"
+    assert (
+        reads_of("dcn", {"align": {"encoder": "lsa"}}) == reads_of("dcn", {"align": {"encoder": "chance"}}) == "texts"
+    )
+    assert reads_of("dcn", {"align": {"encoder": str(tuned)}}) == "language model"
 
 
 def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:

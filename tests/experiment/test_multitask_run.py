@@ -16,12 +16,13 @@ from llmrec.commands.export.export import Options, export
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment import runs
 from llmrec.experiment.study import Study, build_study, encoder_of
-from llmrec.experiment.training import Plan, plan_training, training_key
+from llmrec.experiment.training import plan_training, training_key
 from llmrec.recipe.load import load_benchmark, load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.report.plots import losses
 from llmrec.report.results import read
 from llmrec.resources import resource
+from llmrec.train.steps import Plan
 from tests.conftest import make_model
 from tests.facts import Facts, raises
 from tests.review_files import records, write
@@ -306,6 +307,7 @@ def test_another_tokenizer_is_refused(stage_one: Path, tmp_path: Path) -> None:
         pipeline.open_session(recipe(other, *OWN, f"train.start={moved}"), tmp_path / "r", quiet=True)
 
 
+@pytest.mark.slow
 def test_codes_must_mean_the_same_items(llama_folder: Path, tmp_path: Path) -> None:
     coded = (*OWN[:2], "tasks={sequential: {templates: [continue-codes]}}")
     token = recipe(llama_folder, *coded, "index={scheme: token}")

@@ -16,6 +16,7 @@ from llmrec.report.drawing.canvas import NARROW, WIDE, Canvas, Shape, cut, text_
 from llmrec.report.drawing.scale import Scale, apart, fitted, spanning
 from llmrec.report.page import write
 from llmrec.report.plots import differences, losses, plots, quality_by_tokens, weights
+from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
 from llmrec.results import Results, Row
 from tests.report.test_report_page import Tree, plot_of
@@ -123,6 +124,15 @@ def test_no_loss_flattens_the_others(results: dict[str, Any]) -> None:
     # On a linear axis everything after the first step would lie within a fifteenth of the height.
     assert max(heights) - min(heights[1:]) > 0.15 * (max(heights) - heights[0])
     assert any("log scale" in shape.text for shape in canvas.shapes)
+
+
+def test_a_loss_over_lists_is_no_nats_a_token(results: dict[str, Any]) -> None:
+    assert losses(results_of(results))["unit"] == "loss, nats a token"
+    results["training"]["log"][0]["figures"] = {"rewards/margins": 0.5}
+    assert losses(results_of(results))["unit"] == "loss"
+    told = markdown_page(results_of(results), {}, None, fix="")
+    assert "Validation losses are nats a target token; that of training is a mean over lists." in told
+    assert "Losses are nats a target token" not in told
 
 
 def test_numbers_of_the_cost_plot_do_not_overlap(results: dict[str, Any]) -> None:

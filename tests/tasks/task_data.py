@@ -131,6 +131,8 @@ def make_task(
     shot_choice: str = "random",
     stored: bool = True,
     lists: Any = None,
+    preference: Any = None,
+    hard: Any = None,
     **section: Any,
 ) -> Any:
     data = data or make_split()
@@ -146,7 +148,7 @@ def make_task(
     candidates = make_candidates(data) if stored and family in ("sequential", "direct") else None
     return make(
         task, data, kind(**section), load_templates(family), seed=seed, candidates=candidates, shot_choice=shot_choice,
-        lists=lists,
+        lists=lists, preference=preference, hard=hard,
     )  # fmt: skip
 
 

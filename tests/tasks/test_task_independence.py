@@ -162,7 +162,7 @@ def attacked(data: SplitDataset, sets: CandidateSets, task: Any, rows: int) -> n
     return np.array([ndcg(items, held.item_id, shown[held.user_id]) for items, held in asked])
 
 
-@pytest.mark.parametrize("knows", [False, True])
+@pytest.mark.parametrize("knows", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_is_never_a_negative_does_not_tell_the_answer(knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 20 candidates, 100 rows a user of MovieLens-100K: chance; and far above it where negatives are as they were.
 

@@ -16,11 +16,12 @@ import torch
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.errors import RecipeError
 from llmrec.experiment.study import build_study
-from llmrec.experiment.training import listwise_of, plan_training, training_key
+from llmrec.experiment.training import plan_training, training_key
+from llmrec.experiment.tuning.targets import listwise_of
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
-from llmrec.tasks.rows import Listwise
+from llmrec.tasks.rows import Listwise, against
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss, lambda_loss, list_loss, packed_loss, softmax_loss, target_losses
@@ -213,7 +214,7 @@ def test_a_recipe_plans_lists_of_its_candidates(llama_folder: Path, tmp_path: Pa
     assert all(len(each.rows) == 5 for step in made.steps for each in step.bins)
     task = study.training_tasks["direct"]
     example = next(iter(task.examples("train")))
-    texts = ["".join(segment.text for segment in each.answer) for each in task.alternatives(example)]
+    texts = ["".join(segment.text for segment in each.answer) for each in against(example)]
     titles = [study.data.dataset.items[item].title for item in (example.pairs[-1][1], *example.negatives)]
     assert texts == titles and len(set(texts)) == 5
 

@@ -258,7 +258,7 @@ def test_frozen_trains_the_head_alone(llama_folder: Path, tmp_path: Path) -> Non
     assert head.linear.weight.abs().sum() > 0
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_a_killed_run_resumes_to_the_same_head(llama_folder: Path, tmp_path: Path, method: str) -> None:
     settings = {"method": method, "learning_rate": 1e-3 if method == "full" else 1e-2}
     whole, _, head = run(llama_folder, tmp_path / "whole", **settings)

@@ -18,8 +18,7 @@ from llmrec.tasks.mixture import interleave
 from llmrec.train.batches import laid_out, plan
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
-from llmrec.train.shares import weighted
-from llmrec.train.steps import Step, Steps
+from llmrec.train.steps import Step, Steps, weighted
 
 
 def row(length: int, targets: int, first: int) -> TokenRow:

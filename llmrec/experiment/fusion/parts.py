@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
+from llmrec.baselines.ctr.align import Align
 from llmrec.baselines.item_texts import LSA
 from llmrec.baselines.parameters import stops_early, stores_of
 from llmrec.data.split import SplitDataset, halves
@@ -244,9 +245,12 @@ def kind_of(baseline: str) -> Kind:
 def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
     """Return what a baseline knows items by; one whose encoder was tuned on the interactions is a language model."""
     made = lookup(BASELINES, baseline, "baseline")
-    # Features are texts through a fixed encoder, whoever wrote them.
-    known: Reads = "texts" if stores_of(baseline, parameters) else made.READS
-    encoder = str(parameters.get("encoder", LSA))
+    align = parameters.get("align")
+    told = Align.model_validate(align) if isinstance(align, Mapping) else None
+    # Features are texts through a fixed encoder, whoever wrote them; a first stage that is only longer reads none.
+    reads_texts = stores_of(baseline, parameters) or (told is not None and not told.longer)
+    known: Reads = "texts" if reads_texts else made.READS
+    encoder = str(parameters.get("encoder", LSA)) if told is None else told.encoder
     return "language model" if known == "texts" and encoder != LSA and learned_from(encoder) else known
 
 

@@ -26,6 +26,7 @@ from llmrec.tasks.family import Family, family_of
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import Task, Want
 from llmrec.train.branches import Branching
+from llmrec.train.reward.questions import question
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
 # A text this short ("good", "love it") is written by many people about many things.
@@ -97,10 +98,11 @@ class _Secrets:
         """Return the titles of a row's drawn negatives, and how often they may stand in its question.
 
         Each may as often as the candidate that is named least, or as a template about one item names it: a held-out
-        item that is in the history too, or in a hint, stands there once more.
+        item that is in the history too, or in a hint, stands there once more. A question that lists no candidates and
+        asks about no item shows none: what is rejected stands in other answers.
         """
-        texts = Counter(self._written[item] for item in example.negatives)
-        if not texts:
+        texts = self.drawn(example)
+        if not texts or not (family_of(example.task).lists or asks_for(template) == "yes"):
             return {}
         if asks_for(template) == "yes":
             mention = _CODES if self._coded else _TITLES
@@ -111,6 +113,10 @@ class _Secrets:
             # One that is cut, or written otherwise to forge nothing, is not found, and says nothing of the others.
             often = min((named[text] // times for text, times in listed.items() if named[text]), default=0)
         return {text: times * often for text, times in texts.items()}
+
+    def drawn(self, example: Example) -> Counter[str]:
+        """Return the titles of a row's drawn negatives, and how often each was drawn."""
+        return Counter(self._written[item] for item in example.negatives)
 
 
 def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> Iterator[Segment]:
@@ -145,6 +151,10 @@ def training_rows(study: Study, family: str, count: int) -> Check:
 def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
     """Yield the first rows of a task's stream, and as many of those that share a history where rows are packed."""
     section = study.recipe.train
+    if section.reward is not None:
+        template = task.eval_templates[0]
+        yield from (question(task, case, template) for case in islice(task.training_cases(), count))
+        return
     yield from islice(training_examples(task, section.examples, study.training_seed), count)
     if section.packing == "tree" and section.examples is None and isinstance(task, Branching) and task.branches:
         yield from islice(_branching(task, sorted(study.data.users())), count)
@@ -162,6 +172,10 @@ def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[s
     question = tuple(_segments(example.messages))
     yield from secrets.shown(example.user_id, question, secrets.negatives(example, template))
     yield from secrets.shown(example.user_id, example.answer)
+    # Texts that are rejected were written by others, who may have written the same.
+    if family_of(example.task).answers_with_items:
+        rejected = [Segment("target", text) for text in example.rejected]
+        yield from secrets.shown(example.user_id, rejected, secrets.drawn(example))
 
 
 def questions(study: Study, family: str) -> Check:

@@ -1,0 +1,107 @@
+"""Times rollouts over a catalogue beside transformers' ``generate`` with a prefix function, as GRPO trainers use it.
+
+``python -m eval.benchmarks.rollouts eval/results/rollouts.json``. Both sides draw as many items for the same prompts
+from the same made model, of 41 million random weights, in turn in one process with one thread (``--prompts 8 --rounds
+3``); the minimum and the median of the rounds are kept, and the load of the machine around them. Random weights are
+right for speed and say nothing of quality. ``BENCH_CLOCK=processor`` counts the processor's time, for a machine that
+others use.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.benchmarks import search_peers as peers
+from eval.benchmarks.search import made_model, prompts
+from eval.benchmarks.search_alone import made_codes
+from eval.benchmarks.timing import alternated, seconds_now
+from llmrec.backends.hf.tree import MaskedTree
+from llmrec.decode.rollouts import Way, rollouts
+from llmrec.decode.token_tree import Catalogue
+from llmrec.durable import write_json
+from llmrec.machine import machine, versions
+from llmrec.models.load import quiet_libraries
+
+LENGTH, GROUP = 200, 16
+WAYS: tuple[Way, ...] = ("sampled", "without-replacement", "beam")
+SAMPLED, BEAMS = "generate, sampled", "generate, beams"
+
+Drawn = list[list[tuple[int, ...]]]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure and write."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.rollouts")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    options = parser.parse_args(arguments)
+    torch.set_num_threads(1)
+    quiet_libraries()
+    model, codes, asked = made_model(torch.float32), made_codes(), prompts(options.prompts, LENGTH)
+    tree, trie = Catalogue.of(codes), peers.Trie(codes)
+
+    def ours(way: Way) -> Drawn:
+        how: Any = {"way": way, "count": GROUP, "temperature": 1.0, "seeds": range(len(asked))}
+        return [[codes[n] for n in group.items] for group in rollouts(MaskedTree(model, 0), tree, asked, **how)]
+
+    def theirs(*, sampled: bool) -> Drawn:
+        if sampled:
+            return peers.sample(model, trie, asked, count=GROUP, length=tree.depth)
+        return [list(each) for each in peers.generate(model, trie, asked, width=GROUP, length=tree.depth)]
+
+    ways: dict[str, Callable[[], Drawn]] = {f"llmrec, {way}": lambda way=way: ours(way) for way in WAYS}  # type: ignore[misc]
+    ways |= {SAMPLED: lambda: theirs(sampled=True), BEAMS: lambda: theirs(sampled=False)}
+    load, begin = os.getloadavg()[0], seconds_now()
+    seconds, given = alternated(options.rounds, ways)
+    drawn = len(asked) * GROUP
+    found = {
+        name: {
+            "seconds": seconds[name],
+            "rollouts_a_second": drawn / seconds[name]["min"],
+            "legal": legal(given[name], codes),
+            "distinct": sum(len(set(group)) for group in given[name]) / drawn,
+        }
+        for name in ways
+    }
+    ratios = {
+        name: found[f"llmrec, {name}"]["rollouts_a_second"] / found[other]["rollouts_a_second"]
+        for name, other in (("sampled", SAMPLED), ("without-replacement", SAMPLED), ("beam", BEAMS))
+    }
+    write_json(
+        options.target,
+        {
+            "command": "python -m eval.benchmarks.rollouts TARGET "
+            f"--prompts {options.prompts} --rounds {options.rounds}",
+            "what": f"{GROUP} rollouts for each of {len(asked)} prompts of {LENGTH} tokens, among {len(codes):,} codes "
+            f"of {tree.depth} tokens; a model of 41 million random weights in float32",
+            "clock": os.environ.get("BENCH_CLOCK", "wall"),
+            "rounds": options.rounds,
+            "ways": found,
+            "times_faster": ratios,
+            "load": {"before": round(load, 2), "after": round(os.getloadavg()[0], 2)},
+            "seconds": seconds_now() - begin,
+            "machine": {**machine(), "threads": torch.get_num_threads()},
+            "versions": versions(),
+        },
+    )
+    for name, row in found.items():
+        sys.stdout.write(f"{name:30} {row['rollouts_a_second']:8.1f} rollouts/s, {row['legal']:.0%} items\n")
+
+
+def legal(drawn: Drawn, codes: Sequence[tuple[int, ...]]) -> float:
+    """Return the share of rollouts that are items."""
+    known = set(codes)
+    flat = [path for group in drawn for path in group]
+    return sum(path in known for path in flat) / len(flat)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,186 @@
+"""Items that a model chooses for a prompt, drawn from the tree of legal outputs: what a policy gradient learns from.
+
+The policy is that of the model at a temperature, renormalised at every branching over the branches that a catalogue
+has: p(item) is a product of softmaxes over siblings, so every rollout is an item. A group comes in one of three ways.
+
+- ``beam``: the best items of a constrained beam search. All different, and no sample: a mean over them is biased.
+- ``sampled``: independent draws. Equal ones become one with a weight, so that what they share is read once.
+- ``without-replacement``: the Gumbel-top-k trick over the tree (Kool et al., Stochastic Beams and Where to Find Them,
+  ICML 2019, algorithm 1). All different, and with the weights p / P(drawn) of their section 4.2 a mean over them
+  estimates that over the catalogue.
+
+Whatever the way, a group's weights sum to 1, and random numbers are those of each prompt's own generator: what else is
+in a batch changes no draw.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.decode.beam import Beams, Branches, Floats, TreeEngine, beam, descend, opened, start
+from llmrec.decode.token_tree import Catalogue, Index
+
+Way = Literal["beam", "sampled", "without-replacement"]
+
+
+@dataclass(frozen=True)
+class Group:
+    """The rollouts of one prompt, all different, the most likely first.
+
+    Attributes:
+        items: Places in the catalogue, as its paths were given, shape (n,).
+        weights: What each counts in a mean over the group; they sum to 1, shape (n,).
+        scores: Full-softmax log-probability of each at temperature 1, in nats, shape (n,).
+    """
+
+    items: Index
+    weights: Floats
+    scores: Floats
+
+
+def rollouts(
+    engine: TreeEngine,
+    catalogue: Catalogue,
+    prompts: Sequence[Sequence[int]],
+    *,
+    way: Way,
+    count: int,
+    temperature: float,
+    seeds: Sequence[int],
+) -> list[Group]:
+    """Draw a group of items for each prompt.
+
+    Args:
+        engine: Where log-probabilities come from.
+        catalogue: The legal outputs.
+        prompts: Token ids of each prompt.
+        way: See the module.
+        count: Rollouts a prompt: fewer different ones where some are drawn twice, or the catalogue has no more.
+        temperature: What log-probabilities are divided by before they are renormalised; a beam reads them as they are.
+        seeds: Of each prompt's random numbers.
+    """
+    if way == "beam":
+        found = beam(engine, catalogue, prompts, k=count, width=count)
+        return [_group(np.array(each.items), np.ones(len(each.items)), np.array(each.scores)) for each in found]
+    generators = [np.random.default_rng(seed) for seed in seeds]
+    roots = vars(start(np.arange(len(prompts)), len(catalogue)))
+    keep, finish = (_split, _counted) if way == "sampled" else (_highest, _weighed)
+    # Of one more than are asked for, the last is the threshold that says how likely the others were to be drawn.
+    drawn = count if way == "sampled" else count + 1
+    first = np.array([float(count) if way == "sampled" else generator.gumbel() for generator in generators])
+    beams = _Drawn(**roots, logq=np.zeros(len(prompts)), marks=first)
+    beams = descend(engine, catalogue, prompts, beams, partial(keep, temperature, drawn, generators))
+    return [finish(catalogue, beams.take(np.flatnonzero(beams.users == user)), count) for user in range(len(prompts))]
+
+
+@dataclass
+class _Drawn(Beams):
+    """Prefixes that were drawn.
+
+    Attributes:
+        logq: Log-probability under the renormalised policy, shape (n,).
+        marks: How many of the draws it has, or its perturbed log-probability; shape (n,).
+    """
+
+    logq: Floats
+    marks: Floats
+
+
+def _renormalised(temperature: float, beams: _Drawn, branches: Branches, logprobs: Floats) -> _Drawn:
+    """Return branches as prefixes whose ``logq`` is that of their parents and their share among siblings."""
+    if not len(logprobs):
+        return opened(beams, branches, logprobs)
+    heads = np.flatnonzero(np.diff(branches.parents, prepend=-1))
+    sizes = np.diff(heads, append=len(logprobs))
+    scaled = logprobs / temperature
+    scaled -= np.repeat(np.maximum.reduceat(scaled, heads), sizes)
+    scaled -= np.repeat(np.log(np.add.reduceat(np.exp(scaled), heads)), sizes)
+    found = opened(beams, branches, logprobs)
+    found.logq = found.logq + scaled
+    return found
+
+
+def _split(
+    temperature: float,
+    _: int,
+    generators: Sequence[np.random.Generator],
+    beams: _Drawn,
+    branches: Branches,
+    logprobs: Floats,
+) -> _Drawn:
+    """Divide the draws of every prefix among its branches: a multinomial each."""
+    found = _renormalised(temperature, beams, branches, logprobs)
+    heads = np.flatnonzero(np.diff(branches.parents, prepend=-1))
+    for begin, end in zip(heads, [*heads[1:], len(logprobs)], strict=True):
+        shares = np.exp(found.logq[begin:end] - beams.logq[branches.parents[begin]])
+        generator = generators[found.users[begin]]
+        found.marks[begin:end] = generator.multinomial(int(found.marks[begin]), shares / shares.sum())
+    return _in_order(_Drawn.join(beams.take(np.flatnonzero(beams.whole)), found.take(np.flatnonzero(found.marks))))
+
+
+def _highest(
+    temperature: float,
+    count: int,
+    generators: Sequence[np.random.Generator],
+    beams: _Drawn,
+    branches: Branches,
+    logprobs: Floats,
+) -> _Drawn:
+    """Keep the highest perturbed log-probabilities of each prompt: Gumbels whose maximum is their parent's."""
+    found = _renormalised(temperature, beams, branches, logprobs)
+    if len(logprobs):
+        heads = np.flatnonzero(np.diff(branches.parents, prepend=-1))
+        sizes = np.diff(heads, append=len(logprobs))
+        noise = np.concatenate([generators[user].gumbel(size=n) for user, n in _runs(found.users)])
+        free = found.logq + noise
+        found.marks = _below(found.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
+    pool = _Drawn.join(beams.take(np.flatnonzero(beams.whole)), found)
+    order = np.lexsort((pool.lows, -pool.marks, pool.users))
+    counts = np.bincount(pool.users, minlength=len(generators))
+    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return _in_order(pool.take(order[rank < count]))
+
+
+def _in_order(pool: _Drawn) -> _Drawn:
+    """Return prefixes in the order of prompts and paths, in which random numbers are drawn."""
+    return pool.take(np.lexsort((pool.lows, pool.users)))
+
+
+def _runs(users: Index) -> list[tuple[int, int]]:
+    """Return users that stand side by side, and how often."""
+    heads = np.flatnonzero(np.diff(users, prepend=-1))
+    return list(zip(users[heads].tolist(), np.diff(heads, append=len(users)).tolist(), strict=True))
+
+
+def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
+    """Return Gumbels under the condition that the highest of siblings is their parent's; appendix B.3 of the paper."""
+    with np.errstate(divide="ignore"):
+        gap = parents - free + np.log1p(-np.exp(free - highest))
+    bounded: Floats = parents - np.maximum(gap, 0) - np.log1p(np.exp(-np.abs(gap)))
+    return bounded
+
+
+def _counted(catalogue: Catalogue, own: _Drawn, _: int) -> Group:
+    return _group(catalogue.order[own.lows].astype(np.int64), own.marks, own.scores)
+
+
+def _weighed(catalogue: Catalogue, own: _Drawn, count: int) -> Group:
+    """Weigh each item by its probability over that of being among the drawn: above the threshold."""
+    order = np.argsort(-own.marks, kind="stable")
+    kept = own.take(order[:count])
+    weights = np.exp(kept.logq)
+    if len(order) > count:
+        threshold = own.marks[order[count]]
+        weights = weights / -np.expm1(-np.exp(kept.logq - threshold))
+    return _group(catalogue.order[kept.lows].astype(np.int64), weights, kept.scores)
+
+
+def _group(items: Index, weights: NDArray[np.float64], scores: Floats) -> Group:
+    order = np.argsort(-scores, kind="stable")
+    return Group(items[order].astype(np.int64), weights[order] / weights.sum(), scores[order])

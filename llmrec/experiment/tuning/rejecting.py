@@ -1,0 +1,121 @@
+"""What a recommender, or the model itself, finds beside training events: items to be rejected in favour of these."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmrec.baselines.retrieve import HARD, Lists, Single, check_retriever
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError
+from llmrec.recipe.schema import CandidateSection, ModelSection, Recipe
+from llmrec.tasks.base import keyed
+from llmrec.tasks.family import family_of
+from llmrec.tasks.task import EventLists, Task
+from llmrec.types import Ranking, Request
+
+if TYPE_CHECKING:
+    from llmrec.types import Backend
+
+_DRAWN = ("uniform", "popularity", "ratings")
+BEAM = "beam"
+"""Value of ``train.preference.rejected``: what the model finds itself."""
+# Training events of a user that the model is asked about.
+_EVENTS = 4
+
+
+def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> EventLists | None:
+    """Return what finds rejected items for a family, as ``train.preference.rejected`` says; None: they are drawn.
+
+    Args:
+        recipe: The recipe, which learns from preference.
+        family: A family that is trained.
+        data: What it reads.
+        seed: Of training.
+        plain: Makes the family's task as it is without preference.
+
+    Raises:
+        RecipeError: If nothing of that name ranks.
+    """
+    section = recipe.train.preference
+    if section is None or section.rejected in _DRAWN or not family_of(family).ranks_for_users:
+        return None
+    if section.rejected == BEAM:
+        return Beams(recipe, data, seed, plain)
+    key = "train.preference.rejected"
+    check_retriever(section.rejected, key, *_DRAWN, BEAM)
+    best = CandidateSection(kind="retrieved", retriever=section.rejected, count=max(HARD, section.negatives))
+    return Lists(data, best, seed, Single(section.rejected, seed, key), others=True, least=section.negatives)
+
+
+class Beams:
+    """What the model that training starts from finds itself, by an exact search of the catalogue.
+
+    It is asked about a few training events of a user when the user's first row is made, with the events before as
+    history. Items that the user has had in training are left out, as wherever items are rejected.
+    """
+
+    def __init__(self, recipe: Recipe, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> None:
+        """Set up; see `hard_of`."""
+        self._recipe, self._data, self._seed, self._plain = recipe, data, seed, plain
+        self._task: Task | None = None
+        self._found: dict[str, Sequence[tuple[int, tuple[str, ...]]]] = {}
+
+    def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
+        """Return places among a user's training events, and the model's best items beside the user's own.
+
+        Raises:
+            DataError: If there are fewer items than are rejected.
+        """
+        if user not in self._found:
+            self._found[user] = self._search(user)
+        return self._found[user]
+
+    def _search(self, user: str) -> list[tuple[int, tuple[str, ...]]]:
+        from llmrec.strategies.asking import Prompting
+        from llmrec.strategies.catalogue import CatalogueRanker
+
+        recipe, events, section = self._recipe, self._data.train_events(user), self._recipe.train.preference
+        assert section is not None and recipe.train.start is not None
+        self._task = self._task or self._plain()
+        backend = _opened(str(Path(recipe.train.start).expanduser() / "merged"), recipe.model, recipe.eval.batch_tokens)
+        asker = Prompting(backend=backend, task=self._task, template=self._task.eval_templates[0])
+        had, most = frozenset(event.item_id for event in events), max(HARD, section.negatives)
+        ranker = CatalogueRanker(asker, beams=most, exact=recipe.eval.exact, apart=lambda request: had)
+        places = range(1, len(events))
+        drawn = sorted(keyed("beam events", self._seed, user).sample(places, min(_EVENTS, len(places))))
+        asked = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
+        found = []
+        for at, answer in zip(drawn, ranker.answer(asked), strict=True):
+            assert isinstance(answer, Ranking)  # a search always finds something
+            if len(answer.items) < section.negatives:
+                raise DataError(
+                    f"user {user!r} has had all but {len(answer.items)} of the items in training; set "
+                    "train.preference.negatives to at most that",
+                    kind="too-few",
+                    column="train.preference.negatives",
+                )
+            found.append((at, answer.items[:most]))
+        return found
+
+
+@lru_cache(maxsize=1)
+def _opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backend:
+    """Load a tuned model; it is kept until `close`."""
+    from llmrec.backends.encode import Encoder
+    from llmrec.backends.hf.backend import HFBackend
+    from llmrec.models.load import device, load_model, load_tokenizer
+
+    encoder = Encoder(load_tokenizer(folder, model), max_length=model.max_length)
+    return HFBackend(load_model(folder, model).to(device(model)), encoder, batch_tokens=batch_tokens)
+
+
+def close() -> None:
+    """Let go of the model: when rows are made, training needs its memory."""
+    if _opened.cache_info().currsize:
+        from llmrec.models.load import release_memory
+
+        _opened.cache_clear()
+        release_memory()

@@ -1,0 +1,113 @@
+"""Losses over a chosen answer and rejected ones: DPO, S-DPO, SimPO and IPO.
+
+The reward of an answer is beta times its log-likelihood less that of the reference, the model that training started
+from; SimPO's is beta times the mean log-likelihood of its tokens. With r of the chosen and r_i of the rejected answers:
+
+- ``dpo`` (Rafailov et al., NeurIPS 2023, eq. 7): the mean over i of -log sigmoid(r - r_i), with one rejected answer the
+  paper's; with label smoothing e the mean of (1 - e) times that and e times -log sigmoid(r_i - r).
+- ``s-dpo`` (Chen et al., NeurIPS 2024): -log sigmoid(-log sum_i exp(r_i - r)), which is the softmax cross-entropy of
+  the chosen answer among all; with one rejected answer it is DPO.
+- ``simpo`` (Meng et al., NeurIPS 2024, eq. 6): as ``dpo``, with its own reward and a margin, r - r_i - margin.
+- ``ipo`` (Azar et al., AISTATS 2024, eq. 17, a token as in TRL): (h - 1 / (2 beta))^2 with h the difference of mean log
+  ratios.
+
+There is no second model: while log-likelihoods of the reference are read, the adapter is switched off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from llmrec.recipe.schema import PreferenceSection
+from llmrec.train.loss import chosen_of, lengths_of, list_scores, softmax_loss
+
+
+@contextmanager
+def reference(model: Any) -> Iterator[None]:
+    """Have a model with an adapter be what it was before training, and read no gradient."""
+    with torch.no_grad(), model.disable_adapter():
+        yield
+
+
+def without_dropout(model: Any) -> None:
+    """Switch dropout off for good: a model and its reference are to differ by what was learned alone."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Some blocks keep a share of their own and call the function.
+        for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
+            setattr(module, name, 0.0)
+
+
+def compare(model: Any, packed: Mapping[str, Any], section: PreferenceSection) -> tuple[Any, float, dict[str, float]]:
+    """Return the summed loss of lists of answers, how many there are, and sums of how far the chosen ones are ahead.
+
+    The sums are those whose means TRL logs, under its names.
+
+    Args:
+        model: A causal language model that takes block masks; with PEFT adapters, where the loss has a reference.
+        packed: See `llmrec.train.loss.list_loss`; lists of one chosen answer and ``section.negatives`` others.
+        section: The recipe's ``train.preference``.
+    """
+    size = 1 + section.negatives
+    before = None
+    if section.refers:
+        with reference(model):
+            before = list_scores(model, packed, size)
+    scores, chosen, lengths = list_scores(model, packed, size), chosen_of(packed, size), lengths_of(packed, size)
+    rewards = rewards_of(scores, before, lengths, section)
+    total = preference_loss(rewards, chosen, section)
+    own = scores.gather(1, chosen[:, None])
+    if section.sft_weight:
+        total = total - section.sft_weight * (own / lengths.gather(1, chosen[:, None])).sum()
+    ahead = margins(rewards.detach(), chosen)
+    best = rewards.detach().gather(1, chosen[:, None])
+    told = {
+        "rewards/chosen": best,
+        "rewards/rejected": best - ahead.mean(1, keepdim=True),
+        "rewards/margins": ahead.mean(1),
+        "rewards/accuracies": (ahead > 0).float().mean(1),
+        "logps/chosen": own.detach(),
+    }
+    return total, float(len(scores)), {name: float(values.sum()) for name, values in told.items()}
+
+
+def rewards_of(scores: Any, before: Any, lengths: Any, section: PreferenceSection) -> Any:
+    """Return the rewards of answers.
+
+    Args:
+        scores: Log-likelihoods, shape (lists, answers).
+        before: Those of the reference; None: there is none.
+        lengths: Tokens of each answer.
+        section: Which loss, and its scale.
+    """
+    ratios = scores if before is None else scores - before
+    return section.beta * (ratios / lengths if section.loss in ("simpo", "ipo") else ratios)
+
+
+def preference_loss(rewards: Any, chosen: Any, section: PreferenceSection) -> Any:
+    """Return the summed loss of lists.
+
+    Args:
+        rewards: Shape (lists, answers).
+        chosen: Place of the chosen answer, shape (lists,).
+        section: Which loss.
+    """
+    if section.loss == "s-dpo":
+        behind = torch.zeros_like(rewards).scatter(1, chosen[:, None], section.margin)
+        return softmax_loss(rewards - behind, chosen)
+    ahead = margins(rewards, chosen) - section.margin
+    if section.loss == "ipo":
+        return (ahead / section.beta - 1 / (2 * section.beta)).square().mean(1).sum()
+    swapped, soft = section.label_smoothing, torch.nn.functional.softplus
+    return ((1 - swapped) * soft(-ahead) + swapped * soft(ahead)).mean(1).sum()
+
+
+def margins(rewards: Any, chosen: Any) -> Any:
+    """Return by how much the chosen answer's reward is above each rejected one's, shape (lists, rejected)."""
+    others = torch.ones_like(rewards, dtype=torch.bool).scatter(1, chosen[:, None], False)
+    return rewards.gather(1, chosen[:, None]) - rewards[others].view(len(rewards), -1)

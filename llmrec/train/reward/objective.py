@@ -1,0 +1,193 @@
+"""The loss of a step that makes its own rows: rollouts of the model as it is, their rewards, and a policy gradient.
+
+Rollouts depend on the seed, the id of their question and the weights alone, so that a resumed training draws the same.
+The rollouts of a question lie in one masked row, as the candidates of a list do (`llmrec.train.listwise`). The model
+that training started from is what lies below the adapter, which is switched off to ask it. Dropout is off throughout:
+what is learned is the policy that was asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmrec.backends.encode import IGNORED, TokenRow
+from llmrec.backends.hf.tree import MaskedTree
+from llmrec.data.hashing import hash_one
+from llmrec.decode.rollouts import Group, rollouts
+from llmrec.decode.token_tree import Catalogue
+from llmrec.recipe.schema import RewardSection
+from llmrec.train.loss import Legal, target_losses
+from llmrec.train.packing import Bin, one_bin, stack, tree
+from llmrec.train.precision import mixed_precision
+from llmrec.train.reward.loss import PolicyLoss, advantages, policy_loss
+from llmrec.train.reward.rewards import Rewards
+from llmrec.train.steps import Steps
+from llmrec.types import Case
+
+
+@dataclass
+class _Drawn:
+    """The rollouts of a planned step, all groups one behind the other.
+
+    Attributes:
+        number: Of the step.
+        packed: Their masked rows as tensors.
+        legal: What may stand where each target does; None where log-probabilities are those of the full vocabulary.
+        weights: What each rollout counts, shape (n,).
+        gains: Advantages, shape (n,).
+        reference: Log-probabilities under the model that training started from.
+        old: The same under the model that drew them; None before their first update.
+        told: What is said of them.
+    """
+
+    number: int
+    packed: Mapping[str, Any]
+    legal: Legal | None
+    weights: Any
+    gains: Any
+    reference: Any
+    old: Any
+    told: dict[str, float]
+
+
+class RewardObjective:
+    """Makes the loss of a step from rollouts of its questions.
+
+    Attributes:
+        updates: Optimiser steps that take the same rollouts.
+    """
+
+    def __init__(
+        self, steps: Steps, cases: Sequence[Case], section: RewardSection, rewards: Rewards, *, pad: int, seed: int
+    ) -> None:
+        """Set up.
+
+        Args:
+            steps: Planned steps, whose rows are questions with their answers.
+            cases: The questions, by the number of their row.
+            section: The recipe's ``train.reward``.
+            rewards: What rollouts earn.
+            pad: Any token id.
+            seed: Of the rollouts.
+        """
+        self.updates = section.updates
+        self._steps, self._cases, self._section, self._rewards = steps, cases, section, rewards
+        self._numbers = list(steps.numbers())
+        self._pad, self._seed = pad, seed
+        self._drawn: _Drawn | None = None
+
+    def loss(self, model: Any, number: int) -> tuple[Any, float]:
+        """Return the summed loss of a planned step and how many questions it has; the model is left without dropout.
+
+        Args:
+            model: With a PEFT adapter.
+            number: Of the planned step.
+        """
+        model.eval()
+        if self._drawn is None or self._drawn.number != number:
+            self._drawn = None
+            self._drawn = self._draw(model, number)
+        drawn, section = self._drawn, self._section
+        own = self._logprobs(model, drawn.packed, drawn.legal)
+        if drawn.old is None:
+            drawn.old = own.detach()
+        found = policy_loss(
+            own, drawn.old, drawn.reference, drawn.gains, drawn.weights, clip=section.clip, beta=section.beta
+        )
+        questions = len(self._numbers[number])
+        self._note(found, questions)
+        return found.total, float(questions)
+
+    def told(self) -> Mapping[str, float]:
+        """Return what the last step's rollouts were like; see `llmrec.records.RewardLine`."""
+        return dict(self._drawn.told) if self._drawn is not None else {}
+
+    def _draw(self, model: Any, number: int) -> _Drawn:
+        """Draw a step's rollouts, reward them, and ask the model below the adapter for their likelihood."""
+        section, catalogue = self._section, self._rewards.catalogue
+        cases = [self._cases[row] for row in self._numbers[number]]
+        prompts = [_prompt(row) for row in self._steps[number].rows]
+        groups = rollouts(
+            MaskedTree(model.get_base_model(), self._pad),
+            catalogue,
+            prompts,
+            way=section.rollouts,
+            count=section.group,
+            temperature=section.temperature,
+            seeds=[hash_one("rollouts", self._seed, case.request.id) for case in cases],
+        )
+        rewards = [self._rewards.of(case, group.items.tolist()) for case, group in zip(cases, groups, strict=True)]
+        gains = [
+            advantages(own, group.weights, normalise=section.normalise)
+            for own, group in zip(rewards, groups, strict=True)
+        ]
+        bins: list[Bin] = []
+        order: list[int] = []
+        for prompt, group in zip(prompts, groups, strict=True):
+            rows = [_row(prompt, catalogue, item) for item in group.items.tolist()]
+            first, places = len(order), {id(row): n for n, row in enumerate(rows)}
+            bins.append(one_bin(rows))
+            order += [first + places[id(row)] for row in bins[-1].rows]
+        laid = asdict(stack([tree(each.rows) for each in bins], self._pad))
+        packed = {name: torch.from_numpy(values).to(model.device) for name, values in laid.items()}
+        items = np.concatenate([group.items for group in groups])[order]
+        legal = Legal.of(catalogue, items.tolist(), model.device) if section.logprobs == "legal" else None
+        with torch.no_grad(), model.disable_adapter():
+            reference = self._logprobs(model, packed, legal)
+        told = _told(cases, groups, rewards, self._rewards.items)
+        told |= {"tokens": sum(each.columns for each in bins), "targets": len(laid["wanted"])}
+
+        def tensor(parts: Sequence[Any]) -> Any:
+            return torch.from_numpy(np.concatenate(parts)[order]).to(reference)
+
+        weights = tensor([group.weights for group in groups])
+        return _Drawn(number, packed, legal, weights, tensor(gains), reference, None, told)
+
+    def _logprobs(self, model: Any, packed: Mapping[str, Any], legal: Legal | None) -> Any:
+        """Return the log-probability of every rollout at the recipe's temperature, float32, shape (rollouts,)."""
+        with mixed_precision(model):
+            losses = target_losses(model, packed, temperature=self._section.temperature, legal=legal)
+        owners = packed["owners"]
+        return losses.new_zeros(int(owners.max()) + 1).index_add(0, owners, -losses)
+
+    def _note(self, found: PolicyLoss, questions: int) -> None:
+        assert self._drawn is not None
+        weights = self._drawn.weights
+        self._drawn.told["kl"] = float((weights * found.divergence).sum()) / questions
+        self._drawn.told["clipped"] = float((weights * found.clipped).sum()) / questions
+
+
+def _prompt(row: TokenRow) -> tuple[int, ...]:
+    """Return what a question's row reads before its answer."""
+    return row.ids[: next(n for n, label in enumerate(row.labels) if label != IGNORED)]
+
+
+def _row(prompt: tuple[int, ...], catalogue: Catalogue, item: int) -> TokenRow:
+    path = catalogue.path(int(catalogue.places[item]))
+    return TokenRow((*prompt, *path), (*[IGNORED] * len(prompt), *path))
+
+
+def _told(
+    cases: Sequence[Case], groups: Sequence[Group], rewards: Sequence[Sequence[float]], items: Sequence[str]
+) -> dict[str, float]:
+    """Return the figures of a step's rollouts; see `llmrec.records.RewardLine`."""
+    count = len(groups)
+    shares: dict[int, float] = {}
+    for group in groups:
+        for item, weight in zip(group.items.tolist(), group.weights.tolist(), strict=True):
+            shares[item] = shares.get(item, 0.0) + weight / count
+    held = [str(case.truth) in {items[n] for n in group.items} for case, group in zip(cases, groups, strict=True)]
+    p = np.array([share for share in shares.values() if share > 0])
+    return {
+        "reward": sum(float(group.weights @ own) for group, own in zip(groups, rewards, strict=True)) / count,
+        "zero": sum(max(own) - min(own) < 1e-12 for own in rewards) / count,
+        "hit": sum(held) / count,
+        "entropy": max(0.0, float(-(p * np.log(p)).sum())),
+        "distinct": len(shares),
+        "rollouts": sum(len(group.items) for group in groups),
+    }

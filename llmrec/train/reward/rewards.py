@@ -1,0 +1,115 @@
+"""What rollouts of a question earn: terms with weights, each read off one group of items and the true one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmrec.decode.token_tree import Catalogue
+from llmrec.recipe.schema import RewardKind
+from llmrec.tasks.task import Task
+from llmrec.types import Case, CatalogueScorer, Ranking
+
+
+@dataclass(frozen=True)
+class Rewards:
+    """Rewards the items of a group, which stand in the order of their likelihood.
+
+    Attributes:
+        kinds: Terms and their weights.
+        task: Whose `Task.reward` says what a list earns.
+        items: The catalogue's items, as its paths were given.
+        catalogue: Their paths.
+        closing: How many tokens end every path and are none of its code, such as a line break.
+        scorer: For `percentile`: a classic recommender.
+    """
+
+    kinds: Mapping[RewardKind, float]
+    task: Task
+    items: Sequence[str]
+    catalogue: Catalogue
+    closing: int = 0
+    scorer: CatalogueScorer | None = None
+
+    def of(self, case: Case, places: Sequence[int]) -> list[float]:
+        """Return the weighted sum of all terms for each item of a group.
+
+        Args:
+            case: The question and its true item.
+            places: The items' numbers in the catalogue, the most likely first, all different.
+        """
+        terms: dict[RewardKind, Callable[[Case, Sequence[int]], Sequence[float]]] = {
+            "hit": self._hit,
+            "ndcg": self._ndcg,
+            "rank-penalty": self._rank_penalty,
+            "prefix": self._prefix,
+            "percentile": self._percentile,
+        }
+        found = np.zeros(len(places))
+        for kind, weight in self.kinds.items():
+            found += weight * np.array(terms[kind](case, places))
+        return [float(value) for value in found]
+
+    def _listed(self, case: Case, places: Sequence[int]) -> float:
+        items = tuple(self.items[place] for place in places)
+        scores = tuple(float(-n) for n in range(len(items)))
+        return self.task.reward(Ranking(request_id=case.request.id, items=items, scores=scores), case)
+
+    def _hit(self, case: Case, places: Sequence[int]) -> list[float]:
+        """Return the reward of each item as a list of its own: 1 for the true one."""
+        return [self._listed(case, [place]) for place in places]
+
+    def _ndcg(self, case: Case, places: Sequence[int]) -> list[float]:
+        """Return what the list's NDCG would lose without each item: below 0 for what stands above the true one.
+
+        The NDCG itself is the same for the whole group, so that it would say nothing of its members.
+        """
+        whole = self._listed(case, places)
+        return [whole - self._listed(case, [*places[:n], *places[n + 1 :]]) for n in range(len(places))]
+
+    def _rank_penalty(self, case: Case, places: Sequence[int]) -> list[float]:
+        """Return 0 for the true item, and shares of -1 for the others, by 1 / log2(1 + rank); MiniOneRec's, 2510.24431.
+
+        A group without the true item says nothing of the order of the others, and has 0 throughout.
+        """
+        hits = self._hit(case, places)
+        if max(hits) <= 0:
+            return [0.0] * len(places)
+        discounts = [1 / math.log2(2 + n) for n in range(len(places))]
+        return [0.0 if hit > 0 else -each / sum(discounts) for hit, each in zip(hits, discounts, strict=True)]
+
+    def _prefix(self, case: Case, places: Sequence[int]) -> list[float]:
+        """Return the common beginning of each code and the true one as a share of the longer; 1 for the true item."""
+        wanted = self._code(self.items.index(str(case.truth)))
+        found = []
+        for place in places:
+            own = self._code(place)
+            pairs = zip(own, wanted, strict=False)
+            alike = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(own), len(wanted)))
+            found.append(alike / max(len(own), len(wanted)))
+        return found
+
+    def _code(self, place: int) -> tuple[int, ...]:
+        path = self.catalogue.path(int(self.catalogue.places[place]))
+        return path[: len(path) - self.closing]
+
+    def _percentile(self, case: Case, places: Sequence[int]) -> list[float]:
+        """Return the share of the catalogue that a classic recommender scores below each item; ties count half."""
+        assert self.scorer is not None
+        (scores,) = np.asarray(self.scorer.scores([case.request]))
+        column = {item: n for n, item in enumerate(self.scorer.items)}
+        own = np.array([scores[column[self.items[place]]] for place in places])
+        below = (scores < own[:, None]).sum(axis=1) + 0.5 * ((scores == own[:, None]).sum(axis=1) - 1)
+        return [float(value) for value in below / max(len(scores) - 1, 1)]
+
+
+def closing_of(catalogue: Catalogue) -> int:
+    """Return 1 if all paths of a catalogue end with one token, such as a line break, else 0.
+
+    What else they have in common before it may be a level of the codes on which all items agree.
+    """
+    paths = [catalogue.path(place) for place in range(len(catalogue))]
+    return int(min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1)

@@ -1,0 +1,214 @@
+"""Rows that are learned from preference: what is rejected, in every family, and that it knows of no held-out event."""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+from task_data import make_dataset, make_split, make_task, targets
+
+from llmrec.baselines.retrieve import Lists, Single
+from llmrec.data.hashing import hash_one
+from llmrec.errors import DataError, RecipeError
+from llmrec.experiment.leaks.checks import redrawn
+from llmrec.experiment.study import build_study
+from llmrec.experiment.training import training_key
+from llmrec.experiment.tuning import rejecting
+from llmrec.experiment.tuning.rejecting import close
+from llmrec.experiment.tuning.targets import listwise_of
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import CandidateSection, PreferenceSection
+from llmrec.tasks.rows import against
+from llmrec.types import Example, Request
+from tests.facts import Facts, raises
+
+DATA = make_split(make_dataset(hostile=False))
+OTHER = redrawn(redrawn(DATA, "valid", 3), "test", 103)
+SOURCES = [
+    ("sequential", "uniform", 3),
+    ("sequential", "popularity", 3),
+    ("sequential", "ratings", 2),
+    ("sequential", "item-knn", 3),
+    ("direct", "uniform", 3),
+    ("direct", "ratings", 2),
+    ("rating", "uniform", 3),
+    ("stars", "uniform", 3),
+    ("ctr", "uniform", 1),
+    ("review", "uniform", 3),
+    ("explanation", "uniform", 3),
+]
+
+
+def task_of(family: str, rejected: str, negatives: int, data: Any = DATA) -> Any:
+    section = PreferenceSection(rejected=rejected, negatives=negatives)
+    hard = None
+    if rejected == "item-knn":
+        drawn = CandidateSection(kind="retrieved", retriever="item-knn", count=10)
+        hard = Lists(data, drawn, 0, Single("item-knn", 0, "train.preference.rejected"), others=True)
+    return make_task(family, data, preference=section, hard=hard)
+
+
+def rows_of(task: Any, count: int = 120) -> list[Example]:
+    return list(islice(task.examples("train"), count))
+
+
+@pytest.mark.parametrize(("family", "rejected", "negatives"), SOURCES)
+def test_every_family_says_what_an_answer_is_preferred_to(family: str, rejected: str, negatives: int) -> None:
+    task = task_of(family, rejected, negatives)
+    assert task.listwise.size == 1 + negatives
+    rows = rows_of(task)
+    for row in rows:
+        own, *others = (targets(each) for each in against(row))
+        # One target alone, which no rejected answer repeats.
+        assert len(own) == 1 and len({*map(tuple, others), tuple(own)}) == 1 + negatives
+        assert all(each.messages == row.messages and each.answer[:-1] == row.answer[:-1] for each in against(row))
+    assert rows_of(task_of(family, rejected, negatives, OTHER)) == rows
+
+
+def test_items_are_rejected_for_what_they_are_said_to_be() -> None:
+    titles = {title: item for item, title in DATA.dataset.titles.items()}
+    for rejected in ("uniform", "item-knn"):
+        for row in rows_of(task_of("sequential", rejected, 3)):
+            had = {event.item_id for event in DATA.train_events(row.user_id)}
+            assert [titles[text.strip()] for text in row.rejected] == list(row.negatives)
+            assert not had & set(row.negatives) and targets(row)[0].strip() == DATA.dataset.titles[row.pairs[-1][1]]
+    for family in ("sequential", "direct"):
+        for row in rows_of(task_of(family, "ratings", 2)):
+            events = DATA.train_events(row.user_id)
+            rated = {event.item_id: event.rating or 0.0 for event in events}
+            order = [event.item_id for event in events]
+            chosen = row.pairs[-1][1]
+            lower = [item for item in row.negatives if item in rated]
+            assert len(lower) == 2
+            assert all(rated[item] < rated[chosen] and order.index(item) > order.index(chosen) for item in lower)
+
+
+def test_hard_items_are_the_best_of_a_recommender_that_has_not_learned_from_the_user() -> None:
+    hard = task_of("sequential", "item-knn", 3)._rejecting.lists
+    parts = {user: hash_one("retrieved lists", 0, user) % 5 for user in DATA.users()}
+    assert any(hard.of(user) for user in parts)
+    for part in sorted(set(parts.values())):
+        model = Single("item-knn", 0).apart(DATA, parts, part)
+        for user in (user for user in parts if parts[user] == part):
+            events = DATA.train_events(user)
+            had = {event.item_id for event in events}
+            for at, items in hard.of(user):
+                (scores,) = model.scores([Request(id="r", user_id=user, history=events[:at])])
+                left = {item: score for item, score in zip(model.items, scores, strict=True) if item not in had}
+                best = sorted(left.values(), reverse=True)[:10]
+                assert len(set(items)) == 10 and [left[item] for item in items] == best
+    with raises(RecipeError, Facts("unsupported", column="train.preference.rejected", says="choose another")):
+        drawn = CandidateSection(kind="retrieved", retriever="sasrec", count=10)
+        Lists(DATA, drawn, 0, Single("sasrec", 0, "train.preference.rejected"), others=True).of(DATA.users()[0])
+
+
+def test_a_user_with_few_items_left_has_as_many_rejected_as_a_row_takes() -> None:
+    """No user has the whole catalogue left; a list needs no more than a row draws."""
+    drawn = CandidateSection(kind="retrieved", retriever="item-knn", count=len(DATA.dataset.items))
+    finder = Single("item-knn", 0, "train.preference.rejected")
+    user = next(user for user in DATA.users() if len(DATA.train_events(user)) > 1)
+    assert not Lists(DATA, drawn, 0, finder, others=True).of(user)
+    found = Lists(DATA, drawn, 0, finder, others=True, least=3).of(user)
+    assert found and all(3 <= len(items) < drawn.count for _, items in found)
+
+
+def test_what_cannot_be_rejected_is_refused() -> None:
+    with raises(RecipeError, Facts("too-large", column="train.preference.negatives", says="at most 9")):
+        task_of("direct", "uniform", 10)
+    with raises(RecipeError, Facts("contradiction", column="train.preference.rejected", says="eval.candidates.kind")):
+        task_of("direct", "popularity", 2)
+    with raises(DataError, Facts("too-few", column="train.preference.negatives", says="at most")):
+        rows_of(task_of("sequential", "uniform", 58))
+    with raises(DataError, Facts("too-few", column="train.preference.rejected")):
+        rows_of(task_of("sequential", "ratings", 30))
+
+
+PAGE = """
+name: prefers
+model: {{name: "{model}"}}
+data: {{source: made-reviews, noun: products}}
+tasks: {{{tasks}}}
+train: {{{train}}}
+eval: {{backend: hf, candidates: {{count: 5}}}}
+"""
+SEQUENTIAL = "sequential: {templates: [next-title]}"
+
+
+def page(tmp_path: Path, tasks: str, train: str, model: str = "m") -> Path:
+    written = tmp_path / "page.yaml"
+    written.write_text(PAGE.format(tasks=tasks, train=train, model=model), encoding="utf-8")
+    return written
+
+
+@pytest.mark.parametrize(
+    ("tasks", "train", "says"),
+    [
+        (SEQUENTIAL, "preference: {}", "train.start"),
+        (SEQUENTIAL, "start: sft, method: full, preference: {loss: dpo}", "train.method=lora"),
+        (SEQUENTIAL, "start: sft, preference: {loss: s-dpo, label_smoothing: 0.1}", "label_smoothing"),
+        (SEQUENTIAL, "start: sft, preference: {loss: ipo, margin: 1}", "ipo"),
+        ("rating: {strategies: [head], head: {}}", "start: sft, preference: {}", "and tasks.rating.head writes none"),
+        ("direct: {templates: [which-title], strategies: [likelihood], loss: softmax}", "start: sft, preference: {}",
+         "tasks.direct.loss"),
+    ],
+)  # fmt: skip
+def test_a_recipe_that_cannot_be_is_refused(tasks: str, train: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=re.escape(says)):
+        load_recipe(page(tmp_path, tasks, train))
+
+
+def test_what_only_the_study_knows_is_refused_too(llama_folder: Path, tmp_path: Path) -> None:
+    def study(tasks: str, preference: str = "") -> Any:
+        train = f"start: sft, preference: {{{preference}}}"
+        return build_study(load_recipe(page(tmp_path, tasks, train, str(llama_folder))))
+
+    made = study(SEQUENTIAL)
+    assert listwise_of(made).preference == made.recipe.train.preference  # type: ignore[union-attr]
+    with raises(RecipeError, Facts("contradiction", column="train.preference", says="encoder-decoder")):
+        listwise_of(made, paired=True)
+    with raises(RecipeError, Facts("contradiction", column="train.preference", says="beside rows of tasks.direct")):
+        listwise_of(study(f"{SEQUENTIAL}, direct: {{templates: [after-history], strategies: [label]}}"))
+    with raises(RecipeError, Facts("unknown-name", column="train.preference.rejected")):
+        study(SEQUENTIAL, "rejected: item-knm")
+    keys = [
+        training_key(study(SEQUENTIAL, changed), str(llama_folder))
+        for changed in ("", "beta: 0.2", "rejected: item-knn", "negatives: 2")
+    ]
+    assert len(set(keys)) == 4
+
+
+def test_a_key_knows_how_the_model_is_asked_for_what_is_rejected(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def study(rejected: str, exact: str = "true", asked: str = "next-title, latest-pick") -> Any:
+        tasks = f"sequential: {{templates: [next-title, latest-pick], eval_templates: [{asked}]}}"
+        written = page(tmp_path, tasks, f"start: sft, preference: {{rejected: {rejected}}}", str(llama_folder))
+        return build_study(load_recipe(written, [f"eval.exact={exact}"]))
+
+    made = [
+        study("beam"),
+        study("beam", exact="false"),
+        study("beam", asked="latest-pick, next-title"),
+        study("item-knn"),
+        study("item-knn", exact="false", asked="latest-pick, next-title"),
+    ]
+    before = [training_key(each, str(llama_folder)) for each in made]
+    assert len(set(before[:4])) == 4 and before[3] == before[4]
+    monkeypatch.setattr("llmrec.registry.stamp", lambda table, name: "other code" if name == "item-knn" else "")
+    after = [training_key(each, str(llama_folder)) for each in made]
+    assert after[:3] == before[:3] and after[3] != before[3]
+
+
+def test_the_start_model_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    freed: list[bool] = []
+    monkeypatch.setattr("llmrec.models.load.release_memory", lambda: freed.append(True))
+    close()
+    assert not freed
+    monkeypatch.setattr(rejecting, "_opened", lru_cache(maxsize=1)(lambda folder: folder))
+    rejecting._opened("sft")
+    close()
+    assert freed == [True] and not rejecting._opened.cache_info().currsize

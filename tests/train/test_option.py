@@ -1,0 +1,298 @@
+"""Soft prompts, option tuning and option-adapter tuning on tiny models: what is tied, what is saved, what is exact."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from llmrec.backends.encode import Encoder
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.errors import RecipeError
+from llmrec.experiment.study import Study, build_study
+from llmrec.experiment.training import plan_training
+from llmrec.experiment.tuning.targets import labels_of
+from llmrec.models import bottleneck
+from llmrec.models.load import load_model, load_tokenizer
+from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt, names, put_on
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import ModelSection, SoftSection, TrainSection
+from llmrec.train import lora, option, sft
+from llmrec.train.batches import Labels, plan
+from llmrec.train.loss import label_loss
+from llmrec.types import Example, Message, Prompt, Segment
+from tests.facts import Facts, raises
+
+PROMPTS = 4
+
+
+def section(folder: Path) -> ModelSection:
+    return ModelSection(name=str(folder), dtype="float32")
+
+
+def question(film: str) -> tuple[Message, ...]:
+    return (Message("user", (Segment("text", f"rating {film}"),)),)
+
+
+def example(number: int) -> Example:
+    """One film is liked and the other is not."""
+    film, said = (("Heat", "4"), ("Jaws", "2"))[number % 2]
+    target = (Segment("target", said),)
+    return Example(
+        id=str(number),
+        user_id="u",
+        task="ctr",
+        template="x",
+        messages=question(film),
+        answer=target,
+        ends_turn=True,
+    )
+
+
+class Case:
+    """A tiny model with soft prompts, and rows of two labels."""
+
+    def __init__(self, method: str, folder: Path, **settings: Any) -> None:
+        soft = {"prompts": PROMPTS, "rank": 4}
+        values = {"learning_rate": 3e-2, "soft": SoftSection(**soft), "save_every": 2, "valid_every": 2, **settings}
+        self.folder = folder
+        self.train = TrainSection(method=method, **values)
+        plain = Encoder(load_tokenizer(str(folder), section(folder)), max_length=256)
+        self.encoder = option.soft_encoder(plain, self.train)
+        self.labels = Labels(self.encoder, PROMPTS, tied=method in TIED)
+        rows = [row for number in range(64) if (row := self.labels.row(self.encoder.row(example(number))))]
+        self.soft = SoftPrompt(PROMPTS, tuple(self.labels.ids), tied=method in TIED)
+        self.model = option.load_soft(str(folder), section(folder), self.train, self.encoder, self.soft)
+        self.rows = rows
+        self.steps = plan(iter(rows), steps=8, batch_tokens=160, seed=0)
+
+    def run(self, out: Path) -> str:
+        valid = {"ctr": self.rows[:4]}
+        options: dict[str, Any] = {"folder": out, "seed": 0, "quiet": True, "soft": self.soft}
+        return sft.train(self.model, self.encoder, self.steps, valid, self.train, **options).adapter_sha256
+
+
+@pytest.fixture(scope="module", params=["llama_folder", "qwen_folder"])
+def folder(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue(request.param)
+    return found
+
+
+def test_soft_prompts_stand_before_every_prompt_and_no_text_spells_one(folder: Path) -> None:
+    encoder = Case("prompt", folder).encoder
+    ids = encoder.tokenizer.convert_tokens_to_ids(names(PROMPTS))
+    assert encoder.chat(question("Heat"))[:PROMPTS] == ids
+    forged = encoder.chat(question(names(PROMPTS)[1]))
+    assert [each for each in forged if each in ids] == ids
+    assert "soft" not in encoder.completion([*ids, *encoder.piece("Heat")], None, 0).text
+
+
+def test_a_class_vector_is_its_prompts_row_and_gets_both_gradients(folder: Path) -> None:
+    case = Case("option", folder)
+    rows = option.rows_of(case.model)
+    loss = option.OptionLoss(rows, len(case.soft.labels))
+    assert loss.rows.data_ptr() == rows.data_ptr() and rows.requires_grad
+    ids, labels = torch.tensor([case.rows[0].ids]), torch.tensor([case.rows[0].labels])
+
+    def gradient(by: Any) -> Any:
+        case.model.zero_grad()
+        label_loss(case.model, ids, labels, by)[0].backward()
+        return rows.grad.clone()
+
+    class Apart(option.OptionLoss):
+        """The same loss, whose class vectors are a copy."""
+
+    copied = rows.detach().clone().requires_grad_(True)
+    both, as_prompt = gradient(loss), gradient(Apart(copied, len(case.soft.labels)))
+    assert copied.grad is not None and copied.grad[-2:].abs().min() > 0 and as_prompt[-2:].abs().max() > 0
+    assert torch.allclose(both, as_prompt + copied.grad, atol=1e-5)
+    # The other prompts are no class vectors.
+    assert torch.equal(copied.grad[:-2], torch.zeros_like(copied.grad[:-2]))
+
+
+def test_no_soft_prompt_is_said_where_all_logits_are_below_0(folder: Path) -> None:
+    base = load_model(str(folder), section(folder))
+    head, count = base.get_output_embeddings(), base.get_input_embeddings().weight.shape[0]
+    with torch.no_grad():
+        # One direction, in which all rows are long.
+        direction = torch.zeros(head.weight.shape[1])
+        direction[0] = 1
+        head.weight[:, 0] = -5 - torch.rand(count)
+        put_on(base, SoftPrompt(PROMPTS), range(count, count + PROMPTS))
+        logits = base.get_output_embeddings().weight @ direction
+    assert logits.max() < 0 and int(logits.argmax()) < count
+    assert torch.allclose(logits[count : count + PROMPTS], logits[:count].mean().expand(PROMPTS), atol=1e-4)
+
+
+def test_an_adapter_whose_lambda_is_0_leaves_the_base_to_the_bit(folder: Path) -> None:
+    plain, base = (load_model(str(folder), section(folder)) for _ in range(2))
+    bottleneck.attach(base, 4, seed=0)
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(plain(ids).logits, base(ids).logits)
+        for layer in base.get_decoder().layers:
+            layer.mlp.llmrec_bottleneck.scale.fill_(0.1)
+        assert not torch.equal(plain(ids).logits, base(ids).logits)
+
+
+def test_classes_start_with_the_odds_of_the_bases_words(folder: Path) -> None:
+    case = Case("option", folder)
+    row = replace(case.rows[0])
+    states = case.model.get_base_model().get_decoder()(torch.tensor([row.ids])).last_hidden_state[0]
+    place = max(n for n, label in enumerate(row.labels) if label >= 0) - 1
+    logits = states[place] @ option.rows_of(case.model)[-2:].T
+    head = case.model.get_output_embeddings().weight[list(case.soft.labels)]
+    assert torch.allclose(logits, states[place] @ head.T)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_is_merged_answers_as_what_was_trained(method: str, llama_folder: Path, tmp_path: Path) -> None:
+    case = Case(method, llama_folder)
+    before = option.rows_of(case.model).detach().clone()
+    case.run(tmp_path / "run")
+    assert not torch.equal(before, option.rows_of(case.model))
+    target = tmp_path / "merged"
+    target.mkdir()
+    lora.merge(str(llama_folder), section(llama_folder), tmp_path / "run" / "adapter", target)
+    from llmrec.models.soft_prompt import copy_soft
+
+    copy_soft(tmp_path / "run" / "adapter", target)
+    case.encoder.tokenizer.save_pretrained(target)
+    again = Encoder(load_tokenizer(str(target), section(target)), max_length=256)
+    backend = HFBackend(load_model(str(target), section(target)), again)
+    odds = []
+    for number in range(2):
+        prompt = Prompt(messages=question(("Heat", "Jaws")[number]))
+        yes, no = backend.score([prompt], [("4", "2")], closed=False)[0].logprobs
+        states = case.model.eval().get_base_model().get_decoder()(torch.tensor([again.prompt(prompt)]))
+        state = states.last_hidden_state[0, -1]
+        vectors = option.rows_of(case.model)[-2:] if method in TIED else None
+        head = case.model.get_output_embeddings().weight[list(case.soft.labels)] if vectors is None else vectors
+        trained = dict(zip(case.soft.labels, (head @ state).tolist(), strict=True))
+        labels = [again.piece(text)[0] for text in ("4", "2")]
+        assert yes - no == pytest.approx(trained[labels[0]] - trained[labels[1]], abs=1e-4)
+        odds.append(yes - no)
+    # Learned: one film is liked and the other is not.
+    assert odds[0] > odds[1]
+    # Any other program reads the folder too; only adapters are left out by it.
+    plain = AutoModelForCausalLM.from_pretrained(target)
+    ids = torch.tensor([again.prompt(prompt)])
+    with torch.no_grad():
+        same = torch.allclose(plain(ids).logits, backend.model(ids).logits, atol=1e-5)
+    assert same == (method != "option-adapter")
+
+
+@pytest.mark.slow
+def test_a_resumed_run_ends_like_an_uninterrupted_one(llama_folder: Path, tmp_path: Path) -> None:
+    whole = Case("option-adapter", llama_folder).run(tmp_path / "whole")
+    Case("option-adapter", llama_folder).run(tmp_path / "cut")
+    for file in (tmp_path / "cut" / "checkpoints" / "checkpoint-8").iterdir():
+        file.unlink()
+    assert Case("option-adapter", llama_folder).run(tmp_path / "cut") == whole
+
+
+def test_answers_that_are_no_labels_are_refused_or_learned_as_tokens(llama_folder: Path) -> None:
+    case = Case("option", llama_folder)
+    long = case.encoder.row(replace(example(0), answer=(Segment("target", "Toy Story"),)))
+    with raises(RecipeError, Facts("contradiction", column="train.method", says="ctr")):
+        case.labels.row(long)
+    with raises(RecipeError, Facts("contradiction", column="train.method", says="train.soft.prompts=1")):
+        tight = Labels(case.encoder, 1, tied=True)
+        [tight.row(case.encoder.row(example(number))) for number in range(2)]
+    free = Labels(case.encoder, PROMPTS, tied=False)
+    rows = [case.encoder.row(example(0)), long]
+    assert [free.row(row) for row in rows] == rows and free.ids == []
+
+
+def test_a_small_share_of_smollms_weights_is_trained() -> None:
+    """SmolLM2-135M's shape, 20 soft prompts and the default rank."""
+    soft = SoftSection()
+    config = AutoConfig.for_model(
+        "llama",
+        **{"vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30},
+        **{"num_attention_heads": 9, "num_key_value_heads": 3, "tie_word_embeddings": True},
+    )
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    whole = sum(p.numel() for p in base.parameters())
+    adapters = 30 * (2 * 576 * soft.rank + 576 + soft.rank + 1)
+    assert (soft.prompts * 576 + adapters) / whole <= option.LARGEST
+    assert soft.prompts * 576 / whole < 1e-4
+
+
+@pytest.mark.slow
+def test_a_run_trains_asks_and_exports_it(llama_folder: Path, tmp_path: Path) -> None:
+    from llmrec import pipeline
+    from llmrec.commands.export.export import Options, export
+    from tests.experiment.test_ctr_run import SMALL
+
+    soft = [each for each in SMALL if "lora" not in each and not each.startswith("tasks=")]
+    # The tiny tokenizer writes no word as one token, and digits.
+    only = "tasks={rating: {strategies: [expected], history: 5}}"
+    more = ["train.lora={}", "train.method=option-adapter", "train.soft={prompts: 6, rank: 2}", "eval.arms=[tuned]"]
+    chosen = load_recipe(
+        "recipes/quickstart.yaml", [f"model.name={llama_folder}", "model.dtype=float32", *soft, only, *more]
+    )
+    done = pipeline.run(chosen, tmp_path / "run", quiet=True)
+    row = next(row for row in done.results["rows"] if row["id"].startswith("rating/tuned/expected/"))
+    assert row["parse_rate"] == 1.0 and done.results["training"]["method"] == "option-adapter"
+    made = export(tmp_path / "run", Options(out=tmp_path / "out", users=4))
+    assert made.agreement is not None and made.agreement.logit < 1e-3
+    assert {"bottlenecks.safetensors", "soft_prompt.json", "model.safetensors"} <= {
+        file.name for file in (tmp_path / "out").iterdir()
+    }
+    with raises(RecipeError, Facts("contradiction", column="eval.backend", says="eval.backend=hf")):
+        load_recipe("recipes/movielens-100k/yes-no.yaml", ["train.lora={}", *more[1:], "eval.backend=vllm"])
+
+
+def study_of(folder: Path, tasks: str, *more: str) -> Study:
+    changes = [f"model.name={folder}", "model.dtype=float32", f"tasks={tasks}", "train.lora={}", "eval.backend=hf"]
+    small = ["train.steps=2", "train.batch_tokens=1024", "train.max_row_tokens=1000", "train.valid_rows=20"]
+    data = "data={source: made-reviews, noun: products, split: {kind: last_share, valid: 0.2, test: 0.4}}"
+    return build_study(load_recipe("recipes/quickstart.yaml", [*changes, *small, data, "reviews=null", *more]))
+
+
+RATED = "rating: {strategies: [expected], history: 5}"
+LISTED = "sequential: {templates: [next-title], warm_up: 1}"
+
+
+def test_validation_rows_of_families_that_are_left_out_say_nothing_of_labels(llama_folder: Path) -> None:
+    plain = Encoder(load_tokenizer(str(llama_folder), section(llama_folder)), max_length=2048)
+    found = {}
+    for method in ("option", "prompt"):
+        for tasks in (RATED, f"{RATED}, {LISTED}"):
+            more = ["train.only=[rating]"] if LISTED in tasks else []
+            study = study_of(llama_folder, f"{{{tasks}}}", f"train.method={method}", "train.soft={prompts: 6}", *more)
+            planned = plan_training(study, option.soft_encoder(plain, study.recipe.train))
+            assert planned.soft is not None and len(planned.soft.labels) == 5
+            found[method, tasks] = planned.soft
+            # A loss over labels is the trained family's; tokens have one in every family.
+            assert set(planned.valid) == ({"rating"} if method == "option" or not more else {"rating", "sequential"})
+        assert found[method, RATED] == found[method, f"{RATED}, {LISTED}"]
+
+
+def test_labels_of_a_family_are_known_before_any_row_and_belong_to_one_family(llama_folder: Path) -> None:
+    plain = Encoder(load_tokenizer(str(llama_folder), section(llama_folder)), max_length=2048)
+    study = study_of(llama_folder, f"{{{RATED}}}", "train.method=option", "train.soft={prompts: 6}")
+    labels = labels_of(study, plain)
+    assert labels is not None and labels.ids == [plain.piece(str(stars))[0] for stars in range(1, 6)]
+    with raises(RecipeError, Facts("contradiction", column="train.method", says="train.soft.prompts=4")):
+        labels_of(study_of(llama_folder, f"{{{RATED}}}", "train.method=option", "train.soft={prompts: 4}"), plain)
+    # The tiny tokenizer writes no word as one token.
+    yes_no = "{ctr: {strategies: [yes-no], history: 5, liked: 4}}"
+    with raises(RecipeError, Facts("contradiction", column="train.method", says="more than one token")):
+        labels_of(study_of(llama_folder, yes_no, "train.method=option"), plain)
+    with raises(RecipeError, Facts("contradiction", column="train.method", says="train.only")):
+        labels_of(study_of(llama_folder, f"{{{RATED}, {LISTED}}}", "train.method=option"), plain)
+
+
+def test_a_label_that_training_has_not_shown_bears_no_validation_loss(llama_folder: Path) -> None:
+    case = Case("option", llama_folder)
+    case.labels.closed = True
+    other = case.encoder.row(replace(example(0), answer=(Segment("target", "5"),)))
+    assert case.labels.row(other) is None and case.labels.ids == list(case.soft.labels)
+    assert case.labels.row(case.encoder.row(example(0))) == case.rows[0]
