@@ -142,7 +142,7 @@ def text_vectors(
     texts = texts_of(items)
     said = texts if change is None else [change(text) for text in texts]
     if config.encoder == LSA:
-        return _latent(texts, said)[order]
+        return latent(texts, said)[order]
     if change is not None:
         return fitting(config.encoder, data)(said)[order]
     return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
@@ -185,7 +185,7 @@ def texts_of(items: Sequence[Item]) -> list[str]:
     return [item_text(item, fields) for item in items]
 
 
-def _latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
+def latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
     """Return the projections of TF-IDF vectors on the leading singular directions of those of ``texts``, of length 1.
 
     The directions are found by subspace iteration from a fixed start (Halko et al., SIAM Review 2011, algorithm 4.4),

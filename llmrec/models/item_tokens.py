@@ -89,7 +89,7 @@ def extended(
     pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]
     ids = add_item_tokens(tokenizer, names)
     old = model.get_input_embeddings().weight.shape[0]
-    _grow(model, max(len(tokenizer), old))
+    grow(model, max(len(tokenizer), old))
     fresh = [n for n, name in enumerate(names) if name not in known]
     for _, module in named_tables(model):
         table = module.weight.detach()
@@ -110,7 +110,7 @@ def extended(
         tokenizer.save_pretrained(draft)
 
 
-def _grow(model: Any, size: int) -> None:
+def grow(model: Any, size: int) -> None:
     """Give every table of a model's vocabulary more rows.
 
     Resizing alone ties the head of a model whose class can tie it and whose configuration says so. T5-v1.1, mT5 and

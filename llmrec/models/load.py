@@ -17,7 +17,7 @@ from typing import Any, Literal
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
 from llmrec.machine import processor
-from llmrec.models import wheels
+from llmrec.models import bottleneck, wheels
 from llmrec.models.from_scratch import made
 from llmrec.models.hub import cached, fetched
 from llmrec.models.tensors import load_whole
@@ -260,7 +260,8 @@ def _tokenizer_class(folder: Path, transformers: Any) -> Any:
 def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     """Load the weights of a causal language model or an encoder-decoder from safetensors.
 
-    They have the recipe's dtype unless told otherwise. Whole-word embeddings that lie beside them are put on.
+    They have the recipe's dtype unless told otherwise. Whole-word embeddings and bottleneck
+    adapters that lie beside them are put on.
 
     Raises:
         ModelError: If the folder or hub entry cannot be loaded as one of these, or its weights do not fit its
@@ -281,6 +282,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
             **options,
         )
     load_words(model, Path(folder))
+    bottleneck.load(model, Path(folder))
     return model
 
 

@@ -76,6 +76,7 @@ def furthest(one: Any, two: Any) -> float:
     )
 
 
+@pytest.mark.slow
 def test_token_ids_give_what_transformers_gives(both: Both, capsys: pytest.CaptureFixture[str]) -> None:
     client = both.client(both.encoder)
     try:

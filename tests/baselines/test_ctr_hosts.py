@@ -69,7 +69,7 @@ def _auc(name: str, data: SplitDataset, **parameters: Any) -> float:
     return float(auc([a.value for a in answers], [float(float(h.rating or 0) >= 4) for h in held]))
 
 
-@pytest.mark.parametrize("name", ["din", "deepfm"])
+@pytest.mark.parametrize("name", [pytest.param("din", marks=pytest.mark.slow), "deepfm"])
 def test_features_that_tell_the_answer_are_used_and_dealt_out_anew_they_are_not(name: str, tmp_path: Path) -> None:
     data, users, items = _planted()
     folder = _store(tmp_path / "store", users, items)

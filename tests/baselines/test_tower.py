@@ -133,6 +133,7 @@ def _likelihood(model: Tower) -> float:
     return float(np.log((chances * np.array(following)).sum(axis=1)).mean())
 
 
+@pytest.mark.slow
 def test_a_tuned_encoder_fits_better_than_the_maps_over_a_fixed_one() -> None:
     fixed, tuned = (_tuned(dim=3, epochs=10, encoder_rate=rate, map_rate=1e-12) for rate in (1e-12, 1e-4))
     assert _likelihood(tuned) > _likelihood(fixed) + 0.03

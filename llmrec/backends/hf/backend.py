@@ -18,6 +18,7 @@ from llmrec.backends.hf.streaming import Listening
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.backends.search import search, single_token_labels
 from llmrec.errors import BackendError, require
+from llmrec.models.exits import Exits
 from llmrec.models.memory import ASKING, told_of_full_memory
 from llmrec.models.rating_head import RatingHead, last_states
 from llmrec.models.traits import chosen_logprobs, is_paired, takes_block_mask
@@ -59,6 +60,7 @@ class HFBackend:
         head: The rating head that was trained with the model, if one was.
         wide: Candidates of many prompts are scored together, each prompt read whole, and not one after the other with
             what they share read once; None: on a GPU, where passes cost more than tokens.
+        exit: Where scores of labels of one token leave the model, see `llmrec.models.exits.Exits`; None: at its end.
 
     Attributes:
         listener: Gets the text of a prompt that is asked alone, piece by piece, while it is generated.
@@ -77,6 +79,7 @@ class HFBackend:
         warm: bool = False,
         head: RatingHead | None = None,
         wide: bool | None = None,
+        exit: float | None = None,
     ) -> None:
         self._torch = require("torch", "train")
         self.model = model.eval()
@@ -94,6 +97,7 @@ class HFBackend:
         self._prefixes: Any = None if self._paired else PrefixReader(self.model)
         self._warm = warm
         self._head = head.to(model.device) if head is not None else None
+        self.exits = None if exit is None else Exits(self.model, exit)
         self.listener: Callable[[str], None] | None = None
 
     @_told_if_full
@@ -119,7 +123,7 @@ class HFBackend:
             self.encoder.continuations(prompt, ids, texts, closed=closed)
             for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
         ]
-        if self._wide and self._states:
+        if self._wide and self._states and self.exits is None:
             return self._score_wide(encoded, tails)
         scores: list[Scores | None] = [None] * len(prompts)
         # Prompts that begin alike stand together, so that what they share is read once.
@@ -131,7 +135,12 @@ class HFBackend:
         labels = None if self._paired else single_token_labels(tails)
         if labels is not None:
             each = [(token,) for token in labels.distinct]
+            if self.exits is not None:
+                found = self.exits.score(ids + list(labels.shared), labels.distinct)
+                return _scores(found, ids, each, "hf:exit")
             return _scores(self._score_labels(ids + list(labels.shared), labels.distinct), ids, each, "hf:one-token")
+        if self.exits is not None:
+            self.exits.whole += 1
         if self._may_pack(ids, tails):
             return _scores(self._score_packed(ids, tails), ids, tails, "hf:tree")
         return _scores(self._score_rows(ids, tails), ids, tails, "hf:rows")
@@ -218,7 +227,15 @@ class HFBackend:
         return vectors
 
     def close(self) -> None:
-        """Drop the model."""
+        """Drop the model, and say how many scored answers did not leave it early though they were to."""
+        if self.exits is not None and self.exits.whole:
+            log.warning(
+                "eval.exit: %d of %d scored prompts went through all layers: their answers are no labels of one token "
+                "each for this tokenizer",
+                self.exits.whole,
+                self.exits.whole + self.exits.taken.total(),
+            )
+            self.exits.whole = 0
         self.model = self._tree = self._prefixes = None
 
     def _greedy(self, stored: Any, encoder: Encoder) -> Any:

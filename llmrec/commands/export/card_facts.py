@@ -23,6 +23,7 @@ from llmrec.models.wheels import WHEELS
 from llmrec.prompts.template import Template
 from llmrec.recipe.pages import parsed
 from llmrec.recipe.schema import (
+    ADAPTED,
     DataSection,
     Filter,
     ModelSection,
@@ -93,7 +94,7 @@ def build(facts: Facts, wishes: Wishes) -> Card:
         ),
         licence=wishes.licence,
         method=recipe.train.method,
-        lora=None if recipe.train.method == "full" else _lora(recipe),
+        lora=_lora(recipe) if recipe.train.method in ADAPTED else None,
         seed=recipe.seed,
         training=facts.record,
         data=_data(facts),

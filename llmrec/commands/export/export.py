@@ -46,6 +46,7 @@ from llmrec.experiment.training import training_key
 from llmrec.models.load import dtype as torch_dtype
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
 from llmrec.models.rating_head import copy_head
+from llmrec.models.soft_prompt import METHODS, copy_soft, softened
 from llmrec.models.traits import is_paired
 from llmrec.recipe.load import recipe_hash
 
@@ -70,6 +71,7 @@ class Options:
         push: Hub name to upload to.
         private: Whether that repository is private.
         force: Replace an earlier export.
+        change: Is handed the folder before it is looked through, sealed and put in its place, and may alter it.
     """
 
     out: Path
@@ -83,6 +85,7 @@ class Options:
     push: str | None = None
     private: bool = True
     force: bool = False
+    change: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -246,6 +249,8 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
         written = card_facts.build(facts, _wishes(options))
         write_text(draft / "README.md", card.render(written))
         card_facts.put_licence(written, origin, draft)
+        if options.change is not None:
+            options.change(draft)
         safety.inspect(draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code)
         files = seal(draft)
     return Exported(folder=options.out, dtype=dtype, files=files, agreement=found, notes=notes)
@@ -351,6 +356,7 @@ def _made_from(source: Source, base: str, study: Study | None, dtype: str, optio
         dtype=dtype,
         users=options.users,
         interactions=options.with_interactions,
+        **({"changed": True} if options.change is not None else {}),
         wishes=asdict(_wishes(options)),
     )
 
@@ -392,12 +398,16 @@ def _put_weights(
         else:
             lora.merge(base, section, source.folder / "adapter", draft)
         copy_head(source.folder / "adapter", draft)
+        copy_soft(source.folder / "adapter", draft)
         release_memory()
         _same_base(source, study, base, dtype, draft)
         if source.merged is not None:
             copy_files(merged, draft, TOKENIZER)
         else:
-            load_tokenizer(base, source.recipe.model).save_pretrained(draft)
+            tokenizer = load_tokenizer(base, source.recipe.model)
+            if source.recipe.train.method in METHODS:
+                tokenizer = softened(tokenizer, source.recipe.train.soft.prompts)
+            tokenizer.save_pretrained(draft)
         safety.keep_only(draft, allowed(source.recipe))
     for name in ("config.json", "tokenizer_config.json"):
         drop_places(draft / name)

@@ -19,6 +19,7 @@ from llmrec.experiment.indexing import FOLDER
 from llmrec.experiment.runs import Source
 from llmrec.experiment.study import Study
 from llmrec.machine import alive
+from llmrec.models import bottleneck, soft_prompt
 from llmrec.models.rating_head import CONFIG, WEIGHTS, copy_head
 from llmrec.recipe.schema import Recipe
 
@@ -31,7 +32,8 @@ TOKENIZER = (
 # What to do about a damaged file of a run.
 _ANEW = "train again with `llmrec train`"
 _WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
-_MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, "config.json", "generation_config.json", *TOKENIZER)
+_SOFT = (soft_prompt.CONFIG, bottleneck.WEIGHTS)
+_MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, *_SOFT, "config.json", "generation_config.json", *TOKENIZER)
 # Where libraries note which folder of which machine something was loaded from.
 _PLACES = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
 
@@ -74,6 +76,13 @@ def settle_generation(draft: Path, encoder: Encoder) -> None:
 
 def put_adapter(source: Source, base: str, draft: Path) -> None:
     """Copy the adapter, with the base model named as the recipe names it."""
+    if source.record["method"] in soft_prompt.METHODS:
+        raise LlmrecError(
+            f"{source.folder} has soft prompts, for which the base has no rows; leave out --adapter-only",
+            kind="unsupported",
+            at=source.folder,
+            column="--adapter-only",
+        )
     if source.record["method"] == "full":
         raise LlmrecError(
             f"{source.folder} tuned every weight, so it has no adapter; leave out --adapter-only",

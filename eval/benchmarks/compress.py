@@ -1,0 +1,94 @@
+"""What late interaction and early exits save: 20 candidates behind one history of ten events, yes or no to each.
+
+``python -m eval.benchmarks.compress eval/results/compress_ms.json`` asks SmolLM2-135M-Instruct, untrained, since
+weights change no time. Prompts as text are asked at each exit; late interaction with nothing kept of the user (cold:
+only titles of the catalogue are) and with all of it kept (warm). What asks in text keeps the beginning of the prompt
+before (``text``), but at exits. Tokens that were read are exact, and seconds those of this machine:
+``BENCH_CLOCK=processor`` where others use its cores too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.benchmarks.timing import alternated
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.backends.segments import Lower
+from llmrec.baselines.late import Late, LateInteraction
+from llmrec.durable import write_json
+from llmrec.experiment.study import build_study, encoder_of
+from llmrec.machine import machine, versions
+from llmrec.models.load import load_model, resolve
+from llmrec.recipe.load import load_recipe
+from llmrec.types import Request
+
+RECIPE = "recipes/movielens-100k/yes-no.yaml"
+CANDIDATES, ROUNDS = 20, 3
+JOINT = (1, 3, 6)
+EXITS = (10, 15, 20, 30)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Ask, measure and write."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.compress")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--rounds", type=int, default=ROUNDS)
+    asked = parser.parse_args(arguments)
+    recipe = load_recipe(RECIPE, ["model.dtype=float32"])
+    study = build_study(recipe)
+    base = resolve(recipe.model)
+    first = next(iter(study.cases("ctr"))).request
+    items = sorted(study.data.dataset.items)[:CANDIDATES]
+    requests = [replace(first, id=item, item=item) for item in items]
+    ways: dict[str, Any] = {}
+    tokens: dict[str, int] = {}
+    encoder = encoder_of(study, base)
+    model = load_model(base, recipe.model)
+    task, template = study.tasks["ctr"], study.tasks["ctr"].eval_templates[0]
+    prompts = [task.prompt(request, template=template) for request in requests]
+    answers = [task.continuations(request, template=template) for request in requests]
+    ways["text"] = partial(_scored, HFBackend(model, encoder), prompts, answers)
+    for depth in EXITS:
+        ways[f"exit {depth}"] = partial(_scored, HFBackend(model, encoder, exit=depth), prompts, answers)
+        tokens[f"exit {depth}"] = sum(len(encoder.prompt(prompt)) for prompt in prompts)
+    for joint in JOINT:
+        baseline = LateInteraction(LateInteraction.Config(joint=joint), seed=0)
+        late = baseline._late(Lower(base, recipe.model, joint), study.data)
+        cold, warm = partial(_late, late, requests, cold=True), partial(_late, late, requests, cold=False)
+        cold()
+        before = late.lower.read
+        cold()
+        tokens[f"late {joint}, cold"] = late.lower.read - before
+        warm()
+        tokens[f"late {joint}, warm"] = late.lower.read - before - tokens[f"late {joint}, cold"]
+        ways[f"late {joint}, cold"], ways[f"late {joint}, warm"] = cold, warm
+    times, _ = alternated(asked.rounds, ways)
+    rows = {name: {"seconds": times[name], "lower_tokens": tokens.get(name)} for name in ways}
+    found = {"command": " ".join(["python -m eval.benchmarks.compress", *sys.argv[1:]]), "candidates": CANDIDATES}
+    write_json(asked.target, {**found, "rows": rows, "machine": machine(), "versions": versions()})
+    for name, row in rows.items():
+        sys.stdout.write(f"{name:16} {row['seconds']} {row['lower_tokens']}\n")
+
+
+def _scored(backend: HFBackend, prompts: Sequence[Any], answers: Sequence[Sequence[str]]) -> Any:
+    return backend.score(prompts, answers, closed=False)
+
+
+@torch.no_grad()
+def _late(late: Late, requests: Sequence[Request], *, cold: bool) -> Any:
+    user = late.user(requests[0].history)
+    if cold:
+        late.lower.forget([segment.text for segment in user])
+    return late.logits(user, [late.candidate(str(request.item)) for request in requests])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,156 @@
+"""Multi-segment late interaction (M6-Rec, Cui et al., arXiv 2205.08084): most layers read each segment alone.
+
+A prompt is cut into segments: what is known of the user, each event, the candidate. The lower layers read every segment
+by itself, with places from 0, so that its states depend on its text alone and are kept: in memory, and of a catalogue
+in a `FeatureStore` whose folder is named by weights and layer, and whose rows by text and token. The last few layers
+read all of them together, with a learned embedding of each kind of segment added. A candidate stands last, so that what
+stands before it is read once for all candidates.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from llmrec.backends.encode import Encoder
+from llmrec.data.features import Features, FeatureStore, Provenance, publish
+from llmrec.errors import DataError, RecipeError, require
+from llmrec.models.exits import check
+from llmrec.models.load import load_model, load_tokenizer, weights_stamp
+from llmrec.recipe.schema import ModelSection
+from llmrec.resources import cache_dir
+
+# Texts that are read together.
+_TEXTS = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A segment of a prompt: its text, and the number of its kind."""
+
+    text: str
+    kind: int
+
+
+class Lower:
+    """The layers below the joint ones, with what they made of each text.
+
+    Args:
+        folder: The model.
+        section: How to load it.
+        joint: How many layers are left to the joint part.
+        layers: The model is cut behind so many layers first; None: it is whole.
+
+    Attributes:
+        joint: A decoder of the last layers and the final norm, which reads states in place of tokens.
+        read: Tokens that were computed, and not found.
+
+    Raises:
+        RecipeError: If the model has fewer layers.
+        ModelError: If it is no decoder of plain layers.
+    """
+
+    def __init__(self, folder: str, section: ModelSection, joint: int, layers: int | None = None) -> None:
+        self._torch = require("torch", "train")
+        model = load_model(folder, section, dtype=self._torch.float32)
+        check(model, "model")
+        body = model.get_decoder()
+        every, whole = list(body.layers), len(body.layers)
+        used = whole if layers is None else layers
+        if joint > used or used > whole:
+            raise RecipeError(
+                f"joint: {joint} of {used} layers are to be joint, and {section.name} has {whole}; lower one of them",
+                kind="bad-value",
+                column="joint",
+            )
+        self.layer = used - joint
+        self.joint = _upper(body, every[self.layer : used])
+        body.layers, body.norm = self._torch.nn.ModuleList(every[: self.layer]), self._torch.nn.Identity()
+        body.config.num_hidden_layers = self.layer
+        self._body = body.eval().requires_grad_(False)
+        self._encoder = Encoder(load_tokenizer(folder, section), max_length=section.max_length)
+        self._known: dict[str, Any] = {}
+        self._folder = cache_dir() / "segments" / f"{weights_stamp(folder)}-{self.layer}"
+        self.width = int(model.config.get_text_config().hidden_size)
+        self.read = 0
+
+    def ids(self, text: str) -> list[int]:
+        """Return a segment's tokens; an empty one has that of a line break.
+
+        Raises:
+            BackendError: If a text of the data would become a control token.
+        """
+        return list(self._encoder.piece(text or "\n"))
+
+    def states(self, texts: Sequence[str]) -> list[Any]:
+        """Return the states of each text after the lower layers, each of shape (tokens, d), read once a text."""
+        torch = self._torch
+        new = [text for text in dict.fromkeys(texts) if text not in self._known]
+        new.sort(key=lambda text: len(self.ids(text)))
+        for start in range(0, len(new), _TEXTS):
+            part = [self.ids(text) for text in new[start : start + _TEXTS]]
+            ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)
+            for row, own in enumerate(part):
+                ids[row, : len(own)] = torch.tensor(own)
+            # Under causal attention no token sees the padding behind it.
+            with torch.no_grad():
+                found = self._body(input_ids=ids, use_cache=False).last_hidden_state
+            for text, own, states in zip(new[start : start + _TEXTS], part, found, strict=True):
+                self._known[text] = states[: len(own)].clone()
+            self.read += sum(map(len, part))
+        return [self._known[text] for text in texts]
+
+    def forget(self, texts: Iterable[str]) -> None:
+        """Drop what was read of texts, for a cold start."""
+        for text in texts:
+            self._known.pop(text, None)
+
+    def keep(self, texts: Iterable[str]) -> int:
+        """Have the states of texts in the store too; returns how many of the texts it had."""
+        asked, found = set(texts), self._load(texts)
+        if found < len(asked):
+            names = sorted({*asked, *self._known})
+            states = self.states(names)
+            ids = [_row(text, n) for text, own in zip(names, states, strict=True) for n in range(len(own))]
+            made = Provenance(system="segments", encoder={"layer": self.layer, "stamp": self._folder.name})
+            publish(self._folder, [Features("item", ids, np.concatenate([own.numpy() for own in states]), made)])
+        return found
+
+    def _load(self, texts: Iterable[str]) -> int:
+        try:
+            store = FeatureStore.open(self._folder)
+        except DataError as error:
+            if error.kind != "missing-file":
+                raise
+            return 0
+        before = len(self._known)
+        for text in set(texts) - self._known.keys():
+            vectors, known = store.get("item", [_row(text, n) for n in range(len(self.ids(text)))])
+            if known.all():
+                self._known[text] = self._torch.from_numpy(vectors)
+        return len(self._known) - before
+
+
+def _row(text: str, number: int) -> str:
+    return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}:{number}"
+
+
+def _upper(body: Any, layers: Sequence[Any]) -> Any:
+    """Return a decoder of some layers, with copies of their weights, that reads states."""
+    config = copy.deepcopy(body.config)
+    config.num_hidden_layers, config.vocab_size = len(layers), 8
+    for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
+        setattr(config, name, 0)
+    if getattr(config, "layer_types", None):
+        config.layer_types = list(config.layer_types)[: len(layers)]
+    made = type(body)(config).float()
+    for own, layer in zip(made.layers, layers, strict=True):
+        own.load_state_dict(layer.state_dict())
+    made.norm.load_state_dict(body.norm.state_dict())
+    made.embed_tokens.requires_grad_(False)
+    return made

@@ -1,0 +1,236 @@
+"""A language model as a yes/no judge whose lower layers are cached: M6-Rec's multi-segment late interaction."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from llmrec.backends.segments import Lower, Part
+from llmrec.baselines.base import AboveZero, Baseline
+from llmrec.baselines.yes_no import LikeRatioConfig
+from llmrec.data.split import scale_of, threshold
+from llmrec.errors import DataError, require
+from llmrec.models.load import resolve
+from llmrec.recipe.schema import ModelSection, Positive
+from llmrec.results import Reads
+from llmrec.types import Answer, Event, Item, Probability, Request, Unparsed
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from llmrec.data.split import SplitDataset
+
+PROFILE, LIKED, DISLIKED, CANDIDATE = range(4)
+# Candidates that are read behind one history at a time.
+_CANDIDATES = 64
+
+
+class LateConfig(LikeRatioConfig):
+    """How much of the model is joint, and how that is trained."""
+
+    model: str = Field("SmolLM2-135M-Instruct", description="a decoder, its name or folder")
+    joint: int = Field(
+        3,
+        ge=0,
+        description="last layers that read all segments together, and are trained; 0, a control: a head on the mean of "
+        "the history's states and the candidate's last one",
+    )
+    layers: Positive | None = Field(
+        None, description="cut the model behind so many layers first; with joint as large, a control: a small model"
+    )
+    history: Positive = Field(10, description="the last so many rated events are shown")
+    rows: Positive = Field(2000, description="training ratings that are asked about, drawn by seed")
+    epochs: Positive = Field(2, description="passes over them")
+    batch: Positive = Field(16, description="rows of one optimiser step")
+    learning_rate: AboveZero = Field(1e-4, description="of AdamW")
+
+
+@dataclass
+class Late:
+    """The model in its two parts, and what it says of items.
+
+    Attributes:
+        lower: What reads a segment.
+        parts: The embeddings of kinds and the head, a ``torch.nn.ModuleDict``.
+        items: The catalogue.
+        liked: The lowest rating that is a like.
+        history: Events shown.
+        depth: Joint layers.
+    """
+
+    lower: Lower
+    parts: Any
+    items: Mapping[str, Item]
+    liked: float
+    history: int
+    depth: int
+
+    def title(self, item: str) -> str:
+        """Return what an item is called."""
+        found = self.items.get(item)
+        return found.title if found is not None else item
+
+    def user(self, events: Sequence[Event]) -> list[Part]:
+        """Return the segments of what is known: how many events were liked, and each event."""
+        rated = [event for event in events if event.rating is not None][-self.history :]
+        kinds = [LIKED if float(event.rating or 0) >= self.liked else DISLIKED for event in rated]
+        told = {LIKED: "Liked", DISLIKED: "Did not like"}
+        profile = Part(f"Liked {kinds.count(LIKED)} of {len(kinds)}.", PROFILE)
+        shown = [Part(f"{told[k]}: {self.title(e.item_id)}.", k) for k, e in zip(kinds, rated, strict=True)]
+        return [profile, *shown]
+
+    def candidate(self, item: str) -> Part:
+        """Return the segment of an item that is asked about."""
+        return Part(f"Next: {self.title(item)}.", CANDIDATE)
+
+    def embedded(self, segments: Sequence[Part]) -> Any:
+        """Return the states of segments one behind the other, with their kinds, shape (tokens, d)."""
+        torch, states = require("torch", "train"), self.lower.states([each.text for each in segments])
+        kinds = self.parts["kinds"].weight
+        return torch.cat([own + kinds[each.kind] for own, each in zip(states, segments, strict=True)])
+
+    def logits(self, user: Sequence[Part], candidates: Sequence[Part]) -> Any:
+        """Return the log-odds of a yes for some candidates behind one user, which is read once; shape (n,)."""
+        torch, before = require("torch", "train"), self.embedded(user)
+        after = [self.embedded([each]) for each in candidates]
+        if not self.depth:
+            mean = before.mean(0)
+            return self._head(torch.stack([torch.cat([mean, own[-1]]) for own in after]))
+        kept = self.lower.joint(inputs_embeds=before[None], use_cache=True).past_key_values
+        kept.batch_repeat_interleave(len(after))
+        rows, mask, lengths = self._padded(after)
+        mask = torch.cat([mask.new_ones((len(after), len(before))), mask], dim=1)
+        places = (len(before) + torch.arange(rows.shape[1]))[None].expand(len(after), -1)
+        states = self.lower.joint(
+            inputs_embeds=rows, attention_mask=mask, position_ids=places, past_key_values=kept, use_cache=True
+        ).last_hidden_state
+        return self._head(states[torch.arange(len(after)), lengths - 1])
+
+    def whole(self, prompts: Sequence[Sequence[Part]]) -> Any:
+        """Return the log-odds of whole prompts, each with its candidate last, as they are trained; shape (n,)."""
+        torch = require("torch", "train")
+        if not self.depth:
+            return torch.cat([self.logits(prompt[:-1], prompt[-1:]) for prompt in prompts])
+        rows, mask, lengths = self._padded([self.embedded(prompt) for prompt in prompts])
+        states = self.lower.joint(inputs_embeds=rows, attention_mask=mask, use_cache=False).last_hidden_state
+        return self._head(states[torch.arange(len(prompts)), lengths - 1])
+
+    def _padded(self, texts: Sequence[Any]) -> tuple[Any, Any, Any]:
+        """Return states padded on the right, where tokens are, and how many."""
+        torch = require("torch", "train")
+        lengths = torch.tensor([len(each) for each in texts])
+        rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
+        return rows, (torch.arange(rows.shape[1]) < lengths[:, None]).long(), lengths
+
+    def _head(self, states: Any) -> Any:
+        normal = require("torch", "train").nn.functional.layer_norm(states, states.shape[-1:])
+        return self.parts["head"](normal)[:, 0]
+
+
+class LateInteraction(Baseline[LateConfig, Late]):
+    """Answers with the probability of a like, from states of texts that are kept and a few joint layers.
+
+    The lower layers stay as they are. The joint ones, the embeddings of segments and the head are trained with the
+    cross-entropy on training ratings; the validation split is not looked at.
+    """
+
+    name = "late-interaction"
+    stochastic = True
+    READS: ClassVar[Reads] = "texts"
+    Config = LateConfig
+
+    def fit(self, data: SplitDataset) -> None:
+        """Train the joint part.
+
+        Raises:
+            DataError: If there are no training ratings behind others.
+            ModelError: If the model cannot be found, or is no decoder of plain layers.
+            MissingExtra: If torch or transformers is not installed.
+        """
+        torch, config = require("torch", "train"), self._config
+        section = ModelSection(name=config.model, dtype="float32")
+        lower = Lower(resolve(section), section, config.joint, config.layers)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model = self._late(lower, data)
+            prompts, truth = self._questions(data, model)
+            lower.keep({each.text for prompt in prompts for each in prompt})
+            self._train(model, prompts, truth)
+        self._model = model
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer with the probability that each request's item is liked; one history is read once."""
+        model, answers = self._fitted, list[Answer]()
+        torch = require("torch", "train")
+        for _, group in groupby(requests, key=lambda request: (request.user_id, request.history)):
+            same = list(group)
+            user = model.user(same[0].history)
+            for start in range(0, len(same), _CANDIDATES):
+                part = same[start : start + _CANDIDATES]
+                asked = [request for request in part if request.item is not None]
+                found = dict[str, float]()
+                if asked:
+                    with torch.no_grad():
+                        chances = model.logits(
+                            user, [model.candidate(str(request.item)) for request in asked]
+                        ).sigmoid()
+                    found = dict(zip([request.id for request in asked], chances.tolist(), strict=True))
+                answers += [
+                    Probability(request_id=request.id, value=found[request.id])
+                    if request.id in found
+                    else Unparsed(request_id=request.id, reason="the request names no item to judge")
+                    for request in part
+                ]
+        return answers
+
+    def _late(self, lower: Lower, data: SplitDataset) -> Late:
+        nn, config = require("torch", "train").nn, self._config
+        parts = nn.ModuleDict(
+            {
+                "kinds": nn.Embedding(4, lower.width),
+                "head": nn.Linear(lower.width * (1 if config.joint else 2), 1),
+            }
+        )
+        for parameter in parts.parameters():
+            nn.init.zeros_(parameter)
+        liked = threshold(scale_of(data), config.liked)
+        return Late(lower, parts, data.dataset.items, liked, config.history, config.joint)
+
+    def _questions(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
+        """Return prompts about training ratings, each behind the ratings before it, and what is true."""
+        rng, found = np.random.default_rng(self._seed), []
+        for user in data.train.get_column("user_id").unique().sort().to_list():
+            events = [event for event in data.history(user, "valid") if event.rating is not None]
+            found += [(events[:at], events[at]) for at in range(1, len(events))]
+        if not found:
+            raise DataError(
+                f"{self.name}: no training rating of {data.dataset.name} stands behind another one of its user; give "
+                "ratings, or leave the baseline out",
+                kind="too-few",
+                at=data.dataset.name,
+                column="rating",
+            )
+        chosen = rng.permutation(len(found))[: self._config.rows]
+        rows = [found[n] for n in chosen]
+        prompts = [[*model.user(past), model.candidate(event.item_id)] for past, event in rows]
+        return prompts, [float(float(event.rating or 0) >= model.liked) for _, event in rows]
+
+    def _train(self, model: Late, prompts: Sequence[Sequence[Part]], truth: Sequence[float]) -> None:
+        torch, config = require("torch", "train"), self._config
+        trained = [p for part in (model.lower.joint, model.parts) for p in part.parameters() if p.requires_grad]
+        optimiser = torch.optim.AdamW(trained, lr=config.learning_rate)
+        rng, wanted = np.random.default_rng(self._seed + 1), torch.tensor(truth)
+        for _ in range(config.epochs):
+            order = rng.permutation(len(prompts))
+            for start in range(0, len(order), config.batch):
+                part = order[start : start + config.batch].tolist()
+                logits = model.whole([prompts[n] for n in part])
+                optimiser.zero_grad(set_to_none=True)
+                torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted[part]).backward()
+                optimiser.step()
+        model.lower.joint.eval()

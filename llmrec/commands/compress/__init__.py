@@ -1,0 +1,1 @@
+"""The command compress: how much quality each millisecond and megabyte of a tuned model buys."""

@@ -1,0 +1,245 @@
+"""Measures a run's model at several depths and dtypes on validation cases, and exports the best that is fast enough.
+
+Answers at a depth are those of a model that is cut there (`llmrec.models.exits`), so what is exported is a plain model
+of fewer layers. A run with ``train.exits`` has learned to answer from each.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.commands.export import export as exports
+from llmrec.commands.export import safety
+from llmrec.commands.export.agreement import on_validation
+from llmrec.commands.export.files import drop_places, ours, refuse
+from llmrec.durable import write_json, write_text
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.predictor import evaluate
+from llmrec.experiment.evaluation import Evaluation
+from llmrec.experiment.resume import Budget
+from llmrec.experiment.runs import open_run
+from llmrec.experiment.study import Study
+from llmrec.machine import machine
+from llmrec.models import bottleneck
+from llmrec.models.load import device, load_model, load_tokenizer, quiet_libraries, release_memory
+from llmrec.recipe.schema import ModelSection, Recipe
+from llmrec.recipe.shared import Dtype
+from llmrec.results import lower as lower_better
+from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.tasks.family import family_of
+
+TABLE = "compress.json"
+CANDIDATES = 20
+DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
+# How far the figure of what was exported may lie from its row: sums are added up in another order.
+_APART = 0.01
+# What of a model changes when layers are cut off.
+_WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One combination.
+
+    Attributes:
+        layers: Behind how many it answers.
+        dtype: Of its weights.
+        quality: The headline figure on the cases; None where it is not defined.
+        ms: Milliseconds for 20 candidates.
+        mb: Megabytes of its weights.
+        pareto: No other is as good in all three and better in one.
+    """
+
+    layers: int
+    dtype: Dtype
+    quality: float | None
+    ms: float
+    mb: float
+    pareto: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What was measured.
+
+    Attributes:
+        metric: The figure, and the cases of it.
+        rows: Combinations, fastest first.
+        chosen: The best that is fast enough, if any is.
+        folder: Where it was exported.
+    """
+
+    metric: str
+    rows: tuple[Row, ...]
+    chosen: Row | None
+    folder: Path | None
+
+
+def compress(
+    run: Path, out: Path, *, target_ms: float, users: int, depths: Sequence[int] = (), force: bool = False
+) -> Compressed:
+    """Measure combinations, write the table beside the run, and export the one that is chosen.
+
+    Args:
+        run: A run folder whose model was trained.
+        out: The folder of the export.
+        target_ms: Milliseconds that 20 candidates may take.
+        users: Validation cases.
+        depths: Layers to answer behind; none: six, evenly spread.
+        force: Replace an earlier export.
+
+    Raises:
+        LlmrecError: If the run has no model whose answers are labels, or the export does not answer as it was measured.
+    """
+    quiet_libraries()
+    source = open_run(run)
+    if source.merged is None:
+        raise LlmrecError(
+            f"{run / 'merged'} is gone or not what training left; run `llmrec train` again", kind="damaged", at=run
+        )
+    refuse(out, force=force, ours=ours)
+    study = on_validation(source.recipe, users)
+    family = _family(study)
+    metric, merged = family_of(family).headline_at(source.recipe.eval.cutoffs), run / "merged"
+    found = [_measured(study, family, merged, dtype, depths) for dtype in DTYPES]
+    rows = with_front([row for own in found for row in own], lower=lower_better(metric))
+    best = chosen(rows, target_ms, lower=lower_better(metric))
+    told = {"metric": f"{metric} of {family}", "cases": len(study.cases(family)), "target_ms": target_ms}
+    table = {**told, "rows": [asdict(row) for row in rows], "chosen": asdict(best) if best else None}
+    write_json(run / TABLE, {**table, "machine": machine(), "llmrec": __version__})
+    if best is not None:
+
+        def change(draft: Path) -> None:
+            cut(merged, draft, source.recipe, best)
+            (again,) = _measured(study, family, draft, best.dtype, (best.layers,))
+            if abs((again.quality or 0.0) - (best.quality or 0.0)) > _APART:
+                raise LlmrecError(
+                    f"{out} would have {metric} {again.quality} where {best.quality} was measured; this is a defect in "
+                    "llmrec, and nothing was exported",
+                    kind="defect",
+                    at=out,
+                )
+
+        exports.export(run, exports.Options(out=out, dtype=best.dtype, users=0, force=force, change=change))
+    return Compressed(f"{metric} of {family}", rows, best, out if best else None)
+
+
+def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
+    """Return rows, the fastest first, and say of each whether it is on the Pareto front."""
+
+    def figures(row: Row) -> tuple[float, float, float]:
+        quality = float("-inf") if row.quality is None else -row.quality if lower else row.quality
+        return quality, -row.ms, -row.mb
+
+    def beaten(row: Row) -> bool:
+        own = figures(row)
+        return any(
+            all(o >= s for o, s in zip(other, own, strict=True)) and other != own for other in map(figures, rows)
+        )
+
+    return tuple(sorted((replace(row, pareto=not beaten(row)) for row in rows), key=lambda row: row.ms))
+
+
+def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
+    """Return the best row within the target, of equal ones the fastest; None where there is none."""
+    fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
+    return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
+
+
+def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
+    """Put a model that is cut behind some layers in the place of an export's weights, and say so in its card.
+
+    Its weights are the merged ones that the row was measured on, in the row's dtype, and not those that an export in
+    another dtype than the run's merges anew.
+    """
+    model = load_model(str(merged), _section(merged, row.dtype, recipe))
+    body, text = model.get_decoder(), model.config.get_text_config()
+    for each in (body.config, text):
+        each.num_hidden_layers = row.layers
+        if getattr(each, "layer_types", None):
+            each.layer_types = list(each.layer_types)[: row.layers]
+    body.layers = body.layers[: row.layers]
+    for file in (*draft.glob("model*.safetensors*"), draft / bottleneck.WEIGHTS):
+        file.unlink(missing_ok=True)
+    with TemporaryDirectory(dir=draft) as made:
+        model.save_pretrained(made)
+        bottleneck.save(model, Path(made))
+        safety.keep_only(Path(made), _WRITTEN)
+        for file in Path(made).iterdir():
+            file.replace(draft / file.name)
+    drop_places(draft / "config.json")
+    note = f"\n`llmrec compress` cut this model behind layer {row.layers}. Figures above are of the whole model.\n"
+    write_text(draft / "README.md", (draft / "README.md").read_text(encoding="utf-8") + note)
+
+
+def _family(study: Study) -> str:
+    """Return the first trained family whose answers are labels that are scored."""
+    for family in study.shares:
+        template = study.eval_templates(family)[0]
+        if (strategy := study.tasks[family].scored_by(template)) is not None and strategy in ("yes-no", "expected"):
+            return family
+    raise LlmrecError(
+        "no trained family of this run is answered by labels, which alone may leave a model early; compress a run of "
+        "yes/no or of ratings",
+        kind="unsupported",
+        column="tasks",
+    )
+
+
+def _section(folder: Path, dtype: Dtype, recipe: Recipe) -> ModelSection:
+    return ModelSection(name=str(folder), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
+
+
+class _Timed:
+    """A predictor, and the seconds that its answers took."""
+
+    def __init__(self, predictor: Any) -> None:
+        self.name, self._predictor, self.seconds = predictor.name, predictor, 0.0
+
+    def answer(self, requests: Sequence[Any]) -> Any:
+        self._predictor.answer(requests[:1])
+        begin = time.perf_counter()
+        answers = self._predictor.answer(requests)
+        self.seconds = time.perf_counter() - begin
+        return answers
+
+
+def _measured(study: Study, family: str, folder: Path, dtype: Dtype, depths: Sequence[int]) -> list[Row]:
+    """Ask a model behind each of some depths."""
+    section, cases = _section(folder, dtype, study.recipe), study.cases(family)
+    encoder = Encoder(load_tokenizer(str(folder), section), max_length=study.recipe.model.max_length)
+    model = load_model(str(folder), section).to(device(section))
+    layers = len(model.get_decoder().layers)
+    protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
+    template, kind = study.eval_templates(family)[0], family_of(family)
+    found = []
+    for depth in sorted({max(1, round(layers * part / 6)) for part in range(1, 7)} if not depths else set(depths)):
+        backend = HFBackend(model, encoder, exit=depth)
+        asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
+        strategy = study.tasks[family].scored_by(template)
+        assert strategy is not None
+        timed = _Timed(strategy_of(strategy, asker))
+        done = evaluate(timed, cases, name=family, kind=kind.answer, protocol=protocols.protocol(family))
+        if backend.exits is None or backend.exits.whole or not backend.exits.taken:
+            raise LlmrecError(
+                f"answers of {family} are no labels of one token each for this tokenizer, so none leaves a model "
+                "early; compress a run of yes/no or of whole stars",
+                kind="unsupported",
+                column="tasks",
+            )
+        quality = done.figures.metrics[kind.headline_at(study.recipe.eval.cutoffs)].value
+        unused = {id(p) for layer in list(model.get_decoder().layers)[depth:] for p in layer.parameters()}
+        size = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unused)
+        ms = 1e3 * CANDIDATES * timed.seconds / len(cases)
+        found.append(Row(depth, dtype, None if quality is None else float(quality), ms, size / 1e6))
+    del model
+    release_memory()
+    return found

@@ -1,0 +1,116 @@
+"""Bottleneck adapters beside the feed-forward part of every layer, as M6-Rec has them (arXiv 2205.08084).
+
+A layer's FFN(Z) becomes FFN(Z) + lambda * (act(Z W1 + b1) W2 + b2). Lambda is trained with the rest and starts at 0,
+where the model is the base to the bit. What activation the paper has was not to be found; here it is GELU. No plain
+architecture has these parts, so they cannot be merged: they lie beside a model's weights as
+``bottlenecks.safetensors``, and only models that `llmrec.models.load` loads have them.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from llmrec.errors import ModelError, require
+
+WEIGHTS = "bottlenecks.safetensors"
+_NAME = "llmrec_bottleneck"
+
+
+def attach(model: Any, rank: int, *, seed: int) -> None:
+    """Put a new adapter on every layer, in float32 and trainable.
+
+    Args:
+        model: A decoder, with or without PEFT adapters.
+        rank: Width of the bottleneck.
+        seed: Of the first weights.
+
+    Raises:
+        ModelError: If its layers have no ``mlp`` of one input and one output.
+    """
+    torch = require("torch", "train")
+    drawn = torch.Generator().manual_seed(seed)
+    for part in _parts(model):
+        width = _base(model).config.get_text_config().hidden_size
+        adapter = torch.nn.Module()
+        for name, rows, columns in (("down", width, rank), ("up", rank, width)):
+            weight = torch.randn((rows, columns), generator=drawn) / math.sqrt(rows)
+            adapter.register_parameter(f"{name}_weight", torch.nn.Parameter(weight))
+            adapter.register_parameter(f"{name}_bias", torch.nn.Parameter(torch.zeros(columns)))
+        adapter.register_parameter("scale", torch.nn.Parameter(torch.zeros(())))
+        setattr(part, _NAME, adapter.to(next(part.parameters()).device))
+        part.register_forward_hook(_add)
+    base = _base(model)
+    # The model's own files stay as any transformers program expects them.
+    base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_tensors(base)}
+
+
+def _add(part: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+    adapter, states = getattr(part, _NAME), inputs[0]
+    torch = require("torch", "train")
+    with torch.autocast(states.device.type, enabled=False):
+        inner = torch.nn.functional.gelu(states.float() @ adapter.down_weight + adapter.down_bias)
+        return output + (adapter.scale * (inner @ adapter.up_weight + adapter.up_bias)).to(output.dtype)
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a model's adapters into a folder, where it has any."""
+    if tensors := _tensors(model):
+        safetensors = require("safetensors.torch", "train")
+        safetensors.save_file(
+            {name: each.detach().cpu().contiguous() for name, each in tensors.items()}, folder / WEIGHTS
+        )
+
+
+def load(model: Any, folder: Path) -> None:
+    """Have a model use the adapters that lie in a folder, where there are any.
+
+    Raises:
+        ModelError: If they cannot be read, or do not belong to the model.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    torch, errors = require("torch", "train"), require("safetensors", "train")
+    safetensors = require("safetensors.torch", "train")
+    try:
+        found = safetensors.load_file(folder / WEIGHTS)
+        if not _tensors(model):
+            attach(model, next(each for name, each in found.items() if name.endswith("down_weight")).shape[1], seed=0)
+        wanted = _tensors(model)
+        if found.keys() != wanted.keys():
+            raise ValueError("other layers")
+        with torch.no_grad():
+            for name, each in wanted.items():
+                each.copy_(found[name])
+    except (OSError, ValueError, RuntimeError, StopIteration, errors.SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{folder / WEIGHTS} cannot be read, or is of another model ({type(error).__name__}: {reason}); train "
+            "again with `llmrec train`",
+            kind="damaged",
+            at=folder / WEIGHTS,
+        ) from error
+
+
+def _tensors(model: Any) -> dict[str, Any]:
+    """Return the parameters of adapters, by name in the base model."""
+    return {name: each for name, each in _base(model).named_parameters() if f".{_NAME}." in name}
+
+
+def _parts(model: Any) -> list[Any]:
+    """Return the feed-forward part of every layer."""
+    layers = getattr(_base(model).get_decoder(), "layers", None)
+    parts = [getattr(layer, "mlp", None) for layer in layers or ()]
+    if not parts or any(part is None or hasattr(part, "experts") for part in parts):
+        raise ModelError(
+            f"train.method: a {_base(model).config.model_type} has no layers with one plain feed-forward part each, "
+            "beside which bottleneck adapters stand; set train.method=option",
+            kind="unsupported",
+            column="train.method",
+        )
+    return parts
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,115 @@
+"""Answers from a depth of a model's layers: what stands before the head if the last layers are left out.
+
+M6-Rec (arXiv 2205.08084) has the task's loss at every depth k of L, with weights 2k / (L (L + 1)), which sum to 1, so
+that answering may stop at any of them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
+
+from llmrec.errors import ModelError, RecipeError, require
+from llmrec.models.traits import chosen_logprobs, is_paired, plain_head
+
+
+def weights(layers: int) -> list[float]:
+    """Return what the loss after each layer counts, first to last."""
+    return [2 * depth / (layers * (layers + 1)) for depth in range(1, layers + 1)]
+
+
+def check(model: Any, key: str) -> None:
+    """Refuse a model whose states before the last layer cannot be put before its head.
+
+    Raises:
+        ModelError: If it is an encoder-decoder, its logits are more than one matrix product, or it has no final norm.
+    """
+    body = None if is_paired(model.config) else model.get_decoder()
+    layered = hasattr(body, "layers") and hasattr(body, "norm")
+    head = model.get_output_embeddings()
+    # Around the head of a model with item tokens stand the trained rows of these tokens, which its loss reads too.
+    wrapper = getattr(head, "token_adapter", None)
+    if not (layered and plain_head(model.config, head if wrapper is None else wrapper.base_layer)):
+        raise ModelError(
+            f"{key}: a {model.config.model_type} has not the layers, norm and plain head of a decoder that answers may "
+            "leave early; drop the key",
+            kind="unsupported",
+            column=key,
+        )
+
+
+def depths(model: Any, **inputs: Any) -> list[Any]:
+    """Return the states after each layer, through the final norm, each of shape (rows, columns, d)."""
+    body = model.get_decoder()
+    out = body(**inputs, use_cache=False, output_hidden_states=True)
+    return [*(body.norm(states) for states in out.hidden_states[1:-1]), out.last_hidden_state]
+
+
+class _Reached(Exception):
+    """The state that is answered from was computed."""
+
+    def __init__(self, state: Any, depth: int) -> None:
+        self.state, self.depth = state, depth
+
+
+class Exits:
+    """Scores labels of one token each and leaves the model early.
+
+    Args:
+        model: A decoder.
+        exit: A whole number: after this layer. A part of 1: after the first layer at which one of the labels has this
+            probability among them.
+
+    Attributes:
+        taken: After how many layers answers were given.
+        whole: How many prompts went through all layers, since their answers are no labels of one token each.
+
+    Raises:
+        RecipeError: If the model has fewer layers.
+        ModelError: See `check`.
+    """
+
+    def __init__(self, model: Any, exit: float) -> None:
+        check(model, "eval.exit")
+        self._torch, self._model, self._exit = require("torch", "train"), model, exit
+        self._layers = list(model.get_decoder().layers)
+        self.taken: Counter[int] = Counter()
+        self.whole = 0
+        if exit > len(self._layers):
+            raise RecipeError(
+                f"eval.exit: this model has {len(self._layers)} layers; set a number up to that, or a probability "
+                "below 1",
+                kind="bad-value",
+                column="eval.exit",
+            )
+
+    def score(self, ids: Sequence[int], labels: Sequence[int]) -> list[float]:
+        """Return the log-probabilities of labels after a prompt, in the full vocabulary."""
+        torch, body = self._torch, self._model.get_decoder()
+        wanted = torch.tensor(list(labels), device=self._model.device)
+        watched = range(len(self._layers)) if self._exit < 1 else [int(self._exit) - 1]
+        hooks = [self._layers[n].register_forward_hook(partial(self._look, n + 1, wanted)) for n in watched]
+        try:
+            with torch.inference_mode():
+                body(input_ids=torch.tensor([list(ids)], device=self._model.device), use_cache=False)
+        except _Reached as reached:
+            self.taken[reached.depth] += 1
+            head = self._model.get_output_embeddings()
+            with torch.inference_mode():
+                found = chosen_logprobs(head, reached.state, torch.zeros_like(wanted), wanted)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return [float(each) for each in found]
+
+    def _look(self, depth: int, labels: Any, layer: Any, inputs: Any, output: Any) -> None:
+        states = output[0] if isinstance(output, tuple) else output
+        state = self._model.get_decoder().norm(states[0, -1:])
+        last = depth == len(self._layers) or self._exit >= 1
+        if not last:
+            logits = state.float() @ self._model.get_output_embeddings().weight[labels].float().T
+            last = bool(logits.softmax(-1).max() >= self._exit)
+        if last:
+            raise _Reached(state, depth)

@@ -1,0 +1,167 @@
+"""Soft prompts: trained vectors that stand before every prompt (Lester et al., EMNLP 2021), as tokens of their own.
+
+The tokenizer gets a token for each, which its chat template writes first, and the model rows for them. So a folder with
+soft prompts is a plain model: every engine reads it as it reads the base. Under option tuning (M6-Rec, arXiv
+2205.08084) the last of them are also the class vectors of the labels. A head of its own then holds these vectors in
+the rows of the labels' tokens, which gives ``h . p`` as their logits, and the same odds as the classes had in training.
+"""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.durable import loads, write_json
+from llmrec.errors import ModelError, require
+from llmrec.models.bottleneck import WEIGHTS as BOTTLENECKS
+from llmrec.models.item_tokens import grow
+from llmrec.models.tables import named_tables
+from llmrec.models.traits import is_paired, plain_head
+
+METHODS = ("prompt", "option", "option-adapter")
+"""Values of ``train.method`` that train soft prompts."""
+TIED = METHODS[1:]
+"""Those under which the last soft prompts are the labels' class vectors too."""
+CONFIG = "soft_prompt.json"
+"""In the folder of an adapter and of a model: what its soft prompts are."""
+
+_PLAIN = "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% endfor %}"
+
+
+@dataclass(frozen=True, slots=True)
+class SoftPrompt:
+    """What a model's soft prompts are.
+
+    Attributes:
+        count: How many there are.
+        labels: Token ids of the labels that the last soft prompts start from, in their order; none: answers are no
+            labels.
+        tied: The last soft prompts are the labels' class vectors too.
+        seed: Of their first rows.
+    """
+
+    count: int
+    labels: tuple[int, ...] = ()
+    tied: bool = False
+    seed: int = 0
+
+    def save(self, folder: Path) -> None:
+        """Write it into a folder."""
+        write_json(folder / CONFIG, asdict(self))
+
+
+def read(folder: Path) -> SoftPrompt | None:
+    """Return what a folder says of soft prompts; None where it has none.
+
+    Raises:
+        ModelError: If its file is damaged.
+    """
+    if not (folder / CONFIG).is_file():
+        return None
+    try:
+        told = loads((folder / CONFIG).read_text(encoding="utf-8"))
+        labels = tuple(int(label) for label in told["labels"])
+        return SoftPrompt(int(told["count"]), labels, bool(told["tied"]), int(told["seed"]))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelError(
+            f"{folder / CONFIG} cannot be read ({type(error).__name__}); train again with `llmrec train`",
+            kind="damaged",
+            at=folder / CONFIG,
+        ) from error
+
+
+def copy_soft(source: Path, target: Path) -> None:
+    """Copy what a folder says of soft prompts, and its bottleneck adapters, where it has any."""
+    for name in (CONFIG, BOTTLENECKS):
+        if (source / name).is_file():
+            shutil.copyfile(source / name, target / name)
+
+
+def names(count: int) -> list[str]:
+    """Return the names of the tokens, first to last."""
+    return [f"<|soft_{number}|>" for number in range(count)]
+
+
+def softened(tokenizer: Any, count: int) -> Any:
+    """Return a copy of a tokenizer that has the tokens and whose chat template writes them first.
+
+    They are special tokens, so that no title can spell one and no answer shows one.
+
+    Raises:
+        ModelError: If the tokenizer has several chat templates.
+    """
+    transformers, made = require("transformers", "train"), copy.deepcopy(tokenizer)
+    template = made.chat_template or _PLAIN
+    if not isinstance(template, str):
+        raise ModelError(
+            "train.method: this tokenizer has several chat templates, and soft prompts stand in one; choose another "
+            "model, or train.method=lora",
+            kind="unsupported",
+            column="train.method",
+        )
+    new = [transformers.AddedToken(name, special=True, normalized=False) for name in names(count)]
+    made.add_tokens(new, special_tokens=True)
+    made.chat_template = "".join(names(count)) + template
+    return made
+
+
+def put_on(model: Any, prompt: SoftPrompt, ids: Sequence[int]) -> None:
+    """Give a model a row for every soft prompt, and a head of its own, in which these rows are the mean of the others.
+
+    So a soft prompt's logit is the mean of all logits, and none is ever the most likely next token; with rows of 0 each
+    would be, in models whose logits are all below 0 (GPT-2).
+
+    The last rows start as the head's vectors of the labels, so that classes start with the odds of their words; the
+    others start as rows of words that are drawn from the vocabulary.
+
+    Args:
+        model: A causal language model.
+        prompt: How many there are, and the labels.
+        ids: The tokens' ids.
+
+    Raises:
+        ModelError: If its logits are more than one matrix product, or it is an encoder-decoder.
+    """
+    torch = require("torch", "train")
+    if is_paired(model.config) or not plain_head(model.config, model.get_output_embeddings()):
+        raise ModelError(
+            f"train.method: soft prompts take a decoder whose head is one plain matrix, and {model.config.model_type} "
+            "is none; set train.method=lora",
+            kind="unsupported",
+            column="train.method",
+        )
+    _untie(model)
+    head, table = model.get_output_embeddings(), model.get_input_embeddings()
+    known = min(table.weight.shape[0], *ids)
+    drawn = torch.randint(known, (prompt.count,), generator=torch.Generator().manual_seed(prompt.seed))
+    rows = table.weight.detach()[drawn.to(table.weight.device)].clone()
+    if prompt.labels:
+        rows[-len(prompt.labels) :] = head.weight.detach()[list(prompt.labels)]
+    mean = head.weight.detach()[:known].float().mean(0)
+    grow(model, max(table.weight.shape[0], max(ids) + 1))
+    with torch.no_grad():
+        model.get_input_embeddings().weight[list(ids)] = rows
+        weight = model.get_output_embeddings().weight
+        weight[list(ids)] = mean.to(weight.dtype)
+
+
+def set_labels(model: Any, prompt: SoftPrompt, ids: Sequence[int]) -> None:
+    """Write the last soft prompts into the head, as the rows of the labels' tokens, where they are tied."""
+    if prompt.tied:
+        with require("torch", "train").no_grad():
+            vectors = model.get_input_embeddings().weight[list(ids)[-len(prompt.labels) :]]
+            model.get_output_embeddings().weight[list(prompt.labels)] = vectors
+
+
+def _untie(model: Any) -> None:
+    """Give a model a head of its own, equal to its input embeddings, where both are one table."""
+    torch = require("torch", "train")
+    for config in (model.config, model.config.get_text_config()):
+        config.tie_word_embeddings = False
+    if len(named_tables(model)) == 1:
+        head = model.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=head.weight.requires_grad)

@@ -1,0 +1,135 @@
+"""Late interaction on a tiny model: cached equals uncached, places restart, what is trained, what is kept."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from llmrec.backends.segments import Lower, Part
+from llmrec.baselines.late import CANDIDATE, LateInteraction
+from llmrec.data.features import FeatureStore
+from llmrec.data.split import SplitDataset
+from llmrec.errors import RecipeError
+from llmrec.models.load import load_model
+from llmrec.recipe.schema import ModelSection
+from llmrec.types import Probability, Request, Unparsed
+from tests.conftest import make_model
+from tests.contracts.test_predictors import _split
+from tests.facts import Facts, raises
+
+LAYERS = 4
+TEXTS = ("Liked: Heat.", "Did not like: Jaws.", "Next: Toy Story.", "Liked 1 of 2.")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("deep"), layers=LAYERS)
+
+
+@pytest.fixture(scope="module")
+def data() -> SplitDataset:
+    return _split("last_share")
+
+
+@pytest.fixture(autouse=True)
+def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+
+
+def fitted(folder: Path, data: SplitDataset, **settings: Any) -> LateInteraction:
+    config = {"model": str(folder), "joint": 2, "rows": 32, "epochs": 2, "learning_rate": 1e-3, **settings}
+    made = LateInteraction(LateInteraction.Config(**config), seed=0)
+    made.fit(data)
+    return made
+
+
+def requests(data: SplitDataset, count: int = 12) -> list[Request]:
+    user = data.users()[0]
+    history = data.history(user, "test")
+    items = sorted(data.dataset.items)[:count]
+    return [Request(id=f"r{item}", user_id=user, item=item, history=history) for item in items]
+
+
+def test_a_segments_states_are_those_of_its_text_alone_with_places_from_0(folder: Path) -> None:
+    section = ModelSection(name=str(folder), dtype="float32")
+    lower, whole = Lower(str(folder), section, joint=1), load_model(str(folder), section)
+    together = lower.states(TEXTS)
+    with torch.no_grad():
+        for text, states in zip(TEXTS, together, strict=True):
+            out = whole(torch.tensor([lower.ids(text)]), output_hidden_states=True)
+            assert torch.allclose(states, out.hidden_states[LAYERS - 1][0], atol=1e-5)
+    read = lower.read
+    assert read == sum(len(lower.ids(text)) for text in TEXTS)
+    lower.states(TEXTS)
+    assert lower.read == read
+
+
+def test_one_segment_through_both_parts_is_the_model(folder: Path) -> None:
+    section = ModelSection(name=str(folder), dtype="float32")
+    lower, whole = Lower(str(folder), section, joint=2), load_model(str(folder), section)
+    with torch.no_grad():
+        (states,) = lower.states(TEXTS[:1])
+        found = lower.joint(inputs_embeds=states[None]).last_hidden_state
+        expected = whole.get_decoder()(torch.tensor([lower.ids(TEXTS[0])])).last_hidden_state
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("joint", [0, 2, LAYERS])
+def test_cached_equals_uncached(folder: Path, data: SplitDataset, joint: int) -> None:
+    model = fitted(folder, data, joint=joint)._fitted
+    asked = requests(data)
+    user = model.user(asked[0].history)
+    candidates = [model.candidate(str(request.item)) for request in asked]
+    assert model.history >= len(user) - 1 and len(user) > 1
+    with torch.no_grad():
+        warm = model.logits(user, candidates)
+        model.lower.forget([each.text for each in (*user, *candidates)])
+        cold = torch.stack([model.whole([[*user, each]])[0] for each in candidates])
+    assert torch.allclose(warm, cold, atol=1e-5) and warm.std() > 1e-4
+
+
+def test_states_are_kept_beside_the_weights_stamp_and_layer(folder: Path, data: SplitDataset, tmp_path: Path) -> None:
+    first = fitted(folder, data, joint=2)
+    (store,) = (tmp_path / "cache" / "segments").iterdir()
+    assert store.name.endswith("-2") and FeatureStore.open(store).width("item") == 128
+    read = first._fitted.lower.read
+    again = fitted(folder, data, joint=2)
+    assert read > 0 and again._fitted.lower.read == 0
+    fitted(folder, data, joint=1)
+    assert len(list((tmp_path / "cache" / "segments").iterdir())) == 2
+    asked = requests(data)
+    assert first.answer(asked) == again.answer(asked)
+
+
+@pytest.mark.slow
+def test_only_the_joint_part_is_trained_and_it_learns(folder: Path, data: SplitDataset) -> None:
+    section = ModelSection(name=str(folder), dtype="float32")
+    model = fitted(folder, data, epochs=8)
+    untouched, lower = Lower(str(folder), section, joint=2), model._fitted.lower
+    same = zip(lower._body.parameters(), untouched._body.parameters(), strict=True)
+    assert all(torch.equal(one, other) for one, other in same)
+    assert not torch.equal(lower.joint.layers[0].mlp.up_proj.weight, untouched.joint.layers[0].mlp.up_proj.weight)
+    prompts, truth = model._questions(data, model._fitted)
+    with torch.no_grad():
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(model._fitted.whole(prompts), torch.tensor(truth))
+    assert float(loss) < 0.6
+
+
+def test_every_request_is_answered_in_order(folder: Path, data: SplitDataset) -> None:
+    asked = requests(data)
+    model, nothing = fitted(folder, data), Request(id="none", user_id="u1", history=asked[0].history)
+    new = Request(id="new", user_id="nobody", item="unknown", history=())
+    found = model.answer([*asked, nothing, new])
+    assert [answer.request_id for answer in found] == [*(request.id for request in asked), "none", "new"]
+    assert isinstance(found[-2], Unparsed)
+    assert all(isinstance(each, Probability) and 0 < each.value < 1 for each in [*found[:-2], found[-1]])
+
+
+def test_more_joint_layers_than_there_are_is_refused(folder: Path, data: SplitDataset) -> None:
+    for wrong in ({"joint": LAYERS + 1}, {"joint": 3, "layers": 2}):
+        with raises(RecipeError, Facts("bad-value", column="joint", says=f"has {LAYERS}")):
+            fitted(folder, data, **wrong)
+    assert Part("x", CANDIDATE).kind == 3

@@ -1,0 +1,101 @@
+"""`llmrec compress`: the front, the choice, and an export that answers as its row says."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from llmrec import pipeline
+from llmrec.cli import app
+from llmrec.commands.compress import compress as compressing
+from llmrec.commands.compress.compress import TABLE, Row, chosen, compress, with_front
+from llmrec.commands.export.files import SUMS, verify
+from llmrec.errors import LlmrecError
+from llmrec.experiment import bundle
+from llmrec.models.load import load_config, load_model
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import ModelSection
+from tests.conftest import make_model
+from tests.experiment.test_ctr_run import SMALL
+from tests.facts import Facts, raises
+
+ROWS = (
+    Row(30, "float32", 0.70, 300.0, 500.0),
+    Row(30, "bfloat16", 0.70, 200.0, 250.0),
+    Row(20, "bfloat16", 0.66, 150.0, 190.0),
+    Row(10, "bfloat16", 0.50, 80.0, 120.0),
+    Row(5, "bfloat16", 0.55, 40.0, 90.0),
+    Row(2, "bfloat16", None, 10.0, 60.0),
+)
+
+
+def test_the_front_holds_what_nothing_else_beats() -> None:
+    found = with_front(ROWS, lower=False)
+    assert [row.ms for row in found] == sorted(row.ms for row in ROWS)
+    assert {(row.layers, row.dtype) for row in found if row.pareto} == {
+        *((30, "bfloat16"), (20, "bfloat16"), (5, "bfloat16"), (2, "bfloat16"))
+    }
+
+
+def test_the_best_that_is_fast_enough_is_chosen_or_none() -> None:
+    assert chosen(ROWS, 1000, lower=False) == ROWS[1]
+    assert chosen(ROWS, 160, lower=False) == ROWS[2]
+    assert chosen(ROWS, 100, lower=False) == ROWS[4]
+    assert chosen(ROWS, 100, lower=True) == ROWS[3]
+    # A row without a figure is none.
+    assert chosen(ROWS, 20, lower=False) is None
+
+
+@pytest.mark.slow
+def test_a_run_is_measured_cut_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = make_model(tmp_path / "deep", layers=4)
+    only = "tasks={rating: {strategies: [expected], history: 5}}"
+    more = ["train.exits=true", "eval.arms=[tuned]", f"model.name={folder}", "model.dtype=float32"]
+    settings = [each for each in SMALL if not each.startswith("tasks=") and "top_layers" not in each]
+    run = tmp_path / "run"
+    pipeline.run(load_recipe("recipes/quickstart.yaml", [*settings, only, *more]), run, quiet=True)
+    none = compress(run, tmp_path / "none", target_ms=0, users=4, depths=(2,))
+    assert none.chosen is None and not (tmp_path / "none").exists()
+    told = json.loads((run / TABLE).read_text(encoding="utf-8"))
+    assert told["chosen"] is None and {(row["layers"], row["dtype"]) for row in told["rows"]} == {
+        (2, "bfloat16"),
+        (2, "float32"),
+    }
+    found = compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,))
+    assert found.chosen is not None and found.chosen.layers == 2 and found.metric == "RMSE of rating"
+    section = ModelSection(name=str(tmp_path / "out"), dtype=found.chosen.dtype)
+    assert load_config(str(tmp_path / "out"), section).num_hidden_layers == 2
+    model = load_model(str(tmp_path / "out"), section)
+    size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6
+    assert size == pytest.approx(found.chosen.mb)
+    bundle.read(str(tmp_path / "out"))
+    # They are the weights that were measured, to the bit.
+    measured = load_model(str(run / "merged"), section).state_dict()
+    assert all(torch.equal(each, measured[name]) for name, each in model.state_dict().items())
+    assert verify(tmp_path / "out")
+    with raises(LlmrecError, Facts("exists", says="--force")):
+        compress(run, tmp_path / "out", target_ms=1e9, users=4)
+    done = CliRunner().invoke(
+        app,
+        ["compress", str(run), "--target-ms", "0", "--out", str(tmp_path / "other"), "--depth", "2", "--users", "4"],
+    )
+    assert done.exit_code == 1 and not (tmp_path / "other").exists()
+    # What fails before it is whole leaves the earlier export as it was.
+    before = (tmp_path / "out" / SUMS).read_bytes()
+    with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsafe", says="model.bin")):
+        patched.setattr(compressing, "cut", lambda merged, draft, *_: (draft / "model.bin").write_bytes(b""))
+        compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(4,), force=True)
+    with monkeypatch.context() as patched, raises(LlmrecError, Facts("defect", says="nothing was exported")):
+        patched.setattr(compressing, "_APART", -1.0)
+        compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,), force=True)
+    assert verify(tmp_path / "out") and (tmp_path / "out" / SUMS).read_bytes() == before
+    assert not list(tmp_path.glob("out.*"))
+    with monkeypatch.context() as patched, raises(LlmrecError, Facts("unsupported", column="tasks", says="one token")):
+        patched.setattr("llmrec.backends.hf.backend.single_token_labels", lambda tails: None)
+        compress(run, tmp_path / "labels", target_ms=1e9, users=4, depths=(2,))
+    compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(1,), force=True)
+    assert load_config(str(tmp_path / "out"), section).num_hidden_layers == 1 and verify(tmp_path / "out")
