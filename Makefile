@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-cold bench-prefixes bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-cold bench-freshness bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -47,10 +47,16 @@ help:
 	@echo "make bench-scaling    loss by tokens and size of the model on Amazon Beauty, eval/results/scaling.json"
 	@echo "make bench-alignment  what codes are taught to mean on MovieLens-100K, eval/results/alignment.json"
 	@echo "make bench-rating     heads and tokens as ratings on MovieLens-100K, three seeds, eval/results/rating_heads.json"
+	@echo "make bench-redial     retrieval for ReDial's dialogues and slots that rules read, eval/results/redial.json"
+	@echo "make bench-chat       conversations with simulated users of MovieLens, eval/results/chat_loop.json"
 	@echo "make bench-cold       items of Amazon Toys that nobody chose before the test, eval/results/cold.json"
+	@echo "make bench-freshness  how fast profiles age, MovieLens by year, eval/results/freshness.json"
+	@echo "make bench-refresh    bring 1,000 new items of Amazon Toys in, eval/results/refresh_items.json"
 	@echo "make bench-remote     ask a server that fails on purpose, and kill the client, eval/results/remote.json"
 	@echo "make bench-schema     ask a service whatever its OpenAPI document allows and does not, eval/results/serve_schema.json"
+	@echo "make bench-compress   20 candidates at each exit and with late interaction, eval/results/compress_ms.json"
 	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
+	@echo "make bench-rollouts   items that a model draws, beside generate with a prefix function, eval/results/rollouts.json"
 	@echo "make bench-processes  one training process beside two, one of them killed, eval/results/processes.json"
 	@echo "make bench-serving    load a service with locust, break and swap its engine, eval/results/serving.json"
 	@echo "make campaign     hand malformed inputs to everything that reads what a user names, eval/results/campaign.json"
@@ -211,15 +217,35 @@ gpu-check:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make gpu-check PYTHON=/path/to/python"; exit 2; }
 	@$(PYTHON) -m eval.benchmarks.gpu $(ARGS)
 
+bench-compress: setup
+	$(BIN)/python -m eval.benchmarks.compress eval/results/compress_ms.json
+
 bench-prefixes: setup
 	$(BIN)/python -m eval.benchmarks.prefixes eval/results/prefixes.json
+
+bench-rollouts: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.benchmarks.rollouts eval/results/rollouts.json
 
 bench-processes: setup
 	$(BIN)/python -m eval.benchmarks.processes eval/results/processes.json
 
+# LLMREC_DATA is the folder that holds convrec and movie_facts.
+bench-redial: setup
+	$(BIN)/python -m eval.benchmarks.redial eval/results/redial.json
+
+# LLMREC_DATA is the folder that holds movie_facts. ARGS: such as --managers model --users 20.
+bench-chat: setup
+	$(BIN)/python -m eval.benchmarks.chat_loop eval/results/chat_loop.json $(ARGS)
+
 # LLMREC_DATA is the folder that holds amazon14_toys.
 bench-cold: setup
 	$(BIN)/python -m eval.benchmarks.cold eval/results/cold.json
+
+bench-freshness: setup
+	$(BIN)/python -m eval.benchmarks.freshness eval/results/freshness.json
+
+bench-refresh: setup
+	$(BIN)/python -m eval.benchmarks.refresh_items eval/results/refresh_items.json
 
 bench-index-leak: setup
 	$(BIN)/python -m eval.benchmarks.index_leak eval/results/index_leak.json

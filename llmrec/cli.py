@@ -11,7 +11,9 @@ from llmrec import __version__
 from llmrec.commands import common
 from llmrec.commands.augment.app import app as augmenting
 from llmrec.commands.auto.app import app as searching
+from llmrec.commands.chat.app import app as talking
 from llmrec.commands.common import Overrides, RecipePath
+from llmrec.commands.compress.app import app as compressing
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.app import app as starting
 from llmrec.commands.merge.app import app as merging
@@ -49,7 +51,9 @@ app = common.App(
 app.add_typer(ranking)
 app.add_typer(merging)
 app.add_typer(scoring)
+app.add_typer(compressing)
 app.add_typer(serving)
+app.add_typer(talking)
 app.add_typer(starting)
 app.add_typer(searching)
 app.add_typer(tuning)

@@ -115,6 +115,7 @@ BASELINES: Mapping[str, str] = {
     "deepfm": "llmrec.baselines.ctr.deepfm:DeepFM",
     "dcn": "llmrec.baselines.ctr.dcn:DCN",
     "autoint": "llmrec.baselines.ctr.autoint:AutoInt",
+    "late-interaction": "llmrec.baselines.late:LateInteraction",
     "frequent-text": "llmrec.baselines.text:FrequentText",
     "nearest-text": "llmrec.baselines.text:NearestText",
     "first-sentence": "llmrec.baselines.text:FirstSentence",

@@ -130,6 +130,7 @@ class Example:
         pairs: The (user_id, item_id) pairs that the row shows as interactions, for the leak audit.
         negatives: The items that it shows as ones that the user did not choose. They are drawn without knowing what is
             held out, so that a held-out item may be among them.
+        rejected: Texts that are compared with its last target, where a loss is over lists or from preference.
     """
 
     id: str
@@ -141,6 +142,7 @@ class Example:
     ends_turn: bool
     pairs: tuple[tuple[str, str], ...] = ()
     negatives: tuple[str, ...] = ()
+    rejected: tuple[str, ...] = ()
 
 
 # --------------------------------------------------------------------------- requests and answers

@@ -1,6 +1,12 @@
 // Types of llmrec's HTTP interface, for TypeScript. Written by `make openapi`; do not edit.
 // Every answer that is not a success has the body `Failed`. Send an API key as `Authorization: Bearer ...`.
 
+/** End the turn with a question about a field. */
+export interface Ask {
+  tool: "ask";
+  field: string;
+}
+
 /** What the family answers; the others are null. */
 export interface AskAnswer {
   model: ModelCard;
@@ -40,6 +46,26 @@ export interface CatalogueItem {
   fields: Record<string, string>;
 }
 
+/** The answer, and the state to send with the next line; its profile may be edited before. */
+export interface ChatAnswer {
+  text: string;
+  items: CatalogueItem[];
+  calls: (Search | Filter | Similar | Rank | Explain | Show | Ask | ShowProfile | Forget | Say)[];
+  /** The profile in words, in the order of the state's. */
+  profile: string[];
+  state: State;
+  milliseconds: number;
+}
+
+/** One line of the user; ``state`` is that of the last answer, and is left out at the beginning. */
+export interface ChatBody {
+  text: string;
+  state?: State;
+  /** What ranks; the default without one. */
+  model?: string | null;
+  k?: number;
+}
+
 /** What was erased of a user, and what cannot be erased here. */
 export interface Erased {
   user_id: string;
@@ -52,6 +78,12 @@ export interface Erased {
 /** Events that extend histories; what a model has learned does not change. */
 export interface EventsBody {
   events: NewEvent[];
+}
+
+/** Say what is known of an item of the list, and why it was shown. */
+export interface Explain {
+  tool: "explain";
+  item: number;
 }
 
 /** Why the item suits the user, or what the user may write of it, in the model's words. */
@@ -81,6 +113,20 @@ export interface Failure {
   kind: string;
   message: string;
   at: string | null;
+}
+
+/** Keep to items whose field has a value, has it not, or lies within a bound. */
+export interface Filter {
+  tool: "filter";
+  field: string;
+  op: "is" | "not" | "from" | "until";
+  value: string;
+}
+
+/** End the turn after wishes were forgotten: the one of this number in the profile, or all of them (0). */
+export interface Forget {
+  tool: "forget";
+  wish: number;
 }
 
 /** Items whose title, or id, holds what was searched for. */
@@ -140,6 +186,12 @@ export interface KnownEvent {
 export interface KnownUser {
   user_id: string;
   history: KnownEvent[];
+}
+
+/** What somebody said. */
+export interface Line {
+  role: "user" | "assistant";
+  text: string;
 }
 
 /** A model that answers. */
@@ -204,6 +256,12 @@ export interface PredictAnswers {
 export interface Quota {
   field: string;
   most: number;
+}
+
+/** Order the candidates, or the whole catalogue, by the recommender; or some of the list, by their places. */
+export interface Rank {
+  tool: "rank";
+  items: number[];
 }
 
 /** Items, best first. */
@@ -333,6 +391,37 @@ export interface Rules {
   diversity?: number;
 }
 
+/** End the turn with a fixed line. */
+export interface Say {
+  tool: "say";
+  what: "hello" | "thanks" | "bye" | "decline" | "explained";
+}
+
+/** Find items by words. */
+export interface Search {
+  tool: "search";
+  text: string;
+  k: number;
+}
+
+/** End the turn with a list, and with a question where ``ask`` names a field. */
+export interface Show {
+  tool: "show";
+  k: number;
+  ask: string;
+}
+
+/** End the turn with the profile in words. */
+export interface ShowProfile {
+  tool: "profile";
+}
+
+/** Find items that are chosen together with some of the list; without places, with those that the user likes. */
+export interface Similar {
+  tool: "similar";
+  items: number[];
+}
+
 /** Items, most alike first. */
 export interface SimilarAnswer {
   model: ModelCard;
@@ -350,6 +439,28 @@ export interface SimilarBody {
   rules?: Rules;
 }
 
+/**
+ * All that a conversation carries from turn to turn.
+ *
+ * Attributes:
+ *     turn: Turns of the user so far.
+ *     profile: Wishes, oldest first.
+ *     buffer: Candidates, best first.
+ *     shown: The last list that was shown, to whose places the user's numbers refer.
+ *     past: Every item that was shown, which is not shown again.
+ *     asked: Fields that were asked about.
+ *     lines: The last lines of both.
+ */
+export interface State {
+  turn?: number;
+  profile?: Wish[];
+  buffer?: string[];
+  shown?: string[];
+  past?: string[];
+  asked?: string[];
+  lines?: Line[];
+}
+
 /** How many were stored. */
 export interface Stored {
   stored: number;
@@ -360,6 +471,26 @@ export interface Usage {
   prompt_tokens: number;
   completion_tokens: number;
   forwards: number;
+}
+
+/**
+ * One thing that is known of what the user wants.
+ *
+ * Attributes:
+ *     field: Of the catalogue's items, or `ITEM`.
+ *     op: How the value is meant.
+ *     value: One of the field's values, or an item's id.
+ *     hard: It is a constraint; a soft wish moves the order only.
+ *     source: Said by the user, concluded from it, or written into the profile by the user.
+ *     turn: When, counted from 1.
+ */
+export interface Wish {
+  field: string;
+  op: "is" | "or" | "not" | "from" | "until" | "seen";
+  value: string;
+  hard?: boolean;
+  source?: "said" | "inferred" | "edited";
+  turn?: number;
 }
 
 export interface paths {
@@ -389,6 +520,8 @@ export interface paths {
   "POST /v1/ask": { body: AskBody; answer: AskAnswer };
   /** Find items like others. */
   "POST /v1/similar": { body: SimilarBody; answer: SimilarAnswer };
+  /** Answer one line of a conversation; with ``Accept: text/event-stream`` calls come as events before it. */
+  "POST /v1/chat": { body: ChatBody; answer: ChatAnswer };
   /** Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history. */
   "POST /v1/rerank": { body: RerankBody; answer: RerankAnswer };
   /** Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history. */

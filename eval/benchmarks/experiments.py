@@ -130,7 +130,7 @@ def _script(result: Mapping[str, Any]) -> tuple[int, int, float]:
     rows, runs = result.get("rows") or [{}], result.get("runs") or [result]
     users = rows[0].get("users", 0) if isinstance(rows, list) else 0
     seconds = sum(float(run.get("train_seconds") or run.get("seconds") or 0.0) for run in runs)
-    return users, len(result.get("seeds") or [0]), seconds
+    return users, len(result.get("seeds", [0])), seconds
 
 
 def _campaign(result: Mapping[str, Any]) -> tuple[int, int, float]:

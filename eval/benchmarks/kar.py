@@ -21,7 +21,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import polars as pl
@@ -63,6 +63,7 @@ PAIRS = (
 )
 HOSTS = ("deepfm", "dcn", "din")
 LAST, BEST, WORST = 40, 10, 10
+K = TypeVar("K")
 WINDOW = 20
 
 
@@ -252,13 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 for seed in range(given.seeds)
             ]
             said[host, arm] = values
-            rows.append({"host": host, "arm": arm, **_figures(values, truth, users)})
+            rows.append({"host": host, "arm": arm, **figures(values, truth, users)})
             sys.stdout.write(json.dumps(rows[-1]) + "\n")
             sys.stdout.flush()
     plain = make("logistic", {"features": "ids"}, seed=0)
     plain.fit(data)
     rows.append(
-        {"host": "logistic", "arm": "bias of users and items", **_figures([measure(plain, cases)], truth, users)}
+        {"host": "logistic", "arm": "bias of users and items", **figures([measure(plain, cases)], truth, users)}
     )
     result = {
         "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.kar eval/results/kar.json",
@@ -310,7 +311,7 @@ def _fit(
     return values
 
 
-def _figures(values: Sequence[NDArray[np.float64]], truth: NDArray[np.float64], users: Sequence[str]) -> dict[str, Any]:
+def figures(values: Sequence[NDArray[np.float64]], truth: NDArray[np.float64], users: Sequence[str]) -> dict[str, Any]:
     return {
         "auc": round(float(np.mean([auc(each, truth) for each in values])), 5),
         "gauc": round(float(np.mean([gauc(each, truth, users).value for each in values])), 5),
@@ -325,15 +326,34 @@ def _pairs(
     truth: NDArray[np.float64],
     users: Sequence[str],
 ) -> list[dict[str, Any]]:
-    """Return the planned comparisons of AUC within users, corrected together by Holm's method.
+    planned = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in said for arm in pair)]
+    decided = within(said, [((host, one), (host, other)) for host, one, other in planned], truth, users)
+    return [
+        {"host": host, "a": one, "b": other, **found}
+        for (host, one, other), found in zip(planned, decided, strict=True)
+    ]
+
+
+def within(
+    said: Mapping[K, Sequence[NDArray[np.float64]]],
+    planned: Sequence[tuple[K, K]],
+    truth: NDArray[np.float64],
+    users: Sequence[str],
+) -> list[dict[str, Any]]:
+    """Return planned comparisons of AUC within users, corrected together by Holm's method.
 
     Seeds are averaged before a difference is taken; users are resampled.
+
+    Args:
+        said: Probabilities of all questions by name and seed.
+        planned: Pairs of names, the first less the second.
+        truth: Of the questions.
+        users: Of the questions.
     """
-    planned = [(host, *pair) for host in hosts for pair in PAIRS if all((host, arm) in said for arm in pair)]
     of = {key: np.mean([gauc(v, truth, users).values for v in values], axis=0) for key, values in said.items()}
     found, counts = [], []
-    for host, one, other in planned:
-        values = of[host, one] - of[host, other]
+    for one, other in planned:
+        values = of[one] - of[other]
         values = values[np.isfinite(values)]
         counts.append(len(values))
 
@@ -342,8 +362,8 @@ def _pairs(
 
         found.append(paired_of(mean, len(values), resamples=enough(2000, len(planned)), seed=0))
     return [
-        {"host": host, "a": one, "b": other, "metric": "within-user AUC", "users": count, **asdict(decision)}
-        for (host, one, other), count, decision in zip(planned, counts, decide(found), strict=True)
+        {"metric": "within-user AUC", "users": count, **asdict(decision)}
+        for count, decision in zip(counts, decide(found), strict=True)
     ]
 
 

@@ -40,10 +40,14 @@ class Catalogue:
 
     Args:
         items: To begin with.
+
+    Attributes:
+        changes: How often items changed, for those who remember something of them.
     """
 
     def __init__(self, items: Mapping[str, Item]) -> None:
         self.items = dict(items)
+        self.changes = 0
         self._search: tuple[pl.Series, pl.Series] | None = None
         self._allowed: dict[Rules, frozenset[str]] = {}
 
@@ -52,6 +56,7 @@ class Catalogue:
         for name in removed:
             self.items.pop(name, None)
         self.items.update((item.item_id, item) for item in put)
+        self.changes += 1
         self._search = None
         self._allowed.clear()
 

@@ -143,7 +143,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     """
     asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
     bundle = bundle_of(asked)
-    base = Recommender.open(asked, bundle=bundle, ranks=False) if bundle.folder else None
+    base = Recommender.open(asked, bundle=bundle, ranks=False) if bundle.weights else None
     items = dict((base.items if base else catalogue(bundle, options.items)) or {})
     if base is not None:
         base.items = items

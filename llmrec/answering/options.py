@@ -22,6 +22,7 @@ class About:
         metavar: Stands for a value.
         choices: All values that there are; they stand for themselves.
         least: The smallest number allowed.
+        most: The largest.
         argument: It stands by itself, without a name before it.
     """
 
@@ -30,6 +31,7 @@ class About:
     metavar: str | None = None
     choices: tuple[str, ...] = ()
     least: int | None = None
+    most: int | None = None
     argument: bool = False
 
 

@@ -136,13 +136,13 @@ class Recommender:
         quiet_libraries()
         budget = budget or Budget()
         bundle = bundle or bundle_of(options)
-        if not bundle.folder:
+        if not bundle.weights:
             raise ModelError(
-                f"{bundle.run} asked no language model (eval.arms is empty), so there is none to ask; its fusion of "
-                f"classic recommenders ranks: llmrec rank --baseline fusion --recipe {bundle.run}, or llmrec serve "
-                f"{bundle.run}",
+                f"{bundle.called} asked no language model (eval.arms is empty), so there is none to ask; its fusion of "
+                f"classic recommenders ranks: llmrec rank --baseline fusion --recipe {bundle.called}, or llmrec serve "
+                f"{bundle.called}",
                 kind="unsupported",
-                at=bundle.run,
+                at=bundle.called,
             )
         items, retriever = _items(options, bundle)
         encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))

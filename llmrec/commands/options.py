@@ -51,6 +51,7 @@ def _parameter(field: Field[Any], hint: Any) -> Parameter:
         *(about.names or (f"--{field.name.replace('_', '-')}",)),
         metavar="|".join(about.choices) or about.metavar,
         min=about.least,
+        max=about.most,
         help=about.help,
     )
     return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, option])

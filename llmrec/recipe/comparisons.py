@@ -173,6 +173,9 @@ class BenchmarkRun(Section):
     name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9 ._-]*$", description="its label in tables")
     recipe: str = Field("", description="a recipe page; empty: the benchmark's own")
     overrides: tuple[str, ...] = Field((), description="changed keys, such as eval.arms=[zero-shot]")
+    start: str = Field(
+        "", description="a run above, whose tuned model of the same seed this one continues: its train.start"
+    )
     grid: dict[str, tuple[Any, ...]] = Field(
         default={}, description="keys of the recipe with lists of values: every combination is a run"
     )
@@ -200,7 +203,17 @@ class Benchmark(Section):
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"runs: two runs are called {name!r}; give one another name")
+        above: dict[str, BenchmarkRun] = {}
         for run in self.runs:
+            first = above.get(run.start)
+            # No seed of its own is the recipe's, of which a run with seeds has none.
+            own: set[int | None] = set(run.seeds) or {None}
+            if run.start and (first is None or first.grid or (first.seeds and not own <= set(first.seeds))):
+                raise ValueError(
+                    f"runs: {run.name!r} starts from {run.start!r}, which has to be a run above it, without a grid and "
+                    "with the same seeds"
+                )
+            above[run.name] = run
             if not (run.recipe or self.recipe):
                 raise ValueError(
                     f"runs: {run.name!r} names no recipe, and neither does the benchmark; write one of both"

@@ -7,7 +7,7 @@ the line and the closest known key. Each component is handed its own section, ne
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime
 from ipaddress import IPv6Address
 from pathlib import Path
@@ -40,8 +40,9 @@ Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0, le=100)]
 Name = Annotated[str, Field(max_length=100)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
-#: A parameter of a baseline.
-Value = bool | int | float | str | None
+#: A parameter of a baseline, and one that has parts.
+Plain = bool | int | float | str | None
+Value = Plain | dict[str, Plain]
 
 
 ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent", "balanced"]
@@ -394,8 +395,17 @@ class BaselineSection(Section):
     @property
     def label(self) -> str:
         """What tables call it: its name, and the parameters that the recipe sets."""
-        chosen = ", ".join(f"{key}={value}" for key, value in sorted(self.parameters.items()))
+        chosen = ", ".join(f"{key}={value}" for key, value in sorted(settings(self.parameters)))
         return f"{self.name}({chosen})" if chosen else self.name
+
+
+def settings(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Yield parameters, the parts of one that has any as ``name.part``."""
+    for name, value in parameters.items():
+        if isinstance(value, dict):
+            yield from ((f"{name}.{part}", own) for part, own in value.items())
+        else:
+            yield name, value
 
 
 def named(*names: str) -> tuple[BaselineSection, ...]:
@@ -671,6 +681,10 @@ class ModelSection(Section):
         return self
 
 
+ADAPTED = ("lora", "qlora", "lora8")
+"""Train methods that put LoRA on the model."""
+
+
 class LoraSection(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353)."""
 
@@ -685,6 +699,13 @@ class LoraSection(Section):
     dora: bool = False
 
 
+class SoftSection(Section):
+    """Soft prompts (arXiv 2104.08691), and bottleneck adapters beside them (M6-Rec, arXiv 2205.08084)."""
+
+    prompts: Positive = Field(20, description="trained vectors before every prompt")
+    rank: Positive = Field(32, description="option-adapter: width of the bottleneck in every layer")
+
+
 class JudgeSection(Section):
     """Validation NDCG@10 while training: it decides which adapter is kept, and when to stop."""
 
@@ -694,13 +715,100 @@ class JudgeSection(Section):
     )
 
 
-class TrainSection(Section):
-    """Supervised fine-tuning through TRL's SFTTrainer."""
+class PreferenceSection(Section):
+    """What was chosen over what, in place of the answer's own tokens: after SFT, docs/preference.md."""
 
-    method: Literal["lora", "qlora", "lora8", "full"] = Field(
-        "lora", description="qlora: NF4 base; lora8: 8-bit base, CUDA only"
+    loss: Literal["dpo", "s-dpo", "simpo", "ipo"] = Field(
+        "s-dpo",
+        description="s-dpo: softmax over all rejected answers (arXiv 2406.09215); pair by pair: dpo (2305.18290), "
+        "simpo (2405.14734), ipo (2310.12036)",
+    )
+    beta: float = Field(0.1, gt=0, le=1000, description="what log-probabilities, less the reference's, are scaled by")
+    negatives: int = Field(3, ge=1, le=1000, description="rejected answers of a row")
+    rejected: str = Field(
+        "uniform",
+        description="sequential: items drawn uniform or by popularity, or from the best 20 of a baseline, such as "
+        "item-knn, or from the start model's own beam; ratings: what the user chose later and rated lower, of direct "
+        "too; other families have their own",
+    )
+    margin: float = Field(0.0, ge=0, description="by which the chosen answer has to be ahead: SimPO's gamma")
+    label_smoothing: float = Field(0.0, ge=0, lt=0.5, description="dpo, simpo: share of pairs that may be swapped")
+    reference_free: bool = Field(False, description="dpo, s-dpo: leave the reference out; simpo has none")
+    sft_weight: float = Field(0.0, ge=0, description="of the chosen answer's mean negative log-likelihood a token")
+
+    @property
+    def refers(self) -> bool:
+        """Whether the loss reads the model that training starts from."""
+        return self.loss != "simpo" and not self.reference_free
+
+    @model_validator(mode="after")
+    def _keys_fit_the_loss(self) -> PreferenceSection:
+        if self.label_smoothing and self.loss not in ("dpo", "simpo"):
+            raise ValueError(
+                f"train.preference.label_smoothing: it is of pairs that may be swapped, which {self.loss} has no term "
+                "for; set train.preference.loss=dpo or simpo, or drop the key"
+            )
+        if self.loss == "ipo" and (self.margin or self.reference_free):
+            raise ValueError(
+                "train.preference.loss: ipo has a margin and a reference of its own, 1 / (2 beta) and the start model; "
+                "drop margin and reference_free, or choose another loss"
+            )
+        return self
+
+
+RewardKind = Literal["hit", "ndcg", "rank-penalty", "prefix", "percentile"]
+
+
+def _one_or_weighed(value: Any) -> Any:
+    return {value: 1.0} if isinstance(value, str) else value
+
+
+class RewardSection(Section):
+    """Policy gradients on rewards of whole items, after SFT (GRPO, arXiv 2402.03300; MiniOneRec, 2510.24431)."""
+
+    kind: Annotated[dict[RewardKind, float], BeforeValidator(_one_or_weighed)] = Field(
+        {"hit": 1.0},
+        min_length=1,
+        description="what a rollout earns, a name or names with weights; hit: 1 for the true item; ndcg: what the "
+        "group's NDCG would lose without it; rank-penalty: minus a share of 1 by rank, where the group holds the true "
+        "item; prefix: share of the true code that it begins with; percentile: its place in `baseline`'s scores",
+    )
+    baseline: str | None = Field(None, description="percentile: a classic recommender that scores the catalogue")
+    group: int = Field(16, ge=2, description="rollouts a question")
+    rollouts: Literal["beam", "sampled", "without-replacement"] = Field(
+        "without-replacement",
+        description="beam: the best of a constrained search of this width; sampled: independent draws, equal ones "
+        "counted; without-replacement: stochastic beams (Kool et al. 2019), all different, with importance weights",
+    )
+    updates: Positive = Field(1, description="optimiser steps that take the same rollouts")
+    beta: float = Field(0.04, ge=0, description="weight of the divergence from the model that training started from")
+    clip: float = Field(0.2, gt=0, lt=1, description="how far the ratio to the model that drew may move a gradient")
+    temperature: float = Field(1.0, gt=0, description="of the policy that is sampled and learned")
+    normalise: bool = Field(True, description="divide advantages by the standard deviation of their group")
+    logprobs: Literal["full", "legal"] = Field(
+        "legal", description="of the policy that is learned: over the whole vocabulary, or over the tree's branches"
+    )
+
+    @model_validator(mode="after")
+    def _a_percentile_is_of_a_baseline(self) -> RewardSection:
+        if ("percentile" in self.kind) != (self.baseline is not None):
+            raise ValueError(
+                "train.reward.baseline: it goes with train.reward.kind=percentile, and with no other kind; set both, "
+                "or neither"
+            )
+        return self
+
+
+class TrainSection(Section):
+    """Fine-tuning through TRL's SFTTrainer."""
+
+    method: Literal["lora", "qlora", "lora8", "full", "prompt", "option", "option-adapter"] = Field(
+        "lora",
+        description="qlora: NF4 base; lora8: 8-bit base, CUDA only; prompt: soft prompts alone; option: the last ones "
+        "are the labels' class vectors too; option-adapter: and a bottleneck adapter in every layer",
     )
     lora: LoraSection = LoraSection()
+    soft: SoftSection = SoftSection()
     seed: int | None = Field(
         None, ge=0, description="of training rows, their order, dropout and adapters; None: the recipe's seed"
     )
@@ -736,12 +844,23 @@ class TrainSection(Section):
     warmup: Fraction = Field(0.05, description="share of steps")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    exits: bool = Field(
+        False, description="the loss stands at every depth, the deeper the heavier, so that eval.exit may leave early"
+    )
     valid_rows: int = Field(32, ge=0, description="rows of the validation split whose loss is followed; 0: none")
     valid_every: Positive = Field(50, description="optimiser steps between validation losses")
+    preference: PreferenceSection | None = Field(
+        None, description="learn what was chosen over what, from train.start on; None: the answers themselves"
+    )
     judge: JudgeSection | None = Field(
         None,
         description="look at validation NDCG@10 of the first trained family that ranks whenever validation losses are "
         "due, and keep the best adapter; None: the last one is kept",
+    )
+    reward: RewardSection | None = Field(
+        None,
+        description="learn from rewards of the model's own rollouts, after SFT: needs `start` and `judge`; None: from "
+        "the answers themselves",
     )
     save_every: Positive = Field(50, description="optimiser steps between checkpoints")
     keep_checkpoints: int = Field(2, ge=2, description="the newest may be torn by a kill, so at least two")
@@ -761,6 +880,28 @@ class TrainSection(Section):
     def _a_band_takes_packing(self) -> TrainSection:
         if self.band is not None and self.packing != "tree":
             raise ValueError("train.band: only packed rows have a mask that it can cut; set train.packing=tree")
+        return self
+
+    @model_validator(mode="after")
+    def _a_reward_comes_after_tuning(self) -> TrainSection:
+        if self.reward is None:
+            return self
+        for found, why in (
+            (self.start is None, "it continues from a tuned model; set train.start to the folder of its run"),
+            (self.judge is None, "validation NDCG decides which adapter is kept, and no reward does; set train.judge"),
+            (
+                self.method not in ADAPTED,
+                "it measures how far it is from the model below an adapter; set train.method=lora",
+            ),
+            (self.preference is not None, "train.preference is a stage of its own; start one from the other's run"),
+            (self.gradient_checkpointing, "it trains without dropout, where train.gradient_checkpointing is off too"),
+            (self.exits, "its loss stands after the last layer alone; drop train.exits"),
+            (self.examples is not None, "its questions are drawn afresh; drop train.examples"),
+            (self.packing == "tree", "its rollouts are packed without it; drop train.packing"),
+            (self.save_every % self.reward.updates > 0, "train.save_every has to be a multiple of its updates"),
+        ):
+            if found:
+                raise ValueError(f"train.reward: {why}")
         return self
 
     @model_validator(mode="after")
@@ -982,6 +1123,12 @@ class EvalSection(Section):
     batch_tokens: Positive | None = Field(
         None, description="hf: tokens of a forward pass, padding included; None: 4,096 on a CPU, 32,768 on a GPU"
     )
+    exit: float | None = Field(
+        None,
+        gt=0,
+        description="hf, labels of one token: a whole number: answer after this layer; below 1: after the first layer "
+        "at which a label has this probability among them; None: after the last",
+    )
     beams: Positive = Field(
         BEAMS, description="search: prefixes that are kept of each request, and items in its answer"
     )
@@ -1026,6 +1173,11 @@ class EvalSection(Section):
             raise ValueError(
                 "eval.arms: a server answers with the model that it serves, not with the one that is tuned here; write "
                 "arms: [zero-shot], and to measure a tuned model, export it, serve it and name it in eval.server.model"
+            )
+        if self.exit is not None and (self.backend != "hf" or (self.exit >= 1 and not self.exit.is_integer())):
+            raise ValueError(
+                "eval.exit: a whole number of layers, or a probability below 1, and transformers alone stop there; set "
+                "eval.backend=hf and such a number, or drop the key"
             )
         if self.server is not None and self.scorer != "auto":
             raise ValueError(
@@ -1142,17 +1294,41 @@ class Recipe(Section):
                 "otherwise"
             )
         self._check_head()
-        if self.model.shape is not None and self.train.method != "full":
+        self._check_preference()
+        if self.model.shape is not None and self.train.method != "full" and self.train.start is None:
             raise ValueError(
-                "train.method: a model from scratch has nothing that an adapter could start from; set train.method=full"
+                "train.method: a model from scratch has nothing that an adapter could start from; set "
+                "train.method=full, or train.start to a run that was trained so"
             )
         if self.reviews is not None and self.tasks.explanation is None:
             raise ValueError("reviews: only tasks.explanation reads a second table; add that task or drop the section")
-        if self.train.method == "full" and self.train.lora != LoraSection():
+        if self.train.method not in ADAPTED and self.train.lora != LoraSection():
             raise ValueError(
-                "train.lora: method 'full' trains every weight; drop the lora section or use method 'lora'"
+                f"train.lora: method {self.train.method!r} has no LoRA; drop the lora section or use method 'lora'"
             )
+        self._check_soft()
         return self
+
+    def _check_soft(self) -> None:
+        """Refuse what soft prompts do not go with."""
+        soft, head = self.train.method in ("prompt", "option", "option-adapter"), self.tasks.rating
+        if not soft and self.train.soft != SoftSection():
+            raise ValueError(
+                "train.soft: only train.method=prompt, option and option-adapter have soft prompts; set one of them, "
+                "or drop the section"
+            )
+        if not soft or self.train.method == "prompt":
+            return
+        if self.train.judge is not None or (head is not None and head.head is not None):
+            raise ValueError(
+                f"train.method: {self.train.method} trains on labels alone, and train.judge and tasks.rating.head read "
+                "the model otherwise; drop them, or set train.method=prompt or lora"
+            )
+        if self.train.method == "option-adapter" and "tuned" in self.eval.arms and self.eval.backend == "vllm":
+            raise ValueError(
+                "eval.backend: bottleneck adapters are no part of an architecture that vLLM knows; set "
+                "eval.backend=hf, or train.method=option"
+            )
 
     def trained(self) -> dict[str, float]:
         """Return the families that are trained, with their own weights."""
@@ -1193,6 +1369,41 @@ class Recipe(Section):
         if self.eval.backend != "hf":
             raise ValueError(
                 f"tasks.rating.head: the backend {self.eval.backend!r} reads no rating head; set eval.backend=hf"
+            )
+
+    def _check_preference(self) -> None:
+        """Refuse to learn from preference without a reference, or beside another loss."""
+        section, rating, direct = self.train.preference, self.tasks.rating, self.tasks.direct
+        if section is None:
+            return
+        if section.refers and self.train.start is None:
+            raise ValueError(
+                f"train.preference: the reference of {section.loss} is the tuned model that training starts from; set "
+                "train.start to the folder of an SFT run, or train.preference.reference_free=true"
+            )
+        if section.rejected == "beam" and (self.train.start is None or self.tasks.sequential is None):
+            raise ValueError(
+                "train.preference.rejected: the beam is that of the tuned model in train.start over the catalogue of "
+                "tasks.sequential; name both, or reject others"
+            )
+        if section.refers and self.train.method not in ADAPTED:
+            raise ValueError(
+                f"train.method: the reference of train.preference is the model with its adapter switched off, and "
+                f"{self.train.method} has none; set train.method=lora"
+            )
+        if self.train.exits:
+            raise ValueError(
+                "train.exits: the loss of train.preference stands after the last layer alone; drop one of both"
+            )
+        if rating is not None and rating.head is not None:
+            raise ValueError(
+                "train.preference: it compares likelihoods of answers, and tasks.rating.head writes none; drop one of "
+                "both"
+            )
+        if direct is not None and direct.loss != "answer":
+            raise ValueError(
+                f"tasks.direct.loss: train.preference is a loss over candidates too; set tasks.direct.loss=answer in "
+                f"place of {direct.loss}, or drop train.preference"
             )
 
     def _check_alignment(self) -> None:

@@ -23,6 +23,8 @@ from llmrec.commands.rank.users import rank_users
 from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.commands.refresh.run import refresh
 from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.recipe.load import dump, load_recipe
+from llmrec.resources import resource
 from tests.answering.rank_cases import jsonl, lines
 from tests.facts import Facts, raises
 from tests.serve.served import toy_run
@@ -237,6 +239,30 @@ def test_new_items_need_no_events(run: Path, tmp_path: Path) -> None:
     told = refresh(RefreshOptions(model=str(run), items=items, out=tmp_path / "out"))
     assert (told["new events"], told["new items"]) == (0, 1)
     assert "n1" in pl.read_parquet(tmp_path / "out" / "items.parquet")["item_id"].to_list()
+
+
+def test_a_run_without_a_language_model_is_refreshed_and_ranks_the_new_items(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = tmp_path / "run"
+    made.mkdir()
+    page = load_recipe(str(resource("recipes", "made") / "classic.yaml"))
+    (made / "recipe.yaml").write_text(dump(page), encoding="utf-8")
+    items = _csv(tmp_path / "items.csv", "item_id,title\nn1,A new kettle\nn2,A kettle for tea\n")
+    # What lies where the command is called is none of its business.
+    monkeypatch.chdir(tmp_path)
+    told = refresh(RefreshOptions(model=str(made), items=items, out=tmp_path / "live"))
+    assert told["new items"] == 2
+    names = {"fusions.json", "interactions.parquet", "items.parquet", "recipe.yaml", "refreshed.json"}
+    assert {path.name for path in (tmp_path / "live").iterdir()} == names
+    again = refresh(RefreshOptions(model=str(tmp_path / "live"), items=_csv(items, "item_id,title\nn3,A pot\n")))
+    assert (again["new items"], again["interactions"]) == (1, told["interactions"])
+    with llmrec.load(str(tmp_path / "live"), models=["content", "popularity"]) as new:
+        user = new.users[0]
+        texts, counts = ([each.item_id for each in new.rank(user=user, k=60, model=name)] for name in new.models)
+        assert {"n1", "n2", "n3"} <= set(texts)
+        # Nobody has chosen them, so events say nothing for them.
+        assert {"n1", "n2", "n3"}.isdisjoint(counts[:10])
 
 
 def test_a_refresh_does_not_write_over_other_files(run: Path, tmp_path: Path) -> None:

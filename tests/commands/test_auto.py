@@ -106,11 +106,12 @@ def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, li
 def test_what_was_found_before_an_interrupt_is_chosen(
     table: Path, tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    search = search_of(table, tmp_path, FEW, 90.0, [])
+    search, sleep = search_of(table, tmp_path, FEW, 90.0, []), time.sleep
 
     def interrupted(seconds: float) -> None:
         if sum(len(tried.trials) for tried in search.tried.values()) >= 2:
             raise KeyboardInterrupt
+        sleep(seconds)
 
     monkeypatch.setattr(autos.time, "sleep", interrupted)
     with pytest.raises(KeyboardInterrupt):

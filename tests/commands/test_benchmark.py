@@ -13,7 +13,7 @@ from typing import Any
 import polars as pl
 import pytest
 
-from llmrec.commands.compare.benchmark import Line, _add, _row, _values, points, run_benchmark
+from llmrec.commands.compare.benchmark import Line, _add, _row, _values, points, recipe_of, run_benchmark
 from llmrec.commands.compare.benchmark_page import frontier, pages, picture
 from llmrec.commands.compare.pages import rewrite
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
@@ -259,3 +259,16 @@ def test_a_picture_has_a_few_lines_whatever_the_range(spread: float) -> None:
     drawn = ET.fromstring(picture(table("rating", "RMSE", [row("a", 10.0, 1.0), row("b", 20.0, 1.0 + spread)])))
     ticks = [each for each in drawn.iter() if each.get("text-anchor") == "end" and each.get("x") == "76.0"]
     assert 2 <= len(ticks) <= 9
+
+
+def test_a_run_starts_from_that_of_its_seed(tmp_path: Path) -> None:
+    page = write(tmp_path, "  - {name: SFT, seeds: [3, 4]}\n  - {name: one}\n", "")
+    more = "  - {name: further, start: SFT, seeds: [4]}\n  - {name: from one, start: one, seeds: [5]}\n"
+    page.write_text(page.read_text(encoding="utf-8") + more, encoding="utf-8")
+    benchmark = load_benchmark(page)
+    found = {point.label: recipe_of(benchmark, point, Path("out")).train.start for point in points(benchmark)}
+    assert found == {"SFT": None, "one": None, "further": "out/SFT-seed4", "from one": "out/one"}
+    for wrong in ("start: nothing", "start: SFT, seeds: [9]", "start: SFT"):
+        page = write(tmp_path, "  - {name: SFT, seeds: [3, 4]}\n  - {name: further, " + wrong + "}\n")
+        with pytest.raises(RecipeError, match="a run above it"):
+            load_benchmark(page)

@@ -11,9 +11,10 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -199,17 +200,31 @@ def test_a_restart_drops_what_was_there_once_and_not_at_every_try(
     old = [rank_shard(asked, Shard(number, 2)) for number in (1, 2)]
     merge_rank(asked.target)
 
-    def work_on(address: str, job: Job, *_: object) -> None:
+    again, stamp = replace(asked, restart=True, shards=3), asked.target.stat().st_mtime_ns
+    # Whoever cannot begin drops nothing: a wrong address, and a job that somebody else works.
+    with pytest.raises(LlmrecError):
+        rank_on(again, "nobody:0")
+    with published(Job("rank", asked.target, asked)), raises(LlmrecError, Facts("busy")):
+        rank_on(again, "local")
+    assert all(folder.exists() for folder in old) and asked.target.stat().st_mtime_ns == stamp
+
+    @contextmanager
+    def cluster(*_: object) -> Iterator[Any]:
+        assert all(folder.exists() for folder in old)
+        yield SimpleNamespace(nodes=lambda: [{"Alive": True, "Resources": {"CPU": 4}}])
+
+    def work_all(job: Job, count: int, _: object) -> list[Worked]:
         assert not any(folder.exists() for folder in old)
         assert isinstance(job.asked, RankOptions) and not job.asked.restart
-        for number in (1, 2):
-            rank_shard(job.asked, Shard(number, 2))
+        for number in range(1, count + 1):
+            rank_shard(job.asked, Shard(number, count))
+        return [worked(number) for number in range(1, count + 1)]
 
-    monkeypatch.setattr(actors, "work_on", work_on)
-    stamp = asked.target.stat().st_mtime_ns
+    monkeypatch.setattr(actors, "cluster", cluster)
+    monkeypatch.setattr(actors, "work_all", work_all)
     with pytest.raises(typer.Exit):
-        rank_on(replace(asked, restart=True), "local")
-    assert asked.target.stat().st_mtime_ns > stamp
+        rank_on(again, "local")
+    assert asked.target.stat().st_mtime_ns > stamp and shard_folder(asked.target, Shard(3, 3)).exists()
 
 
 def test_a_worker_keeps_its_engine_from_shard_to_shard(llama_folder: Path, tmp_path: Path, started: list[str]) -> None:

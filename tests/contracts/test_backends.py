@@ -235,6 +235,7 @@ def test_an_unrelated_prompt_and_another_batch_change_no_score(backend: Backend)
         assert together[place].logprobs == pytest.approx(values, abs=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_vllm_in_bfloat16_reads_labels_from_a_float32_head(tmp_path: Path) -> None:
     """Of 40 rating prompts 23 had tied labels: logits of a bfloat16 head lie 1/8 apart from 16 on."""

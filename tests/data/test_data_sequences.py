@@ -309,13 +309,16 @@ def test_sources_without_a_split_of_their_own() -> None:
 def test_a_path_that_is_not_here_is_looked_for_under_the_folder_that_the_environment_names(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    section = DataSection(source="sequences", path="some_sequences")
+    section = DataSection(source="sequences", path="some_sequences", items="about.csv")
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("LLMREC_DATA", raising=False)
     assert located(section) == section
     (tmp_path / "kept" / "some_sequences").mkdir(parents=True)
     monkeypatch.setenv("LLMREC_DATA", str(tmp_path / "kept"))
+    (tmp_path / "kept" / "about.csv").touch()
     assert located(section).path == str(tmp_path / "kept" / "some_sequences")
+    assert located(section).items == str(tmp_path / "kept" / "about.csv")
+    (tmp_path / "about.csv").touch()
     (tmp_path / "some_sequences").mkdir()
     assert located(section) == section
     tables = DataSection(

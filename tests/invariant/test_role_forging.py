@@ -360,11 +360,13 @@ def test_only_the_encoder_turns_text_into_tokens() -> None:
 
 
 def test_prompts_are_made_of_rendered_templates_only() -> None:
-    """Segments and turns are made where templates are rendered and where a solved example is closed."""
+    """Segments and turns are made where templates are rendered and where an example is closed."""
     # The audit makes segments of what a prompt may not show; they are compared, never asked. A list that is written
-    # label by label holds labels alone, and a server is probed with words of our own.
+    # label by label holds labels alone, and a server is probed with words of our own. A question of a rollout is the
+    # prompt of a request with one of its continuations.
     makers = {"prompts/template.py", "prompts/values.py", "tasks/rows.py", "backends/encode.py"} | {
         *("experiment/leaks/rows.py", "strategies/rounds.py", "backends/server/probe.py"),
+        "train/reward/questions.py",
     }
     found = {
         name
@@ -381,7 +383,8 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
         for _, called, _ in _calls(function)
         if called in {"Segment", "Message"}
     ]
-    assert making == ["solved"]
+    # The second puts another answer of the same template in the place of the first.
+    assert making == ["solved", "against"]
 
 
 def test_engines_are_given_ids_and_never_text() -> None:

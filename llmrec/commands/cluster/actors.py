@@ -12,7 +12,7 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
@@ -211,7 +211,13 @@ def alive(ray: Any) -> list[Mapping[str, float]]:
     return [node["Resources"] for node in ray.nodes() if node["Alive"]]
 
 
-def work_on(address: str, job: Job, asked: RaySection, most: int | None = None) -> bool:
+def work_on(
+    address: str,
+    job: Job,
+    asked: RaySection,
+    most: int | None = None,
+    first: Callable[[], object] = lambda: None,
+) -> bool:
     """Have a cluster work a job's shards, and say what that took.
 
     Args:
@@ -219,6 +225,7 @@ def work_on(address: str, job: Job, asked: RaySection, most: int | None = None) 
         job: What is worked.
         asked: What an actor takes, and how many shards there are.
         most: How many shards would not be empty; None: nobody knows.
+        first: Called once the job is nobody else's and the cluster is there, before shards of earlier are looked at.
 
     Returns:
         Whether they are put together already, where a ranking is not.
@@ -228,6 +235,7 @@ def work_on(address: str, job: Job, asked: RaySection, most: int | None = None) 
     """
     with published(job) as token, cluster(address, asked) as ray:
         here = places(alive(ray), asked, least=asked.actors or 1)
+        first()
         default = EACH * here.actors
         count = count_of(job.target, asked.shards, default if most is None else max(1, min(default, most)))
         told = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
@@ -273,11 +281,10 @@ def rank_on(options: RankOptions, address: str) -> None:
         raise RecipeError(
             f"--{name} {given[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
         ) from None
-    if options.restart:
-        # Here and once: a shard that is lost is tried again, and keeps the parts that it has by then.
-        drop_shards(options.target)
-        options = replace(options, restart=False)
-    work_on(address, Job("rank", options.target, options), asked, -(-total // size))
+    # Here and once: a shard that is lost is tried again, and keeps the parts that it has by then.
+    job = Job("rank", options.target, replace(options, restart=False))
+    drop = partial(drop_shards, options.target) if options.restart else lambda: None
+    work_on(address, job, asked, -(-total // size), drop)
     put_together(options.target)
 
 

@@ -60,8 +60,12 @@ class Point:
     @property
     def folder(self) -> str:
         """Name of the run's folder."""
-        plain = "".join(c if c.isalnum() or c in "-._" else "-" for c in self.label)
-        return plain if self.seed is None else f"{plain}-seed{self.seed}"
+        return _folder(self.label, self.seed)
+
+
+def _folder(label: str, seed: int | None) -> str:
+    plain = "".join(c if c.isalnum() or c in "-._" else "-" for c in label)
+    return plain if seed is None else f"{plain}-seed{seed}"
 
 
 @dataclass
@@ -109,7 +113,7 @@ def run_benchmark(
     """
     todo = list(points(benchmark))
     _refuse_shared_folders(benchmark, todo)
-    recipes = [recipe_of(benchmark, point) for point in todo]  # every mistake is found before the first hour
+    recipes = [recipe_of(benchmark, point, out) for point in todo]  # every mistake is found before the first hour
     lines: dict[tuple[Shared, str], Line] = {}
     spent, made = 0.0, {}
     for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
@@ -200,15 +204,16 @@ def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:
             )
 
 
-def recipe_of(benchmark: Benchmark, point: Point) -> Any:
-    """Return the recipe of a point.
+def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
+    """Return the recipe of a point; ``out`` is where the folders of runs are.
 
     Raises:
         RecipeError: If a key or a value is wrong; the message names the run.
     """
     changes = [f"{key}={json.dumps(value)}" for key, value in point.changes.items()]
     seed = [] if point.seed is None else [f"train.seed={point.seed}"]
-    overrides = [*benchmark.overrides, *point.run.overrides, *changes, *seed, f"name={point.folder}"[:80]]
+    start = [f"train.start={json.dumps(str(_started(benchmark, point, out)))}"] if point.run.start else []
+    overrides = [*benchmark.overrides, *point.run.overrides, *changes, *seed, *start, f"name={point.folder}"[:80]]
     try:
         return load_recipe(point.run.recipe or benchmark.recipe, overrides)
     except RecipeError as error:
@@ -218,6 +223,12 @@ def recipe_of(benchmark: Benchmark, point: Point) -> Any:
             at=error.place,
             column=error.column,
         ) from None
+
+
+def _started(benchmark: Benchmark, point: Point, out: Path) -> Path:
+    """Return the folder of the run that a point starts from: that of its seed, or the only one."""
+    first = next(run for run in benchmark.runs if run.name == point.run.start)
+    return out / _folder(first.name, point.seed if first.seeds else None)
 
 
 # --------------------------------------------------------------------------- rows

@@ -16,6 +16,7 @@ from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResul
 from llmrec.commands.compare.wording import drawn, explored_lines, planned_lines, planned_note, standing
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.pages import parsed
+from llmrec.recipe.schema import settings
 from llmrec.report.escape import cell, code, flat, mended
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, FORMS, KINDS, UNDEFINED, difference, history_worth, undefined_lines
@@ -378,7 +379,7 @@ def _ours(found: SuiteResult, seen: str) -> str:
         border = row.tables[seen].border
         chosen = ", ".join(
             f"{name} {value}{' (end of its grid)' if name in border else ''}"
-            for name, value in row.parameters_of(seen).items()
+            for name, value in settings(row.parameters_of(seen))
         )
         ties = DASH if row.tables[seen].tie_rate is None else f"{row.tables[seen].tie_rate:.1%}"
         memory = DASH if row.memory_gb is None else f"{row.memory_gb:.1f}"

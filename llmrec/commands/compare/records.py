@@ -11,11 +11,12 @@ from typing import Literal, TypeVar
 from pydantic import Field
 
 from llmrec.metrics.multiple import ALPHA, at_most, holm
+from llmrec.recipe.schema import Plain
 from llmrec.records import DataInfo, Number, Record
 from llmrec.results import Fact, Figure, FusionWeights, Pair, Reads
 
 AnyPair = TypeVar("AnyPair", bound=Pair)
-Setting = str | bool | int | float | list[float] | list[str] | None
+Setting = str | bool | int | float | list[float] | list[str] | dict[str, Plain] | None
 """A parameter of a row."""
 
 

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 import psutil
 
+from llmrec.baselines.ctr.align import Align
 from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.baselines.tuning.search import Grid
 from llmrec.baselines.tuning.tune import Choice, Tuned, tune
@@ -133,8 +134,10 @@ def make_row(
 
 def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
     """Return how the text encoder that a row names makes its vectors, by the key of the record; nothing without one."""
-    name = str(row.parameters.get("encoder", LSA))
-    if name == LSA:
+    align = row.parameters.get("align")
+    read = Align.model_validate(align).model_dump() if isinstance(align, dict) else row.parameters
+    name = str(read.get("encoder", LSA))
+    if name == LSA or read.get("longer"):
         return {}
     if name.startswith(STORE):
         made = FeatureStore.open(name.removeprefix(STORE)).provenance("item")

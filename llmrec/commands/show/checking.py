@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from llmrec.baselines.parameters import config_of
 from llmrec.commands.show.console import detail, say, show_dry_run, tell
@@ -46,7 +47,7 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
         bench = load_benchmark(page, overrides)
         todo = list(points(bench))
         for point in todo:
-            recipe_of(bench, point)
+            recipe_of(bench, point, Path("runs"))
         tell(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo))
         say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
         return
