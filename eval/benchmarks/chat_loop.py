@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from eval.benchmarks.clustered import differences
 from eval.benchmarks.kar import table
 from llmrec.answering.checks import decided
 from llmrec.answering.known import Catalogue
@@ -47,8 +48,7 @@ from llmrec.data.hashing import hash64
 from llmrec.durable import write_json
 from llmrec.index.titles import title_key
 from llmrec.machine import machine, versions
-from llmrec.metrics.multiple import decide, enough
-from llmrec.metrics.stats import by_user, interval, paired_of
+from llmrec.metrics.stats import interval
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Item
 
@@ -168,7 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "items": len(facts.items),
             "items_with_a_director": sum("director" in item.fields for item in facts.items.values()),
             "rows": [row_of(name, each, titles) for name, each in held.items()],
-            "pairs": differences(held),
+            "pairs": planned(held),
             "lines_with_a_wanted_title": leaks,
             "seconds": round(time.perf_counter() - begin, 1),
             "machine": machine(),
@@ -222,31 +222,20 @@ def row_of(name: str, each: Sequence[One], titles: Mapping[str, str]) -> dict[st
     return row
 
 
-def differences(held: Mapping[str, Sequence[One]]) -> list[dict[str, Any]]:
+def planned(held: Mapping[str, Sequence[One]]) -> list[dict[str, Any]]:
     """Return the planned differences of Hit@5 within five turns, tested as one family."""
-    planned = [
+    pairs = [
         ("rules", "history"),
         ("rules", "random"),
         ("rules, genres and year", "history"),
         ("model", "rules, same users"),
     ]
-    known = [(one, other) for one, other in planned if one in held and other in held]
-    draws, sampled = enough(2000, len(known)), []
-    for one, other in known:
-        gain = within(held[one], TURNS) - within(held[other], TURNS)
-        sums, sizes = by_user(gain, [each.user for each in held[one]])
-        sampled.append(
-            paired_of(
-                lambda rows, sums=sums, sizes=sizes: sums[rows].sum(axis=1) / sizes[rows].sum(axis=1),  # type: ignore[misc]
-                len(sums),
-                resamples=draws,
-                seed=0,
-            )
-        )
-    return [
-        {"metric": f"Hit@5-in-{TURNS}", "a": one, "b": other, **{k: round(v, 5) for k, v in asdict(each).items()}}
-        for (one, other), each in zip(known, decide(sampled), strict=True)
+    gains = [
+        (one, other, within(held[one], TURNS) - within(held[other], TURNS), [each.user for each in held[one]])
+        for one, other in pairs
+        if one in held and other in held
     ]
+    return differences(f"Hit@5-in-{TURNS}", gains)
 
 
 if __name__ == "__main__":

@@ -42,6 +42,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import sparse
 
+from eval.benchmarks.clustered import differences
 from eval.benchmarks.kar import table
 from llmrec.chat.facts import Facts
 from llmrec.chat.reading import Reader
@@ -51,9 +52,8 @@ from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
 from llmrec.index.titles import title_key
 from llmrec.machine import machine, versions
-from llmrec.metrics.multiple import decide, enough
 from llmrec.metrics.ranking import hit_rate
-from llmrec.metrics.stats import by_user, interval, paired_of
+from llmrec.metrics.stats import interval
 from llmrec.models.embedder import text_embedder
 from llmrec.strategies.fusion_cases import Known
 from llmrec.strategies.fusion_weights import FOLDS, Kind, Weights, folds_of
@@ -346,27 +346,6 @@ def row_of(name: str, found: Mapping[int, NDArray[np.float64]], clusters: Sequen
     return row
 
 
-def differences(
-    found: Mapping[str, Mapping[int, NDArray[np.float64]]], clusters: Sequence[str]
-) -> list[dict[str, Any]]:
-    """Return the planned differences of Recall@10, tested as one family over dialogues."""
-    draws, sampled = enough(2000, len(PLANNED)), []
-    for one, other in PLANNED:
-        sums, sizes = by_user(found[one][10] - found[other][10], clusters)
-        sampled.append(
-            paired_of(
-                lambda rows, sums=sums, sizes=sizes: sums[rows].sum(axis=1) / sizes[rows].sum(axis=1),  # type: ignore[misc]
-                len(sums),
-                resamples=draws,
-                seed=0,
-            )
-        )
-    return [
-        {"metric": "Recall@10", "a": one, "b": other, **{key: round(v, 5) for key, v in asdict(each).items()}}
-        for (one, other), each in zip(PLANNED, decide(sampled), strict=True)
-    ]
-
-
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write what came out."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.redial")
@@ -393,7 +372,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "items": len(items),
             "items with facts": sum("facts" in item.fields for item in items),
             "rows": [row_of(name, values, cases.clusters) for name, values in found.items()],
-            "pairs": differences(found, cases.clusters),
+            "pairs": differences(
+                "Recall@10",
+                [(one, other, found[one][10] - found[other][10], cases.clusters) for one, other in PLANNED],
+            ),
             "weights by fold": weights,
             "slots": slot_rows,
             "turns with slots": turns,

@@ -276,13 +276,23 @@ def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
     )
 
 
+def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
+    """Return prefixes request by request, the highest of each first, and the place of each among its request's.
+
+    Args:
+        pool: Prefixes.
+        worth: What they are ordered by, shape (n,); equals by their paths.
+    """
+    order = np.lexsort((pool.lows, -worth, pool.users))
+    counts = np.bincount(pool.users)
+    return order, np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+
+
 def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
     """Return the best branches and whole items of each request, and note the best of what is pruned."""
     pool = Beams.join(beams.take(np.flatnonzero(beams.whole)), opened(beams, branches, logprobs))
     # Equal scores fall by the order of paths, which no batch or width changes.
-    order = np.lexsort((pool.lows, -pool.scores, pool.users))
-    counts = np.bincount(pool.users, minlength=len(search.bounds))
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    order, rank = ranked(pool, pool.scores)
     pruned = order[rank >= search.width]
     # A score that is no number bounds nothing and stays one.
     with np.errstate(invalid="ignore"):

@@ -23,7 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.decode.beam import Beams, Branches, Floats, TreeEngine, beam, descend, opened, start
+from llmrec.decode.beam import Beams, Branches, Floats, TreeEngine, beam, descend, opened, ranked, start
 from llmrec.decode.token_tree import Catalogue, Index
 
 Way = Literal["beam", "sampled", "without-replacement"]
@@ -96,8 +96,7 @@ def _renormalised(temperature: float, beams: _Drawn, branches: Branches, logprob
     """Return branches as prefixes whose ``logq`` is that of their parents and their share among siblings."""
     if not len(logprobs):
         return opened(beams, branches, logprobs)
-    heads = np.flatnonzero(np.diff(branches.parents, prepend=-1))
-    sizes = np.diff(heads, append=len(logprobs))
+    heads, sizes = _runs(branches.parents)
     scaled = logprobs / temperature
     scaled -= np.repeat(np.maximum.reduceat(scaled, heads), sizes)
     scaled -= np.repeat(np.log(np.add.reduceat(np.exp(scaled), heads)), sizes)
@@ -116,8 +115,8 @@ def _split(
 ) -> _Drawn:
     """Divide the draws of every prefix among its branches: a multinomial each."""
     found = _renormalised(temperature, beams, branches, logprobs)
-    heads = np.flatnonzero(np.diff(branches.parents, prepend=-1))
-    for begin, end in zip(heads, [*heads[1:], len(logprobs)], strict=True):
+    heads, sizes = _runs(branches.parents)
+    for begin, end in zip(heads, heads + sizes, strict=True):
         shares = np.exp(found.logq[begin:end] - beams.logq[branches.parents[begin]])
         generator = generators[found.users[begin]]
         found.marks[begin:end] = generator.multinomial(int(found.marks[begin]), shares / shares.sum())
@@ -135,15 +134,14 @@ def _highest(
     """Keep the highest perturbed log-probabilities of each prompt: Gumbels whose maximum is their parent's."""
     found = _renormalised(temperature, beams, branches, logprobs)
     if len(logprobs):
-        heads = np.flatnonzero(np.diff(branches.parents, prepend=-1))
-        sizes = np.diff(heads, append=len(logprobs))
-        noise = np.concatenate([generators[user].gumbel(size=n) for user, n in _runs(found.users)])
+        heads, sizes = _runs(branches.parents)
+        of_users, counts = _runs(found.users)
+        drawn = zip(found.users[of_users].tolist(), counts.tolist(), strict=True)
+        noise = np.concatenate([generators[user].gumbel(size=n) for user, n in drawn])
         free = found.logq + noise
         found.marks = _below(found.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
     pool = _Drawn.join(beams.take(np.flatnonzero(beams.whole)), found)
-    order = np.lexsort((pool.lows, -pool.marks, pool.users))
-    counts = np.bincount(pool.users, minlength=len(generators))
-    rank = np.arange(len(order)) - np.repeat(np.cumsum(counts) - counts, counts)
+    order, rank = ranked(pool, pool.marks)
     return _in_order(pool.take(order[rank < count]))
 
 
@@ -152,10 +150,10 @@ def _in_order(pool: _Drawn) -> _Drawn:
     return pool.take(np.lexsort((pool.lows, pool.users)))
 
 
-def _runs(users: Index) -> list[tuple[int, int]]:
-    """Return users that stand side by side, and how often."""
-    heads = np.flatnonzero(np.diff(users, prepend=-1))
-    return list(zip(users[heads].tolist(), np.diff(heads, append=len(users)).tolist(), strict=True))
+def _runs(numbers: Index) -> tuple[Index, Index]:
+    """Return where equal numbers side by side begin, and how many there are: siblings, or what is of one prompt."""
+    heads = np.flatnonzero(np.diff(numbers, prepend=-1))
+    return heads, np.diff(heads, append=len(numbers))
 
 
 def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:

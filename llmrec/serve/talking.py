@@ -23,7 +23,7 @@ from llmrec.chat.managers import RuleManager
 from llmrec.chat.reading import Reader
 from llmrec.chat.tools import ModelLists, Tools, Verb
 from llmrec.data.requests import RankRequest
-from llmrec.errors import DataError, LlmrecError
+from llmrec.errors import DataError
 from llmrec.serve.batching import Full, TooLate
 from llmrec.serve.forms import since
 from llmrec.serve.schema import CatalogueItem
@@ -34,14 +34,6 @@ from llmrec.serve.worker import POPULAR, SIMILAR, EngineLost, Question
 _THREADS = 8
 # Seconds beyond the patience of a question, which ends by itself as long as its event loop runs.
 _GRACE = 5.0
-
-
-class _Broken(Exception):
-    """The engine did not answer: no choice of tools helps, so the turn ends with ``error``."""
-
-    def __init__(self, error: LlmrecError) -> None:
-        super().__init__(str(error))
-        self.error = error
 
 
 class Talking:
@@ -80,10 +72,7 @@ class Talking:
 
         def turn() -> ChatAnswer:
             talk = self._conversation(body, loop)
-            try:
-                reply = talk.answer(body.state, body.text, called)
-            except _Broken as broken:
-                raise broken.error from None
+            reply = talk.answer(body.state, body.text, called)
             shown = [talk.tools.facts.items[name] for name in reply.items]
             return ChatAnswer(
                 text=reply.text,
@@ -146,20 +135,16 @@ class Talking:
 
         Raises:
             DataError: If the question cannot be answered; others can.
-            _Broken: If the engine does not answer.
+            LlmrecError: If the engine does not answer.
         """
         waiting = asyncio.run_coroutine_threadsafe(self._service.batcher.ask(question, request), loop)
         try:
             reply = waiting.result(self._service.settings.patience + _GRACE)
-            if reply.fault is not None:
-                raise reply.fault
-        except DataError:
-            raise
-        except LlmrecError as error:
-            raise _Broken(error) from error
         except (TimeoutError, CancelledError) as error:
             waiting.cancel()
-            raise _Broken(TooLate("the service did not answer in time; ask again", kind="exhausted")) from error
+            raise TooLate("the service did not answer in time; ask again", kind="exhausted") from error
+        if reply.fault is not None:
+            raise reply.fault
         assert isinstance(reply.answer, Answered)
         return reply.answer
 

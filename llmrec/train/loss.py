@@ -303,23 +303,23 @@ def list_loss(
 
 def list_scores(model: Any, packed: Mapping[str, Any], size: int) -> Any:
     """Return the log-likelihoods of the candidates of lists, float32, shape (lists, size); see `list_loss`."""
-    return _of_rows(packed, -target_losses(model, packed), size)
+    return of_rows(packed, -target_losses(model, packed)).view(-1, size)
 
 
 def chosen_of(packed: Mapping[str, Any], size: int) -> Any:
     """Return the place of each list's chosen candidate, shape (lists,); see `list_loss`."""
-    return _of_rows(packed, packed["weights"], size).argmax(1)
+    return of_rows(packed, packed["weights"]).view(-1, size).argmax(1)
 
 
 def lengths_of(packed: Mapping[str, Any], size: int) -> Any:
     """Return how many targets each candidate has, shape (lists, size); see `list_loss`."""
-    return _of_rows(packed, torch.ones_like(packed["weights"]), size)
+    return of_rows(packed, torch.ones_like(packed["weights"])).view(-1, size)
 
 
-def _of_rows(packed: Mapping[str, Any], values: Any, size: int) -> Any:
-    """Add up what targets have to what rows have, shape (lists, size)."""
+def of_rows(packed: Mapping[str, Any], values: Any) -> Any:
+    """Add up what the targets of packed rows have to what rows have, shape (rows,)."""
     owners = packed["owners"]
-    return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values).view(-1, size)
+    return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values)
 
 
 def softmax_loss(scores: Any, chosen: Any) -> Any:

@@ -21,7 +21,7 @@ from llmrec.data.hashing import hash_one
 from llmrec.decode.rollouts import Group, rollouts
 from llmrec.decode.token_tree import Catalogue
 from llmrec.recipe.schema import RewardSection
-from llmrec.train.loss import Legal, target_losses
+from llmrec.train.loss import Legal, of_rows, target_losses
 from llmrec.train.packing import Bin, one_bin, stack, tree
 from llmrec.train.precision import mixed_precision
 from llmrec.train.reward.loss import PolicyLoss, advantages, policy_loss
@@ -152,8 +152,7 @@ class RewardObjective:
         """Return the log-probability of every rollout at the recipe's temperature, float32, shape (rollouts,)."""
         with mixed_precision(model):
             losses = target_losses(model, packed, temperature=self._section.temperature, legal=legal)
-        owners = packed["owners"]
-        return losses.new_zeros(int(owners.max()) + 1).index_add(0, owners, -losses)
+        return of_rows(packed, -losses)
 
     def _note(self, found: PolicyLoss, questions: int) -> None:
         assert self._drawn is not None
