@@ -483,6 +483,7 @@ export interface Usage {
  *     hard: It is a constraint; a soft wish moves the order only.
  *     source: Said by the user, concluded from it, or written into the profile by the user.
  *     turn: When, counted from 1.
+ *     ban: It is a bound because something is not wanted: *nothing before 1999*.
  */
 export interface Wish {
   field: string;
@@ -491,6 +492,7 @@ export interface Wish {
   hard?: boolean;
   source?: "said" | "inferred" | "edited";
   turn?: number;
+  ban?: boolean;
 }
 
 export interface paths {

@@ -9,8 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import AsyncIterator, Callable
-from concurrent.futures import CancelledError, ThreadPoolExecutor
-from threading import Semaphore
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
 from llmrec.answering.known import Catalogue
@@ -46,7 +45,7 @@ class Talking:
     def __init__(self, service: Service) -> None:
         self._service = service
         self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="chat")
-        self._room = Semaphore(service.settings.room)
+        self._turns: set[Future[ChatAnswer]] = set()
         self._closed = False
         self._known: tuple[Catalogue, int, Facts, Reader] | None = None
 
@@ -87,12 +86,13 @@ class Talking:
 
         if self._closed:
             raise EngineLost("the service is stopping; ask again in a moment", kind="failed")
-        if not self._room.acquire(blocking=False):
+        # A turn is over not when its client leaves, but when its thread is free again.
+        self._turns = {each for each in self._turns if not each.done()}
+        if len(self._turns) >= self._service.settings.room:
             self._service.batcher.load.refused += 1
             raise Full.for_now(1.0)
         running = self._threads.submit(turn)
-        # Not when the client leaves, but when the thread is free again.
-        running.add_done_callback(lambda _: self._room.release())
+        self._turns.add(running)
         return await asyncio.wrap_future(running)
 
     async def streamed(self, body: ChatBody) -> AsyncIterator[tuple[str, Any]]:
