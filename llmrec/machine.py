@@ -12,6 +12,7 @@ import platform
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import IO
 
@@ -31,12 +32,15 @@ ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cp
 def versions() -> dict[str, str]:
     """Return the versions of what can change a figure."""
     found = {"python": platform.python_version(), "llmrec": __version__}
-    for name in _PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
+    return found | {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+
+
+@cache
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def machine() -> dict[str, str | int | float | None]:

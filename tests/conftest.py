@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from hypothesis import settings
 from llmrec.progress import QUIET
 
 # A busy machine is no failure of a property.
-settings.register_profile("llmrec", deadline=None)
+settings.register_profile("llmrec", deadline=None, max_examples=100 if os.environ.get("LLMREC_SLOW") == "1" else 50)
 settings.load_profile("llmrec")
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -53,6 +54,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="slow: make test-slow"))
     engines = {item.path for item in items if item.get_closest_marker("vllm")}
     items.sort(key=lambda item: item.path not in engines)
+
+
+def pytest_collection_finish() -> None:
+    """Leave what imports and collection made out of every later search for garbage: it is millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 CHAT = (

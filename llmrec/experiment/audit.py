@@ -47,7 +47,7 @@ FILE = "audit.json"
 # What fitting a baseline depends on besides this package.
 _FITTING = ("numpy", "scipy", "torch", "implicit", "polars")
 # Rows of a family that are looked at where nothing was trained.
-_UNTRAINED = 500
+_UNTRAINED = 100
 
 
 def audit(folder: Path, *, memory: bool = False) -> list[Check]:

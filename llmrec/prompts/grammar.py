@@ -8,6 +8,7 @@ so a template can neither reach outside its values nor run for long.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -15,6 +16,7 @@ from jinja2 import StrictUndefined, Template, TemplateError, Undefined, nodes
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.errors import RecipeError
+from llmrec.prompts.values import Record
 
 FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\uf8ff\U000f0000-\U0010ffff]")
 """Characters that no template may hold: control and line separators, surrogates, private use."""
@@ -46,6 +48,37 @@ class Compiled:
         """What renders it; compiled when it is first asked for, since most of the shipped ones are only checked."""
         return _ENVIRONMENT.from_string(self.source)
 
+    @cached_property
+    def _plain(self) -> tuple[str | tuple[str, str], ...] | None:
+        """Texts, and fields of variables; None where there is more than that."""
+        found: list[str | tuple[str, str]] = []
+        for node in _ENVIRONMENT.parse(self.source).body:
+            for piece in node.nodes if isinstance(node, nodes.Output) else (node,):
+                if isinstance(piece, nodes.TemplateData):
+                    found.append(piece.data)
+                elif isinstance(piece, nodes.Getattr) and isinstance(piece.node, nodes.Name):
+                    found.append((piece.node.name, piece.attr))
+                else:
+                    return None
+        return tuple(found)
+
+    def rendered(self, values: Mapping[str, object]) -> Iterator[str]:
+        """Yield the text in pieces.
+
+        Args:
+            values: Of every variable, wrapped by a `Ledger`.
+
+        Raises:
+            TemplateError, RecipeError, TypeError, ValueError: If a value does not do.
+        """
+        plain = self._plain
+        if plain is None or not all(isinstance(values[piece[0]], Record) for piece in plain if type(piece) is tuple):
+            yield from self.template.generate(values)
+            return
+        # Most leads and targets, one for each step of a list: a context of Jinja would cost more than the text.
+        for piece in plain:
+            yield piece if isinstance(piece, str) else str(_finalize(getattr(values[piece[0]], piece[1])))
+
 
 def _finalize(value: object) -> object:
     if value is None:
@@ -57,7 +90,13 @@ def _finalize(value: object) -> object:
     return value
 
 
-_ENVIRONMENT = ImmutableSandboxedEnvironment(
+class _Sandbox(ImmutableSandboxedEnvironment):
+    def getattr(self, obj: object, attribute: str) -> object:
+        # Nothing but data can be reached there, and the grammar knows no name that begins with an underscore.
+        return getattr(obj, attribute) if type(obj) is Record else super().getattr(obj, attribute)
+
+
+_ENVIRONMENT = _Sandbox(
     undefined=StrictUndefined, autoescape=False, keep_trailing_newline=True, finalize=_finalize, cache_size=0
 )
 _ENVIRONMENT.globals.clear()

@@ -218,7 +218,7 @@ class Template:
         ledger = Ledger()
         chunks: list[str] = []
         try:
-            for chunk in parsed.template.generate({name: ledger.wrap(values[name]) for name in parsed.names}):
+            for chunk in parsed.rendered({name: ledger.wrap(values[name]) for name in parsed.names}):
                 ledger.spend(len(chunk))
                 chunks.append(chunk)
         except (TemplateError, RecipeError, TypeError, ValueError) as error:

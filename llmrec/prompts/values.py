@@ -37,7 +37,7 @@ class Ledger:
         if isinstance(value, str):
             return _Datum(self, without_item_tokens(clean(value, TEXT_LIMIT)))
         if isinstance(value, Mapping):
-            return _Record(self, value)
+            return Record(self, value)
         if isinstance(value, Sequence):
             return [self.wrap(each) for each in value]
         return value
@@ -110,7 +110,7 @@ class _Datum:
         return str(other._text if isinstance(other, _Datum) else other) in self._text
 
 
-class _Record:
+class Record:
     """Named data values such as an item's title; a name that the mapping lacks is an error."""
 
     __slots__ = ("_known", "_ledger", "_source")

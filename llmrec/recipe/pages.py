@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from copy import deepcopy
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,20 @@ def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
         ) from None
     except OSError as error:
         raise RecipeError.at(file, "unreadable", f" cannot be read: {error.strerror}") from None
-    values, places = parsed(text, file)
+    values, places = _parsed_once(text, file)
     if not isinstance(values, dict):
         raise RecipeError.at(
             file,
             "wrong-format",
             ": a page is a mapping of keys (of a recipe: name, data, tasks, ...); this file is empty or a list",
         )
-    return values, places
+    return deepcopy(values), dict(places)
+
+
+@lru_cache(maxsize=256)
+def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
+    # A run reads its templates again for every family and every study, and parsing is most of that.
+    return parsed(text, file)
 
 
 def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:

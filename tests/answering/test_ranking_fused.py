@@ -125,6 +125,7 @@ def test_what_was_not_weighed_is_refused(run: pipeline.Run, tmp_path: Path) -> N
 # --------------------------------------------------------------------------- runs that are finished
 
 
+@pytest.mark.slow
 def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
     run: pipeline.Run, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ from llmrec.recipe.schema import ModelSection, ServerSection
 from llmrec.types import Backend, Message, Prompt, Segment
 from tests.servers.client import question
 
-pytestmark = [pytest.mark.model, pytest.mark.vllm]
+pytestmark = [pytest.mark.model, pytest.mark.vllm, pytest.mark.slow]
 
 # Nats. Two engines in float32 sum in another order.
 TOLERANCE = 1e-2

@@ -249,6 +249,7 @@ def same(ours: Sequence[Found], theirs: Sequence[Found]) -> None:
         assert (a.certified, a.short, a.prompt_tokens) == (b.certified, b.short, b.prompt_tokens)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", list(SETS))
 def test_finds_what_transformers_finds(name: str, vllm: VLLMBackend, hf: Any) -> None:
@@ -262,6 +263,7 @@ def test_finds_what_transformers_finds(name: str, vllm: VLLMBackend, hf: Any) ->
         assert len(found[2].items) == 3 and "only 3 of" in found[2].short
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_results_do_not_depend_on_the_batch(vllm: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     together = vllm.search(ASKED, TITLES, k=4, width=6)
@@ -270,6 +272,7 @@ def test_results_do_not_depend_on_the_batch(vllm: VLLMBackend, monkeypatch: pyte
     same([vllm.search([each], TITLES, k=4, width=6)[0] for each in ASKED], together)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", list(SETS))
 def test_a_certified_result_is_that_of_all_scores(name: str, vllm: VLLMBackend) -> None:
@@ -281,6 +284,7 @@ def test_a_certified_result_is_that_of_all_scores(name: str, vllm: VLLMBackend) 
         assert result.scores == pytest.approx([scores.logprobs[n] for n in order], abs=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.parametrize("name", list(SETS))
 def test_work_is_what_the_catalogue_needs(name: str, vllm: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,6 +317,7 @@ def test_work_is_what_the_catalogue_needs(name: str, vllm: VLLMBackend, monkeypa
         assert tokens <= sum(block + len(ask.forced) + len(ask.text) % block for ask in each)
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_forcing_asks_less(engine: VLLMBackend, monkeypatch: pytest.MonkeyPatch) -> None:
     work = {}
@@ -326,6 +331,7 @@ def test_forcing_asks_less(engine: VLLMBackend, monkeypatch: pytest.MonkeyPatch)
     assert work["forced"].forwards == work["nodes"].forwards
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 def test_an_engine_that_died_is_told(engine: VLLMBackend) -> None:
     """The last test: it costs the engine."""

@@ -54,7 +54,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
     table: Path, tmp_path: Path, few: None, caplog: pytest.LogCaptureFixture
 ) -> None:
-    options = AutoOptions(table=str(table), budget="40s", out=tmp_path / "run", classic=True)
+    options = AutoOptions(table=str(table), budget="25s", out=tmp_path / "run", classic=True)
     made = autos.auto(options)
     best = {tried.part.label: tried.best for tried in made.tried}
     assert all(best.values()) and best["markov"].value > best["popularity"].value  # type: ignore[union-attr]

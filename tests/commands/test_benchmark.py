@@ -113,6 +113,7 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     ET.fromstring((tmp_path / "eval" / "small-direct.svg").read_text(encoding="utf-8"))
 
 
+@pytest.mark.slow
 def test_what_was_done_before_a_kill_is_there(tmp_path: Path) -> None:
     def killed(line: str) -> None:
         if "k-2" in line:

@@ -124,6 +124,7 @@ def section(folder: Path) -> dict[str, Any]:
     }
 
 
+@pytest.mark.slow
 def test_classic_baselines_on_a_published_split_of_ratings(movielens: Path, tmp_path: Path) -> None:
     rows = [{"baseline": name, "tune": False} for name in ("global-mean", "user-mean", "user-item-bias")]
     suite = Suite(suite="u1", task="rating", data=section(movielens), bootstrap=50, rows=rows)

@@ -1,17 +1,21 @@
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2 import TemplateError
 
 from llmrec.errors import RecipeError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
+from llmrec.prompts.grammar import compiled
 from llmrec.prompts.template import Template, clean, load_templates, neutralise
-from llmrec.prompts.values import OUTPUT_LIMIT
+from llmrec.prompts.values import OUTPUT_LIMIT, Ledger
 from llmrec.types import Segment
 from tests.facts import Facts, raises
 
@@ -404,3 +408,28 @@ def test_shipped_templates(family: str) -> None:
     for template in found.values():
         assert not any(neutralise(part, CONTROL) != part for part in (template.system, template.user, template.lead))
     assert any("history" not in template.names("system", "user") for template in load_templates("direct").values())
+
+
+@pytest.mark.parametrize(
+    ("source", "values"),
+    [
+        ("{{ item.title }}", {"item": {"title": "Alien"}}),
+        ("A {{ item.title }}, {{ item.year }} {{ item.no }}!\n", {"item": {"title": "Up", "year": 2009, "no": None}}),
+        ("{{ item.title }}{{ user.name }}", {"item": {"title": ""}, "user": {"name": "\ue0000\ue001 {{ x }}"}}),
+        ("{{ item.title }}", {"item": {"title": ["a list"]}}),
+        ("{{ item.title }}", {"item": {"name": "no title"}}),
+        ("{{ item.title }}", {"item": "no record"}),
+        ("{{ item.title }}", {"item": 5}),
+    ],
+)  # fmt: skip
+def test_fields_alone_are_written_as_jinja_writes_them(source: str, values: dict[str, Any]) -> None:
+    def made(pieces: Callable[[dict[str, object]], Iterator[str]]) -> object:
+        ledger = Ledger()
+        try:
+            return ledger.segments("".join(pieces({name: ledger.wrap(value) for name, value in values.items()})))
+        except (TemplateError, RecipeError, TypeError, ValueError) as error:
+            return type(error), str(error)
+
+    text = compiled(source)
+    assert text._plain is not None
+    assert made(text.rendered) == made(text.template.generate)
