@@ -446,6 +446,7 @@ export interface SimilarBody {
  *     turn: Turns of the user so far.
  *     profile: Wishes, oldest first.
  *     buffer: Candidates, best first.
+ *     query: What was searched for last; empty: nothing, or something else was asked for since.
  *     shown: The last list that was shown, to whose places the user's numbers refer.
  *     past: Every item that was shown, which is not shown again.
  *     asked: Fields that were asked about.
@@ -455,6 +456,7 @@ export interface State {
   turn?: number;
   profile?: Wish[];
   buffer?: string[];
+  query?: string;
   shown?: string[];
   past?: string[];
   asked?: string[];

@@ -16,15 +16,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from llmrec.chat import english
 from llmrec.chat.facts import Facts
-from llmrec.chat.state import State
+from llmrec.chat.state import LONGEST, State
 from llmrec.errors import DataError
 
 Talk = Literal["hello", "thanks", "bye", "decline", "explained"]
 FEW, COUNTS, ASKED = 60, (5, 20, 50), 5
 """Values up to which a field is listed whole; how many items a search finds; items that a list shows."""
-
-LONGEST = 200
-"""Characters of a text that is searched for."""
 
 _WORDS = re.compile(r"[\w'’-]+")
 # Words of one turn that a search text may begin at, and its longest span.

@@ -30,6 +30,7 @@ _LIST, _QUESTION, _EMPTY = (
     "Do you have a wish about {field}, such as {some}?",
     "Nothing is noted of you yet.",
 )
+_BANNED = "You did not want {value}. Say that it is fine again to see some."
 _BETWEEN = "Do you have a wish about {field} ({low} to {high})?"
 # Values that a question names.
 _NAMED = 3
@@ -87,9 +88,9 @@ class Conversation:
         said = clean(text, TEXT_LIMIT)
         state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", said)
         heard = Heard() if self.reader is None else self.reader.read(said, state)
-        state = start = self._heard(state, heard, said)
+        state, told = self._heard(state, heard, said)
+        start = state
         made: list[tuple[Call, str]] = []
-        told: list[str] = []
         cost, outcome = Cost(), Outcome()
         while not made or not ends(made[-1][0]):
             call, took = self.manager.choose(Moment(state, start, heard, tuple(made), self.tools))
@@ -115,7 +116,8 @@ class Conversation:
             asked=tuple(name for name in state.asked if name in facts.values),
         )
 
-    def _heard(self, state: State, heard: Heard, said: str) -> State:
+    def _heard(self, state: State, heard: Heard, said: str) -> tuple[State, list[str]]:
+        """Return the state after what was heard, and lines about requests that a ban stands against."""
         profile = state.profile
         for name, value in heard.revoked:
             profile = revoked(profile, name, value)
@@ -126,17 +128,27 @@ class Conversation:
             for wish in (*profile, *wishes)
             if wish.op == "not" and wish.hard and wish.field != ITEM and wish.source != "inferred"
         }
-        wishes = [wish for wish in wishes if wish.op not in ("is", "or") or wish.key not in bans]
+        kept = [wish for wish in wishes if wish.op not in ("is", "or") or wish.key not in bans]
+        new = {wish.key for wish in wishes if wish.op == "not"}
+        told = [
+            _BANNED.format(value=clean(wish.value))
+            for wish in wishes
+            if wish not in kept and wish.hard and wish.key not in new
+        ]
+        wishes = kept
         if "instead" in said.casefold():
-            new = {wish.field for wish in wishes if wish.asks}
-            profile = tuple(wish for wish in profile if not (wish.asks and wish.field in new))
+            fields = {wish.field for wish in wishes if wish.asks}
+            profile = tuple(wish for wish in profile if not (wish.asks and wish.field in fields))
         changed = learned(profile, wishes)
         # Candidates that were found under other wishes are none any more.
         buffer = () if changed != state.profile else state.buffer
-        state = state.with_(profile=fresh(changed, state.turn), buffer=buffer)
+        # Whoever asks for something else has done with what was searched for.
+        asks = any(wish.asks or (wish.field == ITEM and wish.op == "is") for wish in wishes)
+        query = "" if asks else state.query
+        state = state.with_(profile=fresh(changed, state.turn), buffer=buffer, query=query)
         # Nothing new can be concluded from the same items: what was, grows old. A state may begin with likes.
         named = state.turn == 1 or any(wish.field == ITEM for wish in wishes)
-        return self.tools.concluded(state) if named else state
+        return (self.tools.concluded(state) if named else state), told
 
     def _wording(self, call: Call, told: list[str], items: tuple[str, ...], ask: str) -> str:
         lines = list(told)

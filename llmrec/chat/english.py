@@ -29,6 +29,13 @@ AGAIN = _words(
 )
 """What is said of a ban that is taken back."""
 LIFTED = _words("forget|lift")
+TOLERATED = _words("(?:don['’]?t|do not|doesn['’]?t|does not|no longer|never) mind|not opposed to|nothing against")
+"""What is no ban, and no request either."""
+OUT = (
+    re.compile(r"\b(?:leave|rule|filter|keep|take|cut)\s+(?:\w+\s+){0,2}$", re.IGNORECASE),
+    re.compile(r"\s*(?:movies?|films?|books?|ones?)?\s*(?:out|off|away)\b", re.IGNORECASE),
+)
+"""What stands before and behind something that is to be left out."""
 WANT = _words(
     "want|need|looking|look for|find|recommend|suggest|show|give|something|anything|any|some|please|only|must|should|"
     "mood|['’]d (?:like|love|prefer)|would (?:be|like|love|prefer)|prefer|another|more|let['’]?s|try|make it|how about"

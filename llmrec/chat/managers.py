@@ -9,7 +9,6 @@ from typing import Protocol
 
 from llmrec.chat.calls import (
     FEW,
-    LONGEST,
     Ask,
     Call,
     Explain,
@@ -26,7 +25,7 @@ from llmrec.chat.calls import (
 )
 from llmrec.chat.facts import Facts
 from llmrec.chat.reading import Heard
-from llmrec.chat.state import State
+from llmrec.chat.state import LONGEST, State
 from llmrec.chat.tools import Tools
 from llmrec.guard import cut
 from llmrec.prompts.template import Template, load_templates
@@ -121,6 +120,9 @@ class RuleManager:
             found.append(Similar())
         elif heard.rest:
             found.append(Search(text=heard.rest[:LONGEST], k=50))
+        elif state.query and (heard.wishes or heard.revoked):
+            # What was searched for still is: only what may be shown has changed.
+            found.append(Search(text=state.query, k=50))
         return [*found, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
     def _question(self, state: State, facts: Facts) -> str:

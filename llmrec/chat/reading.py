@@ -127,6 +127,7 @@ class Reader:
         last: _Mention | None = None
         for each in inside:
             before, after = bare[: each.start - start], bare[each.end - start :]
+            borne = bool(english.TOLERATED.search(before))
             unwanted = _negated(before, after, each.field == ITEM)
             if each.field == ITEM:
                 if not _unseen(before):
@@ -135,6 +136,8 @@ class Reader:
             back = bool(english.AGAIN.search(bare)) and (
                 ((each.field, each.value) in banned and not unwanted) or bool(english.LIFTED.search(bare))
             )
+            if borne and not unwanted and not back:
+                continue
             joined = last is not None and last.field == each.field
             between = "" if last is None else bare[last.end - start : each.start - start]
             op: Op = "not" if unwanted else "or" if joined and english.OR.fullmatch(between) else "is"
@@ -169,7 +172,7 @@ class Reader:
 
     def _rest(self, bare: str, start: int, inside: Sequence[_Mention]) -> list[str]:
         """Return the words of a clause that a search may use: none of a negated one."""
-        if english.NO.search(bare):
+        if english.NO.search(bare) or english.TOLERATED.search(bare):
             return []
         taken = [(each.start - start, each.end - start) for each in inside]
         free = [
@@ -280,7 +283,9 @@ def _without(text: str, start: int, end: int, titles: Sequence[_Mention]) -> str
 
 def _negated(before: str, after: str, item: bool) -> bool:
     """Whether what stands between two texts is negated: by the last negation before it, or one right behind it."""
-    found = list(english.NO.finditer(before))
+    found = list(english.NO.finditer(english.TOLERATED.sub(lambda said: "\u00b7" * len(said.group()), before)))
+    if not found and english.OUT[0].search(before) and english.OUT[1].match(after):
+        return True
     if found:
         between = before[found[-1].end() :]
         return not re.match(r"\s+only\b", between, re.IGNORECASE) and not english.TURN.search(between)

@@ -22,6 +22,8 @@ ITEM = "item_id"
 """The field of wishes about an item itself: liked (``is``), not wanted (``not``) or known already (``seen``)."""
 KEPT = 8
 """Turns after which an inferred wish is forgotten; what was said stands until it is taken back."""
+LONGEST = 200
+"""Characters of a search."""
 MOST_WISHES, MOST_SHOWN, MOST_BUFFER, MOST_LINES, MOST_TURNS = 100, 1000, 200, 12, 1 << 20
 
 _WORDS = {"is": "is", "or": "or is", "not": "is not", "from": "is at least", "until": "is at most"}
@@ -90,6 +92,7 @@ class State(BaseModel):
         turn: Turns of the user so far.
         profile: Wishes, oldest first.
         buffer: Candidates, best first.
+        query: What was searched for last; empty: nothing, or something else was asked for since.
         shown: The last list that was shown, to whose places the user's numbers refer.
         past: Every item that was shown, which is not shown again.
         asked: Fields that were asked about.
@@ -101,6 +104,7 @@ class State(BaseModel):
     turn: int = Field(0, ge=0, le=MOST_TURNS)
     profile: tuple[Wish, ...] = Field((), max_length=MOST_WISHES)
     buffer: tuple[str, ...] = Field((), max_length=MOST_BUFFER)
+    query: str = Field("", max_length=LONGEST)
     shown: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
     past: tuple[str, ...] = Field((), max_length=MOST_SHOWN)
     asked: tuple[str, ...] = Field((), max_length=MOST_WISHES)

@@ -150,13 +150,13 @@ class Tools:
         """Do what a call says; one that points at nothing does nothing."""
         if isinstance(call, Search):
             found = self.facts.search(call.text, self.allowed(state))[: call.k]
-            return _with_buffer(state, found, f"search found {len(found)}")
+            return _with_buffer(state.with_(query=call.text), found, f"search found {len(found)}")
         if isinstance(call, Filter):
             return self._filter(call, state)
         if isinstance(call, Similar):
             named = [state.shown[place - 1] for place in call.items if place <= len(state.shown)] or list(state.liked)
             found = self._tried(self.lists.similar, named, state) if named else []
-            return _with_buffer(state, found, f"similar found {len(found)}")
+            return _with_buffer(state.with_(query=""), found, f"similar found {len(found)}")
         if isinstance(call, Rank):
             return self._rank(call, state)
         if isinstance(call, Explain):
@@ -295,7 +295,7 @@ class Tools:
 
     def _forget(self, call: Forget, state: State) -> tuple[State, Outcome]:
         if call.wish == 0:
-            state = state.with_(profile=(), buffer=(), past=(), asked=(), lines=())
+            state = state.with_(profile=(), buffer=(), query="", past=(), asked=(), lines=())
             return state, Outcome(told=("The profile is empty now.",))
         if call.wish > len(state.profile):
             return state, Outcome(note="there is no such wish")

@@ -64,6 +64,34 @@ def test_what_is_not_wanted_is_not_shown_until_it_is_revoked() -> None:
     assert not any(wish.op == "not" for wish in again.state.profile if wish.field == "genres")
 
 
+def test_a_request_for_what_is_banned_is_answered_in_words() -> None:
+    talk = conversation()
+    banned, asked, lifted, after = said(
+        talk, "no horror", "a horror film please", "I don't mind horror", "a horror film please"
+    )
+    told = "You did not want Horror. Say that it is fine again to see some."
+    assert told not in banned.text and told in asked.text and told not in after.text
+    assert not any("Horror" in each for each in genres(asked)) and lifted.heard.revoked == (("genres", "Horror"),)
+    assert any("Horror" in each for reply in (lifted, after) for each in genres(reply))
+
+
+def test_a_ban_narrows_what_was_searched_for_and_a_request_ends_it() -> None:
+    talk = conversation()
+    found, narrowed, more, other, banned = said(
+        talk,
+        "something with a station",
+        "no horror please",
+        "not from before 1990",
+        "a drama please",
+        "nothing by Cy Marsh",
+    )
+    assert {"f03", "f08"} <= set(found.items) and found.state.query == "station"
+    # What was shown is not shown again, and nothing else has the word: the list goes on without it.
+    assert [each.calls[0] for each in (narrowed, more)] == [Search(text="station", k=50)] * 2
+    assert other.state.query == "" and not any(isinstance(call, Search) for call in banned.calls)
+    assert said(talk, "forget everything", state=found.state)[0].state.query == ""
+
+
 @pytest.mark.parametrize(
     ("line", "wishes"),
     [
@@ -92,6 +120,10 @@ def test_what_is_not_wanted_is_not_shown_until_it_is_revoked() -> None:
         ("I loved Cold Trail, no horror please", {(ITEM, "is", "f16", False), ("genres", "not", "Horror", True)}),
         ("please remove horror", {("genres", "not", "Horror", True)}),
         ("leave out horror and exclude dramas", {("genres", "not", "Horror", True), ("genres", "not", "Drama", True)}),
+        ("could you leave horror out?", {("genres", "not", "Horror", True)}),
+        ("keep the western movies away", {("genres", "not", "Western", True)}),
+        ("I don't mind horror", set()),
+        ("I do not mind horror, but no dramas", {("genres", "not", "Drama", True)}),
         ("neither horror nor dramas", {("genres", "not", "Horror", True), ("genres", "not", "Drama", True)}),
         ("no, yes please", set()),
         ("what's the weather?", set()),
