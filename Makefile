@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-cold bench-freshness bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-cold bench-freshness bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -28,6 +28,7 @@ help:
 	@echo "make check-lowest     ask the package index whether the lowest allowed versions go together (needs the network)"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
 	@echo "make bench-auto       llmrec auto on MovieLens-100K and the made shop within BUDGET, eval/results/auto.json"
+	@echo "make bench-auto-toys  the same on Amazon 2014 Toys, eval/results/auto_toys.json"
 	@echo "make bench-commands   processor time of small commands, eval/results/small_commands.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
 	@echo "make bench-ray   rank, evaluate and write texts on two nodes of Ray, with actors, nodes and commands killed, eval/results/ray.json"
@@ -159,6 +160,13 @@ bench-auto: setup
 	$(BIN)/python -m eval.benchmarks.auto_split runs/auto-movielens-100k runs/auto-peer
 	@test -z "$(PEER)" || $(PEER) eval/benchmarks/auto_peer.py runs/auto-peer $(PEER_SECONDS)
 	$(BIN)/python -m eval.benchmarks.auto runs/auto-movielens-100k runs/auto-shop $(if $(PEER),--peer runs/auto-peer)
+
+# LLMREC_DATA is the folder that holds amazon14_toys.
+bench-auto-toys: setup
+	$(BIN)/llmrec auto eval/benchmarks/auto-toys.yaml --budget $(BUDGET) --out runs/auto-toys
+	$(BIN)/python -m eval.benchmarks.auto_split runs/auto-toys runs/auto-toys-peer
+	@test -z "$(PEER)" || $(PEER) eval/benchmarks/auto_peer.py runs/auto-toys-peer $(PEER_SECONDS)
+	$(BIN)/python -m eval.benchmarks.auto runs/auto-toys $(if $(PEER),--peer runs/auto-toys-peer) --target eval/results/auto_toys.json --command 'LLMREC_DATA=folder make bench-auto-toys'
 
 bench-commands: setup
 	$(BIN)/python -m eval.benchmarks.small_commands eval/results/small_commands.json $(ARGS)

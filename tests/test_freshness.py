@@ -6,7 +6,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from eval.benchmarks.freshness import NEVER, WINDOW, Replay, before, features, name_of, slice_of
+from eval.benchmarks.freshness import NEVER, WINDOW, Replay, before, features, name_of, ndcg_within, slice_of
 from llmrec.types import Item
 
 YEARS = range(2001, 2011)
@@ -77,3 +77,11 @@ def test_a_user_of_a_year_has_what_was_rated_before_as_history(replay: Replay) -
         (at,) = asked.filter((pl.col("user_id") == user) & (pl.col("item_id") == case.request.item))["timestamp"]
         past = replay.events.filter((pl.col("user_id") == user) & (pl.col("timestamp") < at))["item_id"].to_list()
         assert [event.item_id for event in case.request.history] == past
+
+
+def test_ndcg_is_taken_of_each_user_and_year_alone() -> None:
+    lists = ["a@1"] * 3 + ["a@2"] * 2 + ["b@1"] * 2
+    liked = np.array([1.0, 0.0, 0.0, 0.0, 1.0, 1.0, 1.0])
+    # Second of three, and first of two; what has no other film says nothing.
+    values = np.array([0.5, 0.9, 0.1, 0.2, 0.3, 0.4, 0.6])
+    assert ndcg_within(values, liked, lists) == pytest.approx((1 / np.log2(3) + 1) / 2)

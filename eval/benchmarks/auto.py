@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer", type=Path, help="of the data of the first run")
     parser.add_argument("--note", default="")
     parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
+    parser.add_argument("--command", default="make bench-auto")
     asked = parser.parse_args(arguments)
     found = {run.name: measured(run) for run in asked.runs}
     if asked.peer:
@@ -76,7 +77,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(
         asked.target,
         {
-            "command": "make bench-auto",
+            "command": asked.command,
             "what": "llmrec auto within a budget of wall time: NDCG@10 over the whole catalogue on test users",
             "note": asked.note,
             "machine": machine(),

@@ -39,6 +39,8 @@ from llmrec.data.features import Features, Provenance, publish
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
+from llmrec.metrics.judged import Pairs, judge
+from llmrec.metrics.multi_target import ndcg
 from llmrec.types import Case, Event, Item, Request
 
 HOST, LIKED, WINDOW, HISTORY = "deepfm", 4.0, 3, 100
@@ -258,10 +260,12 @@ def result(
     rows, pairs = [], []
     for group, kept in groups.items():
         names = [user for user, there in zip(users, kept, strict=True) if there]
+        lists = [case.request.user_id for case, there in zip(asked, kept, strict=True) if there]
         some = {arm: [values[kept] for values in seeds] for arm, seeds in whole.items()}
         rows += [
             {"of": group, "arm": arm, "questions": int(kept.sum()), "users": len(set(names))}
             | figures(seeds, truth[kept], names)
+            | {"ndcg": round(float(np.mean([ndcg_within(each, truth[kept], lists) for each in seeds])), 5)}
             for arm, seeds in some.items()
         ]
         told = within(some, PAIRS, truth[kept], names)
@@ -280,6 +284,21 @@ def result(
         "machine": machine(),
         "versions": versions(),
     }
+
+
+def ndcg_within(values: NDArray[np.float64], liked: NDArray[np.float64], lists: Sequence[str]) -> float:
+    """Return the mean NDCG@10 of the ratings of a user in a year, in the order of their probabilities.
+
+    Args:
+        values: Probabilities, shape (n,).
+        liked: 1 or 0, shape (n,).
+        lists: User and year of each rating. Those without a liked film, or with no other, say nothing of the order.
+    """
+    known, of = np.unique(np.array(lists), return_inverse=True)
+    counts, likes = np.bincount(of), np.bincount(of, liked)
+    item = np.arange(len(of))
+    found = judge(Pairs(of, item, values), Pairs(of[liked > 0], item[liked > 0], liked[liked > 0]), len(known))
+    return float(ndcg(found, 10)[(likes > 0) & (likes < counts)].mean())
 
 
 def show(found: Mapping[str, Any]) -> str:

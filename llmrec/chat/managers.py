@@ -36,6 +36,7 @@ MOST_CALLS = 4
 # Prefixes that the search of a call keeps.
 _BEAMS = 4
 # What a model reads, so that it fits a small one: lines, wishes, titles of the list, and letters of each.
+_READS = ("profile", "shown", "lines", "made")
 _LINES, _WISHES, _TITLES, _LETTERS = 4, 12, 10, 160
 
 
@@ -136,10 +137,13 @@ class RuleManager:
 class ModelManager:
     """A language model that writes the calls, under the token tree of those that are legal.
 
-    The model is asked for the most likely legal call under its full softmax (`llmrec.decode.beam`), so each one parses.
+    First it is asked for the tool: the one whose beginning of a call gains most in likelihood by what the model reads,
+    over the same question about an empty conversation (Holtzman et al., EMNLP 2021, section 2: domain conditional PMI).
+    The likelihood of whole calls would choose the shortest one. Then it is asked for the most likely legal call of that
+    tool under its full softmax (`llmrec.decode.beam`), so each one parses.
 
     Attributes:
-        backend: An engine that can ``search``.
+        backend: An engine that can ``score`` and ``search``.
         most: Calls that are legal at most; search texts beyond are left out.
     """
 
@@ -157,10 +161,20 @@ class ModelManager:
         calls = legal(moment.state, moment.tools.facts, ending=moment.last)
         # A tool that was used in this turn is used up: greedy models would repeat it.
         used = {call for call, _ in moment.made}
-        texts = [written(call) for call in calls[-self.most :] if call not in used]
+        calls = [call for call in calls[-self.most :] if call not in used]
+        tool, cost = self._tool(moment, sorted({call.tool for call in calls}))
+        texts = [written(call) for call in calls if call.tool == tool]
         (found,) = self.backend.search([self.prompt(moment)], texts, k=1, width=_BEAMS)
-        cost = Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1)
+        cost += Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1)
         return read_call(texts[found.items[0]]), cost
+
+    def _tool(self, moment: Moment, tools: Sequence[str]) -> tuple[str, Cost]:
+        begins = [f'{{"tool": "{tool}"' for tool in tools]
+        asked = [self.prompt(moment), Prompt(messages=self.template.turns(dict.fromkeys(_READS, ())))]
+        told, plain = self.backend.score(asked, [begins] * 2, closed=False)
+        gains = [with_ - without for with_, without in zip(told.logprobs, plain.logprobs, strict=True)]
+        cost = Cost(prompt_tokens=told.prompt_tokens + plain.prompt_tokens, forwards=2)
+        return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 
     def prompt(self, moment: Moment) -> Prompt:
         """Return what the model reads; all that comes from users and the catalogue is data in it."""
