@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-cold bench-freshness bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-realism bench-cold bench-freshness bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -49,6 +49,7 @@ help:
 	@echo "make bench-alignment  what codes are taught to mean on MovieLens-100K, eval/results/alignment.json"
 	@echo "make bench-rating     heads and tokens as ratings on MovieLens-100K, three seeds, eval/results/rating_heads.json"
 	@echo "make bench-redial     retrieval for ReDial's dialogues and slots that rules read, eval/results/redial.json"
+	@echo "make bench-realism    how easily simulated users are told from people, eval/results/chat_realism.json"
 	@echo "make bench-chat       conversations with simulated users of MovieLens, eval/results/chat_loop.json"
 	@echo "make bench-cold       items of Amazon Toys that nobody chose before the test, eval/results/cold.json"
 	@echo "make bench-freshness  how fast profiles age, MovieLens by year, eval/results/freshness.json"
@@ -244,6 +245,10 @@ bench-redial: setup
 # LLMREC_DATA is the folder that holds movie_facts. ARGS: such as --managers model --users 20.
 bench-chat: setup
 	$(BIN)/python -m eval.benchmarks.chat_loop eval/results/chat_loop.json $(ARGS)
+
+# LLMREC_DATA is the folder that holds convrec and movie_facts.
+bench-realism: setup
+	$(BIN)/python -m eval.benchmarks.chat_realism eval/results/chat_realism.json $(ARGS)
 
 # LLMREC_DATA is the folder that holds amazon14_toys.
 bench-cold: setup

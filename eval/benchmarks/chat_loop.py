@@ -139,9 +139,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         }
         users = drawn(models, given.users, seed)
         for name, conversation in conversations(managers, models, facts).items():
-            held.setdefault(name, []).extend(_each(conversation, users, facts, seed))
+            held.setdefault(name, []).extend(talks(conversation, users, facts, seed))
             if name == "rules":
-                poor = _each(conversation, users, facts, seed, KNOWN)
+                poor = talks(conversation, users, facts, seed, KNOWN)
                 held.setdefault("rules, genres and year", []).extend(poor)
             sys.stderr.write(f"seed {seed}: {name} done\n")
     if given.model_users:
@@ -153,7 +153,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 "model": (ModelManager(backend), True),
             }
             for name, conversation in conversations(both, models, facts).items():
-                held[name] = _each(conversation, users, facts, 0)
+                held[name] = talks(conversation, users, facts, 0)
     titles = facts.titles
     every = [one for each in held.values() for one in each]
     leaks = sum(near(line, title_of(titles[one.target])) for one in every for line in one.held.lines)
@@ -177,13 +177,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
 
 
-def _each(
+def talks(
     conversation: Conversation,
     users: Sequence[tuple[str, str, State, list[str]]],
     facts: Facts,
     seed: int,
     fields: Sequence[str] = (),
 ) -> list[One]:
+    """Return the conversations of some users, `drawn`; ``fields``: all that they know, if any are named."""
     found = []
     for number, (name, target, state, liked) in enumerate(users):
         wanted = told_of(facts, target, liked, seed * 1000 + number)
