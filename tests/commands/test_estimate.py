@@ -15,9 +15,10 @@ from llmrec.commands.show import estimate, probe
 from llmrec.commands.show.probe import Speed, measured
 from llmrec.commands.show.work import Seen, eval_work
 from llmrec.experiment.study import build_study, encoder_of
-from llmrec.models.load import load_config
+from llmrec.models import bottleneck
+from llmrec.models.load import load_config, load_model
 from llmrec.recipe.load import load_recipe
-from llmrec.recipe.schema import LoraSection, ModelSection, Recipe, TrainSection
+from llmrec.recipe.schema import LoraSection, ModelSection, Recipe, SoftSection, TrainSection
 from tests.test_cli import HEADER, rows
 
 SPEED = Speed(read=1e-3, head=1e-4, write=1e-2, train=3e-3)
@@ -69,6 +70,18 @@ def test_layers_without_adapters_are_only_read(llama_folder: Path, monkeypatch: 
     assert top.train == 2 * (2.0 * 6 + 6.0 * 2) / 8
     again = measured(config, model, TrainSection(gradient_checkpointing=True))
     assert again.train == (6.0 + 2.0) * 2
+
+
+@pytest.mark.parametrize(("method", "beside"), [("prompt", False), ("option", False), ("option-adapter", True)])
+def test_what_soft_prompts_and_bottlenecks_add_is_counted(llama_folder: Path, method: Any, beside: bool) -> None:
+    model = load_model(str(llama_folder), section(llama_folder))
+    before = sum(p.numel() for p in model.parameters())
+    train = TrainSection(method=method, soft=SoftSection(prompts=7, rank=3))
+    whole, _, added = estimate._weights(model.config, train)
+    if beside:
+        bottleneck.attach(model, 3, seed=0)
+    assert whole == before
+    assert added == 7 * model.config.hidden_size + sum(p.numel() for p in model.parameters()) - before
 
 
 def test_a_prompt_that_begins_like_another_is_read_from_where_it_differs() -> None:

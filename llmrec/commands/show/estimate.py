@@ -16,6 +16,7 @@ from llmrec.experiment.study import Study
 from llmrec.experiment.training import plan_training
 from llmrec.models.load import device, dtype, load_config
 from llmrec.models.memory import free_bytes
+from llmrec.models.soft_prompt import METHODS
 from llmrec.models.tables import named_tables
 from llmrec.models.traits import auto_class, is_paired
 from llmrec.recipe.schema import ModelSection, TrainSection
@@ -135,18 +136,24 @@ def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
         each, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
         blocks = {"qlora": _NF4, "lora8": 1.0}.get(train.method, each)
         held = blocks * (whole - tables) + each * tables + 16.0 * adapters
-    learning = layers if train.method == "full" else min(layers, train.lora.top_layers or layers)
+    learning = min(layers, train.lora.top_layers or layers) if train.method not in ("full", *METHODS) else layers
     if train.gradient_checkpointing:
         return held + row * ((_KEPT_CHECKPOINT_WIDE if wide else _KEPT_CHECKPOINT) * learning + kept)
     return held + row * kept * learning
 
 
 def _weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
-    """Count weights on the meta device: all, those of the vocabulary, and those of adapters."""
+    """Count weights on the meta device: all, those of the vocabulary, and those that adapters or soft prompts add."""
     torch = require("torch", "train")
     with torch.device("meta"):
         made = auto_class(config).from_config(config)
     tables = {id(module.weight): module.weight.numel() for _, module in named_tables(made)}
+    text = config.get_text_config()
+    soft, width = train.soft, int(text.hidden_size)
+    if train.method in METHODS:
+        beside = 2 * width * soft.rank + width + soft.rank + 1 if train.method == "option-adapter" else 0
+        added = soft.prompts * width + beside * int(text.num_hidden_layers)
+        return sum(p.numel() for p in made.parameters()), sum(tables.values()), added
     targets = train.lora.targets
     linear = [
         module
