@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import logging
+import os
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from llmrec.baselines.fits import store
 from llmrec.baselines.fits.fitting import fitted
@@ -112,20 +115,34 @@ def test_what_is_damaged_is_fitted_again(data: SplitDataset, folder: Path, caplo
     assert fitted("ease", {}, data, seed=0).recalled > 0
 
 
-def test_the_folder_is_bounded_and_the_last_used_stay(
+def kept(folder: Path, name: str, seconds: float, size: int, days: float = 0.0) -> Path:
+    """Write a fit that took some seconds and was read some days ago."""
+    path = folder / f"{name}.safetensors"
+    save_file({"a": np.zeros(size, dtype=np.int8)}, path, metadata={"seconds": repr(seconds)})
+    os.utime(path, (time.time() - 86_400 * days,) * 2)
+    return path
+
+
+def test_the_folder_is_bounded_and_what_saves_most_time_for_its_size_stays(tmp_path: Path) -> None:
+    network = kept(tmp_path, "network", 2400.0, 1000, days=20)
+    matrix, newer = kept(tmp_path, "matrix", 3.0, 100_000), kept(tmp_path, "newer", 4.0, 100_000)
+    old = kept(tmp_path, "old", 9000.0, 1000, days=store.STALE + 1)
+    damaged = tmp_path / "damaged.safetensors"
+    damaged.write_bytes(b"no such file")
+    store._trim(tmp_path, 10**6)
+    assert len(list(tmp_path.iterdir())) == 5
+    store._trim(tmp_path, 150_000)
+    assert sorted(tmp_path.iterdir()) == sorted([network, newer]), (matrix, old, damaged)
+
+
+def test_a_fit_that_is_larger_than_the_folder_is_not_kept(
     data: SplitDataset, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fitted("ease", {"penalty": 1.0}, data, seed=0)
     (first,) = folder.iterdir()
-    size = first.stat().st_size
-    monkeypatch.setenv(store.SWITCH, str(2.5 * size / 2**30))
-    fitted("ease", {"penalty": 2.0}, data, seed=0)
-    assert fitted("ease", {"penalty": 1.0}, data, seed=0).recalled > 0
-    fitted("ease", {"penalty": 3.0}, data, seed=0)
-    assert len(list(folder.iterdir())) == 2 and first.exists()
-    monkeypatch.setenv(store.SWITCH, str(0.5 * size / 2**30))
+    monkeypatch.setenv(store.SWITCH, str(0.5 * first.stat().st_size / 2**30))
     fitted("ease", {"penalty": 4.0}, data, seed=0)
-    assert len(list(folder.iterdir())) == 2
+    assert list(folder.iterdir()) == [first]
 
 
 def test_quick_fits_cheap_baselines_and_the_switch_keep_nothing(

@@ -1,6 +1,8 @@
 """Keeps what expensive fits made, by a hash of all that can change it, so that another run or suite reads it back.
 
-Files are safetensors in ``fits`` of the cache folder; the least recently used go first where they outgrow `LIMIT`.
+Files are safetensors in ``fits`` of the cache folder. Where they outgrow `LIMIT`, those go first that nobody read for
+`STALE` days, and then those that save the least time for their size: one inverted matrix of a catalogue is as large as
+hundreds of networks, each of which took a thousand times as long.
 """
 
 from __future__ import annotations
@@ -11,6 +13,7 @@ import json
 import logging
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
@@ -42,6 +45,8 @@ LIMIT = 4.0
 """GiB that are kept by default."""
 LEAST = 2.0
 """Seconds that a fit must have taken to be kept; reading it back would gain nothing otherwise."""
+STALE = 30
+"""Days without a reader after which a fit goes before all others: most are of older code, which nothing asks for."""
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 # What makes a fit: a change in any of these files is another fit.
@@ -151,13 +156,27 @@ def keep(model: Storable, key: str, seconds: float) -> None:
 
 
 def _trim(folder: Path, limit: float) -> None:
-    """Remove the least recently used fits until the rest is within the limit."""
-    kept = sorted(((file.stat().st_mtime, file) for file in folder.glob("*.safetensors")), reverse=True)
-    size = 0
-    for _, file in kept:
-        size += file.stat().st_size
-        if size > limit:
-            file.unlink(missing_ok=True)
+    """Remove fits until the rest is within the limit: what is stale, then what saves least time for its size."""
+    sizes = {file: file.stat().st_size for file in folder.glob("*.safetensors")}
+    size = sum(sizes.values())
+    if size <= limit:
+        return
+    from safetensors import SafetensorError, safe_open
+
+    def worth(file: Path) -> tuple[bool, float, float]:
+        try:
+            with safe_open(file, framework="numpy") as opened:
+                seconds = float((opened.metadata() or {})["seconds"])
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError):
+            return False, 0.0, 0.0
+        read = file.stat().st_mtime
+        return time.time() - read < 86_400 * STALE, seconds / sizes[file], read
+
+    for file in sorted(sizes, key=worth):
+        if size <= limit:
+            break
+        file.unlink(missing_ok=True)
+        size -= sizes[file]
 
 
 def _path(model: Storable, key: str) -> Path:
