@@ -36,8 +36,8 @@ MOST_CALLS = 4
 # Prefixes that the search of a call keeps.
 _BEAMS = 4
 # What a model reads, so that it fits a small one: lines, wishes, titles of the list, and letters of each.
-_READS = ("profile", "shown", "lines", "made")
 _LINES, _WISHES, _TITLES, _LETTERS = 4, 12, 10, 160
+_READS = ("profile", "shown", "lines", "made")
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,9 @@ class RuleManager:
             found.append(Similar(items=heard.places[:2]))
         elif state.liked and any(wish.value in state.liked for wish in heard.wishes):
             found.append(Similar())
-        elif heard.rest:
-            found.append(Search(text=heard.rest[:LONGEST], k=50))
-        elif state.query and (heard.wishes or heard.revoked):
-            # What was searched for still is: only what may be shown has changed.
-            found.append(Search(text=state.query, k=50))
+        # What was searched for still is where only what may be shown has changed.
+        elif query := heard.rest[:LONGEST] or (state.query if heard.wishes or heard.revoked else ""):
+            found.append(Search(text=query, k=50))
         return [*found, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
     def _question(self, state: State, facts: Facts) -> str:
@@ -162,16 +160,17 @@ class ModelManager:
         # A tool that was used in this turn is used up: greedy models would repeat it.
         used = {call for call, _ in moment.made}
         calls = [call for call in calls[-self.most :] if call not in used]
-        tool, cost = self._tool(moment, sorted({call.tool for call in calls}))
+        asked = self.prompt(moment)
+        tool, cost = self._tool(asked, sorted({call.tool for call in calls}))
         texts = [written(call) for call in calls if call.tool == tool]
-        (found,) = self.backend.search([self.prompt(moment)], texts, k=1, width=_BEAMS)
+        (found,) = self.backend.search([asked], texts, k=1, width=_BEAMS)
         cost += Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1)
         return read_call(texts[found.items[0]]), cost
 
-    def _tool(self, moment: Moment, tools: Sequence[str]) -> tuple[str, Cost]:
+    def _tool(self, asked: Prompt, tools: Sequence[str]) -> tuple[str, Cost]:
         begins = [f'{{"tool": "{tool}"' for tool in tools]
-        asked = [self.prompt(moment), Prompt(messages=self.template.turns(dict.fromkeys(_READS, ())))]
-        told, plain = self.backend.score(asked, [begins] * 2, closed=False)
+        empty = Prompt(messages=self.template.turns(dict.fromkeys(_READS, ())))
+        told, plain = self.backend.score([asked, empty], [begins] * 2, closed=False)
         gains = [with_ - without for with_, without in zip(told.logprobs, plain.logprobs, strict=True)]
         cost = Cost(prompt_tokens=told.prompt_tokens + plain.prompt_tokens, forwards=2)
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost

@@ -46,6 +46,11 @@ def attach(model: Any, rank: int, *, seed: int) -> None:
     base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_tensors(base)}
 
 
+def size(width: int, rank: int) -> int:
+    """Return how many weights `attach` puts on a layer of a width."""
+    return 2 * width * rank + width + rank + 1
+
+
 def _add(part: Any, inputs: tuple[Any, ...], output: Any) -> Any:
     adapter, states = getattr(part, _NAME), inputs[0]
     torch = require("torch", "train")

@@ -14,6 +14,7 @@ from llmrec.commands.show.work import Work, eval_work
 from llmrec.errors import require
 from llmrec.experiment.study import Study
 from llmrec.experiment.training import plan_training
+from llmrec.models import bottleneck
 from llmrec.models.load import device, dtype, load_config
 from llmrec.models.memory import free_bytes
 from llmrec.models.soft_prompt import METHODS
@@ -148,12 +149,11 @@ def _weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
     with torch.device("meta"):
         made = auto_class(config).from_config(config)
     tables = {id(module.weight): module.weight.numel() for _, module in named_tables(made)}
-    text = config.get_text_config()
-    soft, width = train.soft, int(text.hidden_size)
+    whole, vocabulary = sum(p.numel() for p in made.parameters()), sum(tables.values())
     if train.method in METHODS:
-        beside = 2 * width * soft.rank + width + soft.rank + 1 if train.method == "option-adapter" else 0
-        added = soft.prompts * width + beside * int(text.num_hidden_layers)
-        return sum(p.numel() for p in made.parameters()), sum(tables.values()), added
+        text, soft = config.get_text_config(), train.soft
+        beside = bottleneck.size(text.hidden_size, soft.rank) if train.method == "option-adapter" else 0
+        return whole, vocabulary, soft.prompts * text.hidden_size + beside * text.num_hidden_layers
     targets = train.lora.targets
     linear = [
         module
@@ -163,7 +163,7 @@ def _weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
         and (not targets or name.rpartition(".")[2] in targets)
     ]
     adapters = train.lora.rank * sum(module.in_features + module.out_features for module in linear)
-    return sum(p.numel() for p in made.parameters()), sum(tables.values()), adapters
+    return whole, vocabulary, adapters
 
 
 def _used() -> float:
