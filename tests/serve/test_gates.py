@@ -655,39 +655,46 @@ def test_log_lines_hold_nothing_of_anybody(served: Served, caplog: pytest.LogCap
         logging.getLogger(name).setLevel(logging.CRITICAL)
     mark = "Zx7Qmark"
     headers = {**served.bearer(admin=True), "User-Agent": mark, "Referer": f"http://localhost/{mark}", "X-Mark": mark}
-    url = served.keyed_url
     history = [{"title": f"{mark} title", "fields": {mark: mark}}]
     item = {"item_id": f"{mark}-item", "title": f"{mark} title", "fields": {"mark": mark}}
-    sent = [
-        httpx.post(f"{url}/v1/rank", json={"history": history, "user_id": mark, "profile": mark}, headers=headers),
-        httpx.post(f"{url}/v1/rank", json={"history": history, "model": mark}, headers=headers),
-        httpx.post(f"{url}/v1/rank", json={mark: mark}, headers=headers),
-        httpx.post(
-            f"{url}/v1/rank?{mark}={mark}", content=mark, headers={**headers, "Content-Type": "application/json"}
-        ),
-        httpx.put(f"{url}/v1/items", json={"items": [item]}, headers=headers),
-        httpx.get(f"{url}/v1/items?q={mark}", headers=headers),
-        httpx.get(f"{url}/v1/items/{mark}-item", headers=headers),
-        httpx.delete(f"{url}/v1/items/{mark}-item", headers=headers),
-        httpx.post(f"{url}/v1/events", json={"events": [{"user_id": mark, "item_id": "k01"}]}, headers=headers),
-        httpx.get(f"{url}/v1/users/{mark}", headers=headers),
-        httpx.delete(f"{url}/v1/users/{mark}", headers=headers),
-        httpx.get(f"{url}/v1/users/{mark}", headers=headers),
-        httpx.get(f"{url}/{mark}", headers=headers),
-        httpx.get(f"{url}/v1/models", headers={"Authorization": f"Bearer {mark}"}),
-        httpx.get(f"{url}/v1/models", headers={**headers, "Origin": f"http://{mark}"}),
-        httpx.post(f"{url}/v1/explain", json={"history": history, "item": {"title": mark}}, headers=headers),
-    ]
-    lines = [record.getMessage() for record in caplog.records if record.name == "llmrec.serve"]
-    assert len(lines) == len(sent)
-    for line, answer in zip(lines, sent, strict=True):
+
+    def lines() -> list[str]:
+        return [record.getMessage() for record in caplog.records if record.name == "llmrec.serve"]
+
+    sent: list[httpx.Response] = []
+
+    def ask(method: str, path: str, **said: Any) -> None:
+        sent.append(httpx.request(method, f"{served.keyed_url}{path}", **said))
+        # The line is written once the answer is on its way.
+        late = time.monotonic() + 10
+        while len(lines()) < len(sent) and time.monotonic() < late:
+            time.sleep(0.005)
+
+    ask("POST", "/v1/rank", json={"history": history, "user_id": mark, "profile": mark}, headers=headers)
+    ask("POST", "/v1/rank", json={"history": history, "model": mark}, headers=headers)
+    ask("POST", "/v1/rank", json={mark: mark}, headers=headers)
+    ask("POST", f"/v1/rank?{mark}={mark}", content=mark, headers={**headers, "Content-Type": "application/json"})
+    ask("PUT", "/v1/items", json={"items": [item]}, headers=headers)
+    ask("GET", f"/v1/items?q={mark}", headers=headers)
+    ask("GET", f"/v1/items/{mark}-item", headers=headers)
+    ask("DELETE", f"/v1/items/{mark}-item", headers=headers)
+    ask("POST", "/v1/events", json={"events": [{"user_id": mark, "item_id": "k01"}]}, headers=headers)
+    ask("GET", f"/v1/users/{mark}", headers=headers)
+    ask("DELETE", f"/v1/users/{mark}", headers=headers)
+    ask("GET", f"/v1/users/{mark}", headers=headers)
+    ask("GET", f"/{mark}", headers=headers)
+    ask("GET", "/v1/models", headers={"Authorization": f"Bearer {mark}"})
+    ask("GET", "/v1/models", headers={**headers, "Origin": f"http://{mark}"})
+    ask("POST", "/v1/explain", json={"history": history, "item": {"title": mark}}, headers=headers)
+    written = lines()
+    for line, answer in zip(written, sent, strict=True):
         assert re.fullmatch(r"[A-Z]+ \S+ \d{3} [\d.]+ ms key=(boss|-)", line), line
         assert line.split()[2] == str(answer.status_code)
-    written = caplog.text + httpx.get(f"{url}/metrics").text
-    assert mark not in written
+    told = caplog.text + httpx.get(f"{served.keyed_url}/metrics").text
+    assert mark not in told
     for secret in (served.key, served.admin_key, hashlib.sha256(served.admin_key.encode()).hexdigest()):
-        assert secret not in written
-    assert {"POST /v1/rank", "GET /v1/users/{user_id:path}"} <= {" ".join(line.split()[:2]) for line in lines}
+        assert secret not in told
+    assert {"POST /v1/rank", "GET /v1/users/{user_id:path}"} <= {" ".join(line.split()[:2]) for line in written}
 
 
 def test_the_page_may_load_and_ask_nothing_of_others(served: Served) -> None:
