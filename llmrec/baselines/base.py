@@ -92,6 +92,7 @@ class Baseline(Generic[C, M]):
             on a scale of logarithms, where a difference of 1 is a factor.
         FITS: How many points tuning may fit; None: as many as its search meets.
         AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
+        FITS_ON: What ``fit`` reads of a split: training rows alone, or validation rows too, as what stops a network.
         looked_at: Users whose validation interactions chose something of it, an epoch or a parameter; they do not weigh
             it in a fusion.
         recalled: Seconds that its fit took when it was made, where it was kept from then; else 0.
@@ -105,6 +106,7 @@ class Baseline(Generic[C, M]):
     SCORES: ClassVar[Literal["counts", "logits"]] = "counts"
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
+    FITS_ON: ClassVar[Literal["train", "train and valid"]] = "train and valid"
     Config: type[C]
     looked_at: frozenset[str] = frozenset()
     recalled: float = 0.0

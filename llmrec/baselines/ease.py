@@ -59,6 +59,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
         "decay": DECAYS,
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})
+    FITS_ON = "train"
 
     def fit(self, data: SplitDataset) -> None:
         """Solve for the weights by a Cholesky factorisation.

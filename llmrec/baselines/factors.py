@@ -82,6 +82,7 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
         "decay": DECAYS,
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"user", "decay"})
+    FITS_ON = "train"
 
     def fit(self, data: SplitDataset) -> None:
         """Alternate between users' and items' vectors.
@@ -165,6 +166,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
         "decay": DECAYS,
     }
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset({"decay"})
+    FITS_ON = "train"
 
     def fit(self, data: SplitDataset) -> None:
         """Draw pairs and follow the gradient.

@@ -121,7 +121,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
     Config = TransitionsTextConfig
     READS = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
-        "text": (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0, 3.0, 5.0),
+        "text": (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0, 3.0, 5.0, 8.0, 13.0, 20.0, 30.0),
         "onward": (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0),
         "sharpness": (2.0, 4.0, 6.0, 8.0, 12.0, 16.0, 24.0, 32.0),
         "text_decay": DECAYS,

@@ -102,6 +102,19 @@ def test_whatever_can_change_a_fit_makes_another(
     assert fitted("ease", {}, data, seed=0).recalled == 0.0
 
 
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_a_fit_is_found_under_other_validation_rows_only_where_it_reads_none(
+    data: SplitDataset, folder: Path, name: str
+) -> None:
+    fewer = replace(data, valid=data.valid.head(30))
+    made = fitted(name, PARAMETERS[name], fewer, seed=0)
+    found = fitted(name, PARAMETERS[name], data, seed=0)
+    assert (found.recalled > 0) == (name in ("ease", "als", "bpr"))
+    fresh = type(found)(found.config, seed=0)
+    fresh.fit(data)
+    assert np.array_equal(found.scores(requests()), fresh.scores(requests())) and found.items == made.items
+
+
 def test_what_is_damaged_is_fitted_again(data: SplitDataset, folder: Path, caplog: pytest.LogCaptureFixture) -> None:
     fitted("ease", {}, data, seed=0)
     (file,) = folder.iterdir()

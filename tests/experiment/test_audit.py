@@ -21,6 +21,7 @@ from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
 from llmrec.experiment import audit, probes
+from llmrec.experiment.leaks import checks as leaks
 from llmrec.experiment.leaks import rows as leaks_rows
 from llmrec.experiment.leaks.checks import Check, _ordered, redrawn
 from llmrec.experiment.leaks.rows import _Secrets
@@ -333,6 +334,21 @@ def test_12_a_baseline_that_learned_from_what_is_held_out(study: Study, monkeypa
 
     monkeypatch.setattr(Popularity, "fit", fit)
     assert "baselines that learned from held-out interactions" in leaking(examine(study))
+    monkeypatch.setattr(leaks, "fitted", _kept_of_another_machine)
+    assert "baselines that learned from held-out interactions" in leaking(examine(study))
+
+
+def _kept_of_another_machine(name: str, parameters: Mapping[str, Any], data: SplitDataset, *, seed: int) -> Any:
+    """Return a fit that gives other answers than one that is made here."""
+    model = leaks.make(name, parameters, seed=seed)
+    model.fit(replace(data, train=data.train.tail(10)))
+    model.recalled = 1.0
+    return model
+
+
+def test_a_kept_fit_with_other_answers_is_no_leak(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "fitted", _kept_of_another_machine)
+    assert leaks.baselines(study).verdict == "clean"
 
 
 # --------------------------------------------------------------------------- what may depend on held-out interactions

@@ -61,6 +61,7 @@ class Storable(Protocol):
 
     name: str
     AT_ANSWER: frozenset[str]
+    FITS_ON: str
 
     def state(self) -> State:
         """Return what ``fit`` made, as arrays; nothing that can be made of the data at once, and no user's id."""
@@ -79,7 +80,8 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "name": model.name,
         "config": config,
         "seed": seed,
-        "data": data.fingerprint,
+        # Half of the validation users, or all of them, are one fit where none of them is read.
+        "data": [data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
         "stores": stores_of(model.name, parameters),
         "start": _start(config.get("start")),
         "encoder": find_encoder(encoder)[1] if encoder != LSA and not encoder.startswith(STORE) else None,

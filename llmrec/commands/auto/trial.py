@@ -103,6 +103,8 @@ def search(asked: Asked) -> None:
 
 
 def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Done], *, first: bool) -> None:
+    from llmrec.baselines.base import Catalogue
+    from llmrec.baselines.item_texts import text_vectors
     from llmrec.baselines.tuning.tune import Trial, tune
     from llmrec.registry import BASELINES, lookup
 
@@ -112,6 +114,9 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
     if first:
         defaults = made.Config(**part.fixed).model_dump()
         grid = {name: (defaults[name],) for name in grid}
+    if made.READS == "texts":
+        # Vectors of texts are kept from here on: the first trial is not to look dearer than others will be.
+        text_vectors(data, Catalogue.of(data).ids, made.Config(**part.fixed))
     before = time.monotonic()
 
     def keep(trials: Sequence[Trial]) -> None:
