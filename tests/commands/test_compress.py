@@ -12,7 +12,9 @@ from typer.testing import CliRunner
 from llmrec import pipeline
 from llmrec.cli import app
 from llmrec.commands.compress import compress as compressing
-from llmrec.commands.compress.compress import TABLE, Row, chosen, compress, with_front
+from llmrec.commands.compress import page
+from llmrec.commands.compress.compress import TABLE, compress
+from llmrec.commands.compress.rows import Compressed, Row, chosen, with_front
 from llmrec.commands.export.files import SUMS, verify
 from llmrec.errors import LlmrecError
 from llmrec.experiment import bundle
@@ -48,6 +50,27 @@ def test_the_best_that_is_fast_enough_is_chosen_or_none() -> None:
     assert chosen(ROWS, 100, lower=True) == ROWS[3]
     # A row without a figure is none.
     assert chosen(ROWS, 20, lower=False) is None
+
+
+def test_the_page_draws_the_front_and_shows_every_row(tmp_path: Path) -> None:
+    rows = with_front(ROWS, lower=False)
+    best = chosen(rows, 160, lower=False)
+    found = Compressed("AUC of ctr", 50, 160.0, rows, best, tmp_path)
+    page.write(found, "<b>own</b>", tmp_path / page.PAGE)
+    text = (tmp_path / page.PAGE).read_text(encoding="utf-8")
+    assert "<b>" not in text and "&lt;b&gt;own" in text and text.count("<tr>") == 1 + len(ROWS)
+    canvas = page.front([row for row in rows if row.quality is not None], found, 540)
+    marks = [shape for shape in canvas.shapes if shape.title]
+    assert len(marks) == 5 and sum("chosen" in line for line in text.splitlines()) >= 1
+    # The front rises from left to right, and no mark lies outside.
+    (line,) = [dict(shape.at)["d"] for shape in canvas.shapes if shape.look == "curve good"]
+    points = [tuple(map(float, each.split(","))) for each in line[1:].split()]
+    assert (
+        len(points) == 3 and points == sorted(points) and [y for _, y in points] == sorted([y for _, y in points])[::-1]
+    )
+    assert all(0 <= x <= 540 and 0 <= y <= canvas.height for x, y in points)
+    page.write(Compressed("AUC of ctr", 50, 0.0, rows[:1], None, None), "none", tmp_path / page.PAGE)
+    assert "No combination has a figure" in (tmp_path / page.PAGE).read_text(encoding="utf-8")
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,6 +16,8 @@ from typing import Any
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
+from llmrec.commands.compress import page
+from llmrec.commands.compress.rows import Compressed, Row, chosen, with_front
 from llmrec.commands.export import export as exports
 from llmrec.commands.export import safety
 from llmrec.commands.export.agreement import on_validation
@@ -45,48 +47,10 @@ _APART = 0.01
 _WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One combination.
-
-    Attributes:
-        layers: Behind how many it answers.
-        dtype: Of its weights.
-        quality: The headline figure on the cases; None where it is not defined.
-        ms: Milliseconds for 20 candidates.
-        mb: Megabytes of its weights.
-        pareto: No other is as good in all three and better in one.
-    """
-
-    layers: int
-    dtype: Dtype
-    quality: float | None
-    ms: float
-    mb: float
-    pareto: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Compressed:
-    """What was measured.
-
-    Attributes:
-        metric: The figure, and the cases of it.
-        rows: Combinations, fastest first.
-        chosen: The best that is fast enough, if any is.
-        folder: Where it was exported.
-    """
-
-    metric: str
-    rows: tuple[Row, ...]
-    chosen: Row | None
-    folder: Path | None
-
-
 def compress(
     run: Path, out: Path, *, target_ms: float, users: int, depths: Sequence[int] = (), force: bool = False
 ) -> Compressed:
-    """Measure combinations, write the table beside the run, and export the one that is chosen.
+    """Measure combinations, write the table and its page beside the run, and export the one that is chosen.
 
     Args:
         run: A run folder whose model was trained.
@@ -112,9 +76,12 @@ def compress(
     found = [_measured(study, family, merged, dtype, depths) for dtype in DTYPES]
     rows = with_front([row for own in found for row in own], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
-    told = {"metric": f"{metric} of {family}", "cases": len(study.cases(family)), "target_ms": target_ms}
-    table = {**told, "rows": [asdict(row) for row in rows], "chosen": asdict(best) if best else None}
+    made = Compressed(
+        f"{metric} of {family}", len(study.cases(family)), target_ms, rows, best, out if best is not None else None
+    )
+    table = {key: value for key, value in asdict(made).items() if key != "folder"}
     write_json(run / TABLE, {**table, "machine": machine(), "llmrec": __version__})
+    page.write(made, study.recipe.name, run / page.PAGE)
     if best is not None:
 
         def change(draft: Path) -> None:
@@ -129,29 +96,7 @@ def compress(
                 )
 
         exports.export(run, exports.Options(out=out, dtype=best.dtype, users=0, force=force, change=change))
-    return Compressed(f"{metric} of {family}", rows, best, out if best else None)
-
-
-def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
-    """Return rows, the fastest first, and say of each whether it is on the Pareto front."""
-
-    def figures(row: Row) -> tuple[float, float, float]:
-        quality = float("-inf") if row.quality is None else -row.quality if lower else row.quality
-        return quality, -row.ms, -row.mb
-
-    def beaten(row: Row) -> bool:
-        own = figures(row)
-        return any(
-            all(o >= s for o, s in zip(other, own, strict=True)) and other != own for other in map(figures, rows)
-        )
-
-    return tuple(sorted((replace(row, pareto=not beaten(row)) for row in rows), key=lambda row: row.ms))
-
-
-def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
-    """Return the best row within the target, of equal ones the fastest; None where there is none."""
-    fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
-    return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
+    return made
 
 
 def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
