@@ -189,7 +189,7 @@ def _unlearned(train: TrainSection) -> set[str]:
         _UNLEARNED
         | {name for name in _OPTIONAL if getattr(train, name) is None}
         | (set() if train.method in METHODS else {"soft"})
-        | (set() if train.exits else {"exits"})
+        | {name for name in ("exits", "distill") if not getattr(train, name)}
     )
 
 

@@ -847,6 +847,10 @@ class TrainSection(Section):
     exits: bool = Field(
         False, description="the loss stands at every depth, the deeper the heavier, so that eval.exit may leave early"
     )
+    distill: Fraction = Field(
+        0.0,
+        description="with exits, the share of the loss at earlier depths whose target is what the last layer says",
+    )
     valid_rows: int = Field(32, ge=0, description="rows of the validation split whose loss is followed; 0: none")
     valid_every: Positive = Field(50, description="optimiser steps between validation losses")
     preference: PreferenceSection | None = Field(
@@ -880,6 +884,17 @@ class TrainSection(Section):
     def _a_band_takes_packing(self) -> TrainSection:
         if self.band is not None and self.packing != "tree":
             raise ValueError("train.band: only packed rows have a mask that it can cut; set train.packing=tree")
+        return self
+
+    @model_validator(mode="after")
+    def _the_last_layer_teaches_those_before(self) -> TrainSection:
+        if self.distill and not self.exits:
+            raise ValueError("train.distill: it is for the depths before the last; set train.exits=true, or drop it")
+        if self.distill and self.method in ("option", "option-adapter"):
+            raise ValueError(
+                f"train.distill: the loss of train.method={self.method} is over labels and has no teacher; set "
+                "train.method=lora, or drop it"
+            )
         return self
 
     @model_validator(mode="after")
@@ -1366,6 +1381,8 @@ class Recipe(Section):
                 "tasks.rating.head: a head is trained on ratings alone, other tasks on tokens; give rating a weight, "
                 f"and set the weight of {', '.join(others) or 'the others'} to 0, or train.only=[rating]"
             )
+        if self.train.distill:
+            raise ValueError("train.distill: the loss of tasks.rating.head has no teacher; drop one of both")
         if self.eval.backend != "hf":
             raise ValueError(
                 f"tasks.rating.head: the backend {self.eval.backend!r} reads no rating head; set eval.backend=hf"

@@ -33,9 +33,12 @@ class ExitLoss:
 
     Attributes:
         inner: The loss of the states of one depth; None: the language-model head's.
+        distill: Of the head's loss before the last layer, the share in which the target is what the last layer says of
+            every token, held fixed, and not the answer alone (Hinton et al., arXiv 1503.02531, at temperature 1).
     """
 
     inner: StateLoss | None
+    distill: float = 0.0
 
     def __call__(self, states: Any, labels: Any) -> Any:
         """Never: the states of one depth are not enough."""
@@ -45,15 +48,18 @@ class ExitLoss:
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """Sum of cross-entropies through a head; the gradients are formed in the forward pass.
 
-    Every chunk of logits is turned into d(loss)/d(hidden) = (softmax - onehot) W while it is still at hand, so no
+    Every chunk of logits is turned into d(loss)/d(hidden) = (softmax - target) W while it is still at hand, so no
     logits outlive their chunk and none are computed twice. What is trained of the head gets its gradient from the same
-    chunk, (softmax - onehot)' hidden: all of it, or the rows of new tokens in the columns of these tokens.
+    chunk, (softmax - target)' hidden: all of it, or the rows of new tokens in the columns of these tokens.
+
+    The target is 1 at the answer; where a teacher's states are given, ``share`` of it is what they say instead.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Any, weight: Any, targets: Any, rows: Any = None, places: Any = None, counts: Any = None
-    ) -> Any:
+        ctx: Any, hidden: Any, weight: Any, targets: Any, rows: Any = None, places: Any = None, counts: Any = None,
+        teacher: Any = None, share: float = 0.0,
+    ) -> Any:  # fmt: skip
         grad = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         grad_rows = None if rows is None else torch.zeros_like(rows)
@@ -64,11 +70,17 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             states, wanted = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
             logits = (states @ weight.T).float()
             peak = logits.amax(-1, keepdim=True)
-            picked = logits.gather(-1, wanted)
+            picked = (1 - share) * logits.gather(-1, wanted)
+            said = None
+            if teacher is not None:
+                said = (teacher[start : start + _CHUNK] @ weight.T).float().softmax(-1).mul_(share)
+                picked = picked + (said * logits).sum(-1, keepdim=True)
             logits.sub_(peak).exp_()
             mass = logits.sum(-1, keepdim=True)
             losses = peak + mass.log() - picked
-            logits.div_(mass).scatter_add_(-1, wanted, torch.full_like(picked, -1.0))
+            logits.div_(mass).scatter_add_(-1, wanted, torch.full_like(picked, share - 1.0))
+            if said is not None:
+                logits.sub_(said)
             if counts is not None:
                 scale = counts[start : start + _CHUNK, None]
                 losses, logits = losses * scale, logits.mul_(scale)
@@ -85,7 +97,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *upstream: Any) -> Any:
         grad, *onto = ctx.saved_tensors
         onto_weight, onto_rows = (None if each is None else each * upstream[0].to(each.dtype) for each in onto)
-        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None, None
+        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None, None, None, None
 
 
 def label_loss(
@@ -255,10 +267,16 @@ def _loss_at(
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(by, ExitLoss):
         found = [pick(states) for states in exits.depths(base, **inputs)]
-        scales = exits.weights(len(found))
-        loss = by.inner or (lambda states, wanted: _vocabulary_loss(base, states, wanted, counts))
+        scales, last = exits.weights(len(found)), found[-1].detach()
+
+        def loss(states: Any) -> Any:
+            if by.inner is not None:
+                return by.inner(states, targets)
+            taught = (last, by.distill) if by.distill and states is not found[-1] else ()
+            return _vocabulary_loss(base, states, targets, counts, *taught)
+
         count = len(targets) if by.inner or counts is None else float(counts.sum())
-        return sum(scale * loss(states, targets) for scale, states in zip(scales, found, strict=True)), count
+        return sum(scale * loss(states) for scale, states in zip(scales, found, strict=True)), count
     if by is not None:
         return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
     count = len(targets) if counts is None else float(counts.sum())
@@ -270,10 +288,20 @@ def _loss_at(
     ), count
 
 
-def _vocabulary_loss(base: Any, hidden: Any, targets: Any, counts: Any) -> Any:
-    """Return the summed cross-entropy of states, shape (n, d), through a plain head."""
+def _vocabulary_loss(base: Any, hidden: Any, targets: Any, counts: Any, teacher: Any = None, share: float = 0.0) -> Any:
+    """Return the summed cross-entropy of states, shape (n, d), through a plain head; see `_HeadLoss`."""
     head, rows, places = _head(base)
-    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places, counts)
+    taught = None if teacher is None else teacher.to(head.weight.dtype)
+    return _HeadLoss.apply(
+        hidden.to(head.weight.dtype),
+        head.weight,
+        targets,
+        rows,
+        places,
+        counts,
+        taught,
+        share if teacher is not None else 0.0,
+    )
 
 
 def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:

@@ -220,7 +220,7 @@ def train(
         by = OptionLoss(rows_of(model), len(soft.labels))
     if section.exits:
         check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
-        by = ExitLoss(by)
+        by = ExitLoss(by, section.distill)
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(save_words, model), partial(bottleneck.save, model)]
     kept += [] if head is None else [partial(save_head, head)]

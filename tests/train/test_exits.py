@@ -62,6 +62,37 @@ def test_the_loss_is_that_of_truncated_models_weighted(folder: Path) -> None:
     assert float(found) == pytest.approx(expected, rel=1e-5) and count == count_of_one
 
 
+def test_what_the_last_layer_says_is_the_target_of_a_share(folder: Path) -> None:
+    model, encoder = opened(folder)
+    row = encoder.row(examples()[0])
+    ids, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
+    wanted = labels[:, 1:] != -100
+    answers = torch.nn.functional.one_hot(labels[:, 1:][wanted], model.config.vocab_size).float()
+
+    def by_hand(share: float) -> Any:
+        found = [model.lm_head(each[:, :-1][wanted]).log_softmax(-1) for each in exits.depths(model, input_ids=ids)]
+        said = found[-1].detach().exp()
+        targets = [(1 - share) * answers + share * said] * (LAYERS - 1) + [answers]
+        losses = [-(target * each).sum() for target, each in zip(targets, found, strict=True)]
+        return sum(weight * loss for weight, loss in zip(exits.weights(LAYERS), losses, strict=True))
+
+    for share in (0.0, 0.3, 1.0):
+        found, expected = label_loss(model, ids, labels, ExitLoss(None, share))[0], by_hand(share)
+        assert found.item() == pytest.approx(expected.item(), rel=1e-5)
+        moved = [each for each in model.parameters() if each.requires_grad]
+        for one, two in zip(torch.autograd.grad(found, moved), torch.autograd.grad(expected, moved), strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [({}, "train.exits"), ({"exits": True, "method": "option"}, "train.method=lora")],
+)
+def test_distillation_that_has_no_teacher_is_refused(more: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        TrainSection(distill=0.5, **more)
+
+
 @pytest.mark.parametrize("depth", [1, 3, LAYERS])
 def test_an_exit_answers_as_the_truncated_model(folder: Path, depth: int) -> None:
     prompt = Prompt(messages=(Message("user", (Segment("text", "rating Heat"),)),))

@@ -57,5 +57,5 @@ def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
         at, up = along(row.ms), rise(float(row.quality or 0))
         told = f"{row.layers} layers, {row.dtype}: {row.quality:.4g}, {row.ms:.0f} ms, {row.mb:.0f} MB"
         canvas.mark(form, at, up, f"fill {hue}", size=8 if row == found.chosen else 5, title=told)
-        canvas.text(at, up - 10, str(row.layers), "tick halo", anchor="middle")
+        canvas.text(at, up - (14 if row == found.chosen else 10), str(row.layers), "tick halo", anchor="middle")
     return canvas
