@@ -93,8 +93,7 @@ class Baseline(Generic[C, M]):
         FITS: How many points tuning may fit; None: as many as its search meets.
         AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
         FITS_ON: What ``fit`` reads of a split: training rows alone, or validation rows too, as what stops a network.
-        looked_at: Users whose validation interactions chose something of it, an epoch or a parameter; they do not weigh
-            it in a fusion.
+        looked_at: Users whose validation interactions chose an epoch or a parameter; they do not weigh it in a fusion.
         recalled: Seconds that its fit took when it was made, where it was kept from then; else 0.
         Config: Its parameters with their defaults and bounds.
     """
