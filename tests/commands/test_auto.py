@@ -139,6 +139,21 @@ def test_a_part_that_breaks_or_takes_too_long_leaves_the_others(table: Path, tmp
     assert "ease" not in names and "popularity" in names
 
 
+def test_a_network_whose_epochs_are_too_slow_is_not_begun(table: Path, tmp_path: Path, few: None) -> None:
+    pytest.importorskip("torch")
+    lines: list[str] = []
+    search = search_of(table, tmp_path, [Part("sasrec", "sasrec", {"quiet": True, "dim": 8})], 200.0, lines)
+    slow = tmp_path / "auto" / "trials" / "sasrec.epoch.json"
+    slow.parent.mkdir()
+    slow.write_text(json.dumps({"key": search._key(search.parts[0]), "seconds": 20.0}), encoding="utf-8")
+    search.first()
+    assert search.tried["sasrec"].note == autos._SLOW and autos._SLOW in lines[-1]
+    # It is told from one epoch, which is measured once.
+    slow.write_text(json.dumps({"key": "of other data", "seconds": 20.0}), encoding="utf-8")
+    search.first()
+    assert search.tried["sasrec"].trials and 0 < json.loads(slow.read_text())["seconds"] < 20
+
+
 def test_what_promises_more_gets_more_of_the_time() -> None:
     good, weak, nothing = (autos.Tried(Part(name, "markov")) for name in ("good", "weak", "nothing"))
     good.trials, weak.trials = [Done({}, 0.08, 1.0)], [Done({}, 0.01, 1.0), Done({}, 0.04, 1.0)]

@@ -44,7 +44,7 @@ _LEAST_FINISH = 20.0
 # Of the budget, the most that one first trial may take.
 _FIRST_SHARE = 0.15
 _POLL = 0.2
-_LATE = "its time was up"
+_LATE, _SLOW = "its time was up", "its epochs are too slow for the time"
 # What is written into the folder of trials.
 _PAGE, _MENDED = "table.yaml", "table-mended.csv"
 _OWN = frozenset({_PAGE, _MENDED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
@@ -277,7 +277,7 @@ class _Search:
         # Who was cut short goes on in what the others did not need; who has no trial yet comes last.
         short = [tried for tried in able if tried.note == _LATE]
         self._round(sorted(short, key=_promise, reverse=True), first=False, allowed=lambda waiting: self._left())
-        late = [tried for tried in self.tried.values() if not tried.trials and tried.note == _LATE]
+        late = [tried for tried in self.tried.values() if not tried.trials and tried.note in (_LATE, _SLOW)]
         self._round(late, first=True, allowed=lambda waiting: self._left() / len(waiting))
         self._round([tried for tried in late if tried.trials], first=False, allowed=self._share)
 
@@ -330,6 +330,7 @@ class _Search:
             recipe=str(self.state / "data.yaml"),
             parts=[Tuning(each.part.baseline, dict(each.part.fixed), str(self._file(each.part))) for each in waiting],
             first=first,
+            within=allowed(waiting[-1:]),
             reserved=_RESERVED,
             at=str(at),
         )
@@ -353,12 +354,13 @@ class _Search:
 
     def _told(self, tried: Tried, known: int, took: float, note: str = "") -> None:
         """Take over what a part has tried, and say it."""
-        tried.note, tried.trials = note, done(self._file(tried.part), self._key(tried.part))
+        tried.trials = done(self._file(tried.part), self._key(tried.part))
+        tried.note = note or ("" if tried.trials else _SLOW)
         tried.seconds += took
         figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
         new = tried.trials[known:]
         spent = max(took, sum(trial.seconds for trial in new))
-        told = f"{figure}, {_points(len(new), 'new ')} in {duration(spent)}{f'; {note}' if note else ''}"
+        told = f"{figure}, {_points(len(new), 'new ')} in {duration(spent)}{f'; {tried.note}' if tried.note else ''}"
         self.say(f"{tried.part.label}: {told}")
 
     def _left(self) -> float:

@@ -24,6 +24,10 @@ TABLE = "excluded"
 """Rankings leave out what the user has had, as a recommender that is served does."""
 
 
+# Epochs that a network takes at least before validation stops it, and seconds of one that is long.
+_EPOCHS, _LONG = 15, 10.0
+
+
 @dataclass(frozen=True)
 class Tuning:
     """One recommender, and where its trials go.
@@ -47,6 +51,7 @@ class Asked:
         recipe: Of the data.
         parts: One after another.
         first: Of each only the first trial, at the defaults.
+        within: Seconds that a first trial may take; a network whose epochs are too slow for that is not begun.
         reserved: Share of validation users that weigh the fusion and choose nothing.
         at: A file that holds which of the parts is at work.
     """
@@ -54,6 +59,7 @@ class Asked:
     recipe: str
     parts: list[Tuning]
     first: bool
+    within: float
     reserved: float
     at: str
 
@@ -98,8 +104,32 @@ def search(asked: Asked) -> None:
         write_json(Path(asked.at), place)
         key = trial_key(data_of(recipe), part.baseline, part.fixed, asked.reserved)
         known = done(Path(part.out), key)
-        if not (asked.first and known):
+        if not (asked.first and (known or _slow(part, choosing, recipe.seed, key, asked.within))):
             _tune(part, choosing, recipe.seed, key, known, first=asked.first)
+
+
+def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) -> bool:
+    """Whether a network cannot be trained in the time, from the seconds of one epoch, which are measured once."""
+    from llmrec.baselines.parameters import make
+    from llmrec.registry import BASELINES, lookup
+
+    fields = lookup(BASELINES, part.baseline, "baseline").Config.model_fields
+    if not {"epochs", "patience"} <= fields.keys():
+        return False
+
+    def epoch() -> float:
+        begin = time.monotonic()
+        make(part.baseline, {**part.fixed, "epochs": 1}, seed=seed).fit(data)
+        return time.monotonic() - begin
+
+    file = Path(part.out).with_suffix(".epoch.json")
+    known = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if known.get("key") != key:
+        # The first one of a process has imports in it, which count where an epoch is short.
+        seconds = epoch()
+        known = {"key": key, "seconds": seconds if seconds > _LONG else min(seconds, epoch())}
+        write_json(file, known)
+    return float(known["seconds"]) * min(_EPOCHS, fields["epochs"].default) > within
 
 
 def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Done], *, first: bool) -> None:
