@@ -2,7 +2,8 @@
 
 The forms, and how they are chosen, are those of `llmrec.strategies.fusion`; what parts say is normalised over the
 candidates of a request. Where the whole catalogue is ranked, parts answer with their best items, and the candidates are
-all that any of them names; to a part that does not name one it is worth as little as the last that it names.
+all that any of them names. What a part does not name has the score of the last item that it names, on a scale of
+logarithms, and half of it where scores are counts, since these lie between that and 0.
 """
 
 from __future__ import annotations
@@ -163,6 +164,6 @@ def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np
         known = dict(zip(answer.items, answer.scores, strict=True))
     else:
         known = {item: -float(np.log(place)) for place, item in enumerate(answer.items, start=1)}
-    # What a ranking leaves out stands behind what it has.
-    least = min(known.values(), default=0.0) if kind == "logits" else 0.0
+    # What a ranking leaves out stands behind what it has; what a search leaves out, `feature` knows.
+    least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
     return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

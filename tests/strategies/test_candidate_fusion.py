@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
-from llmrec.strategies.fusion_weights import Form, Kind, Tried, Weights
+from llmrec.strategies.fusion_weights import Form, Kind, Tried, Weights, combined
 from llmrec.strategies.weighed import _Base
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
 from tests.facts import Facts, raises
@@ -215,6 +215,27 @@ def test_without_candidates_all_that_a_part_names_is_ranked() -> None:
     lists = [each.predictor.answer([cases[0].request])[0] for each in parts]
     named = {item for each in lists if isinstance(each, Ranking) for item in each.items}
     assert set(answer.items) == named and 5 <= len(named) <= 10
+
+
+@pytest.mark.parametrize(("kind", "left_out"), [("counts", 1.0), ("logits", 2.0), ("beams", 0.0)])
+def test_what_a_list_leaves_out_stands_behind_its_last_item(kind: Kind, left_out: float) -> None:
+    first, second = np.array([[8.0, 4.0, 2.0] + [0.5] * 9]), np.array([[0.5] * 9 + [8.0, 4.0, 2.0]])
+    whole = Request(id="0", user_id="u", history=(), candidates=None)
+    weights = Weights("pool", (0.7, 0.3), 0.0)
+    parts = [
+        Voice("first", _Says("first", first, keeps=3), kind),
+        Voice("second", _Says("second", second, keeps=3), kind),
+    ]
+    (found,) = CandidateFusion("joined", parts, weights).answer([whole])
+    # As if each had named the three items of the other with that score.
+    told = [
+        np.array([[*([8.0, 4.0, 2.0] + [left_out] * 3)[turn:], *([8.0, 4.0, 2.0] + [left_out] * 3)[:turn]]])
+        for turn in (0, 3)
+    ]
+    (expected,) = combined(weights, told, [kind, kind], np.zeros((1, 6), dtype=bool), None)
+    assert isinstance(found, Ranking)
+    ranked = dict(zip(found.items, found.scores, strict=True))
+    assert [ranked[item] for item in ("i00", "i01", "i02", "i09", "i10", "i11")] == pytest.approx(expected.tolist())
 
 
 def test_a_mute_part_says_the_same_of_all_and_a_request_without_any_list_is_not_answered() -> None:

@@ -20,8 +20,8 @@ from llmrec.tasks.family import family_of
 FILE = "fusions.json"
 """Where a run and an exported folder hold them."""
 
-FORMAT = 1
-"""Of the file."""
+FORMAT = 2
+"""Of the file; raised whenever the same weights give other lists than before."""
 
 
 class FusedPart(Record):
@@ -107,10 +107,17 @@ def read(folder: Path) -> list[Fused]:
     if not path.is_file():
         return []
     try:
-        return [Fused.model_validate(each) for each in checked(path.read_bytes())["fusions"]]
+        found = checked(path.read_bytes())
+        if found["format"] == FORMAT:
+            return [Fused.model_validate(each) for each in found["fusions"]]
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); run `llmrec eval` on its recipe again",
             kind="damaged",
             at=path,
         ) from error
+    raise ModelError(
+        f"{path} was written by another version, which joined lists otherwise; run `llmrec eval` on its recipe again",
+        kind="unsupported",
+        at=path,
+    )
