@@ -158,9 +158,9 @@ def test_what_promises_more_gets_more_of_the_time() -> None:
     good, weak, nothing = (autos.Tried(Part(name, "markov")) for name in ("good", "weak", "nothing"))
     good.trials, weak.trials = [Done({}, 0.08, 1.0)], [Done({}, 0.01, 1.0), Done({}, 0.04, 1.0)]
     search = autos._Search(load_recipe("recipes/quickstart.yaml"), Path(), [], time.monotonic() + 190.0, 1.0, print)
-    assert search._share([good, weak]) == pytest.approx(170.0 * 16 / 17, abs=0.5)
+    assert search._share([good, weak]) == pytest.approx(170.0 * (0.125 + 0.75 * 16 / 17), abs=0.5)
     assert search._share([weak, weak]) == pytest.approx(85.0, abs=0.5)
-    assert search._share([nothing, good]) == 0.0
+    assert search._share([nothing, good]) == pytest.approx(170.0 / 8, abs=0.5)
 
 
 def test_no_time_is_an_error_that_names_the_option(table: Path, tmp_path: Path, few: None) -> None:
