@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -23,7 +22,6 @@ from llmrec.chat.reading import Reader
 from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.tools import Tools
 from llmrec.chat.transcripts import Turn
-from llmrec.data.hashing import hash64
 from llmrec.strategies.fusion_weights import FOLDS, folds_of
 from llmrec.types import Item, Message, Prompt
 
@@ -99,25 +97,18 @@ class OtherDialogues:
 
 
 @dataclass(frozen=True)
-class Unordered:
-    """A recommender that knows nobody: it keeps to the rules, and to an order by hash."""
+class Unknowing:
+    """A recommender that knows no item, so that what the rules of a conversation leave stands as in the catalogue."""
 
-    items: Mapping[str, Item]
     rules: Rules = field(default_factory=Rules)
 
     def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
         """See `llmrec.chat.tools.Lists`."""
-        allowed = rules.allowed(self.items)
-        return [name for name in self._order if name in allowed and (not candidates or name in candidates)][:k]
+        return []
 
     def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
         """See `llmrec.chat.tools.Lists`."""
-        return self.rank((), rules, k)
-
-    @cached_property
-    def _order(self) -> list[str]:
-        names = list(self.items)
-        return [names[place] for place in np.argsort(hash64("unordered", 0, names), kind="stable")]
+        return []
 
 
 def synthetic(items: Sequence[Item], told: Floats) -> tuple[DualEncoder, list[Turn]]:
@@ -129,7 +120,7 @@ def synthetic(items: Sequence[Item], told: Floats) -> tuple[DualEncoder, list[Tu
     """
     films = {item.item_id: item for item in items if "facts" in item.fields}
     facts = Facts(films)
-    talk = Conversation(Tools(facts, Unordered(films)), RuleManager(), Reader(facts))
+    talk = Conversation(Tools(facts, Unknowing()), RuleManager(), Reader(facts))
     turns = transcript(dialogues(talk, TALKS, seed=0))
     return learn(ENCODER, of_transcript(turns, [item.item_id for item in items], ENCODER), told), turns
 

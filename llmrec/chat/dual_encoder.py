@@ -34,6 +34,8 @@ _ABOUT, _MAPS = "dual-encoder.json", "maps.safetensors"
 _BATCH, _RATE, _DECAY, _DROPOUT = 256, 1e-3, 0.1, 0.2
 # Passes at most, and without a lower loss of the dialogues that are set aside.
 _EPOCHS, _PATIENCE = 40, 3
+# Dialogues: of two that are set aside, the one's item is to be told from the other's.
+_FEWEST = 20
 # Logarithm of the factor of cosines before training.
 _SCALE = 3.0
 
@@ -137,7 +139,10 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
         items: Ids in the order of the catalogue.
         encoder: The text encoder.
     """
-    place, begun = {item: row for row, item in enumerate(items)}, [n for n, turn in enumerate(turns) if not turn.user]
+    place, begun = (
+        {item: row for row, item in enumerate(items)},
+        [n for n, turn in enumerate(turns) if turn.user is None],
+    )
     said, targets, dialogues = [], [], []
     for number, (start, end) in enumerate(pairwise([*begun, len(turns)])):
         lines = heard(turns[start + 1 : end])
@@ -178,18 +183,18 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
         seed: Of the draws.
 
     Raises:
-        DataError: If there are fewer than two dialogues.
+        DataError: If there are fewer than 20 dialogues.
         MissingExtra: If torch is not installed.
     """
     torch = require("torch", "train")
     rng = np.random.default_rng(seed)
     names = rng.permutation(np.unique(asked.dialogues))
-    if len(names) < 2:
+    if len(names) < _FEWEST:
         raise DataError(
-            f"a dual encoder learns from two dialogues or more, and there are {len(names)}; simulate more",
+            f"a dual encoder learns from {_FEWEST} dialogues or more, and there are {len(names)}; simulate more",
             kind="too-few",
         )
-    aside = np.isin(asked.dialogues, names[: max(1, len(names) // 10)])
+    aside = np.isin(asked.dialogues, names[: len(names) // 10])
     rows, judged = np.flatnonzero(~aside), np.flatnonzero(aside)
     vectors, table = torch.from_numpy(asked.vectors), torch.from_numpy(items)
     targets = torch.from_numpy(asked.targets)

@@ -72,9 +72,9 @@ def test_simulated_users_are_learned_from(
 ) -> None:
     file, folder = tmp_path / "talks.jsonl", tmp_path / "dual"
     asked = ChatOptions(model=str(run), models=("popularity",), encoder=tiny_encoder())
-    assert chat(replace(asked, simulate=6, save=file, learn=folder)) == 0
+    assert chat(replace(asked, simulate=20, save=file, learn=folder)) == 0
     turns = transcripts.read(file)
-    assert sum(turn.user is None for turn in turns) == 6 and "6 conversations" in capsys.readouterr().out
+    assert sum(turn.user is None for turn in turns) == 20 and "20 conversations" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
     assert chat(replace(asked, encoder=str(folder))) == 0
     for more in ({"learn": folder}, {"simulate": 2, "replay": file}):
