@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from numpy.typing import NDArray
 
 from llmrec.baselines.ctr.align import contrast
 from llmrec.chat.dual_encoder import Asked, DualEncoder, embedders, heard, learn, mapped, of_transcript
@@ -14,6 +15,7 @@ from llmrec.chat.reading import title_of
 from llmrec.chat.simulator import dialogues, near, transcript
 from llmrec.chat.transcripts import Turn, differences, read, write
 from llmrec.errors import DataError
+from llmrec.models.embedder import text_embedder
 from tests.chat.shelf import conversation, items
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -44,7 +46,7 @@ def test_the_same_item_and_other_goals_of_a_dialogue_are_no_wrong_answers() -> N
     assert not asked.false(np.array([0, 2])).any()
 
 
-def planted(seed: int) -> tuple[Asked, np.ndarray]:
+def planted(seed: int) -> tuple[Asked, NDArray[np.float32]]:
     """Return moments whose vectors are those of their items, turned, with noise."""
     rng = np.random.default_rng(seed)
     table = rng.normal(size=(60, 16)).astype(np.float32)
@@ -60,7 +62,7 @@ def test_it_learns_what_is_said_of_which_items() -> None:
     dual = learn("any", asked.part(np.arange(1200)), table)
     late = asked.part(np.arange(1200, 1500))
 
-    def right(context: np.ndarray, item: np.ndarray) -> float:
+    def right(context: NDArray[np.float32], item: NDArray[np.float32]) -> float:
         return float((np.argmax(mapped(late.vectors, context) @ mapped(table, item).T, axis=1) == late.targets).mean())
 
     eye = np.eye(16, dtype=np.float32)
@@ -122,7 +124,7 @@ def test_no_fold_is_scored_by_what_has_learned_from_it(monkeypatch: pytest.Monke
     turns, table = (rng.normal(size=(size, 4)).astype(np.float32) for size in (count, 9))
     lessons = []
 
-    def noted(encoder: str, asked: Asked, table: np.ndarray) -> DualEncoder:
+    def noted(encoder: str, asked: Asked, table: NDArray[np.float32]) -> DualEncoder:
         lessons.append({turns.tolist().index(row) for row in asked.vectors.tolist()})
         weights = np.full((4, 4), float(len(lessons)), dtype=np.float32)
         return DualEncoder(encoder, weights, weights)
@@ -145,3 +147,31 @@ def test_no_fold_is_scored_by_what_has_learned_from_it(monkeypatch: pytest.Monke
             OtherDialogues(each, turns, table).scores(judged)[rows] for each in (cases, replace(cases, targets=changed))
         )
         assert (one == other).all()
+
+
+def test_parts_of_the_benchmark_by_models_of_random_weights(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval.benchmarks import redial_learned
+    from eval.benchmarks.redial import Cases
+
+    for name, value in (("ENCODER", tiny_encoder()), ("MODEL", str(llama_folder)), ("TALKS", 40), ("BEAMS", 4)):
+        monkeypatch.setattr(redial_learned, name, value)
+    films = [replace(item, fields={**item.fields, "facts": "A film."}) for item in items().values()]
+    bare = replace(films[0], item_id="bare", fields={})
+    told = text_embedder(tiny_encoder())([item.title for item in (*films, bare)])
+    dual, turns = redial_learned.synthetic([*films, bare], told)
+    wanted, found, target = set(), 0, ""
+    for turn in turns:
+        target = turn.items[0] if turn.user is None else target
+        wanted.add(target)
+        found += turn.user is not None and target in turn.items
+    # Rules find most of them, though the recommender knows none.
+    assert dual.item.shape == (32, 32) and "bare" not in wanted and len(wanted) > 9
+    assert found > 20, found
+
+    titles = ["Cold Trail", "Cold Trail", "Dry River", "Orbit", "Signal", "Lena"]
+    cases = Cases(np.array([0]), np.array([4]), ["d"], ["a western"], [[2, 0]])
+    scores = redial_learned.named(cases, titles, np.array([0]))[0]
+    # Of five titles one was named before, and of another only one of two items.
+    assert scores[2] < -1e8 and scores[0] == scores[1] and (np.delete(scores, 2) > -1e8).all()

@@ -77,9 +77,10 @@ def test_simulated_users_are_learned_from(
     assert sum(turn.user is None for turn in turns) == 20 and "20 conversations" in capsys.readouterr().out
     monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
     assert chat(replace(asked, encoder=str(folder))) == 0
-    for more in ({"learn": folder}, {"simulate": 2, "replay": file}):
-        with raises(DataError, Facts("contradiction" if "replay" in more else "missing-key")):
-            chat(replace(asked, **more))
+    with raises(DataError, Facts("missing-key", column="--learn")):
+        chat(replace(asked, learn=folder))
+    with raises(DataError, Facts("contradiction", column="--simulate")):
+        chat(replace(asked, simulate=2, replay=file))
 
 
 def test_a_model_without_items_is_refused(llama_folder: Path) -> None:

@@ -85,7 +85,8 @@ def talking(models: Models, manager: Manager, encoder: str | None = None) -> Con
         raise DataError(
             "chat: this model knows no item to talk about; name a table with --items", kind="empty", column="--items"
         )
-    facts = Facts(models.items, *(() if encoder is None else embedders(encoder)))
+    embed, asked = (None, None) if encoder is None else embedders(encoder)
+    facts = Facts(models.items, embed, asked)
     lists = ModelLists(Catalogue(models.items), asking(models))
     return Conversation(Tools(facts, lists), manager, Reader(facts))
 
