@@ -1,4 +1,4 @@
-"""Retrieval for a conversation without a trained model, and what rules read in it: ReDial's test dialogues.
+"""Retrieval for a conversation, and what rules read in it: ReDial's test dialogues.
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.redial eval/results/redial.json`` reads FOLDER/convrec and
 FOLDER/movie_facts. ReDial (Li et al., NeurIPS 2018) is here in CRSLab's processing,
@@ -16,8 +16,17 @@ Parts, none of which is trained on these data but for counts of the *other* dial
 - ``named``: MiniLM between the texts of the items named so far and an item's. ``concepts``: the utterances and the mean
   vector of an item's genres, cast and year.
 
+- ``dual encoder, other dialogues``: MiniLM with maps that are learned from the cases of other dialogues
+  (`llmrec.chat.dual_encoder`). ``dual encoder, synthetic``: learned from conversations of rules with simulated users
+  over the items with facts instead (`llmrec.chat.simulator`), and from nothing of ReDial.
+- ``named by a language model``: SmolLM2-135M-Instruct reads the last utterances and names the title, by a search of the
+  token tree of all titles; on ``--named`` cases, drawn by a hash, since one takes seconds. Popularity on these cases
+  stands beside it. What the search does not find shares the last places.
+
 Mixtures are conditional logits. Weights are fitted over five folds of dialogues: those of a fold by 1,000 cases of the
-others, whose counts for the fit hold nothing of that fold. ``somebody else's context`` is the control of the text.
+others, whose counts for the fit hold nothing of that fold. A dual encoder that scores a fold has not learned from it,
+and one that scores cases for the fit has learned neither from theirs nor from the fold that is judged. ``somebody
+else's context`` is the control of the text.
 
 Slots: what `llmrec.chat.reading` reads in the users' turns of 77 dialogues of IARD (Cai and Chen, UMAP 2020), against
 gold. ReDial's terms are CC BY 4.0; nothing of the data enters the repository.
@@ -33,7 +42,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +53,12 @@ from scipy import sparse
 
 from eval.benchmarks.clustered import differences
 from eval.benchmarks.kar import table
+from eval.benchmarks.redial_learned import TALKS, OtherDialogues, named, synthetic
+from llmrec.chat.dual_encoder import ENCODER, LAST, mapped
 from llmrec.chat.facts import Facts
 from llmrec.chat.reading import Reader
 from llmrec.chat.state import ITEM, State
+from llmrec.chat.transcripts import Turn
 from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
@@ -60,8 +72,7 @@ from llmrec.strategies.fusion_weights import FOLDS, Kind, Weights, folds_of
 from llmrec.types import Item
 
 CUTS = (1, 10, 50)
-LAST = 3
-"""Utterances that a query is made of."""
+NAMED, SAME = "named by a language model", "popularity, same cases"
 KINDS: Mapping[str, Kind] = {
     "popularity": "counts",
     "co-mention": "counts",
@@ -71,11 +82,16 @@ KINDS: Mapping[str, Kind] = {
     "named": "logits",
     "concepts": "logits",
 }
+OTHERS = "dual encoder, other dialogues"
+SYNTHETIC = "dual encoder, synthetic"
+LEARNED: Mapping[str, Kind] = {OTHERS: "logits", SYNTHETIC: "logits"}
+"""Parts that learn from dialogues."""
 COUNTS = ("popularity", "co-mention")
 MIXTURES: Mapping[str, Sequence[str]] = {
     "mixture of all": list(KINDS),
     "mixture of counts": list(COUNTS),
     "mixture of popularity and text": [name for name in KINDS if name != "co-mention"],
+    **{f"mixture of all and {name}": [*KINDS, name] for name in LEARNED},
 }
 PLANNED = (
     ("mixture of all", "popularity"),
@@ -84,6 +100,14 @@ PLANNED = (
     ("encoder, text", "somebody else's context"),
 )
 """Differences of Recall@10 that are tested together."""
+PLANNED_OF_LEARNED = [
+    (name, other)
+    for learned in LEARNED
+    for name in (learned, f"mixture of all and {learned}")
+    for other in ("popularity", "mixture of counts")
+] + [(f"mixture of all and {learned}", "mixture of all") for learned in LEARNED]
+"""Those of parts that learn, planned later: a family of their own, so that the others stay as they were."""
+_FAMILIES = (PLANNED, PLANNED_OF_LEARNED)
 LEARN = 1000
 """Cases that a fold's weights are fitted to, by a hash: a handful of numbers needs no more."""
 SLOTS = {"genres": "GENRE", ITEM: "TITLE", "cast": "ACTOR", "year": "YEAR"}
@@ -190,11 +214,16 @@ def _table(pairs: set[tuple[int, int]], shape: tuple[int, int]) -> Any:
     return sparse.csr_array((np.ones(len(pairs), dtype=np.float32), np.array(sorted(pairs)).T), shape)
 
 
+def names_of(items: Sequence[Item]) -> tuple[list[str], list[str]]:
+    """Return names of items, and names with leads of pages."""
+    names = [_PLACE.sub("", item.title) for item in items]
+    return names, [f"{name}. {item.fields.get('facts', '')}" for name, item in zip(names, items, strict=True)]
+
+
 def texts(cases: Cases, items: Sequence[Item]) -> dict[str, Floats]:
     """Return what the parts that read texts say, shape (turns, items) each, and the control."""
-    embed = text_embedder("all-MiniLM-L6-v2")
-    names = [_PLACE.sub("", item.title) for item in items]
-    told = [f"{name}. {item.fields.get('facts', '')}" for name, item in zip(names, items, strict=True)]
+    embed = text_embedder(ENCODER)
+    names, told = names_of(items)
     facts = Facts({item.item_id: item for item in items}, embed)
     asked, titles, wholes = embed(cases.queries), embed(names), embed(told)
     words = BM25.of([f"{name} {' '.join(item.fields.values())}" for name, item in zip(names, items, strict=True)])
@@ -235,8 +264,17 @@ def hits(scores: Floats, cases: Cases, chosen: NDArray[np.int64] | None = None) 
     return {k: hit_rate(greater, tied, k) for k in CUTS}
 
 
-def mixed(cases: Cases, size: int, said: Mapping[str, Floats]) -> tuple[dict[str, dict[int, NDArray[np.float64]]], Any]:
-    """Return the hits of every mixture under weights of the other folds, and these weights."""
+def mixed(
+    cases: Cases, size: int, said: Mapping[str, Floats], learned: Callable[[int], Mapping[str, Floats]]
+) -> tuple[dict[str, dict[int, NDArray[np.float64]]], Any]:
+    """Return the hits of every mixture under weights of the other folds, and these weights.
+
+    Args:
+        cases: What is asked.
+        size: Items.
+        said: What parts say that learn nothing.
+        learned: Of a judged fold: what the others say for it and for the fit.
+    """
     names = np.unique(cases.dialogues)
     folds = folds_of("redial", cases.clusters)
     fold_of = dict(zip(cases.clusters, folds.tolist(), strict=True))
@@ -251,13 +289,14 @@ def mixed(cases: Cases, size: int, said: Mapping[str, Floats]) -> tuple[dict[str
     for fold in range(FOLDS):
         # What is counted for the fit knows nothing of the dialogues that judge it.
         within = counted(cases, size, np.array([fold_of.get(name) != fold for name in names]))
+        by_fold = learned(fold)
         judge = np.flatnonzero(folds == fold)
         learn = np.array([case for case in order if folds[case] != fold][:LEARN])
         for name, parts in MIXTURES.items():
-            fit = _known(cases, learn, {**said, **within}, parts, out)
+            fit = _known(cases, learn, {**said, **within, **by_fold}, parts, out)
             fitted = starts[name] = fit.logit(np.arange(len(learn)), starts.get(name))
             weights[name].append({part: round(w, 3) for part, w in zip(parts, fitted.parts, strict=True)})
-            known = _known(cases, judge, {**said, **every}, parts, out)
+            known = _known(cases, judge, {**said, **every, **by_fold}, parts, out)
             total = np.matmul(np.array(fitted.parts, dtype=np.float32), known.features())
             for k, values in hits(total, cases, judge).items():
                 found[name][k][judge] = values
@@ -268,9 +307,9 @@ def mixed(cases: Cases, size: int, said: Mapping[str, Floats]) -> tuple[dict[str
 def _known(
     cases: Cases, chosen: NDArray[np.int64], said: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
 ) -> Known:
-    raw = [said[part][cases.rows[chosen]] for part in parts]
+    raw, kinds = [said[part][cases.rows[chosen]] for part in parts], {**KINDS, **LEARNED}
     had = np.zeros_like(out[chosen])
-    return Known(raw, [KINDS[part] for part in parts], had, cases.targets[chosen], out[chosen], repeats=False)
+    return Known(raw, [kinds[part] for part in parts], had, cases.targets[chosen], out[chosen], repeats=False)
 
 
 # --------------------------------------------------------------------------- slots
@@ -346,10 +385,15 @@ def row_of(name: str, found: Mapping[int, NDArray[np.float64]], clusters: Sequen
     return row
 
 
+def _wanted(talks: Sequence[Turn]) -> int:
+    return len({turn.items for turn in talks if turn.user is None})
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     """Measure, and write what came out."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.redial")
     parser.add_argument("target", type=Path)
+    parser.add_argument("--named", type=int, default=100)
     given = parser.parse_args(arguments)
     folder, begin = Path(os.environ.get("LLMREC_DATA", ".")), time.perf_counter()
     items = items_of(folder)
@@ -360,8 +404,24 @@ def main(arguments: Sequence[str] | None = None) -> None:
     said = texts(cases, items)
     single = {**counted(cases, len(items), np.ones(len(set(cases.dialogues)), dtype=bool)), **said}
     found = {name: hits(scores, cases) for name, scores in single.items()}
-    mixtures, weights = mixed(cases, len(items), said)
+    embed = text_embedder(ENCODER)
+    others = OtherDialogues(cases, embed(cases.queries), embed(names_of(items)[1]))
+    found[OTHERS] = hits(others.alone(), cases)
+    made, talks = synthetic(items, others.items)
+    said[SYNTHETIC] = mapped(others.turns, made.context) @ mapped(others.items, made.item).T
+    found[SYNTHETIC] = hits(said[SYNTHETIC], cases)
+    mixtures, weights = mixed(cases, len(items), said, lambda fold: {OTHERS: others.scores(fold)})
     found |= mixtures
+    rows = [row_of(name, values, cases.clusters) for name, values in found.items()]
+    families = [[(a, b, found[a][10] - found[b][10], cases.clusters) for a, b in each] for each in _FAMILIES]
+    if given.named:
+        drawn = np.argsort(hash64("redial named", 0, [str(case) for case in range(len(cases.rows))]), kind="stable")
+        chosen = np.sort(drawn[: given.named])
+        of_chosen = [cases.clusters[case] for case in chosen]
+        by_model = hits(named(cases, names_of(items)[0], chosen), cases, chosen)
+        same = {k: values[chosen] for k, values in found["popularity"].items()}
+        rows += [row_of(NAMED, by_model, of_chosen), row_of(SAME, same, of_chosen)]
+        families[1].append((NAMED, SAME, by_model[10] - same[10], of_chosen))
     write_json(
         given.target,
         {
@@ -371,11 +431,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             "seeds": [],
             "items": len(items),
             "items with facts": sum("facts" in item.fields for item in items),
-            "rows": [row_of(name, values, cases.clusters) for name, values in found.items()],
-            "pairs": differences(
-                "Recall@10",
-                [(one, other, found[one][10] - found[other][10], cases.clusters) for one, other in PLANNED],
-            ),
+            "rows": rows,
+            "pairs": [each for family in families for each in differences("Recall@10", family)],
+            "synthetic": {"conversations": TALKS, "turns": len(talks) - TALKS, "items": _wanted(talks)},
+            "cases of the language model": given.named,
             "weights by fold": weights,
             "slots": slot_rows,
             "turns with slots": turns,

@@ -36,10 +36,11 @@ class Facts:
     Args:
         items: The catalogue.
         embed: A text encoder; with it search compares meanings and concepts beside words.
+        asked: The one for what is said; None: the same.
     """
 
-    def __init__(self, items: Mapping[str, Item], embed: Embed | None = None) -> None:
-        self.items, self._embed = dict(items), embed
+    def __init__(self, items: Mapping[str, Item], embed: Embed | None = None, asked: Embed | None = None) -> None:
+        self.items, self._embed, self._ask = dict(items), embed, asked or embed
         self.titles = {name: clean(item.title) or clean(name) or name for name, item in self.items.items()}
         self.values = _closed(self.items.values())
         self._spelt = {field: {value.casefold(): value for value in values} for field, values in self.values.items()}
@@ -93,8 +94,8 @@ class Facts:
         """
         words = self._index.scores(text)
         orders = [np.argsort(-words, kind="stable")[: int((words > 0).sum())]]
-        if self._embed is not None:
-            asked = self._embed([text])[0]
+        if self._ask is not None:
+            asked = self._ask([text])[0]
             orders += [np.argsort(-(table @ asked), kind="stable") for table in (self._vectors, self.concepts)]
         joined = np.zeros(len(self.items))
         for order in orders:

@@ -8,7 +8,7 @@ whether a list holds that is judged outside of it.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from difflib import SequenceMatcher
 
@@ -16,6 +16,8 @@ from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
 from llmrec.chat.reading import title_of
 from llmrec.chat.state import State
+from llmrec.chat.transcripts import Turn
+from llmrec.errors import DataError
 from llmrec.index.titles import title_key
 from llmrec.types import Cost
 
@@ -106,20 +108,31 @@ class Held:
     """A conversation that was held with a simulated user.
 
     Attributes:
-        lines: What the user said.
+        turns: What was said, called and shown.
         hit: The turn whose list held what is wanted, from 1; None: none did.
         seconds: Of the answers.
         cost: Of a language model.
-        tools: Names of the calls.
-        shown: Every item that was shown.
     """
 
-    lines: tuple[str, ...]
+    turns: tuple[Turn, ...]
     hit: int | None
     seconds: float
     cost: Cost
-    tools: tuple[str, ...]
-    shown: tuple[str, ...]
+
+    @property
+    def lines(self) -> list[str]:
+        """What the user said."""
+        return [turn.user or "" for turn in self.turns]
+
+    @property
+    def tools(self) -> list[str]:
+        """Names of the calls."""
+        return [call.tool for turn in self.turns for call in turn.calls]
+
+    @property
+    def shown(self) -> list[str]:
+        """Every item that was shown."""
+        return [item for turn in self.turns for item in turn.items]
 
 
 def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: int, begun: State | None = None) -> Held:
@@ -132,20 +145,51 @@ def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: in
         turns: At most.
         begun: The state to begin with, such as a known user's likes.
     """
-    state, asked, lines, seconds, cost = begun or State(), "", [], 0.0, Cost()
-    tools: list[str] = []
-    shown: list[str] = []
+    state, asked, held, seconds, cost = begun or State(), "", [], 0.0, Cost()
     for turn in range(1, turns + 1):
-        lines.append(user.says(asked, first=turn == 1))
+        line = user.says(asked, first=turn == 1)
         before = len(state.asked)
-        reply = conversation.answer(state, lines[-1])
+        reply = conversation.answer(state, line)
+        held.append(Turn.of(line, reply))
         state, seconds, cost = reply.state, seconds + reply.seconds, cost + reply.cost
         asked = state.asked[-1] if len(state.asked) > before else ""
-        tools += [call.tool for call in reply.calls]
-        shown += reply.items
         if target in reply.items:
-            return Held(tuple(lines), turn, seconds, cost, tuple(tools), tuple(shown))
-    return Held(tuple(lines), None, seconds, cost, tuple(tools), tuple(shown))
+            return Held(tuple(held), turn, seconds, cost)
+    return Held(tuple(held), None, seconds, cost)
+
+
+def dialogues(conversation: Conversation, count: int, seed: int, turns: int = 5) -> Iterator[tuple[str, Held]]:
+    """Hold conversations with users who each want an item drawn from the catalogue, and name no other item.
+
+    Args:
+        conversation: Over the catalogue.
+        count: Conversations.
+        seed: Decides who wants what, and how it is said.
+        turns: Of a conversation, at most.
+
+    Yields:
+        The wanted item and the conversation.
+
+    Raises:
+        DataError: If no item has an attribute that somebody could ask for.
+    """
+    facts, drawn = conversation.tools.facts, random.Random(seed)
+    names = [name for name in facts.items if facts.told(name)]
+    if not names:
+        raise DataError(
+            "no item has a field that a user could ask for; give the table of items columns such as genres or brand",
+            kind="empty",
+            column="--items",
+        )
+    for _ in range(count):
+        target, own = drawn.choice(names), drawn.randrange(2**32)
+        user = SimulatedUser(told_of(facts, target, (), own), facts.numeric, own)
+        yield target, hold(conversation, user, target, turns)
+
+
+def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
+    """Return the lines of conversations: one whose user is null begins each, and its item is what is wanted."""
+    return [turn for target, one in held for turn in (Turn(user=None, items=(target,)), *one.turns)]
 
 
 def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:

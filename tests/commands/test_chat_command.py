@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from llmrec.cli import app
 from llmrec.commands.chat.options import MOST, ChatOptions
 from llmrec.commands.chat.run import chat
 from llmrec.errors import DataError
+from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 from tests.serve.served import toy_run
 
@@ -63,6 +65,22 @@ def test_a_language_model_leads_under_the_token_tree(
     assert set(turn["items"]) <= names and bool(turn["items"]) == (ending.tool == "show")
     texts = [call.text for call in tools if isinstance(call, Search)]
     assert all(text in "something for the kitchen" for text in texts)
+
+
+def test_simulated_users_are_learned_from(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, folder = tmp_path / "talks.jsonl", tmp_path / "dual"
+    asked = ChatOptions(model=str(run), models=("popularity",), encoder=tiny_encoder())
+    assert chat(replace(asked, simulate=20, save=file, learn=folder)) == 0
+    turns = transcripts.read(file)
+    assert sum(turn.user is None for turn in turns) == 20 and "20 conversations" in capsys.readouterr().out
+    monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
+    assert chat(replace(asked, encoder=str(folder))) == 0
+    with raises(DataError, Facts("missing-key", column="--learn")):
+        chat(replace(asked, learn=folder))
+    with raises(DataError, Facts("contradiction", column="--simulate")):
+        chat(replace(asked, simulate=2, replay=file))
 
 
 def test_a_model_without_items_is_refused(llama_folder: Path) -> None:

@@ -31,12 +31,20 @@ class ChatOptions:
         str, About(metavar="rules|MODEL", help="Who chooses the tools: rules, or a language model by folder or name.")
     ] = RULES
     encoder: Annotated[
-        str | None, About(metavar="NAME", help="A text encoder, so that search compares meanings beside words.")
+        str | None,
+        About(metavar="NAME", help="A text encoder, or a folder of --learn: search compares meanings too."),
     ] = None
     k: Annotated[int, About(least=1, most=MOST, help="Items of a list.")] = 5
     save: Annotated[Path | None, About(metavar="FILE", help="Write a transcript, as JSON lines.")] = None
     replay: Annotated[
         Path | None, About(metavar="FILE", help="Hold a transcript's conversations again; 1 where an answer differs.")
+    ] = None
+    simulate: Annotated[
+        int | None, About(least=1, metavar="N", help="Hold N conversations with simulated users, who know no title.")
+    ] = None
+    seed: Annotated[int, About(least=0, help="Of the simulated users.")] = 0
+    learn: Annotated[
+        Path | None, About(metavar="FOLDER", help="Learn a dual encoder from them, over --encoder, for --encoder.")
     ] = None
     calls: Annotated[bool, About(help="Also print the calls and the seconds of each answer.")] = False
     dtype: Annotated[str, About(choices=get_args(Dtype), help="Of a language model's weights.")] = DTYPE

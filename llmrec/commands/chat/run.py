@@ -14,9 +14,11 @@ from llmrec.answering.recommender import Recommender
 from llmrec.chat import transcripts
 from llmrec.chat.calls import written
 from llmrec.chat.conversation import Conversation
+from llmrec.chat.dual_encoder import ENCODER, embedders, learn, of_transcript
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import Manager, ModelManager, RuleManager
 from llmrec.chat.reading import Reader
+from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.state import State
 from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.commands.chat.options import RULES, ChatOptions
@@ -42,6 +44,14 @@ def chat(options: ChatOptions) -> int:
                 column="--save",
             )
         transcripts.refuse_other(options.save)
+    if options.learn is not None and options.simulate is None:
+        raise DataError(
+            "--learn learns from simulated conversations; say how many with --simulate",
+            kind="missing-key",
+            column="--learn",
+        )
+    if options.simulate is not None and options.replay is not None:
+        raise DataError("--simulate and --replay exclude each other", kind="contradiction", column="--simulate")
     past = None if options.replay is None else transcripts.read(options.replay)
     turns: list[transcripts.Turn] = []
     models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
@@ -50,6 +60,10 @@ def chat(options: ChatOptions) -> int:
             conversation = talking(models, manager, options.encoder)
             if past is not None:
                 return _replayed(conversation, past)
+            if options.simulate is not None:
+                turns += transcript(dialogues(conversation, options.simulate, options.seed))
+                _simulated(conversation, turns, options)
+                return 0
             for turn in _held(conversation, options):
                 turns.append(turn)
     finally:
@@ -71,7 +85,8 @@ def talking(models: Models, manager: Manager, encoder: str | None = None) -> Con
         raise DataError(
             "chat: this model knows no item to talk about; name a table with --items", kind="empty", column="--items"
         )
-    facts = Facts(models.items, None if encoder is None else text_embedder(encoder))
+    embed, asked = (None, None) if encoder is None else embedders(encoder)
+    facts = Facts(models.items, embed, asked)
     lists = ModelLists(Catalogue(models.items), asking(models))
     return Conversation(Tools(facts, lists), manager, Reader(facts))
 
@@ -102,6 +117,19 @@ def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcri
         if options.calls:
             calls = "; ".join(map(written, reply.calls))
             _say(f"{reply.seconds:.2f} s, {reply.cost.prompt_tokens} tokens read: {calls}", "  ")
+
+
+def _simulated(conversation: Conversation, turns: list[transcripts.Turn], options: ChatOptions) -> None:
+    """Say what simulated conversations came to, and learn from them where that is asked."""
+    facts = conversation.tools.facts
+    begun = sum(turn.user is None for turn in turns)
+    tell(conversations=begun, turns=len(turns) - begun)
+    say(f"{begun} conversations, {len(turns) - begun} turns")
+    if options.learn is not None:
+        encoder = options.encoder or ENCODER
+        asked, items = of_transcript(turns, list(facts.items), encoder), text_embedder(encoder)(facts.texts)
+        learn(encoder, asked, items, options.seed).save(options.learn)
+        say(f"the dual encoder is written: llmrec chat {options.model} --encoder {options.learn}")
 
 
 def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:

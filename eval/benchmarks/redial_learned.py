@@ -1,0 +1,159 @@
+"""Parts of `eval.benchmarks.redial` that learn from dialogues, and a language model that names titles."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.answering.checks import decided
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.recommender import Recommender
+from llmrec.answering.rules import Rules
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.dual_encoder import ENCODER, Asked, DualEncoder, learn, mapped, of_transcript
+from llmrec.chat.facts import Facts
+from llmrec.chat.managers import RuleManager
+from llmrec.chat.reading import Reader
+from llmrec.chat.simulator import dialogues, transcript
+from llmrec.chat.tools import Tools
+from llmrec.chat.transcripts import Turn
+from llmrec.strategies.fusion_weights import FOLDS, folds_of
+from llmrec.types import Item, Message, Prompt
+
+if TYPE_CHECKING:
+    from eval.benchmarks.redial import Cases
+
+TALKS = 1000
+"""Simulated conversations that are learned from."""
+MODEL, BEAMS = "SmolLM2-135M-Instruct", 50
+_ASK = "{said}\n\nWhich film should be recommended now? Answer with its title alone."
+# Below any log-likelihood that a search finds.
+_UNNAMED = -1e9
+
+Floats = NDArray[np.float32]
+
+
+class OtherDialogues:
+    """Dual encoders that are learned from the dialogues of some folds.
+
+    Args:
+        cases: What is asked; vectors of turns and of items are by the untrained encoder.
+        turns: Shape (turns, d).
+        items: Shape (items, d).
+    """
+
+    def __init__(self, cases: Cases, turns: Floats, items: Floats) -> None:
+        self.folds, self._cases, self.turns, self.items = folds_of("redial", cases.clusters), cases, turns, items
+        self._numbers = np.unique(cases.clusters, return_inverse=True)[1]
+        goals: dict[str, set[int]] = {}
+        for dialogue, target in zip(cases.clusters, cases.targets, strict=True):
+            goals.setdefault(dialogue, set()).add(int(target))
+        # What the dialogue ends in elsewhere, and what was named before, are no wrong answers.
+        self._apart = [
+            frozenset(goals[dialogue] | set(cases.named[row])) - {int(target)}
+            for dialogue, row, target in zip(cases.clusters, cases.rows, cases.targets, strict=True)
+        ]
+        self._known: dict[frozenset[int], DualEncoder] = {}
+
+    def learns(self, without: frozenset[int]) -> NDArray[np.int64]:
+        """Return the cases that are learned from where some folds are left out."""
+        return np.flatnonzero(~np.isin(self.folds, list(without)))
+
+    def scores(self, judged: int) -> Floats:
+        """Return scores for the judging of a fold, and for the fit of its weights by the others, shape (turns, items).
+
+        Those of a fold are by an encoder that has learned from neither that fold nor the judged one.
+        """
+        found = np.zeros((len(self.turns), len(self.items)), dtype=np.float32)
+        for fold in range(FOLDS):
+            dual, rows = self._without(frozenset((judged, fold))), np.unique(self._cases.rows[self.folds == fold])
+            found[rows] = mapped(self.turns[rows], dual.context) @ mapped(self.items, dual.item).T
+        return found
+
+    def alone(self) -> Floats:
+        """Return the scores of every fold by the encoder that has learned from all others, shape (turns, items)."""
+        found = np.zeros((len(self.turns), len(self.items)), dtype=np.float32)
+        for fold in range(FOLDS):
+            rows = self._cases.rows[self.folds == fold]
+            found[rows] = self.scores(fold)[rows]
+        return found
+
+    def _without(self, folds: frozenset[int]) -> DualEncoder:
+        if folds not in self._known:
+            rows = self.learns(folds)
+            asked = Asked(
+                self.turns[self._cases.rows[rows]],
+                self._cases.targets[rows],
+                [self._apart[row] for row in rows],
+                self._numbers[rows],
+            )
+            self._known[folds] = learn(ENCODER, asked, self.items)
+        return self._known[folds]
+
+
+@dataclass(frozen=True)
+class Unknowing:
+    """A recommender that knows no item, so that what the rules of a conversation leave stands as in the catalogue."""
+
+    rules: Rules = field(default_factory=Rules)
+
+    def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
+        """See `llmrec.chat.tools.Lists`."""
+        return []
+
+    def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
+        """See `llmrec.chat.tools.Lists`."""
+        return []
+
+
+def synthetic(items: Sequence[Item], told: Floats) -> tuple[DualEncoder, list[Turn]]:
+    """Return a dual encoder that is learned from simulated conversations over the items with facts, and these.
+
+    Args:
+        items: All items.
+        told: Their vectors, shape (items, d).
+    """
+    films = {item.item_id: item for item in items if "facts" in item.fields}
+    facts = Facts(films)
+    talk = Conversation(Tools(facts, Unknowing()), RuleManager(), Reader(facts))
+    turns = transcript(dialogues(talk, TALKS, seed=0))
+    return learn(ENCODER, of_transcript(turns, [item.item_id for item in items], ENCODER), told), turns
+
+
+def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floats:
+    """Return log-likelihoods of the titles that a language model names, and one that is lower for all others.
+
+    Args:
+        cases: What is asked.
+        names: Titles of all items; items that are called the same share a place.
+        chosen: The cases that are asked.
+
+    Returns:
+        Shape (chosen, items).
+    """
+    columns: dict[str, list[int]] = {}
+    for column, name in enumerate(names):
+        columns.setdefault(name, []).append(column)
+    titles = list(columns)
+    place = {column: at for at, each in enumerate(columns.values()) for column in each}
+    scores = np.full((len(chosen), len(names)), _UNNAMED, dtype=np.float32)
+    prompts, out = [], []
+    for row in cases.rows[chosen]:
+        prompts.append(Prompt(messages=(Message(role="user", content=_ASK.format(said=cases.queries[row])),)))
+        # Titles all of whose items were named before.
+        had = set(cases.named[row])
+        out.append(sorted({place[each] for each in had if had.issuperset(columns[titles[place[each]]])}))
+    options = decided(RecommenderOptions(model=MODEL, backend="hf"))
+    with Recommender.open(options, ranks=False) as model, model.asked("search") as backend:
+        for at, (prompt, without) in enumerate(zip(prompts, out, strict=True)):
+            (found,) = backend.search([prompt], titles, k=BEAMS, width=BEAMS, excluded=[without])
+            for title, score in zip(found.items, found.scores, strict=True):
+                scores[at, columns[titles[title]]] = score
+            if at % 10 == 9:
+                sys.stderr.write(f"{at + 1} of {len(chosen)} named\n")
+    return scores

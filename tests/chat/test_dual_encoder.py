@@ -1,0 +1,177 @@
+"""The dual encoder: its loss by hand, what is no wrong answer, what it learns, and which dialogues it learns from."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from llmrec.baselines.ctr.align import contrast
+from llmrec.chat.dual_encoder import Asked, DualEncoder, embedders, heard, learn, mapped, of_transcript
+from llmrec.chat.reading import title_of
+from llmrec.chat.simulator import dialogues, near, transcript
+from llmrec.chat.transcripts import Turn, differences, read, write
+from llmrec.errors import DataError
+from llmrec.models.embedder import text_embedder
+from tests.chat.shelf import conversation, items
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
+
+torch = pytest.importorskip("torch", reason="the train extra is not installed")
+
+NOTHING: frozenset[int] = frozenset()
+
+
+def test_the_loss_is_the_softmax_over_the_items_of_the_batch() -> None:
+    asked, told = torch.tensor([[2.0, 0.0], [0.0, 1.0]]), torch.tensor([[1.0, 0.0], [0.6, 0.8]])
+    logits = np.array([[2.0, 1.2], [0.0, 0.8]])
+    sums = np.log(np.exp(logits).sum(axis=1)), np.log(np.exp(logits).sum(axis=0))
+    by_hand = float(np.mean([each - logits.diagonal() for each in sums]))
+    assert float(contrast(asked @ told.T, torch.zeros(2, 2, dtype=torch.bool))[0]) == pytest.approx(by_hand)
+    # The second item is no wrong answer to the first moment, which then has no other to be told from.
+    left = torch.tensor([[False, True], [False, False]])
+    alone = (np.log(np.exp(0.8) + 1) - 0.8 + np.log(np.exp(2) + 1) - 2) / 4
+    assert float(contrast(asked @ told.T, left)[0]) == pytest.approx(alone)
+
+
+def test_the_same_item_and_other_goals_of_a_dialogue_are_no_wrong_answers() -> None:
+    apart = [NOTHING, frozenset({7}), NOTHING, NOTHING]
+    asked = Asked(np.zeros((4, 2), dtype=np.float32), np.array([5, 6, 7, 5]), apart, np.arange(4))
+    expected = np.zeros((4, 4), dtype=bool)
+    expected[0, 3] = expected[3, 0] = expected[1, 2] = True
+    assert (asked.false(np.arange(4)) == expected).all()
+    assert not asked.false(np.array([0, 2])).any()
+
+
+def planted(seed: int) -> tuple[Asked, NDArray[np.float32]]:
+    """Return moments whose vectors are those of their items, turned, with noise."""
+    rng = np.random.default_rng(seed)
+    table = rng.normal(size=(60, 16)).astype(np.float32)
+    table /= np.linalg.norm(table, axis=1, keepdims=True)
+    turned = np.linalg.qr(rng.normal(size=(16, 16)))[0].astype(np.float32)
+    targets = rng.integers(60, size=1500)
+    noisy = table[targets] @ turned + 0.1 * rng.normal(size=(1500, 16)).astype(np.float32)
+    return Asked(noisy.astype(np.float32), targets, [NOTHING] * 1500, np.arange(1500) // 2), table
+
+
+def test_it_learns_what_is_said_of_which_items() -> None:
+    asked, table = planted(0)
+    dual = learn("any", asked.part(np.arange(1200)), table)
+    late = asked.part(np.arange(1200, 1500))
+
+    def right(context: NDArray[np.float32], item: NDArray[np.float32]) -> float:
+        return float((np.argmax(mapped(late.vectors, context) @ mapped(table, item).T, axis=1) == late.targets).mean())
+
+    eye = np.eye(16, dtype=np.float32)
+    assert right(dual.context, dual.item) > 0.5 > 0.1 > right(eye, eye)
+    again = learn("any", asked.part(np.arange(1200)), table)
+    assert (again.context == dual.context).all() and (again.item == dual.item).all()
+    with raises(DataError, Facts("too-few")):
+        learn("any", asked.part(np.arange(2)), table)
+
+
+def test_what_is_learned_is_kept_and_reads_texts_by_their_side(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    maps = [rng.normal(size=(32, 32)).astype(np.float32) for _ in range(2)]
+    dual = DualEncoder(tiny_encoder(), *maps)
+    dual.save(tmp_path)
+    told, asked = embedders(str(tmp_path))
+    plain, same = embedders(tiny_encoder())
+    texts = ["a comedy", "a western"]
+    assert np.allclose(asked(texts), mapped(plain(texts), maps[0])) and np.allclose(same(texts), plain(texts))
+    assert np.allclose(told(texts), mapped(plain(texts), maps[1])) and np.allclose(
+        np.linalg.norm(told(texts), axis=1), 1
+    )
+    (tmp_path / "maps.safetensors").write_bytes(b"no")
+    with raises(DataError, Facts("damaged")):
+        DualEncoder.load(tmp_path)
+
+
+def test_synthetic_dialogues_name_no_title_and_are_the_same_again(tmp_path: Path) -> None:
+    talk = conversation()
+    turns = transcript(dialogues(talk, 30, seed=1))
+    assert turns == transcript(dialogues(conversation(), 30, seed=1)) != transcript(dialogues(talk, 30, seed=2))
+    begun = [turn for turn in turns if turn.user is None]
+    assert len(begun) == 30 and all(turn.items[0] in items() for turn in begun)
+    titles = [title_of(item.title) for item in items().values()]
+    assert not [turn.user for turn in turns if turn.user for title in titles if near(turn.user, title)]
+    write(tmp_path / "talks.jsonl", turns)
+    assert read(tmp_path / "talks.jsonl") == turns and not list(differences(turns, talk))
+
+
+def test_each_line_of_a_user_asks_for_what_is_wanted() -> None:
+    turns = [
+        *(Turn(user=None, items=("f03",)), Turn(user="hi", text="hello"), Turn(user="a comedy", text="a list")),
+        *(Turn(user="more"), Turn(user=None, items=("f01",)), Turn(user="horror")),
+    ]
+    assert heard(turns[1:4]) == ["hi", "hi hello a comedy", "a comedy a list more"]
+    asked = of_transcript(turns, list(items()), tiny_encoder())
+    assert asked.targets.tolist() == [3, 3, 3, 1] and asked.dialogues.tolist() == [0, 0, 0, 1]
+    assert asked.vectors.shape == (4, 32)
+
+
+def test_no_fold_is_scored_by_what_has_learned_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from eval.benchmarks import redial_learned
+    from eval.benchmarks.redial import Cases
+    from eval.benchmarks.redial_learned import OtherDialogues
+
+    rng, count = np.random.default_rng(0), 60
+    names = [f"d{row // 2}" for row in range(count)]
+    cases = Cases(np.arange(count), rng.integers(9, size=count), names, [""] * count, [[] for _ in range(count)])
+    turns, table = (rng.normal(size=(size, 4)).astype(np.float32) for size in (count, 9))
+    lessons = []
+
+    def noted(encoder: str, asked: Asked, table: NDArray[np.float32]) -> DualEncoder:
+        lessons.append({turns.tolist().index(row) for row in asked.vectors.tolist()})
+        weights = np.full((4, 4), float(len(lessons)), dtype=np.float32)
+        return DualEncoder(encoder, weights, weights)
+
+    monkeypatch.setattr(redial_learned, "learn", noted)
+    others = OtherDialogues(cases, turns, table)
+    folds = others.folds
+    assert len({*folds.tolist()}) == 5 and all(folds[row] == folds[row + 1] for row in range(0, count, 2))
+    for judged in range(5):
+        before = len(lessons)
+        others.scores(judged)
+        assert all(not seen & set(np.flatnonzero(folds == judged).tolist()) for seen in lessons[before:])
+    # One for each fold, and one for each two.
+    assert len(lessons) == 15
+    monkeypatch.undo()
+    for judged, fold in ((0, 0), (0, 1)):
+        changed = np.where(np.isin(folds, [judged, fold]), (cases.targets + 1) % 9, cases.targets)
+        rows = np.flatnonzero(folds == fold)
+        one, other = (
+            OtherDialogues(each, turns, table).scores(judged)[rows] for each in (cases, replace(cases, targets=changed))
+        )
+        assert (one == other).all()
+
+
+def test_parts_of_the_benchmark_by_models_of_random_weights(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from eval.benchmarks import redial_learned
+    from eval.benchmarks.redial import Cases
+
+    for name, value in (("ENCODER", tiny_encoder()), ("MODEL", str(llama_folder)), ("TALKS", 40), ("BEAMS", 4)):
+        monkeypatch.setattr(redial_learned, name, value)
+    films = [replace(item, fields={**item.fields, "facts": "A film."}) for item in items().values()]
+    bare = replace(films[0], item_id="bare", fields={})
+    told = text_embedder(tiny_encoder())([item.title for item in (*films, bare)])
+    dual, turns = redial_learned.synthetic([*films, bare], told)
+    wanted, found, target = set(), 0, ""
+    for turn in turns:
+        target = turn.items[0] if turn.user is None else target
+        wanted.add(target)
+        found += turn.user is not None and target in turn.items
+    # Rules find most of them, though the recommender knows none.
+    assert dual.item.shape == (32, 32) and "bare" not in wanted and len(wanted) > 9
+    assert found > 20, found
+
+    titles = ["Cold Trail", "Cold Trail", "Dry River", "Orbit", "Signal", "Lena"]
+    cases = Cases(np.array([0]), np.array([4]), ["d"], ["a western"], [[2, 0]])
+    scores = redial_learned.named(cases, titles, np.array([0]))[0]
+    # Of five titles one was named before, and of another only one of two items.
+    assert scores[2] < -1e8 and scores[0] == scores[1] and (np.delete(scores, 2) > -1e8).all()
