@@ -23,7 +23,7 @@ from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.tools import Tools
 from llmrec.chat.transcripts import Turn
 from llmrec.strategies.fusion_weights import FOLDS, folds_of
-from llmrec.types import Item, Message, Prompt
+from llmrec.types import Item, Message, Prompt, Segment
 
 if TYPE_CHECKING:
     from eval.benchmarks.redial import Cases
@@ -144,7 +144,7 @@ def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floa
     scores = np.full((len(chosen), len(names)), _UNNAMED, dtype=np.float32)
     prompts, out = [], []
     for row in cases.rows[chosen]:
-        prompts.append(Prompt(messages=(Message(role="user", content=_ASK.format(said=cases.queries[row])),)))
+        prompts.append(Prompt(messages=(Message("user", (Segment("text", _ASK.format(said=cases.queries[row])),)),)))
         # Titles all of whose items were named before.
         had = set(cases.named[row])
         out.append(sorted({place[each] for each in had if had.issuperset(columns[titles[place[each]]])}))

@@ -118,7 +118,7 @@ def test_no_fold_is_scored_by_what_has_learned_from_it(monkeypatch: pytest.Monke
     from eval.benchmarks.redial import Cases
     from eval.benchmarks.redial_learned import OtherDialogues
 
-    rng, count = np.random.default_rng(0), 60
+    rng, count = np.random.default_rng(0), 120
     names = [f"d{row // 2}" for row in range(count)]
     cases = Cases(np.arange(count), rng.integers(9, size=count), names, [""] * count, [[] for _ in range(count)])
     turns, table = (rng.normal(size=(size, 4)).astype(np.float32) for size in (count, 9))
