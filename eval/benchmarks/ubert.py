@@ -104,8 +104,8 @@ def settings(seed: int, given: argparse.Namespace, folder: Path) -> dict[str, tu
     write_text(lexicon, "\n".join(word for words in OPINIONS.values() for word in words) + "\n")
     taught: dict[str, Mapping[str, Any]] = {NONE: {}}
     told = {**PARAMETERS, "lexicon": str(lexicon), "pretrain": given.pretrain}
-    for name, more in ((PRETRAINED, {}), (SHUFFLED, {"shuffled": True})):
-        teacher = UBert(UBert.Config(**told, **more), seed=seed)
+    for name in (PRETRAINED, SHUFFLED):
+        teacher = UBert(UBert.Config(**told, shuffled=name == SHUFFLED), seed=seed)
         teacher.pretrained(rich)
         teacher.save(folder / name.replace(" ", "-"), rich)
         taught[name] = {"start": str(folder / name.replace(" ", "-"))}

@@ -18,7 +18,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
-from llmrec.baselines.epochs import Epochs, Learner, until_least
+from llmrec.baselines.networks.epochs import Epochs, Learner, until_least
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
 from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda

@@ -258,7 +258,8 @@ def test_pretraining_goes_to_another_domain_without_its_users(encoder: str, tmp_
     with pytest.raises(RuntimeError, match="fit"):
         teacher.answer(_asked(("u00", "i1")))
     teacher.save(tmp_path / "start", source)
-    plain, begun = (_model(encoder, **more)._begun(target).network for more in ({}, {"start": str(tmp_path / "start")}))
+    plain = _model(encoder)._begun(target).network
+    begun = _model(encoder, start=str(tmp_path / "start"))._begun(target).network
     taught = teacher._taught
     assert taught is not None
     for name, weight in begun.state_dict().items():

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from llmrec import __version__
-from llmrec.baselines import carried
 from llmrec.baselines.base import Baseline
-from llmrec.baselines.epochs import until_least
+from llmrec.baselines.networks import carried
+from llmrec.baselines.networks.epochs import until_least
 from llmrec.baselines.neural import put_back, stopped_by, weights_of
 from llmrec.baselines.rated import Ratings, rate, ratings
 from llmrec.baselines.tuning.validation import rating_cases

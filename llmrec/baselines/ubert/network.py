@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from llmrec.baselines.base import AboveZero
 from llmrec.baselines.item_texts import LSA, STORE, TextsConfig
 from llmrec.baselines.rated import Ratings
-from llmrec.baselines.ubert.reviews import Reviews, Side, Tokens
+from llmrec.baselines.ubert.reviews import SIDES, Reviews, Side, Tokens
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 
@@ -148,7 +148,7 @@ class Reviewed:
     def settle(self) -> None:
         """Take the means that unknown users and items have."""
         self.usual = {}
-        self.usual = {side: self.vectors(side).mean(dim=0) for side in ("user", "item")}
+        self.usual = {side: self.vectors(side).mean(dim=0) for side in SIDES}
 
 
 def projected(network: Any, states: Any, dropout: float) -> Any:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 Side = Literal["user", "item"]
+SIDES: tuple[Side, ...] = ("user", "item")
 Span = tuple[int, int]
 """Characters of a text that a token stands for."""
 

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from llmrec.baselines import carried
 from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
 from llmrec.baselines.item_texts import STORE, text_vectors
+from llmrec.baselines.networks import carried
 from llmrec.baselines.neural import (
     batches_of,
     over_all,
