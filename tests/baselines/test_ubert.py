@@ -59,13 +59,13 @@ def _data(name: str = "planted", kind: str = "last_share") -> SplitDataset:
             word = words[item % 4]
             text = f"Title {user} of {item}: it is {word}"
             rows.append((f"u{user:02d}", f"i{item}", OPINIONS[word], float(step), text))
-    for item, step in ((8, 8.0), (9, 9.0)):
+    for item in (8, 9):
         rows = [row for row in rows if row[:2] != ("u00", f"i{item}")]
-        rows.append(("u00", f"i{item}", 3.0, step - 20, "the same again"))
+        rows.append(("u00", f"i{item}", 3.0, item - 20.0, "the same again"))
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     items = {f"i{n}": Item(item_id=f"i{n}", title=f"Title {n}") for n in range(10)}
     whole = Dataset(name=name, noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0))
-    return split(whole, Split(kind=kind, valid=0.15, test=0.15), seed=0)  # type: ignore[arg-type]
+    return split(whole, Split(kind=kind, valid=0.15, test=0.15), seed=0)
 
 
 def _model(encoder: str, **settings: Any) -> UBert:

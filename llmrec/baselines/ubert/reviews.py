@@ -109,7 +109,8 @@ class Reviews:
             if said:
                 by = self.users[found] == user
                 same |= by & np.array([self.texts[row] in said for row in found.tolist()], dtype=bool)
-        return found[~same][-most:]
+        kept: NDArray[np.int64] = found[~same][-most:]
+        return kept
 
 
 @dataclass(frozen=True)
