@@ -109,6 +109,7 @@ BASELINES: Mapping[str, str] = {
     "user-item-bias": "llmrec.baselines.rating:UserItemBias",
     "mf": "llmrec.baselines.mf:MF",
     "svd": "llmrec.baselines.mf:SVD",
+    "ubert": "llmrec.baselines.ubert.baseline:UBert",
     "like-ratio": "llmrec.baselines.yes_no:LikeRatio",
     "logistic": "llmrec.baselines.yes_no:Logistic",
     "din": "llmrec.baselines.ctr.din:DIN",

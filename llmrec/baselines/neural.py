@@ -7,7 +7,6 @@ items with training interactions only: nothing could be learned about others.
 
 from __future__ import annotations
 
-import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,10 +18,10 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
+from llmrec.baselines.networks.epochs import Epochs, Learner, until_least
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
 from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda
-from llmrec.progress import Bar
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request
 
@@ -41,8 +40,6 @@ log = logging.getLogger(__name__)
 _CELLS, _GPU_CELLS = 1 << 19, 1 << 26
 # Sequences that are scored together.
 _ROWS = 512
-# What the line of progress says of the epochs.
-_TOLD = ("epochs  {task.fields[loss]}  {task.fields[best]}",)
 # Validation cases that decide when to stop; a sample of more moves the third digit of NDCG@10 only.
 _STOP_CASES = 10_000
 
@@ -250,22 +247,20 @@ def put_back(network: Any, state: Mapping[str, NDArray[Any]]) -> None:
     network.eval()
 
 
-class Learner(CatalogueScorer, Protocol):
-    """A scorer with a torch network that learns."""
-
-    network: Any
+class Scorer(Learner, CatalogueScorer, Protocol):
+    """And scores the catalogue."""
 
 
 def until_best(
-    model: Learner,
+    model: Scorer,
     cases: Sequence[Case],
-    config: NeuralConfig,
+    config: Epochs,
     learn: Callable[[Any], float],
     *,
     rates: Sequence[Mapping[str, Any]] | None = None,
     learned: bool = False,
 ) -> int:
-    """Train until validation NDCG@10 has not risen for ``patience`` epochs, and keep the best epoch's weights.
+    """Train by validation NDCG@10; see `until_least`.
 
     Args:
         model: Scores with the network as it stands.
@@ -278,30 +273,12 @@ def until_best(
     Returns:
         The epoch that was kept, from 1; 0: the network as it was.
     """
-    torch, network = require("torch", "baselines"), model.network
-    optimiser = torch.optim.AdamW(
-        rates or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
-    )
-    best, kept, since = -math.inf, None, 0
-    early = config.patience is not None
-    with Bar(model.name, config.epochs, unit="epochs", quiet=config.quiet, early=early, passing=True) as bar:
-        for epoch in range(0 if learned and cases else 1, config.epochs + 1):
-            mean = learn(optimiser) if epoch else math.nan
-            bar.reach(epoch, f"loss {mean:.3f}")
-            if not cases:
-                continue
-            value = mean_ndcgs(model, cases)["excluded"]
-            log.info("epoch %d: loss %.4f, validation NDCG@10 %.4f", epoch, mean, value)
-            since += 1
-            if value > best:
-                best, kept, since = value, (epoch, copy.deepcopy(network.state_dict())), 0
-            bar.reach(epoch, f"loss {mean:.3f}, validation NDCG@10 {value:.4f}, best {best:.4f}")
-            if config.patience is not None and since >= config.patience:
-                break
-    if kept is not None:
-        network.load_state_dict(kept[1])
-    network.eval()
-    return kept[0] if kept else config.epochs
+
+    def missing() -> float:
+        return -mean_ndcgs(model, cases)["excluded"]
+
+    judge = missing if cases else None
+    return until_least(model, judge, config, learn, measure="NDCG@10", sign=-1, rates=rates, learned=learned)
 
 
 def _epoch(network: Any, encode: Encode, batches: Iterator[Batch], optimiser: Any, loss: Any) -> float:

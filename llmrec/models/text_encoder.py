@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -114,18 +114,30 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
     Raises:
         ModelError: See `open_encoder`.
     """
-    torch, encoder = require("torch", "train"), open_encoder(folder)
-    encoded = encoder.tokens(texts)
+    encoder = open_encoder(folder)
     vectors = np.zeros((len(texts), encoder.model.config.hidden_size), dtype=np.float32)
-    with Bar("encoding", len(texts), unit="texts", quiet=len(texts) < _MANY) as bar, torch.inference_mode():
-        for rows in batches_of([len(ids) for ids in encoded]):
-            batch = encoder.padded([encoded[row] for row in rows])
-            states = encoder.model(**batch).last_hidden_state
-            vectors[rows] = encoder.pooled(states, batch["attention_mask"]).cpu().numpy()
-            bar.advance(len(rows))
+    for rows, states, mask in states_of(encoder, encoder.tokens(texts)):
+        vectors[rows] = encoder.pooled(states, mask).cpu().numpy()
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     unit: NDArray[np.float32] = vectors / np.maximum(lengths, 1e-12)
     return unit
+
+
+def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
+    """Yield some of the texts at a time: their places, last hidden states and mask, shapes (n, tokens, d), (n, tokens).
+
+    Args:
+        encoder: Open.
+        encoded: The tokens of each text.
+    """
+    torch = require("torch", "train")
+    with Bar("encoding", len(encoded), unit="texts", quiet=len(encoded) < _MANY) as bar:
+        for rows in batches_of([len(ids) for ids in encoded]):
+            batch = encoder.padded([encoded[row] for row in rows])
+            with torch.no_grad():
+                states = encoder.model(**batch).last_hidden_state
+            yield rows, states, batch["attention_mask"]
+            bar.advance(len(rows))
 
 
 def _longest(folder: str, model: Any) -> int:

@@ -385,7 +385,8 @@ FAMILY = Family(
     answer=Rating,
     headline="RMSE",
     strategies=("expected", "parsed", "head"),
-    baselines=RATERS,
+    # It reads what others wrote before, and is no use beside the review itself.
+    baselines=(*RATERS, "ubert"),
     controls=RATING_CONTROLS,
     column="rating",
     lacking=NO_RATINGS,

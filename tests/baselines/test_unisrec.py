@@ -18,7 +18,6 @@ from llmrec.baselines.neural import Batch
 from llmrec.baselines.unisrec.baseline import UniSRec
 from llmrec.baselines.unisrec.contrast import Fewer, changed_sequences, contrastive
 from llmrec.baselines.unisrec.network import adapted, gates_of, network_of
-from llmrec.baselines.unisrec.weights import CARD
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import Features, Provenance, publish
 from llmrec.data.split import SplitDataset, split
@@ -32,6 +31,7 @@ torch = pytest.importorskip("torch")
 
 TOPICS = 5
 WORDS = ("anvil", "banjo", "candle", "drum", "engine")
+CARD = "unisrec.json"
 SMALL: dict[str, Any] = {
     "dim": 16,
     "layers": 1,

@@ -57,13 +57,14 @@ NEEDS = {
 }
 # CTR hosts differ in one function, which tests/baselines/test_ctr_hosts.py looks at; what they share is tested of one.
 ALIKE = {"din", "dcn", "autoint"}
-# It loads a language model: tests/baselines/test_late.py.
-ELSEWHERE = ALIKE | {"late-interaction"}
+# They read tokens by a model: tests/baselines/test_late.py, tests/baselines/test_ubert.py.
+ELSEWHERE = ALIKE | {"late-interaction", "ubert"}
 ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is not None and name not in ELSEWHERE)
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
 # What reads the review that a request shows.
 READING = ("text-ridge", "first-sentence")
-RATING = tuple(dict.fromkeys([*family_of("rating").baselines, *family_of("stars").baselines]))
+RATERS = dict.fromkeys([*family_of("rating").baselines, *family_of("stars").baselines])
+RATING = tuple(name for name in RATERS if name in ALL)
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Their validation split chooses when to stop.

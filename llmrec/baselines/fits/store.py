@@ -84,6 +84,7 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "data": [data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
         "stores": stores_of(model.name, parameters),
         "start": _start(config.get("start")),
+        "lexicon": _words(config.get("lexicon")),
         "encoder": find_encoder(encoder)[1] if encoder != LSA and not encoder.startswith(STORE) else None,
         "bf16": cpu_has_bf16(),
         # Sums are added up in another order on a GPU.
@@ -98,6 +99,11 @@ def _start(folder: str | None) -> str | None:
     """Return a hash over the weights that a fit starts from; None without any, or where ``fit`` will refuse them."""
     sealed = Path(folder or "") / MANIFEST
     return sha256_of(sealed) if folder and sealed.is_file() else None
+
+
+def _words(file: str | None) -> str | None:
+    """Return a hash over a list of words; None without any, or where ``fit`` will refuse it."""
+    return sha256_of(Path(file)) if file and Path(file).is_file() else None
 
 
 def keeps() -> bool:

@@ -12,6 +12,7 @@ import numpy as np
 
 from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
 from llmrec.baselines.item_texts import STORE, text_vectors
+from llmrec.baselines.networks import carried
 from llmrec.baselines.neural import (
     batches_of,
     over_all,
@@ -24,7 +25,6 @@ from llmrec.baselines.neural import (
 )
 from llmrec.baselines.unisrec.contrast import Fewer, contrasted
 from llmrec.baselines.unisrec.network import UniSRecConfig, Universal, network_of
-from llmrec.baselines.unisrec.weights import load, save
 from llmrec.errors import RecipeError, require
 from llmrec.results import Reads
 from llmrec.types import Request
@@ -36,6 +36,8 @@ if TYPE_CHECKING:
 
 # Validation cases that decide when to stop.
 _STOP_CASES = 5_000
+# What weights of another domain must agree in, and vectors of single items, which mean nothing elsewhere.
+_SHAPE, _OWN = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
 
 
 class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
@@ -111,7 +113,15 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         Raises:
             RecipeError: If the vectors of texts are those of this data set alone.
         """
-        save(self._fitted, Path(folder), data)
+        config = self._config
+        if not config.named:
+            raise RecipeError(
+                f"unisrec: {config.encoder} makes other vectors of every data set, so that its weights are of no use "
+                "in another one; name a text encoder",
+                kind="unsupported",
+                column="encoder",
+            )
+        carried.save(Path(folder), data, **self._carried(self._fitted))
 
     def extended(self, data: SplitDataset) -> UniSRec:
         """Return one with the same weights that ranks the catalogue of ``data``, whose interactions are not read.
@@ -156,6 +166,11 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         """Return the logits after each history, shape (n, items)."""
         return self._fitted.scores(requests)
 
+    def _carried(self, model: Universal) -> dict[str, Any]:
+        """Return what goes to another domain, as `carried` takes it."""
+        shape = {key: getattr(self._config, key) for key in _SHAPE} | {"width": model.vectors.shape[1]}
+        return {"name": self.name, "network": model.network, "shape": shape, "own": _OWN, "config": self._config}
+
     def _over(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
         """Return a network that has learned nothing."""
         popular = counts(events, catalogue)
@@ -171,7 +186,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         events = Log.of(data, catalogue)
         model = self._over(catalogue, _vectors(data, catalogue, config), events)
         if config.start is not None:
-            load(model, config.start, data)
+            carried.load(config.start, data, **self._carried(model))
         numbers = model.own[events.items].astype(np.int32)
         pieces = pieces_of(replace(events, items=numbers), config.max_len)
         if config.pretrain:

@@ -1,0 +1,187 @@
+"""What pretraining on another domain's reviews adds to U-BERT (Qiu et al., AAAI 2021), on planted data alone.
+
+``python -m eval.benchmarks.ubert eval/results/ubert.json`` writes two synthetic domains for each seed, with other users
+and other items, and the same language. A user weighs six aspects, an item is good, plain or bad at each, and a rating
+is 3 plus the sum of weights times qualities, with noise, rounded to stars. A review names two aspects, drawn by the
+user's weights, with an opinion word that fits the item. The source domain has many reviews, the target domain few per
+user. So what a user weighs stands in the user's reviews, what an item is like in the item's, and the rating follows
+from both, which is what U-BERT assumes: a claim about these data is none about reviews that people write.
+
+The settings: no pretraining; pretrained on the source by masked opinion words and ratings of single reviews; the same
+with the texts of the source dealt out anew, so that words no longer tell of user and rating; weights of a U-BERT that
+was fitted to the ratings of the source, which is more than the paper's pretraining. Controls: biases of user and item,
+and the mean. Every seed draws data and weights; intervals are over all users of the target domains.
+
+It has not been run to its end yet, so that nothing is known of what pretraining adds, and parameters are untried.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+from numpy.typing import NDArray
+
+from llmrec.baselines.parameters import make
+from llmrec.baselines.tuning.validation import rating_cases
+from llmrec.baselines.ubert.baseline import UBert
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import split
+from llmrec.durable import write_json, write_text
+from llmrec.machine import machine, versions
+from llmrec.metrics.multiple import decide, enough
+from llmrec.metrics.stats import interval, paired_of
+from llmrec.recipe.schema import Split
+from llmrec.types import Item, Rating
+
+ASPECTS = ("sound", "build", "price", "comfort", "look", "service")
+OPINIONS: Mapping[int, tuple[str, ...]] = {
+    1: ("great", "superb", "lovely", "excellent"),
+    0: ("average", "ordinary", "acceptable", "usual"),
+    -1: ("awful", "poor", "dreadful", "terrible"),
+}
+SENTENCES = (
+    "The {aspect} is {word}.",
+    "I find the {aspect} {word}.",
+    "For me, {word} {aspect}.",
+    "It has {word} {aspect}.",
+)
+NONE, PRETRAINED, SHUFFLED, FITTED = (
+    "no pretraining",
+    "pretrained",
+    "pretrained on shuffled reviews",
+    "fitted to the source",
+)
+BIAS, MEAN = "user-item-bias", "global-mean"
+PAIRS = ((PRETRAINED, NONE), (PRETRAINED, SHUFFLED), (PRETRAINED, BIAS), (NONE, BIAS), (FITTED, NONE))
+"""Planned: RMSE of the first less that of the second."""
+PARAMETERS: Mapping[str, Any] = {"tokens": 24, "reviews": 8, "learning_rate": 3e-3, "quiet": True}
+
+
+def domain(name: str, users: int, items: int, reviews: int, rng: np.random.Generator) -> Dataset:
+    """Return ratings and reviews of so many users with so many reviews each."""
+    quality = rng.integers(-1, 2, (items, len(ASPECTS)))
+    weights = 2.0 * rng.dirichlet(np.full(len(ASPECTS), 0.4), users)
+    rows = []
+    for user in range(users):
+        for step, item in enumerate(rng.choice(items, reviews, replace=False).tolist()):
+            exact = 3 + weights[user] @ quality[item] + rng.normal(0, 0.3)
+            drawn = rng.choice(len(ASPECTS), 2, p=weights[user] / weights[user].sum())
+            text = " ".join(_sentence(int(each), int(quality[item, each]), rng) for each in drawn)
+            stars = float(np.clip(np.rint(exact), 1, 5))
+            rows.append((f"{name}-u{user}", f"{name}-i{item}", stars, float(step), text))
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
+    names = {f"{name}-i{item}" for item in range(items)} & set(frame["item_id"].unique())
+    known = {each: Item(item_id=each, title=each) for each in sorted(names)}
+    return Dataset(name=name, noun="products", interactions=frame, items=known, rating_scale=(1.0, 5.0))
+
+
+def _sentence(aspect: int, quality: int, rng: np.random.Generator) -> str:
+    word = OPINIONS[quality][rng.integers(len(OPINIONS[quality]))]
+    return SENTENCES[rng.integers(len(SENTENCES))].format(aspect=ASPECTS[aspect], word=word)
+
+
+def settings(seed: int, given: argparse.Namespace, folder: Path) -> dict[str, tuple[NDArray[np.float64], list[str]]]:
+    """Fit every setting with one seed, and return squared errors on the test split with the users, by name."""
+    rng = np.random.default_rng([seed, 5])
+    rich = split(
+        domain(f"source{seed}", given.users, given.items, 10, rng),
+        Split(kind="last_share", valid=0.1, test=0.1),
+        seed=seed,
+    )
+    poor = split(
+        domain(f"target{seed}", given.users, given.items, 10, rng),
+        Split(kind="last_share", valid=0.2, test=0.4),
+        seed=seed,
+    )
+    lexicon = folder / "lexicon.txt"
+    write_text(lexicon, "\n".join(word for words in OPINIONS.values() for word in words) + "\n")
+    taught: dict[str, Mapping[str, Any]] = {NONE: {}}
+    told = {**PARAMETERS, "lexicon": str(lexicon), "pretrain": given.pretrain}
+    for name in (PRETRAINED, SHUFFLED):
+        teacher = UBert(UBert.Config(**told, shuffled=name == SHUFFLED), seed=seed)
+        teacher.pretrained(rich)
+        teacher.save(folder / name.replace(" ", "-"), rich)
+        taught[name] = {"start": str(folder / name.replace(" ", "-"))}
+    whole = UBert(UBert.Config(**PARAMETERS), seed=seed)
+    whole.fit(rich)
+    whole.save(folder / "fitted", rich)
+    taught[FITTED] = {"start": str(folder / "fitted")}
+    models = {name: make("ubert", {**PARAMETERS, **more}, seed=seed) for name, more in taught.items()}
+    models |= {BIAS: make(BIAS, {"recency": 0.0}, seed=seed), MEAN: make(MEAN, {}, seed=seed)}
+    # The test split as cases; nothing else reads it.
+    cases = rating_cases(replace(poor, valid=poor.test))
+    users = [case.request.user_id for case in cases]
+    found = {}
+    for name, model in models.items():
+        model.fit(poor)
+        answers = model.answer([case.request for case in cases])
+        values = [answer.value for answer in answers if isinstance(answer, Rating)]
+        found[name] = (np.array(values) - [float(case.truth) for case in cases]) ** 2, users
+        sys.stdout.write(f"seed {seed}: {name} {float(np.sqrt(found[name][0].mean())):.4f}\n")
+        sys.stdout.flush()
+    return found
+
+
+def pairs(errors: Mapping[str, NDArray[np.float64]], users: Sequence[str]) -> list[dict[str, Any]]:
+    """Return the planned differences of RMSE, corrected together by Holm's method; users are resampled."""
+    owner = np.unique(np.array(users, dtype=object), return_inverse=True)[1]
+    sizes = np.bincount(owner).astype(np.float64)
+    sums = {name: np.bincount(owner, weights=values) for name, values in errors.items()}
+    found = []
+    for one, other in PAIRS:
+
+        def difference(rows: NDArray[np.intp], a: str = one, b: str = other) -> NDArray[np.float64]:
+            count = sizes[rows].sum(axis=1)
+            roots = [np.sqrt(sums[name][rows].sum(axis=1) / count) for name in (a, b)]
+            return np.asarray(roots[0] - roots[1])
+
+        found.append(paired_of(difference, len(sizes), resamples=enough(2000, len(PAIRS)), seed=0))
+    return [{"a": one, "b": other, **asdict(each)} for (one, other), each in zip(PAIRS, decide(found), strict=True)]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Fit, and write what came out."""
+    parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.ubert")
+    parser.add_argument("target", type=Path)
+    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--users", type=int, default=150, help="of each domain")
+    parser.add_argument("--items", type=int, default=60, help="of each domain")
+    parser.add_argument("--pretrain", type=int, default=10, help="epochs")
+    given = parser.parse_args(arguments)
+    begin, found = time.process_time(), []
+    for seed in range(given.seeds):
+        with tempfile.TemporaryDirectory() as folder:
+            found.append(settings(seed, given, Path(folder)))
+    errors = {name: np.concatenate([each[name][0] for each in found]) for name in found[0]}
+    users = [user for each in found for user in each[NONE][1]]
+    rows = []
+    for name, values in errors.items():
+        about = interval(values, resamples=2000, seed=0, statistic="root_mean", users=users)
+        by_seed = [round(float(np.sqrt(each[name][0].mean())), 5) for each in found]
+        rows.append({"setting": name, "rmse": asdict(about), "by_seed": by_seed, "users": len(set(users))})
+    result = {
+        "command": "python -m eval.benchmarks.ubert eval/results/ubert.json",
+        "rows": rows,
+        "pairs": pairs(errors, users),
+        "cases": len(users),
+        "users": len(set(users)),
+        "seeds": list(range(given.seeds)),
+        "parameters": {**PARAMETERS, "pretrain": given.pretrain},
+        "seconds": round(time.process_time() - begin, 1),
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(given.target, result)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What networks share: how long they learn, and what goes to another domain."""

@@ -1,0 +1,100 @@
+"""Weights that go from one domain to another: a folder with a card, sealed when it is written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec.baselines.item_texts import TextsConfig
+from llmrec.baselines.neural import put_back, weights_of
+from llmrec.data.hashing import digest_frame
+from llmrec.durable import Json, read_json, replacing, seal, verifies, write_json
+from llmrec.errors import DataError, ModelError, require
+from llmrec.models.text_encoder import find_encoder
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+
+def save(
+    folder: Path,
+    data: SplitDataset,
+    *,
+    name: str,
+    network: Any,
+    shape: Mapping[str, Json],
+    own: str,
+    config: TextsConfig,
+) -> None:
+    """Write the weights of a network, less those of single users and items.
+
+    Args:
+        folder: Is made anew.
+        data: What was learned from.
+        name: Of the baseline, and of both files.
+        network: A torch module.
+        shape: What another network must agree in to take them.
+        own: What the names of weights hold that mean nothing elsewhere.
+        config: The parameters.
+    """
+    told = {
+        "format": 1,
+        **shape,
+        "encoder": config.encoder,
+        "stamp": find_encoder(config.encoder)[1],
+        "data": data.dataset.name,
+        "fingerprint": data.dataset.fingerprint,
+        "train": digest_frame(data.train),
+        "parameters": config.model_dump(mode="json"),
+    }
+    with replacing(folder) as draft:
+        draft.mkdir()
+        arrays = {each: array for each, array in weights_of(network).items() if own not in each}
+        require("safetensors.numpy", "train").save_file(arrays, draft / f"{name}.safetensors")
+        write_json(draft / f"{name}.json", told)
+        seal(draft)
+
+
+def load(
+    folder: str,
+    data: SplitDataset,
+    *,
+    name: str,
+    network: Any,
+    shape: Mapping[str, Json],
+    own: str,
+    config: TextsConfig,
+) -> None:
+    """Put the weights of another domain into a network; see `save`.
+
+    Raises:
+        ModelError: If the folder does not hold them as they were written, or they are of another shape or encoder.
+        DataError: If they were learned from these data under another split.
+    """
+    path, fix = Path(folder), f"write it anew with the method save of a fitted {name}"
+    if not verifies(path):
+        raise ModelError(
+            f"start: {folder} holds no weights of {name} as they were written; {fix}", kind="damaged", at=path
+        )
+    told = read_json(path / f"{name}.json", fix)
+    for key, value in {**shape, "stamp": find_encoder(config.encoder)[1]}.items():
+        if told.get(key) != value:
+            raise ModelError(
+                f"start: {folder} was learned with {key}={told.get(key)!r}, and here it is {value!r}; "
+                "give both the same parameters and encoder",
+                kind="mismatch",
+                at=path,
+                column=key,
+            )
+    same = told.get("data") == data.dataset.name or told.get("fingerprint") == data.dataset.fingerprint
+    if same and told.get("train") != digest_frame(data.train):
+        raise DataError(
+            f"start: {folder} was learned from {data.dataset.name} under another split, and may know what is held out "
+            "here; learn it anew from the training part of this one",
+            kind="leak",
+            at=folder,
+            column="start",
+        )
+    arrays = require("safetensors.numpy", "train").load_file(path / f"{name}.safetensors")
+    put_back(network, {**arrays, **{each: array for each, array in weights_of(network).items() if own in each}})

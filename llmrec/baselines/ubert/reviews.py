@@ -1,0 +1,193 @@
+"""Training reviews as frozen token states, and which of them may be read beside a pair of user and item."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llmrec.errors import DataError, require
+from llmrec.models.embedder import fitting
+from llmrec.models.text_encoder import OpenEncoder, find_encoder, open_encoder, states_of
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.baselines.rated import Ratings
+    from llmrec.data.split import SplitDataset
+
+Side = Literal["user", "item"]
+SIDES: tuple[Side, ...] = ("user", "item")
+Span = tuple[int, int]
+"""Characters of a text that a token stands for."""
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """Training reviews, the oldest first.
+
+    Attributes:
+        users: Number of the user who wrote each, shape (n,).
+        items: Number of the item that each is about, shape (n,).
+        texts: What they say.
+        of: By side, the reviews of each user, or of each item.
+    """
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    texts: tuple[str, ...]
+    of: dict[Side, list[NDArray[np.int64]]]
+
+    @staticmethod
+    def read(data: SplitDataset, known: Ratings, order: Callable[[int], Sequence[int]]) -> Reviews:
+        """Read the reviews of training interactions, and no others.
+
+        Args:
+            data: The split.
+            known: Numbers users and items; a review without a rating is not read.
+            order: Says whose text each of so many reviews has.
+
+        Raises:
+            DataError: If no training rating has a review.
+        """
+        rated = data.train.drop_nulls("rating").select("user_id", "item_id", "timestamp", "text")
+        rated = rated.unique(["user_id", "item_id"], keep="last", maintain_order=True)
+        rated = rated.sort("timestamp", maintain_order=True)
+        told = data.dataset.reviews
+        found = []
+        for user, item, _, text in rated.iter_rows():
+            said = told[user, item].text if (user, item) in told else "" if told else text or ""
+            if said.strip():
+                found.append((known.user_index[user], known.item_index[item], said))
+        if not found:
+            raise DataError(
+                f"the baseline 'ubert' reads reviews, and no training rating of {data.dataset.name!r} has one; use a "
+                "source of reviews, such as amazon-reviews, or name the text column under data.columns.text",
+                kind="missing-column",
+                at=data.dataset.name,
+                column="text",
+            )
+        users, items, texts = zip(*found, strict=True)
+        dealt = [texts[place] for place in order(len(texts))]
+        return Reviews.of_rows(known, np.array(users), np.array(items), dealt)
+
+    @staticmethod
+    def of_rows(known: Ratings, users: NDArray[np.int64], items: NDArray[np.int64], texts: Sequence[str]) -> Reviews:
+        """Sort reviews by user and by item."""
+        sides: tuple[tuple[Side, NDArray[np.int64], int], ...] = (
+            ("user", users, len(known.user_index)),
+            ("item", items, len(known.item_index)),
+        )
+        of: dict[Side, list[NDArray[np.int64]]] = {}
+        for side, owners, count in sides:
+            ends = np.cumsum(np.bincount(owners, minlength=count))
+            of[side] = np.split(np.argsort(owners, kind="stable"), ends[:-1])
+        return Reviews(users, items, tuple(texts), of)
+
+    def beside(self, side: Side, user: int, item: int, most: int) -> NDArray[np.int64]:
+        """Return the latest reviews of a user or an item that may be read beside a pair.
+
+        That of the pair itself is not among them, nor another one of the same user that says the same: it would tell
+        the rating.
+
+        Args:
+            side: Whose.
+            user: Number of the user; -1: an unknown one.
+            item: Number of the item; -1: an unknown one.
+            most: How many.
+        """
+        owner = user if side == "user" else item
+        if owner < 0:
+            return np.zeros(0, dtype=np.int64)
+        found = self.of[side][owner]
+        same = (self.users[found] == user) & (self.items[found] == item)
+        if user >= 0 and item >= 0:
+            own = self.of["user"][user]
+            said = {self.texts[row] for row in own[self.items[own] == item].tolist()}
+            if said:
+                by = self.users[found] == user
+                same |= by & np.array([self.texts[row] in said for row in found.tolist()], dtype=bool)
+        kept: NDArray[np.int64] = found[~same][-most:]
+        return kept
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Something of every token of some texts, one text behind the other.
+
+    Attributes:
+        values: Frozen states of an encoder, or what a network made of them, a torch tensor of shape (tokens, d).
+        starts: Where each text begins, and where the last one ends, shape (texts + 1,).
+    """
+
+    values: Any
+    starts: NDArray[np.int64]
+
+    def places(self, rows: Sequence[NDArray[np.int64]]) -> tuple[NDArray[np.int64], NDArray[np.bool_]]:
+        """Return where the tokens of some texts stand, and which places are tokens: shape (b, t) both.
+
+        Args:
+            rows: Texts that are read one behind the other, for each of b readers.
+        """
+        spans = [[np.arange(self.starts[row], self.starts[row + 1]) for row in each] for each in rows]
+        whole = [np.concatenate(each) if each else np.zeros(0, dtype=np.int64) for each in spans]
+        longest = max([1, *map(len, whole)])
+        places = np.zeros((len(rows), longest), dtype=np.int64)
+        mask = np.zeros((len(rows), longest), dtype=bool)
+        for row, each in enumerate(whole):
+            places[row, : len(each)], mask[row, : len(each)] = each, True
+        return places, mask
+
+
+class Frozen:
+    """A text encoder that is not tuned: texts become states of tokens, without those that only frame a text."""
+
+    def __init__(self, name: str, data: SplitDataset, most: int) -> None:
+        """Open it.
+
+        Args:
+            name: Of the encoder, or its folder.
+            data: The split that it is read for.
+            most: Tokens of the longest text; of longer ones the rest is cut.
+
+        Raises:
+            DataError: If it was tuned on another split.
+            ModelError: If there is none, or it cannot be opened.
+        """
+        fitting(name, data)
+        self._encoder: OpenEncoder = open_encoder(find_encoder(name)[0])
+        self._most = min(most + 2, self._encoder.limit)
+
+    @property
+    def mask(self) -> int | None:
+        """The token that stands for a hidden one; None: the encoder has none."""
+        found: int | None = self._encoder.tokenizer.mask_token_id
+        return found
+
+    def tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[Span]]]:
+        """Return the tokens of each text, and which characters each stands for; a frame stands for none."""
+        if not texts:
+            return [], []
+        found = self._encoder.tokenizer(
+            list(texts), truncation=True, max_length=self._most, return_offsets_mapping=True
+        )
+        spans = [[(int(start), int(end)) for start, end in each] for each in found["offset_mapping"]]
+        return [list(ids) for ids in found["input_ids"]], spans
+
+    def states(self, encoded: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]]) -> Tokens:
+        """Return the states of tokens, in half precision; those of a frame are left out.
+
+        Args:
+            encoded: The tokens of each text, as `tokens` gives them; some may be hidden.
+            spans: Their characters.
+        """
+        torch = require("torch", "baselines")
+        kept = [[place for place, (start, end) in enumerate(each) if end > start] for each in spans]
+        starts = np.concatenate([[0], np.cumsum([len(each) for each in kept])]).astype(np.int64)
+        values = torch.zeros(int(starts[-1]), self._encoder.model.config.hidden_size, dtype=torch.float16)
+        for rows, states, _ in states_of(self._encoder, encoded):
+            for row, own in zip(rows, states, strict=True):
+                values[starts[row] : starts[row + 1]] = own[kept[row]].half().cpu()
+        return Tokens(values, starts)
