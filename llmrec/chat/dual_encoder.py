@@ -66,7 +66,7 @@ class Asked:
         Those are the moment's own target, where another one has it too, and what is `apart`.
         """
         targets = self.targets[rows]
-        found = targets[:, None] == targets[None, :]
+        found: NDArray[np.bool_] = np.equal(targets[:, None], targets[None, :])
         for place, row in enumerate(rows):
             if self.apart[row]:
                 found[place] |= np.isin(targets, list(self.apart[row]))

@@ -129,7 +129,8 @@ def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) 
         seconds = epoch()
         known = {"key": key, "seconds": seconds if seconds > _LONG else min(seconds, epoch())}
         write_json(file, known)
-    return float(known["seconds"]) * min(_EPOCHS, fields["epochs"].default) > within
+    epochs = min(_EPOCHS, int(fields["epochs"].default))
+    return float(known["seconds"]) * epochs > within
 
 
 def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Done], *, first: bool) -> None:
