@@ -12,7 +12,7 @@ with the texts of the source dealt out anew, so that words no longer tell of use
 was fitted to the ratings of the source, which is more than the paper's pretraining. Controls: biases of user and item,
 and the mean. Every seed draws data and weights; intervals are over all users of the target domains.
 
-It has not been run to its end yet, so that nothing is known of what pretraining adds, and parameters are untried.
+Parameters are not tuned.
 """
 
 from __future__ import annotations
