@@ -1,7 +1,8 @@
 """What `llmrec auto` reached: figures of finished run folders, as one committed file.
 
 ``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench-auto``.
-``--peer FOLDER`` of the same data adds what another library reached (`auto_peer.py`), measured as `llmrec score` does.
+``--peer FOLDER`` of the same data adds what another library reached (`auto_peer.py`), measured as `llmrec score` does;
+without it what an earlier call measured stays, with the budget that it had.
 """
 
 from __future__ import annotations
@@ -72,8 +73,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--command", default="make bench-auto")
     asked = parser.parse_args(arguments)
     found = {run.name: measured(run) for run in asked.runs}
+    first = asked.runs[0].name
+    before = json.loads(asked.target.read_text(encoding="utf-8"))["runs"] if asked.target.is_file() else {}
     if asked.peer:
-        found[asked.runs[0].name]["peer"] = reached(asked.peer)
+        found[first]["peer"] = reached(asked.peer)
+    elif "peer" in before.get(first, {}):
+        found[first]["peer"] = before[first]["peer"]
     write_json(
         asked.target,
         {

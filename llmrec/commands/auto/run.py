@@ -360,7 +360,7 @@ class _Search:
         tried.seconds += took
         figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
         new = tried.trials[known:]
-        spent = max(took, sum(trial.seconds for trial in new))
+        spent = round(max(took, sum(trial.seconds for trial in new)), 2)
         told = f"{figure}, {_points(len(new), 'new ')} in {duration(spent)}{f'; {tried.note}' if tried.note else ''}"
         self.say(f"{tried.part.label}: {told}")
 
