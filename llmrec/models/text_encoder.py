@@ -60,6 +60,12 @@ class OpenEncoder:
         found = self.tokenizer(list(texts), truncation=True, max_length=self.limit)["input_ids"]
         return [list(ids) for ids in found]
 
+    def spans(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
+        """Return the tokens of each text, at most so many, and which characters each stands for; a frame for none."""
+        found = self.tokenizer(list(texts), truncation=True, max_length=most, return_offsets_mapping=True)
+        places = [[(int(start), int(end)) for start, end in each] for each in found["offset_mapping"]]
+        return [list(ids) for ids in found["input_ids"]], places
+
     def padded(self, encoded: Sequence[Sequence[int]]) -> Any:
         """Return tokens and mask of some texts as the model takes them."""
         return self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(self.model.device)

@@ -90,7 +90,7 @@ def _is_there(path: str) -> bool:
     """Whether a file, a folder, the book of a sheet or a file that fits a pattern is there."""
     start = Path(Path(path).anchor)
     try:
-        if Path(path).exists() or Path(path.partition("#")[0] or path).exists():
+        if Path(path).exists() or Path(path.partition("#")[0] or path).is_file():
             return True
         return glob.has_magic(path) and any(start.glob(str(Path(path).relative_to(start))))
     except (OSError, ValueError):

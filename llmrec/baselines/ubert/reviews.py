@@ -168,13 +168,7 @@ class Frozen:
 
     def tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[Span]]]:
         """Return the tokens of each text, and which characters each stands for; a frame stands for none."""
-        if not texts:
-            return [], []
-        found = self._encoder.tokenizer(
-            list(texts), truncation=True, max_length=self._most, return_offsets_mapping=True
-        )
-        spans = [[(int(start), int(end)) for start, end in each] for each in found["offset_mapping"]]
-        return [list(ids) for ids in found["input_ids"]], spans
+        return self._encoder.spans(texts, self._most) if texts else ([], [])
 
     def states(self, encoded: Sequence[Sequence[int]], spans: Sequence[Sequence[Span]]) -> Tokens:
         """Return the states of tokens, in half precision; those of a frame are left out.
