@@ -49,15 +49,16 @@ class OtherDialogues:
 
     def __init__(self, cases: Cases, turns: Floats, items: Floats) -> None:
         self.folds, self._cases, self.turns, self.items = folds_of("redial", cases.clusters), cases, turns, items
-        self._numbers = np.unique(cases.clusters, return_inverse=True)[1]
         goals: dict[str, set[int]] = {}
         for dialogue, target in zip(cases.clusters, cases.targets, strict=True):
             goals.setdefault(dialogue, set()).add(int(target))
         # What the dialogue ends in elsewhere, and what was named before, are no wrong answers.
-        self._apart = [
+        apart = [
             frozenset(goals[dialogue] | set(cases.named[row])) - {int(target)}
             for dialogue, row, target in zip(cases.clusters, cases.rows, cases.targets, strict=True)
         ]
+        numbers = np.unique(cases.clusters, return_inverse=True)[1]
+        self._asked = Asked(turns[cases.rows], cases.targets, apart, numbers)
         self._known: dict[frozenset[int], DualEncoder] = {}
 
     def learns(self, without: frozenset[int]) -> NDArray[np.int64]:
@@ -85,14 +86,7 @@ class OtherDialogues:
 
     def _without(self, folds: frozenset[int]) -> DualEncoder:
         if folds not in self._known:
-            rows = self.learns(folds)
-            asked = Asked(
-                self.turns[self._cases.rows[rows]],
-                self._cases.targets[rows],
-                [self._apart[row] for row in rows],
-                self._numbers[rows],
-            )
-            self._known[folds] = learn(ENCODER, asked, self.items)
+            self._known[folds] = learn(ENCODER, self._asked.part(self.learns(folds)), self.items)
         return self._known[folds]
 
 

@@ -292,16 +292,7 @@ def _vocabulary_loss(base: Any, hidden: Any, targets: Any, counts: Any, teacher:
     """Return the summed cross-entropy of states, shape (n, d), through a plain head; see `_HeadLoss`."""
     head, rows, places = _head(base)
     taught = None if teacher is None else teacher.to(head.weight.dtype)
-    return _HeadLoss.apply(
-        hidden.to(head.weight.dtype),
-        head.weight,
-        targets,
-        rows,
-        places,
-        counts,
-        taught,
-        share if teacher is not None else 0.0,
-    )
+    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places, counts, taught, share)
 
 
 def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from llmrec.commands.compress.rows import Compressed, Row
 from llmrec.durable import write_text
-from llmrec.report.drawing.canvas import HALF, NARROW, SMALL, Canvas, text_width
+from llmrec.report.drawing.canvas import HALF, NARROW, Canvas
+from llmrec.report.drawing.rows import legend
 from llmrec.report.drawing.scale import fitted, spanning
 from llmrec.report.render import environment, style
 from llmrec.results import lower
@@ -46,12 +47,7 @@ def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
         if not best or sign * float(row.quality or 0) > sign * float(best[-1].quality or 0):
             best.append(row)
     canvas.path([(along(row.ms), rise(float(row.quality or 0))) for row in best], "curve good")
-    x = float(_LEFT)
-    for dtype in dict.fromkeys(row.dtype for row in rows):
-        form, hue = _LOOKS[dtype]
-        canvas.mark(form, x + 5, 10, f"fill {hue}")
-        canvas.text(x + 16, 14, dtype, "tick")
-        x += 34 + text_width(dtype, SMALL)
+    legend(canvas, [(dtype, *_LOOKS[dtype]) for dtype in dict.fromkeys(row.dtype for row in rows)], _LEFT)
     for row in rows:
         form, hue = _LOOKS[row.dtype]
         at, up = along(row.ms), rise(float(row.quality or 0))

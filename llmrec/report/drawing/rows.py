@@ -79,12 +79,16 @@ def forest(plot: Forest, width: float) -> Canvas:
 
 def settings(canvas: Canvas, arms: Sequence[str]) -> None:
     """Write along the top which mark stands for which setting."""
-    x = float(_MARGIN)
-    for arm, form in MARKS.items():
-        if arm in arms:
-            canvas.mark(form, x + 5, 10, f"fill {arm}")
-            canvas.text(x + 16, 14, arm, "tick")
-            x += 34 + text_width(arm, SMALL)
+    legend(canvas, [(arm, form, arm) for arm, form in MARKS.items() if arm in arms], _MARGIN)
+
+
+def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) -> None:
+    """Write along the top which mark stands for what: its name, form and colour, from ``start`` on."""
+    x = float(start)
+    for name, form, hue in marks:
+        canvas.mark(form, x + 5, 10, f"fill {hue}")
+        canvas.text(x + 16, 14, name, "tick")
+        x += 34 + text_width(name, SMALL)
 
 
 def weights(plot: Weights, width: float) -> Canvas:
