@@ -159,9 +159,12 @@ bench-auto: setup
 	@test -d runs/auto-shop-tables || $(BIN)/python tests/commands/shop.py runs/auto-shop-tables
 	$(BIN)/llmrec auto eval/benchmarks/auto.yaml --budget $(BUDGET) --out runs/auto-movielens-100k
 	$(BIN)/llmrec auto runs/auto-shop-tables/orders.csv --items runs/auto-shop-tables/products.csv --budget $(BUDGET) --out runs/auto-shop
+	$(BIN)/llmrec eval eval/suites/shop.yaml
 	$(BIN)/python -m eval.benchmarks.auto_split runs/auto-movielens-100k runs/auto-peer
+	$(BIN)/python -m eval.benchmarks.auto_split runs/auto-shop runs/auto-shop-peer
 	@test -z "$(PEER)" || $(PEER) eval/benchmarks/auto_peer.py runs/auto-peer $(PEER_SECONDS)
-	$(BIN)/python -m eval.benchmarks.auto runs/auto-movielens-100k runs/auto-shop $(if $(PEER),--peer runs/auto-peer)
+	@test -z "$(PEER)" || $(PEER) eval/benchmarks/auto_peer.py runs/auto-shop-peer $(PEER_SECONDS)
+	$(BIN)/python -m eval.benchmarks.auto runs/auto-movielens-100k runs/auto-shop $(if $(PEER),--peer runs/auto-peer --peer runs/auto-shop-peer)
 
 # LLMREC_DATA is the folder that holds amazon14_toys.
 bench-auto-toys: setup

@@ -288,20 +288,22 @@ def tune_encoder(
     encoder: Annotated[
         str, typer.Option("--encoder", metavar="NAME", help="The text encoder to begin from: a name or a folder.")
     ] = "all-MiniLM-L6-v2",
-    blocks: Annotated[int, typer.Option("--blocks", min=1, help="How many of its last blocks are tuned.")] = 1,
-    step: Annotated[
-        float, typer.Option("--step", min=1e-6, help="How far vectors, of length 1, are to move in an epoch.")
-    ] = 0.1,
+    blocks: Annotated[int, typer.Option("--blocks", min=1, help="How many of its last blocks are tuned.")] = 2,
+    epochs: Annotated[int, typer.Option("--epochs", min=1, help="Epochs of 80 steps, at most.")] = 3,
+    learning_rate: Annotated[
+        float, typer.Option("--learning-rate", min=1e-12, help="At its height; it falls to 0 over the epochs.")
+    ] = 1e-4,
 ) -> None:
-    """Tune a text encoder on a recipe's training interactions: which texts follow which.
+    """Tune a text encoder on a recipe's training interactions: which items follow each other.
 
     The folder can stand wherever a recipe names an encoder, with the same data and seed: `transitions-text`, `content`,
     `tower`, semantic IDs and item tokens. Rows that use it count as language models.
     """
-    from llmrec.baselines.towers.tower import TunedTowerConfig
+    from llmrec.baselines.towers.pairs import TransitionsTunedConfig
     from llmrec.experiment.tuning.encoder import tune_encoder as tuned
 
-    told = tuned(_recipe(recipe, overrides), out, TunedTowerConfig(encoder=encoder, blocks=blocks, step=step))
+    config = TransitionsTunedConfig(encoder=encoder, blocks=blocks, epochs=epochs, learning_rate=learning_rate)
+    told = tuned(_recipe(recipe, overrides), out, config)
     tell(folder=out, **told)
     say(f"encoder: {out}, tuned on {told['interactions']:,} interactions of {told['data']}")
 

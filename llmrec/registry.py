@@ -93,6 +93,7 @@ BASELINES: Mapping[str, str] = {
     "markov-cooccurrence": "llmrec.baselines.markov:MarkovCooccurrence",
     "transitions": "llmrec.baselines.transitions:Transitions",
     "transitions-text": "llmrec.baselines.transitions:TransitionsText",
+    "transitions-tuned": "llmrec.baselines.towers.pairs:TransitionsTuned",
     "content": "llmrec.baselines.content:Content",
     "ease": "llmrec.baselines.ease:EASE",
     "als": "llmrec.baselines.factors:ALS",

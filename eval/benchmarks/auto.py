@@ -1,8 +1,8 @@
 """What `llmrec auto` reached: figures of finished run folders, as one committed file.
 
 ``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench-auto``.
-``--peer FOLDER`` of the same data adds what another library reached (`auto_peer.py`), measured as `llmrec score` does;
-without it what an earlier call measured stays, with the budget that it had.
+``--peer FOLDER``, for the first run, the second and so on, adds what another library reached on the same data
+(`auto_peer.py`), measured as `llmrec score` does; for a run without one what an earlier call measured stays.
 """
 
 from __future__ import annotations
@@ -67,18 +67,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Read run folders and write the file."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.auto")
     parser.add_argument("runs", type=Path, nargs="+")
-    parser.add_argument("--peer", type=Path, help="of the data of the first run")
+    parser.add_argument("--peer", type=Path, action="append", default=[], help="of the data of a run, in their order")
     parser.add_argument("--note", default="")
     parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
     parser.add_argument("--command", default="make bench-auto")
     asked = parser.parse_args(arguments)
+    if len(asked.peer) > len(asked.runs):
+        parser.error(
+            f"{len(asked.peer)} peers for {len(asked.runs)} runs: give one for each run at most, in their order"
+        )
     found = {run.name: measured(run) for run in asked.runs}
-    first = asked.runs[0].name
     before = json.loads(asked.target.read_text(encoding="utf-8"))["runs"] if asked.target.is_file() else {}
-    if asked.peer:
-        found[first]["peer"] = reached(asked.peer)
-    elif "peer" in before.get(first, {}):
-        found[first]["peer"] = before[first]["peer"]
+    for run, peer in zip(asked.runs, asked.peer, strict=False):
+        found[run.name]["peer"] = reached(peer)
+    for name in found:
+        if "peer" in before.get(name, {}):
+            found[name].setdefault("peer", before[name]["peer"])
     write_json(
         asked.target,
         {

@@ -13,6 +13,7 @@ from scipy import sparse
 from llmrec.baselines.base import DECAYS, Catalogue, Decay, Kept, Log, ScoredBaseline, counts, filled, recent
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
 from llmrec.recipe.schema import Positive, Section
+from llmrec.results import Reads
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -20,16 +21,17 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Request
 
-# Steps are counted up to so many places apart, and so many neighbours in text are kept of an item.
+NEIGHBOURS = 100
+"""In text, of an item."""
+# Steps are counted up to so many places apart.
 _FURTHEST = 20
-_NEIGHBOURS = 100
 # Rows of a block of likenesses between all items.
 _BLOCK = 1024
 _SHARES = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 
 
 @dataclass(frozen=True)
-class _Steps:
+class Steps:
     """What was counted in training.
 
     Attributes:
@@ -37,6 +39,7 @@ class _Steps:
         gaps: Steps of 1, 2, ... places, each sparse, shape (items, items).
         popular: Training interactions of each item, shape (items,).
         near: Likeness in text to the nearest items, above 0, sparse, shape (items, items); None without text.
+        vectors: That it came from, of length 1, shape (items, d), where they were learned; else None.
         kept: Matrices of the last parameters that were asked for.
     """
 
@@ -44,6 +47,7 @@ class _Steps:
     gaps: tuple[Any, ...]
     popular: NDArray[np.float64]
     near: Any = None
+    vectors: NDArray[Any] | None = None
     kept: Kept = field(default_factory=Kept, compare=False)
 
 
@@ -60,7 +64,7 @@ class TransitionsConfig(Section):
     decay: Decay = Field(0.6, description="factor from one event to the one before")
 
 
-class Transitions(ScoredBaseline[TransitionsConfig, _Steps]):
+class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
     """Scores an item by the steps that lead to it from the latest items of the history, in either direction.
 
     With ``F_d`` the number of times that an item followed another ``d`` places later in one training sequence, steps
@@ -89,7 +93,7 @@ class Transitions(ScoredBaseline[TransitionsConfig, _Steps]):
 
     def fit(self, data: SplitDataset) -> None:
         """Count the steps of every length."""
-        self._model = _counted(data)
+        self._model = counted(data)
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the votes for every request and item, shape (n, items)."""
@@ -108,7 +112,7 @@ class TransitionsTextConfig(TransitionsConfig, TextsConfig):
     onward: float = Field(0.5, ge=0, description="weight of the items that resemble those that are stepped to")
 
 
-class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
+class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
     """Adds to `Transitions` what resembles the items of the history, and what resembles the items that follow them.
 
     With T the likenesses in text, ``max(cos, 0)**sharpness`` of the 100 nearest items, rows scaled to sum 1, an item
@@ -119,7 +123,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
 
     name = "transitions-text"
     Config = TransitionsTextConfig
-    READS = "texts"
+    READS: ClassVar[Reads] = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "text": (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0, 3.0, 5.0, 8.0, 13.0, 20.0, 30.0),
         "onward": (0.0, 0.1, 0.2, 0.5, 1.0, 2.0, 3.0, 5.0, 8.0),
@@ -137,9 +141,9 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, _Steps]):
             DataError: If no item has a text.
             ModelError: If there is no such encoder.
         """
-        steps = _counted(data)
+        steps = counted(data)
         vectors = text_vectors(data, steps.catalogue.ids, self._config)
-        self._model = _Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, _NEIGHBOURS))
+        self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS))
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
         """Return the votes and likenesses for every request and item, shape (n, items)."""
@@ -173,14 +177,15 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
     return found if found.shape[0] == items else sparse.csr_array((items, items))
 
 
-def _counted(data: SplitDataset) -> _Steps:
+def counted(data: SplitDataset) -> Steps:
+    """Count the steps of every length in training."""
     catalogue = Catalogue.of(data)
     log, size = Log.of(data, catalogue), len(catalogue.ids)
     gaps = tuple(log.steps(gap, size) for gap in range(1, _FURTHEST + 1))
-    return _Steps(catalogue, gaps, counts(log, catalogue))
+    return Steps(catalogue, gaps, counts(log, catalogue))
 
 
-def _normalised(model: _Steps, config: TransitionsConfig) -> Any:
+def _normalised(model: Steps, config: TransitionsConfig) -> Any:
     """Return the normalised steps both ways, sparse, shape (items, items)."""
     shape = config.reach, config.fade, config.backward
 

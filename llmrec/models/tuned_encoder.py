@@ -77,6 +77,10 @@ class TunedEncoder:
             states = encoder.model(**batch).last_hidden_state
         return torch.nn.functional.normalize(encoder.pooled(states.float(), batch["attention_mask"]), dim=1)
 
+    def length(self, row: int) -> int:
+        """Return how many tokens a text has."""
+        return len(self._tokens[row])
+
     def every(self) -> Any:
         """Return the vectors of all texts as the blocks now stand, without gradients, shape (texts, d)."""
         torch = self._torch

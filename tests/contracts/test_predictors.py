@@ -52,6 +52,7 @@ NEEDS = {
     "tower": "torch",
     "unisrec": "torch",
     "tuned-tower": "torch",
+    "transitions-tuned": "torch",
     "text-matcher": "torch",
     **dict.fromkeys(HOSTS, "torch"),
 }
@@ -68,7 +69,7 @@ RATING = tuple(name for name in RATERS if name in ALL)
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Their validation split chooses when to stop.
-STOPPING = {"sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher", "unisrec", *HOSTS}
+STOPPING = {"sasrec", "gru4rec", "transitions-tuned", "tower", "tuned-tower", "text-matcher", "unisrec", *HOSTS}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
@@ -77,6 +78,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gru4rec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "tuned-tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
+    "transitions-tuned": {"steps": 5, "batch": 16, "epochs": 2, "patience": 1, "learning_rate": 1e-2, "quiet": True},
     "text-matcher": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "unisrec": {"dim": 8, "experts": 2, "layers": 1, "epochs": 2, "patience": 1, "quiet": True},
     **{name: {"dim": 4, "hidden": "8", "epochs": 2, "patience": 1} for name in HOSTS},
@@ -88,11 +90,14 @@ DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower", "tuned-tower", "
 READING = {
     "content",
     "transitions-text",
+    "transitions-tuned",
     "tower",
     "tuned-tower",
     "text-matcher",
     "unisrec",
 }  # they know items by their texts
+# They tune a text encoder.
+TUNING = {"transitions-tuned", "tuned-tower"}
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")
@@ -129,7 +134,7 @@ def data(request: pytest.FixtureRequest) -> SplitDataset:
 
 def _settings(name: str) -> dict[str, Any]:
     settings = SETTINGS.get(name, {})
-    return settings | {"encoder": tiny_encoder()} if name == "tuned-tower" else settings
+    return settings | {"encoder": tiny_encoder()} if name in TUNING else settings
 
 
 def _fitted(name: str, data: SplitDataset, *, seed: int = 5, **settings: Any) -> Any:

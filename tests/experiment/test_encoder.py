@@ -51,9 +51,9 @@ def tuned(table: Path) -> Path:
 
 def _tune(table: Path, out: Path) -> str:
     data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
-    options = ["--encoder", tiny_encoder(), "--blocks", "2", "--step", "0.3", "--out", str(out)]
+    options = ["--encoder", tiny_encoder(), "--blocks", "2", "--epochs", "1", "--learning-rate", "2e-3"]
     found = CliRunner().invoke(
-        app, ["tune-encoder", "recipes/quickstart.yaml", *data, *options], catch_exceptions=False
+        app, ["tune-encoder", "recipes/quickstart.yaml", *data, *options, "--out", str(out)], catch_exceptions=False
     )
     return found.stdout
 

@@ -269,9 +269,6 @@ class TunedTower(Tower):
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {"step": (0.03, 0.1, 0.3), "blocks": (1, 2)}
     FITS: ClassVar[int] = 4
     _config: TunedTowerConfig
-    # The encoder has the states of all texts: only who asks for it makes a fit hold on to it.
-    _keep: bool = False
-    _encoder: TunedEncoder | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Learn the maps, then maps and encoder.
@@ -289,15 +286,7 @@ class TunedTower(Tower):
                 kind="bad-value",
                 column="encoder",
             )
-        self._encoder = None
         super().fit(data)
-
-    def tuned(self, data: SplitDataset) -> TunedEncoder:
-        """Fit, and return the encoder as the best epoch left it; errors as `fit` raises them."""
-        self._keep = True
-        self.fit(data)
-        assert self._encoder is not None
-        return self._encoder
 
     def _tune(
         self, model: Towers, data: SplitDataset, texts: Turned, rows: Sequence[NDArray[np.int64]], cases: Sequence[Case]
@@ -338,7 +327,6 @@ class TunedTower(Tower):
         model.vectors = whitened(encoder.every())
         # Scores need the vectors alone.
         del model.network["encoder"]
-        self._encoder = encoder if self._keep else None
 
 
 def turn(network: Any, names: Sequence[str]) -> None:

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from llmrec import __version__
-from llmrec.baselines.towers.tower import TunedTower, TunedTowerConfig
+from llmrec.baselines.towers.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.data.hashing import digest_frame
 from llmrec.data.split import halves
 from llmrec.durable import Json, replacing, write_json
@@ -17,8 +17,8 @@ from llmrec.models.text_encoder import find_encoder
 from llmrec.recipe.schema import Recipe
 
 
-def tune_encoder(recipe: Recipe, out: Path, config: TunedTowerConfig) -> dict[str, Json]:
-    """Tune a text encoder as `TunedTower` does, and write it where any ``encoder`` key can name it.
+def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> dict[str, Json]:
+    """Tune a text encoder as `TransitionsTuned` does, and write it where any ``encoder`` key can name it.
 
     The best epoch is chosen by the validation users that do not weigh fusions.
 
@@ -40,7 +40,7 @@ def tune_encoder(recipe: Recipe, out: Path, config: TunedTowerConfig) -> dict[st
     _, stamp = find_encoder(config.encoder)
     data = load_split(recipe.data, recipe.seed)
     choosing, _ = halves(data, recipe.eval.fusion.reserved)
-    encoder = TunedTower(config, seed=recipe.seed).tuned(choosing)
+    encoder = TransitionsTuned(config, seed=recipe.seed).tuned(choosing)
     told: dict[str, Json] = {
         "llmrec": __version__,
         "data": data.dataset.name,

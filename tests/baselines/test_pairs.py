@@ -1,0 +1,100 @@
+"""An encoder that learns which items follow each other: pairs and loss by hand, and what it learns about new items."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import sparse
+
+from llmrec.baselines.base import Catalogue
+from llmrec.baselines.towers.pairs import Pairs, TransitionsTuned, contrast
+from llmrec.baselines.transitions import Steps, TransitionsText
+from llmrec.errors import RecipeError
+from llmrec.types import Event, Request
+from tests.baselines.test_tower import TOPICS, _ring
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
+
+torch = pytest.importorskip("torch")
+
+
+def _fitted(**settings: Any) -> TransitionsTuned:
+    chosen = {"encoder": tiny_encoder(), "steps": 20, "batch": 32, "epochs": 2, "patience": None, "quiet": True}
+    model = TransitionsTuned(TransitionsTuned.Config(**(chosen | {"learning_rate": 2e-3} | settings)), seed=3)
+    model.fit(_ring())
+    return model
+
+
+def _vectors(model: TransitionsTuned) -> dict[str, Any]:
+    return dict(zip(model.items, model.state()["vectors"], strict=True))
+
+
+def test_pairs_are_steps_that_fade_and_what_follows_is_no_negative() -> None:
+    # One sequence a, b, c, and one a, b, b.
+    gaps = (np.array([[0, 2, 0], [0, 1, 1], [0, 0, 0]]), np.array([[0, 1, 1], [0, 0, 0], [0, 0, 0]]))
+    catalogue = Catalogue(ids=("a", "b", "c"), index={"a": 0, "b": 1, "c": 2})
+    steps = Steps(catalogue, tuple(sparse.csr_array(gap) for gap in gaps), np.array([2.0, 3.0, 1.0]))
+    pairs = Pairs.of(steps, apart=2, nearby=0.5)
+    found = {(int(a), int(b)): float(w) for a, b, w in zip(pairs.first, pairs.then, pairs.weights, strict=True)}
+    assert found == pytest.approx({(0, 1): 2.5 / 4, (0, 2): 0.5 / 4, (1, 2): 1 / 4})
+    against = pairs.unknown(np.array([0, 1, 0]), np.array([1, 2, 2]))
+    assert against.tolist() == [[True, False, False], [True, True, False], [False, False, True]]
+
+
+def test_the_loss_is_that_of_a_double_loop() -> None:
+    rng = np.random.default_rng(0)
+    first, then = (unit / np.linalg.norm(unit, axis=1, keepdims=True) for unit in rng.standard_normal((2, 4, 3)))
+    against = rng.random((4, 4)) < 0.6
+    np.fill_diagonal(against, True)
+    often = np.log(rng.random(4))
+    total = 0.0
+    for row in range(4):
+        logits = [first[row] @ then[column] / 0.05 - 0.5 * often[column] for column in range(4)]
+        total += np.log(sum(np.exp(logits[column]) for column in range(4) if against[row, column])) - logits[row]
+    given = (torch.from_numpy(each) for each in (first, then, against, often))
+    assert float(contrast(*given, 0.05)) == pytest.approx(total / 4, abs=1e-9)
+
+
+def test_texts_that_follow_each_other_come_to_resemble_each_other_also_those_of_items_that_nobody_chose() -> None:
+    before, after = (_vectors(_fitted(learning_rate=rate, apart=1, temperature=0.2)) for rate in (1e-12, 5e-3))
+
+    def nearer(vectors: dict[str, Any], item: int) -> float:
+        """How much nearer the topic after one is than the one opposite it."""
+        return float(
+            np.mean(
+                [
+                    vectors[f"{topic}{item}"]
+                    @ (vectors[f"{(topic + 1) % TOPICS}1"] - vectors[f"{(topic + 3) % TOPICS}1"])
+                    for topic in range(TOPICS)
+                ]
+            )
+        )
+
+    assert nearer(after, 1) > nearer(before, 1) + 0.1
+    # The fifth item of each topic is in no sequence.
+    assert nearer(after, 4) > nearer(before, 4) + 0.1
+
+
+def test_an_encoder_that_is_no_better_tuned_is_left_as_it_was_and_validation_users_are_named() -> None:
+    model = _fitted(learning_rate=0.5, patience=1)
+    fixed = TransitionsText(TransitionsText.Config(encoder=tiny_encoder()))
+    fixed.fit(_ring())
+    request = [Request(id="r", user_id="nobody", history=(Event(item_id="01"),))]
+    assert model.scores(request) == pytest.approx(fixed.scores(request), abs=0.02)
+    assert model.looked_at == frozenset(_ring().valid["user_id"].to_list())
+    assert _fitted(steps=1).looked_at == frozenset()
+
+
+def test_a_kept_fit_gives_the_same_scores() -> None:
+    model, request = _fitted(steps=2), [Request(id="r", user_id="nobody", history=(Event(item_id="01"),))]
+    other = TransitionsTuned(TransitionsTuned.Config(encoder=tiny_encoder(), patience=None), seed=3)
+    other.restore(_ring(), model.state())
+    assert np.array_equal(other.scores(request), model.scores(request))
+
+
+def test_what_cannot_be_tuned_is_refused() -> None:
+    for name in ("lsa", "store:features"):
+        with raises(RecipeError, Facts("bad-value", column="encoder", says=f"{name} is no encoder")):
+            _fitted(encoder=name)
