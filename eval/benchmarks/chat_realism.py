@@ -28,7 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from eval.benchmarks.chat_loop import RECIPE, conversations, drawn, informed, talks
-from eval.benchmarks.redial import lines
+from eval.benchmarks.redial_slots import lines
 from llmrec.answering.opening import open_classics
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RuleManager
