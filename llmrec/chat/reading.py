@@ -81,8 +81,7 @@ class Reader:
             if known and not self._values(title_key(said)):
                 self._phrases[title_key(said)] += known
         self._longest = max((len(form.split()) for form in self._phrases), default=1)
-        years = (name for name in sorted(facts.numeric) if _are_years(*facts.bounds(name)))
-        self._years = next(years, "")
+        self._years = facts.years
 
     def read(self, text: str, state: State) -> Heard:
         """Read what was said last.
@@ -261,10 +260,6 @@ def _is_name(text: str, value: _Mention) -> bool:
     """Whether a value, such as a brand, is written as a name."""
     said = text[value.start : value.end]
     return said[:1].isupper() and _is_title(text, value.start, value.end, title_key(said))
-
-
-def _are_years(low: int, high: int) -> bool:
-    return low >= 1800 and high <= 2100
 
 
 def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
