@@ -246,9 +246,10 @@ bench-processes: setup
 bench-redial: setup
 	$(BIN)/python -m eval.benchmarks.redial eval/results/redial.json
 
-# LLMREC_DATA is the folder that holds movie_facts. ARGS: such as --managers model --users 20.
+# LLMREC_DATA is the folder that holds movie_facts. ARGS: changed keys of the suite, such as users=20.
 bench-chat: setup
-	$(BIN)/python -m eval.benchmarks.chat_loop eval/results/chat_loop.json $(ARGS)
+	$(BIN)/python -m eval.benchmarks.chat_items
+	$(BIN)/llmrec eval eval/suites/chat_loop.yaml $(ARGS)
 
 # LLMREC_DATA is the folder that holds convrec and movie_facts.
 bench-realism: setup

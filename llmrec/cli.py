@@ -226,11 +226,11 @@ def evaluate(
 ) -> None:
     """Evaluate a recipe with the adapter that `train` left, never training; or run a suite or a benchmark.
 
-    A suite puts predictors under one protocol, a benchmark recipes beside each other; both train what they name, and go
-    on where they were killed.
+    A suite puts predictors under one protocol, a benchmark recipes beside each other, a suite of conversations managers
+    before the same simulated users; all go on where they were killed.
     """
     from llmrec import pipeline
-    from llmrec.recipe.load import kind_of_page, load_benchmark, load_suite
+    from llmrec.recipe.load import kind_of_page
 
     kind = kind_of_page(recipe)
     if shard is not None or ray is not None:
@@ -238,21 +238,10 @@ def evaluate(
 
         ask_shards(recipe, overrides or (), out, shard, ray)
         return
-    if kind == "benchmark":
-        from llmrec.commands.compare.benchmark import run_benchmark
+    if kind != "recipe":
+        from llmrec.commands.compare.running import run_page
 
-        page = load_benchmark(recipe, overrides or ())
-        folder = out or Path("runs") / "benchmarks" / page.benchmark
-        made = run_benchmark(page, out=folder, results=results, say=say)
-        written(made)
-        return
-    if kind == "suite":
-        from llmrec.commands.compare.suite import run_suite
-
-        suite = load_suite(recipe, overrides or ())
-        ran = run_suite(suite, out=out or Path("runs") / "suites" / suite.suite, results=results, say=say)
-        tell(suite=suite.suite, rows=ran.results.rows)
-        written({"results": ran.file, **({"leaderboard": ran.leaderboard} if ran.leaderboard else {})})
+        run_page(kind, recipe, overrides or (), out, results)
         return
     finish(pipeline.run(_recipe(recipe, overrides), out, may_train=False))
 

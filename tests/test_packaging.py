@@ -26,7 +26,7 @@ import llmrec
 from llmrec import cli, registry, setup_env
 from llmrec.commands.doctor import packages
 from llmrec.data.sources.sets import known
-from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TasksSection
 from llmrec.tasks.family import family_of
@@ -497,6 +497,9 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
             bench = Benchmark(**yaml.safe_load(block))
             for run in bench.runs:
                 load_recipe(run.recipe or bench.recipe, (*bench.overrides, *run.overrides))
+            continue
+        if block.startswith("chat:"):
+            assert load_recipe(ChatSuite(**yaml.safe_load(block)).recipe)
             continue
         if "layouts:" in block:
             page_of_a_set = tmp_path / "set.yaml"

@@ -2,7 +2,7 @@
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.chat_realism eval/results/chat_realism.json`` reads FOLDER/convrec and
 FOLDER/movie_facts. People are the seekers of the 77 dialogues of IARD (Cai and Chen, UMAP 2020; texts of ReDial, CC BY
-4.0, of which nothing enters the repository); simulated are the users of `eval.benchmarks.chat_loop` who talk with the
+4.0, of which nothing enters the repository); simulated are the users of ``eval/suites/chat_loop.yaml`` who talk with
 rules. Titles are replaced by one word, so that no classifier goes by the catalogue.
 
 Each classifier is a ridge regression on a linear kernel of what it sees of a session, over five folds of sessions:
@@ -27,12 +27,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from eval.benchmarks.chat_loop import RECIPE, conversations, drawn, informed, talks
-from eval.benchmarks.redial import lines
+from eval.benchmarks.chat_items import RECIPE, informed
+from eval.benchmarks.redial_slots import lines
+from llmrec.answering.known import Catalogue
 from llmrec.answering.opening import open_classics
+from llmrec.chat.audience import guests, talks
+from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import RuleManager
-from llmrec.chat.reading import title_of
+from llmrec.chat.reading import Reader, title_of
+from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.data.hashing import hash64
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
@@ -69,14 +73,15 @@ def simulated(folder: Path, users: int) -> list[list[str]]:
     """Return the lines of simulated users who talk with the rules."""
     models = open_classics(load_recipe(RECIPE), ["item-knn"])
     facts = Facts(informed(models.items, folder))
-    (conversation,) = conversations({"rules": (RuleManager(), True)}, models, facts).values()
+    lists = ModelLists(Catalogue(facts.items), asking(models))
+    conversation = Conversation(Tools(facts, lists), RuleManager(), Reader(facts))
+    assert models.data is not None
     titles = [each for title in facts.titles.values() for each in (title, title_of(title)) if len(each) > 3]
-    held = talks(conversation, drawn(models, users, 0), facts, 0)
     found = []
-    for each in held:
-        said = " ".join(each.held.lines)
+    for _, held in talks(conversation, guests(models.data, facts, users, 0), 0, turns=5):
+        said = " ".join(held.lines)
         named = [title for title in titles if title in said]
-        found.append([masked(line, named) for line in each.held.lines])
+        found.append([masked(line, named) for line in held.lines])
     return found
 
 

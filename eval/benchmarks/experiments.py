@@ -103,8 +103,8 @@ def _experiment(entry: Mapping[str, str], result: Mapping[str, Any], path: Path)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         what = f"{path} does not say its cases, seeds and seconds ({error!r})"
         raise DataError(what, kind="missing-key", at=path) from None
-    if kind in ("suite", "benchmark"):
-        command = f"llmrec eval eval/suites/{path.stem}.yaml"
+    if kind in ("suite", "benchmark", "chat"):
+        command = entry.get("command") or f"llmrec eval eval/suites/{path.stem}.yaml"
     else:
         command = str(entry.get("command") or result["command"])
     return Experiment(path.stem, command, cases, entry.get("unit", "users"), seeds, seconds / 3600, entry["cut"])
@@ -143,6 +143,7 @@ _READERS = {
     "benchmark": _benchmark,
     "run": _run,
     "script": _script,
+    "chat": _script,
     "campaign": _campaign,
     "faults": _campaign,
 }

@@ -17,8 +17,10 @@ Parts, none of which is trained on these data but for counts of the *other* dial
   vector of an item's genres, cast and year.
 
 - ``dual encoder, other dialogues``: MiniLM with maps that are learned from the cases of other dialogues
-  (`llmrec.chat.dual_encoder`). ``dual encoder, synthetic``: learned from conversations of rules with simulated users
-  over the items with facts instead (`llmrec.chat.simulator`), and from nothing of ReDial.
+  (`llmrec.chat.dual_encoder`). ``shuffled texts`` is its control: each item has the text of another one all the time,
+  and of one with a page where it has a page, so that a text says nothing of its item and still tells it from others.
+- ``dual encoder, synthetic``: learned from conversations of rules with simulated users over the items with facts
+  instead (`llmrec.chat.simulator`), and from nothing of ReDial.
 - ``named by a language model``: SmolLM2-135M-Instruct reads the last utterances and names the title, by a search of the
   token tree of all titles; on ``--named`` cases, drawn by a hash, since one takes seconds. Popularity on these cases
   stands beside it. What the search does not find shares the last places.
@@ -28,20 +30,17 @@ others, whose counts for the fit hold nothing of that fold. A dual encoder that 
 and one that scores cases for the fit has learned neither from theirs nor from the fold that is judged. ``somebody
 else's context`` is the control of the text.
 
-Slots: what `llmrec.chat.reading` reads in the users' turns of 77 dialogues of IARD (Cai and Chen, UMAP 2020), against
-gold. ReDial's terms are CC BY 4.0; nothing of the data enters the repository.
+Slots are those of `eval.benchmarks.redial_slots`. ReDial's terms are CC BY 4.0; nothing of the data enters the
+repository.
 """
 
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import os
 import re
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -53,16 +52,14 @@ from scipy import sparse
 
 from eval.benchmarks.clustered import differences
 from eval.benchmarks.kar import table
-from eval.benchmarks.redial_learned import TALKS, OtherDialogues, named, synthetic
+from eval.benchmarks.redial_learned import TALKS, OtherDialogues, exchanged_items, named, synthetic
+from eval.benchmarks.redial_slots import PLACE, lines, slots
 from llmrec.chat.dual_encoder import ENCODER, LAST, mapped
 from llmrec.chat.facts import Facts
-from llmrec.chat.reading import Reader
-from llmrec.chat.state import ITEM, State
 from llmrec.chat.transcripts import Turn
 from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
-from llmrec.index.titles import title_key
 from llmrec.machine import machine, versions
 from llmrec.metrics.ranking import hit_rate
 from llmrec.metrics.stats import interval
@@ -83,8 +80,9 @@ KINDS: Mapping[str, Kind] = {
     "concepts": "logits",
 }
 OTHERS = "dual encoder, other dialogues"
+SHUFFLED = f"{OTHERS}, shuffled texts"
 SYNTHETIC = "dual encoder, synthetic"
-LEARNED: Mapping[str, Kind] = {OTHERS: "logits", SYNTHETIC: "logits"}
+LEARNED: Mapping[str, Kind] = {OTHERS: "logits", SYNTHETIC: "logits", SHUFFLED: "logits"}
 """Parts that learn from dialogues."""
 COUNTS = ("popularity", "co-mention")
 MIXTURES: Mapping[str, Sequence[str]] = {
@@ -102,16 +100,21 @@ PLANNED = (
 """Differences of Recall@10 that are tested together."""
 PLANNED_OF_LEARNED = [
     (name, other)
-    for learned in LEARNED
+    for learned in (OTHERS, SYNTHETIC)
     for name in (learned, f"mixture of all and {learned}")
     for other in ("popularity", "mixture of counts")
-] + [(f"mixture of all and {learned}", "mixture of all") for learned in LEARNED]
+] + [(f"mixture of all and {learned}", "mixture of all") for learned in (OTHERS, SYNTHETIC)]
 """Those of parts that learn, planned later: a family of their own, so that the others stay as they were."""
-_FAMILIES = (PLANNED, PLANNED_OF_LEARNED)
+PLANNED_OF_SHUFFLED = (
+    (OTHERS, SHUFFLED),
+    (f"mixture of all and {OTHERS}", f"mixture of all and {SHUFFLED}"),
+    (f"mixture of all and {SHUFFLED}", "mixture of all"),
+)
+"""Whether it is the texts that help, planned later still."""
+_FAMILIES = (PLANNED, PLANNED_OF_LEARNED, PLANNED_OF_SHUFFLED)
 LEARN = 1000
 """Cases that a fold's weights are fitted to, by a hash: a handful of numbers needs no more."""
-SLOTS = {"genres": "GENRE", ITEM: "TITLE", "cast": "ACTOR", "year": "YEAR"}
-_YEAR, _PLACE = re.compile(r"\((\d{4})[^)]*\)\s*$"), re.compile(r"\s*\([^()]*\)\s*$")
+_YEAR = re.compile(r"\((\d{4})[^)]*\)\s*$")
 
 Floats = NDArray[np.float32]
 
@@ -138,12 +141,6 @@ class Cases:
     def clusters(self) -> list[str]:
         """The dialogue of each case."""
         return [self.dialogues[row] for row in self.rows]
-
-
-def lines(path: Path) -> list[dict[str, Any]]:
-    """Read a packed file of JSON lines."""
-    with gzip.open(path, "rt", encoding="utf-8") as stream:
-        return [json.loads(line) for line in stream]
 
 
 def items_of(folder: Path) -> list[Item]:
@@ -216,12 +213,15 @@ def _table(pairs: set[tuple[int, int]], shape: tuple[int, int]) -> Any:
 
 def names_of(items: Sequence[Item]) -> tuple[list[str], list[str]]:
     """Return names of items, and names with leads of pages."""
-    names = [_PLACE.sub("", item.title) for item in items]
+    names = [PLACE.sub("", item.title) for item in items]
     return names, [f"{name}. {item.fields.get('facts', '')}" for name, item in zip(names, items, strict=True)]
 
 
-def texts(cases: Cases, items: Sequence[Item]) -> dict[str, Floats]:
-    """Return what the parts that read texts say, shape (turns, items) each, and the control."""
+def texts(cases: Cases, items: Sequence[Item]) -> tuple[dict[str, Floats], Floats, Floats]:
+    """Return what the parts that read texts say and the control, shape (turns, items) each, and the vectors of MiniLM.
+
+    Those are of what was said last, shape (turns, d), and of names with leads, shape (items, d).
+    """
     embed = text_embedder(ENCODER)
     names, told = names_of(items)
     facts = Facts({item.item_id: item for item in items}, embed)
@@ -241,7 +241,7 @@ def texts(cases: Cases, items: Sequence[Item]) -> dict[str, Floats]:
         "concepts": asked @ facts.concepts.T,
         "somebody else's context": asked[exchanged] @ wholes.T,
     }
-    return {name: np.asarray(scores, dtype=np.float32) for name, scores in found.items()}
+    return {name: np.asarray(scores, dtype=np.float32) for name, scores in found.items()}, asked, wholes
 
 
 def hits(scores: Floats, cases: Cases, chosen: NDArray[np.int64] | None = None) -> dict[int, NDArray[np.float64]]:
@@ -312,65 +312,6 @@ def _known(
     return Known(raw, [kinds[part] for part in parts], had, cases.targets[chosen], out[chosen], repeats=False)
 
 
-# --------------------------------------------------------------------------- slots
-
-
-def slots(folder: Path, items: Sequence[Item]) -> tuple[list[dict[str, Any]], int]:
-    """Return precision and recall of what rules read in users' turns, by slot, and how many turns there are."""
-    reader = Reader(Facts({item.item_id: item for item in items}))
-    titles = {item.item_id: item.title for item in items}
-    right: Counter[str] = Counter()
-    read: Counter[str] = Counter()
-    gold: Counter[str] = Counter()
-    turns = 0
-    for dialogue in lines(folder / "convrec" / "iard_gold.jsonl.gz"):
-        for turn in dialogue["turns"]:
-            if turn["speaker"] != "user":
-                continue
-            turns += 1
-            heard = reader.read(turn["text"], State(turn=1))
-            said = [(slot, value) for act in turn["acts"] for slot, value in act["slots"] if value]
-            wanted = Counter({(slot, _plain(slot, value, reader)) for slot, value in said})
-            got = Counter(
-                {
-                    (SLOTS[wish.field], _plain(SLOTS[wish.field], titles.get(wish.value, wish.value), reader))
-                    for wish in heard.wishes
-                    if wish.field in SLOTS and wish.op != "until"
-                }
-            )
-            right.update(slot for slot, _ in wanted & got)
-            read.update(slot for slot, _ in got)
-            gold.update(slot for slot, _ in wanted)
-    rows = [_slot(name, right[name], read[name], gold[name]) for name in sorted(gold, key=lambda name: -gold[name])]
-    closed = [name for name in gold if name in SLOTS.values()]
-    for name, among in (("all with closed lists", closed), ("all", list(gold))):
-        rows.append(_slot(name, *(sum(counts[each] for each in among) for counts in (right, read, gold))))
-    return rows, turns
-
-
-def _slot(name: str, right: int, read: int, gold: int) -> dict[str, Any]:
-    precision, recall = right / max(1, read), right / max(1, gold)
-    both = 2 * precision * recall / max(1e-12, precision + recall)
-    return {
-        "slot": name,
-        "gold": gold,
-        "read": read,
-        "precision": round(precision, 4),
-        "recall": round(recall, 4),
-        "f1": round(both, 4),
-    }
-
-
-def _plain(slot: str, value: str, reader: Reader) -> str:
-    """Return a value as it is compared: a genre as the catalogue has it, a title without what tells it apart."""
-    if slot == "YEAR":
-        # A decade and its first year are one.
-        digits = re.sub(r"\D", "", value)[-2:]
-        return digits
-    key = title_key(_PLACE.sub("", value))
-    return reader.canonical(key) if slot == "GENRE" else key
-
-
 # --------------------------------------------------------------------------- all of it
 
 
@@ -401,16 +342,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for row in slot_rows:
         sys.stdout.write(f"{row['slot']:24} gold {row['gold']:4} P {row['precision']:.3f} R {row['recall']:.3f}\n")
     cases = cases_of(folder, items)
-    said = texts(cases, items)
+    said, asked, told = texts(cases, items)
     single = {**counted(cases, len(items), np.ones(len(set(cases.dialogues)), dtype=bool)), **said}
     found = {name: hits(scores, cases) for name, scores in single.items()}
-    embed = text_embedder(ENCODER)
-    others = OtherDialogues(cases, embed(cases.queries), embed(names_of(items)[1]))
-    found[OTHERS] = hits(others.alone(), cases)
-    made, talks = synthetic(items, others.items)
-    said[SYNTHETIC] = mapped(others.turns, made.context) @ mapped(others.items, made.item).T
+    learned = {
+        OTHERS: OtherDialogues(cases, asked, told),
+        SHUFFLED: OtherDialogues(cases, asked, told[exchanged_items(items)]),
+    }
+    for name, each in learned.items():
+        found[name] = hits(each.alone(), cases)
+    made, talks = synthetic(items, told)
+    said[SYNTHETIC] = mapped(asked, made.context) @ mapped(told, made.item).T
     found[SYNTHETIC] = hits(said[SYNTHETIC], cases)
-    mixtures, weights = mixed(cases, len(items), said, lambda fold: {OTHERS: others.scores(fold)})
+    mixtures, weights = mixed(
+        cases, len(items), said, lambda fold: {k: each.scores(fold) for k, each in learned.items()}
+    )
     found |= mixtures
     rows = [row_of(name, values, cases.clusters) for name, values in found.items()]
     families = [[(a, b, found[a][10] - found[b][10], cases.clusters) for a, b in each] for each in _FAMILIES]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -22,6 +22,7 @@ from llmrec.chat.reading import Reader
 from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.tools import Tools
 from llmrec.chat.transcripts import Turn
+from llmrec.data.hashing import hash64
 from llmrec.strategies.fusion_weights import FOLDS, folds_of
 from llmrec.types import Item, Message, Prompt, Segment
 
@@ -70,24 +71,33 @@ class OtherDialogues:
 
         Those of a fold are by an encoder that has learned from neither that fold nor the judged one.
         """
-        found = np.zeros((len(self.turns), len(self.items)), dtype=np.float32)
-        for fold in range(FOLDS):
-            dual, rows = self._without(frozenset((judged, fold))), np.unique(self._cases.rows[self.folds == fold])
-            found[rows] = mapped(self.turns[rows], dual.context) @ mapped(self.items, dual.item).T
-        return found
+        return self._joined(lambda fold: frozenset((judged, fold)))
 
     def alone(self) -> Floats:
         """Return the scores of every fold by the encoder that has learned from all others, shape (turns, items)."""
+        return self._joined(lambda fold: frozenset((fold,)))
+
+    def _joined(self, without: Callable[[int], frozenset[int]]) -> Floats:
         found = np.zeros((len(self.turns), len(self.items)), dtype=np.float32)
         for fold in range(FOLDS):
-            rows = self._cases.rows[self.folds == fold]
-            found[rows] = self.scores(fold)[rows]
+            dual, rows = self._without(without(fold)), np.unique(self._cases.rows[self.folds == fold])
+            found[rows] = mapped(self.turns[rows], dual.context) @ mapped(self.items, dual.item).T
         return found
 
     def _without(self, folds: frozenset[int]) -> DualEncoder:
         if folds not in self._known:
             self._known[folds] = learn(ENCODER, self._asked.part(self.learns(folds)), self.items)
         return self._known[folds]
+
+
+def exchanged_items(items: Sequence[Item]) -> NDArray[np.int64]:
+    """Return for each item another one, whose text is taken for its own: one with a page where it has a page."""
+    order = np.argsort(hash64("redial texts", 0, [item.item_id for item in items]), kind="stable")
+    found = np.empty(len(items), dtype=np.int64)
+    paged = np.array(["facts" in items[place].fields for place in order])
+    for alike in (order[paged], order[~paged]):
+        found[alike] = np.roll(alike, 1)
+    return found
 
 
 @dataclass(frozen=True)

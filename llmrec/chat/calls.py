@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from llmrec.chat import english
 from llmrec.chat.facts import Facts
 from llmrec.chat.state import LONGEST, State
 from llmrec.errors import DataError
@@ -143,7 +142,7 @@ def ends(call: Call) -> bool:
     return isinstance(call, ENDINGS)
 
 
-def legal(state: State, facts: Facts, *, ending: bool = False) -> list[Call]:
+def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending: bool = False) -> list[Call]:
     """Return every call that is legal now.
 
     Values of fields with more than `FEW` of them are legal where they share a word with what the user said last.
@@ -152,9 +151,10 @@ def legal(state: State, facts: Facts, *, ending: bool = False) -> list[Call]:
     Args:
         state: With the user's last line.
         facts: Of the catalogue.
+        intents: Read in that line, without the words of titles (`llmrec.chat.reading.Heard`).
         ending: Endings alone, as after the last tool of a turn.
     """
-    found: list[Call] = list(_endings(state, facts))
+    found: list[Call] = list(_endings(state, facts, intents))
     return found if ending else [*_tools(state, facts), *found]
 
 
@@ -188,14 +188,13 @@ def _tools(state: State, facts: Facts) -> Iterator[Call]:
     yield from (Explain(item=place) for place in places)
 
 
-def _endings(state: State, facts: Facts) -> Iterator[Call]:
+def _endings(state: State, facts: Facts, intents: Set[str]) -> Iterator[Call]:
     fields = [field for field in facts.values if field not in state.asked]
     for k in (1, 3, ASKED):
         yield Show(k=k)
         yield from (Show(k=k, ask=field) for field in fields)
     yield from (Ask(field=field) for field in fields)
     yield ShowProfile()
-    said = _said(state)
-    if english.INTENTS["forget"].search(said) or english.LIFTED.search(said):
+    if intents & {"forget", "lift"}:
         yield from (Forget(wish=number) for number in range(len(state.profile) + 1))
     yield from (Say(what=what) for what in ("hello", "thanks", "bye", "decline", "explained"))

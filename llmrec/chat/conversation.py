@@ -88,7 +88,7 @@ class Conversation:
         said = clean(text, TEXT_LIMIT)
         state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", said)
         heard = Heard() if self.reader is None else self.reader.read(said, state)
-        state, told = self._heard(state, heard, said)
+        state, told = self._heard(state, heard)
         start = state
         made: list[tuple[Call, str]] = []
         cost, outcome = Cost(), Outcome()
@@ -116,7 +116,7 @@ class Conversation:
             asked=tuple(name for name in state.asked if name in facts.values),
         )
 
-    def _heard(self, state: State, heard: Heard, said: str) -> tuple[State, list[str]]:
+    def _heard(self, state: State, heard: Heard) -> tuple[State, list[str]]:
         """Return the state after what was heard, and lines about requests that a ban stands against."""
         profile = state.profile
         for name, value in heard.revoked:
@@ -136,7 +136,7 @@ class Conversation:
             if wish not in kept and wish.hard and wish.key not in new
         ]
         wishes = kept
-        if "instead" in said.casefold():
+        if "instead" in heard.intents:
             fields = {wish.field for wish in wishes if wish.asks}
             profile = tuple(wish for wish in profile if not (wish.asks and wish.field in fields))
         changed = learned(profile, wishes)

@@ -22,13 +22,16 @@ NO = _words(
     "(?:sick|tired|bored) of|other than|can['’]?t stand|isn['’]?t|non|less|couldn['’]?t|nothing|"
     "remov(?:e|ing)|exclud(?:e|ing)|skip|(?:leave|rule|filter) out|neither|nor|hardly"
 )
+# Who is told not to forget something is not asked to.
+_FORGET = "(?<!never )(?<!not )(?<!n't )(?<!n’t )forget"
+_LIFT = r"lift (?:\w+ ){0,2}(?:bans?|limits?|restrictions?)"
 AGAIN = _words(
     "(?:is|are|'s|would be|will be|sounds?|fine|ok|okay) (?:\\w+ )?"
     "(?:fine|ok|okay|allowed|good|alright|possible|welcome)|again|after all|don['’]?t mind|do not mind|no longer mind|"
-    "allow|bring back|forget (?:about|what i said)|never mind|lift"
+    f"allow|bring back|{_FORGET} (?:about|what i said)|never mind|{_LIFT}"
 )
 """What is said of a ban that is taken back."""
-LIFTED = _words("forget|lift")
+LIFTED = _words(f"{_FORGET}|{_LIFT}")
 TOLERATED = _words("(?:don['’]?t|do not|doesn['’]?t|does not|no longer|never) mind|not opposed to|nothing against")
 """What is no ban, and no request either."""
 OUT = (
@@ -89,8 +92,10 @@ INTENTS = {
         "my profile|know about me|what (?:do|have) you (?:know|remember|noted)|what have i (?:said|told)"
     ),
     "forget": _words(
-        "forget (?:all|everything|me(?! not))|start over|reset|clear (?:my )?(?:profile|everything)|new search"
+        f"{_FORGET} (?:all|everything|me(?! not))|start over|reset|clear (?:my )?(?:profile|everything)|new search"
     ),
+    "lift": LIFTED,
+    "instead": _words("instead"),
     "explain": _words("why|explain|tell me (?:more )?about|what is (?:it|that|this) about|more about|who (?:is|stars)"),
     "similar": _words("similar|alike|more like|something like|like (?:that|this|the|number|#)"),
     "bye": _words("bye|goodbye|see you|good night|that['’]?s all|have a (?:good|nice|great)"),

@@ -33,6 +33,11 @@ _RANK = 60
 class Facts:
     """Facts of a catalogue.
 
+    Attributes:
+        values: Of each field with a closed list of them, the most frequent first.
+        numeric: Fields of numbers, which have bounds.
+        years: The one whose numbers are years; empty: none.
+
     Args:
         items: The catalogue.
         embed: A text encoder; with it search compares meanings and concepts beside words.
@@ -45,6 +50,7 @@ class Facts:
         self.values = _closed(self.items.values())
         self._spelt = {field: {value.casefold(): value for value in values} for field, values in self.values.items()}
         self.numeric = frozenset(field for field, values in self.values.items() if _are_numbers(values))
+        self.years = next((name for name in sorted(self.numeric) if _are_years(*self.bounds(name))), "")
 
     def value(self, field: str, value: str) -> str | None:
         """Return a value as the catalogue writes it; None if no item has it."""
@@ -181,6 +187,10 @@ def _values(said: str) -> list[str]:
 def _are_numbers(values: Iterable[str]) -> bool:
     every = list(values)
     return sum(map(bool, map(_NUMBER.fullmatch, every))) >= _MOSTLY * len(every)
+
+
+def _are_years(low: int, high: int) -> bool:
+    return low >= 1800 and high <= 2100
 
 
 def _inside(value: str, wish: Wish) -> bool:

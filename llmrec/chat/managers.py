@@ -156,7 +156,7 @@ class ModelManager:
         Raises:
             LlmrecError: If the engine fails.
         """
-        calls = legal(moment.state, moment.tools.facts, ending=moment.last)
+        calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
         # A tool that was used in this turn is used up: greedy models would repeat it.
         used = {call for call, _ in moment.made}
         calls = [call for call in calls[-self.most :] if call not in used]
@@ -211,7 +211,7 @@ class RandomManager:
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`."""
-        calls = legal(moment.state, moment.tools.facts, ending=moment.last)
+        calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
         # Tools first, evenly, and then their arguments: most calls are searches.
         tool = self._random.choice(sorted({call.tool for call in calls}))
         return self._random.choice([call for call in calls if call.tool == tool]), Cost()

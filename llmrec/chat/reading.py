@@ -20,6 +20,7 @@ from llmrec.index.titles import title_key
 _BRACKET = re.compile(r"\s*\([^()]*\)\s*$")
 _ARTICLE = re.compile(r"^(.*), (The|A|An|Les?|La|Il|Der|Die|Das)$", re.IGNORECASE)
 _YEAR = re.compile(r"\s*\((\d{4})\)")
+_LETTER = re.compile(r"\w")
 # Fields of more values are names, of which one word alone is meant where it has a capital.
 _NAMES = 200
 # Words of a clause that needs no verb to be a request.
@@ -80,8 +81,7 @@ class Reader:
             if known and not self._values(title_key(said)):
                 self._phrases[title_key(said)] += known
         self._longest = max((len(form.split()) for form in self._phrases), default=1)
-        years = (name for name in sorted(facts.numeric) if _are_years(*facts.bounds(name)))
-        self._years = next(years, "")
+        self._years = facts.years
 
     def read(self, text: str, state: State) -> Heard:
         """Read what was said last.
@@ -94,10 +94,12 @@ class Reader:
         again: list[tuple[str, str]] = []
         rest: list[str] = []
         mentions = list(self._mentions(text))
-        # Titles go first: their words are none of a clause's.
+        # Titles and names go first: their words are none of a clause's.
         titles = [each for each in mentions if each.field == ITEM]
-        for start, end in _clauses(text, titles):
-            bare = _without(text, start, end, titles)
+        names = [each for each in mentions if each.field == ITEM or _is_name(text, each)]
+        plain = _without(text, names)
+        for start, end in _clauses(text, names):
+            bare = plain[start:end]
             inside = [each for each in mentions if start <= each.start < end]
             for wish, back in self._wishes(bare, start, inside, state):
                 if back:
@@ -106,11 +108,10 @@ class Reader:
                     wishes.append(wish)
             wishes += self._times(bare, state)
             rest += self._rest(bare, start, inside)
-        plain = _without(text, 0, len(text), titles)
         intents = frozenset(name for name, pattern in english.INTENTS.items() if pattern.search(plain))
         places = _places(plain, len(state.shown))
         if not titles and "explain" not in intents:
-            wishes += _about_list(text, state, places, intents)
+            wishes += _about_list(plain, state, places, intents)
         return Heard(tuple(dict.fromkeys(wishes)), tuple(again), intents, places, " ".join(rest))
 
     def canonical(self, phrase: str) -> str:
@@ -255,15 +256,18 @@ def _is_title(text: str, start: int, end: int, form: str) -> bool:
     return capitals == 1 and inner and form not in english.PLAIN and len(form) > 3
 
 
-def _are_years(low: int, high: int) -> bool:
-    return low >= 1800 and high <= 2100
+def _is_name(text: str, value: _Mention) -> bool:
+    """Whether a value, such as a brand, is written as a name."""
+    said = text[value.start : value.end]
+    return said[:1].isupper() and _is_title(text, value.start, value.end, title_key(said))
 
 
-def _clauses(text: str, titles: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
-    """Yield where clauses begin and end; what ends one inside a title does not."""
+def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
+    """Yield where clauses begin and end; what ends one inside a title or a name does not."""
     begin = 0
     for found in english.CLAUSE.finditer(text):
-        if any(each.start <= found.start() < each.end for each in titles):
+        # Spaces before a word belong to what ends a clause.
+        if any(found.start() < each.end and each.start < found.end() for each in names):
             continue
         if text[begin : found.start()].strip():
             yield begin, found.start()
@@ -272,13 +276,14 @@ def _clauses(text: str, titles: Sequence[_Mention]) -> Iterator[tuple[int, int]]
         yield begin, len(text)
 
 
-def _without(text: str, start: int, end: int, titles: Sequence[_Mention]) -> str:
-    """Return a clause whose titles are blotted out, of the same length."""
-    letters = list(text[start:end])
-    for each in titles:
-        for at in range(max(each.start, start), min(each.end, end)):
-            letters[at - start] = "\u00b7"
-    return "".join(letters)
+def _without(text: str, names: Sequence[_Mention]) -> str:
+    """Return a text of the same length whose titles are blotted out, and whose names are words that say nothing."""
+    found = text
+    for each in names:
+        said = text[each.start : each.end]
+        blot = "\u00b7" * len(said) if each.field == ITEM else _LETTER.sub("x", said)
+        found = found[: each.start] + blot + found[each.end :]
+    return found
 
 
 def _negated(before: str, after: str, item: bool) -> bool:

@@ -195,7 +195,7 @@ def transcript(held: Iterable[tuple[str, Held]]) -> list[Turn]:
 def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: int = 1) -> Wanted:
     """Return what a user who wants an item knows: its attributes, and liked items that are not called nearly so.
 
-    A value that is nearly the title is left out as well.
+    A value that is nearly the title is left out as well, and so are numbers that are no years: users say decades.
 
     Args:
         facts: Of the catalogue.
@@ -206,7 +206,9 @@ def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: i
     """
     drawn, title = random.Random(seed), title_of(facts.titles[target])
     attributes = {
-        name: tuple(value for value in said.split(", ") if not near(value, title)) for name, said in facts.told(target)
+        name: tuple(value for value in said.split(", ") if not near(value, title))
+        for name, said in facts.told(target)
+        if name not in facts.numeric or name == facts.years
     }
     names = list(attributes)
     drawn.shuffle(names)

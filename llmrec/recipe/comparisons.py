@@ -1,4 +1,4 @@
-"""Pages that compare: suites of predictors under one protocol, and benchmarks of recipes beside each other.
+"""Pages that compare: suites of predictors under one protocol, benchmarks of recipes, and suites of conversations.
 
 Like recipes they are YAML, frozen and closed, and their defaults stand here and nowhere else.
 """
@@ -221,4 +221,60 @@ class Benchmark(Section):
             for key, values in run.grid.items():
                 if not values:
                     raise ValueError(f"runs: grid of {run.name!r}: {key} has no values; list some, or drop the key")
+        return self
+
+
+class ChatRow(Section):
+    """One row of a suite of conversations: who chooses the tools, and with which users."""
+
+    manager: str = Field(
+        min_length=1,
+        description="rules; history: the recommender's next list, whatever was said; random: any legal call, whatever "
+        "was said; or a language model by folder or name",
+    )
+    name: str = Field("", description="empty: the manager's")
+    users: Positive | None = Field(None, description="only the first of the suite's, such as for a language model")
+    knows: tuple[str, ...] = Field((), description="fields of items that these users know and speak of; empty: all")
+
+    @property
+    def label(self) -> str:
+        """The row's name in tables and files."""
+        return self.name or self.manager
+
+
+class ChatSuite(Section):
+    """Conversations of simulated users with several managers over one catalogue and one recommender."""
+
+    chat: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: str = ""
+    recipe: str = Field(description="a recipe page: its data, its seed, and what it says of the recommender")
+    overrides: tuple[str, ...] = Field((), description="changed keys of the recipe")
+    recommender: str = Field("item-knn", description="a classic recommender, which learns from the training part")
+    items: str | None = Field(
+        None, description="table of items with what can be talked about: item_id, title, fields; None: the recipe's own"
+    )
+    split: Literal["valid", "test"] = Field("test", description="whose held-out items users want")
+    users: Positive = Field(200, description="users of a seed, drawn by a hash")
+    seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of who is drawn, and of how they say it")
+    turns: Positive = Field(5, description="turns of a conversation, at most")
+    # Managers that choose the length themselves show as many.
+    k: int = Field(5, ge=5, le=50, description="items of a list of rules and of history; the others show five at most")
+    past: int = Field(40, ge=0, le=90, description="last items of a user's history that the profile begins with")
+    liked: float | None = Field(
+        None, description="lowest rating of a liked item; None: three quarters up the scale, or all without ratings"
+    )
+    bootstrap: Resamples = 2000
+    rows: tuple[ChatRow, ...] = Field(min_length=1)
+    pairs: tuple[tuple[str, str], ...] = Field(
+        (), description="planned comparisons: names of rows, is the first better than the second on the users of both"
+    )
+
+    @model_validator(mode="after")
+    def _rows_agree(self) -> ChatSuite:
+        names = [row.label for row in self.rows]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise ValueError(f"rows: two rows are called {twice!r}; give one another name")
+        for pair in self.pairs:
+            if (missing := next((name for name in pair if name not in names), None)) is not None:
+                raise ValueError(f"pairs: there is no row {missing!r}; the rows are {', '.join(names)}")
         return self

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ValidationError
 from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
-from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.pages import KeyPath, flow, read_page, value_of
 from llmrec.recipe.paths import placed
 from llmrec.recipe.plugged import dotted, import_all, located
@@ -176,13 +176,23 @@ def load_benchmark(path: str | Path, overrides: Sequence[str] = ()) -> Benchmark
     return _compared(Benchmark, path, overrides)
 
 
-def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark"]:
-    """Tell what a page is: a suite has the key ``suite``, a benchmark ``benchmark``, all others are recipes."""
+def load_chat(path: str | Path, overrides: Sequence[str] = ()) -> ChatSuite:
+    """Read a suite of conversations, such as ``eval/suites/chat.yaml``, and apply overrides such as ``users=20``.
+
+    Raises:
+        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
+    """
+    return _compared(ChatSuite, path, overrides)
+
+
+def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark", "chat"]:
+    """Tell what a page is by its own key, such as ``suite``; all that have none are recipes."""
     try:
         keys = read_page(_find(Path(path), "eval"))[0]
     except RecipeError:
         return "recipe"
-    return "suite" if "suite" in keys else "benchmark" if "benchmark" in keys else "recipe"
+    own: tuple[Literal["suite", "benchmark", "chat"], ...] = ("suite", "benchmark", "chat")
+    return next((kind for kind in own if kind in keys), "recipe")
 
 
 def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> Page:
@@ -229,7 +239,7 @@ def _import(
     import_all(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
 
 
-def recipe_hash(recipe: Recipe | Suite | Benchmark) -> str:
+def recipe_hash(recipe: Recipe | Suite | Benchmark | ChatSuite) -> str:
     """Return 16 hex digits over every resolved value."""
     canonical = json.dumps(recipe.model_dump(mode="json"), sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]

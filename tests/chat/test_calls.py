@@ -140,10 +140,11 @@ def test_arguments_come_from_closed_lists() -> None:
 
 
 def test_nothing_is_forgotten_unless_the_user_asks_and_long_words_are_no_argument() -> None:
-    facts = conversation().tools.facts
-    bans = (Wish(field="genres", op="not", value="Horror"),)
+    held, bans = conversation(), (Wish(field="genres", op="not", value="Horror"),)
+    assert held.reader is not None
     for text, asked in (("more please", False), ("x" * 201, False), ("forget the horror", True), ("start over", True)):
-        calls = legal(State(profile=bans, lines=(Line(role="user", text=text),)), facts)
+        state = State(profile=bans, lines=(Line(role="user", text=text),))
+        calls = legal(state, held.tools.facts, held.reader.read(text, state).intents)
         assert {call.wish for call in calls if isinstance(call, Forget)} == ({0, 1} if asked else set())
         assert all(read_call(written(call)) == call for call in calls)
 

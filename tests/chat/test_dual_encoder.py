@@ -16,6 +16,7 @@ from llmrec.chat.simulator import dialogues, near, transcript
 from llmrec.chat.transcripts import Turn, differences, read, write
 from llmrec.errors import DataError
 from llmrec.models.embedder import text_embedder
+from llmrec.types import Item
 from tests.chat.shelf import conversation, items
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -175,3 +176,12 @@ def test_parts_of_the_benchmark_by_models_of_random_weights(
     scores = redial_learned.named(cases, titles, np.array([0]))[0]
     # Of five titles one was named before, and of another only one of two items.
     assert scores[2] < -1e8 and scores[0] == scores[1] and (np.delete(scores, 2) > -1e8).all()
+
+
+def test_shuffled_texts_are_those_of_other_items_with_a_page_where_there_is_one() -> None:
+    from eval.benchmarks.redial_learned import exchanged_items
+
+    films = [Item(item_id=str(n), title=f"Film {n}", fields={"facts": "A film."} if n % 3 else {}) for n in range(20)]
+    order = exchanged_items(films)
+    assert sorted(order.tolist()) == list(range(20)) and (order != np.arange(20)).all()
+    assert all(("facts" in films[row].fields) == ("facts" in films[other].fields) for row, other in enumerate(order))

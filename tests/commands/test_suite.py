@@ -26,7 +26,7 @@ from llmrec.data.split import split
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.study import load_split
 from llmrec.recipe.comparisons import Suite
-from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
+from llmrec.recipe.load import kind_of_page, load_benchmark, load_chat, load_recipe, load_suite
 from llmrec.registry import BASELINES
 from llmrec.report.wording import DASH
 from llmrec.resources import resource
@@ -419,14 +419,22 @@ def test_the_command_writes_results_and_the_leaderboard_beside_them(
 
 PAGES = sorted(resource("eval", "suites").glob("*.yaml"))
 SUITES = [page for page in PAGES if kind_of_page(page) == "suite"]
+TALKS = [page for page in PAGES if kind_of_page(page) == "chat"]
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if page not in SUITES], ids=lambda page: page.stem)
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in (*SUITES, *TALKS)], ids=lambda page: page.stem)
 def test_a_shipped_benchmark_can_be_read_and_its_recipes_too(page: Path) -> None:
     benchmark = load_benchmark(page)
     assert benchmark.benchmark == page.stem
     for point in points(benchmark):
         assert recipe_of(benchmark, point, Path("runs")).tasks.present()
+
+
+@pytest.mark.parametrize("page", TALKS, ids=lambda page: page.stem)
+def test_a_shipped_suite_of_conversations_can_be_read_and_names_what_exists(page: Path) -> None:
+    talks = load_chat(page)
+    assert talks.chat == page.stem and load_recipe(talks.recipe, talks.overrides).tasks.present()
+    assert {"history", "rules"} <= {row.manager for row in talks.rows} and talks.recommender in BASELINES
 
 
 @pytest.mark.parametrize("page", SUITES, ids=lambda page: page.stem)

@@ -4,24 +4,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from llmrec.answering.checks import decided
 from llmrec.answering.known import Catalogue
 from llmrec.answering.opening import Models, open_models
 from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.recommender import Recommender
 from llmrec.chat import transcripts
 from llmrec.chat.calls import written
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.dual_encoder import ENCODER, embedders, learn, of_transcript
 from llmrec.chat.facts import Facts
-from llmrec.chat.managers import Manager, ModelManager, RuleManager
+from llmrec.chat.managers import Manager
+from llmrec.chat.opening import CONTROLS, opened
 from llmrec.chat.reading import Reader
 from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.state import State
 from llmrec.chat.tools import ModelLists, Tools, asking
-from llmrec.commands.chat.options import RULES, ChatOptions
+from llmrec.commands.chat.options import ChatOptions
 from llmrec.commands.show.console import say, tell
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
@@ -56,8 +55,8 @@ def chat(options: ChatOptions) -> int:
     turns: list[transcripts.Turn] = []
     models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
     try:
-        with _manager(options) as manager:
-            conversation = talking(models, manager, options.encoder)
+        with opened(options.manager, k=options.k, dtype=options.dtype) as made:
+            conversation = talking(models, made(options.seed), options.encoder)
             if past is not None:
                 return _replayed(conversation, past)
             if options.simulate is not None:
@@ -88,18 +87,7 @@ def talking(models: Models, manager: Manager, encoder: str | None = None) -> Con
     embed, asked = (None, None) if encoder is None else embedders(encoder)
     facts = Facts(models.items, embed, asked)
     lists = ModelLists(Catalogue(models.items), asking(models))
-    return Conversation(Tools(facts, lists), manager, Reader(facts))
-
-
-@contextmanager
-def _manager(options: ChatOptions) -> Iterator[Manager]:
-    """Hand out who chooses the tools."""
-    if options.manager == RULES:
-        yield RuleManager(k=options.k)
-        return
-    asked = RecommenderOptions(model=options.manager, backend="hf", dtype=options.dtype)
-    with Recommender.open(decided(asked), ranks=False) as model, model.asked("search") as backend:
-        yield ModelManager(backend)
+    return Conversation(Tools(facts, lists), manager, None if manager.name in CONTROLS else Reader(facts))
 
 
 def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:

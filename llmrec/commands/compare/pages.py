@@ -8,8 +8,9 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from llmrec.commands.compare.benchmark_page import pages
+from llmrec.commands.compare.conversations_page import page_of
 from llmrec.commands.compare.leaderboard import all_references, leaderboard, read_results
-from llmrec.commands.compare.records import BenchmarkResult
+from llmrec.commands.compare.records import BenchmarkResult, ChatResult
 from llmrec.commands.compare.slices_page import slices_page
 from llmrec.durable import write_text
 from llmrec.errors import DataError
@@ -37,10 +38,14 @@ def rewrite(folder: Path) -> list[Path]:
         written["LEADERBOARD.md"] = leaderboard(suites, all_references())
         written["SLICES.md"] = slices_page(suites)
     for file, content in _contents(folder).items():
-        if content.get("kind") != "benchmark":
+        if content["kind"] == "suite":
             continue
         try:
-            written |= pages(BenchmarkResult.model_validate(mended(dict(content))))
+            if content["kind"] == "chat":
+                talks = ChatResult.model_validate(mended(dict(content)))
+                written[f"{talks.chat}.md"] = page_of(talks)
+            else:
+                written |= pages(BenchmarkResult.model_validate(mended(dict(content))))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False)[0]
             place = ".".join(map(str, problem["loc"]))
@@ -60,6 +65,6 @@ def _contents(folder: Path) -> dict[Path, dict[str, object]]:
         except (ValueError, RecursionError) as error:
             what = f"{file}: is not JSON ({error}); write it again with `llmrec eval`"
             raise DataError(what, kind="syntax", at=file) from error
-        if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark"):
+        if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
             found[file] = content
     return found

@@ -1,4 +1,4 @@
-"""The frozen records of what suites and benchmarks write, which the leaderboard and the pages read.
+"""The frozen records of what suites, benchmarks and suites of conversations write, which the pages read.
 
 As in `llmrec.results`, keys that no record has are ignored, and what later versions added is optional.
 """
@@ -240,6 +240,103 @@ class BenchmarkResult(Record):
     seconds: float
     missing: int
     tables: tuple[BenchmarkTable, ...]
+
+
+class ChatTalk(Record):
+    """One conversation of a suite, as figures need it.
+
+    Attributes:
+        seed: Of the draw of users.
+        hit: The turn whose list held what is wanted, from 1; None: none did.
+        tokens: Read and written by a language model.
+        calls: How often each tool was called.
+        unread: Calls that do not parse.
+        outside: Items that were shown and are none of the catalogue.
+        named: Lines of the user that name the wanted item, or nearly.
+    """
+
+    seed: int
+    user: str
+    hit: int | None = None
+    turns: int
+    seconds: float
+    tokens: int = 0
+    calls: dict[str, int]
+    unread: int = 0
+    outside: int = 0
+    named: int = 0
+
+
+class ChatLine(Record):
+    """One row of a suite of conversations.
+
+    Attributes:
+        knows: Fields that the users know; none: all.
+        users: Different ones, over all seeds.
+        metrics: Share of conversations one of whose first lists held what was wanted, by their number.
+        turns: Of a conversation.
+        turns_to_a_hit: Of those that had one; None: none had.
+        parse_rate: Share of calls that parse.
+        calls: How often each tool was called.
+    """
+
+    name: str
+    manager: str
+    knows: tuple[str, ...] = ()
+    conversations: int
+    users: int
+    metrics: dict[str, Figure]
+    turns: float
+    turns_to_a_hit: Number = None
+    seconds_a_turn: float
+    tokens_a_turn: float
+    parse_rate: float
+    shown_outside_the_catalogue: int
+    lines_with_a_wanted_title: int
+    calls: dict[str, int]
+
+
+class ChatPair(Pair):
+    """A planned comparison of two rows, on the conversations that both have."""
+
+    conversations: int
+    users: int
+
+
+class ChatResult(Record):
+    """The whole of the file of a suite of conversations.
+
+    Attributes:
+        metric: What planned comparisons are of.
+        fields: Of the items, which can be talked about, and how many items have each.
+        users: Of a seed.
+        past: Last items that a profile begins with.
+    """
+
+    kind: str = "chat"
+    chat: str
+    description: str = ""
+    llmrec: str = ""
+    created: str = ""
+    command: str = ""
+    chat_hash: str = ""
+    versions: dict[str, str] = Field(default_factory=dict)
+    machine: dict[str, Fact] = Field(default_factory=dict)
+    recipe: str
+    recommender: str
+    data: DataInfo
+    fields: dict[str, int]
+    split: str
+    metric: str
+    users: int
+    seeds: tuple[int, ...]
+    turns: int
+    k: int
+    past: int
+    rows: tuple[ChatLine, ...]
+    pairs: tuple[ChatPair, ...] = ()
+    detectable: str = ""
+    seconds: float = 0.0
 
 
 def retested(tables: Sequence[Sequence[AnyPair]]) -> list[list[AnyPair]]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from llmrec.baselines.parameters import config_of
+from llmrec.baselines.retrieve import check_retriever
 from llmrec.commands.show.console import detail, say, show_dry_run, tell
 from llmrec.data.stats import baskets
 from llmrec.errors import RecipeError
 from llmrec.experiment.preflight import checked_study
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
-from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite
+from llmrec.recipe.load import kind_of_page, load_benchmark, load_chat, load_recipe, load_suite
 
 
 def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
@@ -50,6 +51,13 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
             recipe_of(bench, point, Path("runs"))
         tell(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo))
         say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
+        return
+    if kind == "chat":
+        talks = load_chat(page, overrides)
+        load_recipe(talks.recipe, talks.overrides)
+        check_retriever(talks.recommender, "recommender")
+        tell(name=talks.chat, rows=[row.label for row in talks.rows], pairs=talks.pairs)
+        say(f"conversations {talks.chat} are valid: {len(talks.rows)} rows, {len(talks.pairs)} planned comparisons")
         return
     loaded = load_recipe(page, overrides)
     study = checked_study(loaded)

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeAlias
 from pydantic import BaseModel
 
 from llmrec.prompts.template import load_templates
-from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.schema import Recipe, TasksSection
 from llmrec.registry import BASELINES, SOURCES, TASKS, lookup
 from llmrec.tasks.family import families
@@ -27,7 +27,7 @@ _OWN = {"type": "string", "pattern": r"[:/.\\]"}
 
 
 def schema_text(kind: PageKind) -> str:
-    """Return the schema of a kind of page as a file holds it; that of suites is that of benchmarks too."""
+    """Return the schema of a kind of page as a file holds it; that of suites is one for all that compare."""
     return json.dumps({"recipe": _recipe, "suite": _suite}[kind](), ensure_ascii=False, indent=1) + "\n"
 
 
@@ -60,17 +60,21 @@ def _recipe() -> Schema:
 
 
 def _suite() -> Schema:
-    suite, benchmark = _plain(Suite), _plain(Benchmark)
-    defs = suite.pop("$defs") | benchmark.pop("$defs")
+    suite, benchmark, chat = _plain(Suite), _plain(Benchmark), _plain(ChatSuite)
+    defs = suite.pop("$defs") | benchmark.pop("$defs") | chat.pop("$defs")
     defs["SuiteRow"]["properties"]["baseline"]["anyOf"][0] = _named(BASELINES)
     defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
     return {
         "$schema": _DIALECT,
-        "title": "llmrec suite or benchmark",
+        "title": "llmrec suite, benchmark or suite of conversations",
         "if": {"required": ["benchmark"]},
         "then": {"$ref": "#/$defs/Benchmark"},
-        "else": {"$ref": "#/$defs/Suite"},
-        "$defs": defs | {"Suite": suite, "Benchmark": benchmark},
+        "else": {
+            "if": {"required": ["chat"]},
+            "then": {"$ref": "#/$defs/ChatSuite"},
+            "else": {"$ref": "#/$defs/Suite"},
+        },
+        "$defs": defs | {"Suite": suite, "Benchmark": benchmark, "ChatSuite": chat},
     }
 
 

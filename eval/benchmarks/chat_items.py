@@ -1,0 +1,67 @@
+"""Writes the films that ``eval/suites/chat_loop.yaml`` talks about: genres and year, and directors and countries.
+
+``LLMREC_DATA=FOLDER python -m eval.benchmarks.chat_items`` joins the films of MovieLens-100K with FOLDER/movie_facts
+(HetRec 2011) by title and year, into ``runs/chat/items.csv``. The terms of HetRec keep its facts out of the repository.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from eval.benchmarks.kar import table
+from llmrec.chat.reading import title_of
+from llmrec.durable import write_text
+from llmrec.experiment.study import load_tables
+from llmrec.index.titles import title_key
+from llmrec.recipe.load import load_recipe
+from llmrec.types import Item
+
+RECIPE, TARGET = "recipes/quickstart.yaml", Path("runs/chat/items.csv")
+
+
+def informed(items: Mapping[str, Item], folder: Path) -> dict[str, Item]:
+    """Return items with directors and countries, by titles and years that both tables have."""
+    known = {}
+    for row in table(folder / "movie_facts" / "hetrec_facts.tsv.gz").iter_rows(named=True):
+        known[title_key(title_of(row["title"] or "")), str(row["year"])] = row
+    found = {}
+    for name, item in items.items():
+        row = known.get((title_key(title_of(item.title)), item.fields.get("year", "")))
+        more = (
+            {}
+            if row is None
+            else {"director": str(row["directors"] or "").replace("|", ", "), "country": str(row["country"] or "")}
+        )
+        found[name] = replace(item, fields={**item.fields, **{key: value for key, value in more.items() if value}})
+    return found
+
+
+def written(items: Mapping[str, Item]) -> str:
+    """Return items as a table of CSV, blank where an item has no such field."""
+    fields = list(dict.fromkeys(field for item in items.values() for field in item.fields))
+    lines = io.StringIO()
+    rows = csv.writer(lines, lineterminator="\n")
+    rows.writerow(["item_id", "title", *fields])
+    rows.writerows(
+        [item.item_id, item.title, *(item.fields.get(each, "") for each in fields)] for item in items.values()
+    )
+    return lines.getvalue()
+
+
+def main() -> None:
+    """Write the table."""
+    items = load_tables(load_recipe(RECIPE))[0].dataset.items
+    found = informed(items, Path(os.environ.get("LLMREC_DATA", ".")))
+    write_text(TARGET, written(found))
+    with_one = sum("director" in item.fields for item in found.values())
+    sys.stdout.write(f"{TARGET}: {len(found)} films, {with_one} with a director\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""Managers by their names: rules and controls, which need nothing, and language models, which are opened."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from llmrec.answering.checks import decided
+from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.recommender import Recommender
+from llmrec.chat.managers import HistoryManager, Manager, ModelManager, RandomManager, RuleManager
+from llmrec.recipe.shared import DTYPE
+
+MANAGERS: Mapping[str, Callable[[int, int], Manager]] = {
+    "rules": lambda k, seed: RuleManager(k=k),
+    "history": lambda k, seed: HistoryManager(k=k),
+    "random": lambda k, seed: RandomManager(seed),
+}
+"""What needs no model, by the items of a list and a seed."""
+CONTROLS = frozenset({"history", "random"})
+"""Those to which nothing is read that was said."""
+
+
+@contextmanager
+def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int], Manager]]:
+    """Hand out what makes a manager for a seed.
+
+    Args:
+        name: One of `MANAGERS`, or a language model by folder or name.
+        k: Items of a list.
+        dtype: Of a language model's weights.
+
+    Raises:
+        LlmrecError: If the model cannot be opened.
+    """
+    if name in MANAGERS:
+        yield lambda seed: MANAGERS[name](k, seed)
+        return
+    asked = RecommenderOptions(model=name, backend="hf", dtype=dtype)
+    with Recommender.open(decided(asked), ranks=False) as model, model.asked("search") as backend:
+        yield lambda seed: ModelManager(backend)

@@ -1,0 +1,115 @@
+"""Words inside titles and names of a catalogue are none of the user's: no request, no negation, no end of a clause."""
+
+from __future__ import annotations
+
+import pytest
+
+from llmrec.chat.calls import Forget, legal
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.state import ITEM, State, Wish
+from llmrec.types import Item
+from tests.chat.shelf import conversation
+
+TITLES = (
+    "Forget Paris (1995)",
+    "The Lift (1983)",
+    "Start Over Again (1979)",
+    "Instead of Heaven",
+    "But I'm a Cheerleader (1999)",
+    "Not Another Teen Movie (2001)",
+    "Thanks for Sharing",
+    "Something Like Happiness",
+    "Once More with Feeling",
+    "What Do You Know About Me",
+    "2001: A Space Odyssey (1968)",
+    "After 1990",
+    "Horror of Dracula",
+    "First Knight",
+)
+BRANDS = ("Reset", "No Doubt", "Great Value", "Forget Me Not", "Lift", "Thanks Goods", "More Wares")
+
+
+def talk() -> Conversation:
+    return conversation(
+        known={
+            f"i{n}": Item(
+                item_id=f"i{n}",
+                title=title,
+                fields={
+                    "genres": ("Horror", "Comedy")[n % 2],
+                    "brand": BRANDS[n % len(BRANDS)],
+                    "year": str(1960 + n),
+                },
+            )
+            for n, title in enumerate(TITLES)
+        }
+    )
+
+
+def begun() -> State:
+    ban = Wish(field="genres", op="not", value="Horror")
+    return State(turn=1, profile=(ban,), shown=("i3", "i4", "i5"))
+
+
+@pytest.mark.parametrize("place", range(len(TITLES)))
+def test_a_title_is_named_and_asks_for_nothing(place: int) -> None:
+    held, bare = talk(), TITLES[place].partition(" (")[0]
+    reader = held.reader
+    assert reader is not None
+    for line, op, intents in (
+        ("I loved {}.", "is", set()),
+        ("something like {}", "is", {"request", "similar"}),
+        ("nothing like {}", "not", set()),
+    ):
+        heard = reader.read(line.format(bare), begun())
+        assert [(wish.field, wish.op, wish.value) for wish in heard.wishes] == [(ITEM, op, f"i{place}")]
+        assert (heard.intents, heard.revoked, heard.places) == (intents, (), ())
+
+
+def test_no_title_or_brand_makes_forgetting_legal() -> None:
+    held, facts = talk(), talk().tools.facts
+    assert held.reader is not None
+    for line, asked in (
+        ("I loved Forget Paris.", False),
+        ("something like The Lift", False),
+        ("a chair by Reset, or by Forget Me Not", False),
+        ("a comedy in a ski lift that I'll never forget", False),
+        ("don't forget that I like comedies", False),
+        ("forget the second wish", True),
+        ("lift the ban on horror", True),
+        ("forget everything but Forget Paris", True),
+    ):
+        heard = held.reader.read(line, begun())
+        calls = legal(begun().saying("user", line), facts, heard.intents)
+        assert any(isinstance(call, Forget) for call in calls) == asked, line
+
+
+@pytest.mark.parametrize("brand", BRANDS)
+def test_a_name_neither_asks_nor_negates_nor_softens(brand: str) -> None:
+    held = talk()
+    other = "Lift" if brand == "Reset" else "Reset"
+    replies = [held.answer(begun(), f"something by {brand} or {other}"), held.answer(begun(), f"nothing by {brand}")]
+    for reply, wanted in zip(replies, ({brand: "is", other: "or"}, {brand: "not"}), strict=True):
+        assert {wish.value: wish.op for wish in reply.heard.wishes} == wanted
+        assert all(wish.hard for wish in reply.heard.wishes) and not reply.heard.revoked
+        assert not reply.heard.intents - {"request"}
+        # The ban that stood before still stands: nothing was reset.
+        assert begun().profile[0] in reply.state.profile
+
+
+def test_a_title_that_says_instead_replaces_no_wish() -> None:
+    held = talk()
+    first = held.answer(State(), "I'd like a comedy")
+    assert Wish(field="genres", op="is", value="Comedy", turn=1) in first.state.profile
+    then = held.answer(first.state, "I liked Instead of Heaven, something by Reset")
+    assert Wish(field="genres", op="is", value="Comedy", turn=1) in then.state.profile
+    other = held.answer(first.state, "horror instead")
+    assert not any(wish.value == "Comedy" for wish in other.state.profile)
+
+
+def test_rules_forget_where_they_are_asked_to() -> None:
+    for line in ("forget everything", "Reset", "reset please", "start over"):
+        reply = talk().answer(begun(), line)
+        assert reply.calls == (Forget(),) and reply.state.profile == (), line
+    kept = talk().answer(begun(), "don't forget everything")
+    assert begun().profile[0] in kept.state.profile
