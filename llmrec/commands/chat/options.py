@@ -46,5 +46,8 @@ class ChatOptions:
     learn: Annotated[
         Path | None, About(metavar="FOLDER", help="Learn a dual encoder from them, over --encoder, for --encoder.")
     ] = None
+    tune: Annotated[
+        Path | None, About(metavar="RECIPE", help="Tune its model to choose the tools, on --simulate or --replay.")
+    ] = None
     calls: Annotated[bool, About(help="Also print the calls and the seconds of each answer.")] = False
     dtype: Annotated[str, About(choices=get_args(Dtype), help="Of a language model's weights.")] = DTYPE

@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 from llmrec.answering.checks import decided
 from llmrec.answering.known import Catalogue
 from llmrec.answering.opening import Models, open_models
 from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.recommender import Recommender
 from llmrec.chat import transcripts
 from llmrec.chat.calls import written
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.dual_encoder import ENCODER, embedders, learn, of_transcript
 from llmrec.chat.facts import Facts
-from llmrec.chat.managers import Manager, ModelManager, RuleManager
+from llmrec.chat.managers import Manager
 from llmrec.chat.reading import Reader
 from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.state import State
 from llmrec.chat.tools import ModelLists, Tools, asking
+from llmrec.chat.tuning import refuse
+from llmrec.commands.chat.leading import manager_of, tuned
 from llmrec.commands.chat.options import RULES, ChatOptions
 from llmrec.commands.show.console import say, tell
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.embedder import text_embedder
+from llmrec.recipe.load import load_recipe
 
 _HELLO = "Say what you are looking for; an empty line ends."
 
@@ -36,28 +37,19 @@ def chat(options: ChatOptions) -> int:
     Raises:
         LlmrecError: If the model cannot be opened, a transcript cannot be read, or another file would be overwritten.
     """
-    if options.save is not None:
-        if options.replay is not None:
-            raise DataError(
-                "--save keeps what is said now, and --replay what was said before; drop one of them",
-                kind="contradiction",
-                column="--save",
-            )
-        transcripts.refuse_other(options.save)
-    if options.learn is not None and options.simulate is None:
-        raise DataError(
-            "--learn learns from simulated conversations; say how many with --simulate",
-            kind="missing-key",
-            column="--learn",
-        )
-    if options.simulate is not None and options.replay is not None:
-        raise DataError("--simulate and --replay exclude each other", kind="contradiction", column="--simulate")
+    _check(options)
+    page = None if options.tune is None else load_recipe(options.tune)
+    if page is not None:
+        refuse(page)
     past = None if options.replay is None else transcripts.read(options.replay)
     turns: list[transcripts.Turn] = []
     models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
     try:
-        with _manager(options) as manager:
+        with manager_of(options.manager, options) as manager:
             conversation = talking(models, manager, options.encoder)
+            if page is not None:
+                turns += tuned(conversation, page, past, options)
+                return 0
             if past is not None:
                 return _replayed(conversation, past)
             if options.simulate is not None:
@@ -75,6 +67,45 @@ def chat(options: ChatOptions) -> int:
     return 0
 
 
+def _check(options: ChatOptions) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        DataError: Naming the option; or if another file would be overwritten.
+    """
+    if options.save is not None:
+        if options.replay is not None:
+            raise DataError(
+                "--save keeps what is said now, and --replay what was said before; drop one of them",
+                kind="contradiction",
+                column="--save",
+            )
+        transcripts.refuse_other(options.save)
+    if options.learn is not None and options.simulate is None:
+        raise DataError(
+            "--learn learns from simulated conversations; say how many with --simulate",
+            kind="missing-key",
+            column="--learn",
+        )
+    if options.simulate is not None and options.replay is not None:
+        raise DataError("--simulate and --replay exclude each other", kind="contradiction", column="--simulate")
+    if options.tune is None:
+        return
+    if options.simulate is None and options.replay is None:
+        raise DataError(
+            "--tune learns from conversations; say how many with --simulate, or where they are with --replay",
+            kind="missing-key",
+            column="--tune",
+        )
+    if options.manager != RULES or options.learn is not None:
+        raise DataError(
+            "--tune learns what rules or a transcript called, by the model that its recipe names; drop --manager and "
+            "--learn",
+            kind="contradiction",
+            column="--tune",
+        )
+
+
 def talking(models: Models, manager: Manager, encoder: str | None = None) -> Conversation:
     """Return a conversation over the models of a folder.
 
@@ -89,17 +120,6 @@ def talking(models: Models, manager: Manager, encoder: str | None = None) -> Con
     facts = Facts(models.items, embed, asked)
     lists = ModelLists(Catalogue(models.items), asking(models))
     return Conversation(Tools(facts, lists), manager, Reader(facts))
-
-
-@contextmanager
-def _manager(options: ChatOptions) -> Iterator[Manager]:
-    """Hand out who chooses the tools."""
-    if options.manager == RULES:
-        yield RuleManager(k=options.k)
-        return
-    asked = RecommenderOptions(model=options.manager, backend="hf", dtype=options.dtype)
-    with Recommender.open(decided(asked), ranks=False) as model, model.asked("search") as backend:
-        yield ModelManager(backend)
 
 
 def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:
