@@ -29,7 +29,7 @@ from llmrec.chat.state import LONGEST, State
 from llmrec.chat.tools import Tools
 from llmrec.guard import cut
 from llmrec.prompts.template import Template, load_templates
-from llmrec.types import Backend, Cost, Prompt
+from llmrec.types import Backend, Cost, Prompt, Scores
 
 MOST_CALLS = 4
 """Calls of a turn; the last one is an ending."""
@@ -163,6 +163,8 @@ class ModelManager:
     name: str = "model"
     template: Template = field(default_factory=lambda: load_templates("chat")["manage"])
     tuned: bool = False
+    # What the beginnings of calls score after an empty conversation, by the tools.
+    _empty: dict[tuple[str, ...], Scores] = field(default_factory=dict, init=False, repr=False)
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`.
@@ -172,18 +174,21 @@ class ModelManager:
         """
         calls = choices(moment, self.most)
         asked = self.prompt(moment)
-        tool, cost = self._tool(asked, sorted({call.tool for call in calls}))
+        tool, cost = self._tool(asked, tuple(sorted({call.tool for call in calls})))
         texts = [written(call) for call in calls if call.tool == tool]
         (found,) = self.backend.search([asked], texts, k=1, width=_BEAMS)
         cost += Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1)
         return read_call(texts[found.items[0]]), cost
 
-    def _tool(self, asked: Prompt, tools: Sequence[str]) -> tuple[str, Cost]:
+    def _tool(self, asked: Prompt, tools: tuple[str, ...]) -> tuple[str, Cost]:
+        prompts = [asked]
+        if not self.tuned and tools not in self._empty:
+            prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
         begins = [f'{{"tool": "{tool}"' for tool in tools]
-        empty = Prompt(messages=self.template.turns(dict.fromkeys(_READS, ())))
-        prompts = [asked] if self.tuned else [asked, empty]
         told, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
-        gains = [told.logprobs[n] - sum(each.logprobs[n] for each in plain) for n in range(len(tools))]
+        self._empty.update((tools, each) for each in plain)
+        without = (0.0,) * len(tools) if self.tuned else self._empty[tools].logprobs
+        gains = [with_ - prior for with_, prior in zip(told.logprobs, without, strict=True)]
         cost = Cost(prompt_tokens=sum(each.prompt_tokens for each in (told, *plain)), forwards=len(prompts))
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 

@@ -118,7 +118,10 @@ def test_a_tuned_model_takes_the_likely_tool_and_another_the_one_that_gains_most
         return (-2.0 if "comedy" in text else -9.0) if '"tool": "rank"' in candidate else -20.0
 
     backend = FakeBackend(prefer=prefer)
-    plain, plain_cost = ModelManager(backend).choose(moment)
+    untuned = ModelManager(backend)
+    plain, plain_cost = untuned.choose(moment)
+    # The empty conversation is asked about once.
+    assert untuned.choose(moment)[0] == plain and untuned.choose(moment)[1].forwards == 2
     tuned, tuned_cost = ModelManager(backend, tuned=True).choose(moment)
     assert (plain.tool, tuned.tool) == ("rank", "ask")
     assert (plain_cost.forwards, tuned_cost.forwards) == (3, 2)

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from llmrec.answering.known import known_of
 from llmrec.chat import transcripts
 from llmrec.chat.calls import Search, Show, ends, read_call
+from llmrec.chat.fit import PHRASES
 from llmrec.cli import app
 from llmrec.commands.chat import leading
 from llmrec.commands.chat.options import MOST, ChatOptions
@@ -113,6 +114,16 @@ def test_a_model_is_tuned_to_lead_and_leads(
     for more, kind in (({}, "missing-key"), ({"simulate": 20, "manager": "runs/tuned"}, "contradiction")):
         with raises(DataError, Facts(kind, column="--tune")):
             chat(replace(asked, tune=page, **more))
+
+
+def test_a_language_model_grades_what_the_recommender_lists(
+    run: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\nwhy the first?\n"))
+    chosen = ChatOptions(model=str(run), models=("popularity",), ranker=str(llama_folder), dtype="float32", calls=True)
+    assert chat(chosen) == 0
+    said = capsys.readouterr().out
+    assert any(f"A language model calls it: {phrase}." in said for phrase in PHRASES)
 
 
 def test_a_model_without_items_is_refused(llama_folder: Path) -> None:

@@ -10,6 +10,7 @@ from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.chat import tuning
 from llmrec.chat.conversation import Conversation
+from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import Manager, ModelManager, RuleManager
 from llmrec.chat.simulator import OTHER, USUAL, Wordings, dialogues, transcript
 from llmrec.chat.transcripts import Turn
@@ -37,6 +38,16 @@ def manager_of(name: str, options: ChatOptions) -> Iterator[Manager]:
     weights, learned = tuning.leading(name)
     with _backend(weights, options, "search") as backend:
         yield ModelManager(backend, tuned=learned)
+
+
+@contextmanager
+def judge_of(options: ChatOptions) -> Iterator[FitJudge | None]:
+    """Hand out the language model that grades items, if any does."""
+    if options.ranker is None:
+        yield None
+        return
+    with _backend(options.ranker, options, "likelihood") as backend:
+        yield FitJudge(backend)
 
 
 @contextmanager

@@ -34,6 +34,9 @@ class ChatOptions:
         str | None,
         About(metavar="NAME", help="A text encoder, or a folder of --learn: search compares meanings too."),
     ] = None
+    ranker: Annotated[
+        str | None, About(metavar="MODEL", help="A language model, by folder or name, that also orders and explains.")
+    ] = None
     k: Annotated[int, About(least=1, most=MOST, help="Items of a list.")] = 5
     save: Annotated[Path | None, About(metavar="FILE", help="Write a transcript, as JSON lines.")] = None
     replay: Annotated[

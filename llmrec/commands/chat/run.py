@@ -14,13 +14,14 @@ from llmrec.chat.calls import written
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.dual_encoder import ENCODER, embedders, learn, of_transcript
 from llmrec.chat.facts import Facts
+from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import Manager
 from llmrec.chat.reading import Reader
 from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.state import State
 from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.chat.tuning import refuse
-from llmrec.commands.chat.leading import manager_of, tuned
+from llmrec.commands.chat.leading import judge_of, manager_of, tuned
 from llmrec.commands.chat.options import RULES, ChatOptions
 from llmrec.commands.show.console import say, tell
 from llmrec.errors import DataError
@@ -45,8 +46,8 @@ def chat(options: ChatOptions) -> int:
     turns: list[transcripts.Turn] = []
     models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
     try:
-        with manager_of(options.manager, options) as manager:
-            conversation = talking(models, manager, options.encoder)
+        with manager_of(options.manager, options) as manager, judge_of(options) as judge:
+            conversation = talking(models, manager, options.encoder, judge)
             if page is not None:
                 turns += tuned(conversation, page, past, options)
                 return 0
@@ -97,17 +98,19 @@ def _check(options: ChatOptions) -> None:
             kind="missing-key",
             column="--tune",
         )
-    if options.manager != RULES or options.learn is not None:
+    if options.manager != RULES or options.learn is not None or options.ranker is not None:
         raise DataError(
-            "--tune learns what rules or a transcript called, by the model that its recipe names; drop --manager and "
-            "--learn",
+            "--tune learns what rules or a transcript called, by the model that its recipe names; drop --manager, "
+            "--learn and --ranker",
             kind="contradiction",
             column="--tune",
         )
 
 
-def talking(models: Models, manager: Manager, encoder: str | None = None) -> Conversation:
-    """Return a conversation over the models of a folder.
+def talking(
+    models: Models, manager: Manager, encoder: str | None = None, judge: FitJudge | None = None
+) -> Conversation:
+    """Return a conversation over the models of a folder; see `Tools` for ``judge``.
 
     Raises:
         DataError: If there is no catalogue to talk about.
@@ -119,7 +122,7 @@ def talking(models: Models, manager: Manager, encoder: str | None = None) -> Con
     embed, asked = (None, None) if encoder is None else embedders(encoder)
     facts = Facts(models.items, embed, asked)
     lists = ModelLists(Catalogue(models.items), asking(models))
-    return Conversation(Tools(facts, lists), manager, Reader(facts))
+    return Conversation(Tools(facts, lists, judge), manager, Reader(facts))
 
 
 def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:
