@@ -292,7 +292,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
             kind="too-large",
             column="train.max_row_tokens",
         )
-    valid = [example(each, n, template) for n, each in enumerate(held[: section.valid_rows])]
+    valid = [example(each, n, template) for n, each in enumerate(held[: section.valid_rows], start=len(trained))]
     steps = plan(
         _passes(rows, seed),
         steps=section.steps,
