@@ -184,7 +184,8 @@ class ModelManager:
         prompts = [asked]
         if not self.tuned and tools not in self._empty:
             prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
-        begins = [f'{{"tool": "{tool}"' for tool in tools]
+        # What a tuned model learned goes on behind the name with one token of several signs.
+        begins = [f'{{"tool": "{tool}' + ("" if self.tuned else '"') for tool in tools]
         told, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
         self._empty.update((tools, each) for each in plain)
         without = (0.0,) * len(tools) if self.tuned else self._empty[tools].logprobs

@@ -113,9 +113,9 @@ def test_a_tuned_model_takes_the_likely_tool_and_another_the_one_that_gains_most
 
     def prefer(text: str, candidate: str) -> float:
         # Asking is likely whatever was said; ranking gains by the conversation, and stays less likely.
-        if '"tool": "ask"' in candidate:
+        if '"tool": "ask' in candidate:
             return -1.0
-        return (-2.0 if "comedy" in text else -9.0) if '"tool": "rank"' in candidate else -20.0
+        return (-2.0 if "comedy" in text else -9.0) if '"tool": "rank' in candidate else -20.0
 
     backend = FakeBackend(prefer=prefer)
     untuned = ModelManager(backend)
@@ -125,6 +125,13 @@ def test_a_tuned_model_takes_the_likely_tool_and_another_the_one_that_gains_most
     tuned, tuned_cost = ModelManager(backend, tuned=True).choose(moment)
     assert (plain.tool, tuned.tool) == ("rank", "ask")
     assert (plain_cost.forwards, tuned_cost.forwards) == (3, 2)
+
+
+def test_the_beginning_of_a_call_is_made_of_the_tokens_of_its_row(encoder: Encoder) -> None:
+    asked = told_to_model(taught(conversation(), talks())[0].moment, load_templates("chat")["manage"])
+    for call in (*SHOWN, *ASKED, Search(text="comedy", k=5)):
+        begin = encoder.continuation(asked, f'{{"tool": "{call.tool}', closed=False)
+        assert encoder.continuation(asked, written(call), closed=True)[: len(begin)] == begin
 
 
 # --------------------------------------------------------------------------- pages and users
