@@ -96,6 +96,7 @@ class Conversation:
             call, took = self.manager.choose(Moment(state, start, heard, tuple(made), self.tools))
             cost += took
             state, outcome = self.tools.apply(call, state)
+            cost += outcome.cost
             told += outcome.told
             made.append((call, outcome.note))
             called(call)

@@ -29,7 +29,7 @@ from llmrec.chat.state import LONGEST, State
 from llmrec.chat.tools import Tools
 from llmrec.guard import cut
 from llmrec.prompts.template import Template, load_templates
-from llmrec.types import Backend, Cost, Prompt
+from llmrec.types import Backend, Cost, Prompt, Scores
 
 MOST_CALLS = 4
 """Calls of a turn; the last one is an ending."""
@@ -62,6 +62,16 @@ class Moment:
     def last(self) -> bool:
         """Whether the next call has to end the turn."""
         return len(self.made) >= MOST_CALLS - 1
+
+
+def choices(moment: Moment, most: int) -> list[Call]:
+    """Return the calls that a model may choose from at a moment, the last ``most`` of those that are legal.
+
+    A tool that was used in this turn is used up: greedy models would repeat it.
+    """
+    calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
+    used = {call for call, _ in moment.made}
+    return [call for call in calls[-most:] if call not in used]
 
 
 class Manager(Protocol):
@@ -135,20 +145,26 @@ class RuleManager:
 class ModelManager:
     """A language model that writes the calls, under the token tree of those that are legal.
 
-    First it is asked for the tool: the one whose beginning of a call gains most in likelihood by what the model reads,
-    over the same question about an empty conversation (Holtzman et al., EMNLP 2021, section 2: domain conditional PMI).
-    The likelihood of whole calls would choose the shortest one. Then it is asked for the most likely legal call of that
-    tool under its full softmax (`llmrec.decode.beam`), so each one parses.
+    First it is asked for the tool. Of a model that was not tuned to lead, it is the one whose beginning of a call gains
+    most in likelihood by what the model reads, over the same question about an empty conversation (Holtzman et al.,
+    EMNLP 2021, section 2: domain conditional PMI): the likelihood of whole calls would choose the shortest one. Then it
+    is asked for the most likely legal call of that tool under its full softmax (`llmrec.decode.beam`), so each one
+    parses.
 
     Attributes:
         backend: An engine that can ``score`` and ``search``.
         most: Calls that are legal at most; search texts beyond are left out.
+        tuned: The model was tuned to lead (`llmrec.chat.tuning`): how often a tool is called is what it has learned,
+            so the most likely one is taken.
     """
 
     backend: Backend
     most: int = 2000
     name: str = "model"
     template: Template = field(default_factory=lambda: load_templates("chat")["manage"])
+    tuned: bool = False
+    # What the beginnings of calls score after an empty conversation, by the tools.
+    _empty: dict[tuple[str, ...], Scores] = field(default_factory=dict, init=False, repr=False)
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
         """See `Manager`.
@@ -156,35 +172,42 @@ class ModelManager:
         Raises:
             LlmrecError: If the engine fails.
         """
-        calls = legal(moment.state, moment.tools.facts, moment.heard.intents, ending=moment.last)
-        # A tool that was used in this turn is used up: greedy models would repeat it.
-        used = {call for call, _ in moment.made}
-        calls = [call for call in calls[-self.most :] if call not in used]
+        calls = choices(moment, self.most)
         asked = self.prompt(moment)
-        tool, cost = self._tool(asked, sorted({call.tool for call in calls}))
+        tool, cost = self._tool(asked, tuple(sorted({call.tool for call in calls})))
         texts = [written(call) for call in calls if call.tool == tool]
         (found,) = self.backend.search([asked], texts, k=1, width=_BEAMS)
         cost += Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1)
         return read_call(texts[found.items[0]]), cost
 
-    def _tool(self, asked: Prompt, tools: Sequence[str]) -> tuple[str, Cost]:
-        begins = [f'{{"tool": "{tool}"' for tool in tools]
-        empty = Prompt(messages=self.template.turns(dict.fromkeys(_READS, ())))
-        told, plain = self.backend.score([asked, empty], [begins] * 2, closed=False)
-        gains = [with_ - without for with_, without in zip(told.logprobs, plain.logprobs, strict=True)]
-        cost = Cost(prompt_tokens=told.prompt_tokens + plain.prompt_tokens, forwards=2)
+    def _tool(self, asked: Prompt, tools: tuple[str, ...]) -> tuple[str, Cost]:
+        prompts = [asked]
+        if not self.tuned and tools not in self._empty:
+            prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
+        # What a tuned model learned goes on behind the name with one token of several signs.
+        begins = [f'{{"tool": "{tool}' + ("" if self.tuned else '"') for tool in tools]
+        told, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
+        self._empty.update((tools, each) for each in plain)
+        without = (0.0,) * len(tools) if self.tuned else self._empty[tools].logprobs
+        gains = [with_ - prior for with_, prior in zip(told.logprobs, without, strict=True)]
+        cost = Cost(prompt_tokens=sum(each.prompt_tokens for each in (told, *plain)), forwards=len(prompts))
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 
     def prompt(self, moment: Moment) -> Prompt:
-        """Return what the model reads; all that comes from users and the catalogue is data in it."""
-        titles = moment.tools.titles
-        values: Mapping[str, object] = {
-            "profile": [{"value": cut(line, _LETTERS)} for line in moment.tools.profile(moment.state)[-_WISHES:]],
-            "shown": [{"title": cut(titles.get(name, name), _LETTERS)} for name in moment.state.shown[:_TITLES]],
-            "lines": [{"role": line.role, "text": cut(line.text, _LETTERS)} for line in moment.state.lines[-_LINES:]],
-            "made": [{"call": written(call), "note": note} for call, note in moment.made],
-        }
-        return Prompt(messages=self.template.turns(values))
+        """Return what the model reads."""
+        return told_to_model(moment, self.template)
+
+
+def told_to_model(moment: Moment, template: Template) -> Prompt:
+    """Return what a model reads at a moment; all that comes from users and the catalogue is data in it."""
+    titles = moment.tools.titles
+    values: Mapping[str, object] = {
+        "profile": [{"value": cut(line, _LETTERS)} for line in moment.tools.profile(moment.state)[-_WISHES:]],
+        "shown": [{"title": cut(titles.get(name, name), _LETTERS)} for name in moment.state.shown[:_TITLES]],
+        "lines": [{"role": line.role, "text": cut(line.text, _LETTERS)} for line in moment.state.lines[-_LINES:]],
+        "made": [{"call": written(call), "note": note} for call, note in moment.made],
+    }
+    return Prompt(messages=template.turns(values))
 
 
 @dataclass(frozen=True)

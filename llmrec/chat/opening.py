@@ -8,8 +8,11 @@ from contextlib import contextmanager
 from llmrec.answering.checks import decided
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
+from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import HistoryManager, Manager, ModelManager, RandomManager, RuleManager
+from llmrec.chat.tuning import leading
 from llmrec.recipe.shared import DTYPE
+from llmrec.types import Backend
 
 MANAGERS: Mapping[str, Callable[[int, int], Manager]] = {
     "rules": lambda k, seed: RuleManager(k=k),
@@ -26,7 +29,7 @@ def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int],
     """Hand out what makes a manager for a seed.
 
     Args:
-        name: One of `MANAGERS`, or a language model by folder or name.
+        name: One of `MANAGERS`, or a language model by folder, run of ``--tune`` or name.
         k: Items of a list.
         dtype: Of a language model's weights.
 
@@ -36,6 +39,23 @@ def opened(name: str, *, k: int, dtype: str = DTYPE) -> Iterator[Callable[[int],
     if name in MANAGERS:
         yield lambda seed: MANAGERS[name](k, seed)
         return
+    weights, learned = leading(name)
+    with _backend(weights, dtype, "search") as backend:
+        yield lambda seed: ModelManager(backend, tuned=learned)
+
+
+@contextmanager
+def grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]:
+    """Hand out the language model that grades items, if one is named; errors as `opened` raises them."""
+    if name is None:
+        yield None
+        return
+    with _backend(name, dtype, "likelihood") as backend:
+        yield FitJudge(backend)
+
+
+@contextmanager
+def _backend(name: str, dtype: str, strategy: str) -> Iterator[Backend]:
     asked = RecommenderOptions(model=name, backend="hf", dtype=dtype)
-    with Recommender.open(decided(asked), ranks=False) as model, model.asked("search") as backend:
-        yield lambda seed: ModelManager(backend)
+    with Recommender.open(decided(asked), ranks=False) as model, model.asked(strategy) as backend:
+        yield backend

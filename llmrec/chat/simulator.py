@@ -24,17 +24,68 @@ from llmrec.types import Cost
 NEAR = 0.9
 """Similarity from which on a text is taken for a title."""
 
-_BEGIN = (
-    "Hi, I'm looking for something to watch.",
-    "Hello! Can you recommend something?",
-    "I need an idea for tonight.",
+
+@dataclass(frozen=True)
+class Wordings:
+    """What users say, each in a few ways, with places for what it is about.
+
+    Attributes:
+        asides: What is said beside wishes, of the list that was shown and of the conversation, by intent.
+    """
+
+    begin: tuple[str, ...]
+    likes: tuple[str, ...]
+    wants: tuple[str, ...]
+    time: tuple[str, ...]
+    unwanted: tuple[str, ...]
+    free: tuple[str, ...]
+    more: tuple[str, ...]
+    parting: tuple[str, ...]
+    asides: Mapping[str, tuple[str, ...]]
+
+
+USUAL = Wordings(
+    begin=(
+        "Hi, I'm looking for something to watch.",
+        "Hello! Can you recommend something?",
+        "I need an idea for tonight.",
+    ),
+    likes=("I really liked {title}.", "I enjoyed {title}.", "{title} is one of my favorites."),
+    wants=("I'd like {value}.", "Something with {value} please.", "It should be {value}."),
+    time=("Something from the {decade}s please.", "I'd prefer the {decade}s."),
+    unwanted=("But not {value}.", "And no {value} please."),
+    free=("I don't mind.", "No preference there."),
+    more=("Anything else?", "Show me some more please.", "Something different?"),
+    parting=("Bye!", "That's all, goodbye."),
+    asides={
+        "explain": ("Why the {nth} one?", "Why number {n}?", "Explain the {nth} one."),
+        "similar": ("Something like number {n}.", "More like the {nth} one please."),
+        "profile": ("What do you know about me?", "Show me my profile."),
+        "thanks": ("Thanks!", "Thank you."),
+        "elsewhere": ("How is the weather?", "Tell me a joke."),
+        "forget": ("Forget everything.", "Please reset."),
+    },
 )
-_LIKES = ("I really liked {title}.", "I enjoyed {title}.", "{title} is one of my favorites.")
-_WANTS = ("I'd like {value}.", "Something with {value} please.", "It should be {value}.")
-_TIME = ("Something from the {decade}s please.", "I'd prefer the {decade}s.")
-_NOT = ("But not {value}.", "And no {value} please.")
-_FREE = ("I don't mind.", "No preference there.")
-_MORE = ("Anything else?", "Show me some more please.", "Something different?")
+OTHER = Wordings(
+    begin=("Hey, what do you suggest?", "Good evening, surprise me.", "Please find me something nice."),
+    likes=("I loved {title}.", "{title} was great."),
+    wants=("I'm looking for {value}.", "Please show me {value}.", "I want {value}."),
+    time=("Make it the {decade}s.", "I want something from the {decade}s."),
+    unwanted=("Nothing with {value}.", "I don't want {value}."),
+    free=("Either is alright with me.", "Whatever."),
+    more=("What else is there?", "Give me others.", "Next ones please."),
+    parting=("Good night.", "See you."),
+    asides={
+        "explain": ("Tell me about number {n}.", "Why did you choose the {nth}?"),
+        "similar": ("I want something similar to number {n}.", "Give me others similar to the {nth} one."),
+        "profile": ("What have you noted so far?", "What have I told you?"),
+        "thanks": ("Cheers.", "I appreciate it."),
+        "elsewhere": ("Can you write a poem?", "Translate this for me."),
+        "forget": ("Let's start over.", "Clear my profile."),
+    },
+)
+"""Users who say the same in other words, for a model that was tuned on what `USUAL` ones say."""
+_NTH = ("first", "second", "third", "fourth", "fifth")
 
 
 @dataclass(frozen=True)
@@ -60,47 +111,68 @@ class SimulatedUser:
         wanted: Session variables.
         numeric: Fields that are years.
         seed: Decides wordings and how much is said in a turn: the turn variables.
+        asides: How often something else is said in place of a wish: a question about the list, thanks, and the like.
+        words: How it is said.
     """
 
     wanted: Wanted
     numeric: frozenset[str]
     seed: int
+    asides: float = 0.0
+    words: Wordings = USUAL
     _left: list[tuple[str, str]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self._random = random.Random(self.seed)
+        # Of its own, so that users without asides say what they would say otherwise.
+        self._aside = random.Random(self.seed + 1)
         self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
         self._unwanted = list(self.wanted.unwanted)
         self._likes = list(self.wanted.likes)
 
-    def says(self, asked: str = "", *, first: bool = False) -> str:
+    def says(self, asked: str = "", *, first: bool = False, shown: int = 0) -> str:
         """Return the next line of the user.
 
         Args:
             asked: The field that the last answer asked about; empty: none.
             first: It opens the conversation.
+            shown: Items of the last list, at which the user may point.
         """
         lines: list[str] = []
+        if not first and self._aside.random() < self.asides:
+            return self._beside(shown)
         if first:
-            lines.append(self._random.choice(_BEGIN))
+            lines.append(self._random.choice(self.words.begin))
             if self._likes:
-                lines.append(self._random.choice(_LIKES).format(title=self._likes.pop(0)))
+                lines.append(self._random.choice(self.words.likes).format(title=self._likes.pop(0)))
         told = next((pair for pair in self._left if pair[0] == asked), None)
         if asked and told is None:
-            lines.append(self._random.choice(_FREE))
+            lines.append(self._random.choice(self.words.free))
         if told is None and self._left and (not first or self._random.random() < 0.5):
             told = self._left[0]
         if told is not None:
             self._left.remove(told)
             lines.append(self._wish(*told))
         if self._unwanted and self._random.random() < 0.3:
-            lines.append(self._random.choice(_NOT).format(value=self._unwanted.pop(0)[1]))
-        return " ".join(lines) or self._random.choice(_MORE)
+            lines.append(self._random.choice(self.words.unwanted).format(value=self._unwanted.pop(0)[1]))
+        return " ".join(lines) or self._random.choice(self.words.more)
+
+    def parts(self) -> str:
+        """Return what the user says after a list held what was wanted; empty where nothing but wishes is said."""
+        return self._aside.choice(self.words.parting) if self.asides else ""
+
+    def _beside(self, shown: int) -> str:
+        """Return a line that tells of no wish; who has everything forgotten begins again."""
+        said = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
+        if said == "forget":
+            self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
+        place = self._aside.randrange(min(shown, len(_NTH))) if shown else 0
+        return self._aside.choice(self.words.asides[said]).format(n=place + 1, nth=_NTH[place])
 
     def _wish(self, name: str, value: str) -> str:
         if name in self.numeric:
-            return self._random.choice(_TIME).format(decade=int(value) // 10 * 10)
-        return self._random.choice(_WANTS).format(value=value)
+            return self._random.choice(self.words.time).format(decade=int(value) // 10 * 10)
+        return self._random.choice(self.words.wants).format(value=value)
 
 
 @dataclass(frozen=True)
@@ -146,19 +218,31 @@ def hold(conversation: Conversation, user: SimulatedUser, target: str, turns: in
         begun: The state to begin with, such as a known user's likes.
     """
     state, asked, held, seconds, cost = begun or State(), "", [], 0.0, Cost()
+    line: str = user.says(first=True)
+    hit: int | None = None
     for turn in range(1, turns + 1):
-        line = user.says(asked, first=turn == 1)
         before = len(state.asked)
         reply = conversation.answer(state, line)
         held.append(Turn.of(line, reply))
         state, seconds, cost = reply.state, seconds + reply.seconds, cost + reply.cost
+        if hit is not None:
+            break
         asked = state.asked[-1] if len(state.asked) > before else ""
-        if target in reply.items:
-            return Held(tuple(held), turn, seconds, cost)
-    return Held(tuple(held), None, seconds, cost)
+        hit = turn if target in reply.items else None
+        line = user.says(asked, shown=len(state.shown)) if hit is None else user.parts()
+        if not line:
+            break
+    return Held(tuple(held), hit, seconds, cost)
 
 
-def dialogues(conversation: Conversation, count: int, seed: int, turns: int = 5) -> Iterator[tuple[str, Held]]:
+def dialogues(
+    conversation: Conversation,
+    count: int,
+    seed: int,
+    turns: int = 5,
+    asides: float = 0.0,
+    words: Wordings = USUAL,
+) -> Iterator[tuple[str, Held]]:
     """Hold conversations with users who each want an item drawn from the catalogue, and name no other item.
 
     Args:
@@ -166,6 +250,8 @@ def dialogues(conversation: Conversation, count: int, seed: int, turns: int = 5)
         count: Conversations.
         seed: Decides who wants what, and how it is said.
         turns: Of a conversation, at most.
+        asides: See `SimulatedUser`.
+        words: See there.
 
     Yields:
         The wanted item and the conversation.
@@ -183,7 +269,7 @@ def dialogues(conversation: Conversation, count: int, seed: int, turns: int = 5)
         )
     for _ in range(count):
         target, own = drawn.choice(names), drawn.randrange(2**32)
-        user = SimulatedUser(told_of(facts, target, (), own), facts.numeric, own)
+        user = SimulatedUser(told_of(facts, target, (), own), facts.numeric, own, asides, words)
         yield target, hold(conversation, user, target, turns)
 
 

@@ -24,10 +24,12 @@ from llmrec.chat.calls import (
     Similar,
 )
 from llmrec.chat.facts import Facts
+from llmrec.chat.fit import FitJudge, reason
 from llmrec.chat.state import ITEM, MOST_BUFFER, MOST_SHOWN, MOST_WISHES, State, Wish, eased, learned, revoked
 from llmrec.data.requests import Past, RankRequest
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.types import Cost
 
 # How far the wishes of the profile that are no constraints move an item: a place near the top counts as 1.
 _SOFT = 0.5
@@ -35,6 +37,7 @@ _SOFT = 0.5
 _SHARED = 2
 # As in `Facts.search`.
 _RANK = 60
+_FREE = Cost()
 
 
 class Lists(Protocol):
@@ -117,12 +120,14 @@ class Outcome:
         told: Lines for the user: facts, the profile, what was eased; titles and values are data of the catalogue.
         ask: The field that is asked about; empty: none.
         note: For the manager: what came of a tool, in words of this program alone.
+        cost: Of a language model that was asked.
     """
 
     items: tuple[str, ...] = ()
     told: tuple[str, ...] = ()
     ask: str = ""
     note: str = ""
+    cost: Cost = field(default_factory=Cost)
 
 
 @dataclass(frozen=True)
@@ -132,11 +137,14 @@ class Tools:
     Attributes:
         facts: Of the catalogue.
         lists: The recommender.
+        judge: A language model that grades the first items of a list, and what it was told explains them; None: the
+            recommender alone orders.
         titles: Of items, by id.
     """
 
     facts: Facts
     lists: Lists
+    judge: FitJudge | None = None
     titles: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -214,7 +222,8 @@ class Tools:
         chosen = [state.shown[place - 1] for place in call.items if place <= len(state.shown)]
         if chosen:
             order = self._tried(self.lists.rank, list(state.liked), state, candidates=chosen, shown=True)
-            return state, Outcome(items=tuple(order), note="the list is ordered")
+            order, cost = self._judged(order, state)
+            return state, Outcome(items=tuple(order), note="the list is ordered", cost=cost)
         allowed = self.allowed(state)
         pool = [name for name in state.buffer if name in allowed]
         order = self._tried(self.lists.rank, list(state.liked), state, candidates=pool)
@@ -222,7 +231,12 @@ class Tools:
             # Items that the recommender does not know yet, in the order of the search or of the catalogue.
             new = [(name, 0.0) for name in pool or self.facts.items if name in allowed]
             order = [name for name, _ in self.lists.rules.arrange(new, self.facts.items, MOST_BUFFER)]
-        return _with_buffer(state, self._softened(_joined(order, pool), state), f"{len(order)} items are ranked")
+        order, cost = self._judged(self._softened(_joined(order, pool), state), state)
+        return _with_buffer(state, order, f"{len(order)} items are ranked", cost)
+
+    def _judged(self, order: Sequence[str], state: State) -> tuple[list[str], Cost]:
+        """Join an order with the grades of a language model, where there is one."""
+        return (list(order), Cost()) if self.judge is None else self.judge.ordered(self.facts, state, order)
 
     def _tried(
         self, ask: object, history: list[str], state: State, candidates: Sequence[str] = (), shown: bool = False
@@ -257,41 +271,47 @@ class Tools:
         name = state.shown[call.item - 1]
         said = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.told(name))
         lines = [f"{self.titles[name]}: {said}"]
-        met = [
-            wish for wish in state.profile if wish.field != ITEM and wish.op != "not" and self.facts.matches(name, wish)
-        ]
+        why, graded, cost = reason(self.facts, state, name), "", Cost()
+        if self.judge is not None:
+            (judged,), cost = self.judge.judge(self.facts, state, [name])
+            graded = judged.phrase
+        met = [wish for wish in why.met if graded or wish.op != "not"]
         if met:
             lines.append("It fits: " + "; ".join(wish.told(self.titles) for wish in met))
+        if graded and why.missed:
+            lines.append("It does not fit: " + "; ".join(wish.told(self.titles) for wish in why.missed))
         if state.liked:
             lines.append("You like: " + ", ".join(self.titles[each] for each in state.liked if each in self.titles))
-        return Outcome(told=tuple(lines), note="explained")
+        if graded:
+            lines.append(f"A language model calls it: {graded}.")
+        return Outcome(told=tuple(lines), note="explained", cost=cost)
 
     def _show(self, call: Show, state: State) -> tuple[State, Outcome]:
         told: list[str] = []
-        found = self._listed(state)
+        found, cost = self._listed(state)
         while not found:
             profile, out = eased(state.profile)
             if out is None:
                 break
             told.append(f"Nothing is left, so this is only a preference now: {out.told(self.titles)}.")
-            state = state.with_(profile=profile, buffer=())
-            state, _ = self._rank(Rank(), state)
-            found = self._listed(state)
+            state, made = self._rank(Rank(), state.with_(profile=profile, buffer=()))
+            found, took = self._listed(state)
+            cost += made.cost + took
         items = tuple(found[: call.k])
         if not items:
             told.append("There is nothing left to show under these wishes.")
         asked = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
         past = (*state.past, *items)[-MOST_SHOWN:]
-        return state.with_(shown=items, past=past, asked=asked), Outcome(items, tuple(told), call.ask)
+        return state.with_(shown=items, past=past, asked=asked), Outcome(items, tuple(told), call.ask, cost=cost)
 
-    def _listed(self, state: State) -> list[str]:
+    def _listed(self, state: State) -> tuple[list[str], Cost]:
         """Return what may be shown: of the candidates, or of the whole catalogue where none of them is left."""
         allowed = self.allowed(state)
         found = [name for name in state.buffer if name in allowed]
-        if not found and allowed:
-            ranked, _ = self._rank(Rank(), state.with_(buffer=()))
-            found = [name for name in ranked.buffer if name in allowed]
-        return found
+        if found or not allowed:
+            return found, Cost()
+        ranked, made = self._rank(Rank(), state.with_(buffer=()))
+        return [name for name in ranked.buffer if name in allowed], made.cost
 
     def _forget(self, call: Forget, state: State) -> tuple[State, Outcome]:
         if call.wish == 0:
@@ -313,5 +333,5 @@ def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
     return sorted(worth, key=lambda name: -worth[name])
 
 
-def _with_buffer(state: State, found: Sequence[str], note: str) -> tuple[State, Outcome]:
-    return state.with_(buffer=tuple(found[:MOST_BUFFER])), Outcome(note=note)
+def _with_buffer(state: State, found: Sequence[str], note: str, cost: Cost = _FREE) -> tuple[State, Outcome]:
+    return state.with_(buffer=tuple(found[:MOST_BUFFER])), Outcome(note=note, cost=cost)

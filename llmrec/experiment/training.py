@@ -345,7 +345,7 @@ def _train(
 
     section = study.recipe.train
     if here().first:
-        _clear_foreign(folder, key)
+        clear_foreign(folder, key)
     names = study.index.vocabulary if study.index is not None else ()
     tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
     # Adapters and heads start from random weights.
@@ -409,7 +409,7 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
             study.index.save(draft / indexing.FOLDER)
 
 
-def _clear_foreign(folder: Path, key: str) -> None:
+def clear_foreign(folder: Path, key: str) -> None:
     """Drop checkpoints that another recipe left in this folder; keep those of a killed run of this one."""
     from llmrec.train.checkpoint import checkpoints
 

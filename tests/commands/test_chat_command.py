@@ -15,7 +15,9 @@ from typer.testing import CliRunner
 from llmrec.answering.known import known_of
 from llmrec.chat import transcripts
 from llmrec.chat.calls import Search, Show, ends, read_call
+from llmrec.chat.fit import PHRASES
 from llmrec.cli import app
+from llmrec.commands.chat import leading
 from llmrec.commands.chat.options import MOST, ChatOptions
 from llmrec.commands.chat.run import chat
 from llmrec.errors import DataError
@@ -81,6 +83,47 @@ def test_simulated_users_are_learned_from(
         chat(replace(asked, learn=folder))
     with raises(DataError, Facts("contradiction", column="--simulate")):
         chat(replace(asked, simulate=2, replay=file))
+
+
+def test_a_model_is_tuned_to_lead_and_leads(
+    run: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(leading, "_ASKED", 2)
+    page = tmp_path / "manager.yaml"
+    page.write_text(
+        "name: tuned\ndata: {source: made-reviews}\ntasks: {sequential: {}}\neval: {arms: []}\n"
+        f"model: {{name: {llama_folder}, dtype: float32, max_length: 4000}}\n"
+        "train: {steps: 3, valid_rows: 8, batch_tokens: 2000, max_row_tokens: 3000, learning_rate: 0.01, "
+        "packing: tree}\n"
+    )
+    asked = ChatOptions(model=str(run), models=("popularity",), dtype="float32")
+    file = tmp_path / "talks.jsonl"
+    assert chat(replace(asked, simulate=20, tune=page, save=file)) == 0
+    said = capsys.readouterr().out
+    assert "tuned, held out: " in said and "usual, in other words: " in said and "--manager runs/tuned" in said
+    first, last = (float(each) for each in said.partition("held-out loss ")[2].splitlines()[0].split(", "))
+    assert last < first - 0.2
+    monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\n"))
+    assert chat(replace(asked, manager="runs/tuned")) == 0 and leading.tuning.leading("runs/tuned")[1]
+    # A transcript is learned from too; this one is too short.
+    transcripts.write(file, transcripts.read(file)[:9])
+    with raises(DataError, Facts("too-few", column="--tune")):
+        chat(replace(asked, replay=file, tune=page))
+    for more, kind in (({}, "missing-key"), ({"simulate": 20, "manager": "runs/tuned"}, "contradiction")):
+        with raises(DataError, Facts(kind, column="--tune")):
+            chat(replace(asked, tune=page, **more))
+
+
+def test_a_language_model_grades_what_the_recommender_lists(
+    run: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("something for the kitchen\nwhy the first?\n"))
+    chosen = ChatOptions(model=str(run), models=("popularity",), ranker=str(llama_folder), dtype="float32", calls=True)
+    assert chat(chosen) == 0
+    said = capsys.readouterr().out
+    assert any(f"A language model calls it: {phrase}." in said for phrase in PHRASES)
 
 
 def test_a_model_without_items_is_refused(llama_folder: Path) -> None:

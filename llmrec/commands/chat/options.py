@@ -34,6 +34,9 @@ class ChatOptions:
         str | None,
         About(metavar="NAME", help="A text encoder, or a folder of --learn: search compares meanings too."),
     ] = None
+    ranker: Annotated[
+        str | None, About(metavar="MODEL", help="A language model, by folder or name, that also orders and explains.")
+    ] = None
     k: Annotated[int, About(least=1, most=MOST, help="Items of a list.")] = 5
     save: Annotated[Path | None, About(metavar="FILE", help="Write a transcript, as JSON lines.")] = None
     replay: Annotated[
@@ -45,6 +48,9 @@ class ChatOptions:
     seed: Annotated[int, About(least=0, help="Of the simulated users.")] = 0
     learn: Annotated[
         Path | None, About(metavar="FOLDER", help="Learn a dual encoder from them, over --encoder, for --encoder.")
+    ] = None
+    tune: Annotated[
+        Path | None, About(metavar="RECIPE", help="Tune its model to choose the tools, on --simulate or --replay.")
     ] = None
     calls: Annotated[bool, About(help="Also print the calls and the seconds of each answer.")] = False
     dtype: Annotated[str, About(choices=get_args(Dtype), help="Of a language model's weights.")] = DTYPE

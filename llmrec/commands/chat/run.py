@@ -14,17 +14,21 @@ from llmrec.chat.calls import written
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.dual_encoder import ENCODER, embedders, learn, of_transcript
 from llmrec.chat.facts import Facts
+from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import Manager
-from llmrec.chat.opening import CONTROLS, opened
+from llmrec.chat.opening import CONTROLS, grader, opened
 from llmrec.chat.reading import Reader
 from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.state import State
 from llmrec.chat.tools import ModelLists, Tools, asking
-from llmrec.commands.chat.options import ChatOptions
+from llmrec.chat.tuning import refuse
+from llmrec.commands.chat.leading import tuned
+from llmrec.commands.chat.options import RULES, ChatOptions
 from llmrec.commands.show.console import say, tell
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.embedder import text_embedder
+from llmrec.recipe.load import load_recipe
 
 _HELLO = "Say what you are looking for; an empty line ends."
 
@@ -35,28 +39,22 @@ def chat(options: ChatOptions) -> int:
     Raises:
         LlmrecError: If the model cannot be opened, a transcript cannot be read, or another file would be overwritten.
     """
-    if options.save is not None:
-        if options.replay is not None:
-            raise DataError(
-                "--save keeps what is said now, and --replay what was said before; drop one of them",
-                kind="contradiction",
-                column="--save",
-            )
-        transcripts.refuse_other(options.save)
-    if options.learn is not None and options.simulate is None:
-        raise DataError(
-            "--learn learns from simulated conversations; say how many with --simulate",
-            kind="missing-key",
-            column="--learn",
-        )
-    if options.simulate is not None and options.replay is not None:
-        raise DataError("--simulate and --replay exclude each other", kind="contradiction", column="--simulate")
+    _check(options)
+    page = None if options.tune is None else load_recipe(options.tune)
+    if page is not None:
+        refuse(page)
     past = None if options.replay is None else transcripts.read(options.replay)
     turns: list[transcripts.Turn] = []
     models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
     try:
-        with opened(options.manager, k=options.k, dtype=options.dtype) as made:
-            conversation = talking(models, made(options.seed), options.encoder)
+        with (
+            opened(options.manager, k=options.k, dtype=options.dtype) as made,
+            grader(options.ranker, dtype=options.dtype) as judge,
+        ):
+            conversation = talking(models, made(options.seed), options.encoder, judge)
+            if page is not None:
+                turns += tuned(conversation, page, past, options)
+                return 0
             if past is not None:
                 return _replayed(conversation, past)
             if options.simulate is not None:
@@ -74,8 +72,49 @@ def chat(options: ChatOptions) -> int:
     return 0
 
 
-def talking(models: Models, manager: Manager, encoder: str | None = None) -> Conversation:
-    """Return a conversation over the models of a folder.
+def _check(options: ChatOptions) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        DataError: Naming the option; or if another file would be overwritten.
+    """
+    if options.save is not None:
+        if options.replay is not None:
+            raise DataError(
+                "--save keeps what is said now, and --replay what was said before; drop one of them",
+                kind="contradiction",
+                column="--save",
+            )
+        transcripts.refuse_other(options.save)
+    if options.learn is not None and options.simulate is None:
+        raise DataError(
+            "--learn learns from simulated conversations; say how many with --simulate",
+            kind="missing-key",
+            column="--learn",
+        )
+    if options.simulate is not None and options.replay is not None:
+        raise DataError("--simulate and --replay exclude each other", kind="contradiction", column="--simulate")
+    if options.tune is None:
+        return
+    if options.simulate is None and options.replay is None:
+        raise DataError(
+            "--tune learns from conversations; say how many with --simulate, or where they are with --replay",
+            kind="missing-key",
+            column="--tune",
+        )
+    if options.manager != RULES or options.learn is not None or options.ranker is not None:
+        raise DataError(
+            "--tune learns what rules or a transcript called, by the model that its recipe names; drop --manager, "
+            "--learn and --ranker",
+            kind="contradiction",
+            column="--tune",
+        )
+
+
+def talking(
+    models: Models, manager: Manager, encoder: str | None = None, judge: FitJudge | None = None
+) -> Conversation:
+    """Return a conversation over the models of a folder; see `Tools` for ``judge``.
 
     Raises:
         DataError: If there is no catalogue to talk about.
@@ -87,7 +126,8 @@ def talking(models: Models, manager: Manager, encoder: str | None = None) -> Con
     embed, asked = (None, None) if encoder is None else embedders(encoder)
     facts = Facts(models.items, embed, asked)
     lists = ModelLists(Catalogue(models.items), asking(models))
-    return Conversation(Tools(facts, lists), manager, None if manager.name in CONTROLS else Reader(facts))
+    reader = None if manager.name in CONTROLS else Reader(facts)
+    return Conversation(Tools(facts, lists, judge), manager, reader)
 
 
 def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:

@@ -1,0 +1,376 @@
+"""Tunes a language model to lead conversations: the calls of transcripts as rows of supervised fine-tuning.
+
+A row's prompt is what `ModelManager` shows at a moment, and its answer the call that stands in the transcript. RecLLM
+tunes its modules on conversations with simulated users too (Friedman et al. 2023, arXiv 2305.07961). The model is
+taught each call after those of the transcript before it: what its own mistakes lead to, no row shows.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.chat.calls import Call, ends, written
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.managers import Manager, Moment, choices, told_to_model
+from llmrec.chat.state import State
+from llmrec.chat.transcripts import Turn
+from llmrec.durable import read_json, replacing, write_checked
+from llmrec.errors import DataError, RecipeError, require
+from llmrec.experiment.claiming import RUN
+from llmrec.experiment.resume import key_of, locked
+from llmrec.experiment.training import clear_foreign
+from llmrec.models.load import device, load_config, load_tokenizer, quiet_libraries, release_memory, resolve
+from llmrec.models.load import weights_stamp as stamp
+from llmrec.models.memory import TRAINING, told_of_full_memory
+from llmrec.models.traits import is_paired
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.schema import ADAPTED, Recipe
+from llmrec.tasks.base import keyed
+from llmrec.terminal import works_in
+from llmrec.types import Cost, Example, Prompt
+
+if TYPE_CHECKING:
+    from llmrec.train.sft import Training
+    from llmrec.train.steps import Steps
+
+log = logging.getLogger(__name__)
+
+ABOUT = "manager.json"
+"""Beside the weights of a model that was tuned to lead: with which prompt."""
+FEWEST = 20
+"""Conversations to tune on: a tenth of them is held out."""
+MOST = 2000
+"""Legal calls of a moment, as `ModelManager` has them by default."""
+_FAMILY = "chat"
+# What a page may set for a run, and what has no meaning here.
+_NEVER = ("preference", "judge", "reward", "examples", "start", "band")
+
+
+@dataclass(frozen=True)
+class Taught:
+    """A moment of a transcript, and the call that was made there.
+
+    Attributes:
+        conversation: Its number in the transcript, from 1.
+    """
+
+    conversation: int
+    moment: Moment
+    call: Call
+
+    @property
+    def allowed(self) -> bool:
+        """Whether a model could make the call: rules search for words that do not stand together, for example."""
+        return self.call in choices(self.moment, MOST)
+
+
+@dataclass
+class _Follower:
+    """Makes the calls of a transcript, whoever chose them, and keeps the moments."""
+
+    name: str = "transcript"
+    conversation: int = 0
+    line: int = 0
+    left: list[Call] = field(default_factory=list)
+    found: list[Taught] = field(default_factory=list)
+
+    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+        """See `Manager`."""
+        if not self.left:
+            raise DataError(
+                f"line {self.line} of the transcript has no call that ends the turn, such as show or say; complete its "
+                "calls, or drop the line",
+                kind="missing-value",
+                column="calls",
+            )
+        call = self.left.pop(0)
+        self.found.append(Taught(self.conversation, moment, call))
+        return call, Cost()
+
+
+def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
+    """Return every moment of a transcript with its call, in their order.
+
+    The calls are those of the transcript, so that one that was corrected by hand teaches what it says now.
+
+    Raises:
+        DataError: If the calls of a turn do not end it, or go on after it has ended.
+    """
+    follower = _Follower()
+    held, state = replace(conversation, manager=follower), State()
+    for number, turn in enumerate(turns, start=1):
+        if turn.user is None or number == 1:
+            follower.conversation, state = follower.conversation + 1, State()
+        if turn.user is None:
+            continue
+        follower.line, follower.left = number, list(turn.calls)
+        state = held.answer(state, turn.user).state
+        if follower.left:
+            raise DataError(
+                f"line {number} of the transcript goes on after the call that ends the turn; drop "
+                f"{', '.join(call.tool for call in follower.left)} there",
+                kind="contradiction",
+                column="calls",
+            )
+    return follower.found
+
+
+def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
+    """Return the moments to train on, and those of a tenth of the conversations, which are held out.
+
+    Raises:
+        DataError: If there are too few conversations.
+    """
+    names = sorted({each.conversation for each in moments})
+    if len(names) < FEWEST:
+        raise DataError(
+            f"{len(names)} conversations are too few to tune a model on: a tenth is held out; give at least {FEWEST}",
+            kind="too-few",
+            column="--tune",
+        )
+    keyed("chat", seed, "held out").shuffle(names)
+    aside = frozenset(names[: len(names) // 10])
+    return (
+        [each for each in moments if each.conversation not in aside],
+        [each for each in moments if each.conversation in aside],
+    )
+
+
+def example(each: Taught, number: int, template: Template) -> Example:
+    """Return a moment as a training row: what a model reads there, and the call as its whole answer."""
+    _, answer = template.step({"text": written(each.call)})
+    return Example(
+        id=f"{_FAMILY}/{number}",
+        user_id=f"conversation {each.conversation}",
+        task=_FAMILY,
+        template=template.id,
+        messages=told_to_model(each.moment, template).messages,
+        answer=answer,
+        ends_turn=True,
+    )
+
+
+# --------------------------------------------------------------------------- agreement
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a manager chooses what a transcript has, each call after those of the transcript before it.
+
+    Attributes:
+        moments: How many it was asked about.
+        call: Share with the same call.
+        tool: Share with the same tool, whatever its arguments.
+    """
+
+    moments: int
+    call: float
+    tool: float
+
+
+def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
+    """Ask a manager about the moments of a transcript.
+
+    Raises:
+        LlmrecError: If an engine fails.
+    """
+    chosen = [manager.choose(each.moment)[0] for each in moments]
+    size = max(1, len(moments))
+    return Agreement(
+        len(moments),
+        sum(call == each.call for call, each in zip(chosen, moments, strict=True)) / size,
+        sum(call.tool == each.call.tool for call, each in zip(chosen, moments, strict=True)) / size,
+    )
+
+
+@dataclass
+class UsualManager:
+    """A control: what was called most often after the same tools of the turn, whatever was said, where it is legal."""
+
+    counts: Mapping[tuple[str, ...], Counter[Call]]
+    name: str = "usual"
+
+    @staticmethod
+    def of(moments: Sequence[Taught]) -> UsualManager:
+        """Count the calls of training."""
+        counts: dict[tuple[str, ...], Counter[Call]] = {}
+        for each in moments:
+            counts.setdefault(_made(each.moment), Counter())[each.call] += 1
+        return UsualManager(counts)
+
+    def choose(self, moment: Moment) -> tuple[Call, Cost]:
+        """See `Manager`."""
+        allowed = choices(moment, MOST)
+        usual = [call for call, _ in self.counts.get(_made(moment), Counter()).most_common() if call in allowed]
+        return (usual or [call for call in allowed if ends(call)])[0], Cost()
+
+
+def _made(moment: Moment) -> tuple[str, ...]:
+    return tuple(call.tool for call, _ in moment.made)
+
+
+def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
+    """Return the share of moments at which a model reads exactly what it reads in some row of training."""
+    template = load_templates(_FAMILY)["manage"]
+    seen = {_text(told_to_model(each.moment, template)) for each in trained}
+    return sum(_text(told_to_model(each.moment, template)) in seen for each in moments) / max(1, len(moments))
+
+
+def _text(prompt: Prompt) -> str:
+    return "\0".join(message.text for message in prompt.messages)
+
+
+# --------------------------------------------------------------------------- training
+
+
+def refuse(page: Recipe) -> None:
+    """Refuse a page whose model or training cannot lead a conversation.
+
+    Raises:
+        RecipeError: Naming the key.
+    """
+    if page.train.method not in (*ADAPTED, "full"):
+        raise RecipeError(
+            f"train.method={page.train.method} has no weights of its own to lead a conversation with; set "
+            f"train.method to one of {', '.join((*ADAPTED, 'full'))}",
+            kind="unsupported",
+            column="train.method",
+        )
+    for key in _NEVER:
+        if getattr(page.train, key) is not None:
+            raise RecipeError(
+                f"train.{key}: rows of conversations are learned as they are; drop the key",
+                kind="unsupported",
+                column=f"train.{key}",
+            )
+
+
+def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder: Path, *, quiet: bool) -> Training:
+    """Tune the model of a page on the moments of conversations; the folder then has ``merged``, which can lead.
+
+    Args:
+        page: Its sections ``model`` and ``train`` count, and its seed.
+        trained: See `parted`.
+        held: Moments whose loss is followed, as many as ``train.valid_rows``.
+        folder: Of the run.
+        quiet: Show no progress bar.
+
+    Raises:
+        RecipeError: If no row fits ``train.max_row_tokens``, or as `refuse`.
+    """
+    from llmrec.train.batches import plan
+    from llmrec.train.rows import followed
+
+    refuse(page)
+    quiet_libraries()
+    template, section = load_templates(_FAMILY)["manage"], page.train
+    seed = page.seed if section.seed is None else section.seed
+    base = resolve(page.model, seed=page.seed)
+    if is_paired(load_config(base, page.model)):
+        raise RecipeError(
+            f"model.name={page.model.name} is an encoder-decoder; choose a decoder to lead a conversation",
+            kind="unsupported",
+            column="model.name",
+        )
+    encoder = Encoder(load_tokenizer(base, page.model), max_length=page.model.max_length)
+    limit = section.max_row_tokens
+    rows = followed((example(each, n, template) for n, each in enumerate(trained)), encoder, limit, paired=False)
+    # A call that is cut is none.
+    rows = [row for row in rows if row.labels[-1] == encoder.end_id]
+    if len(rows) < len(trained):
+        log.warning("chat: %d of %d rows are longer than train.max_row_tokens", len(trained) - len(rows), len(trained))
+    if not rows:
+        raise RecipeError(
+            f"no row of the conversations fits train.max_row_tokens={limit}; raise it",
+            kind="too-large",
+            column="train.max_row_tokens",
+        )
+    valid = [example(each, n, template) for n, each in enumerate(held[: section.valid_rows], start=len(trained))]
+    steps = plan(
+        _passes(rows, seed),
+        steps=section.steps,
+        batch_tokens=section.batch_tokens,
+        seed=seed,
+        width=limit if section.packing == "tree" else None,
+    )
+    with locked(folder, RUN):
+        works_in(folder)
+        clear_foreign(folder, key_of(weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed))
+        with told_of_full_memory("training", TRAINING, "train.batch_tokens"):
+            done = _trained(page, encoder, base, steps, followed(valid, encoder, limit, paired=False), folder, quiet)
+        _merge(page, encoder, base, folder, template)
+    return done
+
+
+def _passes(rows: Sequence[TokenRow], seed: int) -> Iterator[TokenRow]:
+    """Yield rows without end, each pass in an order of its own."""
+    for number in count():
+        order = list(rows)
+        keyed("chat rows", seed, str(number)).shuffle(order)
+        yield from order
+
+
+def _trained(
+    page: Recipe,
+    encoder: Encoder,
+    base: str,
+    steps: Steps,
+    valid: Sequence[TokenRow],
+    folder: Path,
+    quiet: bool,
+) -> Training:
+    from llmrec.train import lora, sft
+
+    seed = page.seed if page.train.seed is None else page.train.seed
+    # Adapters start from random weights.
+    require("torch", "train").manual_seed(seed)
+    model = lora.load_trainable(base, page.model, page.train)
+    done = sft.train(
+        model,
+        encoder,
+        steps,
+        {_FAMILY: valid},
+        page.train,
+        folder=folder,
+        seed=seed,
+        quiet=quiet,
+        device=device(page.model),
+    )
+    del model
+    release_memory()
+    return done
+
+
+def _merge(page: Recipe, encoder: Encoder, base: str, folder: Path, template: Template) -> None:
+    from llmrec.train import lora
+
+    with replacing(folder / "merged") as draft:
+        if page.train.method == "full":
+            lora.save_full(folder / "adapter", page.model, draft)
+        else:
+            lora.merge(base, page.model, folder / "adapter", draft)
+        encoder.tokenizer.save_pretrained(draft)
+        write_checked(draft / ABOUT, {"base": page.model.name, "template": template.id, "sha": template.sha})
+
+
+def leading(name: str) -> tuple[str, bool]:
+    """Return the weights that lead under a name, and whether they were tuned to: a run of `tune`, or any model."""
+    for folder in (Path(name) / "merged", Path(name)):
+        if (folder / ABOUT).is_file():
+            about = read_json(folder / ABOUT, "tune the manager again with `llmrec chat --tune`")
+            if about.get("sha") != load_templates(_FAMILY)["manage"].sha:
+                log.warning("%s was tuned on another version of the prompt chat/manage; tune it again", folder)
+            return str(folder), True
+    return name, False
+
+
+def told(figures: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:
+    """Return agreements by name as plain data."""
+    return {name: {key: round(value, 4) for key, value in asdict(each).items()} for name, each in figures.items()}
