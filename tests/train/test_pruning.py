@@ -53,6 +53,9 @@ def test_the_smallest_fall_away_and_of_equal_ones_the_first() -> None:
     assert magnitude.kept(weight, 1 / 3).tolist() == [[True, False, False], [True, True, True]]
     assert magnitude.kept(weight, 2 / 3).tolist() == [[True, False, False], [False, True, False]]
     assert magnitude.kept(weight, 0).all()
+    # What was pruned before is chosen again.
+    pruned = torch.where(magnitude.kept(weight, 0.5), weight, 0)
+    assert torch.equal(magnitude.kept(pruned, 0.5), pruned != 0)
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])

@@ -63,6 +63,7 @@ class StateTower(TextTowers[StateTowerConfig]):
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "whitening": WHITENINGS,
         "corrected": (False, True),
+        "temperature": (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3),
         "dropout": (0.0, 0.1, 0.2, 0.35, 0.5),
     }
     FITS: ClassVar[int] = 8
