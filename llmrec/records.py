@@ -169,6 +169,7 @@ class Training(Record):
     total_parameters: int | None = None
     log: tuple[LogLine, ...] = ()
     judged: Judged | None = None
+    sparsity: float | None = None
     processes: int = 1
     distributed: str = "no"
     adapter_sha256: str | None = None

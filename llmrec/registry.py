@@ -102,6 +102,7 @@ BASELINES: Mapping[str, str] = {
     "sasrec": "llmrec.baselines.sasrec:SASRec",
     "tower": "llmrec.baselines.towers.tower:Tower",
     "tuned-tower": "llmrec.baselines.towers.tower:TunedTower",
+    "state-tower": "llmrec.baselines.towers.states:StateTower",
     "text-matcher": "llmrec.baselines.towers.matcher:TextMatcher",
     "unisrec": "llmrec.baselines.unisrec.baseline:UniSRec",
     "global-mean": "llmrec.baselines.rating:GlobalMean",

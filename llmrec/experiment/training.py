@@ -52,7 +52,7 @@ _EVALUATION_ONLY = {
 # Training settings that change nothing of the adapter.
 _UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
 # Sections that change nothing where there are none.
-_OPTIONAL = ("judge", "preference", "reward")
+_OPTIONAL = ("judge", "preference", "reward", "prune")
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
 _PATIENCE = 2000
 

@@ -706,6 +706,26 @@ class SoftSection(Section):
     rank: Positive = Field(32, description="option-adapter: width of the bottleneck in every layer")
 
 
+class PruneSection(Section):
+    """Magnitude pruning of the blocks' linear layers while training (Zhu and Gupta, arXiv 1710.01878)."""
+
+    sparsity: float = Field(0.8, ge=0, lt=1, description="share of each layer's weights that is 0 in the end; 0: none")
+    schedule: Literal["cubic", "one-shot"] = Field(
+        "cubic", description="cubic: more and more from `begin` to `end`; one-shot, the control: all of them at `end`"
+    )
+    begin: Fraction = Field(0.0, description="cubic: share of steps after which weights begin to fall away")
+    end: Fraction = Field(0.6, description="share of steps after which the zeros stay the same")
+    every: Positive = Field(10, description="cubic: optimiser steps from one choice of zeros to the next")
+
+    @model_validator(mode="after")
+    def _it_begins_before_it_ends(self) -> PruneSection:
+        if self.begin > self.end:
+            raise ValueError(
+                f"train.prune.begin: {self.begin:g} is after train.prune.end, {self.end:g}; lower it, or raise the end"
+            )
+        return self
+
+
 class JudgeSection(Section):
     """Validation NDCG@10 while training: it decides which adapter is kept, and when to stop."""
 
@@ -851,6 +871,9 @@ class TrainSection(Section):
         0.0,
         description="with exits, the share of the loss at earlier depths whose target is what the last layer says",
     )
+    prune: PruneSection | None = Field(
+        None, description="have the weights of least magnitude become 0 while the others learn; None: none"
+    )
     valid_rows: int = Field(32, ge=0, description="rows of the validation split whose loss is followed; 0: none")
     valid_every: Positive = Field(50, description="optimiser steps between validation losses")
     preference: PreferenceSection | None = Field(
@@ -895,6 +918,29 @@ class TrainSection(Section):
                 f"train.distill: the loss of train.method={self.method} is over labels and has no teacher; set "
                 "train.method=lora, or drop it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _zeros_are_those_of_the_merged_weights(self) -> TrainSection:
+        if self.prune is None:
+            return self
+        for found, why in (
+            (
+                self.method not in ("lora", "full"),
+                "it prunes the weights of a merged model while they learn; set train.method=lora or full",
+            ),
+            (
+                self.lora.dora or self.lora.dropout > 0,
+                "it masks the sum of weights and adapters; drop train.lora.dora and train.lora.dropout",
+            ),
+            (self.judge is not None, "the best adapter may be one without all zeros; drop train.judge"),
+            (
+                self.preference is not None or self.reward is not None,
+                "their reference is the model without an adapter, which has no zeros; drop one of both",
+            ),
+        ):
+            if found:
+                raise ValueError(f"train.prune: {why}")
         return self
 
     @model_validator(mode="after")

@@ -22,7 +22,7 @@ from llmrec.types import Answer, Ranking
 RANKERS = (
     *("random", "popularity", "recent-popularity", "item-knn", "rp3beta", "markov-1", "markov"),
     *("markov-cooccurrence", "transitions", "transitions-text", "content", "ease", "als", "bpr", "gru4rec", "sasrec"),
-    *("transitions-tuned", "tower", "tuned-tower", "text-matcher", "unisrec"),
+    *("transitions-tuned", "tower", "tuned-tower", "state-tower", "text-matcher", "unisrec"),
 )
 """Baselines that rank items for users."""
 RANKING_CONTROLS = ("random", "popularity", "item-knn", "markov-1")

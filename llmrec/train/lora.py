@@ -37,7 +37,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
         # Optimiser steps are smaller than bfloat16 can hold; autocast still multiplies in bfloat16.
         full = load_model(folder, model, dtype=torch.float32)
         full.llmrec_float32 = dtype(model) == torch.float32
-        return full
+        return _pruned(full, train)
     base = _quantised(folder, model, train) if train.method in QUANTISED else load_model(folder, model)
     if train.gradient_checkpointing:
         base.enable_input_require_grads()
@@ -48,7 +48,7 @@ def load_trainable(folder: str, model: ModelSection, train: TrainSection, *, tok
     if not train.lora.targets and train.lora.top_layers is None:
         _say_what_is_reached(adapted, blocks)
     adapted.llmrec_float32 = dtype(model) == torch.float32
-    return adapted
+    return _pruned(adapted, train)
 
 
 def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None:
@@ -62,6 +62,8 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
 
         assembled(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
         return
+    from llmrec.train.pruning import magnitude
+
     base = load_model(folder, model, dtype=torch.float32)
     with told_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
@@ -69,13 +71,29 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     said, base.config.tie_word_embeddings = base.config.tie_word_embeddings, False
     merged = adapted.merge_and_unload()
     merged.config.tie_word_embeddings = said
+    magnitude.zero(merged, adapter)
     merged.to(dtype(model)).save_pretrained(target)
 
 
 def save_full(trained: Path, model: ModelSection, target: Path) -> None:
     """Save fully fine-tuned float32 weights again in the model's dtype, for serving."""
-    torch = require("torch", "train")
-    load_model(str(trained), model, dtype=torch.float32).to(dtype(model)).save_pretrained(target)
+    _full(trained, model).to(dtype(model)).save_pretrained(target)
+
+
+def _full(trained: Path, model: ModelSection) -> Any:
+    from llmrec.train.pruning import magnitude
+
+    full = load_model(str(trained), model, dtype=require("torch", "train").float32)
+    magnitude.zero(full, trained)
+    return full
+
+
+def _pruned(model: Any, train: TrainSection) -> Any:
+    if train.prune is not None:
+        from llmrec.train.pruning import magnitude
+
+        magnitude.attach(model)
+    return model
 
 
 def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter: Path) -> Any:
@@ -89,7 +107,7 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
     """
     torch, peft = require("torch", "train"), require("peft", "train")
     if train.method == "full":
-        return load_model(str(adapter), model, dtype=torch.float32).eval()
+        return _full(adapter, model).eval()
     if (prompt := soft_prompt.read(adapter)) is not None:
         from llmrec.train.option import assembled
 
@@ -98,8 +116,12 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
         base = _quantised(folder, model, train)
     else:
         base = load_model(folder, model, dtype=torch.float32)
+    from llmrec.train.pruning import magnitude
+
     with told_as_tied(base):
-        return peft.PeftModel.from_pretrained(base, adapter).eval()
+        adapted = peft.PeftModel.from_pretrained(base, adapter).eval()
+    magnitude.load(adapted, adapter)
+    return adapted
 
 
 def with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:

@@ -39,6 +39,7 @@ from llmrec.train.option import OptionLoss, rows_of
 from llmrec.train.packing import stack, tree
 from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
 from llmrec.train.preference.loss import compare, without_dropout
+from llmrec.train.pruning import magnitude
 from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
@@ -58,7 +59,7 @@ class Training:
 
     ``seconds`` counts what killed invocations spent up to the checkpoint that was gone on from, ``seconds_before``.
     ``kept_step`` is the step whose adapter was kept, where validation decided that. ``processes`` is how many trained,
-    and ``distributed`` as what, in accelerate's words.
+    and ``distributed`` as what, in accelerate's words. ``sparsity`` is the share of zeros of layers that are pruned.
     """
 
     method: str
@@ -75,6 +76,7 @@ class Training:
     processes: int = 1
     distributed: str = "no"
     kept_step: int | None = None
+    sparsity: float | None = None
 
 
 class Objective(Protocol):
@@ -222,9 +224,8 @@ def train(
         check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
         by = ExitLoss(by, section.distill)
     # What a checkpoint holds beside the Trainer's own files.
-    kept: list[Callable[[Path], None]] = [partial(save_words, model), partial(bottleneck.save, model)]
-    kept += [] if head is None else [partial(save_head, head)]
-    kept += [] if soft is None else [soft.save]
+    kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]
+    kept += ([] if head is None else [partial(save_head, head)]) + ([] if soft is None else [soft.save])
     saving = OnSave([*kept, seal, partial(keep_newest, section.keep_checkpoints)], world)
     # Which planned step each optimiser step takes.
     order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
@@ -243,6 +244,7 @@ def train(
     if objective is not None:
         check_packing(model, "train.reward=null")
         follow.told = objective.told
+    pruning = [] if section.prune is None else [magnitude.Prune(model, section.prune, len(order))]
     device = device or ("cuda" if has_cuda() else "cpu")
     with adapters_as_they_are(model):
         trainer = LabelRowTrainer(
@@ -252,7 +254,7 @@ def train(
             processing_class=encoder.tokenizer,
             data_collator=partial(_batch, model, steps, pad, world) if objective is None else _number,
             # Trackers come after what adds validation losses to a step's log.
-            callbacks=[follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
+            callbacks=[*pruning, follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
     kind = trainer.accelerator.distributed_type.value
     refuse_other(kind_asked(device), kind)
@@ -266,6 +268,7 @@ def train(
     if checkpoint is not None:
         restore_words(model, checkpoint)
         bottleneck.load(model, checkpoint)
+        magnitude.load(model, checkpoint)
     if head is not None and checkpoint is not None:
         restore(head, checkpoint)
     elif head is not None:
@@ -307,6 +310,7 @@ def train(
         processes=world.size,
         distributed=kind.lower() if kind == "NO" else kind,
         kept_step=None if best is None else best.step,
+        sparsity=magnitude.sparsity(model),
     )
 
 

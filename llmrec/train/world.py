@@ -195,10 +195,10 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool) -> None:
             "llmrec never reads",
             kind="unsupported",
         )
-    if not plain or section.judge is not None or section.method not in ("lora", "full"):
+    if not plain or section.judge or section.prune or section.method not in ("lora", "full"):
         raise RecipeError(
-            "FSDP trains adapters (train.method=lora) or all weights (full), without train.judge, a rating head, "
-            "whole-word embeddings or a quantised base; drop these, or train with MULTI_GPU",
+            "FSDP trains adapters (train.method=lora) or all weights (full), without train.judge, train.prune, a "
+            "rating head, whole-word embeddings or a quantised base; drop these, or train with MULTI_GPU",
             kind="unsupported",
             column="train.method",
         )

@@ -58,8 +58,8 @@ NEEDS = {
 }
 # CTR hosts differ in one function, which tests/baselines/test_ctr_hosts.py looks at; what they share is tested of one.
 ALIKE = {"din", "dcn", "autoint"}
-# They read tokens by a model: tests/baselines/test_late.py, tests/baselines/test_ubert.py.
-ELSEWHERE = ALIKE | {"late-interaction", "ubert"}
+# They read tokens by a model: test_late.py, test_ubert.py and test_states.py of tests/baselines.
+ELSEWHERE = ALIKE | {"late-interaction", "ubert", "state-tower"}
 ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is not None and name not in ELSEWHERE)
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
 # What reads the review that a request shows.

@@ -130,15 +130,15 @@ class TextTowers(ScoredBaseline[T, Towers]):
         """
         torch, config = require("torch", "baselines"), self._config
         catalogue = Catalogue.of(data)
-        texts = Turned.of(text_vectors(data, catalogue.ids, config))
+        texts = Turned.of(self._vectors(data, catalogue.ids))
         vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
         events = Log.of(data, catalogue)
         cases = stop_cases(data, config, _STOP_CASES)
+        rows, rng = self._rows(events), np.random.default_rng(self._seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
             model = self._towers(catalogue, vectors, counts(events, catalogue))
-            rows, rng = _rows(events, config.max_len), np.random.default_rng(self._seed)
-            until_best(model, cases, config, lambda optimiser: epoch_of(model, rows, optimiser, rng))
+            until_best(model, cases, config, lambda optimiser: self._epoch(model, rows, optimiser, rng))
             self._tune(model, data, texts, rows, cases)
         self.looked_at = stopped_by(cases)
         self._model = model
@@ -165,6 +165,20 @@ class TextTowers(ScoredBaseline[T, Towers]):
         network["scale"] = torch.nn.ParameterList([torch.tensor(_SCALE)])
         warm, shares = np.flatnonzero(popular), popular / popular.max(initial=1.0)
         return Towers(catalogue, vectors, warm, shares, network, self._query, self._config, self.name)
+
+    def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
+        """Return what is said of items as vectors, before they are whitened, shape (n, d)."""
+        return text_vectors(data, ids, self._config)
+
+    def _rows(self, events: Log) -> list[NDArray[np.int64]]:
+        """Return the items before each training target and the target itself, at most ``max_len + 1``."""
+        return _rows(events, self._config.max_len)
+
+    def _epoch(
+        self, model: Towers, rows: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator
+    ) -> float:
+        """Learn from all rows once, and return the mean loss; see `epoch_of`."""
+        return epoch_of(model, rows, optimiser, rng)
 
     def _build(self, width: int) -> Any:
         """Return a ``torch.nn.ModuleDict`` with the map ``item``, for vectors of this length."""

@@ -1,0 +1,176 @@
+"""The states of a causal language model where texts end, as vectors of what the texts are about (M6-Rec, 2205.08084).
+
+Under causal attention a state depends on what stands before it alone. So one pass over the texts of a history gives the
+state after each of them, equal to that of a history which ends there. States of many texts lie in the cache folder,
+under a hash of weights, precision and texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.backends.encode import Encoder
+from llmrec.durable import replacing
+from llmrec.errors import ModelError, require
+from llmrec.models.exits import check
+from llmrec.models.load import BUNDLE, has_cuda, load_model, load_tokenizer, resolve, weights_stamp
+from llmrec.models.text_encoder import batches_of
+from llmrec.models.traits import is_paired
+from llmrec.progress import Bar
+from llmrec.recipe.schema import ModelSection
+from llmrec.resources import cache_dir
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+# Rows that are worth a bar, and those whose last state is remembered.
+_MANY, _REMEMBERED = 256, 1 << 15
+
+
+@lru_cache(maxsize=1)
+def end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
+    """Return what reads by a model, which stays open for the next who asks."""
+    return EndStates(name, half=half, layers=layers)
+
+
+class EndStates:
+    """Reads rows of texts, each text a line, behind a line that says what they are.
+
+    Args:
+        name: A causal language model, a name or a folder.
+        half: Multiply in bfloat16.
+        layers: Read no more than the first so many layers, and the final norm; None: all.
+
+    Attributes:
+        width: Length of a state.
+        read: Tokens that were computed, and not found.
+
+    Raises:
+        ModelError: If it cannot be loaded, is an encoder-decoder, has fewer layers, or was tuned by llmrec, on
+            interactions that no file of it names.
+    """
+
+    def __init__(self, name: str, *, half: bool, layers: int | None = None) -> None:
+        torch = self._torch = require("torch", "train")
+        section = ModelSection(name=name, dtype="float32")
+        folder = resolve(section)
+        if (Path(folder) / BUNDLE).is_file():
+            raise ModelError(
+                f"{name} was tuned by llmrec, on interactions that may be held out here; name the model that it began "
+                "from",
+                kind="leak",
+                at=name,
+                column="encoder",
+            )
+        model = load_model(folder, section, dtype=torch.float32)
+        if is_paired(model.config):
+            raise ModelError(
+                f"{name} is an encoder-decoder, whose states have no one end; name a causal language model",
+                kind="unsupported",
+                at=name,
+                column="encoder",
+            )
+        self._body = model.get_decoder().eval().requires_grad_(False).to("cuda" if has_cuda() else "cpu")
+        if layers is not None:
+            check(model, "layers")
+            if layers > (whole := len(self._body.layers)):
+                raise ModelError(
+                    f"{name} has {whole} layers, and {layers} are to be read; lower layers",
+                    kind="bad-value",
+                    at=name,
+                    column="layers",
+                )
+            self._body.layers = torch.nn.ModuleList(list(self._body.layers)[:layers])
+            self._body.config.num_hidden_layers = layers
+        self._encoder = Encoder(load_tokenizer(folder, section), max_length=section.max_length)
+        self._name, self._half, self._stamp = name, half, f"{weights_stamp(folder)}-{layers}"
+        self._known: dict[tuple[str, ...], NDArray[np.float32]] = {}
+        self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        self.width = int(model.config.get_text_config().hidden_size)
+        self.read = 0
+
+    def ids(self, text: str, most: int | None = None) -> list[int]:
+        """Return the tokens of a line: the first ones of its text, and a line break.
+
+        Raises:
+            BackendError: If a text of the data would become a control token.
+        """
+        return [*self._encoder.piece(text)[:most], *self._encoder.piece("\n")]
+
+    def after(self, lead: str, rows: Sequence[Sequence[str]], *, most: int) -> list[NDArray[np.float32]]:
+        """Return the state after every text of each row; the states lie in a file of the cache folder too.
+
+        Args:
+            lead: The line before them.
+            rows: Texts, one behind the other; 1 or more.
+            most: Tokens of a text that are read.
+
+        Returns:
+            Shape (texts, width) each.
+
+        Raises:
+            ModelError: If a row is longer than what the model reads.
+        """
+        told = json.dumps([self._stamp, self._half, most, lead, rows])
+        file = cache_dir() / "states" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+        tensors, ends = require("safetensors.numpy", "train"), np.cumsum([len(row) for row in rows])
+        if file.is_file():
+            try:
+                return np.split(tensors.load_file(file)["states"], ends[:-1])
+            except Exception as error:
+                log.warning("%s cannot be read (%s); the texts are read again", file, error)
+        found = self._computed(lead, rows, most, last=False)
+        if found:
+            with replacing(file) as draft:
+                tensors.save_file({"states": np.concatenate(found)}, draft)
+        return found
+
+    def last(self, lead: str, rows: Sequence[Sequence[str]], *, most: int) -> list[NDArray[np.float32]]:
+        """Return the state after the last text of each row, which is remembered, shape (width,) each; see `after`."""
+        keys = [(lead, str(most), *row) for row in rows]
+        new = dict.fromkeys(key for key in keys if key not in self._known)
+        if len(self._known) + len(new) > _REMEMBERED:
+            self._known, new = {}, dict.fromkeys(keys)
+        found = self._computed(lead, [key[2:] for key in new], most, last=True)
+        self._known |= {key: state for key, (state,) in zip(new, found, strict=True)}
+        return [self._known[key] for key in keys]
+
+    def _computed(
+        self, lead: str, rows: Sequence[Sequence[str]], most: int, *, last: bool
+    ) -> list[NDArray[np.float32]]:
+        torch, first, device = self._torch, self.ids(lead), self._body.device
+        lines = [[self.ids(text, most) for text in row] for row in rows]
+        lengths = [len(first) + sum(map(len, row)) for row in lines]
+        if self._limit is not None and max(lengths, default=0) > self._limit:
+            raise ModelError(
+                f"a history of {max(lengths)} tokens is longer than the {self._limit} that {self._name} reads; lower "
+                "max_len",
+                kind="too-large",
+                at=self._name,
+                column="max_len",
+            )
+        found: list[Any] = [None] * len(rows)
+        with Bar("reading", len(rows), unit="texts", quiet=len(rows) < _MANY) as bar:
+            for batch in batches_of(lengths):
+                ids = torch.zeros((len(batch), max(lengths[row] for row in batch)), dtype=torch.long)
+                for place, row in enumerate(batch):
+                    ids[place, : lengths[row]] = torch.tensor([*first, *(each for line in lines[row] for each in line)])
+                # No token sees the padding behind it.
+                with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._half):
+                    states = self._body(input_ids=ids.to(device), use_cache=False).last_hidden_state
+                for place, row in enumerate(batch):
+                    ends = len(first) + np.cumsum([len(line) for line in lines[row]]) - 1
+                    found[row] = states[place, torch.from_numpy(ends[-1:] if last else ends)].float().cpu().numpy()
+                bar.advance(len(batch))
+        self.read += sum(lengths)
+        return found

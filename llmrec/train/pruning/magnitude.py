@@ -1,0 +1,236 @@
+"""Magnitude pruning while training: gradual on a cubic schedule (Zhu and Gupta, arXiv 1710.01878), or all at once.
+
+Every linear layer of the blocks has a mask of its own, which hides the weights of least magnitude. Under an adapter
+what counts is the weight that a merged model has, ``W + BA``: that one is masked in the forward pass, so that only
+factors learn and the export still has the zeros of training. Hidden weights keep their value and get no gradient; as
+long as the schedule runs, a later mask may show them again. Embeddings, the head, norms and biases stay whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from transformers import TrainerCallback
+
+from llmrec.errors import ModelError, RecipeError
+from llmrec.recipe.schema import PruneSection
+
+WEIGHTS = "masks.safetensors"
+"""Beside an adapter: which weights of each layer stay, one bit a weight, eight in a byte."""
+
+_MASK = "llmrec_mask"
+
+
+def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
+    """Return the share of weights that is hidden once so many optimiser steps are done.
+
+    Between ``begin`` (t0) and ``end`` (t1) it is equation 1, ``s_f (1 - (1 - (t - t0) / (t1 - t0))^3)``, of the last
+    step t at which masks were made anew.
+
+    Args:
+        section: The recipe's ``train.prune``.
+        steps: Optimiser steps of the training.
+        step: Of these, how many are done.
+    """
+    first, last = round(section.begin * steps), round(section.end * steps)
+    if step >= last:
+        return section.sparsity
+    if step < first or section.schedule == "one-shot":
+        return 0.0
+    made = step - (step - first) % section.every
+    return section.sparsity * (1 - (1 - (made - first) / (last - first)) ** 3)
+
+
+class Prune(TrainerCallback):  # type: ignore[misc]
+    """Makes the masks of a model when they are due; they change at no other time."""
+
+    def __init__(self, model: Any, section: PruneSection, steps: int) -> None:
+        self._model, self._section, self._steps = model, section, steps
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make masks that are due before the first step; those of a resumed run were loaded."""
+        if state.global_step == 0 and (share := self._at(0)) > 0:
+            raise_to(self._model, share)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Make masks after a step, before it is looked at and saved."""
+        share = self._at(state.global_step)
+        if share > self._at(state.global_step - 1):
+            raise_to(self._model, share)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        """Tell trackers, which are called next with the same log."""
+        if logs and "loss" in logs:
+            logs["sparsity"] = self._at(state.global_step)
+
+    def _at(self, step: int) -> float:
+        return sparsity_at(self._section, self._steps, step)
+
+
+def attach(model: Any) -> None:
+    """Give every linear layer of the blocks a place for a mask; until there is one, it does what it did.
+
+    Args:
+        model: A model, with or without LoRA.
+
+    Raises:
+        RecipeError: If it has no linear layers.
+    """
+    base = _base(model)
+    found = list(_linears(base))
+    if not found:
+        raise RecipeError(
+            f"train.prune: a {base.config.model_type} has no linear layers whose weights could be pruned; choose "
+            "another model, or drop train.prune",
+            kind="unsupported",
+            column="train.prune",
+        )
+    for _, layer in found:
+        # No part of saved weights, but it moves with the layer to another device.
+        layer.register_buffer(_MASK, None, persistent=False)
+        layer.forward = partial(_forward, layer)
+
+
+def raise_to(model: Any, share: float) -> None:
+    """Mask the share of each layer's weights that has the least magnitude, to within one weight."""
+    with torch.no_grad():
+        for _, layer in _masked(model):
+            setattr(layer, _MASK, kept(_effective(layer), share))
+
+
+def kept(weight: Any, share: float) -> Any:
+    """Return which weights stay, of the shape of the weight; of equal ones the first fall away."""
+    count = round(share * weight.numel())
+    size = weight.detach().abs().float().flatten()
+    if not count:
+        return torch.ones_like(weight, dtype=torch.bool)
+    bound = size.kthvalue(count).values
+    mask = size > bound
+    below, ties = int((size < bound).sum()), (size == bound).nonzero()[:, 0]
+    mask[ties[count - below :]] = True
+    return mask.view(weight.shape)
+
+
+def sparsity(model: Any) -> float | None:
+    """Return the share of the layers' weights that masks hide; None where there are no masks."""
+    masks = [mask for _, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None]
+    if not masks:
+        return None
+    whole = sum(int(mask.numel()) for mask in masks)
+    return 1 - sum(int(mask.sum()) for mask in masks) / whole
+
+
+def save(model: Any, folder: Path) -> None:
+    """Write a model's masks into a folder, where it has any."""
+    masks = {name: mask for name, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None}
+    if masks:
+        bits = {name: np.packbits(mask.flatten().cpu().numpy()) for name, mask in masks.items()}
+        save_file({name: torch.from_numpy(each) for name, each in bits.items()}, folder / WEIGHTS)
+
+
+def load(model: Any, folder: Path) -> None:
+    """Have a model train on with the masks that lie in a folder, where there are any.
+
+    Raises:
+        ModelError: If they cannot be read, or are of another model.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    if not any(True for _ in _masked(model)):
+        attach(model)
+    layers = dict(_masked(model))
+    for name, mask in _read(folder, {name: _weight(layer) for name, layer in layers.items()}).items():
+        setattr(layers[name], _MASK, mask)
+
+
+def zero(model: Any, folder: Path) -> None:
+    """Write zeros into a plain model's weights, where a folder holds masks.
+
+    Raises:
+        ModelError: If they cannot be read, or are of another model.
+    """
+    if not (folder / WEIGHTS).is_file():
+        return
+    weights = {name: layer.weight for name, layer in _linears(model)}
+    with torch.no_grad():
+        for name, mask in _read(folder, weights).items():
+            weights[name].masked_fill_(~mask, 0)
+
+
+def _read(folder: Path, weights: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the masks of a folder by layer, of the shapes and on the devices of the weights."""
+    try:
+        found = load_file(folder / WEIGHTS)
+        if found.keys() != weights.keys():
+            raise ValueError("other layers")
+        masks = {}
+        for name, weight in weights.items():
+            if found[name].dtype != torch.uint8 or found[name].numel() != -(-weight.numel() // 8):
+                raise ValueError(f"another shape of {name}")
+            bits = np.unpackbits(found[name].numpy(), count=weight.numel()).astype(bool)
+            masks[name] = torch.from_numpy(bits).view(weight.shape).to(weight.device)
+        return masks
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ModelError(
+            f"{folder / WEIGHTS} cannot be read, or is of another model ({type(error).__name__}: {reason}); train "
+            "again with `llmrec train`",
+            kind="damaged",
+            at=folder / WEIGHTS,
+        ) from error
+
+
+def _forward(layer: Any, states: Any, *args: Any, **kwargs: Any) -> Any:
+    """Return what a layer makes of states with its masked weight; without a mask what its own forward does."""
+    mask = getattr(layer, _MASK)
+    if mask is None:
+        return type(layer).forward(layer, states, *args, **kwargs)
+    weight, bias = _effective(layer) * mask, _own(layer).bias
+    bias = None if bias is None else bias.to(states.dtype)
+    return torch.nn.functional.linear(states, weight.to(states.dtype), bias)
+
+
+def _effective(layer: Any) -> Any:
+    """Return the weight that a layer has once its adapters are merged, shape (out, in)."""
+    weight = _weight(layer)
+    if not hasattr(layer, "base_layer"):
+        return weight
+    with torch.autocast(weight.device.type, enabled=False):
+        return sum((layer.get_delta_weight(name).float() for name in layer.active_adapters), weight.float())
+
+
+def _weight(layer: Any) -> Any:
+    return _own(layer).weight
+
+
+def _own(layer: Any) -> Any:
+    """Return the layer itself, or the one below its adapters."""
+    return getattr(layer, "base_layer", layer)
+
+
+def _masked(model: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the layers that `attach` was given, by name in the base model."""
+    yield from ((name, layer) for name, layer in _base(model).named_modules() if hasattr(layer, _MASK))
+
+
+def _linears(base: Any) -> Iterator[tuple[str, Any]]:
+    """Yield the linear layers of a model's blocks, adapted or not, by name; blocks are numbered in lists."""
+    inside = "\0"
+    for name, module in base.named_modules():
+        if name.startswith(inside) or not any(map(str.isdigit, name.split("."))):
+            continue
+        if hasattr(module, "base_layer"):
+            inside = f"{name}."
+        if isinstance(_own(module), torch.nn.Linear):
+            yield name, module
+
+
+def _base(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
