@@ -27,7 +27,7 @@ help:
 	@echo "make check-resolution   ask the package index what a set-up for a GPU would install (needs the network)"
 	@echo "make check-lowest     ask the package index whether the lowest allowed versions go together (needs the network)"
 	@echo "make bench        time the scoring engines against each other, eval/results/scoring.json"
-	@echo "make bench-auto       llmrec auto on MovieLens-100K and the made shop within BUDGET, eval/results/auto.json"
+	@echo "make bench-auto       llmrec auto on MovieLens-100K and the synthetic shop within BUDGET, eval/results/auto.json"
 	@echo "make bench-auto-toys  the same on Amazon 2014 Toys, eval/results/auto_toys.json"
 	@echo "make bench-commands   processor time of small commands, eval/results/small_commands.json"
 	@echo "make bench-rank   rank 1,000 requests, 50 of them faulty, eval/results/rank.json"
