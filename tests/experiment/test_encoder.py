@@ -27,12 +27,13 @@ WORDS = ("anvil", "banjo", "candle", "drum", "engine", "feather")
 
 
 def _table(folder: Path) -> Path:
-    """Sixty users who go round a ring of six topics with four items each."""
+    """Sixty users who go back and forth between two of six topics with four items each."""
     rng, path = np.random.default_rng(0), folder / "ring.csv"
     lines = ["user_id,item_id,timestamp,title"]
     for user in range(60):
+        numbers = rng.permutation(4)
         for step in range(6):
-            topic, number = (user + step) % 6, rng.integers(4)
+            topic, number = 2 * (user % 3) + step % 2, numbers[step // 2]
             lines.append(f"u{user},{topic}{number},{step},{WORDS[topic]} {'abcd'[number]}")
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
@@ -51,7 +52,7 @@ def tuned(table: Path) -> Path:
 
 def _tune(table: Path, out: Path) -> str:
     data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
-    options = ["--encoder", tiny_encoder(), "--blocks", "2", "--epochs", "1", "--learning-rate", "2e-3"]
+    options = ["--encoder", tiny_encoder(), "--blocks", "2", "--epochs", "2", "--learning-rate", "5e-3"]
     found = CliRunner().invoke(
         app, ["tune-encoder", "recipes/quickstart.yaml", *data, *options, "--out", str(out)], catch_exceptions=False
     )
