@@ -259,7 +259,8 @@ def _others(name: str) -> list[dict[str, Any]]:
     return [{key: value} for end in ends for key, value in end.items()] + ends
 
 
-@pytest.mark.parametrize("name", ALL)
+# What is tuned answers by the code of `transitions-text`, and each of some sixty fits would read texts anew.
+@pytest.mark.parametrize("name", [name for name in ALL if name != "transitions-tuned"])
 def test_another_config_of_the_answers_is_another_fit_exactly(name: str, data: SplitDataset) -> None:
     requests, predictor = _requests(name, data), _fitted(name, data)
     before = predictor.answer(requests)
