@@ -11,7 +11,7 @@ from pydantic import Field
 
 from llmrec.baselines.text import TfIdf
 from llmrec.data.features import PLURALS, FeatureKind, FeatureStore
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
 from llmrec.models.embedder import fitting
 from llmrec.recipe.schema import Section, SemanticIndex
@@ -33,6 +33,21 @@ WHITENINGS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0)
 _WIDTH, _MORE, _ROUNDS = 128, 16, 6
 # Directions that vary less than this share of the first one are noise.
 _LEAST = 1e-3
+
+
+def refuse_untunable(name: str, encoder: str, instead: str) -> None:
+    """Refuse what has no weights that a baseline of this name could tune; ``instead`` is one that takes it.
+
+    Raises:
+        RecipeError: For latent semantic analysis and stores.
+    """
+    if encoder == LSA or encoder.startswith(STORE):
+        raise RecipeError(
+            f"{name}: {encoder} is no encoder that could be tuned; name a pretrained one, such as all-MiniLM-L6-v2, or "
+            f"take the baseline {instead}",
+            kind="bad-value",
+            column="encoder",
+        )
 
 
 class TextsConfig(Section):

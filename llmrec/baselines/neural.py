@@ -224,7 +224,7 @@ def train(
     return replace(model, epochs=epoch, looked_at=stopped_by(cases))
 
 
-def stop_cases(data: SplitDataset, config: NeuralConfig, most: int) -> Sequence[Case]:
+def stop_cases(data: SplitDataset, config: Epochs, most: int) -> Sequence[Case]:
     """Return the validation cases that decide when training stops; none where it does not look."""
     return [] if config.patience is None else ranking_cases(data, most)
 

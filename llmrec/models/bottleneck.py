@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.errors import ModelError, require
+from llmrec.models.tensors import damaged
 
 WEIGHTS = "bottlenecks.safetensors"
 _NAME = "llmrec_bottleneck"
@@ -89,13 +90,7 @@ def load(model: Any, folder: Path) -> None:
             for name, each in wanted.items():
                 each.copy_(found[name])
     except (OSError, ValueError, RuntimeError, StopIteration, errors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{folder / WEIGHTS} cannot be read, or is of another model ({type(error).__name__}: {reason}); train "
-            "again with `llmrec train`",
-            kind="damaged",
-            at=folder / WEIGHTS,
-        ) from error
+        raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
 
 
 def _tensors(model: Any) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.durable import loads, write_json
-from llmrec.errors import ModelError, require
+from llmrec.errors import require
+from llmrec.models.tensors import damaged
 
 WEIGHTS = "rating_head.safetensors"
 CONFIG = "rating_head.json"
@@ -144,13 +145,7 @@ def load_head(folder: Path) -> RatingHead | None:
         linear = _linear(shape)
         linear.load_state_dict(safetensors.load_file(folder / WEIGHTS))
     except (OSError, ValueError, KeyError, TypeError, RuntimeError, errors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"the rating head in {folder} cannot be read ({type(error).__name__}: {reason}); train again with "
-            "`llmrec train`",
-            kind="damaged",
-            at=folder,
-        ) from error
+        raise damaged(f"the rating head in {folder} cannot be read", folder, error) from error
     return RatingHead(shape, linear)
 
 

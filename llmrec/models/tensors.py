@@ -85,6 +85,13 @@ def _named(names: Sequence[str]) -> str:
     return ", ".join(names[:_SHOWN]) + more
 
 
+def damaged(what: str, at: Path, error: Exception) -> ModelError:
+    """Return the error of what lies beside trained weights and does not suit them: what, where, and why."""
+    reason = " ".join(str(error).split())[:200]
+    told = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
+    return ModelError(told, kind="damaged", at=at)
+
+
 @contextmanager
 def _no_report() -> Iterator[None]:
     """Leave out transformers' table of these same tensors, and nothing else that it says."""

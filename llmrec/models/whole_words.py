@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from llmrec.errors import ModelError, RecipeError, require
 from llmrec.guard import is_item_token
+from llmrec.models.tensors import damaged
 from llmrec.models.traits import is_paired
 
 WEIGHTS = "whole_words.safetensors"
@@ -182,13 +183,7 @@ def load_words(model: Any, folder: Path) -> None:
         found = safetensors.load_file(folder / WEIGHTS)
         table, kinds = found["table"], found["kinds"].tolist()
     except (OSError, ValueError, KeyError, errors.SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"the whole-word embeddings in {folder} cannot be read ({type(error).__name__}: {reason}); train again "
-            "with `llmrec train`",
-            kind="damaged",
-            at=folder,
-        ) from error
+        raise damaged(f"the whole-word embeddings in {folder} cannot be read", folder, error) from error
     shape = tuple(_base(model).get_encoder().get_input_embeddings().weight.shape)
     if (len(kinds), table.shape[-1]) != shape or table.dim() != 2:
         raise ModelError(

@@ -10,10 +10,8 @@ from typing import Any
 
 from eval.benchmarks import experiments, index_collisions, record, scaling, search_plots
 from eval.benchmarks.faults import table as faults
-from llmrec.commands.compare.benchmark_page import pages
-from llmrec.commands.compare.conversations_page import page_of
 from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
-from llmrec.commands.compare.records import BenchmarkResult, ChatResult
+from llmrec.commands.compare.pages import own_pages
 from llmrec.commands.compare.slices_page import slices_page
 
 TIMED = ("search", "search_vllm", "training")
@@ -35,12 +33,7 @@ def wanted(root: Path) -> dict[str, str]:
     listed = experiments.read(root / "eval" / "experiments.yaml", results)
     found["eval/EXPERIMENTS.md"] = experiments.write(listed)
     for path in sorted(results.glob("*.json")):
-        content = _read(path)
-        if content.get("kind") == "benchmark":
-            made = pages(BenchmarkResult.model_validate(content))
-            found |= {f"eval/{name}": text for name, text in made.items()}
-        elif content.get("kind") == "chat":
-            found[f"eval/{content['chat']}.md"] = page_of(ChatResult.model_validate(content))
+        found |= {f"eval/{name}": text for name, text in own_pages(_read(path)).items()}
     files = [results / f"{name}.json" for name in TIMED]
     for file in files:
         found |= {f"docs/performance/{goal.picture}": search_plots.draw(goal) for goal in search_plots.goals(file)}

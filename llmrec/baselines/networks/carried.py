@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,84 +18,79 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 
-def save(
-    folder: Path,
-    data: SplitDataset,
-    *,
-    name: str,
-    network: Any,
-    shape: Mapping[str, Json],
-    own: str,
-    config: TextsConfig,
-) -> None:
-    """Write the weights of a network, less those of single users and items.
+@dataclass(frozen=True)
+class Carried:
+    """A network whose weights go to another domain, less those of single users and items.
 
-    Args:
-        folder: Is made anew.
-        data: What was learned from.
+    Attributes:
         name: Of the baseline, and of both files.
         network: A torch module.
         shape: What another network must agree in to take them.
         own: What the names of weights hold that mean nothing elsewhere.
         config: The parameters.
     """
-    told = {
-        "format": 1,
-        **shape,
-        "encoder": config.encoder,
-        "stamp": find_encoder(config.encoder)[1],
-        "data": data.dataset.name,
-        "fingerprint": data.dataset.fingerprint,
-        "train": digest_frame(data.train),
-        "parameters": config.model_dump(mode="json"),
-    }
-    with replacing(folder) as draft:
-        draft.mkdir()
-        arrays = {each: array for each, array in weights_of(network).items() if own not in each}
-        require("safetensors.numpy", "train").save_file(arrays, draft / f"{name}.safetensors")
-        write_json(draft / f"{name}.json", told)
-        seal(draft)
 
+    name: str
+    network: Any
+    shape: Mapping[str, Json]
+    own: str
+    config: TextsConfig
 
-def load(
-    folder: str,
-    data: SplitDataset,
-    *,
-    name: str,
-    network: Any,
-    shape: Mapping[str, Json],
-    own: str,
-    config: TextsConfig,
-) -> None:
-    """Put the weights of another domain into a network; see `save`.
+    def save(self, folder: Path, data: SplitDataset) -> None:
+        """Write the weights.
 
-    Raises:
-        ModelError: If the folder does not hold them as they were written, or they are of another shape or encoder.
-        DataError: If they were learned from these data under another split.
-    """
-    path, fix = Path(folder), f"write it anew with the method save of a fitted {name}"
-    if not verifies(path):
-        raise ModelError(
-            f"start: {folder} holds no weights of {name} as they were written; {fix}", kind="damaged", at=path
-        )
-    told = read_json(path / f"{name}.json", fix)
-    for key, value in {**shape, "stamp": find_encoder(config.encoder)[1]}.items():
-        if told.get(key) != value:
+        Args:
+            folder: Is made anew.
+            data: What was learned from.
+        """
+        told = {
+            "format": 1,
+            **self.shape,
+            "encoder": self.config.encoder,
+            "stamp": find_encoder(self.config.encoder)[1],
+            "data": data.dataset.name,
+            "fingerprint": data.dataset.fingerprint,
+            "train": digest_frame(data.train),
+            "parameters": self.config.model_dump(mode="json"),
+        }
+        with replacing(folder) as draft:
+            draft.mkdir()
+            arrays = {each: array for each, array in weights_of(self.network).items() if self.own not in each}
+            require("safetensors.numpy", "train").save_file(arrays, draft / f"{self.name}.safetensors")
+            write_json(draft / f"{self.name}.json", told)
+            seal(draft)
+
+    def load(self, folder: str, data: SplitDataset) -> None:
+        """Put the weights that `save` wrote in another domain into the network.
+
+        Raises:
+            ModelError: If the folder does not hold them as they were written, or they are of another shape or encoder.
+            DataError: If they were learned from these data under another split.
+        """
+        path, fix = Path(folder), f"write it anew with the method save of a fitted {self.name}"
+        if not verifies(path):
             raise ModelError(
-                f"start: {folder} was learned with {key}={told.get(key)!r}, and here it is {value!r}; "
-                "give both the same parameters and encoder",
-                kind="mismatch",
-                at=path,
-                column=key,
+                f"start: {folder} holds no weights of {self.name} as they were written; {fix}", kind="damaged", at=path
             )
-    same = told.get("data") == data.dataset.name or told.get("fingerprint") == data.dataset.fingerprint
-    if same and told.get("train") != digest_frame(data.train):
-        raise DataError(
-            f"start: {folder} was learned from {data.dataset.name} under another split, and may know what is held out "
-            "here; learn it anew from the training part of this one",
-            kind="leak",
-            at=folder,
-            column="start",
-        )
-    arrays = require("safetensors.numpy", "train").load_file(path / f"{name}.safetensors")
-    put_back(network, {**arrays, **{each: array for each, array in weights_of(network).items() if own in each}})
+        told = read_json(path / f"{self.name}.json", fix)
+        for key, value in {**self.shape, "stamp": find_encoder(self.config.encoder)[1]}.items():
+            if told.get(key) != value:
+                raise ModelError(
+                    f"start: {folder} was learned with {key}={told.get(key)!r}, and here it is {value!r}; "
+                    "give both the same parameters and encoder",
+                    kind="mismatch",
+                    at=path,
+                    column=key,
+                )
+        same = told.get("data") == data.dataset.name or told.get("fingerprint") == data.dataset.fingerprint
+        if same and told.get("train") != digest_frame(data.train):
+            raise DataError(
+                f"start: {folder} was learned from {data.dataset.name} under another split, and may know what is held "
+                "out here; learn it anew from the training part of this one",
+                kind="leak",
+                at=folder,
+                column="start",
+            )
+        arrays = require("safetensors.numpy", "train").load_file(path / f"{self.name}.safetensors")
+        kept = {each: array for each, array in weights_of(self.network).items() if self.own in each}
+        put_back(self.network, {**arrays, **kept})

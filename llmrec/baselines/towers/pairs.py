@@ -11,8 +11,9 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.baselines.base import AboveZero, recent
-from llmrec.baselines.item_texts import LSA, STORE, texts_of
+from llmrec.baselines.item_texts import refuse_untunable, texts_of
 from llmrec.baselines.networks.epochs import until_least
+from llmrec.baselines.neural import stop_cases, stopped_by
 from llmrec.baselines.transitions import (
     NEIGHBOURS,
     Steps,
@@ -21,8 +22,8 @@ from llmrec.baselines.transitions import (
     counted,
     nearest,
 )
-from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
-from llmrec.errors import RecipeError, require
+from llmrec.baselines.tuning.validation import mean_ndcgs
+from llmrec.errors import require
 from llmrec.models.text_encoder import batches_of, find_encoder
 from llmrec.models.tuned_encoder import TunedEncoder
 from llmrec.recipe.schema import Positive
@@ -155,24 +156,21 @@ class TransitionsTuned(TransitionsText):
             ModelError: If there is no such encoder, or it has fewer blocks.
             MissingExtra: If torch or transformers is not installed.
         """
-        self._put(counted(data), self.tuned(data).every().numpy())
+        steps = counted(data)
+        self._put(steps, self._tuned(data, steps).every().numpy())
 
     def tuned(self, data: SplitDataset) -> TunedEncoder:
         """Return the encoder as the best epoch left it; errors as `fit` raises them."""
+        return self._tuned(data, counted(data))
+
+    def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:
         torch, config = require("torch", "train"), self._config
-        if config.encoder == LSA or config.encoder.startswith(STORE):
-            raise RecipeError(
-                f"{self.name}: {config.encoder} is no encoder that could be tuned; name a pretrained one, such as "
-                "all-MiniLM-L6-v2, or take the baseline transitions-text",
-                kind="bad-value",
-                column="encoder",
-            )
-        steps = counted(data)
+        refuse_untunable(self.name, config.encoder, "transitions-text")
         own = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
         said = [own[place] for place in config.order(len(own))]
         encoder = TunedEncoder(find_encoder(config.encoder)[0], said, blocks=config.blocks)
-        cases = [] if config.patience is None else ranking_cases(data, _STOP_CASES)
-        self.looked_at = frozenset(case.request.user_id for case in cases)
+        cases = stop_cases(data, config, _STOP_CASES)
+        self.looked_at = stopped_by(cases)
         pairs = Pairs.of(steps, config.apart, config.nearby)
         if not len(pairs.first):
             return encoder
@@ -198,8 +196,7 @@ class TransitionsTuned(TransitionsText):
     def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
         """Put back what `state` returned."""
         self._put(counted(data), state["vectors"])
-        cases = [] if self._config.patience is None else ranking_cases(data, _STOP_CASES)
-        self.looked_at = frozenset(case.request.user_id for case in cases)
+        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
 
     def _put(self, steps: Steps, vectors: NDArray[Any]) -> None:
         self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS), vectors)

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Decay, Log, ScoredBaseline, counts, fading
-from llmrec.baselines.item_texts import LSA, WHITENINGS, Turned, WhitenedConfig, text_vectors, texts_of
+from llmrec.baselines.item_texts import WHITENINGS, Turned, WhitenedConfig, refuse_untunable, text_vectors, texts_of
 from llmrec.baselines.neural import (
     NeuralConfig,
     over_all,
@@ -21,7 +21,7 @@ from llmrec.baselines.neural import (
     until_best,
     weights_of,
 )
-from llmrec.errors import RecipeError, require
+from llmrec.errors import require
 from llmrec.models.text_encoder import find_encoder
 from llmrec.models.tuned_encoder import TunedEncoder
 from llmrec.recipe.schema import Positive
@@ -293,13 +293,7 @@ class TunedTower(Tower):
             ModelError: If there is no such encoder, or it has fewer blocks.
             MissingExtra: If torch or transformers is not installed.
         """
-        if self._config.encoder == LSA:
-            raise RecipeError(
-                f"{self.name}: {LSA} is no encoder that could be tuned; name a pretrained one, or take the baseline "
-                "tower",
-                kind="bad-value",
-                column="encoder",
-            )
+        refuse_untunable(self.name, self._config.encoder, "tower")
         super().fit(data)
 
     def _tune(

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.baselines.base import Baseline
-from llmrec.baselines.networks import carried
+from llmrec.baselines.networks.carried import Carried
 from llmrec.baselines.networks.epochs import until_least
 from llmrec.baselines.neural import put_back, stopped_by, weights_of
 from llmrec.baselines.rated import Ratings, rate, ratings
@@ -111,7 +111,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
             folder: Is made anew.
             data: What was learned from.
         """
-        carried.save(Path(folder), data, **self._carried(self._taught or self._fitted))
+        self._carried(self._taught or self._fitted).save(Path(folder), data)
 
     def features(self, data: SplitDataset) -> tuple[Features, Features]:
         """Fit, and return the vectors of users and items for `llmrec.data.features.publish`, with what they have seen.
@@ -173,10 +173,10 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     def _cases(self, data: SplitDataset) -> list[Case]:
         return [] if self._config.patience is None else rating_cases(data)[:_STOP_CASES]
 
-    def _carried(self, model: Reviewed) -> dict[str, Any]:
-        """Return what goes to another domain, as `carried` takes it."""
+    def _carried(self, model: Reviewed) -> Carried:
+        """Return what goes to another domain."""
         shape = {"dim": self._config.dim, "width": model.network["down"].in_features}
-        return {"name": self.name, "network": model.network, "shape": shape, "own": _OWN, "config": self._config}
+        return Carried(self.name, model.network, shape, _OWN, self._config)
 
     def _over(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
         """Return a network that has learned nothing."""
@@ -191,7 +191,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         tokens = frozen.states(*frozen.tokens(reviews.texts if pairs else ()))
         model = self._over(known, reviews, tokens, tokens.values.shape[1])
         if config.start is not None:
-            carried.load(config.start, data, **self._carried(model))
+            self._carried(model).load(config.start, data)
         if config.pretrain:
             pretrained(model, frozen, self._seed)
         return model

@@ -12,7 +12,7 @@ import numpy as np
 
 from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
 from llmrec.baselines.item_texts import STORE, text_vectors
-from llmrec.baselines.networks import carried
+from llmrec.baselines.networks.carried import Carried
 from llmrec.baselines.neural import (
     batches_of,
     over_all,
@@ -121,7 +121,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
                 kind="unsupported",
                 column="encoder",
             )
-        carried.save(Path(folder), data, **self._carried(self._fitted))
+        self._carried(self._fitted).save(Path(folder), data)
 
     def extended(self, data: SplitDataset) -> UniSRec:
         """Return one with the same weights that ranks the catalogue of ``data``, whose interactions are not read.
@@ -166,10 +166,10 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         """Return the logits after each history, shape (n, items)."""
         return self._fitted.scores(requests)
 
-    def _carried(self, model: Universal) -> dict[str, Any]:
-        """Return what goes to another domain, as `carried` takes it."""
+    def _carried(self, model: Universal) -> Carried:
+        """Return what goes to another domain."""
         shape = {key: getattr(self._config, key) for key in _SHAPE} | {"width": model.vectors.shape[1]}
-        return {"name": self.name, "network": model.network, "shape": shape, "own": _OWN, "config": self._config}
+        return Carried(self.name, model.network, shape, _OWN, self._config)
 
     def _over(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
         """Return a network that has learned nothing."""
@@ -186,7 +186,7 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         events = Log.of(data, catalogue)
         model = self._over(catalogue, _vectors(data, catalogue, config), events)
         if config.start is not None:
-            carried.load(config.start, data, **self._carried(model))
+            self._carried(model).load(config.start, data)
         numbers = model.own[events.items].astype(np.int32)
         pieces = pieces_of(replace(events, items=numbers), config.max_len)
         if config.pretrain:

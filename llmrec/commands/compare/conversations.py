@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ import numpy as np
 from llmrec import __version__
 from llmrec.answering.known import Catalogue
 from llmrec.answering.opening import Models, open_classics
-from llmrec.chat.audience import guests, talks
+from llmrec.chat.audience import Guest, guests, talks
 from llmrec.chat.calls import Call, read_call, written
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
@@ -71,14 +72,21 @@ class Setting:
         tools = Tools(facts, ModelLists(Catalogue(models.items), asking(models)))
         return Setting(page, models.data, tools, Reader(facts))
 
+    @cached_property
+    def guests(self) -> Mapping[int, Sequence[Guest]]:
+        """The users of each seed, as many as the row with most of them has; fewer are the first of these."""
+        page = self.page
+        most = max(row.users or page.users for row in page.rows)
+        draw = partial(guests, self.data, self.tools.facts, most, split=page.split, past=page.past, liked=page.liked)
+        return {seed: draw(seed) for seed in page.seeds}
+
     def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[ChatTalk]:
         """Hold the conversations of a row, and tell ``out`` of each."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
         with opened(row.manager, k=page.k) as made:
             for seed in page.seeds:
-                users = row.users or page.users
-                every = guests(self.data, facts, users, seed, split=page.split, past=page.past, liked=page.liked)
+                every = self.guests[seed][: row.users or page.users]
                 conversation = Conversation(self.tools, made(seed), reader)
                 for guest, held in talks(conversation, every, seed, page.turns, row.knows):
                     yield _talk(facts, seed, guest.user, guest.target, held)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -38,14 +39,8 @@ def rewrite(folder: Path) -> list[Path]:
         written["LEADERBOARD.md"] = leaderboard(suites, all_references())
         written["SLICES.md"] = slices_page(suites)
     for file, content in _contents(folder).items():
-        if content["kind"] == "suite":
-            continue
         try:
-            if content["kind"] == "chat":
-                talks = ChatResult.model_validate(mended(dict(content)))
-                written[f"{talks.chat}.md"] = page_of(talks)
-            else:
-                written |= pages(BenchmarkResult.model_validate(mended(dict(content))))
+            written |= own_pages(mended(dict(content)))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False)[0]
             place = ".".join(map(str, problem["loc"]))
@@ -54,6 +49,20 @@ def rewrite(folder: Path) -> list[Path]:
     for name, text in written.items():
         write_text(folder.parent / name, text)
     return [folder.parent / name for name in written]
+
+
+def own_pages(content: Mapping[str, object]) -> dict[str, str]:
+    """Return the pages of a benchmark or of conversations by name; suites share theirs, and have none of their own.
+
+    Raises:
+        ValidationError: If something is lacking.
+    """
+    if content.get("kind") == "benchmark":
+        return pages(BenchmarkResult.model_validate(content))
+    if content.get("kind") == "chat":
+        talks = ChatResult.model_validate(content)
+        return {f"{talks.chat}.md": page_of(talks)}
+    return {}
 
 
 def _contents(folder: Path) -> dict[Path, dict[str, object]]:

@@ -19,7 +19,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import TrainerCallback
 
-from llmrec.errors import ModelError, RecipeError
+from llmrec.errors import RecipeError
+from llmrec.models.tensors import damaged
 from llmrec.recipe.schema import PruneSection
 
 WEIGHTS = "masks.safetensors"
@@ -178,13 +179,7 @@ def _read(folder: Path, weights: Mapping[str, Any]) -> Mapping[str, Any]:
             masks[name] = torch.from_numpy(bits).view(weight.shape).to(weight.device)
         return masks
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ModelError(
-            f"{folder / WEIGHTS} cannot be read, or is of another model ({type(error).__name__}: {reason}); train "
-            "again with `llmrec train`",
-            kind="damaged",
-            at=folder / WEIGHTS,
-        ) from error
+        raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
 
 
 def _forward(layer: Any, states: Any, *args: Any, **kwargs: Any) -> Any:
