@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -73,6 +73,7 @@ help:
 	@echo "make site         build the documentation site, build/site; no model and no data is fetched"
 	@echo "make site-check   build it, and check its links"
 	@echo "make screenshots  pictures of it, wide and narrow, light and dark, build/screenshots (needs Chromium)"
+	@echo "make pages-check  drive both pages of a service in a browser, build/pages (needs Chromium)"
 	@echo "make openapi      write the HTTP interface, docs/openapi.json and docs/clients/llmrec.d.ts"
 	@echo "make pictures     draw the pictures of docs/indexes.md, in docs/indexes/"
 	@echo "make setup        only make .venv"
@@ -142,6 +143,11 @@ site-check: site
 
 screenshots: site
 	@$(SITE)/bin/python -m docs.site.screenshots build/site build/screenshots
+
+# Both pages of a service, in a real Chromium; pictures of every step.
+pages-check: setup
+	$(BIN)/python -m pip install --quiet 'playwright>=1.50'
+	$(BIN)/python -m tests.serve.page.pages build/pages
 
 openapi: setup
 	$(BIN)/python -m llmrec.commands.serve.typescript docs

@@ -232,14 +232,20 @@ class ChatRow(Section):
         description="rules; history: the recommender's next list, whatever was said; random: any legal call, whatever "
         "was said; or a language model by folder or name",
     )
-    name: str = Field("", description="empty: the manager's")
+    ranker: str | None = Field(
+        None,
+        min_length=1,
+        description="a language model by folder or name that grades the first items of each list; its order and the "
+        "recommender's are joined; None: the recommender alone",
+    )
+    name: str = Field("", description="empty: the manager's, and the ranker's")
     users: Positive | None = Field(None, description="only the first of the suite's, such as for a language model")
     knows: tuple[str, ...] = Field((), description="fields of items that these users know and speak of; empty: all")
 
     @property
     def label(self) -> str:
         """The row's name in tables and files."""
-        return self.name or self.manager
+        return self.name or (self.manager if self.ranker is None else f"{self.manager}, graded by {self.ranker}")
 
 
 class ChatSuite(Section):

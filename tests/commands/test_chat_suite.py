@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +15,12 @@ import pytest
 
 from llmrec import cli
 from llmrec.answering.opening import open_classics
+from llmrec.backends.fake import FakeBackend
 from llmrec.chat import simulator
 from llmrec.chat.audience import Guest, guests, talks
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts as Known
+from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import RuleManager
 from llmrec.chat.reading import Reader
 from llmrec.chat.state import ITEM, State
@@ -86,6 +90,27 @@ def test_finished_rows_are_kept_until_what_they_depend_on_changes(ran: Path, mon
     rows = [*PAGE["rows"][:3], {**PAGE["rows"][3], "knows": ["category"]}]
     run_chat(ChatSuite(**{**PAGE, "rows": rows, "pairs": []}), **where)
     assert held == ["rules of brands"]
+
+
+def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str | None] = []
+
+    @contextmanager
+    def grader(name: str | None) -> Iterator[FitJudge | None]:
+        opened.append(name)
+        yield None if name is None else FitJudge(FakeBackend())
+
+    monkeypatch.setattr(conversations, "grader", grader)
+    rows = [{"manager": "rules"}, {"manager": "rules", "ranker": "a model", "users": 3}]
+    suite = ChatSuite(**{**PAGE, "rows": rows, "pairs": [["rules, graded by a model", "rules"]]})
+    run_chat(suite, out=tmp_path / "out", results=tmp_path / "eval" / "results")
+    found = json.loads((tmp_path / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
+    alone, graded = found["rows"]
+    assert opened == [None, "a model"] and graded["name"] == "rules, graded by a model"
+    assert (alone["ranker"], graded["ranker"]) == (None, "a model")
+    # Ten prompts a list, which rules alone do not need.
+    assert alone["tokens_a_turn"] == 0 < graded["tokens_a_turn"] and graded["conversations"] == 6
+    assert found["pairs"][0]["conversations"] == 6
 
 
 def talk(seed: int, user: str, hit: int | None, turns: int) -> ChatTalk:
@@ -198,6 +223,6 @@ def test_a_language_model_leads_with_fewer_users_and_is_asked_again_where_its_fi
     row = found["rows"][1]
     assert (row["conversations"], row["parse_rate"]) == (1, 1) and row["tokens_a_turn"] > 100
     assert found["pairs"][0]["conversations"] == 1 and "model: Exploratory" in files["page"].read_text(encoding="utf-8")
-    before = conversations._model(page.rows[1])
+    before = conversations._model(str(model))
     os.utime(model / "config.json", ns=(1, 1))
-    assert conversations._model(page.rows[1]) != before and conversations._model(page.rows[0]) == []
+    assert conversations._model(str(model)) != before and conversations._model("rules") == []

@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from llmrec.chat.audience import Guest, guests, talks
 from llmrec.chat.calls import Call, read_call, written
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
-from llmrec.chat.opening import CONTROLS, MANAGERS, opened
+from llmrec.chat.opening import CONTROLS, MANAGERS, grader, opened
 from llmrec.chat.reading import Reader, title_of
 from llmrec.chat.simulator import Held, near
 from llmrec.chat.tools import ModelLists, Tools, asking
@@ -84,10 +84,11 @@ class Setting:
         """Hold the conversations of a row, and tell ``out`` of each."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
-        with opened(row.manager, k=page.k) as made:
+        with opened(row.manager, k=page.k) as made, grader(row.ranker) as judge:
+            tools = replace(self.tools, judge=judge)
             for seed in page.seeds:
                 every = self.guests[seed][: row.users or page.users]
-                conversation = Conversation(self.tools, made(seed), reader)
+                conversation = Conversation(tools, made(seed), reader)
                 for guest, held in talks(conversation, every, seed, page.turns, row.knows):
                     yield _talk(facts, seed, guest.user, guest.target, held)
                     out(1)
@@ -160,7 +161,7 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 def _row(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[ChatTalk]:
     """Return the conversations of a stored row with the same key, or hold them and store what figures need."""
     asked = row.model_dump(mode="json", exclude={"name"})
-    key = key_of(llmrec=__version__, row=asked, model=_model(row), **shared)
+    key = key_of(llmrec=__version__, row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
     stored = read_stage(path, key, _talks)
     if stored is None:
         with Bar(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:
@@ -176,10 +177,9 @@ def _talks(stored: Mapping[str, Any]) -> list[ChatTalk]:
     return [ChatTalk.model_validate(each) for each in stored["talks"]]
 
 
-def _model(row: ChatRow) -> list[tuple[str, int, int]]:
+def _model(name: str | None) -> list[tuple[str, int, int]]:
     """Return what tells the files of a model's folder from those of another time; nothing for a name."""
-    folder = Path(row.manager)
-    if row.manager in MANAGERS or not folder.is_dir():
+    if name is None or name in MANAGERS or not (folder := Path(name)).is_dir():
         return []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
 
@@ -239,6 +239,7 @@ def line_of(page: ChatSuite, row: ChatRow, talks: Sequence[ChatTalk]) -> ChatLin
     return ChatLine(
         name=row.label,
         manager=row.manager,
+        ranker=row.ranker,
         knows=row.knows,
         conversations=len(talks),
         users=len(set(users)),

@@ -271,6 +271,7 @@ class ChatLine(Record):
     """One row of a suite of conversations.
 
     Attributes:
+        ranker: The language model that graded the first items of each list; None: the recommender ordered them alone.
         knows: Fields that the users know; none: all.
         users: Different ones, over all seeds.
         metrics: Share of conversations one of whose first lists held what was wanted, by their number.
@@ -282,6 +283,7 @@ class ChatLine(Record):
 
     name: str
     manager: str
+    ranker: str | None = None
     knows: tuple[str, ...] = ()
     conversations: int
     users: int

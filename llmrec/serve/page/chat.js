@@ -1,7 +1,6 @@
 // The page of a conversation: says lines to POST /v1/chat and shows answers, lists and the profile.
 //
 // The state of a conversation is kept here alone, and goes to the service with each line. All that comes from the service is set as text, never as HTML.
-// This page was not driven in a browser.
 
 const KEY = "llmrec-key"; // as on the other page: in this tab only
 const $ = (id) => document.getElementById(id);
@@ -57,51 +56,116 @@ async function answerTo(text, called) {
   throw new Error("The answer broke off.");
 }
 
+/** A list of items, each with what can be asked about it. @param {any[]} items */
+function listOf(items) {
+  const list = el("ol", "", "found");
+  items.forEach((item, at) => {
+    const row = el("li", "");
+    const what = el("div", "");
+    const told = Object.entries(item.fields ?? {}).map(([name, value]) => `${name}: ${value}`);
+    const title = el("div", "", "title");
+    title.append(el("bdi", item.title));
+    what.append(title);
+    if (told.length) {
+      const fields = el("div", "", "title small muted");
+      fields.append(el("bdi", told.join("; ")));
+      what.append(fields);
+    }
+    const verbs = el("div", "", "verbs");
+    // Places, not titles: a title is data, and would be read as words of a wish.
+    for (const [label, line] of [["Why?", `why number ${at + 1}?`], ["More like it", `something like number ${at + 1}`]]) {
+      const verb = el("button", label);
+      verb.type = "button";
+      verb.setAttribute("aria-label", `${label} Item ${at + 1}`);
+      verb.addEventListener("click", () => say(line));
+      verbs.append(verb);
+    }
+    row.append(el("span", `${at + 1}`, "rank"), what, verbs);
+    list.append(row);
+  });
+  return list;
+}
+
+/** Show an answer: its lines, and its list where the text has that. @param {Element} turn @param {any} found */
+function drawAnswer(turn, found) {
+  const lines = found.text.split("\n");
+  const first = found.items.length ? lines.findIndex((line) => line.startsWith("1. ")) : -1;
+  const shown = first >= 0 && lines.length >= first + found.items.length;
+  if (shown) {
+    // Only the latest list is numbered for the service.
+    for (const verb of document.querySelectorAll(".found button")) verb.disabled = true;
+  }
+  lines.forEach((line, at) => {
+    if (shown && at === first) turn.append(listOf(found.items));
+    if (!shown || at < first || at >= first + found.items.length) turn.append(el("p", line));
+  });
+}
+
 /** Show the profile, a wish a line, each of which can be deleted. @param {string[]} told */
 function drawProfile(told) {
   $("profile").replaceChildren(
     ...told.map((line, at) => {
-      const row = el("li", line.replace(/^\d+\. /, ""));
+      const row = el("li", "");
+      const wish = el("bdi", line.replace(/^\d+\. /, ""));
       const gone = el("button", "×", "tool");
       gone.type = "button";
       gone.title = "Forget this";
+      gone.setAttribute("aria-label", `Forget: ${wish.textContent}`);
       gone.addEventListener("click", () => {
         const kept = (each, place) => place !== at;
         state = { ...state, profile: state.profile.filter(kept), buffer: [] };
         drawProfile(told.filter(kept));
+        ($("profile").querySelectorAll("button")[Math.min(at, told.length - 2)] ?? $("text")).focus();
       });
-      row.append(" ", gone);
+      row.append(wish, gone);
       return row;
     }),
   );
   $("clear").disabled = state === null;
 }
 
-$("say").addEventListener("submit", async (event) => {
-  event.preventDefault();
-  const text = $("text").value.trim();
-  const button = $("say").querySelector("button");
-  if (!text || button.disabled) return;
-  button.disabled = true;
+/** Let one line be answered at a time, during which the state is not changed. @param {boolean} busy */
+function setBusy(busy) {
+  $("say").querySelector("button").disabled = busy;
+  for (const gone of $("profile").querySelectorAll("button")) gone.disabled = busy;
+}
+
+/** Say a line, and show what is answered. @param {string} text */
+async function say(text) {
+  if (!text || $("say").querySelector("button").disabled) return;
+  setBusy(true);
   const at = begun;
-  $("lines").append(el("p", `You: ${text}`, "muted"));
+  const turn = el("div", "", "turn");
+  turn.append(el("p", text, "said"));
+  $("lines").append(turn);
+  $("failed").hidden = true;
   try {
     const found = await answerTo(text, (call) => ($("state").textContent = `${call.tool} …`));
-    if (at !== begun) {
-      $("state").textContent = "";
-      return;
-    }
+    $("state").textContent = "";
+    if (at !== begun) return;
     state = found.state;
-    for (const line of found.text.split("\n")) $("lines").append(el("p", line));
+    drawAnswer(turn, found);
     drawProfile(found.profile);
-    $("text").value = "";
+    if ($("text").value.trim() === text) $("text").value = "";
     $("state").textContent = `${Math.round(found.milliseconds)} ms`;
   } catch (error) {
-    $("state").textContent = error instanceof Error ? error.message : "There is no answer.";
+    // Nothing was answered: the line waits to be said again.
+    turn.remove();
+    $("state").textContent = "";
+    if (at !== begun) return;
+    $("text").value ||= text;
+    $("failed").textContent = error instanceof Error ? error.message : "There is no answer.";
+    $("failed").hidden = false;
   } finally {
-    button.disabled = false;
-    $("text").focus();
+    setBusy(false);
+    $("text").focus({ preventScroll: true });
+    turn.scrollIntoView({ block: "nearest" });
   }
+}
+
+$("say").addEventListener("submit", (event) => {
+  event.preventDefault();
+  say($("text").value.trim());
 });
 
 $("clear").addEventListener("click", () => {
@@ -109,7 +173,9 @@ $("clear").addEventListener("click", () => {
   state = null;
   begun += 1;
   $("lines").replaceChildren();
+  $("failed").hidden = true;
   drawProfile([]);
+  $("text").focus();
 });
 
 $("key").addEventListener("submit", (event) => {
@@ -121,4 +187,5 @@ $("key").addEventListener("submit", (event) => {
     // It is kept until the page is left.
   }
   $("key").hidden = true;
+  $("text").focus();
 });

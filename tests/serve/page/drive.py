@@ -87,8 +87,8 @@ _CONTRAST = """() => {
   return bad;
 }"""
 _NAMELESS = """() => [...document.querySelectorAll("button, input, select, textarea, summary, [role]")]
-  .filter((node) => !node.closest("[role=option]") && !(node.labels?.length || node.textContent.trim()
-    || node.getAttribute("aria-label") || node.getAttribute("aria-labelledby") || node.id === "said"))
+  .filter((node) => !node.closest("[role=option], [role=status], [role=alert]") && !(node.labels?.length
+    || node.textContent.trim() || node.getAttribute("aria-label") || node.getAttribute("aria-labelledby")))
   .map((node) => node.outerHTML)"""
 
 
@@ -105,8 +105,16 @@ class Drive:
     failing: bool = False
     """Whether this script fails requests now, of which the browser writes errors."""
 
-    def open(self, hash_: str = "", *, width: int = 1280, height: int = 800, dark: bool = False) -> Any:
-        """Open the page in a browser of its own."""
+    def open(
+        self,
+        hash_: str = "",
+        *,
+        width: int = 1280,
+        height: int = 800,
+        dark: bool = False,
+        ready: str = "#welcome:visible, #columns:visible",
+    ) -> Any:
+        """Open the page in a browser of its own, and wait for what tells that it is ready."""
         phone = width < 700
         context = self.browser.new_context(
             viewport={"width": width, "height": height},
@@ -128,7 +136,7 @@ class Drive:
         page.on("console", self._heard)
         page.on("request", lambda request: self._asked(request.url))
         page.goto(self.base + hash_)
-        page.wait_for_selector("#welcome:visible, #columns:visible")
+        page.wait_for_selector(ready)
         return page
 
     def _heard(self, message: Any) -> None:

@@ -1,0 +1,70 @@
+"""Serve a made shop with hostile titles, and drive both pages of the service through it.
+
+``python -m tests.serve.page.pages SHOTS`` (`make pages-check`) needs ``pip install playwright`` and an installed
+Chromium; it takes two minutes. Pictures of every step are in SHOTS.
+"""
+
+from __future__ import annotations
+
+import csv
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+from llmrec.answering.opening import open_models
+from llmrec.answering.options import RecommenderOptions
+from tests.serve.page.drive import HOSTILE
+
+_RECIPE = "recipes/made/classic.yaml"
+# Seconds that a start may take.
+_PATIENCE = 120.0
+
+
+def _table(run: Path, path: Path) -> None:
+    """Write the items of a run, and then others with hostile titles and fields."""
+    items = open_models(RecommenderOptions(model=str(run))).items.values()
+    fields = sorted({name for item in items for name in item.fields})
+    with path.open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["item_id", "title", *fields])
+        rows.writerows([item.item_id, item.title, *(item.fields.get(name, "") for name in fields)] for item in items)
+        for place, title in enumerate(HOSTILE):
+            rows.writerow([f"h{place}", title, *(HOSTILE[(place + at) % 20] for at, _ in enumerate(fields, start=1))])
+
+
+def _wait(url: str, service: subprocess.Popen[bytes]) -> None:
+    begun = time.monotonic()
+    while True:
+        try:
+            with urllib.request.urlopen(url, timeout=5):
+                return
+        except OSError:
+            if service.poll() is not None or time.monotonic() - begun > _PATIENCE:
+                raise
+            time.sleep(0.5)
+
+
+def main(shots: Path, port: int = 8765) -> None:
+    """Make the run, serve it, and drive its pages."""
+    base = f"http://127.0.0.1:{port}/"
+    with tempfile.TemporaryDirectory() as folder:
+        run, items = Path(folder) / "run", Path(folder) / "items.csv"
+        llmrec = [sys.executable, "-m", "llmrec"]
+        subprocess.run([*llmrec, "run", _RECIPE, "--out", str(run)], check=True, stdout=subprocess.DEVNULL)
+        _table(run, items)
+        command = [*llmrec, "serve", str(run), "--items", str(items), "--port", str(port)]
+        with subprocess.Popen(command) as service:
+            try:
+                _wait(f"{base}ready", service)
+                for module, page in (("drive", base), ("drive_chat", f"{base}chat")):
+                    drive = [sys.executable, "-m", f"tests.serve.page.{module}", page, str(shots / module)]
+                    subprocess.run(drive, check=True)
+            finally:
+                service.terminate()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
