@@ -35,16 +35,16 @@ _WIDTH, _MORE, _ROUNDS = 128, 16, 6
 _LEAST = 1e-3
 
 
-def refuse_untunable(name: str, encoder: str, instead: str) -> None:
-    """Refuse what has no weights that a baseline of this name could tune; ``instead`` is one that takes it.
+def refuse_unpretrained(name: str, encoder: str, instead: str) -> None:
+    """Refuse what has no weights that a baseline of this name could read or tune; ``instead`` is one that takes it.
 
     Raises:
         RecipeError: For latent semantic analysis and stores.
     """
     if encoder == LSA or encoder.startswith(STORE):
         raise RecipeError(
-            f"{name}: {encoder} is no encoder that could be tuned; name a pretrained one, such as all-MiniLM-L6-v2, or "
-            f"take the baseline {instead}",
+            f"{name}: {encoder} is no pretrained model, which this baseline needs; name one, or take the baseline "
+            f"{instead}",
             kind="bad-value",
             column="encoder",
         )

@@ -11,7 +11,7 @@ import pytest
 
 from llmrec.baselines.base import Catalogue, Log
 from llmrec.baselines.towers.states import StateTower, in_batch
-from llmrec.errors import ModelError
+from llmrec.errors import ModelError, RecipeError
 from llmrec.models.load import BUNDLE, load_model
 from llmrec.recipe.schema import ModelSection
 from llmrec.types import Event, Ranking, Request
@@ -44,7 +44,7 @@ def _cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
 
 
-def fitted(folder: Path, **settings: Any) -> StateTower:
+def fitted(folder: Path | str, **settings: Any) -> StateTower:
     model = StateTower(StateTower.Config(**(SETTINGS | {"encoder": str(folder)} | settings)), seed=3)
     model.fit(_ring())
     return model
@@ -169,6 +169,8 @@ def test_models_that_cannot_be_read_so_are_refused(folder: Path, tmp_path: Path)
     (tuned / BUNDLE).write_text("{}", encoding="utf-8")
     with raises(ModelError, Facts("leak", column="encoder")):
         fitted(tuned)
+    with raises(RecipeError, Facts("bad-value", column="encoder", says="take the baseline tower")):
+        fitted("lsa")
     with raises(ModelError, Facts("bad-value", column="layers", says="has 2 layers")):
         fitted(folder, layers=3)
     with raises(ModelError, Facts("too-large", column="max_len", says="lower max_len")):

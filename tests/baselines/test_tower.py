@@ -147,5 +147,5 @@ def test_an_encoder_that_is_no_better_tuned_is_kept_as_it_was() -> None:
 
 
 def test_what_cannot_be_tuned_is_refused() -> None:
-    with raises(RecipeError, Facts("bad-value", column="encoder", says="lsa is no encoder")):
+    with raises(RecipeError, Facts("bad-value", column="encoder", says="lsa is no pretrained model")):
         _tuned(encoder="lsa")

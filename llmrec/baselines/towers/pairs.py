@@ -11,7 +11,7 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.baselines.base import AboveZero, recent
-from llmrec.baselines.item_texts import refuse_untunable, texts_of
+from llmrec.baselines.item_texts import refuse_unpretrained, texts_of
 from llmrec.baselines.networks.epochs import until_least
 from llmrec.baselines.neural import stop_cases, stopped_by
 from llmrec.baselines.transitions import (
@@ -151,7 +151,7 @@ class TransitionsTuned(TransitionsText):
         """Count the steps, tune the encoder, and find each item's neighbours by its vectors.
 
         Raises:
-            RecipeError: If the encoder is none that could be tuned.
+            RecipeError: If the encoder is no pretrained one.
             DataError: If no item has a text.
             ModelError: If there is no such encoder, or it has fewer blocks.
             MissingExtra: If torch or transformers is not installed.
@@ -165,7 +165,7 @@ class TransitionsTuned(TransitionsText):
 
     def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:
         torch, config = require("torch", "train"), self._config
-        refuse_untunable(self.name, config.encoder, "transitions-text")
+        refuse_unpretrained(self.name, config.encoder, "transitions-text")
         own = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
         said = [own[place] for place in config.order(len(own))]
         encoder = TunedEncoder(find_encoder(config.encoder)[0], said, blocks=config.blocks)

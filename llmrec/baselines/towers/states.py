@@ -11,7 +11,7 @@ from pydantic import Field
 
 from llmrec.backends.end_states import EndStates, end_states
 from llmrec.baselines.base import AboveZero, Catalogue, Log
-from llmrec.baselines.item_texts import WHITENINGS, Turned, texts_of, unit
+from llmrec.baselines.item_texts import WHITENINGS, Turned, refuse_unpretrained, texts_of, unit
 from llmrec.baselines.neural import pieces_of
 from llmrec.baselines.towers.tower import TextTowers, Towers, TowersConfig, turn
 from llmrec.errors import require
@@ -76,10 +76,12 @@ class StateTower(TextTowers[StateTowerConfig]):
         """Read the texts, and learn the maps.
 
         Raises:
+            RecipeError: If the encoder is no language model.
             DataError: If no item has a text.
             ModelError: If there is no such model, it is no causal one, or llmrec tuned it.
             MissingExtra: If torch or transformers is not installed.
         """
+        refuse_unpretrained(self.name, self._config.encoder, "tower")
         self._open(data)
         super().fit(data)
         self._known.clear()

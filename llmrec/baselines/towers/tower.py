@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Decay, Log, ScoredBaseline, counts, fading
-from llmrec.baselines.item_texts import WHITENINGS, Turned, WhitenedConfig, refuse_untunable, text_vectors, texts_of
+from llmrec.baselines.item_texts import WHITENINGS, Turned, WhitenedConfig, refuse_unpretrained, text_vectors, texts_of
 from llmrec.baselines.neural import (
     NeuralConfig,
     over_all,
@@ -288,12 +288,12 @@ class TunedTower(Tower):
         """Learn the maps, then maps and encoder.
 
         Raises:
-            RecipeError: If the encoder is none that could be tuned.
+            RecipeError: If the encoder is no pretrained one.
             DataError: If no item has a text.
             ModelError: If there is no such encoder, or it has fewer blocks.
             MissingExtra: If torch or transformers is not installed.
         """
-        refuse_untunable(self.name, self._config.encoder, "tower")
+        refuse_unpretrained(self.name, self._config.encoder, "tower")
         super().fit(data)
 
     def _tune(
