@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-chat-models bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -51,6 +51,7 @@ help:
 	@echo "make bench-redial     retrieval for ReDial's dialogues and slots that rules read, eval/results/redial.json"
 	@echo "make bench-realism    how easily simulated users are told from people, eval/results/chat_realism.json"
 	@echo "make bench-chat       conversations with simulated users of MovieLens, eval/results/chat_loop.json"
+	@echo "make bench-chat-models  the same with language models that lead and that grade, chat_models.json"
 	@echo "make bench-cold       items of Amazon Toys that nobody chose before the test, eval/results/cold.json"
 	@echo "make bench-freshness  how fast profiles age, MovieLens by year, eval/results/freshness.json"
 	@echo "make bench-refresh    bring 1,000 new items of Amazon Toys in, eval/results/refresh_items.json"
@@ -247,6 +248,12 @@ bench-rollouts: setup
 
 bench-processes: setup
 	$(BIN)/python -m eval.benchmarks.processes eval/results/processes.json
+
+# Twenty minutes of tuning, and as many of conversations.
+bench-chat-models: setup
+	$(BIN)/llmrec run recipes/demo.yaml
+	$(BIN)/python -m eval.benchmarks.chat_tuning eval/results/chat_tuning.json
+	$(BIN)/llmrec eval eval/suites/chat_models.yaml $(ARGS)
 
 # LLMREC_DATA is the folder that holds convrec and movie_facts.
 bench-redial: setup
