@@ -12,7 +12,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
@@ -21,14 +23,30 @@ RECIPE = "recipes/movielens-100k/manager.yaml"
 CONVERSATIONS = 300
 
 
+def result(found: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what the command told, with a row for each manager and kind of moments."""
+    return {
+        "conversations": found["conversations"],
+        "training_rows": found["rows"],
+        "left_out": found["left_out"],
+        "steps": found["steps"],
+        "seconds": found["seconds"],
+        "held_out_loss": found["held_out_loss"],
+        "known": found["known"],
+        "rows": [
+            {"manager": manager, "part": part, **shares}
+            for manager, parts in found["agreement"].items()
+            for part, shares in parts.items()
+        ],
+    }
+
+
 def main(path: Path) -> None:
     """Tune and write."""
     words = ["chat", "runs/demo", "--simulate", str(CONVERSATIONS), "--tune", RECIPE]
     done = subprocess.run([sys.executable, "-m", "llmrec", *words, "--json"], check=True, stdout=subprocess.PIPE)
-    found = json.loads(done.stdout)
-    command = f"python -m eval.benchmarks.chat_tuning {path}"
-    asked = {"command": command, "of": " ".join(["llmrec", *words])}
-    write_json(path, asked | found | {"machine": machine(), "versions": versions()})
+    asked = {"command": f"python -m eval.benchmarks.chat_tuning {path}", "of": " ".join(["llmrec", *words])}
+    write_json(path, asked | result(json.loads(done.stdout)) | {"machine": machine(), "versions": versions()})
 
 
 if __name__ == "__main__":
