@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from llmrec.durable import checked, sha256_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.records import Record
-from llmrec.report.escape import flat, mended
+from llmrec.report.escape import flat, without_surrogates
 
 AUDIT = "audit.json"
 VERDICT = "This run leaks, so it gets no table."
@@ -47,7 +47,7 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
         return None
     try:
         content = checked(path.read_bytes(), json.loads)
-        lines = lines_of(mended(content["checks"]))
+        lines = lines_of(without_surrogates(content["checks"]))
         of = str(content["results_sha256"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
         raise DataError(

@@ -42,7 +42,7 @@ def visible(text: str) -> str:
     return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
 
 
-def mended(value: Any) -> Any:
+def without_surrogates(value: Any) -> Any:
     """Replace lone surrogates, which no file can hold, in every string of a JSON value."""
     if isinstance(value, str):
         try:
@@ -51,8 +51,8 @@ def mended(value: Any) -> Any:
             return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return value
     if isinstance(value, dict):
-        return {mended(key): mended(entry) for key, entry in value.items()}
-    return [mended(entry) for entry in value] if isinstance(value, list) else value
+        return {without_surrogates(key): without_surrogates(entry) for key, entry in value.items()}
+    return [without_surrogates(entry) for entry in value] if isinstance(value, list) else value
 
 
 def flat(text: str) -> str:

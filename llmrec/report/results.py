@@ -19,7 +19,7 @@ from llmrec.errors import DataError, ErrorKind
 from llmrec.guard import cut
 from llmrec.report.audit import AuditLine, audit_lines, refuse_leaks
 from llmrec.report.checks import check
-from llmrec.report.escape import mended
+from llmrec.report.escape import without_surrogates
 from llmrec.report.wording import count
 from llmrec.results import Results
 
@@ -55,7 +55,7 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
     """
     if not isinstance(content, Results):
         try:
-            content = Results.model_validate(mended(dict(content)))
+            content = Results.model_validate(without_surrogates(dict(content)))
         except (ValidationError, RecursionError) as error:
             raise _unfit(error, source, fix) from error
     check(content, source=source)

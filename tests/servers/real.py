@@ -91,7 +91,7 @@ def await_health(process: subprocess.Popen[bytes], address: str, log: Path) -> N
                 return
         except (urllib.error.URLError, OSError):
             time.sleep(0.5)
-    raise RuntimeError(f"vllm serve did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
+    raise RuntimeError(f"the server did not start:\n{log.read_text(encoding='utf-8', errors='replace')[-3000:]}")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

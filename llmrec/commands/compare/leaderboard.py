@@ -17,7 +17,7 @@ from llmrec.commands.compare.wording import drawn, explored_lines, planned_lines
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.pages import parsed
 from llmrec.recipe.schema import settings
-from llmrec.report.escape import cell, code, flat, mended
+from llmrec.report.escape import cell, code, flat, without_surrogates
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, FORMS, KINDS, UNDEFINED, difference, history_worth, undefined_lines
 from llmrec.resources import resource
@@ -144,7 +144,7 @@ def suite_result(content: Mapping[str, object]) -> SuiteResult:
     """
     name = flat(str(content.get("suite")))
     try:
-        found = SuiteResult.model_validate(mended(dict(content)))
+        found = SuiteResult.model_validate(without_surrogates(dict(content)))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         place = ".".join(map(str, problem["loc"]))

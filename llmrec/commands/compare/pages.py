@@ -15,7 +15,7 @@ from llmrec.commands.compare.records import BenchmarkResult, ChatResult
 from llmrec.commands.compare.slices_page import slices_page
 from llmrec.durable import write_text
 from llmrec.errors import DataError
-from llmrec.report.escape import mended
+from llmrec.report.escape import without_surrogates
 
 
 def holds_results(folder: Path) -> bool:
@@ -40,7 +40,7 @@ def rewrite(folder: Path) -> list[Path]:
         written["SLICES.md"] = slices_page(suites)
     for file, content in _contents(folder).items():
         try:
-            written |= own_pages(mended(dict(content)))
+            written |= own_pages(without_surrogates(dict(content)))
         except ValidationError as error:
             problem = error.errors(include_url=False, include_context=False)[0]
             place = ".".join(map(str, problem["loc"]))

@@ -14,7 +14,8 @@ import argparse
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -101,20 +102,19 @@ class Drive:
     shots: Path
     seconds: float
     key: str | None
+    ready: str = "#welcome:visible, #columns:visible"
+    """What is there once the page can be used."""
     bad: list[str] = field(default_factory=list)
     failing: bool = False
     """Whether this script fails requests now, of which the browser writes errors."""
 
-    def open(
-        self,
-        hash_: str = "",
-        *,
-        width: int = 1280,
-        height: int = 800,
-        dark: bool = False,
-        ready: str = "#welcome:visible, #columns:visible",
-    ) -> Any:
-        """Open the page in a browser of its own, and wait for what tells that it is ready."""
+    @property
+    def headers(self) -> dict[str, str]:
+        """What a request needs beside the page."""
+        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
+
+    def open(self, where: str = "", *, width: int = 1280, height: int = 800, dark: bool = False) -> Any:
+        """Open a page of the service in a browser of its own."""
         phone = width < 700
         context = self.browser.new_context(
             viewport={"width": width, "height": height},
@@ -135,8 +135,8 @@ class Drive:
         page.on("pageerror", lambda error: self.bad.append(f"error {error}"))
         page.on("console", self._heard)
         page.on("request", lambda request: self._asked(request.url))
-        page.goto(self.base + hash_)
-        page.wait_for_selector(ready)
+        page.goto(self.base + where)
+        page.wait_for_selector(self.ready)
         return page
 
     def _heard(self, message: Any) -> None:
@@ -466,36 +466,51 @@ def _looks(drive: Drive, page: Any) -> None:
             other.context.close()
 
 
-def _catalogue(page: Any, base: str, headers: dict[str, str]) -> list[dict[str, Any]]:
+def catalogue(drive: Drive, page: Any) -> list[dict[str, Any]]:
+    """Return all items that the service has."""
     items: list[dict[str, Any]] = []
     while True:
-        found = page.request.get(f"{base}v1/items?limit=1000&offset={len(items)}", headers=headers).json()["items"]
+        url = f"{drive.base}v1/items?limit=1000&offset={len(items)}"
+        found = page.request.get(url, headers=drive.headers).json()["items"]
         if not found:
             return items
         items += found
 
 
-def main() -> None:
-    """Drive it."""
-    parser = argparse.ArgumentParser(description="Drive the page of a running service.")
+def arguments(description: str) -> argparse.ArgumentParser:
+    """Return what a script that drives a page is told on its command line."""
+    parser = argparse.ArgumentParser(description=description)
     parser.add_argument("base", help="address of the service, such as http://127.0.0.1:8000/")
     parser.add_argument("shots", type=Path, help="folder for screenshots")
     parser.add_argument("chromium", nargs="?", default=shutil.which("chromium") or shutil.which("google-chrome"))
-    parser.add_argument("--user", help="id of a known user with at least two events")
     parser.add_argument("--key", help="an API key, where the service asks for one")
     parser.add_argument("--seconds", type=float, default=60.0, help="longest wait for an answer")
-    given = parser.parse_args()
+    return parser
 
+
+@contextmanager
+def driving(given: argparse.Namespace) -> Iterator[Drive]:
+    """Hand out a browser at the service, and assert at the end that nothing bad happened."""
     from playwright.sync_api import sync_playwright
 
     given.shots.mkdir(parents=True, exist_ok=True)
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
         drive = Drive(browser, given.base.rstrip("/") + "/", given.shots, given.seconds, given.key)
+        yield drive
+        browser.close()
+    assert drive.bad == [], drive.bad
+
+
+def main() -> None:
+    """Drive it."""
+    parser = arguments("Drive the page of a running service.")
+    parser.add_argument("--user", help="id of a known user with at least two events")
+    given = parser.parse_args()
+    with driving(given) as drive:
         page = drive.open()
-        headers = {"Authorization": f"Bearer {given.key}"} if given.key else {}
-        known = page.request.get(drive.base + "v1/models", headers=headers).json()["models"]
-        items = _catalogue(page, drive.base, headers)
+        known = page.request.get(drive.base + "v1/models", headers=drive.headers).json()["models"]
+        items = catalogue(drive, page)
         hostile = [item for item in items if item["title"] in HOSTILE]
         _begin(drive, page)
         _search(drive, page)
@@ -508,8 +523,6 @@ def main() -> None:
         _failures(drive)
         _aborts(drive)
         _hostile(drive, [*hostile, *items[:20]])
-        browser.close()
-    assert drive.bad == [], drive.bad
     sys.stdout.write(f"all is well; {len(hostile)} of the items had hostile titles\n")
 
 

@@ -1,6 +1,6 @@
 """Drive the page of a conversation through its whole use, in a real Chromium, and look at what it shows.
 
-    python -m tests.serve.page.drive_chat http://127.0.0.1:8000/chat SHOTS [CHROMIUM] [--seconds 60] [--key KEY]
+    python -m tests.serve.page.drive_chat http://127.0.0.1:8000/ SHOTS [CHROMIUM] [--seconds 60] [--key KEY]
 
 It needs ``pip install playwright``, an installed Chromium and a service whose items have two fields with values that
 items share, such as one over ``recipes/made/classic.yaml``. It asserts after every step. Failures of the service and
@@ -9,16 +9,13 @@ hostile answers are played by this script; titles of the service's own may be ho
 
 from __future__ import annotations
 
-import argparse
 import json
-import shutil
 import sys
 from collections import Counter
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
-from urllib.parse import urljoin
 
-from tests.serve.page.drive import HOSTILE, Drive
+from tests.serve.page.drive import HOSTILE, Drive, arguments, catalogue, driving
 
 _READY = "#say button:not([disabled])"
 _ITEM = {"item_id": "x", "title": "A plain title", "fields": {}}
@@ -31,14 +28,16 @@ def _turn(page: Any) -> Any:
 def _say(page: Any, text: str) -> dict[str, Any]:
     """Say a line as a person does, and return what the service answered."""
     page.fill("#text", text)
+    return _answered(page, lambda: page.keyboard.press("Enter"))
+
+
+def _answered(page: Any, act: Callable[[], Any]) -> dict[str, Any]:
+    """Return what the service answered to an act."""
     with page.expect_response(lambda answer: answer.url.endswith("/v1/chat")) as told:
-        page.keyboard.press("Enter")
-    return _answered(page, told.value)
-
-
-def _answered(page: Any, told: Any) -> dict[str, Any]:
-    assert told.status == 200 and told.headers["content-type"].startswith("text/event-stream"), told.status
-    text = told.text()
+        act()
+    said = told.value
+    assert said.status == 200 and said.headers["content-type"].startswith("text/event-stream"), said.status
+    text = said.text()
     page.wait_for_selector(_READY)
     assert page.locator("#failed").is_hidden() and page.locator("#text").input_value() == ""
     assert "event: call" in text, text
@@ -91,14 +90,10 @@ def _wishes(drive: Drive, page: Any, items: list[dict[str, Any]]) -> None:
     assert any(value in line for line in said) and any(banned in line and "not" in line for line in said), said
     drive.check(page, "2-list")
 
-    with page.expect_response(lambda answer: answer.url.endswith("/v1/chat")) as told:
-        _turn(page).get_by_role("button", name="Why? Item 1").click()
-    why = _answered(page, told.value)
+    why = _answered(page, _turn(page).get_by_role("button", name="Why? Item 1").click)
     assert found["items"][0]["title"] in why["text"] and not _turn(page).locator("ol").count(), why["text"]
     drive.check(page, "3-why")
-    with page.expect_response(lambda answer: answer.url.endswith("/v1/chat")) as told:
-        page.get_by_role("button", name="More like it Item 2").last.click()
-    like = _answered(page, told.value)
+    like = _answered(page, page.get_by_role("button", name="More like it Item 2").last.click)
     assert all(item["fields"].get(other) != banned for item in like["items"]), like["items"]
     if like["items"]:
         assert page.locator(".found").first.locator("button:not([disabled])").count() == 0
@@ -166,9 +161,7 @@ def _failures(drive: Drive, page: Any) -> None:
         drive.check(page, f"7-{name}")
         page.unroute("**/v1/chat")
         drive.failing = False
-    with page.expect_response(lambda answer: answer.url.endswith("/v1/chat")) as told:
-        page.keyboard.press("Enter")
-    _answered(page, told.value)
+    _answered(page, lambda: page.keyboard.press("Enter"))
     # Without a key where one is asked for.
     drive.failing = True
     page.route("**/v1/chat", lambda route: route.fulfill(status=401, json={"error": {"message": "Name an API key."}}))
@@ -215,7 +208,7 @@ def _hostile(drive: Drive, page: Any) -> None:
 def _looks(drive: Drive, value: str) -> None:
     for name, width, height in (("phone", 390, 844), ("small", 320, 568), ("wide", 1920, 1080)):
         for dark in (False, True):
-            other = drive.open(width=width, height=height, dark=dark, ready=_READY)
+            other = drive.open("chat", width=width, height=height, dark=dark)
             for line in (f"I'd like {value}", "why the first one?", "more"):
                 _say(other, line)
             # The line to say stays in sight.
@@ -227,32 +220,17 @@ def _looks(drive: Drive, value: str) -> None:
 
 def main() -> None:
     """Drive it."""
-    parser = argparse.ArgumentParser(description="Drive the page of a conversation.")
-    parser.add_argument("base", help="address of the page, such as http://127.0.0.1:8000/chat")
-    parser.add_argument("shots", type=Path, help="folder for screenshots")
-    parser.add_argument("chromium", nargs="?", default=shutil.which("chromium") or shutil.which("google-chrome"))
-    parser.add_argument("--key", help="an API key, where the service asks for one")
-    parser.add_argument("--seconds", type=float, default=60.0, help="longest wait for an answer")
-    given = parser.parse_args()
-
-    from playwright.sync_api import sync_playwright
-
-    given.shots.mkdir(parents=True, exist_ok=True)
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=given.chromium, args=["--no-sandbox"])
-        drive = Drive(browser, given.base, given.shots, given.seconds, given.key)
-        page = drive.open(ready=_READY)
-        headers = {"Authorization": f"Bearer {given.key}"} if given.key else {}
-        items = page.request.get(urljoin(given.base, "v1/items?limit=1000"), headers=headers).json()["items"]
+    with driving(arguments("Drive the page of a conversation.").parse_args()) as drive:
+        drive.ready = _READY
+        page = drive.open("chat")
+        items = catalogue(drive, page)
         _begin(drive, page)
         _wishes(drive, page, items)
         _forgets(drive, page)
         _failures(drive, page)
         page.context.close()
         _looks(drive, _shared(items)[1])
-        _hostile(drive, drive.open(ready=_READY))
-        browser.close()
-    assert drive.bad == [], drive.bad
+        _hostile(drive, drive.open("chat"))
     sys.stdout.write("all is well\n")
 
 

@@ -10,17 +10,14 @@ import csv
 import subprocess
 import sys
 import tempfile
-import time
-import urllib.request
 from pathlib import Path
 
 from llmrec.answering.opening import open_models
 from llmrec.answering.options import RecommenderOptions
 from tests.serve.page.drive import HOSTILE
+from tests.servers.real import await_health, end, free_port
 
 _RECIPE = "recipes/made/classic.yaml"
-# Seconds that a start may take.
-_PATIENCE = 120.0
 
 
 def _table(run: Path, path: Path) -> None:
@@ -35,35 +32,25 @@ def _table(run: Path, path: Path) -> None:
             rows.writerow([f"h{place}", title, *(HOSTILE[(place + at) % 20] for at, _ in enumerate(fields, start=1))])
 
 
-def _wait(url: str, service: subprocess.Popen[bytes]) -> None:
-    begun = time.monotonic()
-    while True:
-        try:
-            with urllib.request.urlopen(url, timeout=5):
-                return
-        except OSError:
-            if service.poll() is not None or time.monotonic() - begun > _PATIENCE:
-                raise
-            time.sleep(0.5)
-
-
-def main(shots: Path, port: int = 8765) -> None:
+def main(shots: Path) -> None:
     """Make the run, serve it, and drive its pages."""
+    port = free_port()
     base = f"http://127.0.0.1:{port}/"
     with tempfile.TemporaryDirectory() as folder:
-        run, items = Path(folder) / "run", Path(folder) / "items.csv"
+        run, items, log = (Path(folder) / name for name in ("run", "items.csv", "service.log"))
         llmrec = [sys.executable, "-m", "llmrec"]
         subprocess.run([*llmrec, "run", _RECIPE, "--out", str(run)], check=True, stdout=subprocess.DEVNULL)
         _table(run, items)
         command = [*llmrec, "serve", str(run), "--items", str(items), "--port", str(port)]
-        with subprocess.Popen(command) as service:
-            try:
-                _wait(f"{base}ready", service)
-                for module, page in (("drive", base), ("drive_chat", f"{base}chat")):
-                    drive = [sys.executable, "-m", f"tests.serve.page.{module}", page, str(shots / module)]
-                    subprocess.run(drive, check=True)
-            finally:
-                service.terminate()
+        with log.open("wb") as output:
+            service = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
+        try:
+            await_health(service, f"{base}ready", log)
+            for module in ("drive", "drive_chat"):
+                drive = [sys.executable, "-m", f"tests.serve.page.{module}", base, str(shots / module)]
+                subprocess.run(drive, check=True)
+        finally:
+            end(service)
 
 
 if __name__ == "__main__":
