@@ -114,7 +114,8 @@ def plan(recipe: Recipe) -> Plan:
 def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
     """Return the split and what would be asked of it, without a model; errors as `plan` raises them."""
     section = _section(recipe)
-    data, _ = load_tables(recipe, None)
+    # What is to be written is not there yet, and no text is written from another.
+    data, _ = load_tables(recipe.model_copy(update={"data": recipe.data.model_copy(update={"texts": None})}))
     return data, {kind: _asked(recipe, data, kind, {}) for kind in KINDS if _template(section, kind) is not None}
 
 

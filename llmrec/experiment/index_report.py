@@ -10,13 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from llmrec import __version__
-from llmrec.data.sources.table import load
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.indexing import build_index
 from llmrec.experiment.resume import locked
-from llmrec.experiment.study import Study, folder_of
+from llmrec.experiment.study import Study, folder_of, load_tables
 from llmrec.index.diagnostics import Diagnostics, Entry, diagnose, examples, nearest, neighbours
 from llmrec.index.table import ItemIndex
 from llmrec.recipe.schema import Recipe
@@ -110,11 +109,7 @@ def _holds_more(folder: Path) -> bool:
 
 def indexed_data(recipe: Recipe) -> SplitDataset:
     """Return the main data of a recipe as `build_study` gives it to the index."""
-    data = split(load(recipe.data, seed=recipe.seed), recipe.data.split, seed=recipe.seed)
-    if recipe.reviews is None:
-        return data
-    reviews = split(load(recipe.reviews, seed=recipe.seed), recipe.reviews.split, seed=recipe.seed)
-    return data.without(reviews.held_out)
+    return load_tables(recipe)[0]
 
 
 def write_run(study: Study, folder: Path) -> str:

@@ -15,6 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import config_of
 from llmrec.baselines.retrieve import FUSED, Lists, retrieve
 from llmrec.data.candidates import CandidateSets, draw
+from llmrec.data.described import described
 from llmrec.data.reading.limits import shown
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, split, written
@@ -382,16 +383,22 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
         recipe: The recipe.
         data: The main data where it is at hand already.
     """
+    texts = recipe.data.texts if data is None else None  # what is at hand has them already
     with both_places(recipe):
-        data = data or load_split(recipe.data, recipe.seed)
-        if recipe.reviews is None:
-            return data, None
-        reviews = load_split(recipe.reviews, recipe.seed)
-    return data.without(reviews.held_out), reviews.without(data.held_out)
+        data, reviews = data or _split(recipe.data, recipe.seed), None
+        if recipe.reviews is not None:
+            reviews = _split(recipe.reviews, recipe.seed)
+            data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
+            reviews = described(reviews, recipe.reviews.texts)
+        return described(data, texts), reviews
 
 
 def load_split(section: DataSection, seed: int) -> SplitDataset:
     """Load what a data section names, and split it."""
+    return described(_split(section, seed), section.texts)
+
+
+def _split(section: DataSection, seed: int) -> SplitDataset:
     return split(load(section, seed=seed), section.split, seed=seed)
 
 

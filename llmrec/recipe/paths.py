@@ -19,6 +19,7 @@ _DATA = (
     ("items",),
     ("users",),
     ("facts", "path"),
+    ("texts", "path"),
     *(("files", part) for part in ("train", "valid", "test")),
 )
 _KEYS = (

@@ -188,6 +188,14 @@ class FactsSection(Section):
     tokens: int = Field(40, ge=1, le=150, description="words and punctuation marks of an item's passages at most")
 
 
+class TextsSection(Section):
+    """Texts of a feature store, which prompts show: of a user as the profile, of an item as its field ``about``."""
+
+    path: str = Field(description="folder of features (docs/features.md), such as `llmrec augment` writes")
+    sides: Literal["both", "user", "item"] = Field("both", description="which texts of it")
+    shuffled: bool = Field(False, description="a control: texts of users and of items are dealt out anew")
+
+
 class DataSection(Section):
     """Where interactions come from."""
 
@@ -206,6 +214,7 @@ class DataSection(Section):
         None, description="table: table of users, joined on the user column; columns.user_fields says what is read"
     )
     facts: FactsSection | None = Field(None, description="documents about items")
+    texts: TextsSection | None = Field(None, description="what a feature store says of users and items, for prompts")
     columns: Columns = Columns()
     filter: Filter = Filter()
     split: Split = Split()

@@ -244,3 +244,18 @@ def test_a_run_writes_its_features_first_and_uses_them_again(llama_folder: Path,
 def _audit(folder: Path) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = json.loads((folder / "audit.json").read_text(encoding="utf-8"))["checks"]
     return found
+
+
+def test_prompts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> None:
+    made = augmenting_recipe(llama_folder, limit=None)
+    store = augmenting.augment(made, tmp_path / "store", quiet=True).folder
+    items = {each: f"is number {n}" for n, each in enumerate(FeatureStore.open(store).ids("item"))}
+    for item, text in items.items():
+        stores.edit(store, "item", item, text)
+    shown = as_recipe(made.model_dump(), {"data.texts.path": str(store), "tasks": {"sequential": {}}})
+    study = build_study(shown)
+    assert {each: item.fields["about"] for each, item in study.data.dataset.items.items()} == items
+    # What is asked is what was asked: nothing is written from what was written.
+    _, before = augmenting.questions(made)
+    _, after = augmenting.questions(shown)
+    assert before == after

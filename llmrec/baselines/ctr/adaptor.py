@@ -11,6 +11,7 @@ import numpy as np
 
 from llmrec.baselines.ctr.fields import Rows
 from llmrec.baselines.item_texts import Turned
+from llmrec.data.described import dealt_anew
 from llmrec.data.features import FeatureKind, FeatureStore, Pair
 from llmrec.errors import DataError, require
 
@@ -47,10 +48,7 @@ class Table:
         turned = Turned.of(store.get(kind, names)[0].astype(np.float64))
         other = None
         if shuffle:
-            known = sorted(store.ids(kind))
-            drawn = np.random.default_rng(0).permutation(len(known))
-            # Around a circle, so that nothing keeps its own.
-            other = {known[one]: known[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
+            other = dealt_anew(sorted(store.ids(kind)))
         return Table(store, kind, turned.centre, turned.whitening(exponent), other)
 
     @property

@@ -1,0 +1,100 @@
+"""What a feature store says of users and items, as fields of theirs that prompts show.
+
+The text on a user becomes the profile and that on an item its field ``about``: data like any other field, so that it is
+cleaned before a model reads it and counts in the fingerprint of the data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+
+import numpy as np
+import polars as pl
+
+from llmrec.data.codes import in_codes_of
+from llmrec.data.features import FeatureKind, FeatureStore
+from llmrec.data.split import SplitDataset
+from llmrec.data.split_kinds import PAIR
+from llmrec.errors import DataError
+from llmrec.recipe.schema import TextsSection
+
+ITEM_FIELD, USER_FIELD = "about", "profile"
+"""The field of an item, and that of a user, that hold what was written."""
+
+
+def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
+    """Return a split whose users and items have the texts of a store; without a section the split as it is.
+
+    Raises:
+        DataError: If there is no such store, its texts come from another split or have seen an interaction that is
+            learned from or held out here, it has none on these users and items, or such a field is there already.
+    """
+    if section is None:
+        return data
+    store = FeatureStore.open(section.path, split=data.readable)
+    users, items, counted = dict(data.dataset.users), dict(data.dataset.items), []
+    if section.sides in ("both", "user") and "user" in store.kinds:
+        _refuse_seen(section.path, store, data)
+        said = _texts(store, "user", data.users(), shuffled=section.shuffled)
+        _refuse_field(section.path, USER_FIELD, (each for user in said if (each := users.get(user))))
+        users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in said.items()}
+        counted.append(f"{len(said)} of {len(data.users())} users")
+    if section.sides in ("both", "item") and "item" in store.kinds:
+        said = _texts(store, "item", items, shuffled=section.shuffled)
+        _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in said))
+        items |= {
+            item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in said.items()
+        }
+        counted.append(f"{len(said)} of {len(items)} items")
+    if all(each.startswith("0 ") for each in counted):
+        raise DataError.at(
+            section.path,
+            "missing-value",
+            f" has no text on users or items of {data.dataset.name} ({', '.join(counted) or section.sides}); compare "
+            "ids, or set data.texts.sides",
+        )
+    told = {"texts": store.stamp, "have texts": ", ".join(counted)}
+    dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **told})
+    return replace(data, dataset=dataset)
+
+
+def dealt_anew(names: Sequence[str]) -> dict[str, str]:
+    """Return the one whose place each takes in a control: around a circle in a drawn order, so that nobody stays."""
+    drawn = np.random.default_rng(0).permutation(len(names))
+    return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
+
+
+def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
+    """Return the texts on these ids, or, dealt out anew, those of others of the store."""
+    of = dealt_anew(sorted(store.ids(kind))) if shuffled else {each: each for each in store.ids(kind)}
+    asked = [each for each in ids if each in of]
+    found = store.texts(kind, {of[each] for each in asked})
+    return {each: text for each in asked if (text := found.get(of[each], "").strip())}
+
+
+def _refuse_seen(path: str, store: FeatureStore, data: SplitDataset) -> None:
+    """Refuse texts that know what is learned from or asked about: a prompt would hold its own answer."""
+    seen = store.seen("user")
+    if not seen:
+        return
+    named = pl.DataFrame(sorted(seen), schema=dict.fromkeys(PAIR, pl.String), orient="row")
+    learned = data.train.join(in_codes_of(named, data.train), on=PAIR, how="semi").select(PAIR).head(1).rows()
+    for pairs, what in ((seen & data.held_out, "held out"), (learned, "learned from")):
+        if pairs:
+            user, item = min((str(user), str(item)) for user, item in pairs)
+            raise DataError.at(
+                path,
+                "leak",
+                f": the text on user {user!r} was written from the interaction with {item!r}, which is {what} here, "
+                "so that prompts would hold their answer; set data.split.kind=prefix and run llmrec augment again",
+            )
+
+
+def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:
+    if any(entry.get(name) for entry in entries):
+        raise DataError.at(
+            path,
+            "contradiction",
+            f": its texts become the field {name!r}, and the data have such a field; drop it from data.columns",
+        )

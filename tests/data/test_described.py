@@ -1,0 +1,126 @@
+"""Texts of a store in prompts: each stands where it belongs, as data, and none that knows an answer is let in."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from llmrec.data.described import ITEM_FIELD, USER_FIELD, dealt_anew, described
+from llmrec.data.features import Features, Pair, Provenance, publish
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError
+from llmrec.experiment.study import load_split
+from llmrec.recipe.schema import DataSection, TextsSection
+from llmrec.tasks.base import View
+from tests.facts import Facts, raises
+
+USERS, ITEMS = 6, 8
+
+
+def _split(folder: Path, **section: Any) -> SplitDataset:
+    folder.mkdir(exist_ok=True)
+    rows = [f"u{user},i{item},{user + item}" for user in range(USERS) for item in range(ITEMS)]
+    (folder / "rows.csv").write_text("user_id,item_id,timestamp\n" + "\n".join(rows) + "\n")
+    (folder / "items.csv").write_text("item_id,title\n" + "".join(f"i{n},Title {n}\n" for n in range(ITEMS)))
+    given = {"source": "table", "path": str(folder / "rows.csv"), "items": str(folder / "items.csv")}
+    made = {"kind": "prefix", "valid": 0.1, "test": 0.2}
+    return load_split(DataSection.model_validate({**given, "split": made, **section}), seed=0)
+
+
+def _store(folder: Path, data: SplitDataset, *, split: str | None = None, seen: Mapping[str, frozenset[Pair]]) -> Path:
+    made = Provenance(system="test", split=data.readable if split is None else split)
+    users, items = [f"u{n}" for n in range(USERS - 1)], [f"i{n}" for n in range(3)]
+    said = [f"likes {each} <|im_end|>" for each in users]
+    tables = [
+        Features("user", users, np.eye(len(users)), made, texts=said, seen=seen),
+        Features("item", items, np.eye(len(items)), made, texts=[f"about {each}" for each in items]),
+    ]
+    publish(folder, tables)
+    return folder
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> SplitDataset:
+    """A split whose users have a beginning that nothing learns from."""
+    return _split(tmp_path / "data")
+
+
+@pytest.fixture
+def store(tmp_path: Path, data: SplitDataset) -> Path:
+    """Texts that have seen nothing but beginnings."""
+    known = {f"u{n}": frozenset({(f"u{n}", data.known_events(f"u{n}")[0].item_id)}) for n in range(USERS - 1)}
+    return _store(tmp_path / "store", data, seen=known)
+
+
+def test_texts_stand_with_users_and_items(tmp_path: Path, data: SplitDataset, store: Path) -> None:
+    told = _split(tmp_path / "data", texts={"path": str(store)})
+    view = View(told)
+    assert view.user("u1", {})["profile"] == [{"name": USER_FIELD, "value": "likes u1 <|im_end|>"}]
+    assert view.user("u5", {})["profile"] == []
+    assert view.about("i2")["fields"] == [{"name": ITEM_FIELD, "value": "about i2"}]
+    assert view.about("i7")["fields"] == []
+    # A profile that a request brings counts, as it does beside the data's own fields.
+    assert view.user("u1", {"profile": "mine"})["profile"] == [{"name": "profile", "value": "mine"}]
+    assert told.fingerprint != data.fingerprint and told.readable == data.readable
+    assert told.dataset.provenance["have texts"] == "5 of 6 users, 3 of 8 items"
+
+
+@pytest.mark.parametrize(("sides", "users", "items"), [("user", 5, 0), ("item", 0, 3)])
+def test_one_side_alone(data: SplitDataset, store: Path, sides: str, users: int, items: int) -> None:
+    told = described(data, TextsSection(path=str(store), sides=sides)).dataset  # type: ignore[arg-type]
+    assert sum(USER_FIELD in each for each in told.users.values()) == users
+    assert sum(ITEM_FIELD in each.fields for each in told.items.values()) == items
+
+
+def test_a_control_gives_everybody_the_text_of_somebody_else(data: SplitDataset, store: Path) -> None:
+    told = described(data, TextsSection(path=str(store), shuffled=True)).dataset
+    said = {user: each[USER_FIELD] for user, each in told.users.items()}
+    assert sorted(said.values()) == sorted(f"likes u{n} <|im_end|>" for n in range(USERS - 1))
+    assert all(user not in text for user, text in said.items())
+
+
+@pytest.mark.parametrize("count", [2, 3, 50])
+def test_nobody_stays_in_place(count: int) -> None:
+    names = [str(n) for n in range(count)]
+    dealt = dealt_anew(names)
+    assert sorted(dealt) == sorted(dealt.values()) == sorted(names)
+    assert all(one != two for one, two in dealt.items())
+
+
+@pytest.mark.parametrize("part", ["train", "valid", "test"])
+def test_a_text_that_knows_an_answer_is_refused(tmp_path: Path, data: SplitDataset, part: str) -> None:
+    frame: pl.DataFrame = getattr(data, part)
+    user, item = frame.filter(pl.col("user_id").cast(pl.String) != "u5").select("user_id", "item_id").row(0)
+    folder = _store(tmp_path / "store", data, seen={str(user): frozenset({(str(user), str(item))})})
+    with raises(DataError, Facts("leak", file=folder, says=(repr(user), repr(item), "data.split.kind=prefix"))):
+        described(data, TextsSection(path=str(folder)))
+    # What the items' texts say was read off no interaction.
+    assert described(data, TextsSection(path=str(folder), sides="item")).dataset.items["i0"].fields
+
+
+def test_texts_of_another_split_are_refused(tmp_path: Path, data: SplitDataset) -> None:
+    folder = _store(tmp_path / "store", data, split="another", seen={})
+    with raises(DataError, Facts("mismatch", file=folder)):
+        described(data, TextsSection(path=str(folder)))
+
+
+def test_texts_of_others_are_refused(tmp_path: Path, data: SplitDataset) -> None:
+    made = Provenance(system="test", split=data.readable)
+    publish(tmp_path / "store", [Features("item", ["x"], np.ones((1, 2)), made, texts=["about x"])])
+    with raises(DataError, Facts("missing-value", file=tmp_path / "store", says="0 of 8 items")):
+        described(data, TextsSection(path=str(tmp_path / "store")))
+    with raises(DataError, Facts("missing-value", file=tmp_path / "store", says="data.texts.sides")):
+        described(data, TextsSection(path=str(tmp_path / "store"), sides="user"))
+
+
+def test_no_field_of_the_data_is_written_over(tmp_path: Path, data: SplitDataset, store: Path) -> None:
+    told = described(data, TextsSection(path=str(store)))
+    with raises(DataError, Facts("contradiction", file=store, says="'profile'")):
+        described(told, TextsSection(path=str(store)))
+    with raises(DataError, Facts("contradiction", file=store, says="'about'")):
+        described(told, TextsSection(path=str(store), sides="item"))
