@@ -7,12 +7,12 @@ from typing import Any, ClassVar
 
 from pydantic import Field
 
-from llmrec.baselines.neural import SequenceConfig, SequenceNetwork
+from llmrec.baselines.neural import ProfiledConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 
 
-class GRU4RecConfig(SequenceConfig):
+class GRU4RecConfig(ProfiledConfig):
     """Parameters of `GRU4Rec`."""
 
     dim: Positive = Field(128, description="length of item vectors and of the state")
@@ -53,6 +53,6 @@ class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
 
     def _encode(self, network: Any, items: Any) -> Any:
         functional = require("torch", "baselines").nn.functional
-        given = functional.dropout(network["table"](items), self._config.dropout, network.training)
+        given = functional.dropout(self._embedded(network, items), self._config.dropout, network.training)
         state = functional.dropout(network["recur"](given)[0], self._config.dropout, network.training)
         return network["last_norm"](network["out"](state))

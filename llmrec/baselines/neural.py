@@ -18,7 +18,9 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
+from llmrec.baselines.networks.batches import Batch, batches_of, of_one_length, pieces_of
 from llmrec.baselines.networks.epochs import Epochs, Learner, until_least
+from llmrec.baselines.networks.profiles import Profiles
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
 from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda
@@ -107,6 +109,27 @@ class SequenceConfig(NeuralConfig):
         return "cpu"
 
 
+class ProfiledConfig(SequenceConfig):
+    """And what it is told of users."""
+
+    features: str = Field(
+        "", description="a folder of features (docs/features.md): what it has on the user stands before the history"
+    )
+    shuffled: bool = Field(False, description="a control: features of users are dealt out anew")
+    whitening: float = Field(1.0, ge=0, le=1, description="exponent that evens out the directions of features")
+    experts: Positive = Field(3, description="that turn features into a step of the sequence, beside two further ones")
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """That of features, if there is one."""
+        return (self.features,) if self.features else ()
+
+    @property
+    def steps(self) -> int:
+        """How many the network sees at most."""
+        return self.max_len + bool(self.features)
+
+
 @dataclass
 class Trained:
     """A network with what it needs to score."""
@@ -119,6 +142,7 @@ class Trained:
     epochs: int
     looked_at: frozenset[str] = frozenset()
     name: str = "network"
+    profiles: Profiles | None = None
 
     @property
     def items(self) -> tuple[str, ...]:
@@ -130,6 +154,8 @@ class Trained:
         torch = require("torch", "baselines")
         histories = [history[-self.max_len :] for history in self.warm.histories(requests)]
         table = self.network["table"].weight
+        if self.profiles is not None:
+            histories = self.profiles.before(histories, [request.user_id for request in requests], len(table))
         found = np.zeros((len(requests), len(table)), dtype=np.float32)
         self.network.eval()
         with torch.no_grad():
@@ -139,7 +165,7 @@ class Trained:
         return self.warm.spread(found, histories)
 
 
-N = TypeVar("N", bound=SequenceConfig)
+N = TypeVar("N", bound=ProfiledConfig)
 
 
 class SequenceNetwork(ScoredBaseline[N, Trained]):
@@ -147,14 +173,19 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
 
     stochastic = True
     SCORES = "logits"
+    _profiles: Profiles | None = None
 
     def fit(self, data: SplitDataset) -> None:
         """Train the network.
 
         Raises:
+            DataError: If features cannot be read, or have seen what is learned from or held out.
             MissingExtra: If torch is not installed.
         """
-        self._model = train(data, self._build, self._encode, self._config, self._seed, name=self.name)
+        self._open(data)
+        self._model = train(
+            data, self._whole, self._encode, self._config, self._seed, name=self.name, profiles=self._profiles
+        )
         self.looked_at = self._model.looked_at
 
     def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
@@ -169,14 +200,35 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
         """Put back what `state` returned."""
         catalogue = Catalogue.of(data)
         warm = Warm.of(Log.of(data, catalogue), catalogue)
+        self._open(data)
         with require("torch", "baselines").random.fork_rng(devices=[]):
-            network = self._build(len(warm.places))
+            network = self._whole(len(warm.places))
         put_back(network, state)
         network.to(self._config.place)
         epochs, looked_at = int(state["epochs"][0]), stopped_by(stop_cases(data, self._config, _STOP_CASES))
         most = self._config.max_len
-        self._model = Trained(catalogue, warm, network, self._encode, most, epochs, looked_at, self.name)
+        self._model = Trained(
+            catalogue, warm, network, self._encode, most, epochs, looked_at, self.name, self._profiles
+        )
         self.looked_at = looked_at
+
+    def _open(self, data: SplitDataset) -> None:
+        config = self._config
+        self._profiles = None
+        if config.features:
+            self._profiles = Profiles.of(
+                config.features, data, config.whitening, shuffle=config.shuffled, experts=config.experts
+            )
+
+    def _whole(self, items: int) -> Any:
+        network = self._build(items)
+        if self._profiles is not None:
+            network["profiles"] = self._profiles.build(network["table"].embedding_dim)
+        return network
+
+    def _embedded(self, network: Any, items: Any) -> Any:
+        """Return the vectors of numbered items, and of the user before them where there are features."""
+        return network["table"](items) if self._profiles is None else self._profiles.embedded(network, items)
 
     def _build(self, items: int) -> Any:
         raise NotImplementedError
@@ -193,6 +245,7 @@ def train(
     seed: int,
     *,
     name: str = "network",
+    profiles: Profiles | None = None,
 ) -> Trained:
     """Train a network on the training sequences, and keep the weights of its best epoch.
 
@@ -204,18 +257,20 @@ def train(
         config: How to train.
         seed: Seeds weights, dropout, order and negatives.
         name: What its progress is called.
+        profiles: What stands before the sequences.
     """
     torch = require("torch", "baselines")
     catalogue = Catalogue.of(data)
     events = Log.of(data, catalogue)
     warm = Warm.of(events, catalogue)
-    sequences = pieces_of(warm.log(events), config.max_len)
+    leads = None if profiles is None else profiles.numbers(list(data.train_counts()), len(warm.places))
+    sequences = pieces_of(warm.log(events), config.max_len, leads)
     cases = stop_cases(data, config, _STOP_CASES)
     # Seeds torch for this fit alone, and leaves the caller's stream as it was.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = build(len(warm.places)).to(config.place)
-        model = Trained(catalogue, warm, network, encode, config.max_len, 0, name=name)
+        model = Trained(catalogue, warm, network, encode, config.max_len, 0, name=name, profiles=profiles)
         whole = partial(over_all, half=config.half)
         loss = whole if config.negatives is None else _Sampled(warm, config.negatives, seed)
         rng = np.random.default_rng(seed)
@@ -298,60 +353,6 @@ def _epoch(network: Any, encode: Encode, batches: Iterator[Batch], optimiser: An
         optimiser.step()
         total, count = total + value * len(vectors), count + len(vectors)
     return total / max(1, count)
-
-
-# --------------------------------------------------------------------------- batches
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Items and what follows each, padded on the right, shape (b, t); a target of -1 is none."""
-
-    items: NDArray[np.int64]
-    targets: NDArray[np.int64]
-
-
-def pieces_of(events: Log, max_len: int) -> list[NDArray[np.int64]]:
-    """Cut every user's items into pieces of at most ``max_len + 1``, from the end; pieces share the item at the cut."""
-    ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
-    pieces = []
-    for items in np.split(events.items.astype(np.int64), ends[:-1]):
-        for end in range(len(items), 1, -max_len):
-            pieces.append(items[max(0, end - max_len - 1) : end])
-    return pieces
-
-
-def batches_of(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
-    """Yield batches of about ``size`` targets, of sequences about as long, in a random order."""
-    mixed = rng.permutation(len(sequences))
-    lengths = np.array([len(sequences[place]) - 1 for place in mixed])
-    order = mixed[np.argsort(lengths, kind="stable")]
-    groups: list[list[int]] = [[]]
-    for place in order.tolist():
-        if groups[-1] and (len(groups[-1]) + 1) * (len(sequences[place]) - 1) > size:
-            groups.append([])
-        groups[-1].append(place)
-    for number in rng.permutation(len(groups)).tolist():
-        rows = [sequences[place] for place in groups[number]]
-        if rows:
-            yield _padded(rows)
-
-
-def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
-    longest = max(len(row) for row in rows) - 1
-    items = np.zeros((len(rows), longest), dtype=np.int64)
-    targets = np.full((len(rows), longest), -1, dtype=np.int64)
-    for place, row in enumerate(rows):
-        items[place, : len(row) - 1], targets[place, : len(row) - 1] = row[:-1], row[1:]
-    return Batch(items, targets)
-
-
-def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
-    """Yield the places of histories of the same length, at most ``most`` together; empty ones are left out."""
-    lengths = np.array([len(history) for history in histories], dtype=np.int64)
-    for length in np.unique(lengths[lengths > 0]).tolist():
-        places = np.flatnonzero(lengths == length)
-        yield from (places[start : start + most] for start in range(0, len(places), most))
 
 
 # --------------------------------------------------------------------------- losses

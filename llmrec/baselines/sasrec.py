@@ -7,23 +7,27 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
-from llmrec.baselines.neural import SequenceConfig, SequenceNetwork
+from llmrec.baselines.neural import ProfiledConfig, SequenceConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 
 
-class SASRecConfig(SequenceConfig):
-    """Parameters of `SASRec`."""
+class AttentionConfig(SequenceConfig):
+    """The shape of a network of blocks of attention."""
 
     dim: Positive = Field(64, description="length of item vectors and hidden states; a multiple of heads")
     layers: Positive = Field(2, description="blocks of attention and feed-forward")
     heads: Positive = Field(2, description="attention heads")
 
     @model_validator(mode="after")
-    def _heads_divide(self) -> SASRecConfig:
+    def _heads_divide(self) -> AttentionConfig:
         if self.dim % self.heads:
             raise ValueError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}")
         return self
+
+
+class SASRecConfig(AttentionConfig, ProfiledConfig):
+    """Parameters of `SASRec`."""
 
 
 class SASRec(SequenceNetwork[SASRecConfig]):
@@ -52,11 +56,11 @@ class SASRec(SequenceNetwork[SASRecConfig]):
     def _build(self, items: int) -> Any:
         nn, dim = require("torch", "baselines").nn, self._config.dim
         blocks = blocks_of(dim, self._config.layers)
-        parts = {"table": nn.Embedding(items, dim), "places": nn.Embedding(self._config.max_len, dim)}
+        parts = {"table": nn.Embedding(items, dim), "places": nn.Embedding(self._config.steps, dim)}
         return start_small(nn.ModuleDict({**parts, "blocks": blocks, "last_norm": nn.LayerNorm(dim)}))
 
     def _encode(self, network: Any, items: Any) -> Any:
-        return attended(network, network["table"](items), self._config.heads, self._config.dropout)
+        return attended(network, self._embedded(network, items), self._config.heads, self._config.dropout)
 
 
 def blocks_of(dim: int, layers: int) -> Any:

@@ -35,7 +35,7 @@ def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
     store = FeatureStore.open(section.path, split=data.readable)
     users, items, counted = dict(data.dataset.users), dict(data.dataset.items), []
     if section.sides in ("both", "user") and "user" in store.kinds:
-        _refuse_seen(section.path, store, data)
+        refuse_seen(section.path, store, data)
         said = _texts(store, "user", data.users(), shuffled=section.shuffled)
         _refuse_field(section.path, USER_FIELD, (each for user in said if (each := users.get(user))))
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in said.items()}
@@ -65,16 +65,12 @@ def dealt_anew(names: Sequence[str]) -> dict[str, str]:
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
 
 
-def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
-    """Return the texts on these ids, or, dealt out anew, those of others of the store."""
-    of = dealt_anew(sorted(store.ids(kind))) if shuffled else {each: each for each in store.ids(kind)}
-    asked = [each for each in ids if each in of]
-    found = store.texts(kind, {of[each] for each in asked})
-    return {each: text for each in asked if (text := found.get(of[each], "").strip())}
+def refuse_seen(path: str, store: FeatureStore, data: SplitDataset) -> None:
+    """Refuse features of users that know what is learned from or asked about: beside them stood their own answer.
 
-
-def _refuse_seen(path: str, store: FeatureStore, data: SplitDataset) -> None:
-    """Refuse texts that know what is learned from or asked about: a prompt would hold its own answer."""
+    Raises:
+        DataError: If there is one; the message names a user and an item.
+    """
     seen = store.seen("user")
     if not seen:
         return
@@ -86,9 +82,18 @@ def _refuse_seen(path: str, store: FeatureStore, data: SplitDataset) -> None:
             raise DataError.at(
                 path,
                 "leak",
-                f": the text on user {user!r} was written from the interaction with {item!r}, which is {what} here, "
-                "so that prompts would hold their answer; set data.split.kind=prefix and run llmrec augment again",
+                f": what it says of user {user!r} was made from the interaction with {item!r}, which is {what} here, "
+                "so that an answer would stand in its own question; set data.split.kind=prefix and run llmrec augment "
+                "again",
             )
+
+
+def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
+    """Return the texts on these ids, or, dealt out anew, those of others of the store."""
+    of = dealt_anew(sorted(store.ids(kind))) if shuffled else {each: each for each in store.ids(kind)}
+    asked = [each for each in ids if each in of]
+    found = store.texts(kind, {of[each] for each in asked})
+    return {each: text for each in asked if (text := found.get(of[each], "").strip())}
 
 
 def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:

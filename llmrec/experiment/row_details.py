@@ -226,7 +226,6 @@ def trend(
     return observed / scale, (1 + beyond) / (1 + resamples)
 
 
-"""Families whose answers are texts."""
 COUNT = 20
 """Requests a family, or all that there are."""
 # Characters of an input; of an answer that could not be read, which no task has cut.

@@ -14,7 +14,7 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmrec.baselines.neural import Batch
+from llmrec.baselines.networks.batches import Batch
 from llmrec.baselines.unisrec.baseline import UniSRec
 from llmrec.baselines.unisrec.contrast import Fewer, changed_sequences, contrastive
 from llmrec.baselines.unisrec.network import adapted, gates_of, network_of

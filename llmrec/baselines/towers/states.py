@@ -12,7 +12,7 @@ from pydantic import Field
 from llmrec.backends.end_states import EndStates, end_states
 from llmrec.baselines.base import AboveZero, Catalogue, Log
 from llmrec.baselines.item_texts import WHITENINGS, Turned, refuse_unpretrained, texts_of, unit
-from llmrec.baselines.neural import pieces_of
+from llmrec.baselines.networks.batches import pieces_of
 from llmrec.baselines.towers.tower import TextTowers, Towers, TowersConfig, turn
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive

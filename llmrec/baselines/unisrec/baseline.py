@@ -12,11 +12,10 @@ import numpy as np
 
 from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
 from llmrec.baselines.item_texts import STORE, text_vectors
+from llmrec.baselines.networks.batches import batches_of, pieces_of
 from llmrec.baselines.networks.carried import Carried
 from llmrec.baselines.neural import (
-    batches_of,
     over_all,
-    pieces_of,
     put_back,
     stop_cases,
     stopped_by,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.baselines.neural import Batch, batches_of
+from llmrec.baselines.networks.batches import Batch, batches_of
 from llmrec.baselines.unisrec.network import Universal
 from llmrec.errors import require
 

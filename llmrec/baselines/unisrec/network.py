@@ -11,8 +11,8 @@ from pydantic import Field, model_validator
 
 from llmrec.baselines.base import AboveZero, Catalogue
 from llmrec.baselines.item_texts import LSA, STORE, TextsConfig
-from llmrec.baselines.neural import of_one_length
-from llmrec.baselines.sasrec import SASRecConfig, attended, blocks_of, start_small
+from llmrec.baselines.networks.batches import of_one_length
+from llmrec.baselines.sasrec import AttentionConfig, attended, blocks_of, start_small
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
 from llmrec.types import Request
@@ -26,7 +26,7 @@ _ROWS = 512
 _NOISE = 1e-2
 
 
-class UniSRecConfig(TextsConfig, SASRecConfig):
+class UniSRecConfig(TextsConfig, AttentionConfig):
     """Parameters of `UniSRec`."""
 
     experts: Positive = Field(8, description="whitenings that are mixed")
