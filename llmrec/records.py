@@ -234,6 +234,22 @@ class Shown(Record):
     truth: Any = None
 
 
+class Reliability(Record):
+    """Answers with about the same P(yes): their mean, and the share of them whose truth is yes."""
+
+    n: int
+    said: Number
+    so: Number
+
+
+class Calibration(Record):
+    """The curve that a row's probabilities were put right by: fitted to n answers to the validation split."""
+
+    n: int
+    scale: float
+    bias: float
+
+
 class User(Record):
     """Whose request it was; the name is empty where there is none."""
 
@@ -301,6 +317,40 @@ class Exhibit(Record):
     described: str = ""
     truth: str = ""
     answers: dict[str, str] = Field(default_factory=dict)
+
+
+class Nearby(Record):
+    """An item of training that reads like another one: the cosine of their text vectors."""
+
+    title: str
+    cosine: float
+
+
+class Visit(Record):
+    """A list that holds an item: whose it is, the user's latest items, and the place, from 1."""
+
+    user: User
+    latest: tuple[str, ...] = ()
+    place: int
+    wanted: bool = False
+
+
+class Newcomer(Record):
+    """An item without training interactions, and who it is shown to.
+
+    Attributes:
+        neighbours: Items of training whose texts are nearest, the nearest first.
+        wanted: Of how many requests it is the answer.
+        lists: By row id, how many lists hold it.
+        visits: By row id, some of these lists.
+    """
+
+    task: str
+    item: Product
+    neighbours: tuple[Nearby, ...] = ()
+    wanted: int = 0
+    lists: dict[str, int] = Field(default_factory=dict)
+    visits: dict[str, tuple[Visit, ...]] = Field(default_factory=dict)
 
 
 class SetAside(Record):

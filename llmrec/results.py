@@ -10,7 +10,21 @@ from typing import Literal, get_args
 
 from pydantic import Field, JsonValue
 
-from llmrec.records import Candidates, DataInfo, Exhibit, Number, Record, Sample, SetAside, Shown, Stage, Training
+from llmrec.records import (
+    Calibration,
+    Candidates,
+    DataInfo,
+    Exhibit,
+    Newcomer,
+    Number,
+    Record,
+    Reliability,
+    Sample,
+    SetAside,
+    Shown,
+    Stage,
+    Training,
+)
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
@@ -123,22 +137,6 @@ class Trend(Record):
     rho: Number
     p: Number
     prefers: Literal["early", "late"] | None = None
-
-
-class Reliability(Record):
-    """Answers with about the same P(yes): their mean, and the share of them whose truth is yes."""
-
-    n: int
-    said: Number
-    so: Number
-
-
-class Calibration(Record):
-    """The curve that a row's probabilities were put right by: fitted to n answers to the validation split."""
-
-    n: int
-    scale: float
-    bias: float
 
 
 class Rates(Record):
@@ -384,6 +382,7 @@ class Results(Record):
     examples: tuple[Shown, ...] = ()
     texts: tuple[Sample, ...] = ()
     gallery: tuple[Exhibit, ...] = ()
+    newcomers: tuple[Newcomer, ...] = ()
     set_aside: tuple[SetAside, ...] = ()
     notes: tuple[str, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)

@@ -17,7 +17,8 @@ from llmrec.metrics import ranking as rank_metrics
 from llmrec.metrics import rating as rating_metrics
 from llmrec.metrics import text as text_metrics
 from llmrec.metrics.stats import interval_of
-from llmrec.results import Metric, Rates, Reliability
+from llmrec.records import Reliability
+from llmrec.results import Metric, Rates
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Text
 
 UNKNOWN = 0.5

@@ -59,9 +59,9 @@ from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background
 from llmrec.progress import Bar
 from llmrec.recipe.schema import BaselineSection
-from llmrec.records import Shown
+from llmrec.records import Calibration, Shown
 from llmrec.registry import is_positional, options_of
-from llmrec.results import Arm, Calibration, FusionWeights, Prediction, Reads, Row
+from llmrec.results import Arm, FusionWeights, Prediction, Reads, Row
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of

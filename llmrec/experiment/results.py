@@ -20,8 +20,11 @@ from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.predictions import write_items, write_predictions
 from llmrec.experiment.resume import Budget
-from llmrec.experiment.row_details import breakdowns, exhibits, text_samples
+from llmrec.experiment.row_details import breakdowns
 from llmrec.experiment.row_specs import asks
+from llmrec.experiment.shown.exhibits import exhibits
+from llmrec.experiment.shown.newcomers import newcomers
+from llmrec.experiment.shown.samples import text_samples
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.machine import machine, versions
@@ -88,6 +91,7 @@ def write_results(
         examples=tuple(example for row in rows for example in row.examples),
         texts=tuple(text_samples(study, rows)),
         gallery=tuple(exhibits(study, rows)),
+        newcomers=tuple(newcomers(study, rows)),
         set_aside=tuple(
             SetAside(data=table.dataset.name, said=f"{sentence(table, found)}.", users=tuple(users(found)))
             for table in study.tables

@@ -13,7 +13,8 @@ from llmrec.evaluate.compare import compare
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.metrics.stats import verdict
-from llmrec.results import Failure, Reliability
+from llmrec.records import Reliability
+from llmrec.results import Failure
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Probability, Ranking, Rating, Request, Text, Unparsed
 from tests.facts import Facts, raises

@@ -7,13 +7,16 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 
 from llmrec import pipeline
 from llmrec.backends.fake import FakeBackend
-from llmrec.experiment.row_details import COUNT, drawn, text_samples
+from llmrec.experiment.shown import exhibits
+from llmrec.experiment.shown.entries import COUNT, drawn
+from llmrec.experiment.shown.samples import text_samples
 from llmrec.experiment.study import Study, build_study, encoder_of, load_split
 from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_recipe
@@ -21,6 +24,7 @@ from llmrec.recipe.schema import Recipe
 from llmrec.registry import BACKENDS
 from llmrec.report.page import write as write_report
 from llmrec.report.results import read
+from llmrec.results import Prediction
 from llmrec.types import Rating, Text
 from tests.review_files import records, write
 
@@ -298,3 +302,17 @@ def test_an_answer_that_obeys_is_read_as_any_other(text: str, studies: dict[str,
                     assert answer is None
                 else:
                     assert answer == Text(request_id=request.id, text=clean(text, 1000))
+
+
+@pytest.mark.parametrize(
+    ("parsed", "said"),
+    [
+        ('{"items": ["a", "b"], "scores": [2, 1]}', "place 2"),
+        ('{"items": ["a", "c"], "scores": [2, 1]}', "not among the first 2"),
+        ("0.25", "0.250"),
+        ("null", "could not be read"),
+        ('"good"', "good"),
+    ],
+)
+def test_an_answer_beside_features_in_a_few_words(parsed: str, said: str) -> None:
+    assert exhibits._said(cast(Prediction, SimpleNamespace(parsed=parsed)), "b") == said
