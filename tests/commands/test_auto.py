@@ -46,7 +46,7 @@ def table(tmp_path: Path) -> Path:
 @pytest.fixture
 def few(monkeypatch: pytest.MonkeyPatch) -> None:
     """Try three recommenders only."""
-    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, texts, torch: FEW)
+    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: FEW)
     monkeypatch.setattr(autos, "_encoder", lambda: None)
     monkeypatch.setattr(autos, "_LEAST_FINISH", 1.0)
 
@@ -185,9 +185,17 @@ def test_texts_and_size_decide_what_is_tried(table: Path, tmp_path: Path) -> Non
     recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
     data = load_split(recipe.data, 0).dataset
     assert has_texts(data)
-    labels = [part.label for part in parts_for(data, "all-MiniLM-L6-v2", texts=True, torch=False)]
-    assert {"content", "transitions-text", "ease"} < set(labels) and "sasrec" not in labels
-    content = next(part for part in parts_for(data, None, texts=True, torch=True) if part.label == "content")
+
+    def labels(encoder: str | None, *, torch: bool, budget: float) -> set[str]:
+        return {part.label for part in parts_for(data, encoder, texts=True, torch=torch, budget=budget)}
+
+    assert {"content", "transitions-text", "ease"} < labels("all-MiniLM-L6-v2", torch=False, budget=7200)
+    networks = {"sasrec", "transitions-tuned"}
+    assert not networks & labels("all-MiniLM-L6-v2", torch=False, budget=7200)
+    assert networks & labels("all-MiniLM-L6-v2", torch=True, budget=1800) == {"sasrec"}
+    assert networks & labels("all-MiniLM-L6-v2", torch=True, budget=7200) == networks
+    assert networks & labels(None, torch=True, budget=7200) == {"sasrec"}
+    content = next(part for part in parts_for(data, None, texts=True, torch=True, budget=60) if part.label == "content")
     assert content.fixed == {}
 
 

@@ -10,6 +10,8 @@ from llmrec.durable import Json
 
 # Items beyond which EASE, which inverts a matrix of items by items, takes minutes and gigabytes.
 _MOST_SQUARE = 20_000
+# Seconds of a budget from which on a text encoder is tuned: on two cores a fit takes minutes.
+_LONG = 3600.0
 # Share of items with a title from which on texts are worth reading.
 _TITLED = 0.5
 
@@ -29,7 +31,7 @@ class Part:
     fixed: Mapping[str, Json] = field(default_factory=dict)
 
 
-def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool) -> list[Part]:
+def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool, budget: float) -> list[Part]:
     """Return what is tried on a data set.
 
     Tuned alone, recommenders forget what is more than a few events old and then say much the same: those with the
@@ -40,6 +42,7 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
         encoder: The text encoder that is at hand; None: latent semantic analysis of the texts themselves.
         texts: Items have texts; see `has_texts`.
         torch: Networks can be trained here.
+        budget: Seconds of the whole search.
     """
     parts = [Part(name, name) for name in ("popularity", "recent-popularity", "markov-1", "markov", "item-knn")]
     parts += [Part(name, name) for name in ("transitions", "markov-cooccurrence", "rp3beta")]
@@ -52,6 +55,8 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
     parts += [Part("als", "als"), Part("als, whole history", "als", {"decay": 1.0}), Part("bpr", "bpr")]
     if torch:
         parts.append(Part("sasrec", "sasrec", {"quiet": True}))
+        if texts and encoder and budget >= _LONG:
+            parts.append(Part("transitions-tuned", "transitions-tuned", {"encoder": encoder, "quiet": True}))
     return parts
 
 

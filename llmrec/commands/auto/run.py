@@ -128,7 +128,8 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
         )
         texts = has_texts(data.dataset)
         encoder = _encoder() if texts else None
-        parts = parts_for(data.dataset, encoder, texts=texts, torch=importlib.util.find_spec("torch") is not None)
+        torch = importlib.util.find_spec("torch") is not None
+        parts = parts_for(data.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
         planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
         say(planned.told)
         search = _Search(recipe, state, parts, began + options.seconds - planned.seconds, options.seconds, say)
