@@ -9,7 +9,7 @@ from llmrec.backends.server.client import key_of
 from llmrec.errors import MissingExtra, ModelError, RecipeError, require
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import refuse_device, refuse_paired
-from llmrec.experiment.runs import start_of
+from llmrec.experiment.runs import start_of, teacher_of
 from llmrec.experiment.study import Study, build_study, encoder_of, folder_of
 from llmrec.experiment.tuning.rewarding import rewarded
 from llmrec.experiment.tuning.targets import classes_of, labels_of, listwise_of
@@ -144,4 +144,5 @@ def checked_study(recipe: Recipe) -> Study:
             rewarded(study, paired=paired)
         with both_places(recipe):
             start_of(study, encoder, base, folder_of(recipe, None))
+            teacher_of(study, encoder, folder_of(recipe, None))
     return study

@@ -214,6 +214,10 @@ def _training_notes(study: Study) -> list[str]:
             f"Training continued from the tuned model of another run, {Path(study.recipe.train.start).name}; "
             "settings that are not tuned ask the base model, which knows nothing of that run."
         )
+    if study.recipe.train.teacher is not None:
+        found.append(
+            f"The tuned model learned from the model of another run too, {Path(study.recipe.train.teacher.run).name}."
+        )
     return found
 
 

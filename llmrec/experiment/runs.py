@@ -1,9 +1,12 @@
-"""Opens the run folder of a finished training, proves its weights, and says where a further training starts."""
+"""Opens the run folder of a finished training, proves its weights, and says where a further training starts.
+
+And which run teaches one.
+"""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,35 +108,45 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
         RecipeError: If that run is not finished, reads or writes tokens otherwise, or may have learned from what this
             one holds out.
     """
-    if study.recipe.train.start is None:
-        return base
-    run = Path(study.recipe.train.start).expanduser()
+    start = study.recipe.train.start
+    return base if start is None else _merged(study, encoder, Path(start), folder, "train.start", _MODEL)
+
+
+def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
+    """Return the folder of the merged model of the run in ``train.teacher``; None without one. Raises as `start_of`."""
+    teacher = study.recipe.train.teacher
+    return None if teacher is None else _merged(study, encoder, Path(teacher.run), folder, "train.teacher", ())
+
+
+def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
+    """Return the merged model of a run that this one builds on; settings ``model.*`` of ``alike`` must be the same."""
+    run = run.expanduser()
     if run.resolve() == folder.resolve():
         raise RecipeError(
-            f"train.start: {run} is this run's own folder; give this run another one with --out or name",
+            f"{key}: {run} is this run's own folder; give this run another one with --out or name",
             kind="contradiction",
             at=run,
-            column="train.start",
+            column=key,
         )
-    source = earlier(run)
-    _same_model(source.recipe, study.recipe, run)
-    _nothing_seen(source.recipe, study.recipe, run)
+    source = earlier(run, key)
+    _same_model(source.recipe, study.recipe, run, key, alike)
+    _nothing_seen(source.recipe, study.recipe, run, key)
     merged = run / "merged"
     if Encoder(load_tokenizer(str(merged), study.recipe.model), max_length=1).digest != encoder.digest:
         raise RecipeError(
-            f"train.start: the tokenizer of {merged} is not that of model.name {study.recipe.model.name} with the "
-            "tokens of this recipe's index, so the same text would be other tokens; train both stages from one model "
+            f"{key}: the tokenizer of {merged} is not that of model.name {study.recipe.model.name} with the "
+            "tokens of this recipe's index, so the same text would be other tokens; train both from one model "
             "with one index",
             kind="mismatch",
             at=merged,
-            column="train.start",
+            column=key,
         )
-    _same_index(source, study, run)
+    _same_index(source, study, run, key)
     return str(merged)
 
 
-def earlier(run: Path) -> Source:
-    """Open the run of ``train.start``.
+def earlier(run: Path, key: str = "train.start") -> Source:
+    """Open the run that another one builds on, which the recipe names as ``key``.
 
     Raises:
         RecipeError: If it is no finished run, or its merged model is not what its training left.
@@ -141,79 +154,79 @@ def earlier(run: Path) -> Source:
     try:
         source = open_run(run)
     except LlmrecError as error:
-        raise RecipeError(f"train.start: {error}", kind=error.kind, at=error.place, column="train.start") from error
+        raise RecipeError(f"{key}: {error}", kind=error.kind, at=error.place, column=key) from error
     if source.merged is None:
         raise RecipeError(
-            f"train.start: {run / 'merged'} is not what training left there; make it again with `llmrec train` of that "
+            f"{key}: {run / 'merged'} is not what training left there; make it again with `llmrec train` of that "
             "run's recipe",
             kind="damaged",
             at=run / "merged",
-            column="train.start",
+            column=key,
         )
     return source
 
 
-def _same_model(first: Recipe, second: Recipe, run: Path) -> None:
-    for key in _MODEL:
-        ours, theirs = (getattr(recipe.model, key) for recipe in (second, first))
+def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Sequence[str]) -> None:
+    for name in alike:
+        ours, theirs = (getattr(recipe.model, name) for recipe in (second, first))
         if ours != theirs:
             raise RecipeError(
-                f"train.start: {run} was tuned with model.{key} {theirs!r} and this recipe has {ours!r}; its other "
+                f"{key}: {run} was tuned with model.{name} {theirs!r} and this recipe has {ours!r}; its other "
                 "settings would be of another model; give both the same",
                 kind="mismatch",
                 at=run,
-                column="train.start",
+                column=key,
             )
 
 
-def _same_index(source: Source, study: Study, run: Path) -> None:
+def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
     """Refuse codes that mean other items; titles say themselves what they mean."""
     theirs, ours = source.recipe.index, study.recipe.index
     if (theirs and theirs.scheme) != (ours and ours.scheme):
         raise RecipeError(
-            f"train.start: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, and this "
+            f"{key}: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, and this "
             f"recipe has {f'index.scheme={ours.scheme}' if ours else 'none'}; give both the same",
             kind="mismatch",
             at=run,
-            column="train.start",
+            column=key,
         )
     if theirs is None or study.index is None or (theirs.scheme == "title" and theirs.ids == "text"):
         return
     known = stored_index(run / "merged", theirs.scheme)
     if known is None or known.digest != study.index.digest:
         raise RecipeError(
-            f"train.start: {run} was tuned on codes of other items than this recipe's index gives, so what it learned "
+            f"{key}: {run} was tuned on codes of other items than this recipe's index gives, so what it learned "
             "of a code would be told of another item; write items as titles (index.scheme=title, or no index), or use "
-            "the same data, index and seed in both stages",
+            "the same data, index and seed in both runs",
             kind="mismatch",
             at=run,
-            column="train.start",
+            column=key,
         )
 
 
-def _nothing_seen(first: Recipe, second: Recipe, run: Path) -> None:
+def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
     """Refuse a first stage on the same table that held out other interactions, or other items of alignment."""
     for theirs in filter(None, (first.data, first.reviews)):
         for ours in filter(None, (second.data, second.reviews)):
             same = (theirs.source, theirs.path) == (ours.source, ours.path)
             if same and (_held(theirs), first.seed) != (_held(ours), second.seed):
                 raise RecipeError(
-                    f"train.start: {run} was trained on {ours.path or ours.source} too, with another filter, split or "
-                    "seed, so it may have learned what is held out here; give both stages the same",
+                    f"{key}: {run} was trained on {ours.path or ours.source} too, with another filter, split or "
+                    "seed, so it may have learned what is held out here; give both runs the same",
                     kind="mismatch",
                     at=run,
-                    column="train.start",
+                    column=key,
                 )
     codes = (first.tasks.alignment, second.tasks.alignment)
     if codes[1] is not None and second.index == first.index and second.index is not None:
         told = codes[0].held_out if codes[0] is not None else None
         if told != codes[1].held_out or first.seed != second.seed:
             raise RecipeError(
-                f"train.start: {run} did not hold out the items that tasks.alignment asks about here; give both stages "
+                f"{key}: {run} did not hold out the items that tasks.alignment asks about here; give both runs "
                 "the same tasks.alignment.held_out and seed",
                 kind="mismatch",
                 at=run,
-                column="train.start",
+                column=key,
             )
 
 

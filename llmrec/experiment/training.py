@@ -17,6 +17,7 @@ from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.row_specs import listing
+from llmrec.experiment.runs import teacher_of
 from llmrec.experiment.study import Study, fused_finder
 from llmrec.experiment.tuning.judging import Judge, judged
 from llmrec.experiment.tuning.rejecting import BEAM, close
@@ -52,7 +53,7 @@ _EVALUATION_ONLY = {
 # Training settings that change nothing of the adapter.
 _UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
 # Sections that change nothing where there are none.
-_OPTIONAL = ("judge", "preference", "reward", "prune")
+_OPTIONAL = ("judge", "preference", "reward", "prune", "teacher")
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
 _PATIENCE = 2000
 
@@ -173,7 +174,16 @@ def training_key(study: Study, folder: str) -> str:
         **_nearness(study),
         **_drawing(study),
         **_judging(study),
+        **_teaching(recipe),
     )
+
+
+def _teaching(recipe: Recipe) -> dict[str, str]:
+    """Return the weights of the model that teaches, where one does: the run's folder says nothing of them."""
+    if recipe.train.teacher is None:
+        return {}
+    merged = Path(recipe.train.teacher.run).expanduser() / "merged"
+    return {"teacher": weights_stamp(str(merged)) if merged.is_dir() else ""}
 
 
 def _teacher(recipe: Recipe) -> list[tuple[Mapping[str, str], str]]:
@@ -276,7 +286,7 @@ def train_stage(
         # A record must never vouch for weights of another run that was killed half-way.
         (folder / "train.json").unlink(missing_ok=True)
     if study.recipe.train.method in METHODS:
-        from llmrec.train.option import soft_encoder
+        from llmrec.train.heads.option import soft_encoder
 
         encoder = soft_encoder(encoder, study.recipe.train)
     with budget.stage("plan"):
@@ -340,7 +350,9 @@ def _train(
     judge: Judge | None,
     quiet: bool,
 ) -> Training:
-    from llmrec.train import lora, option, sft
+    from llmrec.train import lora, sft
+    from llmrec.train.heads import option
+    from llmrec.train.heads.state_loss import open_teacher
     from llmrec.train.world import here
 
     section = study.recipe.train
@@ -359,6 +371,9 @@ def _train(
 
         put_on(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
     head = _head(study, encoder, model, planned)
+    teacher, taught = teacher_of(study, encoder, folder), None
+    if teacher is not None and section.teacher is not None:
+        taught = open_teacher(teacher, study.recipe.model, section.teacher, _tokens(model))
     training = sft.train(
         model,
         encoder,
@@ -374,10 +389,17 @@ def _train(
         judge=None if judge is None else judge.model,
         listwise=listwise_of(study),
         objective=objective_of(study, encoder, planned) if section.reward is not None else None,
+        taught=taught,
     )
-    del model, head
+    del model, head, taught
     release_memory()
     return training
+
+
+def _tokens(model: Any) -> int:
+    """Return how many tokens the head of a model that is trained knows."""
+    head = model.get_output_embeddings()
+    return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)
 
 
 def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:
@@ -386,7 +408,7 @@ def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHe
     section = study.recipe.tasks.rating
     if classes is None or section is None or section.head is None:
         return None
-    from llmrec.train.rating_head import attach
+    from llmrec.train.heads.rating_head import attach
 
     counts = classes.counts(row for step in planned.steps for row in step.rows)
     return attach(model, classes.scale, alpha=section.head.alpha, counts=counts, frozen=section.head.frozen)

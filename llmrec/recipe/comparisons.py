@@ -176,6 +176,7 @@ class BenchmarkRun(Section):
     start: str = Field(
         "", description="a run above, whose tuned model of the same seed this one continues: its train.start"
     )
+    teacher: str = Field("", description="a run above, whose tuned model of the same seed teaches: train.teacher.run")
     grid: dict[str, tuple[Any, ...]] = Field(
         default={}, description="keys of the recipe with lists of values: every combination is a run"
     )
@@ -205,14 +206,15 @@ class Benchmark(Section):
                 raise ValueError(f"runs: two runs are called {name!r}; give one another name")
         above: dict[str, BenchmarkRun] = {}
         for run in self.runs:
-            first = above.get(run.start)
             # No seed of its own is the recipe's, of which a run with seeds has none.
             own: set[int | None] = set(run.seeds) or {None}
-            if run.start and (first is None or first.grid or (first.seeds and not own <= set(first.seeds))):
-                raise ValueError(
-                    f"runs: {run.name!r} starts from {run.start!r}, which has to be a run above it, without a grid and "
-                    "with the same seeds"
-                )
+            for name, what in ((run.start, "starts from"), (run.teacher, "is taught by")):
+                first = above.get(name)
+                if name and (first is None or first.grid or (first.seeds and not own <= set(first.seeds))):
+                    raise ValueError(
+                        f"runs: {run.name!r} {what} {name!r}, which has to be a run above it, without a grid and with "
+                        "the same seeds"
+                    )
             above[run.name] = run
             if not (run.recipe or self.recipe):
                 raise ValueError(

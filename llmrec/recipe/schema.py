@@ -715,6 +715,24 @@ class SoftSection(Section):
     rank: Positive = Field(32, description="option-adapter: width of the bottleneck in every layer")
 
 
+class TeacherSection(Section):
+    """A finished run whose model teaches this one, of whatever shape, over the same tokens."""
+
+    run: str = Field(description="its folder")
+    share: float = Field(
+        0.5, ge=0, le=1, description="of the loss: the target is what the teacher says of every token, not the answer"
+    )
+    relations: float = Field(
+        0.0, ge=0, description="weight of how states that targets follow differ in their likenesses from the teacher's"
+    )
+
+    @model_validator(mode="after")
+    def _teaches_something(self) -> TeacherSection:
+        if not self.share and not self.relations:
+            raise ValueError("train.teacher: with share 0 and relations 0 it teaches nothing; drop the section")
+        return self
+
+
 class PruneSection(Section):
     """Magnitude pruning of the blocks' linear layers while training (Zhu and Gupta, arXiv 1710.01878)."""
 
@@ -880,6 +898,9 @@ class TrainSection(Section):
         0.0,
         description="with exits, the share of the loss at earlier depths whose target is what the last layer says",
     )
+    teacher: TeacherSection | None = Field(
+        None, description="a run whose model says what the targets are, beside the answers; None: none"
+    )
     prune: PruneSection | None = Field(
         None, description="have the weights of least magnitude become 0 while the others learn; None: none"
     )
@@ -927,6 +948,23 @@ class TrainSection(Section):
                 f"train.distill: the loss of train.method={self.method} is over labels and has no teacher; set "
                 "train.method=lora, or drop it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _a_teacher_speaks_of_tokens(self) -> TrainSection:
+        if self.teacher is None:
+            return self
+        for found, why in (
+            (self.exits, "train.exits has losses at every depth; drop one of both"),
+            (
+                self.method in ("prompt", "option", "option-adapter"),
+                f"train.method={self.method} puts tokens before a prompt that no teacher knows; set it to lora or full",
+            ),
+            (self.preference is not None, "train.preference has another loss; drop one of both"),
+            (self.reward is not None, "train.reward has another loss; drop one of both"),
+        ):
+            if found:
+                raise ValueError(f"train.teacher: {why}")
         return self
 
     @model_validator(mode="after")
@@ -1438,6 +1476,8 @@ class Recipe(Section):
             )
         if self.train.distill:
             raise ValueError("train.distill: the loss of tasks.rating.head has no teacher; drop one of both")
+        if self.train.teacher is not None:
+            raise ValueError("train.teacher: the loss of tasks.rating.head is over ratings; drop one of both")
         if self.eval.backend != "hf":
             raise ValueError(
                 f"tasks.rating.head: the backend {self.eval.backend!r} reads no rating head; set eval.backend=hf"

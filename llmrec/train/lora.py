@@ -58,7 +58,7 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     """
     torch, peft = require("torch", "train"), require("peft", "train")
     if (prompt := soft_prompt.read(adapter)) is not None:
-        from llmrec.train.option import assembled
+        from llmrec.train.heads.option import assembled
 
         assembled(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
         return
@@ -109,7 +109,7 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
     if train.method == "full":
         return _full(adapter, model).eval()
     if (prompt := soft_prompt.read(adapter)) is not None:
-        from llmrec.train.option import assembled
+        from llmrec.train.heads.option import assembled
 
         return assembled(folder, model, adapter, prompt).eval()
     if train.method in QUANTISED:

@@ -2,7 +2,8 @@
 
 The language-model head is the widest matrix of a small model; applying it to the rows that carry a label, a few
 hundred at a time, keeps both its cost and its memory proportional to the number of targets. Losses are summed here;
-`llmrec.train.sft` divides them by a step's targets. Of a rating head the loss is `llmrec.train.rating_head.HeadLoss`.
+`llmrec.train.sft` divides them by a step's targets. Of a rating head the loss is
+`llmrec.train.heads.rating_head.HeadLoss`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from llmrec.models import exits
 from llmrec.models.traits import is_paired, plain_head
 from llmrec.tasks.rows import ListLoss
 
-# Rows of logits at a time.
-_CHUNK = 256
+# Rows of logits at a time, and states of a step whose likenesses are compared: all of them would be a matrix of n by n.
+_CHUNK, _RELATED = 256, 1024
 
 StateLoss = Callable[[Any, Any], Any]
 """Summed loss of hidden states, shape (n, d), and labels, shape (n,): what stands in for the language-model head."""
@@ -45,6 +46,40 @@ class ExitLoss:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True)
+class TaughtLoss:
+    """The loss of a model beside a teacher of whatever shape, which reads the same tokens and stays as it is.
+
+    Attributes:
+        teacher: A causal language model with a plain head over the same vocabulary.
+        share: Of the loss, the part in which the target is what the teacher says of every token (Hinton et al., arXiv
+            1503.02531, at temperature 1).
+        relations: Weight of how the likenesses of states differ from the teacher's; see `related`.
+    """
+
+    teacher: Any
+    share: float
+    relations: float = 0.0
+
+    def __call__(self, states: Any, labels: Any) -> Any:
+        """Never: the states of the pupil alone are not enough."""
+        raise NotImplementedError
+
+
+def related(states: Any, teacher: Any) -> Any:
+    """Return the mean squared distance between how states resemble each other and how a teacher's do, from 0 to 4.
+
+    Of each state the products with all states, at length 1, are compared: similarity-preserving distillation (Tung and
+    Mori, arXiv 1907.09682, equations 1 to 3), times the number of states. Widths may differ.
+
+    Args:
+        states: Shape (n, d).
+        teacher: Shape (n, other d).
+    """
+    own, theirs = (torch.nn.functional.normalize(each @ each.T, dim=1) for each in (states.float(), teacher.float()))
+    return (own - theirs).square().sum(dim=1).mean()
+
+
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """Sum of cross-entropies through a head; the gradients are formed in the forward pass.
 
@@ -52,13 +87,14 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     logits outlive their chunk and none are computed twice. What is trained of the head gets its gradient from the same
     chunk, (softmax - target)' hidden: all of it, or the rows of new tokens in the columns of these tokens.
 
-    The target is 1 at the answer; where a teacher's states are given, ``share`` of it is what they say instead.
+    The target is 1 at the answer; where a teacher's states are given, ``share`` of it is what they say instead, through
+    the same head or the teacher's own.
     """
 
     @staticmethod
     def forward(
         ctx: Any, hidden: Any, weight: Any, targets: Any, rows: Any = None, places: Any = None, counts: Any = None,
-        teacher: Any = None, share: float = 0.0,
+        teacher: Any = None, share: float = 0.0, head: Any = None,
     ) -> Any:  # fmt: skip
         grad = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -66,6 +102,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
         if rows is not None:
             weight = weight.index_copy(0, places, rows.to(weight.dtype))
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        head = weight if head is None else head
         for start in range(0, len(hidden), _CHUNK):
             states, wanted = hidden[start : start + _CHUNK], targets[start : start + _CHUNK, None]
             logits = (states @ weight.T).float()
@@ -73,7 +110,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             picked = (1 - share) * logits.gather(-1, wanted)
             said = None
             if teacher is not None:
-                said = (teacher[start : start + _CHUNK] @ weight.T).float().softmax(-1).mul_(share)
+                said = (teacher[start : start + _CHUNK] @ head.T).float().softmax(-1).mul_(share)
                 picked = picked + (said * logits).sum(-1, keepdim=True)
             logits.sub_(peak).exp_()
             mass = logits.sum(-1, keepdim=True)
@@ -97,7 +134,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     def backward(ctx: Any, *upstream: Any) -> Any:
         grad, *onto = ctx.saved_tensors
         onto_weight, onto_rows = (None if each is None else each * upstream[0].to(each.dtype) for each in onto)
-        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None, None, None, None
+        return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None, None, None, None, None
 
 
 def label_loss(
@@ -277,6 +314,8 @@ def _loss_at(
 
         count = len(targets) if by.inner or counts is None else float(counts.sum())
         return sum(scale * loss(states) for scale, states in zip(scales, found, strict=True)), count
+    if isinstance(by, TaughtLoss):
+        return _taught_loss(base, inputs, pick, targets, by, counts)
     if by is not None:
         return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
     count = len(targets) if counts is None else float(counts.sum())
@@ -288,11 +327,28 @@ def _loss_at(
     ), count
 
 
-def _vocabulary_loss(base: Any, hidden: Any, targets: Any, counts: Any, teacher: Any = None, share: float = 0.0) -> Any:
+def _taught_loss(
+    base: Any, inputs: Mapping[str, Any], pick: Callable[[Any], Any], targets: Any, by: TaughtLoss, counts: Any
+) -> tuple[Any, float]:
+    """Return the summed loss of targets beside a teacher, and what they count; relations weigh the whole."""
+    states = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
+    with torch.no_grad():
+        said = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
+    total = _vocabulary_loss(base, states, targets, counts, said, by.share, by.teacher.get_output_embeddings().weight)
+    count = len(targets) if counts is None else float(counts.sum())
+    if by.relations and len(targets):
+        total = total + by.relations * count * related(states[:_RELATED], said[:_RELATED])
+    return total, count
+
+
+def _vocabulary_loss(
+    base: Any, hidden: Any, targets: Any, counts: Any, teacher: Any = None, share: float = 0.0, by: Any = None
+) -> Any:
     """Return the summed cross-entropy of states, shape (n, d), through a plain head; see `_HeadLoss`."""
     head, rows, places = _head(base)
-    taught = None if teacher is None else teacher.to(head.weight.dtype)
-    return _HeadLoss.apply(hidden.to(head.weight.dtype), head.weight, targets, rows, places, counts, taught, share)
+    kind = head.weight.dtype
+    taught, other = (None if each is None else each.to(kind) for each in (teacher, by))
+    return _HeadLoss.apply(hidden.to(kind), head.weight, targets, rows, places, counts, taught, share, other)
 
 
 def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:

@@ -22,7 +22,6 @@ from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.durable import replacing, seal
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.models import bottleneck
-from llmrec.models.exits import check as check_exits
 from llmrec.models.load import has_cuda
 from llmrec.models.rating_head import RatingHead, save_head
 from llmrec.models.soft_prompt import SoftPrompt
@@ -34,13 +33,13 @@ from llmrec.train.batches import laid_out, padded
 from llmrec.train.best import Best
 from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
 from llmrec.train.follow import Follow
-from llmrec.train.loss import ExitLoss, StateLoss, label_loss, list_loss, packed_loss, rows_loss
-from llmrec.train.option import OptionLoss, rows_of
+from llmrec.train.heads.rating_head import detach, measure, restore
+from llmrec.train.heads.state_loss import state_loss
+from llmrec.train.loss import StateLoss, TaughtLoss, label_loss, list_loss, packed_loss, rows_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
 from llmrec.train.preference.loss import compare, without_dropout
 from llmrec.train.pruning import magnitude
-from llmrec.train.rating_head import HeadLoss, detach, measure, restore
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
 from llmrec.train.whole_words import restore_words
@@ -186,6 +185,7 @@ def train(
     judge: Callable[[Any], float] | None = None,
     listwise: Listwise | None = None,
     objective: Objective | None = None,
+    taught: TaughtLoss | None = None,
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -208,6 +208,7 @@ def train(
             None: that of the last step is.
         listwise: Rows are lists of candidates, planned as such, and have a loss over these.
         objective: Makes the loss of each planned step itself.
+        taught: A teacher; what is followed on validation is the loss of the answers all the same.
     """
     world = here()
     started = time.monotonic()
@@ -217,12 +218,8 @@ def train(
     if steps and steps[0].bins:
         check_packing(model, "train.packing=none" if listwise is None else _no_lists(listwise))
     pad = encoder.tokenizer.pad_token_id
-    by: StateLoss | None = None if head is None else HeadLoss(head)
-    if soft is not None and soft.tied:
-        by = OptionLoss(rows_of(model), len(soft.labels))
-    if section.exits:
-        check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
-        by = ExitLoss(by, section.distill)
+    by = state_loss(model, section, head, soft, taught)
+    seen = None if by is taught else by
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]
     kept += ([] if head is None else [partial(save_head, head)]) + ([] if soft is None else [soft.save])
@@ -240,7 +237,7 @@ def train(
     patience = section.judge.patience if section.judge else None
     best = Best(folder / "best", patience, judge, write) if judge is not None and world.first else None
     log_file = folder / "train_log.jsonl"
-    follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=by, best=best, world=world)
+    follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=seen, best=best, world=world)
     if objective is not None:
         check_packing(model, "train.reward=null")
         follow.told = objective.told

@@ -265,11 +265,15 @@ def test_a_picture_has_a_few_lines_whatever_the_range(spread: float) -> None:
 def test_a_run_starts_from_that_of_its_seed(tmp_path: Path) -> None:
     page = write(tmp_path, "  - {name: SFT, seeds: [3, 4]}\n  - {name: one}\n", "")
     more = "  - {name: further, start: SFT, seeds: [4]}\n  - {name: from one, start: one, seeds: [5]}\n"
+    more += "  - {name: taught, teacher: SFT, seeds: [3], overrides: [train.teacher.share=1]}\n"
     page.write_text(page.read_text(encoding="utf-8") + more, encoding="utf-8")
     benchmark = load_benchmark(page)
-    found = {point.label: recipe_of(benchmark, point, Path("out")).train.start for point in points(benchmark)}
+    made = {point.label: recipe_of(benchmark, point, Path("out")).train for point in points(benchmark)}
+    found = {label: train.start for label, train in made.items() if train.teacher is None}
     assert found == {"SFT": None, "one": None, "further": "out/SFT-seed4", "from one": "out/one"}
-    for wrong in ("start: nothing", "start: SFT, seeds: [9]", "start: SFT"):
+    teacher = made["taught"].teacher
+    assert teacher is not None and (teacher.run, teacher.share) == ("out/SFT-seed3", 1.0)
+    for wrong in ("start: nothing", "start: SFT, seeds: [9]", "start: SFT", "teacher: nothing", "teacher: SFT"):
         page = write(tmp_path, "  - {name: SFT, seeds: [3, 4]}\n  - {name: further, " + wrong + "}\n")
         with pytest.raises(RecipeError, match="a run above it"):
             load_benchmark(page)

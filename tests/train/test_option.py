@@ -21,8 +21,9 @@ from llmrec.models.load import load_model, load_tokenizer
 from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt, names, put_on
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, SoftSection, TrainSection
-from llmrec.train import lora, option, sft
+from llmrec.train import lora, sft
 from llmrec.train.batches import Labels, plan
+from llmrec.train.heads import option
 from llmrec.train.loss import label_loss
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.facts import Facts, raises

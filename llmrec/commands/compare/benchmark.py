@@ -212,8 +212,12 @@ def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
     """
     changes = [f"{key}={json.dumps(value)}" for key, value in point.changes.items()]
     seed = [] if point.seed is None else [f"train.seed={point.seed}"]
-    start = [f"train.start={json.dumps(str(_started(benchmark, point, out)))}"] if point.run.start else []
-    overrides = [*benchmark.overrides, *point.run.overrides, *changes, *seed, *start, f"name={point.folder}"[:80]]
+    above = [
+        f"{key}={json.dumps(str(_above(benchmark, name, point, out)))}"
+        for key, name in (("train.start", point.run.start), ("train.teacher.run", point.run.teacher))
+        if name
+    ]
+    overrides = [*benchmark.overrides, *point.run.overrides, *changes, *seed, *above, f"name={point.folder}"[:80]]
     try:
         return load_recipe(point.run.recipe or benchmark.recipe, overrides)
     except RecipeError as error:
@@ -225,9 +229,9 @@ def recipe_of(benchmark: Benchmark, point: Point, out: Path) -> Any:
         ) from None
 
 
-def _started(benchmark: Benchmark, point: Point, out: Path) -> Path:
-    """Return the folder of the run that a point starts from: that of its seed, or the only one."""
-    first = next(run for run in benchmark.runs if run.name == point.run.start)
+def _above(benchmark: Benchmark, name: str, point: Point, out: Path) -> Path:
+    """Return the folder of the run that a point builds on: that of its seed, or the only one."""
+    first = next(run for run in benchmark.runs if run.name == name)
     return out / _folder(first.name, point.seed if first.seeds else None)
 
 

@@ -60,6 +60,13 @@ def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
             kind="contradiction",
             column="train.exits",
         )
+    if recipe.train.teacher is not None and (found is not None or paired):
+        what = f"{recipe.model.name} is an encoder-decoder" if paired else "a loss over candidates compares no tokens"
+        raise RecipeError(
+            f"train.teacher: {what}; it teaches decoders that learn answers (tasks.<family>.loss=answer)",
+            kind="contradiction",
+            column="train.teacher",
+        )
     return found
 
 
