@@ -3,8 +3,8 @@
 ``python -m eval.benchmarks.compress eval/results/compress_ms.json`` asks SmolLM2-135M-Instruct, untrained, since
 weights change no time. Prompts as text are asked at each exit; late interaction with nothing kept of the user (cold:
 only titles of the catalogue are) and with all of it kept (warm). What asks in text keeps the beginning of the prompt
-before (``text``), but at exits; ``text, int8`` has the matrices of its layers in 8 bits, by PyTorch's dynamic
-quantisation. Tokens that were read are exact, and seconds those of this machine:
+before (``text``), but at exits; ``text, int8`` has the matrices of its layers in 8 bits, by bitsandbytes, as
+``llmrec compress`` measures and exports them. Tokens that were read are exact, and seconds those of this machine:
 ``BENCH_CLOCK=processor`` where others use its cores too.
 """
 
@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import copy
 import sys
-import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -26,6 +25,7 @@ from eval.benchmarks.timing import alternated
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.segments import Lower
 from llmrec.baselines.late import Late, LateInteraction
+from llmrec.commands.compress.compress import opened
 from llmrec.durable import write_json
 from llmrec.experiment.study import build_study, encoder_of
 from llmrec.machine import machine, versions
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     prompts = [task.prompt(request, template=template) for request in requests]
     answers = [task.continuations(request, template=template) for request in requests]
     ways["text"] = partial(_scored, HFBackend(model, encoder), prompts, answers)
-    narrow = {"text, bfloat16": copy.deepcopy(model).bfloat16(), "text, int8": _int8(copy.deepcopy(model))}
+    narrow = {"text, bfloat16": copy.deepcopy(model).bfloat16(), "text, int8": opened(Path(base), "int8", recipe)}
     for name, other in narrow.items():
         ways[name] = partial(_scored, HFBackend(other, encoder), prompts, answers)
     expected = _odds(ways["text"]())
@@ -91,16 +91,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _scored(backend: HFBackend, prompts: Sequence[Any], answers: Sequence[Sequence[str]]) -> Any:
     return backend.score(prompts, answers, closed=False)
-
-
-def _int8(model: Any) -> Any:
-    """Return the model with the matrices of its layers in 8 bits, activations in as many when they are met."""
-    body = model.get_decoder()
-    with warnings.catch_warnings():
-        # That it is to be removed is why llmrec has no export in this form.
-        warnings.simplefilter("ignore")
-        body.layers = torch.ao.quantization.quantize_dynamic(body.layers, {torch.nn.Linear}, dtype=torch.qint8)
-    return model
 
 
 def _odds(scored: Sequence[Any]) -> list[float]:

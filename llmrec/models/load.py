@@ -267,9 +267,13 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
         ModelError: If the folder or hub entry cannot be loaded as one of these, or its weights do not fit its
             configuration.
     """
-    auto = auto_class(load_config(folder, section))
+    config = load_config(folder, section)
+    auto, stored = auto_class(config), getattr(config, "quantization_config", None)
     options.setdefault("dtype", dtype(section))
-    if "quantization_config" in options and device(section) == "cpu":
+    if stored is not None:
+        # As the folder was saved: what it is asked for beside it would be a second quantisation.
+        options.pop("quantization_config", None)
+    if (stored is not None or "quantization_config" in options) and device(section) == "cpu":
         # The loader of quantised weights takes a GPU that it sees, and they cannot be moved later.
         options.setdefault("device_map", {"": "cpu"})
     with _as_model_error(section, folder, "weights"):

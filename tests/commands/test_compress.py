@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from llmrec.experiment import bundle
 from llmrec.models.load import load_config, load_model
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection
+from llmrec.recipe.shared import Dtype
 from tests.conftest import make_model
 from tests.experiment.test_ctr_run import SMALL
 from tests.facts import Facts, raises
@@ -73,24 +75,67 @@ def test_the_page_draws_the_front_and_shows_every_row(tmp_path: Path) -> None:
     assert "No combination has a figure" in (tmp_path / page.PAGE).read_text(encoding="utf-8")
 
 
+def _run(folder: Path) -> Path:
+    """Train a model of four layers with exits."""
+    deep = make_model(folder / "deep", layers=4)
+    only = "tasks={rating: {strategies: [expected], history: 5}}"
+    more = ["train.exits=true", "eval.arms=[tuned]", f"model.name={deep}", "model.dtype=float32"]
+    settings = [each for each in SMALL if not each.startswith("tasks=") and "top_layers" not in each]
+    return pipeline.run(
+        load_recipe("recipes/quickstart.yaml", [*settings, only, *more]), folder / "run", quiet=True
+    ).folder
+
+
+def test_a_weight_in_8_bits_is_off_by_half_a_step_of_its_row_at_most(tmp_path: Path) -> None:
+    pytest.importorskip("bitsandbytes")
+    folder, recipe = make_model(tmp_path / "deep", layers=1), load_recipe("recipes/quickstart.yaml")
+    plain = dict(compressing.opened(folder, "float32", recipe).named_parameters())
+    stored, whole = 0, 0
+    for name, weight in compressing.opened(folder, "int8", recipe).named_parameters():
+        if weight.dtype != torch.int8:
+            whole += 1
+            continue
+        steps = weight.SCB[:, None] / 127
+        # The weights come in bfloat16, which rounds the scale of a row and the weights themselves.
+        assert ((plain[name] - weight * steps).abs() <= steps * (0.5 + 127 * 2**-8)).all()
+        stored += 1
+    assert stored == 7 and whole
+
+
+@pytest.mark.slow
+def test_a_model_in_8_bits_is_exported_and_read_as_it_was_measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    run = _run(tmp_path)
+    monkeypatch.setattr(compressing, "KINDS", ("bfloat16", "int8"))
+    found = compress(run, tmp_path / "none", target_ms=0, users=4, depths=(2,))
+    sizes = {row.dtype: row.mb for row in found.rows}
+    assert sizes["int8"] < sizes["bfloat16"]
+    monkeypatch.setattr(compressing, "KINDS", ("int8",))
+    found = compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,))
+    assert found.chosen is not None and found.chosen.dtype == "int8" and verify(tmp_path / "out")
+    section = ModelSection(name=str(tmp_path / "out"))
+    model = load_model(str(tmp_path / "out"), section)
+    assert sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6 == pytest.approx(found.chosen.mb)
+    assert {p.dtype for p in model.get_decoder().layers[1].mlp.parameters()} == {torch.int8}
+
+
 @pytest.mark.slow
 def test_a_run_is_measured_cut_and_exported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = make_model(tmp_path / "deep", layers=4)
-    only = "tasks={rating: {strategies: [expected], history: 5}}"
-    more = ["train.exits=true", "eval.arms=[tuned]", f"model.name={folder}", "model.dtype=float32"]
-    settings = [each for each in SMALL if not each.startswith("tasks=") and "top_layers" not in each]
-    run = tmp_path / "run"
-    pipeline.run(load_recipe("recipes/quickstart.yaml", [*settings, only, *more]), run, quiet=True)
+    run = _run(tmp_path)
     none = compress(run, tmp_path / "none", target_ms=0, users=4, depths=(2,))
     assert none.chosen is None and not (tmp_path / "none").exists()
     told = json.loads((run / TABLE).read_text(encoding="utf-8"))
     assert told["chosen"] is None and {(row["layers"], row["dtype"]) for row in told["rows"]} == {
         (2, "bfloat16"),
         (2, "float32"),
+        (2, "int8"),
     }
+    monkeypatch.setattr(compressing, "KINDS", ("bfloat16", "float32"))
     found = compress(run, tmp_path / "out", target_ms=1e9, users=4, depths=(2,))
     assert found.chosen is not None and found.chosen.layers == 2 and found.metric == "RMSE of rating"
-    section = ModelSection(name=str(tmp_path / "out"), dtype=found.chosen.dtype)
+    section = ModelSection(name=str(tmp_path / "out"), dtype=cast(Dtype, found.chosen.dtype))
     assert load_config(str(tmp_path / "out"), section).num_hidden_layers == 2
     model = load_model(str(tmp_path / "out"), section)
     size = sum(p.numel() * p.element_size() for p in model.parameters()) / 1e6

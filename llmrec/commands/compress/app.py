@@ -26,7 +26,7 @@ def compress(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Measure a tuned model at several depths and dtypes, and export the best one that is fast enough.
+    """Measure a tuned model at several depths and in several dtypes, and export the best one that is fast enough.
 
     Writes RUN/compress.json. Exit code 1: none is fast enough, and nothing was exported.
     """

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -17,13 +18,13 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.commands.compress import page
-from llmrec.commands.compress.rows import Compressed, Row, chosen, with_front
+from llmrec.commands.compress.rows import Compressed, Kind, Row, chosen, with_front
 from llmrec.commands.export import export as exports
 from llmrec.commands.export import safety
 from llmrec.commands.export.agreement import on_validation
 from llmrec.commands.export.files import drop_places, ours, refuse
 from llmrec.durable import write_json, write_text
-from llmrec.errors import LlmrecError
+from llmrec.errors import LlmrecError, require
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.evaluation import Evaluation
 from llmrec.experiment.resume import Budget
@@ -40,7 +41,7 @@ from llmrec.tasks.family import family_of
 
 TABLE = "compress.json"
 CANDIDATES = 20
-DTYPES: tuple[Dtype, ...] = ("bfloat16", "float32")
+KINDS: tuple[Kind, ...] = ("bfloat16", "float32", "int8")
 # How far the figure of what was exported may lie from its row: sums are added up in another order.
 _APART = 0.01
 # What of a model changes when layers are cut off.
@@ -73,7 +74,8 @@ def compress(
     study = on_validation(source.recipe, users)
     family = _family(study)
     metric, merged = family_of(family).headline_at(source.recipe.eval.cutoffs), run / "merged"
-    found = [_measured(study, family, merged, dtype, depths) for dtype in DTYPES]
+    kinds = [kind for kind in KINDS if kind != "int8" or find_spec("bitsandbytes") is not None]
+    found = [_measured(study, family, merged, kind, depths) for kind in kinds]
     rows = with_front([row for own in found for row in own], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
     made = Compressed(
@@ -95,7 +97,8 @@ def compress(
                     at=out,
                 )
 
-        exports.export(run, exports.Options(out=out, dtype=best.dtype, users=0, force=force, change=change))
+        wide: Dtype = "bfloat16" if best.dtype == "int8" else best.dtype
+        exports.export(run, exports.Options(out=out, dtype=wide, users=0, force=force, change=change))
     return made
 
 
@@ -105,7 +108,7 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
     Its weights are the merged ones that the row was measured on, in the row's dtype, and not those that an export in
     another dtype than the run's merges anew.
     """
-    model = load_model(str(merged), _section(merged, row.dtype, recipe))
+    model = opened(merged, row.dtype, recipe)
     body, text = model.get_decoder(), model.config.get_text_config()
     for each in (body.config, text):
         each.num_hidden_layers = row.layers
@@ -139,7 +142,22 @@ def _family(study: Study) -> str:
     )
 
 
-def _section(folder: Path, dtype: Dtype, recipe: Recipe) -> ModelSection:
+def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
+    """Load a model with its weights stored in one of the ways that are measured.
+
+    In 8 bits each row of a matrix is scaled by its largest weight, and each token's states by theirs, so that no weight
+    is off by more than half a step of its row: LLM.int8() (Dettmers et al., arXiv 2208.07339), by bitsandbytes.
+    """
+    section = _section(folder, kind, recipe)
+    if kind != "int8":
+        return load_model(str(folder), section).to(device(section))
+    require("bitsandbytes", "quant")
+    said = require("transformers", "train").BitsAndBytesConfig(load_in_8bit=True)
+    return load_model(str(folder), section, quantization_config=said)
+
+
+def _section(folder: Path, kind: Kind, recipe: Recipe) -> ModelSection:
+    dtype: Dtype = "bfloat16" if kind == "int8" else kind
     return ModelSection(name=str(folder), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
 
 
@@ -157,14 +175,14 @@ class _Timed:
         return answers
 
 
-def _measured(study: Study, family: str, folder: Path, dtype: Dtype, depths: Sequence[int]) -> list[Row]:
+def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Sequence[int]) -> list[Row]:
     """Ask a model behind each of some depths."""
-    section, cases = _section(folder, dtype, study.recipe), study.cases(family)
+    section, cases = _section(folder, kind, study.recipe), study.cases(family)
     encoder = Encoder(load_tokenizer(str(folder), section), max_length=study.recipe.model.max_length)
-    model = load_model(str(folder), section).to(device(section))
+    model = opened(folder, kind, study.recipe)
     layers = len(model.get_decoder().layers)
     protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
-    template, kind = study.eval_templates(family)[0], family_of(family)
+    template, own = study.eval_templates(family)[0], family_of(family)
     found = []
     for depth in sorted({max(1, round(layers * part / 6)) for part in range(1, 7)} if not depths else set(depths)):
         backend = HFBackend(model, encoder, exit=depth)
@@ -172,7 +190,7 @@ def _measured(study: Study, family: str, folder: Path, dtype: Dtype, depths: Seq
         strategy = study.tasks[family].scored_by(template)
         assert strategy is not None
         timed = _Timed(strategy_of(strategy, asker))
-        done = evaluate(timed, cases, name=family, kind=kind.answer, protocol=protocols.protocol(family))
+        done = evaluate(timed, cases, name=family, kind=own.answer, protocol=protocols.protocol(family))
         if backend.exits is None or backend.exits.whole or not backend.exits.taken:
             raise LlmrecError(
                 f"answers of {family} are no labels of one token each for this tokenizer, so none leaves a model "
@@ -180,11 +198,11 @@ def _measured(study: Study, family: str, folder: Path, dtype: Dtype, depths: Seq
                 kind="unsupported",
                 column="tasks",
             )
-        quality = done.figures.metrics[kind.headline_at(study.recipe.eval.cutoffs)].value
+        quality = done.figures.metrics[own.headline_at(study.recipe.eval.cutoffs)].value
         unused = {id(p) for layer in list(model.get_decoder().layers)[depth:] for p in layer.parameters()}
         size = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unused)
         ms = 1e3 * CANDIDATES * timed.seconds / len(cases)
-        found.append(Row(depth, dtype, None if quality is None else float(quality), ms, size / 1e6))
+        found.append(Row(depth, kind, None if quality is None else float(quality), ms, size / 1e6))
     del model
     release_memory()
     return found

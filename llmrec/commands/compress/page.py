@@ -16,7 +16,7 @@ from llmrec.results import lower
 
 PAGE = "compress.html"
 # Of each dtype, the form and the colour of its marks.
-_LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"), "float16": ("diamond", "few-shot")}
+_LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"), "int8": ("diamond", "few-shot")}
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 34, 274
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
-from llmrec.recipe.shared import Dtype
+Kind = Literal["bfloat16", "float32", "int8"]
+"""How weights are stored; int8: those of the linear layers within the blocks, the others in bfloat16."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,7 +17,7 @@ class Row:
 
     Attributes:
         layers: Behind how many it answers.
-        dtype: Of its weights.
+        dtype: How its weights are stored.
         quality: The headline figure on the cases; None where it is not defined.
         ms: Milliseconds for 20 candidates.
         mb: Megabytes of its weights.
@@ -23,7 +25,7 @@ class Row:
     """
 
     layers: int
-    dtype: Dtype
+    dtype: Kind
     quality: float | None
     ms: float
     mb: float
