@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import numpy as np
@@ -20,6 +20,7 @@ from llmrec.answering.requests import catalogue
 from llmrec.answering.rules import Rules
 from llmrec.data.codes import codes
 from llmrec.data.dataset import Dataset
+from llmrec.data.described import described_items, profile_of
 from llmrec.data.hashing import digest_strings
 from llmrec.data.sources.table import load
 from llmrec.data.split import time_order
@@ -198,11 +199,17 @@ class Known:
         items: The catalogue.
         histories: What its users did: all interactions of its data, whichever part of the split they are in.
         features: Stores of features that hold something about users.
+        profiles: See `profiles_of`.
     """
 
     items: Mapping[str, Item]
     histories: Histories
     features: Sequence[Path] = field(default_factory=tuple)
+    profiles: Callable[[str], str] | None = None
+
+    def profile(self, user: str | None) -> str | None:
+        """Return the text that prompts show of a user; None where there is none."""
+        return (self.profiles(user) if self.profiles and user is not None else "") or None
 
 
 def known_of(folder: str, items: Path | None) -> Known:
@@ -222,9 +229,11 @@ def known_of(folder: str, items: Path | None) -> Known:
         return Known(catalogue(bundle, items) or {}, past)
     recipe = load_stored(bundle.run)
     data = load(recipe.data, seed=recipe.seed)
-    found = data.items if items is None else catalogue(bundle, items)
-    store = bundle.run / "features"
-    return Known(found or {}, Histories.of(data, recipe.seed), (store,) if store.is_dir() else ())
+    found = described_items(data.items, recipe.data.texts) if items is None else catalogue(bundle, items)
+    texts = recipe.data.texts
+    stores = dict.fromkeys([bundle.run / "features", *([Path(texts.path).expanduser()] if texts is not None else [])])
+    features = [store for store in stores if store.is_dir()]
+    return Known(found or {}, Histories.of(data, recipe.seed), features, profiles_of(folder))
 
 
 def known_in(dataset: Dataset, items: Mapping[str, Item], seed: int) -> Known:
@@ -232,20 +241,33 @@ def known_in(dataset: Dataset, items: Mapping[str, Item], seed: int) -> Known:
     return Known(items, Histories.of(dataset, seed))
 
 
+def profiles_of(folder: str) -> Callable[[str], str] | None:
+    """Return what says the text that a run's prompts show of a user (``data.texts``); None where they show none."""
+    run = bundles.read(folder).run
+    section = None if run is None else load_stored(run).data.texts
+    return None if section is None else partial(profile_of, section=section)
+
+
 def with_history(
-    record: Mapping[str, object], histories: Callable[[], Histories], items: Mapping[str, Item]
+    record: Mapping[str, object],
+    histories: Callable[[], Histories],
+    items: Mapping[str, Item],
+    profiles: Callable[[str], str] | None = None,
 ) -> Mapping[str, object]:
-    """Return a request with what the data know of its user, where it brings a user and no history.
+    """Return a request with what is known of its user and what it does not bring itself.
 
     Args:
         record: A request as it was given.
-        histories: What users did; it is called where a request needs it.
+        histories: What users did; it is called where a request brings a user and no history.
         items: The catalogue; items that it has no more are left out.
+        profiles: See `profiles_of`.
     """
-    user = record.get("user_id")
-    if user is None or record.get("history") is not None:
-        return record
-    return {**record, "history": history_of(histories().of_user(str(user)), items)}
+    user, found = record.get("user_id"), dict[str, object]()
+    if user is not None and record.get("history") is None:
+        found["history"] = history_of(histories().of_user(str(user)), items)
+    if user is not None and record.get("profile") is None and profiles is not None and (said := profiles(str(user))):
+        found["profile"] = said
+    return {**record, **found} if found else record
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DataError:

@@ -9,7 +9,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from types import TracebackType
@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from llmrec.answering.about import value_of
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Catalogue, Known, known_of, with_history
+from llmrec.answering.known import Catalogue, Known, known_of, profiles_of, with_history
 from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
 from llmrec.answering.opening import Models, open_models
@@ -250,12 +250,16 @@ class Loaded:
         return self._given or known_of(self._options.model, self._options.items)
 
     @cached_property
+    def _profiles(self) -> Callable[[str], str] | None:
+        return None if self._given is not None else profiles_of(self._options.model)
+
+    @cached_property
     def _catalogue(self) -> Catalogue:
         return Catalogue(self._models.items)
 
     def _request(self, record: Mapping[str, Any], row: int) -> RankRequest:
         known = {key: record[key] for key in _KEYS if record.get(key) is not None}
-        told = with_history(known, lambda: self.known.histories, self._models.items)
+        told = with_history(known, lambda: self.known.histories, self._models.items, self._profiles)
         return read_request(told, row, self._models.items or None, whole="candidates" not in known)
 
     def _frame(self, rows: Sequence[Mapping[str, Any]], asked: Wanted) -> pa.Table:

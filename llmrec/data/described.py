@@ -18,6 +18,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.data.split_kinds import PAIR
 from llmrec.errors import DataError
 from llmrec.recipe.schema import TextsSection
+from llmrec.types import Item
 
 ITEM_FIELD, USER_FIELD = "about", "profile"
 """The field of an item, and that of a user, that hold what was written."""
@@ -33,7 +34,7 @@ def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
     if section is None:
         return data
     store = FeatureStore.open(section.path, split=data.readable)
-    users, items, counted = dict(data.dataset.users), dict(data.dataset.items), []
+    users, items, counted = dict(data.dataset.users), data.dataset.items, []
     if section.sides in ("both", "user") and "user" in store.kinds:
         refuse_seen(section.path, store, data)
         said = _texts(store, "user", data.users(), shuffled=section.shuffled)
@@ -41,12 +42,8 @@ def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in said.items()}
         counted.append(f"{len(said)} of {len(data.users())} users")
     if section.sides in ("both", "item") and "item" in store.kinds:
-        said = _texts(store, "item", items, shuffled=section.shuffled)
-        _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in said))
-        items |= {
-            item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in said.items()
-        }
-        counted.append(f"{len(said)} of {len(items)} items")
+        items = described_items(items, section)
+        counted.append(f"{sum(ITEM_FIELD in item.fields for item in items.values())} of {len(items)} items")
     if all(each.startswith("0 ") for each in counted):
         raise DataError.at(
             section.path,
@@ -57,6 +54,26 @@ def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
     told = {"texts": store.stamp, "have texts": ", ".join(counted)}
     dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **told})
     return replace(data, dataset=dataset)
+
+
+def described_items(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
+    """Return items with the texts of a store, where a section names one that has any; errors as `described`."""
+    store = None if section is None or section.sides == "user" else FeatureStore.open(section.path)
+    if section is None or store is None or "item" not in store.kinds:
+        return items
+    said = _texts(store, "item", items, shuffled=section.shuffled)
+    _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in said))
+    told = {item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in said.items()}
+    return {**items, **told}
+
+
+def profile_of(user: str, section: TextsSection) -> str:
+    """Return the text that prompts show of a user; nothing where the store has none, and of the control none."""
+    if section.sides == "item" or section.shuffled:
+        return ""
+    # Opened for each user: a text that was corrected or erased meanwhile is no longer the old one.
+    store = FeatureStore.open(section.path)
+    return store.texts("user", [user]).get(user, "").strip() if "user" in store.kinds else ""
 
 
 def dealt_anew(names: Sequence[str]) -> dict[str, str]:

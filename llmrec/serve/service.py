@@ -340,7 +340,7 @@ class Service:
             "id": body.id,
             "user_id": body.user_id,
             "history": history,
-            "profile": body.profile,
+            "profile": body.profile or await asyncio.to_thread(self._known.profile, body.user_id),
         }
         if candidates is not None:
             record["candidates"] = [entry_of(each) for each in candidates]

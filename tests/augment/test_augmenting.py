@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from llmrec import pipeline
+from llmrec.answering.known import known_of, profiles_of, with_history
 from llmrec.augment import stores
 from llmrec.augment.texts import about_items, about_users, template_of
 from llmrec.backends.cache import CachedBackend
@@ -259,3 +260,25 @@ def test_prompts_take_what_was_written(llama_folder: Path, tmp_path: Path) -> No
     _, before = augmenting.questions(made)
     _, after = augmenting.questions(shown)
     assert before == after
+
+
+def test_what_answers_shows_what_prompts_showed(llama_folder: Path, tmp_path: Path) -> None:
+    made = augmenting_recipe(llama_folder, limit=None)
+    store = augmenting.augment(made, tmp_path / "store", quiet=True).folder
+    user, other = FeatureStore.open(store).ids("user")[:2]
+    (item,) = FeatureStore.open(store).ids("item")[:1]
+    stores.edit(store, "user", user, "likes quiet things")
+    stores.edit(store, "item", item, "a quiet thing")
+    changes = {"data.texts.path": str(store), "augment": None, "eval.arms": [], "name": "shown"}
+    run = pipeline.run(as_recipe(made.model_dump(), changes), tmp_path / "run", quiet=True).folder
+    known = known_of(str(run), None)
+    assert known.items[item].fields["about"] == "a quiet thing" and store in known.features
+    profiles = profiles_of(str(run))
+    asked = {"user_id": user, "history": []}
+    told = with_history(asked, lambda: known.histories, known.items, profiles)
+    assert told["profile"] == "likes quiet things" == known.profile(user) and told["history"] == []
+    for own in ({**asked, "profile": "mine"}, {**asked, "user_id": "nobody"}, {"history": []}):
+        assert with_history(own, lambda: known.histories, known.items, profiles) == own
+    # Who is erased is so at once, for what is open too.
+    stores.forget(store, user)
+    assert known.profile(user) is None and known.profile(other) and known.profile(None) is None

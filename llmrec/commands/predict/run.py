@@ -9,7 +9,7 @@ from itertools import islice
 
 from llmrec.answering.about import CONTEXT, about_families, answer_about, value_of, way_about
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Histories, known_of, with_history
+from llmrec.answering.known import Histories, known_of, profiles_of, with_history
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.commands.predict.options import PredictOptions
@@ -46,11 +46,12 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
         family = _family(recommender, options.family)
         # Read where a question needs it, and once.
         known = cache(lambda: known_of(options.model, options.items).histories)
+        profiles = profiles_of(options.model)
         way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
         records: list[Predicted] = []
         rows = islice(source, total)
         while raws := list(islice(rows, options.batch)):
-            read = [_read(raw, len(records) + n, recommender, known) for n, raw in enumerate(raws, start=1)]
+            read = [_read(raw, len(records) + n, recommender, known, profiles) for n, raw in enumerate(raws, start=1)]
             able = [request for request in read if isinstance(request, RankRequest)]
             with recommender.asked(way.strategy) as backend:
                 encoder = recommender.encoder
@@ -96,7 +97,13 @@ def _family(recommender: Recommender, asked: str) -> str:
     return known[0]
 
 
-def _read(raw: Raw, number: int, recommender: Recommender, known: Callable[[], Histories]) -> RankRequest | Unparsed:
+def _read(
+    raw: Raw,
+    number: int,
+    recommender: Recommender,
+    known: Callable[[], Histories],
+    profiles: Callable[[str], str] | None,
+) -> RankRequest | Unparsed:
     """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
@@ -105,7 +112,7 @@ def _read(raw: Raw, number: int, recommender: Recommender, known: Callable[[], H
         return Unparsed(request_id=request_id, reason="there is no 'item'; name the item that is asked about")
     context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
     record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
-    told = with_history(record, known, recommender.items or {})
+    told = with_history(record, known, recommender.items or {}, profiles)
     try:
         request = read_request({**told, "candidates": [raw.record["item"]]}, number, recommender.items)
     except DataError as error:
