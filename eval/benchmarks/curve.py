@@ -49,6 +49,8 @@ def main() -> None:
     ]
     best = max(looks, key=lambda look: look["ndcg"])
     judge = recipe.train.judge
+    stored = given.run / "train.json"
+    record = json.loads(stored.read_text(encoding="utf-8")) if stored.is_file() else None
     found = {
         "recipe": recipe.name,
         "command": f"python -m eval.benchmarks.curve {given.run} {given.target}",
@@ -60,7 +62,10 @@ def main() -> None:
         "hours": rows[-1]["seconds"] / 3600,
         "looks": looks,
         "best": best,
-        "ended": (given.run / "train.json").is_file(),
+        "ended": record is not None,
+        "tokens": record["tokens"] if record is not None else None,
+        # Of the same validation users.
+        "controls": record["judged"]["controls"] if record is not None else None,
         "test": _evaluated(given.run / "results.json"),
         "machine": machine(),
         "versions": versions(),
