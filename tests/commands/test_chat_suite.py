@@ -111,6 +111,9 @@ def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.Mon
     # Ten prompts a list, which rules alone do not need.
     assert alone["tokens_a_turn"] == 0 < graded["tokens_a_turn"] and graded["conversations"] == 6
     assert found["pairs"][0]["conversations"] == 6
+    page = (tmp_path / "eval" / "made.md").read_text(encoding="utf-8")
+    assert "rules, graded by a model: `a model` grades the first items of each list." in page
+    assert "chooses the tools" not in page
 
 
 def talk(seed: int, user: str, hit: int | None, turns: int) -> ChatTalk:

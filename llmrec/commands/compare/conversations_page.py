@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from llmrec.chat.opening import MANAGERS
 from llmrec.commands.compare.records import ChatLine, ChatResult
 from llmrec.commands.compare.wording import planned_line, planned_note, standing
 from llmrec.report.escape import cell, code
@@ -36,6 +37,7 @@ def page_of(results: ChatResult) -> str:
         "",
         grid(list(map(cell, header)), [_row(row, names) for row in results.rows]),
     ]
+    lines += [f"\n{cell(row.name)}: {told}." for row in results.rows if (told := _models(row))]
     for row in results.rows:
         if row.lines_with_a_wanted_title:
             lines += ["", f"{cell(row.name)}: {row.lines_with_a_wanted_title:,} lines of users name what is wanted."]
@@ -50,6 +52,13 @@ def page_of(results: ChatResult) -> str:
             for pair in results.pairs
         ]
     return "\n".join([*lines, ""])
+
+
+def _models(row: ChatLine) -> str:
+    """Say which language models stand behind a row, unless its name does."""
+    leads = f"{code(row.manager)} chooses the tools" if row.manager not in (*MANAGERS, row.name) else ""
+    grades = f"{code(row.ranker)} grades the first items of each list" if row.ranker else ""
+    return ", and ".join(filter(None, (leads, grades)))
 
 
 def _row(row: ChatLine, names: list[str]) -> list[str]:
