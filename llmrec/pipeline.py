@@ -19,7 +19,7 @@ from llmrec.data.stats import baskets, statistics
 from llmrec.durable import replacing, write_text
 from llmrec.errors import RecipeError
 from llmrec.experiment import audit, index_report
-from llmrec.experiment.augmenting import FEATURES, augment
+from llmrec.experiment.augmenting import FEATURES, augment, refuse_other_store
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import Engines, dtype_name, refuse_paired
@@ -30,7 +30,7 @@ from llmrec.experiment.indexing import with_tokens
 from llmrec.experiment.preflight import checked_study, refuse
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
-from llmrec.experiment.runs import start_of
+from llmrec.experiment.runs import start_of, teacher_of
 from llmrec.experiment.shards.asking import Weights
 from llmrec.experiment.study import Study, build_study, folder_of
 from llmrec.experiment.told import sentence
@@ -113,6 +113,7 @@ def run(
         works_in(folder)
         recipe = with_frames(recipe, folder, data, items)
         if recipe.augment is not None and may_train:
+            refuse_other_store(recipe, folder / FEATURES)
             augment(recipe, folder / FEATURES, quiet=quiet)
         session = open_session(recipe, folder, quiet=quiet)
         if before is not None:
@@ -407,6 +408,8 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
         )
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
         with both_places(recipe):
+            # One that is gone is told of before anything of a finished training is taken for another's.
+            teacher_of(study, encoder, folder)
             return OpenedModel(encoder, base, start_of(study, encoder, base, folder))
 
 

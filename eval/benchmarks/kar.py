@@ -6,6 +6,9 @@ recorded, so that all that it can have read count as seen: the last 40, the last
 or less); FOLDER/ml1m/items.tsv.gz has a sentence on each film by GPT-3.5. Rows that were seen are history and never
 learned from, in every arm. A fit is kept under the folder ``runs/kar``; a killed run goes on.
 
+``--data ml100k`` reads FOLDER/ml100k_profiles in the same way: MovieLens-100K under its own split u1, with profiles and
+texts on films by gpt-4o-mini.
+
 The verdict on the language model is that of its texts less those made of the same events without it.
 """
 
@@ -19,7 +22,7 @@ import os
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -35,6 +38,7 @@ from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import Features, FeatureStore, Pair, Provenance, publish
 from llmrec.data.hashing import hash64
+from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
 from llmrec.experiment.resume import key_of
@@ -42,6 +46,7 @@ from llmrec.machine import machine, versions
 from llmrec.metrics.multiple import decide, enough
 from llmrec.metrics.probability import auc, gauc, log_loss
 from llmrec.metrics.stats import paired_of
+from llmrec.recipe.schema import DataSection
 from llmrec.types import Case, Event, Item, Probability, Request
 
 ARMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
@@ -73,18 +78,77 @@ def table(path: Path) -> pl.DataFrame:
         return pl.read_csv(io.BytesIO(stream.read()), separator="\t", infer_schema=False, quote_char=None)
 
 
-def read(folder: Path, rows: int) -> tuple[SplitDataset, list[Case], list[Case], dict[str, frozenset[Pair]]]:
-    """Return the split, cases that judge when to stop and test cases, and what the profile of each user has seen.
+@dataclass(frozen=True)
+class Tables:
+    """What is read of a data set.
 
-    Args:
-        folder: ``ml1m_ctr``.
-        rows: Training rows to keep, by a hash.
+    Attributes:
+        name: Of the data.
+        ratings: user_id, item_id, rating, timestamp and u1, the part of a published random split: train or test.
+        titles: By item.
+        genres: By item.
+        users: Attributes, by user.
+        profiles: What a language model wrote of each user.
+        told: What one wrote of each item.
     """
+
+    name: str
+    ratings: pl.DataFrame
+    titles: Mapping[str, str]
+    genres: Mapping[str, str]
+    users: Mapping[str, Mapping[str, str]]
+    profiles: Mapping[str, str]
+    told: Mapping[str, str]
+
+
+def ml1m(root: Path) -> Tables:
+    """Read MovieLens-1M."""
+    folder, films = root / "ml1m_ctr", table(root / "ml1m" / "items.tsv.gz")
     found = table(folder / "ratings.tsv.gz").with_columns(
         pl.col("rating").cast(pl.Float64), pl.col("position").cast(pl.Float64).alias("timestamp")
     )
-    # A pair without a place in its user's sequence cannot be put into a history.
-    found = found.filter(pl.col("timestamp") >= 0).sort("user_id", "timestamp", maintain_order=True)
+    told = films.select("item_id", "llm_summary_agent4rec")
+    return Tables(
+        "ml1m-u1",
+        # A pair without a place in its user's sequence cannot be put into a history.
+        found.filter(pl.col("timestamp") >= 0),
+        dict(table(folder / "item_tmdb.tsv.gz").select("item_id", "title").iter_rows()),
+        {item: (said or "").replace("|", ", ") for item, said in films.select("item_id", "genres").iter_rows()},
+        {
+            row["user_id"]: {k: row[k] for k in ("gender", "age", "occupation")}
+            for row in table(folder / "users.tsv.gz").iter_rows(named=True)
+        },
+        dict(table(folder / "user_profiles_gpt4omini.tsv.gz").select("user_id", "profile").iter_rows()),
+        {item: said or "" for item, said in told.iter_rows()},
+    )
+
+
+def ml100k(root: Path) -> Tables:
+    """Read MovieLens-100K, whose ratings come from its own source."""
+    folder, data = root / "ml100k_profiles", load(DataSection(source="movielens-100k"), seed=0)
+    held = table(folder / "u1_test_pairs.tsv.gz").with_columns(pl.lit("test").alias("u1"))
+    found = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    found = found.join(held, on=["user_id", "item_id"], how="left").with_columns(pl.col("u1").fill_null("train"))
+    written = {row["user_id"]: row["gpt4omini_short"] for row in lines(folder / "user_profiles.jsonl.gz")}
+    told = {row["item_id"]: row["profile"] for row in lines(folder / "item_profiles_gpt4omini.jsonl.gz")}
+    genres = {name: item.fields.get("genres", "") for name, item in data.items.items()}
+    return Tables("ml100k-u1", found, data.titles, genres, data.users, written, told)
+
+
+def lines(path: Path) -> list[dict[str, str]]:
+    """Read packed JSON Lines."""
+    with gzip.open(path, "rt", encoding="utf-8") as stream:
+        return [json.loads(line) for line in stream]
+
+
+def read(given: Tables, rows: int) -> tuple[SplitDataset, list[Case], list[Case], dict[str, frozenset[Pair]]]:
+    """Return the split, cases that judge when to stop and test cases, and what the profile of each user has seen.
+
+    Args:
+        given: The tables.
+        rows: Training rows to keep, by a hash.
+    """
+    found = given.ratings.sort("user_id", "timestamp", maintain_order=True)
     train, test = found.filter(pl.col("u1") == "train"), found.filter(pl.col("u1") == "test")
     latest = pl.len().over("user_id") - pl.int_range(pl.len()).over("user_id")
     seen = train.filter(latest <= LAST)
@@ -98,21 +162,17 @@ def read(folder: Path, rows: int) -> tuple[SplitDataset, list[Case], list[Case],
     valid, kept = rest[np.sort(order[: count // 20])], rest[np.sort(order[count // 20 : count // 20 + rows])]
     # What is not learned from for want of time is history, as what profiles have seen.
     known = train.join(pl.concat([kept, valid]), on=["user_id", "item_id"], how="anti", maintain_order="left")
-    names = table(folder / "item_tmdb.tsv.gz")
-    titles = dict(names.select("item_id", "title").iter_rows())
-    users = {
-        row["user_id"]: {k: row[k] for k in ("gender", "age", "occupation")}
-        for row in table(folder / "users.tsv.gz").iter_rows(named=True)
-    }
-    genres = dict(table(folder.parent / "ml1m" / "items.tsv.gz").select("item_id", "genres").iter_rows())
     items = {
-        each: Item(
-            item_id=each, title=titles.get(each, each), fields={"genres": (genres.get(each) or "").replace("|", ", ")}
-        )
+        each: Item(item_id=each, title=given.titles.get(each, each), fields={"genres": given.genres.get(each, "")})
         for each in found["item_id"].unique().to_list()
     }
     whole = Dataset(
-        name="ml1m-u1", noun="movies", interactions=_events(found), items=items, users=users, rating_scale=(1.0, 5.0)
+        name=given.name,
+        noun="movies",
+        interactions=_events(found),
+        items=items,
+        users={user: dict(known) for user, known in given.users.items()},
+        rating_scale=(1.0, 5.0),
     )
     held = frozenset(pl.concat([valid, test]).select("user_id", "item_id").iter_rows())
     data = SplitDataset(
@@ -153,7 +213,7 @@ def _cases(frame: pl.DataFrame, past: Mapping[str, Sequence[tuple[float, Event]]
     return cases
 
 
-def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
+def stores(given: Tables, place: Path, data: SplitDataset, seen: Mapping[str, frozenset[Pair]]) -> None:
     """Write the stores of all arms, those that are not there yet."""
     users = sorted(seen)
     # Which rows are kept changes with ``--rows``; what texts have seen does not, and is listed.
@@ -170,12 +230,9 @@ def stores(folder: Path, place: Path, data: SplitDataset, seen: Mapping[str, fro
         vectors = _mean(base, best) - _mean(base, worst)
         publish(place / "raw", [Features("user", users, vectors, made, seen=seen), said])
     if not (place / "llm" / "current").is_file():
-        profiles = dict(table(folder / "user_profiles_gpt4omini.tsv.gz").select("user_id", "profile").iter_rows())
-        told = dict(
-            table(folder.parent / "ml1m" / "items.tsv.gz").select("item_id", "llm_summary_agent4rec").iter_rows()
-        )
-        texts = {each: f"{text} {told.get(each) or ''}" for each, text in plain.items()}
-        written = of_texts("user", {u: profiles.get(u) or "" for u in users}, provenance=made, seen=seen)
+        texts = {each: f"{text} {given.told.get(each, '')}" for each, text in plain.items()}
+        said_of = {user: given.profiles.get(user) or "" for user in users}
+        written = of_texts("user", said_of, provenance=made, seen=seen)
         publish(place / "llm", [written, of_texts("item", texts, provenance=made)])
     if not (place / "factors" / "current").is_file():
         # The events that profiles may have read, and nothing else.
@@ -232,16 +289,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Fit what is not fitted yet, and write what came out."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.kar")
     parser.add_argument("target", type=Path)
+    parser.add_argument("--data", choices=("ml1m", "ml100k"), default="ml1m")
     parser.add_argument("--rows", type=int, default=200_000)
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--hosts", nargs="+", default=["deepfm"], choices=HOSTS)
     parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=ARMS, metavar="ARM", help="by name; all")
     parser.add_argument("--keep", type=Path, default=Path("runs/kar"))
     given = parser.parse_args(arguments)
-    folder, begin = Path(os.environ.get("LLMREC_DATA", ".")) / "ml1m_ctr", time.perf_counter()
-    data, judges, cases, seen = read(folder, given.rows)
+    begin = time.perf_counter()
+    found = {"ml1m": ml1m, "ml100k": ml100k}[given.data](Path(os.environ.get("LLMREC_DATA", ".")))
+    data, judges, cases, seen = read(found, given.rows)
+    given.keep = given.keep / given.data if given.data != "ml1m" else given.keep
     given.keep.mkdir(parents=True, exist_ok=True)
-    stores(folder, given.keep, data, seen)
+    stores(found, given.keep, data, seen)
     truth = np.array([float(float(case.truth) >= 4) for case in cases])
     users = [case.request.user_id for case in cases]
     rows, said = [], {}
@@ -262,7 +322,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"host": "logistic", "arm": "bias of users and items", **figures([measure(plain, cases)], truth, users)}
     )
     result = {
-        "command": "LLMREC_DATA=FOLDER python -m eval.benchmarks.kar eval/results/kar.json",
+        "command": " ".join(["LLMREC_DATA=FOLDER python -m eval.benchmarks.kar", *(arguments or sys.argv[1:])]),
         "rows": rows,
         "pairs": _pairs(said, given.hosts, truth, users),
         "users": len(set(users)),

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from llmrec.answering.listing import history_of
 from llmrec.answering.requests import catalogue
 from llmrec.answering.rules import Rules
+from llmrec.baselines.parameters import config_of
 from llmrec.data.codes import codes
 from llmrec.data.dataset import Dataset
 from llmrec.data.described import described_items, profile_of
@@ -28,6 +29,7 @@ from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.fusion.carried import carried
 from llmrec.recipe.load import load_stored
+from llmrec.recipe.schema import Recipe
 from llmrec.types import Event, Item
 
 # Rule sets whose allowed items are remembered for one state of the catalogue.
@@ -230,10 +232,18 @@ def known_of(folder: str, items: Path | None) -> Known:
     recipe = load_stored(bundle.run)
     data = load(recipe.data, seed=recipe.seed)
     found = described_items(data.items, recipe.data.texts) if items is None else catalogue(bundle, items)
-    texts = recipe.data.texts
-    stores = dict.fromkeys([bundle.run / "features", *([Path(texts.path).expanduser()] if texts is not None else [])])
-    features = [store for store in stores if store.is_dir()]
-    return Known(found or {}, Histories.of(data, recipe.seed), features, profiles_of(folder))
+    return Known(found or {}, Histories.of(data, recipe.seed), _stores(bundle.run, recipe), profiles_of(folder))
+
+
+def _stores(run: Path, recipe: Recipe) -> list[Path]:
+    """Return the stores of features that a run wrote or reads, in prompts and in baselines."""
+    tables = filter(None, (recipe.data, recipe.reviews))
+    named = [table.texts.path for table in tables if table.texts is not None]
+    for section in recipe.tasks.present().values():
+        for each in section.baselines:
+            named += getattr(config_of(each.name, each.parameters, "parameters"), "folders", ())
+    found = dict.fromkeys([run / "features", *(Path(path).expanduser() for path in named)])
+    return [store for store in found if (store / "current").is_file()]
 
 
 def known_in(dataset: Dataset, items: Mapping[str, Item], seed: int) -> Known:
@@ -265,7 +275,7 @@ def with_history(
     user, found = record.get("user_id"), dict[str, object]()
     if user is not None and record.get("history") is None:
         found["history"] = history_of(histories().of_user(str(user)), items)
-    if user is not None and record.get("profile") is None and profiles is not None and (said := profiles(str(user))):
+    if user is not None and not record.get("profile") and profiles is not None and (said := profiles(str(user))):
         found["profile"] = said
     return {**record, **found} if found else record
 

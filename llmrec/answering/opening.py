@@ -17,7 +17,6 @@ from llmrec.answering.retrieval import training_data
 from llmrec.answering.strategy import ranking_families_of
 from llmrec.answering.task import data_of
 from llmrec.baselines.fits.fitting import fitted
-from llmrec.baselines.neural import NeuralConfig
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import read_items
 from llmrec.data.split import SplitDataset
@@ -250,7 +249,7 @@ def _cheap(bundle: Bundle, data: SplitDataset | None) -> list[str]:
         return []
     sections = [bundle.tasks.present()[name] for name in ranking_families_of(bundle)]
     named = dict.fromkeys([POPULAR, *(each.name for section in sections for each in section.baselines)])
-    trained = [name for name in named if issubclass(lookup(BASELINES, name, "baseline").Config, NeuralConfig)]
+    trained = [name for name in named if "epochs" in lookup(BASELINES, name, "baseline").Config.model_fields]
     return [name for name in named if name != "random" and name not in trained]
 
 

@@ -17,6 +17,7 @@ from llmrec.answering.questions import TaskRequests, pose
 from llmrec.answering.strategy import TWO_STEP, Asking, choose_way
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.data.assemble import read_items
+from llmrec.data.described import described_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.sources.table import load
 from llmrec.errors import BackendError, DataError, LlmrecError
@@ -53,7 +54,7 @@ def catalogue(bundle: Bundle, items: Path | None) -> Mapping[str, Item] | None:
     if bundle.run is not None:
         recipe = load_stored(bundle.run)
         try:
-            return load(recipe.data, seed=recipe.seed).items
+            return described_items(load(recipe.data, seed=recipe.seed).items, recipe.data.texts)
         except DataError as error:
             raise DataError(
                 f"{error}. This is the data of the run {bundle.run}; or name a table with --items",

@@ -6,26 +6,43 @@ cleaned before a model reads it and counts in the fingerprint of the data.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 import polars as pl
 
 from llmrec.data.codes import in_codes_of
-from llmrec.data.features import FeatureKind, FeatureStore
+from llmrec.data.features import PLURALS, FeatureKind, FeatureStore, Pair
 from llmrec.data.split import SplitDataset
 from llmrec.data.split_kinds import PAIR
 from llmrec.errors import DataError
+from llmrec.guard import clean
 from llmrec.recipe.schema import TextsSection
 from llmrec.types import Item
 
 ITEM_FIELD, USER_FIELD = "about", "profile"
 """The field of an item, and that of a user, that hold what was written."""
+NAMED = 6
+"""Shorter titles ("Emma", "Heat") are words of many texts, and do not name an item where they stand in one."""
 
 
-def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
+class Profile(str):
+    """A text on a user from a store: prompts show it in place of the user's other fields, as they do when serving."""
+
+    __slots__ = ()
+
+
+def described(data: SplitDataset, section: TextsSection | None, held: frozenset[Pair] = frozenset()) -> SplitDataset:
     """Return a split whose users and items have the texts of a store; without a section the split as it is.
+
+    A text that names an item which is held out for its user is left out: all who stand beside each other, with texts
+    and without, are to be asked about the same users.
+
+    Args:
+        data: The split.
+        section: Which store, and what of it.
+        held: What another table of the same recipe holds out.
 
     Raises:
         DataError: If there is no such store, its texts come from another split or have seen an interaction that is
@@ -36,12 +53,17 @@ def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
     store = FeatureStore.open(section.path, split=data.readable)
     users, items, counted = dict(data.dataset.users), data.dataset.items, []
     if section.sides in ("both", "user") and "user" in store.kinds:
-        refuse_seen(section.path, store, data)
+        refuse_seen(section.path, store, data, held=held)
         said = _texts(store, "user", data.users(), shuffled=section.shuffled)
         _refuse_field(section.path, USER_FIELD, (each for user in said if (each := users.get(user))))
-        users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in said.items()}
-        counted.append(f"{len(said)} of {len(data.users())} users")
+        titles = held_titles(data, said)
+        silent = {user for user, text in said.items() if any(title in clean(text) for title in titles.get(user, ()))}
+        shown = {user: Profile(text) for user, text in said.items() if user not in silent}
+        users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in shown.items()}
+        left = f" ({len(silent)} more name an item that is held out for them)" if silent else ""
+        counted.append(f"{len(shown)} of {len(data.users())} users{left}")
     if section.sides in ("both", "item") and "item" in store.kinds:
+        refuse_seen(section.path, store, data, kind="item", held=held)
         items = described_items(items, section)
         counted.append(f"{sum(ITEM_FIELD in item.fields for item in items.values())} of {len(items)} items")
     if all(each.startswith("0 ") for each in counted):
@@ -54,6 +76,16 @@ def described(data: SplitDataset, section: TextsSection | None) -> SplitDataset:
     told = {"texts": store.stamp, "have texts": ", ".join(counted)}
     dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **told})
     return replace(data, dataset=dataset)
+
+
+def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:
+    """Return the titles, long enough to name an item, of what is held out for some users: items by title, by user."""
+    found: dict[str, dict[str, str]] = {}
+    for user, item in sorted(pair for pair in data.held_out if pair[0] in users):
+        title = data.dataset.titles.get(item, "")
+        if len(title) >= NAMED:
+            found.setdefault(user, {})[title] = item
+    return found
 
 
 def described_items(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
@@ -82,26 +114,40 @@ def dealt_anew(names: Sequence[str]) -> dict[str, str]:
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
 
 
-def refuse_seen(path: str, store: FeatureStore, data: SplitDataset) -> None:
-    """Refuse features of users that know what is learned from or asked about: beside them stood their own answer.
+def refuse_seen(
+    path: str,
+    store: FeatureStore,
+    data: SplitDataset,
+    *,
+    kind: FeatureKind = "user",
+    held: frozenset[Pair] = frozenset(),
+) -> None:
+    """Refuse features that know what is learned from or asked about: beside them stood their own answer.
+
+    Args:
+        path: Of the store, for the message.
+        store: The store.
+        data: The split.
+        kind: Whose features.
+        held: What is held out beside this split's own.
 
     Raises:
         DataError: If there is one; the message names a user and an item.
     """
-    seen = store.seen("user")
+    seen = store.seen(kind)
     if not seen:
         return
     named = pl.DataFrame(sorted(seen), schema=dict.fromkeys(PAIR, pl.String), orient="row")
     learned = data.train.join(in_codes_of(named, data.train), on=PAIR, how="semi").select(PAIR).head(1).rows()
-    for pairs, what in ((seen & data.held_out, "held out"), (learned, "learned from")):
+    for pairs, what in ((seen & (data.held_out | held), "held out"), (learned, "learned from")):
         if pairs:
             user, item = min((str(user), str(item)) for user, item in pairs)
             raise DataError.at(
                 path,
                 "leak",
-                f": what it says of user {user!r} was made from the interaction with {item!r}, which is {what} here, "
-                "so that an answer would stand in its own question; set data.split.kind=prefix and run llmrec augment "
-                "again",
+                f": what it says of {PLURALS[kind]} was made from the interaction of user {user!r} with item {item!r}, "
+                f"which is {what} here, so that an answer would stand in its own question; set "
+                "data.split.kind=prefix and run llmrec augment again",
             )
 
 

@@ -115,8 +115,27 @@ def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Aske
     """Return the split and what would be asked of it, without a model; errors as `plan` raises them."""
     section = _section(recipe)
     # What is to be written is not there yet, and no text is written from another.
-    data, _ = load_tables(recipe.model_copy(update={"data": recipe.data.model_copy(update={"texts": None})}))
+    tables = {"data": recipe.data, "reviews": recipe.reviews}
+    plain = {key: table and table.model_copy(update={"texts": None}) for key, table in tables.items()}
+    data, _ = load_tables(recipe.model_copy(update=plain))
     return data, {kind: _asked(recipe, data, kind, {}) for kind in KINDS if _template(section, kind) is not None}
+
+
+def refuse_other_store(recipe: Recipe, store: Path) -> None:
+    """Refuse a recipe that has texts written and shows those of another store in its prompts.
+
+    Raises:
+        RecipeError: If ``data.texts.path`` is not the store that its section ``augment`` writes.
+    """
+    texts = recipe.data.texts
+    if recipe.augment is None or texts is None or Path(texts.path).expanduser().resolve() == store.resolve():
+        return
+    raise RecipeError(
+        f"data.texts.path: prompts would show {texts.path}, and what augment writes of this run goes to {store}; set "
+        f"data.texts.path={store}, or augment=null",
+        kind="contradiction",
+        column="data.texts.path",
+    )
 
 
 def without_model(recipe: Recipe, out: Path) -> Augmented:

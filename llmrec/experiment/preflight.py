@@ -7,9 +7,10 @@ from pathlib import Path
 
 from llmrec.backends.server.client import key_of
 from llmrec.errors import MissingExtra, ModelError, RecipeError, require
+from llmrec.experiment.augmenting import FEATURES, refuse_other_store
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import refuse_device, refuse_paired
-from llmrec.experiment.runs import start_of, teacher_of
+from llmrec.experiment.runs import refuse_runs, start_of, teacher_of
 from llmrec.experiment.study import Study, build_study, encoder_of, folder_of
 from llmrec.experiment.tuning.rewarding import rewarded
 from llmrec.experiment.tuning.targets import classes_of, labels_of, listwise_of
@@ -108,6 +109,15 @@ def refuse_weights(recipe: Recipe) -> None:
     )
 
 
+def _writable(recipe: Recipe) -> Recipe:
+    """Return a recipe without the texts that its run writes before it reads them, where they are not there yet."""
+    store, texts = folder_of(recipe, None) / FEATURES, recipe.data.texts
+    refuse_other_store(recipe, store)
+    if recipe.augment is None or texts is None or (store / "current").is_file():
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"texts": None})})
+
+
 def checked_study(recipe: Recipe) -> Study:
     """Build a recipe's study and refuse what a run of it would refuse, without loading weights or writing a folder.
 
@@ -117,7 +127,7 @@ def checked_study(recipe: Recipe) -> Study:
         LlmrecError: If anything else does not exist or fit.
     """
     # What is wrong with data is told without torch, which the rest takes seconds to import.
-    study = build_study(recipe)
+    study = build_study(_writable(recipe))
     refuse_unknown(study)
     asks = bool(recipe.eval.arms)
     refuse(recipe, asks=asks)
@@ -128,6 +138,7 @@ def checked_study(recipe: Recipe) -> Study:
         return study
     with both_places(recipe):
         base = outline(recipe.model)
+        refuse_runs(recipe)
     if base is None:
         # A new model, or one that is converted first: nothing of it can be wrong but what the recipe says.
         return study

@@ -118,6 +118,18 @@ def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
     return None if teacher is None else _merged(study, encoder, Path(teacher.run), folder, "train.teacher", ())
 
 
+def refuse_runs(recipe: Recipe) -> None:
+    """Refuse runs that training builds on and that are not there, or may have learned what this recipe holds out.
+
+    Raises:
+        RecipeError: If one of ``train.start`` and ``train.teacher`` is so; the rest is known once there is a tokenizer.
+    """
+    teacher = recipe.train.teacher
+    for key, run in (("train.start", recipe.train.start), ("train.teacher", teacher.run if teacher else None)):
+        if run is not None and "tuned" in recipe.eval.arms:
+            _nothing_seen(earlier(Path(run).expanduser(), key).recipe, recipe, Path(run), key)
+
+
 def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
     """Return the merged model of a run that this one builds on; settings ``model.*`` of ``alike`` must be the same."""
     run = run.expanduser()

@@ -389,8 +389,8 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
         if recipe.reviews is not None:
             reviews = _split(recipe.reviews, recipe.seed)
             data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
-            reviews = described(reviews, recipe.reviews.texts)
-        return described(data, texts), reviews
+            reviews = described(reviews, recipe.reviews.texts, data.held_out)
+        return described(data, texts, reviews.held_out if reviews is not None else frozenset()), reviews
 
 
 def load_split(section: DataSection, seed: int) -> SplitDataset:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 
+from llmrec.data.described import held_titles
 from llmrec.data.split import SplitDataset
 from llmrec.guard import clean
-
-NAMED = 6
-"""Shorter titles ("Emma", "Heat") are words of many texts, and do not name an item where they stand in one."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +20,8 @@ class Told:
 
 def told(data: SplitDataset) -> tuple[Told, ...]:
     """Return every place where a profile, as prompts show it, names an item that is held out for its user."""
-    profiles, held = data.dataset.users, defaultdict[str, dict[str, str]](dict)
-    for user, item in sorted(pair for pair in data.held_out if pair[0] in profiles):
-        title = data.dataset.titles.get(item, "")
-        if len(title) >= NAMED:
-            held[user][title] = item
+    profiles = data.dataset.users
+    held = held_titles(data, profiles)
     return tuple(
         Told(user, name, item)
         for user, titles in held.items()

@@ -52,6 +52,8 @@ _EVALUATION_ONLY = {
 }
 # Training settings that change nothing of the adapter.
 _UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
+# Where a teacher lies changes nothing: its weights stand in the key.
+_ELSEWHERE: dict[str, Any] = {"teacher": {"run"}}
 # Sections that change nothing where there are none.
 _OPTIONAL = ("judge", "preference", "reward", "prune", "teacher")
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
@@ -168,7 +170,7 @@ def training_key(study: Study, folder: str) -> str:
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
         candidates=recipe.eval.candidates.model_dump() if any(family_of(f).lists for f in study.tasks) else None,
         # What training starts from stands in its weights, wherever they lie.
-        train=recipe.train.model_dump(exclude=_unlearned(recipe.train)),
+        train=recipe.train.model_dump(exclude={**_ELSEWHERE, **dict.fromkeys(_unlearned(recipe.train), True)}),
         seed=recipe.seed,
         **stamps([*((TASKS, written(family)) for family in study.tasks), *_teacher(recipe)]),
         **_nearness(study),

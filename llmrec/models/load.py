@@ -270,9 +270,6 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     config = load_config(folder, section)
     auto, stored = auto_class(config), getattr(config, "quantization_config", None)
     options.setdefault("dtype", dtype(section))
-    if stored is not None:
-        # As the folder was saved: what it is asked for beside it would be a second quantisation.
-        options.pop("quantization_config", None)
     if (stored is not None or "quantization_config" in options) and device(section) == "cpu":
         # The loader of quantised weights takes a GPU that it sees, and they cannot be moved later.
         options.setdefault("device_map", {"": "cpu"})

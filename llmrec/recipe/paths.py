@@ -26,6 +26,7 @@ _KEYS = (
     *((table, *key) for table in ("data", "reviews") for key in _DATA),
     ("index", "path"),
     ("train", "start"),
+    ("train", "teacher", "run"),
     ("model", "name"),
     ("encoder",),
     ("index", "semantic", "encoder"),

@@ -396,6 +396,10 @@ class Removed(BaseModel):
     removed: int
 
 
+IN_MEMORY = "recommenders that read features keep what they read until the service is started again"
+"""What remains of an erased person whose features a recommender has read."""
+
+
 class Erased(BaseModel):
     """What was erased of a user, and what cannot be erased here."""
 

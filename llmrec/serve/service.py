@@ -267,7 +267,7 @@ class Service:
         features = 0
         for folder in self._known.features:
             features += await asyncio.to_thread(_forget, folder, user_id)
-        remains = []
+        remains = [schema.IN_MEMORY] if features else []
         if known:
             remains.append(
                 "the run's own data still holds interactions of this user, which no answer shows any more; take them "

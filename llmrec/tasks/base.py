@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from llmrec.data.described import USER_FIELD, Profile
 from llmrec.data.hashing import hash_one
 from llmrec.data.knowledge import FIELD
 from llmrec.data.split import SplitDataset
@@ -143,7 +144,9 @@ class View:
         user_id = user_id if token is None else CodedId(user_id, Code(token))
         name = fields.get("name") or user_id
         if context and context.get("profile"):
-            fields = {"profile": context["profile"]}
+            fields = {USER_FIELD: context["profile"]}
+        elif isinstance(said := fields.get(USER_FIELD), Profile):
+            fields = {USER_FIELD: said}
         profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]
         known: Values = {"noun": self.data.dataset.noun, "user_id": user_id, "user_name": name, "profile": profile}
         return known | {"user_stats": None}

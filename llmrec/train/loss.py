@@ -76,8 +76,10 @@ def related(states: Any, teacher: Any) -> Any:
         states: Shape (n, d).
         teacher: Shape (n, other d).
     """
-    own, theirs = (torch.nn.functional.normalize(each @ each.T, dim=1) for each in (states.float(), teacher.float()))
-    return (own - theirs).square().sum(dim=1).mean()
+    with torch.autocast(states.device.type, enabled=False):
+        alike = (each.float() @ each.float().T for each in (states, teacher))
+        own, theirs = (torch.nn.functional.normalize(each, dim=1) for each in alike)
+        return (own - theirs).square().sum(dim=1).mean()
 
 
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]

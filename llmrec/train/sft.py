@@ -216,7 +216,8 @@ def train(
     if listwise is not None and listwise.preference is not None:
         without_dropout(model)
     if steps and steps[0].bins:
-        check_packing(model, "train.packing=none" if listwise is None else _no_lists(listwise))
+        for each in (model, *([taught.teacher] if taught else [])):
+            check_packing(each, "train.packing=none" if listwise is None else _no_lists(listwise))
     pad = encoder.tokenizer.pad_token_id
     by = state_loss(model, section, head, soft, taught)
     seen = None if by is taught else by

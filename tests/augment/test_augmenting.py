@@ -12,13 +12,15 @@ import pytest
 
 from llmrec import pipeline
 from llmrec.answering.known import known_of, profiles_of, with_history
+from llmrec.answering.requests import catalogue
 from llmrec.augment import stores
 from llmrec.augment.texts import about_items, about_users, template_of
 from llmrec.backends.cache import CachedBackend
 from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment import augmenting
+from llmrec.experiment import augmenting, preflight
+from llmrec.experiment import bundle as bundles
 from llmrec.experiment.leaks.checks import Check, feature_texts
 from llmrec.experiment.study import build_study, load_tables
 from llmrec.recipe.load import as_recipe
@@ -273,12 +275,25 @@ def test_what_answers_shows_what_prompts_showed(llama_folder: Path, tmp_path: Pa
     run = pipeline.run(as_recipe(made.model_dump(), changes), tmp_path / "run", quiet=True).folder
     known = known_of(str(run), None)
     assert known.items[item].fields["about"] == "a quiet thing" and store in known.features
+    assert catalogue(bundles.read(str(run)), None) == known.items
     profiles = profiles_of(str(run))
     asked = {"user_id": user, "history": []}
     told = with_history(asked, lambda: known.histories, known.items, profiles)
     assert told["profile"] == "likes quiet things" == known.profile(user) and told["history"] == []
+    assert with_history({**asked, "profile": ""}, lambda: known.histories, known.items, profiles) == told
     for own in ({**asked, "profile": "mine"}, {**asked, "user_id": "nobody"}, {"history": []}):
         assert with_history(own, lambda: known.histories, known.items, profiles) == own
     # Who is erased is so at once, for what is open too.
     stores.forget(store, user)
     assert known.profile(user) is None and known.profile(other) and known.profile(None) is None
+
+
+def test_prompts_are_not_to_show_another_store_than_is_written(llama_folder: Path, tmp_path: Path) -> None:
+    made = as_recipe(augmenting_recipe(llama_folder).model_dump(), {"data.texts.path": str(tmp_path / "elsewhere")})
+    with raises(RecipeError, Facts("contradiction", column="data.texts.path", says=str(tmp_path / "run" / "features"))):
+        pipeline.run(made, tmp_path / "run", quiet=True)
+    # What a run writes before it reads it is no fault of a recipe that is checked.
+    own = as_recipe(made.model_dump(), {"data.texts.path": "runs/toy/features", "name": "toy"})
+    assert preflight._writable(own).data.texts is None
+    with raises(RecipeError, Facts("contradiction", column="data.texts.path")):
+        preflight.checked_study(made)

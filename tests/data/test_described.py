@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.experiment.study import load_split
+from llmrec.experiment.told import told as set_aside
 from llmrec.recipe.schema import DataSection, TextsSection
 from llmrec.tasks.base import View
 from tests.facts import Facts, raises
@@ -64,6 +66,10 @@ def test_texts_stand_with_users_and_items(tmp_path: Path, data: SplitDataset, st
     assert view.user("u5", {})["profile"] == []
     assert view.about("i2")["fields"] == [{"name": ITEM_FIELD, "value": "about i2"}]
     assert view.about("i7")["fields"] == []
+    # It stands in place of what the data say, as a profile does that a request brings.
+    users = {**told.dataset.users, "u1": {**told.dataset.users["u1"], "age": "30"}}
+    older = View(replace(told, dataset=replace(told.dataset, users=users)))
+    assert older.user("u1", {})["profile"] == view.user("u1", {})["profile"]
     # A profile that a request brings counts, as it does beside the data's own fields.
     assert view.user("u1", {"profile": "mine"})["profile"] == [{"name": "profile", "value": "mine"}]
     assert told.fingerprint != data.fingerprint and told.readable == data.readable
@@ -101,6 +107,39 @@ def test_a_text_that_knows_an_answer_is_refused(tmp_path: Path, data: SplitDatas
         described(data, TextsSection(path=str(folder)))
     # What the items' texts say was read off no interaction.
     assert described(data, TextsSection(path=str(folder), sides="item")).dataset.items["i0"].fields
+
+
+def test_a_text_on_an_item_that_knows_an_answer_is_refused(tmp_path: Path, data: SplitDataset) -> None:
+    user, item = map(str, data.test.select("user_id", "item_id").row(0))
+    made = Provenance(system="test")
+    seen = {item: frozenset({(user, item)})}
+    publish(tmp_path / "store", [Features("item", [item], np.ones((1, 2)), made, texts=["said"], seen=seen)])
+    with raises(DataError, Facts("leak", file=tmp_path / "store", says=(repr(user), "held out"))):
+        described(data, TextsSection(path=str(tmp_path / "store")))
+
+
+def test_what_another_table_holds_out_is_refused_too(data: SplitDataset, store: Path) -> None:
+    user, item = "u1", data.known_events("u1")[0].item_id
+    described(data, TextsSection(path=str(store)))
+    with raises(DataError, Facts("leak", file=store, says=(repr(user), repr(item)))):
+        described(data, TextsSection(path=str(store)), frozenset({(user, item)}))
+
+
+@pytest.mark.parametrize("shuffled", [False, True])
+def test_a_text_that_names_what_its_user_is_asked_about_is_left_out(
+    tmp_path: Path, data: SplitDataset, shuffled: bool
+) -> None:
+    held = next(str(item) for user, item in data.test.select("user_id", "item_id").iter_rows() if str(user) == "u2")
+    made = Provenance(system="test", split=data.readable)
+    users = ["u2", "u3"]
+    named = [f"loved {data.dataset.titles[held]} most", "loves the sea"]
+    said = named[::-1] if shuffled else named
+    publish(tmp_path / "store", [Features("user", users, np.eye(2), made, texts=said)])
+    told = described(data, TextsSection(path=str(tmp_path / "store"), shuffled=shuffled)).dataset
+    assert USER_FIELD not in told.users.get("u2", {})
+    assert "1 more name an item" in told.provenance["have texts"]
+    # Nobody is set aside for it, so that all arms ask the same users.
+    assert not any(each.user_id == "u2" for each in set_aside(replace(data, dataset=told)))
 
 
 def test_texts_of_another_split_are_refused(tmp_path: Path, data: SplitDataset) -> None:

@@ -10,7 +10,11 @@ import polars as pl
 import pytest
 
 from llmrec import pipeline
+from llmrec.errors import ModelError
+from llmrec.experiment.shown import newcomers
 from llmrec.experiment.shown.newcomers import LENGTH
+from llmrec.experiment.study import build_study
+from llmrec.recipe.load import load_stored
 
 USERS, ITEMS, PER_USER = 60, 30, 12
 
@@ -63,3 +67,12 @@ def test_lists_are_those_of_the_rows(run: Any) -> None:
                 )
                 seen += 1
     assert seen
+
+
+def test_nothing_is_lost_where_no_encoder_is_at_hand(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> Any:
+        raise ModelError("no text encoder", kind="missing-file")
+
+    monkeypatch.setattr(newcomers, "vectors_of", none)
+    study = build_study(load_stored(run.folder))
+    assert newcomers._neighbours(study, "sequential", ["i0", "i1"]) == {"i0": (), "i1": ()}

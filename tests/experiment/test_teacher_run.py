@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmrec import pipeline
+from llmrec.durable import write_text
 from llmrec.errors import RecipeError
+from llmrec.experiment.preflight import checked_study
 from llmrec.experiment.study import build_study
 from llmrec.experiment.training import training_key
 from llmrec.models.load import load_config
-from llmrec.recipe.load import as_recipe
+from llmrec.recipe.load import as_recipe, dump, load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
 
@@ -92,3 +95,36 @@ def test_what_does_not_go_with_a_teacher_is_refused(
 def test_no_run_teaches_itself(teacher: Path) -> None:
     with raises(RecipeError, Facts("contradiction", column="train.teacher", says="own folder")):
         pipeline.run(recipe(32, **{"train.teacher.run": str(teacher)}), teacher, quiet=True)
+
+
+def test_a_teacher_that_is_gone_takes_no_finished_training_with_it(teacher: Path, tmp_path: Path) -> None:
+    moved = shutil.copytree(teacher, tmp_path / "moved")
+    taught = {"train.teacher.run": str(moved), "train.steps": 1}
+    done = pipeline.run(recipe(8, **taught), tmp_path / "pupil", quiet=True).folder
+    before = (done / "train.json").read_bytes()
+    again = shutil.move(moved, tmp_path / "again")
+    with raises(RecipeError, Facts("missing-file", column="train.teacher")):
+        pipeline.run(recipe(8, **taught), done, quiet=True)
+    assert (done / "train.json").read_bytes() == before
+    # Where it lies changes nothing.
+    pipeline.run(recipe(8, **{**taught, "train.teacher.run": str(again)}), done, quiet=True)
+    assert (done / "train.json").read_bytes() == before
+    with raises(RecipeError, Facts("missing-file", column="train.teacher")):
+        checked_study(recipe(8, **taught))
+
+
+def test_a_teacher_is_looked_for_beside_the_page_too(teacher: Path, tmp_path: Path) -> None:
+    shutil.copytree(teacher, tmp_path / "runs" / "wide")
+    page = tmp_path / "page.yaml"
+    write_text(page, dump(recipe(8, **{"train.teacher.run": "runs/wide"})))
+    found = load_recipe(page).train.teacher
+    assert found is not None and Path(found.run) == tmp_path / "runs" / "wide"
+
+
+def test_tokens_of_items_are_taught_through_an_adapter(teacher: Path, tmp_path: Path) -> None:
+    changes = {"train.start": str(teacher), "train.method": "lora", "train.packing": "tree"}
+    more = {"train.teacher.run": str(teacher), "train.teacher.relations": 1.0}
+    done = pipeline.run(recipe(32, **changes, **more), tmp_path / "run", quiet=True)
+    alone = pipeline.run(recipe(32, **changes), tmp_path / "alone", quiet=True)
+    losses = [each.results["training"]["log"][-1]["loss"] for each in (done, alone)]
+    assert losses[0] != losses[1]

@@ -50,7 +50,16 @@ STALE = 30
 
 _PACKAGE = Path(__file__).resolve().parents[2]
 # What makes a fit: a change in any of these files is another fit.
-_CODE = ("baselines", "data/codes.py", "data/split.py", "index/semantic.py", "models", "backends/end_states.py")
+_CODE = (
+    "baselines",
+    "data/codes.py",
+    "data/described.py",
+    "data/features.py",
+    "data/split.py",
+    "index/semantic.py",
+    "models",
+    "backends/end_states.py",
+)
 # Parameters that say how a fit is shown.
 _SHOWN = {"quiet"}
 

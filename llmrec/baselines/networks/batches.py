@@ -23,7 +23,10 @@ class Batch:
 
 
 def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
-    """Cut every user's items into pieces of at most ``max_len + 1``, from the end; pieces share the item at the cut.
+    """Cut every user's items into pieces of at most ``max_len + 1``, from the end.
+
+    Pieces share the item at the cut, which is seen in the one and a target in the other; behind a lead every item of a
+    piece is a target, so that they share none.
 
     Args:
         events: Of training.
@@ -33,7 +36,8 @@ def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None)
     ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
     pieces = []
     for user, items in enumerate(np.split(events.items.astype(np.int64), ends[:-1])):
-        for end in range(len(items), 1 if leads is None else 0, -max_len):
+        steps = (1, -max_len) if leads is None else (0, -max_len - 1)
+        for end in range(len(items), *steps):
             piece = items[max(0, end - max_len - 1) : end]
             pieces.append(piece if leads is None else np.concatenate([leads[user : user + 1], piece]))
     return pieces

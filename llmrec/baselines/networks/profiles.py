@@ -60,7 +60,10 @@ class Profiles:
 
     def build(self, dim: int) -> Any:
         """Return the network that makes a step of length ``dim`` of a vector."""
-        return self.adaptor.build(dim, self.experts)
+        network = self.adaptor.build(dim, self.experts)
+        # It goes where the network goes, and is kept with no fit: the store has it.
+        network.register_buffer("vectors", self.vectors, persistent=False)
+        return network
 
     def numbers(self, users: Sequence[str], items: int) -> NDArray[np.int64]:
         """Return the numbers of users behind so many items, shape (n,)."""
@@ -77,5 +80,6 @@ class Profiles:
     def embedded(self, network: Any, items: Any) -> Any:
         """Return one vector a step, of the user and of the items behind, shape (b, t, dim)."""
         torch, table = require("torch", "baselines"), network["table"]
-        own = self.vectors.to(items.device)[items[:, 0] - table.num_embeddings]
-        return torch.cat([adapt(network["profiles"], 0, own)[:, None], table(items[:, 1:])], dim=1)
+        adaptor = network["profiles"]
+        own = adaptor.vectors[items[:, 0] - table.num_embeddings]
+        return torch.cat([adapt(adaptor, 0, own)[:, None], table(items[:, 1:])], dim=1)

@@ -6,6 +6,8 @@ of fewer layers. A run with ``train.exits`` has learned to answer from each.
 
 from __future__ import annotations
 
+import logging
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -24,7 +26,7 @@ from llmrec.commands.export import safety
 from llmrec.commands.export.agreement import on_validation
 from llmrec.commands.export.files import drop_places, ours, refuse
 from llmrec.durable import write_json, write_text
-from llmrec.errors import LlmrecError, require
+from llmrec.errors import LlmrecError, ModelError, require
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.evaluation import Evaluation
 from llmrec.experiment.resume import Budget
@@ -32,12 +34,14 @@ from llmrec.experiment.runs import open_run
 from llmrec.experiment.study import Study
 from llmrec.machine import machine
 from llmrec.models import bottleneck
-from llmrec.models.load import device, load_model, load_tokenizer, quiet_libraries, release_memory
+from llmrec.models.load import device, load_config, load_model, load_tokenizer, quiet_libraries, release_memory
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.recipe.shared import Dtype
 from llmrec.results import lower as lower_better
 from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.tasks.family import family_of
+
+log = logging.getLogger(__name__)
 
 TABLE = "compress.json"
 CANDIDATES = 20
@@ -75,7 +79,15 @@ def compress(
     family = _family(study)
     metric, merged = family_of(family).headline_at(source.recipe.eval.cutoffs), run / "merged"
     kinds = [kind for kind in KINDS if kind != "int8" or find_spec("bitsandbytes") is not None]
-    found = [_measured(study, family, merged, kind, depths) for kind in kinds]
+    found = []
+    for kind in kinds:
+        try:
+            found.append(_measured(study, family, merged, kind, depths))
+        except ModelError as error:
+            if kind != "int8":
+                raise
+            # What was measured before is not lost for a package that does not work here.
+            log.warning("int8 is left out: %s", error)
     rows = with_front([row for own in found for row in own], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
     made = Compressed(
@@ -124,8 +136,13 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
         for file in Path(made).iterdir():
             file.replace(draft / file.name)
     drop_places(draft / "config.json")
+    card = (draft / "README.md").read_text(encoding="utf-8")
     note = f"\n`llmrec compress` cut this model behind layer {row.layers}. Figures above are of the whole model.\n"
-    write_text(draft / "README.md", (draft / "README.md").read_text(encoding="utf-8") + note)
+    if row.dtype == "int8":
+        stored = "int8 in the linear layers of the blocks, bfloat16 elsewhere"
+        card = re.sub(r"(?m)^(\| Weights in this folder \|).*$", rf"\1 {stored} |", card)
+        note += "\nIts weights in 8 bits are read by transformers with bitsandbytes (`eval.backend: hf`).\n"
+    write_text(draft / "README.md", card + note)
 
 
 def _family(study: Study) -> str:
@@ -152,6 +169,8 @@ def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
     if kind != "int8":
         return load_model(str(folder), section).to(device(section))
     require("bitsandbytes", "quant")
+    if getattr(load_config(str(folder), section), "quantization_config", None) is not None:
+        return load_model(str(folder), section)
     said = require("transformers", "train").BitsAndBytesConfig(load_in_8bit=True)
     return load_model(str(folder), section, quantization_config=said)
 

@@ -21,6 +21,7 @@ from llmrec.baselines.parameters import stops_early
 from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.data.assemble import read_items, write_items
 from llmrec.data.dataset import SCHEMA, Dataset, conform
+from llmrec.data.described import described_items
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.typed import ids, numbers, times
 from llmrec.data.sources.table import load
@@ -140,7 +141,7 @@ def _before(bundle: Bundle) -> _State:
         recipe = load_stored(bundle.run)
         data = load(recipe.data, seed=recipe.seed)
         rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
-        return _State(rows.select(_KEPT), dict(data.items))
+        return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)))
     found = carried(Path(bundle.folder), seed=bundle.seed)
     if found is None:
         raise DataError(

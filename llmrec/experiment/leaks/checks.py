@@ -314,6 +314,8 @@ def feature_texts(study: Study) -> Check | None:
         for baseline in study.baselines(family)
         for folder in stores_of(baseline.name, baseline.parameters)
     }
+    if study.recipe.data.texts is not None:
+        stores.setdefault(study.recipe.data.texts.path, next(iter(study.tasks)))
     if not stores:
         return None
     places, rows = [], 0

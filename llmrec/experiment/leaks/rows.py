@@ -14,10 +14,10 @@ from dataclasses import replace
 from itertools import count as numbers
 from itertools import islice, zip_longest
 
+from llmrec.data.described import NAMED
 from llmrec.data.split import SplitDataset
 from llmrec.experiment.leaks.checks import Check, redrawn, verdict
 from llmrec.experiment.study import Study, build_task
-from llmrec.experiment.told import NAMED
 from llmrec.index.table import ItemIndex
 from llmrec.prompts.template import Template, clean
 from llmrec.registry import is_positional

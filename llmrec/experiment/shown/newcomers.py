@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 
 import numpy as np
+import polars as pl
 
+from llmrec.errors import LlmrecError
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.shown.entries import drawn, product_of, ranked, user_of
 from llmrec.experiment.study import Study, vectors_of
@@ -13,6 +16,8 @@ from llmrec.guard import clean
 from llmrec.records import Nearby, Newcomer, Visit
 from llmrec.tasks.family import family_of
 from llmrec.types import Case
+
+log = logging.getLogger(__name__)
 
 LENGTH = 10
 """Places of a list that count."""
@@ -78,12 +83,17 @@ def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visi
 
 
 def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
-    """Return the items of training that read most like each, by the recipe's text encoder."""
-    data = study.task_data(family)
-    warm = sorted(set(data.dataset.items) - data.cold)
-    vectors = vectors_of(data.dataset.items, study.recipe.encoder)
-    likeness = vectors.of(asked) @ vectors.of(warm).T
-    found = {}
+    """Return the items of training that read most like each, by the recipe's text encoder; none without one."""
+    data, found = study.task_data(family), dict[str, tuple[Nearby, ...]]()
+    warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
+    shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
+    try:
+        vectors = vectors_of(shown, study.recipe.encoder)
+        likeness = vectors.of(asked) @ vectors.of(warm).T
+    except LlmrecError as error:
+        # All is measured by now, and none of it may be lost for this.
+        log.warning("new items stand without neighbours in the report: %s", error)
+        return dict.fromkeys(asked, ())
     for item, row in zip(asked, likeness, strict=True):
         best = np.argsort(-row, kind="stable")[:_NEAR]
         found[item] = tuple(

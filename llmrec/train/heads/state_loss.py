@@ -62,8 +62,8 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
         )
     if (size := len(teacher.get_output_embeddings().weight)) != vocabulary:
         raise ModelError(
-            f"train.teacher: the head of {folder} has {size} tokens, and that of the model to be trained {vocabulary}; "
-            "train both with one tokenizer and one index",
+            f"train.teacher: the head of {folder} has {size} rows, and that of the model to be trained {vocabulary}; "
+            "heads of one tokenizer may be padded otherwise, so take a teacher whose head is as long",
             kind="mismatch",
             column="train.teacher",
         )
