@@ -53,7 +53,7 @@ _EVALUATION_ONLY = {
 # Training settings that change nothing of the adapter.
 _UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
 # Where a teacher lies changes nothing: its weights stand in the key.
-_ELSEWHERE: dict[str, Any] = {"teacher": {"run"}}
+_ELSEWHERE: Mapping[str, Any] = {"teacher": {"run"}}
 # Sections that change nothing where there are none.
 _OPTIONAL = ("judge", "preference", "reward", "prune", "teacher")
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
