@@ -222,11 +222,13 @@ class OpenedModel:
         encoder: Its tokenizer.
         base: The folder that answers in the settings that are not tuned.
         start: The folder that training continues from; another one only where the recipe names a run (``train.start``).
+        teacher: The folder of the model that teaches, where the recipe names a run (``train.teacher``).
     """
 
     encoder: Encoder
     base: str
     start: str
+    teacher: str | None = None
 
 
 @dataclass(frozen=True)
@@ -288,7 +290,10 @@ class Session:
 
     def train(self) -> Trained:
         """Train, or reuse."""
-        return train_stage(self.study, self.encoder, self.start, self.folder, self.budget, quiet=self.quiet)
+        teacher = self._asked.teacher
+        return train_stage(
+            self.study, self.encoder, self.start, self.folder, self.budget, teacher=teacher, quiet=self.quiet
+        )
 
     def evaluation(self) -> Evaluation:
         """Return the rows of the recipe, which are stored in the folder."""
@@ -409,8 +414,8 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
         encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
         with both_places(recipe):
             # One that is gone is told of before anything of a finished training is taken for another's.
-            teacher_of(study, encoder, folder)
-            return OpenedModel(encoder, base, start_of(study, encoder, base, folder))
+            teacher = teacher_of(study, encoder, folder)
+            return OpenedModel(encoder, base, start_of(study, encoder, base, folder), teacher)
 
 
 def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:

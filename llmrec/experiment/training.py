@@ -17,7 +17,6 @@ from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
 from llmrec.experiment.row_specs import listing
-from llmrec.experiment.runs import teacher_of
 from llmrec.experiment.study import Study, fused_finder
 from llmrec.experiment.tuning.judging import Judge, judged
 from llmrec.experiment.tuning.rejecting import BEAM, close
@@ -270,7 +269,14 @@ def _record_of(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
 
 
 def train_stage(
-    study: Study, encoder: Encoder, base: str, folder: Path, budget: Budget, *, quiet: bool = False
+    study: Study,
+    encoder: Encoder,
+    base: str,
+    folder: Path,
+    budget: Budget,
+    *,
+    teacher: str | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
     done = trained(study, base, folder) if not processes.rank() else None
@@ -298,7 +304,7 @@ def train_stage(
         refuse_different(world, planned.steps.digest(), "training rows")
     with budget.stage("train"):
         judge = Judge.of(study, encoder) if world.first else None
-        training = _train(study, encoder, base, folder, planned, key, judge=judge, quiet=quiet)
+        training = _train(study, encoder, base, folder, planned, key, teacher=teacher, judge=judge, quiet=quiet)
     budget.add("train", training.seconds_before)
     if not world.first:
         world.wait()
@@ -349,12 +355,13 @@ def _train(
     planned: Plan,
     key: str,
     *,
+    teacher: str | None,
     judge: Judge | None,
     quiet: bool,
 ) -> Training:
     from llmrec.train import lora, sft
     from llmrec.train.heads import option
-    from llmrec.train.heads.state_loss import open_teacher
+    from llmrec.train.heads.state_loss import open_teacher, tokens_of
     from llmrec.train.world import here
 
     section = study.recipe.train
@@ -373,9 +380,9 @@ def _train(
 
         put_on(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
     head = _head(study, encoder, model, planned)
-    teacher, taught = teacher_of(study, encoder, folder), None
+    taught = None
     if teacher is not None and section.teacher is not None:
-        taught = open_teacher(teacher, study.recipe.model, section.teacher, _tokens(model))
+        taught = open_teacher(teacher, study.recipe.model, section.teacher, tokens_of(model))
     training = sft.train(
         model,
         encoder,
@@ -396,12 +403,6 @@ def _train(
     del model, head, taught
     release_memory()
     return training
-
-
-def _tokens(model: Any) -> int:
-    """Return how many tokens the head of a model that is trained knows."""
-    head = model.get_output_embeddings()
-    return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)
 
 
 def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:

@@ -68,3 +68,9 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
             column="train.teacher",
         )
     return TaughtLoss(teacher, section.share, section.relations)
+
+
+def tokens_of(model: Any) -> int:
+    """Return how many tokens the head of a model that is trained knows."""
+    head = model.get_output_embeddings()
+    return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)
