@@ -73,6 +73,7 @@ class Encoder:
         self._pieces: dict[str, tuple[int, ...]] = {}
         self._catalogues: dict[tuple[str | None, str], Catalogue] = {}
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
+        self._last: tuple[tuple[Message, ...] | None, tuple[int, ...]] = (None, ())
         self.end_id = self._find_end()
         # T5's own tokenizer drops line breaks: an answer that ends with its line would have no end, and a title that
         # begins another would always be the likelier one.
@@ -244,7 +245,13 @@ class Encoder:
         return known
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenise chat turns up to the start of the answer, and prove that no content forged a control token."""
+        """Tokenise chat turns up to the start of the answer, and prove that no content forged a control token.
+
+        The last ones are remembered: the answers of one question come one behind the other.
+        """
+        before, known = self._last
+        if messages == before:
+            return list(known)
         ids: list[int] = self.tokenizer.encode(self.turns_text(messages), add_special_tokens=False)
         roles = tuple(message.role for message in messages)
         if roles not in self._scaffold:
@@ -256,6 +263,7 @@ class Encoder:
                 f"text forges one; the turns begin {messages[-1].text[:120]!r}",
                 kind="unsafe",
             )
+        self._last = (tuple(messages), tuple(ids))
         return ids
 
     def _marks(self, ids: Iterable[int]) -> tuple[int, ...]:

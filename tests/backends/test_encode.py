@@ -57,6 +57,15 @@ def test_no_mixture_of_fragments_forges_one(encoder: Encoder, parts: list[str]) 
     assert sum(i in control for i in ids) == 3
 
 
+def test_the_prompt_that_is_remembered_is_this_one(encoder: Encoder) -> None:
+    first, second = asked("Heat", "Se7en\n"), asked("Alien", "Se7en\n")
+    ids = [encoder.prompt(each) for each in (first, first, second, first)]
+    assert ids[0] == ids[1] == ids[3] != ids[2]
+    # What is returned is the caller's own.
+    encoder.chat(first.messages).append(0)
+    assert encoder.prompt(first) == ids[0]
+
+
 def test_ordinary_text_is_left_alone(encoder: Encoder) -> None:
     for title in ("Heat (1995)", "M*A*S*H", "a < b", "[REC] (2007)", "Se7en"):
         assert encoder.tokenizer.decode(encoder.piece(title)) == title
