@@ -1,6 +1,7 @@
 """Figures by slice: cold and long-tail items, short and long histories, quiet and busy users, attributes of users.
 
 What puts a case into a slice is counted in training interactions, or known of its user (`llmrec.evaluate.attributes`).
+On a split by time it is also how long after training the user was asked, the age of what was learned.
 The thresholds stand in the slice's name, which stands in the signature: figures of different slices, or of one slice by
 different thresholds, cannot be mixed up.
 """
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmrec.data.split_kinds import PAIR
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.attributes import attribute_slices, attributes_of
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
@@ -96,6 +98,8 @@ def slices_of(
     found |= _bins(
         "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), rules.activity
     )
+    if data.kind == "global_time":
+        found |= _ages(cases, items, data)
     known = attributes_of(data.dataset) if attributes else ()
     users = [case.request.user_id for case in cases]
     for name in dict.fromkeys(attributes):
@@ -194,6 +198,19 @@ def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
     falling = np.sort(counts)[::-1]
     place = int(np.searchsorted(np.cumsum(falling), share * falling.sum() - 1e-9))
     return int(falling[min(place, len(falling) - 1)])
+
+
+def _ages(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
+    """Return the quarters of the held-out interactions in order of time; nothing where a case has no time."""
+    asked = [(case.request.user_id, item) for case, item in zip(cases, items, strict=True)]
+    for held in (data.test, data.valid):
+        times = {(user, item): time for user, item, time in held.select(*PAIR, "timestamp").iter_rows()}
+        own = [times.get((user, item)) for user, item in asked if item is not None]
+        if own and len(own) == len(asked) and None not in own:
+            edges = [held["timestamp"].quantile(share, interpolation="linear") for share in (0.25, 0.5, 0.75)]
+            place = np.searchsorted(np.array(edges, dtype=np.float64), np.array(own, dtype=np.float64), side="right")
+            return {f"age:quarter-{number + 1}": place == number for number in range(4)}
+    return {}
 
 
 def _bins(kind: str, lengths: NDArray[np.int64], edges: Sequence[int]) -> dict[str, NDArray[np.bool_]]:

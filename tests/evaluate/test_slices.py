@@ -201,3 +201,28 @@ def test_wrong_rules_and_lengths_are_errors() -> None:
     row = {"MRR": Metric(value=None, signature=PROTOCOL.sign("MRR"))}
     with pytest.raises(ValueError, match="2 values against 1 cases"):
         slice_figures({"MRR": np.ones(2)}, [case("u0", "a", 1)], split_of(TRAIN), metrics=row, protocol=PROTOCOL)
+
+
+def test_on_a_split_by_time_slices_are_quarters_of_what_is_held_out() -> None:
+    users = [f"u{n}" for n in range(8)]
+    data = split_of(TRAIN, [(user, "d") for user in users])
+    times = pl.Series("timestamp", [80.0, 10.0, 20.0, 30.0, 40.0, 50.0, 60.0, 70.0])
+    data = replace(data, test=data.test.with_columns(times))
+    cases = [case(user, "d", 1) for user in users]
+    assert not [name for name in slices_of(cases, data) if name.startswith("age")]
+
+    found = slices_of(cases, replace(data, kind="global_time"))
+
+    ages = {name: np.flatnonzero(member).tolist() for name, member in found.items() if name.startswith("age")}
+    assert sum(len(places) for places in ages.values()) == 8
+    assert [[float(times[place]) for place in sorted(places, key=lambda p: times[p])] for places in ages.values()] == [
+        [10.0, 20.0],
+        [30.0, 40.0],
+        [50.0, 60.0],
+        [70.0, 80.0],
+    ]
+    # A share of users does not move the edges.
+    some = slices_of(cases[:3], replace(data, kind="global_time"))
+    assert [int(some[name].sum()) for name in ages] == [2, 0, 0, 1]
+    untimed = replace(data, kind="global_time", test=data.test.with_columns(timestamp=pl.lit(None, dtype=pl.Float64)))
+    assert not [name for name in slices_of(cases, untimed) if name.startswith("age")]
