@@ -244,7 +244,7 @@ bench-prefixes: setup
 	$(BIN)/python -m eval.benchmarks.prefixes eval/results/prefixes.json
 
 bench-rollouts: setup
-	OMP_NUM_THREADS=1 $(BIN)/python -m eval.benchmarks.rollouts eval/results/rollouts.json
+	OMP_NUM_THREADS=1 $(BIN)/python -m eval.benchmarks.rollouts eval/results/rollouts.json --vllm
 
 bench-processes: setup
 	$(BIN)/python -m eval.benchmarks.processes eval/results/processes.json

@@ -5,6 +5,9 @@ from the same made model, of 41 million random weights, in turn in one process w
 3``); the minimum and the median of the rounds are kept, and the load of the machine around them. Random weights are
 right for speed and say nothing of quality. ``BENCH_CLOCK=processor`` counts the processor's time, for a machine that
 others use.
+
+``--vllm`` draws them with vLLM too, from the same weights and an empty prefix cache. Its engine is another process, so
+that the clock must be the wall's.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ from __future__ import annotations
 import argparse
 import os
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +28,7 @@ from eval.benchmarks.search import made_model, prompts
 from eval.benchmarks.search_alone import made_codes
 from eval.benchmarks.timing import alternated, seconds_now
 from llmrec.backends.hf.tree import MaskedTree
+from llmrec.decode.beam import TreeEngine
 from llmrec.decode.rollouts import Way, rollouts
 from llmrec.decode.token_tree import Catalogue
 from llmrec.durable import write_json
@@ -30,6 +36,8 @@ from llmrec.machine import machine, versions
 from llmrec.models.load import quiet_libraries
 
 LENGTH, GROUP = 200, 16
+# Ids that vLLM says log-probabilities of at once, as `llmrec.backends.vllm.backend` asks for them.
+LIMIT = 128
 WAYS: tuple[Way, ...] = ("sampled", "without-replacement", "beam")
 SAMPLED, BEAMS = "generate, sampled", "generate, beams"
 
@@ -42,15 +50,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--vllm", action="store_true", help="with vLLM too, which must be installed")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     quiet_libraries()
     model, codes, asked = made_model(torch.float32), made_codes(), prompts(options.prompts, LENGTH)
     tree, trie = Catalogue.of(codes), peers.Trie(codes)
 
-    def ours(way: Way) -> Drawn:
+    def ours(way: Way, engine: TreeEngine | None = None) -> Drawn:
         how: Any = {"way": way, "count": GROUP, "temperature": 1.0, "seeds": range(len(asked))}
-        return [[codes[n] for n in group.items] for group in rollouts(MaskedTree(model, 0), tree, asked, **how)]
+        drawn = rollouts(engine or MaskedTree(model, 0), tree, asked, **how)
+        return [[codes[n] for n in group.items] for group in drawn]
 
     def theirs(*, sampled: bool) -> Drawn:
         if sampled:
@@ -59,27 +69,33 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
     ways: dict[str, Callable[[], Drawn]] = {f"llmrec, {way}": lambda way=way: ours(way) for way in WAYS}  # type: ignore[misc]
     ways |= {SAMPLED: lambda: theirs(sampled=True), BEAMS: lambda: theirs(sampled=False)}
-    load, begin = os.getloadavg()[0], seconds_now()
-    seconds, given = alternated(options.rounds, ways)
+    with vllm_trees(model, codes) if options.vllm else nullcontext() as emptied:
+        if emptied is not None:
+            ways |= {f"llmrec, {way}, vLLM": lambda way=way: ours(way, emptied()) for way in WAYS}  # type: ignore[misc]
+        load, begin = os.getloadavg()[0], seconds_now()
+        seconds, given = alternated(options.rounds, ways)
     drawn = len(asked) * GROUP
+    speed = {name: drawn / seconds[name]["min"] for name in ways}
     found = {
         name: {
             "seconds": seconds[name],
-            "rollouts_a_second": drawn / seconds[name]["min"],
+            "rollouts_a_second": speed[name],
             "legal": legal(given[name], codes),
             "distinct": sum(len(set(group)) for group in given[name]) / drawn,
         }
         for name in ways
     }
     ratios = {
-        name: found[f"llmrec, {name}"]["rollouts_a_second"] / found[other]["rollouts_a_second"]
+        name: speed[f"llmrec, {name}"] / speed[other]
         for name, other in (("sampled", SAMPLED), ("without-replacement", SAMPLED), ("beam", BEAMS))
     }
+    if options.vllm:
+        ratios |= {f"{way}, torch beside vLLM": speed[f"llmrec, {way}"] / speed[f"llmrec, {way}, vLLM"] for way in WAYS}
     write_json(
         options.target,
         {
             "command": "python -m eval.benchmarks.rollouts TARGET "
-            f"--prompts {options.prompts} --rounds {options.rounds}",
+            f"--prompts {options.prompts} --rounds {options.rounds}{' --vllm' if options.vllm else ''}",
             "what": f"{GROUP} rollouts for each of {len(asked)} prompts of {LENGTH} tokens, among {len(codes):,} codes "
             f"of {tree.depth} tokens; a model of 41 million random weights in float32",
             "clock": os.environ.get("BENCH_CLOCK", "wall"),
@@ -94,6 +110,29 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     for name, row in found.items():
         sys.stdout.write(f"{name:30} {row['rollouts_a_second']:8.1f} rollouts/s, {row['legal']:.0%} items\n")
+
+
+@contextmanager
+def vllm_trees(model: Any, codes: Sequence[tuple[int, ...]]) -> Iterator[Callable[[], TreeEngine]]:
+    """Start vLLM on the model, and have a function that empties its cache and returns a tree engine over it."""
+    from eval.benchmarks.search_vllm import Given
+    from llmrec.backends.vllm.backend import VLLMBackend
+    from llmrec.backends.vllm.tree import VLLMTree
+    from tests.conftest import make_tokenizer
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        make_tokenizer().save_pretrained(folder)
+        backend: Any = VLLMBackend(folder, Given(codes), dtype="float32", route="forced")  # type: ignore[arg-type]
+
+        def emptied() -> TreeEngine:
+            backend._engine.reset_prefix_cache()
+            return VLLMTree(backend._read, chains=True, limit=LIMIT)
+
+        try:
+            yield emptied
+        finally:
+            backend.close()
 
 
 def legal(drawn: Drawn, codes: Sequence[tuple[int, ...]]) -> float:
