@@ -20,7 +20,7 @@ from jinja2 import TemplateError
 from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.guard import clean, neutralise
 from llmrec.prompts.grammar import FORBIDDEN, Refused, compiled
-from llmrec.prompts.values import Ledger
+from llmrec.prompts.values import Fields, Ledger
 from llmrec.prompts.words import ENGLISH, FOLDER, Words, english, words_of
 from llmrec.recipe.pages import read_page
 from llmrec.resources import resource
@@ -42,6 +42,7 @@ _CODE = re.compile(r"\.code\b")
 _TITLE = re.compile(r"\.title\b")
 _TAG = re.compile(r"{[{%].*?[%}]}")
 _WORDS = re.compile(r"[\w\s]")
+_ITEM = frozenset({"item"})
 
 
 @dataclass(frozen=True)
@@ -213,6 +214,9 @@ class Template:
         if "{" not in source:
             return (Segment("text", source),) if source else ()
         parsed = compiled(source)
+        item = values.get("item") if parsed.names == _ITEM else None
+        if isinstance(item, Fields) and source in item.rendered:
+            return item.rendered[source]
         for name in parsed.names:
             self._require(part, name, values)
         ledger = Ledger()
@@ -228,7 +232,10 @@ class Template:
                 at=self.id,
                 column=part,
             ) from None
-        return ledger.segments("".join(chunks))
+        segments = ledger.segments("".join(chunks))
+        if isinstance(item, Fields):
+            item.rendered[source] = segments
+        return segments
 
 
 def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template]:

@@ -15,6 +15,25 @@ LOOKUP_LIMIT = 256 * 1024
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 
 
+class Fields(dict[str, object]):
+    """An item's title and further fields, which stay as they are; one that the item lacks reads as None.
+
+    Attributes:
+        rendered: What templates that show nothing else make of it, by their text. A list writes an item again for every
+            user who had it.
+    """
+
+    __slots__ = ("rendered",)
+
+    def __init__(self, *given: Mapping[str, object], **named: object) -> None:
+        super().__init__(*given, **named)
+        self.rendered: dict[str, tuple[Segment, ...]] = {}
+
+    def __missing__(self, key: str) -> object:
+        """Let templates ask ``{% if item.genres %}`` of any catalogue."""
+        return None
+
+
 class Ledger:
     """Hands out placeholders for data values and turns them back into segments."""
 

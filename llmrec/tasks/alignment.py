@@ -7,8 +7,9 @@ from collections.abc import Iterator
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
+from llmrec.prompts.values import Fields
 from llmrec.recipe.schema import AlignmentSection
-from llmrec.tasks.base import Fields, Values, View, keyed, listed, passes, ranking_reward, refuse_test, solved_examples
+from llmrec.tasks.base import Values, View, keyed, listed, passes, ranking_reward, refuse_test, solved_examples
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn, Window
 from llmrec.tasks.held_items import hold_out, request_name

@@ -16,6 +16,7 @@ from llmrec.data.stats import Tallies
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT
 from llmrec.prompts.template import Template, clean
+from llmrec.prompts.values import Fields
 from llmrec.recipe.schema import RatingSection, SequentialSection
 from llmrec.tasks.templates import Chosen
 from llmrec.types import (
@@ -44,14 +45,6 @@ PAST = frozenset({"history", "liked", "disliked"})
 _PAST_TEXT = 160
 
 Values = dict[str, object]
-
-
-class Fields(dict[str, object]):
-    """An item's title and further fields; one that the item lacks reads as None."""
-
-    def __missing__(self, key: str) -> object:
-        """Let templates ask ``{% if item.genres %}`` of any catalogue."""
-        return None
 
 
 class View:
