@@ -15,8 +15,8 @@ from llmrec.errors import RecipeError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
 from llmrec.prompts.grammar import compiled
 from llmrec.prompts.template import Template, clean, load_templates, neutralise
-from llmrec.prompts.values import OUTPUT_LIMIT, Ledger
-from llmrec.types import Segment
+from llmrec.prompts.values import OUTPUT_LIMIT, Fields, Ledger
+from llmrec.types import Code, Segment
 from tests.facts import Facts, raises
 
 FAMILIES = ("rating", "sequential", "direct", "explanation", "alignment")
@@ -248,6 +248,23 @@ def test_step_marks_the_target_with_its_tail() -> None:
     assert lead == (Segment("item", "Heat"), Segment("text", ": "))
     assert target == (Segment("target", "4\n"),)
     assert template.answer({"rating": "4"}) == "4"
+
+
+def test_an_item_is_rendered_again_by_what_it_says_and_how_it_is_asked() -> None:
+    parts = {"family": "rating", "version": 1, "use": "seen", "shape": "list", "user": "Rate.", "tail": "\n"}
+    plain = Template(name="a", target="{{ item.title }}", **parts)  # type: ignore[arg-type]
+    rated = Template(name="b", lead="{{ item.title }} of ", target="{{ rating }}", **parts)  # type: ignore[arg-type]
+    coded = Template(name="c", lead="{{ item.title }}, ", target="{{ item.code }}", **parts)  # type: ignore[arg-type]
+    for _ in range(2):
+        for title in ("Heat", "Alien"):
+            item = Fields(title=title, code=Code(f"code of {title}"))
+            for rating in ("4", "5"):
+                values = {"item": item, "rating": rating}
+                assert plain.answer(values) == title
+                assert rated.answer(values) == rating
+                assert rated.opening(values) == (Segment("item", title), Segment("text", " of "))
+                assert coded.answer(values) == f"code of {title}"
+    assert Fields(title="Heat")["genres"] is None
 
 
 def test_output_is_capped() -> None:
