@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         some_users(home / "amazon14_beauty", given.share, beauty)
     data = split(load(DataSection(source="sequences", path=str(beauty)), seed=0), Split(), seed=0)
     begin = time.process_time()
-    teacher = UniSRec(UniSRec.Config(encoder=ENCODER, pretrain=given.epochs, quiet=True), seed=0)
+    teacher = UniSRec(UniSRec.Config(encoder=ENCODER, pretrain=given.epochs), seed=0)
     teacher.pretrained(data)
     teacher.save(given.out / "beauty", data)
     took = time.process_time() - begin

@@ -14,6 +14,7 @@ import numpy as np
 from llmrec.baselines.ubert.network import Reviewed, UBertConfig, batches, encoded
 from llmrec.baselines.ubert.reviews import Frozen, Span
 from llmrec.errors import ModelError, RecipeError, require
+from llmrec.progress import Bar
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -156,20 +157,24 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     learning = [*network["down"].parameters(), *network["user"].parameters(), *heads.parameters()]
     optimiser = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
     network.train()
-    for _ in range(config.pretrain):
-        for part in batches(len(truth), config.batch, rng):
-            places, mask = model.tokens.places([part[[row]] for row in range(len(part))])
-            tokens = model.read(places)
-            users = encoded(network["user"], torch.from_numpy(reviews.users[part]), tokens, torch.from_numpy(mask))
-            loss = config.beta * nn.functional.mse_loss(heads["rating"](users)[:, 0], wanted[part])
-            told = [(row, place) for row, text in enumerate(part.tolist()) for place in of_text[text]]
-            if told:
-                rows, which = np.array(told).T
-                joint = torch.cat([tokens[rows, hidden.places[which]], users[rows]], dim=1)
-                loss = loss + nn.functional.cross_entropy(heads["words"](joint), torch.from_numpy(hidden.words[which]))
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
+    with Bar("ubert: single reviews", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
+        for epoch in range(config.pretrain):
+            for part in batches(len(truth), config.batch, rng):
+                places, mask = model.tokens.places([part[[row]] for row in range(len(part))])
+                tokens = model.read(places)
+                users = encoded(network["user"], torch.from_numpy(reviews.users[part]), tokens, torch.from_numpy(mask))
+                loss = config.beta * nn.functional.mse_loss(heads["rating"](users)[:, 0], wanted[part])
+                told = [(row, place) for row, text in enumerate(part.tolist()) for place in of_text[text]]
+                if told:
+                    rows, which = np.array(told).T
+                    joint = torch.cat([tokens[rows, hidden.places[which]], users[rows]], dim=1)
+                    loss = loss + nn.functional.cross_entropy(
+                        heads["words"](joint), torch.from_numpy(hidden.words[which])
+                    )
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+            bar.reach(epoch + 1)
     model.tokens = whole
     for name in ("domain", "query", "key"):
         network["item"][name].load_state_dict(network["user"][name].state_dict())

@@ -25,6 +25,7 @@ from llmrec.baselines.neural import (
 from llmrec.baselines.unisrec.contrast import Fewer, contrasted
 from llmrec.baselines.unisrec.network import UniSRecConfig, Universal, network_of
 from llmrec.errors import RecipeError, require
+from llmrec.progress import Bar
 from llmrec.results import Reads
 from llmrec.types import Request
 
@@ -196,8 +197,10 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
             optimiser = torch.optim.AdamW(
                 model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
             )
-            for _ in range(config.pretrain):
-                contrasted(model, pieces, said, optimiser, rng)
+            with Bar(f"{self.name}: contrast", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
+                for epoch in range(config.pretrain):
+                    contrasted(model, pieces, said, optimiser, rng)
+                    bar.reach(epoch + 1)
         return model, pieces
 
 
