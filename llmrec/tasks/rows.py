@@ -79,7 +79,7 @@ def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[
 
 def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
     """Return segments with nothing left to learn."""
-    return tuple(Segment("given", each.text) if each.kind == "target" else each for each in segments)
+    return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
 
 
 def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tuple[Message, ...]:
