@@ -36,8 +36,6 @@ from llmrec.machine import machine, versions
 from llmrec.models.load import quiet_libraries
 
 LENGTH, GROUP = 200, 16
-# Ids that vLLM says log-probabilities of at once, as `llmrec.backends.vllm.backend` asks for them.
-LIMIT = 128
 WAYS: tuple[Way, ...] = ("sampled", "without-replacement", "beam")
 SAMPLED, BEAMS = "generate, sampled", "generate, beams"
 
@@ -52,6 +50,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--vllm", action="store_true", help="with vLLM too, which must be installed")
     options = parser.parse_args(arguments)
+    if options.vllm and os.environ.get("BENCH_CLOCK") == "processor":
+        parser.error("--vllm works in another process, whose time BENCH_CLOCK=processor does not see; unset it")
     torch.set_num_threads(1)
     quiet_libraries()
     model, codes, asked = made_model(torch.float32), made_codes(), prompts(options.prompts, LENGTH)
@@ -117,17 +117,16 @@ def vllm_trees(model: Any, codes: Sequence[tuple[int, ...]]) -> Iterator[Callabl
     """Start vLLM on the model, and have a function that empties its cache and returns a tree engine over it."""
     from eval.benchmarks.search_vllm import Given
     from llmrec.backends.vllm.backend import VLLMBackend
-    from llmrec.backends.vllm.tree import VLLMTree
     from tests.conftest import make_tokenizer
 
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         make_tokenizer().save_pretrained(folder)
-        backend: Any = VLLMBackend(folder, Given(codes), dtype="float32", route="forced")  # type: ignore[arg-type]
+        backend = VLLMBackend(folder, Given(codes), dtype="float32", route="forced")  # type: ignore[arg-type]
 
         def emptied() -> TreeEngine:
             backend._engine.reset_prefix_cache()
-            return VLLMTree(backend._read, chains=True, limit=LIMIT)
+            return backend.tree()
 
         try:
             yield emptied

@@ -13,7 +13,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 
+from llmrec.data.codes import in_codes_of
 from llmrec.data.split_kinds import PAIR
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.attributes import attribute_slices, attributes_of
@@ -202,13 +204,15 @@ def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
 
 def _ages(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
     """Return the quarters of the held-out interactions in order of time; nothing where a case has no time."""
-    asked = [(case.request.user_id, item) for case, item in zip(cases, items, strict=True)]
+    asked = pl.DataFrame(
+        {"user_id": [case.request.user_id for case in cases], "item_id": items},
+        schema=dict.fromkeys(PAIR, pl.String),
+    )
     for held in (data.test, data.valid):
-        times = {(user, item): time for user, item, time in held.select(*PAIR, "timestamp").iter_rows()}
-        own = [times.get((user, item)) for user, item in asked if item is not None]
-        if own and len(own) == len(asked) and None not in own:
+        times = in_codes_of(asked, held).join(held, on=PAIR, how="inner", maintain_order="left")["timestamp"]
+        if len(times) == len(cases) and not times.has_nulls():
             edges = [held["timestamp"].quantile(share, interpolation="linear") for share in (0.25, 0.5, 0.75)]
-            place = np.searchsorted(np.array(edges, dtype=np.float64), np.array(own, dtype=np.float64), side="right")
+            place = np.searchsorted(np.array(edges, dtype=np.float64), times.to_numpy(), side="right")
             return {f"age:quarter-{number + 1}": place == number for number in range(4)}
     return {}
 

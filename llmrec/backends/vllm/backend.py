@@ -226,7 +226,7 @@ class VLLMBackend:
     ) -> list[Found]:
         """Search a catalogue; see `Backend.search`."""
         return search(
-            lambda: VLLMTree(self._read, chains=self.route == "forced", limit=_MAX_IDS),
+            self.tree,
             self.encoder,
             prompts,
             texts,
@@ -237,6 +237,10 @@ class VLLMBackend:
             engine=f"vllm:{self.route}",
             batch_tokens=self._room(),
         )
+
+    def tree(self) -> VLLMTree:
+        """Return what reads trees of tokens with this engine, for searches and rollouts, and counts what it reads."""
+        return VLLMTree(self._read, chains=self.route == "forced", limit=_MAX_IDS)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Refused: a vLLM engine generates or embeds, not both.
