@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
+import shlex
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -41,6 +42,11 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def command_line() -> str:
+    """Return the command that this process runs, quoted so that a shell reads it back."""
+    return shlex.join(["llmrec", *sys.argv[1:]])
 
 
 def machine() -> dict[str, str | int | float | None]:

@@ -15,7 +15,8 @@ from llmrec.baselines.base import AboveZero, Baseline
 from llmrec.baselines.yes_no import LikeRatioConfig
 from llmrec.data.split import scale_of, threshold
 from llmrec.errors import DataError, require
-from llmrec.models.load import resolve
+from llmrec.models.load import cpu_has_bf16, resolve
+from llmrec.progress import Bar
 from llmrec.recipe.schema import ModelSection, Positive
 from llmrec.results import Reads
 from llmrec.types import Answer, Event, Item, Probability, Request, Unparsed
@@ -48,6 +49,7 @@ class LateConfig(LikeRatioConfig):
     epochs: Positive = Field(2, description="passes over them")
     batch: Positive = Field(16, description="rows of one optimiser step")
     learning_rate: AboveZero = Field(1e-4, description="of AdamW")
+    quiet: bool = Field(False, description="no progress line on the standard error")
 
 
 @dataclass
@@ -225,12 +227,15 @@ class LateInteraction(Baseline[LateConfig, Late]):
         trained = [p for part in (model.lower.joint, model.parts) for p in part.parameters() if p.requires_grad]
         optimiser = torch.optim.AdamW(trained, lr=config.learning_rate)
         rng, wanted = np.random.default_rng(self._seed + 1), torch.tensor(truth)
-        for _ in range(config.epochs):
-            order = rng.permutation(len(prompts))
-            for start in range(0, len(order), config.batch):
-                part = order[start : start + config.batch].tolist()
-                logits = model.whole([prompts[n] for n in part])
-                optimiser.zero_grad(set_to_none=True)
-                torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted[part]).backward()
-                optimiser.step()
+        with Bar(self.name, config.epochs * len(prompts), unit="rows", quiet=config.quiet, passing=True) as bar:
+            for _ in range(config.epochs):
+                order = rng.permutation(len(prompts))
+                for start in range(0, len(order), config.batch):
+                    part = order[start : start + config.batch].tolist()
+                    with torch.autocast("cpu", torch.bfloat16, enabled=cpu_has_bf16()):
+                        logits = model.whole([prompts[n] for n in part]).float()
+                    optimiser.zero_grad(set_to_none=True)
+                    torch.nn.functional.binary_cross_entropy_with_logits(logits, wanted[part]).backward()
+                    optimiser.step()
+                    bar.advance(len(part))
         model.lower.joint.eval()

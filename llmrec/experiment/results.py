@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime as dt
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,7 @@ from llmrec.experiment.shown.newcomers import newcomers
 from llmrec.experiment.shown.samples import text_samples
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
-from llmrec.machine import machine, versions
+from llmrec.machine import command_line, machine, versions
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
 from llmrec.results import Results
@@ -68,7 +67,7 @@ def write_results(
     results = Results(
         llmrec=__version__,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        command=" ".join(["llmrec", *sys.argv[1:]]),
+        command=command_line(),
         recipe=recipe.model_dump(mode="json"),
         recipe_hash=recipe_hash(recipe),
         seed=recipe.seed,

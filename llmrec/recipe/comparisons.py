@@ -32,6 +32,9 @@ class SuiteRow(Section):
         (), description="names of rows above, joined with weights from validation users that chose nothing else"
     )
     name: str = Field("", description="empty: the baseline's or the recipe's name, or that of the mixed rows")
+    seeds: Positive | None = Field(
+        None, description="only the first so many of the suite's seeds, for what is slow to train; None: all of them"
+    )
 
     @model_validator(mode="after")
     def _one_kind(self) -> SuiteRow:
@@ -136,6 +139,11 @@ class Suite(Section):
             if row.label in self.skip or any(part in found for part in row.parts):
                 found.append(row.label)
         return tuple(found)
+
+    def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
+        """Return the seeds that a row is fitted with if it has any chance: as many as each row that it joins has."""
+        own = [each.seeds for each in (row, *(other for other in self.rows if other.label in row.parts))]
+        return self.seeds[: min((many for many in own if many is not None), default=None)]
 
     @model_validator(mode="after")
     def _rows_agree(self) -> Suite:

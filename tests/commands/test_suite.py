@@ -75,6 +75,21 @@ def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: t
         assert row["memory_gb"] > 0 and {"tune", "fit", "answer"} <= set(row["seconds"])
 
 
+def test_a_row_can_have_fewer_seeds_and_the_leaderboard_says_so(tmp_path: Path) -> None:
+    als = {"baseline": "als", "parameters": {"factors": 4, "iterations": 2}, "tune": False}
+    rows = [{"baseline": "markov-1"}, {**als, "name": "all seeds"}, {**als, "name": "one seed", "seeds": 1}]
+    rows += [{"fuse": ["markov-1", one], "name": f"with {one}"} for one in ("all seeds", "one seed")]
+    page = Suite(**PAGE | {"split_seeds": [0], "rows": rows})
+    ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
+    few = {"one seed", "with one seed"}
+    assert {row.name: row.seeds for row in ran.results.rows if row.name != "markov-1"} == {
+        name: (0,) if name in few else (0, 1) for name in ("all seeds", "one seed", "with all seeds", "with one seed")
+    }
+    assert {row["name"] for row in ran.results.as_json()["rows"] if row.get("fewer_seeds")} == few
+    assert ran.leaderboard is not None
+    assert "whatever is said of them below: one seed (1), with one seed (1)." in ran.leaderboard.read_text("utf-8")
+
+
 def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, suites.Ran]) -> None:
     (chance,) = [row for row in ran[1].results.as_json()["rows"] if row["name"] == "random"]
     items = ran[1].results.as_json()["data"]["items"]

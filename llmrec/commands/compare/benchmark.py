@@ -6,7 +6,6 @@ import datetime as dt
 import itertools
 import json
 import logging
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, Benc
 from llmrec.durable import write_json, write_text
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import Contrasts, Standing, exploratory, over_runs, planned, reach
-from llmrec.machine import machine, versions
+from llmrec.machine import command_line, machine, versions
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.results import Figure, Pair, Results, Row, lower
@@ -164,7 +163,7 @@ def _write(
         description=benchmark.description,
         llmrec=__version__,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        command=" ".join(["llmrec", *sys.argv[1:]]),
+        command=command_line(),
         benchmark_hash=recipe_hash(benchmark),
         versions=versions(),
         machine=machine(),
@@ -183,11 +182,14 @@ def _write(
 
 
 def points(benchmark: Benchmark) -> Iterator[Point]:
-    """Yield the runs of a benchmark in order."""
-    for run in benchmark.runs:
-        for values in itertools.product(*run.grid.values()):
-            for seed in run.seeds or (None,):
-                yield Point(run, dict(zip(run.grid, values, strict=True)), seed)
+    """Yield the runs of a benchmark, one seed after the other, so that a killed one has whole tables."""
+    seeds = sorted({seed for run in benchmark.runs for seed in run.seeds})
+    for now in (None, *seeds):
+        for run in benchmark.runs:
+            for values in itertools.product(*run.grid.values()):
+                for seed in run.seeds or (None,):
+                    if seed == now:
+                        yield Point(run, dict(zip(run.grid, values, strict=True)), seed)
 
 
 def _refuse_shared_folders(benchmark: Benchmark, todo: Sequence[Point]) -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -41,7 +40,7 @@ from llmrec.evaluate.compare import Contrast, Standing, planned, reach
 from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
 from llmrec.experiment.resume import key_of, locked, read_stage
-from llmrec.machine import machine, versions
+from llmrec.machine import command_line, machine, versions
 from llmrec.metrics.stats import interval
 from llmrec.progress import Bar
 from llmrec.recipe.comparisons import ChatRow, ChatSuite
@@ -288,7 +287,7 @@ def _results(setting: Setting, rows: Mapping[str, Sequence[ChatTalk]], seconds: 
         description=page.description,
         llmrec=__version__,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        command=" ".join(["llmrec", *sys.argv[1:]]),
+        command=command_line(),
         chat_hash=recipe_hash(page),
         versions=versions(),
         machine=machine(),

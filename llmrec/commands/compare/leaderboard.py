@@ -13,7 +13,7 @@ from typing import Literal, get_args
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
-from llmrec.commands.compare.wording import drawn, explored_lines, planned_lines, planned_note, standing
+from llmrec.commands.compare.wording import drawn, explored_lines, fewer, planned_lines, planned_note, standing
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.pages import parsed
 from llmrec.recipe.schema import settings
@@ -201,7 +201,7 @@ def _section(found: SuiteResult, references: Sequence[Reference]) -> str:
         f"seeds {', '.join(map(str, protocol.seeds))}. {code(found.command)}, {found.seconds / 60:.0f} min on "
         f"{cell(where)}.",
     ]
-    said = [*_chosen(found), standing(protocol.users, len(protocol.seeds))]
+    said = [*_chosen(found), standing(protocol.users, len(protocol.seeds)), fewer(found.rows)]
     lines += [part for line in said if line for part in ("", cell(line))]
     lines += ["", chance] if (chance := drawn(found.llmrec, [row.name for row in found.rows])) else []
     if found.skipped:

@@ -61,6 +61,7 @@ class SuiteLine(Record):
         reads: What it knows items by; None in results of 0.1.
         trials: What was tried on validation, none where there was nothing to choose.
         chosen_by: The metric by which the parameters were chosen.
+        fewer_seeds: Whether it is stochastic and was fitted with fewer seeds than the suite has.
         encoder: How a text encoder made its vectors, where it reads texts with one; see `Embedder.record`.
         seconds: By what was done.
     """
@@ -73,6 +74,7 @@ class SuiteLine(Record):
     chosen_by: str = ""
     encoder: dict[str, str] = Field(default_factory=dict)
     seeds: tuple[int, ...] = ()
+    fewer_seeds: bool = False
     tables: dict[str, Table]
     seconds: dict[str, float] = Field(default_factory=dict)
     memory_gb: Number = None

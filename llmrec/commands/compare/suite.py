@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import datetime as dt
 import logging
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -41,7 +40,7 @@ from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
 from llmrec.experiment.resume import key_of, locked, read_stage
 from llmrec.experiment.study import load_split
-from llmrec.machine import machine, versions
+from llmrec.machine import command_line, machine, versions
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
 from llmrec.registry import BASELINES, stamps
@@ -196,7 +195,7 @@ def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: fl
         description=suite.description,
         llmrec=__version__,
         created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        command=" ".join(["llmrec", *sys.argv[1:]]),
+        command=command_line(),
         suite_hash=recipe_hash(suite),
         versions=versions(),
         machine=machine(),

@@ -107,7 +107,8 @@ def make_row(
             else contenders.choose(row, splits[first], tables_of(suite))
         )
         seconds["tune"] = time.monotonic() - begin + tuned.recalled
-        seeds = suite.seeds if contenders.stochastic(row) else suite.seeds[:1]
+        drawn = contenders.stochastic(row)
+        seeds = suite.seeds_of(row) if drawn else suite.seeds[:1]
         measure = partial(_measured, contenders, row, tuned, seconds)
         # Tuning has fitted the chosen point with the first seed.
         runs = [measure(splits[first], seed, seed == seeds[0]) for seed in seeds]
@@ -125,6 +126,7 @@ def make_row(
         chosen_by=tuned.metric,
         **_encoder(row),
         seeds=seeds,
+        **({"fewer_seeds": True} if drawn and len(seeds) < len(suite.seeds) else {}),
         tables=tables,
         seconds={name: round(value, 2) for name, value in seconds.items()},
         memory_gb=round(memory[0] / 2**30, 2),

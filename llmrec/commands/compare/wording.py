@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 
-from llmrec.commands.compare.records import SuitePair
+from llmrec.commands.compare.records import SuiteLine, SuitePair
 from llmrec.metrics.significance import detectable_from, detectable_line
 from llmrec.report.escape import cell
 from llmrec.report.wording import SEEDS, USERS, coverage, difference, outcome, p_value
@@ -68,6 +68,13 @@ def standing(users: int, seeds: int) -> str:
     return (
         f"Exploratory, with {' and '.join(few)}: figures and verdicts describe this run; nothing is claimed from them."
     )
+
+
+def fewer(rows: Sequence[SuiteLine]) -> str:
+    """Say which rows have fewer training seeds than their suite, too few to claim anything; nothing without any."""
+    few = [f"{row.name} ({len(row.seeds)})" for row in rows if row.fewer_seeds and len(row.seeds) < SEEDS]
+    said = f"Exploratory, with fewer than {SEEDS} training seeds, whatever is said of them below"
+    return f"{said}: {', '.join(few)}." if few else ""
 
 
 def drawn(version: str, rows: Collection[str]) -> str:
