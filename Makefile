@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-chat-models bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-chat-models bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-compress-run bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -58,6 +58,7 @@ help:
 	@echo "make bench-remote     ask a server that fails on purpose, and kill the client, eval/results/remote.json"
 	@echo "make bench-schema     ask a service whatever its OpenAPI document allows and does not, eval/results/serve_schema.json"
 	@echo "make bench-ubert      what pretraining adds to U-BERT on planted reviews, eval/results/ubert.json"
+	@echo "make bench-compress-run  llmrec compress on the quickstart with exits, and its export served, eval/results/compress_run.json"
 	@echo "make bench-compress   20 candidates at each exit and with late interaction, eval/results/compress_ms.json"
 	@echo "make bench-prefixes   what ranking strategies read where prompts begin alike, eval/results/prefixes.json"
 	@echo "make bench-rollouts   items that a model draws, beside generate with a prefix function, eval/results/rollouts.json"
@@ -236,6 +237,10 @@ campaign: setup
 gpu-check:
 	@test -n "$(PYTHON)" || { echo "make: found no Python 3.11 or newer with venv; name one: make gpu-check PYTHON=/path/to/python"; exit 2; }
 	@$(PYTHON) -m eval.benchmarks.gpu $(ARGS)
+
+bench-compress-run: setup
+	$(BIN)/python -m llmrec train recipes/quickstart.yaml name=quickstart-exits train.exits=true
+	$(BIN)/python -m eval.benchmarks.compress_run runs/quickstart-exits eval/results/compress_run.json --target-ms 300
 
 bench-compress: setup
 	$(BIN)/python -m eval.benchmarks.compress eval/results/compress_ms.json
