@@ -21,6 +21,7 @@ from llmrec.commands.compare.benchmark import points, recipe_of
 from llmrec.commands.compare.leaderboard import leaderboard
 from llmrec.commands.compare.slices_page import slices_page
 from llmrec.commands.compare.suite import run_suite
+from llmrec.commands.compare.suite_row import cases_of
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.errors import LlmrecError, RecipeError
@@ -88,6 +89,17 @@ def test_a_row_can_have_fewer_seeds_and_the_leaderboard_says_so(tmp_path: Path) 
     assert {row["name"] for row in ran.results.as_json()["rows"] if row.get("fewer_seeds")} == few
     assert ran.leaderboard is not None
     assert "whatever is said of them below: one seed (1), with one seed (1)." in ran.leaderboard.read_text("utf-8")
+
+
+def test_users_are_counted_where_each_has_several_held_out_interactions() -> None:
+    data = {"source": "made-reviews", "split": {"kind": "last_share", "valid": 0.2, "test": 0.4}}
+    page = Suite(**PAGE | {"data": data, "users": 3})
+    whole = load_split(page.data, 0)
+    every = cases_of(Suite(**PAGE | {"data": data}), whole)
+    few = cases_of(page, whole)
+    users = {case.request.user_id for case in few}
+    assert len(users) == 3 and len(few) > 3
+    assert [case.request.id for case in few] == [case.request.id for case in every if case.request.user_id in users]
 
 
 def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, suites.Ran]) -> None:

@@ -251,8 +251,9 @@ def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
     Raises:
         RecipeError: If no user has as long a history as the suite asks for.
     """
-    cases = []
-    for held in data.holdouts(suite.split)[: suite.users]:
+    cases, held_out = [], data.holdouts(suite.split)
+    # A user may have several held-out interactions: all of them are asked about, or none.
+    for held in held_out.of(None if suite.users is None else held_out.first_users(suite.users)):
         truth = _truth(suite, data, held)
         if truth is None:
             continue  # there is nothing to compare an answer with
