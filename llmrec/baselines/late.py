@@ -12,6 +12,7 @@ from pydantic import Field
 
 from llmrec.backends.segments import Lower, Part
 from llmrec.baselines.base import AboveZero, Baseline
+from llmrec.baselines.neural import put_back, weights_of
 from llmrec.baselines.yes_no import LikeRatioConfig
 from llmrec.data.split import scale_of, threshold
 from llmrec.errors import DataError, require
@@ -23,6 +24,8 @@ from llmrec.types import Answer, Event, Item, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
+
+    from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
 
@@ -144,6 +147,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
     name = "late-interaction"
     stochastic = True
     READS: ClassVar[Reads] = "texts"
+    FITS_ON = "train"
     Config = LateConfig
 
     def fit(self, data: SplitDataset) -> None:
@@ -154,15 +158,23 @@ class LateInteraction(Baseline[LateConfig, Late]):
             ModelError: If the model cannot be found, or is no decoder of plain layers.
             MissingExtra: If torch or transformers is not installed.
         """
-        torch, config = require("torch", "train"), self._config
-        section = ModelSection(name=config.model, dtype="float32")
-        lower = Lower(resolve(section), section, config.joint, config.layers)
+        torch = require("torch", "train")
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self._seed)
-            model = self._late(lower, data)
+            model = self._late(self._lower(), data)
             prompts, truth = self._questions(data, model)
-            lower.keep({each.text for prompt in prompts for each in prompt})
+            model.lower.keep({each.text for prompt in prompts for each in prompt})
             self._train(model, prompts, truth)
+        self._model = model
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the trained weights, as arrays."""
+        return weights_of(_learned(self._fitted))
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        model = self._late(self._lower(), data)
+        put_back(_learned(model), state)
         self._model = model
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -189,6 +201,10 @@ class LateInteraction(Baseline[LateConfig, Late]):
                     for request in part
                 ]
         return answers
+
+    def _lower(self) -> Lower:
+        section = ModelSection(name=self._config.model, dtype="float32")
+        return Lower(resolve(section), section, self._config.joint, self._config.layers)
 
     def _late(self, lower: Lower, data: SplitDataset) -> Late:
         nn, config = require("torch", "train").nn, self._config
@@ -239,3 +255,8 @@ class LateInteraction(Baseline[LateConfig, Late]):
                     optimiser.step()
                     bar.advance(len(part))
         model.lower.joint.eval()
+
+
+def _learned(model: Late) -> Any:
+    """Return what training changes, a ``torch.nn.ModuleDict``."""
+    return require("torch", "train").nn.ModuleDict({"joint": model.lower.joint, "parts": model.parts})

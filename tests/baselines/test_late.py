@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from llmrec.backends.segments import Lower, Part
+from llmrec.baselines.fits.store import Storable, key_of
 from llmrec.baselines.late import CANDIDATE, LateInteraction
 from llmrec.data.features import FeatureStore
 from llmrec.data.split import SplitDataset
@@ -133,3 +134,24 @@ def test_more_joint_layers_than_there_are_is_refused(folder: Path, data: SplitDa
         with raises(RecipeError, Facts("bad-value", column="joint", says=f"has {LAYERS}")):
             fitted(folder, data, **wrong)
     assert Part("x", CANDIDATE).kind == 3
+
+
+def test_a_kept_fit_answers_the_same(folder: Path, data: SplitDataset) -> None:
+    made, again = fitted(folder, data), LateInteraction(LateInteraction.Config(model=str(folder), joint=2), seed=0)
+    again.restore(data, made.state())
+    # Texts that are read together are padded alike, so that sums differ in their last bits.
+    asked = [
+        [answer.value for answer in each.answer(requests(data)) if isinstance(answer, Probability)]
+        for each in (made, again)
+    ]
+    assert asked[0] == pytest.approx(asked[1], abs=1e-5) and len(set(asked[0])) > 1
+
+
+def test_other_weights_make_another_fit(tmp_path: Path, data: SplitDataset) -> None:
+    model = LateInteraction(LateInteraction.Config(model=str(make_model(tmp_path / "deep", layers=LAYERS))), seed=0)
+    assert isinstance(model, Storable)
+    before = key_of(model, {}, data, 0)
+    assert before == key_of(model, {}, data, 0)
+    config = tmp_path / "deep" / "config.json"
+    config.write_text(config.read_text("utf-8").replace("{", "{\n", 1), encoding="utf-8")
+    assert key_of(model, {}, data, 0) != before

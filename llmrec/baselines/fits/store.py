@@ -24,10 +24,11 @@ import numpy as np
 from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.baselines.parameters import stores_of
 from llmrec.durable import MANIFEST, sha256_of
-from llmrec.errors import RecipeError
+from llmrec.errors import ModelError, RecipeError
 from llmrec.machine import versions
-from llmrec.models.load import cpu_has_bf16, has_cuda
+from llmrec.models.load import cpu_has_bf16, has_cuda, resolve, weights_stamp
 from llmrec.models.text_encoder import find_encoder
+from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
@@ -59,6 +60,7 @@ _CODE = (
     "index/semantic.py",
     "models",
     "backends/end_states.py",
+    "backends/segments.py",
 )
 # Parameters that say how a fit is shown.
 _SHOWN = {"quiet"}
@@ -94,6 +96,7 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "stores": stores_of(model.name, parameters),
         "start": _start(config.get("start")),
         "lexicon": _words(config.get("lexicon")),
+        "model": _weights(config.get("model")),
         "encoder": find_encoder(encoder)[1] if encoder != LSA and not encoder.startswith(STORE) else None,
         "bf16": cpu_has_bf16(),
         # Sums are added up in another order on a GPU.
@@ -108,6 +111,14 @@ def _start(folder: str | None) -> str | None:
     """Return a hash over the weights that a fit starts from; None without any, or where ``fit`` will refuse them."""
     sealed = Path(folder or "") / MANIFEST
     return sha256_of(sealed) if folder and sealed.is_file() else None
+
+
+def _weights(name: str | None) -> str | None:
+    """Return a hash over a language model; None without any, or where ``fit`` will refuse it."""
+    try:
+        return weights_stamp(resolve(ModelSection(name=name))) if name else None
+    except ModelError:
+        return None
 
 
 def _words(file: str | None) -> str | None:
