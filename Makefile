@@ -239,7 +239,7 @@ gpu-check:
 	@$(PYTHON) -m eval.benchmarks.gpu $(ARGS)
 
 bench-compress-run: setup
-	$(BIN)/python -m llmrec train recipes/quickstart.yaml name=quickstart-exits train.exits=true
+	$(BIN)/python -m llmrec train recipes/quickstart.yaml name=quickstart-exits train.exits=true train.steps=30 train.valid_every=30 train.save_every=30
 	$(BIN)/python -m eval.benchmarks.compress_run runs/quickstart-exits eval/results/compress_run.json --target-ms 300
 
 bench-compress: setup
