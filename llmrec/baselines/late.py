@@ -179,28 +179,24 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer with the probability that each request's item is liked; one history is read once."""
-        model, answers = self._fitted, list[Answer]()
+        model, found = self._fitted, dict[int, Answer]()
         torch = require("torch", "train")
-        for _, group in groupby(requests, key=lambda request: (request.user_id, request.history)):
+        # A user's questions need not follow each other.
+        order = sorted(range(len(requests)), key=lambda n: requests[n].user_id)
+        for _, group in groupby(order, key=lambda n: (requests[n].user_id, requests[n].history)):
             same = list(group)
-            user = model.user(same[0].history)
-            for start in range(0, len(same), _CANDIDATES):
-                part = same[start : start + _CANDIDATES]
-                asked = [request for request in part if request.item is not None]
-                found = dict[str, float]()
-                if asked:
-                    with torch.no_grad():
-                        chances = model.logits(
-                            user, [model.candidate(str(request.item)) for request in asked]
-                        ).sigmoid()
-                    found = dict(zip([request.id for request in asked], chances.tolist(), strict=True))
-                answers += [
-                    Probability(request_id=request.id, value=found[request.id])
-                    if request.id in found
-                    else Unparsed(request_id=request.id, reason="the request names no item to judge")
-                    for request in part
-                ]
-        return answers
+            user = model.user(requests[same[0]].history)
+            asked = [n for n in same if requests[n].item is not None]
+            for start in range(0, len(asked), _CANDIDATES):
+                part = asked[start : start + _CANDIDATES]
+                with torch.no_grad():
+                    logits = model.logits(user, [model.candidate(str(requests[n].item)) for n in part])
+                for n, chance in zip(part, logits.sigmoid().tolist(), strict=True):
+                    found[n] = Probability(request_id=requests[n].id, value=chance)
+        return [
+            found.get(n) or Unparsed(request_id=request.id, reason="the request names no item to judge")
+            for n, request in enumerate(requests)
+        ]
 
     def _lower(self) -> Lower:
         section = ModelSection(name=self._config.model, dtype="float32")

@@ -129,6 +129,26 @@ def test_every_request_is_answered_in_order(folder: Path, data: SplitDataset) ->
     assert all(isinstance(each, Probability) and 0 < each.value < 1 for each in [*found[:-2], found[-1]])
 
 
+def test_a_history_is_read_once_wherever_its_questions_stand(
+    folder: Path, data: SplitDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, read = fitted(folder, data), list[str]()
+    asked = [
+        Request(id=f"{user} {item}", user_id=user, item=item, history=data.history(user, "test"))
+        for item in sorted(data.dataset.items)[:4]
+        for user in data.users()[:2]
+    ]
+    apart = {each.request_id: each for request in asked for each in model.answer([request])}
+    whole = model._fitted.user
+    monkeypatch.setattr(model._fitted, "user", lambda events: read.append("") or whole(events))
+    found = model.answer(asked)
+    assert len(read) == 2 and [each.request_id for each in found] == [request.id for request in asked]
+    for each in found:
+        alone = apart[each.request_id]
+        assert isinstance(each, Probability) and isinstance(alone, Probability)
+        assert each.value == pytest.approx(alone.value, abs=1e-5)
+
+
 def test_more_joint_layers_than_there_are_is_refused(folder: Path, data: SplitDataset) -> None:
     for wrong in ({"joint": LAYERS + 1}, {"joint": 3, "layers": 2}):
         with raises(RecipeError, Facts("bad-value", column="joint", says=f"has {LAYERS}")):
