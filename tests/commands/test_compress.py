@@ -55,6 +55,12 @@ def test_the_best_that_is_fast_enough_is_chosen_or_none() -> None:
     assert chosen(ROWS, 20, lower=False) is None
 
 
+@pytest.mark.parametrize("target", [float("inf"), float("nan")])
+def test_a_target_that_is_no_number_is_refused_before_anything_is_measured(tmp_path: Path, target: float) -> None:
+    with raises(LlmrecError, Facts("bad-value", column="--target-ms", says="milliseconds")):
+        compress(tmp_path / "no run", tmp_path / "out", target_ms=target, users=1)
+
+
 def test_the_page_draws_the_front_and_shows_every_row(tmp_path: Path) -> None:
     rows = with_front(ROWS, lower=False)
     best = chosen(rows, 160, lower=False)

@@ -7,6 +7,7 @@ of fewer layers. A run with ``train.exits`` has learned to answer from each.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import time
 from collections.abc import Sequence
@@ -66,8 +67,15 @@ def compress(
         force: Replace an earlier export.
 
     Raises:
-        LlmrecError: If the run has no model whose answers are labels, or the export does not answer as it was measured.
+        LlmrecError: If the target is no number, the run has no model whose answers are labels, or the export does not
+            answer as it was measured.
     """
+    if not math.isfinite(target_ms):
+        raise LlmrecError(
+            f"a target of {target_ms} ms is no number of milliseconds; write one, such as 20",
+            kind="bad-value",
+            column="--target-ms",
+        )
     quiet_libraries()
     source = open_run(run)
     if source.merged is None:
