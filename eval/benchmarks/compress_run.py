@@ -51,7 +51,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             found = compress(asked.run, Path(folder) / "export", target_ms=asked.target_ms, users=asked.users)
         table = {key: value for key, value in asdict(found).items() if key != "folder"}
         command = shlex.join(["python", "-m", "eval.benchmarks.compress_run", *sys.argv[1:]])
-        table = {"command": command, **table, "machine": machine(), "versions": versions()}
+        seconds = json.loads((asked.run / "train.json").read_text(encoding="utf-8"))["seconds"]
+        table = {"command": command, "train_seconds": seconds, **table, "machine": machine(), "versions": versions()}
         write_json(asked.target, table)
     best = chosen([Row(**row) for row in table["rows"]], _ANY, lower=True)
     assert best is not None
