@@ -84,7 +84,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, size in sizes.items():
         rows[name] |= {"layers_mb": round(size, 1), "log_odds_apart": apart.get(name)}
     found = {"command": " ".join(["python -m eval.benchmarks.compress", *sys.argv[1:]]), "candidates": CANDIDATES}
-    write_json(asked.target, {**found, "rows": rows, "machine": machine(), "versions": versions()})
+    write_json(
+        asked.target,
+        {
+            **found,
+            "rows": [{"name": name, **row} for name, row in rows.items()],
+            "machine": machine(),
+            "versions": versions(),
+        },
+    )
     for name, row in rows.items():
         sys.stdout.write(f"{name:16} {row['seconds']} {row['lower_tokens']}\n")
 
