@@ -3,7 +3,7 @@
 ``python -m eval.benchmarks.compress_run RUN TARGET.json [--target-ms 20] [--users 50]``: what `llmrec compress` finds
 and chooses for a target; then the best combination of all, however slow, is exported and served, and ``llmrec serve``
 has to give its figure. The run's model answers ratings of whole stars, as the quickstart's does, and was trained with
-``train.exits``. The table is written first, and one that is there already is not measured again.
+``train.exits``. The table is written before anything is served.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 
 from eval.benchmarks.serving import serving
 from llmrec.commands.compress.compress import compress
-from llmrec.commands.compress.rows import Row, chosen
+from llmrec.commands.compress.rows import chosen
 from llmrec.commands.export.agreement import on_validation
 from llmrec.durable import write_json
 from llmrec.experiment.runs import open_run
@@ -44,17 +44,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--target-ms", type=float, default=20.0)
     parser.add_argument("--users", type=int, default=50)
     asked = parser.parse_args(arguments)
-    if asked.target.is_file():
-        table = json.loads(asked.target.read_text(encoding="utf-8"))
-    else:
-        with TemporaryDirectory() as folder:
-            found = compress(asked.run, Path(folder) / "export", target_ms=asked.target_ms, users=asked.users)
-        table = {key: value for key, value in asdict(found).items() if key != "folder"}
-        command = shlex.join(["python", "-m", "eval.benchmarks.compress_run", *sys.argv[1:]])
-        seconds = json.loads((asked.run / "train.json").read_text(encoding="utf-8"))["seconds"]
-        table = {"command": command, "train_seconds": seconds, **table, "machine": machine(), "versions": versions()}
-        write_json(asked.target, table)
-    best = chosen([Row(**row) for row in table["rows"]], _ANY, lower=True)
+    with TemporaryDirectory() as folder:
+        found = compress(asked.run, Path(folder) / "export", target_ms=asked.target_ms, users=asked.users)
+    table: dict[str, Any] = {
+        "command": shlex.join(["python", "-m", "eval.benchmarks.compress_run", *sys.argv[1:]]),
+        "train_seconds": json.loads((asked.run / "train.json").read_text(encoding="utf-8"))["seconds"],
+        **{key: value for key, value in asdict(found).items() if key != "folder"},
+        "machine": machine(),
+        "versions": versions(),
+    }
+    write_json(asked.target, table)
+    best = chosen(found.rows, _ANY, lower=True)
     assert best is not None
     with TemporaryDirectory() as folder:
         out = Path(folder) / "export"
