@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -83,11 +84,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = {name: {"seconds": times[name], "lower_tokens": tokens.get(name)} for name in ways}
     for name, size in sizes.items():
         rows[name] |= {"layers_mb": round(size, 1), "log_odds_apart": apart.get(name)}
-    found = {"command": " ".join(["python -m eval.benchmarks.compress", *sys.argv[1:]]), "candidates": CANDIDATES}
+    command = shlex.join(["python", "-m", "eval.benchmarks.compress", *sys.argv[1:]])
     write_json(
         asked.target,
         {
-            **found,
+            "command": command,
+            "candidates": CANDIDATES,
             "rows": [{"name": name, **row} for name, row in rows.items()],
             "machine": machine(),
             "versions": versions(),

@@ -19,6 +19,7 @@ import gzip
 import io
 import json
 import os
+import shlex
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -322,7 +323,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         {"host": "logistic", "arm": "bias of users and items", **figures([measure(plain, cases)], truth, users)}
     )
     result = {
-        "command": " ".join(["LLMREC_DATA=FOLDER python -m eval.benchmarks.kar", *(arguments or sys.argv[1:])]),
+        "command": f"LLMREC_DATA=FOLDER python -m eval.benchmarks.kar {shlex.join(arguments or sys.argv[1:])}",
         "rows": rows,
         "pairs": _pairs(said, given.hosts, truth, users),
         "users": len(set(users)),
