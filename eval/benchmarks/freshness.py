@@ -2,12 +2,12 @@
 
 ``LLMREC_DATA=FOLDER python -m eval.benchmarks.freshness eval/results/freshness.json`` reads FOLDER/ml_latest_small (610
 users, 1996 to 2018). In each year the host learns from the `WINDOW` years before it, whatever is older is history, and
-every rating of the year is a question, with the latest `HISTORY` ratings of the user before it as history. A profile is
-the mean vector of the liked films of a user less that of the others, by the words of titles and genres; no language
-model is in it. At age a, profiles know what was rated before the a-th last year began, and the store knows the films
-that had been rated by then; the profile of a user in an earlier year, whose ratings the host learns from, is as old
-as it was then. So a user is another one in each year: the profile changes, and no rating is in a profile beside which
-it is learned from or asked about.
+every rating of the year is a question, with all ratings of the user before it as history: the host counts them, and has
+counted them all in what it learned from. A profile is the mean vector of the liked films of a user less that of the
+others, by the words of titles and genres; no language model is in it. At age a, profiles know what was rated before the
+a-th last year began, and the store knows the films that had been rated by then; the profile of a user in an earlier
+year, whose ratings the host learns from, is as old as it was then. So a user is another one in each year: the profile
+changes, and no rating is in a profile beside which it is learned from or asked about.
 
 ``never`` are the profiles of the first replayed year. The controls are features of others (profiles and films' vectors
 alike), the host without either, and that host as it was in the first year, which never learns anew.
@@ -43,7 +43,7 @@ from llmrec.metrics.judged import Pairs, judge
 from llmrec.metrics.multi_target import ndcg
 from llmrec.types import Case, Event, Item, Request
 
-HOST, LIKED, WINDOW, HISTORY = "deepfm", 4.0, 3, 100
+HOST, LIKED, WINDOW = "deepfm", 4.0, 3
 YEARS = tuple(range(2013, 2019))
 NEVER = 99
 AGES: Mapping[str, int] = {"age 0": 0, "age 1": 1, "age 3": 3, "never refreshed": NEVER}
@@ -196,7 +196,7 @@ def _cases(asked: pl.DataFrame, told: pl.DataFrame) -> list[Case]:
     for user, item, rating, at, year in asked.select(*columns, "year").iter_rows():
         own, name = past.setdefault(user, []), name_of(user, year)
         # Ratings of the same second were given on one page, and are no history of each other.
-        history = tuple(event for event in own if event.timestamp is not None and event.timestamp < at)[-HISTORY:]
+        history = tuple(event for event in own if event.timestamp is not None and event.timestamp < at)
         cases.append(
             Case(request=Request(id=request_id(name, item), user_id=name, item=item, history=history), truth=rating)
         )

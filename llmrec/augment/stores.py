@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +22,7 @@ from llmrec.data.features import (
     FeatureStore,
     Pair,
     Provenance,
+    drop_older,
     write_version,
     writing,
 )
@@ -30,6 +32,8 @@ from llmrec.data.reading.text import user_path
 from llmrec.data.reading.typed import ids, texts
 from llmrec.errors import DataError
 from llmrec.models.embedder import text_embedder
+
+log = logging.getLogger(__name__)
 
 ENCODER = "all-MiniLM-L6-v2"
 # Ids of one look-up and look-ups of a timing.
@@ -85,7 +89,7 @@ def from_table(
         encoder: A text encoder, a name or a folder.
 
     Raises:
-        DataError: If a table cannot be read, or an id stands twice.
+        DataError: If a table cannot be read, an id stands twice, or ``seen`` names none of the ids.
     """
     table = read_table(user_path(path))
     person = kind in OF_PERSONS
@@ -102,6 +106,25 @@ def from_table(
         told = read_table(user_path(seen))
         for user, item in zip(ids(told, "user_id"), ids(told, "item_id"), strict=True):
             pairs.setdefault(str(user if person else item), set()).add((str(user), str(item)))
+        told_of = [name for name in names if written[name].strip()]
+        without = [name for name in told_of if name not in pairs]
+        if told_of and len(without) == len(told_of):
+            raise DataError.at(
+                told.name,
+                "mismatch",
+                f" names none of the {kind}s of {table.name}, such as {told_of[0]!r}; write the ids alike",
+                "user_id" if person else "item_id",
+            )
+        if without:
+            log.warning(
+                "%s: %s of the %s %ss of %s do not stand in it, such as %r; their texts count as having seen nothing",
+                told.name,
+                f"{len(without):,}",
+                f"{len(told_of):,}",
+                kind,
+                table.name,
+                without[0],
+            )
     made = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
     return of_texts(
         kind, written, encoder=encoder, provenance=made, seen={each: frozenset(known) for each, known in pairs.items()}
@@ -144,12 +167,19 @@ class Forgotten:
 def forget(folder: Path, user: str) -> Forgotten:
     """Erase a person: text, vector, interactions, and the answers of the model; versions before are removed too.
 
+    Answers and older versions go first and for everybody, as they do not say whom they are about: a person whose answer
+    was blank has no text, and a killed call is made good by the next one.
+
     Raises:
-        DataError: If the store knows nothing of the person.
+        DataError: If the store knows nothing of the person; what a model said is gone all the same.
         LlmrecError: If somebody else writes to it.
     """
     FeatureStore.open(folder)
     with writing(folder) as place:
+        # What a language model was asked and said, with what the database has beside it.
+        for path in place.glob(f"{ANSWERS}*"):
+            path.unlink()
+        drop_older(place)
         store = FeatureStore.open(folder)
         tables = [whole(store, kind) for kind in store.kinds]
         pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
@@ -159,11 +189,10 @@ def forget(folder: Path, user: str) -> Forgotten:
         )
         had = any(table.kind in OF_PERSONS and user in table.ids for table in tables)
         if not had and not pairs:
-            raise DataError.at(folder, "unknown-name", f" knows nothing of user {user!r}")
+            raise DataError.at(
+                folder, "unknown-name", f" knows nothing of user {user!r}; answers that a model had given were removed"
+            )
         write_version(place, [_without(table, user, pairs) for table in tables], dtype=store.dtype, keep=1)
-        # What a language model was asked and said, with what the database has beside it.
-        for path in place.glob(f"{ANSWERS}*"):
-            path.unlink()
     return Forgotten(had, len(pairs), tuple(others))
 
 

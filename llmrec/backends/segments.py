@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,12 +19,14 @@ from typing import Any
 import numpy as np
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.features import Features, FeatureStore, Provenance, publish
-from llmrec.errors import DataError, RecipeError, require
+from llmrec.data.features import Features, FeatureStore, Provenance, write_version, writing
+from llmrec.errors import DataError, LlmrecError, RecipeError, require
 from llmrec.models.exits import check
 from llmrec.models.load import load_model, load_tokenizer, weights_stamp
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
+
+log = logging.getLogger(__name__)
 
 # Texts that are read together.
 _TEXTS = 64
@@ -111,29 +114,50 @@ class Lower:
             self._known.pop(text, None)
 
     def keep(self, texts: Iterable[str]) -> int:
-        """Have the states of texts in the store too; returns how many of the texts it had."""
-        asked, found = set(texts), self._load(texts)
+        """Have the states of texts in the store too, beside what it has; returns how many of the texts it had.
+
+        While another process writes to the store they are not put there.
+        """
+        asked = sorted(set(texts))
+        found = self._load(asked)
         if found < len(asked):
-            names = sorted({*asked, *self._known})
-            states = self.states(names)
-            ids = [_row(text, n) for text, own in zip(names, states, strict=True) for n in range(len(own))]
+            rows = {
+                _row(text, n): own
+                for text, states in zip(asked, self.states(asked), strict=True)
+                for n, own in enumerate(states.numpy())
+            }
             made = Provenance(system="segments", encoder={"layer": self.layer, "stamp": self._folder.name})
-            publish(self._folder, [Features("item", ids, np.concatenate([own.numpy() for own in states]), made)])
+            try:
+                with writing(self._folder) as place:
+                    store = self._store()
+                    if store is not None:
+                        names = store.ids("item")
+                        rows |= dict(zip(names, store.get("item", names)[0], strict=True))
+                    write_version(place, [Features("item", list(rows), np.stack(list(rows.values())), made)], keep=1)
+            except LlmrecError as error:
+                if error.kind != "busy":
+                    raise
+                log.info("%s; its states of texts are not added to", error)
         return found
 
     def _load(self, texts: Iterable[str]) -> int:
-        try:
-            store = FeatureStore.open(self._folder)
-        except DataError as error:
-            if error.kind != "missing-file":
-                raise
+        store, before = self._store(), len(self._known)
+        if store is None:
             return 0
-        before = len(self._known)
         for text in set(texts) - self._known.keys():
             vectors, known = store.get("item", [_row(text, n) for n in range(len(self.ids(text)))])
             if known.all():
                 self._known[text] = self._torch.from_numpy(vectors)
         return len(self._known) - before
+
+    def _store(self) -> FeatureStore | None:
+        """Return what was kept; None where there is nothing, or a damaged store, which is written anew."""
+        try:
+            return FeatureStore.open(self._folder)
+        except DataError as error:
+            if error.kind not in ("missing-file", "damaged", "wrong-format"):
+                raise
+            return None
 
 
 def _row(text: str, number: int) -> str:

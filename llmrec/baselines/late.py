@@ -220,7 +220,9 @@ class LateInteraction(Baseline[LateConfig, Late]):
         rng, found = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
             events = [event for event in data.history(user, "valid") if event.rating is not None]
-            found += [(events[:at], events[at]) for at in range(1, len(events))]
+            # What is history alone is shown and never learned from.
+            own = set(data.train_events(user))
+            found += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
         if not found:
             raise DataError(
                 f"{self.name}: no training rating of {data.dataset.name} stands behind another one of its user; give "

@@ -6,6 +6,7 @@ cleaned before a model reads it and counts in the fingerprint of the data.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import replace
 
@@ -25,6 +26,7 @@ ITEM_FIELD, USER_FIELD = "about", "profile"
 """The field of an item, and that of a user, that hold what was written."""
 NAMED = 6
 """Shorter titles ("Emma", "Heat") are words of many texts, and do not name an item where they stand in one."""
+_YEAR = re.compile(r"\s*\(\d{4}\)$")
 
 
 class Profile(str):
@@ -57,7 +59,7 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
         said = _texts(store, "user", data.users(), shuffled=section.shuffled)
         _refuse_field(section.path, USER_FIELD, (each for user in said if (each := users.get(user))))
         titles = held_titles(data, said)
-        silent = {user for user, text in said.items() if any(title in clean(text) for title in titles.get(user, ()))}
+        silent = {user for user, text in said.items() if any(names(text, title) for title in titles.get(user, ()))}
         shown = {user: Profile(text) for user, text in said.items() if user not in silent}
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in shown.items()}
         left = f" ({len(silent)} more name an item that is held out for them)" if silent else ""
@@ -76,6 +78,14 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
     told = {"texts": store.stamp, "have texts": ", ".join(counted)}
     dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **told})
     return replace(data, dataset=dataset)
+
+
+def names(text: str, title: str) -> bool:
+    """Whether a text names an item: in whatever case, and with or without the year that its title ends in."""
+    whole = clean(title).casefold()
+    bare = _YEAR.sub("", whole)
+    said = bare if len(bare) >= NAMED else whole
+    return len(said) >= NAMED and re.search(rf"(?<!\w){re.escape(said)}(?!\w)", clean(text).casefold()) is not None
 
 
 def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:

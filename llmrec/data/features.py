@@ -22,6 +22,7 @@ import re
 import secrets
 import shutil
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field
@@ -109,34 +110,33 @@ class Features:
         """Check that they go together.
 
         Raises:
-            DataError: If an id stands twice or is too long, numbers are not finite, or lengths differ.
+            DataError: If an id stands twice or is too long, numbers are not finite, or lengths differ; or if ``seen``
+                names an id that is none, whose interactions nothing would then keep from a model.
         """
+        of, shape = PLURALS[self.kind], self.vectors.shape
         if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
-            raise DataError(
-                f"{len(self.ids)} {PLURALS[self.kind]} have vectors of shape {self.vectors.shape}; give one each",
-                kind="mismatch",
-            )
+            raise DataError(f"{len(self.ids)} {of} have vectors of shape {shape}; give one each", kind="mismatch")
         if self.texts and len(self.texts) != len(self.ids):
-            raise DataError(
-                f"{len(self.texts)} texts stand beside {len(self.ids)} ids; give one an id", kind="mismatch"
-            )
-        if len(set(self.ids)) != len(self.ids):
-            first = {each: place for place, each in reversed(list(enumerate(self.ids)))}
-            twice = next(each for place, each in enumerate(self.ids) if first[each] < place)
-            raise DataError(f"the {self.kind} {twice!r} stands twice among the features; keep one", kind="duplicate")
+            told = f"{len(self.texts)} texts stand beside {len(self.ids)} ids; give one an id"
+            raise DataError(told, kind="mismatch")
+        if twice := [each for each, times in Counter(self.ids).items() if times > 1]:
+            told = f"the {self.kind} {twice[0]!r} stands twice among the features; keep one"
+            raise DataError(told, kind="duplicate")
+        if stray := self.seen.keys() - set(self.ids):
+            told = f"seen: {min(stray)!r} is none of the {of} of these features; give what each of their ids has seen"
+            raise DataError(told, kind="mismatch", column="seen")
+        instead = self.fallback
+        if instead is not None and (instead.shape != shape[1:] or not np.isfinite(instead).all()):
+            told = f"fallback: shape {instead.shape} beside vectors of shape {shape}; give one finite number a column"
+            raise DataError(told, kind="mismatch", column="fallback")
         if not np.isfinite(self.vectors).all():
             row = int(np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))[0])
-            raise DataError(
-                f"the vector of the {self.kind} {self.ids[row]!r} holds NaN or infinity; make it again",
-                kind="bad-value",
-            )
+            told = f"the vector of the {self.kind} {self.ids[row]!r} holds NaN or infinity; make it again"
+            raise DataError(told, kind="bad-value")
         for each in self.ids:
             if not each or "\0" in each or len(each.encode()) > _WIDEST:
-                raise DataError(
-                    f"the id {each[:40]!r} cannot name features: it is empty, holds NUL or is longer than {_WIDEST} "
-                    "bytes",
-                    kind="bad-value",
-                )
+                told = f"it is empty, holds NUL or is longer than {_WIDEST} bytes"
+                raise DataError(f"the id {each[:40]!r} cannot name features: {told}", kind="bad-value")
 
 
 @dataclass(frozen=True)
@@ -382,7 +382,9 @@ def write_version(
     """
     if not tables or len({table.kind for table in tables}) != len(tables):
         raise DataError("a store has one table of each kind; give users once and items once", kind="duplicate")
-    _clear_drafts(place)
+    # What killed calls left.
+    for path in [path for path in place.iterdir() if _DRAFT.fullmatch(path.name)]:
+        shutil.rmtree(path, ignore_errors=True)
     name = secrets.token_hex(8)
     draft = place / f".{name}.draft"
     draft.mkdir()
@@ -395,11 +397,17 @@ def write_version(
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     write_text(place / _CURRENT, name + "\n")
-    versions = [path for path in place.iterdir() if _VERSION.fullmatch(path.name) and path.name != name]
+    drop_older(place, keep=keep)
+    return place / name
+
+
+def drop_older(place: Path, *, keep: int = 1) -> None:
+    """Remove versions inside `writing`: all but the one that counts and the ``keep`` - 1 newest of the others."""
+    current = _named(place / _CURRENT)
+    versions = [path for path in place.iterdir() if _VERSION.fullmatch(path.name) and path.name != current]
     versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)
     for old in versions[keep - 1 :]:
         shutil.rmtree(old, ignore_errors=True)
-    return place / name
 
 
 def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
@@ -440,10 +448,3 @@ def _write_texts(path: Path, tables: Sequence[Features]) -> None:
             base.executemany("INSERT INTO seen VALUES (?, ?, ?, ?)", rows)
         base.execute("CREATE INDEX pairs ON seen (user, item)")
         base.commit()
-
-
-def _clear_drafts(place: Path) -> None:
-    """Remove what killed calls left."""
-    for path in list(place.iterdir()):
-        if _DRAFT.fullmatch(path.name):
-            shutil.rmtree(path, ignore_errors=True)

@@ -10,12 +10,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from llmrec import __version__
 from llmrec.augment.stores import of_texts
-from llmrec.augment.texts import Asked, about_items, about_users, kept, template_of
+from llmrec.augment.texts import Asked, about_items, about_users, kept, readable, template_of
 from llmrec.backends.answers import AnswerStore
 from llmrec.backends.cache import CachedBackend
 from llmrec.backends.encode import Encoder
@@ -33,7 +34,7 @@ from llmrec.data.features import (
     write_version,
     writing,
 )
-from llmrec.data.split import SplitDataset
+from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.engines import Engines
@@ -47,7 +48,10 @@ from llmrec.recipe.load import STORED, dump, load_stored
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.records import Shard
 from llmrec.strategies.asking import cost_of
-from llmrec.types import Backend, Cost, Prompt
+from llmrec.types import Backend, Cost, Event, Prompt
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 log = logging.getLogger(__name__)
 
@@ -141,7 +145,8 @@ def refuse_other_store(recipe: Recipe, store: Path) -> None:
 def without_model(recipe: Recipe, out: Path) -> Augmented:
     """Publish what the same events and items say without a language model: the control of what its texts add.
 
-    An item has its title and fields; a user the mean vector of the items whose events the question shows, and has seen
+    An item has its title and fields; a user the mean vector of the liked items among those whose events the question
+    shows, less that of the others, for it shows the ratings too. Without ratings it is the mean of all. A user has seen
     the same interactions as the text would.
 
     Raises:
@@ -171,14 +176,29 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
         written = [every.texts[place] for place in places]
         tables.append(Features("item", names, every.vectors[places], every.provenance, texts=written))
     if "user" in asked:
-        users = [each for each in asked["user"] if any(item in place_of for _, item in each.seen)]
-        seen = {each.id: each.seen for each in users}
-        rows = [[place_of[item] for _, item in sorted(pairs) if item in place_of] for pairs in seen.values()]
-        vectors = np.array([every.vectors[places].mean(axis=0) for places in rows], dtype=np.float32)
+        seen = {each.id: each.seen for each in asked["user"] if any(item in place_of for _, item in each.seen)}
+        shown = [
+            [event for event in readable(data, user)[-section.history :] if event.item_id in place_of] for user in seen
+        ]
+        liked = recipe.tasks.ctr.liked if recipe.tasks.ctr is not None else None
+        vectors = np.array([_taste(data, events, every, place_of, liked) for events in shown], dtype=np.float32)
         tables.insert(0, Features("user", list(seen), vectors, every.provenance, seen=seen))
     with writing(out) as folder:
         write_version(folder, tables, dtype=section.dtype)
     return Augmented(out, {table.kind: len(table.ids) for table in tables}, Cost(), time.perf_counter() - begin)
+
+
+def _taste(
+    data: SplitDataset, events: Sequence[Event], every: Features, place_of: Mapping[str, int], liked: float | None
+) -> NDArray[np.floating[Any]]:
+    """Return the mean vector of what was liked less that of the rest; without ratings the mean of all; shape (d,)."""
+    rated = [event for event in events if event.rating is not None]
+    vectors = every.vectors[[place_of[event.item_id] for event in rated or events]]
+    if not rated:
+        return np.asarray(vectors.mean(axis=0))
+    yes = np.array([float(event.rating or 0) for event in rated]) >= threshold(scale_of(data), liked)
+    means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in (vectors[yes], vectors[~yes])]
+    return np.asarray(means[0] - means[1])
 
 
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:

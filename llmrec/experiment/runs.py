@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
+from llmrec.data.sources.table import located
 from llmrec.durable import checked, loads
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.indexing import stored_index
@@ -19,6 +20,9 @@ from llmrec.experiment.study import Study
 from llmrec.models.load import load_tokenizer, weights_stamp
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import DataSection, Recipe
+
+# Keys of a table that name files.
+_PLACES = ("path", "items", "users", "files", "facts", "texts")
 
 
 @dataclass(frozen=True)
@@ -220,8 +224,9 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
     """Refuse a first stage on the same table that held out other interactions, or other items of alignment."""
     for theirs in filter(None, (first.data, first.reviews)):
         for ours in filter(None, (second.data, second.reviews)):
-            same = (theirs.source, theirs.path) == (ours.source, ours.path)
-            if same and (_held(theirs), first.seed) != (_held(ours), second.seed):
+            one, other = _held(theirs), _held(ours)
+            same = (one["source"], one["path"]) == (other["source"], other["path"])
+            if same and (one, first.seed) != (other, second.seed):
                 raise RecipeError(
                     f"{key}: {run} was trained on {ours.path or ours.source} too, with another filter, split or "
                     "seed, so it may have learned what is held out here; give both runs the same",
@@ -242,6 +247,14 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
             )
 
 
-def _held(section: DataSection) -> object:
-    """Return what decides which interactions are held out."""
-    return section.model_dump(exclude={"noun", "rating_scale"})
+def _held(section: DataSection) -> dict[str, Any]:
+    """Return what decides which interactions are held out, with each file under one name however it is written."""
+    told = located(section).model_dump(exclude={"noun", "rating_scale"})
+    return told | {key: _one_name(told[key]) for key in _PLACES}
+
+
+def _one_name(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _one_name(each) for key, each in value.items()}
+    path = Path(value).expanduser() if isinstance(value, str) else None
+    return str(path.resolve()) if path is not None and path.exists() else value

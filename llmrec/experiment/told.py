@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from llmrec.data.described import held_titles
+from llmrec.data.described import held_titles, names
 from llmrec.data.split import SplitDataset
-from llmrec.guard import clean
 
 
 @dataclass(frozen=True)
@@ -27,7 +26,7 @@ def told(data: SplitDataset) -> tuple[Told, ...]:
         for user, titles in held.items()
         for name, text in profiles[user].items()
         for title, item in titles.items()
-        if title in clean(text)
+        if names(text, title)
     )
 
 

@@ -24,7 +24,7 @@ from llmrec.experiment import bundle as bundles
 from llmrec.experiment.leaks.checks import Check, feature_texts
 from llmrec.experiment.study import build_study, load_tables
 from llmrec.recipe.load import as_recipe
-from llmrec.types import Request
+from llmrec.types import Event, Request
 from tests.augment_recipe import augmenting_recipe
 from tests.facts import Facts, raises
 
@@ -143,15 +143,28 @@ def test_the_control_has_the_same_events_and_no_model(llama_folder: Path, tmp_pa
     assert store.kinds == ("user", "item") and not store.texts("user", store.ids("user"))
     assert store.ids("item") == sorted(each.id for each in asked["item"])
     assert len(store.ids("item")) < len(data.dataset.items)
-    # Each mean is over all events that the question shows, those of items that no question is about among them.
+    # Each taste is of all events that the question shows, those of items that no question is about among them.
     whole = augmenting.without_model(augmenting_recipe(llama_folder, limit=None), tmp_path / "whole").folder
     every = FeatureStore.open(whole)
     assert every.ids("item") == sorted(data.dataset.items)
+    mixed = 0
     for each in asked["user"]:
         assert store.seen_by("user")[each.id] == each.seen
-        mean = every.get("item", sorted(item for _, item in each.seen))[0].mean(axis=0)
-        assert np.allclose(store.get("user", [each.id])[0][0], mean, atol=1e-5)
+        events = [event for event in data.known_events(each.id) if (each.id, event.item_id) in each.seen]
+        vectors = every.get("item", [event.item_id for event in events])[0]
+        liked = np.array([(event.rating or 0) >= 4 for event in events])
+        parts = [vectors[yes].mean(axis=0) if yes.any() else np.zeros(vectors.shape[1]) for yes in (liked, ~liked)]
+        assert np.allclose(store.get("user", [each.id])[0][0], parts[0] - parts[1], atol=1e-5)
+        mixed += bool(liked.any() and not liked.all())
+    assert mixed
     assert store.provenance("user").split == data.readable and store.provenance("user").generator == {}
+
+
+def test_the_control_of_events_without_ratings_is_the_mean_of_all(llama_folder: Path) -> None:
+    data, _ = augmenting.questions(augmenting_recipe(llama_folder))
+    every = Features("item", ["a", "b"], np.array([[1.0, 3.0], [3.0, 5.0]]), Provenance(system="x"))
+    events = [Event(item_id="a"), Event(item_id="b")]
+    assert augmenting._taste(data, events, every, {"a": 0, "b": 1}, None).tolist() == [2.0, 4.0]
 
 
 def test_the_estimate_counts_what_would_be_read(llama_folder: Path) -> None:

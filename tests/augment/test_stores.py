@@ -52,6 +52,19 @@ def test_texts_of_others_become_features(texts: Path, tmp_path: Path) -> None:
     assert FeatureStore.open(folder).kinds == ("user", "item")
 
 
+def test_interactions_of_ids_that_have_no_text_are_refused_or_named(
+    texts: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    seen = tmp_path / "seen.csv"
+    seen.write_text("user_id,item_id\nU1,i1\nU2,i1\n", encoding="utf-8")
+    with raises(DataError, Facts("mismatch", column="user_id", says="'u1'")):
+        stores.from_table(str(texts), "user", seen=str(seen), encoder="chance")
+    seen.write_text("user_id,item_id\nu1,i1\nU2,i1\n", encoding="utf-8")
+    made = stores.from_table(str(texts), "user", seen=str(seen), encoder=tiny_encoder())
+    # u3 has no text, and so nothing to have seen.
+    assert made.seen == {"u1": {("u1", "i1")}} and "1 of the 2 users" in caplog.text and "'u2'" in caplog.text
+
+
 def test_a_corrected_text_has_another_vector(texts: Path, tmp_path: Path) -> None:
     folder, encoder = tmp_path / "store", tiny_encoder()
     run("import", str(texts), "--kind", "user", "--out", str(folder), "--encoder", encoder)
@@ -82,8 +95,13 @@ def test_a_person_is_erased_and_what_was_written_from_them_is_named(tmp_path: Pa
     assert store.ids("user") == ["u2"] and store.seen() == {("u2", "i1")}
     assert len([path for path in tmp_path.iterdir() if path.is_dir()]) == 1
     assert not any(b"u1" in path.read_bytes() for path in tmp_path.rglob("*") if path.is_file())
+    # Of a person whose answer was blank the store knows nothing; nor does it after a call that was killed at its end.
+    (tmp_path / "answers.sqlite").write_text("u1 said so")
+    (tmp_path / ("0" * 16)).mkdir()
     with raises(DataError, Facts("unknown-name", says="'u1'")):
         run("forget", str(tmp_path), "u1")
+    assert not list(tmp_path.glob("answers*")) and not (tmp_path / ("0" * 16)).exists()
+    assert FeatureStore.open(tmp_path).ids("user") == ["u2"]
 
 
 def test_a_vector_is_made_anew_by_its_own_encoder_or_not_at_all(tmp_path: Path) -> None:

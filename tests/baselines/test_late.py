@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from llmrec.backends.segments import Lower, Part
 from llmrec.baselines.fits.store import Storable, key_of
 from llmrec.baselines.late import CANDIDATE, LateInteraction
-from llmrec.data.features import FeatureStore
+from llmrec.data.features import FeatureStore, writing
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_model
@@ -103,6 +104,40 @@ def test_states_are_kept_beside_the_weights_stamp_and_layer(folder: Path, data: 
     assert len(list((tmp_path / "cache" / "segments").iterdir())) == 2
     asked = requests(data)
     assert first.answer(asked) == again.answer(asked)
+
+
+def test_a_store_is_added_to_and_one_that_is_damaged_or_busy_stops_nothing(folder: Path, tmp_path: Path) -> None:
+    def kept(text: str) -> tuple[int, int]:
+        lower = Lower(str(folder), ModelSection(name=str(folder), dtype="float32"), joint=2)
+        return lower.keep([text]), lower.read
+
+    assert [kept(TEXTS[0])[0], kept(TEXTS[1])[0]] == [0, 0]
+    assert kept(TEXTS[0]) == (1, 0) and kept(TEXTS[1]) == (1, 0)
+    (store,) = (tmp_path / "cache" / "segments").iterdir()
+    with writing(store):
+        assert kept(TEXTS[2])[0] == 0
+    assert kept(TEXTS[2])[0] == 0
+    (vectors,) = store.glob("*/item-vectors.npy")
+    vectors.write_bytes(vectors.read_bytes()[:-8])
+    assert kept(TEXTS[0])[0] == 0
+    assert kept(TEXTS[0]) == (1, 0)
+
+
+def test_what_is_history_alone_is_never_asked_about(folder: Path) -> None:
+    data = _split("prefix")
+    model = LateInteraction(LateInteraction.Config(model=str(folder), joint=1, rows=10_000), seed=0)
+    prompts, _ = model._questions(data, model._late(model._lower(), data))
+    learned, known = (
+        Counter(
+            f"Next: {data.dataset.titles[event.item_id]}."
+            for user in data.users()
+            for event in events(user)
+            if event.rating is not None
+        )
+        for events in (data.train_events, data.known_events)
+    )
+    asked = Counter(prompt[-1].text for prompt in prompts)
+    assert known - learned and asked == learned
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.data.described import ITEM_FIELD, USER_FIELD, dealt_anew, described
+from llmrec.data.described import ITEM_FIELD, USER_FIELD, dealt_anew, described, names
 from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
@@ -123,6 +123,24 @@ def test_what_another_table_holds_out_is_refused_too(data: SplitDataset, store: 
     described(data, TextsSection(path=str(store)))
     with raises(DataError, Facts("leak", file=store, says=(repr(user), repr(item)))):
         described(data, TextsSection(path=str(store)), frozenset({(user, item)}))
+
+
+@pytest.mark.parametrize(
+    ("text", "title", "named"),
+    [
+        ("loved Toy Story (1995) most", "Toy Story (1995)", True),
+        ("Loved TOY STORY, and the sea", "Toy Story (1995)", True),
+        ("a toy storyteller", "Toy Story (1995)", False),
+        ("Title 10", "Title 1", False),
+        # Words of many texts, but for their year.
+        ("the heat of summer", "Heat (1995)", False),
+        ("saw heat (1995)", "Heat (1995)", True),
+        ("read Emma", "Emma", False),
+        ("C++ (again)", "C++ (again)", True),
+    ],
+)
+def test_what_a_text_names(text: str, title: str, named: bool) -> None:
+    assert names(text, title) is named
 
 
 @pytest.mark.parametrize("shuffled", [False, True])

@@ -168,6 +168,9 @@ def test_what_is_no_store_is_said(tmp_path: Path, spoil: object, kind: str) -> N
         ({"ids": ["a\0"], "vectors": np.zeros((1, 1))}, "bad-value"),
         ({"ids": ["a" * 600], "vectors": np.zeros((1, 1))}, "bad-value"),
         ({"ids": ["a", "b"], "vectors": np.zeros((2, 1)), "texts": ["one"]}, "mismatch"),
+        ({"ids": ["a"], "vectors": np.zeros((1, 1)), "seen": {"A": frozenset({("a", "i")})}}, "mismatch"),
+        ({"ids": ["a"], "vectors": np.zeros((1, 2)), "fallback": np.zeros(3)}, "mismatch"),
+        ({"ids": ["a"], "vectors": np.zeros((1, 1)), "fallback": np.array([np.inf])}, "mismatch"),
     ],
 )
 def test_features_that_do_not_go_together_are_refused(change: dict[str, object], kind: str) -> None:

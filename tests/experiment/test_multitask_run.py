@@ -325,6 +325,23 @@ def test_codes_must_mean_the_same_items(llama_folder: Path, tmp_path: Path) -> N
         pipeline.open_session(other, tmp_path / "r", quiet=True)
 
 
+def test_a_table_is_the_same_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n", encoding="utf-8")
+    (tmp_path / "y.csv").write_text("user_id,item_id,timestamp\n", encoding="utf-8")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "x.csv")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMREC_DATA", str(tmp_path))
+
+    def of(path: str, kind: str = "leave_one_out") -> Recipe:
+        return recipe("m", f"data={{source: table, path: {path}, split: {{kind: {kind}}}}}", "tasks={sequential: {}}")
+
+    for written in ("x.csv", "./x.csv", str(tmp_path / "x.csv"), "link.csv"):
+        runs._nothing_seen(of("x.csv"), of(written), Path("one"))
+        with raises(RecipeError, Facts("mismatch", "one", column="train.start")):
+            runs._nothing_seen(of("x.csv", "last_share"), of(written), Path("one"))
+    runs._nothing_seen(of("x.csv", "last_share"), of("y.csv"), Path("one"))
+
+
 def test_items_of_alignment_must_be_held_out_in_both_stages() -> None:
     keys = ("index={scheme: token}", "tasks={sequential: {}, alignment: {held_out: 0.2}}")
     one, same, without, seeded = (

@@ -102,7 +102,7 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         # Sums are added up in another order on a GPU.
         "cuda": "device" in config and config["device"] != "cpu" and has_cuda(),
         "versions": {**versions(), "implicit": _version("implicit")},
-        "code": _code(),
+        "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
 
@@ -240,7 +240,8 @@ def _digest(state: State, seconds: str) -> str:
 
 
 @cache
-def _code() -> str:
+def code_digest() -> str:
+    """Return a hash over the code that fits depend on."""
     found = hashlib.sha256()
     for part in _CODE:
         path = _PACKAGE / part
