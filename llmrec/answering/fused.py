@@ -16,7 +16,7 @@ from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion.parts import Recalled, choosing
 from llmrec.experiment.fusion.stored import Fused, FusedPart, read
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
-from llmrec.types import Answer, Predictor, Ranking, Unparsed
+from llmrec.types import Answer, Item, Predictor, Ranking, Unparsed
 
 
 def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
@@ -72,6 +72,10 @@ class Fuser:
         """Return the items of a request's history under the data's ids."""
         return frozenset(event.item_id for event in self._naming.known(request)[0])
 
+    def knows(self, item: Item) -> bool:
+        """Whether the data has an item, under its id or its title."""
+        return self._naming.has(item)
+
     @property
     def identity(self) -> dict[str, object]:
         """Everything that decides how rankings are joined."""
@@ -90,7 +94,16 @@ class Fuser:
         answers: dict[str, Answer] = {}
         for n, each in enumerate(ranked or ()):
             answers[str(n)] = self._naming.answered(each, requests[n]) if isinstance(each, Ranking) else each
-        parts = [Voice(part.name, self._predictor(part, answers), part.kind) for part in self._fused.parts]
+        # A language model reads the title of an item that no table has.
+        parts = [
+            Voice(
+                part.name,
+                self._predictor(part, answers),
+                part.kind,
+                self._data.dataset.items if part.baseline else None,
+            )
+            for part in self._fused.parts
+        ]
         fusion = CandidateFusion(self._fused.id, parts, self._fused.weights())
         numbered = [replace(request, id=str(n)) for n, request in enumerate(asked)]
         found: list[Ranking | Unparsed] = []

@@ -371,7 +371,9 @@ class Fused:
             )
         seen = frozenset() if request.keep_seen else self._fuser.seen(request)
         out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}
-        return replace(request, candidates=tuple(item for name, item in self._items.items() if name not in out))
+        # What no part knows is last among candidates, and in no list of the catalogue.
+        left = (item for name, item in self._items.items() if name not in out and self._fuser.knows(item))
+        return replace(request, candidates=tuple(left))
 
 
 def check_verb(model: AnsweringModel, verb: str) -> None:

@@ -50,6 +50,10 @@ class Naming:
             candidates=tuple(self._names(request)),
         )
 
+    def has(self, item: Item) -> bool:
+        """Whether the data has an item, under its id or its title."""
+        return item.item_id in self._items or self._by_title.get(item.title) is not None
+
     def answered(self, ranking: Ranking, request: RankRequest) -> Ranking:
         """Return a ranking of a request's candidates under the names that `request` gives them."""
         names = dict(zip((item.item_id for item in request.candidates), self._names(request), strict=True))

@@ -8,7 +8,7 @@ logarithms, and half of it where scores are counts, since these lie between that
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -32,11 +32,17 @@ class Voice:
         name: In tables.
         predictor: Answers with a `Ranking` of the candidates. One without scores is read as ``-log(place)``.
         kind: How its scores are read.
+        knows: The items that it can say anything of; None: all.
     """
 
     name: str
     predictor: Predictor
     kind: Kind
+    knows: Container[str] | None = None
+
+    def has(self, item: str) -> bool:
+        """Whether it can say anything of an item."""
+        return self.knows is None or item in self.knows
 
 
 class CandidateFusion(Weighed):
@@ -88,7 +94,11 @@ class CandidateFusion(Weighed):
         self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect, onto=onto)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
-        """Rank the candidates of each request; see `Predictor.answer`."""
+        """Rank the candidates of each request; see `Predictor.answer`.
+
+        Of an item that a part does not know it says what speaks least for it, whatever the sign of its weight. So what
+        no part knows comes last.
+        """
         weights, kinds = self.fitted, [part.kind for part in self.parts]
         said = [part.predictor.answer(requests) for part in self.parts]
         answers: list[Answer] = []
@@ -97,12 +107,14 @@ class CandidateFusion(Weighed):
                 answers.append(Unparsed(request_id=request.id, reason="no part has an answer for the request"))
                 continue
             # One request at a time, so that no other one changes a digit.
+            strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
             rows = [
-                _scores(each[place], candidates, part.kind)[None] for each, part in zip(said, self.parts, strict=True)
+                _told(_scores(each[place], candidates, part.kind), new, weight)[None]
+                for each, part, new, weight in zip(said, self.parts, strange, weights.parts, strict=True)
             ]
             had = _had(request, candidates)[None]
             (found,) = combined(weights, rows, kinds, had, None).astype(np.float64)
-            order = np.argsort(-found, kind="stable").tolist()
+            order = np.lexsort((strange.all(axis=0), -found)).tolist()
             answers.append(
                 Ranking(
                     request_id=request.id,
@@ -149,6 +161,14 @@ def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list
         or sorted({item for answers in said if isinstance(each := answers[place], Ranking) for item in each.items})
         for place, request in enumerate(requests)
     ]
+
+
+def _told(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
+    """Return the scores of a part, shape (m,), with those of items that it does not know where they do least."""
+    known = scores[~strange]
+    if not strange.any() or not len(known):
+        return scores
+    return np.where(strange, known.min() if weight >= 0 else known.max(), scores)
 
 
 def _had(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:

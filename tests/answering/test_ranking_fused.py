@@ -76,6 +76,17 @@ def test_the_lists_are_those_of_the_evaluation(run: pipeline.Run, tmp_path: Path
         assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
 
 
+def test_an_item_that_no_part_knows_is_last(run: pipeline.Run, tmp_path: Path) -> None:
+    requests = requests_of(run)
+    for each in requests:
+        each["candidates"] = [{"title": "A thing of tomorrow"}, *each["candidates"]]
+    rank_file(options(run.folder, jsonl(tmp_path / "requests.jsonl", requests), tmp_path / "o.jsonl", fuse="baselines"))
+    known, found = lists_of(run, CONTROLS), lines(tmp_path / "o.jsonl")
+    assert len(found) == len(known) == 12
+    for line in found:
+        assert line["items"][:-1] == known[line["request_id"]]["items"] and line["titles"][-1] == "A thing of tomorrow"
+
+
 def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run, tmp_path: Path) -> None:
     asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
     bare = Options(out=tmp_path / "bare", dtype="float32", users=0, licence="mit", base_licence="mit")

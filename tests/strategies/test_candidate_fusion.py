@@ -252,6 +252,34 @@ def test_a_mute_part_says_the_same_of_all_and_a_request_without_any_list_is_not_
     assert isinstance(left, Unparsed)
 
 
+@pytest.mark.parametrize(("form", "weights"), [("logit", (2.0, -1.5)), ("logit", (-1.0, -1.0)), ("pool", (0.6, 0.4))])
+def test_what_no_part_knows_comes_last_whatever_the_signs_of_the_weights(
+    form: Form, weights: tuple[float, float]
+) -> None:
+    rng = np.random.default_rng(5)
+    rows = [rng.normal(0, 2, (1, SIZE)) for _ in range(2)]
+    # A recommender gives an item that it does not know less than all others.
+    for each in rows:
+        each[0, :2] = each.min() - 5
+    known = frozenset(f"i{place:02d}" for place in range(2, SIZE))
+    asked = Request(id="0", user_id="u", history=(), candidates=tuple(f"i{place:02d}" for place in range(SIZE)))
+    parts = [Voice(name, _Says(name, each), "logits", known) for name, each in zip("ab", rows, strict=True)]
+    (answer,) = CandidateFusion("both", parts, Weights(form, weights)).answer([asked])
+    assert isinstance(answer, Ranking) and set(answer.items[-2:]) == {"i00", "i01"}
+    # The others stand as they do without these.
+    (less,) = CandidateFusion("both", parts, Weights(form, weights)).answer([replace(asked, candidates=tuple(known))])
+    assert isinstance(less, Ranking) and less.items == answer.items[:-2]
+
+
+def test_a_part_that_reads_titles_places_what_the_others_do_not_know() -> None:
+    one, other = np.zeros((1, SIZE)), np.linspace(0, 1, SIZE)[None]
+    parts = [Voice("events", _Says("events", one), "logits", frozenset({"i00"})), _voice("titles", other)]
+    (answer,) = CandidateFusion("both", parts, Weights("logit", (-1.0, 1.0))).answer(
+        [Request(id="0", user_id="u", history=(), candidates=("i00", "i05", "i11"))]
+    )
+    assert isinstance(answer, Ranking) and answer.items == ("i11", "i05", "i00")
+
+
 def test_too_few_users_or_parts_are_refused() -> None:
     rng = np.random.default_rng(5)
     rows = rng.normal(0, 1, (USERS, SIZE))
