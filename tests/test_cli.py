@@ -131,9 +131,7 @@ def test_unknown_key_wrong_model_path_and_missing_files(tmp_path: Path) -> None:
     path = write(tmp_path, HEADER + "\n".join(rows()), model="./no-such-model")
     expect_error(llmrec("check", path, "train.stepz=3"), "train.stepz", "did you mean 'steps'")
     expect_error(llmrec("check", path), "./no-such-model", "model.name")
-    expect_error(
-        llmrec("run", str(tmp_path / "no.yaml")), "no.yaml", "shipped are: recipes/", "recipes/quickstart.yaml"
-    )
+    expect_error(llmrec("run", str(tmp_path / "no.yaml")), "no.yaml", "does not exist", "recipes/quickstart.yaml")
     expect_error(llmrec("report", str(tmp_path)), "results.json", "llmrec eval")
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -204,6 +205,8 @@ def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> 
 
 def in_words(overrides: Overrides) -> Sequence[str]:
     """Return overrides as the command line has them."""
+    if isinstance(overrides, str):
+        return [overrides]
     if not isinstance(overrides, Mapping):
         return overrides
     plain = json.loads(json.dumps(dict(overrides), default=_plain))
@@ -258,11 +261,21 @@ def _find(path: Path, home: str) -> Path:
         shipped = resource(home).joinpath(*path.parts[1:])
         if shipped.is_file():
             return shipped
-    folder = Path(*{"recipes": ("recipes",), "eval": ("eval", "suites")}[home])
-    shipped = resource(*folder.parts)
-    names = sorted((folder / page.relative_to(shipped)).as_posix() for page in shipped.rglob("*.yaml"))
+    names = [
+        (folder / page.relative_to(resource(*folder.parts))).as_posix()
+        for folder in (Path("recipes"), Path("eval", "suites"))
+        for page in sorted(resource(*folder.parts).rglob("*.yaml"))
+    ]
+    beside: list[str] = []
+    with suppress(OSError):  # there is no such folder
+        found = [page for page in path.parent.iterdir() if page.suffix in (".yaml", ".yml")]
+        beside = [str(page) for page in found if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
+    close = did_you_mean(str(path), [*beside, *names])
     raise RecipeError(
-        f"page {_shortened(str(path))} does not exist; shipped are: {', '.join(names)}", kind="missing-file", at=path
+        f"page {_shortened(str(path))} does not exist{close}; name a file, or a page that comes with llmrec, such as "
+        "recipes/quickstart.yaml",
+        kind="missing-file",
+        at=path,
     )
 
 
@@ -303,12 +316,18 @@ def _explained(
 ) -> RecipeError:
     """Return one error that says all that is wrong; its facts are those of the first."""
     details = error.errors()
+    # A list whose only entries are wrong is not too short beside that.
+    inner = {tuple(detail["loc"])[:-1] for detail in details}
+    details = [each for each in details if each["type"] != "too_short" or tuple(each["loc"]) not in inner]
     paths: list[KeyPath] = [
         (*detail["loc"], detail["ctx"]["key"]) if detail["type"] == UNKNOWN_KEY else tuple(detail["loc"])
         for detail in details
     ]
     said = [_problem(path, detail, model) for path, detail in zip(paths, details, strict=True)]
-    places = [_overriding(path, overrides) or _place(path, file, lines) for path in paths]
+    places = [
+        _overriding(path, overrides) or lines.get(path) or _above(path, overrides) or _place(path, file, lines)
+        for path in paths
+    ]
     place = places[0]
     below = next((each.file for each in places if isinstance(each, Place) and each.file != str(file)), None)
     return RecipeError(
@@ -335,8 +354,19 @@ def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if mine == key or mine.startswith(key + "."):
-            return f"override of {key}" if _may_be_secret(path) else f"override {_shortened(repr(override))}"
+            return _named(path, override)
     return ""
+
+
+def _above(path: KeyPath, overrides: Sequence[str]) -> str:
+    """Return which override is of something below a key that stands in no file; empty: none."""
+    begins = f"{dotted(path)}."
+    return next((_named(path, override) for override in overrides if override.lstrip().startswith(begins)), "")
+
+
+def _named(path: KeyPath, override: str) -> str:
+    key = override.partition("=")[0].strip()
+    return f"override of {key}" if _may_be_secret(path) else f"override {_shortened(repr(override))}"
 
 
 def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, Place]) -> Place:
@@ -354,6 +384,8 @@ def _problem(path: KeyPath, detail: Any, page: type[BaseModel]) -> str:
     if kind == "missing":
         return f"key {key!r} is missing; add it"
     message = str(detail["msg"]).removeprefix("Value error, ")
+    if kind in ("tuple_type", "list_type"):
+        message = "write a list in brackets, such as [a, b]; [] is none"
     if kind == "value_error" and (not path or message.startswith(f"{key}.")):
         return message
     if _may_be_secret(path):

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from llmrec.errors import RecipeError
-from llmrec.recipe.load import as_recipe, dump, load_recipe, recipe_hash
+from llmrec.recipe.load import as_recipe, dump, load_recipe, load_suite, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.resources import resource
 from tests.facts import Facts, raises
@@ -108,11 +108,47 @@ def test_dump_is_the_same_recipe_with_every_default(tmp_path: Path) -> None:
 
 
 def test_missing_and_binary_files(tmp_path: Path) -> None:
-    with raises(RecipeError, Facts("missing-file", "no.yaml", says="shipped are: recipes/")):
+    with raises(RecipeError, Facts("missing-file", "no.yaml", says=("does not exist", "recipes/quickstart.yaml"))):
         load_recipe(tmp_path / "no.yaml")
     (tmp_path / "b.yaml").write_bytes(b"\xff\xfe name: x")
     with raises(RecipeError, Facts("encoding", "b.yaml")):
         load_recipe(tmp_path / "b.yaml")
+
+
+@pytest.mark.parametrize(
+    ("asked", "close"),
+    [("mine.yml", "mine.yaml"), ("recipes/quikstart.yaml", "recipes/quickstart.yaml"), ("other.yaml", None)],
+)
+def test_a_mistyped_page_names_the_closest(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str, close: str | None
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path, GOOD).rename(tmp_path / "mine.yaml")
+    with pytest.raises(RecipeError) as caught:
+        load_recipe(asked)
+    assert ("did you mean" in str(caught.value)) is bool(close) and len(str(caught.value)) < 200
+    assert close is None or f"did you mean '{close}'" in str(caught.value)
+
+
+@pytest.mark.parametrize("override", ["data.colums.user=x", "trian.steps=4", "tasks.sequental.weight=3"])
+def test_an_override_of_an_unknown_section_is_named(tmp_path: Path, override: str) -> None:
+    with raises(RecipeError, Facts("unknown-key", says=(f"override {override!r}", "did you mean"))):
+        load_recipe(write(tmp_path, GOOD), [override])
+
+
+def test_one_override_needs_no_list_and_a_value_that_should_be_a_list_says_so(tmp_path: Path) -> None:
+    page = write(tmp_path, GOOD)
+    assert load_recipe(page, "train.steps=5").train.steps == 5
+    with raises(RecipeError, Facts("bad-value", column="eval.arms", says="write a list in brackets")):
+        load_recipe(page, "eval.arms=none")
+
+
+def test_a_wrong_entry_of_a_list_is_one_mistake(tmp_path: Path) -> None:
+    page = tmp_path / "s.yaml"
+    page.write_text("suite: s\ndata: {source: movielens-100k}\nseeds: [a]\nrows: [{baseline: random}]\n")
+    with pytest.raises(RecipeError) as caught:
+        load_suite(page)
+    assert "seeds.0" in str(caught.value) and "at least 1" not in str(caught.value)
 
 
 def test_every_knob_of_the_sections_says_what_it_is() -> None:
