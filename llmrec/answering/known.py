@@ -71,7 +71,7 @@ class Catalogue:
         """
         if item_id not in self.items:
             raise DataError(
-                f"there is no item {item_id[:60]!r}; look for it with GET /v1/items?q=...",
+                f"there is no item {item_id[:60]!r}; look it up among the items of the run, by its title too",
                 kind="unknown-name",
                 column="item_id",
             )

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -28,7 +29,7 @@ from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.data.frames import as_arrow, like
 from llmrec.data.requests import RankRequest, read_request
-from llmrec.errors import DataError, LlmrecError
+from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.types import Unparsed
 
 __all__ = ["Loaded", "Scored", "Wanted", "load"]
@@ -66,6 +67,9 @@ class Wanted:
         strategy: How a language model orders candidates.
         exclude_seen: Seen items are left out, where the catalogue is ranked.
         rules: What a list may hold.
+
+    Raises:
+        DataError: If ``k`` is no whole number of at least 1.
     """
 
     k: int | None = None
@@ -73,6 +77,15 @@ class Wanted:
     strategy: str = "auto"
     exclude_seen: bool = True
     rules: Rules = field(default_factory=Rules)
+
+    def __post_init__(self) -> None:
+        """Check how many items are asked for."""
+        try:
+            able = self.k is None or operator.index(self.k) >= 1
+        except TypeError:
+            able = False
+        if not able:
+            raise DataError(f"k: {self.k!r} is no whole number of at least 1", kind="bad-value", column="k")
 
 
 def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
@@ -132,8 +145,9 @@ class Loaded:
         """Rank candidates, or the whole catalogue, for one user, or for every row of a frame.
 
         Args:
-            frame: Rows with some of the columns ``id``, ``user_id``, ``history``, ``candidates`` and ``profile``: a
-                pandas or polars frame, an Arrow table, or a list of dictionaries. None: one user is asked about.
+            frame: Rows with some of the columns ``id``, ``user_id`` (or ``user``), ``history``, ``candidates`` and
+                ``profile``: a pandas or polars frame, an Arrow table, or a list of dictionaries. None: one user is
+                asked about.
             history: Items, oldest first: ids, or dictionaries with ``item_id``, ``title``, ``rating``, ``timestamp``.
             user: A user of the run's data, whose history is taken where none is given.
             candidates: Items to rank, as in ``history``; None: the whole catalogue.
@@ -147,10 +161,12 @@ class Loaded:
 
         Returns:
             A list of `Scored`, best first; of a frame, one of the same library with the columns ``id``, ``user_id``,
-            ``rank``, ``item_id``, ``title``, ``score`` and ``error``: one row per item, and one for what failed.
+            ``rank``, ``item_id``, ``title``, ``score``, ``error`` and ``notes``, such as items of a history that are
+            unknown: one row per item, and one for what failed.
 
         Raises:
-            LlmrecError: If one question cannot be answered; of a frame, if it cannot be read.
+            LlmrecError: If one question cannot be answered; of a frame, if it cannot be read, or no column says whom
+                or what it asks about.
         """
         asked = Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
         if frame is not None:
@@ -212,7 +228,14 @@ class Loaded:
         return [found[n] for n in range(len(requests))]
 
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
-        """Find items that are chosen together with others (``interactions``), or described like them (``text``)."""
+        """Find items that are chosen together with others (``interactions``), or described like them (``text``).
+
+        Raises:
+            LlmrecError: If ``items`` is no list of known ids, or ``k`` no whole number of at least 1.
+        """
+        if isinstance(items, str):
+            raise DataError(f"items: {items!r} is one text; give a list of ids, such as [{items!r}]", kind="bad-value")
+        Wanted(k)
         for item in items:
             self._catalogue.get(item)
         request = read_request({"history": list(items)}, 1, self._models.items, whole=True)
@@ -264,10 +287,13 @@ class Loaded:
 
     def _frame(self, rows: Sequence[Mapping[str, Any]], asked: Wanted) -> pa.Table:
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+        rows, ignored = _read(rows)
 
         def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
             user = row.get("user_id")
+            notes = "; ".join((*ignored, *(posed[number].notes if number in posed else ())))
             told = {"id": str(row.get("id") or number), "user_id": None if user is None else str(user)} | rest
+            told["notes"] = notes or None
             for name, values in columns.items():
                 values.append(told.get(name))
 
@@ -328,8 +354,31 @@ _SCHEMA = pa.schema(
         ("title", pa.string()),
         ("score", pa.float64()),
         ("error", pa.string()),
+        ("notes", pa.string()),
     ]
 )
+
+
+def _read(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], list[str]]:
+    """Return the rows of a frame, a column ``user`` under its other name, and which columns were likely meant to count.
+
+    Raises:
+        DataError: If no column says whom or what a row asks about.
+    """
+    names = list(rows[0]) if rows else []
+    if "user" in names and "user_id" not in names:
+        rows = [{("user_id" if key == "user" else key): value for key, value in row.items()} for row in rows]
+        names = list(rows[0])
+    if rows and not set(names) & set(_KEYS[1:]):
+        close = next((f"; rename {name!r}{hint}" for name in names if (hint := did_you_mean(name, _KEYS))), "")
+        raise DataError(
+            f"requests frame: none of its columns {names} says what is asked; give user_id, history, candidates or "
+            f"profile{close}",
+            kind="missing-column",
+            column="user_id",
+        )
+    misses = [(name, did_you_mean(name, _KEYS)) for name in names if name not in _KEYS]
+    return rows, [f"the column {name!r} was ignored{hint}" for name, hint in misses if hint]
 
 
 def _scored(found: Answered) -> list[Scored]:

@@ -111,7 +111,7 @@ def _no_folder(name: str, more: str = "") -> ModelError:
     beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
     what = "is a file and no folder" if path.is_file() else f"does not exist{did_you_mean(name, beside)}"
     return ModelError(
-        f"model folder {name} {what}; name the folder of a run or a model, or one of the hub (in a recipe: model.name){more}",
+        f"model folder {name} {what}; name the folder of a run or a model, or one of the hub (model.name){more}",
         kind="missing-file",
         at=name,
         column="model.name",

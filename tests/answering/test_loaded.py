@@ -98,6 +98,26 @@ def test_a_bad_row_of_a_frame_is_an_error_in_its_place(rec: Loaded) -> None:
     assert [row["id"] for row in found] == ["1", "2", "3"]
 
 
+def test_a_frame_says_whom_it_asks_about_or_is_refused(rec: Loaded) -> None:
+    user = rec.users[0]
+    same = [rec.rank([{name: user}], k=3, model="popularity") for name in ("user", "user_id")]
+    assert same[0] == same[1] and same[0][0]["user_id"] == user
+    for name in ("userid", "usr"):
+        with raises(DataError, Facts("missing-column", column="user_id", says=f"rename {name!r} (did you mean")):
+            rec.rank([{name: user}], k=3)
+    (first, *_) = rec.rank(
+        [{"history": [rec.known.items and min(rec.known.items), "no such"], "candidate": ["x"]}], k=2
+    )
+    assert "'no such'" in first["notes"] and "'candidate' was ignored (did you mean 'candidates'?)" in first["notes"]
+
+
+@pytest.mark.parametrize("k", ["3", 0, -5, 2.5])
+def test_a_list_has_a_whole_number_of_items(rec: Loaded, k: Any) -> None:
+    for ask in (rec.rank, rec.similar):
+        with raises(DataError, Facts("bad-value", column="k")):
+            ask(**({"history": []} if ask == rec.rank else {"items": []}), k=k)
+
+
 def test_what_cannot_be_asked_is_refused(rec: Loaded) -> None:
     with raises(RecipeError, Facts(kind="unknown-name", column="model")):
         rec.rank(history=["k01"], model="markow")

@@ -127,6 +127,13 @@ def test_check_says_what_there_is_and_leaves_nothing(tmp_path: Path, monkeypatch
     assert not list(tmp_path.iterdir())
 
 
+def test_ways_out_for_a_frame_are_those_of_python() -> None:
+    holes = ROWS.with_columns(pl.Series("rating", [None, *ROWS["rating"].to_list()[1:]]))
+    with pytest.raises(DataError) as caught:
+        llmrec.init(holes, rating="rating")
+    assert 'rating="none" leaves ratings out' in str(caught.value) and "--" not in str(caught.value)
+
+
 def test_init_looks_at_a_frame_and_its_recipe_runs_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     begun = llmrec.init(ROWS, ITEMS, name="films")

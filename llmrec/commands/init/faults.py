@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -235,16 +236,28 @@ def _place(found: Peek, held: Profile, row: int, what: str) -> str:
     return f"{found.where(row)}: the {what} in column {shown(held.name)!r} is {shown(held.cells[row])!r}"
 
 
-def refusal(name: str, listed: Sequence[Fault], copy: Path) -> str:
-    """Return one paragraph that names every fault and the ways out."""
+def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
+    """Return one paragraph that names every fault and the ways out.
+
+    Args:
+        name: Of the table.
+        listed: The faults.
+        copy: Where a mended copy could be written; None: the table is a frame in memory, of which none is.
+    """
     parts = [fault.said for fault in listed]
     told = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
     instead = list(dict.fromkeys(fault.instead for fault in listed if fault.instead))
     mends = list(dict.fromkeys(fault.mend for fault in listed if fault.mend))
     ways = []
-    if all(fault.mend for fault in listed):
+    if copy is None:
+        instead = [_AS_OPTION.sub(r'\1="\2"', each) for each in instead] or ["Mend the frame"]
+    elif all(fault.mend for fault in listed):
         ways.append(f"`--mend {shell(str(copy))}` writes a copy of the table and a recipe for it: {', '.join(mends)}")
     return f"{told}. {'. '.join([*ways, *map(_capital, instead)])}"
+
+
+# As the command line has what is an argument in Python.
+_AS_OPTION = re.compile(r"--(\w+) ([\w-]+)")
 
 
 def _a(word: str) -> str:
@@ -252,7 +265,7 @@ def _a(word: str) -> str:
 
 
 def _capital(text: str) -> str:
-    return text if text.startswith("--") else text[:1].upper() + text[1:]
+    return text if text.startswith("--") or '="' in text else text[:1].upper() + text[1:]
 
 
 # --------------------------------------------------------------------------- the copy

@@ -53,6 +53,7 @@ def init(frame: Any, items: Any = None, *, name: str = "frame", **columns: str) 
             name=name,
             asked=asked(**columns),
             measure=False,
+            in_memory=True,
         )
         recipe, found = load_recipe(made.recipe), named(made.found)
     data = recipe.data.model_copy(update={"path": None, "items": None})

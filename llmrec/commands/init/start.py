@@ -69,6 +69,7 @@ def init(
     backend: str | None = None,
     query: str | None = None,
     measure: bool = True,
+    in_memory: bool = False,
 ) -> Made:
     """Write a recipe for a table.
 
@@ -83,6 +84,7 @@ def init(
         backend: The engine; vLLM where it is installed, else hf.
         query: What is asked of a database.
         measure: Estimate the time on this machine, which takes seconds, where the model is at hand.
+        in_memory: The table is a frame of Python, so that no copy of it can be mended.
 
     Raises:
         DataError: If the table cannot be read or judged, or could only be read after it is fixed.
@@ -107,7 +109,7 @@ def init(
     wrong = faults(found, roles, listed, column)
     if wrong:
         if mend is None or not all(fault.mend for fault in wrong):
-            copy = mend or Path(f"{name}-mended.csv")
+            copy = None if in_memory else mend or Path(f"{name}-mended.csv")
             raise DataError(
                 refusal(str(path or table), wrong, copy), kind=wrong[0].kind, at=wrong[0].at, column=wrong[0].column
             )
