@@ -15,7 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.data.frames import only_for_a_moment, with_frames
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import baskets, statistics
+from llmrec.data.stats import baskets, statistics, wide_cutoffs
 from llmrec.durable import replacing, write_text
 from llmrec.errors import RecipeError
 from llmrec.experiment import audit, index_report
@@ -164,6 +164,9 @@ def check(
         study = checked_study(with_frames(as_recipe(recipe, overrides), place, data, items))
     warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
+    drawn = study.candidates if study.recipe.eval.candidates.kind != "retrieved" else None
+    ranked = drawn.count if drawn is not None else None
+    warnings += [wide] if (wide := wide_cutoffs(study.recipe.eval.cutoffs, ranked)) else []
     cases = {family: len(study.cases(family)) for family in study.tasks}
     return Checked(cases, statistics(study.data), tuple(warnings))
 

@@ -8,7 +8,7 @@ training split, so a row that is learned and a question that is asked leave out 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -105,6 +105,22 @@ def baskets(data: SplitDataset) -> str:
         f"{share:.0%} of the held-out interactions of {data.dataset.name} stand at the very moment of one that their "
         "history shows, as where several are bought or rated at once: what stands beside them tells them. "
         "data.split.kind=last_basket holds out all of a moment, and global_time what comes after a date"
+    )
+
+
+def wide_cutoffs(cutoffs: Sequence[int], count: int | None) -> str:
+    """Say which cut-offs are not below the number of ranked items; empty where all are, or nothing is ranked.
+
+    Args:
+        cutoffs: Ranks at which metrics are cut.
+        count: Items that are ranked for a request; None: none are.
+    """
+    wide = sorted(k for k in cutoffs if count is not None and k >= count)
+    if not wide:
+        return ""
+    return (
+        f"{count} items are ranked for a request, so that HR@{wide[0]} is 1 whoever ranks all of them; take cut-offs "
+        "below that"
     )
 
 

@@ -13,7 +13,7 @@ import polars as pl
 from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import baskets
+from llmrec.data.stats import baskets, wide_cutoffs
 from llmrec.durable import checked, sha256_of, write_checked
 from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
@@ -166,6 +166,8 @@ def notes(study: Study) -> list[str]:
             f"Ranking figures are over {study.candidates.count} stored candidates a request, not over the whole "
             "catalogue; they cannot be compared with full-ranking figures."
         )
+        if wide := wide_cutoffs(study.recipe.eval.cutoffs, study.candidates.count):
+            found.append(f"{wide[0].upper()}{wide[1:]}.")
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
         found.append(
             "Ranking figures are over the whole catalogue less the history. A model's answer holds as many items as it "

@@ -235,6 +235,14 @@ def test_titles_in_a_table_beside_are_pointed_out(folder: Path) -> None:
     assert load_recipe("clicks.yaml").data.columns.title is None
 
 
+def test_nothing_is_said_of_a_file_that_nobody_asked_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "other.csv").write_bytes(("who,what\n" + "u,é\n" * 40).encode("latin-1"))
+    llmrec("init", "clicks.csv")
+    assert "other.csv" not in caplog.text
+    llmrec("init", "other.csv")
+    assert "other.csv" in caplog.text and "Windows-1252" in caplog.text
+
+
 def test_a_column_of_parts_becomes_the_split(folder: Path) -> None:
     said = llmrec("init", "published.csv")
     assert "part split its values; train 612, valid 88, test 174" in squeezed(said)

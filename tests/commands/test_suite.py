@@ -22,6 +22,7 @@ from llmrec.commands.compare.leaderboard import leaderboard
 from llmrec.commands.compare.slices_page import slices_page
 from llmrec.commands.compare.suite import run_suite
 from llmrec.commands.compare.suite_row import cases_of
+from llmrec.commands.show.checking import check
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.errors import LlmrecError, RecipeError
@@ -411,6 +412,23 @@ def test_what_cannot_run_is_refused_before_anything_is_measured(
     with raises(RecipeError, facts):
         _again(tmp_path, **changed)
     assert not (tmp_path / "out" / "rows").exists()
+
+
+@pytest.mark.parametrize(
+    ("rows", "facts"),
+    [
+        ([{"baseline": "user-mean"}], Facts("unsupported", column="rows", says="choose from random")),
+        ([{"baseline": "markv-1"}], Facts("unsupported", column="rows", says="did you mean 'markov-1'")),
+        ([{"baseline": "ease", "grid": {"penalti": [5]}}], Facts("unknown-key", column="grid", says="row 'ease'")),
+    ],
+)
+def test_check_refuses_the_rows_that_eval_refuses(tmp_path: Path, rows: list[dict[str, Any]], facts: Facts) -> None:
+    page = tmp_path / "s.yaml"
+    controls = [{"baseline": name} for name in ("random", "popularity", "item-knn", "markov-1", "sasrec")]
+    controls += [] if rows[0]["baseline"] == "ease" else [{"baseline": "ease"}]
+    page.write_text(yaml.safe_dump({"suite": "s", "data": {"source": "made"}, "rows": [*controls, *rows]}))
+    with raises(RecipeError, facts):
+        check(str(page), (), dry_run=False)
 
 
 def test_a_row_names_the_values_to_choose_among(tmp_path: Path) -> None:

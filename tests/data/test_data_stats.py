@@ -9,7 +9,7 @@ from data_cases import Row, dataset, random_rows
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64, hash_one
 from llmrec.data.split import split
-from llmrec.data.stats import statistics, tied_last_share
+from llmrec.data.stats import statistics, tied_last_share, wide_cutoffs
 from llmrec.recipe.schema import Split
 from llmrec.types import Item
 
@@ -62,3 +62,8 @@ def test_hashes_are_pinned_and_tell_parts_apart() -> None:
     assert hash64("tie", 0, ["u1", "ab"], ["i1", "c"]).tolist()[0] == hash_one("tie", 0, "u1", "i1")
     seen = {hash_one("tie", 0, "ab", "c"), hash_one("tie", 0, "a", "bc"), hash_one("tie", 1, "ab", "c")}
     assert len(seen | {hash_one("other", 0, "ab", "c")}) == 4
+
+
+def test_cut_offs_beyond_what_is_ranked_are_named() -> None:
+    assert "20 items are ranked" in wide_cutoffs((50, 1, 20), 20) and "HR@20 is 1" in wide_cutoffs((50, 1, 20), 20)
+    assert wide_cutoffs((1, 10), 20) == wide_cutoffs((1, 10), None) == ""

@@ -33,8 +33,9 @@ from llmrec.commands.compare.suite_row import (
     tables_of,
 )
 from llmrec.data.split import SplitDataset
+from llmrec.data.stats import wide_cutoffs
 from llmrec.durable import write_checked, write_json, write_text
-from llmrec.errors import RecipeError
+from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import Standing
 from llmrec.experiment.claiming import SUITE
 from llmrec.experiment.results import describe
@@ -80,27 +81,16 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
             missing.
         DataError: If the data cannot be used.
     """
-    for row in suite.rows:
-        if row.baseline is None:
-            continue
-        able = family(suite).baselines
-        if not answers(family(suite), BASELINES, row.baseline):
-            raise RecipeError(
-                f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}; choose from "
-                f"{', '.join(able)}",
-                kind="unsupported",
-                at=suite.suite,
-                column="rows",
-            )
-        config_of(row.baseline, row.parameters, f"suite {suite.suite}: parameters")
-        for name, values in row.grid.items():
-            for value in values:
-                config_of(row.baseline, {**row.parameters, name: value}, f"suite {suite.suite}: grid")
+    check_rows(suite)
     pages = {name: _reference(name) for name in suite.references}
     with locked(out, SUITE):
         works_in(out)
         begin = time.monotonic()
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
+        if suite.task == "ranking":
+            fewest = min(len(data.dataset.items) for data in splits.values())
+            if wide := wide_cutoffs(suite.cutoffs, fewest):
+                say(wide)
         rows: list[Done] = []
         contenders = SuiteModels(suite, out)
         for place, row in enumerate(suite.rows):
@@ -119,6 +109,32 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
         write_text(page, leaderboard(suites, pages | all_references()))
         write_text(results.parent / "SLICES.md", slices_page(suites))
     return Ran(written, file, page)
+
+
+def check_rows(suite: Suite) -> None:
+    """Refuse rows that name no baseline of the task, or a parameter that it does not have.
+
+    Raises:
+        RecipeError: If there is one; the message names the suite and the row.
+    """
+    for row in suite.rows:
+        if row.baseline is None:
+            continue
+        able = family(suite).baselines
+        if not answers(family(suite), BASELINES, row.baseline):
+            raise RecipeError(
+                f"suite {suite.suite}: {row.baseline!r} does not answer the task {suite.task}"
+                f"{did_you_mean(row.baseline, able)}; choose from {', '.join(able)}",
+                kind="unsupported",
+                at=suite.suite,
+                column="rows",
+            )
+        config_of(row.baseline, row.parameters, f"suite {suite.suite}, row {row.label!r}: parameters")
+        for name, values in row.grid.items():
+            for value in values:
+                config_of(
+                    row.baseline, {**row.parameters, name: value}, f"suite {suite.suite}, row {row.label!r}: grid"
+                )
 
 
 def _reference(name: str) -> Reference:

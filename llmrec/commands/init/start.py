@@ -12,10 +12,11 @@ from pathlib import Path
 import yaml
 
 from llmrec.commands.init.columns import guess
+from llmrec.commands.init.companion import companion_of
 from llmrec.commands.init.faults import faults, mended, refusal, write_copy
 from llmrec.commands.init.page import SCHEMA, Page, expected, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
-from llmrec.commands.init.profile import Peek, peek, profile, shown
+from llmrec.commands.init.profile import Peek, peek, shown
 from llmrec.commands.init.roles import ROLES, Asked, Roles
 from llmrec.data.reading.databases import is_database, read_query, tables_of
 from llmrec.data.reading.hub import is_hub, read_hub
@@ -33,8 +34,6 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What a schema begins with that llmrec wrote.
 _TITLE = '"title": "llmrec recipe"'
 _CHECKED_ROWS = 300_000
-_COMPANIONS = 20
-_TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".gz")
 
 
 @dataclass(frozen=True)
@@ -385,7 +384,7 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
         )
     if roles.title is None:
         hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")
-        companion = _companion(path, roles.item) if items is None and path is not None else None
+        companion = companion_of(path, roles.item) if items is None and path is not None else None
         if companion is not None:
             option = f"--items {shlex.quote(str(companion))}"
             hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
@@ -409,24 +408,6 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
     if not used.whole:
         hints.append("only a part of the table was read; `llmrec check` reads it whole")
     return ["note", *(f"  {hint}" for hint in hints)] if hints else []
-
-
-def _companion(path: Path, item: str) -> Path | None:
-    """Return another table in the same folder that has the item's column, if there is exactly one."""
-    found = []
-    for other in sorted(path.absolute().parent.iterdir())[: 10 * _COMPANIONS]:
-        if other.suffix.lower() in _TEXT_ENDINGS and other.is_file() and other.name != path.name:
-            try:
-                table = peek(other, limit=2**18, part=2**18).table
-                if item in table.frame.columns and profile(table)[item].unique:
-                    found.append(other)
-            except LlmrecError:
-                continue
-            if len(found) > 1:
-                break
-    if len(found) != 1:
-        return None
-    return found[0] if path.is_absolute() else path.parent / found[0].name
 
 
 def _next(recipe: Recipe, target: Path, plan: Plan) -> list[str]:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmrec.baselines.parameters import config_of
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.commands.show.console import detail, say, show_dry_run, tell
-from llmrec.data.stats import baskets
+from llmrec.data.stats import baskets, wide_cutoffs
 from llmrec.errors import RecipeError
 from llmrec.experiment.preflight import checked_study
 from llmrec.experiment.study import Study
@@ -29,16 +28,13 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
     if kind != "recipe" and dry_run:
         raise RecipeError(f"--dry-run estimates a recipe, and {page} is a {kind}; leave it out", kind="contradiction")
     if kind == "suite":
+        from llmrec.commands.compare.suite import check_rows
+
         suite = load_suite(page, overrides)
+        check_rows(suite)
         for row in suite.rows:
             if row.recipe:
                 load_recipe(row.recipe, row.overrides)
-            if row.baseline:
-                where = f"{page}: row {row.label!r}"
-                config_of(row.baseline, row.parameters, where)
-                for key, values in row.grid.items():
-                    for value in values:
-                        config_of(row.baseline, {key: value}, where)
         tell(name=suite.suite, rows=[row.label for row in suite.rows], pairs=suite.pairs)
         say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
         return
@@ -74,6 +70,10 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
             warned.append(sentence(table, found))
             say(f"{warned[-1]}; write profiles from training interactions alone")
             say(f"    users: {', '.join(users(found))}")
+    drawn = study.candidates if loaded.eval.candidates.kind != "retrieved" else None
+    if wide := wide_cutoffs(loaded.eval.cutoffs, drawn.count if drawn is not None else None):
+        warned.append(wide)
+        say(wide)
     if dry_run:
         show_dry_run(study)
     say(f"recipe {loaded.name} is valid: {_facts(study, cases)}")
