@@ -28,7 +28,7 @@ from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.runs import fuse_runs
 from llmrec.experiment.indexing import with_tokens
 from llmrec.experiment.preflight import checked_study, refuse
-from llmrec.experiment.results import Written, write_results
+from llmrec.experiment.results import Written, of_another, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.runs import start_of, teacher_of
 from llmrec.experiment.shards.asking import Weights
@@ -37,7 +37,7 @@ from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
 from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, weights_stamp
 from llmrec.progress import Bar
-from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored
+from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import Recipe
 from llmrec.report import page
@@ -112,6 +112,8 @@ def run(
     with locked(folder, RUN):
         works_in(folder)
         recipe = with_frames(recipe, folder, data, items)
+        if told := of_another(folder / "results.json", "recipe_hash", recipe_hash(recipe)):
+            log.warning("%s", told)
         if recipe.augment is not None and may_train:
             refuse_other_store(recipe, folder / FEATURES)
             augment(recipe, folder / FEATURES, quiet=quiet)

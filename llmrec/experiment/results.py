@@ -14,7 +14,7 @@ from llmrec import __version__
 from llmrec.baselines.retrieve import ceiling
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, wide_cutoffs
-from llmrec.durable import checked, sha256_of, write_checked
+from llmrec.durable import checked, loads, sha256_of, write_checked
 from llmrec.experiment.comparing import compare_rows
 from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.predictions import write_items, write_predictions
@@ -100,6 +100,23 @@ def write_results(
         files={file.name: sha256_of(file) for file in files},
     ).as_json()
     return Written(results, write_checked(folder / "results.json", results), predictions)
+
+
+def of_another(file: Path, key: str, hashed: str) -> str:
+    """Say that results of another page would be written over; empty where there are none.
+
+    Args:
+        file: Where results go.
+        key: Under which they have the hash of their page.
+        hashed: The page's hash now.
+    """
+    try:
+        earlier = loads(file.read_bytes()).get(key)
+    except (OSError, ValueError, AttributeError):
+        return ""
+    if earlier in (None, hashed):
+        return ""
+    return f"{file} holds results of other settings, and will be written over; give this run another name to keep both"
 
 
 def _spent_before(path: Path, hashed: str) -> dict[str, float]:

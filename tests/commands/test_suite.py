@@ -340,7 +340,7 @@ def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path:
 
 
 def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
-    ran: tuple[Path, suites.Ran], monkeypatch: pytest.MonkeyPatch
+    ran: tuple[Path, suites.Ran], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, first = ran
     made: list[str] = []
@@ -351,11 +351,12 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
         return genuine(suite, row, *rest)
 
     monkeypatch.setattr(suites, "make_row", counted)
+    caplog.set_level("INFO")
     again = _again(folder)
-    assert made == [] and again.results.rows == first.results.rows
+    assert made == [] and again.results.rows == first.results.rows and "other settings" not in caplog.text
     rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}, "tune": False}]
     assert _again(folder, rows=rows).results.rows[-1].parameters_of("excluded") == {"penalty": 500.0}
-    assert made == ["ease"]
+    assert made == ["ease"] and "made.json holds results of other settings" in caplog.text
     made.clear()
     _again(folder, bootstrap=61)
     assert made == [row["baseline"] for row in PAGE["rows"]]

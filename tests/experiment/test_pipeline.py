@@ -19,6 +19,7 @@ from llmrec.cli import app
 from llmrec.durable import checked
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment import study
+from llmrec.experiment.results import of_another
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises
@@ -144,7 +145,9 @@ def test_tuned_is_compared_with_zero_shot_and_baselines(done: tuple[Recipe, pipe
     }
 
 
-def test_a_second_run_reuses_everything(done: tuple[Recipe, pipeline.Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_second_run_reuses_everything(
+    done: tuple[Recipe, pipeline.Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     chosen, first = done
 
     def fail(*args: Any, **options: Any) -> Any:
@@ -153,10 +156,19 @@ def test_a_second_run_reuses_everything(done: tuple[Recipe, pipeline.Run], monke
     monkeypatch.setattr("llmrec.experiment.engines.load_model", fail)
     monkeypatch.setattr("llmrec.train.lora.load_model", fail)
     again = pipeline.run(chosen, first.folder, quiet=True)
+    assert "other settings" not in caplog.text
     assert again.results["rows"] == first.results["rows"]
     assert again.results["comparisons"] == first.results["comparisons"]
     cost = {entry["stage"]: entry["seconds"] for entry in again.results["budget"]}
     assert cost["train"] == {entry["stage"]: entry["seconds"] for entry in first.results["budget"]}["train"]
+
+
+def test_results_of_other_settings_are_not_written_over_without_a_word(tmp_path: Path) -> None:
+    file, hashed = tmp_path / "results.json", "a" * 16
+    assert of_another(file, "recipe_hash", hashed) == ""
+    for content, said in (('{"recipe_hash": "' + hashed + '"}', False), ('{"recipe_hash": "b"}', True), ("{", False)):
+        file.write_text(content, encoding="utf-8")
+        assert ("other settings" in of_another(file, "recipe_hash", hashed)) is said
 
 
 def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) -> None:

@@ -38,7 +38,7 @@ from llmrec.durable import write_checked, write_json, write_text
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import Standing
 from llmrec.experiment.claiming import SUITE
-from llmrec.experiment.results import describe
+from llmrec.experiment.results import describe, of_another
 from llmrec.experiment.resume import key_of, locked, read_stage
 from llmrec.experiment.study import load_split
 from llmrec.machine import command_line, machine, versions
@@ -85,7 +85,9 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
     pages = {name: _reference(name) for name in suite.references}
     with locked(out, SUITE):
         works_in(out)
-        begin = time.monotonic()
+        begin, file = time.monotonic(), results / f"{suite.suite}.json"
+        if told := of_another(file, "suite_hash", recipe_hash(suite)):
+            say(told)
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
         if suite.task == "ranking":
             fewest = min(len(data.dataset.items) for data in splits.values())
@@ -101,7 +103,6 @@ def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], No
             rows.append(found)
             say(_line(suite, found.line))
         written = _results(suite, rows, splits[suite.split_seeds[0]], time.monotonic() - begin)
-        file = results / f"{suite.suite}.json"
         write_json(file, written.as_json())
     page = None
     if results.name == "results":
