@@ -216,6 +216,13 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
     """
     chosen = [_section(recipe.tasks, name) for name in names]
     for each in chosen:
+        if "(" in each.name:
+            rows = dict.fromkeys(own.label for part in recipe.tasks.present().values() for own in part.baselines)
+            raise RecipeError(
+                f"--baseline: the recipe has no row {each.name!r}; its rows are {', '.join(rows)}",
+                kind="unknown-name",
+                column="--baseline",
+            )
         check_retriever(each.name, "--baseline")
     data = load_tables(recipe)[0]
     known = dict(data.dataset.items if items is None else read_items(items))

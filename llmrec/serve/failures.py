@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
-from llmrec.errors import LlmrecError
+from llmrec.errors import LlmrecError, did_you_mean
 from llmrec.serve import schema
 from llmrec.serve.batching import Full, TooLate
 from llmrec.serve.databases import StoreError
@@ -99,7 +99,7 @@ def answer_failures(app: FastAPI) -> None:
         return failed(status, body.kind, body.message, body.at, after)
 
     @app.exception_handler(RequestValidationError)
-    async def _(_: Request, error: RequestValidationError) -> JSONResponse:
+    async def _(request: Request, error: RequestValidationError) -> JSONResponse:
         # Of a value that may have several forms, the form that it came closest to says most.
         worst = max(error.errors(), key=lambda each: (len(each["loc"]), each["type"] not in _OTHER_FORM))
         if worst["type"] == "json_invalid":
@@ -108,6 +108,8 @@ def answer_failures(app: FastAPI) -> None:
         where = ".".join(parts)[:_REPEATED]
         # The value itself may be a secret or hostile; it is not repeated.
         said = _SAID.get(worst["type"], worst["msg"][:_REPEATED])
+        if worst["type"] == "extra_forbidden":
+            said = f"unknown key{did_you_mean(parts[-1], _keys(request)) if len(parts) == 1 else ''}"
         return failed(422, "bad-value", f"{where or 'the body'}: {said}", where or None)
 
     @app.exception_handler(HTTPException)
@@ -124,6 +126,13 @@ def answer_failures(app: FastAPI) -> None:
     async def _(_: Request, __: Exception) -> JSONResponse:
         # The server writes it to its log.
         return failed(500, "defect", "this failed inside the service; its log says where")
+
+
+def _keys(request: Request) -> list[str]:
+    """Return the keys of the body that an address takes."""
+    field = getattr(request.scope.get("route"), "body_field", None)
+    model = getattr(getattr(field, "field_info", None), "annotation", None)
+    return list(getattr(model, "model_fields", ()))
 
 
 def _is_form(part: str) -> bool:

@@ -103,16 +103,16 @@ def test_a_section_says_how_its_parameters_came_about() -> None:
     ("users", "seeds", "said"),
     [
         (943, [0, 1, 2], ""),
-        (943, [0], "Exploratory, with 1 training seed of at least 3"),
-        (166, [0, 1, 2], "Exploratory, with 166 users of at least 200:"),
-        (40, [0, 1], "Exploratory, with 40 users of at least 200 and 2 training seeds of at least 3"),
+        (943, [0], "Exploratory (1 training seed, fewer than 3):"),
+        (166, [0, 1, 2], "Exploratory (166 users, fewer than 200):"),
+        (40, [0, 1], "Exploratory (40 users, fewer than 200; 2 training seeds, fewer than 3):"),
     ],
 )
 def test_few_users_or_seeds_make_a_section_exploratory(users: int, seeds: list[int], said: str) -> None:
     suite = made_suite()
     suite["protocol"] |= {"users": users, "seeds": seeds}
     text = _page(suite)
-    assert said in text and ("Exploratory, with" in text) == bool(said)
+    assert said in text and ("Exploratory (" in text) == bool(said)
 
 
 def test_random_of_an_earlier_version_is_one_draw() -> None:

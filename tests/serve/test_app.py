@@ -334,6 +334,8 @@ def test_what_is_wrong_in_a_body_is_named(asking: Asking) -> None:
     ):
         error = asking.refused("/v1/rank", 422, **body)
         assert (error["kind"], error["at"]) == ("bad-value", at), body
+    said = asking.refused("/v1/rank", 422, histroy=HISTORY)["message"]
+    assert said == "histroy: unknown key (did you mean 'history'?)"
 
 
 # --------------------------------------------------------------------------- questions about one item

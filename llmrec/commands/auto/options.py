@@ -27,7 +27,9 @@ class AutoOptions:
         ),
     ]
     items: Annotated[str | None, About(help="A second table, with one row an item.")] = None
-    budget: Annotated[str, About(metavar="TIME", help="Wall time for all of it, such as 90s, 30m or 2h.")] = "30m"
+    budget: Annotated[
+        str, About(metavar="TIME", help="Wall time for all of it, such as 90s, 30m or 2h; a number alone is minutes.")
+    ] = "30m"
     out: Annotated[Path | None, About(help="The run folder; runs/<name>-auto by default.")] = None
     name: Annotated[str | None, About(help="What the run is called; the table's name by default.")] = None
     users: Annotated[int, About(help="Test users that the finished recommender is measured on.", least=1)] = 5000

@@ -380,6 +380,8 @@ def _ours(found: SuiteResult, seen: str) -> str:
         chosen = ", ".join(
             f"{name} {value}{' (end of its grid)' if name in border else ''}"
             for name, value in settings(row.parameters_of(seen))
+            # Of a part alone it says which; the other forms are of all.
+            if name != "of" or value != row.parameters_of(seen).get("form")
         )
         ties = DASH if row.tables[seen].tie_rate is None else f"{row.tables[seen].tie_rate:.1%}"
         memory = DASH if row.memory_gb is None else f"{row.memory_gb:.1f}"

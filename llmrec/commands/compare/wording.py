@@ -61,13 +61,11 @@ def standing(users: int, seeds: int) -> str:
         users: Whose requests it holds.
         seeds: Of its rows that learn with any randomness.
     """
-    few = [f"{users:,} users of at least {USERS}"] if users < USERS else []
-    few += [f"{seeds} training {'seed' if seeds == 1 else 'seeds'} of at least {SEEDS}"] if seeds < SEEDS else []
+    few = [f"{users:,} users, fewer than {USERS}"] if users < USERS else []
+    few += [f"{seeds} training {'seed' if seeds == 1 else 'seeds'}, fewer than {SEEDS}"] if seeds < SEEDS else []
     if not few:
         return ""
-    return (
-        f"Exploratory, with {' and '.join(few)}: figures and verdicts describe this run; nothing is claimed from them."
-    )
+    return f"Exploratory ({'; '.join(few)}): figures and verdicts describe this run; nothing is claimed from them."
 
 
 def fewer(rows: Sequence[SuiteLine]) -> str:

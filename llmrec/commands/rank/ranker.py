@@ -107,8 +107,9 @@ def check_named(options: RankOptions) -> None:
         RecipeError: If they do.
     """
     if options.recipe is not None:
+        way = "and --model names the run itself; drop one of them" if options.model else "so name that too"
         raise RecipeError(
-            "--recipe belongs to --baseline, and --model names the run itself; drop one of them",
+            f"--recipe belongs to --baseline NAME, {way}",
             kind="contradiction",
             column="--recipe",
         )
@@ -130,9 +131,10 @@ def open_classic(options: RankOptions) -> Models:
     for each in fields(RecommenderOptions):
         if each.name not in _SHARED and getattr(options, each.name) != getattr(plain, each.name):
             option = f"--{each.name.replace('_', '-')}"
+            more = "; --top says how many items are listed" if option == "--k" else ""
             raise RecipeError(
                 f"{option} says how a language model is opened or asked, and --baseline ranks without one; drop one "
-                "of them",
+                f"of them{more}",
                 kind="contradiction",
                 column=option,
             )
