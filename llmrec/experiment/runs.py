@@ -247,7 +247,7 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
             )
 
 
-def _held(section: DataSection) -> dict[str, Any]:
+def _held(section: DataSection) -> Mapping[str, object]:
     """Return what decides which interactions are held out, with each file under one name however it is written."""
     told = located(section).model_dump(exclude={"noun", "rating_scale"})
     return told | {key: _one_name(told[key]) for key in _PLACES}

@@ -242,7 +242,7 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
     Args:
         name: Of the table.
         listed: The faults.
-        copy: Where a mended copy could be written; None: the table is a frame in memory, of which none is.
+        copy: Where a fixed copy could be written; None: the table is a frame in memory, of which none is.
     """
     parts = [fault.said for fault in listed]
     told = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
@@ -250,7 +250,7 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
     mends = list(dict.fromkeys(fault.mend for fault in listed if fault.mend))
     ways = []
     if copy is None:
-        instead = [_AS_OPTION.sub(r'\1="\2"', each) for each in instead] or ["Mend the frame"]
+        instead = [_AS_OPTION.sub(r'\1="\2"', each) for each in instead] or ["Fix the frame"]
     elif all(fault.mend for fault in listed):
         ways.append(f"`--mend {shell(str(copy))}` writes a copy of the table and a recipe for it: {', '.join(mends)}")
     return f"{told}. {'. '.join([*ways, *map(_capital, instead)])}"

@@ -83,7 +83,7 @@ def init(
         backend: The engine; vLLM where it is installed, else hf.
         query: What is asked of a database.
         measure: Estimate the time on this machine, which takes seconds, where the model is at hand.
-        in_memory: The table is a frame of Python, so that no copy of it can be mended.
+        in_memory: The table is a frame of Python, so that no fixed copy of it is written.
 
     Raises:
         DataError: If the table cannot be read or judged, or could only be read after it is fixed.
