@@ -261,7 +261,7 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
         listed = set(listing.own)
         known = [item for item in known if item in listed]
     fields = {
-        name: _source(listings, name, f"data.columns.fields=[{name}]").column(name) for name in section.columns.fields
+        name: _source(listings, name, "data.columns.fields=[...]").column(name) for name in section.columns.fields
     }
     titles = _titles(section, listings, known)
     return {
@@ -295,7 +295,7 @@ def profiles(
         listings.insert(0, _listing(section, users, "user"))
     found: dict[str, dict[str, str]] = {}
     for name in section.columns.user_fields:
-        values = _source(listings, name, f"data.columns.user_fields=[{name}]").column(name)
+        values = _source(listings, name, "data.columns.user_fields=[...]").column(name)
         for user, value in values.items():
             if value.strip():
                 found.setdefault(user, {})[name] = value
