@@ -81,9 +81,7 @@ def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str 
                 column="model.name",
             )
         return str(Path(name).resolve())
-    if name.startswith((".", "/")):
-        raise _no_folder(name)
-    if Path(name).exists():
+    if name.startswith((".", "/")) or Path(name).exists():
         raise _no_folder(name)
     wheel = WHEELS.get(name)
     hub_name, code = wheel.hub if wheel else name, section.trust_remote_code

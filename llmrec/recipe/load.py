@@ -354,19 +354,17 @@ def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
     for override in overrides:
         key = override.partition("=")[0].strip()
         if mine == key or mine.startswith(key + "."):
-            return _named(path, override)
+            return f"override of {key}" if _may_be_secret(path) else f"override {_shortened(repr(override))}"
     return ""
 
 
 def _above(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return which override is of something below a key that stands in no file; empty: none."""
-    begins = f"{dotted(path)}."
-    return next((_named(path, override) for override in overrides if override.lstrip().startswith(begins)), "")
+    """Return which override is of something below a key that stands in no file; empty: none.
 
-
-def _named(path: KeyPath, override: str) -> str:
-    key = override.partition("=")[0].strip()
-    return f"override of {key}" if _may_be_secret(path) else f"override {_shortened(repr(override))}"
+    Its value is not repeated: below a mistyped section nobody knows what is a secret.
+    """
+    keys = (override.partition("=")[0].strip() for override in overrides)
+    return next((f"override of {key}" for key in keys if key.startswith(f"{dotted(path)}.")), "")
 
 
 def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, Place]) -> Place:

@@ -130,10 +130,12 @@ def test_a_mistyped_page_names_the_closest(
     assert close is None or f"did you mean '{close}'" in str(caught.value)
 
 
-@pytest.mark.parametrize("override", ["data.colums.user=x", "trian.steps=4", "tasks.sequental.weight=3"])
+@pytest.mark.parametrize("override", ["data.colums.user=thing", "trian.steps=4711", "evl.server.key=sk-abc"])
 def test_an_override_of_an_unknown_section_is_named(tmp_path: Path, override: str) -> None:
-    with raises(RecipeError, Facts("unknown-key", says=(f"override {override!r}", "did you mean"))):
+    key, _, value = override.partition("=")
+    with raises(RecipeError, Facts("unknown-key", says=(f"override of {key}: ", "did you mean"))) as caught:
         load_recipe(write(tmp_path, GOOD), [override])
+    assert value not in str(caught.value)
 
 
 def test_one_override_needs_no_list_and_a_value_that_should_be_a_list_says_so(tmp_path: Path) -> None:
