@@ -100,6 +100,8 @@ def _experiment(entry: Mapping[str, str], result: Mapping[str, Any], path: Path)
         cases, seeds, seconds = _READERS[kind](result)
         cases = int(_at(result, entry["cases"])) if "cases" in entry else cases
         seconds = float(_at(result, entry["seconds"])) if "seconds" in entry else seconds
+        # A run says nothing of how often its networks were trained.
+        seeds = int(entry.get("seeds", seeds))
     except (KeyError, IndexError, TypeError, ValueError) as error:
         what = f"{path} does not say its cases, seeds and seconds ({error!r})"
         raise DataError(what, kind="missing-key", at=path) from None

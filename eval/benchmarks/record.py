@@ -39,7 +39,9 @@ def main(run: Path, target: Path, readme: Path | None = None, page: Path | None 
         if recipe_hash(load_recipe(page)) != recipe_hash(Recipe.model_validate(results["recipe"])):
             raise SystemExit(f"{run} was made with another recipe than {page}; run it again")
         results["recipe_page"] = yaml.safe_load(page.read_text(encoding="utf-8"))
-    results["examples"] = []
+    # What the report shows of users and items is theirs.
+    for key in ("examples", "gallery", "newcomers"):
+        results[key] = []
     for key in ("texts", "files", CHECKSUM):
         results.pop(key, None)
     for row in results["rows"]:
