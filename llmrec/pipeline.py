@@ -15,7 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.data.frames import only_for_a_moment, with_frames
 from llmrec.data.split import SplitDataset
-from llmrec.data.stats import baskets, statistics, wide_cutoffs
+from llmrec.data.stats import baskets, statistics
 from llmrec.durable import replacing, write_text
 from llmrec.errors import RecipeError
 from llmrec.experiment import audit, index_report
@@ -28,7 +28,7 @@ from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.runs import fuse_runs
 from llmrec.experiment.indexing import with_tokens
 from llmrec.experiment.preflight import checked_study, refuse
-from llmrec.experiment.results import Written, of_another, write_results
+from llmrec.experiment.results import Written, of_another, too_wide, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.runs import start_of, teacher_of
 from llmrec.experiment.shards.asking import Weights
@@ -166,9 +166,7 @@ def check(
         study = checked_study(with_frames(as_recipe(recipe, overrides), place, data, items))
     warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
-    drawn = study.candidates if study.recipe.eval.candidates.kind != "retrieved" else None
-    ranked = drawn.count if drawn is not None else None
-    warnings += [wide] if (wide := wide_cutoffs(study.recipe.eval.cutoffs, ranked)) else []
+    warnings += [wide] if (wide := too_wide(study)) else []
     cases = {family: len(study.cases(family)) for family in study.tasks}
     return Checked(cases, statistics(study.data), tuple(warnings))
 

@@ -102,6 +102,14 @@ def write_results(
     return Written(results, write_checked(folder / "results.json", results), predictions)
 
 
+def too_wide(study: Study) -> str:
+    """Say which cut-offs of a recipe's own are not below the size of its drawn candidate sets; empty where none is."""
+    section, drawn = study.recipe.eval, study.candidates
+    if drawn is None or section.candidates.kind == "retrieved" or "cutoffs" not in section.model_fields_set:
+        return ""
+    return wide_cutoffs(section.cutoffs, drawn.count)
+
+
 def of_another(file: Path, key: str, hashed: str) -> str:
     """Say that results of another page would be written over; empty where there are none.
 
@@ -183,8 +191,8 @@ def notes(study: Study) -> list[str]:
             f"Ranking figures are over {study.candidates.count} stored candidates a request, not over the whole "
             "catalogue; they cannot be compared with full-ranking figures."
         )
-        if wide := wide_cutoffs(study.recipe.eval.cutoffs, study.candidates.count):
-            found.append(f"{wide[0].upper()}{wide[1:]}.")
+        if wide := too_wide(study):
+            found.append(f"{wide}.")
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
         found.append(
             "Ranking figures are over the whole catalogue less the history. A model's answer holds as many items as it "

@@ -98,7 +98,7 @@ def test_whatever_can_change_a_fit_makes_another(
     for count, (parameters, used, seed) in enumerate(others, start=2):
         assert fitted("ease", parameters, used, seed=seed).recalled == 0.0
         assert len(list(folder.iterdir())) == count
-    monkeypatch.setattr(store, "_code", lambda: "other code")
+    monkeypatch.setattr(store, "code_digest", lambda: "other code")
     assert fitted("ease", {}, data, seed=0).recalled == 0.0
 
 

@@ -196,7 +196,7 @@ def test_the_table_of_users_lists_every_user_once_and_has_the_columns(tmp_path: 
     assert kept.users["a"] == {"gender": "m"}
     write(tmp_path, "user_id,gender\na,f\nb,m\n", "users.csv")
     wrong = Columns(user_fields=("gendr",))
-    said = ("'gender'", "data.columns.user_fields=[gendr]")
+    said = ("'gender'", "data.columns.user_fields=[...]")
     fails(main, Facts("missing-column", users, column="gendr", says=said), users=str(users), columns=wrong)
     gone = tmp_path / "gone.csv"
     fails(main, Facts("missing-file", "gone.csv", says="data.users"), users=str(gone), columns=columns)

@@ -134,6 +134,12 @@ def test_ways_out_for_a_frame_are_those_of_python() -> None:
     assert 'rating="none" leaves ratings out' in str(caught.value) and "--" not in str(caught.value)
 
 
+def test_check_names_cut_offs_of_the_recipes_own_that_are_beyond_what_is_ranked() -> None:
+    recipe = {**RECIPE, "eval": {**RECIPE["eval"], "cutoffs": [1, 5]}}
+    found = llmrec.check(recipe, data=ROWS, items=ITEMS)
+    assert any("5 items are ranked for a request, so that HR@5 is 1" in warning for warning in found.warnings)
+
+
 def test_init_looks_at_a_frame_and_its_recipe_runs_over_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     begun = llmrec.init(ROWS, ITEMS, name="films")

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.commands.show.console import detail, say, show_dry_run, tell
-from llmrec.data.stats import baskets, wide_cutoffs
+from llmrec.data.stats import baskets
 from llmrec.errors import RecipeError
 from llmrec.experiment.preflight import checked_study
+from llmrec.experiment.results import too_wide
 from llmrec.experiment.study import Study
 from llmrec.experiment.told import sentence, users
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_chat, load_recipe, load_suite
@@ -70,8 +71,7 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
             warned.append(sentence(table, found))
             say(f"{warned[-1]}; write profiles from training interactions alone")
             say(f"    users: {', '.join(users(found))}")
-    drawn = study.candidates if loaded.eval.candidates.kind != "retrieved" else None
-    if wide := wide_cutoffs(loaded.eval.cutoffs, drawn.count if drawn is not None else None):
+    if wide := too_wide(study):
         warned.append(wide)
         say(wide)
     if dry_run:
