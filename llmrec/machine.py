@@ -44,9 +44,9 @@ def _version(package: str) -> str | None:
         return None
 
 
-def command_line() -> str:
-    """Return the command that this process runs, quoted so that a shell reads it back."""
-    return shlex.join(["llmrec", *sys.argv[1:]])
+def command_line(*program: str) -> str:
+    """Return the command that this process runs, quoted so that a shell reads it back; by default one of llmrec."""
+    return shlex.join([*(program or ("llmrec",)), *sys.argv[1:]])
 
 
 def machine() -> dict[str, str | int | float | None]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -29,7 +28,7 @@ from llmrec.baselines.late import Late, LateInteraction
 from llmrec.commands.compress.compress import opened
 from llmrec.durable import write_json
 from llmrec.experiment.study import build_study, encoder_of
-from llmrec.machine import machine, versions
+from llmrec.machine import command_line, machine, versions
 from llmrec.models.load import load_model, resolve
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Request
@@ -84,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = {name: {"seconds": times[name], "lower_tokens": tokens.get(name)} for name in ways}
     for name, size in sizes.items():
         rows[name] |= {"layers_mb": round(size, 1), "log_odds_apart": apart.get(name)}
-    command = shlex.join(["python", "-m", "eval.benchmarks.compress", *sys.argv[1:]])
+    command = command_line("python", "-m", "eval.benchmarks.compress")
     write_json(
         asked.target,
         {

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -27,7 +25,7 @@ from llmrec.commands.compress.rows import chosen
 from llmrec.commands.export.agreement import on_validation
 from llmrec.durable import write_json
 from llmrec.experiment.runs import open_run
-from llmrec.machine import machine, versions
+from llmrec.machine import command_line, machine, versions
 from llmrec.types import Case, Request
 
 # Questions of one call.
@@ -47,7 +45,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with TemporaryDirectory() as folder:
         found = compress(asked.run, Path(folder) / "export", target_ms=asked.target_ms, users=asked.users)
     table: dict[str, Any] = {
-        "command": shlex.join(["python", "-m", "eval.benchmarks.compress_run", *sys.argv[1:]]),
+        "command": command_line("python", "-m", "eval.benchmarks.compress_run"),
         "train_seconds": json.loads((asked.run / "train.json").read_text(encoding="utf-8"))["seconds"],
         **{key: value for key, value in asdict(found).items() if key != "folder"},
         "machine": machine(),

@@ -32,6 +32,7 @@ import polars as pl
 from numpy.typing import NDArray
 
 from eval.benchmarks.kar import figures, measure, within
+from llmrec.augment.texts import taste
 from llmrec.baselines.item_texts import latent, texts_of
 from llmrec.baselines.parameters import make
 from llmrec.data.dataset import Dataset, conform
@@ -132,20 +133,15 @@ def features(replay: Replay, year: int, age: int, first: int) -> list[Features]:
         for (user,), own in known.sort("user_id", maintain_order=True).group_by("user_id", maintain_order=True):
             vectors = replay.vectors[[place[item] for item in own["item_id"]]]
             liked = (own["rating"] >= LIKED).to_numpy()
-            means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in _parts(vectors, liked)]
             name = name_of(str(user), other)
             names.append(name)
-            rows.append(means[0] - means[1])
+            rows.append(taste(vectors, liked))
             seen[name] = frozenset((name, item) for item in own["item_id"])
     there = replay.events.filter(pl.col("year") < before(year, age, first))["item_id"].unique().sort().to_list()
     return [
         Features("user", names, np.array(rows, dtype=np.float32), made, seen=seen),
         Features("item", there, replay.vectors[[place[item] for item in there]].astype(np.float32), made),
     ]
-
-
-def _parts(vectors: NDArray[np.float64], liked: NDArray[np.bool_]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    return vectors[liked], vectors[~liked]
 
 
 def slice_of(replay: Replay, year: int) -> tuple[SplitDataset, list[Case]]:

@@ -4,8 +4,8 @@
 published random split of its ratings, and profiles that gpt-4o-mini wrote of training ratings (which ones is not
 recorded, so that all that it can have read count as seen: the last 40, the last 10 of five stars and the last 10 of two
 or less); FOLDER/ml1m/items.tsv.gz has a sentence on each film by GPT-3.5. Rows that were seen are history and never
-learned from, in every arm. A fit is kept under the folder ``runs/kar``, by tables and code; a
-killed run goes on.
+learned from, in every arm. A fit is kept under the folder ``runs/kar``, by tables
+and code; a killed run goes on.
 
 ``--data ml100k`` reads FOLDER/ml100k_profiles in the same way: MovieLens-100K under its own split u1, with profiles and
 texts on films by gpt-4o-mini.
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {"ml1m": ml1m, "ml100k": ml100k}[given.data](Path(os.environ.get("LLMREC_DATA", ".")))
     data, judges, cases, seen = read(found, given.rows)
     # Other tables, other stores.
-    given.keep /= key_of(data=data.fingerprint, profiles=found.profiles, told=found.told)[:16]
+    given.keep /= key_of(data=data.fingerprint, profiles=found.profiles, told=found.told)
     given.keep.mkdir(parents=True, exist_ok=True)
     stores(found, given.keep, data, seen)
     truth = np.array([float(float(case.truth) >= 4) for case in cases])

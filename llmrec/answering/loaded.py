@@ -281,17 +281,17 @@ class Loaded:
         return Catalogue(self._models.items)
 
     def _request(self, record: Mapping[str, Any], row: int) -> RankRequest:
-        known = {key: record[key] for key in _KEYS if record.get(key) is not None}
+        known = {key: value for key, value in record.items() if value is not None}
         told = with_history(known, lambda: self.known.histories, self._models.items, self._profiles)
         return read_request(told, row, self._models.items or None, whole="candidates" not in known)
 
     def _frame(self, rows: Sequence[Mapping[str, Any]], asked: Wanted) -> pa.Table:
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
-        rows, ignored = _read(rows)
+        rows = _read(rows)
 
         def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
             user = row.get("user_id")
-            notes = "; ".join((*ignored, *(posed[number].notes if number in posed else ())))
+            notes = "; ".join(posed[number].notes if number in posed else ())
             told = {"id": str(row.get("id") or number), "user_id": None if user is None else str(user)} | rest
             told["notes"] = notes or None
             for name, values in columns.items():
@@ -359,8 +359,8 @@ _SCHEMA = pa.schema(
 )
 
 
-def _read(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]], list[str]]:
-    """Return the rows of a frame, a column ``user`` under its other name, and which columns were likely meant to count.
+def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the rows of a frame, a column ``user`` under its other name.
 
     Raises:
         DataError: If no column says whom or what a row asks about.
@@ -377,8 +377,7 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> tuple[Sequence[Mapping[str, Any]
             kind="missing-column",
             column="user_id",
         )
-    misses = [(name, did_you_mean(name, _KEYS)) for name in names if name not in _KEYS]
-    return rows, [f"the column {name!r} was ignored{hint}" for name, hint in misses if hint]
+    return rows
 
 
 def _scored(found: Answered) -> list[Scored]:

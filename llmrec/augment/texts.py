@@ -8,6 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,6 +22,9 @@ from llmrec.recipe.schema import AugmentSection
 from llmrec.tasks.base import View
 from llmrec.types import Event, Prompt
 
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
 FAMILY = "augment"
 _USERS = frozenset({"history", "factors", "topics", "interests", "noun", "user_id", "profile"})
 _ITEMS = frozenset({"item", "item_id", "fields", "factors", "noun"})
@@ -33,12 +37,17 @@ class Asked:
     Attributes:
         id: Whose text it becomes.
         prompt: The question.
-        seen: The interactions that it shows.
+        events: What it shows of a user, oldest first; nothing of an item.
     """
 
     id: str
     prompt: Prompt
-    seen: frozenset[Pair]
+    events: tuple[Event, ...] = ()
+
+    @property
+    def seen(self) -> frozenset[Pair]:
+        """The interactions that it shows."""
+        return frozenset((self.id, event.item_id) for event in self.events)
 
 
 def template_of(kind: FeatureKind, name: str, prompts: Sequence[str] = ()) -> Template:
@@ -98,8 +107,7 @@ def about_users(
         events = readable(data, user)[-section.history :]
         values = view.user(user, {}) | told | {"history": view.events(events, _stars)}
         values["interests"] = interests.get(user, "")
-        seen = frozenset((user, event.item_id) for event in events)
-        found.append(Asked(user, Prompt(messages=template.turns(values)), seen))
+        found.append(Asked(user, Prompt(messages=template.turns(values)), events))
     return found
 
 
@@ -111,8 +119,15 @@ def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts:
     for item in _some(sorted(data.dataset.items), section.limit, seed):
         values = view.about(item) | {"factors": list(section.factors), "noun": data.dataset.noun}
         values.pop("item_stats", None)
-        found.append(Asked(item, Prompt(messages=template.turns(values)), frozenset()))
+        found.append(Asked(item, Prompt(messages=template.turns(values))))
     return found
+
+
+def taste(vectors: NDArray[np.floating[Any]], liked: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
+    """Return the mean of the liked ones of some vectors, shape (n, d), less that of the others; shape (d,)."""
+    parts = vectors[liked], vectors[~liked]
+    means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in parts]
+    return np.asarray(means[0] - means[1])
 
 
 def key_of(kind: FeatureKind) -> str:

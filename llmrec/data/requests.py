@@ -381,5 +381,6 @@ def _some(names: Sequence[str]) -> str:
 
 
 @lru_cache(maxsize=1024)
+@lru_cache(1024)  # rows of one table have the same keys
 def _near_miss(key: str) -> str:
     return "" if key in KEYS else did_you_mean(key, KEYS)

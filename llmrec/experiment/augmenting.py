@@ -16,7 +16,7 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.augment.stores import of_texts
-from llmrec.augment.texts import Asked, about_items, about_users, kept, readable, template_of
+from llmrec.augment.texts import Asked, about_items, about_users, kept, taste, template_of
 from llmrec.backends.answers import AnswerStore
 from llmrec.backends.cache import CachedBackend
 from llmrec.backends.encode import Encoder
@@ -176,13 +176,11 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
         written = [every.texts[place] for place in places]
         tables.append(Features("item", names, every.vectors[places], every.provenance, texts=written))
     if "user" in asked:
-        seen = {each.id: each.seen for each in asked["user"] if any(item in place_of for _, item in each.seen)}
-        shown = [
-            [event for event in readable(data, user)[-section.history :] if event.item_id in place_of] for user in seen
-        ]
+        known = [(each, [event for event in each.events if event.item_id in place_of]) for each in asked["user"]]
         liked = recipe.tasks.ctr.liked if recipe.tasks.ctr is not None else None
-        vectors = np.array([_taste(data, events, every, place_of, liked) for events in shown], dtype=np.float32)
-        tables.insert(0, Features("user", list(seen), vectors, every.provenance, seen=seen))
+        rows = [_taste(data, events, every, place_of, liked) for _, events in known if events]
+        seen = {each.id: each.seen for each, events in known if events}
+        tables.insert(0, Features("user", list(seen), np.array(rows, np.float32), every.provenance, seen=seen))
     with writing(out) as folder:
         write_version(folder, tables, dtype=section.dtype)
     return Augmented(out, {table.kind: len(table.ids) for table in tables}, Cost(), time.perf_counter() - begin)
@@ -196,9 +194,7 @@ def _taste(
     vectors = every.vectors[[place_of[event.item_id] for event in rated or events]]
     if not rated:
         return np.asarray(vectors.mean(axis=0))
-    yes = np.array([float(event.rating or 0) for event in rated]) >= threshold(scale_of(data), liked)
-    means = [part.mean(axis=0) if len(part) else np.zeros(vectors.shape[1]) for part in (vectors[yes], vectors[~yes])]
-    return np.asarray(means[0] - means[1])
+    return taste(vectors, np.array([float(event.rating or 0) for event in rated]) >= threshold(scale_of(data), liked))
 
 
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
