@@ -29,6 +29,9 @@ rows that learn with any randomness; of a benchmark, of its tuned rows. What has
 {SEEDS} seeds is exploratory: its figures describe a run, and nothing is claimed from them. Hours are those of two CPU
 cores.
 """
+_COMMANDS = """
+## Commands
+"""
 
 
 @dataclass(frozen=True)
@@ -86,12 +89,13 @@ def write(experiments: Sequence[Experiment]) -> str:
             f"{each.hours:.2f}",
             "exploratory" if each.exploratory else "",
             cell(each.cut),
-            code(each.command),
         ]
         for each in experiments
     ]
-    header = ["experiment", "cases", "seeds", "hours", "standing", "cut, and why", "command"]
-    return f"{_HEAD}\n{grid(header, rows)}\n"
+    header = ["experiment", "cases", "seeds", "hours", "standing", "cut, and why"]
+    commands = [[code(each.result), code(each.command)] for each in experiments]
+    shown = [grid(header, rows, numeric_to=4), _COMMANDS, grid(["experiment", "command"], commands, numeric_from=2)]
+    return "\n".join([_HEAD, *shown, ""])
 
 
 def _experiment(entry: Mapping[str, str], result: Mapping[str, Any], path: Path) -> Experiment:

@@ -126,6 +126,11 @@ class Baseline(Generic[C, M]):
         """The parameters."""
         return self._config
 
+    @classmethod
+    def reads(cls, config: C) -> Reads:
+        """Return what it knows items by under a config: `READS`, unless a parameter decides that."""
+        return cls.READS
+
     def with_config(self, config: C) -> Self:
         """Return a copy under another config that shares what ``fit`` stored: it answers as if fitted with that config.
 

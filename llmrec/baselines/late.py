@@ -146,9 +146,14 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     name = "late-interaction"
     stochastic = True
-    READS: ClassVar[Reads] = "texts"
+    READS: ClassVar[Reads] = "language model"
     FITS_ON = "train"
     Config = LateConfig
+
+    @classmethod
+    def reads(cls, config: LateConfig) -> Reads:
+        """Return what it knows items by: without joint layers no pretrained weight is tuned."""
+        return cls.READS if config.joint else "texts"
 
     def fit(self, data: SplitDataset) -> None:
         """Train the joint part.

@@ -108,14 +108,14 @@ def baskets(data: SplitDataset) -> str:
     )
 
 
-def wide_cutoffs(cutoffs: Sequence[int], count: int | None) -> str:
-    """Say which cut-offs are not below the number of ranked items; empty where all are, or nothing is ranked.
+def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
+    """Say which cut-offs are not below the number of ranked items; empty where all are.
 
     Args:
         cutoffs: Ranks at which metrics are cut.
-        count: Items that are ranked for a request; None: none are.
+        count: Items that are ranked for a request.
     """
-    wide = sorted(k for k in cutoffs if count is not None and k >= count)
+    wide = sorted(k for k in cutoffs if k >= count)
     if not wide:
         return ""
     return (

@@ -49,9 +49,15 @@ CSV_COLUMNS = (
 # --------------------------------------------------------------------------- Markdown
 
 
-def grid(header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int = 1) -> str:
-    """Lay out finished cells as a Markdown table; columns from ``numeric_from`` on are right-aligned."""
-    rule = ["---" if place < numeric_from else "---:" for place in range(len(header))]
+def grid(
+    header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int = 1, numeric_to: int | None = None
+) -> str:
+    """Lay out finished cells as a Markdown table.
+
+    Columns from ``numeric_from`` on are right-aligned, those from ``numeric_to`` on are not.
+    """
+    numeric = range(len(header))[numeric_from:numeric_to]
+    rule = ["---:" if place in numeric else "---" for place in range(len(header))]
     return "\n".join(f"| {' | '.join(line)} |" for line in (header, rule, *rows))
 
 

@@ -62,6 +62,24 @@ def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
     ]
 
 
+def test_several_suites_have_a_head_with_the_best_row_of_each_kind() -> None:
+    assert "| suite |" not in _page()
+    films, odd = made_suite(), made_suite() | {"suite": "Odd (name)"}
+    for row, reads in zip(films["rows"], ("events", "texts", "language model", "events"), strict=True):
+        row["reads"] = reads
+    odd["protocol"] = odd["protocol"] | {"seeds": [0]}
+    odd["rows"][3]["tables"]["excluded"]["metrics"]["NDCG@10"] |= {"value": None, "undefined": "no request"}
+    page = _page(odd, films)
+    head = _tables(page)[0]
+    assert head == [
+        "| suite | users | metric | events alone | texts too | a language model | not said | standing |",
+        "| --- | ---: | --- | --- | --- | --- | --- | --- |",
+        "| Odd (name) | 943 | NDCG@10 | – | – | – | item-knn 0.1170 | exploratory |",
+        "| [films](#films) | 943 | NDCG@10 | sasrec 0.1560 | popularity 0.0650 | item-knn 0.1170 | – |  |",
+    ]
+    assert page.index("| [films](#films) |") < page.index("## films")
+
+
 def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
     text = _page()
     assert "The 2 planned comparisons have p Holm-adjusted over all tables of the file" in text

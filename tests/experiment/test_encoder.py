@@ -80,6 +80,8 @@ def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
         reads_of("dcn", {"align": {"encoder": "lsa"}}) == reads_of("dcn", {"align": {"encoder": "chance"}}) == "texts"
     )
     assert reads_of("dcn", {"align": {"encoder": str(tuned)}}) == "language model"
+    # Its joint layers are pretrained ones, and tuned.
+    assert (reads_of("late-interaction", {}), reads_of("late-interaction", {"joint": 0})) == ("language model", "texts")
 
 
 def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from llmrec.commands.compare.glance import glance
 from llmrec.commands.compare.records import SuitePair, SuiteProtocol, SuiteResult, retested
 from llmrec.commands.compare.wording import drawn, explored_lines, fewer, planned_lines, planned_note, standing
 from llmrec.errors import DataError, LlmrecError, RecipeError
@@ -132,7 +133,8 @@ def leaderboard(results: Sequence[SuiteResult], references: Mapping[str, Referen
     """
     suites = sorted(results, key=lambda found: found.suite)
     pages = ([references[name] for name in found.references if name in references] for found in suites)
-    return "\n".join([_HEAD, *map(_section, suites, pages)])
+    head = [_HEAD, glance(suites), ""] if len(suites) > 1 else [_HEAD]
+    return "\n".join([*head, *map(_section, suites, pages)])
 
 
 def suite_result(content: Mapping[str, object]) -> SuiteResult:

@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from llmrec.baselines.ctr.align import Align
 from llmrec.baselines.item_texts import LSA
-from llmrec.baselines.parameters import stops_early, stores_of
+from llmrec.baselines.parameters import config_of, stops_early, stores_of
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.errors import DataError
@@ -249,7 +249,8 @@ def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
     told = Align.model_validate(align) if isinstance(align, Mapping) else None
     # Features are texts through a fixed encoder, whoever wrote them; a first stage that is only longer reads none.
     reads_texts = stores_of(baseline, parameters) or (told is not None and not told.longer)
-    known: Reads = "texts" if reads_texts else made.READS
+    own = made.reads(config_of(baseline, parameters, "parameters"))
+    known = widest(["texts", own]) if reads_texts else own
     encoder = str(parameters.get("encoder", LSA)) if told is None else told.encoder
     return "language model" if known == "texts" and encoder != LSA and learned_from(encoder) else known
 
