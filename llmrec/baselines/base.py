@@ -55,20 +55,6 @@ class NoParameters(Section):
     """The config of a baseline with nothing to set."""
 
 
-class Kept:
-    """The last matrix of each kind: tuning asks for many parameters, and most of them leave most matrices alone."""
-
-    def __init__(self) -> None:
-        """Set up with nothing made."""
-        self._made: dict[str, tuple[Any, Any]] = {}
-
-    def __call__(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
-        """Return a matrix, made anew where its parameters are not those of the last call."""
-        if name not in self._made or self._made[name][0] != key:
-            self._made[name] = key, make()
-        return self._made[name][1]
-
-
 class _HasCatalogue(Protocol):
     @property
     def catalogue(self) -> Catalogue: ...

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Kept, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
@@ -28,6 +28,20 @@ if TYPE_CHECKING:
 _BLOCK = 256
 # Items of a catalogue whose pairs are all held, 8 bytes each, twice.
 _DENSE = 4096
+
+
+class Kept:
+    """The last matrix of each kind: tuning asks for many parameters, and most of them leave most matrices alone."""
+
+    def __init__(self) -> None:
+        """Set up with nothing made."""
+        self._made: dict[str, tuple[Any, Any]] = {}
+
+    def __call__(self, name: str, key: Any, make: Callable[[], Any]) -> Any:
+        """Return a matrix, made anew where its parameters are not those of the last call."""
+        if name not in self._made or self._made[name][0] != key:
+            self._made[name] = key, make()
+        return self._made[name][1]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,9 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Kept, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
+from llmrec.baselines.knn import Kept
 from llmrec.recipe.schema import Positive, Section
 from llmrec.results import Reads
 
