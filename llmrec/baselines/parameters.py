@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.data.features import FeatureStore
-from llmrec.errors import ErrorKind, RecipeError, did_you_mean
-from llmrec.recipe.schema import Section
+from llmrec.durable import MANIFEST, sha256_of
+from llmrec.errors import ErrorKind, ModelError, RecipeError, did_you_mean
+from llmrec.models.embedder import CHANCE
+from llmrec.models.load import resolve, weights_stamp
+from llmrec.recipe.schema import ModelSection, Section
 from llmrec.registry import BASELINES, lookup
+
+Hashes = dict[str, str | dict[str, str]]
+"""Hashes over what is read besides the data, by what it is; of stores one a folder."""
 
 
 def config_of(name: str, parameters: Mapping[str, Any], where: str) -> Section:
@@ -58,6 +66,38 @@ def stores_of(name: str, parameters: Mapping[str, Any]) -> dict[str, str]:
     """
     folders = getattr(config_of(name, parameters, "parameters"), "folders", ())
     return {folder: FeatureStore.open(folder).stamp for folder in folders}
+
+
+def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
+    """Return hashes over what a baseline reads besides the data, by what it is: its parameters hold names and paths.
+
+    What is not there, or cannot be used, is left out: ``fit`` refuses it in its own words.
+
+    Raises:
+        RecipeError: As `config_of`.
+        DataError: As `stores_of`.
+    """
+    held = config_of(name, parameters, "parameters").model_dump(mode="json")
+    start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
+    found = {
+        "stores": stores_of(name, parameters),
+        "encoder": _weights(held.get("encoder")),
+        "align": _weights((held.get("align") or {}).get("encoder")),
+        "model": _weights(held.get("model")),
+        "start": sha256_of(start) if start.is_file() and held.get("start") else None,
+        "lexicon": sha256_of(words) if words.is_file() else None,
+    }
+    return {key: value for key, value in found.items() if value}
+
+
+def _weights(name: str | None) -> str | None:
+    """Return a hash over a language model or text encoder; None for what is no folder of weights."""
+    if not name or name in (LSA, CHANCE) or name.startswith(STORE):
+        return None
+    try:
+        return weights_stamp(resolve(ModelSection(name=name)))
+    except ModelError:
+        return None
 
 
 def make(name: str, parameters: Mapping[str, Any], *, seed: int, where: str = "parameters") -> Any:

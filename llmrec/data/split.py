@@ -88,6 +88,7 @@ class SplitDataset:
             in ``train``.
         known: Events that are shown as history and never learned from: the past of held-out users.
         cold: Items that are held out wholly: no event on them is in ``train``, in ``known`` or in a history.
+        drawn: Numbers by which rows of ``valid`` are sampled, the smallest first; None: hashes of their names.
     """
 
     dataset: Dataset
@@ -99,6 +100,7 @@ class SplitDataset:
     held_out: frozenset[tuple[str, str]]
     known: pl.DataFrame = field(default_factory=_no_rows)
     cold: frozenset[str] = frozenset()
+    drawn: NDArray[np.uint64] | None = field(default=None, compare=False)
 
     def without(self, pairs: frozenset[tuple[str, str]]) -> SplitDataset:
         """Return this split with another table's held-out pairs taken out of ``train`` and ``known``."""

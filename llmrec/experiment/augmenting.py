@@ -347,7 +347,8 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
             "decoding": "greedy",
             "max_tokens": section.max_tokens,
             "seed": recipe.seed,
-            "asked": _digest([each.id for each in planned.asked[kind]]),
+            # Whole questions: titles and fields may change where ids do not.
+            "asked": _digest([part for each in planned.asked[kind] for part in (each.id, repr(each.prompt))]),
             **({"synthetic": True} if kind == "synthetic" else {}),
         },
         version=__version__,

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -52,8 +52,8 @@ from llmrec.experiment.row_specs import (
     nearness,
     profile_of,
     protocol_of,
+    read_by,
     specs_of,
-    stores,
 )
 from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background
@@ -264,9 +264,11 @@ class Evaluation:
             # Rows of before a column was stored have nothing to put there.
             columns=sorted(Prediction.model_fields),
             weighing=[case.request.id for case in self._weighers(spec)],
+            # An earlier version weighed fusions by answers as they were before calibration.
+            **({"weighed": "calibrated"} if self._calibrating(spec.family) else {}),
             **nearness(spec, study),
             **drawing(spec, recipe.eval),
-            **stores(spec, study),
+            **read_by(spec, study),
             **code_of(spec, study),
         )
 
@@ -287,7 +289,8 @@ class Evaluation:
             self._fitted[key] = fitted(baseline.name, parameters, used, seed=seed, where=where)
             # A fit that is kept from before costs what it cost then.
             self._budget.add("baselines", self._fitted[key].recalled)
-        return Made(self._evaluate(spec, self._fitted[key]), "numpy", weighing=self._said(spec, self._fitted[key]))
+        predictor = self._calibrated(spec, self._fitted[key])
+        return Made(self._evaluate(spec, predictor), "numpy", weighing=self._said(spec, predictor))
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
         """Return the validation cases that a row answers too, so that it can be joined with others."""
@@ -308,9 +311,10 @@ class Evaluation:
         return reads_of(spec.predictor.partition("(")[0], parameters)
 
     def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
-        predictor = self.strategy(spec, backend, advance)
+        strategy = self.strategy(spec, backend, advance)
+        predictor = self._calibrated(spec, strategy)
         found = self._evaluate(spec, predictor, backend)
-        return Made(found, predictor.engine, self._examples(spec, predictor, found), self._said(spec, predictor))
+        return Made(found, strategy.engine, self._examples(spec, strategy, found), self._said(spec, predictor))
 
     def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
         """Return what asks the questions of a row."""
@@ -329,19 +333,22 @@ class Evaluation:
         asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
         return strategy_of(spec.predictor, asker, **options, **asked)
 
-    def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
+    def _calibrated(self, spec: RowSpec, predictor: Predictor) -> Predictor:
+        """Return what answers a row's cases and those that weigh its fusions: both are put right, or neither."""
         cases = self._calibrating(spec.family)
-        calibrated = Calibrated(predictor, cases) if cases else None
+        return Calibrated(predictor, cases) if cases else predictor
+
+    def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
         # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
         # The engine's start, which falls into the first row that asks it anything, is a stage of its own.
         before = backend.recalled_seconds - backend.start_seconds if backend is not None else 0.0
-        found = self._measured(spec, calibrated or predictor)
+        found = self._measured(spec, predictor)
         figures = found.figures
         if backend is not None:
             spent = (figures.cost.seconds or 0.0) + backend.recalled_seconds - backend.start_seconds - before
             figures = figures.model_copy(update={"cost": figures.cost.model_copy(update={"seconds": spent})})
-        if calibrated is not None:
-            curve = Calibration(n=len(cases), **asdict(calibrated.curve))
+        if isinstance(predictor, Calibrated):
+            curve = Calibration(n=len(self._calibrating(spec.family)), **asdict(predictor.curve))
             figures = figures.model_copy(update={"calibration": curve})
         return replace(found, figures=figures)
 
@@ -372,15 +379,10 @@ class Evaluation:
         return protocol_of(self._study, family)
 
     def _user_mean(self) -> Callable[[Request], float]:
+        """Return what stands in for a rating that cannot be read."""
         means = UserMean()
         means.fit(self._study.data)
-
-        def fallback(request: Request) -> float:
-            (answer,) = means.answer([request])
-            assert isinstance(answer, Rating)
-            return answer.value
-
-        return fallback
+        return lambda request: cast("Rating", means.answer([request])[0]).value
 
     def _examples(self, spec: RowSpec, predictor: Strategy, found: Evaluated) -> tuple[Shown, ...]:
         """Render the first prompts of a row, as they were asked, with their answers, for the report."""

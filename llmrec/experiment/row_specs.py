@@ -6,12 +6,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from llmrec.baselines.parameters import stores_of
+from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import Json
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.experiment.fusion.parts import FUSIONS, fusible, joins_model
 from llmrec.experiment.study import Study
+from llmrec.models.embedder import text_embedder
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection, Recipe
 from llmrec.registry import BASELINES, STRATEGIES, TASKS, is_positional, options_of, stamps, written
@@ -88,11 +89,11 @@ def profile_of(study: Study, family: str) -> str:
     return study.tasks[family].profile_template.sha
 
 
-def stores(spec: RowSpec, study: Study) -> dict[str, dict[str, str]]:
-    """Return the features that a baseline reads besides the data; nothing for most, whose keys are those of before."""
+def read_by(spec: RowSpec, study: Study) -> dict[str, Hashes]:
+    """Return hashes over what a baseline reads besides the data; nothing for most, whose keys are those of before."""
     named = [each for each in study.baselines(spec.family) if ("baseline", each.label) == (spec.arm, spec.predictor)]
-    found = [stores_of(each.name, each.parameters) for each in named]
-    return {"stores": found[0]} if any(found) else {}
+    found = [hashes_of(each.name, each.parameters) for each in named]
+    return {"read": found[0]} if any(found) else {}
 
 
 def code_of(spec: RowSpec, study: Study) -> dict[str, dict[str, str]]:
@@ -108,7 +109,7 @@ def nearness(spec: RowSpec, study: Study) -> dict[str, str]:
     """Return what says which items read alike, where that decides what a prompt shows."""
     near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
     relevant = spec.template is not None and study.section(spec.family).past == "relevant"
-    return {"encoder": study.recipe.encoder} if near or relevant else {}
+    return {"encoder": text_embedder(study.recipe.encoder).stamp} if near or relevant else {}
 
 
 def drawing(spec: RowSpec, section: EvalSection) -> dict[str, int]:

@@ -16,7 +16,7 @@ from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.experiment import bundle, indexing
 from llmrec.experiment.resume import Budget, key_of, read_stage
-from llmrec.experiment.row_specs import listing
+from llmrec.experiment.row_specs import asking_of, listing
 from llmrec.experiment.study import Study, fused_finder
 from llmrec.experiment.tuning.judging import Judge, judged
 from llmrec.experiment.tuning.rejecting import BEAM, close
@@ -225,7 +225,7 @@ def _judging(study: Study) -> dict[str, object]:
             "asked": asked,
             "candidates": section.candidates.model_dump(mode="json"),
             "reserved": section.fusion.reserved,
-            "options": [section.beams, section.exact, section.prior_weight, section.depth],
+            "options": {family: asking_of(study.section(family).strategies[0], section) for family in asked},
         }
     }
 

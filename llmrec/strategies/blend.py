@@ -120,7 +120,9 @@ class Blend(Weighed):
             fits = {each: fit for each, fit in fits.items() if each == (only.form, only.name)}
         crossed = {each: self._crossed(fit, features, truth, folds) for each, fit in fits.items()}
         errors = {each: float(found.mean()) for each, found in crossed.items()}
-        self.tried = tuple(Tried(form, name, -error) for (form, name), error in errors.items())
+        # As the table prints it: RMSE of ratings, log loss of probabilities.
+        printed = {each: error if self._judges else error**0.5 for each, error in errors.items()}
+        self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
         best = min(errors, key=lambda each: errors[each])
         form, name = best
         self._line = fits[best](every, features)

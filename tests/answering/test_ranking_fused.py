@@ -11,11 +11,14 @@ import polars as pl
 import pytest
 
 from llmrec import pipeline
+from llmrec.baselines.tuning.validation import ranking_cases
 from llmrec.commands.export.export import Options, export
 from llmrec.commands.rank.run import rank_file
+from llmrec.data.split import halves
 from llmrec.errors import DataError, RecipeError
+from llmrec.experiment.fusion.carried import carried as read_carried
 from llmrec.experiment.study import build_study
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_recipe, load_stored
 from tests.answering.rank_cases import jsonl, lines, options
 from tests.facts import Facts, raises
 
@@ -95,7 +98,15 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run,
         rank_file(options(bare.out, asked, tmp_path / "o.jsonl", fuse="baselines"))
     export(run.folder, replace(bare, out=tmp_path / "whole", with_interactions=True))
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
-    # Users go out under numbers.
+    # Users go out under numbers; who chooses an epoch is drawn by the names that they had.
+    recipe = load_stored(run.folder)
+    choosing = halves(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
+    kept = ranking_cases(choosing, 9)
+    names = dict(enumerate(sorted({*choosing.train["user_id"], *choosing.valid["user_id"]})))
+    there = read_carried(tmp_path / "whole", seed=recipe.seed)
+    assert there is not None
+    found = [(names[int(case.request.user_id)], case.truth) for case in ranking_cases(there, 9)]
+    assert found == [(case.request.user_id, case.truth) for case in kept]
     assert all(name.isdigit() for name in carried["user_id"]) and set(carried["part"]) == {"train", "valid"}
     for fuse, row in (("baselines", CONTROLS), ("model", JOINED)):
         rank_file(options(tmp_path / "whole", asked, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
@@ -152,7 +163,7 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
     rows = {row["id"]: row for row in made.results["rows"]}
     joined = rows["sequential/tuned/fusion with models"]
     names = [part["name"] for part in joined["fusion"]["parts"]]
-    assert names == [*BASELINES, "likelihood", "likelihood"]
+    assert names == [*BASELINES, "tuned/likelihood/continue-list", "zero-shot/likelihood/continue-list"]
     # Baselines that both runs made alike stand once; those of the language models stand beside each other.
     assert sum(row["arm"] == "baseline" for row in rows.values()) == 8
     assert {row["arm"] for row in rows.values()} == {"baseline", "tuned", "zero-shot"}

@@ -83,6 +83,26 @@ def test_what_was_corrected_or_erased_stays_so(llama_folder: Path, tmp_path: Pat
     assert second in store.ids("item")
 
 
+def test_other_titles_are_other_questions(llama_folder: Path, tmp_path: Path) -> None:
+    """Ids and interactions are the same, and what the texts were written from is not."""
+    columns = {"user": "u", "item": "i", "rating": "r", "time": "t", "title": "name"}
+    events = [(f"u{user}", f"i{(user + step) % 11}", 1 + step % 5, step) for user in range(6) for step in range(9)]
+
+    def written(title: str) -> FeatureStore:
+        rows = [f"{user},{item},{rating},{time},{title} {item}" for user, item, rating, time in events]
+        (tmp_path / "table.csv").write_text("\n".join(["u,i,r,t,name", *rows]), encoding="utf-8")
+        base = augmenting_recipe(llama_folder)
+        data = base.data.model_copy(update={"source": "table", "path": str(tmp_path / "table.csv")})
+        made = base.model_copy(
+            update={"data": data.model_copy(update={"columns": data.columns.model_validate(columns)})}
+        )
+        return FeatureStore.open(augmenting.augment(made, tmp_path / "store", quiet=True).folder)
+
+    first, again, other = written("Red book"), written("Red book"), written("Blue film")
+    assert first.provenance("item") == again.provenance("item") != other.provenance("item")
+    assert first.provenance("user") == again.provenance("user") != other.provenance("user")
+
+
 def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made, calls = augmenting_recipe(llama_folder), []
     whole = augmenting.augment(made, tmp_path / "whole", quiet=True)

@@ -14,7 +14,7 @@ from llmrec.baselines.markov import Markov
 from llmrec.baselines.popular import Popularity, RecentPopularity
 from llmrec.baselines.tuning.search import points
 from llmrec.baselines.tuning.tune import fitted, tune
-from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
+from llmrec.baselines.tuning.validation import drawn, mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
@@ -150,6 +150,15 @@ def test_what_cannot_be_tuned_is_said() -> None:
         tune("markov", replace(data, valid=data.valid.clear()), seed=0)
     with raises(DataError, Facts("empty", "toy", column="data.split.valid", says="no ratings")):
         tune("mf", replace(data, valid=data.valid.with_columns(pl.lit(None, pl.Float64).alias("rating"))), seed=0)
+
+
+def test_a_sample_of_ratings_is_drawn_as_that_of_rankings() -> None:
+    data = _data()
+    few = {case.request.id for case in rating_cases(data, 5)}
+    assert len(few) == 5 and few == {case.request.id for case in ranking_cases(data, 5)}
+    turned = replace(data, drawn=(np.uint64(2**64 - 1) - drawn(data)))
+    assert {case.request.id for case in rating_cases(turned, 5)} == {c.request.id for c in ranking_cases(turned, 5)}
+    assert few != {case.request.id for case in rating_cases(turned, 5)}
 
 
 def test_ratings_are_asked_with_their_reviews() -> None:

@@ -11,9 +11,10 @@ import polars as pl
 import pytest
 
 from llmrec.baselines.ctr.deepfm import DeepFM
+from llmrec.baselines.rated import ratings
 from llmrec.baselines.ubert.baseline import UBert, _epoch
 from llmrec.baselines.ubert.network import Reviewed, attended, encoded, matched, network_of
-from llmrec.baselines.ubert.pretrain import Hidden, lexicon
+from llmrec.baselines.ubert.pretrain import Hidden, last_of_pairs, lexicon
 from llmrec.baselines.ubert.reviews import Frozen, Reviews, Tokens
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import FeatureStore, publish
@@ -291,3 +292,14 @@ def test_its_vectors_are_features_that_a_host_reads(encoder: str, tmp_path: Path
     assert len(host.answer(_asked(("u03", "i1")))) == 1
     with pytest.raises(DataError):
         host.fit(_data(kind="last_share"))
+
+
+def test_a_review_goes_with_the_last_rating_of_its_pair() -> None:
+    rows = [("a", "x", 5.0, 1), ("b", "x", 3.0, 2), ("a", "x", 1.0, 3), ("b", "y", 2.0, 4)]
+    frame = pl.DataFrame(
+        [{"user_id": u, "item_id": i, "rating": r, "timestamp": t, "text": None} for u, i, r, t in rows],
+        schema_overrides={"timestamp": pl.Float64, "text": pl.String},
+    ).sort("user_id", "timestamp", maintain_order=True)
+    base = _data()
+    known = ratings(replace(base, train=frame), "ubert")
+    assert last_of_pairs(known) == {(0, 0): 1.0, (1, 0): 3.0, (1, 1): 2.0}

@@ -10,6 +10,7 @@ from contextlib import closing
 from itertools import islice
 from pathlib import Path
 
+import numpy as np
 import polars as pl
 import pytest
 
@@ -133,6 +134,15 @@ def test_calibration_moves_probabilities_and_no_order(
         assert one["metrics"]["GAUC"]["value"] == pytest.approx(other["metrics"]["GAUC"]["value"])
         assert one["metrics"]["LogLoss"]["value"] != other["metrics"]["LogLoss"]["value"]
         assert one["inputs"].endswith("scaled by answers to the validation split")
+    # A fusion is weighed by answers on the scale of those that it joins.
+    said = [
+        json.loads((folder / "rows" / "ctr.baseline.logistic.json").read_text(encoding="utf-8"))["weighing"]
+        for folder in (tmp_path / "r", done[1].folder)
+    ]
+    odds = [np.log(np.array(list(each.values())) / (1 - np.array(list(each.values())))) for each in said]
+    curve = rows["ctr/baseline/logistic"]["calibration"]
+    assert said[0] and said[0].keys() == said[1].keys()
+    assert odds[0] == pytest.approx(curve["scale"] * odds[1] + curve["bias"], abs=1e-6)
     with raises(
         RecipeError,
         Facts("contradiction", "recipes/quickstart.yaml", column="tasks.ctr.calibrate", says="eval.split=valid"),

@@ -3,20 +3,27 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from llmrec.baselines.content import Content
+from llmrec.baselines.parameters import hashes_of
 from llmrec.cli import app
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, LlmrecError
+from llmrec.experiment.evaluation import Evaluation
 from llmrec.experiment.fusion.parts import reads_of
-from llmrec.experiment.study import load_split
+from llmrec.experiment.resume import Budget
+from llmrec.experiment.row_specs import RowSpec
+from llmrec.experiment.study import build_study, load_split
 from llmrec.models.embedder import TUNED
 from llmrec.models.text_encoder import encode_texts
+from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import DataSection
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
@@ -82,6 +89,28 @@ def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
     assert reads_of("dcn", {"align": {"encoder": str(tuned)}}) == "language model"
     # Its joint layers are pretrained ones, and tuned.
     assert (reads_of("late-interaction", {}), reads_of("late-interaction", {"joint": 0})) == ("language model", "texts")
+
+
+def test_another_encoder_under_the_same_path_makes_other_rows(table: Path, tuned: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tuned, tmp_path / "encoder"))
+    data = f"data={{source: table, path: {table}, columns: {{title: title}}}}"
+    controls = "random, popularity, item-knn, markov-1"
+    tasks = f"tasks={{sequential: {{baselines: [{controls}, {{name: content, encoder: {folder}}}]}}}}"
+    more = ("reviews=null", "eval.arms=[]", "eval.candidates.count=5")
+    study = build_study(load_recipe("recipes/quickstart.yaml", [data, tasks, *more]))
+    labels = [each.label for each in study.baselines("sequential")]
+
+    def keys() -> list[str]:
+        evaluation = Evaluation(study, None, tmp_path / "run", Budget(quiet=True), quiet=True)
+        return [evaluation.key(RowSpec("sequential", "baseline", label), "numpy", None) for label in labels]
+
+    before, (weights,) = keys(), folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors[min(tensors)] = tensors[min(tensors)] + 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert [one == other for one, other in zip(before, keys(), strict=True)] == [True] * 4 + [False]
+    assert hashes_of("content", {"encoder": str(folder)}) != hashes_of("content", {"encoder": str(tuned)})
+    assert hashes_of("popularity", {}) == hashes_of("content", {"encoder": str(tmp_path / "none")}) == {}
 
 
 def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:

@@ -12,6 +12,8 @@ import pytest
 
 from llmrec import pipeline
 from llmrec.errors import RecipeError
+from llmrec.experiment.study import build_study
+from llmrec.experiment.training import training_key
 from llmrec.experiment.tuning.judging import Judge
 from llmrec.report import plots
 from llmrec.report.results import read
@@ -109,6 +111,17 @@ def test_a_killed_run_keeps_what_an_uninterrupted_one_keeps(
     resumed = _train(llama_folder, tmp_path / "cut")
     assert resumed["adapter_sha256"] == whole["adapter_sha256"] and _looks(resumed) == _looks(whole)
     shutil.rmtree(tmp_path / "cut")
+
+
+def test_what_the_judge_asks_with_is_part_of_what_was_trained(llama_folder: Path) -> None:
+    def key(*more: str) -> str:
+        only = ("tasks.rating=null", "tasks.sequential=null", "tasks.explanation=null")
+        only = (*only, "tasks.direct.strategies=[setwise]")
+        return training_key(build_study(recipe(llama_folder, *MORE, *only, *more)), str(llama_folder))
+
+    plain = key()
+    assert len({plain, key("eval.permutations=4"), key("eval.set_size=5"), key("eval.depth=3")}) == 4
+    assert key("eval.beams=3") == plain
 
 
 def test_without_a_ranking_there_is_nothing_to_judge_by(llama_folder: Path, tmp_path: Path) -> None:

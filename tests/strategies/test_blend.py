@@ -63,7 +63,9 @@ def test_ratings_get_the_weights_that_made_them_and_noise_gets_none() -> None:
     assert weights.form == "ridge" and weights.parts == pytest.approx((0.7, 0.4, 0.0), abs=0.05)
     assert weights.low[2] < 0 < weights.high[2] and weights.low[0] < 0.7 < weights.high[0]
     errors = {each.name: -each.value for each in blend.tried}
-    assert min(errors.values()) < 0.8 * errors["one"]
+    assert min(errors.values()) ** 2 < 0.8 * errors["one"] ** 2
+    # They are those of tables: RMSE, not squared errors.
+    assert errors["one"] == pytest.approx(np.sqrt(np.mean((parts["one"] - truth) ** 2)), rel=0.02)
 
 
 def test_probabilities_get_the_weights_that_made_them() -> None:

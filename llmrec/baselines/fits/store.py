@@ -21,14 +21,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from llmrec.baselines.item_texts import LSA, STORE
-from llmrec.baselines.parameters import stores_of
-from llmrec.durable import MANIFEST, sha256_of
-from llmrec.errors import ModelError, RecipeError
+from llmrec.baselines.parameters import hashes_of
+from llmrec.errors import RecipeError
 from llmrec.machine import versions
-from llmrec.models.load import cpu_has_bf16, has_cuda, resolve, weights_stamp
-from llmrec.models.text_encoder import find_encoder
-from llmrec.recipe.schema import ModelSection
+from llmrec.models.load import cpu_has_bf16, has_cuda
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
@@ -56,9 +52,13 @@ _CODE = (
     "data/codes.py",
     "data/described.py",
     "data/features.py",
+    "data/hashing.py",
     "data/split.py",
+    "evaluate/catalogue.py",
     "index/semantic.py",
+    "metrics/ranking.py",
     "models",
+    "backends/encode.py",
     "backends/end_states.py",
     "backends/segments.py",
 )
@@ -86,18 +86,13 @@ class Storable(Protocol):
 def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: int) -> str:
     """Return a hash of all that can change a fit: data and split, baseline and parameters, texts, code and versions."""
     config = model.config.model_dump(mode="json", exclude=model.AT_ANSWER | _SHOWN)
-    encoder = str(config.get("encoder", LSA))
     inputs = {
         "name": model.name,
         "config": config,
         "seed": seed,
         # Half of the validation users, or all of them, are one fit where none of them is read.
         "data": [data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
-        "stores": stores_of(model.name, parameters),
-        "start": _start(config.get("start")),
-        "lexicon": _words(config.get("lexicon")),
-        "model": _weights(config.get("model")),
-        "encoder": find_encoder(encoder)[1] if encoder != LSA and not encoder.startswith(STORE) else None,
+        "read": hashes_of(model.name, parameters),
         "bf16": cpu_has_bf16(),
         # Sums are added up in another order on a GPU.
         "cuda": "device" in config and config["device"] != "cpu" and has_cuda(),
@@ -105,25 +100,6 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "code": code_digest(),
     }
     return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
-
-
-def _start(folder: str | None) -> str | None:
-    """Return a hash over the weights that a fit starts from; None without any, or where ``fit`` will refuse them."""
-    sealed = Path(folder or "") / MANIFEST
-    return sha256_of(sealed) if folder and sealed.is_file() else None
-
-
-def _weights(name: str | None) -> str | None:
-    """Return a hash over a language model; None without any, or where ``fit`` will refuse it."""
-    try:
-        return weights_stamp(resolve(ModelSection(name=name))) if name else None
-    except ModelError:
-        return None
-
-
-def _words(file: str | None) -> str | None:
-    """Return a hash over a list of words; None without any, or where ``fit`` will refuse it."""
-    return sha256_of(Path(file)) if file and Path(file).is_file() else None
 
 
 def keeps() -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
+import polars as pl
 
 from llmrec.data.hashing import hash64
 from llmrec.data.split import request_id
@@ -16,7 +17,16 @@ from llmrec.metrics.rating import rmse
 from llmrec.types import Case, CatalogueScorer, Predictor, Probability, Rating, Request
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
     from llmrec.data.split import SplitDataset
+
+
+def drawn(data: SplitDataset) -> NDArray[np.uint64]:
+    """Return the numbers by which validation interactions are sampled, the smallest first, shape (n,)."""
+    if data.drawn is not None and len(data.drawn) == len(data.valid):
+        return data.drawn
+    return hash64("validation", data.seed, data.valid["user_id"], data.valid["item_id"])
 
 
 def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
@@ -30,7 +40,7 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
         limit: Keep the first ones only, an unbiased sample.
     """
     users, items = data.valid["user_id"].to_list(), data.valid["item_id"].to_list()
-    order = np.argsort(hash64("validation", data.seed, users, items), kind="stable")[:limit]
+    order = np.argsort(drawn(data), kind="stable")[:limit]
     return [
         Case(
             request=Request(
@@ -44,13 +54,20 @@ def ranking_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
     ]
 
 
-def rating_cases(data: SplitDataset) -> list[Case]:
+def rating_cases(data: SplitDataset, limit: int | None = None) -> list[Case]:
     """Return the validation ratings as requests, in the order of the split; its test interactions are not looked at.
 
     Where the data has a review of a rating, the request shows its text under ``review``.
+
+    Args:
+        data: The split.
+        limit: Keep a sample of so many, drawn as that of `ranking_cases`.
     """
     reviews = data.dataset.reviews
-    rated = data.valid.drop_nulls("rating").select("user_id", "item_id", "rating")
+    rated = data.valid.with_columns(drawn=drawn(data)).drop_nulls("rating")
+    if limit is not None:
+        rated = rated.filter(pl.col("drawn").rank("ordinal") <= limit)
+    rated = rated.select("user_id", "item_id", "rating")
     return [
         Case(
             request=Request(

@@ -171,7 +171,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         return rate(requests, model.known.scale, lambda user, item, request: float(next(values)))
 
     def _cases(self, data: SplitDataset) -> list[Case]:
-        return [] if self._config.patience is None else rating_cases(data)[:_STOP_CASES]
+        return [] if self._config.patience is None else rating_cases(data, _STOP_CASES)
 
     def _carried(self, model: Reviewed) -> Carried:
         """Return what goes to another domain."""

@@ -19,6 +19,8 @@ from llmrec.progress import Bar
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
+    from llmrec.baselines.rated import Ratings
+
 _WORD = re.compile(r"\w+(?:['’]\w+)*")
 # In how many reviews a word must stand whose ratings are looked at.
 _LEAST = 5
@@ -115,6 +117,13 @@ class Hidden:
         return Hidden(hidden, columns[0], columns[1], columns[2])
 
 
+def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
+    """Return the last rating of each pair of a user and an item, as the review that is read of it."""
+    last = np.argsort(known.order)
+    given = (column[last].tolist() for column in (known.users, known.items, known.values))
+    return {(user, item): value for user, item, value in zip(*given, strict=True)}
+
+
 def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
     """Teach the user encoder by single reviews; the item encoder then attends as the user encoder does.
 
@@ -140,8 +149,7 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
             column="pretrain",
         )
     known = model.known
-    given = zip(known.users.tolist(), known.items.tolist(), known.values.tolist(), strict=True)
-    ratings = {(user, item): value for user, item, value in given}
+    ratings = last_of_pairs(known)
     truth = np.array([ratings[pair] for pair in zip(reviews.users.tolist(), reviews.items.tolist(), strict=True)])
     words = lexicon(config, reviews.texts, truth)
     rng = np.random.default_rng([seed, 1])

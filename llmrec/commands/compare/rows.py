@@ -12,6 +12,7 @@ import numpy as np
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.parameters import hashes_of
 from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
@@ -130,9 +131,11 @@ class SuiteModels:
         return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
 
     def inputs(self, row: SuiteRow) -> Any:
-        """Return what a row's figures depend on beside its own keys: the recipe, or the mixed rows and theirs."""
+        """Return what a row's figures depend on beside its keys: the recipe, what it reads, or its parts and theirs."""
         if row.recipe:
             return self._recipe(row)[0].model_dump(mode="json")
+        if row.baseline is not None:
+            return hashes_of(row.baseline, row.parameters) or []
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
 
     def reads(self, row: SuiteRow) -> Reads:

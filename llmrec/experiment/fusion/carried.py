@@ -6,6 +6,7 @@ from pathlib import Path
 
 import polars as pl
 
+from llmrec.baselines.tuning.validation import drawn
 from llmrec.data.assemble import read_items
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.split import SplitDataset, halves
@@ -21,8 +22,8 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     """Write a run's training interactions and fusions into a folder; its ``items`` must lie there already.
 
     Users are numbered in the order of their names, which are not written. Validation interactions of the users that
-    choose epochs go along, and those that weighed the fusions do not, so that what is fitted there is what was fitted
-    here.
+    choose epochs go along, with the numbers by which they are sampled, and those that weighed the fusions do not, so
+    that what is fitted there is what was fitted here.
 
     Args:
         data: The split.
@@ -40,14 +41,14 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
         raise ModelError(
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
-    chooses = halves(data, fusions[0].reserved)[0].valid
-    named = (("train", data.train), ("valid", chooses))
-    both = pl.concat([part.with_columns(part=pl.lit(name)) for name, part in named])
+    choosing = halves(data, fusions[0].reserved)[0]
+    chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=drawn(choosing))
+    both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
     names = both["user_id"].unique().sort()
     width = len(str(len(names)))
     numbers = pl.DataFrame({"user_id": names, "user": [f"{place:0{width}d}" for place in range(len(names))]})
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
-    rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part")
+    rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
     rows.write_parquet(draft / FILE)
     # The users that weigh are not among them.
     settled = [fused.model_copy(update={"reserved": 0.0}).model_dump(mode="json") for fused in fusions]
@@ -75,4 +76,6 @@ def carried(folder: Path, *, seed: int) -> SplitDataset | None:
     data = Dataset(name=folder.name, noun="items", interactions=frame.select(*SCHEMA), items=items)
     held = frozenset(parts["valid"].select("user_id", "item_id").iter_rows())
     train, valid = parts["train"], parts["valid"]
-    return SplitDataset(data, "given", seed, train=train, valid=valid, test=valid.clear(), held_out=held)
+    # Exports of an earlier version have no such numbers.
+    kept = rows.filter(pl.col("part") == "valid")["drawn"].to_numpy() if "drawn" in rows.columns else None
+    return SplitDataset(data, "given", seed, train=train, valid=valid, test=valid.clear(), held_out=held, drawn=kept)

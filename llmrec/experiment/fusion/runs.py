@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,7 +13,7 @@ from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.claiming import RUN
 from llmrec.experiment.evaluation import ResultRow, part_of, row_of
-from llmrec.experiment.fusion.parts import FUSIONS, Weighing, bases_of, join, weighed_by, weights_of, widest
+from llmrec.experiment.fusion.parts import FUSIONS, Recalled, Weighing, bases_of, join, weighed_by, weights_of, widest
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
@@ -68,6 +69,15 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
         model = content_of(runs[0])["model"]
         every = [*rows, *joined]
         return FusedRuns(write_results(study, every, None, model, budget, out), every)
+
+
+def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
+    """Return rows as parts under names of their own: two templates or settings of one strategy have one predictor."""
+    many = Counter(row.figures.predictor for row in rows)
+    parts = [(row, part_of(row)) for row in rows]
+    return [
+        replace(part, name=row.figures.id.partition("/")[2]) if many[part.name] > 1 else part for row, part in parts
+    ]
 
 
 def _rows(run: Path, study: Study) -> list[ResultRow]:
@@ -160,7 +170,7 @@ def _fused(
     parts: Sequence[ResultRow],
     cases: Sequence[Case],
 ) -> ResultRow:
-    own, said = family_of(family), [part_of(row) for row in parts]
+    own, said = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
     model = join(FUSIONS[kind], said, cases, own.answer, onto=bases_of(study, family, said, every))
