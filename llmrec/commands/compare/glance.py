@@ -33,16 +33,21 @@ def glance(suites: Sequence[SuiteResult]) -> str:
     kinds = [kind for kind in (*get_args(Reads), None) if any(row.reads == kind for s in suites for row in s.rows)]
     rows = [
         [
-            f"[{cell(found.suite)}](#{found.suite})" if _ANCHOR.fullmatch(found.suite) else cell(found.suite),
+            _name(found),
             f"{found.protocol.users:,}",
             cell(found.protocol.metrics[-1]),
             *(_best([row for row in found.rows if row.reads == kind], found) for kind in kinds),
-            "exploratory" if found.protocol.users < USERS or len(found.protocol.seeds) < SEEDS else "",
         ]
         for found in suites
     ]
-    header = ["suite", "users", "metric", *(_KINDS[kind] for kind in kinds), "standing"]
+    header = ["suite", "users", "metric", *(_KINDS[kind] for kind in kinds)]
     return f"{_SAID}\n\n{grid(header, rows, numeric_to=2)}"
+
+
+def _name(found: SuiteResult) -> str:
+    linked = f"[{cell(found.suite)}](#{found.suite})" if _ANCHOR.fullmatch(found.suite) else cell(found.suite)
+    few = found.protocol.users < USERS or len(found.protocol.seeds) < SEEDS
+    return f"{linked}, *exploratory*" if few else linked
 
 
 def _best(rows: Sequence[SuiteLine], found: SuiteResult) -> str:
