@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import cached_property, partial
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 
 import numpy as np
@@ -20,17 +20,22 @@ from llmrec.answering.requests import catalogue
 from llmrec.answering.rules import Rules
 from llmrec.baselines.parameters import config_of
 from llmrec.data.codes import codes
-from llmrec.data.dataset import Dataset
+from llmrec.data.dataset import Dataset, conform
 from llmrec.data.described import described_items, profile_of
 from llmrec.data.hashing import digest_strings
+from llmrec.data.requests import identity
 from llmrec.data.sources.table import load
 from llmrec.data.split import time_order
 from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
-from llmrec.experiment.fusion.carried import carried
+from llmrec.experiment.fusion.carried import NUMBERED, carried
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import Recipe
 from llmrec.types import Event, Item
+
+Users = Mapping[str, Mapping[str, str]]
+Profile = str | Mapping[str, str]
+"""What prompts show of a user: a text, or fields by name."""
 
 # Rule sets whose allowed items are remembered for one state of the catalogue.
 _REMEMBERED = 8
@@ -39,7 +44,9 @@ _MILLISECONDS = 1e11
 
 
 class Catalogue:
-    """Items by id, which can be added, replaced and removed while they are looked up.
+    """Items by id, which can be added, replaced and removed while other threads look them up.
+
+    A change makes a new mapping, so that whoever is reading goes on with the one that he has.
 
     Args:
         items: To begin with.
@@ -51,17 +58,18 @@ class Catalogue:
     def __init__(self, items: Mapping[str, Item]) -> None:
         self.items = dict(items)
         self.changes = 0
-        self._search: tuple[pl.Series, pl.Series] | None = None
-        self._allowed: dict[Rules, frozenset[str]] = {}
+        # What is made of one mapping stands beside it: it may be ready when the next one has come.
+        self._search: tuple[Mapping[str, Item], pl.Series, pl.Series] | None = None
+        self._allowed: tuple[Mapping[str, Item], dict[Rules, frozenset[str]]] = (self.items, {})
 
     def change(self, put: Iterable[Item], removed: Iterable[str]) -> None:
         """Add or replace items, and remove others."""
+        items = dict(self.items)
         for name in removed:
-            self.items.pop(name, None)
-        self.items.update((item.item_id, item) for item in put)
+            items.pop(name, None)
+        items.update((item.item_id, item) for item in put)
+        self.items, self._search, self._allowed = items, None, (items, {})
         self.changes += 1
-        self._search = None
-        self._allowed.clear()
 
     def get(self, item_id: str) -> Item:
         """Return an item.
@@ -83,12 +91,13 @@ class Catalogue:
         Raises:
             DataError: If a rule names a field that no item has.
         """
-        if rules not in self._allowed:
-            rules.check(self.items)
-            if len(self._allowed) >= _REMEMBERED:
-                self._allowed.clear()
-            self._allowed[rules] = rules.allowed(self.items)
-        return self._allowed[rules]
+        items, known = self._allowed
+        if (found := known.get(rules)) is None:
+            rules.check(items)
+            if len(known) >= _REMEMBERED:
+                known.clear()
+            found = known[rules] = rules.allowed(items)
+        return found
 
     def search(self, words: str, *, limit: int, offset: int) -> tuple[list[Item], int]:
         """Find items whose title or id holds some text: first those that begin with it, then words, then the rest.
@@ -101,7 +110,7 @@ class Catalogue:
         Returns:
             Items, and how many were found in all.
         """
-        ids, texts = self._texts()
+        items, ids, texts = self._texts()
         sought = words.casefold().strip()
         if sought:
             inside = texts.str.contains(sought, literal=True) | ids.str.contains(words.strip(), literal=True)
@@ -113,14 +122,15 @@ class Catalogue:
             places = places[np.argsort(order, kind="stable")]
         else:
             places = np.arange(len(ids))
-        return [self.items[name] for name in ids.gather(places[offset : offset + limit])], len(places)
+        return [items[name] for name in ids.gather(places[offset : offset + limit])], len(places)
 
-    def _texts(self) -> tuple[pl.Series, pl.Series]:
-        if self._search is None:
-            ids = pl.Series(list(self.items), dtype=pl.String)
-            titles = [item.title.casefold() for item in self.items.values()]
-            self._search = ids, pl.Series(titles, dtype=pl.String)
-        return self._search
+    def _texts(self) -> tuple[Mapping[str, Item], pl.Series, pl.Series]:
+        found, items = self._search, self.items
+        if found is None or found[0] is not items:
+            titles = [item.title.casefold() for item in items.values()]
+            found = items, pl.Series(list(items), dtype=pl.String), pl.Series(titles, dtype=pl.String)
+            self._search = found
+        return found
 
 
 @dataclass(frozen=True)
@@ -207,11 +217,13 @@ class Known:
     items: Mapping[str, Item]
     histories: Histories
     features: Sequence[Path] = field(default_factory=tuple)
-    profiles: Callable[[str], str] | None = None
+    profiles: Callable[[str], Profile] | None = None
 
-    def profile(self, user: str | None) -> str | None:
-        """Return the text that prompts show of a user; None where there is none."""
-        return (self.profiles(user) if self.profiles and user is not None else "") or None
+    def profile(self, user: str | None, erased: Callable[[str], bool] = lambda user: False) -> Profile | None:
+        """Return the text or the fields that prompts show of a user; None where there are none, or of an erased one."""
+        if self.profiles is None or user is None or erased(user):
+            return None
+        return self.profiles(user) or None
 
 
 def known_of(folder: str, items: Path | None) -> Known:
@@ -227,12 +239,19 @@ def known_of(folder: str, items: Path | None) -> Known:
     bundle = bundles.read(folder)
     if bundle.run is None:
         brought = carried(Path(bundle.folder), seed=bundle.seed)
-        past = Histories.none() if brought is None else Histories.of(brought.dataset, bundle.seed)
+        past = Histories.none() if brought is None else Histories.of(_of_named(brought.dataset), bundle.seed)
         return Known(catalogue(bundle, items) or {}, past)
     recipe = load_stored(bundle.run)
     data = load(recipe.data, seed=recipe.seed)
     found = described_items(data.items, recipe.data.texts) if items is None else catalogue(bundle, items)
-    return Known(found or {}, Histories.of(data, recipe.seed), _stores(bundle.run, recipe), profiles_of(folder))
+    past, said = Histories.of(data, recipe.seed), profiles_of(folder, lambda: data.users)
+    return Known(found or {}, past, _stores(bundle.run, recipe), said)
+
+
+def _of_named(dataset: Dataset) -> Dataset:
+    """Return what users did whose names went along; an export numbers all, and nobody is meant by a number."""
+    rows = dataset.interactions.with_columns(pl.col("user_id").cast(pl.String))
+    return replace(dataset, interactions=conform(rows.filter(~pl.col("user_id").str.starts_with(NUMBERED))))
 
 
 def _stores(run: Path, recipe: Recipe) -> list[Path]:
@@ -251,18 +270,36 @@ def known_in(dataset: Dataset, items: Mapping[str, Item], seed: int) -> Known:
     return Known(items, Histories.of(dataset, seed))
 
 
-def profiles_of(folder: str) -> Callable[[str], str] | None:
-    """Return what says the text that a run's prompts show of a user (``data.texts``); None where they show none."""
-    run = bundles.read(folder).run
-    section = None if run is None else load_stored(run).data.texts
-    return None if section is None else partial(profile_of, section=section)
+def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callable[[str], Profile] | None:
+    """Return what says what a run's prompts show of a user: a text (``data.texts``), or the fields of its data.
+
+    None where they show nothing of users.
+
+    Args:
+        folder: As `llmrec.experiment.bundle.read` takes it.
+        users: Gives the fields of the run's data where these are at hand; else they are read when first asked for.
+    """
+    bundle = bundles.read(folder)
+    shown = [template for known in bundle.templates.values() for template in known.values()]
+    if bundle.run is None or not any(template.shows_profile for template in shown):
+        return None
+    recipe = load_stored(bundle.run)
+    section = recipe.data.texts
+    fields = users or cache(lambda: load(recipe.data, seed=recipe.seed).users)
+
+    def said(user: str) -> Profile:
+        text = profile_of(user, section) if section is not None else ""
+        # In the control everybody has the text of somebody else, and no fields.
+        return text or ({} if section is not None and section.shuffled else fields().get(user, {}))
+
+    return said
 
 
 def with_history(
     record: Mapping[str, object],
     histories: Callable[[], Histories],
     items: Mapping[str, Item],
-    profiles: Callable[[str], str] | None = None,
+    profiles: Callable[[str], Profile] | None = None,
 ) -> Mapping[str, object]:
     """Return a request with what is known of its user and what it does not bring itself.
 
@@ -272,10 +309,11 @@ def with_history(
         items: The catalogue; items that it has no more are left out.
         profiles: See `profiles_of`.
     """
-    user, found = record.get("user_id"), dict[str, object]()
+    # As the request is read: 1.0 is the user 1.
+    user, found = identity(record, 1)[1], dict[str, object]()
     if user is not None and record.get("history") is None:
-        found["history"] = history_of(histories().of_user(str(user)), items)
-    if user is not None and not record.get("profile") and profiles is not None and (said := profiles(str(user))):
+        found["history"] = history_of(histories().of_user(user), items)
+    if user is not None and not record.get("profile") and profiles is not None and (said := profiles(user)):
         found["profile"] = said
     return {**record, **found} if found else record
 

@@ -20,7 +20,7 @@ import pyarrow as pa
 
 from llmrec.answering.about import value_of
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Catalogue, Known, known_of, profiles_of, with_history
+from llmrec.answering.known import Catalogue, Known, Profile, known_of, profiles_of, with_history
 from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
 from llmrec.answering.opening import Models, open_models
@@ -28,7 +28,7 @@ from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.data.frames import as_arrow, like
-from llmrec.data.requests import RankRequest, read_request
+from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.types import Unparsed
 
@@ -273,7 +273,7 @@ class Loaded:
         return self._given or known_of(self._options.model, self._options.items)
 
     @cached_property
-    def _profiles(self) -> Callable[[str], str] | None:
+    def _profiles(self) -> Callable[[str], Profile] | None:
         return None if self._given is not None else profiles_of(self._options.model)
 
     @cached_property
@@ -290,9 +290,9 @@ class Loaded:
         rows = _read(rows)
 
         def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
-            user = row.get("user_id")
+            named, user = identity(row, number)
             notes = "; ".join(posed[number].notes if number in posed else ())
-            told = {"id": str(row.get("id") or number), "user_id": None if user is None else str(user)} | rest
+            told = {"id": named or str(number), "user_id": user} | rest
             told["notes"] = notes or None
             for name, values in columns.items():
                 values.append(told.get(name))

@@ -136,7 +136,7 @@ class Reasoner:
         view = View(data_of(self._bundle, known))
         # What two-step wrote of the user was part of the ranking, so it is part of the reason.
         profile = request.profile or ((answer.raw or "") if self._way.strategy == TWO_STEP else "")
-        values = view.user(request.user_id or NOBODY, {"profile": profile}) | view.about("item")
+        values = view.user(request.user_id or NOBODY, {**request.context, "profile": profile}) | view.about("item")
         values["history"] = view.events([Event(item_id=f"history/{place}") for place in range(len(past))])
         prompt = Prompt(messages=self.template.turns(values))
         length = len(self._encoder.prompt(prompt))

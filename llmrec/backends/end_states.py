@@ -22,7 +22,7 @@ from llmrec.durable import replacing
 from llmrec.errors import ModelError, require
 from llmrec.models.exits import check
 from llmrec.models.load import BUNDLE, has_cuda, load_model, load_tokenizer, resolve, weights_stamp
-from llmrec.models.text_encoder import batches_of
+from llmrec.models.text_encoder import batches_of, find_encoder
 from llmrec.models.traits import is_paired
 from llmrec.progress import Bar
 from llmrec.recipe.schema import ModelSection
@@ -37,9 +37,13 @@ log = logging.getLogger(__name__)
 _MANY, _REMEMBERED = 256, 1 << 15
 
 
-@lru_cache(maxsize=1)
 def end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
-    """Return what reads by a model, which stays open for the next who asks."""
+    """Return what reads by a model, which stays open for the next who asks for the same weights."""
+    return _opened(name, find_encoder(name)[1], half, layers)
+
+
+@lru_cache(maxsize=1)
+def _opened(name: str, stamp: str, half: bool, layers: int | None) -> EndStates:
     return EndStates(name, half=half, layers=layers)
 
 

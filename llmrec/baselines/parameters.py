@@ -13,8 +13,8 @@ from llmrec.data.features import FeatureStore
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ErrorKind, ModelError, RecipeError, did_you_mean
 from llmrec.models.embedder import CHANCE
-from llmrec.models.load import resolve, weights_stamp
-from llmrec.recipe.schema import ModelSection, Section
+from llmrec.models.text_encoder import find_encoder
+from llmrec.recipe.schema import Section
 from llmrec.registry import BASELINES, lookup
 
 Hashes = dict[str, str | dict[str, str]]
@@ -95,7 +95,7 @@ def _weights(name: str | None) -> str | None:
     if not name or name in (LSA, CHANCE) or name.startswith(STORE):
         return None
     try:
-        return weights_stamp(resolve(ModelSection(name=name)))
+        return find_encoder(name)[1]
     except ModelError:
         return None
 

@@ -22,6 +22,8 @@ from llmrec.types import Event, Item
 
 KEYS = ("id", "user_id", "history", "candidates", "item", "profile")
 """``candidates`` are ranked; ``item`` is what a question about one item names."""
+USER_FIELDS = "user_fields"
+"""The key of `RankRequest.context` under which the fields of a user stand."""
 LEFT_ASIDE = "candidates: left aside, since all items are ranked"
 """The note on a request that brings candidates where the whole catalogue is ranked."""
 
@@ -51,11 +53,12 @@ class RankRequest:
             those still to be retrieved.
         history: Oldest first; empty for a cold user.
         user_id: As given, or None.
-        profile: What the request says about the user; may be empty.
+        profile: What the request says about the user in words; may be empty.
         notes: What was left out or changed on the way.
         titled: Ids that stand in for items which were given by their title alone.
         retrieved: How many of the candidates a recommender retrieved: all of them or none.
-        context: What else a family is told, by name, such as the review that is asked about.
+        context: What else a family is told, by name, such as the review that is asked about, or as JSON the fields of
+            the user (`USER_FIELDS`).
         barred: Ids that the whole catalogue is ranked without, beside those of the history.
         keep_seen: Items of the history may be ranked too, where the whole catalogue is.
     """
@@ -127,7 +130,7 @@ def read_request(
     lacks = retrieves and record.get("candidates") in (None, [], ())
     candidates = () if whole or lacks else _candidates(record, catalogue, remarks)
     history = _history(record, catalogue, remarks)
-    profile = "" if record.get("profile") is None else _text("profile", record["profile"])
+    profile, fields = _profile(record.get("profile"))
     notes = [f"{key!r} was ignored{hint}" for key in record if (hint := _near_miss(key))] + remarks.notes()
     times = [past.timestamp for past in history if past.timestamp is not None]
     if any(later < earlier for earlier, later in pairwise(times)):
@@ -146,6 +149,7 @@ def read_request(
         profile=clean(profile),
         notes=tuple(notes),
         titled=frozenset(remarks.titled),
+        context={USER_FIELDS: json.dumps(fields)} if fields else {},
     )
 
 
@@ -303,6 +307,25 @@ def _text(what: str, value: object) -> str:
             column=what,
         )
     return value
+
+
+def _profile(said: object) -> tuple[str, dict[str, str]]:
+    """Return what is said of a user: a text, or fields by name such as an age."""
+    if not isinstance(said, Mapping):
+        return ("" if said is None else _text("profile", said)), {}
+    # What a frame lacks is NaN there.
+    known = {name: value for name, value in said.items() if value is not None and value == value}
+    given = {clean(_text("profile", name)): value for name, value in known.items()}
+    told = {name: str(int(value) if _whole(value) else value) for name, value in given.items() if _plain(value)}
+    if len(told) < len(given):
+        name = next(name for name in given if name not in told)
+        said = f"profile: {name[:60]!r} is {_kind(given[name])}; give a text or a number"
+        raise DataError(said, kind="bad-value", column="profile")
+    return "", {name: clean(_text("profile", value)) for name, value in told.items()}
+
+
+def _plain(value: object) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
 def _optional_id(what: str, value: object) -> str | None:

@@ -87,7 +87,7 @@ class Engines:
     ) -> None:
         self._model, self._section, self._encoder = model, section, encoder
         self._seed, self._budget, self._store = seed, budget, store
-        self._open: tuple[str, str, CachedBackend] | None = None
+        self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
 
     def engine_for(self, strategy: str) -> str:
         """Return the engine's name for a strategy, as the recipe and this machine decide.
@@ -110,12 +110,13 @@ class Engines:
             folder: The model folder.
             weights: A digest of what lies in it; see `llmrec.models.load.weights_stamp`.
         """
-        if self._open is not None and self._open[:2] == (engine, folder):
-            return self._open[2]
+        asked = engine, folder, weights
+        if self._open is not None and self._open[0] == asked:
+            return self._open[1]
         self.close()
         kind = lookup(BACKENDS, engine, "backend")
-        backend = CachedBackend(self._store, self.identity(engine, weights), kind, partial(self._begin, engine, folder))
-        self._open = (engine, folder, backend)
+        backend = CachedBackend(self._store, self.identity(engine, weights), kind, partial(self._begin, *asked))
+        self._open = (asked, backend)
         return backend
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
@@ -149,8 +150,9 @@ class Engines:
     def close(self) -> None:
         """Close the open engine, if any."""
         if self._open is not None:
-            if not self._kept(self._open[0]):
-                self._open[2].close()
+            (engine, *_), backend = self._open
+            if not self._kept(engine):
+                backend.close()
                 release_memory()
             self._open = None
 
@@ -158,7 +160,7 @@ class Engines:
         # What a server's client spends is booked in the store of the piece that asks.
         return _keeper is not None and engine != "openai"
 
-    def _begin(self, engine: str, folder: str) -> Backend:
+    def _begin(self, engine: str, folder: str, weights: str) -> Backend:
         def start() -> Backend:
             with self._budget.stage(f"start {engine}"):
                 return self._start(engine, folder)
@@ -167,7 +169,7 @@ class Engines:
             return start()
         sections = self._model.model_dump_json(), self._section.model_dump_json()
         return _keeper.get(
-            repr((engine, folder, self._encoder.digest, self._encoder.max_length, self._seed, sections)), start
+            repr((engine, folder, weights, self._encoder.digest, self._encoder.max_length, self._seed, sections)), start
         )
 
     def _encoder_of(self, folder: str) -> Encoder:

@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,7 +30,6 @@ TUNED = "llmrec-encoder.json"
 """In the folder of an encoder that was tuned: on what."""
 
 
-@lru_cache(maxsize=4)
 def text_embedder(name: str) -> Embedder:
     """Return what turns texts into vectors by a text encoder of this name."""
     if name == CHANCE:
@@ -57,7 +55,6 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
     return text_embedder(name)
 
 
-@lru_cache(maxsize=16)
 def learned_from(name: str) -> str | None:
     """Return a digest of the training interactions that an encoder was tuned on; None if llmrec did not tune it."""
     # A store of features is no encoder; what its texts have seen stands in it.

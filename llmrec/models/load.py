@@ -31,6 +31,8 @@ log = logging.getLogger(__name__)
 
 BUNDLE = "llmrec.json"
 """How the model was tuned, beside its weights; see `llmrec.experiment.bundle`."""
+POOLING = "1_Pooling/config.json"
+"""How a text encoder's states become a vector, in its folder."""
 # What no model has 0 of.
 _SIZES = ("num_hidden_layers", "num_attention_heads", "hidden_size", "vocab_size", "max_position_embeddings")
 _ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".py"})
@@ -343,17 +345,19 @@ def release_memory() -> None:
 def weights_stamp(folder: str) -> str:
     """Return a sha256 over the content of everything in a model folder that can change its answers.
 
-    That is the weights, the configurations, the tokenizer and the chat template. Content and not time stamps: a file
-    that was replaced by one of the same size must not be answered for from a cache.
+    That is the weights, the configurations, the tokenizer, the chat template, and how a text encoder's states are
+    pooled. Content and not time stamps: a file that was replaced by one of the same size must not be answered for from
+    a cache.
 
     Raises:
         ModelError: If a file may not be read.
     """
     digest = hashlib.sha256()
     try:
-        for file in sorted(Path(folder).iterdir()):
+        for file in [*sorted(Path(folder).iterdir()), Path(folder) / POOLING]:
             if file.is_file() and file.suffix in _ANSWERING and file.name not in (BUNDLE, MANIFEST):
-                digest.update(f"{file.name}\0{content_sha256(file)}\n".encode())
+                name = file.relative_to(folder).as_posix()
+                digest.update(f"{name}\0{content_sha256(file)}\n".encode())
     except OSError as error:
         raise ModelError(
             f"{error.filename or folder} cannot be read: {error.strerror}; let this user read it (chmod, chown)",

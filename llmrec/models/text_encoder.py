@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +13,7 @@ import numpy as np
 
 from llmrec.durable import Json
 from llmrec.errors import ModelError, require
-from llmrec.models.load import has_cuda, quiet_libraries, resolve, weights_stamp
+from llmrec.models.load import POOLING, has_cuda, quiet_libraries, resolve, weights_stamp
 from llmrec.models.tensors import load_whole
 from llmrec.progress import Bar
 from llmrec.recipe.schema import ModelSection
@@ -35,8 +36,14 @@ def find_encoder(name: str) -> tuple[str, str]:
     Raises:
         ModelError: If there is none of this name.
     """
-    folder = resolve(ModelSection(name=name))
+    folder = resolve(ModelSection(name=name)) if Path(name).is_dir() else _of_name(name)
     return folder, weights_stamp(folder)
+
+
+@lru_cache(maxsize=16)
+def _of_name(name: str) -> str:
+    """Return the folder of a model that is named; where the hub cannot be reached, it is asked once."""
+    return resolve(ModelSection(name=name))
 
 
 @dataclass(frozen=True)
@@ -110,7 +117,7 @@ def open_encoder(folder: str) -> OpenEncoder:
     model.to("cuda" if has_cuda() else "cpu")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
-    first = bool(_settings(folder, "1_Pooling/config.json").get("pooling_mode_cls_token"))
+    first = bool(_settings(folder, POOLING).get("pooling_mode_cls_token"))
     return OpenEncoder(model, tokenizer, _longest(folder, model), first)
 
 

@@ -340,7 +340,7 @@ class Service:
             "id": body.id,
             "user_id": body.user_id,
             "history": history,
-            "profile": body.profile or await asyncio.to_thread(self._known.profile, body.user_id),
+            "profile": body.profile or await asyncio.to_thread(self._known.profile, body.user_id, self.store.erased),
         }
         if candidates is not None:
             record["candidates"] = [entry_of(each) for each in candidates]
@@ -403,7 +403,8 @@ class Service:
                 kind="unknown-key",
                 column="context",
             )
-        request = replace(await self._request(body, candidates=[body.item]), context=dict(body.context))
+        request = await self._request(body, candidates=[body.item])
+        request = replace(request, context={**request.context, **body.context})
         question = Question(model=body.model, verb=family)
         if heard is None:
             reply = await self._ask(question, request)

@@ -43,7 +43,8 @@ class TwoStepRanker:
             )
         self.asker = asker
         self._second = label_ranker(asker, permutations=permutations)
-        self._told: dict[str, str] = {}
+        # By identity: served requests have the ids that their senders chose, and many may have one.
+        self._told: dict[int, tuple[Request, str | None]] = {}
 
     @property
     def engine(self) -> str:
@@ -55,27 +56,30 @@ class TwoStepRanker:
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
-            costs = self._profiles([request for request in part if not request.context.get("profile")])
-            for request, answer in zip(part, self._second.answer([self._with(r) for r in part]), strict=True):
+            told = self._profiles(part)
+            self._told |= {id(request): (request, said) for request, (said, _) in zip(part, told, strict=True)}
+            second = self._second.answer([_with(request, said) for request, (said, _) in zip(part, told, strict=True)])
+            for (said, cost), answer in zip(told, second, strict=True):
                 assert isinstance(answer, Ranking)
-                cost = answer.cost + costs.get(request.id, Cost())
-                answers.append(replace(answer, cost=cost, raw=self._told.get(request.id)))
+                answers.append(replace(answer, cost=answer.cost + cost, raw=said))
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
-        """Return the second step's prompt, with the profile that the first one wrote, for reports."""
-        return self._second.first_prompt(self._with(request))
+        """Return the second step's prompt, with the profile that the first one wrote for this very request."""
+        _, said = self._told.get(id(request), (request, None))
+        return self._second.first_prompt(_with(request, said))
 
-    def _profiles(self, requests: Sequence[Request]) -> dict[str, Cost]:
-        """Write profiles and return what each cost."""
-        prompts = [self._task.profile_prompt(request) for request in requests]
-        found = self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else []
-        costs = {}
-        for request, done in zip(requests, found, strict=True):
-            self._told[request.id] = clean(done.text)
-            costs[request.id] = cost_of(done)
-        return costs
+    def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
+        """Return the profile that was written for each request and what it cost; None where it brought one."""
+        asked = [request for request in requests if not request.context.get("profile")]
+        prompts = [self._task.profile_prompt(request) for request in asked]
+        found = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])
+        told: list[tuple[str | None, Cost]] = []
+        for request in requests:
+            done = None if request.context.get("profile") else next(found)
+            told.append((None, Cost()) if done is None else (clean(done.text), cost_of(done)))
+        return told
 
-    def _with(self, request: Request) -> Request:
-        told = self._told.get(request.id)
-        return replace(request, context={**request.context, "profile": told}) if told else request
+
+def _with(request: Request, told: str | None) -> Request:
+    return replace(request, context={**request.context, "profile": told}) if told else request

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -11,6 +12,7 @@ from functools import partial
 from llmrec.data.described import USER_FIELD, Profile
 from llmrec.data.hashing import hash_one
 from llmrec.data.knowledge import FIELD
+from llmrec.data.requests import USER_FIELDS
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import Tallies
 from llmrec.errors import DataError
@@ -128,7 +130,7 @@ class View:
         return [(name, value) for name, value in told if value not in str(item["title"])]
 
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
-        """Return the variables about a user; a profile text in ``context`` stands in for the data's own fields.
+        """Return the variables about a user; a profile or fields in ``context`` stand in for the data's own fields.
 
         A user without a name goes by the id.
         """
@@ -138,6 +140,8 @@ class View:
         name = fields.get("name") or user_id
         if context and context.get("profile"):
             fields = {USER_FIELD: context["profile"]}
+        elif context and context.get(USER_FIELDS):
+            fields = json.loads(context[USER_FIELDS])
         elif isinstance(said := fields.get(USER_FIELD), Profile):
             fields = {USER_FIELD: said}
         profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]

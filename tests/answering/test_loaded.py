@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 import llmrec
+from llmrec.answering.known import Histories, profiles_of, with_history
 from llmrec.answering.loaded import Loaded
 from llmrec.answering.models import LanguageModel
 from llmrec.commands.predict.options import PredictOptions
@@ -22,9 +24,15 @@ from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.users import rank_users
 from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.commands.refresh.run import refresh
+from llmrec.data.dataset import Dataset, conform
+from llmrec.data.requests import read_request
+from llmrec.data.split import halves
 from llmrec.errors import DataError, LlmrecError, RecipeError
-from llmrec.recipe.load import dump, load_recipe
+from llmrec.experiment import bundle
+from llmrec.experiment.study import build_study
+from llmrec.recipe.load import dump, load_recipe, load_stored
 from llmrec.resources import resource
+from llmrec.types import Item
 from tests.answering.rank_cases import jsonl, lines
 from tests.facts import Facts, raises
 from tests.serve.served import toy_run
@@ -90,6 +98,50 @@ def test_frames_in_are_frames_of_the_same_library_out(rec: Loaded, make: Any) ->
     assert table["id"].to_list() == ["a", "a", "b", "b", "c", "c"] and table["rank"].to_list() == [1, 2] * 3
     alone = rec.rank(history=["k03"], k=2, model="item-knn")
     assert table.filter(pl.col("id") == "c")["item_id"].to_list() == [each.item_id for each in alone]
+
+
+def test_ids_of_a_frame_are_those_that_it_has(rec: Loaded) -> None:
+    rows = {"id": [0, 1, 2], "user_id": ["u01", "u02", None], "history": [None, None, ["k03"]]}
+    found = rec.rank(pd.DataFrame(rows), k=1, model="popularity")
+    assert list(found["id"]) == ["0", "1", "2"]
+
+
+def test_a_user_is_known_by_whole_numbers_that_became_floats() -> None:
+    """A column of whole numbers with a gap is one of floats in pandas."""
+    rows = pl.DataFrame(
+        {"user_id": ["1"], "item_id": ["x"], "rating": [4.0], "timestamp": [1.0], "text": [None]},
+        schema_overrides={"text": pl.String},
+    )
+    items = {"x": Item(item_id="x", title="X")}
+    past = Histories.of(Dataset(name="toy", noun="items", interactions=conform(rows), items=items), 0)
+    for user in (1.0, 1, "1"):
+        told = with_history({"user_id": user}, lambda: past, items, lambda user: f"it is {user}")
+        assert told["history"] and told["profile"] == "it is 1"
+
+
+def test_prompts_of_a_known_user_show_the_fields_that_the_evaluation_shows(llama_folder: Path, tmp_path: Path) -> None:
+    users = _csv(tmp_path / "users.csv", "user_id,age,gender\n" + "\n".join(f"u{n:02d},{30 + n},F" for n in range(40)))
+    rows = [f"u{user:02d},k{(user + step) % 30:02d},{1 + step % 5},{step}" for user in range(40) for step in range(6)]
+    table = _csv(tmp_path / "table.csv", "\n".join(["user_id,item_id,rating,timestamp", *rows]))
+    data = f"data={{source: table, path: {table}, users: {users}, columns: {{user_fields: [age, gender]}}}}"
+    tasks = "tasks={direct: {eval_templates: [with-profile]}}"
+    more = [f"model.name={llama_folder}", data, tasks, "reviews=null", "eval.candidates.count=5"]
+    recipe = load_recipe("recipes/quickstart.yaml", more)
+    run = tmp_path / "run"
+    shutil.copytree(llama_folder, run / "merged")
+    study = build_study(recipe)
+    bundle.write(study, run / "merged")
+    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    case = study.cases("direct")[0].request
+    user = str(case.user_id)
+    said = profiles_of(str(run))
+    assert said is not None and said(user) == {"age": str(30 + int(user[1:])), "gender": "F"} and said("nobody") == {}
+    shown = {"id": "1", "user_id": user, "history": [], "candidates": list(case.candidates or ())}
+    request = read_request({**shown, "profile": said(user)}, 1, study.data.dataset.items)
+    view = study.tasks["direct"]._view
+    assert view.user("somebody", request.context)["profile"] == view.user(user)["profile"] != []
+    with raises(DataError, Facts("bad-value", column="profile")):
+        read_request({**shown, "profile": {"age": [1]}}, 1, study.data.dataset.items)
 
 
 def test_a_bad_row_of_a_frame_is_an_error_in_its_place(rec: Loaded) -> None:
@@ -283,6 +335,24 @@ def test_a_run_without_a_language_model_is_refreshed_and_ranks_the_new_items(
         assert {"n1", "n2", "n3"} <= set(texts)
         # Nobody has chosen them, so events say nothing for them.
         assert {"n1", "n2", "n3"}.isdisjoint(counts[:10])
+
+
+def test_networks_that_stop_early_keep_their_validation_interactions(tmp_path: Path) -> None:
+    page = load_recipe(
+        str(resource("recipes", "made") / "classic.yaml"),
+        ["tasks.sequential.baselines=[random, popularity, item-knn, markov-1, {name: gru4rec, epochs: 1, dim: 4}]"],
+    )
+    run = llmrec.run(page, out=tmp_path / "run").folder
+    events = _csv(tmp_path / "new.csv", "user_id,item_id\nfresh,i001\n")
+    items = _csv(tmp_path / "items.csv", "item_id,title\ni001,A new kettle\n")
+    refresh(RefreshOptions(model=str(run), events=str(events), items=items, out=tmp_path / "live"))
+    rows = pl.read_parquet(tmp_path / "live" / "interactions.parquet")
+    data = build_study(load_stored(run)).data
+    choosing = halves(data, load_stored(run).eval.fusion.reserved)[0].valid
+    kept = rows.filter(pl.col("part") == "valid").select("user_id", "item_id")
+    assert set(kept.iter_rows()) == set(choosing.select("user_id", "item_id").iter_rows()) and kept.height
+    # An earlier event on the same item is in neither part.
+    assert rows.height <= data.dataset.interactions.height + 1
 
 
 def test_a_refresh_does_not_write_over_other_files(run: Path, tmp_path: Path) -> None:

@@ -11,11 +11,13 @@ import polars as pl
 import pytest
 
 from llmrec import pipeline
+from llmrec.answering.known import known_of
 from llmrec.baselines.tuning.validation import ranking_cases
 from llmrec.commands.export.export import Options, export
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.split import halves
 from llmrec.errors import DataError, RecipeError
+from llmrec.experiment.fusion.carried import NUMBERED
 from llmrec.experiment.fusion.carried import carried as read_carried
 from llmrec.experiment.study import build_study
 from llmrec.recipe.load import load_recipe, load_stored
@@ -98,16 +100,21 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run,
         rank_file(options(bare.out, asked, tmp_path / "o.jsonl", fuse="baselines"))
     export(run.folder, replace(bare, out=tmp_path / "whole", with_interactions=True))
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
-    # Users go out under numbers; who chooses an epoch is drawn by the names that they had.
+    # Users go out under numbers, which are nobody's id; who chooses an epoch is drawn by the names that they had.
     recipe = load_stored(run.folder)
     choosing = halves(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
     kept = ranking_cases(choosing, 9)
     names = dict(enumerate(sorted({*choosing.train["user_id"], *choosing.valid["user_id"]})))
     there = read_carried(tmp_path / "whole", seed=recipe.seed)
     assert there is not None
-    found = [(names[int(case.request.user_id)], case.truth) for case in ranking_cases(there, 9)]
+    known = known_of(str(tmp_path / "whole"), None).histories
+    assert len(known.users) == 0 and not any(known.of_user(user) for user in (carried["user_id"][0], "1", "01"))
+    found = [(names[int(case.request.user_id.removeprefix(NUMBERED))], case.truth) for case in ranking_cases(there, 9)]
     assert found == [(case.request.user_id, case.truth) for case in kept]
-    assert all(name.isdigit() for name in carried["user_id"]) and set(carried["part"]) == {"train", "valid"}
+    assert all(name.removeprefix(NUMBERED).isdigit() for name in carried["user_id"]) and set(carried["part"]) == {
+        "train",
+        "valid",
+    }
     for fuse, row in (("baselines", CONTROLS), ("model", JOINED)):
         rank_file(options(tmp_path / "whole", asked, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
         known = lists_of(run, row)

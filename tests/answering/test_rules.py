@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from llmrec.answering.known import Catalogue
 from llmrec.answering.rules import MOST_VALUES, OneOf, Quota, Rules, deep_enough
 from llmrec.errors import DataError
 from llmrec.types import Item
@@ -474,3 +475,19 @@ def test_rules_on_fields_that_some_item_has_pass() -> None:
 def test_an_item_that_nobody_knows_cannot_be_arranged() -> None:
     with raises(DataError, Facts("unknown-name", says="'9'")):
         Rules(diversity=0.5).arrange([("9", 1.0)], catalogue("war"), 1)
+
+
+def test_what_rules_leave_is_never_that_of_items_from_before_a_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A thread may be in the middle of it when items change: what it finds belongs to the items that it read."""
+    shop, rules = Catalogue(catalogue("comedy", "drama")), Rules.read({"without": {"genre": ["war"]}})
+    plain, late = Rules.allowed, [item("1", genre="war"), item("2", genre="noir")]
+
+    def slow(self: Rules, items: Mapping[str, Item]) -> frozenset[str]:
+        if late:
+            shop.change([late.pop(0)], ["0"])
+            shop.change([late.pop(0)], [])
+        return plain(self, items)
+
+    monkeypatch.setattr(Rules, "allowed", slow)
+    assert shop.allowed(rules) == {"0", "1"} and shop.allowed(rules) == {"2"}
+    assert [each.item_id for each in shop.search("title", limit=9, offset=0)[0]] == ["1", "2"]

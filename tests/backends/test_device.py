@@ -192,6 +192,10 @@ def test_keys_of_a_recipe_reach_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: 
     assert {name: told[name] for name in wanted} == wanted
     assert sharing.identity("vllm", "w")["shared"] == [4, 2] and "shared" not in sharing.identity("hf", "w")
     assert "shared" not in made(EvalSection()).identity("vllm", "w")
+    # Other weights under the same path are another engine.
+    monkeypatch.setattr(engines, "CachedBackend", lambda *_: SimpleNamespace(close=lambda: None))
+    first = sharing.get("vllm", str(tmp_path), "w")
+    assert sharing.get("vllm", str(tmp_path), "w") is first is not sharing.get("vllm", str(tmp_path), "v")
 
 
 def test_no_more_gpus_are_asked_for_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:

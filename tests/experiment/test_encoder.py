@@ -21,7 +21,7 @@ from llmrec.experiment.fusion.parts import reads_of
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.row_specs import RowSpec
 from llmrec.experiment.study import build_study, load_split
-from llmrec.models.embedder import TUNED
+from llmrec.models.embedder import TUNED, text_embedder
 from llmrec.models.text_encoder import encode_texts
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import DataSection
@@ -111,6 +111,23 @@ def test_another_encoder_under_the_same_path_makes_other_rows(table: Path, tuned
     assert [one == other for one, other in zip(before, keys(), strict=True)] == [True] * 4 + [False]
     assert hashes_of("content", {"encoder": str(folder)}) != hashes_of("content", {"encoder": str(tuned)})
     assert hashes_of("popularity", {}) == hashes_of("content", {"encoder": str(tmp_path / "none")}) == {}
+
+
+def test_vectors_are_those_of_the_folder_as_it_is_now(tuned: Path, tmp_path: Path) -> None:
+    """Weights and pooling are looked at anew at every call, in one process too."""
+    folder = Path(shutil.copytree(tuned, tmp_path / "encoder"))
+    stamps, texts = [text_embedder(str(folder)).stamp], ["anvil a", "feather b drum"]
+    means = text_embedder(str(folder))(texts)
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.parent.mkdir(exist_ok=True)
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True}), encoding="utf-8")
+    stamps.append(text_embedder(str(folder)).stamp)
+    assert not np.allclose(text_embedder(str(folder))(texts), means)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: each + 1 for name, each in tensors.items()}, weights, metadata={"format": "pt"})
+    stamps.append(text_embedder(str(folder)).stamp)
+    assert len(set(stamps)) == 3
 
 
 def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from zlib import crc32
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import RecipeError
@@ -74,6 +75,27 @@ def test_a_profile_that_is_given_is_kept() -> None:
     request = replace(ranker.asker.task.cases("test")[0].request, context={"profile": "from the user"})
     ranker.answer([request])
     assert not first and all("from the user" in text for text in second)
+
+
+def test_users_whose_requests_have_one_id_keep_their_own_profiles() -> None:
+    """Ids of served requests are those that their senders chose: "1" by default."""
+    task = make_task("direct", eval_templates=["with-profile"], profile={"max_tokens": 6, "history": 4})
+    cases, second = [case.request for case in task.cases("test")[:3]], list[str]()
+
+    def prefer(text: str, label: str) -> float:
+        second.append(text)
+        return -float(ord(label[-1]))
+
+    backend = FakeBackend(lambda text: f"taste {crc32(text.encode())}", prefer)
+    ranker = TwoStepRanker(Prompting(backend=backend, task=task, template="with-profile", batch=4))
+    asked = [replace(request, id="1") for request in cases]
+    asked[2] = replace(asked[2], context={"profile": "from the user"})
+    alone = [ranker.answer([request])[0].raw for request in cases[:2]]
+    second.clear()
+    answers = ranker.answer(asked)
+    assert [answer.raw for answer in answers] == [*alone, None] and alone[0] != alone[1]
+    shown = [next(said for said in (*alone, "from the user") if f"profile {said}" in text) for text in second]
+    assert list(dict.fromkeys(shown)) == [*alone, "from the user"]
 
 
 def test_what_a_model_says_of_a_user_can_forge_nothing() -> None:

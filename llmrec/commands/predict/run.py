@@ -9,7 +9,7 @@ from itertools import islice
 
 from llmrec.answering.about import CONTEXT, about_families, answer_about, value_of, way_about
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Histories, known_of, profiles_of, with_history
+from llmrec.answering.known import Histories, Profile, known_of, profiles_of, with_history
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.commands.predict.options import PredictOptions
@@ -102,7 +102,7 @@ def _read(
     number: int,
     recommender: Recommender,
     known: Callable[[], Histories],
-    profiles: Callable[[str], str] | None,
+    profiles: Callable[[str], Profile] | None,
 ) -> RankRequest | Unparsed:
     """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
     request_id = identity(raw.record, number)[0] or ""
@@ -117,7 +117,7 @@ def _read(
         request = read_request({**told, "candidates": [raw.record["item"]]}, number, recommender.items)
     except DataError as error:
         return Unparsed(request_id=request_id, reason=str(error))
-    return replace(request, context=context)
+    return replace(request, context={**request.context, **context})
 
 
 def _record(raw: Raw, number: int, request: RankRequest | Unparsed, answer: Answer) -> Predicted:

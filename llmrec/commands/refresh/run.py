@@ -25,13 +25,14 @@ from llmrec.data.described import described_items
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.typed import ids, numbers, times
 from llmrec.data.sources.table import load
-from llmrec.data.split import time_order
+from llmrec.data.split import halves, time_order
 from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE, carried
+from llmrec.experiment.study import load_tables
 from llmrec.recipe.load import STORED, load_stored
 from llmrec.recipe.schema import Columns, DataSection, Filter
 from llmrec.serve.store import ServiceStore
@@ -66,9 +67,10 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
         )
     bundle = bundles.read(options.model)
     out = _target(options, bundle)
-    before = _before(bundle)
+    measured = stored.read(bundle.run or Path(bundle.folder))
+    before = _before(bundle, measured[0].reserved if _choose(measured) else None)
     after, added = _joined(before, options, bundle.seed)
-    fusions = [each.model_copy(update={"reserved": 0.0}) for each in stored.read(bundle.run or Path(bundle.folder))]
+    fusions = [each.model_copy(update={"reserved": 0.0}) for each in measured]
     model = Path(bundle.folder)
     with _draft(out) as draft:
         if options.train is not None:
@@ -131,8 +133,13 @@ def _target(options: RefreshOptions, bundle: Bundle) -> Path:
     return out
 
 
-def _before(bundle: Bundle) -> _State:
+def _before(bundle: Bundle, reserved: float | None) -> _State:
     """Return what a run, or a folder that was refreshed, knows.
+
+    Args:
+        bundle: Of either.
+        reserved: Share of a run's validation users that weighed its fusions; the interactions of the others stay
+            validation. None: nobody chooses an epoch by them.
 
     Raises:
         DataError: If it knows no interactions.
@@ -141,6 +148,8 @@ def _before(bundle: Bundle) -> _State:
         recipe = load_stored(bundle.run)
         data = load(recipe.data, seed=recipe.seed)
         rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
+        if reserved is not None:
+            rows = _choosing(rows[time_order(data, recipe.seed)], halves(load_tables(recipe)[0], reserved)[0].valid)
         return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)))
     found = carried(Path(bundle.folder), seed=bundle.seed)
     if found is None:
@@ -152,6 +161,17 @@ def _before(bundle: Bundle) -> _State:
     parts = [(name, frame) for name, frame in (("train", found.train), ("valid", found.valid)) if frame.height]
     rows = pl.concat([frame.with_columns(part=pl.lit(name)) for name, frame in parts])
     return _State(rows.select(_KEPT), dict(found.dataset.items))
+
+
+def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
+    """Mark validation interactions of rows in order of time; as the split does, leave out earlier ones of a pair."""
+    pairs = valid.select(pl.col("user_id", "item_id").cast(pl.String)).unique().with_columns(held=pl.lit(True))
+    found = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
+    last = pl.int_range(pl.len()).over("user_id", "item_id") == pl.len().over("user_id", "item_id") - 1
+    found = found.filter(pl.col("held").is_null() | last)
+    return found.with_columns(part=pl.when(pl.col("held")).then(pl.lit("valid")).otherwise(pl.lit("train"))).drop(
+        "held"
+    )
 
 
 def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:

@@ -15,6 +15,8 @@ from llmrec.errors import ModelError
 from llmrec.experiment.fusion import stored
 
 FILE = "interactions.parquet"
+NUMBERED = "carried:"
+"""How users begin that go out without their names: a number alone could be somebody's id."""
 _KEPT = ("rating", "timestamp")
 
 
@@ -46,7 +48,8 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
     names = both["user_id"].unique().sort()
     width = len(str(len(names)))
-    numbers = pl.DataFrame({"user_id": names, "user": [f"{place:0{width}d}" for place in range(len(names))]})
+    told = [f"{NUMBERED}{place:0{width}d}" for place in range(len(names))]
+    numbers = pl.DataFrame({"user_id": names, "user": told})
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
     rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
     rows.write_parquet(draft / FILE)
