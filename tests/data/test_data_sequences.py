@@ -231,6 +231,41 @@ def test_rows_of_people_who_are_named_are_not_mixed(tmp_path: Path) -> None:
     assert [event.item_id for event in parts.train_events("y")] == ["a", "b", "c"]
 
 
+def test_rows_of_a_named_person_that_do_not_continue_each_other_are_one_persons(tmp_path: Path) -> None:
+    head = "user_id\thistory\ttarget\n"
+    files = {
+        **SAMPLES,
+        "train.tsv": f"{head}x\ta b e\tf\nx\tc\ta\n",
+        "valid.tsv": f"{head}x\ta b\te\nx\tc f\td\n",
+        "test.tsv": f"{head}y\ta\tb\n",
+    }
+    parts = cut(read("samples", folder(tmp_path, files), **KEEP))
+    shown = {
+        held.user_id: ([event.item_id for event in parts.history(held.user_id, "valid")], held.item_id)
+        for held in parts.holdouts("valid")
+    }
+    # Each row has its own history; what is held out of a person is learned in no row of that person, and nothing twice.
+    assert shown == {"x/valid-1": (["a", "b"], "e"), "x/valid-2": (["c", "f"], "d")}
+    assert [event.item_id for event in parts.train_events("x")] == ["c", "a", "b", "f"]
+
+
+def test_rows_of_people_without_names_may_stand_in_any_order(tmp_path: Path) -> None:
+    rows = ["a b c\td", "a b\tc", "a\tb", "d\te"]
+    made = [
+        cut(
+            read(
+                "samples",
+                folder(tmp_path / str(n), {**SAMPLES, "train.tsv": "\n".join(["history\ttarget", *each])}),
+                **KEEP,
+            )
+        )
+        for n, each in enumerate((rows, rows[::-1]))
+    ]
+    for parts in made:
+        trained = [[event.item_id for event in parts.train_events(user)] for user in parts.users()]
+        assert sorted(filter(None, trained)) == [["a", "b", "c", "d"], ["d", "e"]]
+
+
 def test_rows_that_continue_nothing_are_said(tmp_path: Path) -> None:
     files = {**SAMPLES, "test.tsv": "user_id\thistory\ttarget\nu9\tb c d\ta\n"}
     notes = read("samples", folder(tmp_path, files), **KEEP).provenance["notes"]

@@ -137,27 +137,35 @@ class _Person:
 
 
 def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
-    """Put the rows of each person together, oldest first.
+    """Put the rows of each person together, whatever their order in the files, shorter histories first.
 
-    Histories may be cut to their latest items: the longest one says how many are kept. People
-    with one and the same history cannot be told apart, and need not be.
+    People are told apart by their names where training rows have some, and otherwise by what continues what. Histories
+    may be cut to their latest items: the longest one says how many are kept. People with one and the same history
+    cannot be told apart, and need not be.
     """
     longest = max(len(row.history) for part_rows in rows.values() for row in part_rows)
     named = any(row.user for row in rows["train"])
     people: list[_Person] = []
-    waiting: dict[tuple[str, tuple[str, ...]], list[_Person]] = {}
+    waiting: dict[str | tuple[str, ...], list[_Person]] = {}
     for part, part_rows in rows.items():
-        for row in part_rows:
-            user = row.user if named else ""
-            same = waiting.get((user, row.history)) if row.history else None
-            person = same.pop() if same else _Person(f"person-{len(people) + 1}")
+        for row in sorted(part_rows, key=lambda row: len(row.history)):
+            same = waiting.get(row.user if named else row.history) if row.user or row.history else None
+            person = same.pop(0) if same else _Person(row.user)
             if not any(person.rows.values()):
                 people.append(person)
             person.name = row.user or person.name
             person.rows[part].append(row)
-            after = (*row.history, row.target)[-longest:] if longest else ()
-            waiting.setdefault((user, after), []).append(person)
-    return people
+            after = row.user if named else (*row.history, row.target)[-longest:] if longest else ()
+            waiting.setdefault(after, []).append(person)
+    for number, person in enumerate(sorted(people, key=_first_place), start=1):
+        person.name = person.name or f"person-{number}"
+    return sorted(people, key=_first_place)
+
+
+def _first_place(person: _Person) -> tuple[int, int]:
+    """Return the part and the line of the first row of a person."""
+    part = next(number for number, part_rows in enumerate(person.rows.values()) if part_rows)
+    return part, min(row.line for row in list(person.rows.values())[part])
 
 
 @dataclass
@@ -182,11 +190,16 @@ def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> i
     dropped = 0
     for person in people:
         held = {row.target for part in ("valid", "test") for row in person.rows[part]}
-        for number, row in enumerate(person.rows["train"]):
-            events = (row.target,) if number else (*row.history, row.target)
+        had: list[str] = []
+        for row in person.rows["train"]:
+            # A row that continues what is there adds its target, also where its history is cut; another one, of a
+            # person who is known by name, what it has more.
+            continues = bool(row.history) and tuple(had[-len(row.history) :]) == row.history
+            events = [row.target] if continues else [item for item in (*row.history, row.target) if item not in had]
             kept = [item for item in events if item not in held]
             dropped += len(events) - len(kept)
             built.add(person.name, kept, member, row.line)
+            had += events
     return dropped
 
 
