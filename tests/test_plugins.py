@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import pipeline, plugins, registry
+from llmrec.baselines.parameters import hashes_of
 from llmrec.commands.doctor.checks import check_plugins
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.audit import audit
@@ -348,6 +349,24 @@ def test_a_suite_has_plug_ins_too(tmp_path: Path) -> None:
     assert suite.rows[0].label == "own:Recent" and suite.plugins == str(tmp_path)
     with raises(RecipeError, Facts("unknown-name", "page.yaml", line=4, column="rows")):
         load_suite(page(tmp_path, text.replace("own:Recent", "own:Nobody")))
+
+
+def test_what_parameters_of_a_plug_in_mean_is_its_own(tmp_path: Path) -> None:
+    """Some are called as llmrec's own are that name weights and files, and are none."""
+    text = """
+from llmrec.baselines.popular import Popularity
+from llmrec.recipe.schema import Section
+
+class Mine(Popularity):
+    class Config(Section):
+        align: str = "left"
+        start: float = 0.5
+        lexicon: tuple[str, ...] = ("a",)
+        model: str = "linear"
+"""
+    (tmp_path / "mine.py").write_text(text)
+    load_recipe(page(tmp_path), ["tasks.sequential.baselines=[random, popularity, item-knn, markov-1, mine:Mine]"])
+    assert hashes_of("mine:Mine", {"start": 1.5}) == {}
 
 
 def test_changed_code_is_another_row(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from llmrec.answering.naming import Naming
 from llmrec.answering.strategy import Asking
 from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.parameters import hashes_of
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
@@ -79,7 +80,9 @@ class Fuser:
     @property
     def identity(self) -> dict[str, object]:
         """Everything that decides how rankings are joined."""
-        return {"fused": self._fused.model_dump(mode="json"), "data": self._data.fingerprint}
+        parts = [part for part in self._fused.parts if part.baseline is not None]
+        read = [hashes_of(str(part.baseline), part.parameters) for part in parts]
+        return {"fused": self._fused.model_dump(mode="json"), "data": self._data.fingerprint, "read": read}
 
     def join(
         self, requests: Sequence[RankRequest], ranked: Sequence[Ranking | Unparsed] | None

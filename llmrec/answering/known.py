@@ -22,6 +22,7 @@ from llmrec.baselines.parameters import config_of
 from llmrec.data.codes import codes
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.described import described_items, profile_of
+from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
 from llmrec.data.requests import identity
 from llmrec.data.sources.table import load
@@ -212,12 +213,22 @@ class Known:
         histories: What its users did: all interactions of its data, whichever part of the split they are in.
         features: Stores of features that hold something about users.
         profiles: See `profiles_of`.
+        users: Fields of the users of a run's data.
     """
 
     items: Mapping[str, Item]
     histories: Histories
     features: Sequence[Path] = field(default_factory=tuple)
     profiles: Callable[[str], Profile] | None = None
+    users: Users = field(default_factory=dict)
+
+    @property
+    def digest(self) -> str:
+        """A hash over all that requests are told of users: what they did, and what prompts show of them."""
+        stores = [FeatureStore.open(each).stamp for each in self.features]
+        users = sorted(self.users.items()) if self.profiles else []
+        shown = [repr((user, sorted(told.items()))) for user, told in users]
+        return digest_strings([self.histories.digest, *stores, *shown])
 
     def profile(self, user: str | None, erased: Callable[[str], bool] = lambda user: False) -> Profile | None:
         """Return the text or the fields that prompts show of a user; None where there are none, or of an erased one."""
@@ -245,7 +256,7 @@ def known_of(folder: str, items: Path | None) -> Known:
     data = load(recipe.data, seed=recipe.seed)
     found = described_items(data.items, recipe.data.texts) if items is None else catalogue(bundle, items)
     past, said = Histories.of(data, recipe.seed), profiles_of(folder, lambda: data.users)
-    return Known(found or {}, past, _stores(bundle.run, recipe), said)
+    return Known(found or {}, past, _stores(bundle.run, recipe), said, data.users)
 
 
 def _of_named(dataset: Dataset) -> Dataset:
@@ -280,8 +291,8 @@ def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callab
         users: Gives the fields of the run's data where these are at hand; else they are read when first asked for.
     """
     bundle = bundles.read(folder)
-    shown = [template for known in bundle.templates.values() for template in known.values()]
-    if bundle.run is None or not any(template.shows_profile for template in shown):
+    shown = [each for known in bundle.templates.values() for each in known.values()]
+    if bundle.run is None or not any({"profile", "user_name"} & each.names("system", "user", "lead") for each in shown):
         return None
     recipe = load_stored(bundle.run)
     section = recipe.data.texts

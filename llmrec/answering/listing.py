@@ -12,7 +12,7 @@ from dataclasses import replace
 
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules, deep_enough
-from llmrec.data.requests import RankRequest, told_event
+from llmrec.data.requests import USER_FIELDS, RankRequest, told_event
 from llmrec.errors import DataError
 from llmrec.types import Event, Item, Ranking, Unparsed
 
@@ -108,7 +108,7 @@ def history_of(events: Sequence[Event], items: Mapping[str, Item]) -> list[dict[
 
 def is_cold(request: RankRequest) -> bool:
     """Whether nothing is known of a user, so that the most popular items are the answer."""
-    return not request.history and not request.profile
+    return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
 def ranking_of(found: Answered) -> Ranking:

@@ -188,7 +188,7 @@ class Loaded:
     @property
     def histories(self) -> str:
         """A hash over what the users of the run's data did."""
-        return self.known.histories.digest
+        return self.known.digest
 
     def signature(self, model: str | None = None) -> str:
         """Return what changes with everything that can change an answer, but for the question."""

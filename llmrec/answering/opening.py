@@ -17,6 +17,7 @@ from llmrec.answering.retrieval import training_data
 from llmrec.answering.strategy import ranking_families_of
 from llmrec.answering.task import data_of
 from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.parameters import hashes_of
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import read_items
 from llmrec.data.split import SplitDataset
@@ -276,7 +277,8 @@ def _classic(
     model = fitted(name, parameters, data, seed=seed)
     about = (each for each in families().values() if not each.answers_with_items)
     family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
-    return Classic(name, model, data, items, family, {"baseline": name, "parameters": dict(parameters), "seed": seed})
+    told = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}
+    return Classic(name, model, data, items, family, told)
 
 
 def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> AnsweringModel | None:

@@ -77,16 +77,17 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
         RecipeError: As `config_of`.
         DataError: As `stores_of`.
     """
-    held = config_of(name, parameters, "parameters").model_dump(mode="json")
-    start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
-    found = {
-        "stores": stores_of(name, parameters),
-        "encoder": _weights(held.get("encoder")),
-        "align": _weights((held.get("align") or {}).get("encoder")),
-        "model": _weights(held.get("model")),
-        "start": sha256_of(start) if start.is_file() and held.get("start") else None,
-        "lexicon": sha256_of(words) if words.is_file() else None,
-    }
+    config, stores = config_of(name, parameters, "parameters"), stores_of(name, parameters)
+    found: dict[str, str | dict[str, str] | None] = {"stores": stores}
+    # What a parameter of a plug-in means is its own; its code has a stamp.
+    if type(config).__module__.startswith("llmrec."):
+        held = config.model_dump(mode="json")
+        start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
+        found["encoder"] = _weights(held.get("encoder"))
+        found["align"] = _weights((held.get("align") or {}).get("encoder"))
+        found["model"] = _weights(held.get("model"))
+        found["start"] = sha256_of(start) if start.is_file() and held.get("start") else None
+        found["lexicon"] = sha256_of(words) if words.is_file() else None
     return {key: value for key, value in found.items() if value}
 
 

@@ -89,7 +89,7 @@ class ModelLists:
         items = self.catalogue.items
         request = RankRequest(
             id="chat",
-            candidates=tuple(items[name] for name in candidates),
+            candidates=tuple(items[name] for name in candidates if name in items),
             history=tuple(Past(item=items[name]) for name in history if name in items),
         )
         every = self.rules.joined(rules)

@@ -133,14 +133,18 @@ class Documents:
         return flat, np.cumsum([0, *map(len, cut)]), BM25.of(flat)
 
     def about(self, item: Item) -> int | None:
-        """Return the place of an item's document: by its id, else the best by its title that holds all words of it."""
+        """Return the place of an item's document: by its id, else the best by its title that holds all words of it.
+
+        A title of one word must be a word of the document's title: many texts hold "heat", and few are about "Heat".
+        """
         if not self.by_title:
             return self._place.get(item.item_id)
         if (same := self._place.get(item.title)) is not None:
             return same
         best = int(np.argmax(self._whole.scores(item.title))) if self.names else 0
-        held = {*_words(self.names[best]), *_words(self.written[best])} if self.names else set()
-        return best if (wanted := set(_words(item.title))) and wanted <= held else None
+        wanted, named = set(_words(item.title)), set(_words(self.names[best])) if self.names else set()
+        held = named | set(_words(self.written[best])) if self.names and len(wanted) > 1 else named
+        return best if wanted and wanted <= held else None
 
     def passages(self, place: int, question: str, tokens: int, embed: Embed | None = None) -> list[str]:
         """Return the passages of a document that answer a question best, in the order of the document.

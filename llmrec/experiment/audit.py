@@ -20,7 +20,7 @@ import polars as pl
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
-from llmrec.baselines.parameters import stores_of
+from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.durable import sha256_of, write_checked
 from llmrec.errors import LlmrecError
 from llmrec.experiment import probes
@@ -176,9 +176,9 @@ def _check_of(stored: Mapping[str, Any]) -> Check:
     return Check(**{**found, "examples": tuple(found["examples"])})
 
 
-def _stores(study: Study) -> dict[str, str]:
+def _stores(study: Study) -> list[Hashes]:
     asked = [each for family in study.tasks for each in study.baselines(family)]
-    return {name: stamp for each in asked for name, stamp in stores_of(each.name, each.parameters).items()}
+    return [read for each in asked if (read := hashes_of(each.name, each.parameters))]
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec import __version__, processes
 from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.baselines.parameters import hashes_of
 from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
@@ -22,6 +23,7 @@ from llmrec.experiment.tuning.judging import Judge, judged
 from llmrec.experiment.tuning.rejecting import BEAM, close
 from llmrec.experiment.tuning.rewarding import objective_of, plan_questions, rewarded
 from llmrec.experiment.tuning.targets import classes_of, labels_of, listwise_of, soft_prompt_of
+from llmrec.models.embedder import text_embedder
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
 from llmrec.models.memory import TRAINING, told_of_full_memory
 from llmrec.models.rating_head import RatingHead, copy_head
@@ -207,7 +209,7 @@ def _unlearned(train: TrainSection) -> set[str]:
 def _nearness(study: Study) -> dict[str, str]:
     """Return what says which items read alike, where that decides what a row shows of a history."""
     rules = {study.section(family).past for family in study.tasks}
-    return {"encoder": study.recipe.encoder} if "relevant" in rules else {}
+    return {"encoder": text_embedder(study.recipe.encoder).stamp} if "relevant" in rules else {}
 
 
 def _judging(study: Study) -> dict[str, object]:
@@ -247,7 +249,7 @@ def _finding(recipe: Recipe) -> dict[str, object]:
     finder = fused_finder(recipe)
     if finder is None:
         return {}
-    baselines = [section.model_dump(mode="json") for section in finder.baselines]
+    baselines = [[each.model_dump(mode="json"), hashes_of(each.name, each.parameters)] for each in finder.baselines]
     return {"finder": {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}}
 
 

@@ -72,7 +72,9 @@ class Talking:
         def turn() -> ChatAnswer:
             talk = self._conversation(body, loop)
             reply = talk.answer(body.state, body.text, called)
-            shown = [talk.tools.facts.items[name] for name in reply.items]
+            # Items may have come or gone since the conversation read them.
+            known = {**self._service.catalogue.items, **talk.tools.facts.items}
+            shown = [known[name] for name in reply.items if name in known]
             return ChatAnswer(
                 text=reply.text,
                 items=[

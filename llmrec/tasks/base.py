@@ -137,11 +137,11 @@ class View:
         fields = self.data.dataset.users.get(user_id, {})
         token = self.index.users.get(user_id) if self.index is not None else None
         user_id = user_id if token is None else CodedId(user_id, Code(token))
+        if context and context.get(USER_FIELDS):
+            fields = json.loads(context[USER_FIELDS])
         name = fields.get("name") or user_id
         if context and context.get("profile"):
             fields = {USER_FIELD: context["profile"]}
-        elif context and context.get(USER_FIELDS):
-            fields = json.loads(context[USER_FIELDS])
         elif isinstance(said := fields.get(USER_FIELD), Profile):
             fields = {USER_FIELD: said}
         profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]

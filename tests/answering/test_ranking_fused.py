@@ -111,10 +111,10 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run,
     assert len(known.users) == 0 and not any(known.of_user(user) for user in (carried["user_id"][0], "1", "01"))
     found = [(names[int(case.request.user_id.removeprefix(NUMBERED))], case.truth) for case in ranking_cases(there, 9)]
     assert found == [(case.request.user_id, case.truth) for case in kept]
-    assert all(name.removeprefix(NUMBERED).isdigit() for name in carried["user_id"]) and set(carried["part"]) == {
-        "train",
-        "valid",
-    }
+    assert all(name.removeprefix(NUMBERED).isdigit() for name in carried["user_id"])
+    assert set(carried["part"]) == {"train", "valid"}
+    # No hash goes along, by which a guess could be tried.
+    assert sorted(carried["drawn"].drop_nulls()) == list(range(choosing.valid.height))
     for fuse, row in (("baselines", CONTROLS), ("model", JOINED)):
         rank_file(options(tmp_path / "whole", asked, tmp_path / f"{fuse}.jsonl", fuse=fuse, batch=64))
         known = lists_of(run, row)

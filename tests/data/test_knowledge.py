@@ -84,6 +84,14 @@ def test_a_document_is_found_by_its_title_where_there_are_no_ids(tmp_path: Path)
     assert known.about(Item(item_id="x", title="")) is None
 
 
+def test_a_title_of_one_word_is_not_any_text_with_that_word(tmp_path: Path) -> None:
+    lines = [("Cooking at home", "You heat the pan. It is hot."), ("Heat, a film", "Two men."), ("Rocky", "A boxer.")]
+    (tmp_path / "facts.jsonl").write_text("\n".join(json.dumps({"title": n, "text": t}) for n, t in lines))
+    known = Documents.read(str(tmp_path / "facts.jsonl"))
+    found = [known.about(Item(item_id="x", title=title)) for title in ("Heat", "It", "Rocky", "Two men")]
+    assert found == [1, None, 2, 1]
+
+
 def test_a_text_encoder_moves_passages(tmp_path: Path) -> None:
     _section(tmp_path)
     known = Documents.read(str(tmp_path / "facts.jsonl"))

@@ -132,6 +132,7 @@ def run_chat(
             "recipe": recipe_hash(recipe),
             "data": setting.data.fingerprint,
             "items": digest_items(setting.tools.facts.items),
+            "recommender": models.get().signature,
         }
         rows, begun = {}, time.monotonic()
         for place, row in enumerate(page.rows):

@@ -51,10 +51,13 @@ def _name(found: SuiteResult) -> str:
 
 
 def _best(rows: Sequence[SuiteLine], found: SuiteResult) -> str:
-    """Return the best row's name and figure in the first table of a suite."""
-    seen, metric = found.protocol.seen[0], found.protocol.metrics[-1]
-    values = {row.name: value for row in rows if (value := row.tables[seen].metrics[metric].value) is not None}
+    """Return the best row's name and figure, and whether it has too few seeds where its suite has enough."""
+    seen, metric = found.protocol.seen, found.protocol.metrics[-1]
+    table = "excluded" if "excluded" in seen else seen[0]
+    figures = [(row.tables[table].metrics[metric].value, row) for row in rows]
+    values = [(value, row) for value, row in figures if value is not None]
     if not values:
         return DASH
-    name = (min if lower(metric) else max)(values, key=lambda each: values[each])
-    return f"{cell(name)} {values[name]:.4f}"
+    value, row = (min if lower(metric) else max)(values, key=lambda each: each[0])
+    few = row.fewer_seeds and len(row.seeds) < SEEDS <= len(found.protocol.seeds)
+    return f"{cell(row.name)} {value:.4f}" + (", *exploratory*" if few else "")

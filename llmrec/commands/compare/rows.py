@@ -12,7 +12,7 @@ import numpy as np
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.fits.fitting import fitted
-from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
@@ -135,8 +135,16 @@ class SuiteModels:
         if row.recipe:
             return self._recipe(row)[0].model_dump(mode="json")
         if row.baseline is not None:
-            return hashes_of(row.baseline, row.parameters) or []
+            return self.read(row)
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
+
+    def read(self, row: SuiteRow) -> list[Hashes]:
+        """Return hashes over what a baseline reads besides the data, also under the values of its grid."""
+        values = [
+            (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
+        ]
+        every = [row.parameters, *({**row.parameters, name: value} for name, value in values)]
+        return [found for each in every if (found := hashes_of(str(row.baseline), each))]
 
     def reads(self, row: SuiteRow) -> Reads:
         """Return what a row knows items by; one that is joined knows what its parts know."""

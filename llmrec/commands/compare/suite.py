@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from llmrec import __version__
-from llmrec.baselines.parameters import config_of, hashes_of
+from llmrec.baselines.parameters import config_of
 from llmrec.commands.compare.contrasts import compared
 from llmrec.commands.compare.leaderboard import Reference, all_references, leaderboard, load_reference, read_results
 from llmrec.commands.compare.records import SuiteLine, SuiteProtocol, SuiteResult
@@ -165,7 +165,7 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         grid=grid_of(suite, row) if row.baseline else None,
         parts=[contenders.chosen[label] for label in row.parts],
         inputs=contenders.inputs(row) if row.baseline is None else None,
-        **({"read": read} if row.baseline and (read := hashes_of(row.baseline, row.parameters)) else {}),
+        **({"read": read} if row.baseline and (read := contenders.read(row)) else {}),
         **stamps([(BASELINES, row.baseline)] if row.baseline else []),
         data={seed: data.fingerprint for seed, data in splits.items()},
         reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,

@@ -209,6 +209,9 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
         )
     same = ["user_id", "item_id", "timestamp"]
     fresh = new.unique(same, keep="first", maintain_order=True).join(rows, on=same, how="anti", nulls_equal=True)
+    # What chooses an epoch is not learned from, also where it happened more than once.
+    held = rows.filter(pl.col("part") == "valid")
+    fresh = fresh.join(held, on=["user_id", "item_id"], how="anti")
     both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(_KEPT)])
     # Who reads a split relies on each user's events being in order, those of one moment as its seed has them.
     data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)

@@ -19,6 +19,7 @@ from llmrec.data.reading.columns import check_usable
 from llmrec.data.reading.limits import enumerated, shown
 from llmrec.data.reading.table import joined
 from llmrec.data.reading.text import Table
+from llmrec.data.reading.typed import texts
 from llmrec.errors import DataError, RecipeError, did_you_mean
 
 KEY = "data.filter.where"
@@ -188,8 +189,8 @@ class _Parser:
         return self._text(column), value
 
     def _text(self, column: str) -> pl.Expr:
-        listed = isinstance(self.table.frame[column].dtype, pl.List)
-        cells = pl.col(column).list.join(", ") if listed else pl.col(column).cast(pl.String)
+        # Spelled as it is loaded: whole numbers that became floats are whole numbers.
+        cells = pl.lit(texts(self.table, column))
         return pl.when(cells.str.strip_chars() == "").then(None).otherwise(cells)
 
     def _number(self, column: str) -> pl.Expr:
