@@ -205,8 +205,8 @@ def test_a_kept_fit_answers_the_same(folder: Path, data: SplitDataset) -> None:
 def test_other_weights_make_another_fit(tmp_path: Path, data: SplitDataset) -> None:
     model = LateInteraction(LateInteraction.Config(model=str(make_model(tmp_path / "deep", layers=LAYERS))), seed=0)
     assert isinstance(model, Storable)
-    before = key_of(model, {}, data, 0)
-    assert before == key_of(model, {}, data, 0)
+    before = key_of(model, data, 0)
+    assert before == key_of(model, data, 0)
     config = tmp_path / "deep" / "config.json"
     config.write_text(config.read_text("utf-8").replace("{", "{\n", 1), encoding="utf-8")
-    assert key_of(model, {}, data, 0) != before
+    assert key_of(model, data, 0) != before

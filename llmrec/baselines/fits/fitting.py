@@ -43,7 +43,7 @@ def fitted(
             same = other.with_config(model.config)
             same.recalled = 0.0
             return same
-    key = key_of(model, parameters, data, seed) if isinstance(model, Storable) and keeps() else None
+    key = key_of(model, data, seed) if isinstance(model, Storable) and keeps() else None
     if key is not None and (seconds := recall(model, key, data)) is not None:
         model.recalled = seconds
         return model

@@ -83,7 +83,7 @@ class Storable(Protocol):
         ...
 
 
-def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: int) -> str:
+def key_of(model: Any, data: SplitDataset, seed: int) -> str:
     """Return a hash of all that can change a fit: data and split, baseline and parameters, texts, code and versions."""
     config = model.config.model_dump(mode="json", exclude=model.AT_ANSWER | _SHOWN)
     inputs = {
@@ -92,7 +92,7 @@ def key_of(model: Any, parameters: Mapping[str, Any], data: SplitDataset, seed: 
         "seed": seed,
         # Half of the validation users, or all of them, are one fit where none of them is read.
         "data": [data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
-        "read": hashes_of(model.name, parameters),
+        "read": hashes_of(model.name, model.config.model_dump()),
         "bf16": cpu_has_bf16(),
         # Sums are added up in another order on a GPU.
         "cuda": "device" in config and config["device"] != "cpu" and has_cuda(),
