@@ -187,7 +187,7 @@ class Loaded:
 
     @property
     def histories(self) -> str:
-        """A hash over what the users of the run's data did."""
+        """A hash over what the users of the run's data did, and what prompts show of them."""
         return self.known.digest
 
     def signature(self, model: str | None = None) -> str:

@@ -235,7 +235,7 @@ def test_rows_of_a_named_person_that_do_not_continue_each_other_are_one_persons(
     head = "user_id\thistory\ttarget\n"
     files = {
         **SAMPLES,
-        "train.tsv": f"{head}x\ta b e\tf\nx\tc\ta\n",
+        "train.tsv": f"{head}x\ta b e\tf\nx\tc\ta\n\td\te\n\tc\tb\n",
         "valid.tsv": f"{head}x\ta b\te\nx\tc f\td\n",
         "test.tsv": f"{head}y\ta\tb\n",
     }
@@ -247,6 +247,9 @@ def test_rows_of_a_named_person_that_do_not_continue_each_other_are_one_persons(
     # Each row has its own history; what is held out of a person is learned in no row of that person, and nothing twice.
     assert shown == {"x/valid-1": (["a", "b"], "e"), "x/valid-2": (["c", "f"], "d")}
     assert [event.item_id for event in parts.train_events("x")] == ["c", "a", "b", "f"]
+    # Rows without a name are not one person's.
+    others = [[event.item_id for event in parts.train_events(user)] for user in ("person-2", "person-3")]
+    assert others == [["d", "e"], ["c", "b"]]
 
 
 def test_rows_of_people_without_names_may_stand_in_any_order(tmp_path: Path) -> None:

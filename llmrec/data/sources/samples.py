@@ -149,14 +149,15 @@ def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
     waiting: dict[str | tuple[str, ...], list[_Person]] = {}
     for part, part_rows in rows.items():
         for row in sorted(part_rows, key=lambda row: len(row.history)):
-            same = waiting.get(row.user if named else row.history) if row.user or row.history else None
+            name = row.user if named else ""
+            same = waiting.get(name or row.history) if name or row.history else None
             person = same.pop(0) if same else _Person(row.user)
             if not any(person.rows.values()):
                 people.append(person)
             person.name = row.user or person.name
             person.rows[part].append(row)
-            after = row.user if named else (*row.history, row.target)[-longest:] if longest else ()
-            waiting.setdefault(after, []).append(person)
+            after = (*row.history, row.target)[-longest:] if longest else ()
+            waiting.setdefault(name or after, []).append(person)
     for number, person in enumerate(sorted(people, key=_first_place), start=1):
         person.name = person.name or f"person-{number}"
     return sorted(people, key=_first_place)
