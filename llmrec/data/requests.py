@@ -403,7 +403,6 @@ def _some(names: Sequence[str]) -> str:
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
 
-@lru_cache(maxsize=1024)
-@lru_cache(1024)  # rows of one table have the same keys
+@lru_cache(maxsize=1024)  # rows of one table have the same keys
 def _near_miss(key: str) -> str:
     return "" if key in KEYS else did_you_mean(key, KEYS)

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from llmrec.commands.compare.records import SuiteLine, SuiteResult
+from llmrec.commands.compare.wording import fewer, standing
 from llmrec.report.escape import cell
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, SEEDS, USERS
@@ -46,8 +47,7 @@ def glance(suites: Sequence[SuiteResult]) -> str:
 
 def _name(found: SuiteResult) -> str:
     linked = f"[{cell(found.suite)}](#{found.suite})" if _ANCHOR.fullmatch(found.suite) else cell(found.suite)
-    few = found.protocol.users < USERS or len(found.protocol.seeds) < SEEDS
-    return f"{linked}, *exploratory*" if few else linked
+    return f"{linked}, *exploratory*" if standing(found.protocol.users, len(found.protocol.seeds)) else linked
 
 
 def _best(rows: Sequence[SuiteLine], found: SuiteResult) -> str:
@@ -59,5 +59,5 @@ def _best(rows: Sequence[SuiteLine], found: SuiteResult) -> str:
     if not values:
         return DASH
     value, row = (min if lower(metric) else max)(values, key=lambda each: each[0])
-    few = row.fewer_seeds and len(row.seeds) < SEEDS <= len(found.protocol.seeds)
+    few = fewer([row]) and len(found.protocol.seeds) >= SEEDS
     return f"{cell(row.name)} {value:.4f}" + (", *exploratory*" if few else "")

@@ -25,14 +25,13 @@ from llmrec.data.described import described_items
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.typed import ids, numbers, times
 from llmrec.data.sources.table import load
-from llmrec.data.split import halves, time_order
+from llmrec.data.split import halves, split, time_order
 from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE, carried
-from llmrec.experiment.study import load_tables
 from llmrec.recipe.load import STORED, load_stored
 from llmrec.recipe.schema import Columns, DataSection, Filter
 from llmrec.serve.store import ServiceStore
@@ -149,7 +148,8 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
         data = load(recipe.data, seed=recipe.seed)
         rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
         if reserved is not None:
-            rows = _choosing(rows[time_order(data, recipe.seed)], halves(load_tables(recipe)[0], reserved)[0].valid)
+            cut = split(data, recipe.data.split, seed=recipe.seed)
+            rows = _choosing(rows[time_order(data, recipe.seed)], halves(cut, reserved)[0].valid)
         return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)))
     found = carried(Path(bundle.folder), seed=bundle.seed)
     if found is None:
