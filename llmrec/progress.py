@@ -129,7 +129,7 @@ class Bar:
         quiet = quiet or QUIET in os.environ
         shown = _shows()
         self.name, self._total, self._unit, self._early, self._passing = name, total, unit, early, passing
-        self._done, self._said = 0, ""
+        self._done, self._skipped, self._said = 0, 0, ""
         self._begin, self._wrote = time.monotonic(), False
         self._drawn = shown and not quiet
         self._ticks = not quiet and not shown
@@ -173,6 +173,11 @@ class Bar:
         """Note that so many steps are done in all."""
         self._done = done
         self._said = self._said if said is None else said
+
+    def skip(self, steps: int) -> None:
+        """Note that so many more steps were done by an earlier run, so that their time is not in this one's."""
+        self._skipped += steps
+        self.advance(steps)
 
     def __enter__(self) -> Self:
         self.start()
@@ -224,9 +229,9 @@ class Bar:
         return f"{said};" if self._total is not None or said else ""
 
     def _left(self, spent: float) -> str:
-        if self._total is None or not 0 < self._done < self._total:
+        if self._total is None or not self._skipped < self._done < self._total:
             return ""
-        left = span(spent / self._done * (self._total - self._done))
+        left = span(spent / (self._done - self._skipped) * (self._total - self._done))
         return f", {left} left at most" if self._early else f", about {left} left"
 
 

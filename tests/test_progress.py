@@ -39,6 +39,16 @@ def test_lines_say_how_far_it_is_and_what_is_left(quick: pytest.LogCaptureFixtur
     assert 3 <= len(lines) <= 7
 
 
+def test_what_an_earlier_run_did_took_none_of_this_ones_time() -> None:
+    bar = Bar("train", 240, unit="steps")
+    bar.skip(180)
+    assert bar._left(20.0) == ""
+    bar.reach(182)
+    assert bar._left(16.0) == ", about 8 min left"
+    bar.advance(58)
+    assert bar._left(500.0) == ""
+
+
 def test_work_that_says_nothing_shows_that_it_goes_on(quick: pytest.LogCaptureFixture) -> None:
     with Bar("fitting ease", None):
         time.sleep(0.05)

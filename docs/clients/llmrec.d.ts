@@ -27,12 +27,12 @@ export interface AskBody {
   model?: string | null;
   /** Of the question: it decides the order of equal scores, and of labels. */
   id?: string;
-  user_id?: string | null;
-  history?: (string | PastEvent)[] | null;
+  user_id?: string | number | null;
+  history?: (string | number | PastEvent)[] | null;
   profile?: string;
   /** Return what the model read, too. */
   show_prompt?: boolean;
-  item: string | ItemText;
+  item: string | number | ItemText;
   /** What else is told: review, feature, headline, rating. */
   context?: Record<string, string>;
   /** rating, ctr, explanation, review or stars; a model's card says which. */
@@ -150,19 +150,19 @@ export interface ItemBody {
   model?: string | null;
   /** Of the question: it decides the order of equal scores, and of labels. */
   id?: string;
-  user_id?: string | null;
-  history?: (string | PastEvent)[] | null;
+  user_id?: string | number | null;
+  history?: (string | number | PastEvent)[] | null;
   profile?: string;
   /** Return what the model read, too. */
   show_prompt?: boolean;
-  item: string | ItemText;
+  item: string | number | ItemText;
   /** What else is told: review, feature, headline, rating. */
   context?: Record<string, string>;
 }
 
 /** An item by its id, by its title, or both; a title goes before that of the catalogue. */
 export interface ItemText {
-  item_id?: string | null;
+  item_id?: string | number | null;
   title?: string | null;
   fields?: Record<string, string>;
 }
@@ -212,8 +212,8 @@ export interface Models {
 
 /** Something that a user did. */
 export interface NewEvent {
-  user_id: string;
-  item_id: string;
+  user_id: string | number;
+  item_id: string | number;
   rating?: number | null;
   /** In the unit of the data; by default now, in seconds. */
   timestamp?: number | null;
@@ -221,14 +221,14 @@ export interface NewEvent {
 
 /** An item of the catalogue. */
 export interface NewItem {
-  item_id: string;
+  item_id: string | number;
   title: string;
   fields?: Record<string, string>;
 }
 
 /** One past event, oldest first in a history. */
 export interface PastEvent {
-  item_id?: string | null;
+  item_id?: string | number | null;
   title?: string | null;
   fields?: Record<string, string>;
   rating?: number | null;
@@ -292,12 +292,12 @@ export interface RankBody {
   model?: string | null;
   /** Of the question: it decides the order of equal scores, and of labels. */
   id?: string;
-  user_id?: string | null;
-  history?: (string | PastEvent)[] | null;
+  user_id?: string | number | null;
+  history?: (string | number | PastEvent)[] | null;
   profile?: string;
   /** Return what the model read, too. */
   show_prompt?: boolean;
-  candidates?: (string | ItemText)[] | null;
+  candidates?: (string | number | ItemText)[] | null;
   k?: number;
   /** How a language model orders candidates; docs/strategies.md. */
   strategy?: string;
@@ -386,7 +386,7 @@ export interface RerankResult {
 export interface Rules {
   only?: Record<string, string[]>;
   without?: Record<string, string[]>;
-  block?: string[];
+  block?: (string | number)[];
   quotas?: Quota[];
   diversity?: number;
 }
@@ -432,7 +432,7 @@ export interface SimilarAnswer {
 
 /** Items like these. */
 export interface SimilarBody {
-  items: string[];
+  items: (string | number)[];
   /** Chosen together, or described in like words. */
   by?: "interactions" | "text";
   k?: number;

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.routing import Match
 
@@ -56,12 +57,27 @@ _FORMS = {"constrained-str", "str"} | {
 }
 _OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
 # In place of pydantic's words.
-_SAID = {"string_pattern_mismatch": "Input should be text without control characters, and not only space"}
+_SAID = {
+    "string_pattern_mismatch": "Input should be text without control characters, and not only space",
+    "extra_forbidden": "unknown key",
+}
 
 
 def said(*statuses: int) -> dict[int | str, dict[str, Any]]:
     """Return what OpenAPI says of the failures of an endpoint."""
     return {status: {"model": schema.Failed, "description": _WORDS[status]} for status in statuses}
+
+
+def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
+    """Return where something is wrong, keys and positions with dots between them, and what; not the value itself.
+
+    Args:
+        error: What is wrong.
+        forms: Models beside those of `llmrec.serve.schema` that a value may have.
+    """
+    worst = _closest(error.errors())
+    names = {form.__name__ for form in forms}
+    return ".".join(part for part in _parts(worst["loc"]) if part not in names)[:_REPEATED], _said(worst)
 
 
 def failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
@@ -100,16 +116,15 @@ def answer_failures(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _(request: Request, error: RequestValidationError) -> JSONResponse:
-        # Of a value that may have several forms, the form that it came closest to says most.
-        worst = max(error.errors(), key=lambda each: (len(each["loc"]), each["type"] not in _OTHER_FORM))
+        worst = _closest(error.errors())
         if worst["type"] == "json_invalid":
             return failed(400, "syntax", "the body is no JSON")
-        parts = [str(part) for part in worst["loc"][1:] if not (isinstance(part, str) and _is_form(part))]
+        # The first part says that it is the body, or a parameter of the address.
+        parts = _parts(worst["loc"][1:])
         where = ".".join(parts)[:_REPEATED]
-        # The value itself may be a secret or hostile; it is not repeated.
-        said = _SAID.get(worst["type"], worst["msg"][:_REPEATED])
+        said = _said(worst)
         if worst["type"] == "extra_forbidden":
-            said = f"unknown key{did_you_mean(parts[-1], _keys(request)) if len(parts) == 1 else ''}"
+            said += did_you_mean(parts[-1], _keys(request)) if len(parts) == 1 else ""
         return failed(422, "bad-value", f"{where or 'the body'}: {said}", where or None)
 
     @app.exception_handler(HTTPException)
@@ -133,6 +148,20 @@ def _keys(request: Request) -> list[str]:
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
     return list(getattr(model, "model_fields", ()))
+
+
+def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:
+    """Return the fault of the form, of those that a value may have, that it came closest to: it says most."""
+    return max(errors, key=lambda each: (len(each["loc"]), each["type"] not in _OTHER_FORM))
+
+
+def _parts(place: Sequence[int | str]) -> list[str]:
+    return [str(part) for part in place if not (isinstance(part, str) and _is_form(part))]
+
+
+def _said(fault: Mapping[str, Any]) -> str:
+    # The value itself may be a secret or hostile; it is not repeated.
+    return _SAID.get(fault["type"]) or str(fault["msg"])[:_REPEATED]
 
 
 def _is_form(part: str) -> bool:

@@ -19,9 +19,10 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from llmrec import __version__
 from llmrec.errors import LlmrecError
 from llmrec.guard import clean
+from llmrec.serve.failures import fault
 from llmrec.serve.gates import Door
 from llmrec.serve.service import Service
-from llmrec.serve.tools import DATA, TOOLS, Tool, check_items, offered, one_line
+from llmrec.serve.tools import DATA, TOOLS, Past, Tool, check_items, offered, one_line
 
 log = logging.getLogger(__name__)
 
@@ -101,9 +102,8 @@ async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> 
         check_items(service, asked)
         found = (await tool.run(service, asked)).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        return _refused(f"{where or 'the arguments'}: {first['msg']}")
+        where, said = fault(error, Past)
+        return _refused(f"{where or 'the arguments'}: {said}")
     except LlmrecError as error:
         return _refused(str(error))
     except Exception:

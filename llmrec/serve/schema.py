@@ -30,6 +30,20 @@ NAME = rf"^[^{_C}]*[^{_C}{_SPACE}][^{_C}]*$"
 _VISIBLE = re.compile(rf"[^{_C}{_SPACE}]")
 _SEEN = rf"^[^\x00]*[^{_C}{_SPACE}][^\x00]*$"
 Id = Annotated[str, StringConstraints(min_length=1, max_length=ID_LIMIT, pattern=NAME)]
+LARGEST = 2**53 - 1
+"""Of whole numbers: clients in JavaScript round larger ones."""
+
+
+def _number_as_text(value: object) -> object:
+    """Return a whole number as the text that files read it as; anything else as it is."""
+    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1 and abs(value) <= LARGEST:
+        return str(int(value))
+    return value
+
+
+_Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+DataId = Annotated[Id, BeforeValidator(_number_as_text, json_schema_input_type=Id | _Whole)]
+"""Id of an item or a user: a text, or a whole number, as in files."""
 Prose = Annotated[str, StringConstraints(max_length=LONGEST_TEXT, pattern=r"^[^\x00]*$")]
 Words = Annotated[str, StringConstraints(min_length=1, max_length=LONGEST_TEXT, pattern=_SEEN)]
 _FieldName = Annotated[str, StringConstraints(min_length=1, max_length=64, pattern=NAME)]
@@ -69,13 +83,13 @@ class ItemText(Body):
     model_config = ConfigDict(
         json_schema_extra={
             "anyOf": [
-                {"required": ["item_id"], "properties": {"item_id": {"type": "string"}}},
+                {"required": ["item_id"], "properties": {"item_id": {"type": ["string", "integer"]}}},
                 {"required": ["title"], "properties": {"title": {"type": "string", "pattern": _SEEN}}},
             ]
         }
     )
 
-    item_id: Id | None = None
+    item_id: DataId | None = None
     title: Prose | None = None
     fields: Fields = {}
 
@@ -109,7 +123,7 @@ class Rules(Body):
 
     only: _SomeValues = {}
     without: _Values = {}
-    block: Annotated[list[Id], Field(max_length=MOST_ITEMS)] = []
+    block: Annotated[list[DataId], Field(max_length=MOST_ITEMS)] = []
     quotas: Annotated[list[Quota], Field(max_length=10)] = []
     diversity: Annotated[float, Field(ge=0.0, le=1.0), NUMBER] = 0.0
 
@@ -119,8 +133,8 @@ class _About(Body):
 
     model: Annotated[Id, Field(description="One of GET /v1/models; by default the first of them.")] | None = None
     id: Annotated[Id, Field(description="Of the question: it decides the order of equal scores, and of labels.")] = "1"
-    user_id: Id | None = None
-    history: Annotated[list[Id | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
+    user_id: DataId | None = None
+    history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
     profile: Prose = ""
     show_prompt: Annotated[Bool, Field(description="Return what the model read, too.")] = False
 
@@ -132,7 +146,7 @@ class RankBody(_About):
         json_schema_extra={"examples": [{"history": ["1", "2"], "k": 5}, {"user_id": "42", "candidates": ["7", "9"]}]}
     )
 
-    candidates: Annotated[list[Id | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
+    candidates: Annotated[list[DataId | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
     k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
     strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
     exclude_seen: Bool = True
@@ -145,7 +159,7 @@ class ItemBody(_About):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item": "7"}]})
 
-    item: Id | ItemText
+    item: DataId | ItemText
     context: Annotated[Fields, Field(description="What else is told: review, feature, headline, rating.")] = {}
 
 
@@ -162,7 +176,7 @@ class SimilarBody(Body):
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"items": ["1"], "k": 5}]})
 
-    items: Annotated[list[Id], Field(min_length=1, max_length=20)]
+    items: Annotated[list[DataId], Field(min_length=1, max_length=20)]
     by: Annotated[
         Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
     ] = "interactions"
@@ -185,7 +199,7 @@ class ItemBatch(Body):
 class NewItem(Body):
     """An item of the catalogue."""
 
-    item_id: Id
+    item_id: DataId
     title: Words
     fields: Fields = {}
 
@@ -203,8 +217,8 @@ class ItemsBody(Body):
 class NewEvent(Body):
     """Something that a user did."""
 
-    user_id: Id
-    item_id: Id
+    user_id: DataId
+    item_id: DataId
     rating: _Float | None = None
     timestamp: Annotated[_Float | None, Field(description="In the unit of the data; by default now, in seconds.")] = (
         None

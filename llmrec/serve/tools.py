@@ -42,15 +42,15 @@ class _Asked(BaseModel):
 class Past(_Asked):
     """An item of a history, with the rating that the user gave it."""
 
-    item_id: schema.Id
+    item_id: schema.DataId
     rating: Annotated[float, Field(allow_inf_nan=False)] | None = None
 
 
 _History = Annotated[
-    list[schema.Id | Past] | None,
+    list[schema.DataId | Past] | None,
     Field(max_length=schema.MOST_EVENTS, description="Items that the user chose, by id, oldest first."),
 ]
-_User = Annotated[schema.Id | None, Field(description="A user that the recommender knows, in place of a history.")]
+_User = Annotated[schema.DataId | None, Field(description="A user that the recommender knows, in place of a history.")]
 _Model = Annotated[schema.Id | None, Field(description="One of list_models; by default the first of them.")]
 _Count = Annotated[int, Field(ge=1, le=MOST_LISTED)]
 
@@ -80,7 +80,8 @@ class RankItems(_Whom):
     """Arguments of ``rank``."""
 
     candidates: Annotated[
-        list[schema.Id], Field(min_length=1, max_length=schema.MOST_CANDIDATES, description="Ids of items to order.")
+        list[schema.DataId],
+        Field(min_length=1, max_length=schema.MOST_CANDIDATES, description="Ids of items to order."),
     ]
     k: _Count = 10
     rules: schema.Rules = schema.Rules()
@@ -95,7 +96,7 @@ class SimilarItems(schema.SimilarBody):
 class AboutItem(_Whom):
     """Arguments of ``rate``, ``predict`` and ``explain``."""
 
-    item: Annotated[schema.Id, Field(description="Id of the item.")]
+    item: Annotated[schema.DataId, Field(description="Id of the item.")]
 
 
 class ListModels(_Asked):

@@ -80,6 +80,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
         self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
         self._bar.start()
+        self._bar.skip(state.global_step)
         if self._best is not None:
             looks = [(record["step"], record.get("valid_ndcg")) for record in self.records]
             self._best.resume((step, value) for step, value in looks if value is not None)

@@ -329,6 +329,9 @@ def test_what_is_wrong_in_a_body_is_named(asking: Asking) -> None:
         ({"history": ["k01", {"item_id": "k02", "text": "good"}]}, "history.1.text"),
         ({"history": [" "]}, "history.0"),
         ({"history": ["a\nb"]}, "history.0"),
+        ({"history": ["k01", True]}, "history.1"),
+        ({"history": ["k01", 1.5]}, "history.1"),
+        ({"candidates": ["k01", {"item_id": 2**53}]}, "candidates.1.item_id"),
         ({"history": HISTORY, "rules": {"quotas": [{"field": "brand"}]}}, "rules.quotas.0.most"),
         ({"id": ""}, "id"),
     ):
@@ -553,6 +556,23 @@ def test_items_that_cannot_be_named_are_not_put(asking: Asking) -> None:
     if answer.status_code == 200:
         assert asking.rank(history=HISTORY, candidates=["a", "k10"])
         asking.http.delete("/v1/items/a")
+
+
+def test_an_id_may_be_a_whole_number(asking: Asking) -> None:
+    with added(asking, product("7", "Seven"), product("-8", "Minus eight")):
+        asking.put({"item_id": 7, "title": "Another seven"})
+        assert asking.get("/v1/items/7")["title"] == "Another seven"
+        as_numbers, as_texts = (
+            asking.post("/v1/rank", history=[one, {"item_id": two}], candidates=[two, "k10", {"item_id": one}])
+            for one, two in ((7, -8), ("7", "-8"))
+        )
+        assert as_numbers["items"] == as_texts["items"] and sorted(ids(as_numbers)) == ["-8", "7", "k10"]
+        assert ids(asking.post("/v1/similar", items=[7], k=50)) == ids(asking.post("/v1/similar", items=["7"], k=50))
+        assert "7" not in asking.rank(history=HISTORY, k=1000, rules={"block": [7]})
+        asking.post("/v1/events", events=[{"user_id": 42, "item_id": 7.0}])
+        assert [event["item_id"] for event in asking.get("/v1/users/42")["history"]] == ["7"]
+        assert asking.rank(user_id=42, k=5) == asking.rank(user_id="42", k=5)
+        asking.http.delete("/v1/users/42")
 
 
 def test_the_signature_changes_with_the_catalogue_and_not_by_itself(asking: Asking) -> None:

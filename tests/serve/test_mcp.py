@@ -187,7 +187,9 @@ def test_what_is_not_in_the_catalogue_is_refused(served: Served, tool: str, argu
 @pytest.mark.parametrize(
     ("tool", "arguments", "where"),
     [
-        ("recommend", {"history": [{"title": "Toy Story"}]}, "history.0"),
+        ("recommend", {"history": [{"title": "Toy Story"}]}, "history.0.item_id: Field required"),
+        ("recommend", {"history": ["k01", {"item_id": "k02", "rating": "x"}]}, "history.1.rating: "),
+        ("rank", {"candidates": ["k01", True]}, "candidates.1: "),
         ("recommend", {"history": ["k01"], "profile": "likes quiet films"}, "profile"),
         ("rank", {"user_id": "u01"}, "candidates"),
         ("rate", {"item": {"title": "Toy Story"}}, "item"),

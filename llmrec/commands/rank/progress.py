@@ -110,7 +110,7 @@ class RankBar:
 
     def skip(self, count: int) -> None:
         """Show requests that an earlier run ranked."""
-        self._bar.advance(count)
+        self._bar.skip(count)
 
     def advance(self, count: int) -> None:
         """Show requests that were just ranked."""
