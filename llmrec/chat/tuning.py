@@ -50,7 +50,7 @@ MOST = 2000
 """Legal calls of a moment, as `ModelManager` has them by default."""
 _FAMILY = "chat"
 # What a page may set for a run, and what has no meaning here.
-_NEVER = ("preference", "judge", "reward", "examples", "start", "band")
+_NEVER = ("preference", "judge", "reward", "examples", "start", "teacher", "band")
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,9 @@ def open_run(run: Path) -> Source:
         raise LlmrecError(
             f"{path} is no training record ({error!r}); train again with `llmrec train`", kind="damaged", at=path
         ) from error
-    if method != recipe.train.method or steps != recipe.train.steps:
+    # Where validation ended it, the rest of the planned steps were not taken.
+    ended = recipe.train.judge is not None and "judged" in record and 0 < steps <= recipe.train.steps
+    if method != recipe.train.method or (steps != recipe.train.steps and not ended):
         raise LlmrecError(
             f"{run / 'recipe.yaml'} says {recipe.train.method} for {recipe.train.steps} steps, but {path} records "
             f"{method} for {steps}: another recipe was tried on this folder since. Run the one that trained it again",

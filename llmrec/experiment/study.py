@@ -35,11 +35,12 @@ from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSecti
 from llmrec.registry import BASELINES, lookup
 from llmrec.tasks.cases import Cases, of_first_users
 from llmrec.tasks.family import check_names, family_of
-from llmrec.tasks.held_items import HeldItems, draw_held, hold_out
+from llmrec.tasks.held_items import HeldItems, draw_held, hold_out, refuse_pairs
 from llmrec.tasks.history import ItemVectors
 from llmrec.tasks.mixture import shares
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import Task, TaskInputs
+from llmrec.tasks.templates import choose
 from llmrec.types import Case, Example, Item, SplitName
 
 if TYPE_CHECKING:
@@ -348,7 +349,10 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         index=study.codes(family),
         vectors=vectors_of(used.dataset.items, study.recipe.encoder),
         lists=_lists(study.recipe, family, used, seed),
+        held=study.held,
     )
+    if study.held is not None and family != "alignment" and family in study.recipe.trained():
+        refuse_pairs(family, choose(family, section, templates, study.codes(family), reviews=True).train)
     kind, preference = family_of(family).task, study.recipe.train.preference
     if preference is None or family not in study.recipe.trained():
         return kind(section, inputs)

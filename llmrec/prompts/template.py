@@ -40,6 +40,7 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9-]*")
 _ALSO = re.compile(rf"{_NAME.pattern} \S+")
 _CODE = re.compile(r"\.code\b")
 _TITLE = re.compile(r"\.title\b")
+_CODED, _TITLED = (re.compile(rf"\b([\w.]+)\.{name}\b") for name in ("code", "title"))
 _TAG = re.compile(r"{[{%].*?[%}]}")
 _WORDS = re.compile(r"[\w\s]")
 _ITEM = frozenset({"item"})
@@ -142,6 +143,13 @@ class Template:
     def writes_titles(self) -> bool:
         """Whether a part shows an item by its title."""
         return any(_TITLE.search(getattr(self, part)) for part in _PARTS)
+
+    @property
+    def writes_both(self) -> bool:
+        """Whether the same item is shown by its code and by its title."""
+        text = "\n".join(getattr(self, part) for part in _PARTS)
+        coded, titled = ({found[1] for found in pattern.finditer(text)} for pattern in (_CODED, _TITLED))
+        return not coded.isdisjoint(titled)
 
     @property
     def asks_with_code(self) -> bool:

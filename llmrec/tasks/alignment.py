@@ -54,7 +54,7 @@ class AlignmentTask(Task):
         self._data, self._seed, self._candidates = data, seed, inputs.candidates
         self._chosen = choose(self.family, section, inputs.templates, index)
         self._view = View(data, index)
-        self.held = hold_out(data.dataset.items, section.held_out, seed=seed)
+        self.held = inputs.held or hold_out(data.dataset.items, section.held_out, seed=seed)
         self._trained = tuple(item for item in sorted(data.dataset.items) if item not in self.held.items)
         if not self._trained:
             raise RecipeError(

@@ -6,13 +6,14 @@ held out all the same: a model that has read an item's code beside its title cou
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from llmrec.data.candidates import CandidateSets, draw_among
 from llmrec.data.hashing import hash64, hash_one
-from llmrec.errors import DataError
+from llmrec.errors import DataError, RecipeError
 from llmrec.index.titles import shown, title_key
+from llmrec.prompts.template import Template
 from llmrec.types import Item, SplitName
 
 KIND = "held-out-items"
@@ -46,6 +47,23 @@ class HeldItems:
     def items(self) -> frozenset[str]:
         """Every item that is held out."""
         return frozenset((*self.valid, *self.test))
+
+
+def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
+    """Refuse templates of another family whose training rows would show held-out items by code and title.
+
+    Raises:
+        RecipeError: If there is one.
+    """
+    for template in templates:
+        if template.writes_both:
+            raise RecipeError(
+                f"tasks.{family}.templates: {template.id} shows items by code and title at once, and tasks.alignment "
+                "asks for pairs that no training row has shown; name other templates, or drop that task",
+                kind="contradiction",
+                at=template.id,
+                column=f"tasks.{family}.templates",
+            )
 
 
 def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems:

@@ -124,8 +124,11 @@ class RatingTask(Task):
 
     @property
     def branches(self) -> bool:
-        """Whether some template asks its question after the history, so that another family can share what precedes."""
-        return self._chosen.branches
+        """Whether some template asks its question after the history, so that another family can share what precedes.
+
+        A past that is chosen for the question, or summed up, is each family's own.
+        """
+        return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
         """Return a user's training row of a pass, which begins with the history that all families show in this pass.

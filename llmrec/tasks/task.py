@@ -56,6 +56,7 @@ class TaskInputs:
         preference: How training rows are learned from preference; None: their answers are learned.
         hard: Rejected items of training events, where ``preference`` names what ranks them.
         learns: Whether there is something to learn from; without, a task can only ask.
+        held: Items whose code and text no training row shows together; None: the alignment task holds them out itself.
     """
 
     data: SplitDataset
@@ -69,6 +70,7 @@ class TaskInputs:
     preference: PreferenceSection | None = None
     hard: EventLists | None = None
     learns: bool = True
+    held: HeldItems | None = None
 
     @property
     def listwise(self) -> Listwise | None:

@@ -52,4 +52,5 @@ def adapters_as_they_are(model: Any) -> Iterator[None]:
     held = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
     yield
     for parameter, data in held:
-        parameter.data = data
+        # The trainer may have moved the model.
+        parameter.data = data.to(parameter.device)

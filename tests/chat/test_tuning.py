@@ -138,7 +138,12 @@ def test_the_beginning_of_a_call_is_made_of_the_tokens_of_its_row(encoder: Encod
 
 
 @pytest.mark.parametrize(
-    ("changes", "key"), [("train.method=prompt", "train.method"), ("train.examples=5", "train.examples")]
+    ("changes", "key"),
+    [
+        ("train.method=prompt", "train.method"),
+        ("train.examples=5", "train.examples"),
+        ("train.teacher={run: runs/wide}", "train.teacher"),
+    ],
 )
 def test_a_page_that_cannot_train_a_manager_is_refused(changes: str, key: str) -> None:
     page = load_recipe("recipes/made/manager.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from llmrec.experiment.leaks import alignment as leaks_alignment
 from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
+from llmrec.tasks.alignment import AlignmentTask
 from llmrec.types import Case, Example, Segment
 from tests.facts import Facts, raises
 
@@ -50,6 +52,22 @@ def recipe(model: Path | str, *more: str) -> Recipe:
 @pytest.fixture(scope="module")
 def study() -> Study:
     return build_study(recipe("none"))
+
+
+def test_what_is_held_out_does_not_depend_on_the_seed_of_training(study: Study) -> None:
+    other = build_study(recipe("none", "train.seed=5"))
+    task = other.training_tasks["alignment"]
+    assert isinstance(task, AlignmentTask) and task.held == study.held == other.held
+    rows = list(islice(task.examples("train"), 500))
+    assert rows != list(islice(study.training_tasks["alignment"].examples("train"), 500))
+    assert not {item for row in rows for _, item in row.pairs} & task.held.items
+
+
+def test_templates_that_show_code_and_title_at_once_are_refused_beside_it() -> None:
+    with raises(RecipeError, Facts("contradiction", column="tasks.sequential.templates", says="titled-codes")):
+        build_study(recipe("none", "tasks.sequential.templates=[next-code, titled-codes]"))
+    # What is not trained shows nothing to the model.
+    build_study(recipe("none", "tasks.sequential.templates=[titled-codes]", "train.without=[sequential]"))
 
 
 @pytest.fixture(scope="module")

@@ -12,6 +12,7 @@ import pytest
 
 from llmrec import pipeline
 from llmrec.errors import RecipeError
+from llmrec.experiment.runs import open_run
 from llmrec.experiment.study import build_study
 from llmrec.experiment.training import training_key
 from llmrec.experiment.tuning.judging import Judge
@@ -91,6 +92,8 @@ def test_the_adapter_of_the_best_look_is_kept(
     ended = _train(llama_folder, tmp_path / "ended", "train.judge.patience=2")
     assert ended["steps"] == 4 and ended["tokens"] < best["tokens"]
     assert ended["adapter_sha256"] == best["adapter_sha256"]
+    # Which is no sign of another recipe: it can be exported and gone on from.
+    assert open_run(tmp_path / "ended").record["steps"] == 4
     _scripted(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     assert _train(llama_folder, tmp_path / "last")["adapter_sha256"] != best["adapter_sha256"]
     assert not list((tmp_path / "best" / "adapter").glob("step.json"))

@@ -85,6 +85,11 @@ def test_every_row_of_a_list_family_is_a_window() -> None:
     assert shapes == {True, False}
 
 
+@pytest.mark.parametrize("family", ["sequential", "rating"])
+def test_a_past_that_is_chosen_for_the_question_is_shared_with_nobody(family: str) -> None:
+    assert make_task(family, **ONE).branches and not make_task(family, **ONE, past="summary").branches
+
+
 def test_users_whom_no_family_knows_are_an_error(encoder: Encoder) -> None:
     tasks = {family: make_task(family, **ONE) for family in ("sequential", "rating")}
     rows = branching_rows(tasks, {"sequential": 1.0, "rating": 1.0}, ["nobody"], encoder, limit=100, seed=0)

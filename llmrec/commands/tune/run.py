@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 _JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
 _OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, LOCK})
-# Folders of a trial that only a run which continues from it would need.
-_HEAVY = ("merged", "checkpoints", "base", "best")
+# Folders of a trial that hold weights.
+_HEAVY = ("merged", "checkpoints", "base", "best", "adapter")
 # Failures at the beginning after which nothing is expected of further trials.
 _HOPELESS = 3
 _SOURCE = "llmrec"

@@ -51,7 +51,7 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
 
 
 class Beams:
-    """What the model that training starts from finds itself, by an exact search of the catalogue.
+    """What the model that training starts from finds itself, by its search of the catalogue.
 
     It is asked about a few training events of a user when the user's first row is made, with the events before as
     history. Items that the user has had in training are left out, as wherever items are rejected.
