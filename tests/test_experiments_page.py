@@ -39,8 +39,37 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
 @pytest.mark.parametrize(
     ("result", "expected"),
     [
-        ({"kind": "suite", "protocol": {"users": 943, "seeds": [0, 1, 2]}, "seconds": 3600.0}, (943, 3, 1.0, False)),
-        ({"kind": "suite", "protocol": {"users": 166, "seeds": [0, 1, 2]}, "seconds": 0.0}, (166, 3, 0.0, True)),
+        (
+            {
+                "kind": "suite",
+                "protocol": {"users": 943, "seeds": [0, 1, 2]},
+                "rows": [{"seeds": [0]}],
+                "seconds": 3600.0,
+            },
+            (943, 3, 1.0, ""),
+        ),
+        (
+            {"kind": "suite", "protocol": {"users": 166, "seeds": [0, 1, 2]}, "rows": [], "seconds": 0.0},
+            (166, 3, 0.0, "exploratory"),
+        ),
+        (
+            {
+                "kind": "suite",
+                "protocol": {"users": 943, "seeds": [0, 1, 2]},
+                "rows": [{"seeds": [0, 1, 2]}, {"seeds": [0], "fewer_seeds": True}],
+                "seconds": 0.0,
+            },
+            (943, 1, 0.0, "in part"),
+        ),
+        (
+            {
+                "kind": "chat",
+                "seeds": [0, 1, 2],
+                "rows": [{"manager": "rules", "users": 400}, {"manager": "some/model", "users": 12}],
+                "seconds": 0.0,
+            },
+            (12, 3, 0.0, "exploratory"),
+        ),
         (
             {
                 "kind": "benchmark",
@@ -50,7 +79,7 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
                     {"users": 300, "rows": [{"arm": "tuned", "seeds": 2}]},
                 ],
             },
-            (300, 2, 2.0, True),
+            (300, 2, 2.0, "exploratory"),
         ),
         (
             {
@@ -59,18 +88,18 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
                 "rows": [{"users": 250}],
                 "runs": [{"train_seconds": 1800.0}, {"train_seconds": 1800.0}],
             },
-            (250, 3, 1.0, False),
+            (250, 3, 1.0, ""),
         ),
     ],
 )
 def test_users_seeds_and_hours_are_those_of_the_result(
-    tmp_path: Path, result: dict[str, Any], expected: tuple[int, int, float, bool]
+    tmp_path: Path, result: dict[str, Any], expected: tuple[int, int, float, str]
 ) -> None:
     (tmp_path / "e.yaml").write_text("- {result: some, cut: nothing}", encoding="utf-8")
-    (tmp_path / "some.json").write_text(json.dumps(result), encoding="utf-8")
+    (tmp_path / "some.json").write_text(json.dumps({"command": "c"} | result), encoding="utf-8")
     (found,) = read(tmp_path / "e.yaml", tmp_path)
-    assert (found.cases, found.seeds, found.hours, found.exploratory) == expected
-    assert ("exploratory |" in write([found])) == expected[3]
+    assert (found.cases, found.seeds, found.hours, found.standing) == expected
+    assert f"| {expected[3]} | nothing |" in write([found]) and ("1 to 3" in write([found])) == (expected[1] == 1)
 
 
 def test_a_result_that_is_missing_or_says_nothing_is_refused(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 ``python -m eval.benchmarks.experiments`` writes ``eval/EXPERIMENTS.md`` from ``eval/experiments.yaml``, which names
 the results and what was cut, and from the results themselves, which hold everything else. An experiment of fewer than
-200 users or 3 seeds is exploratory: nothing is claimed from it.
+200 users or 3 seeds is exploratory: nothing is claimed from it. Where some rows alone have fewer, these are.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 
 import yaml
 
+from llmrec.chat.opening import MANAGERS
 from llmrec.durable import write_text
 from llmrec.errors import DataError
 from llmrec.report.escape import cell, code
@@ -26,8 +27,8 @@ _HEAD = f"""# Experiments
 
 Written by `make experiments` from `eval/experiments.yaml` and `eval/results/`; do not edit. *Seeds* are those of the
 rows that learn with any randomness; of a benchmark, of its tuned rows. What has fewer than {USERS} users or
-{SEEDS} seeds is exploratory: its figures describe a run, and nothing is claimed from them. Hours are those of two CPU
-cores.
+{SEEDS} seeds is exploratory: its figures describe a run, and nothing is claimed from them; *in part*: some rows have
+fewer, which their own page marks. Hours are those of two CPU cores.
 """
 _COMMANDS = """
 ## Commands
@@ -43,7 +44,8 @@ class Experiment:
         command: What made it.
         cases: Number of users, or of what else is counted.
         unit: What is counted.
-        seeds: Of the rows that have any; 0 where none has.
+        seeds: Of the rows that have any, the fewest of any such row; 0 where none has.
+        most: Seeds of the other rows.
         hours: Spent.
         cut: What was left out, and why.
     """
@@ -53,13 +55,16 @@ class Experiment:
     cases: int
     unit: str
     seeds: int
+    most: int
     hours: float
     cut: str
 
     @property
-    def exploratory(self) -> bool:
-        """Whether it is too small for a claim."""
-        return self.cases < USERS or 0 < self.seeds < SEEDS
+    def standing(self) -> str:
+        """Whether it, or some of its rows, are too small for a claim."""
+        if self.cases < USERS or 0 < self.most < SEEDS:
+            return "exploratory"
+        return "in part" if 0 < self.seeds < SEEDS else ""
 
 
 def read(page: Path, results: Path) -> list[Experiment]:
@@ -85,17 +90,22 @@ def write(experiments: Sequence[Experiment]) -> str:
         [
             code(each.result),
             f"{each.cases:,} {cell(each.unit)}",
-            str(each.seeds or DASH),
+            f"{each.seeds} to {each.most}" if each.seeds < each.most else str(each.seeds or DASH),
             f"{each.hours:.2f}",
-            "exploratory" if each.exploratory else "",
+            each.standing,
             cell(each.cut),
         ]
         for each in experiments
     ]
     header = ["experiment", "cases", "seeds", "hours", "standing", "cut, and why"]
-    commands = [[code(each.result), code(each.command)] for each in experiments]
+    commands = [[code(each.result), _command(each.command)] for each in experiments]
     shown = [grid(header, rows, numeric_to=4), _COMMANDS, grid(["experiment", "command"], commands, numeric_from=2)]
     return "\n".join([_HEAD, *shown, ""])
+
+
+def _command(text: str) -> str:
+    """Return a command as a code span: brackets are common in it."""
+    return cell(text) if set(text) & set("`|\n") else f"`{text}`"
 
 
 def _experiment(entry: Mapping[str, str], result: Mapping[str, Any], path: Path) -> Experiment:
@@ -106,18 +116,28 @@ def _experiment(entry: Mapping[str, str], result: Mapping[str, Any], path: Path)
         seconds = float(_at(result, entry["seconds"])) if "seconds" in entry else seconds
         # A run says nothing of how often its networks were trained.
         seeds = int(entry.get("seeds", seeds))
+        most = max(seeds, _most(result) if kind == "suite" else seeds)
     except (KeyError, IndexError, TypeError, ValueError) as error:
         what = f"{path} does not say its cases, seeds and seconds ({error!r})"
         raise DataError(what, kind="missing-key", at=path) from None
-    if kind in ("suite", "benchmark", "chat"):
-        command = entry.get("command") or f"llmrec eval eval/suites/{path.stem}.yaml"
-    else:
-        command = str(entry.get("command") or result["command"])
-    return Experiment(path.stem, command, cases, entry.get("unit", "users"), seeds, seconds / 3600, entry["cut"])
+    command = str(entry.get("command") or result["command"])
+    return Experiment(path.stem, command, cases, entry.get("unit", "users"), seeds, most, seconds / 3600, entry["cut"])
 
 
 def _suite(result: Mapping[str, Any]) -> tuple[int, int, float]:
-    return result["protocol"]["users"], len(result["protocol"]["seeds"]), result["seconds"]
+    fewer = [len(row["seeds"]) for row in result["rows"] if row.get("fewer_seeds")]
+    return result["protocol"]["users"], min([_most(result), *fewer]), result["seconds"]
+
+
+def _most(result: Mapping[str, Any]) -> int:
+    return len(result["protocol"]["seeds"])
+
+
+def _chat(result: Mapping[str, Any]) -> tuple[int, int, float]:
+    """Return the fewest users of a row with a language model, if there is one, else of any."""
+    users = [row["users"] for row in result["rows"]]
+    models = [row["users"] for row in result["rows"] if row["manager"] not in MANAGERS or row.get("ranker")]
+    return min(models or users), len(result["seeds"]), result["seconds"]
 
 
 def _benchmark(result: Mapping[str, Any]) -> tuple[int, int, float]:
@@ -149,7 +169,7 @@ _READERS = {
     "benchmark": _benchmark,
     "run": _run,
     "script": _script,
-    "chat": _script,
+    "chat": _chat,
     "campaign": _campaign,
     "faults": _campaign,
 }

@@ -83,15 +83,15 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
     if type(config).__module__.startswith("llmrec."):
         held = config.model_dump(mode="json")
         start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
-        found["encoder"] = _weights(held.get("encoder"))
-        found["align"] = _weights((held.get("align") or {}).get("encoder"))
-        found["model"] = _weights(held.get("model"))
+        found["encoder"] = weights_of(held.get("encoder"))
+        found["align"] = weights_of((held.get("align") or {}).get("encoder"))
+        found["model"] = weights_of(held.get("model"))
         found["start"] = sha256_of(start) if start.is_file() and held.get("start") else None
         found["lexicon"] = sha256_of(words) if words.is_file() else None
     return {key: value for key, value in found.items() if value}
 
 
-def _weights(name: str | None) -> str | None:
+def weights_of(name: str | None) -> str | None:
     """Return a hash over a language model or text encoder; None for what is no folder of weights."""
     if not name or name in (LSA, CHANCE) or name.startswith(STORE):
         return None

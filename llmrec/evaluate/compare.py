@@ -16,6 +16,8 @@ from llmrec.metrics.significance import detectable, detectable_from, detectable_
 from llmrec.metrics.stats import Difference, Sampled, paired_of, verdict
 from llmrec.results import Figure, Pair, Verdict, better, lower
 
+BY_SEED = frozenset({"AUC", "GAUC"})
+"""Metrics that are no mean of a request's values, so that values of several seeds must not be averaged first."""
 # Differences of less are rounding.
 _DUST = 1e-12
 

@@ -154,7 +154,7 @@ class Suite(Section):
             for part in row.parts:
                 if part not in known:
                     raise ValueError(f"rows: {row.label} joins {part!r}, which is no row above it; write it before")
-            if row.label in known and (row.parts or row.recipe):
+            if row.label in known:
                 raise ValueError(f"rows: two rows are called {row.label!r}; give one another name")
             known.add(row.label)
         if (missing := next((name for name in self.skip if name not in known), None)) is not None:

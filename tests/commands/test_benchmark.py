@@ -10,10 +10,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.commands.compare.benchmark import Line, _add, _row, _values, points, recipe_of, run_benchmark
+from llmrec.commands.compare.benchmark import Line, _add, _row, _tables, _values, points, recipe_of, run_benchmark
 from llmrec.commands.compare.benchmark_page import frontier, pages, picture
 from llmrec.commands.compare.pages import rewrite
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
@@ -148,7 +149,7 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
         )  # fmt: skip
 
     line = Line(
-        ("direct", "NDCG@10", ""), "label", "tuned", [figures(0.2), figures(0.4)],
+        ("direct", "NDCG@10", ""), "label", "tuned", "tuned", [figures(0.2), figures(0.4)],
         [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"],
     )  # fmt: skip
     found = _row(line)
@@ -190,6 +191,36 @@ def test_rows_about_other_items_of_the_same_users_are_no_seeds_of_one() -> None:
     _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
     with raises(RecipeError, Facts("mismatch", says="eval.users")):
         _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
+
+
+def test_baselines_of_one_name_that_answer_otherwise_are_two_rows() -> None:
+    lines: dict[Any, Line] = {}
+    for run, value in (("a", 1.0), ("b", 1.0 + 1e-9), ("c", 2.0), ("c", 2.0)):
+        values = [{"RMSE": np.array([value])}]
+        _add(lines, Line(("rating", "RMSE", ""), "fusion", "", run, values=values, users=["u"], requests=["u|1"]))
+    assert [name for _, name in lines] == ["fusion", "fusion · c"]
+    assert [len(line.values) for line in lines.values()] == [1, 1]
+
+
+def test_comparisons_of_runs_that_are_still_to_come_count_in_the_family(tmp_path: Path) -> None:
+    row = Row(
+        id="r", task="direct", arm="tuned", predictor="label", template="direct/x", shots=0, engine="fake", n=40,
+        parse_rate=1.0, metrics={"NDCG@10": Metric(value=0.5, low=0, high=1, signature="NDCG@10|x")},
+        cost=Cost(prompt_tokens=1, completion_tokens=0, forwards=1, seconds=1.0),
+    )  # fmt: skip
+    users = [f"u{n}" for n in range(40)]
+    rng = np.random.default_rng(0)
+    better = [{"NDCG@10": rng.random(40)} for _ in range(2)]
+    own = [
+        Line(("direct", "NDCG@10", ""), name, name, "", [row], [values], users, users)
+        for name, values in zip("ab", better, strict=True)
+    ]
+    page = load_benchmark(write(tmp_path, "  - {name: a}\n", 'pairs: [["a", "b"], ["a", "c"], ["b", "c"]]\n'))
+    (early,), (late,) = (
+        _tables(page, {("direct", "NDCG@10", "", None): own}, missing=missing)[0].pairs for missing in (1, 0)
+    )
+    assert (late.level, early.level) == (0.95, pytest.approx(1 - 0.05 / 3))
+    assert late.p == late.p_raw and early.p == pytest.approx(min(1.0, 3 * (early.p_raw or 0.0)))
 
 
 def test_runs_of_different_cases_do_not_share_a_table(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from llmrec.baselines.tuning.tune import tune
 from llmrec.commands.compare import suite as suites
 from llmrec.commands.compare.benchmark import points, recipe_of
 from llmrec.commands.compare.leaderboard import leaderboard
+from llmrec.commands.compare.rows import SuiteModels
 from llmrec.commands.compare.slices_page import slices_page
 from llmrec.commands.compare.suite import run_suite
 from llmrec.commands.compare.suite_row import cases_of
@@ -238,6 +239,8 @@ def test_a_fusion_names_rows_above_it() -> None:
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity", "ease"]}]})
     with pytest.raises(ValueError, match="two rows or more"):
         Suite(**PAGE | {"rows": [{"baseline": "popularity"}, {"name": "all", "fuse": ["popularity"]}]})
+    with pytest.raises(ValueError, match="two rows are called 'ease'"):
+        Suite(**PAGE | {"rows": [{"baseline": "ease"}, {"baseline": "popularity", "name": "ease"}]})
 
 
 def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran]) -> None:
@@ -380,6 +383,46 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
     )
     assert set(found["rows"][0]["tables"]) == {"yes-no"}
     assert 0 <= found["rows"][1]["tables"]["yes-no"]["metrics"]["AUC"]["value"] <= 1
+
+
+def test_a_difference_in_auc_is_that_of_the_figures_and_not_of_an_ensemble(tmp_path: Path) -> None:
+    judged = [
+        {"baseline": "like-ratio"},
+        {"baseline": "deepfm", "tune": False, "parameters": {"epochs": 1, "dim": 4, "quiet": True}},
+    ]
+    page = {
+        "suite": "s",
+        "data": {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.3, "test": 0.2}},
+        "bootstrap": 60,
+        "task": "ctr",
+        "liked": 4,
+        "rows": judged,
+        "pairs": [["deepfm", "like-ratio"]],
+    }
+    for _ in ("made", "read back"):
+        found = run_suite(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results
+        one, other = (row.tables["yes-no"].metrics["AUC"] for row in reversed(found.rows))
+        assert one.sd and one.value is not None and other.value is not None
+        assert found.pairs[0].value == pytest.approx(one.value - other.value, abs=1e-9)
+
+
+def test_a_row_of_a_recipe_is_made_again_where_a_file_that_it_names_has_changed(tmp_path: Path) -> None:
+    prompt = tmp_path / "mine.yaml"
+    page = resource("prompts", "sequential", "next-title.yaml").read_text(encoding="utf-8")
+    text = page.replace("name: next-title", "name: mine")
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"name: r\ndata: {{source: made-reviews}}\nprompts: [{prompt}]\nmodel: {{name: new, shape: {{layers: 1}}}}\n"
+        "tasks: {sequential: {templates: [mine], strategies: [search]}}\ntrain: {method: full, steps: 1}\n"
+        "eval: {candidates: {kind: catalogue}}\n",
+        encoding="utf-8",
+    )
+    suite = Suite(**PAGE | {"rows": [{"name": "tuned", "recipe": str(recipe)}]})
+    seen = []
+    for change in ("", " Please."):
+        prompt.write_text(text.replace("target:", f"system: Rank.{change}\ntarget:"), encoding="utf-8")
+        seen.append(SuiteModels(suite, tmp_path).inputs(suite.rows[0]))
+    assert seen[0] != seen[1] and seen[0]["recipe"] == seen[1]["recipe"]
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import itertools
 import json
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -74,6 +74,8 @@ class Line:
     Attributes:
         table: Family and protocol: rows of one table may be compared.
         name: Unique in its table.
+        label: Of the run that it is a row of; empty for a baseline, which every run may have.
+        run: Of the run that it was found in first.
         figures: Rows of results.json, one a seed.
         values: Per-request values by metric, one mapping a seed.
         users: The user of each request.
@@ -83,6 +85,7 @@ class Line:
     table: Shared
     name: str
     label: str
+    run: str = ""
     figures: list[Row] = field(default_factory=list)
     values: list[Mapping[str, NDArray[np.float64]]] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
@@ -169,7 +172,7 @@ def _write(
         machine=machine(),
         seconds=spent,
         missing=missing,
-        tables=_tables(benchmark, _by_table(lines)),
+        tables=_tables(benchmark, _by_table(lines), missing=missing),
     )
     file = results / f"{benchmark.benchmark}.json"
     write_json(file, written.as_json())
@@ -254,6 +257,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
             table=(row.task, headline, row.metrics[headline].signature, row.candidates),
             name=" · ".join(parts),
             label=label,
+            run=point.label,
             figures=[row],
             values=[made.values],
             users=[record.user_id for record in made.records],
@@ -263,15 +267,23 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
     """Take a row in: another seed of one that is there, a baseline that every run has, or a new one."""
-    known = lines.get((line.table, line.name))
-    if known is None:
-        lines[(line.table, line.name)] = line
+    known = lines.setdefault((line.table, line.name), line)
+    if known is line:
         return
     if known.requests != line.requests:
         raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL}", kind="mismatch")
+    if not line.label and known.run != line.run and not _alike(known, line):
+        # Such as a fusion of other parts.
+        _add(lines, replace(line, name=f"{line.name} · {line.run}"))
     if line.label:
         known.figures += line.figures
         known.values += line.values
+
+
+def _alike(one: Line, other: Line) -> bool:
+    """Whether a baseline has the same values in two runs, but for what another order of additions makes of them."""
+    metric = one.table[1]
+    return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6)
 
 
 def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Line]]:
@@ -284,8 +296,10 @@ def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Lin
 # --------------------------------------------------------------------------- tables
 
 
-def _tables(benchmark: Benchmark, lines: Mapping[Shared, Sequence[Line]]) -> tuple[BenchmarkTable, ...]:
-    """Return all tables; the planned pairs of all of them are tested as one family."""
+def _tables(
+    benchmark: Benchmark, lines: Mapping[Shared, Sequence[Line]], *, missing: int
+) -> tuple[BenchmarkTable, ...]:
+    """Return all tables; the planned pairs of all of them are tested as one family, those of missing runs with them."""
     tables = [_table(name, own) for name, own in lines.items()]
     contrasts = [_contrasts(table, own) for table, own in zip(tables, lines.values(), strict=True)]
     meant = [
@@ -293,13 +307,15 @@ def _tables(benchmark: Benchmark, lines: Mapping[Shared, Sequence[Line]]) -> tup
         for place, own in enumerate(contrasts)
         for pair in own.named([names for names in benchmark.pairs if {row.name for row in own.rows}.issuperset(names)])
     ]
-    tested = planned([pair for _, pair in meant], resamples=benchmark.bootstrap)
+    held = {(pair.a.name, pair.b.name) for _, pair in meant}
+    more = sum(names not in held for names in benchmark.pairs) if missing else 0
+    tested = planned([pair for _, pair in meant], resamples=benchmark.bootstrap, more=more)
     found = []
     for place, (table, own) in enumerate(zip(tables, contrasts, strict=True)):
         pairs = [pair for (at, _), pair in zip(meant, tested, strict=True) if at == place]
         against = _against(table, own, pairs, benchmark.bootstrap)
         every = [*pairs, *(pair for pair in against if pair.verdict is None)]
-        line = reach(table.metric, every, users=table.users, comparisons=len(tested))
+        line = reach(table.metric, every, users=table.users, comparisons=len(tested) + more)
         update = {"against_best_baseline": tuple(against), "pairs": tuple(pairs), "detectable": line}
         found.append(BenchmarkTable(**{**dict(table), **update}))
     return tuple(found)

@@ -165,5 +165,5 @@ def _sliced(
 
 def _on(contrast: Contrast, places: Sequence[int], owners: Sequence[str]) -> Contrast:
     """Return a comparison on some of its requests, with whose they are."""
-    one, other = (replace(row, values=row.values[list(places)]) for row in (contrast.a, contrast.b))
+    one, other = (replace(row, values=row.values[..., list(places)]) for row in (contrast.a, contrast.b))
     return Contrast(contrast.metric, one, other, owners)

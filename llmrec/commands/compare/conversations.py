@@ -234,7 +234,8 @@ def line_of(page: ChatSuite, row: ChatRow, talks: Sequence[ChatTalk]) -> ChatLin
         calls.update(talk.calls)
     metrics = {}
     for within in range(1, page.turns + 1):
-        found = interval(_within(talks, within), resamples=page.bootstrap, seed=0, users=users)
+        hit = _within(talks, within)
+        found = interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
         metrics[metric_of(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(found).items()})
     return ChatLine(
         name=row.label,

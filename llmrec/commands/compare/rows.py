@@ -12,7 +12,7 @@ import numpy as np
 
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.fits.fitting import fitted
-from llmrec.baselines.parameters import Hashes, hashes_of
+from llmrec.baselines.parameters import Hashes, hashes_of, weights_of
 from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
@@ -23,10 +23,11 @@ from llmrec.experiment.fusion.parts import kind_of, reads_of, widest
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.models.embedder import text_embedder
 from llmrec.pipeline import open_session
+from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, SemanticIndex
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, TASKS, lookup, stamps, written
 from llmrec.results import Reads
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.blend import Blend
@@ -51,6 +52,22 @@ _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
     "markov-cooccurrence": from_counts,
     **dict.fromkeys(("sasrec", "gru4rec"), from_logits),
 }
+
+
+def _read_by(recipe: Recipe) -> dict[str, Any]:
+    """Return a recipe, with hashes over what its keys name and over the code of plug-ins in it."""
+    families = recipe.tasks.present()
+    templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
+    index = recipe.index
+    path = Path(index.path) if index is not None and index.path else None
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "templates": {name: sorted(each.sha for each in own.values()) for name, own in templates.items()},
+        "model": weights_of(recipe.model.name) if recipe.model.shape is None else None,
+        "encoders": [weights_of(each) for each in (recipe.encoder, index and index.semantic.encoder)],
+        "index": sha256_of(path) if path is not None and path.is_file() else None,
+        **stamps([(TASKS, written(name)) for name in families]),
+    }
 
 
 def family(suite: Suite) -> Family:
@@ -133,9 +150,9 @@ class SuiteModels:
     def inputs(self, row: SuiteRow) -> Any:
         """Return what a row's figures depend on beside its keys: the recipe, what it reads, or its parts and theirs."""
         if row.recipe:
-            return self._recipe(row)[0].model_dump(mode="json")
+            return _read_by(self._recipe(row)[0])
         if row.baseline is not None:
-            return self.read(row)
+            return [*self.read(row), *stamps([(BASELINES, row.baseline)]).values()]
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
 
     def read(self, row: SuiteRow) -> list[Hashes]:

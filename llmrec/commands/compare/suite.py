@@ -168,6 +168,8 @@ def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitData
         **({"read": read} if row.baseline and (read := contenders.read(row)) else {}),
         **stamps([(BASELINES, row.baseline)] if row.baseline else []),
         data={seed: data.fingerprint for seed, data in splits.items()},
+        # Rows of an earlier version have the mean over seeds alone.
+        **({"values": "by seed"} if family(suite).answer is Probability and contenders.stochastic(row) else {}),
         reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,
         protocol=suite.model_dump(
             exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}, exclude_defaults=True

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import psutil
@@ -29,7 +29,7 @@ from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.durable import write_checked
 from llmrec.errors import RecipeError
 from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
-from llmrec.evaluate.compare import over_runs
+from llmrec.evaluate.compare import BY_SEED, over_runs
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
@@ -47,12 +47,16 @@ TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no"
 METRICS: Mapping[str, tuple[str, ...]] = {"rating": ("MAE", "RMSE"), "ctr": ("LogLoss", "GAUC", "AUC")}
 
 
+# By request, or by seed and request.
+Values: TypeAlias = list[float] | list[list[float]]
+
+
 @dataclass(frozen=True)
 class Done:
-    """A finished row, and its values by table, metric and request."""
+    """A finished row, and its values by table and metric, as `llmrec.evaluate.compare.sampled` takes them."""
 
     line: SuiteLine
-    values: Mapping[str, Mapping[str, Sequence[float]]]
+    values: Mapping[str, Mapping[str, Values]]
 
 
 @dataclass(frozen=True)
@@ -293,13 +297,15 @@ def _table(runs: Sequence[Once], splits: Sequence[Once]) -> Table:
     return table.model_copy(update={"cold": _mean_of(colds)}) if colds else table
 
 
-def _values(runs: Sequence[Once]) -> dict[str, list[float]]:
-    """Return values by request, averaged over seeds."""
-    return {
-        name: [float(v) for v in over_seeds([run.found.values[name] for run in runs]).values]
-        for name in runs[0].found.figures.metrics
-        if name in runs[0].found.values
-    }
+def _values(runs: Sequence[Once]) -> dict[str, Values]:
+    """Return values by request, averaged over seeds; those of `BY_SEED` as each seed gave them."""
+    found: dict[str, Values] = {}
+    for name in runs[0].found.figures.metrics:
+        if name in runs[0].found.values:
+            seeds = [run.found.values[name] for run in runs]
+            by_seed = name in BY_SEED and len(seeds) > 1
+            found[name] = [[float(v) for v in one] for one in seeds] if by_seed else over_seeds(seeds).values.tolist()
+    return found
 
 
 def _mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
