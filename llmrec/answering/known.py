@@ -24,6 +24,7 @@ from llmrec.data.dataset import Dataset, conform
 from llmrec.data.described import described_items, profile_of
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
+from llmrec.data.reading.typed import per_second
 from llmrec.data.requests import identity
 from llmrec.data.sources.table import load
 from llmrec.data.split import time_order
@@ -40,8 +41,6 @@ Profile = str | Mapping[str, str]
 
 # Rule sets whose allowed items are remembered for one state of the catalogue.
 _REMEMBERED = 8
-# As seconds, the year 5138; as milliseconds, 1973.
-_MILLISECONDS = 1e11
 
 
 class Catalogue:
@@ -182,9 +181,8 @@ class Histories:
 
     @property
     def per_second(self) -> float:
-        """Units of time in a second: 1, or 1,000 where times are so large that they can only be milliseconds."""
-        latest = float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0
-        return 1000.0 if latest > _MILLISECONDS else 1.0
+        """Units of time in a second: 1, or more where times are so large that they can be no seconds."""
+        return per_second(float(np.nanmax(self.times)) if len(self.times) and not np.isnan(self.times).all() else 0.0)
 
     def of_user(self, user_id: str) -> list[Event]:
         """Return a user's events; none of a user who is not known."""

@@ -14,7 +14,7 @@ import polars as pl
 from llmrec.data.codes import codes, pairs, repeated
 from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
 from llmrec.data.hashing import digest_strings
-from llmrec.data.reading.columns import check_usable, find
+from llmrec.data.reading.columns import check_matched, check_usable, find
 from llmrec.data.reading.limits import ID_LIMIT, enumerated, require_file, shown
 from llmrec.data.reading.markup import has_markup
 from llmrec.data.reading.table import read_table
@@ -293,6 +293,8 @@ def profiles(
     listings = [_Listing(interactions, user_ids, False)]
     if users is not None:
         listings.insert(0, _listing(section, users, "user"))
+        if section.columns.user_fields:
+            check_matched(users.name, listings[0].own, user_ids)
     found: dict[str, dict[str, str]] = {}
     for name in section.columns.user_fields:
         values = _source(listings, name, "data.columns.user_fields=[...]").column(name)

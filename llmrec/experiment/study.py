@@ -351,7 +351,7 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
         lists=_lists(study.recipe, family, used, seed),
         held=study.held,
     )
-    if study.held is not None and family != "alignment" and family in study.recipe.trained():
+    if study.held is not None and family_of(family).candidates != "items" and family in study.recipe.trained():
         refuse_pairs(family, choose(family, section, templates, study.codes(family), reviews=True).train)
     kind, preference = family_of(family).task, study.recipe.train.preference
     if preference is None or family not in study.recipe.trained():

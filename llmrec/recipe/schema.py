@@ -886,7 +886,9 @@ class TrainSection(Section):
     )
     learning_rate: Rate = 5e-4
     schedule: Literal["linear", "cosine", "constant_with_warmup", "inverse_sqrt"] = Field(
-        "linear", description="inverse_sqrt: after the warm-up, 1 over the root of the step; without one, after 10,000 steps (TIGER, section 4)"
+        "linear",
+        description="inverse_sqrt: after the warm-up, 1 over the root of the step; without one, as after 10,000 steps "
+        "(TIGER, section 4)",
     )
     warmup: Fraction = Field(0.05, description="share of steps")
     weight_decay: float = Field(0.0, ge=0)

@@ -16,6 +16,7 @@ from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import PreferenceSection, TaskSection
 from llmrec.tasks.fewshot import Drawn, ShotPool
+from llmrec.tasks.held_items import HeldItems
 from llmrec.tasks.history import ItemVectors, Past
 from llmrec.tasks.rows import Listwise
 from llmrec.types import Answer, Case, Event, Example, ItemCodes, Prompt, Request, SplitName

@@ -363,6 +363,39 @@ def test_networks_that_stop_early_keep_their_validation_interactions(tmp_path: P
     assert told["new events"] == 0
 
 
+@pytest.mark.parametrize("unit", [1, 1000, 1_000_000, 10**9])
+def test_new_events_come_after_the_known_ones_in_whatever_unit(unit: int, tmp_path: Path) -> None:
+    made = tmp_path / "run"
+    made.mkdir()
+    begin = 1_700_000_000
+    log = [f"u{user},i{(user + step) % 9},{(begin + 100 * step) * unit}" for user in range(12) for step in range(4)]
+    _csv(tmp_path / "log.csv", "\n".join(["user_id,item_id,timestamp", *log]))
+    page = load_recipe(
+        str(resource("recipes", "made") / "classic.yaml"), [f"data={{source: table, path: {tmp_path / 'log.csv'}}}"]
+    )
+    (made / "recipe.yaml").write_text(dump(page), encoding="utf-8")
+    for number, text in enumerate(
+        (
+            "user_id,item_id\nu0,i7\nu0,i8\n",
+            "user_id,item_id,timestamp\nu0,i7,2024-01-01\nu0,i8,2024-01-02\n",
+            f"user_id,item_id,timestamp\nu0,i7,{(begin + 10**6) * 1000}\nu0,i8,{(begin + 10**6 + 1) * 1000}\n",
+        )
+    ):
+        events, out = _csv(tmp_path / "new.csv", text), tmp_path / f"live{number}"
+        assert refresh(RefreshOptions(model=str(made), events=str(events), out=out))["new events"] == 2
+        assert refresh(RefreshOptions(model=str(out), events=str(events)))["new events"] == 0
+        with llmrec.load(str(out), models=["popularity"]) as new:
+            assert [event.item_id for event in new.known.histories.of_user("u0")] == [
+                "i0",
+                "i1",
+                "i2",
+                "i3",
+                "i7",
+                "i8",
+            ]
+            assert new.known.histories.per_second == unit
+
+
 def test_a_refresh_does_not_write_over_other_files(run: Path, tmp_path: Path) -> None:
     events = _csv(tmp_path / "new.csv", "user_id,item_id\nu01,k05\n")
     bad = _csv(tmp_path / "bad.csv", "user,item_id\nu01,k05\n")

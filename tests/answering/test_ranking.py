@@ -29,7 +29,7 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.commands.rank import run
 from llmrec.commands.rank.run import rank_file
 from llmrec.data.requests import RankRequest, read_request
-from llmrec.errors import LlmrecError, RecipeError
+from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.experiment import bundle, engines
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import load_model, load_tokenizer, resolve
@@ -520,8 +520,14 @@ def test_a_complete_output_is_not_made_again(
 
     monkeypatch.setattr(recommender, "rank_requests", counting)
     assert rank_file(chosen) == first and not calls
-    chosen.out.write_text("damaged", encoding="utf-8")
+    # What somebody has changed is not written over unasked.
+    chosen.out.write_text("mine by now", encoding="utf-8")
+    with raises(DataError, Facts("exists", "out.jsonl", column="--out", says="was changed since")):
+        rank_file(chosen)
+    assert chosen.out.read_text(encoding="utf-8") == "mine by now" and not calls
+    chosen.out.unlink()
     assert rank_file(chosen)["sha256"] == first["sha256"] and calls
+    chosen.out.write_text("damaged", encoding="utf-8")
     restarted = rank_file(options(llama_folder, path, chosen.out, items=chosen.items, restart=True))
     assert len(calls) == 2 and restarted["sha256"] == first["sha256"]
     assert not chosen.parts.exists()

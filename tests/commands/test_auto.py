@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,7 @@ from llmrec.commands.auto import run as autos
 from llmrec.commands.auto.model import judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions, budget_seconds
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
+from llmrec.commands.auto.table import data_page
 from llmrec.commands.auto.trial import Done
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.run import rank_file
@@ -96,11 +99,12 @@ def test_a_table_becomes_a_recommender_and_a_second_call_tries_nothing_again(
 
 def search_of(table: Path, tmp_path: Path, parts: list[Part], seconds: float, lines: list[str]) -> autos._Search:
     """Return a search over a table's recommenders, which has not begun."""
-    recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
+    recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
     state = tmp_path / "auto"
-    state.mkdir()
+    state.mkdir(parents=True)
     (state / "data.yaml").write_text(dump(recipe), encoding="utf-8")
-    return autos._Search(recipe, state, parts, time.monotonic() + seconds, seconds, lines.append)
+    data = load_split(recipe.data, recipe.seed)
+    return autos._Search(recipe, data.fingerprint, state, parts, time.monotonic() + seconds, seconds, lines.append)
 
 
 def test_what_was_found_before_an_interrupt_is_chosen(
@@ -157,7 +161,7 @@ def test_a_network_whose_epochs_are_too_slow_is_not_begun(table: Path, tmp_path:
 def test_what_promises_more_gets_more_of_the_time() -> None:
     good, weak, nothing = (autos.Tried(Part(name, "markov")) for name in ("good", "weak", "nothing"))
     good.trials, weak.trials = [Done({}, 0.08, 1.0)], [Done({}, 0.01, 1.0), Done({}, 0.04, 1.0)]
-    search = autos._Search(load_recipe("recipes/quickstart.yaml"), Path(), [], time.monotonic() + 190.0, 1.0, print)
+    search = autos._Search(load_recipe("recipes/quickstart.yaml"), "", Path(), [], time.monotonic() + 190.0, 1.0, print)
     assert search._share([good, weak]) == pytest.approx(170.0 * (0.125 + 0.75 * 16 / 17), abs=0.5)
     assert search._share([weak, weak]) == pytest.approx(85.0, abs=0.5)
     assert search._share([nothing, good]) == pytest.approx(170.0 / 8, abs=0.5)
@@ -182,7 +186,7 @@ def test_no_budgets(text: str) -> None:
 
 
 def test_texts_and_size_decide_what_is_tried(table: Path, tmp_path: Path) -> None:
-    recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
+    recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
     data = load_split(recipe.data, 0).dataset
     assert has_texts(data)
 
@@ -209,7 +213,7 @@ def test_the_budget_says_whether_a_model_is_tuned() -> None:
 
 
 def test_the_recipe_with_a_model_joins_it_with_the_parts(table: Path, tmp_path: Path) -> None:
-    recipe = autos._data(AutoOptions(table=str(table)), "walks-auto", tmp_path)
+    recipe = data_page(AutoOptions(table=str(table)), "walks-auto", tmp_path, lambda line: None)
     made = with_model(recipe, plan(4 * 3600, titles=True, device="cpu"))
     assert made.eval.arms == ("tuned",) and made.eval.fusion.model_users == 200 and made.train.steps > 600
     assert made.tasks.present()["sequential"].baselines == recipe.tasks.present()["sequential"].baselines
@@ -255,10 +259,71 @@ def test_a_table_whose_faults_can_be_mended_is_mended_in_the_run_folder(tmp_path
     before = (tmp_path / "orders.csv").read_bytes()
     asked = AutoOptions(table=str(tmp_path / "orders.csv"), items=str(tmp_path / "items.csv"))
     (tmp_path / "state").mkdir()
-    recipe = autos._data(asked, "orders-auto", tmp_path / "state")
+    recipe = data_page(asked, "orders-auto", tmp_path / "state", lambda line: None)
     data = load_split(recipe.data, 0).dataset
     assert data.items["s3"].title == "Thing 3" and len(data.interactions) == 100
     assert (tmp_path / "orders.csv").read_bytes() == before
+
+
+def test_rows_are_kept_where_nothing_needs_what_they_lack_and_lost_ones_are_told(tmp_path: Path) -> None:
+    rows = [
+        f"u{user},s{(user + step) % 12},{'' if step == 2 else 4},{'' if user == step == 0 else 10 * user + step}"
+        for user in range(20)
+        for step in range(5)
+    ]
+    (tmp_path / "orders.csv").write_text("\n".join(["user,product,stars,time", *rows]) + "\n", encoding="utf-8")
+    items = [f"s{n},{'' if n == 3 else f'Thing {n}'}" for n in range(11)]
+    (tmp_path / "items.csv").write_text("\n".join(["product,title", *items]) + "\n", encoding="utf-8")
+    asked = AutoOptions(table=str(tmp_path / "orders.csv"), items=str(tmp_path / "items.csv"))
+    (tmp_path / "state").mkdir()
+    told: list[str] = []
+    recipe = data_page(asked, "orders-auto", tmp_path / "state", told.append)
+    data = load_split(recipe.data, 0).dataset
+    lost = sum("s11," in row for row in rows) + 1
+    assert len(data.interactions) == 100 - lost and data.items["s3"].title == "s3" and data.name == "orders"
+    assert "1 rows without a time were left out" in told
+    assert any(line.startswith(f"{lost - 1} rows without an entry in ") for line in told)
+
+
+def test_whoever_has_few_interactions_is_served_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.commands.init.plan._CORE_ROWS", 100)
+    monkeypatch.setattr("llmrec.commands.init.plan._CORE_LEFT", 5)
+    draws = np.random.default_rng(1)
+    rows = [
+        f"u{user},s{item},{n}" for user in range(120) for n, item in enumerate(draws.permutation(15)[: 1 + user % 7])
+    ]
+    (tmp_path / "t.csv").write_text("\n".join(["user,item,time", *rows]) + "\n", encoding="utf-8")
+    (tmp_path / "state").mkdir()
+    recipe = data_page(AutoOptions(table=str(tmp_path / "t.csv")), "t-auto", tmp_path / "state", lambda line: None)
+    assert "user_core: " in (tmp_path / "state" / "table.yaml").read_text(encoding="utf-8")
+    assert load_split(recipe.data, 0).dataset.interactions["user_id"].n_unique() == 120
+
+
+def test_trials_belong_to_the_rows_of_the_table(table: Path, tmp_path: Path) -> None:
+    first = search_of(table, tmp_path / "a", FEW, 9.0, [])
+    same = search_of(table, tmp_path / "b", FEW, 9.0, [])
+    with table.open("a", encoding="utf-8") as file:
+        file.write("u0,i1,Tale number 1,999999\n")
+    grown = search_of(table, tmp_path / "c", FEW, 9.0, [])
+    assert first._key(FEW[0]) == same._key(FEW[0]) != grown._key(FEW[0])
+
+
+def test_dates_and_a_query_can_be_asked_for(tmp_path: Path) -> None:
+    rows = [f"u{user},s{(user + step) % 9},0{1 + step}/0{1 + user % 9}/2024" for user in range(20) for step in range(5)]
+    (tmp_path / "t.csv").write_text("\n".join(["user,item,day", *rows]) + "\n", encoding="utf-8")
+    (tmp_path / "state").mkdir()
+    asked = AutoOptions(table=str(tmp_path / "t.csv"), dates="month-first")
+    recipe = data_page(asked, "t-auto", tmp_path / "state", lambda line: None)
+    assert load_split(recipe.data, 0).dataset.interactions.height == 100
+    with closing(sqlite3.connect(tmp_path / "shop.db")) as shop:
+        shop.execute("CREATE TABLE sales (user TEXT, item TEXT, day TEXT)")
+        shop.executemany("INSERT INTO sales VALUES (?, ?, ?)", [row.split(",") for row in rows])
+        shop.commit()
+    asked = AutoOptions(
+        table=f"sqlite:///{tmp_path / 'shop.db'}", dates="day-first", query="SELECT * FROM sales WHERE item != 's0'"
+    )
+    recipe = data_page(asked, "t-auto", tmp_path / "state", lambda line: None)
+    assert 80 < load_split(recipe.data, 0).dataset.interactions.height < 100
 
 
 def test_a_folder_of_somebody_else_is_refused(table: Path, tmp_path: Path, few: None) -> None:

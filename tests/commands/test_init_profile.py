@@ -11,6 +11,8 @@ from datetime import datetime
 from pathlib import Path
 
 import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -403,7 +405,6 @@ SPOILERS: dict[str, tuple[str, Callable[[list[str]], list[str]], str]] = {
     "no stars in a row": ("stars", lambda cells: ["", *cells[1:]], "no number"),
     "no day in a row": ("day", lambda cells: [cells[0], "", *cells[2:]], "no time"),
     "no user in a row": ("user", lambda cells: ["", *cells[1:]], "the user"),
-    "no title": ("title", lambda cells: ["" if cell == cells[0] else cell for cell in cells], "no title"),
     "a timestamp of words": ("timestamp", lambda cells: ["at noon"] * len(cells), "no time"),
 }
 
@@ -430,6 +431,23 @@ def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -
         assert frame["stars"].to_list() == [star + 0.5 for star in STARS]
     if name == "day" and not done:
         assert [text[:10] for text in frame["day"]] == DAYS
+
+
+def test_fractions_of_seconds_stay_in_dates_that_are_not_iso(tmp_path: Path) -> None:
+    clocks = [f"31/05/2024 08:15:00.{n:03d}" for n in range(len(USERS))]
+    pl.DataFrame({"user": USERS, "item": ITEMS, "day": clocks}).write_csv(tmp_path / "t.csv")
+    part = peek(tmp_path / "t.csv")
+    frame, _ = mended(part.table, guess(part.table, Asked()), None, "item")
+    assert frame["day"][1] == "2024-05-31T08:15:00.001000" and frame["day"].n_unique() == len(USERS)
+
+
+def test_a_column_of_a_type_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    arrow = pa.table({"item": ITEMS, "user": pa.array([{"a": 1}] * len(ITEMS))})
+    pq.write_table(arrow, tmp_path / "t.parquet")
+    part = peek(tmp_path / "t.parquet")
+    for wanted, kind in ((Asked(), "missing-column"), (Asked(user="user"), "bad-value")):
+        with raises(DataError, Facts(kind, says=("'user'" if wanted.user else "user", "cannot be used"))):
+            guess(part.table, wanted)
 
 
 def test_a_second_table_is_joined_on_one_name(tmp_path: Path) -> None:

@@ -36,10 +36,15 @@ class AutoOptions:
     classic: Annotated[bool, About(help="Tune no language model, whatever the budget allows.")] = False
     user: Annotated[str | None, About(help="Column of users.")] = None
     item: Annotated[str | None, About(help="Column of items.")] = None
-    rating: Annotated[str | None, About(help="Column of ratings; none: leave them out.")] = None
+    rating: Annotated[str | None, About(help="Column of ratings, which nothing here reads; left out by default.")] = (
+        None
+    )
     time: Annotated[str | None, About(help="Column of times; none: the order of the rows.")] = None
     title: Annotated[str | None, About(help="Column of item titles; none: ids stand in.")] = None
     fields: Annotated[str | None, About(help="Further item columns, A,B; none: no such.")] = None
+    dates: Annotated[str | None, About(help="Order in dates such as 03/04/2024: day-first or month-first.")] = None
+    split: Annotated[str | None, About(help="Column of the parts train, valid and test; none: draw a split.")] = None
+    query: Annotated[str | None, About(help="What is asked of a database: one SELECT.")] = None
 
     @property
     def seconds(self) -> float:

@@ -16,10 +16,10 @@ from typing import Any
 from llmrec.commands.auto.model import MODEL, NONE, judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
-from llmrec.commands.auto.trial import Asked, Done, Tuning, data_of, done, trial_key
+from llmrec.commands.auto.table import MENDED, PAGE, PAGES, data_page
+from llmrec.commands.auto.trial import Asked, Done, Tuning, done, trial_key
 from llmrec.commands.init.page import SCHEMA
-from llmrec.commands.init.roles import asked
-from llmrec.commands.init.start import init, name_of
+from llmrec.commands.init.start import name_of
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import DataError, ModelError
 from llmrec.experiment.claiming import LOCK
@@ -46,9 +46,7 @@ _FIRST_SHARE = 0.15
 _POLL = 0.2
 _LATE, _SLOW = "its time was up", "its epochs are too slow for the time"
 # What is written into the folder of trials.
-_PAGE, _MENDED = "table.yaml", "table-mended.csv"
-_OWN = frozenset({_PAGE, _MENDED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
-_PAGES = (".yaml", ".yml")
+_OWN = frozenset({PAGE, MENDED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
 
 
 @dataclass
@@ -119,7 +117,7 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
     name, folder = _folder(options)
     state = folder / STATE
     with locked(state, _OWN.__contains__):
-        recipe = _data(options, name, state)
+        recipe = data_page(options, name, state, say)
         write_text(state / "data.yaml", dump(recipe))
         data = load_split(recipe.data, recipe.seed)
         say(
@@ -132,7 +130,9 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
         parts = parts_for(data.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
         planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
         say(planned.told)
-        search = _Search(recipe, state, parts, began + options.seconds - planned.seconds, options.seconds, say)
+        search = _Search(
+            recipe, data.fingerprint, state, parts, began + options.seconds - planned.seconds, options.seconds, say
+        )
         try:
             search.first()
             search.rest()
@@ -183,49 +183,11 @@ def told(made: Auto) -> str:
 
 def _folder(options: AutoOptions) -> tuple[str, Path]:
     """Return the name of the run, and its folder."""
-    if options.table.endswith(_PAGES):
+    if options.table.endswith(PAGES):
         name = options.name or f"{load_recipe(options.table).name}-auto"
     else:
         name = f"{name_of(options.name, options.table)}-auto"
     return name, options.out or Path("runs") / name
-
-
-def _data(options: AutoOptions, name: str, state: Path) -> Recipe:
-    """Return a recipe of the data alone."""
-    given = load_recipe(options.table) if options.table.endswith(_PAGES) else _looked_at(options, state)
-    return as_recipe(
-        {
-            "name": name,
-            "seed": given.seed,
-            "data": given.data.model_dump(mode="json"),
-            "tasks": {"sequential": {"strategies": ["search"]}},
-            "eval": {"arms": [], "backend": "hf", "users": options.users, "candidates": {"kind": "catalogue"}},
-        }
-    )
-
-
-def _looked_at(options: AutoOptions, state: Path) -> Recipe:
-    """Return what `init` makes of a table; where faults can be fixed, of a fixed copy."""
-    columns = asked(
-        user=options.user,
-        item=options.item,
-        rating=options.rating,
-        time=options.time,
-        title=options.title,
-        fields=options.fields,
-    )
-    page = state / _PAGE
-    init(
-        options.table,
-        items=options.items,
-        out=page,
-        name=options.name,
-        asked=columns,
-        mend=state / _MENDED,
-        force=True,
-        backend="hf",
-    )
-    return load_recipe(page)
 
 
 def _device() -> str | None:
@@ -256,6 +218,7 @@ class _Search:
     """Tries parts until the time is up, which leaves what the end takes."""
 
     recipe: Recipe
+    data: str  # the fingerprint of its split
     state: Path
     parts: Sequence[Part]
     deadline: float
@@ -378,7 +341,7 @@ class _Search:
         return self.state / "trials" / (part.label.replace(", ", "-").replace(" ", "-") + ".json")
 
     def _key(self, part: Part) -> str:
-        return trial_key(data_of(self.recipe), part.baseline, dict(part.fixed), _RESERVED)
+        return trial_key(self.data, part.baseline, dict(part.fixed), _RESERVED)
 
 
 @dataclass

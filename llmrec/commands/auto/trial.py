@@ -88,7 +88,7 @@ def _trials(stored: Mapping[str, Any]) -> list[Done]:
 
 
 def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float) -> str:
-    """Return what trials belong to; ``data`` is the recipe's section with its seed."""
+    """Return what trials belong to; ``data`` is the fingerprint of the split."""
     return key_of(llmrec=__version__, data=data, baseline=baseline, fixed=fixed, reserved=reserved)
 
 
@@ -99,10 +99,11 @@ def search(asked: Asked) -> None:
     from llmrec.recipe.load import load_recipe
 
     recipe = load_recipe(asked.recipe)
-    choosing, _ = halves(load_split(recipe.data, recipe.seed), asked.reserved)
+    data = load_split(recipe.data, recipe.seed)
+    choosing, _ = halves(data, asked.reserved)
     for place, part in enumerate(asked.parts):
         write_json(Path(asked.at), place)
-        key = trial_key(data_of(recipe), part.baseline, part.fixed, asked.reserved)
+        key = trial_key(data.fingerprint, part.baseline, part.fixed, asked.reserved)
         known = done(Path(part.out), key)
         if not (asked.first and (known or _slow(part, choosing, recipe.seed, key, asked.within))):
             _tune(part, choosing, recipe.seed, key, known, first=asked.first)
@@ -160,11 +161,6 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
 
     earlier = [Trial(each.parameters, {TABLE: each.value}) for each in known]
     tune(part.baseline, data, seed=seed, tables=(TABLE,), grid=grid | fixed, known=earlier, kept=keep)
-
-
-def data_of(recipe: Any) -> str:
-    """Return what trials depend on of a recipe."""
-    return json.dumps([recipe.data.model_dump(mode="json"), recipe.seed], sort_keys=True)
 
 
 if __name__ == "__main__":

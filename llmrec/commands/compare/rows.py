@@ -16,6 +16,7 @@ from llmrec.baselines.parameters import Hashes, hashes_of, weights_of
 from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
+from llmrec.durable import sha256_of
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.experiment.engines import Engines
@@ -54,7 +55,7 @@ _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
 }
 
 
-def _read_by(recipe: Recipe) -> dict[str, Any]:
+def _read_by(recipe: Recipe) -> Mapping[str, Any]:
     """Return a recipe, with hashes over what its keys name and over the code of plug-ins in it."""
     families = recipe.tasks.present()
     templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
@@ -64,7 +65,7 @@ def _read_by(recipe: Recipe) -> dict[str, Any]:
         "recipe": recipe.model_dump(mode="json"),
         "templates": {name: sorted(each.sha for each in own.values()) for name, own in templates.items()},
         "model": weights_of(recipe.model.name) if recipe.model.shape is None else None,
-        "encoders": [weights_of(each) for each in (recipe.encoder, index and index.semantic.encoder)],
+        "encoders": [weights_of(recipe.encoder), weights_of(index.semantic.encoder) if index is not None else None],
         "index": sha256_of(path) if path is not None and path.is_file() else None,
         **stamps([(TASKS, written(name)) for name in families]),
     }

@@ -25,7 +25,7 @@ from llmrec.commands.init.profile import (
     when,
 )
 from llmrec.commands.init.roles import ROLES, Asked, Roles, check_asked
-from llmrec.data.reading.columns import NONE
+from llmrec.data.reading.columns import NONE, check_usable
 from llmrec.data.reading.text import Table
 from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError
@@ -49,15 +49,21 @@ def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
     """
     profiles = profile(table, asked.dates)
     listed = profile(items) if items is not None else {}
+    for role in ROLES:
+        if (named := asked.of(role)) is not None and named not in listed:
+            check_usable(table, named, f"--{role}")
     check_asked(table.name, asked, profiles, listed)
-    return _Guess(table.name, profiles, asked, listed).roles()
+    return _Guess(table, profiles, asked, listed).roles()
 
 
 class _Guess:
     """One table's columns on their way to `Roles`."""
 
-    def __init__(self, name: str, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]) -> None:
-        self._name, self._profiles, self._asked, self._items = name, profiles, asked, items
+    def __init__(
+        self, table: Table, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]
+    ) -> None:
+        self._name, self._unusable = table.name, table.unusable
+        self._profiles, self._asked, self._items = profiles, asked, items
         self._why = {c: "you named it" for r in ROLES if (c := asked.of(r)) is not None and c != NONE}
         self._used = set(self._why) - ({asked.title} if asked.title else set())
         self._ties: dict[tuple[str, str], float | None] = {}
@@ -221,6 +227,7 @@ class _Guess:
             + (f" ({'; '.join(said)})" if said else "")
             + f"; say which it is with {' '.join(f'--{role} COLUMN' for role in missing)}. The columns of "
             f"{self._rows()} rows are: {columns}"
+            + "".join(f"; {shown(c)} holds {held}, which cannot be used" for c, held in self._unusable.items())
         )
 
     def _rows(self) -> int:

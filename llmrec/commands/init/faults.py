@@ -42,7 +42,7 @@ class Fault:
 
 
 def faults(found: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
-    """Return what the recipe could not read, in the order of rating, time, ids and titles.
+    """Return what the recipe could not read, in the order of rating, time and ids.
 
     Args:
         found: The interactions, or a part of them.
@@ -198,38 +198,7 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
                     kind="unknown-name",
                 )
             )
-    title = roles.title
-    if title is not None and title != roles.item:
-        untitled = _untitled(roles, items, column, title)
-        untitled = untitled.filter(untitled.is_in(kept.implode()))
-        if len(untitled):
-            first = int((mains == untitled[0]).arg_max() or 0)
-            listed.append(
-                Fault(
-                    title,
-                    found.place(first),
-                    f"{found.where(first)}: item {shown(untitled[0])!r} has no title in column {shown(title)!r} "
-                    f"({len(untitled)} of {len(kept)} items have none)",
-                    "rows whose item has no title are left out",
-                    "--title none takes the ids as titles",
-                    kind="missing-value",
-                )
-            )
     return listed
-
-
-def _untitled(roles: Roles, items: Table | None, column: str, title: str) -> pl.Series:
-    """Return the items without a title, where a title column is looked for first in the table of items."""
-    if items is not None and title in roles.items:
-        frame = pl.DataFrame({"item": texts(items, column), "title": roles.items[title].cells})
-        last = frame.unique("item", keep="last")
-        return last.filter(pl.col("title") == "")["item"]
-    frame = pl.DataFrame({"item": roles.profiles[roles.item].cells, "title": roles.profiles[title].cells})
-    return (
-        frame.group_by("item", maintain_order=True)
-        .agg((pl.col("title") == "").all().alias("none"))
-        .filter("none")["item"]
-    )
 
 
 def _place(found: Peek, held: Profile, row: int, what: str) -> str:
@@ -309,9 +278,6 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
     if items is not None:
         known = texts(items, item_column).unique()
         frame = _kept(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", done)
-    if roles.title is not None and roles.title != roles.item:
-        untitled = _untitled(roles, items, item_column, roles.title)
-        frame = _kept(frame, ~pl.col(item_column).is_in(untitled.implode()), "a title", done)
     return frame, done
 
 

@@ -157,7 +157,7 @@ def _iso(text: str) -> bool:
 
 
 _CLOCK = (
-    r"(?:(?:[ T,]|, )+(\d{1,2})[:.h](\d{2})(?:[:.](\d{2}))?(?:[.,]\d+)?\s*([ap]\.?m\.?)?"
+    r"(?:(?:[ T,]|, )+(\d{1,2})[:.h](\d{2})(?:[:.](\d{2}))?(?:[.,](\d+))?\s*([ap]\.?m\.?)?"
     r"\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})?)?$"
 )
 _DIGITS = re.compile(r"^(\d{1,4})([./-])(\d{1,2})\2\s?(\d{2,4})" + _CLOCK, re.IGNORECASE)
@@ -181,7 +181,7 @@ class _Fields:
     two: int
     year_first: bool | None
     dotted: bool
-    clock: tuple[int, int, int]
+    clock: tuple[int, int, int, int]
     zone: str
 
     def iso(self, order: str) -> str | None:
@@ -217,13 +217,13 @@ def _fields(text: str) -> _Fields | None:
     )
 
 
-def _clock(groups: Sequence[str | None]) -> tuple[tuple[int, int, int], str]:
-    hour, minute, second, half, zone = groups
+def _clock(groups: Sequence[str | None]) -> tuple[tuple[int, int, int, int], str]:
+    hour, minute, second, fraction, half, zone = groups
     hours = int(hour or 0)
     if half:
         hours = hours % 12 + (12 if half[0].lower() == "p" else 0)
     shift = "" if not zone else "+00:00" if zone[0] in "ZzUuGg" else zone if ":" in zone else f"{zone[:3]}:{zone[3:]}"
-    return (hours, int(minute or 0), int(second or 0)), shift
+    return (hours, int(minute or 0), int(second or 0), int((fraction or "0")[:6].ljust(6, "0"))), shift
 
 
 def _order(dates: Sequence[_Fields]) -> DateOrder | None:

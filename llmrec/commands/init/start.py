@@ -44,11 +44,13 @@ class Made:
         recipe: The file that it wrote.
         found: What it found and decided, ready to be printed.
         then: What to do with the recipe on the command line.
+        mended: What a copy of the table was made for, and the rows that it lacks; empty without one.
     """
 
     recipe: Path
     found: str
     then: str
+    mended: tuple[str, ...] = ()
 
     @property
     def told(self) -> str:
@@ -132,7 +134,7 @@ def init(
     plan, recipe, cut = _write(page, target, check=check, measure=measure)
     told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
     told += _hints(path, roles, items_path, used, plan, cut)
-    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)))
+    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)), tuple(notes))
 
 
 # --------------------------------------------------------------------------- files and names
@@ -381,6 +383,10 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
         hints.append(
             f"its columns are those of {', '.join(known)}: as data.source, that reads the files as they were "
             "published, with titles and terms (docs/data.md)"
+        )
+    if roles.title not in (None, roles.item) and plan.facts.with_title < 1:
+        hints.append(
+            f"{1 - plan.facts.with_title:.1%} of the titles are missing: the ids of these items stand in for them"
         )
     if roles.title is None:
         hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")

@@ -60,7 +60,9 @@ class RankOptions(RecommenderOptions):
     shards: Annotated[
         int | None, About(least=1, help="With --ray: pieces; default: as those that are there, else four an actor.")
     ] = None
-    restart: Annotated[bool, About(help="Drop what an earlier, killed run left.")] = False
+    restart: Annotated[
+        bool, About(help="Drop what an earlier, killed run left, and write over an output that was changed since.")
+    ] = False
 
     @property
     def source(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from llmrec.durable import Json, sha256_of, write_checked, write_json
+from llmrec.durable import Json, checked, sha256_of, write_checked, write_json
 from llmrec.errors import DataError
 
 
@@ -14,7 +14,15 @@ def summary_beside(out: Path) -> Path:
     return out.with_name(out.name + ".summary.json")
 
 
-def check_out(out: Path, reads: Sequence[Path | None], *, option: str, by: str, parts: Path | None = None) -> None:
+def check_out(
+    out: Path,
+    reads: Sequence[Path | None],
+    *,
+    option: str,
+    by: str,
+    parts: Path | None = None,
+    restart: bool = False,
+) -> None:
     """Refuse to write over anything but what the same command wrote.
 
     Args:
@@ -23,6 +31,7 @@ def check_out(out: Path, reads: Sequence[Path | None], *, option: str, by: str, 
         option: What names the output.
         by: The command.
         parts: Where parts of a killed call wait.
+        restart: Write over an output that was changed since.
 
     Raises:
         DataError: If the output cannot be written there.
@@ -35,9 +44,18 @@ def check_out(out: Path, reads: Sequence[Path | None], *, option: str, by: str, 
                 f"{option} {out} is one of the files that are read; name another", kind="exists", at=out, column=option
             )
     waits = parts is not None and parts.exists()
-    if out.exists() and not summary_beside(out).exists() and not waits:
+    if waits or not out.exists():
+        return
+    if not summary_beside(out).exists():
         raise DataError(
             f"{option} {out} exists and was not written by `llmrec {by}`; remove it, or name another file",
+            kind="exists",
+            at=out,
+            column=option,
+        )
+    if not restart and _recorded(out) != sha256_of(out):
+        raise DataError(
+            f"{option} {out} was changed since `llmrec {by}` wrote it; remove it, or name another file",
             kind="exists",
             at=out,
             column=option,
@@ -47,7 +65,15 @@ def check_out(out: Path, reads: Sequence[Path | None], *, option: str, by: str, 
 def outdate(out: Path) -> None:
     """Have merging make an output again, which stays until then: its summary names no inputs any more."""
     if summary_beside(out).is_file():
-        write_checked(summary_beside(out), {"key": ""})
+        write_checked(summary_beside(out), {"key": "", "sha256": _recorded(out)})
+
+
+def _recorded(out: Path) -> str | None:
+    """Return the hash of an output that its summary holds; None without one."""
+    try:
+        return str(checked(summary_beside(out).read_bytes())["sha256"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
 
 
 def write_summary(out: Path, told: Mapping[str, Json]) -> None:

@@ -117,7 +117,7 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
 def _rank_into(options: RankOptions) -> Mapping[str, Any]:
     form_of(options.target, options.form)
     reads = (options.source, options.items)
-    check_out(options.target, reads, option="--out", by="rank", parts=options.parts)
+    check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
     budget = Budget()
     with budget.stage("start"):
         source = open_requests(options.source, bare=options.bare)

@@ -61,7 +61,8 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
     form_of(options.target, options.form)
-    check_out(options.target, (options.source, options.items), option="--out", by="rank", parts=options.parts)
+    reads = (options.source, options.items)
+    check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
     folder, budget = shard_folder(options.target, shard), ranker.budget if ranker else Budget()
     before = dict(budget.stages)
     with budget.stage("start"):

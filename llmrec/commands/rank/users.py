@@ -52,8 +52,11 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
     _refuse_others(options)
     to = options.to
     kind = _kind(to)
-    if "://" not in to:
-        check_out(Path(to), (options.items,), option="--to", by="rank --all-users", parts=_parts(to))
+    if kind == "sqlite":
+        _check_sqlite(Path(to))
+    elif "://" not in to:
+        by = "rank --all-users"
+        check_out(Path(to), (options.items,), option="--to", by=by, parts=_parts(to), restart=options.restart)
     k = options.top or 10
     with ExitStack() as opened:
         rec = opened.enter_context(_opened(options))
@@ -186,6 +189,17 @@ def _write_sqlite(path: Path, table: pa.Table) -> None:
             )
             database.executemany(f"INSERT INTO {TABLE} VALUES (?, ?, ?, ?, ?, ?)", rows)
             database.execute(f"CREATE INDEX {TABLE}_by_user ON {TABLE} (user_id, rank)")
+    except sqlite3.Error as error:
+        raise DataError(f"--to {path}: {error}", kind="unreadable", at=path, column="--to") from None
+
+
+def _check_sqlite(path: Path) -> None:
+    """Refuse a database that cannot be written, before anything is ranked: see `_check_table`."""
+    if not path.exists():
+        return
+    try:
+        with closing(sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)) as database:
+            _check_table(path, database)
     except sqlite3.Error as error:
         raise DataError(f"--to {path}: {error}", kind="unreadable", at=path, column="--to") from None
 

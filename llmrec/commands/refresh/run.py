@@ -23,7 +23,7 @@ from llmrec.data.assemble import read_items, write_items
 from llmrec.data.dataset import SCHEMA, Dataset, conform
 from llmrec.data.described import described_items
 from llmrec.data.reading.table import read_table
-from llmrec.data.reading.typed import ids, numbers, times
+from llmrec.data.reading.typed import ids, numbers, per_second, since_1970, times
 from llmrec.data.sources.table import load
 from llmrec.data.split import halves, split, time_order
 from llmrec.durable import replacing, write_json
@@ -199,7 +199,7 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
         schema = {name: SCHEMA[name] for name in ("user_id", "item_id", "rating", "timestamp")}
         new = pl.DataFrame(found, schema=schema, orient="row").filter(~pl.col("item_id").is_in(list(removed)))
     else:
-        new = _events(options.events)
+        new = _later(_events(options.events), rows)
     strange = new.filter(~pl.col("item_id").is_in(list(items)))["item_id"].unique().sort().to_list()
     if strange:
         raise DataError(
@@ -240,6 +240,24 @@ def _events(path: str) -> pl.DataFrame:
     given["rating"] = numbers(read, "rating", "a rating") if "rating" in has else nothing
     given["timestamp"] = times(read, "timestamp") if "timestamp" in has else nothing
     return pl.DataFrame(given)
+
+
+def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    """Return new events with times in the unit of the known ones.
+
+    Without times of their own they come after these, in their order; of such events one of a known pair is known.
+    """
+    latest, least = rows["timestamp"].max(), new["timestamp"].max()
+    if not isinstance(latest, float):
+        return new
+    if isinstance(least, float):
+        if since_1970(latest) and since_1970(least):
+            return new.with_columns(pl.col("timestamp") * (per_second(latest) / per_second(least)))
+        return new
+    pair = ["user_id", "item_id"]
+    fresh = new.unique(pair, keep="first", maintain_order=True).join(rows, on=pair, how="anti", maintain_order="left")
+    after = (pl.int_range(1, pl.len() + 1) * per_second(latest)).cast(pl.Float64)
+    return fresh.with_columns(timestamp=latest + after)
 
 
 def _is_store(events: str) -> bool:

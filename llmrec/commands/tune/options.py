@@ -30,7 +30,8 @@ class TuneOptions:
         str | None,
         About(
             metavar="FAMILY/METRIC",
-            help="What decides, on validation users; default: the headline metric of the first of the recipe's families, in the order rating, sequential, direct, explanation, alignment, ctr, review, stars.",
+            help="What decides, on validation users; default: the headline metric of the first of the recipe's "
+            "families, in the order rating, sequential, direct, explanation, alignment, ctr, review, stars.",
         ),
     ] = None
     out: Annotated[Path | None, About(help="The folder of trials; runs/<name>-tune by default.")] = None

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
-from llmrec.data.reading.limits import enumerated
+import logging
+
+import polars as pl
+
+from llmrec.data.reading.limits import enumerated, shown
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, did_you_mean
+
+log = logging.getLogger(__name__)
 
 NONE = "none"
 """What a key of ``data.columns`` says where no column is meant, though one has the name that llmrec looks for."""
@@ -54,3 +60,27 @@ def check_usable(table: Table, column: str, key: str) -> None:
             f"numbers or dates, or name another column as {key}=...",
             column,
         )
+
+
+def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
+    """Refuse a table of users none of whom has interactions: its ids must be written otherwise.
+
+    Args:
+        name: Of the table.
+        own: Its users.
+        known: Users of the interactions.
+
+    Raises:
+        DataError: If it is one.
+    """
+    own, known = (each.cast(pl.String).unique() for each in (own, known))
+    found = int(known.is_in(own.implode()).sum())
+    if not found:
+        raise DataError.at(
+            name,
+            "mismatch",
+            f" (data.users): none of its {len(own)} users, such as {shown(str(own.sort()[0]))}, has an interaction; "
+            f"there users are called such as {shown(str(known.sort()[0]))}, so write their ids alike in both tables",
+        )
+    if 2 * found < len(known):
+        log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - found, len(known))

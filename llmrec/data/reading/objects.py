@@ -79,6 +79,9 @@ def _of_objects(
     names: dict[str, None] = {}
     nested: dict[str, Place] = {}
     plain: set[str] = set()
+    # Rows whose number is whole and written as 1.0, and columns of other fractions.
+    whole: dict[str, list[int]] = {}
+    fractions: set[str] = set()
     for place, record in records:
         known = len(names)
         names.update(dict.fromkeys(record))
@@ -95,6 +98,11 @@ def _of_objects(
                 nested.setdefault(key, place)
                 continue
             row[key] = _text(place, f", column {shown(key)}", key, value)
+            if isinstance(value, float):
+                if value.is_integer() and abs(value) < 2**53:
+                    whole.setdefault(key, []).append(len(rows))
+                else:
+                    fractions.add(key)
             if value is not None and value != []:
                 plain.add(key)
         rows.append(row)
@@ -108,6 +116,10 @@ def _of_objects(
     if nested:
         told = ", ".join(map(shown, nested))
         log.warning("%s: %d columns hold nested values and are left out: %s", name, len(nested), told)
+    for key, places in whole.items():
+        # As in any other table: an id is the same however a library spelled it.
+        for at in places if key not in fractions else ():
+            rows[at][key] = str(int(float(rows[at][key])))
     kept = [key for key in names if key not in nested]
     frame = pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in kept])
     return frame, dict.fromkeys(nested, "nested values")

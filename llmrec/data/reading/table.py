@@ -21,6 +21,7 @@ from llmrec.data.reading.packed import PACKED, only_member
 from llmrec.data.reading.parquet import parquet
 from llmrec.data.reading.sheets import SHEETS, sheet_of, split_sheet
 from llmrec.data.reading.text import Table, check_path, delimited, read_bytes
+from llmrec.data.reading.typed import as_whole
 from llmrec.errors import DataError
 
 ATOMIC = (".inter", ".item", ".user")
@@ -202,4 +203,6 @@ def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> p
     if all(isinstance(part.dtype, pl.Enum) for part in parts):
         return stacked(name, parts)
     plain = [part.cast(pl.String) if isinstance(part.dtype, pl.Enum) else part for part in parts]
+    if any(part.dtype == pl.String for part in plain):
+        plain = [as_whole(part) for part in plain]
     return pl.concat([part.to_frame(name) for part in plain], how="vertical_relaxed")[name]

@@ -47,14 +47,21 @@ def texts(rows: Rows, column: str) -> pl.Series:
     series = rows.column(column)
     if isinstance(series.dtype, pl.List):
         series = series.list.join(", ")
-    elif series.dtype.is_float():
-        # Whole numbers turn into floats on their way through other libraries; ids must survive that.
-        series = series.fill_nan(None)
-        whole = ((series == series.round(0)) & (series.abs() < 2**53)).all()
-        series = series.cast(pl.Int64) if whole else series
-    found = series.cast(pl.String).fill_null("")
+    found = as_whole(series).cast(pl.String).fill_null("")
     _no_nul(rows, column, found)
     return found
+
+
+def as_whole(series: pl.Series) -> pl.Series:
+    """Return floats that are all whole as integers, and anything else as it is.
+
+    Whole numbers turn into floats on their way through other libraries; ids must survive that.
+    """
+    if not series.dtype.is_float():
+        return series
+    series = series.fill_nan(None)
+    whole = ((series == series.round(0)) & (series.abs() < 2**53)).all()
+    return series.cast(pl.Int64) if whole else series
 
 
 def unescaped(rows: Rows, column: str) -> pl.Series:
@@ -169,12 +176,51 @@ def times(rows: Rows, column: str) -> pl.Series:
             )
         return seconds
     if series.dtype != pl.String or _floats(series[:1])[0] is not None:
-        return numbers(rows, column, "time")
+        return _one_unit(rows, column, numbers(rows, column, "time"))
     text = series.fill_null("").str.strip_chars()
     found = _iso(text)
     odd = found.is_null().arg_true()
     read = [_seconds(rows, column, row, said) for row, said in zip(odd.to_list(), text.gather(odd), strict=True)]
     return found.scatter(odd, read) if read else found
+
+
+# Since 1970, from 1973 on: what later times begin at in seconds, milliseconds, microseconds and nanoseconds.
+_UNITS = {"seconds": 1e8, "milliseconds": _MILLISECONDS_FROM, "microseconds": 1e14, "nanoseconds": 1e17}
+
+
+def per_second(latest: float) -> float:
+    """Return units of time in a second, by the latest time of a table: 1, or more where it can be no seconds."""
+    begins = [begin for name, begin in _UNITS.items() if name != "seconds"]
+    return 1000.0 ** sum(latest >= begin for begin in begins)
+
+
+def since_1970(latest: float) -> bool:
+    """Whether the latest time of a table looks like one since 1970, in whatever unit, and not like an order."""
+    return latest >= _UNITS["seconds"]
+
+
+def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
+    """Return numbers as they are, if those that look like times since 1970 have one unit.
+
+    Raises:
+        DataError: If not: a row of the other unit would come before or after all others, whenever it was.
+    """
+    begins = [*_UNITS.values(), float("inf")]
+    place = {
+        unit: at
+        for unit, low, high in zip(_UNITS, begins, begins[1:], strict=False)
+        if (at := _first((found >= low) & (found < high))) is not None
+    }
+    if len(place) < 2:
+        return found
+    (first, _), (other, at) = sorted(place.items(), key=lambda each: each[1])[:2]
+    raise DataError.at(
+        rows.where(at),
+        "bad-value",
+        f": the time in column {column!r} is {found[at]:.15g}, which looks like {other} since 1970, and those before "
+        f"it like {first}; write all rows in one unit",
+        column,
+    )
 
 
 def _iso(text: pl.Series) -> pl.Series:
