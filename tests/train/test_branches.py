@@ -85,9 +85,10 @@ def test_every_row_of_a_list_family_is_a_window() -> None:
     assert shapes == {True, False}
 
 
-@pytest.mark.parametrize("family", ["sequential", "rating"])
-def test_a_past_that_is_chosen_for_the_question_is_shared_with_nobody(family: str) -> None:
-    assert make_task(family, **ONE).branches and not make_task(family, **ONE, past="summary").branches
+@pytest.mark.parametrize(("family", "template"), [("sequential", "next-title"), ("rating", "rate-next")])
+def test_a_past_that_is_summed_up_for_the_question_is_shared_with_nobody(family: str, template: str) -> None:
+    plain, summed = (make_task(family, templates=(template,), history=3, past=past) for past in ("latest", "summary"))
+    assert plain.branches and not summed.branches
 
 
 def test_users_whom_no_family_knows_are_an_error(encoder: Encoder) -> None:

@@ -283,7 +283,7 @@ def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
 def _alike(one: Line, other: Line) -> bool:
     """Whether a baseline has the same values in two runs, but for what another order of additions makes of them."""
     metric = one.table[1]
-    return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6)
+    return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
 
 
 def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Line]]:
