@@ -165,11 +165,25 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
     for size, asked in calls.items():
         asker = Prompting(backend=backend, task=posed.task, template=posed.way.template, batch=len(asked))
         strategy: Any = strategy_of(posed.way.strategy, asker, **posed.way.options)
-        answers = _two_steps(strategy, asked, encoder) if posed.way.strategy == TWO_STEP else strategy.answer(asked)
+        answers = _two_steps(strategy, asked, encoder) if posed.way.strategy == TWO_STEP else _each(strategy, asked)
         for n, answer in zip(owners[size], answers, strict=True):
             _add(found[n], answer)
     for n in part:
         yield _result(posed, n, found[n])
+
+
+def _each(strategy: Any, asked: Sequence[Request]) -> list[Answer]:
+    """Ask; a question that is too long all the same, see `_longest`, fails its own request alone."""
+    try:
+        answers: list[Answer] = strategy.answer(asked)
+        return answers
+    except BackendError as error:
+        if error.kind != "too-large":
+            raise
+        if len(asked) == 1:
+            return [Unparsed(request_id=asked[0].id, reason=str(error))]
+        half = len(asked) // 2
+        return [*_each(strategy, asked[:half]), *_each(strategy, asked[half:])]
 
 
 def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Answer]:
@@ -216,7 +230,7 @@ def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterato
         yield task.prompt(request, template=way.template, want="ranking"), [list_room(len(pool))]
         return
     if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
-        # The longest titles in one question: no other one can be longer.
+        # The longest titles in one question. By letters: what takes more tokens all the same is found when it is asked.
         longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
         prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
         yield prompt, [list_room(len(pool)) if count.want == "ranking" else _LABEL]

@@ -87,16 +87,17 @@ class Labels:
     distinct: tuple[int, ...]
 
 
-def single_token_labels(tails: Sequence[tuple[int, ...]]) -> Labels | None:
+def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> Labels | None:
     """Return how labels differ if they do so in exactly one last token, else None.
 
     A shared first token (some tokenizers write ``" 4"`` as a space and a digit) is moved into the prompt; it adds
-    the same amount to every label, so order and normalised distribution stay exact.
+    the same amount to every label, so order and normalised distribution stay exact. Texts that are closed are scored
+    whole, and may be compared with those of another call: of them none may be left out.
     """
     if len(tails) < 2 or len({len(tail) for tail in tails}) != 1 or not tails[0]:
         return None
     shared = tails[0][:-1]
     distinct = tuple(tail[-1] for tail in tails)
-    if any(tail[:-1] != shared for tail in tails) or len(set(distinct)) != len(distinct):
+    if closed and shared or any(tail[:-1] != shared for tail in tails) or len(set(distinct)) != len(distinct):
         return None
     return Labels(shared, distinct)

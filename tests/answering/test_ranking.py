@@ -533,6 +533,28 @@ def test_a_complete_output_is_not_made_again(
     assert not chosen.parts.exists()
 
 
+def test_a_question_that_is_too_long_fails_its_own_line_alone(llama_folder: Path, tmp_path: Path) -> None:
+    titles = {
+        "plain": ["Heat 2", "Casino"],
+        # Fewer letters than another title, and far more tokens.
+        "long": ["The user chose and ranked the candidates in order", "千と千尋の神隠しと風の谷のナウシカ、となりのトトロ"],
+    }
+    asked = [
+        {"id": name, "history": [{"item_id": "h", "title": "Heat"}], "candidates": [{"title": each} for each in own]}
+        for name, own in titles.items()
+    ]
+    path, items = jsonl(tmp_path / "in.jsonl", asked), items_csv(tmp_path)
+    more = {"items": items, "task": "direct", "template": "shortlist", "strategy": "pointwise-yes"}
+    seen = []
+    for limit in (130, 160, 260):
+        rank_file(options(llama_folder, path, tmp_path / f"{limit}.jsonl", max_length=limit, **more))
+        plain, long = lines(tmp_path / f"{limit}.jsonl")
+        assert len(plain["items"]) == 2 and not plain["error"], limit
+        seen.append(bool(long["error"]))
+        assert "fit" in long["error"] if seen[-1] else len(long["items"]) == 2
+    assert seen == sorted(seen, reverse=True) and seen[0] and not seen[-1]
+
+
 def test_limit_and_top(llama_folder: Path, tmp_path: Path, small_parts: None) -> None:
     path = jsonl(tmp_path / "in.jsonl", records(COUNT))
     items = items_csv(tmp_path)

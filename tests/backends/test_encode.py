@@ -115,13 +115,17 @@ def test_pieces_end_at_lines_and_at_targets() -> None:
 
 
 def test_labels_that_differ_in_one_token() -> None:
-    found = single_token_labels([(7, 1), (7, 2), (7, 3)])
+    found = single_token_labels([(7, 1), (7, 2), (7, 3)], closed=False)
     assert found is not None
     assert (found.shared, found.distinct) == ((7,), (1, 2, 3))
-    assert single_token_labels([(1,), (2, 3)]) is None
-    assert single_token_labels([(1, 2), (3, 2)]) is None
-    assert single_token_labels([(1,), (1,)]) is None
-    assert single_token_labels([(1,)]) is None
+    for closed in (False, True):
+        assert single_token_labels([(1,), (2, 3)], closed=closed) is None
+        assert single_token_labels([(1, 2), (3, 2)], closed=closed) is None
+        assert single_token_labels([(1,), (1,)], closed=closed) is None
+        assert single_token_labels([(1,)], closed=closed) is None
+    # What whole texts share belongs to their scores.
+    assert single_token_labels([(7, 1), (7, 2)], closed=True) is None
+    assert single_token_labels([(1,), (2,)], closed=True) is not None
 
 
 def test_a_catalogue_holds_closed_answers_and_a_large_one_is_kept(

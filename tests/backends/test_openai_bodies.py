@@ -17,6 +17,7 @@ import pytest
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.server import client, read
 from llmrec.backends.server.client import Wire
+from llmrec.backends.server.requests import completion_body, likelihood_body
 from llmrec.backends.server.spending import Spending, usage
 from llmrec.errors import BackendError
 from llmrec.types import Cost
@@ -28,6 +29,13 @@ httpx = pytest.importorskip("httpx")
 
 SECRET = "sk-not-for-the-page-1234567890"
 MIB = 2**20
+
+
+def test_further_keys_are_in_every_request() -> None:
+    asked = section("http://x", extra={"temperature": None, "seed": 7})
+    body = likelihood_body(asked, [[1, 2]])
+    assert body == {"model": "films", "seed": 7, "prompt": [[1, 2]], "max_tokens": 1, "echo": True, "logprobs": 1}
+    assert completion_body(section("http://x", extra={"seed": 7}), [1], room=3)["seed"] == 7
 
 
 class Endless(httpx.AsyncByteStream):  # type: ignore[misc, name-defined]

@@ -11,6 +11,7 @@ import transformers as hub
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
+from llmrec.backends.search import single_token_labels
 from llmrec.models.from_scratch import write
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import ModelSection, ShapeSection
@@ -70,6 +71,18 @@ def test_scores_are_those_of_one_prompt_after_the_other(loaded: tuple[Any, Encod
         for one, other in zip(expected, found, strict=True):
             assert other.logprobs == pytest.approx(one.logprobs, abs=2e-3)
             assert (other.tokens, other.prompt_tokens, other.engine) == (one.tokens, one.prompt_tokens, one.engine)
+
+
+def test_the_score_of_a_text_does_not_depend_on_what_it_shares_with_others(loaded: tuple[Any, Encoder]) -> None:
+    model, encoder = loaded
+    prompt = Prompt(messages=PROMPTS[0].messages, stop="")
+    ids, alike = encoder.prompt(prompt), ("Toy Story 2", "Toy Story 3")
+    # They differ in their last token alone.
+    assert single_token_labels(encoder.continuations(prompt, ids, alike, closed=True), closed=False)
+    for wide in (False, True):
+        backend = HFBackend(model, encoder, wide=wide)
+        two, three = (backend.score([prompt], [texts])[0] for texts in (alike, (*alike, "Casino")))
+        assert two.logprobs == pytest.approx(three.logprobs[:2], abs=2e-3) and two.tokens == three.tokens[:2]
 
 
 def test_a_batch_takes_two_passes_and_holds_no_more_tokens_than_it_may(llama_folder: Path) -> None:

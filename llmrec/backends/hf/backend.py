@@ -124,15 +124,15 @@ class HFBackend:
             for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
         ]
         if self._wide and self._states and self.exits is None:
-            return self._score_wide(encoded, tails)
+            return self._score_wide(encoded, tails, closed=closed)
         scores: list[Scores | None] = [None] * len(prompts)
         # Prompts that begin alike stand together, so that what they share is read once.
         for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
-            scores[i] = self._score_one(encoded[i], tails[i])
+            scores[i] = self._score_one(encoded[i], tails[i], closed=closed)
         return [each for each in scores if each is not None]
 
-    def _score_one(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> Scores:
-        labels = None if self._paired else single_token_labels(tails)
+    def _score_one(self, ids: list[int], tails: Sequence[tuple[int, ...]], *, closed: bool) -> Scores:
+        labels = None if self._paired else single_token_labels(tails, closed=closed)
         if labels is not None:
             each = [(token,) for token in labels.distinct]
             if self.exits is not None:
@@ -145,11 +145,13 @@ class HFBackend:
             return _scores(self._score_packed(ids, tails), ids, tails, "hf:tree")
         return _scores(self._score_rows(ids, tails), ids, tails, "hf:rows")
 
-    def _score_wide(self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[Scores]:
+    def _score_wide(
+        self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]], *, closed: bool
+    ) -> list[Scores]:
         """Score the candidates of many prompts in each pass; batches hold prompts of similar length."""
         trees = self._reads_trees()
         engine = MaskedTree(self.model, self.encoder.tokenizer.pad_token_id) if trees else self._rows_tree()
-        labels = [None if self._paired else single_token_labels(own) for own in tails]
+        labels = [None if self._paired else single_token_labels(own, closed=closed) for own in tails]
         prompts = [ids if one is None else [*ids, *one.shared] for ids, one in zip(encoded, labels, strict=True)]
         behind = [
             own if one is None else [(token,) for token in one.distinct] for own, one in zip(tails, labels, strict=True)

@@ -194,7 +194,7 @@ class OpenAIBackend:
         assert self._encoder is not None
         ids = self._encoder.prompt(asked.prompt)
         tails = self._encoder.continuations(asked.prompt, ids, texts, closed=closed)
-        labels = single_token_labels(tails)
+        labels = single_token_labels(tails, closed=closed)
         if labels is not None and self.offers.named:
             return lambda: self._named(asked, ids, labels)
         if labels is not None and self.offers.top:

@@ -20,7 +20,7 @@ def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: i
 def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Json]:
     """Return a request for the log-probabilities of whole rows of token ids."""
     keys: dict[str, Json] = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
-    return {"model": section.model, "temperature": 0, **keys}
+    return _with_extra(section, keys)
 
 
 def chat_body(

@@ -168,7 +168,7 @@ class VLLMBackend:
             self.encoder.continuations(prompt, ids, texts, closed=closed)
             for prompt, ids, texts in zip(prompts, encoded, candidates, strict=True)
         ]
-        labels = [single_token_labels(group) for group in tails]
+        labels = [single_token_labels(group, closed=closed) for group in tails]
         results: list[Scores | None] = [None] * len(prompts)
         easy = [i for i, found in enumerate(labels) if found is not None and len(found.distinct) <= _MAX_IDS]
         hard = [i for i in range(len(prompts)) if i not in set(easy)]
