@@ -26,7 +26,7 @@ from llmrec.recipe.load import load_stored
 from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.listwise import list_room
-from llmrec.types import Answer, Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
+from llmrec.types import Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
 
 __all__ = ["ITEMS", "Asking", "catalogue", "choose_way", "first_prompt", "notes_of", "rank_requests"]
 
@@ -172,10 +172,10 @@ def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encode
         yield _result(posed, n, found[n])
 
 
-def _each(strategy: Any, asked: Sequence[Request]) -> list[Answer]:
+def _each(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unparsed]:
     """Ask; a question that is too long all the same, see `_longest`, fails its own request alone."""
     try:
-        answers: list[Answer] = strategy.answer(asked)
+        answers: list[Ranking | Unparsed] = strategy.answer(asked)
         return answers
     except BackendError as error:
         if error.kind != "too-large":
@@ -186,13 +186,13 @@ def _each(strategy: Any, asked: Sequence[Request]) -> list[Answer]:
         return [*_each(strategy, asked[:half]), *_each(strategy, asked[half:])]
 
 
-def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Answer]:
+def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
     """Ask in two steps; a profile that cannot be put into the second prompt fails its own request alone.
 
     What a model writes is known only between the steps, so the second prompts are looked at where they are refused.
     """
     try:
-        answers: list[Answer] = strategy.answer(asked)
+        answers: list[Ranking | Unparsed] = strategy.answer(asked)
         return answers
     except BackendError:
         faults = {n: fault for n, request in enumerate(asked) if (fault := _fault(strategy, request, encoder))}

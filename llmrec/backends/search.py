@@ -98,6 +98,6 @@ def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> La
         return None
     shared = tails[0][:-1]
     distinct = tuple(tail[-1] for tail in tails)
-    if closed and shared or any(tail[:-1] != shared for tail in tails) or len(set(distinct)) != len(distinct):
+    if (closed and shared) or any(tail[:-1] != shared for tail in tails) or len(set(distinct)) != len(distinct):
         return None
     return Labels(shared, distinct)

@@ -537,7 +537,10 @@ def test_a_question_that_is_too_long_fails_its_own_line_alone(llama_folder: Path
     titles = {
         "plain": ["Heat 2", "Casino"],
         # Fewer letters than another title, and far more tokens.
-        "long": ["The user chose and ranked the candidates in order", "千と千尋の神隠しと風の谷のナウシカ、となりのトトロ"],
+        "long": [
+            "The user chose and ranked the candidates in order",
+            "千と千尋の神隠しと風の谷のナウシカ、となりのトトロ",
+        ],
     }
     asked = [
         {"id": name, "history": [{"item_id": "h", "title": "Heat"}], "candidates": [{"title": each} for each in own]}
