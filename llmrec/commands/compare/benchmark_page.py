@@ -248,12 +248,17 @@ def _labels(front: Sequence[BenchmarkLine], metric: str, x: Any, y: Any) -> list
         while any(abs(height - other) < _NAME and begin < to and start < begin + width for start, to, other in taken):
             height -= _NAME
         taken.append((begin, begin + width, height))
-        parts.append(_text(at - 10 if left else at + 10, height, name, anchor="end" if left else "start"))
+        # A line that passes behind it stops short of it.
+        anchor = "end" if left else "start"
+        parts.append(_text(at - 10 if left else at + 10, height, name, anchor=anchor, halo=True))
     return parts
 
 
-def _text(x: float, y: float, text: str, *, size: int = 13, ink: str = _INK, anchor: str = "start") -> str:
+def _text(
+    x: float, y: float, text: str, *, size: int = 13, ink: str = _INK, anchor: str = "start", halo: bool = False
+) -> str:
     look = f'font-family="system-ui, Segoe UI, Helvetica, sans-serif" font-size="{size}" fill="{ink}"'
+    look += f' stroke="{_BACK}" stroke-width="4" paint-order="stroke"' if halo else ""
     return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}" {look}>{escape(text)}</text>'
 
 
