@@ -14,6 +14,7 @@ from datetime import UTC, date, datetime
 from decimal import Decimal
 from functools import lru_cache
 from itertools import pairwise
+from typing import TypeGuard
 
 from llmrec.data.reading.limits import ID_LIMIT
 from llmrec.errors import DataError, did_you_mean
@@ -254,7 +255,7 @@ def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remar
         fields = _fields(where, entry)
     elif catalogue is None:
         item_id, fields = None, {}
-        title = str(entry) if _whole(entry) else _text(where, entry)
+        title = str(entry) if whole(entry) else _text(where, entry)
     else:
         item_id, title, fields = _optional_id(where, entry), "", {}
     known = None if catalogue is None or item_id is None else catalogue.get(item_id)
@@ -316,7 +317,7 @@ def _profile(said: object) -> tuple[str, dict[str, str]]:
     # What a frame lacks is NaN there.
     known = {name: value for name, value in said.items() if value is not None and value == value}
     given = {clean(_text("profile", name)): value for name, value in known.items()}
-    told = {name: str(int(value) if _whole(value) else value) for name, value in given.items() if _plain(value)}
+    told = {name: str(int(value) if whole(value) else value) for name, value in given.items() if _plain(value)}
     if len(told) < len(given):
         name = next(name for name in given if name not in told)
         said = f"profile: {name[:60]!r} is {_kind(given[name])}; give a text or a number"
@@ -332,8 +333,8 @@ def _optional_id(what: str, value: object) -> str | None:
     """Return an id as text; whole numbers are ids too, also where a library made floats of them."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
-    if _whole(value):
-        return str(int(value))  # type: ignore[call-overload]
+    if whole(value):
+        return str(int(value))
     if not isinstance(value, str):
         raise DataError(f"{what} is {_kind(value)}; give a text or a whole number", kind="bad-value", column=what)
     if len(value) > ID_LIMIT:
@@ -347,7 +348,8 @@ def _optional_id(what: str, value: object) -> str | None:
     return value if value.strip() else None
 
 
-def _whole(value: object) -> bool:
+def whole(value: object) -> TypeGuard[int | float]:
+    """Whether a value of JSON is a whole number, which ids may be."""
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 

@@ -12,6 +12,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstr
 from pydantic_core import PydanticCustomError
 
 from llmrec.data.reading.limits import ID_LIMIT
+from llmrec.data.requests import whole
 
 MOST_EVENTS = 1000
 """Events of a history in one request."""
@@ -36,9 +37,7 @@ LARGEST = 2**53 - 1
 
 def _number_as_text(value: object) -> object:
     """Return a whole number as the text that files read it as; anything else as it is."""
-    if isinstance(value, int | float) and not isinstance(value, bool) and value == value // 1 and abs(value) <= LARGEST:
-        return str(int(value))
-    return value
+    return str(int(value)) if whole(value) and abs(value) <= LARGEST else value
 
 
 _Whole = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]

@@ -16,7 +16,7 @@ from typing import Any
 from llmrec.commands.auto.model import MODEL, NONE, judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
-from llmrec.commands.auto.table import MENDED, PAGE, PAGES, data_page
+from llmrec.commands.auto.table import FIXED, PAGE, PAGES, data_page
 from llmrec.commands.auto.trial import Asked, Done, Tuning, done, trial_key
 from llmrec.commands.init.page import SCHEMA
 from llmrec.commands.init.start import name_of
@@ -46,7 +46,7 @@ _FIRST_SHARE = 0.15
 _POLL = 0.2
 _LATE, _SLOW = "its time was up", "its epochs are too slow for the time"
 # What is written into the folder of trials.
-_OWN = frozenset({PAGE, MENDED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
+_OWN = frozenset({PAGE, FIXED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
 
 
 @dataclass

@@ -11,7 +11,7 @@ from llmrec.commands.init.start import init, name_of
 from llmrec.recipe.load import as_recipe, load_recipe
 from llmrec.recipe.schema import Recipe
 
-PAGE, MENDED = "table.yaml", "mended"
+PAGE, FIXED = "table.yaml", "fixed"
 """What is written into the folder of trials: what `init` made, and a folder of a copy without faults."""
 PAGES = (".yaml", ".yml")
 
@@ -54,12 +54,12 @@ def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) ->
         out=page,
         name=options.name,
         asked=columns,
-        mend=state / MENDED / f"{name_of(options.name, options.table)}.csv",
+        mend=state / FIXED / f"{name_of(options.name, options.table)}.csv",
         force=True,
         backend="hf",
         query=options.query,
         measure=False,
     )
-    for note in made.mended:
+    for note in made.fixes:
         say(note)
     return load_recipe(page)

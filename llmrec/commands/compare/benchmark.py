@@ -272,12 +272,12 @@ def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
         return
     if known.requests != line.requests:
         raise RecipeError(f"{line.name}: two runs of one table {_UNEQUAL}", kind="mismatch")
-    if not line.label and known.run != line.run and not _alike(known, line):
-        # Such as a fusion of other parts.
-        _add(lines, replace(line, name=f"{line.name} · {line.run}"))
     if line.label:
         known.figures += line.figures
         known.values += line.values
+    elif known.run != line.run and not _alike(known, line):
+        # Such as a fusion of other parts.
+        _add(lines, replace(line, name=f"{line.name} · {line.run}"))
 
 
 def _alike(one: Line, other: Line) -> bool:

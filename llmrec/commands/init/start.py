@@ -44,13 +44,13 @@ class Made:
         recipe: The file that it wrote.
         found: What it found and decided, ready to be printed.
         then: What to do with the recipe on the command line.
-        mended: What a copy of the table was made for, and the rows that it lacks; empty without one.
+        fixes: What a copy of the table was made for, and the rows that it lacks; empty without one.
     """
 
     recipe: Path
     found: str
     then: str
-    mended: tuple[str, ...] = ()
+    fixes: tuple[str, ...] = ()
 
     @property
     def told(self) -> str:

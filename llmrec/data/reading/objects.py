@@ -116,9 +116,9 @@ def _of_objects(
     if nested:
         told = ", ".join(map(shown, nested))
         log.warning("%s: %d columns hold nested values and are left out: %s", name, len(nested), told)
-    for key, places in whole.items():
-        # As in any other table: an id is the same however a library spelled it.
-        for at in places if key not in fractions else ():
+    # As in any other table: an id is the same however a library spelled it.
+    for key in whole.keys() - fractions:
+        for at in whole[key]:
             rows[at][key] = str(int(float(rows[at][key])))
     kept = [key for key in names if key not in nested]
     frame = pl.DataFrame([pl.Series(key, [row.get(key, "") for row in rows], pl.String) for key in kept])
