@@ -117,7 +117,6 @@ lint: setup
 	$(BIN)/lint-imports
 	$(BIN)/python -m tests.structure
 	$(BIN)/python -m tests.licences
-	$(BIN)/python -m tests.words
 	@! command -v hadolint >/dev/null || (set -x; hadolint docker/Dockerfile.*)
 	$(BIN)/check-jsonschema --builtin-schema vendor.compose-spec docker/compose.yaml docker/compose.serve.yaml
 	$(BIN)/check-jsonschema --builtin-schema vendor.citation-file-format CITATION.cff

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import experiments, index_collisions, record, scaling, search_plots
-from eval.benchmarks.faults import table as faults
 from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
 from llmrec.commands.compare.pages import own_pages
 from llmrec.commands.compare.slices_page import slices_page
@@ -46,7 +45,6 @@ def wanted(root: Path) -> dict[str, str]:
             "collisions:table": index_collisions.collisions_table(_read(results / "index_collisions.json")["rows"]),
             "leak:table": index_collisions.leak_table(_read(results / "index_leak.json")),
         },
-        "docs/tested.md": {"faults:table": faults.table(_read(results / "faults.json"))},
         "README.md": {"quickstart:table": record.table(_read(results / "quickstart.json"))},
     }
     for name, own in parts.items():
