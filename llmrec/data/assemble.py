@@ -31,6 +31,8 @@ _ROW, _PART = "_row", "_part"
 # What tables write where there is no user, and the share of all rows that nobody has among so many users.
 _NOBODY = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
 _LARGE, _SEVERAL = 0.2, 20
+# Ids that may look like another one.
+_NOT_PLAIN = r"^\s|\s$|[^\x00-\x7f]"
 
 
 def assemble(
@@ -67,6 +69,7 @@ def assemble(
     frame = frame.with_columns(pl.lit(0, pl.Int8).alias(_PART) if parts is None else parts.alias(_PART))
     _short_ids(table, frame)
     _one_for_many(table, frame)
+    _look_alike(table, frame)
     frame = _without_repeats(section, table, frame)
     _all_known(table, frame, items)
     scale = _scale(section, table, frame, scale)
@@ -122,6 +125,28 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
             "another column as the user",
             *(table.name, shown(user), count, frame.height),
         )
+
+
+def _look_alike(table: Table, frame: pl.DataFrame) -> None:
+    """Warn of ids that differ only in what is not seen: blanks around them, invisible characters, composed letters."""
+    for column in _PAIR:
+        names, found = codes(frame[column])
+        odd = names.filter(names.str.contains(_NOT_PLAIN))
+        seen = odd.str.replace_all(r"\p{Cf}", "").str.normalize("NFC").str.strip_chars()
+        plain = names.filter(names.is_in(seen.implode())) if len(odd) else odd
+        alike = pl.DataFrame({"name": pl.concat([odd, plain]), "seen": pl.concat([seen, plain])}).unique()
+        if alike["seen"].n_unique() == alike.height:
+            continue
+        # Of codes not every value need occur.
+        alike = alike.filter(pl.col("name").is_in(names.gather(np.unique(found)).implode()))
+        alike = alike.filter(pl.len().over("seen") > 1).sort("seen", "name")
+        if not alike.is_empty():
+            what = column.removesuffix("_id")
+            log.warning(
+                "%s: %d %ss differ from others only in blanks around them or in characters that are not seen, such as "
+                "%s and %s, and count as different; if they are the same, write their ids alike",
+                *(table.name, alike.height, what, ascii(alike["name"][0]), ascii(alike["name"][1])),
+            )
 
 
 def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) -> pl.DataFrame:

@@ -20,6 +20,7 @@ from data_cases import section
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from llmrec.commands.init.start import init
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import delimited
 from llmrec.data.sources.table import load
@@ -473,6 +474,29 @@ def test_bad_parquet_rows(tmp_path: Path, column: str, values: list[object], fac
     base: dict[str, list[object]] = {"user_id": ["a", "b"], "item_id": ["x", "y"], "rating": [1.0, 2.0]}
     pl.DataFrame({**base, column: values}).write_parquet(tmp_path / "data.parquet")
     fails(tmp_path / "data.parquet", facts, columns=Columns(rating="rating"))
+
+
+@pytest.mark.parametrize("kind", [pl.Date, pl.Datetime("ms"), pl.Datetime("us", "UTC")])
+def test_dates_beyond_the_calendar_are_refused_where_they_are_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, kind: pl.DataType
+) -> None:
+    number = pl.Int32 if kind == pl.Date else pl.Int64
+    days = pl.Series("day", [1, 2**31 - 1 if kind == pl.Date else 2**62], dtype=number).cast(kind)
+    pl.DataFrame({"user_id": ["a", "a"], "item_id": ["x", "y"], "day": days}).write_parquet(tmp_path / "data.parquet")
+    # Both readers: of columns that are asked for, and of all of them.
+    fails(tmp_path / "data.parquet", Facts("bad-value", row=2, column="day"), columns=Columns(time="day"))
+    fails(tmp_path / "data.parquet", Facts("bad-value", row=2, column="day"), columns=Columns(fields=("day",)))
+    everything = Filter(where="user_id == 'a'")
+    fails(tmp_path / "data.parquet", Facts("bad-value", column="day"), columns=Columns(time="day"), filter=everything)
+    assert load(section(tmp_path / "data.parquet", filter=everything), seed=0).interactions.height == 2
+    assert "'day' is left out" in caplog.text and "row 2" in caplog.text
+
+
+@pytest.mark.parametrize(("name", "text"), [("data.jsonl", "{}\n{}\n"), ("data.json", "[{}, {}]")])
+def test_objects_without_keys_are_no_table(tmp_path: Path, name: str, text: str) -> None:
+    fails(write(tmp_path, text, name), Facts("empty"))
+    with raises(DataError, Facts("empty", name)):
+        init(str(tmp_path / name), out=tmp_path / "t.yaml", measure=False)
 
 
 def test_parquet_whose_texts_or_names_are_no_utf8(tmp_path: Path) -> None:

@@ -72,3 +72,67 @@ def test_numbers_that_are_no_times_since_1970_are_an_order(tmp_path: Path) -> No
         tmp_path / "t.csv"
     )
     assert loaded(tmp_path / "t.csv").interactions.height == len(ROWS)
+
+
+def test_large_ids_that_json_writes_as_fractions_stay_apart(tmp_path: Path) -> None:
+    first = 2**53
+    lines = [
+        f'{{"user_id": {first + user}.0, "item_id": {first + 100 + item}.0, "timestamp": {step}}}'
+        for step, (user, item, _) in enumerate(ROWS)
+    ]
+    (tmp_path / "t.jsonl").write_text("\n".join(lines), encoding="utf-8")
+    assert users(tmp_path / "t.jsonl") == {str(first + 1), str(first + 2)}
+    assert set(loaded(tmp_path / "t.jsonl").items) == {str(first + 100 + item) for item in range(5, 12)}
+    # An exponent is a whole number too.
+    (tmp_path / "t.jsonl").write_text("\n".join(lines).replace(f"{first + 1}.0", "9.007199254740993e15"))
+    assert users(tmp_path / "t.jsonl") == {str(first + 1), str(first + 2)}
+
+
+def test_floats_that_cannot_tell_ids_apart_are_refused(tmp_path: Path) -> None:
+    large = FRAME.with_columns((pl.col("user_id") + 2**53).cast(pl.Float64))
+    large.with_columns(pl.when(pl.col("timestamp") > 12).then("user_id")).write_parquet(tmp_path / "t.parquet")
+    with raises(DataError, Facts("bad-value", "t.parquet", 4, "user_id")):
+        loaded(tmp_path / "t.parquet")
+    # Missing values make floats of ids, and say so by themselves.
+    FRAME.with_columns(pl.when(pl.col("timestamp") > 12).then("user_id").cast(pl.Float64)).write_parquet(
+        tmp_path / "t.parquet"
+    )
+    with raises(DataError, Facts("missing-value", "t.parquet", 1, "user_id")):
+        loaded(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("quoted", [False, True])
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_a_byte_order_mark_within_a_file_belongs_to_no_id(ending: str, quoted: bool, tmp_path: Path) -> None:
+    half = [FRAME[:7], FRAME[7:]]
+    if ending == "csv":
+        parts = [
+            half[0].write_csv(quote_style="always" if quoted else None),
+            half[1].write_csv(include_header=False, quote_style="always" if quoted else None),
+        ]
+    else:
+        parts = [part.write_ndjson() + ("\n" if quoted else "") for part in half]
+    (tmp_path / f"t.{ending}").write_bytes(b"".join(b"\xef\xbb\xbf" + part.encode() for part in parts))
+    assert users(tmp_path / f"t.{ending}") == {"1", "2"}
+
+
+@pytest.mark.parametrize("twin", ["u\u200b1", "u\u00ad1", "u1 ", "\tu1", "\ufeffu1", "u1\u2060"])
+def test_ids_that_look_alike_are_pointed_out(twin: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    names = {1: "u1", 2: twin}
+    frame = FRAME.with_columns(pl.col("user_id").replace_strict(names, return_dtype=pl.String))
+    frame.write_csv(tmp_path / "t.csv", quote_style="always")
+    assert users(tmp_path / "t.csv") == {"u1", twin}
+    (note,) = [record.getMessage() for record in caplog.records]
+    assert "t.csv: 2 users" in note and "'u1'" in note and ascii(twin) in note
+
+
+def test_letters_that_are_composed_otherwise_are_pointed_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    apart, one = "caf\u0065\u0301", "caf\u00e9"
+    frame = FRAME.with_columns(pl.col("item_id").cast(pl.String).replace({"5": apart, "6": one}))
+    frame.write_csv(tmp_path / "t.csv")
+    assert set(loaded(tmp_path / "t.csv").items) > {apart, one}
+    assert ascii(apart) in caplog.text and "2 items" in caplog.text
+    caplog.clear()
+    frame.filter(pl.col("item_id") != apart).write_csv(tmp_path / "t.csv")
+    loaded(tmp_path / "t.csv")
+    assert "differ" not in caplog.text

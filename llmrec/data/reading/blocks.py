@@ -21,6 +21,7 @@ import pyarrow.json as pa_json
 
 from llmrec.data.reading.files import Member
 from llmrec.data.reading.limits import enumerated, reason, shortened
+from llmrec.data.reading.objects import as_written
 from llmrec.data.reading.pieces import BLOCK, Block, Kind, Piece, check_columns, decoded, numbered_lines, pieces
 from llmrec.data.reading.text import column_names, csv_problem, in_arrow, second_header
 from llmrec.data.sources.spec import Form
@@ -306,7 +307,7 @@ def _lines(piece: Piece, form: Form) -> Iterator[tuple[int, int, Mapping[str, ob
 
 def _object(place: Place, text: str, form: Form) -> Mapping[str, object]:
     try:
-        value = json.loads(text)
+        value = json.loads(text, parse_float=as_written)
     except (ValueError, RecursionError) as error:
         if form.kind == "json":
             raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); fetch the file again") from error

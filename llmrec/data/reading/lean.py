@@ -30,7 +30,7 @@ from llmrec.data.reading.limits import BROKEN, Capped, stranger
 from llmrec.data.reading.objects import is_nested
 from llmrec.data.reading.packed import STREAMS
 from llmrec.data.reading.parquet import FAULTS, check_size, is_plain, is_text, room, spelled_out, unusable
-from llmrec.data.reading.text import LONGEST, MAX_COLUMNS, Table, in_arrow, preamble, separator_of
+from llmrec.data.reading.text import LONGEST, MAX_COLUMNS, Table, in_arrow, preamble, separator_of, without_marks
 from llmrec.errors import DataError, LlmrecError
 
 Kind = Literal["id", "number", "text"]
@@ -267,17 +267,16 @@ def _pieces(stream: Any) -> Iterator[bytes]:
         if not end and len(data) > LONGEST:
             raise _Unusual
         if end:
-            yield data[:end]
+            yield without_marks(data[:end])
         rest = data[end:]
     if rest:
-        yield rest
+        yield without_marks(rest)
 
 
 def _header(piece: bytes, usual: str) -> tuple[list[str], str, bytes]:
     """Return the columns, what stands between fields, and what stands below the header."""
     if piece.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or stranger(piece[:100]):
         raise _Unusual
-    piece = piece.removeprefix(codecs.BOM_UTF8)
     end = piece.find(b"\n") + 1
     try:
         head = piece[: 4 * LONGEST if len(piece) < 2**16 else piece.rfind(b"\n", 0, 2**16)].decode()
@@ -344,7 +343,6 @@ def _objects(stream: Any, wanted: Mapping[str, Kind]) -> tuple[list[str], list[p
     schema, absent = pa.schema([]), [b""]
     for piece in _pieces(stream):
         if not names:
-            piece = piece.removeprefix(codecs.BOM_UTF8)
             names, columns, schema = _first_object(piece, wanted)
             # A key that begins further down belongs to a table whose rows are not alike.
             lacking = [name for name in wanted if name not in schema.names]

@@ -27,6 +27,8 @@ MAX_RATIO = 100
 """Beyond that, to so many times its size: data seldom packs better than 20 to 1, a bomb packs 1,000 to 1."""
 ID_LIMIT = 1000
 """Longest id in characters; ids are copied into rows, results and reports as they are."""
+WHOLE = 2**53
+"""Floats tell whole numbers apart up to this one; two larger ids can be the same float."""
 MAX_MEMBERS = 100_000
 """Most files in an archive."""
 

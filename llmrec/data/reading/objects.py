@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from decimal import Decimal
 
 import polars as pl
 
-from llmrec.data.reading.limits import is_no_text, reason, shown
+from llmrec.data.reading.limits import WHOLE, is_no_text, reason, shown
 from llmrec.data.reading.text import MAX_COLUMNS, Table, decode
 from llmrec.errors import DataError, Place
 
@@ -54,7 +56,7 @@ def json_array(name: str, raw: bytes, sha256: str = "") -> Table:
         DataError: As there, without a line.
     """
     try:
-        found = json.loads(decode(name, raw, header=0), object_pairs_hook=_once)
+        found = json.loads(decode(name, raw, header=0), object_pairs_hook=_once, parse_float=as_written)
     except _Twice as twice:
         raise _twice(name, twice) from None
     except (ValueError, RecursionError) as error:
@@ -99,15 +101,16 @@ def _of_objects(
                 continue
             row[key] = _text(place, f", column {shown(key)}", key, value)
             if isinstance(value, float):
-                if value.is_integer() and abs(value) < 2**53:
+                if value.is_integer():
                     whole.setdefault(key, []).append(len(rows))
                 else:
                     fractions.add(key)
             if value is not None and value != []:
                 plain.add(key)
         rows.append(row)
-    if not rows:
-        raise DataError.at(name, "empty", " is empty; write the table again")
+    if not names:
+        what = "holds objects without keys" if rows else "is empty"
+        raise DataError.at(name, "empty", f" {what}; write the table again")
     # Where some values are plain, a nested one is a fault of its row.
     bad = next((key for key in nested if key in plain or len(nested) == len(names)), None)
     if bad is not None:
@@ -137,7 +140,7 @@ def json_object(place: Place | str, line: str) -> dict[str, object]:
         DataError: If the line holds none, or a key stands twice in it.
     """
     try:
-        record = json.loads(line, object_pairs_hook=_once)
+        record = json.loads(line, object_pairs_hook=_once, parse_float=as_written)
     except _Twice as twice:
         raise _twice(place, twice) from None
     except (ValueError, RecursionError) as error:
@@ -145,6 +148,15 @@ def json_object(place: Place | str, line: str) -> dict[str, object]:
     if not isinstance(record, dict):
         raise DataError.at(place, "wrong-format", " is not a JSON object; write one object a line")
     return record
+
+
+def as_written(number: str) -> float | int:
+    """Read a number of JSON; a whole one too large for a float to tell from its neighbours becomes an exact integer.
+
+    Otherwise two ids such as 9007199254740992.0 and 9007199254740993.0 would be one.
+    """
+    found = float(number)
+    return int(Decimal(number)) if abs(found) >= WHOLE and math.isfinite(found) else found
 
 
 class _Twice(Exception):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from dataclasses import replace
 from typing import Any
 
@@ -12,13 +13,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmrec.data.reading import limits
-from llmrec.data.reading.limits import reason, shortened
+from llmrec.data.reading.limits import reason, shortened, shown
 from llmrec.data.reading.text import Table, column_names
+from llmrec.data.reading.typed import off_calendar
 from llmrec.errors import DataError
+
+log = logging.getLogger(__name__)
 
 FAULTS = (
     *(pa.ArrowException, pl.exceptions.PolarsError, OSError, MemoryError, ArithmeticError),
-    *(LookupError, TypeError, ValueError),
+    *(LookupError, TypeError, ValueError, pl.exceptions.PanicException),
 )
 """What the libraries raise on a damaged file."""
 
@@ -45,7 +49,8 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
         raise DataError.at(
             name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
         ) from error
-    return replace(from_arrow(name, table, sha256), unusable=unusable(file.schema_arrow))
+    found = from_arrow(name, table, sha256)
+    return replace(found, unusable=unusable(file.schema_arrow) | found.unusable)
 
 
 def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
@@ -124,7 +129,14 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
         ) from error
     if not isinstance(frame, pl.DataFrame):
         raise DataError.at(name, "wrong-format", " is not a table; write it again")
-    return Table(name, frame, sha256, unusable=unusable(table.schema))
+    odd = {column.name: row for column in frame if (row := off_calendar(column)) is not None}
+    for column, row in odd.items():
+        log.warning(
+            "%s: column %s is left out, since it holds a date outside of the years 1 to 9999 in row %d",
+            *(name, shown(column), row + 1),
+        )
+    left = unusable(table.schema) | dict.fromkeys(odd, "dates outside of the years 1 to 9999")
+    return Table(name, frame.drop(odd), sha256, unusable=left)
 
 
 def unusable(schema: pa.Schema) -> dict[str, str]:

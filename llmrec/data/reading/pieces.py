@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import codecs
 import re
 from array import array
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,7 @@ import polars as pl
 
 from llmrec.data.reading.files import Member
 from llmrec.data.reading.limits import check_head, enumerated
-from llmrec.data.reading.text import Table
+from llmrec.data.reading.text import Table, without_marks
 from llmrec.errors import DataError, Place, did_you_mean
 
 BLOCK = 16 * 2**20
@@ -24,7 +23,6 @@ LONGEST = 64 * 2**20
 Kind = Literal["text", "number", "maybe"]
 """``maybe`` is a text that an object may lack."""
 
-_BOM = codecs.BOM_UTF8
 _LINE = re.compile(r"[^\n]+")
 
 
@@ -98,8 +96,8 @@ def pieces(member: Member, *, quoted: bool) -> Iterator[Piece]:
     line = 0
     with member.open() as stream:
         for raw in _cut(member.name, stream, quoted):
+            raw = without_marks(raw)
             if not line:
-                raw = raw.removeprefix(_BOM)
                 check_head(Place(member.name, line=1), raw)
             if raw:
                 piece = Piece(member.name, raw, line, line)

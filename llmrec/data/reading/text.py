@@ -12,6 +12,7 @@ import csv
 import hashlib
 import io
 import logging
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -38,6 +39,7 @@ _HEAD = 2**16
 # Lines above a header, lines that show that it is one, and characters that are looked at for them.
 _MOST_ABOVE, _ALIKE, _LOOKED_AT = 20, 4, 2**16
 _MEND = "check data.path, data.items and data.users"
+_MARK, _RAW_MARK = re.compile("(?m)^\ufeff+"), re.compile(b"(?m)^(?:%b)+" % codecs.BOM_UTF8)
 _FIELD = "\x1f"  # a separator of one character, which stands in for a longer one
 
 # The library's own limit is 128 KiB a field, which a long text or a set of a thousand candidates can pass.
@@ -177,7 +179,7 @@ def _near(path: Path) -> str:
 
 
 def decode(name: str, raw: bytes, *, encoding: str = "utf-8", header: int = 1) -> str:
-    """Decode text without a byte order mark.
+    """Decode text without byte order marks, which lines begin with where files were put together.
 
     Raises:
         DataError: If some byte does not belong to the encoding, or is NUL.
@@ -205,7 +207,12 @@ def decode(name: str, raw: bytes, *, encoding: str = "utf-8", header: int = 1) -
             "encoding",
             f": byte 0x{raw[error.start]:02x} is not {encoding.upper()}; save the file as {encoding.upper()}",
         ) from error
-    return text.removeprefix("\ufeff")
+    return _MARK.sub("", text) if "\ufeff" in text else text
+
+
+def without_marks(raw: bytes) -> bytes:
+    """Return lines of UTF-8 without byte order marks: files that begin with one may have been put together."""
+    return _RAW_MARK.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw
 
 
 # --------------------------------------------------------------------------- delimited text

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 from typing import Literal, Protocol
 
 import polars as pl
 
 from llmrec.data.codes import codes
-from llmrec.data.reading.limits import shown
+from llmrec.data.reading.limits import WHOLE, shown
 from llmrec.data.reading.markup import plain
 from llmrec.errors import DataError, Place
 
@@ -44,7 +44,7 @@ class Rows(Protocol):
 
 def texts(rows: Rows, column: str) -> pl.Series:
     """Return a column as text; missing values become empty texts, lists are joined by commas."""
-    series = rows.column(column)
+    series = _dated(rows, column)
     if isinstance(series.dtype, pl.List):
         series = series.list.join(", ")
     found = as_whole(series).cast(pl.String).fill_null("")
@@ -60,7 +60,7 @@ def as_whole(series: pl.Series) -> pl.Series:
     if not series.dtype.is_float():
         return series
     series = series.fill_nan(None)
-    whole = ((series == series.round(0)) & (series.abs() < 2**53)).all()
+    whole = ((series == series.round(0)) & (series.abs() < WHOLE)).all()
     return series.cast(pl.Int64) if whole else series
 
 
@@ -80,8 +80,11 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
     """Return ids as text, in codes where the table has codes: of several columns the first that is not blank.
 
     Raises:
-        DataError: If one is missing; ids of nothing but blanks are missing.
+        DataError: If one is missing, or a float that stands for several whole numbers; ids of nothing but blanks are
+            missing.
     """
+    for column in columns:
+        _exact(rows, column)
     found = _spelled(rows, columns[0])
     for other in columns[1:]:
         found = found.zip_with(found.str.strip_chars() != "", _spelled(rows, other))
@@ -95,6 +98,20 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
             columns[0],
         )
     return found
+
+
+def _exact(rows: Rows, column: str) -> None:
+    """Refuse floats so large that neighbouring whole numbers are the same float: two ids would be one."""
+    series = rows.column(column)
+    row = _first((series.fill_nan(None).abs() >= WHOLE).fill_null(False)) if series.dtype.is_float() else None
+    if row is not None:
+        raise DataError.at(
+            rows.where(row),
+            "bad-value",
+            f": column {column!r} is {series[row]:.17g} as a floating-point number, and such numbers cannot tell ids "
+            f"from {WHOLE} on apart; write the ids as texts or whole numbers",
+            column,
+        )
 
 
 def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
@@ -156,7 +173,7 @@ def times(rows: Rows, column: str) -> pl.Series:
     Raises:
         DataError: If a value is missing or is neither.
     """
-    series = rows.column(column)
+    series = _dated(rows, column)
     if series.dtype.is_temporal():
         if not isinstance(series.dtype, pl.Datetime | pl.Date):
             raise DataError.at(
@@ -182,6 +199,37 @@ def times(rows: Rows, column: str) -> pl.Series:
     odd = found.is_null().arg_true()
     read = [_seconds(rows, column, row, said) for row, said in zip(odd.to_list(), text.gather(odd), strict=True)]
     return found.scatter(odd, read) if read else found
+
+
+_DAY = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
+# Days since 1970 of the first and the last day that dates are written with.
+_FIRST_DAY, _LAST_DAY = (each.toordinal() - date(1970, 1, 1).toordinal() for each in (date.min, date.max))
+
+
+def off_calendar(series: pl.Series) -> int | None:
+    """Return the first row whose date is outside of the years 1 to 9999, which no library can write; None if none is.
+
+    Damaged files hold them, and so do files of other libraries where a sentinel stands for a missing date.
+    """
+    if not isinstance(series.dtype, pl.Date | pl.Datetime):
+        return None
+    unit = 1 if isinstance(series.dtype, pl.Date) else _DAY[series.dtype.time_unit]
+    number = series.to_physical()
+    return _first(((number < _FIRST_DAY * unit) | (number >= (_LAST_DAY + 1) * unit)).fill_null(False))
+
+
+def _dated(rows: Rows, column: str) -> pl.Series:
+    """Return a column whose dates, if it holds any, are dates of the calendar."""
+    series = rows.column(column)
+    row = off_calendar(series)
+    if row is not None:
+        raise DataError.at(
+            rows.where(row),
+            "bad-value",
+            f": column {column!r} holds a date outside of the years 1 to 9999; correct or drop the row",
+            column,
+        )
+    return series
 
 
 # Since 1970, from 1973 on: what later times begin at in seconds, milliseconds, microseconds and nanoseconds.
