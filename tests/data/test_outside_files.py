@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import Any
-from xml.sax.saxutils import escape
 
 import polars as pl
 import pytest
@@ -20,12 +19,12 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe.load import as_recipe
 from llmrec.recipe.schema import DataSection
 from tests.facts import Facts, raises
+from tests.workbook import workbook
 
 ROWS = [(f"u{n % 6}", f"i{n % 5}", 1.0 + n % 5, 1_000 + n, f"Film {n % 5} & Co.") for n in range(30)]
 NAMES = ("user_id", "item_id", "rating", "timestamp", "title")
 QUERY = "SELECT user_id, item_id, rating, timestamp, title FROM events ORDER BY timestamp"
 CREATE = "CREATE TABLE events (user_id TEXT, item_id TEXT, rating DOUBLE PRECISION, timestamp BIGINT, title TEXT)"
-NAMESPACE = 'xmlns="http://schemas.openxmlformats.org/spreadsheetml/2006/main"'
 
 
 def loaded(path: object, **keys: Any) -> Dataset:
@@ -41,49 +40,6 @@ def expected(tmp_path: Path) -> str:
 # --------------------------------------------------------------------------- spreadsheets
 
 
-def sheet(rows: list[tuple[object, ...]]) -> str:
-    def cell(value: object) -> str:
-        if isinstance(value, str):
-            return f'<c t="inlineStr"><is><t>{escape(value)}</t></is></c>'
-        return f"<c><v>{value}</v></c>"
-
-    lines = "".join(f"<row>{''.join(map(cell, row))}</row>" for row in rows)
-    return f"<worksheet {NAMESPACE}><sheetData>{lines}</sheetData></worksheet>"
-
-
-def workbook(path: Path, sheets: dict[str, list[tuple[object, ...]]]) -> Path:
-    kind = "http://schemas.openxmlformats.org/officeDocument/2006/relationships"
-    package = "http://schemas.openxmlformats.org/package/2006"
-    main = "application/vnd.openxmlformats-officedocument.spreadsheetml"
-    numbers = range(1, len(sheets) + 1)
-    listed = "".join(
-        f'<sheet name="{name}" sheetId="{n}" r:id="r{n}"/>' for n, name in zip(numbers, sheets, strict=True)
-    )
-    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
-        parts = "".join(f'<Override PartName="/xl/sheet{n}.xml" ContentType="{main}.worksheet+xml"/>' for n in numbers)
-        archive.writestr(
-            "[Content_Types].xml",
-            f'<Types xmlns="{package}/content-types"><Default Extension="rels" '
-            f'ContentType="application/vnd.openxmlformats-package.relationships+xml"/>'
-            f'<Override PartName="/xl/workbook.xml" ContentType="{main}.sheet.main+xml"/>{parts}</Types>',
-        )
-        archive.writestr(
-            "_rels/.rels",
-            f'<Relationships xmlns="{package}/relationships"><Relationship Id="r0" Type="{kind}/officeDocument" '
-            'Target="xl/workbook.xml"/></Relationships>',
-        )
-        archive.writestr(
-            "xl/workbook.xml", f'<workbook {NAMESPACE} xmlns:r="{kind}"><sheets>{listed}</sheets></workbook>'
-        )
-        links = "".join(f'<Relationship Id="r{n}" Type="{kind}/worksheet" Target="sheet{n}.xml"/>' for n in numbers)
-        archive.writestr(
-            "xl/_rels/workbook.xml.rels", f'<Relationships xmlns="{package}/relationships">{links}</Relationships>'
-        )
-        for n, rows in zip(numbers, sheets.values(), strict=True):
-            archive.writestr(f"xl/sheet{n}.xml", sheet(rows))
-    return path
-
-
 def test_a_sheet_is_the_table_that_it_shows(tmp_path: Path, expected: str, caplog: pytest.LogCaptureFixture) -> None:
     pytest.importorskip("fastexcel")
     blank: list[tuple[object, ...]] = [("", "", "", "", "")] * 3
@@ -91,7 +47,7 @@ def test_a_sheet_is_the_table_that_it_shows(tmp_path: Path, expected: str, caplo
     with caplog.at_level(logging.WARNING):
         found = loaded(book)
     assert found.fingerprint == expected and found.name == "shop"
-    assert any("the first is read, Orders" in record.message for record in caplog.records)
+    assert any("the first sheet is read, Orders" in record.message for record in caplog.records)
     assert loaded(f"{book}#Orders").fingerprint == expected
     with raises(LlmrecError, Facts("unknown-name", "shop.xlsx", says=("'Ordres'", "Orders, Notes"))):
         loaded(f"{book}#Ordres")

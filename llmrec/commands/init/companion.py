@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmrec.commands.init.profile import peek, profile
+from llmrec.data.reading.sheets import SHEETS, sheets_of, split_sheet
 from llmrec.errors import LlmrecError
 
 _COMPANIONS = 20
@@ -27,19 +28,29 @@ def _unsaid() -> Iterator[None]:
 
 
 def companion_of(path: Path, item: str) -> Path | None:
-    """Return another table in the same folder that has the item's column, if there is exactly one."""
-    found = []
-    for other in sorted(path.absolute().parent.iterdir())[: 10 * _COMPANIONS]:
-        if other.suffix.lower() in _TEXT_ENDINGS and other.is_file() and other.name != path.name:
-            try:
-                with _unsaid():
-                    table = peek(other, limit=2**18, part=2**18).table
-                if item in table.frame.columns and profile(table)[item].unique:
-                    found.append(other)
-            except LlmrecError:
-                continue
-            if len(found) > 1:
-                break
+    """Return the only other table in the folder, or sheet of the spreadsheet, that has the item's column, if any."""
+    found: list[Path] = []
+    for other in _others(path):
+        try:
+            with _unsaid():
+                table = peek(other, limit=2**18, part=2**18).table
+            if item in table.frame.columns and profile(table)[item].unique:
+                found.append(other)
+        except LlmrecError:
+            continue
+        if len(found) > 1:
+            break
     if len(found) != 1:
         return None
     return found[0] if path.is_absolute() else path.parent / found[0].name
+
+
+def _others(path: Path) -> Iterator[Path]:
+    """Yield the sheets of a spreadsheet, or the text files beside a table."""
+    book, _ = split_sheet(path)
+    if book.suffix.lower() in SHEETS:
+        yield from (Path(name) for name in sheets_of(book) if Path(name) != path)
+        return
+    for other in sorted(path.absolute().parent.iterdir())[: 10 * _COMPANIONS]:
+        if other.suffix.lower() in _TEXT_ENDINGS and other.is_file() and other.name != path.name:
+            yield other

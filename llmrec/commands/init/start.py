@@ -13,14 +13,15 @@ import yaml
 
 from llmrec.commands.init.columns import guess
 from llmrec.commands.init.companion import companion_of
+from llmrec.commands.init.database import no_query, suggested
 from llmrec.commands.init.faults import faults, mended, refusal, write_copy
 from llmrec.commands.init.page import SCHEMA, Page, expected, render
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
 from llmrec.commands.init.profile import Peek, peek, shown
 from llmrec.commands.init.roles import ROLES, Asked, Roles
-from llmrec.data.reading.databases import is_database, read_query, tables_of
+from llmrec.data.reading.databases import database_at, is_database, read_query
 from llmrec.data.reading.hub import is_hub, read_hub
-from llmrec.data.reading.limits import enumerated
+from llmrec.data.reading.sheets import split_sheet
 from llmrec.data.reading.table import is_pattern, of_atomic
 from llmrec.data.reading.text import Table, user_path
 from llmrec.data.sources.recognise import sources_with
@@ -95,10 +96,12 @@ def init(
     name = name_of(name, table)
     target = _target(out, name, force)
     path = None if _is_elsewhere(table) else _file(table)
-    items_path = _file(items) if items is not None else of_atomic(path, ".item") if path is not None else None
+    items_path = of_atomic(path, ".item") if path is not None else None
+    if items is not None:
+        items_path = _items_file(items, table)
     if query is not None and not is_database(table):
         raise DataError(f"--query: {table} is no database, so nothing is asked; leave it out", kind="contradiction")
-    if mend is not None and mend.exists() and any(mend.samefile(p) for p in (path, items_path) if p and p.exists()):
+    if mend is not None and mend.exists() and any(_is(mend, given) for given in (path, items_path) if given):
         raise DataError(
             f"--mend {mend} is the table itself, which is never written over; name another file", kind="exists", at=mend
         )
@@ -177,29 +180,42 @@ def _elsewhere(text: str, query: str | None) -> Peek:
     if is_hub(text):
         return Peek(found := read_hub(text), True, found.frame.height)
     if query is None:
-        tables = tables_of(text)
-        example = f"SELECT * FROM {tables[0] if tables else 'TABLE'}"
-        raise DataError.at(
-            text,
-            "missing-key",
-            f": say which rows are the interactions, such as --query '{example}'; its tables are: {enumerated(tables)}",
-            "data.query",
-        )
+        raise no_query(text)
     return Peek(found := read_query(text, query), True, found.frame.height)
 
 
 def _file(text: str) -> Path:
-    if _is_elsewhere(text):
-        raise DataError.at(
-            text, "wrong-format", ": the table of items is a file; save its rows as Parquet and give that file"
-        )
     path = user_path(text)
-    if not path.exists() and not is_pattern(path):
+    stored, _ = split_sheet(path)
+    if not stored.exists() and not is_pattern(path):
         beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
         raise DataError.at(
-            text, "missing-file", f": there is no such file{did_you_mean(path.name, beside)}; give the path of a table"
+            text,
+            "missing-file",
+            f": there is no such file{did_you_mean(stored.name, beside)}; give the path of a table",
+        )
+    if (url := database_at(stored)) is not None:
+        raise DataError.at(
+            text,
+            "wrong-format",
+            f": this is a database; name it as {url}, with --query {shlex.quote(suggested(url))}",
         )
     return path
+
+
+def _items_file(text: str, table: str) -> Path:
+    if not _is_elsewhere(text):
+        return _file(text)
+    way = "save its rows as CSV or Parquet and give that file"
+    if is_database(text) and text == table:
+        way = f"join it in the query, such as --query {shlex.quote(suggested(table))}, and leave --items out"
+    raise DataError.at(text, "wrong-format", f": the table of items is a file; {way}")
+
+
+def _is(copy: Path, given: Path) -> bool:
+    """Whether a copy would be written over a table that was given."""
+    stored, _ = split_sheet(given)
+    return stored.exists() and copy.samefile(stored)
 
 
 def _written(path: Path, target: Path) -> str:

@@ -19,11 +19,23 @@ from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, MissingExtra, require
 
 KEY = "data.query"
+_MARKS = (("sqlite", 0, b"SQLite format 3\0"), ("duckdb", 8, b"DUCK"))
 
 
 def is_database(path: str) -> bool:
     """Whether ``data.path`` names a database, by how it begins: ``sqlite://``, ``duckdb://`` or ``postgresql://``."""
     return urlsplit(path).scheme in _READ and "://" in path
+
+
+def database_at(path: Path) -> str | None:
+    """Return what names a file as a database, if its first bytes say that it is one of SQLite or DuckDB."""
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(16)
+    except OSError:
+        return None
+    kind = next((kind for kind, start, mark in _MARKS if head[start:].startswith(mark)), None)
+    return None if kind is None else f"{kind}:///{path}"
 
 
 def read_query(url: str, query: str) -> Table:

@@ -27,6 +27,19 @@ def split_sheet(path: Path) -> tuple[Path, str | None]:
     return path, None
 
 
+def sheets_of(path: Path) -> list[str]:
+    """Return a spreadsheet's sheets as recipes name them, ``orders.xlsx#Sheet 2``; none if it cannot be read.
+
+    Raises:
+        MissingExtra: If ``fastexcel`` is not installed.
+    """
+    fastexcel = require("fastexcel", "tables")
+    try:
+        return [f"{path}#{name}" for name in fastexcel.read_excel(path).sheet_names]
+    except Exception:  # as in `sheet_of`; whoever reads the sheet is told what is wrong with it
+        return []
+
+
 def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     """Read one sheet; dates become ISO dates, and nothing is calculated: a formula has the value that was saved.
 
@@ -62,7 +75,8 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
             path, "damaged", f" cannot be read as a spreadsheet ({reason(error)}); save it again, or save it as CSV"
         ) from error
     if sheet is None and len(names) > 1:
-        log.warning("%s: of %d sheets the first is read, %s; name another as %s#SHEET", path, len(names), chosen, path)
+        others = enumerated(names[1:])
+        log.warning("%s: the first sheet is read, %s; name another as %s#SHEET: %s", path, chosen, path, others)
     name = f"{path}#{chosen}" if len(names) > 1 else str(path)
     # The library gives a column that stands twice another name.
     column_names(name, [text for text in (head.row(0) if head.height else ()) if text])

@@ -13,6 +13,7 @@ import polars as pl
 
 from llmrec.data.codes import stacked
 from llmrec.data.reading import lean
+from llmrec.data.reading.databases import database_at
 from llmrec.data.reading.encodings import in_any_encoding
 from llmrec.data.reading.lean import Kind
 from llmrec.data.reading.limits import printable, reason
@@ -61,6 +62,10 @@ def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
         stored, sha256 = read_bytes(path, text=False)
         inner, raw = only_member(path, stored, _TABLES)
         return _read(f"{name}/{printable(inner)}", raw, sha256, Path(inner).suffix.lower())
+    if kind not in _TABLES and (url := database_at(path)) is not None:
+        raise DataError.at(
+            name, "wrong-format", f": this is a database; set data.path={url}, and data.query to a SELECT", "data.path"
+        )
     if kind not in _TABLES:
         raise DataError.at(
             name,
@@ -104,7 +109,7 @@ def of_atomic(path: Path, ending: str) -> Path | None:
 
 def is_pattern(path: Path) -> bool:
     """Whether a path stands for the files that fit it, such as ``part-*.csv``; a file of that very name goes first."""
-    return glob.has_magic(str(path)) and not path.exists()
+    return glob.has_magic(str(path)) and not split_sheet(path)[0].exists()
 
 
 def fitting(pattern: Path) -> list[Path]:

@@ -77,8 +77,8 @@ def located(section: DataSection) -> DataSection:
         return section
 
     def under(path: str | None) -> str | None:
-        found = None if path is None or Path(path).exists() else Path(folder) / path
-        return str(found) if found is not None and (found.exists() or _fits(found)) else path
+        found = None if path is None or split_sheet(Path(path))[0].exists() else Path(folder) / path
+        return str(found) if found is not None and (split_sheet(found)[0].exists() or _fits(found)) else path
 
     files = section.files
     if files is not None:
