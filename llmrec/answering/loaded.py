@@ -95,8 +95,9 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
 
     Args:
         folder: A run folder, an exported folder, a model folder or a hub name.
-        models: What answers, the default first: ``tuned``, ``untuned``, ``fusion``, ``fusion-model``, or a baseline; by
-            default the model itself, the fusions that its run weighed, and the classic recommenders of its recipe.
+        models: What answers, the default first: ``tuned``, ``untuned``, a row of the run's report by its name, such as
+            ``fusion with texts``, or a baseline; by default the model itself, the fusions that its run weighed, and the
+            classic recommenders of its recipe.
         options: Of `llmrec.answering.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
 
     Raises:

@@ -7,7 +7,7 @@ goes through `llmrec.answering.recommender`, so that a list is the one that `llm
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from typing import Any, Literal, Protocol
@@ -374,6 +374,16 @@ class Fused:
         # What no part knows is last among candidates, and in no list of the catalogue.
         left = (item for name, item in self._items.items() if name not in out and self._fuser.knows(item))
         return replace(request, candidates=tuple(left))
+
+
+def meant(name: str, known: Iterable[str]) -> str | None:
+    """Return which of the known models a name means: that of this name, or the first of this method; None: none.
+
+    A classic recommender with parameters is called by all of them, such as ``item-knn(history=5)``; its method alone,
+    ``item-knn``, is enough.
+    """
+    names = list(known)
+    return name if name in names else next((each for each in names if each.partition("(")[0] == name), None)
 
 
 def check_verb(model: AnsweringModel, verb: str) -> None:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 from llmrec.answering.checks import bundle_of
 from llmrec.answering.fused import Fuser
-from llmrec.answering.models import AnsweringModel, Classic, Fused, LanguageModel
+from llmrec.answering.models import AnsweringModel, Classic, Fused, LanguageModel, meant
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.answering.requests import catalogue
@@ -33,8 +32,8 @@ from llmrec.registry import BASELINES, is_plugin, lookup
 from llmrec.tasks.family import RANKERS, RATERS, answers, families
 from llmrec.types import Item
 
-TUNED, UNTUNED, PLAIN, FUSION, FUSION_MODEL = "tuned", "untuned", "model", "fusion", "fusion-model"
-"""Names of models; classic recommenders go by their own."""
+TUNED, UNTUNED, PLAIN = "tuned", "untuned", "model"
+"""Names of language models; classic recommenders and fusions have the names of their rows in the report."""
 POPULAR = "popularity"
 """What answers for a user of whom nothing is known."""
 _SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
@@ -68,13 +67,14 @@ class Models:
         """
         if name is None:
             return next(iter(self.opened.values()))
-        if name not in self.opened:
+        found = meant(name, self.opened)
+        if found is None:
             raise RecipeError(
                 f"there is no model {name!r}{did_you_mean(name, self.opened)}; there are {', '.join(self.opened)}",
                 kind="unknown-name",
                 column="model",
             )
-        return self.opened[name]
+        return self.opened[found]
 
     @property
     def popular(self) -> AnsweringModel | None:
@@ -119,13 +119,13 @@ class Models:
             base.close()
 
     def _kept(self, name: str) -> AnsweringModel:
-        known = self.opened.get(name)
+        known = meant(name, self.opened)
         if known is not None and name != _SIMILAR["text"]:
-            return known
+            return self.opened[known]
         if name not in self._similar:
             # Texts are compared where nobody has chosen anything, too.
             data = self.data or self.blank
-            self._similar[name] = _classic(name, {}, data, self.items, seed=data.seed)
+            self._similar[name] = _classic(BaselineSection(name=name), data, self.items, seed=data.seed)
         return self._similar[name]
 
 
@@ -134,9 +134,9 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
 
     Args:
         options: ``model`` names a run, an exported folder, or a model; the rest says how a language model is asked.
-        names: Which of them, the default first: `TUNED`, `UNTUNED`, `PLAIN`, `FUSION`, `FUSION_MODEL`, or a baseline.
-            None of them: the language model, the fusions that the run weighed, and the classic recommenders of its
-            recipe that are fitted in seconds.
+        names: Which of them, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, or
+            a baseline. None of them: the language model, the fusions that the run weighed, and the classic recommenders
+            of its recipe that are fitted in seconds.
 
     Raises:
         LlmrecError: If a model cannot be opened, or there is none of a name.
@@ -148,7 +148,8 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     if base is not None:
         base.items = items
     data = _data(bundle)
-    known = _fusions(bundle) if data is not None else {}
+    fusions = stored.read(bundle.run or Path(bundle.folder)) if data is not None else []
+    known = stored.named(fusions, ranking_families_of(bundle), TUNED if bundle.tuned else "zero-shot")
     own = "" if base is None else TUNED if bundle.tuned else PLAIN
     chosen = list(names) or [*([own] if own else []), *known, *_cheap(bundle, data)]
     models = Models(
@@ -162,7 +163,8 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     finder = _finder(models, known)
     opener = _Opener(bundle, own, base, models, known, finder, options)
     for name in dict.fromkeys(chosen):
-        models.opened[name] = opener.opened(name)
+        model = opener.opened(name)
+        models.opened[model.name] = model
     return models
 
 
@@ -187,13 +189,13 @@ class _Opener:
             other.items = models.items
             models._bases.append(other)
             return LanguageModel(name, other, self.finder)
-        if name in self.fusions and models.data is not None:
-            fuser = Fuser(self.fusions[name], models.data)
+        if (joined := self._fusion(name)) is not None and models.data is not None:
+            fuser = Fuser(self.fusions[joined], models.data)
             asked = LanguageModel(self.own, base, self.finder) if fuser.asks_model and base is not None else None
-            return Fused(name, fuser, models.items, asked, self.finder)
-        if (name in (*RANKERS, *RATERS) or is_plugin(BASELINES, name)) and models.data is not None:
-            found = _section(bundle.tasks, name)
-            return _classic(name, found.parameters, models.data, models.items, seed=bundle.seed)
+            return Fused(joined, fuser, models.items, asked, self.finder)
+        found = _section(bundle.tasks, name)
+        if (found.name in (*RANKERS, *RATERS) or is_plugin(BASELINES, found.name)) and models.data is not None:
+            return _classic(found, models.data, models.items, seed=bundle.seed)
         has = [*filter(None, [self.own]), *([UNTUNED] if base is not None and bundle.run else []), *self.fusions]
         more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
         raise RecipeError(
@@ -202,6 +204,10 @@ class _Opener:
             kind="unknown-name",
             column="--models",
         )
+
+    def _fusion(self, name: str) -> str | None:
+        """Return the name of the fusion that is meant, by its name or the id of its row; None where it is none."""
+        return next((each for each, fused in self.fusions.items() if name in (each, fused.id)), None)
 
 
 def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
@@ -228,8 +234,8 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
     data = load_tables(recipe)[0]
     known = dict(data.dataset.items if items is None else read_items(items))
     models = Models(opened={}, items=known, data=data, scale=data.dataset.rating_scale, blank=data)
-    for name, each in zip(names, chosen, strict=True):
-        models.opened[name] = _classic(each.name, each.parameters, data, known, seed=recipe.seed)
+    for each in chosen:
+        models.opened[each.label] = _classic(each, data, known, seed=recipe.seed)
     return models
 
 
@@ -239,38 +245,31 @@ def _data(bundle: Bundle) -> SplitDataset | None:
     return training_data(bundle, "--models")
 
 
-def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
-    """Return the fusions of rankings that a run weighed, by the names under which they answer."""
-    found: dict[str, stored.Fused] = {}
-    every = stored.read(bundle.run or Path(bundle.folder))
-    for family in reversed(ranking_families_of(bundle)):
-        for each in every:
-            if each.family == family and each.arm in ("baseline", "tuned" if bundle.tuned else "zero-shot"):
-                # Of the fusions of baselines the last one joins the most.
-                found[FUSION if each.arm == "baseline" else FUSION_MODEL] = each
-    return found
-
-
 def _cheap(bundle: Bundle, data: SplitDataset | None) -> list[str]:
-    """Return the classic recommenders of the ranking families that are fitted in seconds."""
+    """Return the rows of classic recommenders that are fitted in seconds; of each method those of its first family."""
     if data is None:
         return []
-    sections = [bundle.tasks.present()[name] for name in ranking_families_of(bundle)]
-    named = dict.fromkeys([POPULAR, *(each.name for section in sections for each in section.baselines)])
-    trained = [name for name in named if "epochs" in lookup(BASELINES, name, "baseline").Config.model_fields]
-    return [name for name in named if name != "random" and name not in trained]
+    found: list[BaselineSection] = []
+    for family in ranking_families_of(bundle):
+        methods = {each.name for each in found}
+        found += [each for each in bundle.tasks.present()[family].baselines if each.name not in methods]
+    trained = {each.name for each in found if "epochs" in lookup(BASELINES, each.name, "baseline").Config.model_fields}
+    cheap = [each.label for each in found if each.name != "random" and each.name not in trained]
+    return list(dict.fromkeys([meant(POPULAR, cheap) or POPULAR, *cheap]))
 
 
 def _section(tasks: TasksSection, name: str) -> BaselineSection:
-    """Return the first baseline of the families that has a name, or is called so in tables."""
-    every = (each for section in tasks.present().values() for each in section.baselines)
-    return next((each for each in every if name in (each.name, each.label)), BaselineSection(name=name))
+    """Return the baseline of a name, as the first family has it that names its method."""
+    for section in tasks.present().values():
+        labels = {each.label: each for each in section.baselines}
+        if (found := meant(name, labels)) is not None:
+            return labels[found]
+    return BaselineSection(name=name)
 
 
-def _classic(
-    name: str, parameters: Mapping[str, Any], data: SplitDataset, items: Mapping[str, Item], *, seed: int
-) -> Classic:
+def _classic(section: BaselineSection, data: SplitDataset, items: Mapping[str, Item], *, seed: int) -> Classic:
     """Fit a classic recommender; one that reads texts reads those of the catalogue as it is now."""
+    name, parameters = section.name, section.parameters
     if name == _SIMILAR["text"]:
         # What was removed and has been chosen keeps its text; `Classic` lists only what the catalogue has.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
@@ -278,15 +277,20 @@ def _classic(
     about = (each for each in families().values() if not each.answers_with_items)
     family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
     told = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}
-    return Classic(name, model, data, items, family, told)
+    return Classic(section.label, model, data, items, family, told)
 
 
 def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> AnsweringModel | None:
-    """Return what finds candidates for language models that cannot search: the fusion, or else item neighbours."""
+    """Return what finds candidates for language models that cannot search: the fusion, or else item neighbours.
+
+    Of several fusions without a language model it is the one that joins the most.
+    """
     if models.data is None:
         return None
-    if FUSION in fusions:
-        return Fused(FUSION, Fuser(fusions[FUSION], models.data), models.items)
+    alone = {name: fused for name, fused in fusions.items() if fused.arm == "baseline"}
+    if alone:
+        name, widest = max(alone.items(), key=lambda each: len(each[1].parts))
+        return Fused(name, Fuser(widest, models.data), models.items)
     return models.similar("interactions")
 
 

@@ -17,7 +17,7 @@ from uuid import uuid4
 from llmrec.answering.about import CONTEXT
 from llmrec.answering.known import Catalogue, Known, known_of, unknown
 from llmrec.answering.listing import history_of, is_cold, listing, merged, ranking_of, ruled
-from llmrec.answering.models import RANK
+from llmrec.answering.models import RANK, meant
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
@@ -213,7 +213,7 @@ class Service:
         # Texts are no items of the catalogue, whatever it calls its own: they go by their titles, and equal ones once.
         candidates = [{"title": text} for text in dict.fromkeys(texts)]
         request = read_request({"history": history, "candidates": candidates}, 1, None)
-        model = body.model if body.model in {card.name for card in self.engine.cards} else None
+        model = meant(body.model or "", [card.name for card in self.engine.cards])
         reply = await self._ask(Question(model=model, verb=RANK), request)
         assert reply.card is not None and isinstance(reply.answer, Answered)
         ranking = ranking_of(reply.answer)
@@ -361,12 +361,14 @@ class Service:
             DataError: If it has.
         """
         names = [card.name for card in self.engine.cards]
-        if name is not None and names and name not in names:
+        if name is not None and names and meant(name, names) is None:
             raise unknown("model", name, names)
 
     def _check_strategy(self, body: schema.RankBody) -> None:
         """Refuse a way of asking that there is not; what it costs to try is not little."""
-        known = next((card.strategies for card in self.engine.cards if body.model in (None, card.name)), ())
+        cards = {card.name: card for card in self.engine.cards}
+        name = next(iter(cards), None) if body.model is None else meant(body.model, cards)
+        known = () if name is None else cards[name].strategies
         if known and body.strategy not in ("auto", "search", *known):
             raise DataError(
                 f"there is no strategy {body.strategy[:60]!r}{did_you_mean(body.strategy, known)}; there are auto, "

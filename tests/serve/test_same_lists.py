@@ -175,7 +175,7 @@ def test_a_classic_model_gives_one_list_of_candidates(url: str, rec: Loaded, mod
     )
 
 
-@pytest.mark.parametrize(("model", "fuse"), [("fusion", "baselines"), ("fusion-model", "model")])
+@pytest.mark.parametrize(("model", "fuse"), [("fusion with texts", "baselines"), ("fusion with models", "model")])
 def test_a_fusion_gives_one_list_of_candidates(
     url: str, rec: Loaded, run: Path, tmp_path: Path, model: str, fuse: str
 ) -> None:
@@ -193,7 +193,7 @@ def test_a_fusion_gives_one_list_of_candidates(
 # --------------------------------------------------------------------------- the whole catalogue
 
 
-@pytest.mark.parametrize("model", ["tuned", *CLASSIC, "fusion", "fusion-model"])
+@pytest.mark.parametrize("model", ["tuned", *CLASSIC, "fusion with texts", "fusion with models"])
 @pytest.mark.parametrize(
     "more",
     [
@@ -208,7 +208,7 @@ def test_a_model_gives_one_list_of_the_catalogue(url: str, rec: Loaded, model: s
     first = in_python(rec, asked, model=model, **more)
     agree(first, over_http(url, asked, model=model, together=False, **more))
     # What reads no prompt does not depend on who else asks.
-    same = agree_nearly if model in ("tuned", "fusion-model") else agree
+    same = agree_nearly if model in ("tuned", "fusion with models") else agree
     same(
         first,
         over_http(url, asked, model=model, **more),
@@ -228,7 +228,9 @@ def test_a_model_that_searches_gives_one_list_of_the_catalogue(served: Served, t
     agree_nearly(over_http(served.url, asked, k=10), batched(served.url, asked, k=10))
 
 
-@pytest.mark.parametrize("model", ["tuned", "markov", "fusion", pytest.param("fusion-model", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "model", ["tuned", "markov", "fusion", pytest.param("fusion with models", marks=pytest.mark.slow)]
+)
 def test_every_user_is_given_the_list_that_the_service_gives(
     url: str, rec: Loaded, run: Path, tmp_path: Path, model: str
 ) -> None:
@@ -243,4 +245,4 @@ def test_every_user_is_given_the_list_that_the_service_gives(
     by_user = [{"id": user, "user_id": user} for user in users]
     in_rec = [[(each.item_id, each.score) for each in rec.rank(user=user, id=user, k=6, model=model)] for user in users]
     agree(in_rec, over_http(url, by_user, together=False, k=6, model=model))
-    (agree_nearly if model in ("tuned", "fusion-model") else agree)(in_rec, in_table)
+    (agree_nearly if model in ("tuned", "fusion with models") else agree)(in_rec, in_table)

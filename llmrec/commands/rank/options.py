@@ -41,7 +41,7 @@ class RankOptions(RecommenderOptions):
         str | None, About(metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db or postgresql://...")
     ] = None
     by: Annotated[
-        str | None, About(metavar="NAME", help="With --all-users: tuned, untuned, fusion, fusion-model or a baseline.")
+        str | None, About(metavar="NAME", help="With --all-users: tuned, untuned, a row of the report or a baseline.")
     ] = None
     limit: Annotated[int | None, About(least=1, help="Rank the first so many requests only.")] = None
     shard: Annotated[

@@ -11,13 +11,14 @@ from typing import Any, Protocol
 
 from llmrec.answering.known import known_in, with_history
 from llmrec.answering.loaded import Loaded, Wanted
-from llmrec.answering.opening import FUSION, Models, open_classics, open_models
+from llmrec.answering.opening import Models, open_classics, open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered, Recommender
 from llmrec.commands.rank.options import RankOptions
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.experiment.engines import dtype_name
+from llmrec.experiment.fusion.parts import FUSIONS
 from llmrec.experiment.resume import Budget
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Item, Unparsed
@@ -145,14 +146,14 @@ def open_classic(options: RankOptions) -> Models:
             column="--recipe",
         )
     page = Path(options.recipe)
-    if options.baseline == FUSION:
+    if options.baseline in FUSIONS.values():
         if not page.is_dir():
             raise RecipeError(
-                f"--baseline {FUSION} is weighed by a run; name its folder with --recipe",
+                f"--baseline {options.baseline!r} is weighed by a run; name its folder with --recipe",
                 kind="unsupported",
                 column="--recipe",
             )
-        return open_models(RecommenderOptions(model=str(page), items=options.items), [FUSION])
+        return open_models(RecommenderOptions(model=str(page), items=options.items), [str(options.baseline)])
     recipe = load_recipe(str(page / _PAGE if page.is_dir() else page), options.settings)
     return open_classics(recipe, [str(options.baseline)], options.items)
 

@@ -22,7 +22,7 @@ class ServeOptions:
         About(
             names=("--models",),
             metavar="NAME",
-            help="What answers, the default first; repeatable: tuned, untuned, fusion, fusion-model, or a baseline.",
+            help="What answers, the default first; repeatable: tuned, untuned, a row of the report or a baseline.",
         ),
     ] = ()
     items: Annotated[Path | None, About(help="Table of items: item_id, title. Default: the run's own data.")] = None

@@ -121,3 +121,24 @@ def read(folder: Path) -> list[Fused]:
         kind="unsupported",
         at=path,
     )
+
+
+def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[str, Fused]:
+    """Return the fusions that can answer, by name: each has that of its row in the report.
+
+    Where several families have a row of one name, it is that of the first of them, and the others go by their ids.
+
+    Args:
+        fusions: Of a run or an exported folder.
+        families: That rank, the first one first.
+        arm: Of the language model that is at hand; fusions with another are left out.
+    """
+    found: dict[str, Fused] = {}
+    for family in families:
+        for each in fusions:
+            if each.family == family and each.arm in ("baseline", arm):
+                name = each.id.split("/")[2]
+                names = (name, f"{name} ({arm})") if each.arm != "baseline" else (name,)
+                free = [one for one in names if one not in found]
+                found[free[0] if free and family == families[0] else each.id] = each
+    return found
