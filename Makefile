@@ -238,7 +238,7 @@ gpu-check:
 	@$(PYTHON) -m eval.benchmarks.gpu $(ARGS)
 
 bench-compress-run: setup
-	$(BIN)/python -m llmrec train recipes/quickstart.yaml name=quickstart-exits train.exits=true train.steps=30 train.valid_every=30 train.save_every=30
+	$(BIN)/python -m llmrec train recipes/movielens-100k/four-tasks.yaml name=quickstart-exits train.exits=true train.steps=30 train.valid_every=30 train.save_every=30
 	$(BIN)/python -m eval.benchmarks.compress_run runs/quickstart-exits eval/results/compress_run.json --target-ms 300
 
 bench-compress: setup
@@ -324,7 +324,7 @@ experiments: setup
 	$(BIN)/python -m eval.benchmarks.experiments
 
 record: setup
-	$(BIN)/python -m eval.benchmarks.record runs/quickstart eval/results/quickstart.json README.md recipes/quickstart.yaml
+	$(BIN)/python -m eval.benchmarks.record runs/quickstart eval/results/quickstart.json README.md recipes/movielens-100k/four-tasks.yaml
 
 figures: setup
 	$(BIN)/python -m eval.benchmarks.figures --write

@@ -411,14 +411,16 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
         with both_places(recipe):
             base = resolve(recipe.model, seed=recipe.seed)
         refuse_paired(base, recipe.model, recipe.eval)
-        base = with_tokens(
+        start = with_tokens(
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
-        encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
+        # Rows of untrained item tokens would take probability from the words of titles.
+        base = base if study.untuned_without_codes() else start
+        encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
         with both_places(recipe):
             # One that is gone is told of before anything of a finished training is taken for another's.
             teacher = teacher_of(study, encoder, folder)
-            return OpenedModel(encoder, base, start_of(study, encoder, base, folder), teacher)
+            return OpenedModel(encoder, base, start_of(study, encoder, start, folder), teacher)
 
 
 def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:

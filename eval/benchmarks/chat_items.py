@@ -22,7 +22,7 @@ from llmrec.index.titles import title_key
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Item
 
-RECIPE, TARGET = "recipes/quickstart.yaml", Path("runs/chat/items.csv")
+RECIPE, TARGET = "recipes/movielens-100k/four-tasks.yaml", Path("runs/chat/items.csv")
 
 
 def informed(items: Mapping[str, Item], folder: Path) -> dict[str, Item]:

@@ -26,7 +26,7 @@ from llmrec.machine import machine, versions
 
 STEPS, SAVE, KILLED_AT = 8, 3, 5
 RECIPE = (
-    "recipes/quickstart.yaml",
+    "recipes/movielens-100k/four-tasks.yaml",
     "model.dtype=float32",
     f"train.steps={STEPS}",
     f"train.save_every={SAVE}",

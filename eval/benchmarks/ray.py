@@ -234,7 +234,7 @@ class Bench:
         self._found(f"rank, {strategy}, again", chosen.target, None, spent, same, said, finished_shards_kept=kept)
 
     def evaluate(self) -> None:
-        chosen = load_recipe("recipes/quickstart.yaml", [f"model.name={self.model}", *EVALUATED])
+        chosen = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={self.model}", *EVALUATED])
         begin = time.monotonic()
         pipeline.run(chosen, self._folder / "run-whole", quiet=True, may_train=False)
         alone = time.monotonic() - begin

@@ -30,7 +30,7 @@ def main(target: Path) -> None:
     prepare_environment()
     quiet_libraries()
     recipe = load_recipe(
-        "recipes/quickstart.yaml", ["reviews=null", "tasks={sequential: {templates: [continue-list]}}"]
+        "recipes/movielens-100k/four-tasks.yaml", ["reviews=null", "tasks={sequential: {templates: [continue-list]}}"]
     )
     study = build_study(recipe)
     folder = resolve(recipe.model)

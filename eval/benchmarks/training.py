@@ -79,7 +79,7 @@ class Setting:
 def made_study(window: int, *overrides: str) -> Study:
     """MovieLens-100K, sequential lists of ``window`` titles."""
     tasks = f"tasks={{sequential: {{templates: [continue-list], window: {window}}}}}"
-    return build_study(load_recipe("recipes/quickstart.yaml", ["reviews=null", tasks, *overrides]))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", ["reviews=null", tasks, *overrides]))
 
 
 # --------------------------------------------------------------------------- rows
@@ -281,7 +281,7 @@ def measure_packing(setting: Setting) -> dict[str, Any]:
     names = "templates: [one-history], history: 20"
     tasks = f"tasks={{sequential: {{{names}}}, rating: {{{names}}}}}"
     settings = ["train.packing=tree", "train.max_row_tokens=512", "train.batch_tokens=2048"]
-    study = build_study(load_recipe("recipes/quickstart.yaml", ["reviews=null", tasks, *settings, "train.steps=60"]))
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", ["reviews=null", tasks, *settings, "train.steps=60"]))
     folder = resolve(study.recipe.model)
     encoder = encoder_of(study, folder)
     packed = plan_training(study, encoder).steps

@@ -78,7 +78,7 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
         tuned = _scored(study, family, own)
         if tuned is None:
             continue
-        untuned = [row for row in own if row.figures.arm == "zero-shot" and _asked_alike(tuned, row)]
+        untuned = [row for row in own if row.figures.arm == "zero-shot" and _asked_alike(study, tuned, row)]
         for row in untuned[:1]:
             yield Versus(family, metric, tuned, row)
         for rival in _rivals(own, metric):
@@ -123,7 +123,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
             yield from (Versus(family, metric, row, single) for row in joined if single is not None)
         for row in own:
             if row.figures.arm in ("tuned", "few-shot"):
-                zero = [each for each in own if each.figures.arm == "zero-shot" and _asked_alike(row, each)]
+                zero = [each for each in own if each.figures.arm == "zero-shot" and _asked_alike(study, row, each)]
                 yield from (Versus(family, metric, row, other) for other in zero)
             if row.figures.arm == "tuned" and row.figures.predictor in ("head", study.section(family).strategies[0]):
                 yield from (Versus(family, metric, row, control) for control in controls)
@@ -194,7 +194,7 @@ def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str,
 
 def _scored(study: Study, family: str, own: Sequence[ResultRow]) -> ResultRow | None:
     """Return the tuned row that stands for its family: its head or first strategy, and the first template."""
-    templates = [template.id for template in study.eval_templates(family)]
+    templates = [template.id for template in study.asked_with(family, "tuned")]
     strategies = ("head", study.section(family).strategies[0])
     tuned = [row for row in own if row.figures.arm == "tuned" and row.figures.predictor in strategies]
     order: Mapping[str, int] = {name: place for place, name in enumerate(templates)}
@@ -205,9 +205,15 @@ def _scored(study: Study, family: str, own: Sequence[ResultRow]) -> ResultRow | 
     )
 
 
-def _asked_alike(row: ResultRow, zero: ResultRow) -> bool:
-    """Whether two rows have one template and strategy; the base model, which has no head, is asked by the others."""
+def _asked_alike(study: Study, row: ResultRow, zero: ResultRow) -> bool:
+    """Whether two rows have one template and strategy; the base model, which has no head, is asked by the others.
+
+    Where the untuned settings have templates of their own, the first of them stands for all.
+    """
     same = row.figures.template == zero.figures.template
+    family = row.figures.task
+    if row.figures.arm == "tuned" and study.section(family).untuned_templates:
+        same = zero.figures.template == study.asked_with(family, "zero-shot")[0].id
     return same and row.figures.predictor in ("head", zero.figures.predictor)
 
 

@@ -250,7 +250,7 @@ class Evaluation:
             data=study.task_data(spec.family).fingerprint,
             candidates=self._digest(spec.family),
             section=study.section(spec.family).model_dump(
-                exclude={"arms", "weight", "strategies", "baselines", "templates", "head"}
+                exclude={"arms", "weight", "strategies", "baselines", "templates", "untuned_templates", "head"}
             ),
             index=study.index.digest if study.index and spec.template else None,
             noun=study.task_data(spec.family).dataset.noun,

@@ -76,7 +76,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
             continue
         if not asks(study.recipe, family, arm):
             continue
-        for template in study.eval_templates(family):
+        for template in study.asked_with(family, arm):
             for strategy in task.asked_by(template, section.strategies, tuned=arm == "tuned"):
                 shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
                 yield RowSpec(task.family, arm, strategy, template, shots)

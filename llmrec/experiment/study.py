@@ -33,6 +33,7 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
 from llmrec.registry import BASELINES, lookup
+from llmrec.results import Arm
 from llmrec.tasks.cases import Cases, of_first_users
 from llmrec.tasks.family import check_names, family_of
 from llmrec.tasks.held_items import HeldItems, draw_held, hold_out, refuse_pairs
@@ -196,8 +197,31 @@ class Study:
         return training_examples(self.training_tasks[family], self.recipe.train.examples, self.training_seed)
 
     def eval_templates(self, family: str) -> tuple[Template, ...]:
-        """Return the templates that evaluation uses; by default the first training template."""
+        """Return the templates that evaluation uses in any setting; by default the first training template."""
         return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
+
+    def asked_with(self, family: str, arm: Arm) -> tuple[Template, ...]:
+        """Return the templates that evaluation uses in one setting; see `TaskSection.untuned_templates`."""
+        section, templates = self.section(family), self.eval_templates(family)
+        untuned = {name.rpartition("/")[2] for name in section.untuned_templates}
+        if not untuned:
+            return templates
+        if arm != "tuned":
+            return tuple(template for template in templates if template.name in untuned)
+        # A template may be named for both.
+        both = {name.rpartition("/")[2] for name in section.eval_templates}
+        return tuple(template for template in templates if template.name not in untuned - both)
+
+    def untuned_without_codes(self) -> bool:
+        """Whether zero-shot or few-shot rows are asked for, and none of them shows or answers with an item's code."""
+        asked = [
+            template
+            for family in self.tasks
+            for arm in self.section(family).arms or self.recipe.eval.arms
+            if arm != "tuned" and arm in self.recipe.eval.arms
+            for template in self.asked_with(family, arm)
+        ]
+        return bool(asked) and not any(template.writes_codes for template in asked)
 
 
 def _check_parameters(family: str, baseline: BaselineSection) -> None:

@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 
 # Task settings that no training row depends on.
 _EVALUATION_ONLY = {
-    *("arms", "strategies", "baselines", "users", "eval_templates", "max_tokens"),
+    *("arms", "strategies", "baselines", "users", "eval_templates", "untuned_templates", "max_tokens"),
     *("balance", "per_user", "calibrate"),
 }
 # Training settings that change nothing of the adapter.
@@ -401,6 +401,7 @@ def _train(
         listwise=listwise_of(study),
         objective=objective_of(study, encoder, planned) if section.reward is not None else None,
         taught=taught,
+        items=tokens,
     )
     del model, head, taught
     release_memory()

@@ -83,7 +83,7 @@ def extended(
     model = load_model(base, section, dtype=torch.float32)
     tokenizer = load_tokenizer(base, section)
     names = index.vocabulary
-    known = {name for name in names if name in tokenizer.get_vocab()}
+    known = tokenizer.get_vocab().keys() & set(names)
     texts = _texts(index, titles) if words else {}
     # Before the tokens are known: no title can be read as one of them.
     pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]

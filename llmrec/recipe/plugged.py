@@ -127,8 +127,8 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
 def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
     """Return a page's values with whole paths of prompts and plug-ins, so that they hold for what is stored.
 
-    A path is looked for beside the page, then in the working folder. A file among the ``templates`` or
-    ``eval_templates`` of a family is read as one of ``prompts``, and named there by its stem.
+    A path is looked for beside the page, then in the working folder. A file among the ``templates``,
+    ``eval_templates`` or ``untuned_templates`` of a family is read as one of ``prompts``, and named there by its stem.
 
     Args:
         values: Of a recipe.
@@ -141,7 +141,7 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
     found = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
     tasks = dict(_mapping(values, "tasks"))
     for family, section in tasks.items():
-        for key in ("templates", "eval_templates"):
+        for key in ("templates", "eval_templates", "untuned_templates"):
             names = _mapping({"": section}, "").get(key)
             if not isinstance(names, list | tuple):
                 continue

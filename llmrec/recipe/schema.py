@@ -437,6 +437,11 @@ class TaskSection(Section):
     )
     templates: tuple[str, ...] = Field((), description="names inside the family, or sets; empty: every seen one")
     eval_templates: tuple[str, ...] = Field((), description="empty: the first of `templates`")
+    untuned_templates: tuple[str, ...] = Field(
+        (),
+        description="templates of zero-shot and few-shot, where the tuned model is asked with others, such as item "
+        "tokens; empty: eval_templates",
+    )
     strategies: tuple[str, ...] = Field(description="how requests are answered at evaluation")
     baselines: tuple[BaselineSection, ...] = Field(description="classic predictors in the same table")
     history: Positive = Field(10, description="events shown in a prompt")
@@ -893,6 +898,11 @@ class TrainSection(Section):
     warmup: Fraction = Field(0.05, description="share of steps")
     weight_decay: float = Field(0.0, ge=0)
     max_grad_norm: float = Field(1.0, gt=0)
+    softmax: Literal["vocabulary", "items"] = Field(
+        "vocabulary",
+        description="items: a target that is an item token competes with the item tokens only, so that nothing has to "
+        "be learned about the rest of the vocabulary; other targets are not affected",
+    )
     exits: bool = Field(
         False, description="the loss stands at every depth, the deeper the heavier, so that eval.exit may leave early"
     )
@@ -950,6 +960,20 @@ class TrainSection(Section):
                 f"train.distill: the loss of train.method={self.method} is over labels and has no teacher; set "
                 "train.method=lora, or drop it"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _item_softmax_is_the_loss_of_answers(self) -> TrainSection:
+        if self.softmax == "items":
+            for found, key in (
+                (self.exits, "exits"),
+                (self.teacher is not None, "teacher"),
+                (self.preference is not None, "preference"),
+                (self.reward is not None, "reward"),
+                (self.method in ("prompt", "option", "option-adapter"), "method"),
+            ):
+                if found:
+                    raise ValueError(f"train.softmax: items is not available with train.{key}; remove one of the two")
         return self
 
     @model_validator(mode="after")

@@ -19,7 +19,7 @@ class Chosen:
     Attributes:
         every: All of the family, by name.
         train: Those that training rows are drawn from; never an unseen one.
-        evaluate: Names of those that evaluation asks with.
+        evaluate: Names of those that evaluation asks with: the tuned model's, then those of other settings.
         coded: Whether there is an index, so that templates may write codes.
         reviewed: Whether the data have reviews, so that templates may show parts of them.
     """
@@ -142,4 +142,6 @@ def choose(
             column=f"tasks.{family}",
         )
     evaluate = tuple(everything.get(name).name for name in section.eval_templates) or (train[0].name,)
+    evaluate += tuple(everything.get(name).name for name in section.untuned_templates)
+    evaluate = tuple(dict.fromkeys(evaluate))
     return Chosen(templates, train, evaluate, index is not None, reviews)

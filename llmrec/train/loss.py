@@ -66,6 +66,24 @@ class TaughtLoss:
         raise NotImplementedError
 
 
+@dataclass(frozen=True, slots=True)
+class ItemLoss:
+    """The head's loss, in which a target that is an item token competes with the item tokens only.
+
+    As a sequential recommender has it (SASRec, arXiv 1808.09781, section III-E, with a softmax over all items): the
+    model does not first have to learn that no word of its vocabulary follows.
+
+    Attributes:
+        tokens: Ids of the item tokens, ascending.
+    """
+
+    tokens: tuple[int, ...]
+
+    def __call__(self, states: Any, labels: Any) -> Any:
+        """Never: the head is needed as well."""
+        raise NotImplementedError
+
+
 def related(states: Any, teacher: Any) -> Any:
     """Return the mean squared distance between how states resemble each other and how a teacher's do, from 0 to 4.
 
@@ -318,6 +336,8 @@ def _loss_at(
         return sum(scale * loss(states) for scale, states in zip(scales, found, strict=True)), count
     if isinstance(by, TaughtLoss):
         return _taught_loss(base, inputs, pick, targets, by, counts)
+    if isinstance(by, ItemLoss):
+        return _item_loss(base, pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets, by, counts)
     if by is not None:
         return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
     count = len(targets) if counts is None else float(counts.sum())
@@ -341,6 +361,25 @@ def _taught_loss(
     if by.relations and len(targets):
         total = total + by.relations * count * related(states[:_RELATED], said[:_RELATED])
     return total, count
+
+
+def _item_loss(base: Any, hidden: Any, targets: Any, by: ItemLoss, counts: Any) -> tuple[Any, float]:
+    """Return the summed loss of targets, item tokens among the item tokens, and what they count; see `ItemLoss`."""
+    head, rows, places = _head(base)
+    tokens = torch.tensor(by.tokens, device=targets.device)
+    # Adapters train the rows of item tokens alone, in ascending order; otherwise they are rows of the head.
+    items = head.weight[tokens] if rows is None else rows[places.argsort()]
+    chosen = torch.isin(targets, tokens)
+    total = torch.zeros((), dtype=torch.float32, device=targets.device)
+    if chosen.any():
+        own = None if counts is None else counts[chosen]
+        total = _HeadLoss.apply(
+            hidden[chosen].to(items.dtype), items, torch.searchsorted(tokens, targets[chosen]), None, None, own
+        )
+    if not chosen.all():
+        rest = None if counts is None else counts[~chosen]
+        total = total + _vocabulary_loss(base, hidden[~chosen], targets[~chosen], rest)
+    return total, len(targets) if counts is None else float(counts.sum())
 
 
 def _vocabulary_loss(

@@ -186,6 +186,7 @@ def train(
     listwise: Listwise | None = None,
     objective: Objective | None = None,
     taught: TaughtLoss | None = None,
+    items: Sequence[int] = (),
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -209,6 +210,7 @@ def train(
         listwise: Rows are lists of candidates, planned as such, and have a loss over these.
         objective: Makes the loss of each planned step itself.
         taught: A teacher; what is followed on validation is the loss of the answers all the same.
+        items: Ids of the item tokens.
     """
     world = here()
     started = time.monotonic()
@@ -219,7 +221,7 @@ def train(
         for each in (model, *([taught.teacher] if taught else [])):
             check_packing(each, "train.packing=none" if listwise is None else _no_lists(listwise))
     pad = encoder.tokenizer.pad_token_id
-    by = state_loss(model, section, head, soft, taught)
+    by = state_loss(model, section, head, soft, taught, items)
     seen = None if by is taught else by
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]

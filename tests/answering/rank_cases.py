@@ -85,7 +85,7 @@ def parquet(path: Path, requests: list[dict[str, Any]], kind: str) -> Path:
 def make_run(model: Path, folder: Path) -> Path:
     """Make a run folder as training leaves it, without its adapter."""
     changes = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
-    recipe = load_recipe("recipes/quickstart.yaml", [*changes, "tasks.direct.templates=[shortlist]"])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*changes, "tasks.direct.templates=[shortlist]"])
     (folder / "merged").mkdir()
     for file in model.iterdir():
         (folder / "merged" / file.name).write_bytes(file.read_bytes())

@@ -127,7 +127,7 @@ def test_prompts_of_a_known_user_show_the_fields_that_the_evaluation_shows(llama
     data = f"data={{source: table, path: {table}, users: {users}, columns: {{user_fields: [age, gender]}}}}"
     tasks = "tasks={direct: {eval_templates: [with-profile]}}"
     more = [f"model.name={llama_folder}", data, tasks, "reviews=null", "eval.candidates.count=5"]
-    recipe = load_recipe("recipes/quickstart.yaml", more)
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", more)
     run = tmp_path / "run"
     shutil.copytree(llama_folder, run / "merged")
     study = build_study(recipe)

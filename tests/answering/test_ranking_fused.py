@@ -42,7 +42,7 @@ BASELINES = ["popularity", "item-knn(history=5)", "markov-1", "markov", "content
 
 @pytest.fixture(scope="module")
 def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL])
     return pipeline.run(recipe, tmp_path_factory.mktemp("run") / "r", quiet=True)
 
 
@@ -137,7 +137,7 @@ def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
 
 def test_arms_that_are_not_named_are_not_joined(llama_folder: Path, tmp_path: Path) -> None:
     more = ("eval.arms=[zero-shot, few-shot]", "eval.fusion={model_users: 24, arms: [few-shot]}", "eval.backend=fake")
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL, *more, "eval.scorer=fake"])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more, "eval.scorer=fake"])
     rows = {row["id"] for row in pipeline.run(recipe, tmp_path / "r", quiet=True).results["rows"]}
     assert "sequential/few-shot/fusion with models/continue-list" in rows
     assert not any("zero-shot/fusion" in name for name in rows)
@@ -159,7 +159,7 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
     run: pipeline.Run, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake")
-    other = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL, *more])
+    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more])
     second = pipeline.run(other, tmp_path / "second", quiet=True)
 
     def fail(*args: Any, **named: Any) -> None:
@@ -183,7 +183,7 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
 
 def test_runs_over_other_cases_are_not_joined(run: pipeline.Run, llama_folder: Path, tmp_path: Path) -> None:
     more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake", "eval.users=11")
-    other = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL, *more])
+    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more])
     second = pipeline.run(other, tmp_path / "second", quiet=True)
     with raises(DataError, Facts(kind="mismatch")):
         pipeline.fuse([run.folder, second.folder], tmp_path / "joined")

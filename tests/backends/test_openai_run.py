@@ -41,7 +41,7 @@ SMALL = (
 
 def recipe(folder: Path, url: str, *more: str) -> Recipe:
     server = f"eval.server={{url: '{url}', model: films, key_env: FILMS_KEY, timeout: 5, attempts: 3, backoff: 0.01}}"
-    return load_recipe("recipes/quickstart.yaml", [f"model.name={folder}", *SMALL, server, *more])
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", *SMALL, server, *more])
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_a_key_in_the_wrong_place_is_refused_and_not_repeated(
 ) -> None:
     for changes in (f"eval.server={override % SECRET}", f"eval={{backend: openai, server: {override % SECRET}}}"):
         with raises(RecipeError, Facts(kind, column=f"eval.server.{key}", says=says)) as caught:
-            load_recipe("recipes/quickstart.yaml", [*SMALL, changes])
+            load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SMALL, changes])
         assert SECRET not in str(caught.value)
 
 
@@ -95,7 +95,7 @@ def test_what_is_asked_is_no_further_key(name: str) -> None:
 )
 def test_sections_that_disagree(overrides: list[str], key: str, says: str | tuple[str, ...]) -> None:
     with raises(RecipeError, Facts("contradiction", column=key, says=says)):
-        load_recipe("recipes/quickstart.yaml", [*SMALL, *overrides])
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SMALL, *overrides])
 
 
 def test_what_can_change_an_answer_and_what_cannot() -> None:

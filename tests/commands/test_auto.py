@@ -161,7 +161,7 @@ def test_a_network_whose_epochs_are_too_slow_is_not_begun(table: Path, tmp_path:
 def test_what_promises_more_gets_more_of_the_time() -> None:
     good, weak, nothing = (autos.Tried(Part(name, "markov")) for name in ("good", "weak", "nothing"))
     good.trials, weak.trials = [Done({}, 0.08, 1.0)], [Done({}, 0.01, 1.0), Done({}, 0.04, 1.0)]
-    search = autos._Search(load_recipe("recipes/quickstart.yaml"), "", Path(), [], time.monotonic() + 190.0, 1.0, print)
+    search = autos._Search(load_recipe("recipes/movielens-100k/four-tasks.yaml"), "", Path(), [], time.monotonic() + 190.0, 1.0, print)
     assert search._share([good, weak]) == pytest.approx(170.0 * (0.125 + 0.75 * 16 / 17), abs=0.5)
     assert search._share([weak, weak]) == pytest.approx(85.0, abs=0.5)
     assert search._share([nothing, good]) == pytest.approx(170.0 / 8, abs=0.5)

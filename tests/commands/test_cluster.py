@@ -119,7 +119,7 @@ def test_a_job_is_cut_as_it_was_before(tmp_path: Path) -> None:
 def test_a_job_is_read_as_it_was_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     ranking = job_in(Path())
-    page = load_recipe("recipes/quickstart.yaml", ["eval.users=7", "ray.gpus=2"])
+    page = load_recipe("recipes/movielens-100k/four-tasks.yaml", ["eval.users=7", "ray.gpus=2"])
     for job in (ranking, Job("eval", Path("runs/x"), page)):
         with published(job) as token:
             read = jobs.read_job(shards_of(job.target), token)
@@ -310,7 +310,7 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_ray_and_one_shard_exclude_each_other(tmp_path: Path) -> None:
-    for words in (["run", "recipes/quickstart.yaml"], ["augment", "recipes/quickstart.yaml"]):
+    for words in (["run", "recipes/movielens-100k/four-tasks.yaml"], ["augment", "recipes/movielens-100k/four-tasks.yaml"]):
         with raises(RecipeError, Facts("contradiction", column="--shard")):
             CliRunner().invoke(app, [*words, "--shard", "1/2", "--ray", "local"], catch_exceptions=False)
     with raises(RecipeError, Facts("unsupported", column="--out")):

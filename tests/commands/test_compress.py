@@ -89,13 +89,13 @@ def _run(folder: Path) -> Path:
     more = ["train.exits=true", "eval.arms=[tuned]", f"model.name={deep}", "model.dtype=float32"]
     settings = [each for each in SMALL if not each.startswith("tasks=") and "top_layers" not in each]
     return pipeline.run(
-        load_recipe("recipes/quickstart.yaml", [*settings, only, *more]), folder / "run", quiet=True
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*settings, only, *more]), folder / "run", quiet=True
     ).folder
 
 
 def test_a_weight_in_8_bits_is_off_by_half_a_step_of_its_row_at_most(tmp_path: Path) -> None:
     pytest.importorskip("bitsandbytes")
-    folder, recipe = make_model(tmp_path / "deep", layers=1), load_recipe("recipes/quickstart.yaml")
+    folder, recipe = make_model(tmp_path / "deep", layers=1), load_recipe("recipes/movielens-100k/four-tasks.yaml")
     plain = dict(compressing.opened(folder, "float32", recipe).named_parameters())
     stored, whole = 0, 0
     for name, weight in compressing.opened(folder, "int8", recipe).named_parameters():

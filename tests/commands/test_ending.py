@@ -113,7 +113,7 @@ def test_a_full_disk_is_one_error_and_the_same_command_goes_on(
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    words = ["run", "recipes/quickstart.yaml", f"model.name={llama_folder}", *SMALL, "-q", "--out"]
+    words = ["run", "recipes/movielens-100k/four-tasks.yaml", f"model.name={llama_folder}", *SMALL, "-q", "--out"]
     assert command([*words, str(tmp_path / "whole")], monkeypatch) == 0
     capfd.readouterr()
     for limit in size if isinstance(size, tuple) else (size,):

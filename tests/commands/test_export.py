@@ -62,7 +62,7 @@ IDS = [[1, 40, 77, 200, 15, 9], [1, 300, 21, 21, 8, 64]]
 
 
 def recipe(folder: Path, *more: str) -> Recipe:
-    return load_recipe("recipes/quickstart.yaml", [f"model.name={folder}", *SMALL, *more])
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", *SMALL, *more])
 
 
 def trained(folder: Path, out: Path, *more: str) -> Path:
@@ -394,7 +394,7 @@ def test_runs_that_cannot_be_exported_say_why(run: Path, tmp_path: Path) -> None
 def test_data_that_is_gone_is_needed_for_the_check_and_the_items_only(tmp_path: Path, llama_folder: Path) -> None:
     table = tmp_path / "shop.csv"
     table.write_bytes(resource("recipes", "made", "reviews.csv").read_bytes())
-    own = load_recipe("recipes/quickstart.yaml", ["data={source: made-reviews}"]).data
+    own = load_recipe("recipes/movielens-100k/four-tasks.yaml", ["data={source: made-reviews}"]).data
     columns = own.model_copy(update={"source": "table", "path": str(table)}).model_dump(mode="json")
     run = trained(llama_folder, tmp_path / "run", f"data={json.dumps(columns)}", "tasks.rating=null")
     table.unlink()

@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 
 def started(model: str, out: Path, *more: str) -> subprocess.Popen[str]:
     """Begin a training in two processes."""
-    words = ["train", "recipes/quickstart.yaml", *SMALL, f"model.name={model}", *more, "--launch", "2"]
+    words = ["train", "recipes/movielens-100k/four-tasks.yaml", *SMALL, f"model.name={model}", *more, "--launch", "2"]
     told = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "LLMREC_FITS": "off"}
     return subprocess.Popen(
         [sys.executable, "-m", "llmrec", *words, "--out", str(out)],

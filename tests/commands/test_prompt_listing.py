@@ -32,7 +32,7 @@ SETTINGS = (
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return build_study(load_recipe("recipes/quickstart.yaml", SETTINGS))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", SETTINGS))
 
 
 def block(study: Study, name: str) -> str:
@@ -137,7 +137,7 @@ def test_rows_of_templates_that_are_not_trained_on(study: Study, encoder: Encode
 
 
 def test_a_template_that_does_not_fit_the_recipe_says_why(encoder: Encoder) -> None:
-    summary = build_study(load_recipe("recipes/quickstart.yaml", [*SETTINGS[:-1], "tasks.rating.past=summary"]))
+    summary = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:-1], "tasks.rating.past=summary"]))
     (text,) = rendered(summary, encoder, [find(summary, "score-one")], 1)
     assert "cannot be rendered here: tasks: past=summary" in " ".join(text.split())
 
@@ -216,7 +216,7 @@ def command(*arguments: str) -> str:
 
 
 def test_the_command_lists_renders_and_compares(llama_folder: Path) -> None:
-    recipe = ["recipes/quickstart.yaml", *SETTINGS, f"model.name={llama_folder}", "model.dtype=float32"]
+    recipe = ["recipes/movielens-100k/four-tasks.yaml", *SETTINGS, f"model.name={llama_folder}", "model.dtype=float32"]
     whole = command(*recipe, "-n", "1")
     assert "direct templates\n" in whole and whole.count("\n[") == 4 and "\x1b" not in whole
     alone = command(*recipe, "--template", "rate-next", "--set", "m6", "-n", "2")

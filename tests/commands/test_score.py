@@ -112,7 +112,7 @@ def test_graded_relevance_is_a_gain_where_it_is_asked_for(tmp_path: Path) -> Non
 
 
 def test_figures_of_ranked_requests_are_those_of_the_evaluation(tmp_path: Path) -> None:
-    recipe = load_recipe("recipes/quickstart.yaml", [*CHANGES, *BASELINES])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CHANGES, *BASELINES])
     (tmp_path / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
     study = build_study(recipe)
     cases = study.cases("sequential")

@@ -66,7 +66,7 @@ def exported(model: str, folder: Path) -> Exported:
     """Tune for two steps, export in float32, and render questions about validation cases."""
     from llmrec import pipeline
 
-    recipe = load_recipe("recipes/quickstart.yaml", [*SMALL, f"model.name={model}"])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SMALL, f"model.name={model}"])
     pipeline.train(recipe, folder / "run", quiet=True)
     out = folder / "films"
     done = export.export(folder / "run", export.Options(out=out, dtype="float32", users=2))

@@ -54,7 +54,7 @@ ROWS = 60
 
 @pytest.fixture(scope="module")
 def study() -> Study:
-    return build_study(load_recipe("recipes/quickstart.yaml", SETTINGS))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", SETTINGS))
 
 
 def results_of(study: Study) -> dict[str, Any]:
@@ -108,7 +108,7 @@ def test_a_clean_run_raises_no_alarm(study: Study) -> None:
 
 def test_statistics_in_words_raise_no_alarm() -> None:
     named = [f"tasks.{family}.templates=[m6]" for family in ("rating", "sequential", "direct", "explanation")]
-    study = build_study(load_recipe("recipes/quickstart.yaml", [*SETTINGS, *named]))
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *named]))
     assert {template.set for family in study.tasks for template in study.eval_templates(family)} == {"m6"}
     assert leaking(examine(study)) == set()
 
@@ -180,7 +180,7 @@ def test_4_a_training_row_that_shows_a_held_out_title_without_saying_so(study: S
 
 def test_4_a_training_row_that_shows_a_held_out_code_where_ids_are_codes() -> None:
     named = ("tasks.rating={templates: [user-item]}", "tasks.sequential=null", "tasks.direct=null", "index.ids=codes")
-    study = build_study(load_recipe("recipes/quickstart.yaml", [*SETTINGS[:4], *named, "index.scheme=random"]))
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:4], *named, "index.scheme=random"]))
     assert study.index is not None
     user, item = held(study)
     shown = Segment("item", study.index.encode(item))
@@ -361,7 +361,7 @@ POSITIONS = "position questions of direct that depend on held-out interactions"
 
 def rebuilt(study: Study, *named: str) -> Study:
     """The same study, made again by the code as it is patched."""
-    return build_study(load_recipe("recipes/quickstart.yaml", [*SETTINGS, *named]))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *named]))
 
 
 def test_13_negatives_that_are_drawn_knowing_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:

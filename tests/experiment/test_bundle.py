@@ -21,12 +21,12 @@ def folder(llama_folder: Path, tmp_path: Path) -> Path:
     """A model folder with its bundle file."""
     for file in llama_folder.iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    bundle.write(build_study(load_recipe("recipes/quickstart.yaml", STUDY)), tmp_path)
+    bundle.write(build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", STUDY)), tmp_path)
     return tmp_path
 
 
 def test_a_folder_is_read_back_as_it_was_tuned(folder: Path) -> None:
-    study = build_study(load_recipe("recipes/quickstart.yaml", STUDY))
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", STUDY))
     found = bundle.read(str(folder))
     assert found.tuned and found.run is None and found.folder == str(folder)
     assert found.noun == "products" and found.rating_scale == study.data.dataset.rating_scale
@@ -40,7 +40,7 @@ def test_a_folder_is_read_back_as_it_was_tuned(folder: Path) -> None:
 
 def test_it_holds_no_data(folder: Path) -> None:
     text = (folder / bundle.FILE).read_text(encoding="utf-8")
-    study = build_study(load_recipe("recipes/quickstart.yaml", STUDY))
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", STUDY))
     assert not any(item.title in text for item in study.data.dataset.items.values())
     assert "path" not in json.loads(text)
 

@@ -31,7 +31,7 @@ TUNED = {"rating": "rating/tuned/expected/list-ratings", "sequential": "sequenti
 
 
 def study(*more: str) -> Study:
-    return build_study(load_recipe("recipes/quickstart.yaml", [*SMALL, *more]))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SMALL, *more]))
 
 
 def rows_of(made: Study, levels: dict[str, float]) -> list[ResultRow]:

@@ -61,7 +61,7 @@ def _tune(table: Path, out: Path) -> str:
     data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
     options = ["--encoder", tiny_encoder(), "--blocks", "2", "--epochs", "2", "--learning-rate", "5e-3"]
     found = CliRunner().invoke(
-        app, ["tune-encoder", "recipes/quickstart.yaml", *data, *options, "--out", str(out)], catch_exceptions=False
+        app, ["tune-encoder", "recipes/movielens-100k/four-tasks.yaml", *data, *options, "--out", str(out)], catch_exceptions=False
     )
     return found.stdout
 
@@ -97,7 +97,7 @@ def test_another_encoder_under_the_same_path_makes_other_rows(table: Path, tuned
     controls = "random, popularity, item-knn, markov-1"
     tasks = f"tasks={{sequential: {{baselines: [{controls}, {{name: content, encoder: {folder}}}]}}}}"
     more = ("reviews=null", "eval.arms=[]", "eval.candidates.count=5")
-    study = build_study(load_recipe("recipes/quickstart.yaml", [data, tasks, *more]))
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [data, tasks, *more]))
     labels = [each.label for each in study.baselines("sequential")]
 
     def keys() -> list[str]:

@@ -319,3 +319,32 @@ def _embed(chosen: Recipe) -> Any:
     from llmrec.models.embedder import text_embedder
 
     return text_embedder("all-MiniLM-L6-v2") if chosen.index and chosen.index.scheme == "semantic" else None
+
+
+def test_untuned_settings_are_asked_with_titles_and_the_tuned_model_with_item_tokens(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(
+        llama_folder,
+        "index={scheme: token}",
+        "tasks={sequential: {templates: [bare-codes], untuned_templates: [continue-list], history: 5, window: 6}}",
+        "train.softmax=items",
+        "eval.arms=[zero-shot, few-shot, tuned]",
+        "eval.shots.k=1",
+    )
+    session = pipeline.open_session(chosen, tmp_path / "r", quiet=True)
+    # Titles are read by the model as it came: untrained rows of item tokens would take probability from their words.
+    assert session.base == str(llama_folder) and session.start == str(tmp_path / "r" / "base")
+    run = pipeline.run(chosen, tmp_path / "r", quiet=True)
+    asked = {row["arm"]: row["template"] for row in run.results["rows"] if row["template"]}
+    assert asked == {
+        "zero-shot": "sequential/continue-list",
+        "few-shot": "sequential/continue-list",
+        "tuned": "sequential/bare-codes",
+    }
+    assert answers(run.folder)["error"].null_count() == 6
+    zero, tuned = (next(row["id"] for row in run.results["rows"] if row["arm"] == arm) for arm in ("zero-shot", "tuned"))
+    planned = {(each["a"], each["b"]) for each in run.results["comparisons"] if each.get("verdict")}
+    assert (tuned, zero) in planned
+    lines = audit.audit(run.folder)
+    assert not [line for line in lines if line.verdict == "leak"]

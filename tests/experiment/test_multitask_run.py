@@ -46,7 +46,7 @@ ROWS = (
 
 def recipe(folder: Path | str, *more: str) -> Recipe:
     named = ["reviews=null", f"model.name={folder}", "model.dtype=float32", *ROWS, *more]
-    return load_recipe("recipes/quickstart.yaml", named)
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", named)
 
 
 def planned(study: Study, folder: Path) -> Plan:
@@ -94,13 +94,13 @@ def test_a_rating_head_may_stand_beside_families_that_are_left_out() -> None:
     head = ("tasks.rating.strategies=[head, expected]", "tasks.rating.head={alpha: 0.5}")
     with raises(
         RecipeError,
-        Facts("contradiction", "recipes/quickstart.yaml", column="tasks.rating.head", says="train.only=[rating]"),
+        Facts("contradiction", "recipes/movielens-100k/four-tasks.yaml", column="tasks.rating.head", says="train.only=[rating]"),
     ):
         recipe("m", *head)
     assert recipe("m", *head, "train.only=[rating]").trained() == {"rating": 1.0}
     with raises(
         RecipeError,
-        Facts("contradiction", "recipes/quickstart.yaml", column="tasks.rating.head", says="train.only=[rating]"),
+        Facts("contradiction", "recipes/movielens-100k/four-tasks.yaml", column="tasks.rating.head", says="train.only=[rating]"),
     ):
         recipe("m", *head, "train.without=[rating]")
 

@@ -181,7 +181,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 def recipe(folder: Path, *more: str) -> Recipe:
     return load_recipe(
-        "recipes/quickstart.yaml",
+        "recipes/movielens-100k/four-tasks.yaml",
         [
             f"model.name={folder}", "model.dtype=float32", "reviews=null",
             "tasks={fame: {users: 12, strategies: [yes-no, shy], baselines: [like-ratio, {name: half, value: 0.4}]}}",
@@ -224,8 +224,8 @@ def test_it_is_audited(done: pipeline.Run) -> None:
 
 def test_its_section_is_closed_and_its_controls_stand(known: None, llama_folder: Path) -> None:
     with raises(
-        RecipeError, Facts("unknown-key", "recipes/quickstart.yaml", column="tasks.fam", says="did you mean 'fame'")
+        RecipeError, Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.fam", says="did you mean 'fame'")
     ):
-        load_recipe("recipes/quickstart.yaml", ["tasks.fam={}"])
-    with raises(RecipeError, Facts("unknown-key", "recipes/quickstart.yaml", column="tasks.usres")):
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", ["tasks.fam={}"])
+    with raises(RecipeError, Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.usres")):
         recipe(llama_folder, "tasks={fame: {usres: 3}}")

@@ -52,7 +52,7 @@ SMALL = (
 
 
 def recipe(folder: Path, *more: str) -> Recipe:
-    return load_recipe("recipes/quickstart.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more])
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more])
 
 
 @pytest.fixture(scope="module", params=["llama_folder", "qwen_folder"])
@@ -253,7 +253,7 @@ def test_a_family_can_be_asked_in_some_arms_alone(llama_folder: Path, tmp_path: 
 )
 def test_arms_that_would_train_for_nothing_are_refused(tasks: str, said: str) -> None:
     with pytest.raises(RecipeError, match=said):
-        load_recipe("recipes/quickstart.yaml", [tasks])
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [tasks])
 
 
 def test_a_profile_that_tells_an_answer_does_not_end_the_run(
@@ -268,7 +268,7 @@ def test_a_profile_that_tells_an_answer_does_not_end_the_run(
     monkeypatch.setattr(study, "load", lambda section, seed: replace(source, users=users))
     tasks = "tasks={direct: {eval_templates: [with-profile], strategies: [label], users: 200}}"
     words = [tasks, "eval.arms=[zero-shot]", "eval.backend=fake"]
-    said = CliRunner().invoke(app, ["check", "recipes/quickstart.yaml", *SMALL, *words]).output
+    said = CliRunner().invoke(app, ["check", "recipes/movielens-100k/four-tasks.yaml", *SMALL, *words]).output
     assert f"1 user is set aside from evaluation, of {len(users)} with a profile in made-reviews" in said
     assert f"users: {told.user_id}\n" in said
     made = pipeline.run(recipe(llama_folder, *words), tmp_path / "r", quiet=True)

@@ -156,7 +156,7 @@ BASE = (
 
 
 def recipe(model: Path, *more: str) -> Recipe:
-    return load_recipe("recipes/quickstart.yaml", [f"model.name={model}", *BASE, *more])
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={model}", *BASE, *more])
 
 
 def figures(folder: Path) -> dict[str, Any]:

@@ -50,7 +50,7 @@ def run(model: Path, folder: Path, *more: str) -> dict[str, Any]:
     """Run and return the rows and predictions that must not depend on what lay in the folder."""
     import polars as pl
 
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={model}", *BASE, *more])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={model}", *BASE, *more])
     done = pipeline.run(recipe, folder, quiet=True)
     rows = json.loads(json.dumps(done.results["rows"]))
     for row in rows:
@@ -201,7 +201,7 @@ class Sampling(Engines):
 
 @cache
 def study_of(candidates: int) -> Study:
-    return build_study(load_recipe("recipes/quickstart.yaml", [*BASE, f"eval.candidates.count={candidates}"]))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*BASE, f"eval.candidates.count={candidates}"]))
 
 
 def ask(store: AnswerStore, asked: Asked) -> tuple[int, int]:
@@ -272,6 +272,6 @@ def test_no_field_gives_a_stale_hit(field: str, model: Path, qwen_folder: Path, 
 
 def merged(model: Path, place: Path) -> Path:
     """Train an adapter for a step and return the folder in which it is merged."""
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={model}", *BASE])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={model}", *BASE])
     pipeline.train(recipe, place / "run", quiet=True)
     return place / "run" / "merged"

@@ -33,7 +33,7 @@ BASE = (
 
 
 def rows_of(model: Path, folder: Path, *more: str) -> dict[str, Any]:
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={model}", *BASE, *more])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={model}", *BASE, *more])
     rows = json.loads(json.dumps(pipeline.run(recipe, folder, quiet=True).results["rows"]))
     for row in rows:
         del row["cost"]["seconds"]
@@ -68,7 +68,7 @@ def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
     from llmrec.recipe.schema import ModelSection
 
     encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=99_999)
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *BASE, "tasks.sequential=null"])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *BASE, "tasks.sequential=null"])
 
     def tokens(strategy: str, permutations: int = 1) -> int:
         direct = recipe.tasks.direct.model_copy(  # type: ignore[union-attr]

@@ -24,7 +24,7 @@ BASE = ("reviews=null", "data={source: made-reviews}", "eval.candidates.count=5"
 
 
 def recipe(*overrides: str) -> Recipe:
-    return load_recipe("recipes/quickstart.yaml", [*BASE, *overrides])
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [*BASE, *overrides])
 
 
 def test_two_tables_share_what_is_held_out() -> None:
@@ -208,9 +208,9 @@ def test_what_does_not_fit_together_is_refused(override: str, facts: Facts | Non
     if facts is None:
         assert set(build_study(recipe(override)).tasks) == {"rating"}
         with raises(
-            RecipeError, Facts("contradiction", "recipes/quickstart.yaml", column="reviews", says="tasks.explanation")
+            RecipeError, Facts("contradiction", "recipes/movielens-100k/four-tasks.yaml", column="reviews", says="tasks.explanation")
         ):
-            load_recipe("recipes/quickstart.yaml", [override])
+            load_recipe("recipes/movielens-100k/four-tasks.yaml", [override])
         return
     with raises(RecipeError, facts):
         build_study(recipe(override))

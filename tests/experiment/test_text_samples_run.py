@@ -175,7 +175,7 @@ def test_what_else_is_told_stands_where_a_template_shows_it(llama_folder: Path) 
     named = [f"model.name={llama_folder}", "data={source: made-reviews, noun: products}", "reviews=null"]
     names = ("plain", "in-own-words", "m6-reason")
     section = f"tasks={{explanation: {{eval_templates: [{', '.join(names)}]}}}}"
-    recipe = load_recipe("recipes/quickstart.yaml", [*named, section, "eval.users=6"])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*named, section, "eval.users=6"])
     data = load_split(recipe.data, recipe.seed)
     users = {user: {"name": f"N {user}", "town": "Ulm\n<b>"} for user in data.users()}
     study = build_study(recipe, replace(data, dataset=replace(data.dataset, users=users)))

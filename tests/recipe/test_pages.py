@@ -69,7 +69,7 @@ def test_odd_yaml_in_a_template(text: str, facts: Facts, tmp_path: Path) -> None
 )
 def test_odd_values_of_overrides_name_their_key(value: str, kind: str) -> None:
     with pytest.raises(RecipeError) as caught:
-        load_recipe("recipes/quickstart.yaml", [f"seed={value}"])
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"seed={value}"])
     assert (caught.value.kind, caught.value.column) == (kind, "seed")
     assert len(str(caught.value)) < 1000
 
@@ -77,7 +77,7 @@ def test_odd_values_of_overrides_name_their_key(value: str, kind: str) -> None:
 @pytest.mark.parametrize("name", ["y" * 300, "a/" * 3000, "é" * 130])
 def test_a_name_that_no_folder_can_have_is_refused_before_one_is_looked_for(name: str) -> None:
     with raises(RecipeError, Facts("bad-value", column="model.name")) as caught:
-        load_recipe("recipes/quickstart.yaml", [f"model.name={name}"])
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={name}"])
     assert len(str(caught.value)) < 1000
 
 
@@ -146,7 +146,7 @@ def test_a_wrong_value_of_a_base_names_both_pages(tmp_path: Path) -> None:
 )
 def test_numbers_and_names_have_upper_bounds(override: str) -> None:
     with raises(RecipeError, Facts("bad-value", column=override.partition("=")[0])):
-        load_recipe("recipes/quickstart.yaml", [override])
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [override])
 
 
 ADDRESSES = [
@@ -160,7 +160,7 @@ ADDRESSES = [
 def test_addresses_that_no_client_could_ask_are_refused(url: str) -> None:
     server = ["eval.arms=[zero-shot]", "eval.backend=openai", "eval.server.model=m", f"eval.server.url={url}"]
     with raises(RecipeError, Facts("contradiction", column="eval.server.url")) as caught:
-        load_recipe("recipes/quickstart.yaml", server)
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", server)
     assert url not in str(caught.value)
 
 
@@ -169,6 +169,6 @@ def test_addresses_that_no_client_could_ask_are_refused(url: str) -> None:
 )
 def test_addresses_that_a_client_can_ask(url: str) -> None:
     server = ["eval.arms=[zero-shot]", "eval.backend=openai", "eval.server.model=m", f"eval.server.url={url}"]
-    section = load_recipe("recipes/quickstart.yaml", server).eval.server
+    section = load_recipe("recipes/movielens-100k/four-tasks.yaml", server).eval.server
     assert section is not None
     assert section.url == url

@@ -85,7 +85,7 @@ class Chain:
     def command(self, step: str, model: Path) -> list[str]:
         """Return the words after ``llmrec``."""
         if step == "run":
-            recipe = ["recipes/quickstart.yaml", f"model.name={model}", *SMALL]
+            recipe = ["recipes/movielens-100k/four-tasks.yaml", f"model.name={model}", *SMALL]
             return ["run", *recipe, "--quiet", "--out", str(self.run)]
         if step == "export":
             return ["export", str(self.run), "--out", str(self.exported), "--with-items", "--check-users", "1"]

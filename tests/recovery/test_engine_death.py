@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 USERS, BATCH = 24, 4
 RECIPE = (
-    "recipes/quickstart.yaml",
+    "recipes/movielens-100k/four-tasks.yaml",
     "data={source: made-reviews, noun: products}",
     "reviews=null",
     "model.dtype=float32",

@@ -37,7 +37,7 @@ List = list[tuple[str, float]]
 @pytest.fixture(scope="module")
 def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was trained for two steps, with the fusions that it weighed."""
-    recipe = load_recipe("recipes/quickstart.yaml", [f"model.name={llama_folder}", *SMALL])
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL])
     return pipeline.run(recipe, tmp_path_factory.mktemp("same") / "r", quiet=True).folder
 
 

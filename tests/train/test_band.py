@@ -175,7 +175,7 @@ def test_a_plan_with_a_band_packs_rows_that_know_their_lines() -> None:
     tasks = "tasks={rating: {}, sequential: {templates: [continue-list], window: 8}}"
     base = ["reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf", tasks]
     settings = ["train.steps=6", "train.packing=tree", "train.band=3"]
-    study = build_study(load_recipe("recipes/quickstart.yaml", [*base, *settings]))
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*base, *settings]))
     planned = plan_training(study, Encoder(make_tokenizer(), max_length=2048))
     assert all(each.band == 3 for step in planned.steps for each in step.bins)
     longest = max((row for step in planned.steps for row in step.rows), key=lambda row: len(row.lines))

@@ -102,7 +102,7 @@ def study(packing: str, templates: str) -> Study:
     tasks = f"tasks={{sequential: {{templates: [{templates}]}}, rating: {{templates: [{templates}], history: 20}}}}"
     base = ["reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf", tasks]
     settings = ["train.steps=6", "train.batch_tokens=4096", "train.max_row_tokens=1024", f"train.packing={packing}"]
-    return build_study(load_recipe("recipes/quickstart.yaml", [*base, *settings]))
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*base, *settings]))
 
 
 def test_a_packed_plan_computes_fewer_tokens_for_as_many_rows(encoder: Encoder) -> None:

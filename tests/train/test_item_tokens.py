@@ -20,7 +20,7 @@ from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
-from llmrec.train.loss import label_loss
+from llmrec.train.loss import ItemLoss, label_loss
 from llmrec.types import Code, Example, Message, Prompt, Segment
 from tests.conftest import make_model, make_tokenizer
 from tests.facts import Facts, raises
@@ -254,3 +254,38 @@ def test_a_title_that_spells_a_token_is_read_as_words(tmp_path: Path) -> None:
     extended(str(made), section(made), INDEX, titles, tmp_path / "base", words=True, seed=0)
     weights = load_model(str(tmp_path / "base"), section(made)).get_input_embeddings().weight
     assert torch.isfinite(weights).all() and len(weights) == len(load_tokenizer(str(tmp_path / "base"), section(made)))
+
+
+def test_an_item_softmax_has_the_item_tokens_alone_and_leaves_other_targets_as_they_are(base: Path) -> None:
+    encoder = Encoder(load_tokenizer(str(base), section(base)), max_length=256)
+    ids = encoder.tokenizer.convert_tokens_to_ids(list(INDEX.tokens))
+    model = lora.load_trainable(str(base), section(base), TrainSection(lora=LoraSection(rank=4)), tokens=ids)
+    row = encoder.row(next(examples()))
+    inputs, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
+
+    def gradients() -> dict[str, Any]:
+        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+        model.zero_grad()
+        return found
+
+    # Targets are item tokens and line ends.
+    weights = torch.tensor([2.0])
+    loss, count = label_loss(model, inputs, labels, ItemLoss(tuple(sorted(ids))), weights)
+    loss.backward()
+    ours = gradients()
+    logits, wanted = model(input_ids=inputs).logits[0, :-1].float(), labels[0, 1:]
+    coded = torch.isin(wanted, torch.tensor(ids))
+    assert coded.any() and not coded[wanted != -100].all()
+    barred = torch.ones(logits.shape[-1], dtype=torch.bool).index_fill(0, torch.tensor(ids), False)
+    logits = torch.where(coded[:, None] & barred, -torch.inf, logits)
+    plain = 2 * torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
+    plain.backward()
+    theirs = gradients()
+    assert count == 2 * row.targets and float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
+
+
+def test_an_item_softmax_needs_the_loss_of_answers() -> None:
+    with pytest.raises(ValueError, match=r"train\.exits"):
+        TrainSection(softmax="items", exits=True)

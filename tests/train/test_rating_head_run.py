@@ -36,7 +36,7 @@ SMALL = (
 
 
 def recipe(folder: Path | str, *more: str) -> Recipe:
-    return load_recipe("recipes/quickstart.yaml", [f"model.name={folder}", *SMALL, *more])
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", *SMALL, *more])
 
 
 @pytest.fixture(scope="module")

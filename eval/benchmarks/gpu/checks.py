@@ -15,7 +15,7 @@ from typing import Any
 
 Facts = dict[str, Any]
 
-_RECIPE = "recipes/quickstart.yaml"
+_RECIPE = "recipes/movielens-100k/four-tasks.yaml"
 _MEASURE = (".venv/bin/python", "-m", "eval.benchmarks.gpu.measure")
 _TORCH = (
     "import json, torch; cuda = torch.cuda; print(json.dumps({'torch': torch.__version__, 'cuda': torch.version.cuda, "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from llmrec.errors import ModelError
@@ -13,11 +14,16 @@ from llmrec.models.traits import is_paired, plain_head
 from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
 from llmrec.train.heads.option import OptionLoss, rows_of
 from llmrec.train.heads.rating_head import HeadLoss
-from llmrec.train.loss import ExitLoss, StateLoss, TaughtLoss
+from llmrec.train.loss import ExitLoss, ItemLoss, StateLoss, TaughtLoss
 
 
 def state_loss(
-    model: Any, section: TrainSection, head: RatingHead | None, soft: SoftPrompt | None, taught: TaughtLoss | None
+    model: Any,
+    section: TrainSection,
+    head: RatingHead | None,
+    soft: SoftPrompt | None,
+    taught: TaughtLoss | None,
+    items: Sequence[int] = (),
 ) -> StateLoss | None:
     """Return what stands in for the language-model head's loss; None: nothing does.
 
@@ -27,6 +33,7 @@ def state_loss(
         head: A rating head on the model.
         soft: Its soft prompts.
         taught: A teacher beside it.
+        items: Ids of the item tokens.
 
     Raises:
         ModelError: If ``train.exits`` is set and answers cannot leave the model early.
@@ -34,6 +41,8 @@ def state_loss(
     by: StateLoss | None = taught if head is None else HeadLoss(head)
     if soft is not None and soft.tied:
         by = OptionLoss(rows_of(model), len(soft.labels))
+    if section.softmax == "items" and by is None:
+        by = ItemLoss(tuple(sorted(items)))
     if section.exits:
         check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
         by = ExitLoss(by, section.distill)
