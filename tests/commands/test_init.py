@@ -21,7 +21,7 @@ from typer.testing import CliRunner
 
 from llmrec.cli import app
 from llmrec.commands.init.columns import guess
-from llmrec.commands.init.page import Page, render, scalar
+from llmrec.commands.init.page import Page, render, scalar, where_line
 from llmrec.commands.init.plan import BUDGET_SECONDS, Plan, decide
 from llmrec.commands.init.roles import Asked, asked
 from llmrec.commands.init.start import init
@@ -514,6 +514,25 @@ def test_a_recipe_of_init_passes_its_own_check(folder: Path, seed: int, kind: in
     if kind in (0, 5) and named:
         scale = study.data.dataset.rating_scale
         assert scale == recipe.data.rating_scale == ((0, 7) if kind == 0 else (-10, 10))
+
+
+def test_a_kind_of_event_can_be_kept_by_the_line_that_is_shown(folder: Path) -> None:
+    clicks = pl.read_csv("clicks.csv")
+    for name, quoted in (("event", "event"), ("what happened", "col('what happened')")):
+        kinds = pl.Series(name, [("view", "view", "purchase")[row % 3] for row in range(clicks.height)])
+        clicks.with_columns(kinds).write_csv("events.csv")
+        said = llmrec("init", "events.csv", "--force")
+        line = f"""filter: {{where: "{quoted} == 'purchase'"}}"""
+        assert line in said and f"  # {line}  # keeps one kind of event" in Path("events.yaml").read_text(
+            encoding="utf-8"
+        )
+        text = Path("events.yaml").read_text(encoding="utf-8").replace(f"  # {line}", f"  {line}")
+        Path("kept.yaml").write_text(text, encoding="utf-8")
+        assert load(load_recipe("kept.yaml").data, seed=0).interactions.height <= clicks.height / 3
+    # A core filter stands in the same line, since a recipe has one filter.
+    assert yaml.safe_load(where_line("event", "buy", 5)) == {
+        "filter": {"where": "event == 'buy'", "user_core": 5, "item_core": 5}
+    }
 
 
 def test_hours_played_are_no_rating(folder: Path) -> None:

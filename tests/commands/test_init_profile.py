@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from llmrec.commands.init.columns import guess
 from llmrec.commands.init.faults import faults, mended
 from llmrec.commands.init.forms import numbers, times
-from llmrec.commands.init.profile import peek, profile, shown
+from llmrec.commands.init.profile import kinds_of_events, peek, profile, shown
 from llmrec.commands.init.roles import Asked, Roles, asked
 from llmrec.commands.init.words import named, noun_of
 from llmrec.data.reading.columns import NONE
@@ -65,7 +65,8 @@ def found(answer: Roles) -> tuple[str | None, ...]:
     [
         (
             "user",
-            "customer_id userId member reviewerID User-ID Kundennummer id_client usuario 用户ID ユーザーID userid",
+            "customer_id userId member reviewerID User-ID Kundennummer id_client usuario 用户ID ユーザーID userid "
+            "email e-mail customer customer_email client Kunde",
         ),
         (
             "item",
@@ -252,12 +253,62 @@ def test_values_decide_where_names_do_not() -> None:
     hours = roles({"user": USERS, "item": ITEMS, "value": [f"{count * 1.3 - 1.2:.1f}" for count in COUNTS]})
     assert hours.rating is None
     assert "look like amounts" in hours.why["value"] and "--rating value" in hours.why["value"]
-    assert roles({"user": USERS, "item": ITEMS, "note": TEXTS}).text == "note"
+    assert roles({"user": USERS, "item": ITEMS, "stars": STARS, "note": TEXTS}).text == "note"
     assert roles({"user": USERS, "item": ITEMS, "note": STARS}).rating == "note"
     birth = [f"19{10 + user}-01-01" for user, _ in PAIRS]
     assert roles({"user": USERS, "item": ITEMS, "date_of_birth": birth, "day": DAYS}).time == "day"
     about = [f"a long and true description of thing number {item}" for _, item in PAIRS]
     assert roles({"user": USERS, "item": ITEMS, "text": about}).text is None
+
+
+def test_an_address_is_a_user() -> None:
+    addresses = [f"{user}@example.org" for user in USERS]
+    assert roles({"event": ["view"] * len(PAIRS), "email": addresses, "sku": ITEMS, "ts": SECONDS}).user == "email"
+    assert roles({"customer_id": USERS, "customer_email": addresses, "sku": ITEMS}).user == "customer_id"
+    assert roles({"client": USERS, "mail": addresses, "sku": ITEMS}).user == "client"
+
+
+@pytest.mark.parametrize("name", ["Kommentar", "comment", "notes", "delivery_note"])
+def test_a_text_is_a_review_only_if_something_says_so(name: str) -> None:
+    orders = {"Kunde": USERS, "Artikelnr": ITEMS, name: TEXTS}
+    answer = roles(orders)
+    assert answer.text is None and f"--text {name}" in answer.why[name]
+    assert roles(orders, text=name).text == name
+    # A rating in the same row is evidence, but not for what its name says is about the order.
+    assert roles({**orders, "Sterne": STARS}).text == (None if name == "delivery_note" else name)
+
+
+@pytest.mark.parametrize("name", ["reviewText", "Rezension", "review", "text", "opinion"])
+def test_a_text_may_be_a_review_by_its_name(name: str) -> None:
+    assert roles({"user": USERS, "item": ITEMS, name: TEXTS}).text == name
+
+
+def test_of_two_columns_of_the_same_prices_one_is_shown() -> None:
+    prices = [f"{10 + item},50" for _, item in PAIRS]
+    answer = roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": prices, "Marke": TITLES})
+    assert answer.fields == ("Preis", "Marke") and answer.why["Einzelpreis"] == "holds the same values as Preis"
+    pointed = [price.replace(",", ".") for price in prices]
+    assert (
+        "Einzelpreis" not in roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": pointed}).fields
+    )
+    other = [f"{11 + item},50" for _, item in PAIRS]
+    assert "Einzelpreis" in roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": other}).fields
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (("view", "cart", "purchase"), "purchase"),
+        (("pv", "fav", "cart", "buy"), "buy"),
+        (("page_view", "add_to_cart", "Remove from cart"), "add_to_cart"),
+        (("click", "impression"), "click"),
+        (("red", "blue", "green"), None),
+        (("view",), None),
+    ],
+)
+def test_kinds_of_events(values: tuple[str, ...], kept: str | None) -> None:
+    held = profile(table({"event": [values[line % len(values)] for line in LINES], "sku": ITEMS}))["event"]
+    assert next(iter(kinds_of_events(held)), None) == kept
 
 
 def test_a_sparse_table_is_judged_by_the_values_that_repeat() -> None:

@@ -134,6 +134,27 @@ def test_ways_out_for_a_frame_are_those_of_python() -> None:
     assert 'rating="none" leaves ratings out' in str(caught.value) and "--" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("frame", "said", "parts"),
+    [
+        (ROWS.select(pl.col("rating"), pl.col("timestamp").alias("b")), {}, ['user="COLUMN" item="COLUMN"']),
+        (ROWS.with_columns(client=pl.col("user_id").str.head(1)), {}, []),
+        (ROWS, {"user": "usr_id"}, ["named by user;", "did you mean 'user_id'"]),
+        (ROWS, {"user": "user_id", "item": "user_id"}, ["two things: user, item"]),
+        (ROWS.with_columns(stars=pl.lit("a")), {"rating": "stars"}, ['rating="none"']),
+        (ROWS.with_columns(when=pl.lit("03/04/2024")), {"time": "when"}, ['dates="day-first" or dates="month-first"']),
+    ],
+)
+def test_init_speaks_of_arguments_and_not_of_options(
+    frame: pl.DataFrame, said: dict[str, str], parts: list[str]
+) -> None:
+    try:
+        text = llmrec.init(frame, **said).found
+    except DataError as error:
+        text = str(error)
+    assert "--" not in text and all(part in text for part in parts)
+
+
 def test_check_names_cut_offs_of_the_recipes_own_that_are_beyond_what_is_ranked() -> None:
     recipe = {**RECIPE, "eval": {**RECIPE["eval"], "cutoffs": [1, 5]}}
     found = llmrec.check(recipe, data=ROWS, items=ITEMS)

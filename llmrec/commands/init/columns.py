@@ -13,6 +13,7 @@ from llmrec.commands.init.profile import (
     UNIX,
     Profile,
     goes_with,
+    kinds_of_events,
     levels,
     looks_like_ids,
     looks_like_ratings,
@@ -25,6 +26,7 @@ from llmrec.commands.init.profile import (
     when,
 )
 from llmrec.commands.init.roles import ROLES, Asked, Roles, check_asked
+from llmrec.commands.init.words import about_orders
 from llmrec.data.reading.columns import NONE, check_usable
 from llmrec.data.reading.text import Table
 from llmrec.data.sources.parts import SPELLED, part_of
@@ -76,7 +78,7 @@ class _Guess:
         time = self._one("time", self._time)
         rating = self._one("rating", self._rating)
         title = self._one("title", self._title)
-        text = self._one("text", self._text)
+        text = self._one("text", lambda: self._text(rating))
         fields = self._fields(title)
         idle = {c: self._idle(held) for c, held in self._profiles.items() if c not in self._why}
         listed = {c: self._idle_item(held) for c, held in self._items.items() if c not in {**self._why, **idle}}
@@ -354,18 +356,26 @@ class _Guess:
         self._why[best.name] = f"{'its name' if best.named.weight('title') else 'its values'}; in the table of items"
         return best.name
 
-    def _text(self) -> str | None:
+    def _text(self, rating: str | None) -> str | None:
         scored = []
         for held in self._free():
             weight = held.named.weight("text")
+            review = held.named.weight("review") or held.name == "text"
             if held.letters < 0.5 or held.distinct < 2 or held.named.weight("field") or held.named.weight("headline"):
                 continue
             if held.words < 2 or (not weight and (held.words < 5 or held.distinct < 0.5 * held.filled)):
                 if weight:
                     self._why[held.name] = f"called like a text, but has {held.words:.1f} words on average"
                 continue
-            if not self._owned(held):
-                scored.append((weight + min(held.words, 100) / 1000, held))
+            if self._owned(held):
+                continue
+            if not review and (rating is None or about_orders(held.name)):
+                self._why[held.name] = (
+                    f"a text, but nothing says that it is about {shown(self._item)}; if it is a review, --text "
+                    f"{shell(held.name)} takes it"
+                )
+                continue
+            scored.append((weight + min(held.words, 100) / 1000, held))
         share = self._rows()
         return self._first(
             scored, "text", lambda held: f"{held.words:.0f} words each; in {held.filled / share:.0%} of the rows"
@@ -406,11 +416,25 @@ class _Guess:
                 self._why[held.name] = ("in the table of items" if table else f"goes with {shown(self._item)}") + (
                     f"; {held.distinct} values"
                 )
-        kept = sorted(scored, key=lambda pair: -pair[0])[:_MOST_FIELDS]
-        for _, name in scored:
-            if name not in {n for _, n in kept}:
+        kept: list[str] = []
+        for _, name in sorted(scored, key=lambda pair: -pair[0]):
+            same = next((other for other in kept if self._equal(name, other)), None)
+            if same is not None:
+                self._why[name] = f"holds the same values as {shown(same)}"
+            elif len(kept) < _MOST_FIELDS:
+                kept.append(name)
+            else:
                 self._why[name] = f"goes with {shown(self._item)}; --fields {shell(name)} lets templates show it"
-        return tuple(name for _, name in scored if name in {n for _, n in kept})
+        return tuple(name for _, name in scored if name in kept)
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two columns of one table hold the same values; numbers are compared by what they mean."""
+        first, second = (self._profiles.get(name) or self._items[name] for name in (one, other))
+        if (one in self._profiles) != (other in self._profiles):
+            return False
+        if first.numeric and second.numeric:
+            return first.numbers.values.equals(second.numbers.values, check_names=False)
+        return first.cells.equals(second.cells, check_names=False)
 
     def _idle(self, held: Profile) -> str:
         if not held.filled:
@@ -427,6 +451,8 @@ class _Guess:
             return f"goes with {shown(self._user)}; a table has no columns about users"
         if held.named.weight("count"):
             return "a count or an amount, by its name"
+        if kinds_of_events(held):
+            return "kinds of events, by its values; see the note"
         if held.numeric and held.counts:
             return f"looks like {self._amounts(held)}, not like ratings"
         return "nothing that llmrec uses"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -219,14 +218,10 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
     mends = list(dict.fromkeys(fault.mend for fault in listed if fault.mend))
     ways = []
     if copy is None:
-        instead = [_AS_OPTION.sub(r'\1="\2"', each) for each in instead] or ["Fix the frame"]
+        instead = instead or ["Fix the frame"]
     elif all(fault.mend for fault in listed):
         ways.append(f"`--mend {shell(str(copy))}` writes a copy of the table and a recipe for it: {', '.join(mends)}")
     return f"{told}. {'. '.join([*ways, *map(_capital, instead)])}"
-
-
-# As the command line has what is an argument in Python.
-_AS_OPTION = re.compile(r"--(\w+) ([\w-]+)")
 
 
 def _a(word: str) -> str:
@@ -234,7 +229,7 @@ def _a(word: str) -> str:
 
 
 def _capital(text: str) -> str:
-    return text if text.startswith("--") or '="' in text else text[:1].upper() + text[1:]
+    return text if text.startswith("--") else text[:1].upper() + text[1:]
 
 
 # --------------------------------------------------------------------------- the copy

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from keyword import iskeyword
 
 import yaml
 
@@ -34,6 +35,7 @@ class Page:
         duplicates: Why repeated rows keep the latest; empty where there are none.
         plan: Everything else.
         query: ``data.query``, where ``path`` is a database.
+        where: The line that keeps one kind of event; empty where there are no kinds.
     """
 
     name: str
@@ -45,6 +47,7 @@ class Page:
     duplicates: str
     plan: Plan
     query: str | None = None
+    where: str = ""
 
 
 def scalar(value: str) -> str:
@@ -110,6 +113,8 @@ def _data(page: Page) -> list[str]:
     if plan.core > 1:
         remark = f"the table is large and sparse; this keeps {plan.facts.users} users and {plan.facts.items} items"
         lines.append(_line(f"  filter: {{user_core: {plan.core}, item_core: {plan.core}}}", remark))
+    if page.where:
+        lines.append(_line(f"  # {page.where}", "keeps one kind of event"))
     if plan.split != "leave_one_out":
         given = "the column of the split says what is held out"
         remark = given if plan.split == "given" else "no user has 3 different items, as leave_one_out needs"
@@ -128,6 +133,13 @@ def _data(page: Page) -> list[str]:
         share = f"{plan.facts.zeros:.0%}"
         lines.append(f"  # {share} of the ratings are 0; if that means no rating, add  filter: {{min_rating: 1}}")
     return lines
+
+
+def where_line(column: str, value: str, core: int) -> str:
+    """Return the line of a recipe, below ``data``, that keeps the rows of one value of a column, and a core filter."""
+    name = column if column.isidentifier() and not iskeyword(column) else f"col({column!r})"
+    cores = f", user_core: {core}, item_core: {core}" if core > 1 else ""
+    return f"filter: {{where: {_quoted(f'{name} == {value!r}')}{cores}}}"
 
 
 def _number(value: float) -> str:

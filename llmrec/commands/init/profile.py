@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.commands.init.forms import READABLE, DateOrder, Numbers, Times, numbers, times
-from llmrec.commands.init.words import Named, named
+from llmrec.commands.init.words import Named, event_rank, named
 from llmrec.data.dataset import PARTS
 from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.reading.objects import json_lines
@@ -245,6 +245,20 @@ def parts_in(held: Profile) -> dict[str, int]:
         if (part := part_of(cell)) is not None:
             sizes[part] += count
     return sizes
+
+
+_MOST_KINDS = 20
+
+
+def kinds_of_events(held: Profile) -> dict[str, int]:
+    """Count the rows of each kind of event, the strongest sign of interest first; empty where it holds none."""
+    if not 2 <= held.distinct <= _MOST_KINDS:
+        return {}
+    sizes = dict(held.cells.filter(held.cells != "").value_counts().iter_rows())
+    ranks = {kind: rank for kind in sizes if (rank := event_rank(kind)) is not None}
+    if len(ranks) < 2 or 2 * sum(sizes[kind] for kind in ranks) < held.filled:
+        return {}
+    return {kind: sizes[kind] for kind in sorted(sizes, key=lambda kind: (ranks.get(kind, _MOST_KINDS), -sizes[kind]))}
 
 
 def repeats(held: Profile) -> str:

@@ -109,6 +109,10 @@ class Roles:
             split=self.split or NONE,
         )
 
+    def uses(self, column: str) -> bool:
+        """Whether a recipe names a column."""
+        return column in self.fields or any(getattr(self, role) == column for role in ROLES)
+
     def taken_for(self, column: str) -> str:
         """Return what a column was taken for, in the words of a recipe; ``-`` for one that is not used."""
         found = [role for role in ROLES if getattr(self, role) == column]
@@ -130,7 +134,7 @@ def check_asked(name: str, asked: Asked, profiles: Mapping[str, Profile], items:
             raise DataError.at(
                 name,
                 "missing-column",
-                f" has no column {column!r}{did_you_mean(column, known)}, which --{role} names; its columns are: "
+                f" has no column {column!r}{did_you_mean(column, known)}, named by --{role}; its columns are: "
                 f"{', '.join(map(shown, known))}",
                 column,
             )
@@ -138,7 +142,8 @@ def check_asked(name: str, asked: Asked, profiles: Mapping[str, Profile], items:
     twice = next((column for column in taken if taken.count(column) > 1), None)
     if twice is not None:
         raise DataError(
-            f"the column {twice!r} is named for two things; give --user, --item and the others one each",
+            f"the column {twice!r} is named for two things: "
+            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; give each a column of its own",
             kind="contradiction",
             column=twice,
         )

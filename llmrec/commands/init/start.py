@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,9 +15,9 @@ from llmrec.commands.init.columns import guess
 from llmrec.commands.init.companion import companion_of
 from llmrec.commands.init.database import no_query, suggested
 from llmrec.commands.init.faults import faults, mended, refusal, write_copy
-from llmrec.commands.init.page import SCHEMA, Page, expected, render
+from llmrec.commands.init.page import SCHEMA, Page, expected, render, where_line
 from llmrec.commands.init.plan import FAMILIES, Plan, decide
-from llmrec.commands.init.profile import Peek, peek, shown
+from llmrec.commands.init.profile import Peek, Profile, kinds_of_events, peek, shown
 from llmrec.commands.init.roles import ROLES, Asked, Roles
 from llmrec.data.reading.databases import database_at, is_database, read_query
 from llmrec.data.reading.hub import is_hub, read_hub
@@ -132,7 +132,7 @@ def init(
     plan = decide(roles, names, whole=used.whole, backend=backend or _backend())
     written = _written(path, target) if path is not None else table
     page = _page(name, called, written, items_path, target, roles, plan, used, listed)
-    page = replace(page, query=query)
+    page = replace(page, query=query, where=next((_where(held, kinds, plan) for held, kinds in _events(roles)), ""))
     check = used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check, measure=measure)
     told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
@@ -400,6 +400,7 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
             f"its columns are those of {', '.join(known)}: as data.source, that reads the files as they were "
             "published, with titles and terms (docs/data.md)"
         )
+    hints += [_events_hint(held, kinds, plan) for held, kinds in _events(roles)]
     if roles.title not in (None, roles.item) and plan.facts.with_title < 1:
         hints.append(
             f"{1 - plan.facts.with_title:.1%} of the titles are missing: the ids of these items stand in for them"
@@ -430,6 +431,26 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
     if not used.whole:
         hints.append("only a part of the table was read; `llmrec check` reads it whole")
     return ["note", *(f"  {hint}" for hint in hints)] if hints else []
+
+
+def _events(roles: Roles) -> Iterator[tuple[Profile, Mapping[str, int]]]:
+    """Yield the columns that say what kind of event a row is, with the rows of each kind."""
+    for held in roles.profiles.values():
+        if not roles.uses(held.name) and (kinds := kinds_of_events(held)):
+            yield held, kinds
+
+
+def _where(held: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
+    return where_line(held.name, next(iter(kinds)), plan.core)
+
+
+def _events_hint(held: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
+    """Say how to keep one kind of event."""
+    counted = ", ".join(f"{shown(kind, 20)} {count}" for kind, count in list(kinds.items())[:5])
+    return (
+        f"{shown(held.name)} says what kind of event a row is ({counted}), and the recipe takes all alike; to keep one "
+        f"kind, write below data:  {_where(held, kinds, plan)}"
+    )
 
 
 def _next(recipe: Recipe, target: Path, plan: Plan) -> list[str]:

@@ -14,6 +14,7 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
             subscriber patron guest uid consumer rater kunde kunden benutzer nutzer kaufer utilisateur acheteur
             usuario cliente clientes utente acquirente comprador gebruiker klant uzytkownik klient zakaznik
             пользователь клиент покупатель 用户 顾客 客户 会员 ユーザー 顧客 会員 사용자 고객 회원""",
+        0.9: "email mail",
         0.8: "account person people student learner patient employee participant household",
         0.5: "session cookie device profile author critic subject visit",
     },
@@ -51,6 +52,11 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
             opinia recenzja отзыв комментарий 评论 評論 レビュー コメント 리뷰 후기""",
         0.8: "feedback message explanation reason tip content notes note reviewtext reviewbody",
     },
+    # Of texts, those that are about an item by their name alone; a comment may be about an order.
+    "review": {
+        1.0: """review reviews reviewtext reviewbody opinion opinions explanation rezension meinung avis resena
+            opiniones recensione resenha opiniao recensie opinia recenzja отзыв 评论 評論 レビュー 리뷰 후기""",
+    },
     "field": {
         1.0: """genre genres category categories brand price manufacturer publisher kategorie marke preis verlag prix
             marque categorie genero categoria precio marca prezzo preco merk prijs cena kategoria категория цена бренд
@@ -78,7 +84,9 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
     },
 }
 # Words before or after others that decide nothing themselves.
-_FILLERS = frozenset({"the", "of", "de", "del", "di", "du", "da", "la", "le", "les", "unix", "parent", "main", "raw"})
+_FILLERS = frozenset(
+    {"e", "the", "of", "de", "del", "di", "du", "da", "la", "le", "les", "unix", "parent", "main", "raw"}
+)
 _SHORTEST_PART = 4
 _ENDINGS = ("id", "ids", "nr", "no", "ts", "at", "key", "name", "date", "time", "code", "text")
 
@@ -207,6 +215,37 @@ def noun_of(word: str) -> str | None:
         if found is not None:
             return found
     return None
+
+
+# Kinds of events that shops and trackers log, the strongest sign of interest first.
+_EVENTS = (
+    "purchase purchased buy bought order ordered sale transaction checkout kauf bestellung achat compra acquisto",
+    "cart addtocart basket addtobasket warenkorb",
+    "fav favorite favourite wishlist like save bookmark",
+    "click clicked",
+    "pv view viewed pageview itemview productview detail impression visit",
+)
+_EVENT_WORDS = {word: rank for rank, words in enumerate(_EVENTS) for word in words.split()}
+_OTHER_EVENTS = frozenset({"removefromcart", "remove", "return", "refund", "cancel", "search", "login"})
+
+
+def event_rank(value: str) -> int | None:
+    """Return how strong an event of a kind is, 0 the strongest (a purchase); None for a value that is no such kind."""
+    word = "".join(tokens(value))
+    if word in _OTHER_EVENTS:
+        return len(_EVENTS)
+    return _EVENT_WORDS.get(word, _EVENT_WORDS.get(word.removeprefix("add").removeprefix("to")))
+
+
+# Words of columns about an order and its way to the customer.
+_ORDER = """order bestell bestellung commande pedido ordine bestelling delivery deliver shipping shipment liefer
+    lieferung versand livraison envio entrega consegna courier gift internal admin"""
+_ORDER_WORDS = frozenset(_ORDER.split())
+
+
+def about_orders(name: str) -> bool:
+    """Whether a column's name says that it is about an order or its delivery, such as ``delivery_note``."""
+    return any(part in _ORDER_WORDS for token in tokens(name) for part in (token, *_parts(token)))
 
 
 _REGULAR = """product movie film book song track game app show episode course video podcast album hotel restaurant venue
