@@ -32,7 +32,8 @@ export interface AskBody {
   profile?: string;
   /** Return what the model read, too. */
   show_prompt?: boolean;
-  item: string | number | ItemText;
+  item_id?: string | number | null;
+  item?: ItemText | null;
   /** What else is told: review, feature, headline, rating. */
   context?: Record<string, string>;
   /** rating, ctr, explanation, review or stars; a model's card says which. */
@@ -155,7 +156,8 @@ export interface ItemBody {
   profile?: string;
   /** Return what the model read, too. */
   show_prompt?: boolean;
-  item: string | number | ItemText;
+  item_id?: string | number | null;
+  item?: ItemText | null;
   /** What else is told: review, feature, headline, rating. */
   context?: Record<string, string>;
 }
@@ -215,8 +217,8 @@ export interface NewEvent {
   user_id: string | number;
   item_id: string | number;
   rating?: number | null;
-  /** In the unit of the data; by default now, in seconds. */
-  timestamp?: number | null;
+  /** A number in the unit of the data (seconds), or ISO 8601, which is UTC if it names no time zone. By default now. */
+  timestamp?: number | string | null;
 }
 
 /** An item of the catalogue. */
@@ -232,7 +234,8 @@ export interface PastEvent {
   title?: string | null;
   fields?: Record<string, string>;
   rating?: number | null;
-  timestamp?: number | null;
+  /** A number in the unit of the data (seconds), or ISO 8601, which is UTC if it names no time zone. */
+  timestamp?: number | string | null;
 }
 
 /** How likely the user is to like or choose the item. */
@@ -432,7 +435,7 @@ export interface SimilarAnswer {
 
 /** Items like these. */
 export interface SimilarBody {
-  items: (string | number)[];
+  item_ids: (string | number)[];
   /** Chosen together, or described in like words. */
   by?: "interactions" | "text";
   k?: number;

@@ -84,7 +84,7 @@ def _body(request: Request) -> dict[str, Any]:
     events = [
         {"item_id": event.item_id, "rating": event.rating, "timestamp": event.timestamp} for event in request.history
     ]
-    return {"id": request.id, "history": events, "item": request.item}
+    return {"id": request.id, "history": events, "item_id": request.item}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from llmrec.machine import machine, versions
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import DataSection
 from llmrec.serve.app import make_app
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from llmrec.types import Case, Request
 
 K, MODELS = 10, ("content", "popularity")
@@ -98,7 +98,7 @@ def by_rank(live: Path, model: str, users: Sequence[str], out: Path) -> Lists:
 def served(live: Path, store: Path) -> Iterator[TestClient]:
     """Serve a folder in this process."""
     service = make_service(ServeOptions(model=str(live), models=MODELS, store=str(store)))
-    with TestClient(make_app(service, Door()), base_url="http://127.0.0.1") as client:
+    with TestClient(make_app(service, Auth()), base_url="http://127.0.0.1") as client:
         while client.get("/ready").status_code != 200:
             time.sleep(0.2)
         yield client

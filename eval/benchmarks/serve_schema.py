@@ -35,7 +35,7 @@ from llmrec.commands.serve.run import make_service
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.serve.app import make_app
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, new_key
 from tests.conftest import make_model
 from tests.serve.served import listening, toy_run, wait_ready
@@ -122,7 +122,7 @@ def serving(run: str, folder: Path) -> Iterator[Running]:
     options = ServeOptions(model=run, backend="hf", dtype="float32", store=str(folder / "store.sqlite"))
     keys = folder / "keys.json"
     key = new_key(keys, "schemathesis", admin=True)
-    with listening(make_app(make_service(options), Door(Keys.read(keys)))) as (url,):
+    with listening(make_app(make_service(options), Auth(Keys.read(keys)))) as (url,):
         wait_ready(url)
         service = Running(url, key)
         items = [{"item_id": name, "title": f"Example {name}"} for name in _NAMED]

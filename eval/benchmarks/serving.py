@@ -149,7 +149,7 @@ def questions(service: Service, kind: str) -> tuple[str, list[Any]]:
             {"history": each, "candidates": [items[(11 * n + 5 * k + 1) % len(items)] for k in range(20)]}
             for n, each in enumerate(histories)
         ]
-    return "/v1/explain", [{"history": each, "item": items[n]} for n, each in enumerate(histories)]
+    return "/v1/explain", [{"history": each, "item_id": items[n]} for n, each in enumerate(histories)]
 
 
 def workload(kind: str, run: str, folder: Path, seconds: float, batch: int) -> dict[str, Any]:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, TypeVar
 
 from fastapi import APIRouter, Depends, FastAPI, HTTPException, Path, Query, Request, Response
 from fastapi.responses import StreamingResponse
+from fastapi.security import HTTPBearer
 
 from llmrec import __version__
 from llmrec.data.reading.limits import ID_LIMIT
@@ -19,7 +20,7 @@ from llmrec.errors import LlmrecError
 from llmrec.serve import schema
 from llmrec.serve.failures import answer_failures, failure, said
 from llmrec.serve.forms import document_text, told
-from llmrec.serve.gates import BodyLimit, Door, Measured, Plain, SameOrigin, json_alone
+from llmrec.serve.gates import Auth, Authenticated, BodyLimit, Measured, Plain, SameOrigin, StrictRoute
 from llmrec.serve.metrics import Metrics
 from llmrec.serve.schema_chat import ChatAnswer, ChatBody
 from llmrec.serve.schema_rerank import RerankAnswer, RerankBody, RerankResult
@@ -31,7 +32,16 @@ _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-_PAGE = {"page.js": "text/javascript", "chat.js": "text/javascript", "page.css": "text/css"}
+_OWN, _SWAGGER = "llmrec.serve", "fastapi_offline"
+# Files of the pages: the package and folder that they are in, and their type.
+_PAGE = {
+    "page.js": (_OWN, "page", "text/javascript"),
+    "chat.js": (_OWN, "page", "text/javascript"),
+    "docs.js": (_OWN, "page", "text/javascript"),
+    "page.css": (_OWN, "page", "text/css"),
+    "swagger-ui-bundle.js": (_SWAGGER, "static", "text/javascript"),
+    "swagger-ui.css": (_SWAGGER, "static", "text/css"),
+}
 _POLICY = (
     "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self' data:; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -46,16 +56,17 @@ _Id = Annotated[str, Path(min_length=1, max_length=ID_LIMIT, pattern=schema.NAME
 
 
 _ALWAYS = (401, 403, 422, 429, 500, 503)
+_NOT_NOW = (429, 503, 504)
 _POSTED = (*_ALWAYS, 400, 413, 415)
 _ASKED = (*_POSTED, 404, 504)
 
 
-def make_app(service: Service, door: Door, *, body_limit: int = 1 << 20) -> FastAPI:
+def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> FastAPI:
     """Make the application.
 
     Args:
         service: What answers.
-        door: Who may ask.
+        auth: Who may ask.
         body_limit: Bytes of a body.
     """
     talking = Talking(service)
@@ -72,7 +83,7 @@ def make_app(service: Service, door: Door, *, body_limit: int = 1 << 20) -> Fast
         version=__version__,
         summary="A recommender over HTTP.",
         lifespan=lifespan,
-        # Their pages load scripts from another site, and this service needs no network.
+        # FastAPI's own page loads scripts from another site, and this service needs no network.
         docs_url=None,
         redoc_url=None,
         openapi_url="/openapi.json",
@@ -81,10 +92,15 @@ def make_app(service: Service, door: Door, *, body_limit: int = 1 << 20) -> Fast
     metrics = Metrics(service)
     answer_failures(app)
     app.include_router(_open_routes(service, metrics))
-    app.include_router(_questions(service, talking, door))
-    app.include_router(_knowledge(service, door))
+    # `Authenticated` asks for the key; this only describes it.
+    bearer = HTTPBearer(auto_error=False, description="An API key, made by `llmrec serve-key`.")
+    needed = [Depends(bearer)] if auth.keyed else []
+    app.include_router(_questions(service, talking), dependencies=needed)
+    app.include_router(_knowledge(service, auth), dependencies=needed)
+    # The last is the first that a request meets.
     app.add_middleware(BodyLimit, most=body_limit)
-    app.add_middleware(SameOrigin, keyed=door.keyed)
+    app.add_middleware(Authenticated, auth=auth)
+    app.add_middleware(SameOrigin, keyed=auth.keyed)
     app.add_middleware(Plain)
     app.add_middleware(Measured, metrics=metrics)
     return app
@@ -123,17 +139,25 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
 
     @router.get("/", include_in_schema=False)
     async def page() -> Response:
-        return _asset("index.html", "text/html")
+        return _asset(_OWN, "page", "index.html", "text/html")
 
     @router.get("/chat", include_in_schema=False)
     async def chat_page() -> Response:
-        return _asset("chat.html", "text/html")
+        return _asset(_OWN, "page", "chat.html", "text/html")
+
+    @router.get("/docs", include_in_schema=False)
+    async def docs() -> Response:
+        answer = _asset(_OWN, "page", "docs.html", "text/html")
+        # Swagger UI sets style attributes.
+        answer.headers["Content-Security-Policy"] = _POLICY.replace("style-src", "style-src 'unsafe-inline'")
+        return answer
 
     @router.get("/page/{name}", include_in_schema=False)
     async def asset(name: str) -> Response:
         if name not in _PAGE:
             raise HTTPException(404, "there is no such file")
-        return _asset(name, _PAGE[name])
+        package, folder, kind = _PAGE[name]
+        return _asset(package, folder, name, kind)
 
     @router.get("/health", tags=["state"])
     async def health() -> schema.Health:
@@ -156,15 +180,13 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
     return router
 
 
-def _asset(name: str, kind: str) -> Response:
-    found = files("llmrec.serve").joinpath("page", name).read_bytes()
+def _asset(package: str, folder: str, name: str, kind: str) -> Response:
+    found = files(package).joinpath(folder, name).read_bytes()
     return Response(found, media_type=f"{kind}; charset=utf-8", headers=_HEADERS)
 
 
-def _questions(service: Service, talking: Talking, door: Door) -> APIRouter:
-    router = APIRouter(
-        tags=["questions"], dependencies=[Depends(door.key), Depends(json_alone)], responses=said(*_ASKED)
-    )
+def _questions(service: Service, talking: Talking) -> APIRouter:
+    router = APIRouter(tags=["questions"], route_class=StrictRoute, responses=said(*_ASKED))
 
     @router.post("/v1/rank")
     async def rank(request: Request, body: schema.RankBody) -> schema.RankAnswer:
@@ -248,8 +270,8 @@ def _questions(service: Service, talking: Talking, door: Door) -> APIRouter:
     return router
 
 
-def _knowledge(service: Service, door: Door) -> APIRouter:
-    router = APIRouter(tags=["knowledge"], dependencies=[Depends(door.key)], responses=said(*_ALWAYS))
+def _knowledge(service: Service, auth: Auth) -> APIRouter:
+    router = APIRouter(tags=["knowledge"], route_class=StrictRoute, responses=said(*_ALWAYS))
 
     @router.get("/v1/models")
     async def models() -> schema.Models:
@@ -271,13 +293,13 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
         """Return an item."""
         return _item(service.catalogue.get(item_id))
 
-    @router.put("/v1/items", responses=said(*_POSTED), dependencies=[Depends(door.admin), Depends(json_alone)])
+    @router.put("/v1/items", responses=said(*_POSTED), dependencies=[Depends(auth.admin)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
         """Add or replace items; questions from then on know them."""
         found = [Item(item_id=each.item_id, title=each.title, fields=dict(each.fields)) for each in body.items]
         return schema.Stored(stored=await service.put_items(found))
 
-    @router.delete("/v1/items/{item_id:path}", responses=said(404), dependencies=[Depends(door.admin)])
+    @router.delete("/v1/items/{item_id:path}", responses=said(404), dependencies=[Depends(auth.admin)])
     async def remove_item(item_id: _Id) -> schema.Removed:
         """Remove an item; no list holds it from then on."""
         await service.remove_item(item_id)
@@ -288,17 +310,17 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
         """Return what a user did, oldest first."""
         return told(user_id, await service.user(user_id), service.catalogue.items)
 
-    @router.delete("/v1/users/{user_id:path}", dependencies=[Depends(door.admin)])
+    @router.delete("/v1/users/{user_id:path}", dependencies=[Depends(auth.admin)])
     async def erase(user_id: _Id) -> schema.Erased:
         """Erase a person: events, and texts about the person."""
         return await service.erase(user_id)
 
-    @router.post("/v1/events", responses=said(*_POSTED, 404), dependencies=[Depends(json_alone)])
+    @router.post("/v1/events", responses=said(*_POSTED, 404))
     async def events(body: schema.EventsBody) -> schema.Stored:
         """Extend the histories of users; it is stored once this is answered."""
         return schema.Stored(stored=await service.add_events(body))
 
-    @router.post("/v1/reload", dependencies=[Depends(door.admin)])
+    @router.post("/v1/reload", dependencies=[Depends(auth.admin)])
     async def reload() -> schema.Models:
         """Read the models anew and put them in the place of those that answer meanwhile."""
         await service.reload()
@@ -308,7 +330,14 @@ def _knowledge(service: Service, door: Door) -> APIRouter:
 
 
 async def _batch(request: Request, service: Service, ask: Callable[[Any], Any], bodies: Any) -> list[Any]:
+    """Answer several questions.
+
+    Raises:
+        LlmrecError: If none could be asked, because of the service and not because of the questions.
+    """
     found = await _while_there(request, service.each(ask, bodies))
+    if all(isinstance(each, LlmrecError) and failure(each)[0] in _NOT_NOW for each in found):
+        raise found[0]
     answers: list[Any] = []
     for each in found:
         if isinstance(each, LlmrecError):
@@ -336,7 +365,7 @@ def _event(name: str, data: Any) -> str:
 
 
 async def _reranked(service: Service, body: RerankBody) -> RerankAnswer:
-    model, places, usage = await service.rerank(body)
+    model, places, usage, notes = await service.rerank(body)
     texts = [document_text(each) for each in body.documents]
     results = [
         RerankResult(
@@ -349,7 +378,7 @@ async def _reranked(service: Service, body: RerankBody) -> RerankAnswer:
         model=model,
         results=results,
         usage={"total_tokens": usage.prompt_tokens + usage.completion_tokens},
-        meta={"api_version": {"version": "2"}, "billed_units": {"search_units": 1}},
+        meta={"api_version": {"version": "2"}, "billed_units": {"search_units": 1}, "warnings": list(notes)},
     )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import logging
 import os
 import re
 import secrets
@@ -26,8 +25,6 @@ from llmrec.data.reading.limits import no_file, reason, shown
 from llmrec.errors import DataError, ErrorKind, LlmrecError, require
 from llmrec.machine import flush_folder
 
-log = logging.getLogger(__name__)
-
 VERSION = 1
 """Of the tables."""
 MOVE = "restore a copy of it, or move it away with its log; it is left as it is"
@@ -35,8 +32,8 @@ MOVE = "restore a copy of it, or move it away with its log; it is left as it is"
 
 _APPLICATION = 0x6C6C6D72
 """Stands in the header of an SQLite file and says whose it is."""
-_WAIT = 30.0
-"""Seconds that an SQLite file may be locked by another process."""
+WAIT = 30.0
+"""Seconds that a call waits for another process that holds the database, unless told otherwise."""
 _READ_THROUGH = 256 * 2**20
 """Largest SQLite file, in bytes, that is checked as a whole when it is opened."""
 _TABLES = (
@@ -44,7 +41,7 @@ _TABLES = (
     # An event is JSON: one text, which can be overwritten where it stands.
     "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, event TEXT NOT NULL)",
     # By a hash: an index of PostgreSQL takes no ids of some thousand bytes, and no id stands in a second place.
-    "CREATE INDEX llmrec_events_of ON llmrec_events (user_key)",
+    "CREATE INDEX llmrec_events_of ON llmrec_events (user_key, seq)",
     "CREATE TABLE llmrec_erased (user_key TEXT PRIMARY KEY)",
     # An item without a title was removed.
     "CREATE TABLE llmrec_items (item_key TEXT PRIMARY KEY, item_id TEXT NOT NULL, title TEXT, fields TEXT)",
@@ -78,6 +75,8 @@ class Database(Protocol):
 
     errors: tuple[type[Exception], ...]
     """What the library raises."""
+    keeps: str | None
+    """What an erasure leaves in the database, for a while at least; None: nothing."""
 
     def error(self, kind: ErrorKind, rest: str) -> LlmrecError:
         """Return an error whose message names the store, without a password."""
@@ -95,6 +94,10 @@ class Database(Protocol):
         """Make the tables where there are none, and check what can be checked."""
         ...
 
+    def check(self) -> None:
+        """Raise an error if the database is no longer the one that was opened."""
+        ...
+
     def read(self, raw: Any, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
         """Return all rows of a query."""
         ...
@@ -105,6 +108,10 @@ class Database(Protocol):
 
     def erase(self, raw: Any, user_key: str) -> int:
         """Do away with a user's events and note the key, in one transaction; return how many events there were."""
+        ...
+
+    def finish(self, raw: Any, wait: float) -> bool:
+        """Take what was erased out of the log as well; False if another process still reads it after the wait."""
         ...
 
 
@@ -127,15 +134,17 @@ class SQLite:
 
     Args:
         path: Its place; the file is made where there is none.
+        wait: Seconds that a call waits for another process that holds the file.
 
     Raises:
         LlmrecError: If something else is there, or it cannot be read or made; nothing is written over.
     """
 
     errors: tuple[type[Exception], ...] = (sqlite3.Error, OSError)
+    keeps: str | None = None
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, wait: float = WAIT) -> None:
+        self._path, self._wait = path, wait
         self._writing = Lock()
         try:
             # In this order: another process that makes the file makes its log later.
@@ -146,6 +155,7 @@ class SQLite:
                     raise self.error("damaged", f" is gone, but its log {log_file.name} is there; restore or move it")
                 self._make()
             self._check()
+            self._file = self._inode()
         except (sqlite3.Error, OSError, ValueError) as error:
             raise self.failure(error) from error
 
@@ -167,7 +177,7 @@ class SQLite:
 
     def connect(self) -> sqlite3.Connection:
         """See `Database.connect`."""
-        return _connect(self._path)
+        return _connect(self._path, self._wait)
 
     def prepare(self, raw: sqlite3.Connection) -> None:
         """Look for damage; the tables came with the file."""
@@ -175,6 +185,19 @@ class SQLite:
             found = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
             if found != "ok":
                 raise self.error("damaged", f" is damaged ({shown(found)}); {MOVE}")
+
+    def check(self) -> None:
+        """See `Database.check`: a file that was moved can still be written to, and no restart would find it."""
+        try:
+            moved = self._inode() != self._file
+        except OSError:
+            moved = True
+        if moved:
+            raise self.error("unreadable", " was moved or replaced while in use; put it back, or restart the service")
+
+    def _inode(self) -> tuple[int, int]:
+        status = self._path.stat()
+        return status.st_dev, status.st_ino
 
     def read(self, raw: sqlite3.Connection, sql: str, *values: str | int) -> list[tuple[Any, ...]]:
         """See `Database.read`."""
@@ -189,19 +212,25 @@ class SQLite:
             return raw.executemany(query, rows).rowcount
 
     def erase(self, raw: sqlite3.Connection, user_key: str) -> int:
-        """See `Database.erase`; no byte of the events is left in the file or its log."""
+        """See `Database.erase`; the log keeps the events until `finish`."""
         # Rows are never deleted. A deletion makes SQLite move others to other pages, and in the room between the rows
         # of a page copies stay behind, which secure_delete does not find when those users are erased one day. A text
         # of the same length is written where the old one stood.
         query = "UPDATE llmrec_events SET user_key = ?, event = CAST(zeroblob(length(CAST(event AS BLOB))) AS TEXT)"
-        with self._writing:
-            with _transaction(raw):
-                erased = raw.execute(f"{query} WHERE user_key = ?", (NOBODY, user_key)).rowcount
-                raw.execute("INSERT INTO llmrec_erased VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
-            # The log still holds the events as they came.
-            if raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]:
-                log.warning("%s-wal keeps what was erased until no other process reads it", self._path)
+        with self._writing, _transaction(raw):
+            erased = raw.execute(f"{query} WHERE user_key = ?", (NOBODY, user_key)).rowcount
+            raw.execute("INSERT INTO llmrec_erased VALUES (?) ON CONFLICT DO NOTHING", (user_key,))
         return erased
+
+    def finish(self, raw: sqlite3.Connection, wait: float) -> bool:
+        """See `Database.finish`; then no byte of the events is left in the file or its log."""
+        with self._writing:
+            # A checkpoint keeps others from writing while it waits for those who read.
+            raw.execute(f"PRAGMA busy_timeout={int(1000 * wait)}")
+            try:
+                return not raw.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                raw.execute(f"PRAGMA busy_timeout={int(1000 * self._wait)}")
 
     def _check(self) -> None:
         """Refuse what is no store by the file's first bytes: opening it could already change it."""
@@ -239,10 +268,10 @@ class SQLite:
         flush_folder(folder)
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, wait: float = WAIT) -> sqlite3.Connection:
     # It makes no file. A connection goes from thread to thread, but never serves two at once.
     place = f"file:{quote(str(path.resolve()))}?mode=rw"
-    raw = sqlite3.connect(place, uri=True, timeout=_WAIT, isolation_level=None, check_same_thread=False)
+    raw = sqlite3.connect(place, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
     try:
         # What is deleted is overwritten, and what is committed is on the disk.
         for pragma in ("secure_delete=ON", "journal_mode=WAL", "synchronous=FULL"):
@@ -305,13 +334,19 @@ class Postgres:
 
     Args:
         url: ``postgresql://USER@HOST:PORT/NAME``, and whatever else libpq takes.
+        wait: Seconds that a statement may take, also while another client holds what it needs.
 
     Raises:
         DataError: If it is no URL.
         MissingExtra: If the package that reads PostgreSQL is not installed.
     """
 
-    def __init__(self, url: str) -> None:
+    keeps: str | None = (
+        "PostgreSQL keeps the erased events until its next vacuum, and in its log and backups as long as these are kept"
+    )
+
+    def __init__(self, url: str, wait: float = WAIT) -> None:
+        self._wait = wait
         self._dbapi = require("adbc_driver_postgresql.dbapi", "tables")
         self.errors: tuple[type[Exception], ...] = (self._dbapi.Error,)
         try:
@@ -348,7 +383,17 @@ class Postgres:
 
     def connect(self) -> Any:
         """See `Database.connect`; each statement is a transaction."""
-        return self._dbapi.connect(self._url, autocommit=True)
+        raw = self._dbapi.connect(self._url, autocommit=True)
+        try:
+            with raw.cursor() as cursor:
+                cursor.execute(f"SET statement_timeout = {max(1, int(1000 * self._wait))}")
+        except BaseException:
+            raw.close()
+            raise
+        return raw
+
+    def check(self) -> None:
+        """See `Database.check`."""
 
     def prepare(self, raw: Any) -> None:
         """See `Database.prepare`."""
@@ -396,6 +441,10 @@ class Postgres:
             "llmrec_erased VALUES (?1) ON CONFLICT DO NOTHING) SELECT count(*) FROM gone"
         )
         return int(self.read(raw, query, user_key)[0][0])
+
+    def finish(self, raw: Any, wait: float) -> bool:
+        """See `Database.finish`; its log is the server's own."""
+        return True
 
 
 def _no_url() -> DataError:

@@ -44,6 +44,7 @@ _KINDS = {
     404: "unknown-name",
     413: "too-large",
     415: "wrong-format",
+    422: "bad-value",
     429: "busy",
     503: "unreadable",
 }
@@ -52,7 +53,7 @@ _RETRY = 5.0
 # Characters of a client's own words that an answer repeats.
 _REPEATED = 200
 # What pydantic puts into the place of a fault beside keys and numbers: the form that a value was tried as.
-_FORMS = {"constrained-str", "str"} | {
+_FORMS = {"constrained-str", "str", "float", "datetime"} | {
     name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
 }
 _OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
@@ -124,7 +125,7 @@ def answer_failures(app: FastAPI) -> None:
         where = ".".join(parts)[:_REPEATED]
         said = _said(worst)
         if worst["type"] == "extra_forbidden":
-            said += did_you_mean(parts[-1], _keys(request)) if len(parts) == 1 else ""
+            said += did_you_mean(parts[-1], _keys(request))
         return failed(422, "bad-value", f"{where or 'the body'}: {said}", where or None)
 
     @app.exception_handler(HTTPException)
@@ -144,10 +145,11 @@ def answer_failures(app: FastAPI) -> None:
 
 
 def _keys(request: Request) -> list[str]:
-    """Return the keys of the body that an address takes."""
+    """Return the keys that the body of an address can have, at any depth."""
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
-    return list(getattr(model, "model_fields", ()))
+    whole = model.model_json_schema() if model is not None else {}
+    return [key for each in (whole, *whole.get("$defs", {}).values()) for key in each.get("properties", ())]
 
 
 def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

@@ -15,11 +15,18 @@ from llmrec.serve.worker import Card
 from llmrec.types import Cost, Event, Item
 
 
-def entry_of(given: str | schema.ItemText) -> str | Mapping[str, object]:
-    """Return an entry of a history or of candidates as requests have it."""
+def entry_of(given: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
+    """Return an entry of a history or of candidates as requests have it.
+
+    Args:
+        given: As it was sent.
+        per_second: Units of time of the data in a second.
+    """
     if isinstance(given, str):
         return given
     told = given.model_dump(exclude={"fields"}, exclude_none=True)
+    if "timestamp" in told:
+        told["timestamp"] = schema.number_of(told["timestamp"], per_second)
     return {**given.fields, **told}
 
 
@@ -42,6 +49,9 @@ def document_text(given: str | Mapping[str, object]) -> str:
     text = given if isinstance(given, str) else given.get("text", next(iter(given.values()), ""))
     if not isinstance(text, str) or not text.strip():
         raise DataError("a document has no text; leave it out", kind="empty", column="documents")
+    if len(text) > schema.LONGEST_TEXT:
+        said = f"a document has {len(text)} characters, more than {schema.LONGEST_TEXT}; shorten it"
+        raise DataError(said, kind="too-large", column="documents")
     return text
 
 

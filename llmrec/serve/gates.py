@@ -6,31 +6,37 @@ import json
 import logging
 import re
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from collections.abc import Callable, Coroutine
+from typing import TYPE_CHECKING, Any
 
-from fastapi import Depends, HTTPException, Request
-from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+from fastapi import HTTPException, Request, Response
+from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmrec.errors import LlmrecError
+from llmrec.data.reading.limits import shown
+from llmrec.errors import DataError, LlmrecError, did_you_mean
+from llmrec.serve.failures import failed
 from llmrec.serve.keys import Key, Keys, RateLimit
-from llmrec.serve.schema import Failed, Failure
 
 if TYPE_CHECKING:
     from llmrec.serve.metrics import Metrics
 
 log = logging.getLogger("llmrec.serve")
 
-_bearer = HTTPBearer(auto_error=False, description="An API key, made by `llmrec serve-key`.")
+OPEN = frozenset({"/", "/chat", "/docs", "/health", "/ready", "/metrics", "/openapi.json"})
+"""Paths that need no key and are not limited; so are those that begin with `PAGE`."""
+PAGE = "/page/"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _THIS = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
 # Of a number of bytes; Python itself refuses to read thousands.
 _DIGITS = 18
+# Seconds after which to ask again if the keys cannot be read.
+_RETRY = 5.0
+_SHOWN = 60
 
 
-class Door:
+class Auth:
     """Who may ask.
 
     Args:
@@ -46,35 +52,27 @@ class Door:
         """Whether API keys are asked for."""
         return self._keys is not None
 
-    async def key(
-        self, request: Request, given: Annotated[HTTPAuthorizationCredentials | None, Depends(_bearer)]
-    ) -> Key | None:
-        """Return the key of a request.
-
-        Raises:
-            HTTPException: If there is none, or it asks too often.
-        """
+    def refusal(self, scope: Scope) -> ASGIApp | None:
+        """Return the answer to a request without a key, or to one that comes too often; None if it may go on."""
         found = None
         if self._keys is not None:
+            scheme, _, word = (_header(scope, b"authorization") or "").partition(" ")
             try:
-                found = None if given is None else self._keys.find(given.credentials)
+                found = self._keys.find(word) if scheme.lower() == "bearer" else None
             except LlmrecError as error:
                 # A file of keys that cannot be read lets nobody in, and its owner reads why in the log.
                 log.error("%s", error)
-                raise HTTPException(503, "the keys of this service cannot be read", {"Retry-After": "5"}) from None
+                return failed(503, "unreadable", "the keys of this service cannot be read", after=_RETRY)
             if found is None:
-                raise HTTPException(
-                    401, "give an API key: 'Authorization: Bearer llmrec_...'", {"WWW-Authenticate": "Bearer"}
-                )
+                answer = failed(401, "missing-key", "give an API key: 'Authorization: Bearer llmrec_...'")
+                answer.headers["WWW-Authenticate"] = "Bearer"
+                return answer
         if self._limit is not None:
-            name = found.name if found else (request.client.host if request.client else "")
-            wait = self._limit.take(name)
+            wait = self._limit.take(found.name if found else (scope.get("client") or ("",))[0])
             if wait > 0:
-                raise HTTPException(
-                    429, f"too many requests; ask again in {wait:.0f} s", {"Retry-After": str(max(1, round(wait)))}
-                )
-        request.state.key = found
-        return found
+                return failed(429, "busy", f"too many requests; ask again in {wait:.0f} s", after=wait)
+        scope.setdefault("state", {})["key"] = found
+        return None
 
     async def admin(self, request: Request) -> None:
         """Let in those alone that may change the catalogue and erase users: every caller where there are no keys.
@@ -82,20 +80,62 @@ class Door:
         Raises:
             HTTPException: If the key may not.
         """
-        found = getattr(request.state, "key", None)
-        if self._keys is not None and not (found is not None and found.admin):
+        found: Key | None = getattr(request.state, "key", None)
+        if self.keyed and not (found is not None and found.admin):
             raise HTTPException(403, "this needs a key made with --admin")
 
 
-async def json_alone(request: Request) -> None:
-    """Refuse a body that is not said to be JSON: a page of another site can send any other without asking first.
+class Authenticated:
+    """Asks for the key, and counts requests, before anything of a body is read."""
 
-    Raises:
-        HTTPException: If it is not.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
-        raise HTTPException(415, "send the body with 'Content-Type: application/json'")
+    def __init__(self, app: ASGIApp, auth: Auth) -> None:
+        self._app, self._auth = app, auth
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer 401, 429 or 503, or hand on."""
+        closed = scope["type"] == "http" and not (scope["path"] in OPEN or scope["path"].startswith(PAGE))
+        answer = (self._auth.refusal(scope) if closed else None) or self._app
+        await answer(scope, receive, send)
+
+
+class StrictRoute(APIRoute):
+    """A route that refuses unknown parameters, bodies that are not said to be JSON, and objects that repeat a key."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """See `APIRoute.get_route_handler`."""
+        handle, known = super().get_route_handler(), [each.alias for each in self.dependant.query_params]
+
+        async def strict(request: Request) -> Response:
+            for name in request.query_params:
+                if name not in known:
+                    takes = f"it takes {', '.join(known)}" if known else "it takes none"
+                    raise DataError(
+                        f"{shown(name)} is no parameter of this address{did_you_mean(name, known)}; {takes}",
+                        kind="unknown-key",
+                        column=name[:_SHOWN],
+                    )
+            if self.body_field:
+                kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+                # A page of another site can send any other body without asking first.
+                if kind != "application/json" and not (kind.startswith("application/") and kind.endswith("+json")):
+                    raise HTTPException(415, "send the body with 'Content-Type: application/json'")
+            return await handle(_StrictRequest(request.scope, request.receive))
+
+        return strict
+
+
+class _StrictRequest(Request):
+    async def json(self) -> Any:
+        return json.loads(await self.body(), object_pairs_hook=_unrepeated)
+
+
+def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise HTTPException(422, f"an object has the key {shown(name)} twice; leave one out")
+        found[name] = value
+    return found
 
 
 class Plain:
@@ -108,7 +148,8 @@ class Plain:
         """Answer 422, or hand on."""
         if scope["type"] == "http":
             if _CONTROL.search(scope["path"]):
-                await _refuse(send, 422, "bad-value", "the address holds a control character; leave it out")
+                refused = failed(422, "bad-value", "the address holds a control character; leave it out")
+                await refused(scope, receive, send)
                 return
             if scope["method"] == "HEAD":
                 # The server knows by its own record that there is to be no body.
@@ -131,8 +172,9 @@ class BodyLimit:
             await self._app(scope, receive, send)
             return
         said = _header(scope, b"content-length")
+        refused = failed(413, "too-large", f"the body is larger than {self._most} bytes")
         if said is not None and (not said.isdecimal() or len(said) > _DIGITS or int(said) > self._most):
-            await _refuse(send, 413, "too-large", f"the body is larger than {self._most} bytes")
+            await refused(scope, receive, send)
             return
         body, more = bytearray(), True
         # A body of unknown length is read here, so that what reads it later cannot be surprised.
@@ -143,7 +185,7 @@ class BodyLimit:
             body += message.get("body", b"")
             more = message.get("more_body", False)
             if len(body) > self._most:
-                await _refuse(send, 413, "too-large", f"the body is larger than {self._most} bytes")
+                await refused(scope, receive, send)
                 return
         given = iter([{"type": "http.request", "body": bytes(body), "more_body": False}])
 
@@ -168,17 +210,21 @@ class SameOrigin:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer 403, or hand on."""
-        if scope["type"] == "http":
-            host = (_header(scope, b"host") or "").lower()
-            origin = _header(scope, b"origin")
-            if origin is not None and origin.lower().partition("://")[2] != host:
-                await _refuse(send, 403, "unsafe", "the request comes from a page of another site")
-                return
-            local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
-            if local and host and not _THIS.fullmatch(host):
-                await _refuse(send, 403, "unsafe", "this service answers to localhost alone; start it with --host")
-                return
-        await self._app(scope, receive, send)
+        wrong = self._wrong(scope) if scope["type"] == "http" else None
+        await (failed(403, "unsafe", wrong) if wrong else self._app)(scope, receive, send)
+
+    def _wrong(self, scope: Scope) -> str | None:
+        host = (_header(scope, b"host") or "").lower()
+        origin = _header(scope, b"origin")
+        if origin is not None:
+            scheme, _, name = origin.lower().partition("://")
+            # With keys a proxy may stand between, which speaks https with the browser and http with this service.
+            if name != host or scheme not in (("http", "https") if self._keyed else (scope["scheme"],)):
+                return "the request comes from a page of another site"
+        local = str((scope.get("server") or ("", 0))[0]) in _LOCAL and not self._keyed
+        if local and host and not _THIS.fullmatch(host):
+            return "this service answers to localhost alone; start it with --host"
+        return None
 
 
 class Measured:
@@ -216,10 +262,3 @@ class Measured:
 
 def _header(scope: Scope, name: bytes) -> str | None:
     return next((value.decode("latin-1") for key, value in scope["headers"] if key == name), None)
-
-
-async def _refuse(send: Callable[[Message], Any], status: int, kind: str, message: str) -> None:
-    body = Failed(error=Failure(kind=kind, message=message)).model_dump()
-    headers = [(b"content-type", b"application/json")]
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": json.dumps(body).encode()})

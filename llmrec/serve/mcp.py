@@ -1,4 +1,4 @@
-"""The Model Context Protocol at ``/mcp``, behind the same door as the rest: `llmrec.serve.tools` for agents."""
+"""The Model Context Protocol at ``/mcp``, behind the same keys as the rest: `llmrec.serve.tools` for agents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import mcp_types as protocol
-from fastapi import Depends, FastAPI, Request, Response
+from fastapi import FastAPI, Request, Response
 from mcp.server.lowlevel import Server
 from mcp.server.streamable_http_manager import StreamableHTTPSessionManager
 from mcp.shared.exceptions import MCPError
@@ -20,7 +20,6 @@ from llmrec import __version__
 from llmrec.errors import LlmrecError
 from llmrec.guard import clean
 from llmrec.serve.failures import fault
-from llmrec.serve.gates import Door
 from llmrec.serve.service import Service
 from llmrec.serve.tools import DATA, TOOLS, Past, Tool, check_items, offered, one_line
 
@@ -33,13 +32,12 @@ _ABOUT = (
 )
 
 
-def mount(app: FastAPI, service: Service, door: Door) -> None:
+def mount(app: FastAPI, service: Service) -> None:
     """Offer the verbs at ``/mcp``, for as long as the application runs.
 
     Args:
         app: What `llmrec.serve.app.make_app` made.
         service: What answers.
-        door: Who may ask.
     """
     server, within = _server(service), app.router.lifespan_context
 
@@ -56,13 +54,11 @@ def mount(app: FastAPI, service: Service, door: Door) -> None:
 
     app.router.lifespan_context = lifespan
     # A GET would open a stream on which nothing is ever sent; the protocol allows to refuse it.
-    app.add_api_route(
-        PATH, mcp, methods=["POST"], dependencies=[Depends(door.key)], include_in_schema=False, response_model=None
-    )
+    app.add_api_route(PATH, mcp, methods=["POST"], include_in_schema=False, response_model=None)
 
 
 class _HandedOn(Response):
-    """A response that another application writes, once the door has been passed."""
+    """A response that another application writes, once the key is known."""
 
     def __init__(self, app: ASGIApp) -> None:
         super().__init__()

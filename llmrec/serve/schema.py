@@ -6,6 +6,7 @@ Bodies are strict: a key that is not known is refused, so that a misspelt option
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
@@ -65,6 +66,33 @@ def _no_text(value: object) -> object:
 NUMBER = BeforeValidator(_no_text)
 _Float = Annotated[float, Field(allow_inf_nan=False), NUMBER]
 Bool = Annotated[bool, Field(strict=True)]
+_DAY = re.compile(r"\d{4}-\d\d-\d\d")
+
+
+def _no_number_as_text(value: object) -> object:
+    """Refuse what pydantic reads as a time and nobody writes as one."""
+    if isinstance(value, bool) or (isinstance(value, str) and not _DAY.match(value)):
+        raise PydanticCustomError("moment", "Input should be a number, or a time such as 2024-01-06T13:28:00Z")
+    return value
+
+
+Moment = Annotated[
+    Annotated[float, Field(allow_inf_nan=False)] | datetime,
+    BeforeValidator(_no_number_as_text),
+]
+_TIME = "A number in the unit of the data (seconds), or ISO 8601, which is UTC if it names no time zone."
+
+
+def number_of(moment: float | datetime, per_second: float) -> float:
+    """Return a time in the unit of the data.
+
+    Args:
+        moment: A number, which is in this unit, or a point in time.
+        per_second: Units in a second.
+    """
+    if not isinstance(moment, datetime):
+        return moment
+    return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * per_second
 
 
 class Body(BaseModel):
@@ -103,7 +131,7 @@ class PastEvent(ItemText):
     """One past event, oldest first in a history."""
 
     rating: _Float | None = None
-    timestamp: _Float | None = None
+    timestamp: Annotated[Moment | None, Field(description=_TIME)] = None
 
 
 class Quota(Body):
@@ -153,19 +181,43 @@ class RankBody(_About):
     rules: Rules = Rules()
 
 
+_ONE_ITEM: Any = {
+    "anyOf": [
+        {"required": ["item_id"], "properties": {"item_id": {"type": ["string", "integer"]}}},
+        {"required": ["item"], "properties": {"item": {"type": "object"}}},
+    ]
+}
+
+
 class ItemBody(_About):
     """A question about one item: its rating, whether it will be liked, an explanation."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item": "7"}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item_id": "7"}], **_ONE_ITEM})
 
-    item: DataId | ItemText
+    item_id: Annotated[DataId, Field(description="An item of the catalogue.")] | None = None
+    item: Annotated[ItemText, Field(description="In place of item_id: an item with a title of its own.")] | None = None
     context: Annotated[Fields, Field(description="What else is told: review, feature, headline, rating.")] = {}
+
+    @model_validator(mode="after")
+    def _about_one(self) -> Self:
+        if (self.item_id is None) is (self.item is None):
+            raise PydanticCustomError("one-item", "give either item_id or item")
+        return self
+
+    @property
+    def asked(self) -> str | ItemText:
+        """The item that it is about."""
+        found = self.item_id if self.item is None else self.item
+        assert found is not None
+        return found
 
 
 class AskBody(ItemBody):
     """A question of any family that a model was tuned on."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item": "7"}]})
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM}
+    )
 
     family: Annotated[Id, Field(description="rating, ctr, explanation, review or stars; a model's card says which.")]
 
@@ -173,9 +225,9 @@ class AskBody(ItemBody):
 class SimilarBody(Body):
     """Items like these."""
 
-    model_config = ConfigDict(json_schema_extra={"examples": [{"items": ["1"], "k": 5}]})
+    model_config = ConfigDict(json_schema_extra={"examples": [{"item_ids": ["1"], "k": 5}]})
 
-    items: Annotated[list[DataId], Field(min_length=1, max_length=20)]
+    item_ids: Annotated[list[DataId], Field(min_length=1, max_length=20)]
     by: Annotated[
         Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
     ] = "interactions"
@@ -219,9 +271,7 @@ class NewEvent(Body):
     user_id: DataId
     item_id: DataId
     rating: _Float | None = None
-    timestamp: Annotated[_Float | None, Field(description="In the unit of the data; by default now, in seconds.")] = (
-        None
-    )
+    timestamp: Annotated[Moment | None, Field(description=f"{_TIME} By default now.")] = None
 
 
 class EventsBody(Body):

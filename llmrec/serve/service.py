@@ -8,10 +8,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 from llmrec.answering.about import CONTEXT
@@ -22,11 +24,13 @@ from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.augment.stores import forget
+from llmrec.data.reading.limits import shown
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.guard import clean
 from llmrec.serve import schema
-from llmrec.serve.batching import Batcher
+from llmrec.serve.batching import Batcher, TooLate
+from llmrec.serve.databases import StoreError
 from llmrec.serve.forms import card_of, document_text, entry_of, ranked, shares, since, usage_of
 from llmrec.serve.schema_rerank import RerankBody
 from llmrec.serve.store import ServiceStore, StoredEvent
@@ -34,7 +38,18 @@ from llmrec.serve.supervising import Supervisor
 from llmrec.serve.worker import POPULAR, SIMILAR, Card, EngineLost, Question, Reply
 from llmrec.types import Answer, Event, Item, Probability, Rating, Text, Unparsed
 
+_T = TypeVar("_T")
+
 log = logging.getLogger(__name__)
+
+_READERS = 4
+_AGAIN = 10.0
+"""Seconds after which an erasure that could not be finished is tried again."""
+WAITS = 0.4
+"""Share of the time of a request that a store may wait for another process which holds it."""
+_TURN = 0.5
+"""Share of the time of a request that a write waits for its turn; both leave some for the write itself."""
+_NAMED = 5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +89,10 @@ class Service:
         # What is stored last has to be what is known last.
         self._changing = asyncio.Lock()
         self._reloading = asyncio.Lock()
+        # Of writes one waits for the other anyway. Reads have threads of their own: they never wait for a write.
+        self._writer = ThreadPoolExecutor(1, thread_name_prefix="llmrec-writer")
+        self._readers = ThreadPoolExecutor(_READERS, thread_name_prefix="llmrec-reader")
+        self._finishing: asyncio.Task[None] | None = None
         self.catalogue = Catalogue(known.items)
         self.catalogue.change(*_changes(store))
         self.engine = Supervisor(settings.options, settings.models, lambda: _changes(store))
@@ -90,11 +109,16 @@ class Service:
         """Start the engine, which is ready a while later."""
         self.batcher.start()
         self.engine.start()
+        self._finishing = asyncio.create_task(self._finish_erasures())
 
     async def close(self) -> None:
         """Answer what was asked, and stop."""
         await self.batcher.close()
+        if self._finishing is not None:
+            self._finishing.cancel()
         await asyncio.to_thread(self.engine.close)
+        for threads in (self._writer, self._readers):
+            threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.store.close)
 
     # ------------------------------------------------------------------- questions
@@ -109,6 +133,7 @@ class Service:
         rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
         self._check_strategy(body)
         request = await self._request(body, candidates=body.candidates)
+        request = replace(request, notes=(*request.notes, *self._unknown(body.rules.block)))
         request = self._ruled(request, rules, exclude_seen=body.exclude_seen)
         cold = is_cold(request)
         question = Question(model=body.model, verb=POPULAR if cold else RANK, strategy=body.strategy)
@@ -142,15 +167,15 @@ class Service:
         """Find items that are like others."""
         begun = time.monotonic()
         rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
-        for item in body.items:
+        for item in body.item_ids:
             self.catalogue.get(item)
-        request = read_request({"history": list(body.items)}, 1, self.catalogue.items, whole=True)
+        request = read_request({"history": list(body.item_ids)}, 1, self.catalogue.items, whole=True)
         question = Question(model=body.by, verb=SIMILAR)
         card, found = await self._listed(question, self._ruled(request, rules, exclude_seen=True), rules, body.k)
         return schema.SimilarAnswer(
             model=card_of(card),
             items=ranked(found, self.catalogue.items),
-            notes=list(found.notes),
+            notes=[*found.notes, *self._unknown(body.rules.block)],
             milliseconds=since(begun),
         )
 
@@ -202,14 +227,20 @@ class Service:
         finally:
             asking.cancel()
 
-    async def rerank(self, body: RerankBody) -> tuple[str, list[tuple[int, float]], schema.Usage]:
+    async def rerank(self, body: RerankBody) -> tuple[str, list[tuple[int, float]], schema.Usage, Sequence[str]]:
         """Order texts by what a model expects after a query: its lines are the titles of a history.
 
         Returns:
-            The model's name; places and relevances, best first; the work of it.
+            The model's name; places and relevances, best first; the work of it; notes.
+
+        Raises:
+            DataError: If a document is too long, or the query has too many lines.
         """
         texts = [document_text(document) for document in body.documents]
         history = [{"title": line} for line in body.query.splitlines() if line.strip()]
+        if len(history) > schema.MOST_EVENTS:
+            said = f"the query has {len(history)} lines, more than {schema.MOST_EVENTS}; send the last of them"
+            raise DataError(said, kind="too-large", column="query")
         # Texts are no items of the catalogue, whatever it calls its own: they go by their titles, and equal ones once.
         candidates = [{"title": text} for text in dict.fromkeys(texts)]
         request = read_request({"history": history, "candidates": candidates}, 1, None)
@@ -221,7 +252,8 @@ class Service:
         order = sorted(range(len(texts)), key=lambda place: (-share[clean(texts[place])], place))
         scores = [(place, share[clean(texts[place])]) for place in order]
         total = sum(score for _, score in scores) or 1.0
-        return reply.card.name, [(place, score / total) for place, score in scores], usage_of(ranking.cost)
+        relevances = [(place, score / total) for place, score in scores]
+        return reply.card.name, relevances, usage_of(ranking.cost), reply.answer.notes
 
     async def each(self, ask: Callable[[Any], Any], bodies: Sequence[Any]) -> list[Any]:
         """Answer several questions at once; one that fails is an error in its place."""
@@ -235,7 +267,7 @@ class Service:
         Raises:
             DataError: If nothing is known of the user.
         """
-        found = await asyncio.to_thread(self._events, user_id)
+        found = await self._read(lambda: self._events(user_id))
         if not found:
             raise unknown("user", user_id, ())
         return found[-most:]
@@ -248,26 +280,27 @@ class Service:
         """
         for event in body.events:
             self.catalogue.get(event.item_id)
-        now = time.time() * self._known.histories.per_second
+        per_second = self._known.histories.per_second
+        now = time.time() * per_second
         events = [
             StoredEvent(
                 user_id=event.user_id,
                 item_id=event.item_id,
                 rating=event.rating,
-                timestamp=now if event.timestamp is None else event.timestamp,
+                timestamp=now if event.timestamp is None else schema.number_of(event.timestamp, per_second),
             )
             for event in body.events
         ]
-        return await asyncio.to_thread(self.store.add_events, events)
+        return await self._write(lambda: self.store.add_events(events))
 
     async def erase(self, user_id: str) -> schema.Erased:
         """Erase a person from the event store and from stores of features."""
         known = bool(self._known.histories.of_user(user_id))
-        events = await asyncio.to_thread(self.store.erase, user_id)
-        features = 0
-        for folder in self._known.features:
-            features += await asyncio.to_thread(_forget, folder, user_id)
-        remains = [schema.IN_MEMORY] if features else []
+        events = await self._write(lambda: self.store.erase(user_id))
+        remains = list(self.store.remains)
+        folders = self._known.features
+        features = await self._write(lambda: sum(_forget(folder, user_id) for folder in folders)) if folders else 0
+        remains += [schema.IN_MEMORY] if features else []
         if known:
             remains.append(
                 "the run's own data still holds interactions of this user, which no answer shows any more; take them "
@@ -277,10 +310,7 @@ class Service:
 
     async def put_items(self, items: Sequence[Item]) -> int:
         """Add or replace items; questions that come after this returns know them."""
-        async with self._changing:
-            stored = await asyncio.to_thread(self.store.put_items, items)
-            await self._change(items, ())
-        return stored
+        return await self._change(lambda: self.store.put_items(items), items, ())
 
     async def remove_item(self, item_id: str) -> None:
         """Remove an item; no list holds it after this returns.
@@ -288,10 +318,8 @@ class Service:
         Raises:
             DataError: If there is none of this id.
         """
-        async with self._changing:
-            self.catalogue.get(item_id)
-            await asyncio.to_thread(self.store.remove_items, [item_id])
-            await self._change((), [item_id])
+        self.catalogue.get(item_id)
+        await self._change(lambda: self.store.remove_items([item_id]), (), [item_id])
 
     async def reload(self) -> None:
         """Start an engine that reads everything anew, and let it answer in the place of the one before.
@@ -311,13 +339,74 @@ class Service:
                 raise EngineLost(f"what answered before answers on: {error}", kind=error.kind) from error
             catalogue = Catalogue(known.items)
             async with self._changing:
-                catalogue.change(*await asyncio.to_thread(_changes, self.store))
+                catalogue.change(*await self._read(lambda: _changes(self.store)))
                 self._known, self.catalogue = known, catalogue
 
-    async def _change(self, put: Sequence[Item], removed: Sequence[str]) -> None:
-        self.catalogue.change(put, removed)
-        changed = {item.item_id: item for item in put}
-        await self.batcher.tell(lambda: self.engine.change_items(changed, removed))
+    async def _change(self, store: Callable[[], int], put: Sequence[Item], removed: Sequence[str]) -> int:
+        """Store a change of the catalogue, and let the engine know of it.
+
+        Raises:
+            StoreError: If it could not be stored.
+            TooLate: If it was stored, and the engine has not learned of it in time.
+        """
+        ends = time.monotonic() + self.settings.patience
+        async with _in_time(self._changing, _TURN * self.settings.patience):
+            stored = await self._write(store, ends)
+            self.catalogue.change(put, removed)
+            changed = {item.item_id: item for item in put}
+            told = asyncio.ensure_future(self.batcher.tell(lambda: self.engine.change_items(changed, removed)))
+            await asyncio.wait({told}, timeout=max(0.0, ends - time.monotonic()))
+        if not told.done():
+            raise TooLate("this is stored; the models know of it after what they do now", kind="exhausted")
+        await told
+        return stored
+
+    # ------------------------------------------------------------------- the store
+
+    async def _read(self, call: Callable[[], _T]) -> _T:
+        """Run a read of the store.
+
+        Raises:
+            StoreError: If it fails, or takes longer than a request may.
+        """
+        running = asyncio.get_running_loop().run_in_executor(self._readers, call)
+        try:
+            return await asyncio.wait_for(running, self.settings.patience)
+        except TimeoutError:
+            raise StoreError("the store does not answer", kind="busy") from None
+
+    async def _write(self, call: Callable[[], _T], ends: float | None = None) -> _T:
+        """Run a write of the store, after those that came before; one whose turn does not come is not run.
+
+        Args:
+            call: The write. It waits for other processes by itself, for the share `WAITS` of a request's time.
+            ends: When the request has to be answered.
+
+        Raises:
+            StoreError: If it fails, or its turn does not come; then nothing is stored.
+            TooLate: If it takes longer than it should; then it may be stored or not.
+        """
+        patience = self.settings.patience
+        ends = time.monotonic() + patience if ends is None else ends
+        running = self._writer.submit(call)
+        done = asyncio.wrap_future(running)
+        await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic() - (1 - _TURN) * patience))
+        if running.cancel():
+            raise StoreError("others write to the store, and the turn of this request did not come", kind="busy")
+        await asyncio.wait({done}, timeout=max(0.0, ends - time.monotonic()))
+        if not done.done():
+            raise TooLate(
+                "the store is slow; this may be stored or not, so look before you send it again", kind="failed"
+            )
+        return await done
+
+    async def _finish_erasures(self) -> None:
+        """Try again what keeps erased events in the log of the store, until it succeeds."""
+        while True:
+            await asyncio.sleep(_AGAIN)
+            if self.store.unfinished:
+                with suppress(LlmrecError):
+                    await self._write(self.store.finish_erasures)
 
     def cards(self) -> list[schema.ModelCard]:
         """Return what is said of the models, the default first."""
@@ -332,25 +421,32 @@ class Service:
     async def _request(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
         """Give a question its history, and every item its text."""
         self.check_model(body.model)
-        history: list[Any] = [entry_of(each) for each in body.history or ()]
-        if body.history is None and body.user_id is not None:
-            events = await asyncio.to_thread(self._events, body.user_id)
-            history = list(history_of(events, self.catalogue.items))
-        record: dict[str, object] = {
-            "id": body.id,
-            "user_id": body.user_id,
-            "history": history,
-            "profile": body.profile or await asyncio.to_thread(self._known.profile, body.user_id, self.store.erased),
-        }
+        user, per_second = body.user_id, self._known.histories.per_second
+        record: dict[str, object] = {"id": body.id, "user_id": user, "profile": body.profile}
+        record["history"] = [entry_of(each, per_second) for each in body.history or ()]
+        stranger = False
+        if user is not None and body.history is None:
+            events = await self._read(lambda: self._events(user))
+            record["history"], stranger = history_of(events, self.catalogue.items), not events
+        if user is not None and not body.profile and self._known.profiles is not None:
+            record["profile"] = await self._read(lambda: self._known.profile(user, self.store.erased))
         if candidates is not None:
             record["candidates"] = [entry_of(each) for each in candidates]
-        return read_request(record, 1, self.catalogue.items, whole=candidates is None)
+        request = read_request(record, 1, self.catalogue.items, whole=candidates is None)
+        note = f"the user {shown(str(user))} is not known" if stranger and not record["profile"] else None
+        return replace(request, notes=(note, *request.notes)) if note else request
+
+    def _unknown(self, names: Iterable[str]) -> list[str]:
+        """Return a note on items that are not in the catalogue, if there are any."""
+        found = [name for name in names if name not in self.catalogue.items]
+        some = ", ".join(shown(name) for name in found[:_NAMED]) + (" and others" if len(found) > _NAMED else "")
+        return [f"rules.block: not in the catalogue: {some}"] if found else []
 
     def _events(self, user_id: str) -> list[Event]:
-        """Return what a user did, oldest first: of the run's data, and since."""
+        """Return what a user did, oldest first: of the run's data, and the last that were sent since."""
         since = [
             Event(item_id=event.item_id, rating=event.rating, timestamp=event.timestamp)
-            for event in self.store.events_of(user_id)
+            for event in self.store.events_of(user_id, schema.MOST_EVENTS)
         ]
         return since if self.store.erased(user_id) else merged(self._known.histories.of_user(user_id), since)
 
@@ -397,15 +493,16 @@ class Service:
         self, family: str, body: schema.ItemBody, heard: Callable[[str], None] | None = None
     ) -> tuple[Answer, Mapping[str, Any]]:
         begun = time.monotonic()
-        if isinstance(body.item, str) and self.catalogue.items:
-            self.catalogue.get(body.item)
+        item = body.asked
+        if isinstance(item, str) and self.catalogue.items:
+            self.catalogue.get(item)
         if strange := sorted(body.context.keys() - CONTEXT):
             raise DataError(
                 f"context: {strange[0]!r} is nothing that a family is told; it may have {', '.join(sorted(CONTEXT))}",
                 kind="unknown-key",
                 column="context",
             )
-        request = await self._request(body, candidates=[body.item])
+        request = await self._request(body, candidates=[item])
         request = replace(request, context={**request.context, **body.context})
         question = Question(model=body.model, verb=family)
         if heard is None:
@@ -435,6 +532,25 @@ class Service:
 
     async def _prompt(self, question: Question, request: RankRequest) -> str | None:
         return await self.batcher.between(lambda: self.engine.prompt(question, request))
+
+
+@asynccontextmanager
+async def _in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
+    """Hold a lock, for which a request waits this long.
+
+    Raises:
+        StoreError: If others hold it for longer.
+    """
+    try:
+        await asyncio.wait_for(lock.acquire(), seconds)
+    except TimeoutError:
+        raise StoreError(
+            "others change the catalogue, and the turn of this request did not come", kind="busy"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _changes(store: ServiceStore) -> tuple[list[Item], list[str]]:

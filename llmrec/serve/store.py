@@ -18,8 +18,8 @@ from threading import BoundedSemaphore, Lock
 from typing import Any
 
 from llmrec.data.reading.limits import is_no_text, shown
-from llmrec.errors import DataError
-from llmrec.serve.databases import MOVE, NOBODY, VERSION, Database, Insert, Postgres, SQLite
+from llmrec.errors import DataError, LlmrecError
+from llmrec.serve.databases import MOVE, NOBODY, VERSION, WAIT, Database, Insert, Postgres, SQLite
 from llmrec.types import Item
 
 _MOST = 8
@@ -27,6 +27,13 @@ _MOST = 8
 _IDLE = 1.0
 """Seconds after which a connection is tried before it is used: its server may have been started anew."""
 _BATCH = 10_000
+_EVERY = 2**62
+IN_LOG = (
+    "another process reads the store, and its log keeps the erased events until that ends; this is tried again until "
+    "it succeeds"
+)
+_MOMENT = 1.0
+"""Seconds that an erasure waits for others who read at that moment."""
 
 _ADD = Insert("llmrec_events", ("user_key", "event"))
 _ITEM = ("item_key", "item_id", "title", "fields")
@@ -56,30 +63,34 @@ class ServiceStore:
         self._database = database
         self._idle: list[tuple[float, Any]] = []
         self._lock, self._room = Lock(), BoundedSemaphore(_MOST)
-        self._closed = False
+        self._closed = self._unfinished = False
         try:
             with self._connection() as raw:
                 database.prepare(raw)
                 told = dict(database.read(raw, "SELECT name, value FROM llmrec_service"))
             self._salt = _salt(told, database)
+            # The log may still hold what was erased before this process began. One that may only be read stays so.
+            with suppress(LlmrecError):
+                self.finish_erasures()
         except BaseException:
             self.close()
             raise
 
     @classmethod
-    def open(cls, where: str) -> ServiceStore:
+    def open(cls, where: str, wait: float = WAIT) -> ServiceStore:
         """Open a store; make its file, or its tables, where there are none.
 
         Args:
             where: Path of an SQLite file, or ``postgresql://USER@HOST:PORT/NAME``. The password is best given by
                 PGPASSWORD or ~/.pgpass; one in the URL is never shown.
+            wait: Seconds that a call waits for another process that holds the database.
 
         Raises:
             LlmrecError: If it is no store, cannot be reached or written, is damaged, or of a newer llmrec.
             MissingExtra: If the package that reads PostgreSQL is not installed.
         """
         if where.startswith(("postgresql://", "postgres://")):
-            return cls(Postgres(where))
+            return cls(Postgres(where, wait))
         if "://" in where:
             # Not shown: a password may stand in it.
             raise DataError(
@@ -87,7 +98,7 @@ class ServiceStore:
                 "of a file, or postgresql://USER@HOST/NAME",
                 kind="unsupported",
             )
-        return cls(SQLite(Path(where).expanduser()))
+        return cls(SQLite(Path(where).expanduser(), wait))
 
     def add_events(self, events: Sequence[StoredEvent]) -> int:
         """Store events, all of them or none; they are durable once this returns.
@@ -106,21 +117,22 @@ class ServiceStore:
 
         Args:
             user_id: Whose.
-            most: Only the latest so many.
+            most: Only this many, those that came last.
 
         Raises:
             LlmrecError: If the database refuses.
         """
-        rows = self._read("SELECT event FROM llmrec_events WHERE user_key = ?1 ORDER BY seq", self._key(user_id))
-        found = sorted((self._event(row[0]) for row in rows), key=lambda event: event.timestamp)
-        return found if most is None else found[max(0, len(found) - most) :]
+        query = "SELECT event FROM llmrec_events WHERE user_key = ?1 ORDER BY seq DESC LIMIT ?2"
+        rows = self._read(query, self._key(user_id), _EVERY if most is None else most)
+        return sorted((self._event(row[0]) for row in reversed(rows)), key=lambda event: event.timestamp)
 
     def erase(self, user_id: str) -> int:
         """Erase all events of a user, and remember by a salted hash of the id that it was done.
 
-        In an SQLite file the bytes are overwritten, and their room stays taken. PostgreSQL frees them with its next
-        vacuum; its log and backups keep them as long as it is set to. The salt lies beside the hash: this hides the id
-        from who reads the table, not from who can try all ids that there are.
+        In an SQLite file the bytes are overwritten, and their room stays taken; `remains` says whether its log still
+        holds them. PostgreSQL frees them with its next vacuum; its log and backups keep them as long as it is set to.
+        The salt lies beside the hash: this hides the id from who reads the table, not from who can try all ids that
+        there are.
 
         Returns:
             How many events there were.
@@ -129,7 +141,37 @@ class ServiceStore:
             LlmrecError: If the database refuses.
         """
         with self._connection() as raw:
-            return self._database.erase(raw, self._key(user_id))
+            erased = self._database.erase(raw, self._key(user_id))
+        self.finish_erasures(_MOMENT)
+        return erased
+
+    def finish_erasures(self, wait: float = 0.0) -> bool:
+        """Take what was erased out of the database's log; try it again as long as this is not so.
+
+        Args:
+            wait: Seconds to wait for others that read.
+
+        Returns:
+            Whether it is done.
+
+        Raises:
+            LlmrecError: If the database refuses.
+        """
+        self._unfinished = True
+        with self._connection() as raw:
+            self._unfinished = not self._database.finish(raw, wait)
+        return not self._unfinished
+
+    @property
+    def unfinished(self) -> bool:
+        """Whether `finish_erasures` has to be tried again."""
+        return self._unfinished
+
+    @property
+    def remains(self) -> list[str]:
+        """What is left of an erased user's events for now."""
+        found = [] if self._database.keeps is None else [self._database.keeps]
+        return [*found, IN_LOG] if self._unfinished else found
 
     def erased(self, user_id: str) -> bool:
         """Whether a user was ever erased, whatever came later.
@@ -234,6 +276,7 @@ class ServiceStore:
         """
         raw = None
         with self._room:
+            self._database.check()
             try:
                 raw = self._waiting() or self._database.connect()
                 yield raw

@@ -96,7 +96,7 @@ class SimilarItems(schema.SimilarBody):
 class AboutItem(_Whom):
     """Arguments of ``rate``, ``predict`` and ``explain``."""
 
-    item: Annotated[schema.DataId, Field(description="Id of the item.")]
+    item_id: Annotated[schema.DataId, Field(description="Of the item.")]
 
 
 class ListModels(_Asked):
@@ -247,11 +247,11 @@ def _common(
     asked: AboutItem,
     found: schema.RateAnswer | schema.PredictAnswer | schema.ExplainAnswer,
 ) -> Mapping[str, Any]:
-    item = service.catalogue.items.get(asked.item)
+    item = service.catalogue.items.get(asked.item_id)
     return {
         "model": found.model.name,
         "notes": [one_line(note) for note in found.notes],
-        "item_id": asked.item,
+        "item_id": asked.item_id,
         "title": one_line(item.title) if isinstance(item, Item) else "",
     }
 
@@ -370,11 +370,11 @@ def check_items(service: Service, asked: BaseModel) -> None:
 
 
 def _named(asked: BaseModel) -> Iterator[str]:
-    for key in ("history", "candidates", "items"):
+    for key in ("history", "candidates", "item_ids"):
         for each in getattr(asked, key, None) or ():
             yield each.item_id if isinstance(each, Past) else each
     if isinstance(asked, AboutItem):
-        yield asked.item
+        yield asked.item_id
 
 
 def one_line(text: str, most: int = TITLE_LIMIT) -> str:

@@ -26,9 +26,10 @@ from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, ModelError
+from llmrec.serve import service as serving
 from llmrec.serve import worker
 from llmrec.serve.app import make_app
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item, Ranking
@@ -138,13 +139,14 @@ class Faked:
 
 
 @contextmanager
-def faking(folder: Path, patch: pytest.MonkeyPatch, *, door: Door | None = None, **settings: Any) -> Iterator[Faked]:
+def faking(folder: Path, patch: pytest.MonkeyPatch, *, auth: Auth | None = None, **settings: Any) -> Iterator[Faked]:
     """Serve a fake engine over HTTP, and wait until it answers."""
     patch.setattr(worker, "_work", work)
     known = Known(ITEMS, PAST)
     patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
     made = Settings(options=told(folder), **settings)
-    service = Service(made, known, ServiceStore.open(str(folder / "store.sqlite")))
-    with listening(make_app(service, door or Door())) as (url,):
+    store = ServiceStore.open(str(folder / "store.sqlite"), serving.WAITS * made.patience)
+    service = Service(made, known, store)
+    with listening(make_app(service, auth or Auth())) as (url,):
         wait_ready(url)
         yield Faked(url, service, folder)

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import httpx
-import uvicorn
 
 from llmrec.commands.serve.options import ServeOptions
 from llmrec.commands.serve.run import make_service
@@ -20,9 +19,10 @@ from llmrec.experiment import bundle
 from llmrec.experiment.study import build_study
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.serve.app import make_app
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, new_key
 from llmrec.serve.mcp import mount
+from llmrec.serve.server import make_server
 from llmrec.serve.service import Service
 from tests.answering.rank_cases import make_run
 
@@ -72,12 +72,9 @@ class Unmanaged:
 
 
 @contextmanager
-def listening(*apps: Any) -> Iterator[list[str]]:
+def listening(*apps: Any, **limits: Any) -> Iterator[list[str]]:
     """Serve applications on free ports from one event loop in a thread; yields their addresses."""
-    servers = [
-        uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", access_log=False, ws="none", lifespan="on"))
-        for app in apps
-    ]
+    servers = [make_server(app, **limits) for app in apps]
 
     async def serve() -> None:
         await asyncio.gather(*(server.serve() for server in servers))
@@ -121,13 +118,13 @@ def serving(model: Path, folder: Path) -> Iterator[Served]:
     service = make_service(ServeOptions(model=str(run), backend="hf", dtype="float32", batch=4))
     file = folder / "keys.json"
     key, admin = new_key(file, "somebody"), new_key(file, "boss", admin=True)
-    doors = (Door(), Door(Keys.read(file)))
+    auths = (Auth(), Auth(Keys.read(file)))
     # The first starts and closes what both stand over.
     services = (service, cast(Service, Unmanaged(service)))
     apps = []
-    for each, door in zip(services, doors, strict=True):
-        apps.append(make_app(each, door))
-        mount(apps[-1], each, door)
+    for each, auth in zip(services, auths, strict=True):
+        apps.append(make_app(each, auth))
+        mount(apps[-1], each)
     with listening(*apps) as (url, keyed):
         wait_ready(url)
         yield Served(url=url, keyed_url=keyed, key=key, admin_key=admin, service=service, run=run)

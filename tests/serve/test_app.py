@@ -255,7 +255,7 @@ def test_rules_hold_for_cold_users_and_similar_items_too(asking: Asking, catalog
     wanted = brand(catalogue, "Orlune") - {"k03"}
     assert set(asking.rank(k=1000, rules=rules)) == wanted
     for by in ("interactions", "text"):
-        assert set(ids(asking.post("/v1/similar", items=["k06"], k=1000, by=by, rules=rules))) == wanted - {"k06"}
+        assert set(ids(asking.post("/v1/similar", item_ids=["k06"], k=1000, by=by, rules=rules))) == wanted - {"k06"}
 
 
 def test_rules_that_leave_nothing_or_name_nothing_are_refused(asking: Asking) -> None:
@@ -283,7 +283,7 @@ def test_rules_that_leave_only_what_no_model_knows_are_answered_or_refused(askin
             "fresh1",
             "fresh2",
         ]
-        found = asking.post("/v1/similar", items=["k01"], by="text", rules=rules)
+        found = asking.post("/v1/similar", item_ids=["k01"], by="text", rules=rules)
         assert sorted(ids(found)) == ["fresh1", "fresh2"]
 
 
@@ -294,10 +294,10 @@ def test_what_is_not_there_is_404(asking: Asking) -> None:
     for path, body, at in (
         ("/v1/rank", {"history": HISTORY, "model": "no-such"}, "model"),
         ("/v1/rank", {"history": HISTORY, "candidates": ["no-such"]}, "candidates"),
-        ("/v1/rate", {"history": HISTORY, "item": "no-such"}, "item_id"),
-        ("/v1/predict", {"history": HISTORY, "item": "no-such"}, "item_id"),
-        ("/v1/explain", {"history": HISTORY, "item": "no-such"}, "item_id"),
-        ("/v1/similar", {"items": ["k01", "no-such"]}, "item_id"),
+        ("/v1/rate", {"history": HISTORY, "item_id": "no-such"}, "item_id"),
+        ("/v1/predict", {"history": HISTORY, "item_id": "no-such"}, "item_id"),
+        ("/v1/explain", {"history": HISTORY, "item_id": "no-such"}, "item_id"),
+        ("/v1/similar", {"item_ids": ["k01", "no-such"]}, "item_id"),
         ("/v1/events", {"events": [{"user_id": "u1", "item_id": "no-such"}]}, "item_id"),
     ):
         error = asking.refused(path, 404, **body)
@@ -309,7 +309,7 @@ def test_what_is_not_there_is_404(asking: Asking) -> None:
 
 def test_what_a_model_does_not_do_is_refused_with_what_it_does(asking: Asking) -> None:
     for path in ("/v1/rate", "/v1/predict", "/v1/explain"):
-        error = asking.refused(path, 422, history=HISTORY, item="k10", model="markov")
+        error = asking.refused(path, 422, history=HISTORY, item_id="k10", model="markov")
         assert (error["kind"], error["at"]) == ("unsupported", "model") and "rank" in error["message"]
     assert asking.refused("/v1/rank", 422, history=HISTORY, model="markov", strategy="list")["at"] == "strategy"
     error = asking.refused("/v1/rank", 422, history=HISTORY, strategy="lst")
@@ -337,6 +337,8 @@ def test_what_is_wrong_in_a_body_is_named(asking: Asking) -> None:
     ):
         error = asking.refused("/v1/rank", 422, **body)
         assert (error["kind"], error["at"]) == ("bad-value", at), body
+    said = asking.refused("/v1/events", 422, events=[{"user_id": "u", "item_id": "k01", "timestmp": 1}])["message"]
+    assert said == "events.0.timestmp: unknown key (did you mean 'timestamp'?)"
     said = asking.refused("/v1/rank", 422, histroy=HISTORY)["message"]
     assert said == "histroy: unknown key (did you mean 'history'?)"
 
@@ -345,17 +347,17 @@ def test_what_is_wrong_in_a_body_is_named(asking: Asking) -> None:
 
 
 def test_ratings_and_probabilities_lie_on_their_scales(asking: Asking) -> None:
-    rate = asking.post("/v1/rate", history=HISTORY, item="k10", show_prompt=True)
+    rate = asking.post("/v1/rate", history=HISTORY, item_id="k10", show_prompt=True)
     low, high = rate["scale"]
     assert (low, high) == (1.0, 5.0) and low <= rate["rating"] <= high and rate["item_id"] == "k10"
     assert "Yarrowell Palm Teapot" in rate["prompt"]
     predict = asking.post("/v1/predict", user_id="u01", item={"title": "Thing that nobody sells"})
     assert 0 <= predict["probability"] <= 1 and predict["item_id"] == "Thing that nobody sells"
-    assert rate["rating"] == asking.post("/v1/rate", history=HISTORY, item="k10")["rating"]
+    assert rate["rating"] == asking.post("/v1/rate", history=HISTORY, item_id="k10")["rating"]
 
 
 def test_a_text_comes_whole_or_as_events(asking: Asking) -> None:
-    body = {"history": HISTORY, "item": "k10"}
+    body = {"history": HISTORY, "item_id": "k10"}
     whole = asking.post("/v1/explain", **body)
     assert whole["item_id"] == "k10" and whole["usage"]["completion_tokens"] > 0
     with asking.http.stream("POST", "/v1/explain", json=body, headers={"Accept": "text/event-stream"}) as answer:
@@ -384,7 +386,7 @@ def read_events(lines: Iterator[str]) -> list[tuple[str, Any]]:
 
 
 def test_what_fails_before_the_first_event_has_a_status(asking: Asking) -> None:
-    for body, status in (({"item": "no-such"}, 404), ({"item": "k10", "model": "markov"}, 422), ({}, 422)):
+    for body, status in (({"item_id": "no-such"}, 404), ({"item_id": "k10", "model": "markov"}, 422), ({}, 422)):
         answer = asking.http.post(
             "/v1/explain", json={"history": HISTORY, **body}, headers={"Accept": "text/event-stream"}
         )
@@ -418,7 +420,7 @@ def test_a_bad_question_of_a_batch_touches_no_other(asking: Asking) -> None:
 @pytest.mark.parametrize(("verb", "key"), [("rate", "rating"), ("predict", "probability"), ("explain", "text")])
 def test_batches_about_items_keep_their_order(asking: Asking, verb: str, key: str) -> None:
     items = ["k10", "no-such", "k20", "k30"]
-    questions = [{"history": HISTORY, "item": item} for item in items]
+    questions = [{"history": HISTORY, "item_id": item} for item in items]
     answers = asking.post(f"/v1/{verb}/batch", requests=questions)["answers"]
     assert [each.get("item_id") for each in answers] == ["k10", None, "k20", "k30"]
     alone = asking.post(f"/v1/{verb}", **questions[2])
@@ -446,8 +448,8 @@ def test_an_item_that_is_put_is_known_at_once(asking: Asking) -> None:
         # Its title is what the model reads, in a history and as a candidate.
         asked = asking.post("/v1/rank", history=["p-new"], candidates=["k10", "k20"], show_prompt=True)
         assert "Zephyrine Glass Kettle" in asked["prompt"]
-        assert asking.post("/v1/rate", history=HISTORY, item="p-new")["item_id"] == "p-new"
-        alike = asking.post("/v1/similar", items=["k06"], by="text", k=50)
+        assert asking.post("/v1/rate", history=HISTORY, item_id="p-new")["item_id"] == "p-new"
+        alike = asking.post("/v1/similar", item_ids=["k06"], by="text", k=50)
         assert "p-new" in ids(alike)
         # Rules see its fields.
         assert asking.rank(history=HISTORY, candidates=["p-new", "k10"], rules={"only": {"brand": ["zephyrine"]}}) == [
@@ -462,9 +464,9 @@ def test_an_item_that_is_put_is_known_at_once(asking: Asking) -> None:
 def test_items_are_alike_by_text_however_new_they_are(asking: Asking) -> None:
     pair = [product("q-1", "Qwyx Marble Lantern"), product("q-2", "Qwyx Marble Lantern Deluxe")]
     with added(asking, *pair):
-        assert ids(asking.post("/v1/similar", items=["q-1"], by="text", k=1)) == ["q-2"]
+        assert ids(asking.post("/v1/similar", item_ids=["q-1"], by="text", k=1)) == ["q-2"]
         for by in ("interactions", "text"):
-            found = asking.post("/v1/similar", items=["q-1"], by=by, k=5)
+            found = asking.post("/v1/similar", item_ids=["q-1"], by=by, k=5)
             assert "q-1" not in ids(found) and all(math.isfinite(item["score"]) for item in found["items"])
 
 
@@ -491,8 +493,8 @@ def _nowhere(asking: Asking, name: str) -> None:
             assert name not in asking.rank(history=HISTORY, k=1000, model=model, exclude_seen=seen)
     assert name not in asking.rank(k=1000)
     for by in ("interactions", "text"):
-        assert name not in ids(asking.post("/v1/similar", items=["k01"], k=1000, by=by))
-        failure(asking.http.post("/v1/similar", json={"items": [name], "by": by}), 404)
+        assert name not in ids(asking.post("/v1/similar", item_ids=["k01"], k=1000, by=by))
+        failure(asking.http.post("/v1/similar", json={"item_ids": [name], "by": by}), 404)
     assert name not in {item["item_id"] for item in asking.get("/v1/items?limit=1000")["items"]}
     failure(asking.http.get(f"/v1/items/{name}"), 404)
     failure(asking.http.delete(f"/v1/items/{name}"), 404)
@@ -567,7 +569,9 @@ def test_an_id_may_be_a_whole_number(asking: Asking) -> None:
             for one, two in ((7, -8), ("7", "-8"))
         )
         assert as_numbers["items"] == as_texts["items"] and sorted(ids(as_numbers)) == ["-8", "7", "k10"]
-        assert ids(asking.post("/v1/similar", items=[7], k=50)) == ids(asking.post("/v1/similar", items=["7"], k=50))
+        assert ids(asking.post("/v1/similar", item_ids=[7], k=50)) == ids(
+            asking.post("/v1/similar", item_ids=["7"], k=50)
+        )
         assert "7" not in asking.rank(history=HISTORY, k=1000, rules={"block": [7]})
         asking.post("/v1/events", events=[{"user_id": 42, "item_id": 7.0}])
         assert [event["item_id"] for event in asking.get("/v1/users/42")["history"]] == ["7"]
@@ -744,8 +748,8 @@ def test_figures_are_what_prometheus_reads(asking: Asking) -> None:
     assert "secret" not in json.dumps(list(after))
 
 
-def test_the_document_describes_what_there_is(asking: Asking) -> None:
-    document = asking.get("/openapi.json")
+def test_the_document_describes_what_there_is(served: Served, asking: Asking) -> None:
+    document = httpx.get(f"{served.keyed_url}/openapi.json").json()
     paths = {f"{method.upper()} {path}" for path, each in document["paths"].items() for method in each}
     assert {"POST /v1/rank", "PUT /v1/items", "DELETE /v1/users/{user_id}", "POST /v2/rerank", "GET /ready"} <= paths
     failed = {"$ref": "#/components/schemas/Failed"}
@@ -755,6 +759,12 @@ def test_the_document_describes_what_there_is(asking: Asking) -> None:
             for status, answer in each["responses"].items():
                 if status >= "400" and path != "/ready":
                     assert answer["content"]["application/json"]["schema"] == failed, (path, method, status)
+
+
+def test_the_document_of_a_service_without_keys_asks_for_none(asking: Asking) -> None:
+    document = asking.get("/openapi.json")
+    assert "securitySchemes" not in document["components"]
+    assert not [path for path, each in document["paths"].items() for one in each.values() if "security" in one]
 
 
 def test_the_folder_of_the_run_holds_the_store_and_nothing_else_new(served: Served) -> None:

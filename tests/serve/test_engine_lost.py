@@ -26,7 +26,7 @@ from llmrec.errors import LlmrecError
 from llmrec.serve import supervising, worker
 from llmrec.serve.app import make_app
 from llmrec.serve.batching import Full, TooLate
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
 from llmrec.serve.store import ServiceStore
 from llmrec.serve.worker import EngineLost
@@ -347,7 +347,7 @@ def test_an_engine_that_does_not_start_is_tried_again(tmp_path: Path, patch: pyt
     for broken in ({"fails": True}, {"dies": True}):
         options = told(tmp_path, **broken)
         service = made(tmp_path, options)
-        with listening(make_app(service, Door())) as (url,):
+        with listening(make_app(service, Auth())) as (url,):
             until(lambda starts=service.engine: starts.starts >= 2, "it is not tried again")
             assert httpx.get(f"{url}/ready").status_code == 503
             refused = httpx.post(f"{url}/v1/rank", json={"history": [{"title": "x"}]})
@@ -376,10 +376,15 @@ def test_a_service_whose_engine_starts_can_be_stopped(
     monkeypatch.setattr(supervising, "_SHORTEST", 1000.0)
     options = told(tmp_path, **starts)
     service = made(tmp_path, options)
-    with listening(make_app(service, Door())) as (url,):
+    with listening(make_app(service, Auth())) as (url,):
         until(lambda: service.engine.starts > 0, "it does not start")
         until(lambda: "fails" not in starts or service.engine.fault is not None, "it does not fail")
         assert httpx.get(f"{url}/ready").status_code == 503
+        question = {"history": ["i0"]}
+        for path, body in (("rank", question), ("rank/batch", {"requests": [question, question]})):
+            refused = httpx.post(f"{url}/v1/{path}", json=body)
+            assert refused.status_code == 503 and refused.headers["retry-after"], path
+            assert failure(refused)["kind"] == "failed"
     assert not service.engine.ready and not service.engine._opening
 
 

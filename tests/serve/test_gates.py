@@ -24,7 +24,7 @@ from pydantic import TypeAdapter
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, RateLimit, new_key, revoke
 from llmrec.serve.schema import Failed
 from tests.serve.fake_engine import faking
@@ -259,7 +259,7 @@ def test_a_connection_that_was_let_in_lets_nobody_else_in(served: Served) -> Non
 
 
 def test_what_is_open_is_what_is_said_to_be(served: Served) -> None:
-    for path in ("/", "/health", "/ready", "/metrics", "/openapi.json", "/page/page.js", "/page/page.css"):
+    for path in ("/", "/docs", "/health", "/ready", "/metrics", "/openapi.json", "/page/page.js", "/page/page.css"):
         assert httpx.get(f"{served.keyed_url}{path}").status_code == 200, path
     document = httpx.get(f"{served.keyed_url}/openapi.json").json()
     for path, methods in document["paths"].items():
@@ -314,8 +314,8 @@ def keyed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Keyed]:
     folder = tmp_path_factory.mktemp("keyed")
     new_key(folder / "keys.json", "first")
     with pytest.MonkeyPatch.context() as patch:
-        door = Door(Keys.read(folder / "keys.json"), RateLimit(5, 5))
-        with faking(folder, patch, door=door) as found:
+        auth = Auth(Keys.read(folder / "keys.json"), RateLimit(5, 5))
+        with faking(folder, patch, auth=auth) as found:
             yield Keyed(found.url, folder / "keys.json")
 
 
@@ -352,6 +352,27 @@ def test_who_asks_too_often_is_told_when_to_come_again(keyed: Keyed) -> None:
     assert [keyed.ask(one, "/health").status_code for _ in range(9)] == [200] * 9
     # Nor is it got around by another spelling.
     assert httpx.get(f"{keyed.url}/v1/models", headers={"authorization": f"bearer {one}"}).status_code == 429
+
+
+def test_the_key_and_the_limit_come_before_the_body(keyed: Keyed) -> None:
+    def ask(key: str, body: bytes = b"{") -> int:
+        headers = {"Content-Type": "application/json", "Authorization": f"Bearer {key}"}
+        return httpx.post(f"{keyed.url}/v1/rank", content=body, headers=headers).status_code
+
+    assert ask("llmrec_unknown") == ask("llmrec_unknown", QUESTION) == 401
+    key = new_key(keyed.file, "breaks-bodies")
+    noticed(lambda: keyed.ask(key), 200)
+    # What cannot be read counts too.
+    assert ask(key) == 400 and 429 in (ask(key) for _ in range(100))
+
+
+def test_no_header_of_a_client_gets_around_the_limit_of_its_address(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with faking(tmp_path, monkeypatch, auth=Auth(limit=RateLimit(1, 3))) as found:
+        said = [{"X-Forwarded-For": f"10.0.0.{n}", "X-Real-IP": f"10.0.0.{n}"} for n in range(6)]
+        statuses = [httpx.get(f"{found.url}/v1/models", headers=each).status_code for each in said]
+    assert statuses == [200] * 3 + [429] * 3
 
 
 def test_keys_that_cannot_be_read_let_nobody_in(keyed: Keyed, caplog: pytest.LogCaptureFixture) -> None:
@@ -413,6 +434,12 @@ def test_a_host_that_pretends_to_be_this_one_is_refused_where_there_are_no_keys(
         sent = request(f"{start} HTTP/1.1", f"Origin: http://{host}", host=host)
         assert talk(served.url, sent).statuses == (403,), start
     assert httpx.get(f"{served.url}/v1/items/k01").status_code == 200
+
+
+def test_a_page_served_by_https_is_another_site_where_there_are_no_keys(served: Served) -> None:
+    host = served.url.removeprefix("http://")
+    found = httpx.post(f"{served.url}/v1/rank", json=json.loads(QUESTION), headers={"Origin": f"https://{host}"})
+    assert found.status_code == 403 and failure(found)["kind"] == "unsafe"
 
 
 def test_a_proxy_may_hand_on_its_name_where_there_are_keys(served: Served) -> None:
@@ -572,6 +599,32 @@ POSTED = (
 )
 
 
+def test_a_key_that_is_given_twice_is_refused_at_any_depth(served: Served) -> None:
+    for body in (
+        b'{"k": 1, "k": 2}',
+        b'{"history": [{"item_id": "k01", "item_id": "k02"}]}',
+        b'{"rules": {"only": {}, "only": {}}}',
+    ):
+        found = send(served, "/v1/rank", body)
+        assert found.status_code == 422 and "twice" in failure(found)["message"]
+    assert send(served, "/v1/rank", b'{"history": [{"item_id": "k01"}, {"item_id": "k02"}]}').status_code == 200
+
+
+def test_parameters_that_an_address_does_not_have_are_refused(served: Served) -> None:
+    for method, path, at in (
+        ("GET", "/v1/items?search=Nook", "search"),
+        ("GET", "/v1/items?q=Nook&limits=3", "limits"),
+        ("GET", "/v1/items/k01?q=x", "q"),
+        ("POST", "/v1/rank?k=3", "k"),
+        ("DELETE", "/v1/users/u01?force=1", "force"),
+    ):
+        body = {"json": json.loads(QUESTION)} if method == "POST" else {}
+        found = httpx.request(method, f"{served.url}{path}", **body)
+        assert found.status_code == 422 and failure(found)["at"] == at, path
+    assert "did you mean 'limit'?" in httpx.get(f"{served.url}/v1/items?limits=3").text
+    assert httpx.get(f"{served.url}/v1/items?q=Nook&limit=3").status_code == 200
+
+
 def send(served: Served, path: str, body: bytes) -> httpx.Response:
     method = "PUT" if path == "/v1/items" else "POST"
     return httpx.request(
@@ -716,6 +769,17 @@ def test_the_page_may_load_and_ask_nothing_of_others(served: Served) -> None:
         )
         assert not re.search(r"""(src|href|url\()\s*=?\s*["'(]?(https?:)?//""", found.text)
         assert "set-cookie" not in found.headers
+
+
+def test_the_documentation_of_the_interface_is_served_without_the_network(served: Served) -> None:
+    page = httpx.get(f"{served.keyed_url}/docs")
+    assert page.status_code == 200 and page.headers["content-type"] == "text/html; charset=utf-8"
+    assert "script-src 'self';" in page.headers["content-security-policy"] and "https://" not in page.text
+    linked = re.findall(r'(?:src|href)="(page/[^"]+)"', page.text)
+    assert len(linked) == 3
+    for path in linked:
+        found = httpx.get(f"{served.keyed_url}/{path}")
+        assert found.status_code == 200 and len(found.content) > 50, path
 
 
 def test_questions_of_a_client_do_not_change_those_of_another(served: Served) -> None:

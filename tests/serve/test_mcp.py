@@ -22,7 +22,7 @@ from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
 from llmrec.serve.app import make_app
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from llmrec.serve.keys import RateLimit
 from llmrec.serve.mcp import called, mount
 from llmrec.serve.tools import TOOLS, offered
@@ -134,13 +134,13 @@ def test_candidates_are_ordered(served: Served) -> None:
 
 @pytest.mark.parametrize("by", ["interactions", "text"])
 def test_similar_items_are_found(served: Served, by: str) -> None:
-    listed = ask(served.url, "similar_items", items=["k01"], by=by, k=3)
-    same = over_http(served, "/v1/similar", items=["k01"], by=by, k=3)
+    listed = ask(served.url, "similar_items", item_ids=["k01"], by=by, k=3)
+    same = over_http(served, "/v1/similar", item_ids=["k01"], by=by, k=3)
     assert [item["item_id"] for item in listed["items"]] == [item["item_id"] for item in same["items"]]
 
 
 def test_one_item_is_rated_predicted_and_explained(served: Served) -> None:
-    asked: dict[str, Any] = {"history": ["k01", "k02"], "item": "k05"}
+    asked: dict[str, Any] = {"history": ["k01", "k02"], "item_id": "k05"}
     rated, told = ask(served.url, "rate", **asked), over_http(served, "/v1/rate", **asked)
     assert (rated["rating"], [rated["lowest"], rated["highest"]]) == (told["rating"], told["scale"])
     assert rated["title"] == "Yarrowell Swift Bread Maker"
@@ -173,10 +173,10 @@ def test_only_tools_that_a_model_answers_are_offered() -> None:
         ("recommend", {"history": ["k01", "Toy Story"]}),
         ("recommend", {"history": [{"item_id": "Toy Story", "rating": 5}]}),
         ("rank", {"candidates": ["k01", "Toy Story"], "user_id": "u01"}),
-        ("similar_items", {"items": ["Toy Story"]}),
-        ("rate", {"item": "Toy Story", "user_id": "u01"}),
-        ("predict", {"item": "k01", "history": ["Toy Story"]}),
-        ("explain", {"item": "Toy Story", "user_id": "u01"}),
+        ("similar_items", {"item_ids": ["Toy Story"]}),
+        ("rate", {"item_id": "Toy Story", "user_id": "u01"}),
+        ("predict", {"item_id": "k01", "history": ["Toy Story"]}),
+        ("explain", {"item_id": "Toy Story", "user_id": "u01"}),
     ],
 )
 def test_what_is_not_in_the_catalogue_is_refused(served: Served, tool: str, arguments: dict[str, Any]) -> None:
@@ -192,7 +192,7 @@ def test_what_is_not_in_the_catalogue_is_refused(served: Served, tool: str, argu
         ("rank", {"candidates": ["k01", True]}, "candidates.1: "),
         ("recommend", {"history": ["k01"], "profile": "likes quiet films"}, "profile"),
         ("rank", {"user_id": "u01"}, "candidates"),
-        ("rate", {"item": {"title": "Toy Story"}}, "item"),
+        ("rate", {"item_id": {"title": "Toy Story"}}, "item_id"),
         ("recommend", {"k": 101}, "k"),
         ("search_items", {"query": "x" * 201}, "query"),
         ("list_models", {"secret": 1}, "secret"),
@@ -205,7 +205,7 @@ def test_texts_of_their_own_are_not_taken(served: Served, tool: str, arguments: 
 
 def test_what_cannot_be_answered_is_said(served: Served) -> None:
     assert "no model 'nothing'" in refused(served.url, "recommend", history=["k01"], model="nothing")
-    assert refused(served.url, "rate", item="k01", history=["k02"], model="popularity")
+    assert refused(served.url, "rate", item_id="k01", history=["k02"], model="popularity")
 
     async def erase(client: Client) -> None:
         with pytest.raises(MCPError, match="no tool 'erase_user'"):
@@ -251,7 +251,7 @@ def test_hostile_titles_come_as_data(served: Served) -> None:
     assert text.text.startswith('{"items": [') and "\n" not in text.text and "\x1b" not in text.text
 
 
-# --------------------------------------------------------------------------- the door
+# --------------------------------------------------------------------------- keys and limits
 
 
 def test_keys_are_asked_for(served: Served) -> None:
@@ -268,8 +268,8 @@ def test_keys_are_asked_for(served: Served) -> None:
 
 def test_the_rate_limit_holds() -> None:
     service = made_up("rank")
-    app, door = make_app(service, Door()), Door(limit=RateLimit(1, 2))
-    mount(app, service, door)
+    app = make_app(service, Auth(limit=RateLimit(1, 2)))
+    mount(app, service)
     with listening(app) as (url,):
         found = [httpx.post(f"{url}/mcp", json=INITIALIZE, headers=SPEAKS) for _ in range(3)]
     assert [each.status_code for each in found] == [200, 200, 429]
@@ -307,8 +307,8 @@ def test_a_question_ends_when_its_client_leaves(version: str) -> None:
             ended.set()
 
     service.rank = rank
-    app = make_app(service, Door())
-    mount(app, service, Door())
+    app = make_app(service, Auth())
+    mount(app, service)
     about = {
         "io.modelcontextprotocol/protocolVersion": version,
         "io.modelcontextprotocol/clientInfo": {"name": "somebody", "version": "1"},
@@ -324,8 +324,8 @@ def test_a_question_ends_when_its_client_leaves(version: str) -> None:
 
 
 def test_an_application_can_be_started_again() -> None:
-    app, service = make_app(made_up("rank"), Door()), made_up("rank")
-    mount(app, service, Door())
+    app, service = make_app(made_up("rank"), Auth()), made_up("rank")
+    mount(app, service)
     for _ in range(2):
         with listening(app) as (url,):
             tools = talk(url, lambda client: client.list_tools()).tools

@@ -25,7 +25,7 @@ from llmrec.commands.serve.options import ServeOptions
 from llmrec.commands.serve.run import make_service
 from llmrec.recipe.load import load_recipe
 from llmrec.serve.app import make_app
-from llmrec.serve.gates import Door
+from llmrec.serve.gates import Auth
 from tests.answering.rank_cases import jsonl, lines, options
 from tests.answering.test_ranking_fused import SMALL
 from tests.serve.served import Served, listening, wait_ready
@@ -44,7 +44,7 @@ def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def url(run: Path) -> Iterator[str]:
     service = make_service(ServeOptions(model=str(run), backend="hf", dtype="float32", batch=4))
-    with listening(make_app(service, Door())) as (url,):
+    with listening(make_app(service, Auth())) as (url,):
         wait_ready(url)
         yield url
 

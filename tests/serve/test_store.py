@@ -12,7 +12,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -83,8 +83,8 @@ def where(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 
 @contextmanager
-def opened(where: str | Path) -> Iterator[ServiceStore]:
-    with closing(ServiceStore.open(str(where))) as store:
+def opened(where: str | Path, **more: Any) -> Iterator[ServiceStore]:
+    with closing(ServiceStore.open(str(where), **more)) as store:
         yield store
 
 
@@ -105,9 +105,24 @@ def test_events_come_back_oldest_first_and_outlive_the_store(where: str) -> None
     with opened(where) as store:
         assert items_of(store, "a") == ["early", "one", "two", "late"]
         assert store.events_of("a")[-1] == given[0] and store.events_of("a")[1].rating is None
-        assert [each.item_id for each in store.events_of("a", 2)] == ["two", "late"]
+        # The last that came, whatever their times.
+        assert [each.item_id for each in store.events_of("a", 2)] == ["early", "two"]
         assert store.events_of("a", 0) == [] == store.events_of("nobody")
         assert [each.item_id for each in store.all_events()] == ["late", "one", "other", "two", "early"]
+
+
+def test_of_many_events_only_those_that_are_asked_for_are_read(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with opened(where) as store:
+        store.add_events([event(user, str(n), float(n)) for n in range(500) for user in "ab"])
+        database, read, rows = store._database, store._database.read, []
+        monkeypatch.setattr(database, "read", lambda *asked: rows.extend(found := read(*asked)) or found)
+        assert [each.item_id for each in store.events_of("a", 3)] == ["497", "498", "499"] and len(rows) == 3
+    if "://" in where:
+        made = "SELECT indexdef FROM pg_indexes WHERE indexname = 'llmrec_events_of' AND schemaname = current_schema()"
+        assert "(user_key, seq)" in str(ask(where, made))
+    else:
+        plan = "EXPLAIN QUERY PLAN SELECT event FROM llmrec_events WHERE user_key = 'x' ORDER BY seq DESC LIMIT 3"
+        assert "llmrec_events_of" in str(ask(where, plan)) and "B-TREE" not in str(ask(where, plan))
 
 
 @pytest.mark.parametrize(
@@ -264,6 +279,60 @@ def test_no_byte_of_an_erased_user_is_left_in_the_file(tmp_path: Path) -> None:
                 left |= {name[:8] for name in gone if name[:8].encode() in held}
         assert not left and any(name[:8].encode() in held for name in live)
         assert {each.user_id for each in store.all_events()} <= set(live)
+
+
+def held(folder: Path, name: str) -> list[str]:
+    """Return the files of a folder that hold a text."""
+    return [path.name for path in sorted(folder.iterdir()) if name.encode() in path.read_bytes()]
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Read a store as a backup does, and leave its log as it is."""
+    with closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True, isolation_level=None)) as other:
+        other.execute("BEGIN")
+        other.execute("SELECT count(*) FROM llmrec_events").fetchone()
+        yield
+
+
+def test_an_erasure_that_others_hold_up_says_so_and_is_finished_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOMENT", 0.0)
+    file = tmp_path / "s.db"
+    with opened(file) as store:
+        store.add_events([event("annabel", str(n)) for n in range(50)])
+        with reading(file):
+            assert store.erase("annabel") == 50
+            assert store.unfinished and store.remains == [module.IN_LOG] and held(tmp_path, "annabel")
+            assert not store.finish_erasures() and store.unfinished
+        assert store.finish_erasures() and not store.unfinished and store.remains == []
+        assert held(tmp_path, "annabel") == []
+
+
+def test_an_erasure_that_was_not_finished_is_finished_when_the_store_is_opened_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_MOMENT", 0.0)
+    file, stack = tmp_path / "s.db", ExitStack()
+    with opened(file) as store:
+        store.add_events([event("annabel", str(n)) for n in range(50)])
+        stack.enter_context(reading(file))
+        store.erase("annabel")
+    # As after a kill, the log is there: the last process that leaves only reads.
+    assert held(tmp_path, "annabel")
+    with opened(file) as store:
+        assert store.unfinished
+    stack.close()
+    with opened(file) as store:
+        assert not store.unfinished and held(tmp_path, "annabel") == [] and store.erased("annabel")
+
+
+def test_what_postgresql_keeps_of_an_erased_user_is_said(server: str) -> None:
+    with opened(schema(server)) as store:
+        store.add_events([event("ann")])
+        assert store.erase("ann") == 1 and not store.unfinished
+        assert len(store.remains) == 1 and "vacuum" in store.remains[0]
 
 
 # --------------------------------------------------------------------------- items
@@ -474,9 +543,8 @@ def test_a_file_without_leave_is_one_error() -> None:
             ServiceStore.open(str(folder / "t.db"))
 
 
-def test_a_file_that_another_program_holds_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(databases, "_WAIT", 0.05)
-    with opened(tmp_path / "s.db") as store, closing(sqlite3.connect(tmp_path / "s.db")) as other:
+def test_a_file_that_another_program_holds_is_one_error(tmp_path: Path) -> None:
+    with opened(tmp_path / "s.db", wait=0.05) as store, closing(sqlite3.connect(tmp_path / "s.db")) as other:
         other.execute("BEGIN IMMEDIATE")
         with raises(LlmrecError, Facts("busy", "s.db")):
             store.add_events([event("a")])
@@ -484,11 +552,26 @@ def test_a_file_that_another_program_holds_is_one_error(tmp_path: Path, monkeypa
         assert store.add_events([event("a")]) == 1
 
 
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_that_was_moved_away_is_not_written_to(tmp_path: Path, replaced: bool) -> None:
+    file, away = tmp_path / "s.db", tmp_path / "away.db"
+    with opened(file) as store:
+        store.add_events([event("a")])
+        file.rename(away)
+        if replaced:
+            file.write_bytes(away.read_bytes())
+        for call in (lambda: store.add_events([event("a")]), lambda: store.events_of("a"), lambda: store.erase("a")):
+            with raises(LlmrecError, Facts("unreadable", "s.db", says="moved or replaced")):
+                call()
+        away.rename(file)
+        assert store.add_events([event("a")]) == 1 and len(store.events_of("a")) == 2
+
+
 def test_a_full_disk_stores_all_of_a_call_or_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, pages = databases._connect, 12
 
-    def small(path: Path) -> sqlite3.Connection:
-        raw = plain(path)
+    def small(path: Path, *more: Any) -> sqlite3.Connection:
+        raw = plain(path, *more)
         raw.execute(f"PRAGMA max_page_count={pages}")
         return raw
 

@@ -27,34 +27,32 @@ def serve(options: ServeOptions) -> None:
     Raises:
         LlmrecError: If an option, a file or the model cannot be used, or the port is taken.
     """
-    for module in ("fastapi", "uvicorn", "prometheus_client"):
+    for module in ("fastapi", "uvicorn", "prometheus_client", "fastapi_offline"):
         require(module, "serve")
     if options.mcp:
         require("mcp", "mcp")
-    import uvicorn
-
     from llmrec.serve.app import make_app
-    from llmrec.serve.gates import Door
+    from llmrec.serve.gates import Auth
     from llmrec.serve.keys import Keys, RateLimit
+    from llmrec.serve.server import make_server
 
     _check_open(options)
     listening = _listen(options)
     keys = None if options.keys is None else Keys.read(options.keys)
     limit = None if options.per_minute is None else RateLimit(options.per_minute, max(options.per_minute, _BURST))
     service = make_service(options)
-    app = make_app(service, Door(keys, limit), body_limit=options.body_limit)
+    app = make_app(service, Auth(keys, limit), body_limit=options.body_limit)
     if options.mcp:
         from llmrec.serve.mcp import mount
 
-        mount(app, service, Door(keys, limit))
+        mount(app, service)
     if logging.getLogger("llmrec").level <= logging.WARNING:
         # A line on each request, unless errors alone are asked for.
         logging.getLogger("llmrec.serve").setLevel(logging.INFO)
     host, port = listening.getsockname()[:2]
-    say(f"llmrec serves {options.model} at http://{'localhost' if host in _LOOPBACK else host}:{port}")
-    server = uvicorn.Server(
-        uvicorn.Config(app, log_level="warning", access_log=False, timeout_graceful_shutdown=options.timeout)
-    )
+    url = f"http://{'localhost' if host in _LOOPBACK else host}:{port}"
+    say(f"llmrec serves {options.model} at {url} (API documentation: {url}/docs)")
+    server = make_server(app, timeout=options.timeout)
     hopeless: list[LlmrecError] = []
 
     def end(error: LlmrecError) -> None:
@@ -70,7 +68,7 @@ def serve(options: ServeOptions) -> None:
 def make_service(options: ServeOptions) -> Any:
     """Return the service, not started yet."""
     from llmrec.answering.known import known_of
-    from llmrec.serve.service import Service, Settings
+    from llmrec.serve.service import WAITS, Service, Settings
     from llmrec.serve.store import ServiceStore
 
     asked = options.recommender()
@@ -85,7 +83,7 @@ def make_service(options: ServeOptions) -> Any:
         room=options.room,
         patience=float(options.timeout),
     )
-    return Service(settings, known_of(options.model, options.items), ServiceStore.open(where))
+    return Service(settings, known_of(options.model, options.items), ServiceStore.open(where, WAITS * options.timeout))
 
 
 def _default_store(model: str) -> str:

@@ -26,11 +26,13 @@ _PLAIN = {"string": "string", "integer": "number", "number": "number", "boolean"
 def openapi() -> Mapping[str, Any]:
     """Return the OpenAPI document of the application."""
     from llmrec.serve.app import make_app
-    from llmrec.serve.gates import Door
+    from llmrec.serve.gates import Auth
+    from llmrec.serve.keys import Keys
     from llmrec.serve.service import Service
 
-    # Nothing is asked, so that nothing has to answer.
-    return make_app(cast(Service, object()), Door()).openapi()
+    # Nothing is asked, so that nothing has to answer. With keys, so that it says how one is sent.
+    keys = Keys(Path("keys.json"), (0, 0, 0, 0), ())
+    return make_app(cast(Service, object()), Auth(keys)).openapi()
 
 
 def typescript(document: Mapping[str, Any]) -> str:

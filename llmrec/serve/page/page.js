@@ -801,8 +801,8 @@ function questionOf(side, item, question, below, signal) {
     const [body, prose] = [part(block, ".body"), bdi("", "prose")];
     part(block, "h3").textContent = title;
     below.append(block);
-    const similar = { items: [item.item_id], by, k: 5, rules: rules() };
-    const asked = by ? similar : { ...about(side), item: item.item_id };
+    const similar = { item_ids: [item.item_id], by, k: 5, rules: rules() };
+    const asked = by ? similar : { ...about(side), item_id: item.item_id };
     const options = { body: asked, signal, onWait: (told) => body.replaceChildren(told) };
     const grow = (text) => (prose.append(text), prose.isConnected || body.replaceChildren(prose));
     try {

@@ -1,0 +1,107 @@
+"""The HTTP server and its limits: size of headers, time for a request to arrive, number of connections."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import socket
+from typing import TYPE_CHECKING, Any
+
+import h11
+import psutil
+import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
+if TYPE_CHECKING:
+    from starlette.types import ASGIApp
+
+HEADER_LIMIT = 64 * 1024
+"""Bytes of the request line and all headers."""
+_BACKLOG = 128
+_CONNECTIONS = 2048
+
+
+def make_server(app: ASGIApp, *, timeout: float = 60.0, connections: int | None = None) -> uvicorn.Server:
+    """Return a server for an application.
+
+    Args:
+        app: The application.
+        timeout: Seconds for a request to arrive, for a client to take in what it is sent, and for open requests to end
+            when the server stops.
+        connections: Open connections at once. Default: half of the files that this process may have open.
+    """
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            port=0,
+            log_level="warning",
+            access_log=False,
+            # httptools, the other parser, has no limit on headers.
+            http=_limited(timeout, connections or _half_of_the_files()),
+            h11_max_incomplete_event_size=HEADER_LIMIT,
+            ws="none",
+            # Whoever can reach the port could otherwise choose the address that --per-minute counts by.
+            proxy_headers=False,
+            backlog=_BACKLOG,
+            timeout_graceful_shutdown=math.ceil(timeout),
+        )
+    )
+
+
+def _half_of_the_files() -> int:
+    process = psutil.Process()
+    # Only Linux and FreeBSD have limits that psutil can read.
+    most = process.rlimit(psutil.RLIMIT_NOFILE)[0] if hasattr(process, "rlimit") else 2 * _CONNECTIONS
+    return min(_CONNECTIONS, most // 2) if most > 0 else _CONNECTIONS
+
+
+def _limited(timeout: float, most: int) -> type[H11Protocol]:
+    """Return the protocol of connections that are closed if a request does not arrive in time.
+
+    If more than ``most`` are open, the one that has waited longest for its request is closed: clients that open
+    connections and send nothing must not keep others out.
+    """
+
+    class Limited(H11Protocol):
+        _late: asyncio.TimerHandle | None = None
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            if hasattr(socket, "TCP_USER_TIMEOUT"):
+                # The system closes the connection of a client that no longer reads what it asked for.
+                line = transport.get_extra_info("socket")
+                line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
+            self._watch()
+            if len(self.connections) > most:
+                waiting = [each for each in self.connections if isinstance(each, Limited) and each._late is not None]
+                min(waiting, key=lambda each: each._late.when())._end()  # type: ignore[union-attr]
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            self._watch()
+
+        def on_response_complete(self) -> None:
+            super().on_response_complete()
+            self._watch()
+
+        def connection_lost(self, exc: Exception | None) -> None:
+            super().connection_lost(exc)
+            self._stop()
+
+        def _watch(self) -> None:
+            """Let the time run while a request is incomplete."""
+            if self.conn.their_state not in (h11.IDLE, h11.SEND_BODY):
+                self._stop()
+            elif self._late is None and not self.transport.is_closing():
+                self._late = self.loop.call_later(timeout, self._end)
+
+        def _stop(self) -> None:
+            if self._late is not None:
+                self._late.cancel()
+                self._late = None
+
+        def _end(self) -> None:
+            self._stop()
+            self.transport.abort()
+
+    return Limited
