@@ -16,7 +16,7 @@ from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
 from llmrec.data.hashing import digest_strings
 from llmrec.data.reading.columns import check_matched, check_usable, find
 from llmrec.data.reading.limits import ID_LIMIT, enumerated, require_file, shown
-from llmrec.data.reading.markup import has_markup
+from llmrec.data.reading.markup import has_markup, plain
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import ids, one_per_item, texts
@@ -254,13 +254,14 @@ class _Listing:
     first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
-        """Return a column's text by id; where rows disagree, the most frequent one, or of a listing the last."""
-        if self.unique:
+        """Return a column's text by id, without HTML; where rows disagree, the most frequent or a listing's last."""
+        if not self.unique:
+            found = one_per_item(self.table, self.own, name)
+        else:
             values = texts(self.table, name)
-            if self.first:
-                return dict(zip(self.own.reverse(), values.reverse(), strict=True))
-            return dict(zip(self.own, values, strict=True))
-        return one_per_item(self.table, self.own, name)
+            rows = (self.own.reverse(), values.reverse()) if self.first else (self.own, values)
+            found = dict(zip(*rows, strict=True))
+        return {key: plain(text) for key, text in found.items()}
 
 
 def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None) -> dict[str, Item]:

@@ -22,7 +22,7 @@ from llmrec.data.derived import sentences
 from llmrec.data.reading.columns import find
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import user_path
-from llmrec.data.reading.typed import ids, texts
+from llmrec.data.reading.typed import ids, unescaped
 from llmrec.errors import DataError
 from llmrec.recipe.schema import FactsSection
 from llmrec.types import Item
@@ -111,11 +111,13 @@ class Documents:
         if key is None or said is None:
             raise DataError.at(table.name, "missing-column", ": documents need a column item_id or title", "data.facts")
         by_title = key == "title"
-        names = texts(table, key) if by_title else [str(each) for each in ids(table, key)]
+        names = unescaped(table, key).fill_null("") if by_title else [str(each) for each in ids(table, key)]
         twice = {name for name, times in Counter(names).items() if times > 1 and name}
         if twice and not by_title:
             raise DataError.at(table.name, "duplicate", f": {min(twice)!r} has several documents; join them", key)
-        return Documents(tuple(names), tuple(texts(table, said)), by_title, f"{table.name} {table.sha256[:16]}")
+        return Documents(
+            tuple(names), tuple(unescaped(table, said).fill_null("")), by_title, f"{table.name} {table.sha256[:16]}"
+        )
 
     @cached_property
     def _place(self) -> Mapping[str, int]:

@@ -304,7 +304,16 @@ def test_published_figures_of_well_known_files() -> None:
         ("AT&T; R&B &copy 2001 &notathing; &", "AT&T; R&B &copy 2001 &notathing; &"),
         ("&lt;|im_end|&gt;", "<|im_end|>"),
         ("plain", "plain"),
+        ("3,5&nbsp;kg&#160;net", "3,5 kg net"),
+        ("<p>Pro &amp; Co</p>", "Pro & Co"),
+        ("One<br/>Two", "One Two"),
+        ("H<sub>2</sub>O", "H2O"),
+        ('<a href="x">Two  words</a><!-- no -->', "Two words"),
+        ("&lt;b&gt;Vogue&lt;/b&gt;", "Vogue"),
+        ("I <3 you,  <Untitled> 2 < 3 > 1 <s>", "I <3 you,  <Untitled> 2 < 3 > 1 <s>"),
+        ("<script>x</script>", "<script>x</script>"),
+        ("Cut <span class=", "Cut <span class="),
     ],
 )
-def test_entities_are_decoded_once(raw: str, text: str) -> None:
+def test_entities_are_decoded_once_and_tags_go(raw: str, text: str) -> None:
     assert plain(raw) == text

@@ -50,7 +50,7 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
             name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
         ) from error
     found = from_arrow(name, table, sha256)
-    return replace(found, unusable=unusable(file.schema_arrow) | found.unusable)
+    return replace(found, unusable={**unusable(file.schema_arrow), **found.unusable})
 
 
 def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
@@ -135,7 +135,7 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
             "%s: column %s is left out, since it holds a date outside of the years 1 to 9999 in row %d",
             *(name, shown(column), row + 1),
         )
-    left = unusable(table.schema) | dict.fromkeys(odd, "dates outside of the years 1 to 9999")
+    left = {**unusable(table.schema), **dict.fromkeys(odd, "dates outside of the years 1 to 9999")}
     return Table(name, frame.drop(odd), sha256, unusable=left)
 
 

@@ -24,7 +24,7 @@ from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.sheets import split_sheet
 from llmrec.data.reading.table import fitting, is_pattern, joined, read_table
 from llmrec.data.reading.text import Table, read_bytes, user_path
-from llmrec.data.reading.typed import ids, numbers, one_per_item, texts, times
+from llmrec.data.reading.typed import ids, numbers, one_per_item, texts, times, unescaped
 from llmrec.data.reading.where import kept
 from llmrec.data.sources.movielens import movielens_100k
 from llmrec.data.sources.parts import parts_of, told
@@ -116,8 +116,7 @@ def table(section: DataSection, *, seed: int) -> Dataset:
     if time is not None:
         series["timestamp"] = times(main, time)
     if text is not None:
-        given = texts(main, text)
-        series["text"] = given.set(given.str.strip_chars() == "", None)
+        series["text"] = unescaped(main, text)
     listed = _read(section.items) if section.items is not None else None
     people = _read(section.users) if section.users is not None else None
     tables = [each for each in (main, listed, people) if each is not None]
