@@ -171,30 +171,36 @@ def check(
     return Checked(cases, statistics(study.data), tuple(warnings))
 
 
-def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False) -> Trained:
+def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
     """Only train; returns the training record.
 
     In several processes, as torchrun starts them, the first one writes the folder, and the others read what it found.
+
+    Args:
+        recipe: The recipe.
+        out: The run folder.
+        quiet: Show no progress bars.
+        data: What to learn from where it is at hand already; by default what the recipe names.
     """
     folder = folder_of(recipe, out)
     if processes.size() > 1:
-        return _train_together(recipe, folder, quiet=quiet)
+        return _train_together(recipe, folder, quiet=quiet, data=data)
     with locked(folder, RUN):
         works_in(folder)
-        return open_session(recipe, folder, quiet=quiet, trains=True).train()
+        return open_session(recipe, folder, quiet=quiet, data=data, trains=True).train()
 
 
-def _train_together(recipe: Recipe, folder: Path, *, quiet: bool) -> Trained:
+def _train_together(recipe: Recipe, folder: Path, *, quiet: bool, data: SplitDataset | None) -> Trained:
     refuse(recipe, asks=True)
     from llmrec.train.world import joined
 
     with joined(device(recipe.model)) as world:
         if not world.first:
             world.wait()
-            return _beside(recipe, folder).train()
+            return _beside(recipe, folder, data).train()
         with locked(folder, RUN):
             works_in(folder)
-            session = open_session(recipe, folder, quiet=quiet, trains=True)
+            session = open_session(recipe, folder, quiet=quiet, data=data, trains=True)
             world.wait()
             return session.train()
 
@@ -398,10 +404,10 @@ def open_session(
     return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet, item_index)
 
 
-def _beside(recipe: Recipe, folder: Path) -> Session:
+def _beside(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
     """Open a session whose folder another process has opened, without writing there."""
     quiet_libraries()
-    budget, study = Budget(quiet=True), build_study(recipe)
+    budget, study = Budget(quiet=True), build_study(recipe, data)
     return Session(study, _opened(study, folder, budget), folder, budget, quiet=True)
 
 

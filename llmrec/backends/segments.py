@@ -20,7 +20,7 @@ import numpy as np
 
 from llmrec.backends.encode import Encoder
 from llmrec.data.features import Features, FeatureStore, Provenance, write_version, writing
-from llmrec.errors import DataError, LlmrecError, RecipeError, require
+from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError, require
 from llmrec.models.exits import check
 from llmrec.models.load import load_model, load_tokenizer, weights_stamp
 from llmrec.recipe.schema import ModelSection
@@ -30,6 +30,9 @@ log = logging.getLogger(__name__)
 
 # Texts that are read together.
 _TEXTS = 64
+# Both parts must compute for this text what the whole model computes, up to this share of the largest state.
+_SAMPLE = "Liked 2 of 3. Liked: The Long Way Home (1995). Did not like: A Winter's Day. Liked: Blue. Next: Rivers II."
+_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +58,7 @@ class Lower:
 
     Raises:
         RecipeError: If the model has fewer layers.
-        ModelError: If it is no decoder of plain layers.
+        ModelError: If it is no decoder of plain layers, or its two parts are not the whole model.
     """
 
     def __init__(self, folder: str, section: ModelSection, joint: int, layers: int | None = None) -> None:
@@ -72,11 +75,26 @@ class Lower:
                 column="joint",
             )
         self.layer = used - joint
-        self.joint = _upper(body, every[self.layer : used])
-        body.layers, body.norm = self._torch.nn.ModuleList(every[: self.layer]), self._torch.nn.Identity()
-        body.config.num_hidden_layers = self.layer
         self._body = body.eval().requires_grad_(False)
         self._encoder = Encoder(load_tokenizer(folder, section), max_length=section.max_length)
+        self._cut(every[:used], body.norm)
+        expected = self._sample()
+        try:
+            self.joint = _upper(body, every[self.layer : used], slice(self.layer, used), whole)
+            self._cut(every[: self.layer], self._torch.nn.Identity())
+            with self._torch.no_grad():
+                found = self.joint(inputs_embeds=self._sample(), use_cache=False).last_hidden_state
+            wrong = float((found - expected).abs().max() / expected.abs().max())
+        except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
+            log.debug("%s cannot be cut", section.name, exc_info=error)
+            wrong = float("nan")
+        if not wrong <= _TOLERANCE:
+            raise ModelError(
+                f"joint: the last {joint} layers of {section.name} (a {model.config.model_type}) give other states as "
+                "a separate decoder than in the whole model, so the model cannot be divided; choose another model",
+                kind="unsupported",
+                column="joint",
+            )
         self._known: dict[str, Any] = {}
         self._folder = cache_dir() / "segments" / f"{weights_stamp(folder)}-{self.layer}"
         self.width = int(model.config.get_text_config().hidden_size)
@@ -89,6 +107,14 @@ class Lower:
             BackendError: If a text of the data would become a control token.
         """
         return list(self._encoder.piece(text or "\n"))
+
+    def _cut(self, layers: Sequence[Any], norm: Any) -> None:
+        self._body.layers, self._body.norm = self._torch.nn.ModuleList(layers), norm
+        self._body.config.num_hidden_layers = len(layers)
+
+    def _sample(self) -> Any:
+        with self._torch.no_grad():
+            return self._body(input_ids=self._torch.tensor([self.ids(_SAMPLE)]), use_cache=False).last_hidden_state
 
     def states(self, texts: Sequence[str]) -> list[Any]:
         """Return the states of each text after the lower layers, each of shape (tokens, d), read once a text."""
@@ -164,14 +190,23 @@ def _row(text: str, number: int) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}:{number}"
 
 
-def _upper(body: Any, layers: Sequence[Any]) -> Any:
-    """Return a decoder of some layers, with copies of their weights, that reads states."""
+def _upper(body: Any, layers: Sequence[Any], place: slice, whole: int) -> Any:
+    """Return a decoder of some layers, with copies of their weights, that reads states.
+
+    Args:
+        body: The decoder that they are from.
+        layers: The layers.
+        place: Which of its layers they are.
+        whole: How many layers it has.
+    """
     config = copy.deepcopy(body.config)
+    # What differs by layer, such as its kind of attention, is a list with a value for each.
+    for name, value in vars(config).items():
+        if isinstance(value, list | tuple) and len(value) == whole:
+            setattr(config, name, list(value)[place])
     config.num_hidden_layers, config.vocab_size = len(layers), 8
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         setattr(config, name, 0)
-    if getattr(config, "layer_types", None):
-        config.layer_types = list(config.layer_types)[: len(layers)]
     made = type(body)(config).float()
     for own, layer in zip(made.layers, layers, strict=True):
         own.load_state_dict(layer.state_dict())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -14,7 +13,7 @@ from llmrec.backends.segments import Lower, Part
 from llmrec.baselines.base import AboveZero, Baseline
 from llmrec.baselines.neural import put_back, weights_of
 from llmrec.baselines.yes_no import LikeRatioConfig
-from llmrec.data.split import scale_of, threshold
+from llmrec.data.split import others, scale_of, threshold
 from llmrec.errors import DataError, require
 from llmrec.models.load import cpu_has_bf16, resolve
 from llmrec.progress import Bar
@@ -187,11 +186,12 @@ class LateInteraction(Baseline[LateConfig, Late]):
         model, found = self._fitted, dict[int, Answer]()
         torch = require("torch", "train")
         # A user's questions need not follow each other.
-        order = sorted(range(len(requests)), key=lambda n: requests[n].user_id)
-        for _, group in groupby(order, key=lambda n: (requests[n].user_id, requests[n].history)):
-            same = list(group)
-            user = model.user(requests[same[0]].history)
-            asked = [n for n in same if requests[n].item is not None]
+        groups: dict[tuple[str, tuple[Event, ...]], list[int]] = {}
+        for n, request in enumerate(requests):
+            if request.item is not None:
+                groups.setdefault((request.user_id, others(request.history, request.item)), []).append(n)
+        for (_, past), asked in groups.items():
+            user = model.user(past)
             for start in range(0, len(asked), _CANDIDATES):
                 part = asked[start : start + _CANDIDATES]
                 with torch.no_grad():
@@ -238,7 +238,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
             )
         chosen = rng.permutation(len(found))[: self._config.rows]
         rows = [found[n] for n in chosen]
-        prompts = [[*model.user(past), model.candidate(event.item_id)] for past, event in rows]
+        prompts = [[*model.user(others(past, event.item_id)), model.candidate(event.item_id)] for past, event in rows]
         return prompts, [float(float(event.rating or 0) >= model.liked) for _, event in rows]
 
     def _train(self, model: Late, prompts: Sequence[Sequence[Part]], truth: Sequence[float]) -> None:

@@ -102,6 +102,11 @@ class SplitDataset:
     cold: frozenset[str] = frozenset()
     drawn: NDArray[np.uint64] | None = field(default=None, compare=False)
 
+    @property
+    def measures(self) -> bool:
+        """Whether anything is held out, so that figures can be measured."""
+        return bool(self.valid.height or self.test.height)
+
     def without(self, pairs: frozenset[tuple[str, str]]) -> SplitDataset:
         """Return this split with another table's held-out pairs taken out of ``train`` and ``known``."""
         if not pairs:
@@ -256,6 +261,14 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     )
 
 
+def whole(dataset: Dataset, *, seed: int) -> SplitDataset:
+    """Hold nothing out: what is trained on it answers, and no figure can be measured with it."""
+    rows = Rows(_in_time_order(dataset, seed, moments=False))
+    train = _of_users(rows, np.ones(rows.frame.height, dtype=np.bool_))
+    none = train.clear()
+    return SplitDataset(derived(dataset, train, seed=seed), "given", seed, train, none, none, frozenset())
+
+
 def _in_time_order(dataset: Dataset, seed: int, *, moments: bool) -> pl.DataFrame:
     """Return the interactions in the order of `time_order`."""
     return (
@@ -358,6 +371,11 @@ def request_of(
         item=item,
         context=context or {},
     )
+
+
+def others(events: Sequence[Event], item: str | None) -> tuple[Event, ...]:
+    """Leave out earlier events of the item that is judged: they would tell the answer."""
+    return tuple(event for event in events if event.item_id != item)
 
 
 def threshold(scale: tuple[float, float], liked: float | None) -> float:

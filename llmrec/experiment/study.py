@@ -18,7 +18,7 @@ from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.described import described
 from llmrec.data.reading.limits import shown
 from llmrec.data.sources.table import load
-from llmrec.data.split import SplitDataset, split, written
+from llmrec.data.split import SplitDataset, split, whole, written
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.attributes import attributes_of
 from llmrec.experiment.indexing import build_index
@@ -267,7 +267,7 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     study = replace(study, tasks=_tasks(study, recipe.seed))
     if study.training_seed != recipe.seed:
         study = replace(study, trained=_tasks(study, study.training_seed))
-    for family in families:
+    for family in families if data.measures else ():
         if not study.cases(family):
             name = study.task_data(family).dataset.name
             if study.tasks[family].cases(recipe.eval.split):
@@ -409,13 +409,13 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
 
     Args:
         recipe: The recipe.
-        data: The main data where it is at hand already.
+        data: The main data where it is at hand already. If it holds nothing out, the reviews hold nothing out either.
     """
     texts = recipe.data.texts if data is None else None  # what is at hand has them already
     with both_places(recipe):
         data, reviews = data or _split(recipe.data, recipe.seed), None
         if recipe.reviews is not None:
-            reviews = _split(recipe.reviews, recipe.seed)
+            reviews = _split(recipe.reviews, recipe.seed, holds_out=data.measures)
             data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
             reviews = described(reviews, recipe.reviews.texts, data.held_out)
         return described(data, texts, reviews.held_out if reviews is not None else frozenset()), reviews
@@ -426,8 +426,9 @@ def load_split(section: DataSection, seed: int) -> SplitDataset:
     return described(_split(section, seed), section.texts)
 
 
-def _split(section: DataSection, seed: int) -> SplitDataset:
-    return split(load(section, seed=seed), section.split, seed=seed)
+def _split(section: DataSection, seed: int, *, holds_out: bool = True) -> SplitDataset:
+    loaded = load(section, seed=seed)
+    return split(loaded, section.split, seed=seed) if holds_out else whole(loaded, seed=seed)
 
 
 def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:

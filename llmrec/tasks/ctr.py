@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
-from llmrec.data.split import request_id, request_of, scale_of, threshold
+from llmrec.data.split import others, request_id, request_of, scale_of, threshold
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
@@ -189,7 +189,7 @@ class CtrTask(Task):
     def draw_shots(self, request: Request, shots: int) -> Drawn:
         """Return the training events that few-shot examples show, and the history that the question keeps."""
         item = asked_item(request, self.family)
-        past = _others(rated(request.history), item)
+        past = others(rated(request.history), item)
         return self._shots.draw(
             request, past, shots, self._section.history, lambda events: self._past.show(events, [item])
         )
@@ -285,7 +285,7 @@ class CtrTask(Task):
 
     def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return a row that asks for one answer, about the event."""
-        shown = self._past.show(_others(past, event.item_id), [event.item_id])
+        shown = self._past.show(others(past, event.item_id), [event.item_id])
         if template.shape == "list":
             events = (*shown.events, event)
             return self._listed(template, row, user, events, last_only=True, context=shown.context({}))
@@ -309,9 +309,9 @@ class CtrTask(Task):
     def _solved(self, template: Template, user: str, events: Sequence[Event]) -> tuple[Message, ...]:
         event = events[-1]
         if template.shape == "list":
-            listed = (*_others(events[:-1], event.item_id), event)
+            listed = (*others(events[:-1], event.item_id), event)
             return solved_list(template, self._view.user(user), listed, self._answered(template))
-        values = self._values(user, _others(events[:-1], event.item_id), event.item_id)
+        values = self._values(user, others(events[:-1], event.item_id), event.item_id)
         return solved_chat(template, values, self._with_answer(template, values, event))
 
 
@@ -319,11 +319,6 @@ def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
     """Keep the last rating of an item that was rated again: the earlier one would tell it."""
     last = {event.item_id: place for place, event in enumerate(events)}
     return tuple(event for place, event in enumerate(events) if last[event.item_id] == place)
-
-
-def _others(events: Sequence[Event], item: str) -> tuple[Event, ...]:
-    """Leave out earlier ratings of the item that is judged: they would tell the answer."""
-    return tuple(event for event in events if event.item_id != item)
 
 
 def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -> int | None:

@@ -15,6 +15,7 @@ import pyarrow as pa
 import pytest
 
 import llmrec
+from llmrec import pipeline
 from llmrec.answering.known import Histories, profiles_of, with_history
 from llmrec.answering.listing import is_cold
 from llmrec.answering.loaded import Loaded
@@ -30,7 +31,8 @@ from llmrec.data.requests import read_request
 from llmrec.data.split import halves
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.experiment import bundle
-from llmrec.experiment.study import build_study
+from llmrec.experiment.study import Study, build_study, load_tables
+from llmrec.experiment.training import train_stage
 from llmrec.recipe.load import dump, load_recipe, load_stored
 from llmrec.resources import resource
 from llmrec.types import Item
@@ -38,7 +40,7 @@ from tests.answering.rank_cases import jsonl, lines
 from tests.facts import Facts, raises
 from tests.serve.served import toy_run
 
-pytest.importorskip("torch", reason="the train extra is not installed")
+torch = pytest.importorskip("torch", reason="the train extra is not installed")
 
 
 @pytest.fixture(scope="module")
@@ -339,6 +341,46 @@ def test_a_run_without_a_language_model_is_refreshed_and_ranks_the_new_items(
         assert {"n1", "n2", "n3"} <= set(texts)
         # Nobody has chosen them, so events say nothing for them.
         assert {"n1", "n2", "n3"}.isdisjoint(counts[:10])
+
+
+def test_training_goes_on_with_all_events_and_holds_none_out(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = f"""
+name: more
+data: {{source: made-reviews, noun: products}}
+tasks: {{sequential: {{}}, direct: {{templates: [shortlist]}}, ctr: {{calibrate: valid}}}}
+model: {{name: {llama_folder}, dtype: float32, device: cpu}}
+eval: {{arms: [tuned], users: 10, candidates: {{count: 5}}}}
+train: {{steps: 1, batch_tokens: 256, valid_rows: 4, judge: {{users: 4}}}}
+"""
+    page = load_recipe(str(_csv(tmp_path / "page.yaml", text)))
+    made = tmp_path / "run"
+    pipeline.train(page, made, quiet=True)
+    before = load_tables(page)[0]
+    user, *_ = before.users()
+    new = sorted(set(before.dataset.items) - {event.item_id for event in before.history(user, "test")})[:2]
+    events = _csv(
+        tmp_path / "new.csv", f"user_id,item_id,timestamp\n{user},{new[0]},9000000000\n{user},{new[1]},9000000001\n"
+    )
+    seen: list[Study] = []
+
+    def stage(study: Study, *rest: Any, **more: Any) -> dict[str, Any]:
+        seen.append(study)
+        return train_stage(study, *rest, **more)
+
+    monkeypatch.setattr("llmrec.pipeline.train_stage", stage)
+    told = refresh(RefreshOptions(model=str(made), events=str(events), out=tmp_path / "live", train=1))
+    (study,) = seen
+    learned = study.data.train.select("user_id", "item_id").cast(pl.String)
+    known = before.dataset.interactions.select("user_id", "item_id").cast(pl.String)
+    assert learned.height == known.height + 2 == told["interactions"]
+    assert {(user, item) for item in new} | before.held_out <= set(learned.iter_rows())
+    assert not study.data.valid.height and not study.data.test.height
+    from safetensors.torch import load_file
+
+    weights = [load_file(folder / "model.safetensors") for folder in (made / "merged", tmp_path / "live")]
+    assert any(not torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
 def test_networks_that_stop_early_keep_their_validation_interactions(tmp_path: Path) -> None:

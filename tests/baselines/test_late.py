@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
 import pytest
 import torch
 
+from llmrec.backends import segments
 from llmrec.backends.segments import Lower, Part
 from llmrec.baselines.fits.store import Storable, key_of
 from llmrec.baselines.late import CANDIDATE, LateInteraction
+from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import FeatureStore, writing
-from llmrec.data.split import SplitDataset
-from llmrec.errors import RecipeError
+from llmrec.data.split import SplitDataset, split
+from llmrec.errors import ModelError, RecipeError
 from llmrec.models.load import load_model
-from llmrec.recipe.schema import ModelSection
-from llmrec.types import Probability, Request, Unparsed
-from tests.conftest import make_model
+from llmrec.recipe.schema import ModelSection, Split
+from llmrec.types import Item, Probability, Request, Unparsed
+from tests.conftest import make_model, make_tokenizer
 from tests.contracts.test_predictors import _split
 from tests.facts import Facts, raises
 
@@ -77,6 +81,94 @@ def test_one_segment_through_both_parts_is_the_model(folder: Path) -> None:
         found = lower.joint(inputs_embeds=states[None]).last_hidden_state
         expected = whole.get_decoder()(torch.tensor([lower.ids(TEXTS[0])])).last_hidden_state
     assert torch.allclose(found, expected, atol=1e-4)
+
+
+# Layers that differ by their place: without positions, with another base of them, with a sliding window.
+LAYERED: dict[str, dict[str, Any]] = {
+    "SmolLM3": {"num_hidden_layers": 4, "no_rope_layer_interval": 4},
+    "Exaone4": {"num_hidden_layers": 4, "sliding_window": 8, "sliding_window_pattern": 4},
+    "Gemma3": {"num_hidden_layers": 6, "sliding_window": 8},
+    "Olmo3": {"num_hidden_layers": 4, "sliding_window": 8},
+    "Qwen3Moe": {
+        "num_hidden_layers": 4,
+        "mlp_only_layers": [3],
+        "num_experts": 2,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 16,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def layered(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Tiny random models of architectures whose layers are of several kinds."""
+    import transformers
+
+    tokenizer, made = make_tokenizer(), {}
+    for name, own in LAYERED.items():
+        config = getattr(transformers, "Gemma3TextConfig" if name == "Gemma3" else f"{name}Config")(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            intermediate_size=64,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=16,
+            max_position_embeddings=512,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            **own,
+        )
+        torch.manual_seed(0)
+        model = getattr(transformers, f"{name}ForCausalLM")(config)
+        # Larger weights than the usual init: attention then looks at some tokens more than at others.
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.dim() > 1:
+                    parameter.mul_(6.0)
+        made[name] = tmp_path_factory.mktemp(name)
+        model.save_pretrained(made[name])
+        tokenizer.save_pretrained(made[name])
+    return made
+
+
+@pytest.mark.parametrize("name", ["SmolLM3", "Exaone4", "Gemma3", "Olmo3"])
+def test_joint_layers_keep_the_kind_that_they_have_in_the_model(name: str, layered: dict[str, Path]) -> None:
+    section = ModelSection(name=str(layered[name]), dtype="float32")
+    whole, text = load_model(str(layered[name]), section), " ".join(TEXTS)
+    for joint in (1, 3):
+        lower = Lower(str(layered[name]), section, joint=joint)
+        with torch.no_grad():
+            (states,) = lower.states([text])
+            found = lower.joint(inputs_embeds=states[None]).last_hidden_state
+            expected = whole.get_decoder()(torch.tensor([lower.ids(text)])).last_hidden_state
+        assert torch.allclose(found, expected, atol=1e-4)
+
+
+def test_a_model_that_cannot_be_cut_is_refused(layered: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    # The last layer alone has no experts, by its number and not by a value for each layer.
+    section = ModelSection(name=str(layered["Qwen3Moe"]), dtype="float32")
+    with raises(ModelError, Facts("unsupported", column="joint", says="qwen3_moe")):
+        Lower(str(layered["Qwen3Moe"]), section, joint=1)
+    # Layers that load and compute something else.
+    upper = segments._upper
+    monkeypatch.setattr(segments, "_upper", lambda body, layers, *rest: upper(body, layers[::-1], *rest))
+    section = ModelSection(name=str(layered["SmolLM3"]), dtype="float32")
+    with raises(ModelError, Facts("unsupported", column="joint", says="smollm3")):
+        Lower(str(layered["SmolLM3"]), section, joint=2)
+
+
+@pytest.mark.parametrize("name", ["SmolLM3", "Exaone4", "Gemma3"])
+def test_cached_equals_uncached_beyond_a_sliding_window(
+    name: str, layered: dict[str, Path], data: SplitDataset
+) -> None:
+    model = fitted(layered[name], data, joint=3)._fitted
+    asked = requests(data)
+    user, candidates = model.user(asked[0].history), [model.candidate(str(request.item)) for request in asked]
+    with torch.no_grad():
+        cached = model.logits(user, candidates)
+        whole = torch.stack([model.whole([[*user, each]])[0] for each in candidates])
+    assert torch.allclose(cached, whole, atol=1e-4) and cached.std() > 1e-4
 
 
 @pytest.mark.parametrize("joint", [0, 2, LAYERS])
@@ -140,6 +232,33 @@ def test_what_is_history_alone_is_never_asked_about(folder: Path) -> None:
     assert known - learned and asked == learned
 
 
+def test_an_earlier_rating_of_the_item_that_is_asked_about_is_not_shown(folder: Path) -> None:
+    items = [f"i{n}" for n in range(4)]
+    rows = [(user, item, rating) for user in ("u1", "u2") for rating in (1.0, 5.0) for item in items]
+    frame = pl.DataFrame(rows, ["user_id", "item_id", "rating"], orient="row").with_columns(
+        timestamp=pl.int_range(pl.len()).cast(pl.Float64)
+    )
+    titles = {item: Item(item_id=item, title=f"Title {item}") for item in items}
+    data = split(
+        Dataset("repeated", "films", conform(frame), titles), Split(kind="last_share", valid=0.1, test=0.2), seed=0
+    )
+    model = LateInteraction(LateInteraction.Config(model=str(folder), joint=1, rows=10_000), seed=0)
+    prompts, _ = model._questions(data, model._late(model._lower(), data))
+    assert prompts and all(
+        candidate.text.removeprefix("Next: ") not in part.text for *shown, candidate in prompts for part in shown
+    )
+    model.fit(data)
+    history = data.history("u1", "test")
+    own = [Request(id=item, user_id="u1", item=item, history=history) for item in items]
+    apart = [
+        replace(request, history=tuple(event for event in history if event.item_id != request.item)) for request in own
+    ]
+    found = [
+        [answer.value for answer in model.answer(asked) if isinstance(answer, Probability)] for asked in (own, apart)
+    ]
+    assert found[0] == pytest.approx(found[1], abs=1e-6) and len(found[0]) == len(items)
+
+
 @pytest.mark.slow
 def test_only_the_joint_part_is_trained_and_it_learns(folder: Path, data: SplitDataset) -> None:
     section = ModelSection(name=str(folder), dtype="float32")
@@ -168,11 +287,14 @@ def test_a_history_is_read_once_wherever_its_questions_stand(
     folder: Path, data: SplitDataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, read = fitted(folder, data), list[str]()
+    histories = {user: data.history(user, "test") for user in data.users()[:2]}
+    seen = {event.item_id for events in histories.values() for event in events}
     asked = [
-        Request(id=f"{user} {item}", user_id=user, item=item, history=data.history(user, "test"))
-        for item in sorted(data.dataset.items)[:4]
-        for user in data.users()[:2]
+        Request(id=f"{user} {item}", user_id=user, item=item, history=history)
+        for item in sorted(set(data.dataset.items) - seen)[:4]
+        for user, history in histories.items()
     ]
+    assert len(asked) == 8
     apart = {each.request_id: each for request in asked for each in model.answer([request])}
     whole = model._fitted.user
     monkeypatch.setattr(model._fitted, "user", lambda events: read.append("") or whole(events))

@@ -12,7 +12,8 @@ import polars as pl
 
 from llmrec.baselines.ctr.counted import Counted
 from llmrec.data.codes import codes
-from llmrec.types import Event, Request
+from llmrec.data.split import others
+from llmrec.types import Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -212,8 +213,9 @@ class Fields:
         events, liked = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         level = self.counted.counts.liked
         for row, request in enumerate(requests):
-            past = [event for event in request.history if event.rating is not None and event.item_id != request.item]
-            shown: Sequence[Event] = past[-self.window :]
+            shown = [event for event in others(request.history, request.item) if event.rating is not None][
+                -self.window :
+            ]
             start = self.window - len(shown)
             events[row, start:] = [self.items.get(event.item_id, 0) for event in shown]
             liked[row, start:] = [float(event.rating or 0) >= level for event in shown]

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import mkdtemp
 
@@ -25,7 +25,7 @@ from llmrec.data.described import described_items
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.typed import ids, numbers, per_second, since_1970, times
 from llmrec.data.sources.table import load
-from llmrec.data.split import halves, split, time_order
+from llmrec.data.split import halves, split, time_order, whole
 from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.experiment import bundle as bundles
@@ -33,7 +33,6 @@ from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE, carried
 from llmrec.recipe.load import STORED, load_stored
-from llmrec.recipe.schema import Columns, DataSection, Filter
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
 
@@ -45,10 +44,11 @@ _KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
 
 @dataclass(frozen=True)
 class _State:
-    """Interactions with their part, and the catalogue."""
+    """Interactions with their part, the catalogue, and what is known of users."""
 
     rows: pl.DataFrame
     items: dict[str, Item]
+    users: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
 
 def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
@@ -150,7 +150,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
         if reserved is not None:
             cut = split(data, recipe.data.split, seed=recipe.seed)
             rows = _choosing(rows[time_order(data, recipe.seed)], halves(cut, reserved)[0].valid)
-        return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)))
+        return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
     found = carried(Path(bundle.folder), seed=bundle.seed)
     if found is None:
         raise DataError(
@@ -215,7 +215,7 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
     both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(_KEPT)])
     # Who reads a split relies on each user's events being in order, those of one moment as its seed has them.
     data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)
-    return _State(both[time_order(data, seed)], items), fresh.height
+    return _State(both[time_order(data, seed)], items, before.users), fresh.height
 
 
 def _events(path: str) -> pl.DataFrame:
@@ -283,27 +283,20 @@ def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Pat
 
     assert bundle.run is not None
     recipe = load_stored(bundle.run)
-    folder.mkdir()
-    state.rows.drop("part").write_parquet(folder / "interactions.parquet")
-    write_items(state.items, folder / "items.parquet")
-    names = sorted({name for item in state.items.values() for name in item.fields})
-    scale = recipe.data.rating_scale or bundle.rating_scale
     rated = state.rows["rating"].null_count() < state.rows.height
-    section = DataSection(
-        source="table",
-        path=str(folder / "interactions.parquet"),
-        items=str(folder / "items.parquet"),
-        columns=Columns(rating="rating" if rated else None, time="timestamp", title="title", fields=tuple(names)),
-        filter=Filter(),
-        split=recipe.data.split,
+    everything = Dataset(
+        name=bundle.run.name,
         noun=bundle.noun,
-        rating_scale=scale if rated else None,
-        duplicates="keep_all",
+        interactions=conform(state.rows),
+        items=state.items,
+        users=state.users,
+        rating_scale=(recipe.data.rating_scale or bundle.rating_scale) if rated else None,
     )
-    train = recipe.train.model_copy(update={"start": str(bundle.run), "steps": options.train})
-    changed = recipe.model_copy(update={"data": section, "train": train, "name": folder.name})
-    pipeline.train(changed, folder / "run")
-    return folder / "run" / "merged"
+    # Nothing is held out, so no loss and no judge of validation interactions can be followed.
+    new = {"start": str(bundle.run), "steps": options.train, "valid_rows": 0, "judge": None}
+    changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
+    pipeline.train(changed, folder, data=whole(everything, seed=recipe.seed))
+    return folder / "merged"
 
 
 def _link(model: Path, draft: Path) -> None:
