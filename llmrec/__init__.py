@@ -14,34 +14,71 @@ And what was tuned answers in two more::
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+import importlib as _importlib
+import typing as _typing
 
 __version__ = "0.2.0"
-__all__ = ["Recipe", "__version__", "check", "init", "load", "load_recipe", "run", "score"]
+__all__ = [
+    "LlmrecError",
+    "Recipe",
+    "__version__",
+    "auto",
+    "check",
+    "export",
+    "fuse",
+    "init",
+    "load",
+    "load_recipe",
+    "run",
+    "score",
+    "tune",
+]
 
-if TYPE_CHECKING:
+if _typing.TYPE_CHECKING:
     from llmrec.answering.loaded import load as load
+    from llmrec.commands.functions import auto as auto
+    from llmrec.commands.functions import export as export
+    from llmrec.commands.functions import fuse as fuse
+    from llmrec.commands.functions import tune as tune
     from llmrec.commands.init.frame import init as init
     from llmrec.commands.score.run import score as score
+    from llmrec.errors import LlmrecError as LlmrecError
     from llmrec.pipeline import check as check
     from llmrec.pipeline import run as run
     from llmrec.recipe.load import load_recipe as load_recipe
     from llmrec.recipe.schema import Recipe as Recipe
 
 _HOMES = {
+    "LlmrecError": "llmrec.errors",
     "Recipe": "llmrec.recipe.schema",
+    "auto": "llmrec.commands.functions",
     "check": "llmrec.pipeline",
+    "export": "llmrec.commands.functions",
+    "fuse": "llmrec.commands.functions",
     "init": "llmrec.commands.init.frame",
     "load": "llmrec.answering.loaded",
     "load_recipe": "llmrec.recipe.load",
     "run": "llmrec.pipeline",
     "score": "llmrec.commands.score.run",
+    "tune": "llmrec.commands.functions",
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> _typing.Any:
     """Import the public names on first use, so that ``import llmrec`` stays quick."""
-    if name in _HOMES:
-        return getattr(import_module(_HOMES[name]), name)
-    raise AttributeError(f"module 'llmrec' has no attribute {name!r}")
+    if name not in _HOMES:
+        raise AttributeError(f"module 'llmrec' has no attribute {name!r}")
+    found = getattr(_importlib.import_module(_HOMES[name]), name)
+    if not isinstance(found, type):
+        from llmrec.keywords import speaks_python
+
+        # The command line calls the functions themselves, whose errors name its options.
+        found = speaks_python(found)
+        found.__module__ = __name__
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    """List the public names, those included that are not imported yet."""
+    return sorted(__all__)

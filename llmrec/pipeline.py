@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.data.frames import only_for_a_moment, with_frames
 from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, statistics
+from llmrec.display import Displayed, Summary, listed
 from llmrec.durable import replacing, write_text
 from llmrec.errors import RecipeError
 from llmrec.experiment import audit, index_report
@@ -43,7 +44,7 @@ from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
-from llmrec.results import Arm
+from llmrec.results import Arm, Results, StoredResults
 from llmrec.terminal import works_in
 from llmrec.train import trackers
 
@@ -56,8 +57,8 @@ Trained = dict[str, Any]
 """What training left behind: ``train.json``."""
 
 
-@dataclass(frozen=True)
-class Run:
+@dataclass(frozen=True, repr=False)
+class Run(Displayed):
     """A finished run.
 
     Attributes:
@@ -71,6 +72,11 @@ class Run:
     results: dict[str, Any]
     rows: Sequence[ResultRow]
     report: Path
+
+    def _summary(self) -> Summary:
+        found = Results.model_validate(self.results)._summary()
+        where = {"folder": str(self.folder), "report": str(self.report)}
+        return replace(found, title=f"Run {self.results['recipe'].get('name', '')!r}", facts={**where, **found.facts})
 
 
 def run(
@@ -127,11 +133,11 @@ def run(
             audited = session.audit(written)
         made = Made(written.results, written.predictions, audited, session.item_index)
         with Bar("report", None, quiet=quiet):
-            return Run(folder, written.results, rows, page.write(folder, made)["html"])
+            return Run(folder, StoredResults(written.results), rows, page.write(folder, made)["html"])
 
 
-@dataclass(frozen=True)
-class Checked:
+@dataclass(frozen=True, repr=False)
+class Checked(Displayed):
     """What `check` found.
 
     Attributes:
@@ -143,6 +149,12 @@ class Checked:
     cases: Mapping[str, int]
     statistics: Mapping[str, object]
     warnings: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        cases = listed(f"{family} {count:,}" for family, count in self.cases.items())
+        facts = {"held-out cases": cases, "warnings": str(len(self.warnings))}
+        statistics = [(name, str(value)) for name, value in self.statistics.items()]
+        return Summary("The recipe can be run", facts, ("data", "value"), statistics)
 
 
 def check(
@@ -208,7 +220,7 @@ def _train_together(recipe: Recipe, folder: Path, *, quiet: bool, data: SplitDat
 def fuse(runs: Sequence[Path], out: Path) -> Run:
     """Join the rows of finished runs, and write results and report as a run has them; see `fuse_runs`."""
     made = fuse_runs(runs, out)
-    return Run(out, made.written.results, made.rows, page.write(out)["html"])
+    return Run(out, StoredResults(made.written.results), made.rows, page.write(out)["html"])
 
 
 def report(folder: Path) -> Path:

@@ -6,10 +6,11 @@ All in them is untrusted text or a number. Keys that no record has are ignored, 
 from __future__ import annotations
 
 import re
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from pydantic import Field, JsonValue
 
+from llmrec.display import Displayed, Summary, listed
 from llmrec.records import (
     Calibration,
     Candidates,
@@ -261,6 +262,20 @@ class Row(Measured, Asked):
         """The predictor without the parameters that a recipe sets of a baseline."""
         return self.predictor.partition("(")[0]
 
+    @property
+    def label(self) -> str:
+        """What distinguishes the row from others of its task, such as ``tuned · likelihood · continue-list``."""
+        parts = [] if self.arm == "baseline" else [self.arm]
+        return " · ".join([*parts, self.predictor, *([self.template.rpartition("/")[2]] if self.template else [])])
+
+    def shown(self, metric: str) -> tuple[str, str, str]:
+        """Return the name of a metric, its value and its interval as cells of a table."""
+        found = self.metrics.get(metric)
+        if found is None or found.value is None:
+            return metric, "–", ""
+        known = found.low is not None and found.high is not None
+        return metric, f"{found.value:.3f}", f"[{found.low:.3f}, {found.high:.3f}]" if known else ""
+
 
 class Prediction(Record):
     """One request of a row, as predictions.parquet holds it; docs/results.md has the columns.
@@ -357,7 +372,7 @@ class Comparison(Pair, Compared):
 _TABLES_OF_OLDER = {"explanation": "reviews"}
 
 
-class Results(Record):
+class Results(Displayed, Record):
     """The whole of results.json."""
 
     llmrec: str
@@ -447,3 +462,23 @@ class Results(Record):
         """Return the data that a task was measured on."""
         table = (self.tables or _TABLES_OF_OLDER).get(task, "main")
         return self.data.get(table) or self.data.get("main")
+
+    def _summary(self) -> Summary:
+        rows = [row for task in self.tasks for row in self.standings(task)]
+        cells = [(row.task, row.label, *row.shown(self.headline[row.task])) for row in rows]
+        users = sorted({row.users for row in rows if row.users is not None})
+        facts = {
+            "model": self.model_name or "none",
+            "tasks": listed(self.tasks),
+            "users": " or ".join(f"{each:,}" for each in users),
+            "llmrec": self.llmrec,
+        }
+        header = ("task", "model", "metric", "value", "95 % interval")
+        return Summary(f"Results of {self.name!r}", {name: text for name, text in facts.items() if text}, header, cells)
+
+
+class StoredResults(Displayed, dict[str, Any]):
+    """What results.json holds, as dictionaries and lists; see `Results` and docs/results.md."""
+
+    def _summary(self) -> Summary:
+        return Results.model_validate(self)._summary()

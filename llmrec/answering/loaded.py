@@ -11,10 +11,10 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from types import TracebackType
-from typing import Any
+from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 
@@ -29,7 +29,9 @@ from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.data.frames import as_arrow, like
 from llmrec.data.requests import RankRequest, identity, read_request
+from llmrec.display import Displayed, Summary, listed
 from llmrec.errors import DataError, LlmrecError, did_you_mean
+from llmrec.keywords import speaks_python
 from llmrec.types import Unparsed
 
 __all__ = ["Loaded", "Scored", "Wanted", "load"]
@@ -40,6 +42,15 @@ WHOLE = 20
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
 # Requests that are asked together, where a frame has many.
 _TOGETHER = 64
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _spoken(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let the errors of a function name the options of `load` as keywords."""
+    return speaks_python(function, [each.name for each in fields(RecommenderOptions)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +99,7 @@ class Wanted:
             raise DataError(f"k: {self.k!r} is no whole number of at least 1", kind="bad-value", column="k")
 
 
+@_spoken
 def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
     """Open a run, an exported folder or a model, to be asked as often as there are questions.
 
@@ -111,7 +123,7 @@ def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
     return Loaded(asked, open_models(asked, models))
 
 
-class Loaded:
+class Loaded(Displayed):
     """Models that are open; made by `load`. Threads may ask it; those that ask a language model wait for each other.
 
     Args:
@@ -123,11 +135,19 @@ class Loaded:
     def __init__(self, options: RecommenderOptions, models: Models, known: Known | None = None) -> None:
         self._options, self._models, self._given = options, models, known
 
+    def _summary(self) -> Summary:
+        facts = {
+            "models": f"{listed(self.models)}; the first is the default",
+            "catalogue": f"{len(self._models.items):,} items" if self._models.items else "unknown",
+        }
+        return Summary(f"Recommender {self._options.model!r}", facts)
+
     @property
     def models(self) -> tuple[str, ...]:
         """The names of what answers, the default first."""
         return tuple(self._models.opened)
 
+    @_spoken
     def rank(
         self,
         frame: Any = None,
@@ -228,6 +248,7 @@ class Loaded:
                     del depths[n]
         return [found[n] for n in range(len(requests))]
 
+    @_spoken
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
         """Find items that are chosen together with others (``interactions``), or described like them (``text``).
 
@@ -242,14 +263,17 @@ class Loaded:
         request = read_request({"history": list(items)}, 1, self._models.items, whole=True)
         return _scored(self._models.similar(by).rank([request], depth=k)[0])
 
+    @_spoken
     def rate(self, item: Any, **who: Any) -> float:
         """Predict a rating; ``who`` as in `rank`: ``history``, ``user``, ``model``, ``profile``."""
         return float(self._about("rating", item, **who))
 
+    @_spoken
     def predict(self, item: Any, **who: Any) -> float:
         """Predict how likely a user likes or chooses an item; ``who`` as in `rank`."""
         return float(self._about("ctr", item, **who))
 
+    @_spoken
     def explain(self, item: Any, **who: Any) -> str:
         """Say why an item suits a user; ``who`` as in `rank`."""
         return str(self._about("explanation", item, **who))
@@ -335,6 +359,7 @@ class Loaded:
         check_verb(model, family)
         return model
 
+    @_spoken
     def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
         """Return what a language model reads of a question to rank, or of a family (``verb``) with an ``item``."""
         asked = self._models.get(model)

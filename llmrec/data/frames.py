@@ -53,7 +53,7 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
     changed: dict[str, str] = {}
     for key, frame in (("path", data), ("items", items)):
         if frame is not None:
-            changed[key] = str(_written(frame, folder / FOLDER / f"{_NAMES[key]}.parquet", f"{_NAMES[key]} frame"))
+            changed[key] = str(write_frame(frame, folder, key))
     return recipe.model_copy(update={"data": section.model_copy(update=changed)})
 
 
@@ -64,22 +64,38 @@ def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
     Raises:
         LlmrecError: As the block does, naming frames.
     """
-    with TemporaryDirectory() as place:
-
-        def named(text: str) -> str:
-            for name in _NAMES.values():
-                text = re.sub(rf"\S*{re.escape(Path(place).name)}\S*/{name}\.parquet", f"{name} frame", text)
-            return text
-
-        try:
-            yield Path(place), named
-        except LlmrecError as error:
-            at = None if error.place is None else replace(error.place, file=named(error.place.file))
-            raise type(error)(named(str(error)), kind=error.kind, at=at, column=error.column) from None
+    with TemporaryDirectory() as place, calling_frames(Path(place)) as named:
+        yield Path(place), named
 
 
-def _written(frame: Any, target: Path, name: str) -> Path:
-    table = as_arrow(frame, name)
+@contextmanager
+def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
+    """Hand out what calls the frames that lie in a folder frames in place of its files.
+
+    Raises:
+        LlmrecError: As the block does, naming frames.
+    """
+
+    def named(text: str) -> str:
+        for name in _NAMES.values():
+            text = re.sub(rf"\S*{re.escape(place.name)}/(?:{FOLDER}/)?{name}\.parquet", f"{name} frame", text)
+        return text
+
+    try:
+        yield named
+    except LlmrecError as error:
+        at = None if error.place is None else replace(error.place, file=named(error.place.file))
+        raise type(error)(named(str(error)), kind=error.kind, at=at, column=error.column) from None
+
+
+def write_frame(frame: Any, folder: Path, key: str) -> Path:
+    """Write a frame to a folder as the table of ``data.path`` or ``data.items``, as ``key`` says; return its file.
+
+    Raises:
+        DataError: If it is no frame, or a column cannot be written.
+    """
+    target = folder / FOLDER / f"{_NAMES[key]}.parquet"
+    table = as_arrow(frame, f"{_NAMES[key]} frame")
     with replacing(target) as draft:
         pq.write_table(table, draft)
     return target

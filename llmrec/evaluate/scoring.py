@@ -12,6 +12,7 @@ from pydantic import Field
 
 from llmrec import __version__
 from llmrec.data.lists import Lists, Order, Truth, Unit
+from llmrec.display import Displayed, Summary, listed
 from llmrec.errors import DataError
 from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
@@ -60,7 +61,7 @@ class ScoredLists(Record):
     order: Order
 
 
-class Scores(Record):
+class Scores(Displayed, Record):
     """What `llmrec.score` returns.
 
     Attributes:
@@ -85,6 +86,27 @@ class Scores(Record):
     def metrics(self) -> dict[str, Metric]:
         """The figures of the first file."""
         return self.lists[0].metrics
+
+    def _summary(self) -> Summary:
+        first = self.lists[0]
+        facts = {
+            "judged": f"{first.judged:,} {self.unit}s with {self.relevant:,} relevant items",
+            "without a list": listed(f"{each.without_list:,}" for each in self.lists),
+        }
+        titles = [each.name for each in self.lists]
+        header, rows = ["metric", *titles], []
+        for name in self.metrics:
+            cells = [_with_interval(each.metrics[name]) for each in self.lists]
+            rows.append([name, *cells, *([_with_interval(self.comparisons[name], "+")] if self.comparisons else [])])
+        if self.comparisons:
+            header.append(f"{titles[0]} - {titles[1]}")
+        return Summary(f"Scores against {self.truth}", facts, header, rows)
+
+
+def _with_interval(found: Metric | Pair, sign: str = "") -> str:
+    if found.value is None or found.low is None or found.high is None:
+        return "–"
+    return f"{found.value:{sign}.4f} [{found.low:{sign}.4f}, {found.high:{sign}.4f}]"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.rating import UserMean
+from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_checked
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.answers import background_of
@@ -83,8 +84,8 @@ class Made:
     fusion: FusionWeights | None = None
 
 
-@dataclass(frozen=True)
-class ResultRow:
+@dataclass(frozen=True, repr=False)
+class ResultRow(Displayed):
     """A finished row with what the report and the comparisons need."""
 
     figures: Row
@@ -93,6 +94,12 @@ class ResultRow:
     examples: Sequence[Shown] = ()
     weighing: Mapping[str, Any] = field(default_factory=dict)
     key: str = ""
+
+    def _summary(self) -> Summary:
+        found = self.figures
+        header = ("metric", "value", "95 % interval")
+        title = f"{found.task}: {found.label}, {found.n:,} requests"
+        return Summary(title, {}, header, [found.shown(name) for name in found.metrics])
 
 
 class Evaluation:

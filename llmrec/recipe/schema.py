@@ -29,6 +29,7 @@ from pydantic import (
 )
 from pydantic_core import PydanticCustomError
 
+from llmrec.display import Displayed, Summary, listed
 from llmrec.errors import did_you_mean
 from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
@@ -1361,7 +1362,7 @@ class RaySection(Section):
     )
 
 
-class Recipe(Section):
+class Recipe(Displayed, Section):
     """One experiment."""
 
     name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
@@ -1392,6 +1393,19 @@ class Recipe(Section):
     def sought(self) -> Mapping[str, Path]:
         """Paths of its page that are nowhere, each with the folder beside the page where they were looked for too."""
         return self._sought
+
+    def _summary(self) -> Summary:
+        data = self.data.source
+        # An address may hold a password.
+        if self.data.path and "://" not in self.data.path:
+            data += f", {self.data.path}"
+        facts = {"data": data, "tasks": listed(self.tasks.present())}
+        if self.eval.arms:
+            facts |= {"model": self.model.name, "settings": listed(self.eval.arms)}
+            if "tuned" in self.eval.arms:
+                facts["training"] = f"{self.train.method}, {self.train.steps:,} steps"
+        facts["evaluation"] = f"{self.eval.users:,} users of the {self.eval.split} split"
+        return Summary(f"Recipe {self.name!r}", facts)
 
     def looked_for(self, sought: Mapping[str, Path]) -> Self:
         """Return the recipe with what `sought` says."""

@@ -1,7 +1,7 @@
 """Untrusted text on its way into a page, a table, a plot, a spreadsheet or a LaTeX file.
 
 Titles, reviews, model output, names in recipes and what an audit found were written by others. HTML is escaped by the
-template engine; every other form has its function here.
+template engine; every other form has its function here or in `llmrec.display`.
 """
 
 from __future__ import annotations
@@ -9,8 +9,9 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
-_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+from llmrec.display import flat as flat
+from llmrec.display import short as short
+from llmrec.display import visible as visible
 
 # What opens code, emphasis, strike-through, maths or a cell; a bracket only where it would close a link. What
 # follows the end of the text is not known here.
@@ -37,11 +38,6 @@ _TEX = {
 _TEX_LETTERS = frozenset(map(chr, range(0xC0, 0x100))) - frozenset("ÐðÞþ×÷")
 
 
-def visible(text: str) -> str:
-    """Return text with control and text-direction characters written out, as in ``[U+001B]``."""
-    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
-
-
 def without_surrogates(value: Any) -> Any:
     """Replace lone surrogates, which no file can hold, in every string of a JSON value."""
     if isinstance(value, str):
@@ -53,17 +49,6 @@ def without_surrogates(value: Any) -> Any:
     if isinstance(value, dict):
         return {without_surrogates(key): without_surrogates(entry) for key, entry in value.items()}
     return [without_surrogates(entry) for entry in value] if isinstance(value, list) else value
-
-
-def flat(text: str) -> str:
-    """Return text on one line, with every hidden character written out."""
-    return " ".join(visible(text).split())
-
-
-def short(text: str, longest: int = 120) -> str:
-    """Return untrusted text as one line, cut where it would swamp the others."""
-    line = flat(text)
-    return line if len(line) <= longest else f"{line[: longest - 1]}…"
 
 
 def cell(text: str) -> str:

@@ -205,10 +205,7 @@ def short_template(row: Row) -> str:
 
 def label(row: Row) -> str:
     """Return what tells a row from its neighbours, such as ``tuned · likelihood · continue-list``."""
-    parts = [row.predictor if row.arm == "baseline" else arm_label(row.arm, row.predictor)]
-    if row.template:
-        parts.append(short_template(row))
-    return flat(" · ".join(parts))
+    return flat(row.label)
 
 
 def arm_label(arm: str, predictor: str) -> str:

@@ -337,7 +337,9 @@ def _loss_at(
     if isinstance(by, TaughtLoss):
         return _taught_loss(base, inputs, pick, targets, by, counts)
     if isinstance(by, ItemLoss):
-        return _item_loss(base, pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets, by, counts)
+        return _item_loss(
+            base, pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets, by, counts
+        )
     if by is not None:
         return by(pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state), targets), len(targets)
     count = len(targets) if counts is None else float(counts.sum())

@@ -269,9 +269,9 @@ def test_other_faults_are_told(truth: Path, tmp_path: Path) -> None:
     with raises(DataError, Facts(kind="wrong-format")):
         score(ROWS_FRAME, [{"user": "u1", "items": ["b"]}])
     for changes, facts in (
-        ({"k": (0,)}, Facts(kind="bad-value", column="--k")),
-        ({"planned": "HR@2"}, Facts(kind="contradiction", column="--planned")),
-        ({"planned": "HR@3", "against": ROWS_FRAME}, Facts(kind="unknown-name", column="--planned")),
+        ({"k": (0,)}, Facts(kind="bad-value", column="k")),
+        ({"planned": "HR@2"}, Facts(kind="contradiction", column="planned")),
+        ({"planned": "HR@3", "against": ROWS_FRAME}, Facts(kind="unknown-name", column="planned")),
     ):
         with raises(RecipeError, facts):
             score(ROWS_FRAME, truth, **changes)

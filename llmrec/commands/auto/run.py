@@ -9,7 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from llmrec.commands.auto.table import FIXED, PAGE, PAGES, data_page
 from llmrec.commands.auto.trial import Asked, Done, Tuning, done, trial_key
 from llmrec.commands.init.page import SCHEMA
 from llmrec.commands.init.start import name_of
+from llmrec.data.frames import FOLDER as FRAMES
+from llmrec.data.frames import calling_frames, write_frame
+from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import DataError, ModelError
 from llmrec.experiment.claiming import LOCK
@@ -46,7 +49,7 @@ _FIRST_SHARE = 0.15
 _POLL = 0.2
 _LATE, _SLOW = "its time was up", "its epochs are too slow for the time"
 # What is written into the folder of trials.
-_OWN = frozenset({PAGE, FIXED, SCHEMA, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
+_OWN = frozenset({PAGE, FIXED, SCHEMA, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
 
 
 @dataclass
@@ -80,8 +83,8 @@ def _promise(tried: Tried) -> float:
     return max(best.value, 1e-6) ** 4 if best else 0.0
 
 
-@dataclass(frozen=True)
-class Auto:
+@dataclass(frozen=True, repr=False)
+class Auto(Displayed):
     """What `auto` made.
 
     Attributes:
@@ -98,8 +101,19 @@ class Auto:
     sentence: str
     seconds: float
 
+    def _summary(self) -> Summary:
+        facts = {"folder": str(self.folder), "report": str(self.run.report), "time": duration(self.seconds)}
+        rows = [
+            (each.part.label, "–" if each.best is None else f"{each.best.value:.4f}", str(len(each.trials)), each.note)
+            for each in self.tried
+        ]
+        header = ("model", "validation NDCG@10", "settings tried", "note")
+        return Summary("Recommender made by llmrec.auto", facts, header, rows, "\n".join(wrapped(self.sentence)))
 
-def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -> Auto:
+
+def auto(
+    options: AutoOptions, say: Callable[[str], None] = lambda line: None, *, data: Any = None, items: Any = None
+) -> Auto:
     """Make a recommender from a table, as good as the budget allows, and measure it on users held out for that.
 
     Every part has one trial at its defaults, then they share what is left of the time and search their grids. All
@@ -109,6 +123,8 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
     Args:
         options: What is asked for.
         say: Is told a line for every step.
+        data: Interactions as a frame, in place of the table.
+        items: One row an item, as a frame, in place of the table of items.
 
     Raises:
         LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
@@ -117,21 +133,26 @@ def auto(options: AutoOptions, say: Callable[[str], None] = lambda line: None) -
     name, folder = _folder(options)
     state = folder / STATE
     with locked(state, _OWN.__contains__):
-        recipe = data_page(options, name, state, say)
+        if data is not None:
+            options = replace(options, table=str(write_frame(data, state, "path")))
+        if items is not None:
+            options = replace(options, items=str(write_frame(items, state, "items")))
+        with calling_frames(state):
+            recipe = data_page(options, name, state, say)
         write_text(state / "data.yaml", dump(recipe))
-        data = load_split(recipe.data, recipe.seed)
+        split = load_split(recipe.data, recipe.seed)
         say(
-            f"{data.dataset.name}: {data.dataset.interactions.height:,} interactions, "
-            f"{data.dataset.interactions['user_id'].n_unique():,} users, {len(data.dataset.items):,} items"
+            f"{split.dataset.name}: {split.dataset.interactions.height:,} interactions, "
+            f"{split.dataset.interactions['user_id'].n_unique():,} users, {len(split.dataset.items):,} items"
         )
-        texts = has_texts(data.dataset)
+        texts = has_texts(split.dataset)
         encoder = _encoder() if texts else None
         torch = importlib.util.find_spec("torch") is not None
-        parts = parts_for(data.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
+        parts = parts_for(split.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
         planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
         say(planned.told)
         search = _Search(
-            recipe, data.fingerprint, state, parts, began + options.seconds - planned.seconds, options.seconds, say
+            recipe, split.fingerprint, state, parts, began + options.seconds - planned.seconds, options.seconds, say
         )
         try:
             search.first()

@@ -35,6 +35,7 @@ from llmrec.commands.export.files import (
     seal,
     settle_generation,
 )
+from llmrec.display import Displayed, Summary
 from llmrec.durable import read_json, sha256_of, write_text, writing_to
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
 from llmrec.experiment import bundle
@@ -88,8 +89,8 @@ class Options:
     change: Callable[[Path], None] | None = None
 
 
-@dataclass(frozen=True, kw_only=True)
-class Exported:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Exported(Displayed):
     """A finished export.
 
     Attributes:
@@ -107,6 +108,11 @@ class Exported:
     agreement: Agreement | None
     notes: tuple[str, ...]
     address: str | None = None
+
+    def _summary(self) -> Summary:
+        (_, what), *rest = summary(self)
+        rows = [(title, name, text) for title, lines in rest for name, text in lines.items()]
+        return Summary("Model exported by llmrec.export", what, ("checked", "what", "value"), rows)
 
 
 def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda text: None) -> Exported:

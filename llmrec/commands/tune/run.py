@@ -15,12 +15,15 @@ from typing import TYPE_CHECKING, Any
 from llmrec.commands.auto.options import budget_seconds
 from llmrec.commands.tune.options import TuneOptions
 from llmrec.commands.tune.space import Space, grid, spaces
+from llmrec.data.frames import FOLDER as FRAMES
+from llmrec.data.frames import with_frames
+from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import key_of, locked
 from llmrec.pipeline import run
-from llmrec.recipe.load import dump, in_words, load_recipe, recipe_hash
+from llmrec.recipe.load import as_recipe, dump, in_words, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration
@@ -33,7 +36,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
-_OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, LOCK})
+_OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAMES, LOCK})
 # Folders of a trial that hold weights.
 _HEAVY = ("merged", "checkpoints", "base", "best", "adapter")
 # Failures at the beginning after which nothing is expected of further trials.
@@ -41,8 +44,8 @@ _HOPELESS = 3
 _SOURCE = "llmrec"
 
 
-@dataclass(frozen=True)
-class Found:
+@dataclass(frozen=True, repr=False)
+class Found(Displayed):
     """What `tune` found.
 
     Attributes:
@@ -65,13 +68,39 @@ class Found:
     failed: int
     seconds: float
 
+    def _summary(self) -> Summary:
+        facts = {
+            self.metric: f"{self.best:.4f} on validation users",
+            "of the recipe as it is": "" if self.first is None else f"{self.first:.4f}",
+            "trials": f"{self.trials}, {self.failed} of them failed" if self.failed else str(self.trials),
+            "recipe": str(self.recipe),
+            "time": duration(self.seconds),
+        }
+        values = [(key, str(value)) for key, value in self.chosen.items()]
+        known = {name: text for name, text in facts.items() if text}
+        return Summary("Best recipe found by llmrec.tune", known, ("key", "value"), values)
 
-def tune(options: TuneOptions, say: Callable[[str], None] = log.info) -> Found:
+
+def tune(
+    options: TuneOptions,
+    say: Callable[[str], None] = log.info,
+    *,
+    recipe: Recipe | None = None,
+    data: Any = None,
+    items: Any = None,
+) -> Found:
     """Run a recipe at points of a space, judge each on the validation split, and write the best as a recipe.
 
     The recipe's own values are the first trial where the space holds them. Lists alone are tried whole, in order;
     where there is a range, Optuna's TPE proposes. The test split is not looked at. Every trial is kept; the same
     command resumes where a killed one was, inside the trial too.
+
+    Args:
+        options: What is asked for.
+        say: Is told a line for every trial.
+        recipe: In place of the page that the options name.
+        data: Interactions as a frame, in place of ``data.path``.
+        items: One row an item, as a frame, in place of ``data.items``.
 
     Raises:
         MissingExtra: If Optuna is not installed.
@@ -82,15 +111,19 @@ def tune(options: TuneOptions, say: Callable[[str], None] = log.info) -> Found:
     began = time.monotonic()
     budget = budget_seconds(options.budget, "--budget")
     found = spaces(options.over)
-    base = load_recipe(options.recipe, options.overrides)
+    page: Recipe | str = recipe or options.recipe
+    base = as_recipe(page, options.overrides)
     for space in found:
-        load_recipe(options.recipe, [*options.overrides, *in_words({space.key: space.start})])
+        as_recipe(page, [*options.overrides, *in_words({space.key: space.start})])
     family, metric = _metric(base, options.metric)
     out = options.out or Path("runs") / f"{base.name}-tune"
     with locked(out, _OWN.__contains__):
+        if data is not None or items is not None:
+            page = with_frames(as_recipe(page), out, data, items)
+            base = as_recipe(page, options.overrides)
         study = _study(out, base, found, f"{family}/{metric}")
         _resume(study, found, base)
-        search = _Search(options, out, found, family, metric, say)
+        search = _Search(options, page, out, found, family, metric, say)
         while (reason := search.over(study, began, budget)) is None:
             search.trial(study)
         say(reason)
@@ -177,6 +210,7 @@ def _at(recipe: Recipe, key: str) -> Json:
 @dataclass(frozen=True)
 class _Search:
     options: TuneOptions
+    page: Recipe | str
     out: Path
     spaces: tuple[Space, ...]
     family: str
@@ -241,7 +275,7 @@ class _Search:
             )
         best = study.best_trial
         chosen = self._point(best.params)
-        made = load_recipe(self.options.recipe, [*self.options.overrides, *in_words(chosen)])
+        made = as_recipe(self.page, [*self.options.overrides, *in_words(chosen)])
         head = (
             f"# The best of {len(complete)} trials of `llmrec tune`: {self.family}/{self.metric} {best.value:.4f} on "
             "validation users.\n"
@@ -300,9 +334,9 @@ class _Search:
             The figure, and what names the question that it answers.
         """
         asked = [*self.options.overrides, *in_words(point), "eval.split=valid"]
-        recipe = load_recipe(self.options.recipe, asked)
+        recipe = as_recipe(self.page, asked)
         if "tuned" in recipe.eval.arms:
-            recipe = load_recipe(self.options.recipe, [*asked, "eval.arms=[tuned]"])
+            recipe = as_recipe(self.page, [*asked, "eval.arms=[tuned]"])
         params = {space.key: space.parameter(point[space.key]) for space in self.spaces}
         made = run(recipe, self._folder(params))
         rows = [row for row in made.results["rows"] if row["task"] == self.family]

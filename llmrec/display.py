@@ -1,0 +1,132 @@
+"""Short representations of objects: a few lines in a console, a small table in a notebook."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+# C0 and C1 controls (tab and line feed are kept), and the characters that reorder text around them.
+_HIDDEN = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+# What one representation shows at most: rows of a table, lines of a text, characters of a cell.
+_ROWS, _LINES, _CELL = 20, 30, 80
+
+_Row = TypeVar("_Row")
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What is shown of an object.
+
+    Attributes:
+        title: One line.
+        facts: Values by name.
+        header: The columns of the table.
+        rows: Its rows; those after the first 20 are counted.
+        text: Lines that are laid out already; those after the first 30 are counted.
+    """
+
+    title: str
+    facts: Mapping[str, str] = field(default_factory=dict)
+    header: Sequence[str] = ()
+    rows: Sequence[Sequence[str]] = ()
+    text: str = ""
+
+
+class Displayed:
+    """Base of what a user may print: `_summary` says what is shown. It comes before other bases."""
+
+    def _summary(self) -> Summary:
+        """Return what is shown of the object."""
+        raise NotImplementedError
+
+    def __repr__(self) -> str:
+        return as_text(self._summary())
+
+    def __str__(self) -> str:
+        return repr(self)
+
+    def _repr_html_(self) -> str:
+        return as_html(self._summary())
+
+
+def as_text(found: Summary) -> str:
+    """Return a summary in lines, without control characters."""
+    lines = [_cell(found.title)]
+    lines += _columns([(_cell(name), _cell(value)) for name, value in found.facts.items()])
+    rows, more = _first(found.rows, _ROWS)
+    if rows:
+        lines += _columns([[_cell(each) for each in row] for row in (found.header, *rows)])
+    lines += [f"  ... {more} more rows"] * (more > 0)
+    text, more = _first(visible(found.text).splitlines(), _LINES)
+    lines += [f"  {line}".rstrip() for line in text]
+    return "\n".join([*lines, *([f"  ... {more} more lines"] if more else [])])
+
+
+def as_html(found: Summary) -> str:
+    """Return a summary as a fragment of HTML in which every text is escaped."""
+    rows, more = _first(found.rows, _ROWS)
+    parts = [f"<p><strong>{_escaped(found.title)}</strong></p>"]
+    if found.facts:
+        facts = (f"<tr><th>{_escaped(name)}</th>{_cells('td', [value])}</tr>" for name, value in found.facts.items())
+        parts.append(f"<table><tbody>{''.join(facts)}</tbody></table>")
+    if rows:
+        body = "".join(f"<tr>{_cells('td', row)}</tr>" for row in rows)
+        head = f"<thead><tr>{_cells('th', found.header)}</tr></thead>"
+        parts.append(f"<table>{head}<tbody>{body}</tbody></table>")
+    parts += [f"<p>... {more} more rows</p>"] * (more > 0)
+    text, more = _first(visible(found.text).splitlines(), _LINES)
+    if text:
+        shown = "\n".join([*text, *([f"... {more} more lines"] if more else [])])
+        parts.append(f"<pre>{html.escape(shown)}</pre>")
+    return f"<div>{''.join(parts)}</div>"
+
+
+def visible(text: str) -> str:
+    """Return text with control and text-direction characters written out, as in ``[U+001B]``."""
+    return _HIDDEN.sub(lambda match: f"[U+{ord(match[0]):04X}]", text)
+
+
+def flat(text: str) -> str:
+    """Return text on one line, with every hidden character written out."""
+    return " ".join(visible(text).split())
+
+
+def short(text: str, longest: int = 120) -> str:
+    """Return untrusted text as one line, cut where it would swamp the others."""
+    line = flat(text)
+    return line if len(line) <= longest else f"{line[: longest - 1]}…"
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Return the first names with commas between them, and how many more there are."""
+    found = list(names)
+    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+
+
+def _first(rows: Sequence[_Row], most: int) -> tuple[Sequence[_Row], int]:
+    return rows[:most], max(0, len(rows) - most)
+
+
+def _columns(rows: Sequence[Sequence[str]]) -> list[str]:
+    """Lay rows out in columns."""
+    if not rows:
+        return []
+    widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
+    return [
+        "  " + "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _cell(text: str) -> str:
+    return short(text, _CELL)
+
+
+def _cells(tag: str, cells: Iterable[str]) -> str:
+    return "".join(f"<{tag}>{_escaped(cell)}</{tag}>" for cell in cells)
+
+
+def _escaped(text: str) -> str:
+    return html.escape(_cell(text))

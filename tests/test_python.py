@@ -1,0 +1,196 @@
+"""The functions of `llmrec`: what is public, how results print, commands as functions, and errors in Python's words."""
+
+from __future__ import annotations
+
+import inspect
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+import llmrec
+from llmrec.commands.auto import run as autos
+from llmrec.commands.export import export as exports
+from llmrec.display import Summary, as_html, as_text
+from llmrec.keywords import in_python, keywords_of
+from llmrec.recipe.load import as_recipe
+from llmrec.results import Results
+
+FRAME = pl.DataFrame(
+    [
+        {"user": f"u{user}", "item": f"i{(user + step) % 12}", "title": f"Tale {(user + step) % 12}", "time": step}
+        for user in range(40)
+        for step in range(6)
+    ]
+)
+BASELINES = ["random", "popularity", "item-knn", "markov-1", "markov"]
+HOSTILE = "<script>alert(1)</script>\x1b[31m\u202e&"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    recipe = {
+        "name": "tales",
+        "data": {"source": "table", "columns": {"user": "user", "item": "item", "title": "title", "time": "time"}},
+        "tasks": {"sequential": {"strategies": ["search"], "baselines": BASELINES}},
+        "eval": {"arms": [], "users": 40, "candidates": {"kind": "catalogue"}, "bootstrap": 50},
+    }
+    return llmrec.run(recipe, tmp_path_factory.mktemp("python") / "run", data=FRAME, quiet=True)
+
+
+def test_completion_offers_the_public_names_alone() -> None:
+    assert dir(llmrec) == sorted(llmrec.__all__)
+    assert {"auto", "export", "fuse", "init", "load", "run", "score", "tune", "LlmrecError"} <= set(dir(llmrec))
+    for name in llmrec.__all__:
+        found = getattr(llmrec, name)
+        assert found is getattr(llmrec, name) and (name == "__version__" or found.__doc__)
+        if inspect.isfunction(found):
+            assert pickle.loads(pickle.dumps(found)) is found
+    with pytest.raises(AttributeError):
+        llmrec.runs  # type: ignore[attr-defined]  # noqa: B018
+
+
+def test_the_package_imports_nothing_until_a_name_is_used() -> None:
+    code = "import llmrec, sys; print([name for name in ('pydantic', 'torch') if name in sys.modules], dir(llmrec))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.startswith("[] ") and "'tune'" in done.stdout
+
+
+def test_what_a_notebook_shows_of_a_run_is_short(run: Any) -> None:
+    recipe = as_recipe(run.results["recipe"])
+    with llmrec.load(str(run.folder)) as rec:
+        shown = [run, run.results, Results.model_validate(run.results), run.rows[0], recipe, rec]
+        for each in shown:
+            assert len(repr(each)) < 2500 and str(each) == repr(each)
+            assert each._repr_html_().startswith("<div>")
+        assert "popularity" in repr(rec)
+    assert str(run.folder) in repr(run) and "NDCG@10" in repr(run) and "markov" in repr(run)
+    assert "tales" in repr(recipe) and "sequential" in repr(recipe)
+    assert run.results["rows"] and isinstance(run.results, dict)
+
+
+def test_what_init_check_and_score_return_is_short(run: Any) -> None:
+    begun = llmrec.init(FRAME)
+    assert "taken for" in repr(begun) and len(repr(begun)) < 2500
+    checked = llmrec.check(run.results["recipe"])
+    assert "sequential 40" in repr(checked)
+    truth = FRAME.select("user", "item").unique(["user"], keep="last", maintain_order=True)
+    lists = FRAME.select("user", "item").with_columns(score=pl.lit(1.0)).unique(["user", "item"])
+    scores = llmrec.score(lists, truth, against=lists, resamples=20)
+    assert "NDCG@10" in repr(scores) and str(scores) == repr(scores) and len(repr(scores)) < 2500
+
+
+def test_what_is_shown_is_escaped_and_cut() -> None:
+    found = Summary(HOSTILE, {HOSTILE: HOSTILE}, (HOSTILE,), [(HOSTILE * 100,)] * 50, "\n".join([HOSTILE] * 50))
+    text, page = as_text(found), as_html(found)
+    assert "<script" not in page and "&lt;script&gt;" in page
+    for shown in (text, page):
+        assert "\x1b" not in shown and "\u202e" not in shown
+        assert "30 more rows" in shown and "20 more lines" in shown
+    assert max(map(len, text.splitlines())) < 200
+
+
+def test_a_recipe_shows_no_address_of_a_database() -> None:
+    tasks: dict[str, Any] = {"sequential": {}}
+    data = {"source": "table", "path": "postgresql://ada:secret@host/shop", "query": "select 1"}
+    shown = as_recipe({"data": data, "tasks": tasks, "eval": {"arms": []}})
+    assert "secret" not in repr(shown) + shown._repr_html_()
+
+
+def test_auto_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def chosen(search: Any, users: int) -> Any:
+        page = search.recipe.model_dump(mode="json")
+        page["tasks"]["sequential"]["baselines"] = BASELINES
+        return as_recipe(page)
+
+    for name in ("first", "rest"):
+        monkeypatch.setattr(autos._Search, name, lambda search: None)
+    monkeypatch.setattr(autos._Search, "chosen", chosen)
+    monkeypatch.setattr(autos, "_encoder", lambda: None)
+    for _ in range(2):
+        made = llmrec.auto(
+            FRAME.drop("title"), FRAME.select("item", "title").unique(), classic=True, out=tmp_path / "r"
+        )
+    assert made.folder == tmp_path / "r" and "NDCG@10" in repr(made)
+    with llmrec.load(str(made.folder)) as rec:
+        assert rec.rank(history=["i1", "i2"], k=1)[0].title.startswith("Tale")
+    with pytest.raises(llmrec.LlmrecError, match=r'interactions frame: .*user="COLUMN"'):
+        llmrec.auto(FRAME.rename({"user": "a", "item": "b"}), out=tmp_path / "other")
+    with pytest.raises(llmrec.LlmrecError, match=r'^budget="soon"') as caught:
+        llmrec.auto(FRAME, budget="soon", out=tmp_path / "other")
+    assert caught.value.column == "budget"
+
+
+def test_tune_takes_values_and_frames(run: Any, tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    recipe = as_recipe({**run.results["recipe"], "data": {**run.results["recipe"]["data"], "path": None}})
+    over = {"tasks.sequential.history": [1, 5]}
+    found = llmrec.tune(recipe, over, data=FRAME, out=tmp_path / "search", quiet=True)
+    assert found.trials == 2 and found.chosen.keys() == over.keys() and "best.yaml" in repr(found)
+    assert llmrec.load_recipe(found.recipe).data.path == str(tmp_path / "search" / "data" / "interactions.parquet")
+    again = llmrec.tune(recipe, over, data=FRAME, out=tmp_path / "search", quiet=True)
+    assert again.best == found.best
+    with pytest.raises(llmrec.LlmrecError, match="such as over=") as caught:
+        llmrec.tune(recipe, {}, data=FRAME, out=tmp_path / "none")
+    assert caught.value.column == "over"
+
+
+def test_fuse_takes_runs_and_folders(run: Any, tmp_path: Path) -> None:
+    other = llmrec.run(
+        run.results["recipe"],
+        tmp_path / "other",
+        overrides={"tasks.sequential.baselines": [*BASELINES, "ease"], "eval.fusion.controls": True},
+        quiet=True,
+    )
+    first = llmrec.run(run.results["recipe"], tmp_path / "first", overrides={"eval.fusion.controls": True}, quiet=True)
+    joined = llmrec.fuse([first, other.folder], tmp_path / "joined")
+    assert {"ease", "markov"} <= {row["predictor"] for row in joined.results["rows"]}
+
+
+def test_export_hands_its_keywords_on(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(llmrec.LlmrecError, match=r'^dtype="f32"') as caught:
+        llmrec.export(run, tmp_path / "out", dtype="f32")
+    assert caught.value.column == "dtype"
+    asked: list[Any] = []
+    monkeypatch.setattr(exports, "export", lambda *given, say: asked.append(given))
+    llmrec.export(run, tmp_path / "out", check_users=3, adapter_only=True)
+    ((folder, options),) = asked
+    assert folder == run.folder and (options.users, options.adapter_only) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("text", "spoken"),
+    [
+        ("say it with --user COLUMN --item COLUMN.", 'say it with user="COLUMN" item="COLUMN".'),
+        ("--fields 'Farbe x' lets templates show it", 'fields="Farbe x" lets templates show it'),
+        ("--fields Farbe lets templates show it", 'fields="Farbe" lets templates show it'),
+        ("which is named by --user; its columns", "which is named by user; its columns"),
+        ("lower --overrides and try again", "lower overrides and try again"),
+        ("--user=... --item=...", 'user="..." item="..."'),
+        ("replace it with --force", "replace it with force=True"),
+        ("drop --no-items", "drop with_items=False"),
+        ("give --check-users 0", "give check_users=0"),
+        ("run `llmrec rank --user x`", "run `llmrec rank --user x`"),
+        ("pip install --no-deps x", "pip install --no-deps x"),
+        ("--set eval.permutations=4)", 'overrides="eval.permutations=4")'),
+    ],
+)
+def test_messages_name_keywords(text: str, spoken: str) -> None:
+    def function(
+        user: str, item: str, fields: str, check_users: int, overrides: str, with_items: bool, force: bool = False
+    ) -> None: ...
+
+    assert in_python(text, keywords_of(function)) == spoken
+
+
+def test_the_command_line_still_names_its_options() -> None:
+    from llmrec.commands.score.run import score
+
+    for asked, column in ((llmrec.score, "k"), (score, "--k")):
+        with pytest.raises(llmrec.LlmrecError) as caught:
+            asked([], [], k=[])
+        assert caught.value.column == column
