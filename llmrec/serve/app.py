@@ -109,10 +109,11 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
 # --------------------------------------------------------------------------- who waits
 
 
-async def _while_there(request: Request, work: Awaitable[_T]) -> _T:
+async def _while_there(service: Service, request: Request, work: Awaitable[_T]) -> _T:
     """Wait for an answer as long as the client does; what it no longer waits for leaves the queue.
 
     Raises:
+        TooLate: If all that the answer takes lasts longer than a request may.
         HTTPException: If the client left; nobody reads that.
     """
 
@@ -122,10 +123,13 @@ async def _while_there(request: Request, work: Awaitable[_T]) -> _T:
 
     asking, leaving = asyncio.ensure_future(work), asyncio.ensure_future(gone())
     try:
-        await asyncio.wait({asking, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        patience = service.settings.patience
+        await asyncio.wait({asking, leaving}, timeout=patience, return_when=asyncio.FIRST_COMPLETED)
         if asking.done():
             return asking.result()
-        raise HTTPException(499, "the client left")
+        if leaving.done():
+            raise HTTPException(499, "the client left")
+        raise service.batcher.late()
     finally:
         asking.cancel()
         leaving.cancel()
@@ -191,7 +195,7 @@ def _questions(service: Service, talking: Talking) -> APIRouter:
     @router.post("/v1/rank")
     async def rank(request: Request, body: schema.RankBody) -> schema.RankAnswer:
         """Rank candidates, or the whole catalogue, for a user."""
-        return await _while_there(request, service.rank(body))
+        return await _while_there(service, request, service.rank(body))
 
     @router.post("/v1/rank/batch")
     async def rank_batch(request: Request, body: schema.RankBatch) -> schema.RankAnswers:
@@ -201,7 +205,7 @@ def _questions(service: Service, talking: Talking) -> APIRouter:
     @router.post("/v1/rate")
     async def rate(request: Request, body: schema.ItemBody) -> schema.RateAnswer:
         """Predict a user's rating of an item."""
-        return await _while_there(request, service.rate(body))
+        return await _while_there(service, request, service.rate(body))
 
     @router.post("/v1/rate/batch")
     async def rate_batch(request: Request, body: schema.ItemBatch) -> schema.RateAnswers:
@@ -211,7 +215,7 @@ def _questions(service: Service, talking: Talking) -> APIRouter:
     @router.post("/v1/predict")
     async def predict(request: Request, body: schema.ItemBody) -> schema.PredictAnswer:
         """Predict whether a user likes or chooses an item."""
-        return await _while_there(request, service.predict(body))
+        return await _while_there(service, request, service.predict(body))
 
     @router.post("/v1/predict/batch")
     async def predict_batch(request: Request, body: schema.ItemBatch) -> schema.PredictAnswers:
@@ -228,9 +232,9 @@ def _questions(service: Service, talking: Talking) -> APIRouter:
         if "text/event-stream" in request.headers.get("accept", ""):
             events = service.streamed(body)
             # What fails before the first of them has a status.
-            first = await _while_there(request, anext(events))
+            first = await _while_there(service, request, anext(events))
             return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
-        return await _while_there(request, service.explain(body))
+        return await _while_there(service, request, service.explain(body))
 
     @router.post("/v1/explain/batch")
     async def explain_batch(request: Request, body: schema.ItemBatch) -> schema.ExplainAnswers:
@@ -240,12 +244,12 @@ def _questions(service: Service, talking: Talking) -> APIRouter:
     @router.post("/v1/ask")
     async def ask(request: Request, body: schema.AskBody) -> schema.AskAnswer:
         """Answer a question of any family that a model was tuned on, such as a review's headline or its stars."""
-        return await _while_there(request, service.ask(body))
+        return await _while_there(service, request, service.ask(body))
 
     @router.post("/v1/similar")
     async def similar(request: Request, body: schema.SimilarBody) -> schema.SimilarAnswer:
         """Find items like others."""
-        return await _while_there(request, service.similar(body))
+        return await _while_there(service, request, service.similar(body))
 
     @router.post(
         "/v1/chat",
@@ -256,16 +260,16 @@ def _questions(service: Service, talking: Talking) -> APIRouter:
         """Answer one line of a conversation; with ``Accept: text/event-stream`` calls come as events before it."""
         if "text/event-stream" in request.headers.get("accept", ""):
             events = talking.streamed(body)
-            first = await _while_there(request, anext(events))
+            first = await _while_there(service, request, anext(events))
             return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
-        return await _while_there(request, talking.answer(body))
+        return await _while_there(service, request, talking.answer(body))
 
     # Cohere's client of its second version asks the one, its first version and Jina's the other.
     @router.post("/v2/rerank", operation_id="rerank_v2")
     @router.post("/v1/rerank", operation_id="rerank_v1")
     async def rerank(request: Request, body: RerankBody) -> RerankAnswer:
         """Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history."""
-        return await _while_there(request, _reranked(service, body))
+        return await _while_there(service, request, _reranked(service, body))
 
     return router
 
@@ -335,7 +339,7 @@ async def _batch(request: Request, service: Service, ask: Callable[[Any], Any], 
     Raises:
         LlmrecError: If none could be asked, because of the service and not because of the questions.
     """
-    found = await _while_there(request, service.each(ask, bodies))
+    found = await _while_there(service, request, service.each(ask, bodies))
     if all(isinstance(each, LlmrecError) and failure(each)[0] in _NOT_NOW for each in found):
         raise found[0]
     answers: list[Any] = []

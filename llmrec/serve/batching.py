@@ -143,7 +143,7 @@ class Batcher:
         try:
             return await asyncio.wait_for(waiting.future, self._patience)
         except TimeoutError:
-            raise self._late() from None
+            raise self.late() from None
         finally:
             self._drop(question, waiting)
 
@@ -160,7 +160,7 @@ class Batcher:
         try:
             return await asyncio.wait_for(self._alone(call), self._patience)
         except TimeoutError:
-            raise self._late() from None
+            raise self.late() from None
         finally:
             self._others -= 1
 
@@ -193,7 +193,8 @@ class Batcher:
             self.load.refused += 1
             raise Full.for_now(max(1.0, min(ahead, self._patience)))
 
-    def _late(self) -> TooLate:
+    def late(self) -> TooLate:
+        """Count a question that is given up, and return what its client is told."""
         self.load.late += 1
         return TooLate(
             f"not answered within {self._patience:.0f} s; ask for less, or raise --timeout", kind="exhausted"

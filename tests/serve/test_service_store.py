@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -113,6 +114,15 @@ def test_a_store_that_was_moved_away_takes_nothing(faked: Faked) -> None:
         file.with_name("away.sqlite").rename(file)
     assert ask(faked, "/v1/events", events=[EVENT]).json() == {"stored": 1}
     assert ask(faked, "/v1/users/ann", "DELETE").json()["events"] == 1
+
+
+def test_store_and_engine_together_take_no_longer_than_a_request_may(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with faking(tmp_path, monkeypatch, patience=1.0) as slow:
+        read = slow.service.store.events_of
+        monkeypatch.setattr(slow.service.store, "events_of", lambda *asked: time.sleep(0.7) or read(*asked))
+        assert ask(slow, "/v1/rank", user_id="old", profile="sleep 0.7").status_code in (503, 504)
 
 
 def test_of_a_user_with_many_events_the_last_are_read(faked: Faked) -> None:
