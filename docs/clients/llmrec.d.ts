@@ -33,6 +33,7 @@ export interface AskBody {
   /** Return what the model read, too. */
   show_prompt?: boolean;
   item_id?: string | number | null;
+  /** In place of item_id: an item with its own title. */
   item?: ItemText | null;
   /** What else is told: review, feature, headline, rating. */
   context?: Record<string, string>;
@@ -157,6 +158,7 @@ export interface ItemBody {
   /** Return what the model read, too. */
   show_prompt?: boolean;
   item_id?: string | number | null;
+  /** In place of item_id: an item with its own title. */
   item?: ItemText | null;
   /** What else is told: review, feature, headline, rating. */
   context?: Record<string, string>;

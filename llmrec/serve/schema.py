@@ -189,13 +189,22 @@ _ONE_ITEM: Any = {
 }
 
 
+def _no_id(value: object) -> object:
+    """Refuse an id where an item is described."""
+    if isinstance(value, str | int | float):
+        raise PydanticCustomError("id", "Input should be an object with a title; give an id as item_id")
+    return value
+
+
 class ItemBody(_About):
     """A question about one item: its rating, whether it will be liked, an explanation."""
 
     model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item_id": "7"}], **_ONE_ITEM})
 
     item_id: Annotated[DataId, Field(description="An item of the catalogue.")] | None = None
-    item: Annotated[ItemText, Field(description="In place of item_id: an item with a title of its own.")] | None = None
+    item: Annotated[
+        ItemText | None, BeforeValidator(_no_id), Field(description="In place of item_id: an item with its own title.")
+    ] = None
     context: Annotated[Fields, Field(description="What else is told: review, feature, headline, rating.")] = {}
 
     @model_validator(mode="after")

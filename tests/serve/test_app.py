@@ -337,6 +337,8 @@ def test_what_is_wrong_in_a_body_is_named(asking: Asking) -> None:
     ):
         error = asking.refused("/v1/rank", 422, **body)
         assert (error["kind"], error["at"]) == ("bad-value", at), body
+    for body in ({}, {"item_id": "k10", "item": {"title": "Own"}}, {"item": "k10"}):
+        assert "item_id" in asking.refused("/v1/rate", 422, history=HISTORY, **body)["message"], body
     said = asking.refused("/v1/events", 422, events=[{"user_id": "u", "item_id": "k01", "timestmp": 1}])["message"]
     assert said == "events.0.timestmp: unknown key (did you mean 'timestamp'?)"
     said = asking.refused("/v1/rank", 422, histroy=HISTORY)["message"]

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
 from itertools import count
@@ -167,6 +168,47 @@ def test_a_refresh_sees_each_event_once_whatever_comes_meanwhile(
         if len(seen) == 5:
             store.add_events([event("b", "30")])
     assert seen == [str(n) for n in range(31)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_processes_that_share_a_store_agree_with_a_model(
+    where: str, seed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Random calls, also when the clock of the machine jumps; lists and sets say what must be there."""
+    rng, names = random.Random(seed), [*HOSTILE, "ann", "bob", databases.NOBODY]
+    events: list[StoredEvent] = []
+    erased, put, removed = set[str](), dict[str, Item](), set[str]()
+    with opened(where) as one, opened(where) as other:
+        for _ in range(80):
+            store, user = rng.choice([one, other]), rng.choice(names)
+            own = [each for each in events if each.user_id == user]
+            match rng.choice(["add", "add", "add", "erase", "put", "remove", "look", "look"]):
+                case "add":
+                    clock = rng.choice([-3e8, 0.0, 3e8])
+                    monkeypatch.setattr(module.time, "time", lambda jump=clock: 1.7e9 + jump)
+                    new = [event(user, rng.choice(names), rng.choice([0.0, time.time(), 1e18])) for _ in range(3)]
+                    assert store.add_events(new) == 3
+                    events += new
+                case "erase":
+                    assert store.erase(user) == len(own)
+                    events = [each for each in events if each.user_id != user]
+                    erased.add(user)
+                case "put":
+                    item = Item(item_id=user, title=rng.choice(names), fields={user: rng.choice(names)})
+                    assert store.put_items([item]) == 1
+                    put[user] = item
+                    removed.discard(user)
+                case "remove":
+                    assert store.remove_items([user]) == (user not in removed)
+                    put.pop(user, None)
+                    removed.add(user)
+                case _:
+                    most = rng.choice([None, 0, 2])
+                    last = own if most is None else own[max(0, len(own) - most) :]
+                    assert store.events_of(user, most) == sorted(last, key=lambda each: each.timestamp)
+                    assert store.erased(user) is (user in erased)
+        for store in (one, other):
+            assert list(store.all_events()) == events and store.item_changes() == (put, frozenset(removed))
 
 
 # --------------------------------------------------------------------------- many at once, and kills
