@@ -122,11 +122,11 @@ def test_a_service_knows_the_rows_by_their_names(
 ) -> None:
     pytest.importorskip("fastapi", reason="the serve extra is not installed")
     from llmrec.serve.app import make_app
-    from llmrec.serve.gates import Door
+    from llmrec.serve.gates import Auth
     from tests.serve.served import listening, wait_ready
 
     service = make_service(ServeOptions(model=str(run.folder), store=str(tmp_path / "store.sqlite")))
-    with listening(make_app(service, Door())) as (url,):
+    with listening(make_app(service, Auth())) as (url,):
         wait_ready(url)
         assert [each["name"] for each in httpx.get(f"{url}/v1/models").json()["models"]] == list(rec.models)
         for name in ("fusion", "fusion with texts", "item-knn"):
