@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from difflib import get_close_matches
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Literal, Self
@@ -129,6 +130,18 @@ class BackendError(LlmrecError):
     """A backend that cannot do what was asked of it, or that died."""
 
 
+class EngineFailure(BackendError):
+    """An engine that did not start, or that broke down: nothing is wrong with the question that it was asked.
+
+    The message says what happened and, after a semicolon, what to do.
+    """
+
+    @property
+    def reason(self) -> str:
+        """What happened."""
+        return str(self).partition(";")[0]
+
+
 class MissingExtra(LlmrecError):
     """An optional package that is not installed."""
 
@@ -137,6 +150,11 @@ def did_you_mean(word: str, known: Iterable[str]) -> str:
     """Return `` (did you mean 'x'?)`` for the closest known word, or an empty string."""
     close = get_close_matches(word, list(known), n=1, cutoff=0.6)
     return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def installed(package: str) -> bool:
+    """Whether an optional package is installed; it is not imported."""
+    return find_spec(package) is not None
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -75,6 +75,11 @@ def _cpu_name() -> str:
 
 _CGROUPS = Path("/sys/fs/cgroup")
 _PROC = Path("/proc")
+_DEVICES = Path("/sys/devices/system")
+
+
+# The limit of a control group and what it uses, in versions 2 and 1.
+_LIMITS = (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +142,7 @@ def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
     found = psutil.virtual_memory()
     limits: list[tuple[int, int]] = []
     for folder in _folders(proc, cgroups, "memory"):
-        for name, current in (("memory.max", "memory.current"), ("memory.limit_in_bytes", "memory.usage_in_bytes")):
+        for name, current in _LIMITS:
             limit = _number(folder / name)
             # A version 1 group without a limit names more than any machine has.
             if limit is not None and limit < found.total:
@@ -149,6 +154,57 @@ def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
         limit=min((limit for limit, _ in limits), default=None),
         limit_free=min((free for _, free in limits), default=None),
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Node:
+    """Bytes of the memory that a vLLM engine on the CPU may use, as vLLM counts them.
+
+    Attributes:
+        name: The NUMA node, or the machine where it has none.
+        total: All of its memory, or a container's limit where that is lower.
+        free: What is not in use by any process; files that are cached give way.
+    """
+
+    name: str
+    total: int
+    free: int
+
+
+def node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _DEVICES) -> Node:
+    """Read the memory of the NUMA node that a vLLM engine on the CPU binds itself to.
+
+    An engine gets no memory of other nodes, so its node can be full while the machine has room. vLLM compares its KV
+    cache with the node's ``meminfo`` and with the limit of the outermost control group, where files that are cached
+    count as used (``vllm.utils.cpu_resource_utils``). Limits of inner groups bind as well.
+    """
+    whole = memory(proc, cgroups)
+    number = _node_of(min(os.sched_getaffinity(0)), devices) if hasattr(os, "sched_getaffinity") else None
+    fields = _meminfo(devices / "node" / f"node{number}" / "meminfo")
+    if number is None or "MemTotal" not in fields:
+        name, total, free = "the machine", whole.total, whole.available
+    else:
+        name, total = f"NUMA node {number}", fields["MemTotal"]
+        free = sum(fields.get(key, 0) for key in ("MemFree", "Active(file)", "Inactive(file)", "SReclaimable"))
+    if whole.limit is not None and whole.limit_free is not None:
+        total, free = min(total, whole.limit), min(free, whole.limit_free)
+    for folder, (granted, current) in zip((cgroups, cgroups / "memory"), _LIMITS, strict=True):
+        limit = _number(folder / granted)
+        if limit is not None and limit <= total:
+            total, free = limit, min(free, max(0, limit - (_number(folder / current) or 0)))
+    return Node(name=name, total=total, free=free)
+
+
+def _node_of(core: int, devices: Path) -> int | None:
+    """Return the NUMA node of a core."""
+    found = sorted((devices / "cpu" / f"cpu{core}").glob("node[0-9]*"))
+    return int(found[0].name.removeprefix("node")) if found else None
+
+
+def _meminfo(path: Path) -> dict[str, int]:
+    """Return a node's memory in bytes by name, from lines such as ``Node 0 MemFree: 97421888 kB``."""
+    rows = [line.split() for line in _text(path).splitlines()]
+    return {row[2].rstrip(":"): int(row[3]) * 1024 for row in rows if len(row) >= 4 and row[3].isdigit()}
 
 
 def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:

@@ -18,7 +18,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, statistics
 from llmrec.display import Displayed, Summary, listed
 from llmrec.durable import replacing, write_text
-from llmrec.errors import RecipeError
+from llmrec.errors import EngineFailure, RecipeError
 from llmrec.experiment import audit, index_report
 from llmrec.experiment.augmenting import FEATURES, augment, refuse_other_store
 from llmrec.experiment.claiming import RUN
@@ -109,6 +109,7 @@ def run(
 
     Raises:
         RecipeError: If the tuned setting has no adapter and ``may_train`` is off.
+        EngineFailure: If no engine could answer some of the rows, once the report is written, which names them.
     """
     if isinstance(out, Mapping):
         overrides, out = out, None
@@ -133,7 +134,22 @@ def run(
             audited = session.audit(written)
         made = Made(written.results, written.predictions, audited, session.item_index)
         with Bar("report", None, quiet=quiet):
-            return Run(folder, StoredResults(written.results), rows, page.write(folder, made)["html"])
+            done = Run(folder, StoredResults(written.results), rows, page.write(folder, made)["html"])
+    if done.results.get("unevaluated"):
+        raise _incomplete(done)
+    return done
+
+
+def _incomplete(done: Run) -> EngineFailure:
+    missing = done.results["unevaluated"]
+    reasons = ", ".join(dict.fromkeys(row["reason"] for row in missing))
+    return EngineFailure(
+        f"{len(missing)} of {len(missing) + len(done.rows)} rows were not evaluated: {reasons}; {done.report} has the "
+        "others. Run the same command again to continue, with more free memory, or with eval.backend=hf",
+        kind="failed",
+        at=done.folder,
+        column="eval.backend",
+    )
 
 
 @dataclass(frozen=True, repr=False)
@@ -330,7 +346,8 @@ class Session:
                 rows += evaluation.arms(weights, engines, rows)
         stored.write(self.study, rows, self.folder)
         with Bar("comparisons", None, quiet=self.quiet):
-            written = write_results(self.study, rows, training, self._told(), self.budget, self.folder)
+            missing = tuple(evaluation.missing.values())
+            written = write_results(self.study, rows, training, self._told(), self.budget, self.folder, missing)
         steps = int(training["steps"]) if training is not None else 0
         trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
         return rows, written

@@ -189,12 +189,8 @@ class Measured(Rates, Answered):
     calibration: Calibration | None = None
 
 
-class Asked(Record):
-    """Who answers what, and how it is asked.
-
-    Attributes:
-        candidates: Hash of the candidate sets that it ranked, if it ranked any.
-    """
+class Setting(Record):
+    """Which row it is: who answers what, and how it is asked."""
 
     id: str
     task: str
@@ -203,6 +199,31 @@ class Asked(Record):
     template: str | None = None
     template_use: str | None = None
     shots: int = 0
+
+    @property
+    def label(self) -> str:
+        """What distinguishes the row from others of its task, such as ``tuned · likelihood · continue-list``."""
+        parts = [] if self.arm == "baseline" else [self.arm]
+        return " · ".join([*parts, self.predictor, *([self.template.rpartition("/")[2]] if self.template else [])])
+
+
+class Unevaluated(Setting):
+    """A row that no engine could answer; the same command evaluates it when it is run again.
+
+    Attributes:
+        reason: Why there is no figure.
+    """
+
+    reason: str
+
+
+class Asked(Setting):
+    """What answered a row, and what it was given.
+
+    Attributes:
+        candidates: Hash of the candidate sets that it ranked, if it ranked any.
+    """
+
     engine: str
     inputs: str = ""
     candidates: str | None = None
@@ -261,12 +282,6 @@ class Row(Measured, Asked):
     def method(self) -> str:
         """The predictor without the parameters that a recipe sets of a baseline."""
         return self.predictor.partition("(")[0]
-
-    @property
-    def label(self) -> str:
-        """What distinguishes the row from others of its task, such as ``tuned · likelihood · continue-list``."""
-        parts = [] if self.arm == "baseline" else [self.arm]
-        return " · ".join([*parts, self.predictor, *([self.template.rpartition("/")[2]] if self.template else [])])
 
     def shown(self, metric: str) -> tuple[str, str, str]:
         """Return the name of a metric, its value and its interval as cells of a table."""
@@ -389,6 +404,7 @@ class Results(Displayed, Record):
     candidates: dict[str, Candidates | None] = Field(default_factory=dict)
     training: Training | None = None
     rows: tuple[Row, ...]
+    unevaluated: tuple[Unevaluated, ...] = ()
     headline: dict[str, str]
     comparisons: tuple[Comparison, ...] = ()
     detectable: dict[str, str] = Field(default_factory=dict)
@@ -444,6 +460,10 @@ class Results(Displayed, Record):
         found = [(kind, own) for kind, own in found if own]
         whole = sum(len(own) for _, own in found) == len(rows) and len(found) > 1
         return tuple(found) if whole else ((None, rows),)
+
+    def missing(self, task: str) -> tuple[Unevaluated, ...]:
+        """Return a task's rows that were not evaluated."""
+        return tuple(row for row in self.unevaluated if row.task == task)
 
     def metrics(self, task: str) -> tuple[str, ...]:
         """Return a task's metric names, the headline one first."""

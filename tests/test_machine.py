@@ -125,3 +125,64 @@ def test_what_a_system_cannot_do_is_left_out(tmp_path: Path, monkeypatch: pytest
     machine.flush_folder(tmp_path)
     monkeypatch.setattr(os, "open", refused)
     machine.flush_folder(tmp_path)
+
+
+# --------------------------------------------------------------------------- memory
+
+GIB = 2**30
+
+
+def node(devices: Path, *, total: float, free: float, cached: float = 0.0, number: int = 0) -> Path:
+    """Make a NUMA node of so many GiB, to which every core belongs, as Linux describes it."""
+    folder = devices / "node" / f"node{number}"
+    folder.mkdir(parents=True)
+    fields = {"MemTotal": total, "MemFree": free, "Active(file)": cached, "Inactive(file)": 0.0, "SReclaimable": 0.0}
+    lines = [f"Node {number} {name}:  {int(value * 2**20)} kB\n" for name, value in fields.items()]
+    (folder / "meminfo").write_text("".join(lines))
+    for core in range(64):
+        (devices / "cpu" / f"cpu{core}" / f"node{number}").mkdir(parents=True)
+    return devices
+
+
+@pytest.fixture
+def machine_of_24(monkeypatch: pytest.MonkeyPatch) -> None:
+    found = types.SimpleNamespace(total=24 * GIB, available=20 * GIB)
+    monkeypatch.setattr(machine.psutil, "virtual_memory", lambda: found)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {3, 5}, raising=False)
+
+
+@pytest.mark.usefixtures("machine_of_24")
+def test_a_node_that_is_smaller_than_the_machine_is_what_an_engine_gets(tmp_path: Path) -> None:
+    devices = node(tmp_path / "sys", total=3.75, free=1.25, cached=0.5, number=1)
+    found = machine.node_memory(tmp_path, tmp_path, devices)
+    assert (found.name, found.total, found.free) == ("NUMA node 1", 3.75 * GIB, 1.75 * GIB)
+
+
+@pytest.mark.usefixtures("machine_of_24")
+def test_what_other_processes_hold_is_not_free(tmp_path: Path) -> None:
+    devices = node(tmp_path / "sys", total=24, free=2)
+    assert machine.node_memory(tmp_path, tmp_path, devices).free == 2 * GIB
+
+
+@pytest.mark.usefixtures("machine_of_24")
+def test_without_nodes_it_is_the_machine(tmp_path: Path) -> None:
+    found = machine.node_memory(tmp_path, tmp_path, tmp_path)
+    assert (found.name, found.total, found.free) == ("the machine", 24 * GIB, 20 * GIB)
+
+
+@pytest.mark.usefixtures("machine_of_24")
+@pytest.mark.parametrize(
+    ("limit", "used"),
+    [("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")],
+)
+def test_a_container_s_limit_counts_what_it_caches_as_used(limit: str, used: str, tmp_path: Path) -> None:
+    """So does vLLM, which then refuses to start, although the kernel would give the cached files up."""
+    devices, groups = node(tmp_path / "sys", total=24, free=20), tmp_path / "cgroup"
+    (groups / limit).parent.mkdir(parents=True)
+    (groups / limit).write_text(str(4 * GIB))
+    (groups / used).write_text(str(3 * GIB))
+    (groups / limit).with_name("memory.stat").write_text(f"inactive_file {2 * GIB}\n")
+    found = machine.node_memory(tmp_path, groups, devices)
+    assert (found.total, found.free) == (4 * GIB, GIB)
+    # Other programs of llmrec may well have what the kernel would give up.
+    assert machine.memory(tmp_path, groups).usable == 3 * GIB

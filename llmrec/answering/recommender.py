@@ -33,8 +33,7 @@ from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
 from llmrec.experiment.bundle import Bundle, refuse_changed
 from llmrec.experiment.engines import Engines, refuse_paired
 from llmrec.experiment.resume import Budget
-from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, weights_stamp
-from llmrec.models.traits import is_paired
+from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
 from llmrec.tasks.family import family_of
 from llmrec.types import Item, Ranking, Unparsed
 
@@ -78,7 +77,6 @@ class Recommender:
         items: What requests may name by id; None: nothing.
         encoder: The model's tokenizer and its longest prompt.
         engines: Where the backend comes from.
-        engine: Its name.
         weights: A digest of the model's weights; empty where a server has its own.
         store: Where answers are remembered; None: nowhere.
         budget: Where seconds are booked, by stage.
@@ -94,7 +92,6 @@ class Recommender:
     items: Mapping[str, Item] | None
     encoder: Encoder
     engines: Engines
-    engine: str
     weights: str
     store: AnswerStore | None
     budget: Budget
@@ -146,7 +143,7 @@ class Recommender:
             )
         items, retriever = _items(options, bundle)
         encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))
-        section = engine_section(options, paired=is_paired(load_config(bundle.folder, bundle.model)))
+        section = engine_section(options)
         refuse_paired(bundle.folder, bundle.model, section)
         answers = None if store is None else AnswerStore(store)
         engines = Engines(bundle.model, section, encoder, bundle.seed, budget, answers)
@@ -213,7 +210,6 @@ class Recommender:
             items=items,
             encoder=encoder,
             engines=engines,
-            engine=engines.engine_for(way.strategy),
             weights=weights,
             store=store,
             budget=budget,
@@ -222,6 +218,11 @@ class Recommender:
             retriever=retriever,
             reasoner=reasoner,
         )
+
+    @property
+    def engine(self) -> str:
+        """The engine that answers: another one once it has failed, where that is left to llmrec."""
+        return self.engines.engine_for(self.way.strategy, self.bundle.folder)
 
     @property
     def identity(self) -> dict[str, object]:
@@ -272,7 +273,9 @@ class Recommender:
         with self._lock:
             if self._closed:
                 raise LlmrecError("this recommender is closed; open another", kind="closed")
-            yield self.engines.get(self.engines.engine_for(strategy), self.bundle.folder, self.weights)
+            yield self.engines.get(
+                self.engines.engine_for(strategy, self.bundle.folder), self.bundle.folder, self.weights
+            )
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
         """Read one request, as docs/rank.md describes it; what is wrong with it is a failure of its own.

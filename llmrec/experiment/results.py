@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ from llmrec.experiment.told import sentence, users
 from llmrec.machine import command_line, machine, versions
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
-from llmrec.results import Results
+from llmrec.results import Results, Unevaluated
 from llmrec.tasks.family import families, ranking_families
 
 
@@ -49,9 +50,11 @@ def write_results(
     model: Mapping[str, Any],
     budget: Budget,
     folder: Path,
+    missing: Sequence[Unevaluated] = (),
 ) -> Written:
     """Write ``results.json``, ``predictions.parquet`` and ``items.parquet`` to the run folder, each atomically.
 
+    ``missing`` are the rows that no engine could answer.
     ``budget`` holds what each stage cost when it last ran: a stage that this invocation reused keeps its figure.
     """
     recipe = study.recipe
@@ -82,6 +85,8 @@ def write_results(
             row.figures.model_copy(update=dict(more))
             for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)
         ),
+        # Absent where there is none, as in results of earlier versions.
+        **({"unevaluated": tuple(missing)} if missing else {}),
         headline=headlines,
         comparisons=tuple(compared),
         detectable=detectable,
@@ -96,7 +101,7 @@ def write_results(
             for table in study.tables
             if (found := study.told(table))
         ),
-        notes=tuple(notes(study)),
+        notes=(*unevaluated(missing), *notes(study)),
         files={file.name: sha256_of(file) for file in files},
     ).as_json()
     return Written(results, write_checked(folder / "results.json", results), predictions)
@@ -156,6 +161,13 @@ def describe(data: SplitDataset) -> DataInfo:
         made=data.dataset.made,
         derived=data.dataset.provenance.get("derived", ""),
     )
+
+
+def unevaluated(missing: Sequence[Unevaluated]) -> Iterator[str]:
+    """Say how many rows were not evaluated, for each reason."""
+    for reason, count in Counter(row.reason for row in missing).items():
+        what = "1 row was" if count == 1 else f"{count} rows were"
+        yield f"{what} not evaluated, and running the same command again evaluates them: {reason}."
 
 
 def notes(study: Study) -> list[str]:

@@ -1,4 +1,4 @@
-"""Memory of a GPU: what is free, what a model takes, and one line where it was not enough."""
+"""Memory of models: what weights take, what is free on a GPU, and one line where it was not enough."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import logging
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from llmrec.errors import LlmrecError, require
@@ -79,6 +80,18 @@ def placed(model: Any, place: str) -> Any:
         return model.to(half).to(place)
     log.warning("%s: it is asked on the CPU, which takes long", said)
     return model
+
+
+def weights_size(folder: str, config: Any, itemsize: int) -> int:
+    """Return the bytes of a model's weights once they are loaded; 0 where they are not on this machine.
+
+    Args:
+        folder: The model folder.
+        config: Its configuration.
+        itemsize: Bytes of a number once it is loaded.
+    """
+    stored = getattr(getattr(config, "dtype", None), "itemsize", itemsize)
+    return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors")) * itemsize // stored
 
 
 def _with_room(size: int) -> float:

@@ -60,6 +60,23 @@ def is_paired(config: Any) -> bool:
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
+def cache_bytes(config: Any, itemsize: int) -> int:
+    """Return the bytes of keys and values that attention keeps of one token, in all layers.
+
+    Where layers keep less, such as those with a window or a compressed state, it is an upper bound.
+
+    Args:
+        config: A configuration of transformers.
+        itemsize: Bytes of a number.
+    """
+    text = config.get_text_config()
+    # A recurrent model has no heads.
+    heads = getattr(text, "num_attention_heads", None) or 1
+    kept = getattr(text, "num_key_value_heads", None) or heads
+    width = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return int(2 * text.num_hidden_layers * kept * width * itemsize)
+
+
 def auto_class(config: Any) -> Any:
     """Return transformers' class that makes or loads the model of a configuration, head included."""
     transformers = require("transformers", "train")

@@ -49,6 +49,8 @@ Value = Plain | dict[str, Plain]
 ShotChoice = Literal["random", "own", "similar", "nearest", "diverse", "recent", "balanced"]
 
 
+AUTO = "auto"
+"""The value of ``eval.backend`` and ``eval.scorer`` under which an engine is chosen where it is started."""
 UNKNOWN_KEY = "unknown_key"
 """Type of the error of a key that a section does not take, under the path of that section."""
 
@@ -1225,10 +1227,13 @@ class EvalSection(Section):
     arms: Arms = ("zero-shot", "few-shot", "tuned")
     split: Literal["valid", "test"] = "test"
     users: Positive = 200
-    backend: Annotated[str, _known(BACKENDS)] = Field("vllm", description="vllm, hf, openai, fake, or a plug-in")
+    backend: Annotated[str, _known({AUTO: "", **BACKENDS})] = Field(
+        AUTO,
+        description="vllm, hf, openai, fake, or a plug-in; auto: vllm where it is installed and starts, otherwise hf",
+    )
     server: ServerSection | None = Field(None, description="openai: which server, and how it is asked")
-    scorer: Annotated[str, _known({"auto": "", **BACKENDS}, "openai")] = Field(
-        "auto", description="engine for title likelihoods: a backend, or auto, the faster one here"
+    scorer: Annotated[str, _known({AUTO: "", **BACKENDS}, "openai")] = Field(
+        AUTO, description="engine for title likelihoods: a backend, or auto, the faster one here"
     )
     candidates: CandidateSection = CandidateSection()
     shots: ShotSection = ShotSection()
@@ -1314,7 +1319,7 @@ class EvalSection(Section):
                 "eval.exit: a whole number of layers, or a probability below 1, and transformers alone stop there; set "
                 "eval.backend=hf and such a number, or drop the key"
             )
-        if self.server is not None and self.scorer != "auto":
+        if self.server is not None and self.scorer != AUTO:
             raise ValueError(
                 "eval.scorer: another engine would score with another model than the server's; leave the key out"
             )

@@ -173,7 +173,7 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
         trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
         text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
         about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
-        kind_words=wording.KINDS, forms=wording.FORMS, short=escape.short,
+        kind_words=wording.KINDS, forms=wording.FORMS, short=escape.short, not_evaluated=wording.NOT_EVALUATED,
     )  # fmt: skip
     found.filters.update(_FIGURES)
     found.filters.update(

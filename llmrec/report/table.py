@@ -24,6 +24,7 @@ from llmrec.report.marks import (
 from llmrec.report.results import results_of
 from llmrec.report.wording import (
     KINDS,
+    NOT_EVALUATED,
     UNDEFINED,
     figure,
     interval,
@@ -35,7 +36,7 @@ from llmrec.report.wording import (
     undefined,
     with_interval,
 )
-from llmrec.results import Metric, Results, Row
+from llmrec.results import Metric, Results, Row, Unevaluated
 
 CSV_COLUMNS = (
     "task", "row", "arm", "predictor", "template", "template_use", "shots", "engine", "inputs", "n", "metric", "value",
@@ -86,6 +87,8 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
                 line = (*_csv_figures(row, name), *_csv_marks(mark, control), single, *_csv_costs(row))
                 line += (_csv_undefined(row.metrics[name]),)
                 writer.writerow([csv_cell(value) for value in line])
+        for missing in found.missing(task):
+            writer.writerow([csv_cell(value) for value in _csv_missing(missing, found.headline[task])])
     return buffer.getvalue()
 
 
@@ -96,6 +99,15 @@ def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
         row.n, name, metric.value, metric.low, metric.high, metric.signature, row.parse_rate, row.tie_rate,
         cost.seconds, cost.prompt_tokens, cost.completion_tokens,
     )  # fmt: skip
+
+
+def _csv_missing(row: Unevaluated, metric: str) -> list[object]:
+    """Return the line of a row that was not evaluated: which it is, and why it has no figure."""
+    known = {
+        **{name: getattr(row, name) for name in ("task", "arm", "predictor", "template", "template_use", "shots")},
+        **{"row": row.id, "metric": metric, "undefined": f"{NOT_EVALUATED}: {row.reason}"},
+    }
+    return [known.get(name) for name in CSV_COLUMNS]
 
 
 def _csv_undefined(metric: Metric) -> str | None:
@@ -160,6 +172,8 @@ def _task_table(results: Results, task: str) -> Table:
             if place == 0:
                 cells.append(Text(interval(metric.low, metric.high) if metric else ""))
         table.add_row(*cells, *([Text(share(row.parse_rate))] if parsed else []))
+    for missing in results.missing(task):
+        table.add_row(_plain(label(missing)), Text(NOT_EVALUATED, style="red"))
     return table
 
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 
 from llmrec.registry import is_family
 from llmrec.report.escape import flat, visible
-from llmrec.results import Comparison, Metric, Reads, Results, Row, Verdict, lower
+from llmrec.results import Comparison, Metric, Reads, Results, Row, Setting, Verdict, lower
 from llmrec.tasks.family import family_of
 
 USERS, SEEDS = 200, 3
 """The least number of users and of training seeds behind a claim."""
 DASH = "–"
 UNDEFINED = "undefined"
+NOT_EVALUATED = "not evaluated"
 DETECTABLE = (
     "Detectable: the smallest true difference that the comparison would find in 80 of 100 repetitions. No significant "
     "difference does not mean equal."
@@ -198,12 +199,12 @@ def duration(seconds: float | None) -> str:
     return f"{whole // 3600} h {whole % 3600 // 60} min"
 
 
-def short_template(row: Row) -> str:
+def short_template(row: Setting) -> str:
     """Return a template's name without its family."""
     return (row.template or "").rpartition("/")[2]
 
 
-def label(row: Row) -> str:
+def label(row: Setting) -> str:
     """Return what tells a row from its neighbours, such as ``tuned · likelihood · continue-list``."""
     return flat(row.label)
 

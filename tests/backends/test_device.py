@@ -177,25 +177,31 @@ def test_vllm_is_told_how_gpus_share_a_model(monkeypatch: pytest.MonkeyPatch) ->
     assert _started(monkeypatch, on_cpu=True, tensor_parallel=2)["tensor_parallel_size"] == 2
 
 
-def test_keys_of_a_recipe_reach_vllm(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_keys_of_a_recipe_reach_vllm(monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
+    from llmrec.backends.vllm.sizing import Workload
     from llmrec.experiment.resume import Budget
 
     def made(section: EvalSection) -> engines.Engines:
-        return engines.Engines(CPU, section, SimpleNamespace(digest="d"), 0, Budget(quiet=True), None)  # type: ignore[arg-type]
+        return engines.Engines(CPU, section, SimpleNamespace(digest="d", max_length=512), 0, Budget(quiet=True), None)  # type: ignore[arg-type]
 
     told: dict[str, Any] = {}
     monkeypatch.setattr(engines, "check_weights", lambda *_: None)
     monkeypatch.setattr(engines, "lookup", lambda *_: lambda *_, **given: told.update(given))
     sharing = made(EvalSection(tensor_parallel=4, pipeline_parallel=2, enforce_eager=True, gpu_memory=0.5))
-    sharing._start("vllm", str(tmp_path))
+    folder = str(llama_folder)
+    sharing._start("vllm", folder, lambda: 640)
     wanted = {"tensor_parallel": 4, "pipeline_parallel": 2, "eager": True, "gpu_memory": 0.5}
     assert {name: told[name] for name in wanted} == wanted
+    # Two layers with one head of 64 keys and 64 values, in the dtype that models have here.
+    itemsize = load.dtype(CPU).itemsize
+    weights = (llama_folder / "model.safetensors").stat().st_size * itemsize // 4
+    assert told["workload"] == Workload(tokens=640, token_bytes=2 * 2 * 64 * itemsize, weights=weights)
     assert sharing.identity("vllm", "w")["shared"] == [4, 2] and "shared" not in sharing.identity("hf", "w")
     assert "shared" not in made(EvalSection()).identity("vllm", "w")
     # Other weights under the same path are another engine.
     monkeypatch.setattr(engines, "CachedBackend", lambda *_: SimpleNamespace(close=lambda: None))
-    first = sharing.get("vllm", str(tmp_path), "w")
-    assert sharing.get("vllm", str(tmp_path), "w") is first is not sharing.get("vllm", str(tmp_path), "v")
+    first = sharing.get("vllm", folder, "w")
+    assert sharing.get("vllm", folder, "w") is first is not sharing.get("vllm", folder, "v")
 
 
 def test_no_more_gpus_are_asked_for_than_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -209,25 +215,3 @@ def test_no_more_gpus_are_asked_for_than_there_are(monkeypatch: pytest.MonkeyPat
         engines.refuse_device(AUTO, EvalSection(backend="vllm", tensor_parallel=2, pipeline_parallel=2))
     with raises(RecipeError, Facts("contradiction", column="eval.pipeline_parallel", says="eval.backend is hf")):
         engines.refuse_device(AUTO, EvalSection(backend="hf", pipeline_parallel=2))
-
-
-@pytest.mark.parametrize(("usable", "kept"), [(3, 2), (15, 5), (100, 8)])
-def test_vllm_on_a_cpu_caches_into_what_is_free_when_it_starts(
-    usable: int, kept: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from llmrec.backends.vllm import backend
-
-    asked: dict[str, object] = {}
-    found = {"vllm": SimpleNamespace(LLM=lambda folder, **options: asked.update(options)), "torch": torch}
-    platform = SimpleNamespace(current_platform=_Platform(on_cpu=True))
-    monkeypatch.setattr(backend, "prepare_environment", lambda: None)
-    monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
-    monkeypatch.setattr(backend, "memory", lambda: SimpleNamespace(usable=usable * 2**30))
-    monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
-    encoder = SimpleNamespace(max_length=512)
-    backend.VLLMBackend("folder", encoder, dtype="float32")  # type: ignore[arg-type]
-    assert asked["kv_cache_memory_bytes"] == kept * 2**30
-    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "1")
-    asked.clear()
-    backend.VLLMBackend("folder", encoder, dtype="float32")  # type: ignore[arg-type]
-    assert "kv_cache_memory_bytes" not in asked

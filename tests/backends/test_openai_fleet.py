@@ -228,5 +228,5 @@ def test_addresses_in_a_recipe_and_on_the_command_line() -> None:
             ServerSection.model_validate({"url": no_address, "model": "m"})
     for given, wanted in (((), ("http://127.0.0.1:8000/v1",)), (URLS, URLS), (URLS[:1], URLS[:1])):
         options = RecommenderOptions(model="x", backend="openai", server_model="m", server_url=given)
-        section_ = engine_section(options, paired=False)
+        section_ = engine_section(options)
         assert section_.server is not None and section_.server.urls == wanted

@@ -16,16 +16,18 @@ from llmrec.answering.loaded import load
 from llmrec.answering.opening import open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.commands.auto import run as autos
-from llmrec.commands.auto.model import judged, plan, with_model
+from llmrec.commands.auto.model import Plan, judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions, budget_seconds
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
 from llmrec.commands.auto.table import data_page
 from llmrec.commands.auto.trial import Done
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.run import rank_file
-from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.errors import DataError, EngineFailure, LlmrecError, RecipeError
 from llmrec.experiment.study import load_split
+from llmrec.pipeline import Run
 from llmrec.recipe.load import dump, load_recipe
+from llmrec.recipe.schema import Recipe
 from llmrec.results import FusionWeights, PartWeight, Results
 
 FEW = [Part(name, name) for name in ("popularity", "markov", "item-knn")]
@@ -161,7 +163,9 @@ def test_a_network_whose_epochs_are_too_slow_is_not_begun(table: Path, tmp_path:
 def test_what_promises_more_gets_more_of_the_time() -> None:
     good, weak, nothing = (autos.Tried(Part(name, "markov")) for name in ("good", "weak", "nothing"))
     good.trials, weak.trials = [Done({}, 0.08, 1.0)], [Done({}, 0.01, 1.0), Done({}, 0.04, 1.0)]
-    search = autos._Search(load_recipe("recipes/movielens-100k/four-tasks.yaml"), "", Path(), [], time.monotonic() + 190.0, 1.0, print)
+    search = autos._Search(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml"), "", Path(), [], time.monotonic() + 190.0, 1.0, print
+    )
     assert search._share([good, weak]) == pytest.approx(170.0 * (0.125 + 0.75 * 16 / 17), abs=0.5)
     assert search._share([weak, weak]) == pytest.approx(85.0, abs=0.5)
     assert search._share([nothing, good]) == pytest.approx(170.0 / 8, abs=0.5)
@@ -338,3 +342,21 @@ def test_a_missing_table_is_one_error() -> None:
     with pytest.raises(LlmrecError) as caught:
         autos.auto(AutoOptions(table="nowhere.csv"))
     assert caught.value.kind == "missing-file"
+
+
+def test_classic_recommenders_are_kept_where_no_engine_asks_the_tuned_model(
+    table: Path, tmp_path: Path, few: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ran = autos.run
+
+    def run(recipe: Recipe, folder: Path) -> Run:
+        if recipe.eval.arms:
+            assert recipe.eval.backend == "auto"
+            raise EngineFailure("2 of 9 rows were not evaluated: no memory; run it again", kind="failed")
+        return ran(recipe, folder)
+
+    monkeypatch.setattr(autos, "run", run)
+    monkeypatch.setattr(autos, "plan", lambda seconds, **more: Plan(2, 1.0, "a language model is tuned"))
+    made = autos.auto(AutoOptions(table=str(table), budget="10s", out=tmp_path / "run"))
+    assert made.folder == tmp_path / "run"
+    assert made.sentence.endswith("The tuned language model is not kept: 2 of 9 rows were not evaluated: no memory.")

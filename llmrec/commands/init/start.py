@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -28,7 +27,7 @@ from llmrec.data.sources.recognise import sources_with
 from llmrec.data.stats import baskets
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
-from llmrec.recipe.schema import Columns, Recipe
+from llmrec.recipe.schema import AUTO, Columns, Recipe
 from llmrec.resources import resource
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -83,7 +82,7 @@ def init(
         asked: What is known about columns.
         mend: Where a fixed copy of the table may be written, if one is needed.
         force: Write over an existing recipe or copy.
-        backend: The engine; vLLM where it is installed, else hf.
+        backend: The engine; by default that is left to each run.
         query: What is asked of a database.
         measure: Estimate the time on this machine, which takes seconds, where the model is at hand.
         in_memory: The table is a frame of Python, so that no fixed copy of it is written.
@@ -226,7 +225,7 @@ def _written(path: Path, target: Path) -> str:
 
 
 def _backend() -> str:
-    return "vllm" if importlib.util.find_spec("vllm") is not None else "hf"
+    return AUTO
 
 
 # --------------------------------------------------------------------------- the recipe

@@ -99,7 +99,8 @@ def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any
     # A position with a target has its logits computed forward, and twice as much backward.
     training = rows.get("padded_tokens", 0) * speed.train + rows.get("target_tokens", 0) * 3 * speed.head
     training += looks * rows.get("validation_tokens", 0) * speed.read if rows else 0.0
-    start = _START[recipe.eval.backend] + _START["hf"]
+    # Under auto vLLM is started, if there is one.
+    start = _START.get(recipe.eval.backend, _START["vllm"]) + _START["hf"]
     seconds = {
         arm: each.read * speed.read + each.scored * speed.head + each.written * (speed.write + speed.head) + start
         for arm, each in work.items()

@@ -1,0 +1,142 @@
+"""How much memory a vLLM engine on the CPU takes, and what becomes of one that does not start; no engine is started."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from llmrec.backends.vllm import backend, supervise
+from llmrec.backends.vllm.backend import VLLMBackend
+from llmrec.backends.vllm.sizing import Workload
+from llmrec.errors import EngineFailure
+from llmrec.machine import Node
+from tests.facts import Facts, raises
+
+GIB, MIB = 2**30, 2**20
+LONGEST = 1024
+# SmolLM2-135M in bfloat16: 30 layers, 3 heads of 64 keys and as many values each.
+TOKEN, WEIGHTS = 2 * 30 * 3 * 64 * 2, 270 * 10**6
+LEAST = TOKEN * 32 * 34
+
+
+def small(tokens: int = 64 * 300) -> Workload:
+    return Workload(tokens=tokens, token_bytes=TOKEN, weights=WEIGHTS)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "free", "first"),
+    [
+        (64 * 300, 20 * GIB, 64 * 300 * TOKEN),  # what is asked
+        (64 * 1024, 20 * GIB, GIB),  # the upper limit
+        (10, 20 * GIB, LEAST),  # one request of the longest
+        (64 * 300, GIB, GIB - WEIGHTS - GIB // 2),  # what is free
+        (64 * 300, 10 * MIB, LEAST),  # never less than vLLM accepts
+    ],
+)
+def test_the_cache_holds_the_largest_batch_as_far_as_there_is_room(tokens: int, free: int, first: int) -> None:
+    sizes = list(small(tokens).sizes(LONGEST, free))
+    assert sizes[0] == first and sizes[-1] == LEAST
+    assert all(after == max(LEAST, before // 2) for before, after in itertools.pairwise(sizes))
+
+
+def test_a_larger_model_may_have_a_larger_cache() -> None:
+    seven = Workload(tokens=64 * 2048, token_bytes=131_072, weights=14 * 10**9)
+    assert seven.wanted(2048) == 14 * 10**9
+    assert Workload(tokens=64 * 500, token_bytes=131_072, weights=14 * 10**9).wanted(2048) == 64 * 500 * 131_072
+
+
+class Machine:
+    """A machine whose vLLM engines start with caches up to a size, and need some memory to.
+
+    Attributes:
+        asked: The caches that were tried.
+    """
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, starts: Callable[[int], bool], free: int) -> None:
+        self.asked: list[int] = []
+        self._starts = starts
+        platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True))
+        found = {"vllm": SimpleNamespace(LLM=self._llm)}
+        monkeypatch.setattr(backend, "prepare_environment", lambda: None)
+        monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
+        monkeypatch.setattr(backend, "node_memory", lambda: Node(name="NUMA node 0", total=10 * GIB, free=free))
+        monkeypatch.setattr(supervise, "_guard", lambda: None)
+        monkeypatch.delenv("VLLM_CPU_KVCACHE_SPACE", raising=False)
+
+    def _llm(self, folder: str, **options: Any) -> object:
+        self.asked.append(options.get("kv_cache_memory_bytes", 0))
+        if self._starts(self.asked[-1]):
+            return SimpleNamespace()
+        raise RuntimeError("Engine core initialization failed. See root cause above.")
+
+
+def start(workload: Workload | None = None) -> VLLMBackend:
+    encoder: Any = SimpleNamespace(max_length=LONGEST)
+    return VLLMBackend("folder", encoder, dtype="bfloat16", workload=workload or small())
+
+
+def test_an_engine_starts_with_what_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Machine(monkeypatch, starts=lambda size: True, free=8 * GIB)
+    start()
+    assert made.asked == [64 * 300 * TOKEN]
+
+
+def test_a_start_that_lacks_memory_is_tried_with_half_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where another process takes memory while the engine starts, which vLLM sees and this program saw not."""
+    made = Machine(monkeypatch, starts=lambda size: size < 100 * MIB, free=GIB)
+    start()
+    assert made.asked == list(small().sizes(LONGEST, GIB))[: len(made.asked)]
+    assert len(made.asked) > 1 and made.asked[-1] < 100 * MIB <= made.asked[-2]
+
+
+def test_an_engine_that_never_starts_names_what_it_needs_and_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Machine(monkeypatch, starts=lambda size: False, free=GIB)
+    with raises(
+        EngineFailure,
+        Facts(
+            "exhausted",
+            "folder",
+            column="eval.backend",
+            says=("0.02 GiB of KV cache", "0.25 GiB of weights", "1.00 of 10.00 GiB free", "eval.backend=hf"),
+        ),
+    ):
+        start()
+    assert made.asked[-1] == LEAST
+
+
+def test_without_room_for_the_least_nothing_is_started(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Machine(monkeypatch, starts=lambda size: True, free=200 * MIB)
+    with raises(EngineFailure, Facts("exhausted", says="NUMA node 0 has 0.20 of 10.00 GiB free")):
+        start()
+    assert made.asked == []
+
+
+def test_where_memory_is_no_reason_one_more_try_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
+    with raises(EngineFailure, Facts("failed", says=("Engine core initialization failed", "eval.backend=hf"))):
+        start()
+    assert len(made.asked) == 2
+
+
+def test_a_cache_that_the_user_sets_is_tried_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
+    monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "6")
+    with raises(EngineFailure, Facts("failed", column="eval.backend")):
+        start()
+    assert made.asked == [0]
+
+
+def test_prompts_are_scored_in_groups_that_the_cache_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts are read before their candidates are; one that had given way meanwhile would be read for each again."""
+    Machine(monkeypatch, starts=lambda size: True, free=8 * GIB)
+    made = start()
+    cache = SimpleNamespace(block_size=32, num_gpu_blocks=100)
+    made._engine = SimpleNamespace(llm_engine=SimpleNamespace(vllm_config=SimpleNamespace(cache_config=cache)))
+    asked: Any = [([1] * length, [(2, 3)]) for length in (600, 600, 500, 1700, 10)]
+    groups = [[len(ids) for ids, _ in group] for group in made._cached_together(asked)]
+    assert groups == [[600, 600], [500], [1700], [10]]
+    assert made._cached_together([]) == []
