@@ -438,6 +438,24 @@ class Results(Displayed, Record):
         """Return one row; `check` has made sure that every comparison names existing ones."""
         return next(row for row in self.rows if row.id == row_id)
 
+    def members(self, row: Row) -> tuple[Row, ...]:
+        """Return the rows that an ensemble joins; none of any other row."""
+        names = [part.name for part in row.fusion.parts] if row.fusion else []
+        found = []
+        for name in names:
+            known = [
+                each
+                for each in self.rows
+                if each.task == row.task
+                and each.fusion is None
+                and name in (each.predictor, each.id.partition("/")[2])
+                and (each.arm == "baseline" or row.arm in (each.arm, "baseline"))
+            ]
+            # Several settings and templates may share a strategy: an ensemble joins those of its own.
+            known.sort(key=lambda each: (each.arm, each.template, each.shots) != (row.arm, row.template, row.shots))
+            found += known[:1]
+        return tuple(found)
+
     def standings(self, task: str) -> tuple[Row, ...]:
         """Return a task's rows, best headline value first and rows without one last."""
         metric = self.headline[task]

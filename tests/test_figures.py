@@ -12,11 +12,12 @@ from decimal import Decimal
 from pathlib import Path
 
 import pytest
+from scipy.stats import ttest_rel
 
 from eval.benchmarks import record
 from eval.benchmarks.figures.check import EXCEPTIONS, faults, named, write
 from eval.benchmarks.figures.pages import figures, masked, read
-from eval.benchmarks.figures.pointers import PointerError, Results, chance
+from eval.benchmarks.figures.pointers import PointerError, Results, chance, paired_t
 from llmrec.metrics.ranking import ndcg
 from llmrec.recipe.load import load_recipe
 
@@ -186,6 +187,17 @@ def test_what_leads_to_nothing_or_is_no_sum_is_refused(results: Results, express
 @pytest.mark.parametrize(("cutoff", "candidates"), [(10, 20), (10, 100), (5, 3)])
 def test_chance_is_what_the_metric_gives_a_tied_ranking(cutoff: int, candidates: int) -> None:
     assert float(chance(cutoff, candidates)) == pytest.approx(ndcg([0], [candidates], cutoff)[0])
+
+
+def test_a_paired_t_is_that_of_scipy(results: Results) -> None:
+    a, b = [0.71378, 0.71493, 0.71599, 0.71477, 0.71766], [0.71381, 0.71438, 0.71665, 0.71836, 0.71866]
+    found = paired_t([Decimal(str(each)) for each in a], [Decimal(str(each)) for each in b])
+    assert float(found) == pytest.approx(ttest_rel(a, b).statistic)
+    for pairs in (([1], [2]), ([1, 2], [1]), ([1, 2], [2, 3])):
+        with pytest.raises(PointerError):
+            paired_t(*([Decimal(each) for each in values] for values in pairs))
+    named = results.value("t(made:rows/*/n , made:rows/*/HR@5)")
+    assert float(named) == pytest.approx(float(paired_t([Decimal(2), Decimal(6)], [Decimal("0.25"), Decimal("0.5")])))
 
 
 def bound(text: str) -> list[tuple[str, str]]:

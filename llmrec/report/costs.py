@@ -1,7 +1,11 @@
-"""What answering cost: by row and by setting, in tokens and seconds a request."""
+"""What answering cost: by row and by setting, in tokens and seconds a request.
+
+An ensemble costs what its members cost and what joining them costs; a setting counts every row once.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from llmrec.results import Results, Row
@@ -46,16 +50,23 @@ class ArmCost:
     rate: float | None
 
 
-def cost_of(row: Row) -> RowCost:
-    """Return the cost of one row."""
-    tokens, seconds = row.cost.prompt_tokens + row.cost.completion_tokens, row.cost.seconds or 0.0
-    users = row.users or row.n
+def cost_of(row: Row, members: Sequence[Row] = ()) -> RowCost:
+    """Return the cost of one row.
+
+    Args:
+        row: The row.
+        members: What it joins, if it is an ensemble; they answered the same requests.
+    """
+    costs = [each.cost for each in (row, *members)]
+    read, written = sum(cost.prompt_tokens for cost in costs), sum(cost.completion_tokens for cost in costs)
+    tokens, seconds = read + written, sum(cost.seconds or 0.0 for cost in costs)
+    forwards, users = sum(cost.forwards for cost in costs), row.users or row.n
     return RowCost(
         row=row,
-        read=row.cost.prompt_tokens,
-        written=row.cost.completion_tokens,
+        read=read,
+        written=written,
         seconds=seconds,
-        forwards_per_request=row.cost.forwards / row.n if row.n > 0 and row.cost.forwards else None,
+        forwards_per_request=forwards / row.n if row.n > 0 and forwards else None,
         tokens_per_request=tokens / row.n if row.n > 0 else None,
         tokens_per_user=tokens / users if users > 0 else None,
         seconds_per_request=seconds / row.n if row.n > 0 else None,
@@ -64,7 +75,7 @@ def cost_of(row: Row) -> RowCost:
 
 def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
     """Return the cost of a task's rows, best row first."""
-    return tuple(cost_of(row) for row in results.standings(task))
+    return tuple(cost_of(row, results.members(row)) for row in results.standings(task))
 
 
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:

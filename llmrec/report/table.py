@@ -84,7 +84,12 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
                     continue
                 mark = marked.get(row.id) if name == found.headline[task] else None
                 single = None if row.template is None else "yes" if row.id in alone else "no"
-                line = (*_csv_figures(row, name), *_csv_marks(mark, control), single, *_csv_costs(row))
+                line = (
+                    *_csv_figures(row, name),
+                    *_csv_marks(mark, control),
+                    single,
+                    *_csv_costs(row, found.members(row)),
+                )
                 line += (_csv_undefined(row.metrics[name]),)
                 writer.writerow([csv_cell(value) for value in line])
         for missing in found.missing(task):
@@ -122,8 +127,8 @@ def _csv_marks(mark: Mark | None, control: Row | None) -> tuple[object, ...]:
     return (said[0], zero and zero.p, name, said[1], base and base.p)
 
 
-def _csv_costs(row: Row) -> tuple[object, ...]:
-    cost = cost_of(row)
+def _csv_costs(row: Row, members: Sequence[Row]) -> tuple[object, ...]:
+    cost = cost_of(row, members)
     return (row.users, row.candidates, cost.tokens_per_request, cost.seconds_per_request, cost.forwards_per_request)
 
 

@@ -308,3 +308,21 @@ def test_a_run_starts_from_that_of_its_seed(tmp_path: Path) -> None:
         page = write(tmp_path, "  - {name: SFT, seeds: [3, 4]}\n  - {name: further, " + wrong + "}\n")
         with pytest.raises(RecipeError, match="a run above it"):
             load_benchmark(page)
+
+
+@pytest.mark.parametrize("members", [None, ("label · list · tuned", "markov")])
+def test_an_ensemble_costs_what_its_members_cost(members: tuple[str, ...] | None) -> None:
+    own = {"arm": "tuned", "template": "direct/list", "run": "tuned"}
+    model = row("label · list · tuned", 500, 0.4).model_copy(update={**own, "predictor": "label"})
+    other = row("label · list · longer", 700, 0.4).model_copy(update={**own, "predictor": "label", "run": "longer"})
+    joined = row("fusion with models · list · tuned", 0, 0.5).model_copy(
+        update={**own, "predictor": "fusion with models", "members": members}
+    )
+    baseline = row("markov", 0, 0.3).model_copy(update={"arm": "baseline", "predictor": "markov"})
+    shown = (table("direct", "HR@1", [joined, model, other, baseline]),)
+    text = pages(BenchmarkResult(benchmark="b", description="", command="", seconds=1.0, missing=0, tables=shown))[
+        "b.md"
+    ]
+    costs = {line.split(" | ")[0].strip("| "): line.split(" | ")[-3] for line in text.splitlines() if line[:2] == "| "}
+    assert costs["fusion with models · list · tuned"] == costs["label · list · tuned"] == "500"
+    assert "An ensemble costs what its members cost." in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import io
 from collections.abc import Callable
@@ -29,6 +30,28 @@ def test_a_row_by_hand(results: dict[str, Any]) -> None:
     assert cost_of(row.model_copy(update={"users": None})).tokens_per_user == 50.0
     nothing = cost_of(row.model_copy(update={"n": 0, "users": None}))
     assert nothing.tokens_per_request is nothing.tokens_per_user is nothing.seconds_per_request is None
+
+
+def test_an_ensemble_costs_what_its_members_cost(results: dict[str, Any]) -> None:
+    model = next(row for row in results["rows"] if row["id"] == "direct/tuned/label/pick-one")
+    model["cost"] = {"seconds": 30.0, "prompt_tokens": 41_234, "completion_tokens": 766, "forwards": 2000}
+    parts = [{"name": name, "weight": 0.5} for name in (model["predictor"], "item-knn")]
+    joined = copy.deepcopy(model) | {
+        "id": "direct/tuned/fusion with models/pick-one",
+        "predictor": "fusion with models",
+    }
+    joined |= {"fusion": {"form": "pool", "parts": parts}, "cost": {"seconds": 0.5}}
+    results["rows"].append(joined)
+    before = cost_by_arm(results_of({**results, "rows": results["rows"][:-1]}))
+    found = results_of(results)
+    costs = {cost.row.id: cost for cost in cost_by_row(found, "direct")}
+    assert [row.arm for row in found.members(found.row(joined["id"]))] == ["tuned", "baseline"]
+    assert (costs[joined["id"]].read, costs[joined["id"]].forwards_per_request) == (41_234, 10.0)
+    assert costs[joined["id"]].seconds > costs[model["id"]].seconds >= 30.0
+    tuned = [next(arm for arm in arms if arm.arm == "tuned") for arms in (before, cost_by_arm(found))]
+    assert tuned[0].read == tuned[1].read and tuned[1].seconds == tuned[0].seconds + 0.5
+    line = next(line for line in csv.DictReader(io.StringIO(csv_text(results))) if line["row"] == joined["id"])
+    assert (line["tokens_per_request"], line["prompt_tokens"]) == ("210.0", "0")
 
 
 def test_arms_add_up(results: dict[str, Any]) -> None:

@@ -11,7 +11,8 @@ with a ``value`` stands for that.
 
 Between pointers and numbers there may be ``+ - * /`` with blanks around them, and parentheses. Functions: ``abs(x)``;
 ``min max sum mean count`` of a pointer, which may then stand for several values; ``chance(k, n)``, the exact NDCG@k of
-a random order of n candidates with one target. Nothing else: results are read, never run. Numbers alone are no source.
+a random order of n candidates with one target; ``t(a , b)`` (a blank before the comma), the paired t statistic of two pointers that stand for as
+many values, such as those of training seeds. Nothing else: results are read, never run. Numbers alone are no source.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from typing import Any
 import yaml
 
 TOKEN = re.compile(
-    r"\s*(?:(?P<call>abs|min|max|sum|mean|count|chance)\(|(?P<number>\d+(?:\.\d+)?)(?=[\s),]|$)"
+    r"\s*(?:(?P<call>abs|min|max|sum|mean|count|chance|t)\(|(?P<number>\d+(?:\.\d+)?)(?=[\s),]|$)"
     r"|(?P<sign>[-+*/(),])(?=\s|\(|$|\)|\w|\[)|(?P<pointer>[\w./-]+:(?:\[[^\]]*\]|[^\s()\[\]])+))"
 )
 STEP = re.compile(r"\[(?P<inside>[^\]]*)\]|(?P<key>[^/\[\]]+)|/")
@@ -151,17 +152,39 @@ class _Reader:
             cutoff = self.sum()
             self._expect(",")
             return chance(int(cutoff), int(self.sum()))
-        kind, said = self._next()
-        if kind != "pointer":
-            raise PointerError(f"{name}() takes a pointer: {self.text!r}")
-        found = self.find(said)
+        found = self._values(name)
+        if name == "t":
+            self._expect(",")
+            return paired_t(found, self._values(name))
         if name == "count":
             return Decimal(len(found))
         if not found:
-            raise PointerError(f"{said} leads to nothing")
+            raise PointerError(f"{name}() has no values: {self.text!r}")
         if name == "mean":
             return sum(found, Decimal(0)) / len(found)
         return {"min": min, "max": max, "sum": sum}[name](found)  # type: ignore[operator,no-any-return]
+
+    def _values(self, name: str) -> list[Decimal]:
+        kind, said = self._next()
+        if kind != "pointer":
+            raise PointerError(f"{name}() takes a pointer: {self.text!r}")
+        return self.find(said)
+
+
+def paired_t(a: list[Decimal], b: list[Decimal]) -> Decimal:
+    """Return the mean difference of pairs over its standard error.
+
+    Raises:
+        PointerError: If there are fewer than two pairs, not as many of one as of the other, or all differ alike.
+    """
+    if len(a) != len(b) or len(a) < 2:
+        raise PointerError(f"t() takes pairs: there are {len(a)} and {len(b)} values")
+    found = [one - other for one, other in zip(a, b, strict=True)]
+    mean = sum(found, Decimal(0)) / len(found)
+    square = sum(((each - mean) ** 2 for each in found), Decimal(0)) / (len(found) - 1)
+    if square == 0:
+        raise PointerError("t() is not defined: all pairs differ alike")
+    return mean / (square / len(found)).sqrt()
 
 
 def chance(cutoff: int, candidates: int) -> Decimal:

@@ -80,6 +80,7 @@ class Line:
         values: Per-request values by metric, one mapping a seed.
         users: The user of each request.
         requests: Their ids: a user may have several.
+        members: Of an ensemble, the names of the rows that it joins.
     """
 
     table: Shared
@@ -90,6 +91,7 @@ class Line:
     values: list[Mapping[str, NDArray[np.float64]]] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
+    members: Sequence[str] | None = None
 
 
 def run_benchmark(
@@ -251,18 +253,25 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
             continue
         baseline = row.arm == "baseline"
         label = "" if baseline else point.label
-        parts = [row.predictor, *([] if baseline else [(row.template or "").partition("/")[2], label])]
         yield Line(
             # The metric's signature holds split, candidates and whatever else two figures must share.
             table=(row.task, headline, row.metrics[headline].signature, row.candidates),
-            name=" · ".join(parts),
+            name=_name(row, point.label),
             label=label,
             run=point.label,
             figures=[row],
             values=[made.values],
             users=[record.user_id for record in made.records],
             requests=[record.request_id for record in made.records],
+            members=[_name(member, point.label) for member in results.members(row)] if row.fusion else None,
         )
+
+
+def _name(row: Row, label: str) -> str:
+    """Return what a row of a run is called in tables."""
+    return " · ".join(
+        [row.predictor, *([] if row.arm == "baseline" else [(row.template or "").partition("/")[2], label])]
+    )
 
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
@@ -376,6 +385,7 @@ def _row(line: Line) -> BenchmarkLine:
         seeds=len(line.figures),
         parse_rate=_mean([row.parse_rate for row in line.figures]),
         metrics=metrics,
+        **({} if line.members is None else {"members": tuple(line.members)}),
         tokens_per_request=tokens / requests,
         forwards_per_request=_mean([cost.forwards for cost in costs]) / requests,
         seconds_per_request=_mean([cost.seconds for cost in costs]) / requests,

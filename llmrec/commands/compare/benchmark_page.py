@@ -9,6 +9,7 @@ from typing import Any
 
 from llmrec.commands.compare.records import BenchmarkLine, BenchmarkResult, BenchmarkTable, retested
 from llmrec.commands.compare.wording import about_detectable, drawn, planned_line, planned_note, standing
+from llmrec.experiment.fusion.parts import FUSIONS
 from llmrec.report.escape import cell, code, flat
 from llmrec.report.table import grid
 from llmrec.report.wording import DASH, SEEDS, UNDEFINED, difference, title, undefined_lines
@@ -31,14 +32,36 @@ def pages(results: BenchmarkResult) -> dict[str, str]:
         results: What `llmrec.commands.compare.benchmark` wrote.
     """
     name = results.benchmark
+    results = results.model_copy(update={"tables": tuple(map(_with_members, results.tables))})
     names = _names(name, results.tables)
     found = {file: picture(table) for file, table in zip(names, results.tables, strict=True) if _drawn(table)}
     return {f"{name}.md": page(results, names), **found}
 
 
+def _with_members(table: BenchmarkTable) -> BenchmarkTable:
+    """Return a table in which an ensemble costs what its members cost, and what joining them costs."""
+    return table.model_copy(update={"rows": tuple(_whole(row, _members(row, table)) for row in table.rows)})
+
+
+def _members(row: BenchmarkLine, table: BenchmarkTable) -> list[BenchmarkLine]:
+    if row.members is not None:
+        return [each for each in table.rows if each.name in row.members]
+    if row.predictor != FUSIONS["language model"]:
+        return []
+    # Earlier results do not say what an ensemble joins: at least the language model of its run, and that is what costs.
+    own = (row.run, row.arm, row.template, row.shots)
+    return [each for each in table.rows if each is not row and (each.run, each.arm, each.template, each.shots) == own]
+
+
+def _whole(row: BenchmarkLine, members: Sequence[BenchmarkLine]) -> BenchmarkLine:
+    names = ("tokens_per_request", "forwards_per_request", "seconds_per_request")
+    return row.model_copy(update={name: sum(getattr(each, name) for each in (row, *members)) for name in names})
+
+
 def page(results: BenchmarkResult, names: Sequence[str]) -> str:
     """Return the Markdown page; ``names`` are the pictures' files, one a table."""
     machine = results.machine
+    rows, ensembles = [row for table in results.tables for row in table.rows], set(FUSIONS.values())
     where = f"{machine.get('cpu') or 'an unknown processor'}, {machine.get('cores') or 'unknown'} cores"
     lines = [
         f"# {cell(results.benchmark)}",
@@ -49,13 +72,13 @@ def page(results: BenchmarkResult, names: Sequence[str]) -> str:
         "A row is a predictor, its template and its run. Intervals are 95 % over users; *sd* is over training seeds. "
         "*Less the best baseline* compares a row with the best baseline of its table on the same users. It is "
         "exploratory: the interval is an unadjusted 95 %, without p and verdict. Cost is per request: tokens read and "
-        "written, model calls (a generated token is one), seconds.",
+        "written, model calls (a generated token is one), seconds."
+        + (" An ensemble costs what its members cost." if any(row.predictor in ensembles for row in rows) else ""),
     ]
     tested = retested([table.pairs for table in results.tables])
     if many := sum(map(len, tested)):
         lines += ["", planned_note(many, earlier=any(pair.earlier for pairs in tested for pair in pairs))]
-    names_of = [row.name for table in results.tables for row in table.rows]
-    lines += ["", chance] if (chance := drawn(results.llmrec, names_of)) else []
+    lines += ["", chance] if (chance := drawn(results.llmrec, [row.name for row in rows])) else []
     if results.missing:
         lines += ["", f"**{results.missing} runs are missing**: the same command resumes."]
     for table, file, pairs in zip(results.tables, names, tested, strict=True):

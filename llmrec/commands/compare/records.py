@@ -184,7 +184,12 @@ class SuiteResult(Record):
 
 
 class BenchmarkLine(Record):
-    """One row of a benchmark's table, over all its seeds; ``run`` is empty for a baseline."""
+    """One row of a benchmark's table, over all its seeds; ``run`` is empty for a baseline.
+
+    Attributes:
+        members: Of an ensemble, the rows of the table that it joins; None in results that do not say.
+        tokens_per_request: Of the row itself; an ensemble's members are not counted. So are the next two.
+    """
 
     name: str
     arm: str
@@ -196,6 +201,7 @@ class BenchmarkLine(Record):
     seeds: int = 1
     parse_rate: Number = None
     metrics: dict[str, Figure]
+    members: tuple[str, ...] | None = None
     tokens_per_request: float = 0.0
     forwards_per_request: float = 0.0
     seconds_per_request: float = 0.0
