@@ -10,6 +10,7 @@ import importlib.metadata
 import os
 import platform
 import shlex
+import shutil
 import sys
 from contextlib import suppress
 from dataclasses import dataclass
@@ -47,6 +48,19 @@ def _version(package: str) -> str | None:
 def command_line(*program: str) -> str:
     """Return the command that this process runs, quoted so that a shell reads it back; by default one of llmrec."""
     return shlex.join([*(program or ("llmrec",)), *sys.argv[1:]])
+
+
+# What Linux shows of the GPUs of NVIDIA, in a module, in Windows' subsystem and on boards, and of those of AMD.
+_GPU_FILES = ("nvidia[0-9]*", "dxg", "nvhost*", "nvmap", "kfd")
+
+
+def may_have_gpu() -> bool:
+    """Whether there may be a GPU that is not hidden, as far as can be seen without a library: False is certain."""
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return False
+    if not sys.platform.startswith("linux") or shutil.which("nvidia-smi") is not None:
+        return True
+    return any(next(Path("/dev").glob(name), None) is not None for name in _GPU_FILES)
 
 
 def machine() -> dict[str, str | int | float | None]:

@@ -25,6 +25,7 @@ from llmrec.models.load import (
     release_memory,
 )
 from llmrec.models.memory import LOADING, told_of_full_memory, weights_size
+from llmrec.models.plain import is_plain_decoder
 from llmrec.models.rating_head import load_head
 from llmrec.models.traits import cache_bytes, is_paired
 from llmrec.recipe.schema import AUTO, EvalSection, ModelSection, ServerSection
@@ -309,7 +310,8 @@ def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> Non
     Raises:
         RecipeError: If the model is one, and answers are to come from vLLM.
     """
-    if "vllm" in (section.backend, section.scorer) and is_paired(load_config(folder, model)):
+    asked = "vllm" in (section.backend, section.scorer)
+    if asked and not is_plain_decoder(folder, model) and is_paired(load_config(folder, model)):
         raise RecipeError(
             f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and "
             "leave eval.scorer as it is (`llmrec rank`: --backend hf)",

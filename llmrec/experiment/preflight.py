@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
+from llmrec.backends.encode import Encoder
 from llmrec.backends.server.client import key_of
-from llmrec.errors import MissingExtra, ModelError, RecipeError, installed, require
+from llmrec.errors import LlmrecError, MissingExtra, ModelError, RecipeError, installed, require
 from llmrec.experiment.augmenting import FEATURES, refuse_other_store
 from llmrec.experiment.comparing import refuse_unknown
 from llmrec.experiment.engines import refuse_device, refuse_paired
@@ -15,6 +17,7 @@ from llmrec.experiment.tuning.rewarding import rewarded
 from llmrec.experiment.tuning.targets import classes_of, labels_of, listwise_of
 from llmrec.models.hub import is_whole
 from llmrec.models.load import load_config, outline
+from llmrec.models.plain import is_plain_decoder, plain_tokenizer
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import refuse_words
 from llmrec.recipe.paths import both_places
@@ -126,7 +129,6 @@ def checked_study(recipe: Recipe) -> Study:
         ModelError: If the model is not there, or configuration and tokenizer cannot be opened.
         LlmrecError: If anything else does not exist or fit.
     """
-    # What is wrong with data is told without torch, which the rest takes seconds to import.
     study = build_study(_writable(recipe))
     refuse_unknown(study)
     asks = bool(recipe.eval.arms)
@@ -143,9 +145,8 @@ def checked_study(recipe: Recipe) -> Study:
         # A new model, or one that is converted first: nothing of it can be wrong but what the recipe says.
         return study
     refuse_paired(base, recipe.model, recipe.eval)
-    encoder = encoder_of(study, base)
+    encoder, paired = _opened(study, base)
     if "tuned" in recipe.eval.arms:
-        paired = is_paired(load_config(base, recipe.model))
         if recipe.model.whole_words and not paired:
             refuse_words(recipe.model.name)
         classes_of(study, encoder, paired=paired)
@@ -157,3 +158,16 @@ def checked_study(recipe: Recipe) -> Study:
             start_of(study, encoder, base, folder_of(recipe, None))
             teacher_of(study, encoder, folder_of(recipe, None))
     return study
+
+
+def _opened(study: Study, base: str) -> tuple[Encoder, bool]:
+    """Open the tokenizer, and say whether the model is an encoder-decoder; by transformers only where it must be."""
+    recipe = study.recipe
+    # A run that training builds on has a tokenizer to compare with, setting by setting.
+    if recipe.train.start is None and recipe.train.teacher is None and is_plain_decoder(base, recipe.model):
+        tokenizer = plain_tokenizer(base, recipe.model)
+        with suppress(LlmrecError):  # transformers has the last word on a tokenizer that is refused
+            if tokenizer is not None:
+                return encoder_of(study, base, tokenizer), False
+    encoder = encoder_of(study, base)
+    return encoder, "tuned" in recipe.eval.arms and is_paired(load_config(base, recipe.model))

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -460,10 +460,16 @@ def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
         )
 
 
-def encoder_of(study: Study, base: str) -> Encoder:
-    """Return the tokenizer of a base model with the tokens of the study's index, without loading weights."""
+def encoder_of(study: Study, base: str, tokenizer: Any = None) -> Encoder:
+    """Return the tokenizer of a base model with the tokens of the study's index, without loading weights.
+
+    Args:
+        study: The study.
+        base: Folder of the model.
+        tokenizer: The tokenizer where it is at hand; None: transformers loads it.
+    """
     section = study.recipe.model
-    tokenizer = load_tokenizer(base, section)
+    tokenizer = load_tokenizer(base, section) if tokenizer is None else tokenizer
     if study.index is not None and study.index.vocabulary:
         add_item_tokens(tokenizer, study.index.vocabulary)
     return Encoder(tokenizer, max_length=section.max_length)

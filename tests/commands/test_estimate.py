@@ -1,4 +1,4 @@
-"""Estimates: what is counted, what a probe of this machine says, and one number in `init` and the dry run."""
+"""Estimates: what is counted, and what a probe of this machine says."""
 
 from __future__ import annotations
 
@@ -132,17 +132,3 @@ def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch
     monkeypatch.setattr("llmrec.commands.show.console.LARGE", 40)
     said = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
     assert "training: about" in said and "memory: about" in said, said
-
-
-def test_init_and_the_dry_run_say_one_number(shop: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(estimate, "measured", lambda *_: SPEED)
-    monkeypatch.setattr("llmrec.commands.init.measure.outline", lambda *_, **__: str(llama_folder))
-    monkeypatch.setattr("llmrec.commands.init.start._backend", lambda: "hf")
-    said = CliRunner().invoke(app, ["init", "shop.csv", "--out", "mine.yaml"]).output
-    minutes = re.search(r"about (\d+) minutes? on this machine", said)
-    assert minutes is not None, said
-    head = Path("mine.yaml").read_text().splitlines()[2]
-    assert f"about {minutes[1]} minute" in head
-    dry = CliRunner().invoke(app, ["check", "mine.yaml", "--dry-run", f"model.name={llama_folder}"]).output
-    together = re.search(r"together: about +(\d+) minute", dry)
-    assert together is not None and together[1] == minutes[1]

@@ -53,8 +53,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     shop.write_all(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("llmrec.commands.init.start._backend", lambda: "vllm")
-    # Nor does the page on the machine; `tests/commands/test_estimate.py` has a measured one.
-    monkeypatch.setattr("llmrec.commands.init.measure.seconds_of", lambda study: None)
     yield tmp_path
 
 

@@ -58,7 +58,6 @@ def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) ->
         force=True,
         backend="hf",
         query=options.query,
-        measure=False,
     )
     for note in made.fixes:
         say(note)

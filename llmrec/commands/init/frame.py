@@ -92,7 +92,6 @@ def init(
             out=place / "recipe.yaml",
             name=name,
             asked=roles,
-            measure=False,
             in_memory=True,
         )
         recipe, found = load_recipe(made.recipe), in_python(named(made.found), keywords_of(init))

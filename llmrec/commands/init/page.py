@@ -61,7 +61,7 @@ def scalar(value: str) -> str:
 
 def expected(plan: Plan) -> str:
     """Return the estimate in words."""
-    return f"about {minutes(sum(plan.seconds.values()))} on {'this machine' if plan.measured else 'two CPU cores'}"
+    return f"about {minutes(sum(plan.seconds.values()))} on two CPU cores"
 
 
 def render(page: Page) -> str:

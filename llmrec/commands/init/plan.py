@@ -81,8 +81,7 @@ class Plan:
         arms: What is evaluated.
         steps: Optimiser steps.
         backend: The engine.
-        seconds: Estimate by stage.
-        measured: The estimate is one for this machine, as a dry run makes it; otherwise for two common CPU cores.
+        seconds: Estimate by stage, on two common CPU cores.
         facts: What it was decided from.
     """
 
@@ -98,7 +97,6 @@ class Plan:
     backend: str
     facts: Facts
     seconds: Mapping[str, float] = field(default_factory=dict)
-    measured: bool = False
 
     @property
     def on(self) -> tuple[str, ...]:

@@ -69,7 +69,6 @@ def init(
     force: bool = False,
     backend: str | None = None,
     query: str | None = None,
-    measure: bool = True,
     in_memory: bool = False,
 ) -> Made:
     """Write a recipe for a table.
@@ -84,7 +83,6 @@ def init(
         force: Write over an existing recipe or copy.
         backend: The engine; by default that is left to each run.
         query: What is asked of a database.
-        measure: Estimate the time on this machine, which takes seconds, where the model is at hand.
         in_memory: The table is a frame of Python, so that no fixed copy of it is written.
 
     Raises:
@@ -133,7 +131,7 @@ def init(
     page = _page(name, called, written, items_path, target, roles, plan, used, listed)
     page = replace(page, query=query, where=next((_where(held, kinds, plan) for held, kinds in _events(roles)), ""))
     check = used.whole and plan.facts.rows <= _CHECKED_ROWS
-    plan, recipe, cut = _write(page, target, check=check, measure=measure)
+    plan, recipe, cut = _write(page, target, check=check)
     told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
     told += _hints(path, roles, items_path, used, plan, cut)
     return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)), tuple(notes))
@@ -299,12 +297,11 @@ def _page(
     )
 
 
-def _write(page: Page, target: Path, *, check: bool, measure: bool) -> tuple[Plan, Recipe, str]:
+def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]:
     """Write the page, once `llmrec check` would accept it, and say what that says of the split.
 
     A family that it refuses is switched off.
     """
-    from llmrec.commands.init.measure import seconds_of
     from llmrec.experiment.study import build_study
 
     while page.plan.on:
@@ -315,9 +312,6 @@ def _write(page: Page, target: Path, *, check: bool, measure: bool) -> tuple[Pla
             if check:
                 study = build_study(recipe)
                 cut = baskets(study.data)
-                if measure and (seconds := seconds_of(study)) is not None:
-                    page = replace(page, plan=replace(page.plan, seconds=seconds, measured=True))
-                    text = render(page)
         except LlmrecError as error:
             refused = str(error)
             family = next((f for f in page.plan.on if refused.startswith(f"tasks.{f}")), None)

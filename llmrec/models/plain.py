@@ -1,0 +1,156 @@
+"""Opens configuration and tokenizer of a common decoder without transformers and torch, which take seconds to import.
+
+It is for checks. What is uncommon, or looks damaged, is left to transformers, which has the last word and says why.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from llmrec.recipe.schema import ModelSection
+
+# Decoders that every version of transformers in use knows, and their sizes, of which none is 0.
+_DECODERS = frozenset(
+    ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
+)
+_SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
+# Keys that say that loading takes more than an architecture.
+_UNCOMMON = ("auto_map", "quantization_config")
+# Classes that read tokenizer.json as it stands.
+_TOKENIZERS = frozenset(
+    (
+        *("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"),
+        *("Qwen2Tokenizer", "Qwen2TokenizerFast", "LlamaTokenizerFast", "GemmaTokenizerFast"),
+    )
+)
+_NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+def is_plain_decoder(folder: str, section: ModelSection) -> bool:
+    """Whether a folder's configuration is that of a common decoder, with nothing wrong; False: ask transformers."""
+    config = _object(Path(folder) / "config.json")
+    if config is None or section.trust_remote_code or any(config.get(key) for key in _UNCOMMON):
+        return False
+    if config.get("model_type") not in _DECODERS or not _installed():
+        return False
+    sizes = [config.get(name) for name in _SIZES]
+    if not all(isinstance(size, int) and size >= 1 for size in sizes):
+        return False
+    layers = config.get("layer_types")
+    fits = layers is None or (isinstance(layers, list) and len(layers) == config["num_hidden_layers"])
+    return fits and (bool(config.get("head_dim")) or config["hidden_size"] % config["num_attention_heads"] == 0)
+
+
+def _installed() -> bool:
+    return all(importlib.util.find_spec(name) is not None for name in ("torch", "transformers", "tokenizers"))
+
+
+class PlainTokenizer:
+    """A tokenizer of ``tokenizer.json`` alone, with what `llmrec.backends.encode.Encoder` asks of one.
+
+    Args:
+        folder: Where it lies.
+        core: The tokenizer of the library ``tokenizers``.
+        special: Special tokens by what they are for.
+        extra: Further ones.
+        template: The chat template.
+    """
+
+    def __init__(
+        self, folder: str, core: Any, special: Mapping[str, str], extra: Sequence[str], template: str | None
+    ) -> None:
+        self.name_or_path, self.chat_template = folder, template
+        self._core, self._special = core, special
+        self.all_special_tokens = list(dict.fromkeys((*special.values(), *extra)))
+        self.bos_token, self.unk_token = special.get("bos_token"), special.get("unk_token")
+        self.eos_token = special.get("eos_token")
+        self.pad_token = special.get("pad_token", self.eos_token)
+        self.eos_token_id = None if self.eos_token is None else core.token_to_id(self.eos_token)
+
+    @property
+    def added_tokens_decoder(self) -> Any:
+        """Added tokens by their ids."""
+        return self._core.get_added_tokens_decoder()
+
+    def get_vocab(self) -> dict[str, int]:
+        """Return the ids of all tokens."""
+        known: dict[str, int] = self._core.get_vocab()
+        return known
+
+    def add_tokens(self, tokens: Sequence[Any]) -> None:
+        """Add tokens of the library ``tokenizers``."""
+        self._core.add_tokens(list(tokens))
+
+    def convert_tokens_to_ids(self, tokens: Any) -> Any:
+        """Return the id of a token or those of many; one that is not known has that of the unknown token."""
+        if not isinstance(tokens, str):
+            return [self.convert_tokens_to_ids(token) for token in tokens]
+        found = self._core.token_to_id(tokens)
+        return self._core.token_to_id(self.unk_token) if found is None and self.unk_token is not None else found
+
+    def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text."""
+        ids: list[int] = self._core.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
+
+    def apply_chat_template(self, turns: Sequence[Mapping[str, str]], **options: Any) -> str:
+        """Render turns as transformers does, with ``tokenize=False``."""
+        world = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        )
+        world.globals |= {"raise_exception": _refuse, "strftime_now": lambda form: datetime.now().strftime(form)}
+        world.filters["tojson"] = lambda value, **_: json.dumps(value, ensure_ascii=False)
+        del options["tokenize"]
+        return world.from_string(self.chat_template or "").render(messages=list(turns), **self._special, **options)
+
+
+def _refuse(message: str) -> None:
+    raise ValueError(message)
+
+
+def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None:
+    """Return the tokenizer of a folder, where its files say all there is to it; None: ask transformers."""
+    place = Path(folder)
+    settings, core = _object(place / "tokenizer_config.json"), None
+    if settings is None or settings.get("tokenizer_class") not in _TOKENIZERS or section.trust_remote_code:
+        return None
+    try:
+        from tokenizers import Tokenizer
+
+        core = Tokenizer.from_file(str(place / "tokenizer.json"))
+    except Exception:  # the library raises bare exceptions; transformers says what is wrong
+        return None
+    core.no_truncation()
+    core.no_padding()
+    named = (_object(place / "special_tokens_map.json") or {}) | settings
+    special = {name: text for name in _NAMED if (text := _token(named.get(name))) is not None}
+    if any(core.token_to_id(text) is None for text in special.values()):
+        return None
+    template, file = settings.get("chat_template"), place / "chat_template.jinja"
+    if file.is_file():
+        template = file.read_text(encoding="utf-8", errors="replace")
+    if not (template is None or isinstance(template, str)) or "generation %}" in (template or ""):
+        return None
+    more = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
+    extra = [text for each in more if isinstance(each, list) for one in each if (text := _token(one)) is not None]
+    return PlainTokenizer(folder, core, special, extra, template)
+
+
+def _token(value: Any) -> str | None:
+    found = value.get("content") if isinstance(value, dict) else value
+    return found if isinstance(found, str) else None
+
+
+def _object(file: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
