@@ -26,7 +26,6 @@ from llmrec.commands.serve.app import app as serving
 from llmrec.commands.show.app import app as showing
 from llmrec.commands.show.console import (
     finish,
-    readable,
     say,
     short,
     show,
@@ -100,6 +99,7 @@ def check(
 @app.command()
 def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     """Print statistics of a recipe's data and of its split."""
+    from llmrec.commands.show.statistics import lines, of_candidates
     from llmrec.data.stats import statistics
     from llmrec.experiment import study as studies
 
@@ -107,10 +107,10 @@ def data(recipe: RecipePath, overrides: Overrides = None) -> None:
     tables = [statistics(used) for used in study.tables]
     tell(data=tables)
     for used, found in zip(study.tables, tables, strict=True):
-        show(used.dataset.name, found, readable, told={})
-    if study.candidates is not None:
-        sets = study.candidates
-        show("candidates", {"count": sets.count, "kind": sets.kind, "digest": sets.digest})
+        show(used.dataset.name, lines(found), told={})
+    if (sets := study.candidates) is not None:
+        told = {"candidates": {"count": sets.count, "kind": sets.kind, "digest": sets.digest}}
+        show("candidates", of_candidates(sets), told=told)
 
 
 @app.command()

@@ -25,6 +25,7 @@ from llmrec.commands.init.page import Page, render, scalar, where_line
 from llmrec.commands.init.plan import BUDGET_SECONDS, Plan, decide
 from llmrec.commands.init.roles import Asked, asked
 from llmrec.commands.init.start import init
+from llmrec.data import stats
 from llmrec.data.reading.text import Table
 from llmrec.data.sources.table import load
 from llmrec.errors import LlmrecError
@@ -360,6 +361,39 @@ def test_the_estimate_fits_the_budget_even_for_long_titles() -> None:
     assert plan.facts.title_tokens > 40
     assert sum(plan.seconds.values()) <= BUDGET_SECONDS
     assert plan.users < 100 or "few-shot" not in plan.arms
+
+
+def baskets(users: int, moments: int, each: int) -> list[tuple[object, ...]]:
+    return [
+        (f"u{user}", f"i{(7 * user + moment * each + place) % 40}", f"2024-01-{1 + moment:02d}")
+        for user in range(users)
+        for moment in range(moments)
+        for place in range(each)
+    ]
+
+
+def test_whole_orders_are_held_out_where_orders_have_several_items(folder: Path) -> None:
+    pl.DataFrame(baskets(30, 4, 3), schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
+    said = llmrec("init", "t.csv")
+    (note,) = [line for line in said.splitlines() if "last_basket" in line]
+    assert "100% of the users took several products at their last time" in note and "whole orders" in note
+    recipe = load_recipe("t.yaml")
+    assert recipe.data.split.kind == "last_basket"
+    study = build_study(recipe)
+    assert (study.data.test.height, study.data.valid.height) == (90, 90) and not stats.baskets(study.data)
+    plan = plan_of(baskets(30, 4, 3), ("user", "item", "date"))
+    assert (plan.facts.able, plan.facts.teachable, plan.facts.asked) == (30, 30, 3.0)
+    # Every item of a basket is asked about, which takes time.
+    single = plan_of(baskets(30, 12, 1), ("user", "item", "date"))
+    assert single.split == "leave_one_out" and single.facts.asked == 1.0 and single.facts.tied == 0.0
+    assert plan.seconds["evaluation"] / plan.users > 2 * single.seconds["evaluation"] / single.users
+
+
+def test_orders_are_cut_where_too_few_users_have_three(folder: Path) -> None:
+    rows = [*baskets(9, 3, 2), *((f"v{row[0]}", *row[1:]) for row in baskets(40, 2, 3))]
+    assert plan_of(rows, ("user", "item", "date")).split == "leave_one_out"
+    pl.DataFrame(rows, schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
+    assert "have the same time as one in the history" in llmrec("init", "t.csv")
 
 
 def test_zeros_that_may_mean_no_rating_are_pointed_out(folder: Path) -> None:

@@ -116,9 +116,12 @@ def _data(page: Page) -> list[str]:
     if page.where:
         lines.append(_line(f"  # {page.where}", "keeps one kind of event"))
     if plan.split != "leave_one_out":
-        given = "the column of the split says what is held out"
-        remark = given if plan.split == "given" else "no user has 3 different items, as leave_one_out needs"
-        lines.append(_line(f"  split: {{kind: {plan.split}}}", remark))
+        remarks = {
+            "given": "the column of the split says what is held out",
+            "last_basket": f"of each user all items of the last time; {plan.facts.tied:.0%} of the users have several",
+            "global_time": "no user has 3 different items, as leave_one_out needs",
+        }
+        lines.append(_line(f"  split: {{kind: {plan.split}}}", remarks[plan.split]))
     lines.append(_line(f"  noun: {scalar(plan.noun)}", "what prompts call the items, in the plural; use your own word"))
     if page.duplicates:
         lines.append(_line("  duplicates: keep_last", page.duplicates))

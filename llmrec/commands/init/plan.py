@@ -11,12 +11,15 @@ import polars as pl
 from llmrec.commands.init.roles import Roles
 from llmrec.commands.init.words import noun_of
 from llmrec.data.dataset import core
+from llmrec.data.stats import BASKETS
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
 _CORE_ROWS = 50_000
 _CORE_LEFT = 200
 _MOST_LABELS = 101
 _LEAST_TEXTS = 20
+# Users with three baskets or more, of whom whole ones can be held out.
+_LEAST_BASKETS = 10
 # Two cores, SmolLM2-135M, bf16: `make quickstart` trains 900 tokens a second; likelihoods and generation as measured.
 TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
 _START = {"vllm": 60.0, "hf": 20.0}
@@ -36,10 +39,12 @@ class Facts:
         items: Different items.
         repeats: Rows whose user and item stand in another row too.
         history: Different items of a user: fewest, median, most.
-        able: Users with at least 3 different items, of whom leave-one-out can hold out two; where a column says what
-            is held out, users with test rows and training rows.
-        teachable: Users with at least 4, who leave two or more to learn an order from; where a column says what is
-            held out, users with two or more training rows.
+        able: Users with at least 3 different items, of whom leave-one-out can hold out two. Where whole baskets are
+            held out, users with at least 3 of them; where a column says what is held out, users with test rows and
+            training rows.
+        teachable: Users of whom two or more items are left to learn an order from.
+        asked: Held-out items of an able user, on average; more than one where whole baskets are held out.
+        tied: Share of users with several items at their last time; 0 without times.
         with_texts: Rows with a text.
         with_title: Share of rows with a title.
         levels: Different ratings, those of rows that the core filter drops included, lowest first: a recipe's scale
@@ -57,6 +62,8 @@ class Facts:
     history: tuple[int, float, int]
     able: int
     teachable: int
+    asked: float
+    tied: float
     with_texts: int
     with_title: float
     levels: tuple[float, ...]
@@ -117,13 +124,18 @@ def figures(roles: Roles, cores: int = 1) -> Facts:
     """Return the figures of a table, of the rows that a core filter leaves."""
     profiles = roles.profiles
     pairs = pl.DataFrame({"user_id": profiles[roles.user].cells, "item_id": profiles[roles.item].cells})
-    pairs = pairs.with_row_index("row")
-    once = core(pairs.unique(["user_id", "item_id"]), user_core=cores, item_core=cores)
+    pairs = (
+        pairs.with_columns(_moments(roles)).with_row_index("row").sort("time", maintain_order=True, nulls_last=False)
+    )
+    once = core(pairs.unique(["user_id", "item_id"], keep="last"), user_core=cores, item_core=cores)
     rows = pairs.join(once.select("user_id", "item_id"), on=["user_id", "item_id"], how="semi")["row"]
     sizes = once.group_by("user_id").len()["len"]
     texts = profiles[roles.text].cells.gather(rows) if roles.text else None
     ratings = profiles[roles.rating].numbers.values.gather(rows).drop_nulls() if roles.rating else None
-    able, teachable = int((sizes >= 3).sum()), int((sizes >= 4).sum())
+    able, teachable, asked = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0
+    baskets = _baskets(once) if roles.time is not None and roles.split is None else _NO_BASKETS
+    if baskets.are_cut:
+        able, teachable, asked = baskets.able, baskets.teachable, baskets.asked
     if roles.split is not None:
         able, teachable = _held(profiles[roles.user].cells.gather(rows), profiles[roles.split].cells.gather(rows))
     title = roles.items.get(roles.title or "") or profiles.get(roles.title or "") or profiles[roles.item]
@@ -136,6 +148,8 @@ def figures(roles: Roles, cores: int = 1) -> Facts:
         history=(_int(sizes.min()), _float(sizes.median()), _int(sizes.max())),
         able=able,
         teachable=teachable,
+        asked=asked,
+        tied=baskets.tied if baskets.are_cut else 0.0,
         with_texts=int((texts != "").sum()) if texts is not None else 0,
         with_title=title.filled / title.rows if roles.title else 0.0,
         levels=tuple(ratings.unique().sort().to_list()) if ratings is not None else (),
@@ -143,6 +157,51 @@ def figures(roles: Roles, cores: int = 1) -> Facts:
         title_tokens=_tokens(title.cells),
         field_tokens=sum(map(_tokens, (held.cells for held in fields))),
         text_tokens=_tokens(texts) if texts is not None else 0.0,
+    )
+
+
+def _moments(roles: Roles) -> pl.Series:
+    """Return the time of each row: numbers, or texts that sort as the times do."""
+    if roles.time is None:
+        return pl.Series("time", [None] * roles.profiles[roles.user].rows, dtype=pl.Float64)
+    times = roles.profiles[roles.time].times
+    return (times.values.cast(pl.Float64, strict=False) if times.form == "numbers" else times.values).alias("time")
+
+
+@dataclass(frozen=True)
+class _Baskets:
+    """Figures of what users took at one time each; see `Facts`."""
+
+    tied: float
+    able: int
+    teachable: int
+    asked: float
+
+    @property
+    def are_cut(self) -> bool:
+        """Whether a split between single items would cut through many, and whole ones can be held out."""
+        return self.tied > BASKETS and self.able >= _LEAST_BASKETS
+
+
+_NO_BASKETS = _Baskets(0.0, 0, 0, 0.0)
+
+
+def _baskets(once: pl.DataFrame) -> _Baskets:
+    """Count the baskets of users, which `last_basket` holds out, of rows without repeats."""
+    sizes = once.drop_nulls("time").group_by("user_id", "time").len().sort("time")
+    users = sizes.group_by("user_id", maintain_order=True).agg(
+        pl.len().alias("moments"), pl.col("len").last().alias("last"), pl.col("len").sum().alias("items"),
+        pl.col("len").slice(-2).sum().alias("held"),
+    )  # fmt: skip
+    able = users.filter(pl.col("moments") >= 3)
+    left = pl.concat(
+        [able.select(pl.col("items") - pl.col("held")), users.filter(pl.col("moments") < 3).select("items")]
+    )
+    return _Baskets(
+        tied=_float((users["last"] > 1).mean()),
+        able=able.height,
+        teachable=int((left["items"] >= 2).sum()),
+        asked=_float(able["last"].mean()),
     )
 
 
@@ -189,7 +248,7 @@ def decide(roles: Roles, names: tuple[str, ...], *, whole: bool, backend: str) -
     count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
     plan = Plan(
         tasks=_tasks(roles, facts, count),
-        split="given" if roles.split else "leave_one_out" if facts.able else "global_time",
+        split="given" if roles.split else _split(facts),
         core=cores,
         noun=next((noun for name in names if (noun := noun_of(name))), "items"),
         scale=_scale(facts.levels) if whole else None,
@@ -201,6 +260,10 @@ def decide(roles: Roles, names: tuple[str, ...], *, whole: bool, backend: str) -
         facts=facts,
     )
     return estimated(plan)
+
+
+def _split(facts: Facts) -> str:
+    return "last_basket" if facts.tied else "leave_one_out" if facts.able else "global_time"
 
 
 def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
@@ -222,6 +285,9 @@ def _tasks(roles: Roles, facts: Facts, count: int) -> dict[str, tuple[bool, str]
     order = f"in order of {roles.time}" if roles.time else "in the order of the rows, since there is no time"
     few = f"{facts.able} of {facts.users} users have 3 or more different items"
     short = "needs users with 4 or more different items: 2 are held out, 2 show an order"
+    if facts.tied:
+        few = f"{facts.able} of {facts.users} users have items at 3 or more times"
+        short = "needs users with 2 or more items before the baskets that are held out, which show an order"
     if roles.split is not None:
         few = f"{facts.able} of {facts.users} users have test rows and training rows"
         short = "needs users with 2 or more training rows, which show an order"
@@ -301,7 +367,7 @@ def _seconds(plan: Plan) -> dict[str, float]:
     if "explanation" in plan.on:
         ask += 60 + 3 * min(facts.text_tokens, 50) + about
         decode += answer_tokens(plan)
-    arm = plan.users * (ask / _ASK_SPEED + score / _SCORE_SPEED + decode / _DECODE_SPEED)
+    arm = plan.users * plan.facts.asked * (ask / _ASK_SPEED + score / _SCORE_SPEED + decode / _DECODE_SPEED)
     shots = 2.2 * arm if "few-shot" in plan.arms else 0.0
     evaluation = (len(plan.arms) - ("few-shot" in plan.arms)) * arm + shots
     return {

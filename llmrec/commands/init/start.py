@@ -388,6 +388,11 @@ def _told_tasks(plan: Plan) -> list[str]:
 
 def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
     hints = [cut] if cut else []
+    if plan.split == "last_basket":
+        hints.append(
+            f"{plan.facts.tied:.0%} of the users took several {plan.noun} at their last time, as in one order, so the "
+            "recipe holds out whole orders (data.split.kind: last_basket): the rest of an order would give an item away"
+        )
     if known := sources_with(used.table.frame.columns):
         hints.append(
             f"its columns are those of {', '.join(known)}: as data.source, that reads the files as they were "

@@ -231,17 +231,6 @@ def short(value: Any) -> str:
     return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
-def readable(value: Any) -> str:
-    """Return a figure, or a few named ones, as a line is read."""
-    if isinstance(value, dict):
-        return ", ".join(f"{name} {readable(each)}" for name, each in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(readable, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 def detail(text: str) -> None:
     """Print a line that only ``-v`` asks for."""
     if logging.getLogger("llmrec").isEnabledFor(logging.INFO):
