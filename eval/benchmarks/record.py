@@ -25,6 +25,8 @@ from llmrec.results import Results
 
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
 LOWER = ("RMSE", "MAE")
+SIMPLE = ("random", "global-mean", "user-mean", "popularity", "item-mean")
+"""What a model has to beat first, the strongest last; a task has some of them."""
 
 
 def main(run: Path, target: Path, readme: Path | None = None, page: Path | None = None) -> None:
@@ -78,33 +80,38 @@ def _flat(value: Any, key: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def table(results: dict[str, Any]) -> str:
-    """One line a task, for its first strategy; baselines best first."""
+    """Return one line per task: the model in each setting, simple baselines, the best one, and paired differences."""
     lines = [
-        "| Task, metric, cases | Zero-shot | Few-shot | Tuned | Tuned − zero-shot | Baselines |",
-        "|---|---|---|---|---|---|",
+        "| Task, metric, requests | Zero-shot | Few-shot | Fine-tuned | Simple baselines | Best baseline "
+        "| Fine-tuned − zero-shot | Fine-tuned − simple baseline |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for task, metric in results["headline"].items():
         rows = [row for row in results["rows"] if row["task"] == task]
-        first = next(row["predictor"] for row in rows if row["arm"] != "baseline")
-        arms = {row["arm"]: row for row in rows if row["predictor"] == first}
-        value = {arm: f"{row['metrics'][metric]['value']:.3f}" for arm, row in arms.items()}
-        pair = next(
-            c for c in results["comparisons"] if (c["a"], c["b"]) == (arms["tuned"]["id"], arms["zero-shot"]["id"])
-        )
-        classic = sorted(
-            ((row["metrics"][metric]["value"], row["predictor"]) for row in rows if row["arm"] == "baseline"),
-            reverse=metric not in LOWER,
-        )
+        asked = {row["arm"]: row for row in reversed(rows) if row["template"] and "fusion" not in row}
+        value = {arm: f"{row['metrics'][metric]['value']:.3f}" for arm, row in asked.items()}
+        classic = {row["predictor"]: row for row in rows if row["arm"] == "baseline"}
+        figures = {name: row["metrics"][metric]["value"] for name, row in classic.items()}
+        best = (min if metric in LOWER else max)(figures, key=figures.__getitem__)
+        simple = [name for name in SIMPLE if name in figures]
         better = "lower is better" if metric in LOWER else "higher is better"
-        difference = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {outcome(pair.get('verdict'))}"
         cells = [
             f"{task}, {metric} ({better}), {rows[0]['n']}",
             *(value.get(arm, "–") for arm in ("zero-shot", "few-shot", "tuned")),
-            difference.replace("-", "−"),
-            ", ".join(f"{name} {number:.3f}" for number, name in classic),
+            ", ".join(f"{name} {figures[name]:.3f}" for name in simple),
+            f"{best} {figures[best]:.3f}",
+            _difference(results, asked["tuned"], asked["zero-shot"]),
+            _difference(results, asked["tuned"], classic[simple[-1]]),
         ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", _how(results), *(f"\n{note}" for note in results["notes"])])
+
+
+def _difference(results: dict[str, Any], a: dict[str, Any], b: dict[str, Any]) -> str:
+    """Return the paired difference of two rows with its interval, and what may be said of it."""
+    pair = next(each for each in results["comparisons"] if (each["a"], each["b"]) == (a["id"], b["id"]))
+    text = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {outcome(pair.get('verdict'))}"
+    return text.replace("-", "−")
 
 
 def _how(results: dict[str, Any]) -> str:
