@@ -97,8 +97,11 @@ class Columns(Section):
     )
     time: str | None = Field(
         None,
-        description="number or ISO date; absent means file order is time order; none: not read, though there is a "
-        "timestamp",
+        description="number or date; absent means file order is time order; none: not read, though a column has the "
+        "name timestamp",
+    )
+    dates: Literal["day-first", "month-first"] | None = Field(
+        None, description="which stands first in dates such as 03/04/2024; None: as other rows of the column show"
     )
     title: str | None = Field(None, description="item title, in this table or in the items table")
     text: str | None = Field(None, description="review or explanation text of the interaction")

@@ -272,10 +272,10 @@ def test_words_that_are_no_parts_are_no_split(folder: Path) -> None:
 
 def test_a_mended_copy_keeps_the_parts(folder: Path) -> None:
     frame = pl.read_csv("published.csv")
-    frame.with_columns(pl.col("ordered_at").str.replace(r"(\d+)-(\d+)-(\d+)T", "$3.$2.$1 ")).write_csv("dotted.csv")
-    assert "--mend" in llmrec("init", "dotted.csv")
-    init("dotted.csv", mend=Path("copy.csv"))
-    assert build_study(load_recipe("dotted.yaml")).data.test.height == 174
+    frame.with_columns(pl.col("stars").cast(pl.String) + ",0").write_csv("commas.csv")
+    assert "--mend" in llmrec("init", "commas.csv")
+    init("commas.csv", mend=Path("copy.csv"))
+    assert build_study(load_recipe("commas.yaml")).data.test.height == 174
 
 
 def test_a_file_of_tests_beside_a_file_of_training_is_pointed_out(folder: Path) -> None:

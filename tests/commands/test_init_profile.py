@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llmrec.commands.init.columns import guess
 from llmrec.commands.init.faults import faults, mended
-from llmrec.commands.init.forms import numbers, times
+from llmrec.commands.init.forms import READABLE, numbers, times
 from llmrec.commands.init.profile import kinds_of_events, peek, profile, shown
 from llmrec.commands.init.roles import Asked, Roles, asked
 from llmrec.commands.init.words import named, noun_of
@@ -127,15 +127,14 @@ def test_numbers(cells: list[str], form: str, values: list[float | None]) -> Non
     [
         (["2024-05-31", "2024-06-01T08:15:00Z"], "ISO dates", "2024-05-31"),
         (["1717140000000", "1717150000000"], "numbers", "1717140000000"),
-        (["31.05.2024 08:15", "01.06.2024 09:00"], "day-first dates", "2024-05-31T08:15:00"),
-        (["01.06.2024", "02.06.2024"], "day-first dates", "2024-06-01T00:00:00"),
-        (["01/06/2024", "31/05/2024"], "day-first dates", "2024-06-01T00:00:00"),
-        (["6/1/2024 3:04 PM", "5/31/2024 1:00 AM"], "month-first dates", "2024-06-01T15:04:00"),
-        (["01/06/2024", "02/06/2024"], "dates whose day and month cannot be told apart", "2024-06-01T00:00:00"),
-        (["2024/05/31", "2024/06/01"], "dates that are not ISO", "2024-05-31T00:00:00"),
-        (["Sep 17, 2014", "Oct 1, 2014"], "dates that are not ISO", "2014-09-17T00:00:00"),
-        (["17. Mai 2014", "1. Okt 2014"], "dates that are not ISO", "2014-05-17T00:00:00"),
-        (["2019-11-01 00:00:05 UTC", "2019-11-01 00:00:06 UTC"], "dates that are not ISO", "2019-11-01T00:00:05+00:00"),
+        (["31.05.2024 08:15", "01.06.2024 09:00"], "day-first dates", "31.05.2024 08:15"),
+        (["01.06.2024", "02.06.2024", "soon", "", "", "1.6.2024", "2.6.2024"], "day-first dates", "01.06.2024"),
+        (["01/06/2024", "31/05/2024"], "day-first dates", "01/06/2024"),
+        (["6/1/2024 3:04 PM", "5/31/2024 1:00 AM"], "month-first dates", "6/1/2024 3:04 PM"),
+        (["01/06/2024", "02/06/2024"], "dates whose day and month cannot be told apart", None),
+        (["2024/05/31", "2024/06/01"], "dates", "2024/05/31"),
+        (["Sep 17, 2014", "Oct 1, 2014"], "dates", "Sep 17, 2014"),
+        (["2019-11-01 00:00:05 UTC", "2019-11-01 00:00:06 UTC"], "ISO dates", "2019-11-01 00:00:05 UTC"),
         (["yesterday", "soon"], "no times", None),
     ],
 )
@@ -143,25 +142,6 @@ def test_times(cells: list[str], form: str, first: str | None) -> None:
     series = pl.Series(cells)
     read = times(series, series)
     assert (read.form, read.values[0]) == (form, first)
-
-
-def test_the_order_of_a_date_can_be_said() -> None:
-    series = pl.Series(["01/06/2024", "02/06/2024"])
-    assert times(series, series, "day-first").values[0] == "2024-06-01T00:00:00"
-    assert times(series, series, "month-first").values[0] == "2024-01-06T00:00:00"
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.datetimes(datetime(1970, 1, 2), datetime(2060, 1, 1)), min_size=2, max_size=9),
-    st.sampled_from(["%d.%m.%Y %H:%M", "%d/%m/%Y %H:%M", "%m/%d/%Y %I:%M %p", "%b %d, %Y, %H:%M", "%Y/%m/%d %H:%M"]),
-)
-def test_a_mended_date_is_the_date_that_was_written(moments: list[datetime], pattern: str) -> None:
-    moments = [moment.replace(second=0, microsecond=0) for moment in moments]
-    cells = pl.Series([moment.strftime(pattern) for moment in moments])
-    order = "month-first" if pattern.startswith("%m") else "day-first"
-    read = times(cells, cells, order)
-    assert [datetime.fromisoformat(text) for text in read.values] == moments
 
 
 @settings(max_examples=60, deadline=None)
@@ -174,7 +154,7 @@ def test_a_readable_form_is_what_the_data_layer_reads(cells: list[str]) -> None:
     if read.form == "plain numbers" and read.values.null_count() == 0:
         assert read_numbers(whole, "c", "rating").to_list() == read.values.to_list()
     when = times(series, series)
-    if when.form == "ISO dates" and when.values.null_count() == 0:
+    if when.form in READABLE and when.form != "numbers" and when.values.null_count() == 0:
         assert len(read_times(whole, "c")) == len(cells)
 
 
@@ -452,7 +432,6 @@ def test_damage_is_one_paragraph(tmp_path: Path) -> None:
 
 SPOILERS: dict[str, tuple[str, Callable[[list[str]], list[str]], str]] = {
     "decimal commas": ("stars", lambda cells: [f"{cell},5" for cell in cells], "decimal comma"),
-    "day first": ("day", lambda cells: ["{2}.{1}.{0}".format(*cell.split("-")) for cell in cells], "day first"),
     "no stars in a row": ("stars", lambda cells: ["", *cells[1:]], "no number"),
     "no day in a row": ("day", lambda cells: [cells[0], "", *cells[2:]], "no time"),
     "no user in a row": ("user", lambda cells: ["", *cells[1:]], "the user"),
@@ -482,14 +461,6 @@ def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -
         assert frame["stars"].to_list() == [star + 0.5 for star in STARS]
     if name == "day" and not done:
         assert [text[:10] for text in frame["day"]] == DAYS
-
-
-def test_fractions_of_seconds_stay_in_dates_that_are_not_iso(tmp_path: Path) -> None:
-    clocks = [f"31/05/2024 08:15:00.{n:03d}" for n in range(len(USERS))]
-    pl.DataFrame({"user": USERS, "item": ITEMS, "day": clocks}).write_csv(tmp_path / "t.csv")
-    part = peek(tmp_path / "t.csv")
-    frame, _ = mended(part.table, guess(part.table, Asked()), None, "item")
-    assert frame["day"][1] == "2024-05-31T08:15:00.001000" and frame["day"].n_unique() == len(USERS)
 
 
 def test_a_column_of_a_type_that_cannot_be_used_is_named(tmp_path: Path) -> None:

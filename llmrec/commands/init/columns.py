@@ -8,7 +8,9 @@ guess ends in a question, never in a coin toss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 
+from llmrec.commands.init.forms import READABLE
 from llmrec.commands.init.profile import (
     UNIX,
     Profile,
@@ -83,7 +85,11 @@ class _Guess:
         idle = {c: self._idle(held) for c, held in self._profiles.items() if c not in self._why}
         listed = {c: self._idle_item(held) for c, held in self._items.items() if c not in {**self._why, **idle}}
         why = {**idle, **listed, **self._why}
-        return Roles(self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split)
+        roles = Roles(
+            self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split
+        )
+        ordered = time is not None and self._profiles[time].times.form in ("day-first dates", "month-first dates")
+        return replace(roles, dates=self._asked.dates) if ordered else roles
 
     def _one(self, role: str, find: Callable[[], str | None]) -> str | None:
         said = self._asked.of(role)
@@ -279,8 +285,7 @@ class _Guess:
                 continue
             if self._owned(held):
                 continue
-            known = {"times", "numbers", "ISO dates"}
-            scored.append((max(weight, 0.3) + 0.3 * (times.form in known) + 1e-9 * held.distinct, held))
+            scored.append((max(weight, 0.3) + 0.3 * (times.form in READABLE) + 1e-9 * held.distinct, held))
         return self._first(scored, "time", when)
 
     def _rating(self) -> str | None:

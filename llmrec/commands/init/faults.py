@@ -128,13 +128,6 @@ def _times(found: Peek, roles: Roles) -> Fault | None:
             "",
             f"--dates day-first or --dates month-first says which stands first. {place}",
         )
-    if form not in READABLE:
-        kinds = {"day-first dates": "with the day first ", "month-first dates": "with the month first "}
-        said = f"{filled}, a date {kinds.get(form, '')}that is not ISO ({held.rows - rows} of {held.rows} rows)"
-        said += "; llmrec reads 2024-05-31 or 2024-05-31T08:15"
-        return Fault(
-            held.name, found.place(first), said, f"{shown(held.name)} is written as ISO dates{_left_out(rows)}", place
-        )
     if not rows:
         return None
     said = f"{_place(found, held, row, 'time')}, which is no time like the others ({rows} of {held.rows} rows)"

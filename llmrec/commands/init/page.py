@@ -101,7 +101,7 @@ def _data(page: Page) -> list[str]:
     if page.items is not None:
         lines.append(f"  items: {scalar(page.items)}")
     lines.append("  columns:")
-    for key in ("user", "item", "rating", "time", "title", "text", "split"):
+    for key in ("user", "item", "rating", "time", "dates", "title", "text", "split"):
         value = getattr(columns, key)
         if value is not None:
             lines.append(_line(f"    {key}: {scalar(value)}", page.why.get(key, "")))

@@ -16,9 +16,10 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.commands.init.forms import READABLE, DateOrder, Numbers, Times, numbers, times
+from llmrec.commands.init.forms import READABLE, Numbers, Times, numbers, times
 from llmrec.commands.init.words import Named, event_rank, named
 from llmrec.data.dataset import PARTS
+from llmrec.data.reading.dates import DateOrder
 from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.packed import PACKED

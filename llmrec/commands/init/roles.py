@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from llmrec.commands.init.forms import ORDERS, DateOrder
 from llmrec.commands.init.profile import Profile, shown
 from llmrec.data.reading.columns import NONE
+from llmrec.data.reading.dates import ORDERS, DateOrder
 from llmrec.errors import DataError, did_you_mean
 
 ROLES = ("user", "item", "rating", "time", "title", "text", "split")
@@ -77,6 +77,7 @@ class Roles:
         profiles: Every column of the table of interactions by name.
         items: Every column of the table of items by name; empty where there is none.
         split: The column that says train, valid or test, if any.
+        dates: What was said of the order in dates of the column of times.
     """
 
     user: str
@@ -90,6 +91,7 @@ class Roles:
     profiles: Mapping[str, Profile] = field(repr=False)
     items: Mapping[str, Profile] = field(repr=False, default_factory=dict)
     split: str | None = None
+    dates: DateOrder | None = None
 
     def named(self, role: str, own: str) -> str | None:
         """Return a role's column as recipes say it: `NONE` where there is none, and a column has llmrec's own name."""
@@ -107,6 +109,7 @@ class Roles:
             text=self.text or NONE,
             fields=self.fields,
             split=self.split or NONE,
+            dates=self.dates,
         )
 
     def uses(self, column: str) -> bool:

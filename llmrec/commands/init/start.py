@@ -273,8 +273,11 @@ def _page(
         text=roles.named("text", "text"),
         fields=roles.fields,
         split=roles.split,
+        dates=roles.dates,
     )
     why = {role: roles.why.get(column, "") for role in ROLES if (column := getattr(roles, role)) is not None}
+    if roles.dates is not None:
+        why["dates"] = "which stands first in dates such as 03/04/2024"
     if title is not None and roles.title is None:
         why["title"] = "no titles: the ids stand in for them"
     twice = listed is not None and roles.items[roles.item].distinct < roles.items[roles.item].filled

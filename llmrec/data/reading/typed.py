@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from datetime import UTC, date, datetime
+from datetime import date
 from typing import Literal, Protocol
 
 import polars as pl
 
 from llmrec.data.codes import codes
+from llmrec.data.reading.dates import ORDERS, DateOrder, in_seconds, read_dates
 from llmrec.data.reading.limits import WHOLE, shown
 from llmrec.data.reading.markup import plain
 from llmrec.errors import DataError, Place
@@ -18,8 +19,6 @@ Unit = Literal["seconds", "milliseconds"]
 
 # No data set reaches beyond the year 5138 in seconds, or back before 1973 in milliseconds.
 _MILLISECONDS_FROM = 1e11
-# What polars and Python read alike, from the year 1 on; whatever else Python takes for a date is rare, and read by it.
-_ISO = r"^(?:[1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])-\d{2}-\d{2}([T ]\d{2}:\d{2}:[0-5]\d(\.\d{1,6})?Z?)?$"
 
 
 class Rows(Protocol):
@@ -162,13 +161,18 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
     return found if absent is None else found.set(found == absent, None)
 
 
-def times(rows: Rows, column: str) -> pl.Series:
+def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
     """Return a column of times as numbers; dates become seconds since 1970 (UTC unless they say otherwise).
 
-    A column holds numbers or ISO 8601 dates, as its first row shows.
+    A column holds numbers or dates, as its first row shows.
+
+    Args:
+        rows: Where it is.
+        column: Its name.
+        order: What stands first in dates such as 03/04/2024; None: as the column shows.
 
     Raises:
-        DataError: If a value is missing or is neither.
+        DataError: If a value is missing or is neither, or if nothing shows which of two dates it is.
     """
     series = _dated(rows, column)
     if series.dtype.is_temporal():
@@ -179,7 +183,7 @@ def times(rows: Rows, column: str) -> pl.Series:
                 f": column {column!r} holds {series.dtype}, which is not a point in time",
                 column,
             )
-        seconds = _epoch(series.cast(pl.Datetime("us")))
+        seconds = in_seconds(series.cast(pl.Datetime("us")).dt.epoch("us"))
         row = _first(seconds.is_null())
         if row is not None:
             raise DataError.at(
@@ -192,10 +196,24 @@ def times(rows: Rows, column: str) -> pl.Series:
     if series.dtype != pl.String or _floats(series[:1])[0] is not None:
         return _one_unit(rows, column, numbers(rows, column, "time"))
     text = series.fill_null("").str.strip_chars()
-    found = _iso(text)
-    odd = found.is_null().arg_true()
-    read = [_seconds(rows, column, row, said) for row, said in zip(odd.to_list(), text.gather(odd), strict=True)]
-    return found.scatter(odd, read) if read else found
+    found = read_dates(text, order)
+    row = _first(found.seconds.is_null())
+    if row is None:
+        return found.seconds
+    said = f": the time in column {column!r} is {shown(text[row])}"
+    if not found.unsure[row]:
+        said += (
+            ", which is neither a number nor a date such as 2024-05-31, 2024-05-31T08:15:00Z or 31.05.2024 08:15; all "
+            "rows must be of one sort, so correct the row"
+        )
+    elif found.order is None:
+        said += ", in which day and month cannot be told apart, here as in all other rows; set "
+        said += " or ".join(f"data.columns.dates={each}" for each in ORDERS)
+    else:
+        shows = "data.columns.dates says" if order else "other rows show"
+        said += f", which is no date with the {found.order.removesuffix('-first')} first, as {shows}; correct the row"
+    undecided = bool(found.unsure[row]) and found.order is None
+    raise DataError.at(rows.where(row), "ambiguous" if undecided else "bad-value", said, column)
 
 
 _DAY = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
@@ -268,36 +286,6 @@ def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
     )
 
 
-def _iso(text: pl.Series) -> pl.Series:
-    """Return the seconds of plain ISO dates, and nulls for all else."""
-    plainly = text.set(~text.str.contains(_ISO), None).str.strip_suffix("Z").str.replace("T", " ", literal=True)
-    found = pl.Series(text.name, [None], dtype=pl.Float64).new_from_index(0, text.len())
-    for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"):
-        found = found.fill_null(_epoch(plainly.str.to_datetime(form, strict=False, time_unit="us")))
-    return found
-
-
-def _epoch(moments: pl.Series) -> pl.Series:
-    micro = moments.dt.epoch("us")
-    # numpy rounds each quotient as Python does; polars multiplies by the inverse, which changes last digits.
-    seconds = pl.Series(moments.name, micro.fill_null(0).to_numpy() / 1e6)
-    return seconds.set(micro.is_null(), None)
-
-
-def _seconds(rows: Rows, column: str, row: int, text: str) -> float:
-    try:
-        moment = datetime.fromisoformat(text)
-        return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp()
-    except (ValueError, OverflowError) as error:
-        raise DataError.at(
-            rows.where(row),
-            "bad-value",
-            f": the time in column {column!r} is {shown(text)}, which is neither a number nor an ISO "
-            "date such as 2024-05-31 or 2024-05-31T08:15:00Z; all rows must be of one sort, so correct the row",
-            column,
-        ) from error
-
-
 def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
     """Return times as seconds since 1970, from seconds or milliseconds, as the first row of the file shows.
 
@@ -334,7 +322,7 @@ def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
     series = rows.column(column).cast(pl.String).str.strip_chars()
     found = pl.Series(column, [None] * series.len(), pl.Float64)
     for form in formats:
-        found = found.fill_null(_epoch(series.str.to_datetime(form, strict=False, time_unit="us")))
+        found = found.fill_null(in_seconds(series.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
         if not found.null_count():
             break
     row = _first(found.is_null())

@@ -114,7 +114,7 @@ def table(section: DataSection, *, seed: int) -> Dataset:
     if rating is not None:
         series["rating"] = numbers(main, rating, "rating")
     if time is not None:
-        series["timestamp"] = times(main, time)
+        series["timestamp"] = times(main, time, columns.dates)
     if text is not None:
         series["text"] = unescaped(main, text)
     listed = _read(section.items) if section.items is not None else None
