@@ -477,7 +477,10 @@ def _snippet(block: str, file: Path) -> Recipe:
     """Read a recipe of a document; one that leaves lines (`...`) or sections out is laid over the quickstart."""
     lines = [line for line in block.splitlines() if line.strip() != "..."]
     whole = len(lines) == len(block.splitlines()) and {"name", "data"} <= set(yaml.safe_load(block))
-    file.write_text("\n".join(lines if whole else [f"base: {ROOT / 'recipes' / 'movielens-100k' / 'four-tasks.yaml'}", *lines]), "utf-8")
+    file.write_text(
+        "\n".join(lines if whole else [f"base: {ROOT / 'recipes' / 'movielens-100k' / 'four-tasks.yaml'}", *lines]),
+        "utf-8",
+    )
     return load_recipe(file)
 
 

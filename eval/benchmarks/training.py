@@ -281,7 +281,8 @@ def measure_packing(setting: Setting) -> dict[str, Any]:
     names = "templates: [one-history], history: 20"
     tasks = f"tasks={{sequential: {{{names}}}, rating: {{{names}}}}}"
     settings = ["train.packing=tree", "train.max_row_tokens=512", "train.batch_tokens=2048"]
-    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", ["reviews=null", tasks, *settings, "train.steps=60"]))
+    changes = ["reviews=null", tasks, *settings, "train.steps=60"]
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", changes))
     folder = resolve(study.recipe.model)
     encoder = encoder_of(study, folder)
     packed = plan_training(study, encoder).steps

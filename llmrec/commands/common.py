@@ -172,6 +172,9 @@ def main(app: typer.Typer) -> None:
 
     Of several processes that a launcher started the first one answers, and the first that fails says why.
     """
+    # Threads of OpenMP spin while they wait for each other. On a machine with a second busy process the thread that is
+    # waited for then gets no core, and a run takes ten to twenty times as long.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if processes.rank() and "train" in sys.argv[1:]:
         with Path(os.devnull).open("wb") as nowhere:
             os.dup2(nowhere.fileno(), 1)

@@ -137,7 +137,9 @@ def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
 
 def test_arms_that_are_not_named_are_not_joined(llama_folder: Path, tmp_path: Path) -> None:
     more = ("eval.arms=[zero-shot, few-shot]", "eval.fusion={model_users: 24, arms: [few-shot]}", "eval.backend=fake")
-    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more, "eval.scorer=fake"])
+    recipe = load_recipe(
+        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more, "eval.scorer=fake"]
+    )
     rows = {row["id"] for row in pipeline.run(recipe, tmp_path / "r", quiet=True).results["rows"]}
     assert "sequential/few-shot/fusion with models/continue-list" in rows
     assert not any("zero-shot/fusion" in name for name in rows)

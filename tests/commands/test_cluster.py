@@ -310,7 +310,10 @@ def test_without_ray_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 def test_ray_and_one_shard_exclude_each_other(tmp_path: Path) -> None:
-    for words in (["run", "recipes/movielens-100k/four-tasks.yaml"], ["augment", "recipes/movielens-100k/four-tasks.yaml"]):
+    for words in (
+        ["run", "recipes/movielens-100k/four-tasks.yaml"],
+        ["augment", "recipes/movielens-100k/four-tasks.yaml"],
+    ):
         with raises(RecipeError, Facts("contradiction", column="--shard")):
             CliRunner().invoke(app, [*words, "--shard", "1/2", "--ray", "local"], catch_exceptions=False)
     with raises(RecipeError, Facts("unsupported", column="--out")):

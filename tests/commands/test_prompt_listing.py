@@ -137,7 +137,9 @@ def test_rows_of_templates_that_are_not_trained_on(study: Study, encoder: Encode
 
 
 def test_a_template_that_does_not_fit_the_recipe_says_why(encoder: Encoder) -> None:
-    summary = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:-1], "tasks.rating.past=summary"]))
+    summary = build_study(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:-1], "tasks.rating.past=summary"])
+    )
     (text,) = rendered(summary, encoder, [find(summary, "score-one")], 1)
     assert "cannot be rendered here: tasks: past=summary" in " ".join(text.split())
 

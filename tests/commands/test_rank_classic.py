@@ -32,7 +32,9 @@ BASELINES = ["tasks.sequential.baselines=[{name: markov, decay: 0.31}, item-knn,
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("classic") / "recipe.yaml"
-    path.write_text(dump(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CHANGES, *BASELINES])), encoding="utf-8")
+    path.write_text(
+        dump(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CHANGES, *BASELINES])), encoding="utf-8"
+    )
     return path
 
 

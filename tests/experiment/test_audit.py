@@ -180,7 +180,9 @@ def test_4_a_training_row_that_shows_a_held_out_title_without_saying_so(study: S
 
 def test_4_a_training_row_that_shows_a_held_out_code_where_ids_are_codes() -> None:
     named = ("tasks.rating={templates: [user-item]}", "tasks.sequential=null", "tasks.direct=null", "index.ids=codes")
-    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:4], *named, "index.scheme=random"]))
+    study = build_study(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:4], *named, "index.scheme=random"])
+    )
     assert study.index is not None
     user, item = held(study)
     shown = Segment("item", study.index.encode(item))

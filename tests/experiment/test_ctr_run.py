@@ -46,7 +46,9 @@ SMALL = (
 
 
 def recipe(folder: object, *more: str) -> Recipe:
-    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more])
+    return load_recipe(
+        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more]
+    )
 
 
 @pytest.fixture(scope="module")
@@ -145,7 +147,12 @@ def test_calibration_moves_probabilities_and_no_order(
     assert odds[0] == pytest.approx(curve["scale"] * odds[1] + curve["bias"], abs=1e-6)
     with raises(
         RecipeError,
-        Facts("contradiction", "recipes/movielens-100k/four-tasks.yaml", column="tasks.ctr.calibrate", says="eval.split=valid"),
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/four-tasks.yaml",
+            column="tasks.ctr.calibrate",
+            says="eval.split=valid",
+        ),
     ):
         recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.split=valid")
 

@@ -61,7 +61,9 @@ def _tune(table: Path, out: Path) -> str:
     data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
     options = ["--encoder", tiny_encoder(), "--blocks", "2", "--epochs", "2", "--learning-rate", "5e-3"]
     found = CliRunner().invoke(
-        app, ["tune-encoder", "recipes/movielens-100k/four-tasks.yaml", *data, *options, "--out", str(out)], catch_exceptions=False
+        app,
+        ["tune-encoder", "recipes/movielens-100k/four-tasks.yaml", *data, *options, "--out", str(out)],
+        catch_exceptions=False,
     )
     return found.stdout
 

@@ -343,7 +343,9 @@ def test_untuned_settings_are_asked_with_titles_and_the_tuned_model_with_item_to
         "tuned": "sequential/bare-codes",
     }
     assert answers(run.folder)["error"].null_count() == 6
-    zero, tuned = (next(row["id"] for row in run.results["rows"] if row["arm"] == arm) for arm in ("zero-shot", "tuned"))
+    zero, tuned = (
+        next(row["id"] for row in run.results["rows"] if row["arm"] == arm) for arm in ("zero-shot", "tuned")
+    )
     planned = {(each["a"], each["b"]) for each in run.results["comparisons"] if each.get("verdict")}
     assert (tuned, zero) in planned
     lines = audit.audit(run.folder)

@@ -94,13 +94,23 @@ def test_a_rating_head_may_stand_beside_families_that_are_left_out() -> None:
     head = ("tasks.rating.strategies=[head, expected]", "tasks.rating.head={alpha: 0.5}")
     with raises(
         RecipeError,
-        Facts("contradiction", "recipes/movielens-100k/four-tasks.yaml", column="tasks.rating.head", says="train.only=[rating]"),
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/four-tasks.yaml",
+            column="tasks.rating.head",
+            says="train.only=[rating]",
+        ),
     ):
         recipe("m", *head)
     assert recipe("m", *head, "train.only=[rating]").trained() == {"rating": 1.0}
     with raises(
         RecipeError,
-        Facts("contradiction", "recipes/movielens-100k/four-tasks.yaml", column="tasks.rating.head", says="train.only=[rating]"),
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/four-tasks.yaml",
+            column="tasks.rating.head",
+            says="train.only=[rating]",
+        ),
     ):
         recipe("m", *head, "train.without=[rating]")
 

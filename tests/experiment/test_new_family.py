@@ -224,7 +224,8 @@ def test_it_is_audited(done: pipeline.Run) -> None:
 
 def test_its_section_is_closed_and_its_controls_stand(known: None, llama_folder: Path) -> None:
     with raises(
-        RecipeError, Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.fam", says="did you mean 'fame'")
+        RecipeError,
+        Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.fam", says="did you mean 'fame'"),
     ):
         load_recipe("recipes/movielens-100k/four-tasks.yaml", ["tasks.fam={}"])
     with raises(RecipeError, Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.usres")):

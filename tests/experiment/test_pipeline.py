@@ -52,7 +52,9 @@ SMALL = (
 
 
 def recipe(folder: Path, *more: str) -> Recipe:
-    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more])
+    return load_recipe(
+        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more]
+    )
 
 
 @pytest.fixture(scope="module", params=["llama_folder", "qwen_folder"])

@@ -201,7 +201,9 @@ class Sampling(Engines):
 
 @cache
 def study_of(candidates: int) -> Study:
-    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*BASE, f"eval.candidates.count={candidates}"]))
+    return build_study(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*BASE, f"eval.candidates.count={candidates}"])
+    )
 
 
 def ask(store: AnswerStore, asked: Asked) -> tuple[int, int]:

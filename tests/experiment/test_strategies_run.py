@@ -68,7 +68,9 @@ def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
     from llmrec.recipe.schema import ModelSection
 
     encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=99_999)
-    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *BASE, "tasks.sequential=null"])
+    recipe = load_recipe(
+        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *BASE, "tasks.sequential=null"]
+    )
 
     def tokens(strategy: str, permutations: int = 1) -> int:
         direct = recipe.tasks.direct.model_copy(  # type: ignore[union-attr]

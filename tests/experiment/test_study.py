@@ -208,7 +208,10 @@ def test_what_does_not_fit_together_is_refused(override: str, facts: Facts | Non
     if facts is None:
         assert set(build_study(recipe(override)).tasks) == {"rating"}
         with raises(
-            RecipeError, Facts("contradiction", "recipes/movielens-100k/four-tasks.yaml", column="reviews", says="tasks.explanation")
+            RecipeError,
+            Facts(
+                "contradiction", "recipes/movielens-100k/four-tasks.yaml", column="reviews", says="tasks.explanation"
+            ),
         ):
             load_recipe("recipes/movielens-100k/four-tasks.yaml", [override])
         return

@@ -203,7 +203,9 @@ def test_a_plan_is_the_same_with_and_without(encoder: Encoder, monkeypatch: pyte
     """Same rows in the same steps, over a mixture of three families with several templates each."""
     tasks = "tasks={rating: {}, sequential: {weight: 3}, direct: {weight: 0.5}}"
     base = ["reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf", tasks]
-    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*base, "train.steps=25", "train.max_row_tokens=160"]))
+    study = build_study(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*base, "train.steps=25", "train.max_row_tokens=160"])
+    )
     encoder = Encoder(encoder.tokenizer, max_length=2048)
     with_pieces = planned(study, encoder)
     monkeypatch.setattr(line_rows, "takes_pieces", lambda template: False)

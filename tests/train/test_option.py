@@ -236,7 +236,8 @@ def test_a_run_trains_asks_and_exports_it(llama_folder: Path, tmp_path: Path) ->
     only = "tasks={rating: {strategies: [expected], history: 5}}"
     more = ["train.lora={}", "train.method=option-adapter", "train.soft={prompts: 6, rank: 2}", "eval.arms=[tuned]"]
     chosen = load_recipe(
-        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", "model.dtype=float32", *soft, only, *more]
+        "recipes/movielens-100k/four-tasks.yaml",
+        [f"model.name={llama_folder}", "model.dtype=float32", *soft, only, *more],
     )
     done = pipeline.run(chosen, tmp_path / "run", quiet=True)
     row = next(row for row in done.results["rows"] if row["id"].startswith("rating/tuned/expected/"))
@@ -254,7 +255,9 @@ def study_of(folder: Path, tasks: str, *more: str) -> Study:
     changes = [f"model.name={folder}", "model.dtype=float32", f"tasks={tasks}", "train.lora={}", "eval.backend=hf"]
     small = ["train.steps=2", "train.batch_tokens=1024", "train.max_row_tokens=1000", "train.valid_rows=20"]
     data = "data={source: made-reviews, noun: products, split: {kind: last_share, valid: 0.2, test: 0.4}}"
-    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*changes, *small, data, "reviews=null", *more]))
+    return build_study(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*changes, *small, data, "reviews=null", *more])
+    )
 
 
 RATED = "rating: {strategies: [expected], history: 5}"

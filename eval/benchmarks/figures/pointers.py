@@ -11,8 +11,9 @@ with a ``value`` stands for that.
 
 Between pointers and numbers there may be ``+ - * /`` with blanks around them, and parentheses. Functions: ``abs(x)``;
 ``min max sum mean count`` of a pointer, which may then stand for several values; ``chance(k, n)``, the exact NDCG@k of
-a random order of n candidates with one target; ``t(a , b)`` (a blank before the comma), the paired t statistic of two pointers that stand for as
-many values, such as those of training seeds. Nothing else: results are read, never run. Numbers alone are no source.
+a random order of n candidates with one target; ``t(a , b)`` (a blank before the comma), the paired t statistic of two
+pointers that stand for as many values, such as those of training seeds. Nothing else: results are read, never run.
+Numbers alone are no source.
 """
 
 from __future__ import annotations

@@ -142,11 +142,7 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
     yield Finding(
         "load",
         f"{chip.load:.1f} processes want {chip.usable} cores" if busy else f"{chip.load:.1f}",
-        # Threads of OpenMP spin while they wait for each other, and so take the core from the one that is waited for.
-        note="something else runs here, and a run beside it can take many times as long; put OMP_WAIT_POLICY=PASSIVE "
-        "before the command to make that less"
-        if busy
-        else "",
+        note="something else runs here, so that a run takes longer than estimated" if busy else "",
     )
 
 
