@@ -44,7 +44,7 @@ from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
-from llmrec.results import Arm, Results, StoredResults
+from llmrec.results import Arm, Choice, Results, StoredResults
 from llmrec.terminal import works_in
 from llmrec.train import trackers
 
@@ -89,6 +89,7 @@ def run(
     quiet: bool = False,
     may_train: bool = True,
     before: Callable[[Session], None] | None = None,
+    choice: Choice | None = None,
 ) -> Run:
     """Run a whole recipe and return its results.
 
@@ -106,6 +107,8 @@ def run(
         may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error. Without it no
             texts are written either.
         before: Called when everything is read and nothing is trained or asked yet.
+        choice: The row to serve where no validation users are left to say which is the best. With it the best one is
+            served of a run with a language model too, which is served by that model otherwise.
 
     Raises:
         RecipeError: If the tuned setting has no adapter and ``may_train`` is off.
@@ -129,7 +132,7 @@ def run(
             before(session)
         trains = may_train and "tuned" in recipe.eval.arms
         training = session.train() if trains else session.tuned(folder)
-        rows, written = session.evaluate(training)
+        rows, written = session.evaluate(training, choice)
         with Bar("audit", None, quiet=quiet):
             audited = session.audit(written)
         made = Made(written.results, written.predictions, audited, session.item_index)
@@ -337,17 +340,24 @@ class Session:
         encoder = self.model.encoder if self.model else None
         return Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
 
-    def evaluate(self, training: Trained | None) -> tuple[list[ResultRow], Written]:
-        """Evaluate every setting and write the results; returns the rows and what was written."""
+    def evaluate(self, training: Trained | None, choice: Choice | None = None) -> tuple[list[ResultRow], Written]:
+        """Evaluate every setting and write the results; returns the rows and what was written.
+
+        Args:
+            training: What training left.
+            choice: See `run`.
+        """
         evaluation = self.evaluation()
         rows: list[ResultRow] = evaluation.baselines()
         if self.model is not None:
             with self.asking(training, self.folder) as (weights, engines):
                 rows += evaluation.arms(weights, engines, rows)
-        stored.write(self.study, rows, self.folder)
+        if self.model is None or choice is not None:
+            choice = evaluation.choice(rows) or choice
+        stored.write(self.study, rows, self.folder, choice)
         with Bar("comparisons", None, quiet=self.quiet):
             missing = tuple(evaluation.missing.values())
-            written = write_results(self.study, rows, training, self._told(), self.budget, self.folder, missing)
+            written = write_results(self.study, rows, training, self._told(), self.budget, self.folder, missing, choice)
         steps = int(training["steps"]) if training is not None else 0
         trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
         return rows, written

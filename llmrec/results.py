@@ -262,6 +262,24 @@ class FusionWeights(Record):
     repeat: Number = None
 
 
+class Choice(Record):
+    """The row that is served where nobody says which: the best one on validation users; test users had no say in it.
+
+    Attributes:
+        row: Its id.
+        metric: That decided.
+        value: Its figure on validation users; of a fusion the cross-fitted one.
+        users: Validation users, who chose no parameter of any row.
+        figures: Of all rows that could have been chosen, by id.
+    """
+
+    row: str
+    metric: str
+    value: float
+    users: int
+    figures: dict[str, float] = Field(default_factory=dict)
+
+
 class Row(Measured, Asked):
     """One predictor on one task.
 
@@ -277,6 +295,18 @@ class Row(Measured, Asked):
     slices: tuple[SliceOfRow, ...] = ()
     by_position: tuple[AtPosition, ...] = ()
     position_trend: Trend | None = None
+
+    @property
+    def alone(self) -> str | None:
+        """The part that a fusion is, where only one has a weight that counts; None of any other row."""
+        if self.fusion is None or self.fusion.form != "alone":
+            return None
+        return next((part.name for part in self.fusion.parts if part.weight), None)
+
+    def differs(self, other: Row) -> bool:
+        """Whether it may have other lists than another row: a fusion that is one part alone has those of the part."""
+        ends = [(row.arm, row.template, row.alone or row.predictor) for row in (self, other)]
+        return ends[0] != ends[1]
 
     @property
     def method(self) -> str:
@@ -407,6 +437,7 @@ class Results(Displayed, Record):
     unevaluated: tuple[Unevaluated, ...] = ()
     headline: dict[str, str]
     comparisons: tuple[Comparison, ...] = ()
+    choice: Choice | None = None
     detectable: dict[str, str] = Field(default_factory=dict)
     budget: tuple[Stage, ...] = ()
     seconds: Number = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -149,14 +148,12 @@ def test_a_missing_extra_prints_its_install_command(tmp_path: Path) -> None:
 
 def test_fake_backend_runs_a_recipe_to_its_report(tmp_path: Path, llama_folder: Path) -> None:
     path = write(tmp_path, HEADER + "\n".join(rows()), model=str(llama_folder))
-    begin = time.monotonic()
     done = llmrec("run", path, "-q", "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
     assert "The best language-model row against the best control:" in done.stdout
     assert "time: " in done.stdout and "llmrec report" in done.stdout
     assert (tmp_path / "r" / "report" / "index.html").is_file()
-    assert time.monotonic() - begin < 60
 
 
 def test_doctor_gives_one_line_a_finding() -> None:

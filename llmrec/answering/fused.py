@@ -32,7 +32,7 @@ def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
         RecipeError: If there is none; the message says how to get one.
     """
     folder = bundle.run or Path(bundle.folder)
-    own = [each for each in read(folder) if each.family == way.family]
+    own = [each for each in read(folder).fusions if each.family == way.family]
     found = [each for each in own if (each.arm == "baseline") == (joined == "baselines")]
     if joined == "model":
         name = bundle.templates[way.family][way.template].id
@@ -72,6 +72,10 @@ class Fuser:
     def seen(self, request: RankRequest) -> frozenset[str]:
         """Return the items of a request's history under the data's ids."""
         return frozenset(event.item_id for event in self._naming.known(request)[0])
+
+    def strange(self, request: RankRequest) -> list[str]:
+        """Return the names of the items of a request's history that the data does not have."""
+        return self._naming.strange(request)
 
     def knows(self, item: Item) -> bool:
         """Whether the data has an item, under its id or its title."""

@@ -6,6 +6,7 @@ Items and past events come from the run's data or the exported folder, and from 
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -15,21 +16,22 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.answering.listing import history_of
-from llmrec.answering.requests import catalogue
+from llmrec.answering.requests import catalogue_of, data_of_run
 from llmrec.answering.rules import Rules
 from llmrec.baselines.parameters import config_of
 from llmrec.data.codes import codes
 from llmrec.data.dataset import Dataset, conform
-from llmrec.data.described import described_items, profile_of
+from llmrec.data.described import profile_of
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
+from llmrec.data.reading.limits import shown
 from llmrec.data.reading.typed import per_second
-from llmrec.data.requests import identity
+from llmrec.data.requests import RankRequest, identity, read_request, told_event
 from llmrec.data.sources.table import load
 from llmrec.data.split import time_order
 from llmrec.errors import DataError, did_you_mean
 from llmrec.experiment import bundle as bundles
+from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion.carried import NUMBERED, carried
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import Recipe
@@ -246,15 +248,29 @@ def known_of(folder: str, items: Path | None) -> Known:
         LlmrecError: If they cannot be read.
     """
     bundle = bundles.read(folder)
+    found, data = catalogue_of(bundle, items)
+    return known_from(bundle, found or {}, data)
+
+
+def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None = None) -> Known:
+    """Return what is known of a model that is opened.
+
+    Args:
+        bundle: The model.
+        items: Its catalogue.
+        data: Those of its run, where they were read already.
+
+    Raises:
+        LlmrecError: If something cannot be read.
+    """
     if bundle.run is None:
         brought = carried(Path(bundle.folder), seed=bundle.seed)
         past = Histories.none() if brought is None else Histories.of(_of_named(brought.dataset), bundle.seed)
-        return Known(catalogue(bundle, items) or {}, past)
+        return Known(items, past)
     recipe = load_stored(bundle.run)
-    data = load(recipe.data, seed=recipe.seed)
-    found = described_items(data.items, recipe.data.texts) if items is None else catalogue(bundle, items)
-    past, said = Histories.of(data, recipe.seed), profiles_of(folder, lambda: data.users)
-    return Known(found or {}, past, _stores(bundle.run, recipe), said, data.users)
+    found = data_of_run(bundle, recipe) if data is None else data
+    said = profiles_of(str(bundle.run), lambda: found.users)
+    return Known(items, Histories.of(found, recipe.seed), _stores(bundle.run, recipe), said, found.users)
 
 
 def _of_named(dataset: Dataset) -> Dataset:
@@ -304,6 +320,21 @@ def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callab
     return said
 
 
+def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
+    """Return a user's events of the data and those since, oldest first; one that is in both stands there once.
+
+    Events without a time are older than all that have one.
+    """
+    both = {(event.item_id, event.timestamp) for event in past}
+    every = [*past, *(event for event in since if (event.item_id, event.timestamp) not in both)]
+    return sorted(every, key=lambda event: -math.inf if event.timestamp is None else event.timestamp)
+
+
+def history_of(events: Sequence[Event], items: Mapping[str, Item]) -> list[dict[str, object]]:
+    """Return a known user's history as a request has it; items that the catalogue has no more are left out."""
+    return [told_event(event) for event in events if event.item_id in items]
+
+
 def with_history(
     record: Mapping[str, object],
     histories: Callable[[], Histories],
@@ -325,6 +356,53 @@ def with_history(
     if user is not None and not record.get("profile") and profiles is not None and (said := profiles(user)):
         found["profile"] = said
     return {**record, **found} if found else record
+
+
+def read_known(
+    record: Mapping[str, object],
+    row: int,
+    histories: Callable[[], Histories],
+    items: Mapping[str, Item] | None,
+    profiles: Callable[[str], Profile] | None = None,
+    *,
+    whole: bool = False,
+    retrieves: bool = False,
+) -> RankRequest:
+    """Read a request; what it does not bring of a known user is taken from what is stored, and a note says so.
+
+    Args:
+        record: As `read_request` takes it.
+        row: See there.
+        histories: What users did; it is called where a request names a user and brings no history.
+        items: The catalogue, as `read_request` takes it.
+        profiles: See `profiles_of`.
+        whole: See `read_request`.
+        retrieves: See there.
+
+    Raises:
+        DataError: If it cannot be ranked.
+    """
+    told = with_history(record, histories, items or {}, profiles)
+    request = read_request(told, row, items, whole=whole, retrieves=retrieves)
+    if request.user_id is None or record.get("history") is not None:
+        return request
+    stored = bool(told.get("profile")) and not record.get("profile")
+    return of_user(request, known=stored or bool(histories().of_user(request.user_id)))
+
+
+def of_user(request: RankRequest, *, known: bool) -> RankRequest:
+    """Return a request whose history is what is stored of its user, with a note that says how much that is.
+
+    Args:
+        request: It names a user, and brought no history itself.
+        known: Whether anything is stored of the user.
+    """
+    if not known:
+        note = f"the user {shown(str(request.user_id))} is not known"
+        return replace(request, unknown_user=True, notes=(note, *request.notes))
+    events = len(request.history)
+    note = f"history: {events} event{'' if events == 1 else 's'} that the data have of this user"
+    return replace(request, notes=(*request.notes, note))
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DataError:

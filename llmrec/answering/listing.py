@@ -6,16 +6,17 @@ itself: `listing` says how deep to ask, is sent what came of it, and returns the
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import replace
 
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules, deep_enough
-from llmrec.data.requests import USER_FIELDS, RankRequest, told_event
+from llmrec.data.requests import USER_FIELDS, RankRequest
 from llmrec.errors import DataError
-from llmrec.types import Event, Item, Ranking, Unparsed
+from llmrec.types import Item, Ranking, Unparsed
 
+COLD = "nothing is known of the user: the most popular items"
+"""The note on a list of a request that `is_cold`."""
 # What is looked through where a list is to be diverse or keeps quotas, before more is asked for.
 _DEEP = 50
 _DEEPER = 4
@@ -91,24 +92,14 @@ def listing(
     return replace(found, answer=answer, titles=tuple(titles[name] for name, _ in chosen))
 
 
-def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
-    """Return a user's events of the data and those since, oldest first; one that is in both stands there once.
-
-    Events without a time are older than all that have one.
-    """
-    both = {(event.item_id, event.timestamp) for event in past}
-    every = [*past, *(event for event in since if (event.item_id, event.timestamp) not in both)]
-    return sorted(every, key=lambda event: -math.inf if event.timestamp is None else event.timestamp)
-
-
-def history_of(events: Sequence[Event], items: Mapping[str, Item]) -> list[dict[str, object]]:
-    """Return a known user's history as a request has it; items that the catalogue has no more are left out."""
-    return [told_event(event) for event in events if event.item_id in items]
-
-
 def is_cold(request: RankRequest) -> bool:
     """Whether nothing is known of a user, so that the most popular items are the answer."""
     return not request.history and not request.profile and USER_FIELDS not in request.context
+
+
+def told_cold(found: Answered) -> Answered:
+    """Return the list of a request that `is_cold`, which the most popular items answer, with a note that says so."""
+    return replace(found, cold=True, notes=(*found.notes, COLD))
 
 
 def ranking_of(found: Answered) -> Ranking:

@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import logging
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
@@ -20,19 +21,22 @@ import pyarrow as pa
 
 from llmrec.answering.about import value_of
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Catalogue, Known, Profile, known_of, profiles_of, with_history
-from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
+from llmrec.answering.known import Catalogue, Known, Profile, known_of, profiles_of, read_known
+from llmrec.answering.listing import is_cold, listing, ranking_of, ruled, told_cold
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
 from llmrec.answering.opening import Models, open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
 from llmrec.answering.rules import Rules
 from llmrec.data.frames import as_arrow, like
-from llmrec.data.requests import RankRequest, identity, read_request
+from llmrec.data.reading.limits import shown
+from llmrec.data.requests import RankRequest, identity, read_request, some
 from llmrec.display import Displayed, Summary, listed
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.keywords import speaks_python
-from llmrec.types import Unparsed
+from llmrec.types import Item, Unparsed
+
+log = logging.getLogger(__name__)
 
 __all__ = ["Loaded", "Scored", "Wanted", "load"]
 
@@ -134,6 +138,7 @@ class Loaded(Displayed):
 
     def __init__(self, options: RecommenderOptions, models: Models, known: Known | None = None) -> None:
         self._options, self._models, self._given = options, models, known
+        self._warned: set[str] = set()
 
     def _summary(self) -> Summary:
         facts = {
@@ -180,6 +185,8 @@ class Loaded(Displayed):
             profile: What is said about the user.
             id: Decides the order of equal scores.
 
+        A user or an item of a history that is unknown is a warning of the logger ``llmrec``, once each.
+
         Returns:
             A list of `Scored`, best first; of a frame, one of the same library with the columns ``id``, ``user_id``,
             ``rank``, ``item_id``, ``title``, ``score``, ``error`` and ``notes``, such as items of a history that are
@@ -198,6 +205,7 @@ class Loaded(Displayed):
         (found,) = self.lists([self._request(record, 1)], asked)
         if isinstance(found, LlmrecError):
             raise found
+        self._warn(found, user)
         return _scored(found)
 
     @property
@@ -207,6 +215,16 @@ class Loaded(Displayed):
         return found
 
     @property
+    def items(self) -> Mapping[str, Item]:
+        """The catalogue, by id."""
+        return self._models.items
+
+    @property
+    def data_name(self) -> str | None:
+        """What the data are called that classic recommenders learned from; None where there are none."""
+        return None if self._models.data is None else self._models.data.dataset.name
+
+    @property
     def histories(self) -> str:
         """A hash over what the users of the run's data did, and what prompts show of them."""
         return self.known.digest
@@ -214,6 +232,15 @@ class Loaded(Displayed):
     def signature(self, model: str | None = None) -> str:
         """Return what changes with everything that can change an answer, but for the question."""
         return self._models.get(model).signature
+
+    def read(self, record: Mapping[str, object], row: int, *, whole: bool) -> RankRequest:
+        """Read a request, with what is stored of its user; ``whole``: the whole catalogue is ranked.
+
+        Raises:
+            DataError: If it cannot be ranked.
+        """
+        items = self._models.items or None
+        return read_known(record, row, lambda: self.known.histories, items, self._profiles, whole=whole)
 
     def lists(self, requests: Sequence[RankRequest], asked: Wanted) -> list[Answered | LlmrecError]:
         """Return a list, or why there is none, for every request; those that need the same depth are asked together."""
@@ -241,7 +268,7 @@ class Loaded(Displayed):
                 try:
                     depths[n] = steps[n].send(answer)
                 except StopIteration as done:
-                    found[n] = done.value
+                    found[n] = told_cold(done.value) if cold and self._models.popular is not None else done.value
                     del depths[n]
                 except LlmrecError as error:
                     found[n] = error
@@ -307,8 +334,7 @@ class Loaded(Displayed):
 
     def _request(self, record: Mapping[str, Any], row: int) -> RankRequest:
         known = {key: value for key, value in record.items() if value is not None}
-        told = with_history(known, lambda: self.known.histories, self._models.items, self._profiles)
-        return read_request(told, row, self._models.items or None, whole="candidates" not in known)
+        return self.read(known, row, whole="candidates" not in known)
 
     def _frame(self, rows: Sequence[Mapping[str, Any]], asked: Wanted) -> pa.Table:
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
@@ -316,7 +342,10 @@ class Loaded(Displayed):
 
         def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
             named, user = identity(row, number)
-            notes = "; ".join(posed[number].notes if number in posed else ())
+            answer = answers[number]
+            notes = "; ".join(
+                answer.notes if isinstance(answer, Answered) else posed[number].notes if number in posed else ()
+            )
             told = {"id": named or str(number), "user_id": user} | rest
             told["notes"] = notes or None
             for name, values in columns.items():
@@ -347,12 +376,27 @@ class Loaded(Displayed):
         record["profile"] = who.pop("profile", None)
         if who:
             raise DataError(f"unknown: {', '.join(who)}; give history, user, profile or model", kind="unknown-key")
-        (answer,) = asked.about(family, [self._request({**record, "candidates": [item]}, 1)])
+        request = self._request({**record, "candidates": [item]}, 1)
+        self._warn(request, request.user_id)
+        (answer,) = asked.about(family, [request])
         value = value_of(answer)
         if value is None:
             reason = answer.reason if isinstance(answer, Unparsed) else "there is no answer"
             raise DataError(f"{family}: {reason}", kind="failed")
         return value
+
+    def _warn(self, found: Answered | RankRequest, user: object) -> None:
+        """Say what of a question is unknown, once for each user and item."""
+        said = []
+        if found.unknown_user:
+            said.append(f"the user {shown(str(user))} is not known")
+        if found.unknown_items:
+            said.append(f"items of a history are unknown and left out: {some(found.unknown_items)}")
+        cold = isinstance(found, Answered) and found.cold
+        for text in said:
+            if text not in self._warned:
+                self._warned.add(text)
+                log.warning("%s%s", text, "; the most popular items are listed" if cold else "")
 
     def _answering(self, family: str, name: str | None) -> AnsweringModel:
         model = self._models.get(name)

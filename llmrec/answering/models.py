@@ -22,7 +22,7 @@ from llmrec.answering.recommender import Answered, Recommender
 from llmrec.answering.requests import first_prompt
 from llmrec.answering.strategy import ranking_families_of
 from llmrec.data.assemble import digest_items
-from llmrec.data.requests import Past, RankRequest
+from llmrec.data.requests import Past, RankRequest, some
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.experiment.resume import key_of
@@ -268,7 +268,7 @@ class Classic:
             back = (
                 self._naming.back(answer, requests[n]) if isinstance(answer, Ranking) else _unread(answer, requests[n])
             )
-            found[n] = _answered(back, requests[n], self.items)
+            found[n] = _answered(back, requests[n], self.items, self._naming.strange(requests[n]))
         rest = [n for n in range(len(requests)) if n not in found]
         if rest:
             assert isinstance(self.model, CatalogueScorer)
@@ -298,7 +298,7 @@ class Classic:
             items=tuple(names[place] for place in order),
             scores=tuple(float(row[place]) for place in order),
         )
-        return _answered(ranking, request, self.items)
+        return _answered(ranking, request, self.items, self._naming.strange(request))
 
 
 class Fused:
@@ -353,7 +353,9 @@ class Fused:
             answer = next(joined)
             if isinstance(answer, Ranking) and not given.candidates:
                 answer = replace(answer, items=answer.items[:depth], scores=answer.scores[:depth])
-            found.append(_answered(answer, request, self._items))
+            # A language model reads the title of an item that no other part knows.
+            strange = self._fuser.strange(request) if self._model is None else ()
+            found.append(_answered(answer, request, self._items, strange))
         return found
 
     def about(self, family: str, requests: Sequence[RankRequest]) -> list[Answer]:
@@ -379,11 +381,19 @@ class Fused:
 def meant(name: str, known: Iterable[str]) -> str | None:
     """Return which of the known models a name means: that of this name, or the first of this method; None: none.
 
-    A classic recommender with parameters is called by all of them, such as ``item-knn(history=5)``; its method alone,
-    ``item-knn``, is enough.
+    A classic recommender with parameters is called by all of them, such as ``item-knn(decay=0.5, history=5)``; its
+    method alone, ``item-knn``, is enough, and so are some of them, ``item-knn(history=5)``.
     """
     names = list(known)
-    return name if name in names else next((each for each in names if each.partition("(")[0] == name), None)
+    method, settings = _told(name)
+    alike = (each for each in names if _told(each)[0] == method and settings <= _told(each)[1])
+    return name if name in names else next(alike, None)
+
+
+def _told(name: str) -> tuple[str, set[str]]:
+    """Return the method of a name and its parameters."""
+    method, _, settings = name.removesuffix(")").partition("(")
+    return method, set(settings.split(", ")) - {""}
 
 
 def check_verb(model: AnsweringModel, verb: str) -> None:
@@ -434,12 +444,21 @@ def _with(request: RankRequest, found: Answered, items: Mapping[str, Item] | Non
     return replace(request, candidates=tuple((items or {})[name] for name in names), retrieved=len(names))
 
 
-def _answered(answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item]) -> Answered:
-    if isinstance(answer, Unparsed):
-        return Answered(answer=answer, notes=request.notes, retrieved=request.retrieved)
+def _answered(
+    answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], strange: Sequence[str] = ()
+) -> Answered:
+    """Return what became of a request; ``strange`` are items of its history that the model has not learned from."""
+    ignored = (f"history: ignored, since the model has not learned from it: {some(strange)}",) if strange else ()
     given = {item.item_id: item for item in request.candidates}
-    titles = tuple((given.get(name) or items[name]).title for name in answer.items)
-    return Answered(answer=answer, titles=titles, notes=request.notes, retrieved=request.retrieved)
+    titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)
+    return Answered(
+        answer=answer,
+        titles=tuple(titles),
+        notes=(*request.notes, *ignored),
+        retrieved=request.retrieved,
+        unknown_user=request.unknown_user,
+        unknown_items=tuple(dict.fromkeys((*request.unknown_items, *strange))),
+    )
 
 
 def _titled(found: Answered) -> list[tuple[str, str]]:

@@ -41,6 +41,10 @@ class Naming:
                 events.append(Event(item_id=item, rating=past.rating, timestamp=past.timestamp))
         return tuple(events), list(strange)
 
+    def strange(self, request: RankRequest) -> list[str]:
+        """Return the names of the items of a history that the data does not have."""
+        return self.known(request)[1]
+
     def request(self, request: RankRequest) -> Request:
         """Return a request with its candidates; one that the data does not have keeps its name, behind a mark."""
         return Request(

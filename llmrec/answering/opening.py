@@ -9,7 +9,7 @@ from pathlib import Path
 from llmrec.answering.checks import bundle_of
 from llmrec.answering.fused import Fuser
 from llmrec.answering.models import AnsweringModel, Classic, Fused, LanguageModel, meant
-from llmrec.answering.options import RecommenderOptions
+from llmrec.answering.options import PLAIN, TUNED, UNTUNED, RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.answering.requests import catalogue
 from llmrec.answering.retrieval import training_data
@@ -21,19 +21,20 @@ from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import read_items
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.experiment import bundle as bundles
 from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE as INTERACTIONS
+from llmrec.experiment.fusion.parts import choosing
 from llmrec.experiment.study import load_tables
 from llmrec.models.load import resolve
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
 from llmrec.registry import BASELINES, is_plugin, lookup
+from llmrec.results import Choice
 from llmrec.tasks.family import RANKERS, RATERS, answers, families
 from llmrec.types import Item
 
-TUNED, UNTUNED, PLAIN = "tuned", "untuned", "model"
-"""Names of language models; classic recommenders and fusions have the names of their rows in the report."""
 POPULAR = "popularity"
 """What answers for a user of whom nothing is known."""
 _SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
@@ -135,8 +136,9 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     Args:
         options: ``model`` names a run, an exported folder, or a model; the rest says how a language model is asked.
         names: Which of them, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, or
-            a baseline. None of them: the language model, the fusions that the run weighed, and the classic recommenders
-            of its recipe that are fitted in seconds.
+            a baseline. None of them: what its validation users chose, where it asked no language model or `auto` made
+            it; the language model, the fusions that the run weighed, and the classic recommenders of its recipe that
+            are fitted in seconds.
 
     Raises:
         LlmrecError: If a model cannot be opened, or there is none of a name.
@@ -148,10 +150,9 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     if base is not None:
         base.items = items
     data = _data(bundle)
-    fusions = stored.read(bundle.run or Path(bundle.folder)) if data is not None else []
-    known = stored.named(fusions, ranking_families_of(bundle), TUNED if bundle.tuned else "zero-shot")
-    own = "" if base is None else TUNED if bundle.tuned else PLAIN
-    chosen = list(names) or [*([own] if own else []), *known, *_cheap(bundle, data)]
+    known = _fusions(bundle)
+    own = own_name(bundle)
+    chosen = names or offered(bundle)
     models = Models(
         opened={},
         items=items,
@@ -166,6 +167,74 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
         model = opener.opened(name)
         models.opened[model.name] = model
     return models
+
+
+def offered(bundle: Bundle) -> list[str]:
+    """Return the names of what answers where nobody names any, the default first; nothing is opened."""
+    default = default_of(bundle)
+    first = [default.name if default else "", own_name(bundle)]
+    return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle)]))
+
+
+def told_default(folder: str, names: Sequence[str] = ()) -> str:
+    """Return a sentence on which model answers where a question names none.
+
+    Args:
+        folder: As `open_models` takes it.
+        names: See there.
+    """
+    bundle = bundles.read(folder)
+    default = default_of(bundle)
+    if default is not None and not names:
+        return default.told
+    return f"the default is {(names or offered(bundle))[0]}"
+
+
+@dataclass(frozen=True)
+class Default:
+    """The model that the validation users of a run chose, and that answers where nobody says which.
+
+    Attributes:
+        name: Under which it answers.
+        choice: How it was chosen.
+    """
+
+    name: str
+    choice: Choice
+
+    @property
+    def told(self) -> str:
+        """A sentence that says so."""
+        choice = self.choice
+        return (
+            f"the default is {self.name}, the best of {len(choice.figures)} on {choice.users:,} validation users "
+            f"({choice.metric} {choice.value:.3f})"
+        )
+
+
+def default_of(bundle: Bundle) -> Default | None:
+    """Return what the validation users of a run chose; None where it is the language model that answers first."""
+    choice = stored.read(_folder(bundle)).choice
+    if choice is None or not _learns(bundle):
+        return None
+    return Default(stored.name_of(choice, _fusions(bundle), own_name(bundle)), choice)
+
+
+def _folder(bundle: Bundle) -> Path:
+    return bundle.run or Path(bundle.folder)
+
+
+def own_name(bundle: Bundle) -> str:
+    """Return what the language model is called; empty where there is none."""
+    return "" if not bundle.weights else TUNED if bundle.tuned else PLAIN
+
+
+def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
+    """Return the fusions that can answer, by name."""
+    if not _learns(bundle):
+        return {}
+    arm = TUNED if bundle.tuned else "zero-shot"
+    return stored.named(stored.read(_folder(bundle)).fusions, ranking_families_of(bundle), arm)
 
 
 @dataclass(frozen=True)
@@ -195,7 +264,7 @@ class _Opener:
             return Fused(joined, fuser, models.items, asked, self.finder)
         found = _section(bundle.tasks, name)
         if (found.name in (*RANKERS, *RATERS) or is_plugin(BASELINES, found.name)) and models.data is not None:
-            return _classic(found, models.data, models.items, seed=bundle.seed)
+            return _classic(found, models.data, models.items, seed=bundle.seed, reserved=_reserved(bundle))
         has = [*filter(None, [self.own]), *([UNTUNED] if base is not None and bundle.run else []), *self.fusions]
         more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
         raise RecipeError(
@@ -234,20 +303,35 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
     data = load_tables(recipe)[0]
     known = dict(data.dataset.items if items is None else read_items(items))
     models = Models(opened={}, items=known, data=data, scale=data.dataset.rating_scale, blank=data)
+    fusion = recipe.eval.fusion
     for each in chosen:
-        models.opened[each.label] = _classic(each, data, known, seed=recipe.seed)
+        models.opened[each.label] = _classic(
+            each, data, known, seed=recipe.seed, reserved=fusion.reserved if fusion.controls else 0.0
+        )
     return models
 
 
+def _learns(bundle: Bundle) -> bool:
+    """Whether there are interactions that classic recommenders can learn from."""
+    return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
+
+
 def _data(bundle: Bundle) -> SplitDataset | None:
-    if bundle.run is None and not (Path(bundle.folder) / INTERACTIONS).is_file():
-        return None
-    return training_data(bundle, "--models")
+    return training_data(bundle, "--models") if _learns(bundle) else None
 
 
-def _cheap(bundle: Bundle, data: SplitDataset | None) -> list[str]:
+def _reserved(bundle: Bundle) -> float:
+    """Return the share of validation users that weigh the fusions of a run, and choose no epoch of its baselines."""
+    if bundle.run is None:
+        # What a folder carries lacks these users.
+        return 0.0
+    fusion = load_stored(bundle.run).eval.fusion
+    return fusion.reserved if fusion.controls else 0.0
+
+
+def _cheap(bundle: Bundle) -> list[str]:
     """Return the rows of classic recommenders that are fitted in seconds; of each method those of its first family."""
-    if data is None:
+    if not _learns(bundle):
         return []
     found: list[BaselineSection] = []
     for family in ranking_families_of(bundle):
@@ -267,13 +351,23 @@ def _section(tasks: TasksSection, name: str) -> BaselineSection:
     return BaselineSection(name=name)
 
 
-def _classic(section: BaselineSection, data: SplitDataset, items: Mapping[str, Item], *, seed: int) -> Classic:
-    """Fit a classic recommender; one that reads texts reads those of the catalogue as it is now."""
+def _classic(
+    section: BaselineSection, data: SplitDataset, items: Mapping[str, Item], *, seed: int, reserved: float = 0.0
+) -> Classic:
+    """Fit a classic recommender as its run did; one that reads texts reads those of the catalogue as it is now.
+
+    Args:
+        section: Which, with its parameters.
+        data: What it learns from.
+        items: The catalogue.
+        seed: Of the fit.
+        reserved: Share of validation users that choose no epoch.
+    """
     name, parameters = section.name, section.parameters
     if name == _SIMILAR["text"]:
         # What was removed and has been chosen keeps its text; `Classic` lists only what the catalogue has.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
-    model = fitted(name, parameters, data, seed=seed)
+    model = fitted(name, parameters, choosing(name, data, reserved) if reserved else data, seed=seed)
     about = (each for each in families().values() if not each.answers_with_items)
     family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
     told = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}

@@ -11,6 +11,11 @@ from typing import Annotated, get_args
 
 from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
 
+TUNED, UNTUNED, PLAIN = "tuned", "untuned", "model"
+"""Names of language models: the one that a run tuned, the one that it began from, and one that was never tuned here.
+
+Classic recommenders and fusions have the names of their rows in the report."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class About:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from threading import Lock
 from types import TracebackType
@@ -17,9 +18,10 @@ from llmrec.answering.about import about_families, way_about
 from llmrec.answering.catalogue import CatalogueRanking
 from llmrec.answering.checks import bundle_of, check_choices, engine_section, strategy_of, window_of
 from llmrec.answering.fused import Fuser, fusion_of
+from llmrec.answering.known import Known, Profile, known_from, profiles_of, read_known
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.rationales import TOKENS, Reasoner, Reasons, rationale_template
-from llmrec.answering.requests import catalogue, notes_of, rank_requests
+from llmrec.answering.requests import catalogue_of, notes_of, rank_requests
 from llmrec.answering.retrieval import Retriever, training_data
 from llmrec.answering.strategy import TWO_STEP, Asking, choose_way, ranking_families_of
 from llmrec.backends.cache import AnswerStore, CachedBackend
@@ -27,8 +29,9 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.backend import prepare_environment
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import digest_items, read_items
+from llmrec.data.dataset import Dataset
 from llmrec.data.reading.limits import shortened
-from llmrec.data.requests import LEFT_ASIDE, RankRequest, identity, read_request, unknown_id
+from llmrec.data.requests import LEFT_ASIDE, RankRequest, identity, unknown_id
 from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
 from llmrec.experiment.bundle import Bundle, refuse_changed
 from llmrec.experiment.engines import Engines, refuse_paired
@@ -54,6 +57,9 @@ class Answered:
         retrieved: How many of the candidates were retrieved: all of them or none.
         profile: What two-step wrote of the user; None if it wrote nothing.
         reasons: Sentences on the first items, with their own cost.
+        unknown_user: The request names a user of whom nothing is stored, and brings no history.
+        unknown_items: Ids of its history that no part of the list goes by, since nothing is known of them.
+        cold: Nothing is known of the user, and the list is that of the most popular items.
     """
 
     answer: Ranking | Unparsed
@@ -62,6 +68,9 @@ class Answered:
     retrieved: int = 0
     profile: str | None = None
     reasons: Reasons = field(default_factory=Reasons)
+    unknown_user: bool = False
+    unknown_items: tuple[str, ...] = ()
+    cold: bool = False
 
 
 @dataclass
@@ -75,6 +84,7 @@ class Recommender:
         bundle: The model and how it was asked in training.
         way: How requests are put.
         items: What requests may name by id; None: nothing.
+        known: Gives what is stored of users, which is looked up when a request first names one.
         encoder: The model's tokenizer and its longest prompt.
         engines: Where the backend comes from.
         weights: A digest of the model's weights; empty where a server has its own.
@@ -90,6 +100,7 @@ class Recommender:
     bundle: Bundle
     way: Asking
     items: Mapping[str, Item] | None
+    known: Callable[[], Known]
     encoder: Encoder
     engines: Engines
     weights: str
@@ -135,13 +146,13 @@ class Recommender:
         bundle = bundle or bundle_of(options)
         if not bundle.weights:
             raise ModelError(
-                f"{bundle.called} asked no language model (eval.arms is empty), so there is none to ask; its fusion of "
-                f"classic recommenders ranks: llmrec rank --baseline fusion --recipe {bundle.called}, or llmrec serve "
-                f"{bundle.called}",
+                f"{bundle.called} asked no language model (eval.arms is empty), so there is none to ask; its classic "
+                f"recommenders answer `llmrec rank --model {bundle.called}`, `llmrec.load` and `llmrec serve`",
                 kind="unsupported",
                 at=bundle.called,
             )
-        items, retriever = _items(options, bundle)
+        items, data, retriever = _items(options, bundle)
+        known = cache(lambda: known_from(bundle, items or {}, data))
         encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))
         section = engine_section(options)
         refuse_paired(bundle.folder, bundle.model, section)
@@ -153,7 +164,7 @@ class Recommender:
             refuse_changed(bundle, weights)
         only = not ranks and not ranking_families_of(bundle)
         way = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
-        return cls._made(options, bundle, items, retriever, encoder, engines, weights, answers, budget, way)
+        return cls._made(options, bundle, items, known, retriever, encoder, engines, weights, answers, budget, way)
 
     def beside(self, **changes: Any) -> Recommender:
         """Return another recommender of the same model and engine, which is asked in another way.
@@ -168,8 +179,8 @@ class Recommender:
         """
         options = replace(self.options, **changes)
         check_choices(options)
-        shared = self.bundle, self.items, None, self.encoder, self.engines, self.weights, None, self.budget
-        made = self._made(options, *shared)
+        own = self.bundle, self.items, self.known
+        made = self._made(options, *own, None, self.encoder, self.engines, self.weights, None, self.budget)
         made._lock, made._shares = self._lock, True
         return made
 
@@ -179,6 +190,7 @@ class Recommender:
         options: RecommenderOptions,
         bundle: Bundle,
         items: Mapping[str, Item] | None,
+        known: Callable[[], Known],
         retriever: Retriever | None,
         encoder: Encoder,
         engines: Engines,
@@ -208,6 +220,7 @@ class Recommender:
             bundle=bundle,
             way=way,
             items=items,
+            known=known,
             encoder=encoder,
             engines=engines,
             weights=weights,
@@ -246,6 +259,20 @@ class Recommender:
             "rationale": (reasoner.template.sha, reasoner.first, TOKENS) if reasoner else None,
         }
 
+    @cached_property
+    def profiles(self) -> Callable[[str], Profile] | None:
+        """What says what prompts show of a user of the run's data; None where they show nothing."""
+        run = self.bundle.run
+        return None if run is None else profiles_of(str(run), lambda: self.known().users)
+
+    @property
+    def stored(self) -> str:
+        """A hash over what is known of users, which requests may go by; empty where it cannot be read."""
+        try:
+            return self.known().digest
+        except DataError:
+            return ""
+
     @property
     def ways(self) -> tuple[str, ...]:
         """The strategies that the model can be asked to order candidates by."""
@@ -280,6 +307,8 @@ class Recommender:
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
         """Read one request, as docs/rank.md describes it; what is wrong with it is a failure of its own.
 
+        What it does not bring of a user of the run's data is taken from there.
+
         Args:
             record: Its keys are `llmrec.data.requests.KEYS`.
             row: Counted from 1; stands in for a missing id.
@@ -287,8 +316,14 @@ class Recommender:
         try:
             if fault := self.untitled(record):
                 raise DataError(f"the request {fault}", kind="unknown-name", column="item_id")
-            return read_request(
-                record, row, self.items, whole=self.whole is not None, retrieves=self.retriever is not None
+            return read_known(
+                record,
+                row,
+                lambda: self.known().histories,
+                self.items,
+                self.profiles,
+                whole=self.whole is not None,
+                retrieves=self.retriever is not None,
             )
         except DataError as error:
             return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
@@ -416,24 +451,32 @@ class Recommender:
 
     def _answered(self, request: RankRequest, answer: Ranking | Unparsed, reasons: Reasons) -> Answered:
         notes = (*request.notes, *notes_of(self.way, request, answer), *reasons.notes)
+        found = Answered(
+            answer=answer,
+            notes=notes,
+            retrieved=request.retrieved,
+            unknown_user=request.unknown_user,
+            unknown_items=request.unknown_items,
+        )
         if isinstance(answer, Unparsed):
-            return Answered(answer=answer, notes=notes, retrieved=request.retrieved)
+            return found
         top = self.options.top
         items = answer.items[:top]
         whole = self.items if self.whole is not None else None
         known = whole or {item.item_id: item for item in request.candidates}
-        return Answered(
+        return replace(
+            found,
             answer=replace(answer, items=items, scores=answer.scores[:top]),
             titles=tuple(known[item].title for item in items),
-            notes=notes,
-            retrieved=request.retrieved,
             profile=(answer.raw or None) if self.way.strategy == TWO_STEP else None,
             reasons=reasons,
         )
 
 
-def _items(options: RecommenderOptions, bundle: Bundle) -> tuple[Mapping[str, Item] | None, Retriever | None]:
-    """Return what requests may name by id, and what retrieves among a run's items.
+def _items(
+    options: RecommenderOptions, bundle: Bundle
+) -> tuple[Mapping[str, Item] | None, Dataset | None, Retriever | None]:
+    """Return what requests may name by id, the data of a run, and what retrieves among its items.
 
     Raises:
         DataError: If a catalogue is needed and none is known.
@@ -442,12 +485,13 @@ def _items(options: RecommenderOptions, bundle: Bundle) -> tuple[Mapping[str, It
         # The run's data is read once: what it learns from and what it calls its items.
         data = training_data(bundle)
         items = data.dataset.items if options.items is None else read_items(options.items)
-        return items, Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
-    known = catalogue(bundle, options.items)
+        retriever = Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
+        return items, None if bundle.run is None else data.dataset, retriever
+    known, dataset = catalogue_of(bundle, options.items)
     if options.whole and not known:
         raise DataError(
             "--candidates all ranks a catalogue, and none is known; name a table of items with --items",
             kind="missing-key",
             column="--items",
         )
-    return known, None
+    return known, dataset, None

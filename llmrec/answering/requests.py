@@ -17,18 +17,20 @@ from llmrec.answering.questions import TaskRequests, pose
 from llmrec.answering.strategy import TWO_STEP, Asking, choose_way
 from llmrec.backends.encode import Encoder, pieces
 from llmrec.data.assemble import read_items
+from llmrec.data.dataset import Dataset
 from llmrec.data.described import described_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.sources.table import load
 from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.experiment.bundle import Bundle
 from llmrec.recipe.load import load_stored
+from llmrec.recipe.schema import Recipe
 from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.listwise import list_room
 from llmrec.types import Backend, Cost, Item, Prompt, Ranking, Request, Unparsed
 
-__all__ = ["ITEMS", "Asking", "catalogue", "choose_way", "first_prompt", "notes_of", "rank_requests"]
+__all__ = ["ITEMS", "Asking", "catalogue", "catalogue_of", "choose_way", "first_prompt", "notes_of", "rank_requests"]
 
 ITEMS = "items.parquet"
 """The catalogue that an exported folder may carry."""
@@ -41,31 +43,47 @@ _QUOTED = 200
 
 
 def catalogue(bundle: Bundle, items: Path | None) -> Mapping[str, Item] | None:
-    """Return the items that requests may name by id: a table, the run's own data, or what the folder carries.
+    """Return the items that requests may name by id; see `catalogue_of`."""
+    return catalogue_of(bundle, items)[0]
 
-    Of a tuned model that carries none no id is known: the items that it was tuned on have titles, and an id is none.
-    A plain pretrained model has no items, and None says that what requests name are titles.
+
+def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
+    """Return the items that requests may name by id, and the data of a run where they were read for that.
+
+    The items are those of a table, of the run's own data, or what the folder carries. Of a tuned model that carries
+    none no id is known: the items that it was tuned on have titles, and an id is none. A plain pretrained model has no
+    items, and None says that what requests name are titles.
 
     Raises:
         DataError: If a table or the run's data cannot be read.
     """
     if items is not None:
-        return read_items(items)
+        return read_items(items), None
     if bundle.run is not None:
         recipe = load_stored(bundle.run)
-        try:
-            return described_items(load(recipe.data, seed=recipe.seed).items, recipe.data.texts)
-        except DataError as error:
-            raise DataError(
-                f"{error}. This is the data of the run {bundle.run}; or name a table with --items",
-                kind=error.kind,
-                at=error.place,
-                column=error.column,
-            ) from None
+        data = data_of_run(bundle, recipe)
+        return described_items(data.items, recipe.data.texts), data
     carried = Path(bundle.folder) / ITEMS
     if carried.is_file():
-        return read_items(carried)
-    return {} if bundle.tuned else None
+        return read_items(carried), None
+    return ({} if bundle.tuned else None), None
+
+
+def data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
+    """Read the data of a run.
+
+    Raises:
+        DataError: If they cannot be read.
+    """
+    try:
+        return load(recipe.data, seed=recipe.seed)
+    except DataError as error:
+        raise DataError(
+            f"{error}. This is the data of the run {bundle.run}; or name a table with --items",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from None
 
 
 def rank_requests(

@@ -62,6 +62,8 @@ class RankRequest:
             the user (`USER_FIELDS`).
         barred: Ids that the whole catalogue is ranked without, beside those of the history.
         keep_seen: Items of the history may be ranked too, where the whole catalogue is.
+        unknown_user: It names a user of whom nothing is stored, and brings no history.
+        unknown_items: Ids of its history that were left out, since nothing is known of them.
     """
 
     id: str
@@ -75,6 +77,8 @@ class RankRequest:
     context: Mapping[str, str] = field(default_factory=dict)
     barred: frozenset[str] = frozenset()
     keep_seen: bool = False
+    unknown_user: bool = False
+    unknown_items: tuple[str, ...] = ()
 
 
 @dataclass
@@ -94,7 +98,7 @@ class _Remarks:
             ("candidates: named again with another text, the first was ranked", self.retold),
             (f"cut to {TITLE_LIMIT} characters, the title of", self.cut),
         )
-        return [f"{what}: {_some(names)}" for what, names in said if names]
+        return [f"{what}: {some(names)}" for what, names in said if names]
 
 
 class _Unknown(Exception):
@@ -150,6 +154,7 @@ def read_request(
         profile=clean(profile),
         notes=tuple(notes),
         titled=frozenset(remarks.titled),
+        unknown_items=tuple(dict.fromkeys(remarks.skipped)),
         context={USER_FIELDS: json.dumps(fields)} if fields else {},
     )
 
@@ -214,7 +219,7 @@ def _candidates(
         where = "there is no catalogue that says what they are" if catalogue is None else "the catalogue lacks them"
         example = f'{{"item_id": {json.dumps(next(iter(unknown))[:60], ensure_ascii=False)}, "title": ...}}'
         raise DataError(
-            f"candidates without a title: {_some(list(unknown))}; {where}: write each as {example}, or name a table "
+            f"candidates without a title: {some(list(unknown))}; {where}: write each as {example}, or name a table "
             "of items with --items",
             kind="unknown-name",
             column="candidates",
@@ -399,7 +404,7 @@ def _too_long(text: str) -> bool:
     return len(text) > TITLE_LIMIT and clean(text) != clean(text, len(text))
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
     """Name the first few."""
     shown = ", ".join(repr(name if len(name) <= 60 else name[:59] + "…") for name in names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

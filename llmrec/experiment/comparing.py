@@ -13,7 +13,7 @@ from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.row_specs import specs_of
 from llmrec.experiment.study import Study
 from llmrec.recipe.schema import BEST_BASELINE
-from llmrec.results import Arm, Comparison, Pair, lower
+from llmrec.results import Arm, Choice, Comparison, Pair, lower
 from llmrec.tasks.family import family_of
 
 
@@ -37,15 +37,22 @@ class Versus:
         return Contrast(self.metric, _standing(self.a, self.metric), _standing(self.b, self.metric), users)
 
 
-def compare_rows(study: Study, rows: Sequence[ResultRow]) -> tuple[list[Comparison], dict[str, str]]:
+def compare_rows(
+    study: Study, rows: Sequence[ResultRow], choice: Choice | None = None
+) -> tuple[list[Comparison], dict[str, str]]:
     """Compare a run's rows, the planned comparisons of all families as one family of tests, then the exploratory ones.
+
+    Args:
+        study: The study.
+        rows: Of its run.
+        choice: The row that is served.
 
     Returns:
         The comparisons, and for each task one line on what they could have shown.
     """
     meant = list(planned_of(study, rows))
     known = {ends for pair in meant for ends in (pair.ids, pair.ids[::-1])}
-    other = [pair for pair in exploratory_of(study, rows) if pair.ids not in known]
+    other = [pair for pair in exploratory_of(study, rows, choice) if pair.ids not in known]
     settings = {"resamples": study.recipe.eval.bootstrap, "seed": study.recipe.seed}
     found = [
         *zip(meant, planned([pair.contrast() for pair in meant], **settings), strict=True),
@@ -106,13 +113,14 @@ def _added(family: str, metric: str, own: Sequence[ResultRow]) -> Iterator[Versu
             return
 
 
-def exploratory_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
+def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[Versus]:
     """Yield what is described beside the planned comparisons; the same pair may be among those.
 
     Every tuned and few-shot row is paired with its zero-shot row, that of a rating head with those of every strategy,
     since the base model has no head; the tuned rows of a head, or else of the first strategy that the recipe names,
     with every baseline; and every other row of a language model with the best baseline. Where no language model
-    answers, each fusion is paired with the best single baseline.
+    answers, each fusion is paired with the best single baseline, and a single one that is served with the best other
+    row.
     """
     for family, metric, own in _tables(study, rows):
         controls = [row for row in own if row.figures.arm == "baseline"]
@@ -121,6 +129,11 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
             single = best_of([row for row in controls if row.figures.fusion is None], metric)
             joined = [row for row in controls if row.figures.fusion is not None]
             yield from (Versus(family, metric, row, single) for row in joined if single is not None)
+            served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
+            if served is not None and served.figures.fusion is None:
+                facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
+                known = facing is not None and facing in joined and served is single
+                yield from (Versus(family, metric, served, row) for row in (facing,) if row is not None and not known)
         for row in own:
             if row.figures.arm in ("tuned", "few-shot"):
                 zero = [each for each in own if each.figures.arm == "zero-shot" and _asked_alike(study, row, each)]

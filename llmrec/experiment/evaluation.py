@@ -25,6 +25,7 @@ from llmrec.evaluate.answers import background_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
 from llmrec.experiment.engines import TREES, Engines
+from llmrec.experiment.fusion.choice import chosen
 from llmrec.experiment.fusion.parts import (
     FUSIONS,
     NOTHING,
@@ -63,8 +64,9 @@ from llmrec.progress import Bar
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, Shown
 from llmrec.registry import is_positional, options_of
-from llmrec.results import Arm, FusionWeights, Prediction, Reads, Row, Unevaluated
+from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
+from llmrec.strategies.candidate_fusion import CandidateFusion
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Predictor, Prompt, Rating, Request
@@ -78,13 +80,17 @@ _SAMPLE, _ANSWER = 16, 128
 
 @dataclass(frozen=True)
 class Made:
-    """A row as it was made: what answered, prompts to show, and what was said to the users that weigh fusions."""
+    """A row as it was made: what answered, prompts to show, and what was said to the users that weigh fusions.
+
+    Of a fusion ``validation`` holds its cross-fitted figure for each of these users' cases, by request id.
+    """
 
     found: Evaluated
     engine: str
     examples: tuple[Shown, ...] = ()
     weighing: Mapping[str, Any] = field(default_factory=dict)
     fusion: FusionWeights | None = None
+    validation: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,6 +102,7 @@ class ResultRow(Displayed):
     records: Sequence[Prediction] = ()
     examples: Sequence[Shown] = ()
     weighing: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
     key: str = ""
 
     def _summary(self) -> Summary:
@@ -174,6 +181,11 @@ class Evaluation:
             else:
                 found.append(rows[model])
         return found
+
+    def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
+        """Return the row that validation users say is to be served; None where nobody weighs a fusion."""
+        ranks = [family for family in self._study.tasks if family_of(family).ranks_for_users]
+        return chosen(rows, {family: self._weighing.cases(family) for family in ranks})
 
     def _answered(
         self,
@@ -269,7 +281,8 @@ class Evaluation:
             said = [part_of(row) for row in able]
             onto = bases_of(self._study, spec.family, said, self._weighing.cases(spec.family))
             model = join(spec.predictor, said, cases, family_of(spec.family).answer, onto=onto)
-            return Made(self._measured(spec, model), "numpy", fusion=weights_of(model))
+            validation = model.validation if isinstance(model, CandidateFusion) else {}
+            return Made(self._measured(spec, model), "numpy", fusion=weights_of(model), validation=validation)
 
         try:
             return [self._stored(spec, key, make, weighed_by(able, cases), widest([row.figures.reads for row in able]))]
@@ -313,6 +326,7 @@ class Evaluation:
             "records": [record.as_json() for record in found.records],
             "examples": [example.as_json() for example in made.examples],
             "weighing": dict(made.weighing),
+            "validation": dict(made.validation),
         }
         write_checked(self._path(spec), stored)
         return row_of(stored)
@@ -505,6 +519,7 @@ def row_of(stored: Mapping[str, Any]) -> ResultRow:
         [Prediction.model_validate(record) for record in stored["records"]],
         [Shown.model_validate(example) for example in stored["examples"]],
         stored["weighing"],
+        stored.get("validation", {}),
         stored["key"],
     )
 

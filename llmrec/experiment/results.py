@@ -30,7 +30,7 @@ from llmrec.experiment.told import sentence, users
 from llmrec.machine import command_line, machine, versions
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
-from llmrec.results import Results, Unevaluated
+from llmrec.results import Choice, Results, Unevaluated
 from llmrec.tasks.family import families, ranking_families
 
 
@@ -51,6 +51,7 @@ def write_results(
     budget: Budget,
     folder: Path,
     missing: Sequence[Unevaluated] = (),
+    choice: Choice | None = None,
 ) -> Written:
     """Write ``results.json``, ``predictions.parquet`` and ``items.parquet`` to the run folder, each atomically.
 
@@ -62,7 +63,7 @@ def write_results(
     headlines = {
         name: family.headline_at(recipe.eval.cutoffs) for name, family in families().items() if name in study.tasks
     }
-    compared, detectable = compare_rows(study, rows)
+    compared, detectable = compare_rows(study, rows, choice)
     files = (folder / "predictions.parquet", folder / "items.parquet")
     predictions = write_predictions(study, rows, files[0])
     write_items(study, files[1])
@@ -89,6 +90,7 @@ def write_results(
         **({"unevaluated": tuple(missing)} if missing else {}),
         headline=headlines,
         comparisons=tuple(compared),
+        **({"choice": choice} if choice else {}),
         detectable=detectable,
         budget=tuple(Stage(stage=stage, seconds=seconds) for stage, seconds in spent.items()),
         seconds=sum(spent.values()),

@@ -1,17 +1,16 @@
 """The question that a report answers first: is the model better than the best control, by how much, how surely.
 
-The model is the best language-model row of a family, or without one the fusion of classic recommenders; the control is
-the best row that it is set against, or the best part of that fusion. Differences are model - control everywhere, as in
-the table of comparisons.
+The model is the best language-model row of a family; without one it is the row that is served, or else the best fusion
+of classic recommenders. The control is the best row that it is compared with: of a fusion the best single recommender.
+Differences are model - control everywhere, as in the table of comparisons.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llmrec.report.escape import flat
-from llmrec.report.wording import compared, count, label, number, outcome, stated, with_figures
+from llmrec.report.wording import compared, count, in_words, number, short_names, stated, with_figures
 from llmrec.results import Comparison, Results, Row, Verdict, lower
 
 
@@ -22,10 +21,13 @@ class Headline:
     Attributes:
         task: The family.
         metric: Its headline metric.
-        model: The best row of a language model, or where the run has none a fusion; None where there is neither.
-        control: The best baseline; of a fusion without a language model the best single one.
+        model: The best row of a language model; where the run has none the row that is served, or a fusion; None where
+            there is neither.
+        control: The best baseline; of a fusion without a language model the best single one, and of a single one that
+            is served the best other row.
         difference: ``model - control``, if it was computed.
         names: Of model and control; parameters of a method only where rows differ in nothing else.
+        served: The model is the one that is served where nobody says which: the best on validation users.
     """
 
     task: str
@@ -34,6 +36,7 @@ class Headline:
     control: Row | None
     difference: Comparison | None
     names: tuple[str, str]
+    served: bool = False
 
     @property
     def verdict(self) -> Verdict | None:
@@ -47,23 +50,51 @@ class Headline:
         return value if value is not None and value > 0 else None
 
 
-def headline(results: Results, task: str) -> Headline:
-    """Find the model and the control of a family, and the comparison of the two."""
+def headline(results: Results, task: str, model: Row | None = None) -> Headline:
+    """Find the model and the control of a family, and the comparison of the two.
+
+    Args:
+        results: Of a run.
+        task: The family.
+        model: The row that is asked about, where it is not the one that `Headline` says.
+    """
     metric = results.headline[task]
     rows = with_figures(results, task)
     asks = any(row.arm != "baseline" for row in results.rows if row.task == task)
-    models = [row for row in rows if (row.arm != "baseline" if asks else row.fusion is not None)]
-    controls = [row for row in rows if row.arm == "baseline" and (asks or row.fusion is None)]
-    model, control = next(iter(models), None), next(iter(controls), None)
-    difference, names = compared(results, model, control), (_name(model, rows), _name(control, rows))
-    return Headline(task=task, metric=metric, model=model, control=control, difference=difference, names=names)
+    served = served_row(results, task)
+    if model is None and not asks:
+        model = served
+    if model is None:
+        model = next((row for row in rows if (row.arm != "baseline" if asks else row.fusion is not None)), None)
+    alone = model is not None and (model.arm != "baseline" or (model is served and model.fusion is None))
+    controls = [row for row in rows if row.arm == "baseline" and (alone or row.fusion is None)]
+    control = next((row for row in controls if model is None or row.differs(model)), None)
+    short = short_names(rows)
+    names = tuple("" if row is None else short[row.id] for row in (model, control))
+    return Headline(
+        task=task,
+        metric=metric,
+        model=model,
+        control=control,
+        difference=compared(results, model, control),
+        names=(names[0], names[1]),
+        served=model is not None and model is served,
+    )
 
 
-def _name(row: Row | None, rows: Sequence[Row]) -> str:
-    if row is None:
-        return ""
-    several = sum((each.arm, each.method) == (row.arm, row.method) for each in rows) > 1
-    return label(row) if several or row.arm != "baseline" else flat(row.method)
+def served_row(results: Results, task: str) -> Row | None:
+    """Return the row of a task that is served where nobody says which; None where none of it was chosen."""
+    choice = results.choice
+    return next((row for row in results.rows if choice and (row.task, row.id) == (task, choice.row)), None)
+
+
+def question(results: Results, found: Iterable[Headline]) -> str:
+    """Return the question that a report answers first."""
+    if any(row.arm != "baseline" for row in results.rows):
+        return "Is the model better than the best control?"
+    if any(each.served and each.model is not None and each.model.fusion is None for each in found):
+        return "Is the recommender that is served better than the best other one?"
+    return "Is the fusion better than the best single recommender?"
 
 
 def sentence(found: Headline) -> str:
@@ -79,13 +110,7 @@ def sentence(found: Headline) -> str:
         return f"{reached}; the difference was not tested."
     users = found.model.users
     over = f", {count(users)} users" if users else ""
-    said = {
-        "shown": f"{model} is significantly better than {control}",
-        "contradicted": f"{model} is significantly worse than {control}",
-        "not shown": f"There is no significant difference between {model} and {control}",
-        None: f"{model} less {control}, {outcome(None)}",
-    }[found.difference.verdict]
-    return f"{said}: {stated(found.difference)}{over}."
+    return f"{in_words(found.difference, model, control)}: {stated(found.difference)}{over}."
 
 
 def gain(metric: str, value: float) -> float:

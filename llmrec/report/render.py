@@ -97,7 +97,8 @@ def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None,
     headlines = {task: headline.headline(results, task) for task in results.tasks}
     return {
         "results": results, "reasons": reasons, "verdicts": verdicts, "summary": summary(results),
-        "headlines": headlines, "answers": {task: headline.sentence(found) for task, found in headlines.items()},
+        "headlines": headlines, "question": headline.question(results, headlines.values()),
+        "answers": {task: headline.sentence(found) for task, found in headlines.items()},
         "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
         "tuning": {task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
         "signatures": facts.signatures(results), "arms": costs.cost_by_arm(results), "made": facts.made_data(results),
@@ -179,6 +180,6 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
     found.filters.update(
         label=wording.label, title_of=wording.title, short_template=wording.short_template, clip=facts.clip,
         answer=facts.answer, dump=facts.dump, is_lower=lower, figure=wording.figure, outcome=wording.outcome,
-        coverage=wording.coverage,
+        outcome_of=wording.outcome_of, coverage=wording.coverage,
     )  # fmt: skip
     return found

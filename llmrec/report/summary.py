@@ -2,32 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Sequence
 
 from llmrec.report.escape import flat, visible
+from llmrec.report.headline import headline, served_row
 from llmrec.report.wording import (
     USERS,
     TaskVerdict,
     count,
     duration,
     facing,
+    in_words,
     label,
     listed,
     number,
     outcome,
+    short_names,
     stated,
     title,
     verdict,
+    with_figures,
     with_interval,
 )
-from llmrec.results import Results, Verdict
+from llmrec.results import Results, Row, Verdict
 
 
 def first_sentence(results: Results) -> str:
-    """Return what the model adds to the classic recommenders, or without one what the parts bring to their fusion."""
+    """Return what the model adds to the classic recommenders, or without one which of these is served and why."""
     if _asks(results):
-        return added(results)
+        served = [brought(results, task) for task in results.tasks if served_row(results, task) is not None]
+        return " ".join(filter(None, (*served, added(results))))
     return " ".join(filter(None, (brought(results, task) for task in results.tasks)))
 
 
@@ -99,29 +103,51 @@ def _asks(results: Results) -> bool:
 
 
 def brought(results: Results, task: str) -> str:
-    """Say what the fusion of a task reaches beside its best part, and what each part brought to it.
+    """Say which recommender of a task is served and why, what it reaches on test users, and what its parts bring.
+
+    Where no row was chosen it is about the best fusion.
 
     Returns:
-        Two sentences; nothing for a task without a fusion.
+        Some sentences; nothing for a task with neither.
     """
-    metric = results.headline[task]
-    joined = [
-        row for row in results.standings(task) if row.fusion is not None and row.metrics[metric].value is not None
-    ]
-    # Of the fusions of one standing the widest joins the most.
-    best = max(joined, key=lambda row: len(row.fusion.parts) if row.fusion else 0, default=None)
-    if best is None or best.fusion is None:
+    metric, served = results.headline[task], served_row(results, task)
+    joined = [row for row in with_figures(results, task) if row.fusion is not None]
+    row = served or next(iter(joined), None)
+    if row is None:
         return ""
-    names = [part.name for part in best.fusion.parts]
-    methods = Counter(name.partition("(")[0] for name in names)
-    # Parameters only where two parts are one method.
-    short = {name: flat(name if methods[name.partition("(")[0]] > 1 else name.partition("(")[0]) for name in names}
-    single = next((row for row in results.standings(task) if row.predictor in short), None)
-    score = best.metrics[metric]
-    first = f"{metric} of the fusion in {title(task)} is {with_interval(score.value, score.low, score.high)}"
-    if single is not None:
-        first += f", where its best part, {short[single.predictor]}, has {number(single.metrics[metric].value)}"
-    told = sorted((part for part in best.fusion.parts if part.loss is not None), key=lambda part: -(part.loss or 0.0))
+    found = headline(results, task, row)
+    score, name = row.metrics[metric], found.names[0]
+    reached = f"{metric} of {name} in {title(task)} is {with_interval(score.value, score.low, score.high)}"
+    if row.users:
+        reached += f" on {count(row.users)} test users"
+    if found.control is not None and found.difference is not None:
+        reached += f". {in_words(found.difference, *found.names)}: {stated(found.difference)}"
+    elif found.control is not None:
+        reached += f", that of {found.names[1]} {number(found.control.metrics[metric].value)}"
+    return " ".join(filter(None, (_choice(results, task), f"{reached}.", _parts(row, results))))
+
+
+def _choice(results: Results, task: str) -> str:
+    """Say which row is served, and how it was chosen; nothing where none of the task was."""
+    choice, row = results.choice, served_row(results, task)
+    if choice is None or row is None:
+        return ""
+    short = short_names(with_figures(results, task))
+    figures = sorted(choice.figures.items(), key=lambda each: -each[1])
+    beside = next(((name, value) for name, value in figures if name != choice.row), None)
+    after = f"; next is {short.get(beside[0], beside[0])}, {number(beside[1])}" if beside else ""
+    return (
+        f"{short.get(row.id, label(row))} is served: of {len(figures)} recommenders it has the best {choice.metric} on "
+        f"{count(choice.users)} validation users, {number(choice.value)}{after}."
+    )
+
+
+def _parts(row: Row, results: Results) -> str:
+    """Say what a fusion loses without each of its parts."""
+    if row.fusion is None:
+        return ""
+    short = {each.predictor: name for each, name in _short_parts(row, results)}
+    told = sorted((part for part in row.fusion.parts if part.loss is not None), key=lambda part: -(part.loss or 0.0))
     gains = [
         f"{short.get(part.name, flat(part.name))} {number(part.loss, sign=True)}"
         for part in told
@@ -129,12 +155,18 @@ def brought(results: Results, task: str) -> str:
     ]
     rest = len(told) - len(gains)
     if not told:
-        return f"{first}."
+        return ""
     what = f"What it loses without a part, on validation users: {listed(gains)}" if gains else ""
     several = "one part could" if rest == 1 else f"{rest} parts could each"
     others = f"{several} be left out without a loss that shows" if rest else ""
     said = "; ".join(filter(None, (what, others)))
-    return f"{first}. {said[:1].upper()}{said[1:]}."
+    return f"{said[:1].upper()}{said[1:]}."
+
+
+def _short_parts(row: Row, results: Results) -> list[tuple[Row, str]]:
+    rows = [each for each in results.rows if each.task == row.task]
+    names = short_names(rows)
+    return [(each, names[each.id]) for each in rows if each.fusion is None]
 
 
 def _what_ran(results: Results) -> str:

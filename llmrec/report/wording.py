@@ -130,6 +130,33 @@ def outcome(verdict: Verdict | None) -> str:
     return "exploratory" if verdict is None else _OUTCOMES[verdict]
 
 
+def outcome_of(entry: Comparison) -> str:
+    """Return the verdict of a comparison; where it was not planned, what its interval says, as `in_words` has it."""
+    if entry.verdict is not None or entry.value is None or entry.low is None or entry.high is None:
+        return outcome(entry.verdict)
+    if entry.low <= 0 <= entry.high:
+        return f"no significant difference ({outcome(None)})"
+    return f"{'ahead' if (entry.value > 0) != lower(entry.metric) else 'behind'} ({outcome(None)})"
+
+
+def in_words(entry: Comparison, a: str, b: str) -> str:
+    """Say how two rows compare; where it was not planned, what the interval says, and that it claims nothing.
+
+    Args:
+        entry: The comparison a - b.
+        a: What the first row is called.
+        b: The second.
+    """
+    said = outcome_of(entry)
+    if said.startswith("no "):
+        return f"There is {said.replace(' difference', f' difference between {a} and {b}')}"
+    if entry.verdict is not None:
+        return f"{a} is {said} than {b}"
+    place, _, rest = said.partition(" ")
+    where = {"ahead": "ahead of", "behind": "behind"}
+    return f"{a} is {where[place]} {b} on these users {rest}" if rest else f"{a} was compared with {b}, {said}"
+
+
 def coverage(level: float | None) -> str:
     """Return the coverage of an interval, such as ``98.3 %``; results that do not say have 95 %."""
     return f"{100 * (0.95 if level is None else level):.4g} %"
@@ -207,6 +234,35 @@ def short_template(row: Setting) -> str:
 def label(row: Setting) -> str:
     """Return what tells a row from its neighbours, such as ``tuned · likelihood · continue-list``."""
     return flat(row.label)
+
+
+def short_names(rows: Sequence[Row]) -> dict[str, str]:
+    """Return what a sentence calls rows, by id: their methods, with parameters only where one method has several rows.
+
+    Of the parameters one is enough where it tells all rows of the method apart.
+    """
+    found: dict[str, str] = {}
+    for row in rows:
+        alike = [each for each in rows if (each.arm, each.method) == (row.arm, row.method)]
+        if row.arm != "baseline":
+            found[row.id] = label(row)
+        elif len(alike) == 1:
+            found[row.id] = flat(row.method)
+        else:
+            settings = [dict.fromkeys(_settings(each)) for each in alike]
+            names = sorted({one.partition("=")[0] for each in settings for one in each})
+            told = [
+                [next((one for one in each if one.startswith(f"{name}=")), "") for each in settings] for name in names
+            ]
+            apart = next((each for each in told if len({*each}) == len(alike)), None)
+            own = "" if apart is None else apart[alike.index(row)]
+            found[row.id] = flat(row.predictor if apart is None else f"{row.method}({own})" if own else row.method)
+    return found
+
+
+def _settings(row: Row) -> list[str]:
+    """Return the parameters in the name of a baseline, such as ``history=5``."""
+    return row.predictor.partition("(")[2].removesuffix(")").split(", ")
 
 
 def arm_label(arm: str, predictor: str) -> str:

@@ -17,8 +17,8 @@ from typing import Any, TypeVar
 from uuid import uuid4
 
 from llmrec.answering.about import CONTEXT
-from llmrec.answering.known import Catalogue, Known, known_of, unknown
-from llmrec.answering.listing import history_of, is_cold, listing, merged, ranking_of, ruled
+from llmrec.answering.known import Catalogue, Known, history_of, known_of, merged, of_user, unknown
+from llmrec.answering.listing import COLD, is_cold, listing, ranking_of, ruled
 from llmrec.answering.models import RANK, meant
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered
@@ -150,7 +150,7 @@ class Service:
         texts = list(reasons.texts) if reasons else []
         notes = [*found.notes, *(reasons.notes if reasons else [])]
         if cold:
-            notes.append("nothing is known of the user: the most popular items")
+            notes.append(COLD)
         took = since(begun)
         cost = ranking_of(found).cost + reasons.cost if reasons else ranking_of(found).cost
         return schema.RankAnswer(
@@ -424,17 +424,16 @@ class Service:
         user, per_second = body.user_id, self._known.histories.per_second
         record: dict[str, object] = {"id": body.id, "user_id": user, "profile": body.profile}
         record["history"] = [entry_of(each, per_second) for each in body.history or ()]
-        stranger = False
+        missing = False
         if user is not None and body.history is None:
             events = await self._read(lambda: self._events(user))
-            record["history"], stranger = history_of(events, self.catalogue.items), not events
+            record["history"], missing = history_of(events, self.catalogue.items), not events
         if user is not None and not body.profile and self._known.profiles is not None:
             record["profile"] = await self._read(lambda: self._known.profile(user, self.store.erased))
         if candidates is not None:
             record["candidates"] = [entry_of(each) for each in candidates]
         request = read_request(record, 1, self.catalogue.items, whole=candidates is None)
-        note = f"the user {shown(str(user))} is not known" if stranger and not record["profile"] else None
-        return replace(request, notes=(note, *request.notes)) if note else request
+        return of_user(request, known=False) if missing and not record["profile"] else request
 
     def _unknown(self, names: Iterable[str]) -> list[str]:
         """Return a note on items that are not in the catalogue, if there are any."""

@@ -46,7 +46,12 @@ class Voice:
 
 
 class CandidateFusion(Weighed):
-    """Ranks candidates by several rankers at once."""
+    """Ranks candidates by several rankers at once.
+
+    Attributes:
+        validation: NDCG@10 of each case that ``fit`` was given, by request id, under weights that its user had no part
+            in; 0 where the target is not among the candidates.
+    """
 
     def __init__(self, name: str, parts: Sequence[Voice], weights: Weights | None = None) -> None:
         """Set up.
@@ -63,6 +68,7 @@ class CandidateFusion(Weighed):
             raise LlmrecError(f"{name}: a fusion needs two or more parts, and a weight for each", kind="mismatch")
         super().__init__(name)
         self.parts, self.weights = tuple(parts), weights
+        self.validation: dict[str, float] = {}
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -92,6 +98,9 @@ class CandidateFusion(Weighed):
             [[answers[place] for place in able] for answers in said],
         )
         self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect, onto=onto)
+        assert self.crossed is not None
+        found = zip((requests[place].id for place in able), self.crossed.tolist(), strict=True)
+        self.validation = {**dict.fromkeys((request.id for request in requests), 0.0), **dict(found)}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of each request; see `Predictor.answer`.

@@ -32,6 +32,7 @@ class Weighed:
         weights: None before ``fit``.
         tried: Forms with their cross-fitted figures.
         without: What each part adds, where ``fit`` was asked to dissect and the best form has several parts.
+        crossed: The cross-fitted figure of the best form for each case, shape (n,); None where no form was chosen.
     """
 
     def __init__(self, name: str) -> None:
@@ -40,6 +41,7 @@ class Weighed:
         self.weights: Weights | None = None
         self.tried: tuple[Tried, ...] = ()
         self.without: tuple[Without, ...] = ()
+        self.crossed: NDArray[np.float64] | None = None
         # Whose cases it was fitted to and how, and what `apart_from` found.
         self._fitted_to: tuple[tuple[str, ...], Fit] = (), _nothing
         self._apart: dict[frozenset[str], Weights] = {}
@@ -119,6 +121,7 @@ class Weighed:
         else:
             self.tried = (only,)
         best = max(self.tried, key=lambda each: each.value)
+        self.crossed = values[best.form, best.name] if only is None else None
         self.weights = whole[best.form, best.name]
         self._apart = {}
         self._fitted_to = tuple(users), fits[best.form, best.name]

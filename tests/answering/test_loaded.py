@@ -23,6 +23,7 @@ from llmrec.answering.models import LanguageModel
 from llmrec.commands.predict.options import PredictOptions
 from llmrec.commands.predict.run import predict_file
 from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.run import rank_file
 from llmrec.commands.rank.users import rank_users
 from llmrec.commands.refresh.options import RefreshOptions
 from llmrec.commands.refresh.run import refresh
@@ -36,7 +37,7 @@ from llmrec.experiment.training import train_stage
 from llmrec.recipe.load import dump, load_recipe, load_stored
 from llmrec.resources import resource
 from llmrec.types import Item
-from tests.answering.rank_cases import jsonl, lines
+from tests.answering.rank_cases import jsonl, lines, options
 from tests.facts import Facts, raises
 from tests.serve.served import toy_run
 
@@ -187,6 +188,31 @@ def test_what_cannot_be_asked_is_refused(rec: Loaded) -> None:
         rec.similar(["nowhere"])
     with raises(LlmrecError, Facts(kind="unknown-key")):
         llmrec.load("runs/x", colour="red")
+
+
+def test_a_file_is_ranked_by_the_stored_history_of_a_known_user(rec: Loaded, run: Path, tmp_path: Path) -> None:
+    pool = ["k03", "k05", "k07", "k11"]
+    asked = [
+        {"id": "known", "user_id": "u01", "candidates": pool},
+        {"id": "own", "user_id": "u01", "history": ["k09"], "candidates": pool},
+        {"id": "strange", "user_id": "nobody", "candidates": pool},
+        {"id": "none", "user_id": "u01", "history": [], "candidates": pool},
+    ]
+    rank_file(options(run, jsonl(tmp_path / "in.jsonl", asked), tmp_path / "out.jsonl", batch=1))
+    known, own, strange, none = lines(tmp_path / "out.jsonl")
+    events = len(rec.known.histories.of_user("u01"))
+    assert known["notes"] == [f"history: {events} events that the data have of this user"]
+    assert strange["notes"] == ["the user 'nobody' is not known", "no history"]
+    assert own["notes"] == [] and none["notes"] == ["no history"]
+
+    def pairs(line: dict[str, Any]) -> list[tuple[str, float]]:
+        return list(zip(line["items"], line["scores"], strict=True))
+
+    def listed(**who: Any) -> list[tuple[str, float]]:
+        return [(each.item_id, each.score) for each in rec.rank(candidates=pool, k=9, **who)]
+
+    assert pairs(known) == listed(user="u01", id="known") != listed(id="known", history=[])
+    assert pairs(own) == listed(history=["k09"], id="own")
 
 
 # --------------------------------------------------------------------------- one item

@@ -179,7 +179,7 @@ def test_a_signal_says_where_it_stopped_what_is_kept_and_how_to_resume(
     assert process.stderr is not None
     assert process.stderr.readline() == "ready\n"
     os.kill(process.pid, number)
-    said = process.communicate(timeout=20)[1]
+    said = process.communicate(timeout=300)[1]
     assert process.returncode == code
     stopped, *next_line = said.strip().splitlines()
     assert stopped.startswith("stopped at train, 37 of 90 steps")

@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from llmrec.answering.opening import default_of
 from llmrec.commands.auto.model import MODEL, NONE, judged, plan, with_model
 from llmrec.commands.auto.options import AutoOptions
 from llmrec.commands.auto.parts import Part, has_texts, parts_for
@@ -22,9 +23,11 @@ from llmrec.commands.init.page import SCHEMA
 from llmrec.commands.init.start import name_of
 from llmrec.data.frames import FOLDER as FRAMES
 from llmrec.data.frames import calling_frames, write_frame
+from llmrec.data.split import SplitDataset, halves
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import DataError, EngineFailure, ModelError
+from llmrec.experiment import bundle as bundles
 from llmrec.experiment.claiming import LOCK
 from llmrec.experiment.resume import locked
 from llmrec.experiment.study import load_split
@@ -34,7 +37,7 @@ from llmrec.recipe.schema import FusionSection, Recipe
 from llmrec.report.summary import brought
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration
-from llmrec.results import Results
+from llmrec.results import Choice, Results
 from llmrec.tasks.family import missing_controls
 
 STATE = "auto"
@@ -91,7 +94,8 @@ class Auto(Displayed):
         folder: The run folder, ready to be served.
         run: Its figures.
         tried: Every part.
-        sentence: What the recommender reaches, and what each part brought.
+        sentence: Which recommender is served and why, and what it reaches on test users.
+        served: The name of that recommender.
         seconds: Wall time of this call.
     """
 
@@ -99,6 +103,7 @@ class Auto(Displayed):
     run: Run
     tried: tuple[Tried, ...]
     sentence: str
+    served: str
     seconds: float
 
     def _summary(self) -> Summary:
@@ -162,30 +167,35 @@ def auto(
                 "stopped: finishing with what was found so far; Ctrl-C again ends at once, and the same command resumes"
             )
         chosen = search.chosen(options.users)
+        best = search.best(chosen, split)
         say(
             f"fitting and measuring {len(chosen.tasks.present()['sequential'].baselines)} recommenders and their fusion"
         )
-        found = run(chosen, folder)
-        sentence = brought(Results.model_validate(found.results), "sequential")
+        found = run(chosen, folder, choice=best)
+        results = Results.model_validate(found.results)
+        sentence = brought(results, "sequential")
         if planned.steps:
             say(f"tuning a language model for {planned.steps} steps")
             try:
-                joined = run(with_model(chosen, planned), folder / MODEL)
+                joined = run(with_model(chosen, planned), folder / MODEL, choice=best)
             except EngineFailure as failure:
                 # What the classic recommenders found stands without it.
                 sentence += f" The tuned language model is not kept: {failure.reason}."
             else:
-                verdict = judged(Results.model_validate(joined.results))
-                sentence += f" {verdict.sentence}"
+                with_it = Results.model_validate(joined.results)
+                verdict = judged(with_it)
                 if verdict.kept:
-                    folder, found = folder / MODEL, joined
-    made = Auto(folder, found, tuple(search.tried.values()), sentence, time.monotonic() - began)
+                    folder, found, sentence = folder / MODEL, joined, brought(with_it, "sequential")
+                sentence += f" {verdict.sentence}"
+    default = default_of(bundles.read(str(folder)))
+    assert default is not None
+    made = Auto(folder, found, tuple(search.tried.values()), sentence, default.name, time.monotonic() - began)
     write_json(state / "auto.json", record(made, options))
     return made
 
 
-def _points(number: int, which: str = "") -> str:
-    return f"{number} {which}{'point' if number == 1 else 'points'}"
+def _settings(number: int, which: str = "") -> str:
+    return f"{number} {which}{'setting' if number == 1 else 'settings'}"
 
 
 def told(made: Auto) -> str:
@@ -195,14 +205,14 @@ def told(made: Auto) -> str:
         best = tried.best
         value = "–" if best is None else f"{best.value:.4f}"
         note = f"; {tried.note}" if tried.note else ""
-        text = f"{tried.part.label:26} validation NDCG@10 {value}, {_points(len(tried.trials))}{note}"
+        text = f"{tried.part.label:26} validation NDCG@10 {value}, {_settings(len(tried.trials))} tried{note}"
         lines += wrapped(f"  {text}", hang=4)
     lines += [
         "",
         f"{duration(made.seconds)}. Report: {made.run.report}",
-        f"Serve it: llmrec serve {made.folder}",
-        f"Lists for all users: llmrec rank --model {made.folder} --by fusion --all-users --top 10 --to lists.csv",
-        f"Lists for a file of requests: llmrec rank --baseline fusion --recipe {made.folder} --in F --out G",
+        f"Serve it ({made.served}): llmrec serve {made.folder}",
+        f"Lists for all users: llmrec rank --model {made.folder} --all-users --top 10 --to lists.csv",
+        f"Lists for a file of requests: llmrec rank --model {made.folder} --in requests.jsonl --out lists.jsonl",
     ]
     return "\n".join(lines)
 
@@ -251,6 +261,7 @@ class _Search:
     budget: float
     say: Callable[[str], None]
     tried: dict[str, Tried] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
 
     def first(self) -> None:
         """Give every part a trial at its defaults, the cheap ones first."""
@@ -304,6 +315,18 @@ class _Search:
         write_text(self.state / "best.yaml", dump(made))
         return made
 
+    def best(self, made: Recipe, data: SplitDataset) -> Choice:
+        """Return the row of the best trial among the parts of a recipe, which `chosen` made."""
+        baselines = made.tasks.present()["sequential"].baselines
+        found = [tried.best.value for tried in self.tried.values() if tried.best is not None]
+        figures = {
+            f"sequential/baseline/{each.label}": value
+            for each, value in zip(baselines[len(baselines) - len(found) :], found, strict=True)
+        }
+        row = max(figures, key=lambda name: figures[name])
+        users = {one.user_id for one in halves(data, _RESERVED)[0].holdouts("valid")}
+        return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
+
     def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:
         """Have parts tried; ``allowed`` is how long the first of those that wait may take."""
         waiting = list(parts)
@@ -329,13 +352,13 @@ class _Search:
         places = _Places(at, len(waiting))
         known = [len(tried.trials) for tried in waiting]
         with _child(wanted, log) as child:
-            began, may = time.monotonic(), allowed(waiting)
-            while (code := child.poll()) is None and time.monotonic() - began <= may:
+            began, may = self.clock(), allowed(waiting)
+            while (code := child.poll()) is None and self.clock() - began <= may:
                 for place in places.passed():
-                    self._told(waiting[place], known[place], time.monotonic() - began)
-                    began, may = time.monotonic(), allowed(waiting[place + 1 :])
+                    self._told(waiting[place], known[place], self.clock() - began)
+                    began, may = self.clock(), allowed(waiting[place + 1 :])
                 time.sleep(_POLL)
-        took = time.monotonic() - began
+        took = self.clock() - began
         for place in places.passed(done=code == 0):
             self._told(waiting[place], known[place], took)
         if code != 0:
@@ -351,12 +374,12 @@ class _Search:
         figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
         new = tried.trials[known:]
         spent = round(max(took, sum(trial.seconds for trial in new)), 2)
-        told = f"{figure}, {_points(len(new), 'new ')} in {duration(spent)}{f'; {tried.note}' if tried.note else ''}"
-        self.say(f"{tried.part.label}: {told}")
+        told = f"{figure}, {_settings(len(new), 'new ')} tried in {duration(spent)}"
+        self.say(f"{tried.part.label}: {told}{f'; {tried.note}' if tried.note else ''}")
 
     def _left(self) -> float:
         """Return the seconds that may still be searched."""
-        return self.deadline - time.monotonic() - self._finish()
+        return self.deadline - self.clock() - self._finish()
 
     def _finish(self) -> float:
         """Return what fitting and measuring the parts at the end takes."""
@@ -419,11 +442,12 @@ def record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
         "budget_seconds": options.seconds,
         "seconds": round(made.seconds, 1),
         "sentence": made.sentence,
+        "served": made.served,
         "parts": [
             {
                 "label": tried.part.label,
                 "baseline": tried.part.baseline,
-                "points": len(tried.trials),
+                "settings": len(tried.trials),
                 "validation": tried.best.value if tried.best else None,
                 "parameters": tried.best.parameters if tried.best else None,
                 "seconds": round(tried.seconds, 1),

@@ -25,6 +25,7 @@ from llmrec.commands.cluster.jobs import EACH, Job, Worked, Worker, count_of, fa
 from llmrec.commands.merge.app import put_together
 from llmrec.commands.merge.evaluation import merge_run
 from llmrec.commands.rank.options import OF_CLUSTERS, RankOptions
+from llmrec.commands.rank.ranker import resolved
 from llmrec.commands.rank.run import STDOUT, part_sizes
 from llmrec.commands.rank.sharded import drop_shards
 from llmrec.commands.show.console import finish, show
@@ -270,6 +271,7 @@ def rank_on(options: RankOptions, address: str) -> None:
     Raises:
         LlmrecError: See `work_on`; or as `llmrec.commands.rank.run.rank_file`.
     """
+    options = resolved(options)
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
     total, size = part_sizes(options, open_requests(options.source, bare=options.bare))

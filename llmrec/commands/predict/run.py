@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from functools import cache
 from itertools import islice
 
 from llmrec.answering.about import CONTEXT, about_families, answer_about, value_of, way_about
 from llmrec.answering.checks import decided
-from llmrec.answering.known import Histories, Profile, known_of, profiles_of, with_history
+from llmrec.answering.known import read_known
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Recommender
 from llmrec.commands.predict.options import PredictOptions
@@ -17,7 +16,7 @@ from llmrec.commands.rank.outputs import check_out, write_summary
 from llmrec.commands.rank.progress import RankBar
 from llmrec.data.reading.ranked import Predicted, write_records
 from llmrec.data.reading.request_file import Raw, kind_of, open_requests
-from llmrec.data.requests import RankRequest, identity, read_request
+from llmrec.data.requests import RankRequest, identity
 from llmrec.errors import DataError
 from llmrec.types import Answer, Text, Unparsed
 
@@ -44,14 +43,11 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
         RankBar(total) as bar,
     ):
         family = _family(recommender, options.family)
-        # Read where a question needs it, and once.
-        known = cache(lambda: known_of(options.model, options.items).histories)
-        profiles = profiles_of(options.model)
         way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
         records: list[Predicted] = []
         rows = islice(source, total)
         while raws := list(islice(rows, options.batch)):
-            read = [_read(raw, len(records) + n, recommender, known, profiles) for n, raw in enumerate(raws, start=1)]
+            read = [_read(raw, len(records) + n, recommender) for n, raw in enumerate(raws, start=1)]
             able = [request for request in read if isinstance(request, RankRequest)]
             with recommender.asked(way.strategy) as backend:
                 encoder = recommender.encoder
@@ -97,13 +93,7 @@ def _family(recommender: Recommender, asked: str) -> str:
     return known[0]
 
 
-def _read(
-    raw: Raw,
-    number: int,
-    recommender: Recommender,
-    known: Callable[[], Histories],
-    profiles: Callable[[str], Profile] | None,
-) -> RankRequest | Unparsed:
+def _read(raw: Raw, number: int, recommender: Recommender) -> RankRequest | Unparsed:
     """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
@@ -112,9 +102,14 @@ def _read(
         return Unparsed(request_id=request_id, reason="there is no 'item'; name the item that is asked about")
     context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
     record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
-    told = with_history(record, known, recommender.items or {}, profiles)
     try:
-        request = read_request({**told, "candidates": [raw.record["item"]]}, number, recommender.items)
+        request = read_known(
+            {**record, "candidates": [raw.record["item"]]},
+            number,
+            lambda: recommender.known().histories,
+            recommender.items,
+            recommender.profiles,
+        )
     except DataError as error:
         return Unparsed(request_id=request_id, reason=str(error))
     return replace(request, context={**request.context, **context})

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, get_args
 
-from llmrec.answering.options import About, RecommenderOptions
+from llmrec.answering.options import PLAIN, TUNED, About, RecommenderOptions
 from llmrec.commands.rank.outputs import summary_beside
 from llmrec.errors import RecipeError
 from llmrec.recipe.shared import Form
@@ -41,7 +41,8 @@ class RankOptions(RecommenderOptions):
         str | None, About(metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db or postgresql://...")
     ] = None
     by: Annotated[
-        str | None, About(metavar="NAME", help="With --all-users: tuned, untuned, a row of the report or a baseline.")
+        str | None,
+        About(metavar="NAME", help="A model of the folder: tuned, untuned, a row of the report or a baseline."),
     ] = None
     limit: Annotated[int | None, About(least=1, help="Rank the first so many requests only.")] = None
     shard: Annotated[
@@ -84,7 +85,17 @@ class RankOptions(RecommenderOptions):
     @property
     def bare(self) -> bool:
         """Whether requests may lack candidates, which are found for them."""
-        return self.whole or self.retrieve is not None or self.baseline is not None
+        return self.whole or self.retrieve is not None or self.baseline is not None or self.named is not None
+
+    @property
+    def named(self) -> str | None:
+        """The model of the folder that ranks, where it is not the folder's own language model."""
+        return None if self.by in (TUNED, PLAIN) else self.by
+
+    @property
+    def tag(self) -> str:
+        """What a TREC run calls what ranked; it has no blanks."""
+        return (self.baseline or self.named or "llmrec").replace(" ", "-")
 
     @property
     def parts(self) -> Path:

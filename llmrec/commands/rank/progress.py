@@ -139,14 +139,14 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         note = "; ".join(each["notes"])
         rows[f"  note on line {each['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
     if summary["requests_per_second"] is not None:
-        tokens = "" if "baseline" in summary else f", {summary['tokens_per_second']:,.0f} tokens/s"
+        tokens = "" if "signature" in summary else f", {summary['tokens_per_second']:,.0f} tokens/s"
         rows["speed"] = f"{summary['requests_per_second']:,.2f} requests/s{tokens}"
     if summary["seconds_per_request"] is not None:
         each = summary["seconds_per_request"]
         rows["seconds a request"] = (
             f"{each['mean']:.3f}, from {each['fastest_part']:.3f} in the fastest part to {each['slowest_part']:.3f}"
         )
-    if "baseline" not in summary:
+    if "signature" not in summary:
         rows["cost"] = _cost(summary)
     if summary["rationale"] is not None:
         rows["cost of rationales"] = f"{summary['rationale']['written']:,} written: {_cost(summary['rationale'])}"
@@ -155,6 +155,8 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         rows["retrieved"] = f"{found['k']} by {found['retriever']}, for {summary['with_retrieved']:,} lines"
     if "baseline" in summary:
         rows["asked"] = f"{summary['baseline']}, fitted to {summary['data']}"
+    elif "by" in summary:
+        rows["asked"] = f"{summary['by']} of {summary['model']}"
     else:
         rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
     rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())

@@ -9,14 +9,16 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
 
-from llmrec.answering.known import known_in, with_history
+from llmrec.answering.checks import decided
+from llmrec.answering.known import known_in
 from llmrec.answering.loaded import Loaded, Wanted
-from llmrec.answering.opening import Models, open_classics, open_models
+from llmrec.answering.opening import Models, offered, open_classics, open_models, own_name
 from llmrec.answering.options import RecommenderOptions
 from llmrec.answering.recommender import Answered, Recommender
 from llmrec.commands.rank.options import RankOptions
-from llmrec.data.requests import RankRequest, identity, read_request
+from llmrec.data.requests import RankRequest, identity
 from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.experiment import bundle as bundles
 from llmrec.experiment.engines import dtype_name
 from llmrec.experiment.fusion.parts import FUSIONS
 from llmrec.experiment.resume import Budget
@@ -25,6 +27,9 @@ from llmrec.types import Item, Unparsed
 
 # What a classic recommender is told too; the other options say how a language model is asked.
 _SHARED = ("items", "candidates", "settings", "top", "batch")
+# How the language model of a folder is asked to rank, and how it is opened.
+_ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse", "rationale")
+_OPENED = ("backend", "server_url", "server_model", "server_key_env", "noun", "max_length", "dtype")
 _PAGE = "recipe.yaml"
 
 
@@ -41,6 +46,11 @@ class Ranker(AbstractContextManager["Ranker"], Protocol):
     @property
     def identity(self) -> Mapping[str, object]:
         """Everything besides the requests that can change an answer, by name."""
+        ...
+
+    @property
+    def stored(self) -> str:
+        """A hash over what is known of users, which requests may go by."""
         ...
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
@@ -62,6 +72,39 @@ class Ranker(AbstractContextManager["Ranker"], Protocol):
         ...
 
 
+def resolved(options: RankOptions) -> RankOptions:
+    """Return options whose ``by`` names what ranks.
+
+    Without ``--by`` it is the default of the folder; an option that says how the language model is asked means that.
+
+    Raises:
+        LlmrecError: If an option does not go with what ranks, or the folder cannot be opened.
+    """
+    if options.baseline is not None:
+        if options.by is not None:
+            raise RecipeError(
+                "--by names a model of the folder of --model, and --baseline ranks without one; drop one of them",
+                kind="contradiction",
+                column="--by",
+            )
+        return options
+    check_named(options)
+    bundle = bundles.read(options.model)
+    own = own_name(bundle)
+    asked = _changed(options, _ASKED)
+    by = options.by or (own if own and asked else offered(bundle)[0])
+    if not bundle.weights:
+        asked += _changed(options, _OPENED)
+    if by != own and asked:
+        lacks = f"--by {by!r} names another model" if own else f"{options.model} has none: {by} ranks"
+        raise RecipeError(
+            f"{asked[0]} says how a language model is opened or asked, and {lacks}; drop {asked[0]}",
+            kind="contradiction",
+            column=asked[0],
+        )
+    return replace(options, by=by)
+
+
 def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> Ranker:
     """Open what is to rank.
 
@@ -73,15 +116,35 @@ def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> 
     Raises:
         LlmrecError: If an option, a file or the model cannot be used.
     """
-    if options.baseline is None:
-        check_named(options)
-        return Recommender.open(options, store=store, budget=budget)
-    return ClassicRanker(options, open_classic(options), budget)
+    options = resolved(options)
+    if options.baseline is not None:
+        return NamedRanker(options, loaded_classic(options, open_classic(options)), budget)
+    if options.named is not None:
+        return NamedRanker(options, loaded_named(options), budget)
+    return Recommender.open(options, store=store, budget=budget)
+
+
+def loaded_named(options: RankOptions) -> Loaded:
+    """Open the model of a folder that ``by`` names, or else its default, as Python and a service ask it.
+
+    Raises:
+        LlmrecError: If it cannot be opened.
+    """
+    given = RecommenderOptions(**{each.name: getattr(options, each.name) for each in fields(RecommenderOptions)})
+    asked = decided(given)
+    return Loaded(asked, open_models(asked, [options.by or offered(bundles.read(options.model))[0]]))
+
+
+def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
+    """Return which options were given, as they are written."""
+    plain = RankOptions()
+    changed = [name for name in names if getattr(options, name) != getattr(plain, name)]
+    return ["--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in changed]
 
 
 def told_of(ranker: Ranker) -> Mapping[str, object]:
     """Return what a summary says of what ranked, and how it was asked."""
-    if isinstance(ranker, ClassicRanker):
+    if isinstance(ranker, NamedRanker):
         return ranker.told
     assert isinstance(ranker, Recommender)
     way, options = ranker.way, ranker.options
@@ -165,64 +228,58 @@ def loaded_classic(options: RankOptions, models: Models) -> Loaded:
     return Loaded(RecommenderOptions(model=str(options.recipe)), models, known)
 
 
-class ClassicRanker:
-    """Ranks for requests with one classic recommender: candidates, or the whole catalogue where a request has none.
+class NamedRanker:
+    """Ranks for requests with one model under its name: candidates, or the whole catalogue where a request has none.
 
     A request that names a user of the data and brings no history has the one that the data know, and one about whom
     nothing is known gets the most popular items, as a service does it.
 
     Args:
         options: What was asked for.
-        models: The recommender; see `open_classic`.
+        loaded: The model, as Python and a service ask it.
         budget: Where seconds are booked.
     """
 
-    def __init__(self, options: RankOptions, models: Models, budget: Budget) -> None:
-        self.budget, self._options, self._models = budget, options, models
-        self._loaded = loaded_classic(options, models)
+    def __init__(self, options: RankOptions, loaded: Loaded, budget: Budget) -> None:
+        self.budget, self._options, self._loaded = budget, options, loaded
 
     @property
     def items(self) -> Mapping[str, Item]:
         """See `Ranker`."""
-        return self._models.items
+        return self._loaded.items
 
     @property
     def identity(self) -> dict[str, object]:
         """See `Ranker`."""
         options = self._options
-        signature = self._loaded.signature()
         return {
-            "signature": signature,
-            "known": self._loaded.histories,
+            "signature": self._loaded.signature(),
             "whole": options.whole,
             "top": options.top,
             "batch": options.batch,
         }
 
     @property
+    def stored(self) -> str:
+        """See `Ranker`."""
+        return self._loaded.histories
+
+    @property
     def told(self) -> Mapping[str, object]:
         """See `told_of`."""
-        data = self._models.data
-        return {
-            "baseline": self._options.baseline,
-            "signature": self._loaded.signature(),
-            "recipe": self._options.recipe,
-            "data": None if data is None else data.dataset.name,
-        }
+        options, signature = self._options, self._loaded.signature()
+        if options.baseline is None:
+            return {"model": options.model, "by": self._loaded.models[0], "signature": signature}
+        named = {"baseline": options.baseline, "signature": signature, "recipe": options.recipe}
+        return {**named, "data": self._loaded.data_name}
 
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
         """See `Ranker`."""
         whole = self._options.whole or record.get("candidates") is None
-        told = with_history(record, lambda: self._loaded.known.histories, self.items)
         try:
-            request = read_request(told, row, self.items, whole=whole)
+            return self._loaded.read(record, row, whole=whole)
         except DataError as error:
             return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
-        if told is record or not request.history:
-            return request
-        events = len(request.history)
-        note = f"history: {events} event{'s' if events > 1 else ''} that the data have of this user"
-        return replace(request, notes=(*request.notes, note))
 
     def untitled(self, record: Mapping[str, object]) -> str:
         """See `Ranker`: data have a text for every item."""
@@ -244,7 +301,7 @@ class ClassicRanker:
         advance(len(requests))
         return answers
 
-    def __enter__(self) -> ClassicRanker:
+    def __enter__(self) -> NamedRanker:
         return self
 
     def __exit__(

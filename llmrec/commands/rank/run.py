@@ -20,7 +20,7 @@ from llmrec.answering.recommender import Answered
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.outputs import check_out, summary_beside
 from llmrec.commands.rank.progress import RankBar, Tally, asked_of, summary_of
-from llmrec.commands.rank.ranker import Ranker, open_ranker
+from llmrec.commands.rank.ranker import Ranker, open_ranker, resolved
 from llmrec.data.reading.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
 from llmrec.data.reading.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
@@ -103,6 +103,7 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
     Raises:
         LlmrecError: If nothing can be ranked, because a file, a model or an option cannot be used.
     """
+    options = resolved(options)
     if options.target != STDOUT:
         return _rank_into(options)
     with TemporaryDirectory(prefix="llmrec-rank-") as folder:
@@ -163,7 +164,7 @@ def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Bud
 
 def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> str:
     """Return the hash of every input that can change a ranking."""
-    return key_of(requests=source.sha256, limit=options.limit, **recommender.identity)
+    return key_of(requests=source.sha256, limit=options.limit, users=recommender.stored, **recommender.identity)
 
 
 def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
@@ -299,7 +300,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
             check_owners(source.path, records, owners)
         paths.append(options.parts / part_name(len(paths)))
     with budget.stage("write"):
-        write_lists(options.target, stored(paths), form, options.baseline or "llmrec")
+        write_lists(options.target, stored(paths), form, options.tag)
     summary = summary_of(asked_of(options, source, recommender, key), tally, budget.stages)
     write_checked(options.summary, summary)
     return summary

@@ -13,7 +13,7 @@ from typing import Any
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.outputs import check_out, outdate, summary_beside
 from llmrec.commands.rank.progress import Asked, Part, Tally, asked_of, summary_of
-from llmrec.commands.rank.ranker import Ranker
+from llmrec.commands.rank.ranker import Ranker, resolved
 from llmrec.commands.rank.run import (
     STDOUT,
     check_owners,
@@ -58,6 +58,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
     Raises:
         LlmrecError: As `llmrec.commands.rank.run.rank_file`.
     """
+    options = resolved(options)
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
     form_of(options.target, options.form)
@@ -168,7 +169,7 @@ def _told(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str
         "form": asked.form,
         "blank_lines": asked.blank_lines,
         "told": dict(asked.told),
-        "tag": options.baseline or "llmrec",
+        "tag": options.tag,
         "lines": tally.lines,
         "failed": tally.failed,
         **{name: getattr(tally, name) for name in _FRESH},

@@ -16,14 +16,12 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.answering.checks import decided
 from llmrec.answering.loaded import Loaded
-from llmrec.answering.opening import open_models
 from llmrec.answering.options import RecommenderOptions
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.outputs import check_out, write_summary
 from llmrec.commands.rank.progress import RankBar
-from llmrec.commands.rank.ranker import check_named, loaded_classic, open_classic
+from llmrec.commands.rank.ranker import check_named, loaded_classic, loaded_named, open_classic
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require
 from llmrec.experiment.claiming import LOCK
@@ -99,9 +97,7 @@ def _opened(options: RankOptions) -> Loaded:
     if options.baseline is not None:
         return loaded_classic(options, open_classic(options))
     check_named(options)
-    given = RecommenderOptions(**{name.name: getattr(options, name.name) for name in fields(RecommenderOptions)})
-    asked = decided(given)
-    return Loaded(asked, open_models(asked, [options.by] if options.by else ()))
+    return loaded_named(options)
 
 
 def _refuse_others(options: RankOptions) -> None:

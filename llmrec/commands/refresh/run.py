@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -67,9 +67,8 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     bundle = bundles.read(options.model)
     out = _target(options, bundle)
     measured = stored.read(bundle.run or Path(bundle.folder))
-    before = _before(bundle, measured[0].reserved if _choose(measured) else None)
+    before = _before(bundle, measured.fusions[0].reserved if _choose(measured.fusions) else None)
     after, added = _joined(before, options, bundle.seed)
-    fusions = [each.model_copy(update={"reserved": 0.0}) for each in measured]
     model = Path(bundle.folder)
     with _draft(out) as draft:
         if options.train is not None:
@@ -79,13 +78,10 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
             shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
         elif model != out:
             _link(model, draft)
-        rows = after.rows if _choose(fusions) else after.rows.with_columns(part=pl.lit("train"))
+        rows = after.rows if _choose(measured.fusions) else after.rows.with_columns(part=pl.lit("train"))
         rows.write_parquet(draft / FILE)
         write_items(after.items, draft / ITEMS)
-        write_json(
-            draft / stored.FILE,
-            {"format": stored.FORMAT, "fusions": [each.model_dump(mode="json") for each in fusions]},
-        )
+        stored.save(draft, stored.settled(measured))
         write_json(draft / MARK, {"from": str(options.model), "interactions": rows.height, "items": len(after.items)})
         shutil.rmtree(draft / "training", ignore_errors=True)
         _publish(draft, out)
@@ -271,7 +267,7 @@ def _is_store(events: str) -> bool:
         return False
 
 
-def _choose(fusions: list[stored.Fused]) -> bool:
+def _choose(fusions: Sequence[stored.Fused]) -> bool:
     """Whether a part of a fusion chooses its epoch on validation interactions."""
     named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
     return any(stops_early(name) for name in named)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.answering.checks import check_choices
+from llmrec.answering.opening import told_default
 from llmrec.answering.rules import Rules
 from llmrec.commands.serve.options import ServeOptions
 from llmrec.commands.show.console import say
@@ -52,6 +53,7 @@ def serve(options: ServeOptions) -> None:
     host, port = listening.getsockname()[:2]
     url = f"http://{'localhost' if host in _LOOPBACK else host}:{port}"
     say(f"llmrec serves {options.model} at {url} (API documentation: {url}/docs)")
+    say(told_default(options.model, options.models))
     server = make_server(app, timeout=options.timeout)
     hopeless: list[LlmrecError] = []
 

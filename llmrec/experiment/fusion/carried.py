@@ -11,7 +11,6 @@ from llmrec.baselines.tuning.validation import drawn
 from llmrec.data.assemble import read_items
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.split import SplitDataset, halves
-from llmrec.durable import write_checked
 from llmrec.errors import ModelError
 from llmrec.experiment.fusion import stored
 
@@ -37,14 +36,14 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     Raises:
         ModelError: If the run has no fusion of rankings, or the folder no catalogue.
     """
-    fusions = stored.read(run)
-    if not fusions or not items.is_file():
+    found = stored.read(run)
+    if not found.fusions or not items.is_file():
         lacks = "fusion of rankings; evaluate its recipe with eval.fusion.controls=true"
         what = lacks if items.is_file() else "catalogue to go with its interactions; drop --no-items"
         raise ModelError(
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
-    choosing = halves(data, fusions[0].reserved)[0]
+    choosing = halves(data, found.fusions[0].reserved)[0]
     # Ranks alone: from a hash somebody could find out whose it is.
     order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
     chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
@@ -57,8 +56,7 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
     rows.write_parquet(draft / FILE)
     # The users that weigh are not among them.
-    settled = [fused.model_copy(update={"reserved": 0.0}).model_dump(mode="json") for fused in fusions]
-    write_checked(draft / stored.FILE, {"format": stored.FORMAT, "fusions": settled})
+    stored.save(draft, stored.settled(found))
 
 
 def carried(folder: Path, *, seed: int) -> SplitDataset | None:

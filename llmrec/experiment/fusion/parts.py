@@ -40,7 +40,7 @@ FUSIONS: Mapping[Reads, str] = {
 }
 """What the row of a fusion is called, by the widest kind among its parts."""
 
-ONTO = 3
+ONTO = 4
 """Raised whenever rows are joined otherwise than before: stored rows of fusions are made anew."""
 
 NOTHING = "random"

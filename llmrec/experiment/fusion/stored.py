@@ -1,8 +1,9 @@
-"""Fusions as they are kept, in a run and in an exported folder: which rows they join, and with which weights."""
+"""What a run and an exported folder keep of fusions: which rows they join, with which weights, and what is served."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pydantic import Field, JsonValue, ValidationError
@@ -13,7 +14,7 @@ from llmrec.experiment.evaluation import ResultRow
 from llmrec.experiment.fusion.parts import kind_of
 from llmrec.experiment.study import Study
 from llmrec.records import Record
-from llmrec.results import Arm, FusionWeights
+from llmrec.results import Arm, Choice, FusionWeights
 from llmrec.strategies.fusion_weights import Kind, Weights
 from llmrec.tasks.family import family_of
 
@@ -90,26 +91,54 @@ def fused_of(study: Study, row: ResultRow) -> Fused | None:
     )
 
 
-def write(study: Study, rows: Sequence[ResultRow], folder: Path) -> None:
-    """Write the fusions of rankings among a run's rows; a file of an earlier run does not stay."""
+@dataclass(frozen=True)
+class Stored:
+    """What the file holds.
+
+    Attributes:
+        fusions: In the order of their rows.
+        choice: The row that is served where nobody says; None: the language model, if there is one.
+    """
+
+    fusions: Sequence[Fused] = ()
+    choice: Choice | None = None
+
+
+def write(study: Study, rows: Sequence[ResultRow], folder: Path, choice: Choice | None) -> None:
+    """Write the fusions of rankings among a run's rows, and the choice; a file of an earlier run does not stay."""
     ranks = [row for row in rows if family_of(row.figures.task).ranks_for_users]
-    found = [fused for row in ranks if (fused := fused_of(study, row)) is not None]
-    write_checked(folder / FILE, {"format": FORMAT, "fusions": [fused.model_dump(mode="json") for fused in found]})
+    save(folder, Stored([fused for row in ranks if (fused := fused_of(study, row)) is not None], choice))
 
 
-def read(folder: Path) -> list[Fused]:
-    """Return the fusions of a run or an exported folder; none where it has no such file.
+def save(folder: Path, found: Stored) -> None:
+    """Write the file into a folder."""
+    fusions = [fused.model_dump(mode="json") for fused in found.fusions]
+    chosen = None if found.choice is None else found.choice.model_dump(mode="json")
+    write_checked(folder / FILE, {"format": FORMAT, "fusions": fusions, "choice": chosen})
+
+
+def settled(found: Stored) -> Stored:
+    """Return what a folder holds from which the interactions of the users that weighed are gone."""
+    return replace(found, fusions=[fused.model_copy(update={"reserved": 0.0}) for fused in found.fusions])
+
+
+def read(folder: Path) -> Stored:
+    """Return the fusions of a run or an exported folder, and the choice; none where it has no such file.
 
     Raises:
         ModelError: If the file cannot be read.
     """
     path = folder / FILE
     if not path.is_file():
-        return []
+        return Stored()
     try:
         found = checked(path.read_bytes())
         if found["format"] == FORMAT:
-            return [Fused.model_validate(each) for each in found["fusions"]]
+            chosen = found.get("choice")
+            return Stored(
+                [Fused.model_validate(each) for each in found["fusions"]],
+                None if chosen is None else Choice.model_validate(chosen),
+            )
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise ModelError(
             f"{path} cannot be read ({type(error).__name__}); run `llmrec eval` on its recipe again",
@@ -142,3 +171,16 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
                 free = [one for one in names if one not in found]
                 found[free[0] if free and family == families[0] else each.id] = each
     return found
+
+
+def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
+    """Return the name under which the row of a choice answers.
+
+    Args:
+        choice: Of a run.
+        fusions: From `named`.
+        model: What the language model is called.
+    """
+    _, arm, rest = choice.row.split("/", 2)
+    joined = next((name for name, fused in fusions.items() if fused.id == choice.row), None)
+    return joined or (rest if arm == "baseline" else model)
