@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 from llmrec.cli import app
 from llmrec.commands.init.columns import guess
 from llmrec.commands.init.page import Page, render, scalar, where_line
-from llmrec.commands.init.plan import BUDGET_SECONDS, Plan, decide
+from llmrec.commands.init.plan import BUDGET_SECONDS, Plan, decide, events_of
 from llmrec.commands.init.roles import Asked, asked
 from llmrec.commands.init.start import init
 from llmrec.data import stats
@@ -50,10 +50,9 @@ def llmrec(*arguments: str) -> str:
 
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """An empty folder to work in, with the shop's tables; the engine does not depend on what is installed."""
+    """An empty folder to work in, with the shop's tables."""
     shop.write_all(tmp_path)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("llmrec.commands.init.start._backend", lambda: "vllm")
     yield tmp_path
 
 
@@ -313,7 +312,7 @@ def test_files_of_every_format(folder: Path) -> None:
 
 def plan_of(rows: list[tuple[object, ...]], names: tuple[str, ...], **said: str) -> Plan:
     frame = pl.DataFrame([[str(value) for value in row] for row in rows], schema=list(names), orient="row")
-    return decide(guess(Table("t.csv", frame), asked(**said)), ("item",), whole=True, backend="hf")
+    return decide(events_of(guess(Table("t.csv", frame), asked(**said))), ("item",), whole=True, backend="hf")
 
 
 def some(users: int, items: int, rows: int) -> list[tuple[object, ...]]:

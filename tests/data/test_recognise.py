@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import gzip
+import zipfile
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import pytest
 
 from llmrec.commands.init import start
-from llmrec.data.sources.recognise import sources_with
+from llmrec.data.sources.recognise import source_of, sources_with
+from llmrec.data.sources.sets import known, published
+from llmrec.errors import DataError
+from llmrec.experiment.study import build_study
+from llmrec.recipe.load import load_recipe
 from llmrec.registry import SOURCES
+from tests.facts import Facts, raises
 
 
 @pytest.mark.parametrize(
@@ -42,3 +50,156 @@ def test_init_says_so(tmp_path: Path) -> None:
         asked=start.Asked(user="who", item="what"),
     )
     assert "its columns are those of" not in again.found
+
+
+# --------------------------------------------------------------------------- folders and archives
+
+USERS, ITEMS, EACH = 12, 30, 8
+EVENTS = [
+    (user, 1 + (user * 5 + step * 7) % ITEMS, 1 + (user + step) % 5, 10_000 * user + 60 * step)
+    for user in range(1, USERS + 1)
+    for step in range(EACH)
+]
+GENRES = "|".join("0" for _ in range(19))
+
+
+def lines(rows: Iterable[Iterable[object]], mark: str, head: str = "") -> str:
+    return head + "".join(mark.join(map(str, row)) + "\n" for row in rows)
+
+
+def titles(mark: str, head: str = "") -> str:
+    return lines(((item, f"Film {item} (1999)", "Drama") for item in range(1, ITEMS + 1)), mark, head)
+
+
+SETS: dict[str, tuple[str, dict[str, str]]] = {
+    "ml-latest-small": (
+        "movielens-small",
+        {
+            "ratings.csv": lines(EVENTS, ",", "userId,movieId,rating,timestamp\n"),
+            "movies.csv": titles(",", "movieId,title,genres\n"),
+            "links.csv": "movieId,imdbId,tmdbId\n1,1,1\n",
+            "README.txt": "Summary\n=======\n\nThis dataset describes ratings.\n",
+        },
+    ),
+    "ml-1m": (
+        "movielens-1m",
+        {
+            "ratings.dat": lines(EVENTS, "::"),
+            "movies.dat": titles("::"),
+            "users.dat": lines(((user, "F", 1, 10, "48067") for user in range(1, USERS + 1)), "::"),
+        },
+    ),
+    "ml-100k": (
+        "movielens-100k",
+        {
+            "u.data": lines(EVENTS, "\t"),
+            "u.item": lines(
+                ((i, f"Film {i} (1999)", "01-Jan-1999", "", "x", GENRES) for i in range(1, ITEMS + 1)), "|"
+            ),
+            "u.user": lines(((user, 30, "F", "artist", "1") for user in range(1, USERS + 1)), "|"),
+        },
+    ),
+    "toys": (
+        "sequences",
+        {
+            "sequences.txt": "".join(
+                " ".join([str(user), *(str(item) for who, item, *_ in EVENTS if who == user)][: EACH - user % 3]) + "\n"
+                for user in range(1, USERS + 1)
+            ),
+            "items.tsv": lines(((item, f"Toy {item}") for item in range(1, ITEMS + 1)), "\t", "item_id\ttitle\n"),
+        },
+    ),
+}
+
+
+def written(place: Path, files: Mapping[str, str], how: str) -> Path:
+    """Write files into a folder, packed or not, or into an archive with a folder of that name."""
+    if how == "zip":
+        with zipfile.ZipFile(place.with_suffix(".zip"), "w") as archive:
+            for name, text in files.items():
+                archive.writestr(f"{place.name}/{name}", text)
+        return place.with_suffix(".zip")
+    place.mkdir()
+    for name, text in files.items():
+        if how == "gz":
+            (place / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
+        else:
+            (place / name).write_text(text, encoding="utf-8")
+    return place
+
+
+@pytest.mark.parametrize("how", ["folder", "gz", "zip"])
+@pytest.mark.parametrize("name", SETS)
+def test_init_writes_the_source_that_reads_a_set(name: str, how: str, tmp_path: Path) -> None:
+    source, files = SETS[name]
+    place = written(tmp_path / name, files, how)
+    made = start.init(str(place), out=tmp_path / "r.yaml", backend="hf")
+    recipe = load_recipe(made.recipe)
+    assert (recipe.data.source, recipe.data.path) == (source, str(place))
+    assert f"files of {source}" in made.found and "no column" not in made.found
+    study = build_study(recipe)
+    assert len(study.data.dataset.items) == ITEMS and set(recipe.tasks.present()) >= {"sequential", "direct"}
+    assert ("rating" in recipe.tasks.present()) == (source != "sequences")
+
+
+def test_a_file_without_a_header_is_read_with_what_is_beside_it(tmp_path: Path) -> None:
+    for name, file in (("ml-1m", "ratings.dat"), ("ml-100k", "u.data"), ("toys", "sequences.txt")):
+        source, files = SETS[name]
+        place = written(tmp_path / name, files, "folder") / file
+        recipe = load_recipe(start.init(str(place), out=tmp_path / f"{name}.yaml", backend="hf").recipe)
+        assert (recipe.data.source, recipe.data.path) == (source, str(place))
+    # Under any name, as published by S3-Rec.
+    (tmp_path / "toys" / "sequences.txt").rename(tmp_path / "toys" / "Beauty.txt")
+    assert source_of(tmp_path / "toys" / "Beauty.txt") == "sequences"
+
+
+def test_a_set_in_a_folder_of_another_name_is_told_by_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = written(tmp_path / "films", SETS["ml-latest-small"][1], "folder")
+    assert source_of(place) == "movielens-latest"
+    small = known("movielens-small")
+    assert small.counts is not None
+    counts = small.counts.model_copy(update={"files": {"ratings.csv": (USERS, ITEMS, len(EVENTS))}})
+    pages = [small.model_copy(update={"counts": counts}) if page.name == small.name else page for page in published()]
+    monkeypatch.setattr("llmrec.data.sources.recognise.published", lambda: pages)
+    assert source_of(place) == "movielens-small"
+
+
+def test_ready_made_samples_have_a_split(tmp_path: Path) -> None:
+    people = [[(7 * user + step) % 50 for step in range(6)] for user in range(10)]
+    parts = {
+        f"{part}.tsv": lines(((" ".join(map(str, had[:size])), had[size]) for had in people), "\t", "history\ttarget\n")
+        for part, size in (("train", 3), ("valid", 4), ("test", 5))
+    }
+    place = written(tmp_path / "s", parts, "folder")
+    assert source_of(place) == "samples"
+    recipe = load_recipe(start.init(str(place), out=tmp_path / "r.yaml", backend="hf").recipe)
+    assert (recipe.data.source, recipe.data.split.kind) == ("samples", "given")
+
+
+@pytest.mark.parametrize(
+    "files",
+    [
+        {"part-1.csv": "user,item\na,x\n", "part-2.csv": "user,item\nb,y\n"},
+        {"ratings.csv": "user,item,rating,timestamp\na,x,1,2\n", "movies.csv": "item,title\nx,X\n"},
+        {"ratings.csv": SETS["ml-latest-small"][1]["ratings.csv"]},
+        {"events.json": '{"user": "a", "item": "x"}\n'},
+        {"train.csv": "user,item\na,x\n", "valid.csv": "user,item\na,y\n", "test.csv": "user,item\na,z\n"},
+        {"shop.inter": "user_id:token\titem_id:token\na\tx\n", "shop.item": "item_id:token\nx\n"},
+    ],
+)
+def test_other_folders_are_tables(files: dict[str, str], tmp_path: Path) -> None:
+    assert source_of(written(tmp_path / "f", files, "folder")) is None
+
+
+@pytest.mark.parametrize(
+    "text", ["user\titem\na\tx\nb\ty\n", "a,x\nb,y,z\n", "the first words\nthe last ones here\n", ""]
+)
+def test_other_texts_are_no_sequences(text: str, tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text(text, encoding="utf-8")
+    assert source_of(tmp_path / "t.txt") is None
+
+
+def test_columns_that_are_named_are_those_of_a_table(tmp_path: Path) -> None:
+    place = written(tmp_path / "ml-1m", SETS["ml-1m"][1], "folder")
+    with raises(DataError, Facts("missing-file", says="holds no table")):
+        start.init(str(place), out=tmp_path / "r.yaml", asked=start.Asked(user="a", item="b"))

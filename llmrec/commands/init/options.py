@@ -21,7 +21,7 @@ class InitOptions:
         About(
             argument=True,
             metavar="TABLE",
-            help="A file, or sqlite:///FILE, duckdb:///FILE, postgresql:// or hf://NAME.",
+            help="A file, BOOK.xlsx#SHEET or a folder; or sqlite:///FILE, duckdb:///FILE, postgresql:// or hf://NAME.",
         ),
     ]
     items: Annotated[str | None, About(help="A second table, with one row an item.")] = None

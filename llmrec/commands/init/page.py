@@ -36,6 +36,7 @@ class Page:
         plan: Everything else.
         query: ``data.query``, where ``path`` is a database.
         where: The line that keeps one kind of event; empty where there are no kinds.
+        source: ``data.source``; other sources than ``table`` know their own columns.
     """
 
     name: str
@@ -48,6 +49,7 @@ class Page:
     plan: Plan
     query: str | None = None
     where: str = ""
+    source: str = "table"
 
 
 def scalar(value: str) -> str:
@@ -93,23 +95,15 @@ def _head(page: Page) -> list[str]:
 
 def _data(page: Page) -> list[str]:
     plan, columns = page.plan, page.columns
-    lines = ["data:", "  source: table"]
+    lines = ["data:", f"  source: {page.source}"]
     where = "" if page.path.startswith("/") or "://" in page.path else "from the folder in which llmrec is run"
     lines.append(_line(f"  path: {scalar(page.path)}", where))
     if page.query is not None:
         lines.append(f"  query: {scalar(page.query)}")
     if page.items is not None:
         lines.append(f"  items: {scalar(page.items)}")
-    lines.append("  columns:")
-    for key in ("user", "item", "rating", "time", "dates", "title", "text", "split"):
-        value = getattr(columns, key)
-        if value is not None:
-            lines.append(_line(f"    {key}: {scalar(value)}", page.why.get(key, "")))
-    if columns.time in (None, NONE):
-        lines.append("    # no time: the order of the rows is the order in time")
-    if columns.fields:
-        named = ", ".join(map(_in_list, columns.fields))
-        lines.append(_line(f"    fields: [{named}]", "further columns about items, for templates to show"))
+    if page.source == "table":
+        lines += _columns(page)
     if plan.core > 1:
         remark = f"the table is large and sparse; this keeps {plan.facts.users} users and {plan.facts.items} items"
         lines.append(_line(f"  filter: {{user_core: {plan.core}, item_core: {plan.core}}}", remark))
@@ -117,7 +111,9 @@ def _data(page: Page) -> list[str]:
         lines.append(_line(f"  # {page.where}", "keeps one kind of event"))
     if plan.split != "leave_one_out":
         remarks = {
-            "given": "the column of the split says what is held out",
+            "given": "the column of the split says what is held out"
+            if columns.split
+            else "the files say what is held out",
             "last_basket": f"of each user all items of the last time; {plan.facts.tied:.0%} of the users have several",
             "global_time": "no user has 3 different items, as leave_one_out needs",
         }
@@ -135,6 +131,20 @@ def _data(page: Page) -> list[str]:
     if plan.facts.zeros > 0.3 and columns.rating not in (None, NONE):
         share = f"{plan.facts.zeros:.0%}"
         lines.append(f"  # {share} of the ratings are 0; if that means no rating, add  filter: {{min_rating: 1}}")
+    return lines
+
+
+def _columns(page: Page) -> list[str]:
+    columns, lines = page.columns, ["  columns:"]
+    for key in ("user", "item", "rating", "time", "dates", "title", "text", "split"):
+        value = getattr(columns, key)
+        if value is not None:
+            lines.append(_line(f"    {key}: {scalar(value)}", page.why.get(key, "")))
+    if columns.time in (None, NONE):
+        lines.append("    # no time: the order of the rows is the order in time")
+    if columns.fields:
+        named = ", ".join(map(_in_list, columns.fields))
+        lines.append(_line(f"    fields: [{named}]", "further columns about items, for templates to show"))
     return lines
 
 

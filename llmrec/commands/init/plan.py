@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import polars as pl
 
 from llmrec.commands.init.roles import Roles
 from llmrec.commands.init.words import noun_of
-from llmrec.data.dataset import core
+from llmrec.data.dataset import Dataset, core
 from llmrec.data.stats import BASKETS
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
@@ -120,26 +120,90 @@ class Plan:
         return estimated(replace(self, tasks={**self.tasks, family: (False, reason)}))
 
 
-def figures(roles: Roles, cores: int = 1) -> Facts:
-    """Return the figures of a table, of the rows that a core filter leaves."""
+@dataclass(frozen=True)
+class Events:
+    """What a plan is made from: the interactions of a table, or of a data set that a source reads.
+
+    Attributes:
+        pairs: One row an interaction: ``user_id``, ``item_id``, and ``time``, which sorts as the times do and is null
+            where there is none.
+        titles: Titles of items; blank ones are empty.
+        titled: Whether they are titles, and not ids.
+        fields: Values of each further field of items.
+        ratings: Of each interaction; None without ratings.
+        texts: Of each interaction, blank ones empty; None without texts.
+        parts: The part of a split of each interaction, where it has one: train, valid or test.
+        rating: What the ratings are called.
+        text: What the texts are called.
+        time: What the times are called; None without times.
+    """
+
+    pairs: pl.DataFrame
+    titles: pl.Series
+    titled: bool
+    fields: Sequence[pl.Series]
+    ratings: pl.Series | None
+    texts: pl.Series | None
+    parts: pl.Series | None
+    rating: str = "the ratings"
+    text: str = "the texts"
+    time: str | None = None
+
+
+def events_of(roles: Roles) -> Events:
+    """Return the interactions of a table."""
     profiles = roles.profiles
     pairs = pl.DataFrame({"user_id": profiles[roles.user].cells, "item_id": profiles[roles.item].cells})
-    pairs = (
-        pairs.with_columns(_moments(roles)).with_row_index("row").sort("time", maintain_order=True, nulls_last=False)
+    titles = roles.items.get(roles.title or "") or profiles.get(roles.title or "") or profiles[roles.item]
+    return Events(
+        pairs=pairs.with_columns(_moments(roles)),
+        titles=titles.cells,
+        titled=roles.title is not None,
+        fields=[(roles.items.get(name) or profiles[name]).cells for name in roles.fields],
+        ratings=profiles[roles.rating].numbers.values if roles.rating else None,
+        texts=profiles[roles.text].cells if roles.text else None,
+        parts=profiles[roles.split].cells if roles.split else None,
+        rating=roles.rating or "",
+        text=roles.text or "",
+        time=roles.time,
     )
+
+
+def events_in(dataset: Dataset) -> Events:
+    """Return the interactions of a data set that a source has read."""
+    rows = dataset.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    items = dataset.items.values()
+    names = dict.fromkeys(name for item in items for name in item.fields)
+    parts = None
+    if (given := dataset.given) is not None:
+        held = {**dict.fromkeys(given.valid, "valid"), **dict.fromkeys(given.test, "test")}
+        parts = pl.Series([held.get(pair, "train") for pair in rows.select("user_id", "item_id").iter_rows()])
+    return Events(
+        pairs=rows.select("user_id", "item_id", pl.col("timestamp").alias("time")),
+        titles=pl.Series([item.title for item in items], dtype=pl.String),
+        titled=any(item.title != item.item_id for item in items),
+        fields=[pl.Series([item.fields.get(name, "") for item in items], dtype=pl.String) for name in names],
+        ratings=rows["rating"] if rows["rating"].null_count() < rows.height else None,
+        texts=rows["text"].fill_null("") if rows["text"].null_count() < rows.height else None,
+        parts=parts,
+        time="time" if dataset.has_time else None,
+    )
+
+
+def figures(events: Events, cores: int = 1) -> Facts:
+    """Return the figures of interactions that a core filter leaves."""
+    pairs = events.pairs.with_row_index("row").sort("time", maintain_order=True, nulls_last=False)
     once = core(pairs.unique(["user_id", "item_id"], keep="last"), user_core=cores, item_core=cores)
     rows = pairs.join(once.select("user_id", "item_id"), on=["user_id", "item_id"], how="semi")["row"]
     sizes = once.group_by("user_id").len()["len"]
-    texts = profiles[roles.text].cells.gather(rows) if roles.text else None
-    ratings = profiles[roles.rating].numbers.values.gather(rows).drop_nulls() if roles.rating else None
+    texts = events.texts.gather(rows) if events.texts is not None else None
+    ratings = events.ratings.gather(rows).drop_nulls() if events.ratings is not None else None
     able, teachable, asked = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0
-    baskets = _baskets(once) if roles.time is not None and roles.split is None else _NO_BASKETS
+    baskets = _baskets(once) if events.time is not None and events.parts is None else _NO_BASKETS
     if baskets.are_cut:
         able, teachable, asked = baskets.able, baskets.teachable, baskets.asked
-    if roles.split is not None:
-        able, teachable = _held(profiles[roles.user].cells.gather(rows), profiles[roles.split].cells.gather(rows))
-    title = roles.items.get(roles.title or "") or profiles.get(roles.title or "") or profiles[roles.item]
-    fields = [roles.items.get(name) or profiles[name] for name in roles.fields]
+    if events.parts is not None:
+        able, teachable = _held(events.pairs["user_id"].gather(rows), events.parts.gather(rows))
     return Facts(
         rows=len(rows),
         users=len(sizes),
@@ -151,17 +215,16 @@ def figures(roles: Roles, cores: int = 1) -> Facts:
         asked=asked,
         tied=baskets.tied if baskets.are_cut else 0.0,
         with_texts=int((texts != "").sum()) if texts is not None else 0,
-        with_title=title.filled / title.rows if roles.title else 0.0,
+        with_title=_float((events.titles != "").mean()) if events.titled else 0.0,
         levels=tuple(ratings.unique().sort().to_list()) if ratings is not None else (),
         zeros=_float((ratings == 0).mean()) if ratings is not None and len(ratings) else 0.0,
-        title_tokens=_tokens(title.cells),
-        field_tokens=sum(map(_tokens, (held.cells for held in fields))),
+        title_tokens=_tokens(events.titles),
+        field_tokens=sum(map(_tokens, events.fields)),
         text_tokens=_tokens(texts) if texts is not None else 0.0,
     )
 
 
 def _moments(roles: Roles) -> pl.Series:
-    """Return the time of each row: numbers, or texts that sort as the times do."""
     if roles.time is None:
         return pl.Series("time", [None] * roles.profiles[roles.user].rows, dtype=pl.Float64)
     times = roles.profiles[roles.time].times
@@ -229,26 +292,26 @@ def _int(value: object) -> int:
 # --------------------------------------------------------------------------- decisions
 
 
-def decide(roles: Roles, names: tuple[str, ...], *, whole: bool, backend: str) -> Plan:
+def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str) -> Plan:
     """Return a plan.
 
     Args:
-        roles: Which column is what.
+        events: The interactions.
         names: Where to look for a noun: the item's column, files, the title's column.
         whole: Whether the table was read whole, so that its figures hold for all rows.
         backend: The engine.
     """
-    facts, cores = figures(roles), 1
+    facts, cores = figures(events), 1
     if facts.rows >= _CORE_ROWS and (facts.history[1] < 5 or facts.rows / facts.items < 5):
         for cores in (5, 3, 1):
-            kept = figures(roles, cores) if cores > 1 else facts
+            kept = figures(events, cores) if cores > 1 else facts
             if kept.users >= _CORE_LEFT and kept.items >= _CORE_LEFT:
                 break
         facts = replace(kept, levels=facts.levels)
     count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
     plan = Plan(
-        tasks=_tasks(roles, facts, count),
-        split="given" if roles.split else _split(facts),
+        tasks=_tasks(events, facts, count),
+        split="given" if events.parts is not None else _split(facts),
         core=cores,
         noun=next((noun for name in names if (noun := noun_of(name))), "items"),
         scale=_scale(facts.levels) if whole else None,
@@ -281,27 +344,27 @@ def labels(levels: tuple[float, ...]) -> int:
     return math.ceil(high / step) - math.floor(low / step) + 1
 
 
-def _tasks(roles: Roles, facts: Facts, count: int) -> dict[str, tuple[bool, str]]:
-    order = f"in order of {roles.time}" if roles.time else "in the order of the rows, since there is no time"
+def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, str]]:
+    order = f"in order of {events.time}" if events.time else "in the order of the rows, since there is no time"
     few = f"{facts.able} of {facts.users} users have 3 or more different items"
     short = "needs users with 4 or more different items: 2 are held out, 2 show an order"
     if facts.tied:
         few = f"{facts.able} of {facts.users} users have items at 3 or more times"
         short = "needs users with 2 or more items before the baskets that are held out, which show an order"
-    if roles.split is not None:
+    if events.parts is not None:
         few = f"{facts.able} of {facts.users} users have test rows and training rows"
         short = "needs users with 2 or more training rows, which show an order"
     found: dict[str, tuple[bool, str]] = {}
-    if roles.rating is None:
+    if events.ratings is None:
         found["rating"] = (False, "needs a column of ratings")
     elif len(facts.levels) < 2:
-        found["rating"] = (False, f"needs ratings with at least 2 values, and {roles.rating} has {len(facts.levels)}")
+        found["rating"] = (False, f"needs ratings with at least 2 values, and {events.rating} has {len(facts.levels)}")
     elif labels(facts.levels) > _MOST_LABELS:
         many = labels(facts.levels)
-        found["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, and {roles.rating} has {many}")
+        found["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, and {events.rating} has {many}")
     else:
         low, high = facts.levels[0], facts.levels[-1]
-        found["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {roles.rating}")
+        found["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {events.rating}")
     if not facts.able:
         found["sequential"] = found["direct"] = (False, f"needs users with a history: {few}")
     elif not facts.teachable:
@@ -313,13 +376,13 @@ def _tasks(roles: Roles, facts: Facts, count: int) -> dict[str, tuple[bool, str]
         if count < 2:
             why = f"needs items that a user has not had, and one user has {facts.history[2]} of {facts.items}"
             found["direct"] = found["sequential"] = (False, why)
-    if roles.text is None:
+    if events.texts is None:
         found["explanation"] = (False, "needs a column of texts that users wrote")
     elif facts.with_texts < _LEAST_TEXTS:
-        why = f"needs at least {_LEAST_TEXTS} texts, and {roles.text} has {facts.with_texts}"
+        why = f"needs at least {_LEAST_TEXTS} texts, and {events.text} has {facts.with_texts}"
         found["explanation"] = (False, why)
     else:
-        found["explanation"] = (True, f"{facts.with_texts} texts in {roles.text}")
+        found["explanation"] = (True, f"{facts.with_texts} texts in {events.text}")
     return found
 
 

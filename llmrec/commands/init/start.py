@@ -15,19 +15,24 @@ from llmrec.commands.init.companion import companion_of
 from llmrec.commands.init.database import no_query, suggested
 from llmrec.commands.init.faults import faults, mended, refusal, write_copy
 from llmrec.commands.init.page import SCHEMA, Page, expected, render, where_line
-from llmrec.commands.init.plan import FAMILIES, Plan, decide
+from llmrec.commands.init.plan import FAMILIES, Events, Plan, decide, events_in, events_of
 from llmrec.commands.init.profile import Peek, Profile, kinds_of_events, peek, shown
 from llmrec.commands.init.roles import ROLES, Asked, Roles
+from llmrec.data import dataset as filters
+from llmrec.data.dataset import Dataset
 from llmrec.data.reading.databases import database_at, is_database, read_query
 from llmrec.data.reading.hub import is_hub, read_hub
 from llmrec.data.reading.sheets import split_sheet
 from llmrec.data.reading.table import is_pattern, of_atomic
 from llmrec.data.reading.text import Table, user_path
-from llmrec.data.sources.recognise import sources_with
+from llmrec.data.sources.recognise import source_of, sources_with
+from llmrec.data.sources.table import load
+from llmrec.data.split import SplitDataset
+from llmrec.data.split import split as cut_by
 from llmrec.data.stats import baskets
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
-from llmrec.recipe.schema import AUTO, Columns, Recipe
+from llmrec.recipe.schema import AUTO, Columns, DataSection, Recipe, Split
 from llmrec.resources import resource
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
@@ -102,6 +107,9 @@ def init(
         raise DataError(
             f"--mend {mend} is the table itself, which is never written over; name another file", kind="exists", at=mend
         )
+    backend = backend or AUTO
+    if path is not None and asked == Asked() and items is None and (source := source_of(path)) is not None:
+        return _from_source(source, path, name, target, backend)
     listed = peek(items_path, whole=True).table if items_path is not None else None
     found = peek(path, whole=mend is not None) if path is not None else _elsewhere(table, query)
     roles = guess(found.table, asked, listed)
@@ -126,15 +134,33 @@ def init(
         roles = replace(again, why={**again.why, **{again.item: roles.why[roles.item]}, **roles.why})
     called = path.name if path is not None else table
     names = (roles.item, roles.title or "", items_path.name if items_path else "", called)
-    plan = decide(roles, names, whole=used.whole, backend=backend or _backend())
+    events = events_of(roles)
+    plan = decide(events, names, whole=used.whole, backend=backend)
     written = _written(path, target) if path is not None else table
     page = _page(name, called, written, items_path, target, roles, plan, used, listed)
     page = replace(page, query=query, where=next((_where(held, kinds, plan) for held, kinds in _events(roles)), ""))
     check = used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check)
-    told = [*_columns(found, seen, listed), *_notes(notes), *_figures(used, roles, plan), *_told_tasks(plan)]
-    told += _hints(path, roles, items_path, used, plan, cut)
+    told = [*_columns(found, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
+    told += [*_told_tasks(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
     return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)), tuple(notes))
+
+
+def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> Made:
+    """Write a recipe for a data set whose files a source reads as they were published."""
+    split = Split(kind="given") if source == "samples" else Split()
+    section = DataSection(source=source, path=str(path), duplicates="keep_last", split=split)
+    dataset = load(section, seed=0)
+    events = events_in(dataset)
+    plan = replace(decide(events, (), whole=False, backend=backend), noun=dataset.noun)
+    kept, said = dataset.interactions.height, dataset.provenance["rows"]
+    rows = int(said) if said.isdigit() else kept
+    duplicates = f"{rows - kept} rows repeat a user with an item; the latest of each is kept" if rows > kept else ""
+    page = Page(name, path.name, _written(path, target), None, Columns(), {}, duplicates, plan, source=source)
+    plan, recipe, cut = _write(page, target, check=True, dataset=dataset)
+    told = [f"{path}: files of {source}, which llmrec reads as they were published (docs/data.md)"]
+    told += [*_figures(events, plan, whole=True), *_told_tasks(plan), *_listed(_plan_hints(plan, cut))]
+    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)))
 
 
 # --------------------------------------------------------------------------- files and names
@@ -222,10 +248,6 @@ def _written(path: Path, target: Path) -> str:
     return text if here and not text.startswith(("~", "hf:")) else str(path.absolute())
 
 
-def _backend() -> str:
-    return AUTO
-
-
 # --------------------------------------------------------------------------- the recipe
 
 
@@ -300,10 +322,16 @@ def _page(
     )
 
 
-def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]:
+def _write(page: Page, target: Path, *, check: bool, dataset: Dataset | None = None) -> tuple[Plan, Recipe, str]:
     """Write the page, once `llmrec check` would accept it, and say what that says of the split.
 
     A family that it refuses is switched off.
+
+    Args:
+        page: The page.
+        target: Where it goes.
+        check: Whether it is checked.
+        dataset: Its data before any filter, where it is at hand.
     """
     from llmrec.experiment.study import build_study
 
@@ -313,7 +341,7 @@ def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]
         cut = ""
         try:
             if check:
-                study = build_study(recipe)
+                study = build_study(recipe, None if dataset is None else _cut(dataset, recipe))
                 cut = baskets(study.data)
         except LlmrecError as error:
             refused = str(error)
@@ -327,6 +355,10 @@ def _write(page: Page, target: Path, *, check: bool) -> tuple[Plan, Recipe, str]
         return page.plan, recipe, cut
     off = "; ".join(f"{family} {reason}" for family, (_, reason) in page.plan.tasks.items())
     raise DataError.at(page.path, "too-few", f": this table can carry none of the four tasks: {off}")
+
+
+def _cut(dataset: Dataset, recipe: Recipe) -> SplitDataset:
+    return cut_by(filters.apply(dataset, recipe.data.filter), recipe.data.split, seed=recipe.seed)
 
 
 def _write_schema(file: Path) -> None:
@@ -364,7 +396,7 @@ def _notes(notes: Sequence[str]) -> list[str]:
     return ["mended", *(f"  {note}" for note in notes)] if notes else []
 
 
-def _figures(used: Peek, roles: Roles, plan: Plan) -> list[str]:
+def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
     facts = plan.facts
     low, median, high = facts.history
     rows: list[tuple[str, ...]] = [
@@ -376,30 +408,49 @@ def _figures(used: Peek, roles: Roles, plan: Plan) -> list[str]:
     if facts.repeats:
         rows.append(("repeats", f"{facts.repeats} rows repeat a user with an item; the latest is kept (keep_last)"))
     shares = {
-        "ratings": 1.0 if roles.rating else 0.0,
-        "times": 1.0 if roles.time else 0.0,
+        "ratings": 1.0 if events.ratings is not None else 0.0,
+        "times": 1.0 if events.time else 0.0,
         "titles": facts.with_title,
         "texts": facts.with_texts / max(facts.rows, 1),
     }
     rows.append(("filled", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
-    return ["the data" if used.whole else "the part that was read", *_aligned(rows)]
+    return ["the data" if whole else "the part that was read", *_aligned(rows)]
 
 
 def _told_tasks(plan: Plan) -> list[str]:
     return ["tasks", *_aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
 
 
-def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
+def _listed(hints: Sequence[str]) -> list[str]:
+    return ["note", *(f"  {hint}" for hint in hints)] if hints else []
+
+
+def _plan_hints(plan: Plan, cut: str) -> list[str]:
+    """Return what a plan has to say of its split and sizes."""
     hints = [cut] if cut else []
     if plan.split == "last_basket":
         hints.append(
             f"{plan.facts.tied:.0%} of the users took several {plan.noun} at their last time, as in one order, so the "
             "recipe holds out whole orders (data.split.kind: last_basket): the rest of an order would give an item away"
         )
+    if plan.facts.zeros > 0.3:
+        hints.append(
+            f"{plan.facts.zeros:.0%} of the ratings are 0; if that means no rating, set data.filter.min_rating"
+        )
+    if plan.candidates < 20 and {"direct", "sequential"} & set(plan.on):
+        hints.append(
+            f"requests have {plan.candidates} candidates instead of 20: one user has had {plan.facts.history[2]} "
+            f"of {plan.facts.items} items"
+        )
+    return hints
+
+
+def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
+    hints = _plan_hints(plan, cut)
     if known := sources_with(used.table.frame.columns):
         hints.append(
-            f"its columns are those of {', '.join(known)}: as data.source, that reads the files as they were "
-            "published, with titles and terms (docs/data.md)"
+            f"its columns are those of {', '.join(known)}: `llmrec init FOLDER` with the folder of such a set, or the "
+            "name as data.source, reads the files as they were published, with titles and terms (docs/data.md)"
         )
     hints += [_events_hint(held, kinds, plan) for held, kinds in _events(roles)]
     if roles.title not in (None, roles.item) and plan.facts.with_title < 1:
@@ -414,15 +465,6 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
             hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
     if path is not None and (people := of_atomic(path, ".user")) is not None:
         hints.append(f"{people} is about users: data.users and data.columns.user_fields read it (docs/own-data.md)")
-    if plan.facts.zeros > 0.3:
-        hints.append(
-            f"{plan.facts.zeros:.0%} of the ratings are 0; if that means no rating, set data.filter.min_rating"
-        )
-    if plan.candidates < 20 and {"direct", "sequential"} & set(plan.on):
-        hints.append(
-            f"requests have {plan.candidates} candidates instead of 20: one user has had {plan.facts.history[2]} "
-            f"of {plan.facts.items} items"
-        )
     beside = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
     if beside is not None and beside.is_file() and roles.split is None:
         hints.append(
@@ -431,7 +473,7 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
         )
     if not used.whole:
         hints.append("only a part of the table was read; `llmrec check` reads it whole")
-    return ["note", *(f"  {hint}" for hint in hints)] if hints else []
+    return hints
 
 
 def _events(roles: Roles) -> Iterator[tuple[Profile, Mapping[str, int]]]:
