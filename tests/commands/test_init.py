@@ -10,6 +10,7 @@ import sqlite3
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import replace
+from datetime import UTC, datetime
 from pathlib import Path
 
 import polars as pl
@@ -386,6 +387,20 @@ def test_whole_orders_are_held_out_where_orders_have_several_items(folder: Path)
     single = plan_of(baskets(30, 12, 1), ("user", "item", "date"))
     assert single.split == "leave_one_out" and single.facts.asked == 1.0 and single.facts.tied == 0.0
     assert plan.seconds["evaluation"] / plan.users > 2 * single.seconds["evaluation"] / single.users
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d.%m.%Y", "%m/%d/%Y", "%s"])
+def test_the_last_order_is_the_last_however_dates_are_written(form: str) -> None:
+    """The last of three orders has one item, the first ones three: by their texts another would be the last."""
+    days = [datetime(2023, 12, 30, tzinfo=UTC), datetime(2024, 1, 16, tzinfo=UTC), datetime(2024, 11, 2, tzinfo=UTC)]
+    written = [str(int(day.timestamp())) if form == "%s" else day.strftime(form) for day in days]
+    rows = [
+        (f"u{user}", f"i{(user + 5 * order + place) % 40}", day)
+        for user in range(20)
+        for order, day in enumerate(written)
+        for place in range(1 if order == 2 else 3)
+    ]
+    assert plan_of(rows, ("user", "item", "date")).split == "leave_one_out"
 
 
 def test_orders_are_cut_where_too_few_users_have_three(folder: Path) -> None:

@@ -62,12 +62,21 @@ class Times:
         values: The cells, null where one holds no time.
         low: Smallest, where the times are numbers.
         high: Largest, where they are numbers.
+        seconds: Since 1970, where they are dates.
     """
 
     form: TimeForm
     values: pl.Series
     low: float | None = None
     high: float | None = None
+    seconds: pl.Series | None = None
+
+    @property
+    def sortable(self) -> pl.Series:
+        """What sorts as the times do, null where a cell holds none: numbers, or texts of times that have a type."""
+        if self.seconds is not None:
+            return self.seconds
+        return self.values.cast(pl.Float64, strict=False) if self.form == "numbers" else self.values
 
 
 def numbers(texts: pl.Series) -> Numbers:
@@ -131,7 +140,7 @@ def times(series: pl.Series, texts: pl.Series, order: DateOrder | None = None) -
         form: TimeForm = "ISO dates" if iso else "dates"
     else:
         form = f"{found.order} dates" if found.order else "dates whose day and month cannot be told apart"  # type: ignore[assignment]
-    return Times(form, cells.set(found.seconds.is_null(), None))
+    return Times(form, cells.set(found.seconds.is_null(), None), seconds=found.seconds)
 
 
 def _mostly_dates(found: Dates) -> bool:

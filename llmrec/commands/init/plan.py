@@ -227,8 +227,7 @@ def figures(events: Events, cores: int = 1) -> Facts:
 def _moments(roles: Roles) -> pl.Series:
     if roles.time is None:
         return pl.Series("time", [None] * roles.profiles[roles.user].rows, dtype=pl.Float64)
-    times = roles.profiles[roles.time].times
-    return (times.values.cast(pl.Float64, strict=False) if times.form == "numbers" else times.values).alias("time")
+    return roles.profiles[roles.time].times.sortable.alias("time")
 
 
 @dataclass(frozen=True)
