@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import subprocess
 import sys
 import time
@@ -15,28 +16,66 @@ from llmrec.experiment.resume import Budget
 from llmrec.progress import Bar, span
 
 
+class Clock:
+    """A clock in place of the real one, which goes on to whatever is waited for, until its work has ended."""
+
+    def __init__(self, ends: float) -> None:
+        self.now, self._ends = 0.0, ends
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def wait(self, seconds: float) -> bool:
+        """Wait for the end of the work; see `threading.Event.wait`."""
+        if self.now + seconds > self._ends:
+            self.now = self._ends
+            return True
+        self.now += seconds
+        return False
+
+    def clear(self) -> None:
+        """Begin."""
+
+    def set(self) -> None:
+        """End."""
+
+
 @pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> pytest.LogCaptureFixture:
-    monkeypatch.setattr(progress, "FIRST", 0.02)
+def clock(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Clock:
+    """Work of a hundred seconds."""
     caplog.set_level(logging.INFO, logger="llmrec.progress")
-    return caplog
+    made = Clock(100.0)
+    monkeypatch.setattr(progress, "time", made)
+    return made
+
+
+def timed(bar: Bar, clock: Clock) -> Bar:
+    """Return a bar that goes by a clock."""
+    bar._ended = clock  # type: ignore[assignment]
+    return bar
+
+
+def waited(bar: Bar) -> None:
+    """Let a piece of work take its time."""
+    with bar:
+        assert bar._ticker is not None
+        bar._ticker.join()
 
 
 def told(caplog: pytest.LogCaptureFixture) -> list[str]:
     return [record.getMessage() for record in caplog.records if record.name == "llmrec.progress"]
 
 
-def test_lines_say_how_far_it_is_and_what_is_left(quick: pytest.LogCaptureFixture) -> None:
-    with Bar("sasrec", 100, unit="epochs", early=True) as bar:
-        bar.advance(5, "loss 6.100")
-        time.sleep(0.15)
-    lines = told(quick)
-    assert lines[0].startswith("sasrec: 5 of 100 epochs, loss 6.100; 0 s so far, ") and lines[0].endswith(
-        "left at most"
-    )
-    assert lines[-1] == "sasrec: done 5 of 100 epochs, 0 s"
+def test_lines_say_how_far_it_is_and_what_is_left(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    bar = timed(Bar("sasrec", 100, unit="epochs", early=True), clock)
+    bar.advance(5, "loss 6.100")
+    waited(bar)
+    lines = told(caplog)
+    assert lines[0] == "sasrec: 5 of 100 epochs, loss 6.100; 10 s so far, 3 min left at most"
+    assert lines[-1] == "sasrec: done 5 of 100 epochs, 2 min"
     # Growing intervals: as much again as half of the time so far.
-    assert 3 <= len(lines) <= 7
+    times = [line.partition("; ")[2].partition(" so far")[0] for line in lines[:-1]]
+    assert times == ["10 s", "20 s", "30 s", "45 s", "68 s"]
 
 
 def test_what_an_earlier_run_did_took_none_of_this_ones_time() -> None:
@@ -49,10 +88,9 @@ def test_what_an_earlier_run_did_took_none_of_this_ones_time() -> None:
     assert bar._left(500.0) == ""
 
 
-def test_work_that_says_nothing_shows_that_it_goes_on(quick: pytest.LogCaptureFixture) -> None:
-    with Bar("fitting ease", None):
-        time.sleep(0.05)
-    assert told(quick)[0] == "fitting ease: 0 s so far"
+def test_work_that_says_nothing_shows_that_it_goes_on(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    waited(timed(Bar("fitting ease", None), clock))
+    assert told(caplog)[0] == "fitting ease: 10 s so far"
 
 
 def test_what_is_short_or_quiet_writes_nothing(
@@ -67,11 +105,17 @@ def test_what_is_short_or_quiet_writes_nothing(
     assert told(caplog) == []
 
 
-def test_only_the_innermost_speaks_and_failures_are_not_done(quick: pytest.LogCaptureFixture) -> None:
-    with pytest.raises(RuntimeError), Budget().stage("baselines"), Bar("inside", 2):
-        time.sleep(0.05)
+def test_only_the_innermost_speaks_and_failures_are_not_done(clock: Clock, caplog: pytest.LogCaptureFixture) -> None:
+    outside, inside = (timed(Bar(name, 2), clock) for name in ("outside", "inside"))
+    with pytest.raises(RuntimeError), inside:
+        progress._open.insert(0, outside)
+        assert inside._ticker is not None
+        inside._ticker.join()
+        clock.now = 0.0
+        outside._tick()
+        progress._open.remove(outside)
         raise RuntimeError
-    lines = told(quick)
+    lines = told(caplog)
     assert lines and all(line.startswith("inside: 0 of 2;") for line in lines)
     assert not progress._open
 
@@ -82,13 +126,16 @@ def test_times_are_in_words() -> None:
 
 def test_a_log_file_has_lines_before_the_command_ends(tmp_path: Path) -> None:
     code = (
-        "import time; from llmrec import progress; progress.FIRST = 0.05\n"
+        "import sys, time; from pathlib import Path; from llmrec import progress; progress.FIRST = 0.05\n"
         "from llmrec.commands import common; common._heed({})\n"
-        "with progress.Bar('train', 8, unit='steps') as bar:\n"
-        "    bar.advance(2, 'loss 1.0'); time.sleep(0.3)\n"
+        "log, bar = Path(sys.argv[1]), progress.Bar('train', 8, unit='steps')\n"
+        "bar.advance(2, 'loss 1.0')\n"
+        "with bar:\n"
+        "    while len(log.read_text().splitlines()) < 3: time.sleep(0.01)\n"
     )
     log = tmp_path / "run.log"
     with log.open("w") as stream:
-        subprocess.run([sys.executable, "-c", code], stdout=stream, stderr=stream, check=True, timeout=60)
+        command = [sys.executable, "-c", code, str(log)]
+        subprocess.run(command, stdout=stream, stderr=stream, check=True, timeout=600)
     lines = log.read_text().splitlines()
-    assert lines[0].startswith("train: 2 of 8 steps, loss 1.0; 0 s so far, about") and len(lines) >= 3
+    assert re.match(r"train: 2 of 8 steps, loss 1.0; \d+ s so far, about", lines[0]) and len(lines) >= 3

@@ -1,7 +1,8 @@
 """An engine process without a model: it starts in a moment, ranks by id, and does as it is told.
 
 Its ``model`` is a file of JSON that says how it starts: ``{"seconds": 0.5}`` slowly, ``{"fails": true}`` not at all.
-Of a request the profile says what happens: ``sleep 0.5``, ``die``, ``defect`` or ``refuse``.
+Of a request the profile says what happens: ``sleep 0.5``, ``wait FILE`` until that is there, ``die``, ``defect`` or
+``refuse``.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ class Model:
         for request in requests:
             if request.profile.startswith("sleep "):
                 time.sleep(float(request.profile.split()[1]))
+            elif request.profile.startswith("wait "):
+                while not Path(request.profile.removeprefix("wait ")).exists():
+                    time.sleep(0.005)
             elif request.profile == "die":
                 os.kill(os.getpid(), signal.SIGKILL)
             elif request.profile == "defect":

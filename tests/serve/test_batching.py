@@ -71,13 +71,17 @@ def engine() -> Iterator[FakeEngine]:
 
 @asynccontextmanager
 async def running(engine: FakeEngine, **settings: Any) -> Any:
-    batcher = Batcher(engine.ask, **{"window": 0.02, "patience": 30.0, **settings})
+    batcher = Batcher(engine.ask, **{"window": 0.02, "patience": _LONG, **settings})
     batcher.start()
     try:
         yield batcher
     finally:
         engine.free.set()
         await batcher.close()
+
+
+_LONG = 600.0
+"""Seconds after which a test that hangs fails; no result depends on them."""
 
 
 def within(seconds: float, work: Callable[[], Awaitable[Any]]) -> Any:
@@ -108,7 +112,7 @@ def test_questions_go_together_and_each_gets_its_own_answer(engine: FakeEngine) 
             assert [named(each) for each in found] == [str(n) for n in range(20)]
             assert batcher.load.batches == {8: 2, 4: 1}
 
-    within(30, work)
+    within(_LONG, work)
     assert [len(ids) for _, ids in engine.batches] == [8, 8, 4]
     assert [name for _, ids in engine.batches for name in ids] == [str(n) for n in range(20)]
 
@@ -121,7 +125,7 @@ def test_questions_of_different_kinds_do_not_go_together(engine: FakeEngine) -> 
             asked = [(kinds[n % 4], request(n)) for n in range(12)]
             return list(await asyncio.gather(*(batcher.ask(*each) for each in asked)))
 
-    assert [named(each) for each in within(30, work)] == [str(n) for n in range(12)]
+    assert [named(each) for each in within(_LONG, work)] == [str(n) for n in range(12)]
     # The kind that has waited longest goes first.
     assert engine.batches == [(kind, [str(n) for n in range(12) if n % 4 == k]) for k, kind in enumerate(kinds)]
 
@@ -132,7 +136,7 @@ def test_equal_questions_of_two_clients_are_one_kind(engine: FakeEngine) -> None
             twice = [Question(model="a", verb="rank", depth=5) for _ in range(2)]
             await asyncio.gather(*(batcher.ask(each, request(n)) for n, each in enumerate(twice)))
 
-    within(30, work)
+    within(_LONG, work)
     assert [ids for _, ids in engine.batches] == [["0", "1"]]
 
 
@@ -144,7 +148,7 @@ def test_a_window_is_waited_and_none_is_none(engine: FakeEngine, window: float) 
             assert named(await batcher.ask(RANK, request("only"))) == "only"
             return time.monotonic() - begun
 
-    assert within(30, work) >= window
+    assert within(_LONG, work) >= window
     assert engine.batches == [(RANK, ["only"])]
 
 
@@ -159,7 +163,7 @@ def test_while_the_engine_works_others_come_together(engine: FakeEngine) -> None
             engine.free.set()
             await asyncio.gather(first, *rest)
 
-    within(30, work)
+    within(_LONG, work)
     assert [ids for _, ids in engine.batches] == [["first"], ["0", "1", "2", "3", "4"]]
 
 
@@ -182,39 +186,43 @@ def test_a_full_queue_refuses_at_once_and_says_when_to_come_again(engine: FakeEn
             assert outcomes(await asyncio.gather(*asked)) == [str(n) for n in range(12)]
             assert batcher.load.refused == 1 and batcher.load.waiting == 0
 
-    within(30, work)
+    within(_LONG, work)
 
 
 def test_who_was_let_in_is_not_harmed_by_five_times_too_much(engine: FakeEngine) -> None:
-    engine.seconds = 0.02
-
     async def work() -> None:
         async with running(engine, window=0.0, most=4, room=16) as batcher:
-
-            async def client(n: int) -> Reply:
-                await asyncio.sleep(n * 0.001)  # 1000 a second, of which the engine can do 200
-                return await batcher.ask(RANK, request(n))
-
-            found = outcomes(await asyncio.gather(*(client(n) for n in range(500)), return_exceptions=True))
+            found: list[str] = []
+            for lot in range(5):
+                # A hundred come while the engine does nothing, which is five times what there is room for.
+                engine.free.clear()
+                asked = [asyncio.ensure_future(batcher.ask(RANK, request(100 * lot + n))) for n in range(100)]
+                await until(lambda asked=asked: sum(each.done() for each in asked) >= 80)
+                engine.free.set()
+                found += outcomes(await asyncio.gather(*asked, return_exceptions=True))
             answered = [n for n, name in enumerate(found) if name == str(n)]
             assert set(found) - {"Full"} == {str(n) for n in answered}
-            assert len(answered) >= 16 and found.count("Full") == batcher.load.refused > 100
+            assert 5 * 16 <= len(answered) <= 5 * 20 and found.count("Full") == batcher.load.refused >= 400
             # Each that was let in was asked once, and in the order in which they came.
             assert [name for _, ids in engine.batches for name in ids] == [str(n) for n in answered]
 
-    within(60, work)
+    within(_LONG, work)
 
 
 def test_a_queue_that_could_not_be_answered_in_time_refuses_before_it_is_full(engine: FakeEngine) -> None:
     async def work() -> None:
-        async with running(engine, window=0.0, most=1, room=10_000, patience=3.0) as batcher:
-            engine.seconds = 0.5
-            await batcher.ask(RANK, request("measures"))
+        async with running(engine, window=0.0, most=1, room=10_000, patience=600.0) as batcher:
+            # As it was measured lately: six of these are answered in time.
+            batcher._each = 100.0
+            engine.free.clear()
             asked = [asyncio.ensure_future(batcher.ask(RANK, request(n))) for n in range(100)]
+            await until(lambda: batcher.load.refused >= 90)
+            engine.free.set()
             found = outcomes(await asyncio.gather(*asked, return_exceptions=True))
-            assert found.count("Full") > 60 and found[0] == "0"
+            count = len(found) - found.count("Full")
+            assert 6 <= count <= 8 and found == [*map(str, range(count)), *["Full"] * (100 - count)]
 
-    within(30, work)
+    within(_LONG, work)
 
 
 def test_other_calls_are_bounded_too(engine: FakeEngine) -> None:
@@ -234,7 +242,7 @@ def test_other_calls_are_bounded_too(engine: FakeEngine) -> None:
             assert await asyncio.gather(*others[:3], told) == [0, 1, 2, "told"]
             await asked
 
-    within(30, work)
+    within(_LONG, work)
 
 
 # --------------------------------------------------------------------------- who leaves, what is late
@@ -256,7 +264,7 @@ def test_a_caller_who_goes_away_leaves_the_queue(engine: FakeEngine) -> None:
             engine.free.set()
             assert outcomes(await asyncio.gather(first, staying)) == ["first", "staying"]
 
-    within(30, work)
+    within(_LONG, work)
     assert [ids for _, ids in engine.batches] == [["first"], ["staying"]]
 
 
@@ -270,7 +278,7 @@ def test_a_caller_who_goes_away_while_answered_harms_nobody(engine: FakeEngine) 
             engine.free.set()
             assert outcomes(await asyncio.gather(*asked, return_exceptions=True)) == ["0", "CancelledError", "2"]
 
-    within(30, work)
+    within(_LONG, work)
 
 
 def test_what_is_late_is_given_up_and_the_next_is_answered(engine: FakeEngine) -> None:
@@ -283,9 +291,10 @@ def test_what_is_late_is_given_up_and_the_next_is_answered(engine: FakeEngine) -
             assert all(isinstance(each, TooLate) and each.kind == "exhausted" for each in found)
             assert batcher.load.late == 3 and batcher.load.waiting == 0
             engine.free.set()
+            batcher._patience = _LONG
             assert named(await batcher.ask(RANK, request("next"))) == "next"
 
-    within(30, work)
+    within(_LONG, work)
     # Those that nobody waited for any more were never asked.
     assert [ids for _, ids in engine.batches] == [["0"], ["next"]]
 
@@ -302,6 +311,7 @@ def test_an_engine_that_hangs_is_ended(engine: FakeEngine) -> None:
                 await batcher.ask(RANK, request("hangs"))
             await until(lambda: engine.fault is not None)
             engine.fault = None
+            batcher._patience = _LONG
             # What waits when an engine is found lost is refused with it.
             while True:
                 try:
@@ -310,7 +320,7 @@ def test_an_engine_that_hangs_is_ended(engine: FakeEngine) -> None:
                 except EngineLost:
                     await asyncio.sleep(0.01)
 
-    within(30, work)
+    within(_LONG, work)
 
 
 # --------------------------------------------------------------------------- an engine that fails
@@ -329,7 +339,7 @@ def test_a_lost_engine_fails_all_that_wait_and_nothing_hangs(engine: FakeEngine)
             engine.fault = None
             assert named(await batcher.ask(RANK, request("next"))) == "next"
 
-    within(30, work)
+    within(_LONG, work)
 
 
 @pytest.mark.parametrize(
@@ -345,7 +355,7 @@ def test_a_batch_that_fails_takes_no_other_with_it(engine: FakeEngine, fault: Ex
             engine.fault = None
             assert named(await batcher.ask(RANK, request("next"))) == "next"
 
-    within(30, work)
+    within(_LONG, work)
 
 
 def test_an_engine_that_answers_too_few_is_a_defect(engine: FakeEngine) -> None:
@@ -357,7 +367,7 @@ def test_an_engine_that_answers_too_few_is_a_defect(engine: FakeEngine) -> None:
         assert caught.value.kind == "defect"
         await batcher.close()
 
-    within(30, work)
+    within(_LONG, work)
 
 
 # --------------------------------------------------------------------------- the end
@@ -381,7 +391,7 @@ def test_what_was_asked_before_the_end_is_answered_and_what_comes_then_is_refuse
             assert await other == "other"
             await closing
 
-    within(30, work)
+    within(_LONG, work)
 
 
 def test_an_engine_that_hangs_does_not_hold_up_the_end(engine: FakeEngine) -> None:
@@ -397,7 +407,7 @@ def test_an_engine_that_hangs_does_not_hold_up_the_end(engine: FakeEngine) -> No
         # The thread may end now, so that the loop of this test can.
         engine.free.set()
 
-    within(30, work)
+    within(_LONG, work)
 
 
 def test_the_end_of_a_queue_that_never_began(engine: FakeEngine) -> None:
@@ -408,7 +418,7 @@ def test_the_end_of_a_queue_that_never_began(engine: FakeEngine) -> None:
             await batcher.ask(RANK, request("late"))
         assert not engine.batches
 
-    within(10, work)
+    within(_LONG, work)
 
 
 # --------------------------------------------------------------------------- for a long time
