@@ -327,7 +327,10 @@ def test_untuned_settings_are_asked_with_titles_and_the_tuned_model_with_item_to
     chosen = recipe(
         llama_folder,
         "index={scheme: token}",
-        "tasks={sequential: {templates: [bare-codes], untuned_templates: [continue-list], history: 5, window: 6}}",
+        # A second table has items of its own, which the index does not hold.
+        "reviews={source: made-reviews}",
+        "tasks={sequential: {templates: [bare-codes], untuned_templates: [continue-list], history: 5, window: 6}, "
+        "explanation: {users: 4, max_tokens: 4, arms: [tuned]}}",
         "train.softmax=items",
         "eval.arms=[zero-shot, few-shot, tuned]",
         "eval.shots.k=1",
@@ -336,13 +339,16 @@ def test_untuned_settings_are_asked_with_titles_and_the_tuned_model_with_item_to
     # Titles are read by the model as it came: untrained rows of item tokens would take probability from their words.
     assert session.base == str(llama_folder) and session.start == str(tmp_path / "r" / "base")
     run = pipeline.run(chosen, tmp_path / "r", quiet=True)
-    asked = {row["arm"]: row["template"] for row in run.results["rows"] if row["template"]}
+    asked = {
+        row["arm"]: row["template"] for row in run.results["rows"] if row["template"] and row["task"] == "sequential"
+    }
     assert asked == {
         "zero-shot": "sequential/continue-list",
         "few-shot": "sequential/continue-list",
         "tuned": "sequential/bare-codes",
     }
-    assert answers(run.folder)["error"].null_count() == 6
+    asked_tuned = answers(run.folder)
+    assert len(asked_tuned) == asked_tuned["error"].null_count() == 6 + 4
     zero, tuned = (
         next(row["id"] for row in run.results["rows"] if row["arm"] == arm) for arm in ("zero-shot", "tuned")
     )

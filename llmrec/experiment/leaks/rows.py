@@ -134,7 +134,8 @@ def training_rows(study: Study, family: str, count: int) -> Check:
     data = study.task_data(family)
     both = [study.data, *([study.reviews] if study.reviews else [])]
     held = frozenset().union(*(each.held_out for each in both))
-    titles, codes = _Secrets(data), _Secrets(data, study.index) if study.index is not None else None
+    index = study.codes(family)
+    titles, codes = _Secrets(data), _Secrets(data, index) if index is not None else None
     coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
     places = []
     for example in _drawn(study, study.training_tasks[family], count):
@@ -216,8 +217,9 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
         # Among the candidates the answer stands as it must.
         listed = asked.candidates is not None and str(case.truth) in asked.candidates and own.lists
         codes, shows_titles = _secret_forms(own, template)
-        if codes and not listed and study.index is not None:
-            code = clean(study.index.encode(str(case.truth)))
+        index = study.codes(family)
+        if codes and not listed and index is not None:
+            code = clean(index.encode(str(case.truth)))
             if any(
                 s.kind != "text" and clean(s.text) == code for s in _segments(prompt.messages, prompt.answer_prefix)
             ):
