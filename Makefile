@@ -14,7 +14,7 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-chat-models bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-compress-run bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-chat-models bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-compress-run bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving bench-store campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
@@ -64,6 +64,7 @@ help:
 	@echo "make bench-rollouts   items that a model draws, beside generate with a prefix function, eval/results/rollouts.json"
 	@echo "make bench-processes  one training process beside two, one of them killed, eval/results/processes.json"
 	@echo "make bench-serving    load a service with locust, break and swap its engine, eval/results/serving.json"
+	@echo "make bench-store  random calls of a service's store on SQLite and PostgreSQL, eval/results/store_calls.json"
 	@echo "make campaign     hand malformed inputs to everything that reads what a user names, eval/results/campaign.json"
 	@echo "make gpu-check    on a machine with a GPU: fifteen checks, eval/results/gpu.json, docs/gpu.md; what passed is kept"
 	@echo "make check-sources DATA=FOLDER   read copies of published sets of yours and compare their counts"
@@ -75,7 +76,7 @@ help:
 	@echo "make site         build the documentation site, build/site; no model and no data is fetched"
 	@echo "make site-check   build it, and check its links"
 	@echo "make screenshots  pictures of it, wide and narrow, light and dark, build/screenshots (needs Chromium)"
-	@echo "make pages-check  drive both pages of a service in a browser, build/pages (needs Chromium)"
+	@echo "make pages-check  drive the pages of a service in a browser, build/pages (needs Chromium)"
 	@echo "make openapi      write the HTTP interface, docs/openapi.json and docs/clients/llmrec.d.ts"
 	@echo "make pictures     draw the pictures of docs/indexes.md, in docs/indexes/"
 	@echo "make setup        only make .venv"
@@ -229,6 +230,9 @@ bench-serving: setup
 	$(BIN)/python -m eval.benchmarks.serving eval/results/serving.json $(ARGS)
 
 # ARGS="--against FOLDER" asks another checkout the same; its counts go under `earlier` of the same file.
+bench-store: setup
+	$(BIN)/python -m eval.benchmarks.store_calls eval/results/store_calls.json $(ARGS)
+
 campaign: setup
 	$(BIN)/python -m eval.benchmarks.campaign eval/results/campaign.json $(ARGS)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import sqlite3
 import zipfile
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import polars as pl
 import pytest
 
 from llmrec.data.dataset import Dataset
+from llmrec.data.reading.sheets import sheets_of
 from llmrec.data.sources.table import load
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe.load import as_recipe
@@ -79,6 +81,24 @@ def test_what_is_no_spreadsheet_or_unpacks_to_far_more(tmp_path: Path) -> None:
         archive.writestr("xl/worksheets/sheet1.xml", b" " * 40_000_000)
     with raises(LlmrecError, Facts("too-large", "bomb.xlsx")):
         loaded(tmp_path / "bomb.xlsx")
+
+
+@pytest.mark.parametrize("reference", ["XFD1048576", "A99999999999", "ZZ900000"])
+def test_a_cell_far_outside_of_the_table_is_one_error(tmp_path: Path, reference: str) -> None:
+    """The library asks for memory for all cells up to there, and ends its process where that is refused."""
+    pytest.importorskip("fastexcel")
+    book = workbook(tmp_path / "shop.xlsx", {"Orders": [NAMES, *ROWS]})
+    with zipfile.ZipFile(book) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    row = re.sub("[A-Z]", "", reference)
+    far = f'<row r="{row}"><c r="{reference}"><v>1</v></c></row></sheetData>'.encode()
+    parts["xl/sheet1.xml"] = parts["xl/sheet1.xml"].replace(b"</sheetData>", far)
+    with zipfile.ZipFile(book, "w") as archive:
+        for name, content in parts.items():
+            archive.writestr(name, content)
+    with raises(LlmrecError, Facts("too-large", "shop.xlsx", says="a cell may be far outside of the table")):
+        loaded(book)
+    assert sheets_of(book) == [f"{book}#Orders"]
 
 
 # --------------------------------------------------------------------------- databases

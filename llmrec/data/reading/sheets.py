@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
+import os
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
@@ -17,6 +21,8 @@ log = logging.getLogger(__name__)
 
 SHEETS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 """Endings of spreadsheets."""
+_MEMORY, _MEMORY_PER_BYTE = 2**30, 40
+"""Bytes of memory that reading may take, and as many more for each byte of the unpacked file: a cell takes about 24."""
 
 
 def split_sheet(path: Path) -> tuple[Path, str | None]:
@@ -33,11 +39,11 @@ def sheets_of(path: Path) -> list[str]:
     Raises:
         MissingExtra: If ``fastexcel`` is not installed.
     """
-    fastexcel = require("fastexcel", "tables")
     try:
-        return [f"{path}#{name}" for name in fastexcel.read_excel(path).sheet_names]
-    except Exception:  # as in `sheet_of`; whoever reads the sheet is told what is wrong with it
+        names, _, _ = _asked(path, path.read_bytes(), None, load=False)
+    except (OSError, DataError):  # whoever reads the sheet is told what is wrong with it
         return []
+    return [f"{path}#{name}" for name in names]
 
 
 def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
@@ -53,33 +59,23 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
         DataError: If it is damaged, plays tricks, or has no such sheet or no rows.
         MissingExtra: If ``fastexcel`` is not installed.
     """
-    fastexcel = require("fastexcel", "tables")
-    _refuse_tricks(path, raw)
-    try:
-        book = fastexcel.read_excel(raw)
-        names = list(book.sheet_names)
-        if sheet is not None and sheet not in names:
-            raise DataError.at(
-                path,
-                "unknown-name",
-                f" has no sheet {shown(sheet)}{did_you_mean(sheet, names)}; its sheets are: {enumerated(names)}",
-                "data.path",
-            )
-        chosen = names[0] if sheet is None else sheet
-        head = book.load_sheet(chosen, header_row=None, n_rows=1, dtypes="string").to_polars()
-        frame = book.load_sheet(chosen, dtypes="string").to_polars()
-    except DataError:
-        raise
-    except Exception as error:  # the library has errors of its own, and passes on those of its parsers
+    names, head, frame = _asked(path, raw, sheet, load=True)
+    if frame is None:
+        if sheet is None:
+            raise DataError.at(path, "empty", " has no sheets; save it again, or save it as CSV")
         raise DataError.at(
-            path, "damaged", f" cannot be read as a spreadsheet ({reason(error)}); save it again, or save it as CSV"
-        ) from error
+            path,
+            "unknown-name",
+            f" has no sheet {shown(sheet)}{did_you_mean(sheet, names)}; its sheets are: {enumerated(names)}",
+            "data.path",
+        )
+    chosen = names[0] if sheet is None else sheet
     if sheet is None and len(names) > 1:
         others = enumerated(names[1:])
         log.warning("%s: the first sheet is read, %s; name another as %s#SHEET: %s", path, chosen, path, others)
     name = f"{path}#{chosen}" if len(names) > 1 else str(path)
     # The library gives a column that stands twice another name.
-    column_names(name, [text for text in (head.row(0) if head.height else ()) if text])
+    column_names(name, [text for text in head if text])
     columns = [column.strip() for column in frame.columns]
     frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
     # Rows that were emptied and not deleted stand below the last one.
@@ -90,10 +86,44 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     return Table(name, frame[: rows[-1] + 1], sha256, header=1)
 
 
-def _refuse_tricks(path: Path, raw: bytes) -> None:
-    """Refuse an archive that unpacks to far more than it holds, before anything unpacks it."""
+def _asked(
+    path: Path, raw: bytes, sheet: str | None, *, load: bool
+) -> tuple[list[str], list[str | None], pl.DataFrame | None]:
+    """Return the names of the sheets, the first row of the chosen one, and its table; see `sheet_process`."""
+    require("fastexcel", "tables")
+    size = _refuse_tricks(path, raw)
+    question = json.dumps({"sheet": sheet, "load": load, "bytes": _MEMORY + _MEMORY_PER_BYTE * size})
+    done = subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).with_name("sheet_process.py"))],
+        input=question.encode() + b"\n" + raw,
+        # The bound counts what each thread reserves, too.
+        env={**os.environ, "POLARS_MAX_THREADS": "1", "RAYON_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    line, _, rest = done.stdout.partition(b"\n")
+    if done.returncode or not line:
+        raise DataError.at(
+            path,
+            "too-large",
+            f" cannot be read: for {size} bytes it needs more memory than such a file should, so a cell may be far "
+            "outside of the table, or the file is damaged; delete the empty rows and columns, or save its sheet as CSV",
+        )
+    answer = json.loads(line)
+    if "error" in answer:
+        raise DataError.at(
+            path,
+            "damaged",
+            f" cannot be read as a spreadsheet ({reason(ValueError(answer['error']))}); save it again, or save it as "
+            "CSV",
+        )
+    return answer["names"], answer["head"], pl.read_ipc(rest) if rest else None
+
+
+def _refuse_tricks(path: Path, raw: bytes) -> int:
+    """Refuse an archive that unpacks to far more than it holds, before anything unpacks it, and return that size."""
     if not raw.startswith(b"PK"):
-        return
+        return len(raw)
     try:
         with zipfile.ZipFile(io.BytesIO(raw)) as archive:
             size = sum(entry.file_size for entry in archived(path, archive))
@@ -105,3 +135,4 @@ def _refuse_tricks(path: Path, raw: bytes) -> None:
             "too-large",
             f" unpacks to {size} bytes from {len(raw)}, so it is not what it seems; save its sheet as CSV",
         )
+    return size

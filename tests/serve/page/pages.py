@@ -1,4 +1,4 @@
-"""Serve a made shop with hostile titles, and drive both pages of the service through it.
+"""Serve a made shop with hostile titles, and drive the pages of the service through it.
 
 ``python -m tests.serve.page.pages SHOTS`` (`make pages-check`) needs ``pip install playwright`` and an installed
 Chromium; it takes two minutes. Pictures of every step are in SHOTS.
@@ -46,7 +46,7 @@ def main(shots: Path) -> None:
             service = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, start_new_session=True)
         try:
             await_health(service, f"{base}ready", log)
-            for module in ("drive", "drive_chat"):
+            for module in ("drive", "drive_chat", "drive_docs"):
                 drive = [sys.executable, "-m", f"tests.serve.page.{module}", base, str(shots / module)]
                 subprocess.run(drive, check=True)
         finally:

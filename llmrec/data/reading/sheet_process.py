@@ -1,0 +1,63 @@
+"""Reads one sheet in a process whose memory is bounded; `sheets` starts it by its path, and it imports no llmrec.
+
+A few bytes of a spreadsheet can name a cell in the last column of the last row. The library then asks for memory for
+every cell up to there, and where that is refused it ends the process that called it.
+
+Standard input: a line of JSON, ``{"sheet": NAME or null, "load": bool, "bytes": N}``, and then the file.
+Standard output: a line of JSON, ``{"error": TEXT}`` or ``{"names": [...], "head": [...]}``, and then the sheet in the
+IPC format of Arrow.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import fastexcel
+import polars as pl
+
+
+def limit(more: int) -> None:
+    """Let this process take this much memory in addition to what its libraries have reserved, where the system can."""
+    try:
+        import resource
+
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[0])
+        bound = pages * resource.getpagesize() + more
+        resource.setrlimit(resource.RLIMIT_AS, (bound, bound))
+    except (ImportError, OSError, ValueError):
+        pass
+
+
+def sheet(raw: bytes, name: str | None, *, load: bool) -> tuple[dict[str, Any], pl.DataFrame | None]:
+    """Return the names of the sheets, the first row of the chosen one, and its table, every cell as text."""
+    book = fastexcel.read_excel(raw)
+    names = list(book.sheet_names)
+    chosen = name if name is not None else next(iter(names), None)
+    if not load or chosen not in names:
+        return {"names": names, "head": []}, None
+    head = book.load_sheet(chosen, header_row=None, n_rows=1, dtypes="string").to_polars()
+    frame = book.load_sheet(chosen, dtypes="string").to_polars()
+    return {"names": names, "head": list(head.row(0)) if head.height else []}, frame
+
+
+def main() -> None:
+    """Answer one question."""
+    asked = json.loads(sys.stdin.buffer.readline())
+    raw = sys.stdin.buffer.read()
+    limit(asked["bytes"])
+    frame = None
+    try:
+        answer, frame = sheet(raw, asked["sheet"], load=asked["load"])
+    except BaseException as error:  # a panic of a library in Rust is no Exception
+        answer = {"error": str(error)}
+    sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
+    if frame is not None:
+        frame.write_ipc(sys.stdout.buffer)
+    sys.stdout.buffer.flush()
+
+
+if __name__ == "__main__":
+    main()
