@@ -65,7 +65,7 @@ def learned_from(name: str) -> str | None:
 
 
 class Embedder:
-    """An `Embed` that remembers on disk the vectors of texts that it was given together."""
+    """An `Embed` that remembers on disk the vectors of sets of texts."""
 
     def __init__(self, folder: str, stamp: str) -> None:
         """Set up.
@@ -81,6 +81,13 @@ class Embedder:
         """Return one vector of length 1 for each text, shape (n, d)."""
         if self._folder == CHANCE:
             return _by_chance(texts)
+        # Whatever order texts come in, and however often: those of a catalogue are read once.
+        distinct = sorted(set(texts))
+        rows = {text: row for row, text in enumerate(distinct)}
+        return self._read(distinct)[[rows[text] for text in texts]]
+
+    def _read(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Return one vector for each text, from the cache or the encoder."""
         tensors = require("safetensors.numpy", "train")
         digest = hashlib.sha256("\0".join([self.stamp, *texts]).encode()).hexdigest()[:32]
         file = cache_dir() / "vectors" / f"{digest}.safetensors"
