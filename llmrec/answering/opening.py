@@ -26,7 +26,7 @@ from llmrec.experiment.bundle import Bundle
 from llmrec.experiment.fusion import stored
 from llmrec.experiment.fusion.carried import FILE as INTERACTIONS
 from llmrec.experiment.fusion.parts import choosing
-from llmrec.experiment.study import load_tables
+from llmrec.experiment.study import load_tables, with_texts
 from llmrec.models.load import resolve
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
@@ -152,7 +152,7 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     data = _data(bundle)
     known = _fusions(bundle)
     own = own_name(bundle)
-    chosen = names or offered(bundle)
+    chosen = names or offered(bundle, items)
     models = Models(
         opened={},
         items=items,
@@ -169,11 +169,16 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     return models
 
 
-def offered(bundle: Bundle) -> list[str]:
-    """Return the names of what answers where nobody names any, the default first; nothing is opened."""
+def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
+    """Return the names of what answers where nobody names any, the default first; nothing is opened.
+
+    Args:
+        bundle: The model.
+        items: The catalogue; without it the recommender by texts, which a run adds, is missing at the end.
+    """
     default = default_of(bundle)
     first = [default.name if default else "", own_name(bundle)]
-    return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle)]))
+    return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle, items or {})]))
 
 
 def told_default(folder: str, names: Sequence[str] = ()) -> str:
@@ -329,14 +334,15 @@ def _reserved(bundle: Bundle) -> float:
     return fusion.reserved if fusion.controls else 0.0
 
 
-def _cheap(bundle: Bundle) -> list[str]:
+def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
     """Return the rows of classic recommenders that are fitted in seconds; of each method those of its first family."""
     if not _learns(bundle):
         return []
     found: list[BaselineSection] = []
     for family in ranking_families_of(bundle):
         methods = {each.name for each in found}
-        found += [each for each in bundle.tasks.present()[family].baselines if each.name not in methods]
+        baselines = with_texts(bundle.tasks.present()[family].baselines, items)
+        found += [each for each in baselines if each.name not in methods]
     trained = {each.name for each in found if "epochs" in lookup(BASELINES, each.name, "baseline").Config.model_fields}
     cheap = [each.label for each in found if each.name != "random" and each.name not in trained]
     return list(dict.fromkeys([meant(POPULAR, cheap) or POPULAR, *cheap]))

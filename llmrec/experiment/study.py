@@ -129,17 +129,9 @@ class Study:
         return {"items": self.aligned, "users": self.candidates, None: None}[family_of(family).candidates]
 
     def baselines(self, family: str) -> tuple[BaselineSection, ...]:
-        """Return a family's baselines: those of the recipe, and where items have texts one that ranks by them.
-
-        What a language model makes of texts is more than their likeness only if it beats that.
-        """
+        """Return a family's baselines; see `with_texts`."""
         known = self.section(family).baselines
-        items = self.task_data(family).dataset.items.values()
-        ranks = family_of(family).ranks_for_users
-        if not ranks or not any(item.fields or item.title != item.item_id for item in items):
-            return known
-        reads = any(lookup(BASELINES, each.name, "baseline").READS == "texts" for each in known)
-        return known if reads else (*known, *named(_BY_TEXT))
+        return with_texts(known, self.task_data(family).dataset.items) if family_of(family).ranks_for_users else known
 
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
@@ -222,6 +214,21 @@ class Study:
             for template in self.asked_with(family, arm)
         ]
         return bool(asked) and not any(template.writes_codes for template in asked)
+
+
+def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:
+    """Return the baselines of a family that ranks, and where items have texts one that ranks by them.
+
+    What a language model makes of texts is more than their likeness only if it beats that.
+
+    Args:
+        known: Those of the recipe.
+        items: The catalogue.
+    """
+    if not any(item.fields or item.title != item.item_id for item in items.values()):
+        return known
+    reads = any(lookup(BASELINES, each.name, "baseline").READS == "texts" for each in known)
+    return known if reads else (*known, *named(_BY_TEXT))
 
 
 def _check_parameters(family: str, baseline: BaselineSection) -> None:

@@ -37,7 +37,7 @@ from tests.facts import Facts, raises
 CLASSIC = (
     *("data={source: made-reviews, noun: products}", "reviews=null", "eval.arms=[]", "eval.bootstrap=20", "seed=2"),
     "tasks={sequential: {baselines: [random, popularity, {name: item-knn, history: 1}, {name: item-knn, history: 5}, "
-    "content, markov-1]}}",
+    "markov-1]}}",
     *("eval.users=12", "eval.candidates.count=8"),
 )
 
