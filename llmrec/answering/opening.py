@@ -213,7 +213,7 @@ class Default:
         choice = self.choice
         return (
             f"the default is {self.name}, the best of {len(choice.figures)} on {choice.users:,} validation users "
-            f"({choice.metric} {choice.value:.3f})"
+            f"({choice.metric} {choice.value:.4f})"
         )
 
 

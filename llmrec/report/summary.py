@@ -135,10 +135,10 @@ def _choice(results: Results, task: str) -> str:
     short = short_names(with_figures(results, task))
     figures = sorted(choice.figures.items(), key=lambda each: -each[1])
     beside = next(((name, value) for name, value in figures if name != choice.row), None)
-    after = f"; next is {short.get(beside[0], beside[0])}, {number(beside[1])}" if beside else ""
+    after = f"; next is {short.get(beside[0], beside[0])}, {beside[1]:.4f}" if beside else ""
     return (
         f"{short.get(row.id, label(row))} is served: of {len(figures)} recommenders it has the best {choice.metric} on "
-        f"{count(choice.users)} validation users, {number(choice.value)}{after}."
+        f"{count(choice.users)} validation users, {choice.value:.4f}{after}."
     )
 
 

@@ -168,9 +168,8 @@ def auto(
             )
         chosen = search.chosen(options.users)
         best = search.best(chosen, split)
-        say(
-            f"fitting and measuring {len(chosen.tasks.present()['sequential'].baselines)} recommenders and their fusion"
-        )
+        count = len(chosen.tasks.present()["sequential"].baselines)
+        say(f"fitting and measuring {count} recommenders and their fusions")
         found = run(chosen, folder, choice=best)
         results = Results.model_validate(found.results)
         sentence = brought(results, "sequential")
@@ -200,7 +199,8 @@ def _settings(number: int, which: str = "") -> str:
 
 def told(made: Auto) -> str:
     """Return what to print: the sentence, the parts, and what to do next."""
-    lines = [*wrapped(made.sentence), ""]
+    tuned = "The best setting of each recommender, on the validation users who chose it and not the one that is served:"
+    lines = [*wrapped(made.sentence), "", *wrapped(tuned)]
     for tried in made.tried:
         best = tried.best
         value = "–" if best is None else f"{best.value:.4f}"
