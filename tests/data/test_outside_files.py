@@ -101,6 +101,23 @@ def test_a_cell_far_outside_of_the_table_is_one_error(tmp_path: Path, reference:
     assert sheets_of(book) == [f"{book}#Orders"]
 
 
+def test_numbers_of_a_sheet_that_floats_cannot_tell_apart_are_no_ids(tmp_path: Path) -> None:
+    pytest.importorskip("fastexcel")
+    large = 9_007_199_254_740_993
+    as_numbers = workbook(
+        tmp_path / "n.xlsx", {"A": [NAMES, *((large + n % 6, *row[1:]) for n, row in enumerate(ROWS))]}
+    )
+    with raises(LlmrecError, Facts("bad-value", "n.xlsx", row=1, column="user_id")):
+        loaded(as_numbers)
+    as_texts = workbook(
+        tmp_path / "t.xlsx", {"A": [NAMES, *((str(large + n % 6), *row[1:]) for n, row in enumerate(ROWS))]}
+    )
+    assert set(loaded(as_texts).interactions["user_id"]) == {str(large + n) for n in range(6)}
+    # A column that is no id may hold them.
+    further = [(*NAMES, "code"), *((*row, 10.0**20) for row in ROWS), ("", "", "", "", "", "")]
+    assert len(loaded(workbook(tmp_path / "f.xlsx", {"A": further})).interactions) == len(ROWS)
+
+
 # --------------------------------------------------------------------------- databases
 
 

@@ -18,6 +18,9 @@ from typing import Any
 import fastexcel
 import polars as pl
 
+_LARGE = r"^-?\d{16,}(\.\d+)?$"
+"""What numbers look like from 10^15 on; floats tell whole numbers apart up to 2^53, which is 9 * 10^15."""
+
 
 def limit(more: int) -> None:
     """Let this process take this much memory in addition to what its libraries have reserved, where the system can."""
@@ -32,7 +35,11 @@ def limit(more: int) -> None:
 
 
 def sheet(raw: bytes, name: str | None, *, load: bool) -> tuple[dict[str, Any], pl.DataFrame | None]:
-    """Return the names of the sheets, the first row of the chosen one, and its table, every cell as text."""
+    """Return the names of the sheets, the first row of the chosen one, and its table, every cell as text.
+
+    Numbers of a spreadsheet are floats. Columns of them that hold some so large that two whole numbers are the same
+    float stay floats: whoever reads ids from them must know.
+    """
     book = fastexcel.read_excel(raw)
     names = list(book.sheet_names)
     chosen = name if name is not None else next(iter(names), None)
@@ -40,6 +47,11 @@ def sheet(raw: bytes, name: str | None, *, load: bool) -> tuple[dict[str, Any], 
         return {"names": names, "head": []}, None
     head = book.load_sheet(chosen, header_row=None, n_rows=1, dtypes="string").to_polars()
     frame = book.load_sheet(chosen, dtypes="string").to_polars()
+    large = [name for name in frame.columns if frame[name].str.contains(_LARGE).any()]
+    if large:
+        kinds = {each.name: each.dtype for each in book.load_sheet(chosen, schema_sample_rows=None).available_columns()}
+        floats = [name for name in large if kinds.get(name) in ("float", "int")]
+        frame = frame.with_columns(pl.col(floats).cast(pl.Float64, strict=False))
     return {"names": names, "head": list(head.row(0)) if head.height else []}, frame
 
 

@@ -49,6 +49,8 @@ def sheets_of(path: Path) -> list[str]:
 def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     """Read one sheet; dates become ISO dates, and nothing is calculated: a formula has the value that was saved.
 
+    All columns are text but those of numbers too large for ids, see `sheet_process`.
+
     Args:
         path: The spreadsheet, for errors.
         raw: Its bytes.
@@ -79,7 +81,8 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     columns = [column.strip() for column in frame.columns]
     frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
     # Rows that were emptied and not deleted stand below the last one.
-    filled = frame.select(pl.any_horizontal(pl.all().str.strip_chars() != "")).to_series() if columns else pl.Series([])
+    found = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
+    filled = frame.select(pl.any_horizontal(found)).to_series() if columns else pl.Series([])
     rows = filled.arg_true().to_list() if len(filled) else []
     if not rows:
         raise DataError.at(name, "empty", " has a header and no rows; choose another sheet, or write the table again")
