@@ -7,6 +7,8 @@ what that page sets, so that a test can say that the page has changed since.
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import sys
 from collections.abc import Iterator
@@ -15,7 +17,9 @@ from typing import Any
 
 import yaml
 
+from llmrec.commands.show.console import finish
 from llmrec.durable import CHECKSUM
+from llmrec.pipeline import Run
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.report.marks import rule
@@ -112,6 +116,15 @@ def _difference(results: dict[str, Any], a: dict[str, Any], b: dict[str, Any]) -
     pair = next(each for each in results["comparisons"] if (each["a"], each["b"]) == (a["id"], b["id"]))
     text = f"{pair['value']:+.3f} [{pair['low']:+.3f}, {pair['high']:+.3f}], {outcome(pair.get('verdict'))}"
     return text.replace("-", "−")
+
+
+def screen(results: dict[str, Any]) -> str:
+    """Return what the command prints at the end of the run, as a code block."""
+    folder = Path("runs") / results["recipe"]["name"]
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        finish(Run(folder, results, (), folder / "report" / "index.html"))
+    return f"```text\n{said.getvalue().rstrip()}\n```"
 
 
 def _how(results: dict[str, Any]) -> str:

@@ -37,7 +37,7 @@ _OUTCOMES: dict[Verdict, str] = {
 KINDS: Mapping[Reads | None, str] = {
     "events": "events alone",
     "texts": "texts too, by an encoder that is not trained here",
-    "language model": "a language model",
+    "language model": "a language model or fine-tuned text encoder",
     None: "",
 }
 """What rows know items by; each kind stands apart, since a claim for one is made against the best of those above it."""

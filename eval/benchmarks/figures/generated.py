@@ -46,6 +46,7 @@ def wanted(root: Path) -> dict[str, str]:
             "leak:table": index_collisions.leak_table(_read(results / "index_leak.json")),
         },
         "README.md": {"quickstart:table": record.table(_read(results / "quickstart.json"))},
+        "docs/results.md": {"quickstart:screen": record.screen(_read(results / "quickstart.json"))},
     }
     for name, own in parts.items():
         text = (root / name).read_text(encoding="utf-8")

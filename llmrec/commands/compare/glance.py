@@ -16,13 +16,14 @@ from llmrec.results import Reads, lower
 _SAID = (
     "The best row of each kind by the last metric, with seen items filtered where there is such a table. Rows know "
     "items by the events of users alone, by texts too through an encoder that is not trained here, or through a "
-    f"language model that is; some files do not say. *Exploratory*: fewer than {USERS} users or {SEEDS} seeds. The "
-    "best is picked on the very figures that are printed: what is better than what stands in the sections."
+    "language model or a text encoder that is fine-tuned; some files do not say. *Exploratory*: fewer than "
+    f"{USERS} users or {SEEDS} seeds. The best is picked on the very figures that are printed: what is better than "
+    "what stands in the sections."
 )
 _KINDS: dict[Reads | None, str] = {
     "events": "events alone",
     "texts": "texts too",
-    "language model": "a language model",
+    "language model": "a language model or fine-tuned text encoder",
     None: "not said",
 }
 # What Markdown makes an anchor of without changing it.
