@@ -14,6 +14,8 @@ import pytest
 
 import llmrec
 from llmrec.commands.auto import run as autos
+from llmrec.commands.auto.parts import Part
+from llmrec.commands.auto.trial import Done
 from llmrec.commands.export import export as exports
 from llmrec.display import Summary, as_html, as_text
 from llmrec.keywords import in_python, keywords_of
@@ -102,14 +104,16 @@ def test_a_recipe_shows_no_address_of_a_database() -> None:
 
 
 def test_auto_takes_frames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def chosen(search: Any, users: int) -> Any:
-        page = search.recipe.model_dump(mode="json")
-        page["tasks"]["sequential"]["baselines"] = BASELINES
-        return as_recipe(page)
+    def first(search: Any) -> None:
+        search.tried = {part.label: autos.Tried(part) for part in search.parts}
 
-    for name in ("first", "rest"):
-        monkeypatch.setattr(autos._Search, name, lambda search: None)
-    monkeypatch.setattr(autos._Search, "chosen", chosen)
+    # The search itself has tests of its own: here every recommender has one trial.
+    trial = Done(parameters={}, value=0.5, seconds=0.1)
+    parts = [Part(name, name) for name in ("popularity", "markov")]
+    monkeypatch.setattr(autos, "parts_for", lambda dataset, encoder, **more: parts)
+    monkeypatch.setattr(autos, "done", lambda file, key: [trial])
+    monkeypatch.setattr(autos._Search, "first", first)
+    monkeypatch.setattr(autos._Search, "rest", lambda search: None)
     monkeypatch.setattr(autos, "_encoder", lambda: None)
     for _ in range(2):
         made = llmrec.auto(
