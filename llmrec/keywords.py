@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterable
 from functools import wraps
 from typing import ParamSpec, TypeVar
 
+from llmrec import terminal
 from llmrec.errors import LlmrecError
 
 _P = ParamSpec("_P")
@@ -72,7 +73,8 @@ def speaks_python(function: Callable[_P, _T], also: Iterable[str] = ()) -> Calla
     @wraps(function)
     def spoken(*args: _P.args, **kwargs: _P.kwargs) -> _T:
         try:
-            return function(*args, **kwargs)
+            with terminal.once():
+                return function(*args, **kwargs)
         except LlmrecError as error:
             error.args = (in_python(str(error), keywords), *error.args[1:])
             if error.column is not None and error.column.startswith("--"):

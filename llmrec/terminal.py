@@ -6,6 +6,7 @@ themselves are turned to the log, and llmrec's words have streams of their own: 
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -44,6 +45,59 @@ class _Apart:
 _now: _Apart | None = None
 _folder: Path | None = None
 _last: list[str] = []
+
+
+Noted = frozenset[tuple[str, ...]]
+_noted: set[tuple[str, ...]] | None = None
+
+
+@contextmanager
+def once(before: Noted = frozenset()) -> Iterator[None]:
+    """Let the loggers of `logger` say each warning once in this block: a command reads a table several times.
+
+    Args:
+        before: What `noted` gave in the process that started this one.
+    """
+    global _noted
+    if _noted is not None:
+        yield
+        return
+    _noted = set(before)
+    try:
+        yield
+    finally:
+        _noted = None
+
+
+def noted() -> Noted:
+    """Return the warnings that were said in the block of `once`."""
+    return frozenset(_noted or ())
+
+
+def logger(name: str) -> logging.Logger:
+    """Return a logger whose warnings are said `once`."""
+    found = logging.getLogger(name)
+    found.addFilter(_is_new)
+    return found
+
+
+def _is_new(record: logging.LogRecord) -> bool:
+    if _noted is None or record.levelno < logging.WARNING:
+        return True
+    given = record.args if isinstance(record.args, tuple) else (record.args,)
+    key = (record.name, record.msg, *map(_by_full_path, given))
+    if key in _noted:
+        return False
+    _noted.add(key)
+    return True
+
+
+def _by_full_path(arg: object) -> str:
+    """Return what stands in a message; of a file its full path, whichever way it was named."""
+    try:
+        return str(Path(str(arg)).resolve(strict=True))
+    except (OSError, ValueError):
+        return str(arg)
 
 
 def out() -> TextIO:

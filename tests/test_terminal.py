@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmrec import terminal
+from llmrec.terminal import logger, noted, once
 
 NOISE = ("a library's line", "a line of C", "a child's line", "old thing", "another's note")
 PROGRAM = """
@@ -124,3 +126,32 @@ def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it() -> None:
     said = text.decode()
     assert "2 of 8 steps  loss 1.0" in said and "a line\r\n" in said
     assert "baselines: done, " in said and "train: done" not in said and "\x1b[3" not in said
+
+
+def test_a_warning_is_said_once_in_a_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.csv").touch()
+    log = logger("llmrec.test_once")
+
+    def said() -> list[str]:
+        for name in ("t.csv", str(tmp_path / "t.csv"), "t.csv"):
+            log.warning("%s has %d rows", name, 3)
+        log.warning("%s has %d rows", "t.csv", 4)
+        log.info("done")
+        found = [record.getMessage() for record in caplog.records]
+        caplog.clear()
+        return found
+
+    with caplog.at_level(logging.INFO, "llmrec.test_once"):
+        assert len(said()) == 5
+        with once():
+            assert said() == ["t.csv has 3 rows", "t.csv has 4 rows", "done"]
+            with once():
+                assert said() == ["done"]
+            known = noted()
+        assert len(said()) == 5
+        # As in another process that the command started.
+        with once(known):
+            assert said() == ["done"]

@@ -111,7 +111,7 @@ class _Command(_Shared, TyperCommand):
     def invoke(self, ctx: Any) -> Any:
         # What a service and its libraries say is read together, where its error stream goes.
         listens = ctx.find_root().obj is not _MAIN or self.name in _SERVICES
-        with nullcontext() if listens else terminal.apart():
+        with terminal.once(), nullcontext() if listens else terminal.apart():
             return super().invoke(ctx)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +21,10 @@ from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import ids, one_per_item, texts
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe.schema import DataSection
+from llmrec.terminal import logger
 from llmrec.types import Item
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _PAIR = ["user_id", "item_id"]
 _ROW, _PART = "_row", "_part"
@@ -239,9 +239,6 @@ def _scale(
             "rating",
         )
     return float(low), float(high)
-
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ Keyphrases (`llmrec.data.keyphrases`) are cached on disk. The phrases of a revie
 from __future__ import annotations
 
 import json
-import logging
 import math
 import re
 from collections import Counter, defaultdict
@@ -22,6 +21,7 @@ from llmrec.data.hashing import digest_strings, hash_one
 from llmrec.data.keyphrases import VERSION, extract
 from llmrec.durable import write_json
 from llmrec.resources import cache_dir
+from llmrec.terminal import logger
 from llmrec.types import Item
 
 if TYPE_CHECKING:
@@ -163,7 +163,7 @@ def _name(number: int) -> str:
     return "".join(parts[:3]) + " " + "".join(parts[3:])
 
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 _WORDS, _MOST, _ALIKE = 2, 10, 0.9
 # Of a longer text the beginning speaks for the rest.

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+from llmrec import terminal
 from llmrec.answering.checks import decided
 from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
 from llmrec.answering.opening import Models, open_models
@@ -111,7 +112,8 @@ class Engine:
     def __init__(self, options: RecommenderOptions, names: Sequence[str]) -> None:
         spawning = multiprocessing.get_context("spawn")
         self._line, theirs = spawning.Pipe()
-        self._process = spawning.Process(target=_work, args=(theirs, options, tuple(names)), name="llmrec-engine")
+        given = (theirs, options, tuple(names), terminal.noted())
+        self._process = spawning.Process(target=_work, args=given, name="llmrec-engine")
         self._process.start()
         # With this end closed here, a read ends as soon as the engine does.
         theirs.close()
@@ -232,8 +234,13 @@ def _lost() -> EngineLost:
 # --------------------------------------------------------------------------- inside the engine's process
 
 
-def _work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
+def _work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: terminal.Noted) -> None:
     """Open the models, and answer until there is nobody left to ask."""
+    with terminal.once(noted):
+        _answer(line, options, names)
+
+
+def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
     # An interrupt at the terminal goes to all processes, as does what systemd sends at the end, and the one that serves
     # decides when this one ends. What this one starts hears the latter as ever: handlers are not inherited.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -242,6 +242,22 @@ def test_nothing_is_said_of_a_file_that_nobody_asked_for(folder: Path, caplog: p
     assert "other.csv" in caplog.text and "Windows-1252" in caplog.text
 
 
+def test_a_command_says_each_warning_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("clicks.csv", "products.csv"):
+        text = Path(name).read_text(encoding="utf-8").replace("e", "\u00e9").replace("\u00e9v", "ev")
+        head, _, body = text.partition("\n")
+        Path(name).write_bytes(f"{head.replace(chr(233), 'e')}\n{body}".encode("cp1252"))
+    for command in (
+        ["init", "clicks.csv", "--items", "products.csv"],
+        ["check", "clicks.yaml"],
+        ["data", "clicks.yaml"],
+    ):
+        caplog.clear()
+        assert "error" not in llmrec(*command)
+        notes = [record.getMessage().split()[0] for record in caplog.records if "Windows-1252" in record.getMessage()]
+        assert sorted(notes) == ["clicks.csv", "products.csv"]
+
+
 def test_a_column_of_parts_becomes_the_split(folder: Path) -> None:
     said = llmrec("init", "published.csv")
     assert "part split its values; train 612, valid 88, test 174" in squeezed(said)

@@ -548,7 +548,7 @@ def test_dates_beyond_the_calendar_are_refused_where_they_are_used(
 def test_objects_without_keys_are_no_table(tmp_path: Path, name: str, text: str) -> None:
     fails(write(tmp_path, text, name), Facts("empty"))
     with raises(DataError, Facts("empty", name)):
-        init(str(tmp_path / name), out=tmp_path / "t.yaml", measure=False)
+        init(str(tmp_path / name), out=tmp_path / "t.yaml")
 
 
 def test_parquet_whose_texts_or_names_are_no_utf8(tmp_path: Path) -> None:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import logging
-
 import polars as pl
 
 from llmrec.data.reading.limits import enumerated, shown
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, did_you_mean
+from llmrec.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 NONE = "none"
 """What a key of ``data.columns`` says where no column is meant, though one has the name that llmrec looks for."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import logging
 import re
 from collections import Counter
 from collections.abc import Callable
@@ -11,8 +10,9 @@ from typing import TypeVar
 
 from llmrec.data.reading.limits import shown
 from llmrec.errors import DataError
+from llmrec.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 Read = TypeVar("Read")
 

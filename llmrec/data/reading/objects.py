@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import math
 from codecs import BOM_UTF8
 from collections import Counter
@@ -15,8 +14,9 @@ import polars as pl
 from llmrec.data.reading.limits import WHOLE, is_no_text, reason, shown
 from llmrec.data.reading.text import MAX_COLUMNS, Table, decode
 from llmrec.errors import DataError, Place
+from llmrec.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 
 def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:

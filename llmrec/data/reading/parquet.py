@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
 from dataclasses import replace
 from typing import Any
 
@@ -17,8 +16,9 @@ from llmrec.data.reading.limits import reason, shortened, shown
 from llmrec.data.reading.text import Table, column_names
 from llmrec.data.reading.typed import off_calendar
 from llmrec.errors import DataError
+from llmrec.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 FAULTS = (
     *(pa.ArrowException, pl.exceptions.PolarsError, OSError, MemoryError, ArithmeticError),

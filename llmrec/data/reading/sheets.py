@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import logging
 import os
 import subprocess
 import sys
@@ -16,8 +15,9 @@ import polars as pl
 from llmrec.data.reading.limits import BROKEN, FREE_BYTES, MAX_RATIO, archived, enumerated, reason, shown
 from llmrec.data.reading.text import Table, column_names
 from llmrec.errors import DataError, did_you_mean, require
+from llmrec.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SHEETS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 """Endings of spreadsheets."""

@@ -11,7 +11,6 @@ import codecs
 import csv
 import hashlib
 import io
-import logging
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -26,8 +25,9 @@ from llmrec.data.reading import limits
 from llmrec.data.reading.limits import check_head, no_file, reason, require_file, shown, stranger
 from llmrec.data.reading.packed import STREAMS, unpack
 from llmrec.errors import DataError, Place, did_you_mean
+from llmrec.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 MAX_COLUMNS = 2000
 """Most columns of a table; more of them are rows that a wrong line end or separator has put side by side."""

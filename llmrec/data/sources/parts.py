@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Mapping
 
 import polars as pl
@@ -15,8 +14,9 @@ from llmrec.data.reading.typed import texts
 from llmrec.data.split import earlier
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
+from llmrec.terminal import logger
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 SPELLED: Mapping[str, str] = {
     "train": "train",

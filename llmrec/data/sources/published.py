@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,9 +23,10 @@ from llmrec.data.sources.sets import published as every_set
 from llmrec.data.sources.spec import Attribute, Events, Items, Known, People, Renames
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
+from llmrec.terminal import logger
 from llmrec.types import Item
 
-log = logging.getLogger(__name__)
+log = logger(__name__)
 
 NO_TEXT = "none"
 """What ``data.columns.text`` says to leave texts out."""
