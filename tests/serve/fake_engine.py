@@ -33,6 +33,7 @@ from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
 from llmrec.serve.store import ServiceStore
+from llmrec.terminal import Noted
 from llmrec.types import Item, Ranking
 from tests.serve.served import listening, wait_ready
 
@@ -121,10 +122,10 @@ def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
     return Models()
 
 
-def work(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
+def work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: Noted) -> None:
     """What runs in the engine's process."""
     vars(worker).update(open_models=open_fake, decided=lambda options: options)
-    worker._work(line, options, names)
+    worker._work(line, options, names, noted)
 
 
 def told(folder: Path, **told: Any) -> RecommenderOptions:

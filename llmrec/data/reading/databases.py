@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode, urlsplit
 import polars as pl
 import pyarrow as pa
 
-from llmrec.data.reading.limits import reason, require_file
+from llmrec.data.reading.limits import no_file, reason, require_file
 from llmrec.data.reading.parquet import from_arrow
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, MissingExtra, require
@@ -29,6 +29,8 @@ def is_database(path: str) -> bool:
 
 def database_at(path: Path) -> str | None:
     """Return what names a file as a database, if its first bytes say that it is one of SQLite or DuckDB."""
+    if no_file(path):
+        return None  # a pipe would block
     try:
         with path.open("rb") as stream:
             head = stream.read(16)
