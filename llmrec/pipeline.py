@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +36,8 @@ from llmrec.experiment.shards.asking import Weights
 from llmrec.experiment.study import Study, build_study, folder_of
 from llmrec.experiment.told import sentence
 from llmrec.experiment.training import train_stage, trained
-from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, weights_stamp
-from llmrec.progress import Bar
+from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, source_of, weights_stamp
+from llmrec.progress import Bar, note
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import Recipe
@@ -138,20 +138,19 @@ def run(
         made = Made(written.results, written.predictions, audited, session.item_index)
         with Bar("report", None, quiet=quiet):
             done = Run(folder, StoredResults(written.results), rows, page.write(folder, made)["html"])
-    if done.results.get("unevaluated"):
-        raise _incomplete(done)
+    if session.failures:
+        raise _incomplete(done, session.failures)
     return done
 
 
-def _incomplete(done: Run) -> EngineFailure:
-    missing = done.results["unevaluated"]
-    reasons = ", ".join(dict.fromkeys(row["reason"] for row in missing))
+def _incomplete(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
+    missing, first = len(done.results["unevaluated"]), failures[0]
     return EngineFailure(
-        f"{len(missing)} of {len(missing) + len(done.rows)} rows were not evaluated: {reasons}; {done.report} has the "
-        "others. Run the same command again to continue, with more free memory, or with eval.backend=hf",
-        kind="failed",
-        at=done.folder,
-        column="eval.backend",
+        f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} rows were not evaluated and are "
+        f"marked in {done.report}; the same command evaluates them when it is run again",
+        kind=first.kind,
+        at=first.place,
+        column=first.column,
     )
 
 
@@ -275,7 +274,7 @@ class OpenedModel:
 class Session:
     """A study with its run folder and budget, and the language model, where it asks one.
 
-    ``item_index`` is the report's line on the index.
+    ``item_index`` is the report's line on the index, and ``failures`` is what became of engines in `evaluate`.
     """
 
     study: Study
@@ -284,6 +283,7 @@ class Session:
     budget: Budget
     quiet: bool
     item_index: str = ""
+    failures: list[EngineFailure] = field(default_factory=list)
 
     @property
     def encoder(self) -> Encoder:
@@ -352,6 +352,7 @@ class Session:
         if self.model is not None:
             with self.asking(training, self.folder) as (weights, engines):
                 rows += evaluation.arms(weights, engines, rows)
+        self.failures.extend(evaluation.failures)
         if self.model is None or choice is not None:
             choice = evaluation.choice(rows) or choice
         stored.write(self.study, rows, self.folder, choice)
@@ -455,6 +456,9 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
     with budget.stage("model"):
         with both_places(recipe):
             base = resolve(recipe.model, seed=recipe.seed)
+        if recipe.eval.server is None:
+            name, source = recipe.model.name, source_of(recipe.model, base)
+            note(f"model: {name}, weights: {source}, precision: {dtype_name(recipe.model)}")
         refuse_paired(base, recipe.model, recipe.eval)
         start = with_tokens(
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held

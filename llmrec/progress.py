@@ -11,6 +11,8 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Sequence
+from itertools import accumulate
 from types import TracebackType
 from typing import Any, Self, TextIO
 
@@ -233,6 +235,55 @@ class Bar:
             return ""
         left = span(spent / (self._done - self._skipped) * (self._total - self._done))
         return f", {left} left at most" if self._early else f", about {left} left"
+
+
+class BatchBar(Bar):
+    """The progress of questions that an engine is asked a batch at a time: it moves while a batch is answered.
+
+    Args:
+        name: What is done.
+        sizes: What each question counts, in their order, such as its candidates.
+        batch: Questions of a batch.
+        prompts: Prompts that the engine answers for a question, as far as that is known beforehand.
+        unit: What is counted.
+        quiet: Show nothing.
+    """
+
+    def __init__(
+        self, name: str, sizes: Sequence[int], *, batch: int, prompts: int = 1, unit: str = "", quiet: bool = False
+    ) -> None:
+        super().__init__(name, sum(sizes), unit=unit, quiet=quiet)
+        self._ends = [0, *accumulate(sizes)]
+        self._batch, self._prompts = batch, prompts
+        self._asked, self._answered = 0, 0.0
+
+    def advance(self, steps: int = 1, said: str | None = None) -> None:
+        """Note that so many more questions are done."""
+        self._asked = min(self._asked + steps, len(self._ends) - 1)
+        self._answered = 0.0
+        self.reach(self._ends[self._asked], said)
+
+    def restart(self) -> None:
+        """Note that all questions are asked again."""
+        self._asked, self._answered = 0, 0.0
+        self.reach(0)
+
+    def answer(self, prompts: float) -> None:
+        """Note that so many more prompts of the batch at hand are answered."""
+        self._answered += prompts
+        end = min(self._asked + self._batch, len(self._ends) - 1)
+        share = min(1.0, self._answered / (self._prompts * max(1, end - self._asked)))
+        begin = self._ends[self._asked]
+        # A strategy may ask more prompts than was known.
+        self.reach(max(self._done, begin + int(share * (self._ends[end] - begin))))
+
+
+def count_answers(prompts: float) -> None:
+    """Note that an engine has answered so many more prompts, or parts of one; called by engines, in any thread."""
+    for bar in reversed(_open):
+        if isinstance(bar, BatchBar):
+            bar.answer(prompts)
+            return
 
 
 def span(seconds: float) -> str:

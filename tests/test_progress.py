@@ -13,7 +13,7 @@ import pytest
 
 from llmrec import progress
 from llmrec.experiment.resume import Budget
-from llmrec.progress import Bar, span
+from llmrec.progress import Bar, BatchBar, count_answers, span
 
 
 class Clock:
@@ -139,3 +139,72 @@ def test_a_log_file_has_lines_before_the_command_ends(tmp_path: Path) -> None:
         subprocess.run(command, stdout=stream, stderr=stream, check=True, timeout=600)
     lines = log.read_text().splitlines()
     assert re.match(r"train: 2 of 8 steps, loss 1.0; \d+ s so far, about", lines[0]) and len(lines) >= 3
+
+
+# --------------------------------------------------------------------------- inside a batch
+
+
+class Watched(BatchBar):
+    """Remembers where it stood.
+
+    Attributes:
+        places: In the order in which they were reached.
+    """
+
+    def reach(self, done: int, said: str | None = None) -> None:
+        super().reach(done, said)
+        self.places = [*getattr(self, "places", []), done]
+
+
+def test_a_bar_moves_while_a_batch_is_answered() -> None:
+    with Watched("likelihood", [20, 20, 30, 30, 10], batch=2, unit="candidates") as bar:
+        for _ in range(2):
+            count_answers(0.5)
+        count_answers(1)
+        bar.advance(2)
+        count_answers(1)
+        # More than was expected, and the rest of a batch that is not full.
+        for _ in range(2):
+            count_answers(2)
+        bar.advance(2)
+        count_answers(1)
+        bar.advance()
+    assert bar.places == [10, 20, 40, 40, 70, 100, 100, 100, 110, 110]
+    assert bar.reached() == "110 of 110 candidates"
+
+
+def test_several_prompts_of_a_question_are_one_question() -> None:
+    with Watched("pairwise", [3] * 4, batch=4, prompts=6) as bar:
+        for _ in range(4):
+            count_answers(6)
+        assert bar.places == [3, 6, 9, 12]
+        bar.restart()
+        count_answers(12)
+    assert bar.places[-2:] == [0, 6]
+
+
+def test_answers_outside_of_a_batch_are_nobody_s() -> None:
+    with Bar("reading", 3) as bar:
+        count_answers(1)
+    assert bar.reached() == "0 of 3"
+
+
+def test_transformers_say_how_far_a_batch_is(llama_folder: Path) -> None:
+    """One call scores a whole batch of requests, which took nine minutes without a sign of life."""
+    pytest.importorskip("torch", reason="the train extra is not installed")
+    from llmrec.backends.encode import Encoder
+    from llmrec.backends.hf.backend import HFBackend
+    from llmrec.models.load import load_model, load_tokenizer
+    from llmrec.recipe.schema import ModelSection
+    from llmrec.types import Message, Prompt, Segment
+
+    section = ModelSection(name=str(llama_folder), dtype="float32")
+    encoder = Encoder(load_tokenizer(section.name, section), max_length=200)
+    backend = HFBackend(load_model(section.name, section), encoder)
+    prompts = [Prompt(messages=(Message(role="user", segments=(Segment("text", f"film {n}"),)),)) for n in range(4)]
+    with Watched("likelihood", [2] * 4, batch=4) as bar:
+        backend.score(prompts, [["Heat", "Fargo"]] * 4)
+        assert bar.places == [2, 4, 6, 8]
+        bar.restart()
+        backend.generate(prompts, max_tokens=4)
+    assert bar.places[4:6] == [0, 2] and bar.places[-1] == 8

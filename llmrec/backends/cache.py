@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from llmrec.backends.answers import AnswerStore, Stored
 from llmrec.errors import BackendError, EngineFailure
+from llmrec.progress import count_answers
 from llmrec.types import Backend, Capability, Completion, Cost, Found, HeadBackend, Prompt, Read, Scores
 
 if TYPE_CHECKING:
@@ -303,6 +304,7 @@ class CachedBackend:
         compute: Callable[[list[int]], Iterator[_Lot]],
     ) -> list[dict[str, Any]]:
         recalled, recalled_seconds = sum(key in known for key in keys), sum(e["seconds"] for e in known.values())
+        count_answers(recalled)
         if missing:
             begin = time.monotonic()
             for lot in compute(missing):
@@ -326,4 +328,5 @@ def _together(places: Sequence[int], found: Sequence[Any]) -> Iterator[_Lot]:
 def _singly(places: Sequence[int], found: Iterator[tuple[int, Any]]) -> Iterator[_Lot]:
     """Yield each answer as a lot of its own; ``found`` counts places among those that are missing."""
     for n, answer in found:
+        count_answers(1)
         yield [(places[n], asdict(answer))]

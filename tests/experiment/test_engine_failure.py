@@ -58,7 +58,8 @@ class Failing(Standing):
 
     def __init__(self, *args: object, **options: object) -> None:
         type(self).starts += 1
-        raise EngineFailure("vLLM could not start: 0.1 GiB are free; set eval.backend=hf", kind="exhausted")
+        said = "vLLM could not start: 0.1 GiB are free; set eval.backend=hf"
+        raise EngineFailure(said, kind="exhausted", column="eval.backend")
 
 
 class Dying(Standing):
@@ -113,7 +114,8 @@ def test_transformers_answer_for_an_engine_that_does_not_start(
         made = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
     assert set(engines_of(made.results).values()) == {"hf"} and "unevaluated" not in made.results
     (line,) = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
-    assert line.startswith("vLLM could not start: 0.1 GiB are free; transformers answer instead")
+    assert line.startswith("vLLM could not start: 0.1 GiB are free; transformers answers instead, ")
+    assert "twice as long" in line
     assert Failing.starts == 1
     # The rows say who answered, and a second call reuses them, also where the engine would start by then.
     put(Standing)
@@ -142,10 +144,9 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     with raises(
         EngineFailure,
         Facts(
-            "failed",
-            folder,
+            "exhausted",
             column="eval.backend",
-            says=("0.1 GiB are free;", str(folder / "report" / "index.html"), "Run the same command again"),
+            says=("0.1 GiB are free; set eval.backend=hf.", str(folder / "report" / "index.html"), "the same command"),
         ),
     ) as caught:
         pipeline.run(recipe(page, "eval.backend=vllm"), folder, quiet=True)
@@ -156,7 +157,7 @@ def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
     # Also the fusions that they would have been joined in.
     assert {name.split("/")[0] for name in missing} == {"direct"} and len(missing) > VLLM_ROWS
     assert set(engines_of(results).values()) == {"hf"} and len(engines_of(results)) == HF_ROWS
-    assert str(caught.value).startswith(f"{len(missing)} of {len(missing) + len(results['rows'])} rows were not")
+    assert f"{len(missing)} of {len(missing) + len(results['rows'])} rows were not evaluated" in str(caught.value)
     report = {file.suffix: file.read_text("utf-8") for file in (folder / "report").iterdir()}
     for text in report.values():
         assert text.count("not evaluated") >= len(missing)
@@ -185,7 +186,7 @@ def test_without_any_engine_the_classic_recommenders_are_reported(
         raise EngineFailure("loading the model: memory is full; choose a smaller one", kind="exhausted")
 
     monkeypatch.setattr(engines, "load_model", full)
-    with raises(EngineFailure, Facts("failed", says="memory is full;")):
+    with raises(EngineFailure, Facts("exhausted", says="memory is full; choose a smaller one.")):
         pipeline.run(recipe(page), tmp_path / "r", quiet=True)
     results = json.loads((tmp_path / "r" / "results.json").read_bytes())
     assert {row["arm"] for row in results["rows"]} == {"baseline"}

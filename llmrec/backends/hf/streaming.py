@@ -1,4 +1,4 @@
-"""Text while it is generated, a piece at a time."""
+"""What is known of texts while they are generated: their pieces, or how far they are."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from llmrec.backends.encode import Encoder
+from llmrec.progress import count_answers
 
 
 class Listening:
@@ -36,3 +37,26 @@ class Listening:
 
     def end(self) -> None:
         """Take note that all is said."""
+
+
+class Counting:
+    """Notes how far the texts of several prompts are; transformers hands it one token of each at a time.
+
+    Args:
+        prompts: How many.
+        max_tokens: Of the longest text.
+    """
+
+    def __init__(self, prompts: int, max_tokens: int) -> None:
+        self._prompts, self._share = prompts, prompts / max_tokens
+        self._noted = -self._share
+
+    def put(self, value: Any) -> None:
+        """Take the prompts first, and then a token of each."""
+        self._noted += self._share
+        if self._noted:
+            count_answers(self._share)
+
+    def end(self) -> None:
+        """Note the tokens that were not needed."""
+        count_answers(self._prompts - self._noted)

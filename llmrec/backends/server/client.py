@@ -33,7 +33,7 @@ from urllib.parse import urlsplit
 
 from llmrec.backends.server.fleet import Fleet, Server
 from llmrec.backends.server.spending import Spending, usage
-from llmrec.errors import BackendError, require
+from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.guard import clean
 from llmrec.recipe.schema import ServerSection
 
@@ -133,7 +133,8 @@ class Wire:
 
         Raises:
             Refused: At an answer that another attempt would not change.
-            BackendError: If no attempt succeeds, or a budget is used up.
+            EngineFailure: If no attempt succeeds, or a budget is used up.
+            BackendError: If the server refuses.
         """
         faults: list[str] = []
         server: Server | None = None
@@ -152,7 +153,7 @@ class Wire:
                 self._fleet.failed(server, fault.kind, fault.wait)
                 asked = None if self._fleet.another(server) else fault.wait
                 if asked is not None and asked > self._section.longest_wait:
-                    raise BackendError(
+                    raise EngineFailure(
                         f"{server.url}{path} asks to wait {asked:.0f} s before {what()}, longer than "
                         f"eval.server.longest_wait={self._section.longest_wait:g}; what was answered is kept, run the "
                         "same command again later, or raise that key",
@@ -168,7 +169,7 @@ class Wire:
             self.attempts["ok"] += 1
             return found
         seen = ", ".join(f"{kind} ({count})" for kind, count in Counter(faults).most_common())
-        raise BackendError(
+        raise EngineFailure(
             f"{self.where}{path} did not answer {what()} in {len(faults)} attempts: {seen}; what was answered is "
             "kept, run the same command again to continue, or raise eval.server.attempts or eval.server.timeout",
             kind="unreachable",

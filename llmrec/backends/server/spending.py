@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from typing import Any, Protocol
 
-from llmrec.errors import BackendError
+from llmrec.errors import EngineFailure
 from llmrec.recipe.schema import ServerSection
 from llmrec.types import Cost
 
@@ -63,20 +63,20 @@ class Spending:
         """Stop here once a cap is reached.
 
         Raises:
-            BackendError: If it is; the message names the key.
+            EngineFailure: If it is; the message names the key.
         """
         section, total = self._section, self.total
         used = total.prompt_tokens + total.completion_tokens
         kept = "what was answered is kept; raise the cap and run the same command again to continue"
         if section.max_tokens_budget is not None and used >= section.max_tokens_budget:
-            raise BackendError(
+            raise EngineFailure(
                 f"the budget eval.server.max_tokens_budget={section.max_tokens_budget:,} is used up: "
                 f"{total.prompt_tokens:,} tokens were read and {total.completion_tokens:,} written; {kept}",
                 kind="exhausted",
                 column="eval.server.max_tokens_budget",
             )
         if section.max_cost is not None and self.money >= section.max_cost:
-            raise BackendError(
+            raise EngineFailure(
                 f"the budget eval.server.max_cost={section.max_cost:g} is used up: {self.money:.4g} was spent on "
                 f"{total.prompt_tokens:,} tokens read and {total.completion_tokens:,} written; {kept}",
                 kind="exhausted",

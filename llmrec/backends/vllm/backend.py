@@ -24,6 +24,7 @@ from llmrec.backends.vllm.supervise import ORDERLY_SECONDS, EngineLost, Limits, 
 from llmrec.backends.vllm.tree import Answers, Ask, VLLMTree, answered, parameters
 from llmrec.errors import BackendError, EngineFailure, require
 from llmrec.machine import Node, node_memory
+from llmrec.progress import count_answers
 from llmrec.types import Capability, Completion, Found, Prompt, Scores
 
 if TYPE_CHECKING:
@@ -162,7 +163,9 @@ class VLLMBackend:
             )
         return [
             self.encoder.completion(output.outputs[0].token_ids, prompt.stop, len(ids))
-            for prompt, ids, output in zip(prompts, requests, self._run(requests, parameters), strict=True)
+            for prompt, ids, output in zip(
+                prompts, requests, self._run(requests, parameters, len(prompts)), strict=True
+            )
         ]
 
     def score(
@@ -181,7 +184,7 @@ class VLLMBackend:
         if easy:
             chosen = [found for i in easy if (found := labels[i]) is not None]
             wanted = [(encoded[i] + list(found.shared), found.distinct) for i, found in zip(easy, chosen, strict=True)]
-            for i, values in zip(easy, self._next_token(wanted), strict=True):
+            for i, values in zip(easy, self._next_token(wanted, len(easy)), strict=True):
                 results[i] = Scores(
                     logprobs=tuple(values),
                     tokens=(1,) * len(values),
@@ -269,13 +272,15 @@ class VLLMBackend:
             core = engine.llm_engine.engine_core
             self._watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
 
-    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any]) -> list[Any]:
+    def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], answers: int = 0) -> list[Any]:
+        """Send requests, which together answer so many of the prompts that a verb was handed."""
         if self._engine is None:
             raise BackendError("this vLLM engine was closed; build a new one", kind="closed")
         engine = self._engine
         requests = [{"prompt_token_ids": list(ids)} for ids in prompts]
+        share = answers / max(1, len(requests))
         try:
-            return self._watch.run(lambda progress: _answers(engine, requests, parameters, progress))
+            return self._watch.run(lambda progress: _answers(engine, requests, parameters, progress, share))
         except Exception as error:
             self.close()
             raise EngineFailure(
@@ -320,13 +325,13 @@ class VLLMBackend:
             held += len(ids)
         return groups
 
-    def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]]) -> list[list[float]]:
-        """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids)."""
+    def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]], answers: int) -> list[list[float]]:
+        """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids); see `_run`."""
         parameters = [
             self._vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=list(ids), detokenize=False)
             for _, ids in wanted
         ]
-        outputs = self._run([prompt for prompt, _ in wanted], parameters)
+        outputs = self._run([prompt for prompt, _ in wanted], parameters, answers)
         return [
             [float(output.outputs[0].logprobs[0][i].logprob) for i in ids]
             for output, (_, ids) in zip(outputs, wanted, strict=True)
@@ -354,7 +359,7 @@ class VLLMBackend:
                         extra_args={"llmrec_forced": list(tail)},
                     )
                 )
-        outputs = iter(self._run(requests, parameters))
+        outputs = iter(self._run(requests, parameters, len(prompts)))
         return [[_forced_sum(next(outputs).outputs[0], tail) for tail in group] for group in tails]
 
     def _nodes(self, prompts: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
@@ -374,7 +379,7 @@ class VLLMBackend:
                     keys.append((n, prefix, part))
         self._warm(prompts)
         table: dict[tuple[int, tuple[int, ...], int], float] = {}
-        for (n, prefix, part), values in zip(keys, self._next_token(wanted), strict=True):
+        for (n, prefix, part), values in zip(keys, self._next_token(wanted, len(prompts)), strict=True):
             table.update({(n, prefix, token): value for token, value in zip(part, values, strict=True)})
         return [
             [sum(table[n, tail[:k], token] for k, token in enumerate(tail)) for tail in group]
@@ -383,15 +388,20 @@ class VLLMBackend:
 
 
 def _answers(
-    engine: Any, requests: Sequence[dict[str, list[int]]], parameters: Sequence[Any], progress: Progress
+    engine: Any, requests: Sequence[dict[str, list[int]]], parameters: Sequence[Any], progress: Progress, share: float
 ) -> list[Any]:
-    """Do what ``LLM.generate`` does, step by step, so that the watch sees that steps finish."""
+    """Do what ``LLM.generate`` does, step by step, so that the watch sees that steps finish.
+
+    ``share`` is what each request answers of a prompt that a verb was handed.
+    """
     engine.enqueue(requests, list(parameters), use_tqdm=False)
     progress.step()
     outputs = []
     while engine.llm_engine.has_unfinished_requests():
-        outputs += [output for output in engine.llm_engine.step() if output.finished]
+        finished = [output for output in engine.llm_engine.step() if output.finished]
+        outputs += finished
         progress.step()
+        count_answers(share * len(finished))
     return sorted(outputs, key=lambda output: int(output.request_id))
 
 

@@ -8,7 +8,6 @@ from typing import Any
 from llmrec.experiment.engines import Engines
 from llmrec.experiment.evaluation import Evaluation
 from llmrec.experiment.resume import Budget, key_of
-from llmrec.progress import Bar
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
 from llmrec.results import Arm
@@ -54,7 +53,7 @@ def ask(
     for spec, engine, folder, digest in evaluation.asked(weights, engines):
         backend = engines.get(engine, folder, digest)
         shares = [[case.request for case in shard.share(cases, batch)] for cases in evaluation.questions(spec)]
-        with budget.stage(spec.arm), Bar(spec.id, sum(map(len, shares)), quiet=quiet) as bar:
+        with budget.stage(spec.arm), evaluation.progress(spec, shares, quiet) as bar:
             predictor = evaluation.strategy(spec, backend, bar.advance)
             for requests in filter(None, shares):
                 predictor.answer(requests)
