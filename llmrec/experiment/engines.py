@@ -92,6 +92,7 @@ class Engines:
         self._model, self._section, self._encoder = model, section, encoder
         self._seed, self._budget, self._store = seed, budget, store
         self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
+        self._served: dict[str, bool] = {}
         # vLLM failed, and is not tried again.
         self._is_broken = _keeper is not None and _keeper.is_broken
 
@@ -123,9 +124,12 @@ class Engines:
 
     def _serves(self, folder: str) -> bool:
         """Whether vLLM is installed, runs here, and knows the architecture of a model."""
-        if not installed("vllm") or (not _on_gpu(self._model) and _for_gpus()):
-            return False
-        return not (_has_bottleneck(folder) or is_paired(load_config(folder, self._model)))
+        if folder not in self._served:
+            runs = installed("vllm") and (_on_gpu(self._model) or not _for_gpus())
+            self._served[folder] = (
+                runs and not _has_bottleneck(folder) and not is_paired(load_config(folder, self._model))
+            )
+        return self._served[folder]
 
     def get(self, engine: str, folder: str, weights: str, tokens: Callable[[], int] | None = None) -> CachedBackend:
         """Return a backend over a model folder.

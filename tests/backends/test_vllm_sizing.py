@@ -56,11 +56,14 @@ class Machine:
         asked: The caches that were tried.
     """
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, starts: Callable[[int], bool], free: int) -> None:
+    def __init__(
+        self, monkeypatch: pytest.MonkeyPatch, *, starts: Callable[[int], bool], free: int, cpu: bool = True
+    ) -> None:
         self.asked: list[int] = []
         self._starts = starts
-        platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: True))
-        found = {"vllm": SimpleNamespace(LLM=self._llm)}
+        platform = SimpleNamespace(current_platform=SimpleNamespace(is_cpu=lambda: cpu))
+        gpu = SimpleNamespace(mem_get_info=lambda place: (16 * GIB, 80 * GIB))
+        found = {"vllm": SimpleNamespace(LLM=self._llm), "torch": SimpleNamespace(cuda=gpu)}
         monkeypatch.setattr(backend, "prepare_environment", lambda: None)
         monkeypatch.setattr(backend, "require", lambda name, extra: found.get(name) or platform)
         monkeypatch.setattr(backend, "node_memory", lambda: Node(name="NUMA node 0", total=10 * GIB, free=free))
@@ -125,7 +128,16 @@ def test_where_memory_is_no_reason_one_more_try_is_enough(monkeypatch: pytest.Mo
 def test_a_cache_that_the_user_sets_is_tried_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
     monkeypatch.setenv("VLLM_CPU_KVCACHE_SPACE", "6")
-    with raises(EngineFailure, Facts("failed", column="eval.backend")):
+    said = ("asked for 6 GiB of KV cache", "NUMA node 0 has 9.00 of 10.00 GiB free")
+    with raises(EngineFailure, Facts("failed", column="eval.backend", says=said)):
+        start()
+    assert made.asked == [0]
+
+
+def test_a_gpu_that_is_too_full_says_what_was_asked_and_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB, cpu=False)
+    said = ("asked for 19% of the memory", "the GPU has 16.00 of 80.00 GiB free", "eval.gpu_memory")
+    with raises(EngineFailure, Facts("failed", column="eval.backend", says=said)):
         start()
     assert made.asked == [0]
 

@@ -13,6 +13,10 @@ import pytest
 from typer.testing import CliRunner
 
 from llmrec import pipeline
+from llmrec.answering.checks import decided
+from llmrec.answering.models import LanguageModel
+from llmrec.answering.opening import open_models
+from llmrec.answering.options import RecommenderOptions
 from llmrec.backends.fake import FakeBackend
 from llmrec.cli import app
 from llmrec.commands.rank.run import rank_file
@@ -213,3 +217,24 @@ def test_a_recommender_that_was_told_its_engine_fails_with_one_line(
     asked = options(llama_folder, jsonl(tmp_path / "in.jsonl", records(4)), tmp_path / "out.jsonl", strategy="label")
     with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
         rank_file(replace(asked, items=items_csv(tmp_path), backend="vllm"))
+
+
+def test_a_service_on_a_gpu_answers_through_transformers(
+    put: Callable[[type[FakeBackend]], None], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(Failing)
+    monkeypatch.setattr("llmrec.answering.checks.device", lambda model: "cuda")
+    monkeypatch.setattr(engines, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(engines, "_device", lambda model: "a card")
+    asked = RecommenderOptions(model=str(llama_folder), items=items_csv(tmp_path), dtype="float32")
+    models = open_models(decided(asked), ())
+    model = models.get(None)
+    assert isinstance(model, LanguageModel)
+    model.warm()
+    assert (Failing.starts, model.base.engine) == (1, "hf")
+    models.close()
+    with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
+        models = open_models(decided(replace(asked, backend="vllm")), ())
+        model = models.get(None)
+        assert isinstance(model, LanguageModel)
+        model.warm()

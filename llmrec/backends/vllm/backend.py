@@ -144,7 +144,11 @@ class VLLMBackend:
             try:
                 self._engine = self._watch.start(build)
             except Exception as error:
-                raise _not_started(folder, _line(error)) from error
+                if on_cpu:
+                    asked, node = f"{os.environ['VLLM_CPU_KVCACHE_SPACE']} GiB of KV cache", node_memory()
+                else:
+                    asked, node = f"{options['gpu_memory_utilization']:.0%} of the memory", _gpu_memory()
+                raise _not_started(folder, error, asked, node) from error
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Decode greedily; see `Backend.generate`."""
@@ -460,27 +464,36 @@ def _fitted(
             break
     if short:
         raise _short(folder, f"{need} and memory to work with", node) from failed[-1]
-    raise _not_started(folder, _line(failed[-1])) from failed[-1]
+    raise _not_started(folder, failed[-1], f"{size / GIB:.2f} GiB of KV cache", node) from failed[-1]
 
 
 def _short(folder: str, need: str, node: Node) -> EngineFailure:
-    free = f"{node.free / GIB:.2f} of {node.total / GIB:.2f} GiB"
     return EngineFailure(
-        f"vLLM could not start on {folder}: it needs {need}, and {node.name} has {free} free; free memory, lower "
-        f"model.max_length, or set {INSTEAD}",
+        f"vLLM could not start on {folder}: it needs {need}, and {_free(node)}; free memory, lower model.max_length, "
+        f"or set {INSTEAD}",
         kind="exhausted",
         at=folder,
         column="eval.backend",
     )
 
 
-def _not_started(folder: str, why: str) -> EngineFailure:
+def _not_started(folder: str, error: Exception, asked: str, node: Node) -> EngineFailure:
     return EngineFailure(
-        f"vLLM could not start on {folder}: {why}; try {INSTEAD}, a smaller eval.gpu_memory on a GPU, or llmrec doctor",
+        f"vLLM could not start on {folder}: {_line(error)} (it asked for {asked}, and {_free(node)}); try {INSTEAD}, a "
+        "smaller eval.gpu_memory on a GPU, or llmrec doctor",
         kind="failed",
         at=folder,
         column="eval.backend",
     )
+
+
+def _free(node: Node) -> str:
+    return f"{node.name} has {node.free / GIB:.2f} of {node.total / GIB:.2f} GiB free"
+
+
+def _gpu_memory() -> Node:
+    free, total = require("torch", "train").cuda.mem_get_info(0)
+    return Node(name="the GPU", total=total, free=free)
 
 
 def prepare_environment() -> None:
