@@ -70,8 +70,8 @@ def main() -> None:
     """Make the calls and write the counts."""
     parser = argparse.ArgumentParser(prog="python -m eval.benchmarks.store_calls", description=__doc__)
     parser.add_argument("target", type=Path)
-    parser.add_argument("--seed", type=int, default=1000, help="of the first sequence; the others follow")
-    parser.add_argument("--sequences", type=int, default=5)
+    parser.add_argument("--seed", type=int, default=2000, help="of the first sequence; the others follow")
+    parser.add_argument("--sequences", type=int, default=3)
     parser.add_argument("--calls", type=int, default=120, help="of each sequence")
     parser.add_argument("--database", choices=["sqlite", "postgresql"], action="append", help="this alone")
     chosen = parser.parse_args()

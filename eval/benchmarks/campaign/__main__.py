@@ -30,6 +30,7 @@ def main() -> None:
     parser.add_argument("target", type=Path)
     parser.add_argument("--against", type=Path, help="another checkout of llmrec, counted under `earlier`")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--further", action="store_true", help="keep the counts of other seeds in the file")
     parser.add_argument("--surface", choices=list(SURFACES), action="append", help="this alone; nothing is written")
     parser.add_argument("--gib", type=int, default=2, help="of address space beside the libraries")
     parser.add_argument("--count", type=int, help="the first so many inputs of each surface")
@@ -45,7 +46,7 @@ def main() -> None:
             asked.older = chosen.against is not None
             found[surface] = asked.all(chosen.seed, chosen.count or SURFACES[surface].count, chosen.show)
             _say(json.dumps({surface: found[surface]}, indent=1))
-    if chosen.surface or (chosen.count and not chosen.against):
+    if chosen.surface or (chosen.count and not chosen.against and not chosen.further):
         return
     state = {
         "date": date.today().isoformat(),
@@ -59,14 +60,18 @@ def main() -> None:
     if chosen.against is not None:
         write_json(chosen.target, {**stored, "earlier": state})
         return
+    if chosen.further:
+        write_json(chosen.target, {**stored, "further": {**stored.get("further", {}), str(chosen.seed): state}})
+        return
     head = {
         "kind": "campaign",
         "command": "make campaign",
-        "what": "malformed inputs of nine surfaces, each handed to what a user calls; how each call ended",
+        "what": "malformed inputs of ten surfaces, each handed to what a user calls; how each call ended",
         "cpu_seconds": SECONDS,
         "machine": machine(),
     }
-    write_json(chosen.target, {**head, **state, **({"earlier": stored["earlier"]} if "earlier" in stored else {})})
+    kept = {key: stored[key] for key in ("further", "earlier") if key in stored}
+    write_json(chosen.target, {**head, **state, **kept})
 
 
 def made(bases: Path, checkout: Path) -> Path:

@@ -311,6 +311,7 @@ CALLS: dict[str, Callable[[Path, Given], Lines | None]] = {
     "suites": suite,
     "templates": template,
     "tables": table,
+    "spreadsheets": table,
     "requests": requests,
     "indexes": index,
     "model folders": model,

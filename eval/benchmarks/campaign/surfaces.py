@@ -1,4 +1,4 @@
-"""The nine surfaces: sound files of each, and what is spoiled in them."""
+"""The ten surfaces: sound files of each, and what is spoiled in them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 
 import yaml
 
-from eval.benchmarks.campaign import good
+from eval.benchmarks.campaign import good, sheets
 from eval.benchmarks.campaign.spoil import (
     ODD,
     SCALARS,
@@ -163,6 +163,16 @@ def _parquet(rng: random.Random, records: list[dict[str, Any]]) -> tuple[str, by
     stream = io.BytesIO()
     pq.write_table(table, stream)
     return some_bytes(rng, stream.getvalue()) if made > 6 else (fault, stream.getvalue())
+
+
+def _spreadsheet(rng: random.Random, bases: Path) -> Case:
+    fault, raw = sheets.some_workbook(rng, good.EVENT_LINES)
+    asked = "book.xlsx" + rng.choice(
+        ("#Notes", "#", "#x", f"#{'y' * 300}", "#Ord\u202eers") if rng.random() < 0.1 else ("", "", "#Orders")
+    )
+    by = "init" if rng.random() < 0.3 else "section"
+    section = {"source": "table", "path": asked}
+    return Case(f"{asked[:20]!a}: {fault}", {"book.xlsx": raw}, {"by": by, "file": asked, "section": section})
 
 
 def _request(rng: random.Random, bases: Path) -> Case:
@@ -319,6 +329,7 @@ _SOUND = {"route": "", "after": 0, "status": 200, "headers": {}}
 _CHATS = {"models": good.MODELS, "chat": good.CHAT, "completions": None}
 _FILE = {"by": "file", "file": "codes.csv"}
 _EXTERNAL = Case("", {"codes.csv": good.CODE_FILE}, {**_FILE, "events": "events.csv"})
+_BOOK = Case("", {"book.xlsx": sheets.sound(good.EVENT_LINES)}, {"by": "init", "file": "book.xlsx"})
 _RUNS = tuple(
     Case("", {}, {"by": by, "overrides": []}, "run")
     for by in ("report", "audit", "weights", "load", "export", "train", "again")
@@ -328,6 +339,7 @@ SURFACES: dict[str, Surface] = {
     "suites": Surface((Case("", {"page.yaml": _yaml(good.SUITES[0])}),), _suite, 200),
     "templates": Surface((Case("", {"prompts/rating/spoiled.yaml": _yaml(good.TEMPLATE)}),), _template, 300),
     "tables": Surface((Case("", {}, {"by": "init", "file": "events.csv"}),), _table, 300),
+    "spreadsheets": Surface((_BOOK,), _spreadsheet, 300),
     "requests": Surface((Case("", {"asked.jsonl": good.REQUEST_FILE}, {"file": "asked.jsonl"}),), _request, 300),
     "indexes": Surface((Case("", {}, {"by": "folder"}, "index"), _EXTERNAL), _index, 300),
     "model folders": Surface((Case("", {}, {"weights": True}, "model"),), _model, 250),
