@@ -53,7 +53,7 @@ def test_wrong_key_is_named_with_its_place(results: dict[str, Any], save: Save) 
         write(save(results))
 
 
-RUNS = ("quickstart", "book-explanations", "p5-ids", "p5-t5-small")
+RUNS = ("four-tasks", "book-explanations", "p5-ids", "p5-t5-small")
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -67,7 +67,7 @@ def test_results_of_earlier_versions_are_read_and_nothing_of_them_is_lost(name: 
 
 
 def test_results_that_are_too_early_are_refused_in_one_line() -> None:
-    content = json.loads((ROOT / "eval" / "results" / "quickstart.json").read_text("utf-8"))
+    content = json.loads((ROOT / "eval" / "results" / "four-tasks.json").read_text("utf-8"))
     del content["rows"][0]["metrics"]
     with raises(DataError, Facts("missing-key", "results.json", column="rows[0].metrics")):
         results_of(content)
