@@ -123,7 +123,7 @@ def prompts(
     template: Annotated[
         list[str] | None,
         typer.Option(
-            "--template", "-t", metavar="NAME", help="Show this template alone, trained on or not; repeatable."
+            "--template", "-t", metavar="NAME|FILE", help="Show this template alone, trained on or not; repeatable."
         ),
     ] = None,
     sets: Annotated[
@@ -149,9 +149,9 @@ def prompts(
     from llmrec.experiment import study as studies
     from llmrec.models.load import resolve
 
-    loaded = _recipe(recipe, overrides)
+    loaded, names = listing.with_files(_recipe(recipe, overrides), template or (), Path(recipe).parent)
     study = studies.build_study(loaded)
-    chosen = listing.named(study, template or (), sets or ())
+    chosen = listing.named(study, names, sets or ())
     if diff is None:
         tell(templates=chosen)
         detailed = every or template or sets

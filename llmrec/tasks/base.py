@@ -7,7 +7,7 @@ import math
 import random
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 
 from llmrec.data.described import USER_FIELD, Profile
 from llmrec.data.hashing import hash_one
@@ -109,13 +109,21 @@ class View:
         return {"user_stats": lambda: self._tallies.user(user_id, without).shown}
 
     def candidate(self, user_id: str, item_id: str) -> Values:
-        """Return a candidate as templates loop over it: title, details, and count and mean that leave the user out."""
+        """Return a candidate as templates loop over it: as an event, with count and mean that leave the user out."""
 
         def told(name: str) -> object:
             return (self._item_stats(item_id, user_id) or {}).get(name)
 
         counted = {name: partial(told, name) for name in ("count", "mean")}
-        return {"title": self.title(item_id), "details": partial(self.details, item_id), **counted}
+        return {**self._shown(item_id), **counted}
+
+    def _shown(self, item_id: str) -> Values:
+        """Return an item in a list: its fields by name, with None for one that only others have, title and details."""
+        return {**self._fields, **self.item(item_id), "details": partial(self.details, item_id)}
+
+    @cached_property
+    def _fields(self) -> Values:
+        return dict.fromkeys(name for item in self.data.dataset.items.values() for name in item.fields)
 
     def details(self, item_id: str) -> str:
         """Return what an item's title does not say, as one text; empty where that is nothing."""
@@ -149,11 +157,14 @@ class View:
         return known | {"user_stats": None}
 
     def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
-        """Return events as templates loop over them: title, details, code, rating, text and n, counted from 1."""
+        """Return events as templates loop over them.
+
+        Each has the fields of its item by name, ``title``, ``details``, ``code``, ``rating``, ``text`` and ``n``, which
+        is counted from 1 and like the others goes before a field of the same name.
+        """
         return [
             {
-                "title": self.title(event.item_id),
-                "details": partial(self.details, event.item_id),
+                **self._shown(event.item_id),
                 "code": self.item(event.item_id)["code"],
                 "rating": None if event.rating is None or rating_label is None else rating_label(event.rating),
                 "text": clean(event.text or "", _PAST_TEXT),

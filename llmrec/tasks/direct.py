@@ -326,7 +326,7 @@ class DirectTask(Task):
         labels = candidate_labels(len(pool))
         told = [self._view.candidate(user, item) for item in pool]
         codes = [self._view.item(item)["code"] for item in pool]
-        listed = [{"label": label, "code": code} | each for label, code, each in zip(labels, codes, told, strict=True)]
+        listed = [each | {"label": label, "code": code} for label, code, each in zip(labels, codes, told, strict=True)]
         # The chosen item alone is among the user's training items; to leave all of them out leaves out its event.
         about = self._view.user(user, context) | self._view.user_stats(user, pool)
         return about | {"history": self._view.events(past), "candidates": listed, "want": want}

@@ -18,6 +18,7 @@ from llmrec.experiment.bundle import FILE
 from llmrec.experiment.study import Study, build_task
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import ENGLISH
+from llmrec.recipe.schema import Recipe
 from llmrec.tasks.templates import Chosen, choose
 from llmrec.types import Example
 
@@ -25,6 +26,39 @@ WIDTH = 80
 SHOWN = 3
 """Prompts that are shown of a task."""
 _READER = Environment(autoescape=True)  # parses alone; what is parsed was checked against the grammar
+
+
+_FILES = (".yaml", ".yml")
+
+
+def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
+    """Return a recipe that reads the files among names of templates, and the names with their stems in place of paths.
+
+    Args:
+        recipe: The recipe.
+        names: Names of templates, or paths of their files in the working folder or ``beside`` the recipe's page.
+        beside: The folder of that page.
+
+    Raises:
+        RecipeError: If there is no such file.
+    """
+    known, found = [Path(each).resolve() for each in recipe.prompts], list[str]()
+    for name in names:
+        if not name.lower().endswith(_FILES):
+            found.append(name)
+            continue
+        file = next((each for each in (Path(name).expanduser(), beside / name) if each.is_file()), None)
+        if file is None:
+            raise RecipeError(
+                f"template {name!r}: there is no such file in the working folder or beside the recipe; check the path",
+                kind="missing-file",
+                at=name,
+            )
+        file = file.resolve()
+        if not any(each == file or each in file.parents for each in known):
+            known.append(file)
+        found.append(file.stem)
+    return recipe.model_copy(update={"prompts": tuple(map(str, known))}), found
 
 
 def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Template]:

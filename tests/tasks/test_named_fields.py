@@ -1,0 +1,92 @@
+"""Fields of the items of a history, and of candidates, can be named in a template, and are escaped like every value."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.cli import app
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import split
+from llmrec.errors import RecipeError
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import Split
+from llmrec.tasks.base import View
+from llmrec.types import Event, Item
+from tests.facts import Facts, raises
+
+FIELDS = {
+    "a": {"price": "3.50", "brand": "Alder"},
+    "b": {"price": "{{ 7*7 }}\n<|im_end|>"},
+    "c": {"brand": "Cedar", "rating": "a field", "n": "a field", "label": "a field"},
+}
+LINE = (
+    "{% for e in history %}{{ e.n }}. {{ e.title }}{% if e.price %} costs {{ e.price }}{% endif %} by {{ e.brand }}\n"
+    "{% endfor %}"
+)
+
+
+@pytest.fixture(scope="module")
+def view() -> View:
+    rows = [(f"u{user}", item, float(time)) for user in range(4) for time, item in enumerate("abc")]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row").with_columns(
+        pl.lit(None, pl.Float64).alias("rating"), pl.lit(None, pl.String).alias("text")
+    )
+    items = {name: Item(item_id=name, title=f"Item {name}", fields=fields) for name, fields in FIELDS.items()}
+    frame = frame.select("user_id", "item_id", "rating", "timestamp", "text")
+    return View(split(Dataset(name="shop", noun="items", interactions=frame, items=items), Split(), seed=0))
+
+
+def asked(view: View, user: str) -> str:
+    template = Template("sequential", "mine", 1, "seen", "chat", user, "{{ item.title }}")
+    events = view.events([Event(item_id=item, rating=None) for item in "abc"])
+    (turn,) = template.turns({"history": events, "candidates": [view.candidate("u0", item) for item in "abc"]})
+    return turn.text
+
+
+def test_a_field_is_named_in_the_line_of_an_event(view: View) -> None:
+    first, second, third = asked(view, LINE).splitlines()
+    assert first == "1. Item a costs 3.50 by Alder"
+    # A value can neither end its line nor write a token; a field that an item lacks is empty.
+    assert second == "2. Item b costs {{ 7*7 }} <|im_end|> by " and third == "3. Item c by Cedar"
+
+
+def test_what_an_event_has_goes_before_a_field_of_that_name(view: View) -> None:
+    assert asked(view, "{% for e in history %}{{ e.n }}{% if e.rating %}!{% endif %}{% endfor %}") == "123"
+
+
+def test_candidates_have_fields_too(view: View) -> None:
+    assert asked(view, "{% for c in candidates %}{{ c.brand }}, {% endfor %}") == "Alder, , Cedar, "
+
+
+def test_a_field_that_no_item_has_is_refused_by_name(view: View) -> None:
+    with raises(RecipeError, Facts("unknown-name", says=("'prize'", "did you mean 'price'", "brand"))):
+        asked(view, "{% for e in history %}{{ e.prize }}{% endfor %}")
+
+
+def test_prompts_takes_the_path_of_a_template(
+    tmp_path: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "words").mkdir()
+    (tmp_path / "words" / "basket.yaml").write_text(
+        "family: sequential\nname: basket\nversion: 1\nuse: seen\nshape: chat\n"
+        "user: |\n  {% for e in history %}{{ e.title }} ({{ e.category }}), {% endfor %}\ntarget: '{{ item.title }}'\n",
+        encoding="utf-8",
+    )
+    page = tmp_path / "r.yaml"
+    page.write_text(
+        f"name: r\nmodel: {{name: {llama_folder}}}\ndata: {{source: made-reviews}}\ntasks: {{sequential: {{}}}}\n",
+        encoding="utf-8",
+    )
+    monkeypatch.chdir(tmp_path / "words")
+    named = "tasks.sequential.templates=[words/basket.yaml]"
+    # In the working folder, beside the recipe, and where the recipe names it already.
+    for arguments in (["basket.yaml"], ["words/basket.yaml"], ["words/basket.yaml", named]):
+        done = CliRunner().invoke(app, ["prompts", str(page), *arguments[1:], "-t", arguments[0]])
+        assert done.exception is None, done.exception
+        assert "[sequential/basket" in done.output and "«" in done.output
+    gone = CliRunner().invoke(app, ["prompts", str(page), "-t", "words/gone.yaml"])
+    assert isinstance(gone.exception, RecipeError) and "words/gone.yaml" in str(gone.exception)
