@@ -63,8 +63,9 @@ def test_a_sheet_is_the_table_that_it_shows(tmp_path: Path, expected: str, caplo
         (lambda rows: [*rows[:4], ("u9", "", 3, 9, "x"), *rows[4:]], Facts("missing-value", row=4, column="item_id")),
         (lambda rows: rows[:1], Facts("empty", "shop.xlsx")),
         (lambda rows: [(*NAMES[:4], "rating"), *rows[1:]], Facts("duplicate", "shop.xlsx", column="rating")),
+        (lambda rows: [*rows, (0,) * 2001], Facts("too-large", "shop.xlsx", line=1)),
     ],
-    ids=["no item", "header only", "a column twice"],
+    ids=["no item", "header only", "a column twice", "more columns than a table has"],
 )
 def test_a_fault_of_a_sheet_is_named(tmp_path: Path, change: Callable[[Any], Any], facts: Facts) -> None:
     pytest.importorskip("fastexcel")

@@ -3,7 +3,7 @@
 A few bytes of a spreadsheet can name a cell in the last column of the last row. The library then asks for memory for
 every cell up to there, and where that is refused it ends the process that called it.
 
-Standard input: a line of JSON, ``{"sheet": NAME or null, "load": bool, "bytes": N}``, and then the file.
+Standard input: a line of JSON, ``{"sheet": NAME or null, "load": bool, "bytes": N, "columns": N}``, and then the file.
 Standard output: a line of JSON, ``{"error": TEXT}`` or ``{"names": [...], "head": [...]}``, and then the sheet in the
 IPC format of Arrow.
 """
@@ -34,11 +34,11 @@ def limit(more: int) -> None:
         pass
 
 
-def sheet(raw: bytes, name: str | None, *, load: bool) -> tuple[dict[str, Any], pl.DataFrame | None]:
+def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[str, Any], pl.DataFrame | None]:
     """Return the names of the sheets, the first row of the chosen one, and its table, every cell as text.
 
     Numbers of a spreadsheet are floats. Columns of them that hold some so large that two whole numbers are the same
-    float stay floats: whoever reads ids from them must know.
+    float stay floats: whoever reads ids from them must know. A sheet of more columns than ``most`` is not loaded.
     """
     book = fastexcel.read_excel(raw)
     names = list(book.sheet_names)
@@ -46,13 +46,16 @@ def sheet(raw: bytes, name: str | None, *, load: bool) -> tuple[dict[str, Any], 
     if not load or chosen not in names:
         return {"names": names, "head": []}, None
     head = book.load_sheet(chosen, header_row=None, n_rows=1, dtypes="string").to_polars()
+    first = list(head.row(0)) if head.height else [None] * head.width
+    if len(first) > most:
+        return {"names": names, "head": first}, None
     frame = book.load_sheet(chosen, dtypes="string").to_polars()
     large = [name for name in frame.columns if frame[name].str.contains(_LARGE).any()]
     if large:
         kinds = {each.name: each.dtype for each in book.load_sheet(chosen, schema_sample_rows=None).available_columns()}
         floats = [name for name in large if kinds.get(name) in ("float", "int")]
         frame = frame.with_columns(pl.col(floats).cast(pl.Float64, strict=False))
-    return {"names": names, "head": list(head.row(0)) if head.height else []}, frame
+    return {"names": names, "head": first}, frame
 
 
 def main() -> None:
@@ -62,7 +65,7 @@ def main() -> None:
     limit(asked["bytes"])
     frame = None
     try:
-        answer, frame = sheet(raw, asked["sheet"], load=asked["load"])
+        answer, frame = sheet(raw, asked["sheet"], load=asked["load"], most=asked["columns"])
     except BaseException as error:  # a panic of a library in Rust is no Exception
         answer = {"error": str(error)}
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data.reading.limits import BROKEN, FREE_BYTES, MAX_RATIO, archived, enumerated, reason, shown
-from llmrec.data.reading.text import Table, column_names
+from llmrec.data.reading.text import MAX_COLUMNS, Table, column_names
 from llmrec.errors import DataError, did_you_mean, require
 from llmrec.terminal import logger
 
@@ -63,6 +63,7 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     """
     names, head, frame = _asked(path, raw, sheet, load=True)
     if frame is None:
+        column_names(str(path), [text or f"column {n}" for n, text in enumerate(head, start=1)])
         if sheet is None:
             raise DataError.at(path, "empty", " has no sheets; save it again, or save it as CSV")
         raise DataError.at(
@@ -95,7 +96,9 @@ def _asked(
     """Return the names of the sheets, the first row of the chosen one, and its table; see `sheet_process`."""
     require("fastexcel", "tables")
     size = _refuse_tricks(path, raw)
-    question = json.dumps({"sheet": sheet, "load": load, "bytes": _MEMORY + _MEMORY_PER_BYTE * size})
+    question = json.dumps(
+        {"sheet": sheet, "load": load, "bytes": _MEMORY + _MEMORY_PER_BYTE * size, "columns": MAX_COLUMNS}
+    )
     done = subprocess.run(
         [sys.executable, "-P", str(Path(__file__).with_name("sheet_process.py"))],
         input=question.encode() + b"\n" + raw,
