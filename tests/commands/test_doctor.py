@@ -19,7 +19,7 @@ from llmrec.commands.doctor import checks as doctor
 from llmrec.commands.doctor import packages as installed
 from llmrec.commands.doctor.checks import Gpu, Gpus, Place
 from llmrec.commands.doctor.packages import Finding, Packages
-from llmrec.machine import Memory, Processor
+from llmrec.machine import Memory, Node, Processor
 
 GIB = 2**30
 CHIP = Processor(
@@ -247,6 +247,8 @@ def test_the_container_limit_counts_as_memory() -> None:
     (fault,) = faults(doctor.check_memory(replace(plenty, limit=4 * GIB, limit_free=3 * GIB)))
     assert "3.0 GiB available of 64.0, the container's limit is 4.0" in fault.found
     assert "6 GiB" in fault.fix
+    (finding,) = doctor.check_memory(plenty, Node(name="NUMA node 0", total=4 * GIB, free=2 * GIB))
+    assert finding.found.endswith("of NUMA node 0, which vLLM is bound to, 2.0 of 4.0")
 
 
 def test_disks() -> None:

@@ -26,7 +26,7 @@ from llmrec.commands.doctor.packages import (
     check_versions,
     read_packages,
 )
-from llmrec.machine import Memory, Processor, memory, processor
+from llmrec.machine import Memory, Node, Processor, memory, node_memory, processor
 from llmrec.models.load import available
 from llmrec.models.wheels import WHEELS
 from llmrec.recipe.schema import ModelSection
@@ -87,7 +87,7 @@ def examine() -> Iterator[Finding]:
         ("audio packages", lambda: check_audio(packages())),
         ("processor", lambda: check_processor(chip(), packages())),
         ("cores", lambda: check_cores(chip())),
-        ("memory", lambda: check_memory(memory())),
+        ("memory", lambda: check_memory(memory(), node_memory())),
         ("disk", lambda: check_places(read_places())),
         ("environment", lambda: check_environment(os.environ, chip())),
         *((f"model {name}", lambda name=name: check_model(name)) for name in WHEELS),
@@ -146,12 +146,14 @@ def check_cores(chip: Processor) -> Iterator[Finding]:
     )
 
 
-def check_memory(found: Memory) -> Iterator[Finding]:
-    """Memory that can be taken now."""
+def check_memory(found: Memory, node: Node | None = None) -> Iterator[Finding]:
+    """Memory that can be taken now, and what of it a vLLM engine on the CPU gets."""
     usable = found.usable / 2**30
     text = f"{usable:.1f} GiB available of {found.total / 2**30:.1f}"
     if found.limit is not None:
         text += f", the container's limit is {found.limit / 2**30:.1f}"
+    if node is not None and node.total < found.total and node.total != found.limit:
+        text += f"; of {node.name}, which vLLM is bound to, {node.free / 2**30:.1f} of {node.total / 2**30:.1f}"
     few = usable < _MIN_MEMORY_GB
     yield Finding(
         "memory", text, f"the quickstart needs about {_MIN_MEMORY_GB} GiB: close other programs" if few else ""
