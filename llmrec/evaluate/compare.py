@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,8 +14,11 @@ from llmrec.evaluate.figures import statistic_of
 from llmrec.metrics import probability
 from llmrec.metrics.multiple import Decision, decide, enough
 from llmrec.metrics.significance import detectable, detectable_from, detectable_line, signflip
-from llmrec.metrics.stats import Difference, Sampled, paired_of, verdict
+from llmrec.metrics.stats import Difference, Interval, Sampled, interval, interval_of, mean_of, paired_of, verdict
 from llmrec.results import Figure, Pair, Verdict, better, lower
+
+if TYPE_CHECKING:
+    from llmrec.metrics.stats import Statistic
 
 BY_SEED = frozenset({"AUC", "GAUC"})
 """Metrics that are no mean of a request's values, so that values of several seeds must not be averaged first."""
@@ -236,13 +240,12 @@ def _sampled_auc(
     a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
 ) -> Sampled:
     truth = _truth("AUC", a, b)
-    first, second = ([probability.auc_statistic(np.abs(each), truth, users) for each in seeds] for seeds in (a, b))
+    first, second = (_mean_auc(seeds, truth, users) for seeds in (a, b))
+    return paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
 
-    def difference(rows: NDArray[np.intp]) -> NDArray[np.float64]:
-        one, other = (np.mean([auc(rows) for auc in seeds], axis=0) for seeds in (first, second))
-        return one - other  # type: ignore[no-any-return]
 
-    return paired_of(difference, len(set(users)), resamples=resamples, seed=seed)
+def _mean_auc(seeds: Iterable[NDArray[np.float64]], truth: NDArray[np.bool_], users: Sequence[str]) -> Statistic:
+    return mean_of([probability.auc_statistic(np.abs(each), truth, users) for each in seeds])
 
 
 def _truth(metric: str, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
@@ -253,11 +256,24 @@ def _truth(metric: str, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArr
     return truth
 
 
-def over_runs(figures: Sequence[Figure]) -> Figure:
+def over_runs(
+    figures: Sequence[Figure],
+    values: Sequence[NDArray[np.float64]] = (),
+    *,
+    metric: str,
+    users: Sequence[str],
+    resamples: int,
+) -> Figure:
     """Average a figure over training seeds: an interval covers the choice of users, ``sd`` is the seeds' own spread.
 
     Args:
         figures: One a seed.
+        values: Values of the requests of each seed as `Evaluated.values` has them: users are resampled, and each
+            resample is measured with all seeds. Without them the interval is the mean of the seeds' intervals, which is
+            wider.
+        metric: Name of the metric.
+        users: Whose request each value is.
+        resamples: Number of resamples.
 
     Returns:
         The signature of the first one, or of the first that is not defined, with its reason.
@@ -271,11 +287,37 @@ def over_runs(figures: Sequence[Figure]) -> Figure:
         return float(np.mean(known)) if len(known) == len(ends) else None
 
     each = [figure.value for figure in figures]
+    low, high = mean([figure.low for figure in figures]), mean([figure.high for figure in figures])
+    if len(values) == len(figures) and None not in each:
+        spread = _interval(metric, values, users, resamples)
+        low, high = spread.low, spread.high
     return found.model_copy(
         update={
             "value": mean(each),
-            "low": mean([figure.low for figure in figures]),
-            "high": mean([figure.high for figure in figures]),
+            "low": low,
+            "high": high,
             "sd": None if None in each else float(np.std(np.array(each, dtype=np.float64), ddof=1)),
         }
+    )
+
+
+def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence[str], resamples: int) -> Interval:
+    """Return the interval of a figure that is averaged over seeds, as that of a single seed is made."""
+    values, owners = np.array(seeds, dtype=np.float64), list(users)
+    if metric == "AUC":
+        auc = _mean_auc(values, _truth(metric, values, values), users)
+        return interval_of(auc, len(set(users)), resamples=resamples, seed=0)
+    if metric == "GAUC":
+        within = [probability.gauc(np.abs(each), _truth(metric, values, values), users) for each in values]
+        both = within[0].weights > 0
+        values = np.array([each.values[both] for each in within])
+        owners = [name for name, kept in zip(within[0].users, both, strict=True) if kept]
+    return interval(
+        values,
+        users=owners,
+        resamples=resamples,
+        seed=0,
+        statistic=statistic_of(metric),
+        method="bca",
+        widen=True,
     )

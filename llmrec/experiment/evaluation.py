@@ -59,6 +59,7 @@ from llmrec.experiment.row_specs import (
     specs_of,
 )
 from llmrec.experiment.study import Study
+from llmrec.experiment.tuning.judging import judges
 from llmrec.metrics.explained import Background
 from llmrec.progress import BatchBar
 from llmrec.recipe.schema import BaselineSection
@@ -84,6 +85,7 @@ class Made:
     """A row as it was made: what answered, prompts to show, and what was said to the users that weigh fusions.
 
     Of a fusion ``validation`` holds its cross-fitted figure for each of these users' cases, by request id.
+    Users of ``looked_at`` chose something of what answered, and must not weigh it.
     """
 
     found: Evaluated
@@ -92,6 +94,7 @@ class Made:
     weighing: Mapping[str, Any] = field(default_factory=dict)
     fusion: FusionWeights | None = None
     validation: Mapping[str, float] = field(default_factory=dict)
+    looked_at: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, repr=False)
@@ -105,6 +108,7 @@ class ResultRow(Displayed):
     weighing: Mapping[str, Any] = field(default_factory=dict)
     validation: Mapping[str, float] = field(default_factory=dict)
     key: str = ""
+    looked_at: frozenset[str] = frozenset()
 
     def _summary(self) -> Summary:
         found = self.figures
@@ -291,7 +295,7 @@ class Evaluation:
         try:
             return [self._stored(spec, key, make, weighed_by(able, cases), widest([row.figures.reads for row in able]))]
         except LlmrecError as error:
-            if error.kind != "too-few":
+            if error.kind not in ("too-few", "leak"):
                 raise
             log.warning("%s: no such row: %s", spec.id, error)
             return []
@@ -331,6 +335,7 @@ class Evaluation:
             "examples": [example.as_json() for example in made.examples],
             "weighing": dict(made.weighing),
             "validation": dict(made.validation),
+            "looked_at": sorted(made.looked_at),
         }
         write_checked(self._path(spec), stored)
         return row_of(stored)
@@ -341,6 +346,7 @@ class Evaluation:
     def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
         """Return a hash over all that can change a row."""
         study, recipe = self._study, self._study.recipe
+        calibrates = study.tasks[spec.family].calibrates
         return key_of(
             llmrec=__version__,
             row=spec.id,
@@ -366,8 +372,7 @@ class Evaluation:
             # Rows of before a column was stored have nothing to put there.
             columns=sorted(Prediction.model_fields),
             weighing=[case.request.id for case in self._weighers(spec)],
-            # An earlier version weighed fusions by answers as they were before calibration.
-            **({"weighed": "calibrated"} if self._calibrating(spec.family) else {}),
+            **({"calibrated": [case.request.id for case in self._calibrating(spec.family)]} if calibrates else {}),
             **nearness(spec, study),
             **drawing(spec, recipe.eval),
             **read_by(spec, study),
@@ -392,7 +397,9 @@ class Evaluation:
             # A fit that is kept from before costs what it cost then.
             self._budget.add("baselines", self._fitted[key].recalled)
         predictor = self._calibrated(spec, self._fitted[key])
-        return Made(self._evaluate(spec, predictor), "numpy", weighing=self._said(spec, predictor))
+        seen = frozenset(getattr(self._fitted[key], "looked_at", ())) | self._calibrated_by(spec.family)
+        said = self._said(spec, predictor)
+        return Made(self._evaluate(spec, predictor), "numpy", weighing=said, looked_at=seen)
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
         """Return the validation cases that a row answers too, so that it can be joined with others."""
@@ -416,7 +423,11 @@ class Evaluation:
         strategy = self.strategy(spec, backend, advance)
         predictor = self._calibrated(spec, strategy)
         found = self._evaluate(spec, predictor, backend)
-        return Made(found, strategy.engine, self._examples(spec, strategy, found), self._said(spec, predictor))
+        seen = self._calibrated_by(spec.family)
+        if spec.arm == "tuned" and self._study.recipe.train.judge is not None:
+            seen |= judges(self._study)
+        shown, said = self._examples(spec, strategy, found), self._said(spec, predictor)
+        return Made(found, strategy.engine, shown, said, looked_at=seen)
 
     def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
         """Return what asks the questions of a row."""
@@ -437,8 +448,9 @@ class Evaluation:
 
     def _calibrated(self, spec: RowSpec, predictor: Predictor) -> Predictor:
         """Return what answers a row's cases and those that weigh its fusions: both are put right, or neither."""
-        cases = self._calibrating(spec.family)
-        return Calibrated(predictor, cases) if cases else predictor
+        if not self._study.tasks[spec.family].calibrates:
+            return predictor
+        return Calibrated(predictor, self._calibrating(spec.family))
 
     def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
         # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
@@ -473,8 +485,11 @@ class Evaluation:
         return self._backgrounds[family]
 
     def _calibrating(self, family: str) -> list[Case]:
-        """Return the cases of the validation split that a family's probabilities are put right on."""
+        """Return the validation cases that a family's probabilities are put right on."""
         return self._study.cases(family, "valid") if self._study.tasks[family].calibrates else []
+
+    def _calibrated_by(self, family: str) -> frozenset[str]:
+        return frozenset(case.request.user_id for case in self._calibrating(family))
 
     def protocol(self, family: str) -> EvalProtocol:
         """Return the protocol of a family's table."""
@@ -539,6 +554,8 @@ def row_of(stored: Mapping[str, Any]) -> ResultRow:
         stored["weighing"],
         stored.get("validation", {}),
         stored["key"],
+        # Rows of earlier versions do not say.
+        frozenset(stored.get("looked_at", ())),
     )
 
 
@@ -546,7 +563,8 @@ def part_of(row: ResultRow) -> Recalled:
     """Return a finished row as a part of a fusion."""
     name = row.figures.predictor
     kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
-    return Recalled(name, row.figures.reads or "events", kind, answers_of(row.weighing, row.records))
+    answers = answers_of(row.weighing, row.records)
+    return Recalled(name, row.figures.reads or "events", kind, answers, row.looked_at)
 
 
 def _title(item: str, family: str, study: Study) -> str:

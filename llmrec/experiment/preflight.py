@@ -5,6 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from pathlib import Path
 
+from llmrec import processes
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.client import key_of
 from llmrec.errors import LlmrecError, MissingExtra, ModelError, RecipeError, installed, require
@@ -44,6 +45,7 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
         require("rouge_score", "text")
     if not asks:
         return
+    refuse_together(recipe)
     refuse_engine(recipe)
     if "tuned" in recipe.eval.arms and recipe.train.method in QUANTISED:
         require("bitsandbytes", "quant")
@@ -52,6 +54,22 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
     refuse_shape(recipe)
     with both_places(recipe):
         refuse_weights(recipe)
+
+
+def refuse_together(recipe: Recipe) -> None:
+    """Refuse a loss that is no sum over targets where several processes train.
+
+    Raises:
+        RecipeError: If states of one step are to be compared with each other, and each process has some of them.
+    """
+    teacher = recipe.train.teacher
+    if processes.size() > 1 and teacher is not None and teacher.relations:
+        raise RecipeError(
+            f"train.teacher.relations: it compares all states of a step with each other, and {processes.size()} "
+            "processes would have some of them each; train in one process, or set it to 0",
+            kind="unsupported",
+            column="train.teacher.relations",
+        )
 
 
 def refuse_engine(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.described import described
 from llmrec.data.reading.limits import shown
 from llmrec.data.sources.table import load
-from llmrec.data.split import SplitDataset, split, whole, written
+from llmrec.data.split import SplitDataset, halves, split, whole, written
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.attributes import attributes_of
 from llmrec.experiment.indexing import build_index
@@ -42,7 +42,7 @@ from llmrec.tasks.mixture import shares
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import Task, TaskInputs
 from llmrec.tasks.templates import choose
-from llmrec.types import Case, Example, Item, SplitName
+from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 
 if TYPE_CHECKING:
     from llmrec.experiment.fusion.retrieving import FusedFinder
@@ -136,8 +136,9 @@ class Study:
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
 
-        Users whose profile names what is held out for them are not among them. A family that asks about items and not
-        about users has its first cases.
+        Users whose profile names what is held out for them are not among them, and of the validation split those who
+        weigh ensembles: whatever is chosen or calibrated on it, they must not have chosen. A family that asks about
+        items and not about users has its first cases.
 
         Args:
             family: A chosen family.
@@ -156,7 +157,10 @@ class Study:
         cases, count = self.tasks[family].cases(split), self.section(family).users or self.recipe.eval.users
         if not isinstance(cases, Cases):
             return list(cases[:count])
-        return of_first_users(cases, count, but=self.set_aside(family))
+        but = self.set_aside(family)
+        if split == "valid":
+            but |= weighers(self.recipe, family, self.task_data(family))
+        return of_first_users(cases, count, but=but)
 
     def set_aside(self, family: str) -> frozenset[str]:
         """Return the users who are not asked about, since their own profile names an item that is held out for them."""
@@ -315,14 +319,23 @@ def _check_slices(study: Study) -> None:
             )
 
 
+def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
+    """Return the validation users who weigh the ensembles of a family, and choose nothing; see `Weighing`."""
+    own, section = family_of(family), recipe.eval.fusion
+    if not section.controls or not (own.ranks_for_users or own.answer in (Rating, Probability)):
+        return frozenset()
+    return frozenset(halves(data, section.reserved)[1].valid["user_id"].unique().to_list())
+
+
 def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
     """Return the users whom some family ranks for in the evaluated split; None: all.
 
     Of millions of users a run may ask about hundreds, and only their sets are drawn.
     """
-    ranking = [section for name, section in recipe.tasks.present().items() if family_of(name).ranks_for_users]
-    most = max(section.users or recipe.eval.users for section in ranking)
-    found = data.holdouts(recipe.eval.split).first_users(most + 1, but=users(told(data)))
+    ranking = {name: each for name, each in recipe.tasks.present().items() if family_of(name).ranks_for_users}
+    most = max(section.users or recipe.eval.users for section in ranking.values())
+    apart = weighers(recipe, next(iter(ranking)), data) if recipe.eval.split == "valid" else frozenset()
+    found = data.holdouts(recipe.eval.split).first_users(most + 1, but=apart | set(users(told(data))))
     return None if len(found) <= most else frozenset(found[:most])
 
 

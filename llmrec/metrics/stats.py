@@ -83,10 +83,11 @@ def interval(
     widen: bool = False,
     level: float = 0.95,
 ) -> Interval:
-    """Bootstrap the mean, or the root of the mean, of per-request values.
+    """Bootstrap the mean, or the root of the mean, of per-request values, or its average over several rows of values.
 
     Args:
-        values: One value a request, shape (n,), such as NDCG, or squared errors with ``root_mean`` for RMSE.
+        values: One value a request, shape (n,), such as NDCG, or squared errors with ``root_mean`` for RMSE. Of several
+            training seeds shape (seeds, n): each resample takes the same users of all of them.
         resamples: Number of bootstrap samples.
         seed: Equal seeds and values give equal intervals. The order of the values does not alter what is
             estimated, but it does alter which resamples are drawn.
@@ -101,11 +102,17 @@ def interval(
     Raises:
         ValueError: If there are no values, or some are not finite.
     """
-    sums, sizes = by_user(finite(values, statistic), users)
-    draws = _resample(_statistic(sums, sizes, statistic), sums.size, resamples, seed)
-    left_out = _left_out(sums, sizes, statistic)
-    value = float(root_or_not(sums.sum() / sizes.sum(), statistic))
-    return Interval(value, *_bounds(draws, value, left_out, method, _tails(level, sums.size if widen else None)))
+    rows = [by_user(finite(each, statistic), users) for each in np.atleast_2d(np.asarray(values, dtype=np.float64))]
+    draws = _resample(mean_of([_statistic(*each, statistic) for each in rows]), rows[0][0].size, resamples, seed)
+    left_out = np.mean([_left_out(*each, statistic) for each in rows], axis=0)
+    value = float(np.mean([root_or_not(sums.sum() / sizes.sum(), statistic) for sums, sizes in rows]))
+    tails = _tails(level, left_out.size if widen else None)
+    return Interval(value, *_bounds(draws, value, left_out, method, tails))
+
+
+def mean_of(statistics: Sequence[Statistic]) -> Statistic:
+    """Return the average of several statistics, each of the same resampled users."""
+    return lambda rows: np.mean([statistic(rows) for statistic in statistics], axis=0)
 
 
 def interval_of(

@@ -113,9 +113,10 @@ class Known:
         return Weights("logit", weights, float(found[-1]) if self.repeats else 0.0)
 
     def _spread(self, place: int, rows: NDArray[np.int64]) -> float:
-        """Return the standard deviation of a feature over some cases."""
+        """Return the standard deviation of a feature over the candidates of some cases."""
         values = self.features()[rows, place]
-        return float(values.std(dtype=np.float64))
+        found = values if self.out is None else values[~self.out[rows]]
+        return float(found.std(dtype=np.float64))
 
     def _likelihood(
         self, weights: NDArray[np.float64], rows: NDArray[np.int64], *, curvature: bool = False

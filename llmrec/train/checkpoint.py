@@ -57,7 +57,16 @@ def checkpoints(folder: Path) -> list[Path]:
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
     for path in found:
         refuse_link(path)
-    return sorted((path for path in found if path.is_dir()), key=lambda p: int(p.name[11:]), reverse=True)
+    return sorted((path for path in found if path.is_dir()), key=_step, reverse=True)
+
+
+def steps_of(folder: Path) -> list[int]:
+    """Return the steps of the checkpoints in a folder, newest first. Raises as `checkpoints`."""
+    return [_step(path) for path in checkpoints(folder)]
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 def keep_newest(count: int, checkpoint: Path) -> None:

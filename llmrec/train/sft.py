@@ -226,7 +226,6 @@ def train(
     # What a checkpoint holds beside the Trainer's own files.
     kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]
     kept += ([] if head is None else [partial(save_head, head)]) + ([] if soft is None else [soft.save])
-    saving = OnSave([*kept, seal, partial(keep_newest, section.keep_checkpoints)], world)
     # Which planned step each optimiser step takes.
     order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
     sizes = [(step.tokens, step.targets) for step in map(steps.__getitem__, order)]
@@ -238,7 +237,11 @@ def train(
             save(draft)
 
     patience = section.judge.patience if section.judge else None
-    best = Best(folder / "best", patience, judge, write) if judge is not None and world.first else None
+    best = None
+    if judge is not None and world.first:
+        best = Best(folder / "best", patience, judge, write, folder / "checkpoints")
+    after = [] if best is None else [best.saved]
+    saving = OnSave([*kept, seal, partial(keep_newest, section.keep_checkpoints), *after], world)
     log_file = folder / "train_log.jsonl"
     follow = Follow(len(order), tokens, valid, section, log_file, pad=pad, quiet=quiet, by=seen, best=best, world=world)
     if objective is not None:

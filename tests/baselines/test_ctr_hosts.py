@@ -133,6 +133,24 @@ def test_a_store_of_other_training_rows_is_refused(tmp_path: Path) -> None:
         make("dcn", QUICK | {"features": str(tmp_path)}, seed=0).fit(data)
 
 
+def test_each_feature_has_a_weight_of_its_own_in_the_first_order_term_of_deepfm() -> None:
+    data, _, _ = _planted()
+    host = make("deepfm", QUICK | {"epochs": 1}, seed=0)
+    host.fit(data)
+    fields, network = host._fitted.fields, host._fitted.network
+
+    def log_odds(*items: str) -> list[float]:
+        asked = [Request(id=item, user_id="u0", item=item, history=()) for item in items]
+        return host._judge(network, fields, fields.asked(asked), []).tolist()  # type: ignore[no-any-return]
+
+    items = list(fields.items)[:2]
+    before = log_odds(*items)
+    with torch.no_grad():
+        network["item"].weight[fields.warm[fields.items[items[0]]], -1] += 0.5
+    # It is a plain summand, of this item alone.
+    assert log_odds(*items) == pytest.approx([before[0] + 0.5, before[1]], abs=1e-9)
+
+
 @pytest.mark.parametrize("widths", ["", "64,", "64,x", "0"])
 def test_widths_that_are_none_are_named(widths: str) -> None:
     with raises(RecipeError, Facts("bad-value", says="hidden")):

@@ -18,7 +18,7 @@ from llmrec.baselines.ubert.pretrain import Hidden, last_of_pairs, lexicon
 from llmrec.baselines.ubert.reviews import Frozen, Reviews, Tokens
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import FeatureStore, publish
-from llmrec.data.split import SplitDataset, split
+from llmrec.data.split import SplitDataset, halves, split
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
 from llmrec.types import Item, Rating, Request
@@ -292,6 +292,14 @@ def test_its_vectors_are_features_that_a_host_reads(encoder: str, tmp_path: Path
     assert len(host.answer(_asked(("u03", "i1")))) == 1
     with pytest.raises(DataError):
         host.fit(_data(kind="last_share"))
+
+
+def test_users_who_weigh_ensembles_do_not_choose_the_epoch_of_its_vectors(encoder: str) -> None:
+    data = _data(kind="prefix")
+    model = _model(encoder, epochs=1, patience=1)
+    model.features(data)
+    choose, weigh = (set(part.valid["user_id"]) for part in halves(data, 0.5))
+    assert choose and weigh and model.looked_at == choose
 
 
 def test_a_review_goes_with_the_last_rating_of_its_pair() -> None:

@@ -152,7 +152,7 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
         ("direct", "NDCG@10", ""), "label", "tuned", "tuned", [figures(0.2), figures(0.4)],
         [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"],
     )  # fmt: skip
-    found = _row(line)
+    found = _row(line, 100)
     assert found.metrics["NDCG@10"].value == pytest.approx(0.3)
     assert found.metrics["NDCG@10"].sd == pytest.approx(0.1 * 2**0.5)
     assert "signature" not in found.metrics["NDCG@10"].as_json()

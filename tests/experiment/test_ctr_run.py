@@ -136,6 +136,14 @@ def test_calibration_moves_probabilities_and_no_order(
         assert one["metrics"]["GAUC"]["value"] == pytest.approx(other["metrics"]["GAUC"]["value"])
         assert one["metrics"]["LogLoss"]["value"] != other["metrics"]["LogLoss"]["value"]
         assert one["inputs"].endswith("scaled by answers to the validation split")
+    # The users who weigh the fusion are not those whose answers the calibration is fitted to.
+    evaluation = Evaluation(build_study(chosen), None, tmp_path / "r", Budget(quiet=True), quiet=True)
+    fitted, weigh = (
+        {case.request.user_id for case in found}
+        for found in (evaluation._calibrating("ctr"), evaluation._weighing.cases("ctr"))
+    )
+    assert fitted and weigh and not fitted & weigh
+    assert rows["ctr/baseline/logistic"]["calibration"]["n"] == len(evaluation._calibrating("ctr"))
     # A fusion is weighed by answers on the scale of those that it joins.
     said = [
         json.loads((folder / "rows" / "ctr.baseline.logistic.json").read_text(encoding="utf-8"))["weighing"]

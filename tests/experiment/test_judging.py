@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -96,7 +95,6 @@ def test_the_adapter_of_the_best_look_is_kept(
     assert open_run(tmp_path / "ended").record["steps"] == 4
     _scripted(monkeypatch, [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7])
     assert _train(llama_folder, tmp_path / "last")["adapter_sha256"] != best["adapter_sha256"]
-    assert not list((tmp_path / "best" / "adapter").glob("step.json"))
 
 
 def test_a_killed_run_keeps_what_an_uninterrupted_one_keeps(
@@ -109,11 +107,29 @@ def test_a_killed_run_keeps_what_an_uninterrupted_one_keeps(
     _scripted(monkeypatch, values[:5])
     with pytest.raises((StopIteration, RuntimeError)):
         _train(llama_folder, tmp_path / "cut")
-    assert json.loads((tmp_path / "cut" / "best" / "step.json").read_text(encoding="utf-8"))["step"] == 2
+    assert [path.name for path in (tmp_path / "cut" / "best").iterdir()] == ["2"]
     _scripted(monkeypatch, values[5:])
     resumed = _train(llama_folder, tmp_path / "cut")
     assert resumed["adapter_sha256"] == whole["adapter_sha256"] and _looks(resumed) == _looks(whole)
     shutil.rmtree(tmp_path / "cut")
+
+
+def test_the_best_adapter_outlives_a_better_one_that_no_checkpoint_has(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # It dies at the look of step 6: those of 3 and 5 were better than that of step 1, and the checkpoint is of step 4.
+    _scripted(monkeypatch, [0.1, 0.3, 0.2, 0.4, 0.1, 0.5])
+    with pytest.raises((StopIteration, RuntimeError)):
+        _train(llama_folder, tmp_path / "cut")
+    kept = {path.name for path in (tmp_path / "cut" / "best").iterdir()}
+    # The best at each checkpoint, of steps 2 and 4, and the best of all.
+    assert kept == {"1", "3", "5"}
+    # On a GPU the same look may find less the second time.
+    _scripted(monkeypatch, [0.35, 0.2])
+    resumed = _train(llama_folder, tmp_path / "cut")
+    assert resumed["judged"]["kept_step"] == 3 and resumed["judged"]["value"] == 0.4
+    _scripted(monkeypatch, [0.1, 0.3, 0.2, 0.4, 0.1, 0.35, 0.2])
+    assert _train(llama_folder, tmp_path / "whole")["adapter_sha256"] == resumed["adapter_sha256"]
 
 
 def test_what_the_judge_asks_with_is_part_of_what_was_trained(llama_folder: Path) -> None:

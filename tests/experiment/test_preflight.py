@@ -11,7 +11,10 @@ import torch
 from transformers import T5Config, T5ForConditionalGeneration
 
 import llmrec
+from llmrec import pipeline
 from llmrec.errors import BackendError, LlmrecError, MissingExtra, ModelError, RecipeError
+from llmrec.experiment import preflight
+from llmrec.recipe.schema import Recipe
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises
 
@@ -133,3 +136,16 @@ def test_a_key_that_is_not_set(llama_folder: Path, monkeypatch: pytest.MonkeyPat
     server = {"model": "m", "key_env": "NO_SUCH_KEY"}
     facts = Facts("missing-value", column="eval.server.key_env")
     refused(BackendError, facts, llama_folder, arms=["zero-shot"], backend="openai", server=server)
+
+
+def test_states_that_are_compared_with_each_other_are_not_divided_among_processes(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = recipe(llama_folder, train={"teacher": {"run": "other", "relations": 1.0}})
+    page = Recipe.model_validate({**said, "name": "taught", "data": {"source": "made-reviews"}})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for verb in (lambda: pipeline.train(page, Path("run"), quiet=True), lambda: preflight.refuse(page, asks=True)):
+        with raises(RecipeError, Facts("unsupported", column="train.teacher.relations", says="one process")):
+            verb()
+    monkeypatch.delenv("WORLD_SIZE")
+    preflight.refuse(page, asks=True)

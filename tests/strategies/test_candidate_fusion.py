@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
+from llmrec.strategies.fusion_cases import Known
 from llmrec.strategies.fusion_weights import Form, Kind, Tried, Weights, combined
 from llmrec.strategies.weighed import _Base
 from llmrec.types import Answer, Case, Event, Ranking, Request, Unparsed
@@ -290,3 +291,16 @@ def test_too_few_users_or_parts_are_refused() -> None:
     fusion = CandidateFusion("few", [_voice("one", rows), _voice("other", rows)])
     with raises(LlmrecError, Facts(kind="too-few")):
         fusion.fit(_cases(rng, rows)[:9])
+
+
+def test_what_fills_up_small_sets_changes_no_weight() -> None:
+    rng = np.random.default_rng(4)
+    # Few cases, so that the penalty, which depends on the spread of each part, is felt.
+    raw = [rng.normal(0, 1, (20, 4)).astype(np.float32), rng.normal(0, 3, (20, 4)).astype(np.float32)]
+    truth, had = raw[0].argmax(axis=1), np.zeros((20, 4), dtype=bool)
+    plain = Known(raw, ["logits", "logits"], had, truth, None, repeats=False)
+    filled = [np.hstack([each, np.repeat(each.min(axis=1, keepdims=True), 16, axis=1)]) for each in raw]
+    out = np.arange(20)[None].repeat(20, axis=0) >= 4
+    padded = Known(filled, ["logits", "logits"], np.zeros((20, 20), dtype=bool), truth, out, repeats=False)
+    weights = [known.logit(np.arange(20)).parts for known in (plain, padded)]
+    assert weights[0] == pytest.approx(weights[1], rel=1e-3)

@@ -13,29 +13,29 @@ class DeepFMConfig(HostConfig):
 
 
 class DeepFM(Host[DeepFMConfig]):
-    """Factorisation machine and deep network over the same vectors (Guo et al., IJCAI 2017, section 2.1)."""
+    """Factorisation machine and deep network over the same vectors (Guo et al., IJCAI 2017, section 2.1).
+
+    Each feature has a weight of its own in the first-order term, which is stored behind its vector. Counted numbers
+    have theirs as all hosts have them.
+    """
 
     name = "deepfm"
     Config = DeepFMConfig
+    FIRST_ORDER = True
 
     def _build(self, sizes: Sizes) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
-        return nn.ModuleDict(
-            {
-                "first": nn.Linear(sizes.fields * sizes.dim, 1),
-                "deep": layers((sizes.wide, *config.widths), config.dropout),
-            }
-        )
+        return nn.ModuleDict({"deep": layers((sizes.wide, *config.widths), config.dropout)})
 
     def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
-        torch, fields = require("torch", "baselines"), all_fields(seen)
-        flat = fields.flatten(1)
-        deep = body["deep"][:-1](torch.cat([flat, seen.numbers], dim=1))
-        return deep, flat, products(fields)[:, None]
+        torch, found = require("torch", "baselines"), all_fields(seen)
+        fields, weights = found[:, :, :-1], found[:, :, -1]
+        deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
+        return deep, weights, products(fields)[:, None]
 
     def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
-        deep, flat, pairs = parts
-        return body["first"](flat)[:, 0] + pairs[:, 0] + body["deep"][-1](deep)[:, 0]
+        deep, weights, pairs = parts
+        return weights.sum(dim=1) + pairs[:, 0] + body["deep"][-1](deep)[:, 0]
 
 
 def products(fields: Any) -> Any:

@@ -146,6 +146,8 @@ class Host(Baseline[H, Fitted]):
     stochastic = True
     POOLED: ClassVar[int] = 2
     """Vectors that the events become: the mean of the likes, and that of the others."""
+    FIRST_ORDER: ClassVar[bool] = False
+    """Whether the last value of each vector, one more than ``dim``, is a feature's own weight in a linear term."""
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "learning_rate": (3e-4, 1e-3, 3e-3),
         "dropout": (0.0, 0.1, 0.3),
@@ -253,20 +255,21 @@ class Host(Baseline[H, Fitted]):
         numbers = len(fields.counted.mean) if config.numbers else 0
         of_items = [len(each.numbers) for each in fields.item_attributes]
         of_users = [len(each.numbers) for each in fields.user_attributes]
+        width = config.dim + self.FIRST_ORDER
         count = 1 + len(of_items) + len(of_users) + config.user_id + self.POOLED + len(adaptor.tables)
         network = nn.ModuleDict(
             {
-                "item": nn.Embedding(len(fields.warm), config.dim, padding_idx=0),
-                "likes": nn.Embedding(2, config.dim),
-                "of_items": nn.ModuleList([nn.Embedding(n + 1, config.dim, padding_idx=0) for n in of_items]),
-                "of_users": nn.ModuleList([nn.Embedding(n + 1, config.dim, padding_idx=0) for n in of_users]),
-                "users": nn.Embedding(len(fields.users) + 1 if config.user_id else 1, config.dim, padding_idx=0),
+                "item": nn.Embedding(len(fields.warm), width, padding_idx=0),
+                "likes": nn.Embedding(2, width),
+                "of_items": nn.ModuleList([nn.Embedding(n + 1, width, padding_idx=0) for n in of_items]),
+                "of_users": nn.ModuleList([nn.Embedding(n + 1, width, padding_idx=0) for n in of_users]),
+                "users": nn.Embedding(len(fields.users) + 1 if config.user_id else 1, width, padding_idx=0),
                 "numbers": nn.Linear(max(numbers, 1), 1),
                 "body": self._build(Sizes(count, config.dim, numbers)),
             }
         )
         if adaptor.tables:
-            network["adaptor"] = adaptor.build(config.dim, config.experts)
+            network["adaptor"] = adaptor.build(width, config.experts)
         for module in network.modules():
             if isinstance(module, nn.Embedding):
                 nn.init.normal_(module.weight, std=_SPREAD)

@@ -21,9 +21,11 @@ from llmrec.baselines.ubert.network import Reviewed, UBertConfig, batches, netwo
 from llmrec.baselines.ubert.pretrain import pretrained
 from llmrec.baselines.ubert.reviews import Frozen, Reviews, Side, Tokens
 from llmrec.data.features import Features, Pair, Provenance
+from llmrec.data.split import halves
 from llmrec.errors import require
 from llmrec.metrics.rating import rmse
 from llmrec.models.text_encoder import find_encoder
+from llmrec.recipe.schema import FusionSection
 from llmrec.results import Reads
 from llmrec.types import Answer, Case, Request
 
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 _STOP_CASES = 5_000
 # Digits that answers keep: the last ones depend on how many come together.
 _DIGITS = 6
+_RESERVED: float = FusionSection.model_fields["reserved"].default
 # Tokens that are projected together.
 _TOKENS = 1 << 16
 # What the names of vectors of single users and items hold, which mean nothing elsewhere.
@@ -113,15 +116,17 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         """
         self._carried(self._taught or self._fitted).save(Path(folder), data)
 
-    def features(self, data: SplitDataset) -> tuple[Features, Features]:
+    def features(self, data: SplitDataset, *, reserved: float = _RESERVED) -> tuple[Features, Features]:
         """Fit, and return the vectors of users and items for `llmrec.data.features.publish`, with what they have seen.
 
         Args:
             data: The split beside which they will be read. Of ``kind: prefix`` the events are learned from that are
                 history alone, so that whoever reads the vectors has all training rows left; of others the training
                 rows.
+            reserved: Share of validation users who weigh ensembles, as the recipe that reads the vectors has it
+                (``eval.fusion.reserved``). Whatever reads them may be weighed, so these users choose no epoch here.
         """
-        early = data.kind == "prefix"
+        early, data = data.kind == "prefix", halves(data, reserved)[0]
         self.fit(replace(data, train=data.known, known=data.known.clear()) if early else data)
         model, config = self._fitted, self._config
         made = Provenance(

@@ -309,7 +309,7 @@ def _tables(
     benchmark: Benchmark, lines: Mapping[Shared, Sequence[Line]], *, missing: int
 ) -> tuple[BenchmarkTable, ...]:
     """Return all tables; the planned pairs of all of them are tested as one family, those of missing runs with them."""
-    tables = [_table(name, own) for name, own in lines.items()]
+    tables = [_table(name, own, benchmark.bootstrap) for name, own in lines.items()]
     contrasts = [_contrasts(table, own) for table, own in zip(tables, lines.values(), strict=True)]
     meant = [
         (place, pair)
@@ -346,7 +346,7 @@ def _contrasts(table: BenchmarkTable, lines: Sequence[Line]) -> Contrasts:
     return Contrasts(table.metric, standings, lines[0].users)
 
 
-def _table(name: Shared, lines: Sequence[Line]) -> BenchmarkTable:
+def _table(name: Shared, lines: Sequence[Line], resamples: int) -> BenchmarkTable:
     """Return a table without its comparisons."""
     family, metric, signature, candidates = name
     users = lines[0].users
@@ -354,7 +354,7 @@ def _table(name: Shared, lines: Sequence[Line]) -> BenchmarkTable:
         raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}", kind="mismatch")
     sign = -1 if lower(metric) else 1
     # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
-    rows = sorted((_row(line) for line in lines), key=lambda row: -sign * (row.value(metric) or 0.0))
+    rows = sorted((_row(line, resamples) for line in lines), key=lambda row: -sign * (row.value(metric) or 0.0))
     rows.sort(key=lambda row: row.value(metric) is None)
     return BenchmarkTable(
         task=family,
@@ -368,9 +368,18 @@ def _table(name: Shared, lines: Sequence[Line]) -> BenchmarkTable:
     )
 
 
-def _row(line: Line) -> BenchmarkLine:
+def _row(line: Line, resamples: int) -> BenchmarkLine:
     first = line.figures[0]
-    metrics = {name: over_runs([_bare(row.metrics[name]) for row in line.figures]) for name in first.metrics}
+    metrics = {
+        name: over_runs(
+            [_bare(row.metrics[name]) for row in line.figures],
+            [values[name] for values in line.values if name in values],
+            metric=name,
+            users=line.users,
+            resamples=resamples,
+        )
+        for name in first.metrics
+    }
     costs = [row.cost for row in line.figures]
     tokens = _mean([cost.prompt_tokens for cost in costs]) + _mean([cost.completion_tokens for cost in costs])
     requests = max(1, first.n)

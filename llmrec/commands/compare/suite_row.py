@@ -119,7 +119,7 @@ def make_row(
         others = [measure(splits[seed], suite.seeds[0], False) for seed in suite.split_seeds[1:]]
     tables = {}
     for name, choice in tuned.choices.items():
-        table = _table([run[name] for run in runs], [run[name] for run in (runs[0], *others)])
+        table = _table([run[name] for run in runs], [run[name] for run in (runs[0], *others)], suite.bootstrap)
         chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": weights_of(choice.model)}
         tables[name] = table.model_copy(update=chosen)
     line = SuiteLine(
@@ -282,10 +282,20 @@ def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float |
     return float(held.rating >= threshold(scale_of(data), suite.liked))
 
 
-def _table(runs: Sequence[Once], splits: Sequence[Once]) -> Table:
+def _table(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> Table:
     """Average a convention's figures over seeds; over tie rules of the split give the range."""
     first = runs[0].found.figures
-    metrics = {name: over_runs([run.found.figures.metrics[name] for run in runs]) for name in first.metrics}
+    users = [record.user_id for record in runs[0].found.records]
+    metrics = {
+        name: over_runs(
+            [run.found.figures.metrics[name] for run in runs],
+            [run.found.values[name] for run in runs if name in run.found.values],
+            metric=name,
+            users=users,
+            resamples=resamples,
+        )
+        for name in first.metrics
+    }
     if len(splits) > 1:
         for name, figure in metrics.items():
             spread = [run.found.figures.metrics[name].value for run in splits]

@@ -143,12 +143,14 @@ class Recalled:
         reads: What it knows items by.
         kind: How the scores of its rankings are read.
         answers: By request id; see `answers_of`.
+        looked_at: Users whose validation interactions chose something of it; none of them may weigh it.
     """
 
     name: str
     reads: Reads
     kind: Kind
     answers: Mapping[str, Answer] = field(repr=False)
+    looked_at: frozenset[str] = field(default=frozenset(), repr=False)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Return the answers; one that could not be read stays unread."""

@@ -43,6 +43,15 @@ def judged(study: Study) -> list[str]:
     return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
 
 
+def judges(study: Study) -> frozenset[str]:
+    """Return the validation users by whom a model in training is judged; none of them weighs a fusion."""
+    section, able = study.recipe.train.judge, judged(study)
+    if section is None or not able:
+        return frozenset()
+    choosing = halves(study.data, study.recipe.eval.fusion.reserved)[0].holdouts("valid")
+    return frozenset(choosing.first_users(section.users, but=study.set_aside(able[0])))
+
+
 @dataclass(frozen=True)
 class Judge:
     """Measures a model on the validation cases of one family.
@@ -81,9 +90,7 @@ class Judge:
                 kind="contradiction",
                 column="train.judge",
             )
-        family, data = able[0], study.data
-        choosing = halves(data, study.recipe.eval.fusion.reserved)[0].holdouts("valid")
-        users = frozenset(choosing.first_users(section.users, but=study.set_aside(family)))
+        family, data, users = able[0], study.data, judges(study)
         asked = replace(study, candidates=draw_sets(study.recipe, data, "valid", users))
         task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
         cases = of_first_users(task.cases("valid"), None, among=users)
@@ -132,7 +139,8 @@ class Judge:
                 requests = [case.request for case in (*weighers, *self.cases)]
                 answers = dict(zip([each.id for each in requests], predictor.answer(requests), strict=True))
                 reads = reads_of(section.name, section.parameters)
-                parts.append(Recalled(section.label, reads, kind_of(section.name), answers))
+                seen = frozenset(getattr(predictor, "looked_at", ()))
+                parts.append(Recalled(section.label, reads, kind_of(section.name), answers, seen))
         for kind in fusible(self.study, self.family) if weighers else ():
             able = [part for part in parts if widest([part.reads, kind]) == kind]
             onto = bases_of(self.study, self.family, able, weighers)
