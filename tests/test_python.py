@@ -134,7 +134,7 @@ def test_tune_takes_values_and_frames(run: Any, tmp_path: Path) -> None:
     recipe = as_recipe({**run.results["recipe"], "data": {**run.results["recipe"]["data"], "path": None}})
     over = {"tasks.sequential.history": [1, 5]}
     found = llmrec.tune(recipe, over, data=FRAME, out=tmp_path / "search", quiet=True)
-    assert found.trials == 2 and found.chosen.keys() == over.keys() and "best.yaml" in repr(found)
+    assert found.trials == 2 and found.chosen.keys() == over.keys() and "on validation users" in repr(found)
     assert llmrec.load_recipe(found.recipe).data.path == str(tmp_path / "search" / "data" / "interactions.parquet")
     again = llmrec.tune(recipe, over, data=FRAME, out=tmp_path / "search", quiet=True)
     assert again.best == found.best

@@ -165,9 +165,9 @@ def started(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     names: list[str] = []
     start = engines.Engines._start
 
-    def noted(self: engines.Engines, engine: str, folder: str) -> Any:
+    def noted(self: engines.Engines, engine: str, *more: Any) -> Any:
         names.append(engine)
-        return start(self, engine, folder)
+        return start(self, engine, *more)
 
     monkeypatch.setattr(engines, "_keeper", None)
     monkeypatch.setattr(engines, "release_memory", lambda: None)

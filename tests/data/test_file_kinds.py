@@ -258,7 +258,7 @@ def test_recboles_files_of_one_data_set_are_found_together(tmp_path: Path) -> No
     (folder / "shop.link").write_text("item_id:token\tentity_id:token\n1\tm.08gjyx\n")
     assert read_table(folder).frame.select(pl.all().cast(pl.String)).equals(ROWS)
     for given in (folder, folder / "shop.inter"):
-        made = start.init(str(given), out=tmp_path / "mine.yaml", force=True, measure=False)
+        made = start.init(str(given), out=tmp_path / "mine.yaml", force=True)
         data = load_recipe(made.recipe).data
         assert data.items == str(folder / "shop.item") and data.columns.title == "movie_title"
         assert data.columns.fields == ("class",) and "shop.user is about users" in made.found
@@ -280,7 +280,7 @@ def test_a_column_that_has_a_name_of_ours_can_be_left_out(tmp_path: Path) -> Non
     frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp", "text"], orient="row")
     frame.write_csv(tmp_path / "rows.csv")
     asked = Asked(rating="none", time="none", text="none")
-    made = start.init(str(tmp_path / "rows.csv"), out=tmp_path / "mine.yaml", asked=asked, measure=False)
+    made = start.init(str(tmp_path / "rows.csv"), out=tmp_path / "mine.yaml", asked=asked)
     recipe = load_recipe(made.recipe)
     assert recipe.data.columns == Columns(user="user_id", item="item_id", rating="none", time="none", text="none")
     data = load_split(recipe.data, recipe.seed)
