@@ -178,7 +178,7 @@ def joined(tables: Sequence[Table]) -> Table:
                     other.name,
                     "missing-column",
                     f" has no column {absent[0]!r}, which {one.name} has; write the same columns into the file of "
-                    "every part",
+                    "every part, or name the one file that is meant",
                     absent[0],
                 )
     columns = first.frame.columns
