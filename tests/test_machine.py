@@ -20,7 +20,7 @@ LACKING = frozenset(
     | {"O_NOFOLLOW", "O_CLOEXEC", "O_DIRECTORY", "SIGKILL", "SIGHUP", "SIGALRM", "SIGUSR1"}
 )
 # vLLM runs on Linux alone, and setup_env makes the environment of a checkout, through make.
-# The reader of spreadsheets is started on its own and imports nothing of llmrec; without /proc its memory is not bounded.
+# The reader of spreadsheets is a process of its own that imports no llmrec; without /proc its memory is not bounded.
 LINUX = ("llmrec/backends/vllm", "llmrec/setup_env.py", "llmrec/machine.py", "llmrec/data/reading/sheet_process.py")
 ROOT = Path(__file__).parent.parent
 

@@ -72,7 +72,8 @@ def test_several_suites_have_a_head_with_the_best_row_of_each_kind() -> None:
     page = _page(odd, films)
     head = _tables(page)[0]
     assert head == [
-        "| suite | users | metric | events alone | texts too | a language model or fine-tuned text encoder | not said |",
+        "| suite | users | metric | events alone | texts too | a language model or fine-tuned text encoder "
+        "| not said |",
         "| --- | ---: | --- | --- | --- | --- | --- |",
         "| Odd (name), *exploratory* | 943 | NDCG@10 | – | – | – | item-knn 0.1170 |",
         "| [films](#films) | 943 | NDCG@10 | sasrec 0.1560 | popularity 0.0650 | item-knn 0.1170 | – |",
