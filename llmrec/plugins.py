@@ -1,20 +1,21 @@
 """Plug-ins: components that are no part of llmrec, named as ``module:attribute`` or by an installed entry point.
 
-Naming a plug-in runs its code, so the name must be the user's own: it stands in a page that the user gave (`allow`), in
-the environment variable `VARIABLE`, or the user installed the package that has the entry point. What a run folder or an
-exported model of somebody else names is refused. A module that a user's page named is remembered by its file, so that
-the user's own runs can be audited, reported and asked in another process; see `remembered`.
+Naming a plug-in runs its code, so the name must be the user's own: it stands in a page that the user gave (`allowed`),
+in the environment variable `VARIABLE`, or the user installed the package that has the entry point. What a run folder or
+an exported model of somebody else names is refused. A module that a user's page named is remembered by its file, so
+that the user's own runs can be audited, reported and asked in another process; see `remembered`.
 """
 
 from __future__ import annotations
 
 import hashlib
+import inspect
 import os
 import re
 import sys
 import traceback
-from collections.abc import Collection, Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
@@ -27,8 +28,12 @@ from typing import Any
 from llmrec.errors import RecipeError, did_you_mean
 
 VARIABLE = "LLMREC_PLUGINS"
-"""Environment variable with the modules, separated by commas, that run folders and exported models may name."""
+"""Environment variable with the modules, separated by commas, that run folders and exported models may name.
+
+Of models whose recipe has ``trust_remote_code`` the name.
+"""
 _GROUP = "llmrec."
+_MODEL = "model:"
 _ADDRESS = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*", re.ASCII)
 
 
@@ -41,12 +46,14 @@ class Kind:
         needs: Its attributes; behind a dot those of one.
         fix: How to get them.
         called: Whether it is called, as a class or a function is.
+        takes: What it is called with, where that is the same for all; names behind ``*`` are keywords.
     """
 
     what: str
     needs: tuple[str, ...]
     fix: str
     called: bool = True
+    takes: tuple[str, ...] = ()
 
 
 KINDS: Mapping[str, Kind] = {
@@ -80,16 +87,22 @@ KINDS: Mapping[str, Kind] = {
     "indexes": Kind(
         "index scheme", ("build", "extend"), "give it build and extend as llmrec.index.table.Scheme has", called=False
     ),
-    "sources": Kind("data source", (), "write a function (section, *, seed) -> llmrec.data.dataset.Dataset"),
+    "sources": Kind(
+        "data source",
+        (),
+        "write a function (section, *, seed) -> llmrec.data.dataset.Dataset",
+        takes=("section", "*", "seed"),
+    ),
     "backends": Kind(
         "backend",
         ("name", "capabilities", "close"),
         "give it name, capabilities, the verbs among them, and close(), as llmrec.types.Backend has",
+        takes=("folder", "encoder", "*", "model", "section", "seed"),
     ),
 }
 """By the name of their table; ``llmrec.NAME`` is the group of their entry points."""
 
-# Files of modules that pages of this process named; modules without a file go by their names.
+# Files of modules that pages of this process named, modules without a file by their names, and models with code.
 _NAMED: set[str] = set()
 
 
@@ -202,7 +215,19 @@ def _loaded(group: str, address: str) -> Any:
     if lacking or (kind.called and not callable(found)):
         lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
         raise RecipeError(f"{address} is no {kind.what}: it {lacks}; {kind.fix}", kind="defect", at=address)
+    if kind.takes and not _can_take(found, kind.takes):
+        called = f"cannot be called with ({', '.join(kind.takes)})"
+        raise RecipeError(f"{address} is no {kind.what}: it {called}; {kind.fix}", kind="defect", at=address)
     return found
+
+
+def _can_take(found: Any, arguments: tuple[str, ...]) -> bool:
+    star = arguments.index("*")
+    try:
+        inspect.signature(found).bind(*arguments[:star], **dict.fromkeys(arguments[star + 1 :]))
+    except (TypeError, ValueError):  # it takes others, or is written in C and does not say what it takes
+        return False
+    return True
 
 
 def _missing(found: object, path: str) -> str:
@@ -231,7 +256,7 @@ def _imported(module: str) -> Any:
         return import_module(module)
     except ModuleNotFoundError as error:
         if error.name is None or not f"{module}.".startswith(f"{error.name}."):
-            raise _broken(module, error) from error
+            raise broken(f"importing {module}", error, module) from error
         raise RecipeError(
             f"there is no module {error.name!r} on the Python path; install its package, set PYTHONPATH, or name the "
             "folder that it lies in under the page's key plugins",
@@ -239,16 +264,25 @@ def _imported(module: str) -> Any:
             at=module,
         ) from None
     except Exception as error:
-        raise _broken(module, error) from error
+        raise broken(f"importing {module}", error, module) from error
 
 
-def _broken(module: str, error: Exception) -> RecipeError:
+def broken(what: str, error: Exception, at: str, column: str | None = None) -> RecipeError:
+    """Return the error of a plug-in whose code failed, with the line of that code.
+
+    Args:
+        what: What failed, as a sentence begins.
+        error: What it raised.
+        at: The plug-in.
+        column: The key that names it, where the message is not put behind one.
+    """
     last = traceback.extract_tb(error.__traceback__)[-1]
     said = " ".join(f"{type(error).__name__}: {error}".split())
     return RecipeError(
-        f"importing {module} failed ({said}, at line {last.lineno} of {last.filename}); fix the module",
+        f"{what} failed ({said}, at line {last.lineno} of {last.filename}); fix the module",
         kind="failed",
-        at=module,
+        at=at,
+        column=column,
     )
 
 
@@ -266,8 +300,11 @@ def _code(module: str) -> str:
 # --------------------------------------------------------------------------- consent
 
 
-def allow(addresses: Iterable[str], folder: str | None) -> None:
-    """Take a page that the user gave as consent to the modules that it names, and remember their files.
+@contextmanager
+def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
+    """Take a page that the user gave as consent to the modules that it names, while the page is read.
+
+    Their files are remembered for other processes when the body succeeds: a page that is refused is no consent.
 
     Args:
         addresses: What the page names, as ``module:attribute``.
@@ -275,15 +312,14 @@ def allow(addresses: Iterable[str], folder: str | None) -> None:
     """
     use(folder)
     found = {origin for address in addresses if (origin := _origin(address))}
-    fresh = sorted(found - remembered()) if found else []
+    fresh = found - _NAMED
     _NAMED.update(found)
-    lines = [f"{name}\n" for name in fresh if Path(name).is_absolute()]
-    # Where nothing can be remembered, the variable is left.
-    with suppress(OSError, RuntimeError):
-        if lines:
-            _memory().parent.mkdir(parents=True, exist_ok=True)
-            with _memory().open("a", encoding="utf-8") as stream:
-                stream.writelines(lines)
+    try:
+        yield
+    except BaseException:
+        _NAMED.difference_update(fresh)
+        raise
+    _remember(name for name in found if Path(name).is_absolute())
 
 
 def consent(address: str, folder: str | None = None) -> None:
@@ -297,7 +333,7 @@ def consent(address: str, folder: str | None = None) -> None:
         RecipeError: If it was not.
     """
     top, origin = _top(address), _origin(address, folder)
-    if not origin or origin in _NAMED or origin in remembered() or top in _variable():
+    if not origin or origin in _NAMED or origin in remembered() or top in map(_top, _variable()):
         return
     where = f" ({origin})" if Path(origin).is_absolute() else ""
     raise RecipeError(
@@ -308,6 +344,51 @@ def consent(address: str, folder: str | None = None) -> None:
     )
 
 
+def lies_in(address: str, folder: str) -> bool:
+    """Whether a module is found in a folder, and not on the Python path."""
+    return _origin(address, folder).startswith(f"{Path(folder).resolve()}{os.sep}")
+
+
+def allow_model(name: str, revision: str | None) -> None:
+    """Take a page that the user gave as consent to the code that comes with a model (``model.trust_remote_code``)."""
+    code = _model(name, revision)
+    _NAMED.add(code)
+    _remember([code])
+
+
+def consent_model(name: str, revision: str | None) -> None:
+    """Refuse the code that comes with a model, where no page of the user's allowed it.
+
+    Raises:
+        RecipeError: If none did.
+    """
+    code = _model(name, revision)
+    if code in _NAMED or code in remembered() or name in _variable():
+        return
+    raise RecipeError(
+        f"model.trust_remote_code would run the code that comes with the model {name!r}, which no recipe of yours has "
+        f"allowed here; where you trust it, set the environment variable {VARIABLE}={name}",
+        kind="unsafe",
+        at=name,
+        column="model.trust_remote_code",
+    )
+
+
+def _model(name: str, revision: str | None) -> str:
+    path = Path(name).expanduser()
+    return f"{_MODEL}{path.resolve() if path.is_dir() else name}{'@' + revision if revision else ''}"
+
+
+def _remember(names: Iterable[str]) -> None:
+    # Where nothing can be remembered, the variable is left.
+    with suppress(OSError, RuntimeError):
+        lines = [f"{name}\n" for name in sorted(set(names) - remembered()) if "\n" not in name]
+        if lines:
+            _memory().parent.mkdir(parents=True, exist_ok=True)
+            with _memory().open("a", encoding="utf-8") as stream:
+                stream.writelines(lines)
+
+
 def use(folder: str | None) -> None:
     """Let modules be imported from a folder too, where the Python path has none of their names."""
     if folder is not None and folder not in sys.path:
@@ -315,7 +396,10 @@ def use(folder: str | None) -> None:
 
 
 def remembered() -> frozenset[str]:
-    """Return the files of the modules that the user's pages named: lines of ``~/.config/llmrec/plugins.txt``."""
+    """Return the files of the modules, and the models with code, that the user's pages named.
+
+    They are the lines of ``~/.config/llmrec/plugins.txt``.
+    """
     try:
         return frozenset(_memory().read_text(encoding="utf-8").splitlines())
     except (OSError, RuntimeError, UnicodeDecodeError):
@@ -328,7 +412,7 @@ def _memory() -> Path:
 
 
 def _variable() -> list[str]:
-    return [_top(each.strip()) for each in os.environ.get(VARIABLE, "").split(",")]
+    return [each.strip() for each in os.environ.get(VARIABLE, "").split(",")]
 
 
 def _top(address: str) -> str:

@@ -15,6 +15,8 @@ import pytest
 from llmrec import pipeline, plugins, registry
 from llmrec.baselines.parameters import hashes_of
 from llmrec.commands.doctor.checks import check_plugins
+from llmrec.commands.rank.options import RankOptions
+from llmrec.commands.rank.run import rank_file
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.experiment.audit import audit
 from llmrec.experiment.study import build_study
@@ -119,7 +121,7 @@ def machine(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     new_process(monkeypatch)
     known = set(sys.modules)
     yield
-    for name in ("own", "broken", *(name for name in sys.modules if name.startswith("llmrec_example"))):
+    for name in ("own", "broken", "payload", *(name for name in sys.modules if name.startswith("llmrec_example"))):
         if name not in known:
             sys.modules.pop(name, None)
     for cached in (plugins._every, plugins.installed, plugins._loaded, plugins._code):
@@ -293,6 +295,75 @@ def test_nothing_is_imported_that_the_user_did_not_name(monkeypatch: pytest.Monk
         monkeypatch.syspath_prepend(strange)
         TasksSection(**{"own:FAME": {}})  # type: ignore[arg-type]
     assert not (tmp_path / "ran").exists() and "own" not in sys.modules
+
+
+def strange_run(folder: Path, recipe: str, code: str) -> Path:
+    """A run folder of somebody else: its recipe, and a module beside it that leaves a file where it runs."""
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(recipe)
+    (folder / "payload.py").write_text(f"open({str(folder / 'ran')!r}, 'w').close()\n{code}")
+    return folder
+
+
+def test_no_code_of_a_run_folder_ranks(tmp_path: Path) -> None:
+    code = "def shop(section, *, seed):\n    raise SystemExit\n"
+    run = strange_run(tmp_path / "strange", RECIPE.replace("made-reviews", "'payload:shop'"), code)
+    (tmp_path / "q.jsonl").write_text('{"id": "1", "history": ["p1"]}\n')
+    for baseline in ("markov", "popularity", "fusion"):
+        asked = RankOptions(
+            baseline=baseline, recipe=str(run), requests=tmp_path / "q.jsonl", out=tmp_path / "lists.jsonl"
+        )
+        with raises(LlmrecError, Facts("unsafe", says="payload:shop")):
+            rank_file(asked)
+    assert not (run / "ran").exists() and "payload" not in sys.modules
+    assert not plugins.remembered()
+
+
+def test_a_run_folder_puts_nothing_on_the_python_path(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Else a file in it would stand in for any package that is not installed, such as vllm."""
+    run = strange_run(tmp_path / "strange", RECIPE, "")
+    load_stored(run)
+    (tmp_path / "own.py").write_text(OWN)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(plugins.VARIABLE, "own")
+    (run / "recipe.yaml").write_text(RECIPE.replace("markov-1]", "own:Recent]"))
+    load_stored(run)
+    assert str(run) not in sys.path
+
+
+def test_a_run_folder_does_not_allow_the_code_of_its_model(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    text = RECIPE.replace("plugins: .\n", "") + "model: {name: somebody/model, trust_remote_code: true}\n"
+    run = strange_run(tmp_path / "strange", text, "")
+    with raises(RecipeError, Facts("unsafe", column="model.trust_remote_code", says="LLMREC_PLUGINS=somebody/model")):
+        load_stored(run)
+    (tmp_path / "page.yaml").write_text(text)
+    load_recipe(tmp_path / "page.yaml")
+    new_process(monkeypatch)
+    assert load_stored(run).model.trust_remote_code
+    (run / "recipe.yaml").write_text(text.replace("true}", "true, revision: other}"))
+    with raises(RecipeError, Facts("unsafe", column="model.trust_remote_code")):
+        load_stored(run)
+    monkeypatch.setenv(plugins.VARIABLE, "somebody/model")
+    assert load_stored(run).model.revision == "other"
+
+
+@pytest.mark.parametrize("source", ["os:system", "subprocess:Popen", "builtins:dict", "own:bare"])
+def test_what_cannot_be_a_source_is_no_consent_to_its_module(tmp_path: Path, source: str) -> None:
+    given = page(tmp_path)
+    with raises(RecipeError, Facts("defect", "page.yaml", column="data.source", says="(section, *, seed)")):
+        load_recipe(given, [f"data.source={source}"])
+    with raises(RecipeError, Facts("unknown-key")):
+        load_recipe(given, ["data.source=own:source", "evil=1"])
+    assert not plugins.remembered() and not plugins._NAMED
+    load_recipe(given, ["data.source=own:source"])
+    assert plugins.remembered() == {str(tmp_path / "own.py")}
+
+
+def test_a_source_that_fails_says_where(tmp_path: Path) -> None:
+    own = "def source(section, *, seed):\n    return 1 / 0\n"
+    recipe = load_recipe(page(tmp_path, own=own), ["data.source=own:source"])
+    with raises(LlmrecError, Facts("failed", "own:source", column="data.source", says=f"line 2 of {tmp_path}")):
+        build_study(recipe)
 
 
 FAULTS = [

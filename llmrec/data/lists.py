@@ -19,10 +19,11 @@ import pyarrow.parquet as pq
 
 from llmrec.data.frames import as_arrow
 from llmrec.data.reading import typed
+from llmrec.data.reading.cells import unguarded
 from llmrec.data.reading.limits import enumerated, reason, require_file, shown
 from llmrec.data.reading.objects import json_object
 from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.reading.ranked import TREC, unguarded
+from llmrec.data.reading.ranked import TREC
 from llmrec.data.reading.request_file import JSON_LINES, PARQUET
 from llmrec.data.reading.table import is_pattern, read_table, without_kinds
 from llmrec.data.reading.text import Table, decode, read_bytes

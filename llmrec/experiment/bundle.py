@@ -7,7 +7,6 @@ It holds no data: no item, no user, no path. The codes of a model that was tuned
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -108,11 +107,15 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     """
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
-        with suppress(RecipeError):  # what cannot be read is an unfinished run all the same
+        try:
             recipe = load_stored(run)
             if not recipe.eval.arms:
                 found = _classic(run, recipe)
                 return replace(found, folder=str(run), run=None) if (run / INTERACTIONS).is_file() else found
+        except RecipeError as error:
+            if error.kind == "unsafe":
+                raise
+            # What cannot be read is an unfinished run all the same.
         raise ModelError(
             f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
             kind="missing-file",

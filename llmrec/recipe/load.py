@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
@@ -19,7 +19,7 @@ from llmrec.errors import ErrorKind, Place, RecipeError, did_you_mean
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.pages import KeyPath, flow, read_page, value_of
 from llmrec.recipe.paths import placed
-from llmrec.recipe.plugged import dotted, import_all, located
+from llmrec.recipe.plugged import dotted, imported, located
 from llmrec.recipe.schema import UNKNOWN_KEY, Recipe, TasksSection
 from llmrec.registry import TASKS
 from llmrec.resources import resource
@@ -56,15 +56,21 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     return _validated(Recipe, values, lines, file, overrides).looked_for(sought)
 
 
-def load_stored(run: Path) -> Recipe:
-    """Read the recipe that a run folder holds; unlike `load_recipe` it imports only plug-ins that the user named.
+def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
+    """Read the recipe that a run folder holds; unlike `load_recipe` it runs no code that the user has not named.
+
+    Everything that reads a run folder's recipe reads it with this.
+
+    Args:
+        run: The folder.
+        overrides: See `load_recipe`.
 
     Raises:
-        RecipeError: As `load_recipe`; or if it names a plug-in that no page of the user's did.
+        RecipeError: As `load_recipe`; or if it names a plug-in or a model's code that no page of the user's did.
     """
     file = run / STORED
     values, lines = read_page(file)
-    return _validated(Recipe, values, lines, file, (), given=False)
+    return _validated(Recipe, values, lines, file, overrides, given=False)
 
 
 def import_stored(run: Path) -> None:
@@ -75,7 +81,8 @@ def import_stored(run: Path) -> None:
     """
     if (run / STORED).is_file():
         values, lines = read_page(run / STORED)
-        _import(values, lines, run / STORED, (), given=False)
+        with _imported(values, lines, run / STORED, (), given=False):
+            pass
 
 
 def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Mapping[str, Path]) -> Page:
@@ -138,8 +145,8 @@ def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overri
     """
     if isinstance(recipe, Recipe):
         if not overrides:
-            _import(recipe.model_dump(mode="json"), {}, Path("recipe"), (), given=True)
-            return recipe
+            with _imported(recipe.model_dump(mode="json"), {}, Path("recipe"), (), given=True):
+                return _with_its_code(recipe, given=True)
         recipe = recipe.model_dump(mode="json")
     if isinstance(recipe, str | Path):
         return load_recipe(recipe, overrides)
@@ -226,20 +233,31 @@ def _validated(
     overrides = in_words(overrides)
     for override in overrides:
         _override(values, override)
-    if issubclass(model, Recipe | Suite):
+    plugged = issubclass(model, Recipe | Suite)
+    if plugged:
         values = located(values, file.parent)
-        _import(values, lines, file, overrides, given=given)
-    try:
-        return model.model_validate(values)
-    except ValidationError as error:
-        raise _explained(error, model, file, lines, overrides) from None
+    with _imported(values, lines, file, overrides, given=given) if plugged else nullcontext():
+        try:
+            made = model.model_validate(values)
+        except ValidationError as error:
+            raise _explained(error, model, file, lines, overrides) from None
+    if isinstance(made, Recipe):
+        _with_its_code(made, given=given)
+    return made
 
 
-def _import(
+def _with_its_code(recipe: Recipe, *, given: bool) -> Recipe:
+    """Return a recipe whose model may run its own code: one that the user gave, or whose model such a one named."""
+    if recipe.model.trust_remote_code:
+        (plugins.allow_model if given else plugins.consent_model)(recipe.model.name, recipe.model.revision)
+    return recipe
+
+
+def _imported(
     values: Mapping[str, Json], lines: Mapping[KeyPath, Place], file: Path, overrides: Sequence[str], *, given: bool
-) -> None:
+) -> AbstractContextManager[None]:
     """Import the plug-ins of a page; what is wrong with one is said with its file, line and key."""
-    import_all(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
+    return imported(values, lambda key: _overriding(key, overrides) or _place(key, file, lines), file, given=given)
 
 
 def recipe_hash(recipe: Recipe | Suite | Benchmark | ChatSuite) -> str:

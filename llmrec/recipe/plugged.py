@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,8 +39,11 @@ def plug_ins(values: Mapping[str, Json]) -> list[Named]:
     return [each for each in _named(values) if is_plugin(TABLES[each.group], each.name)]
 
 
-def import_all(values: Mapping[str, Json], place: Callable[[KeyPath], Place | str], file: Path, *, given: bool) -> None:
-    """Import the plug-ins that a page names.
+@contextmanager
+def imported(
+    values: Mapping[str, Json], place: Callable[[KeyPath], Place | str], file: Path, *, given: bool
+) -> Iterator[None]:
+    """Import the plug-ins that a page names; consent that the page gives is kept where the body accepts the page.
 
     Args:
         values: Of a recipe or a suite.
@@ -56,18 +59,21 @@ def import_all(values: Mapping[str, Json], place: Callable[[KeyPath], Place | st
     named, folder = plug_ins(values), values.get(PLUGINS)
     beside = folder if isinstance(folder, str) else None
     addresses = [each for each in named if plugins.is_address(each.name)]
-    if given:
-        plugins.allow([each.name for each in addresses], beside)
-    for each in addresses:
-        with _told(each, place, file):
-            plugins.consent(each.name, beside)
-    plugins.use(beside)
-    for each in named:
-        with _told(each, place, file):
-            if each.group == "tasks":
-                open_family(each.name)
-            else:
-                lookup(TABLES[each.group], each.name, KINDS[each.group].what)
+    with plugins.allowed([each.name for each in addresses], beside) if given else nullcontext():
+        for each in addresses:
+            with _told(each, place, file):
+                plugins.consent(each.name, beside)
+        # A folder on the Python path serves every import, so one that only a run folder names is used for nothing
+        # but modules in it that the user consented to.
+        if given or (beside is not None and any(plugins.lies_in(each.name, beside) for each in addresses)):
+            plugins.use(beside)
+        for each in named:
+            with _told(each, place, file):
+                if each.group == "tasks":
+                    open_family(each.name)
+                else:
+                    lookup(TABLES[each.group], each.name, KINDS[each.group].what)
+        yield
 
 
 @contextmanager

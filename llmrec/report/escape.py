@@ -21,10 +21,6 @@ _BLOCK = re.compile(r"^(\d+(?=[.)](?:\s|$))|(?=[-+=:]))")
 _CODE = re.compile(r"[A-Za-z0-9 ._:/@+=,|%-]+")
 _MARKED_UP = {"&": "&amp;", "<": "&lt;", ">": "&gt;"}
 
-# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms. What may be trimmed
-# before it looks (space, controls, characters without a width) counts as not there.
-_FORMULA = re.compile("[\t\r\n]|[\\s\x00-\x1f\x7f-\x9f\u200b-\u200f\u2060\ufeff]*[=+\\-@＝＋－＠]")
-
 _TEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -68,16 +64,6 @@ def fenced(text: str) -> str:
     """Return untrusted YAML as a fenced Markdown block, the fence longer than any in it."""
     fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", text)), default=0))
     return f"{fence}yaml\n{visible(text.rstrip())}\n{fence}"
-
-
-def csv_cell(value: object) -> str:
-    """Return one CSV cell: numbers to full precision, text that a spreadsheet would run with a leading apostrophe."""
-    if value is None:
-        return ""
-    if isinstance(value, int | float):
-        return repr(value)
-    text = str(value).replace("\x00", "")
-    return f"'{text}" if _FORMULA.match(text) else text
 
 
 def tex(text: str) -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
+from llmrec.data.reading.cells import write_rows
 from llmrec.report.costs import cost_of
-from llmrec.report.escape import csv_cell, flat
+from llmrec.report.escape import flat
 from llmrec.report.marks import (
     Mark,
     best_baseline,
@@ -73,9 +73,12 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
     """
     found = results_of(results)
     buffer = io.StringIO()
-    # The line ending of RFC 4180, for then the writer also quotes text that holds a lone carriage return.
-    writer = csv.writer(buffer, lineterminator="\r\n")
-    writer.writerow(CSV_COLUMNS)
+    # The line ending of RFC 4180.
+    write_rows(buffer, CSV_COLUMNS, _csv_rows(found), end="\r\n")
+    return buffer.getvalue()
+
+
+def _csv_rows(found: Results) -> Iterator[tuple[object, ...]]:
     for task in found.tasks:
         marked, alone, control = marks(found, task), singles(found, task), best_baseline(found, task)
         for row in found.standings(task):
@@ -91,10 +94,9 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
                     *_csv_costs(row, found.members(row)),
                 )
                 line += (_csv_undefined(row.metrics[name]),)
-                writer.writerow([csv_cell(value) for value in line])
+                yield line
         for missing in found.missing(task):
-            writer.writerow([csv_cell(value) for value in _csv_missing(missing, found.headline[task])])
-    return buffer.getvalue()
+            yield _csv_missing(missing, found.headline[task])
 
 
 def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
@@ -106,13 +108,13 @@ def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
     )  # fmt: skip
 
 
-def _csv_missing(row: Unevaluated, metric: str) -> list[object]:
+def _csv_missing(row: Unevaluated, metric: str) -> tuple[object, ...]:
     """Return the line of a row that was not evaluated: which it is, and why it has no figure."""
     known = {
         **{name: getattr(row, name) for name in ("task", "arm", "predictor", "template", "template_use", "shots")},
         **{"row": row.id, "metric": metric, "undefined": f"{NOT_EVALUATED}: {row.reason}"},
     }
-    return [known.get(name) for name in CSV_COLUMNS]
+    return tuple(known.get(name) for name in CSV_COLUMNS)
 
 
 def _csv_undefined(metric: Metric) -> str | None:

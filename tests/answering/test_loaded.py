@@ -302,6 +302,9 @@ def test_where_lists_of_every_user_can_go(run: Path, tmp_path: Path) -> None:
         rank_users(RankOptions(model=str(run), all_users=True))
     with raises(DataError, Facts(kind="wrong-format", column="--to")):
         rank_users(RankOptions(model=str(run), all_users=True, to=str(tmp_path / "lists.xlsx")))
+    for address in ("duckdb:///lists.db", "sqlite://lists.db", "sqlite:///", "https://example.org/lists.csv"):
+        with raises(DataError, Facts(kind="wrong-format", column="--to", says="sqlite:///FILE")):
+            rank_users(RankOptions(model=str(run), all_users=True, to=address))
 
 
 # --------------------------------------------------------------------------- refresh

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from llmrec.baselines.parameters import make
 from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.run import STDOUT, rank_file
 from llmrec.commands.rank.users import rank_users
+from llmrec.data.reading.cells import unguarded
 from llmrec.data.requests import told_event
 from llmrec.errors import DataError, RecipeError
 from llmrec.experiment.study import build_study
@@ -130,6 +132,44 @@ def test_every_user_gets_a_list_without_a_run(recipe: Path, tmp_path: Path) -> N
         RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=str(tmp_path / "all.csv"), limit=3)
     )
     assert told["users"] == 3 and pl.read_csv(tmp_path / "all.csv")["user_id"].n_unique() == 3
+
+
+def test_a_database_by_its_address(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for address in ("sqlite:///../lists.db", f"sqlite:///{tmp_path}/lists"):
+        rank_users(RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=address, limit=1, top=2))
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "lists.db", "lists", *SUMMARIES}
+    assert not list((tmp_path / "here").iterdir())
+
+
+SUMMARIES = ("lists.db.summary.json", "lists.summary.json")
+
+
+@pytest.mark.parametrize("form", ["all-users", "long", "records"])
+def test_no_spreadsheet_runs_an_id_or_a_title(tmp_path: Path, form: str) -> None:
+    hostile = ["=1+1", "+1", "-2+3", "@SUM(1)", "'=1", " =1+1", "plain"]
+    items = [f"{mark}I{n}" for n, mark in enumerate(hostile)]
+    rows = [f'"{user}","{items[(place + n) % 7]}",{n + 1}\n' for place, user in enumerate(hostile) for n in range(4)]
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(rows))
+    page = tmp_path / "page.yaml"
+    page.write_text(
+        f"name: shop\ndata: {{source: table, path: {tmp_path}/events.csv, filter: {{user_core: 1, item_core: 1}}}}\n"
+        "tasks: {sequential: {baselines: [popularity, random, item-knn, markov-1]}}\neval: {arms: [], backend: fake}\n"
+    )
+    out = tmp_path / "out.csv"
+    if form == "all-users":
+        rank_users(RankOptions(baseline="popularity", recipe=str(page), all_users=True, to=str(out)))
+    else:
+        requests = [{"id": user, "user_id": user, "history": items[:1]} for user in hostile]
+        file = jsonl(tmp_path / "in.jsonl", requests)
+        rank_file(RankOptions(baseline="popularity", recipe=str(page), requests=file, out=out, form=form))
+    with out.open(newline="", encoding="utf-8") as stream:
+        head, *found = list(csv.reader(stream))
+    texts = {name: {row[place] for row in found} for place, name in enumerate(head) if name not in ("rank", "score")}
+    assert not [cell for column in texts.values() for cell in column if cell.lstrip().startswith(("=", "+", "-", "@"))]
+    users = pl.Series(sorted(texts["user" if form == "long" else "user_id"]))
+    assert set(unguarded(users)) == set(hostile)
 
 
 # --------------------------------------------------------------------------- forms

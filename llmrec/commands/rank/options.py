@@ -38,7 +38,10 @@ class RankOptions(RecommenderOptions):
     ] = "auto"
     all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data instead.")] = False
     to: Annotated[
-        str | None, About(metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db or postgresql://...")
+        str | None,
+        About(
+            metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db, sqlite:///FILE or postgresql://..."
+        ),
     ] = None
     by: Annotated[
         str | None,

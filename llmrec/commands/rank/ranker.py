@@ -22,7 +22,7 @@ from llmrec.experiment import bundle as bundles
 from llmrec.experiment.engines import dtype_name
 from llmrec.experiment.fusion.parts import FUSIONS
 from llmrec.experiment.resume import Budget
-from llmrec.recipe.load import load_recipe
+from llmrec.recipe.load import load_recipe, load_stored
 from llmrec.types import Item, Unparsed
 
 # What a classic recommender is told too; the other options say how a language model is asked.
@@ -30,7 +30,6 @@ _SHARED = ("items", "candidates", "settings", "top", "batch")
 # How the language model of a folder is asked to rank, and how it is opened.
 _ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse", "rationale")
 _OPENED = ("backend", "server_url", "server_model", "server_key_env", "noun", "max_length", "dtype")
-_PAGE = "recipe.yaml"
 
 
 class Ranker(AbstractContextManager["Ranker"], Protocol):
@@ -217,7 +216,8 @@ def open_classic(options: RankOptions) -> Models:
                 column="--recipe",
             )
         return open_models(RecommenderOptions(model=str(page), items=options.items), [str(options.baseline)])
-    recipe = load_recipe(str(page / _PAGE if page.is_dir() else page), options.settings)
+    read = load_stored if page.is_dir() else load_recipe
+    recipe = read(page, options.settings)
     return open_classics(recipe, [str(options.baseline)], options.items)
 
 

@@ -22,6 +22,8 @@ from llmrec.commands.rank.options import RankOptions
 from llmrec.commands.rank.outputs import check_out, write_summary
 from llmrec.commands.rank.progress import RankBar
 from llmrec.commands.rank.ranker import check_named, loaded_classic, loaded_named, open_classic
+from llmrec.data.reading.cells import write_rows
+from llmrec.data.reading.databases import file_of
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require
 from llmrec.experiment.claiming import LOCK
@@ -48,8 +50,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
     if options.to is None:
         raise DataError("--all-users takes --to: a file or a database", kind="missing-key", column="--to")
     _refuse_others(options)
-    to = options.to
-    kind = _kind(to)
+    kind, to = _target(options.to)
     if kind == "sqlite":
         _check_sqlite(Path(to))
     elif "://" not in to:
@@ -134,22 +135,25 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, s
             yield path
 
 
-def _kind(to: str) -> str:
-    """Return what is written: a file's suffix, ``sqlite`` or ``postgresql``.
+def _target(to: str) -> tuple[str, str]:
+    """Return what is written, a file's suffix, ``sqlite`` or ``postgresql``, and the file or the address.
 
     Raises:
         DataError: If it is nothing that is known.
     """
     if to.startswith(("postgresql://", "postgres://")):
         require("adbc_driver_postgresql", "tables")
-        return "postgresql"
+        return "postgresql", to
+    if to.startswith("sqlite:///") and (file := file_of(to)).name:
+        return "sqlite", str(file)
     suffix = Path(to).suffix.lower()
-    if suffix in _DATABASES:
-        return "sqlite"
-    if suffix in (".parquet", ".csv", ".jsonl"):
-        return suffix
+    if "://" not in to and suffix in _DATABASES:
+        return "sqlite", to
+    if "://" not in to and suffix in (".parquet", ".csv", ".jsonl"):
+        return suffix, to
     raise DataError(
-        f"--to {_shown(to)}: lists go to .parquet, .csv, .jsonl, {', '.join(_DATABASES)} or postgresql://...",
+        f"--to {_shown(to)}: lists go to .parquet, .csv, .jsonl, {', '.join(_DATABASES)}, sqlite:///FILE or "
+        "postgresql://...",
         kind="wrong-format",
         column="--to",
     )
@@ -165,11 +169,12 @@ def _write(kind: str, to: str, table: pa.Table) -> None:
             if kind == ".parquet":
                 pq.write_table(table, draft)
                 return
-            frame = pl.DataFrame(pl.from_arrow(table))
             if kind == ".jsonl":
-                frame.write_ndjson(draft)
-            else:
-                frame.write_csv(draft)
+                pl.DataFrame(pl.from_arrow(table)).write_ndjson(draft)
+                return
+            with draft.open("w", encoding="utf-8", newline="") as stream:
+                rows = (row.values() for batch in table.to_batches() for row in batch.to_pylist())
+                write_rows(stream, _COLUMNS, rows)
 
 
 def _write_sqlite(path: Path, table: pa.Table) -> None:

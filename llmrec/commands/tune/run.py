@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import io
 import logging
 import shutil
@@ -17,6 +16,7 @@ from llmrec.commands.tune.options import TuneOptions
 from llmrec.commands.tune.space import Space, grid, spaces
 from llmrec.data.frames import FOLDER as FRAMES
 from llmrec.data.frames import with_frames
+from llmrec.data.reading.cells import write_rows
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
@@ -375,7 +375,5 @@ class _Search:
 
 def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
     text = io.StringIO()
-    table = csv.DictWriter(text, columns, extrasaction="ignore", lineterminator="\n")
-    table.writeheader()
-    table.writerows(rows)
+    write_rows(text, columns, ([row.get(name) for name in columns] for row in rows))
     return text.getvalue()

@@ -116,8 +116,13 @@ class _Sink:
         """Do nothing."""
 
 
+def file_of(url: str) -> Path:
+    """Return the file that an address such as ``sqlite:///shop.db`` names."""
+    return Path(url.partition(":///")[2]).expanduser()
+
+
 def _file(url: str) -> Path:
-    path = Path(url.partition(":///")[2]).expanduser()
+    path = file_of(url)
     require_file(path, "check data.path", "the database")
     return path
 

@@ -5,7 +5,6 @@ A table has one row per request, or in its long form one a ranked item; a TREC r
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import json
@@ -16,18 +15,16 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, TextIO, get_args, get_type_hints
 
-import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from llmrec.data.reading.cells import write_rows
 from llmrec.data.reading.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
 from llmrec.durable import checksum, replacing, write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.shared import Form
 
 _ROW_GROUP = 4096
-# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms.
-_FORMULA = ("=", "+", "-", "@", "\t", "\r", "\n", "＝", "＋", "－", "＠")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,9 +232,7 @@ def _write_long(stream: TextIO, rows: Iterable[tuple[str, str, int, float]], suf
     if suffix in JSON_LINES:
         stream.writelines(json.dumps(dict(zip(LONG, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
         return
-    writer = csv.writer(stream, delimiter=SEPARATORS[suffix], lineterminator="\n")
-    writer.writerow(LONG)
-    writer.writerows([_cell(value) for value in row] for row in rows)
+    write_rows(stream, LONG, rows, separator=SEPARATORS[suffix])
 
 
 def _trec(path: Path, row: tuple[str, str, int, float], tag: str) -> str:
@@ -275,7 +270,9 @@ def write_records(path: Path, records: Iterable[Written], kind: type[Written] = 
             if suffix in JSON_LINES:
                 stream.writelines(_line(record) for record in records)
             else:
-                _write_delimited(stream, records, SEPARATORS[suffix], kind)
+                columns = _columns(kind)
+                rows = ([getattr(record, name) for name in columns] for record in records)
+                write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
 
 
 @contextmanager
@@ -292,25 +289,3 @@ def _write_parquet(path: Path, records: Iterator[Written], kind: type[Written]) 
     with pq.ParquetWriter(path, schema) as writer:
         while group := list(islice(records, _ROW_GROUP)):
             writer.write_table(pa.Table.from_pylist([asdict(record) for record in group], schema=schema))
-
-
-def _write_delimited(stream: TextIO, records: Iterable[Written], separator: str, kind: type[Written]) -> None:
-    writer = csv.writer(stream, delimiter=separator, lineterminator="\n")
-    columns = _columns(kind)
-    writer.writerow(columns)
-    for record in records:
-        writer.writerow([_cell(getattr(record, name)) for name in columns])
-
-
-def _cell(value: object) -> str:
-    """Lists become JSON, which opens with a bracket; a text that opens like a formula gets an apostrophe before it."""
-    if isinstance(value, tuple):
-        return json.dumps(value, ensure_ascii=False, allow_nan=False)
-    text = "" if value is None else str(value)
-    return f"'{text}" if isinstance(value, str) and text.startswith(_FORMULA) else text
-
-
-def unguarded(texts: pl.Series) -> pl.Series:
-    """Return texts of cells without the apostrophe that keeps a spreadsheet from taking one for a formula."""
-    marks = "".join(f"\\x{{{ord(mark):x}}}" for mark in _FORMULA)
-    return texts.str.replace(f"^'([{marks}])", "${1}")

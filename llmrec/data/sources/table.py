@@ -30,9 +30,10 @@ from llmrec.data.sources.movielens import movielens_100k
 from llmrec.data.sources.parts import parts_of, told
 from llmrec.data.sources.published import published
 from llmrec.data.sources.sets import is_page
-from llmrec.errors import DataError
+from llmrec.errors import DataError, LlmrecError
+from llmrec.plugins import broken
 from llmrec.recipe.schema import Columns, DataSection
-from llmrec.registry import SOURCES, lookup
+from llmrec.registry import SOURCES, is_plugin, lookup
 from llmrec.types import Item
 
 __all__ = ["load", "movielens_100k", "table"]
@@ -51,7 +52,14 @@ def load(section: DataSection, *, seed: int) -> Dataset:
     """
     source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source", key="data.source")
     section = located(section)
-    found = source(section, seed=seed)
+    try:
+        found = source(section, seed=seed)
+    except LlmrecError:
+        raise
+    except Exception as error:
+        if not is_plugin(SOURCES, section.source):
+            raise
+        raise broken(f"data.source: the plug-in {section.source!r}", error, section.source, "data.source") from error
     if not isinstance(found, Dataset):
         raise DataError(
             f"data.source: {section.source!r} gave a {type(found).__name__}; a source returns a "
