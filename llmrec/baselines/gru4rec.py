@@ -9,14 +9,14 @@ from pydantic import Field
 
 from llmrec.baselines.neural import ProfiledConfig, SequenceNetwork
 from llmrec.errors import require
-from llmrec.recipe.schema import Positive
+from llmrec.recipe.schema import Depth, Width
 
 
 class GRU4RecConfig(ProfiledConfig):
     """Parameters of `GRU4Rec`."""
 
-    dim: Positive = Field(128, description="length of item vectors and of the state")
-    layers: Positive = Field(1, description="recurrent layers, one above the other")
+    dim: Width = Field(128, description="length of item vectors and of the state")
+    layers: Depth = Field(1, description="recurrent layers, one above the other")
 
 
 class GRU4Rec(SequenceNetwork[GRU4RecConfig]):

@@ -17,7 +17,7 @@ from llmrec.data.split import others, scale_of, threshold
 from llmrec.errors import DataError, require
 from llmrec.models.load import cpu_has_bf16, resolve
 from llmrec.progress import Bar
-from llmrec.recipe.schema import ModelSection, Positive
+from llmrec.recipe.schema import Depth, ModelSection, Positive
 from llmrec.results import Reads
 from llmrec.types import Answer, Event, Item, Probability, Request, Unparsed
 
@@ -43,7 +43,7 @@ class LateConfig(LikeRatioConfig):
         description="last layers that read all segments together, and are trained; 0, a control: a head on the mean of "
         "the history's states and the candidate's last one",
     )
-    layers: Positive | None = Field(
+    layers: Depth | None = Field(
         None, description="cut the model behind so many layers first; with joint as large, a control: a small model"
     )
     history: Positive = Field(10, description="the last so many rated events are shown")

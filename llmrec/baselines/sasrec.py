@@ -9,15 +9,15 @@ from pydantic import Field, model_validator
 
 from llmrec.baselines.neural import ProfiledConfig, SequenceConfig, SequenceNetwork
 from llmrec.errors import require
-from llmrec.recipe.schema import Positive
+from llmrec.recipe.schema import Depth, Width
 
 
 class AttentionConfig(SequenceConfig):
     """The shape of a network of blocks of attention."""
 
-    dim: Positive = Field(64, description="length of item vectors and hidden states; a multiple of heads")
-    layers: Positive = Field(2, description="blocks of attention and feed-forward")
-    heads: Positive = Field(2, description="attention heads")
+    dim: Width = Field(64, description="length of item vectors and hidden states; a multiple of heads")
+    layers: Depth = Field(2, description="blocks of attention and feed-forward")
+    heads: Width = Field(2, description="attention heads")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> AttentionConfig:

@@ -26,6 +26,8 @@ from llmrec.resources import resource
 
 # Characters of a value that an error repeats.
 _SHOWN = 200
+# Of what is wrong with a page, how much an error says.
+_MOST_FAULTS = 20
 STORED = "recipe.yaml"
 """The recipe of a run folder."""
 
@@ -333,10 +335,12 @@ def _explained(
     overrides: Sequence[str],
 ) -> RecipeError:
     """Return one error that says all that is wrong; its facts are those of the first."""
-    details = error.errors()
+    details = error.errors(include_url=False)
     # A list whose only entries are wrong is not too short beside that.
     inner = {tuple(detail["loc"])[:-1] for detail in details}
     details = [each for each in details if each["type"] != "too_short" or tuple(each["loc"]) not in inner]
+    more = len(details) - _MOST_FAULTS
+    details = details[:_MOST_FAULTS]
     paths: list[KeyPath] = [
         (*detail["loc"], detail["ctx"]["key"]) if detail["type"] == UNKNOWN_KEY else tuple(detail["loc"])
         for detail in details
@@ -350,6 +354,7 @@ def _explained(
     below = next((each.file for each in places if isinstance(each, Place) and each.file != str(file)), None)
     return RecipeError(
         "; ".join(f"{where}: {problem}" for where, problem in zip(places, said, strict=True))
+        + (f"; and {more:,} more" if more > 0 else "")
         + (f"; {below} is the base of {file}" if below else ""),
         kind=_KINDS.get(details[0]["type"], "bad-value"),
         at=place if isinstance(place, Place) else file,

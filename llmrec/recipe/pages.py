@@ -8,11 +8,12 @@ of these is one error with its line.
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from copy import deepcopy
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
@@ -23,10 +24,20 @@ KeyPath = tuple[str | int, ...]
 
 MOST_CHARACTERS = 1_000_000
 """Of a page."""
-MOST_VALUES = 100_000
+MOST_VALUES = 20_000
 """Of a page, with what its aliases repeat."""
 MOST_NESTED = 50
 _MOST_DIGITS = 18
+
+
+# As PyYAML has them, but for numbers in base 60 (1:20) and octal ones (010), which YAML 1.2 dropped.
+_NUMBERS = {
+    "tag:yaml.org,2002:int": re.compile(r"[-+]?(?:0|[1-9][0-9_]*|0b[01_]+|0x[0-9a-fA-F_]+)$"),
+    "tag:yaml.org,2002:float": re.compile(
+        r"(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$"
+    ),
+}
 
 
 class OutOfBounds(yaml.MarkedYAMLError):
@@ -34,6 +45,11 @@ class OutOfBounds(yaml.MarkedYAMLError):
 
 
 class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: ClassVar[dict[str, Any]] = {
+        first: [(tag, _NUMBERS.get(tag, pattern)) for tag, pattern in resolvers]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
     def __init__(self, text: str) -> None:
         super().__init__(text)
         self._depth = self._values = 0

@@ -172,8 +172,15 @@ def _is_file(name: object) -> bool:
 def _whole(path: str, beside: Path, key: str) -> str:
     asked = Path(path).expanduser()
     for place in (beside / asked, asked):
-        if place.exists():
+        if place.is_dir() or (place.is_file() and key != PLUGINS):
             return str(place.resolve())
+        if place.exists():
+            raise RecipeError(
+                f"{key}: {path} is no {'folder' if key == PLUGINS else 'file or folder'}; name one",
+                kind="wrong-format",
+                at=asked,
+                column=key,
+            )
     raise RecipeError(
         f"{key}: there is no {path}, beside {beside.resolve()} or in the working folder; check the path",
         kind="missing-file",

@@ -9,9 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from datetime import UTC, date, datetime
+from functools import cache
 from ipaddress import IPv6Address
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +23,7 @@ from pydantic import (
     JsonValue,
     PrivateAttr,
     SerializerFunctionWrapHandler,
+    ValidationInfo,
     WithJsonSchema,
     field_validator,
     model_serializer,
@@ -36,6 +38,10 @@ from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open
 
 # Bounds keep what is a slip of the pen from filling the memory; no experiment comes near them.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
+Width = Annotated[int, Field(gt=0, le=2**16)]
+Depth = Annotated[int, Field(gt=0, le=1000)]
+# A prompt and an answer take more than this, whatever the tokenizer.
+Tokens = Annotated[int, Field(ge=16, le=10**8)]
 Resamples = Annotated[int, Field(gt=0, le=100_000)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Rate = Annotated[float, Field(gt=0, le=100)]
@@ -82,6 +88,27 @@ class Section(BaseModel):
     """Frozen, closed base of every section."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", protected_namespaces=(), allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
+        given = value if isinstance(value, list | tuple) else (value,)
+        if any(isinstance(each, bool) for each in given) and not _takes_truth(cls, str(info.field_name)):
+            raise PydanticCustomError(
+                "number", "write a number; on, off, yes, no, true and false are yes or no in YAML"
+            )
+        return value
+
+
+@cache
+def _takes_truth(section: type[BaseModel], name: str) -> bool:
+    """Whether a field takes yes or no, or no number, which pydantic would make of it."""
+    parts, known = [section.model_fields[name].annotation], set[object]()
+    while parts:
+        part = parts.pop()
+        parts.extend(get_args(part))
+        known.add(part)
+    return bool in known or known.isdisjoint((int, float))
 
 
 # --------------------------------------------------------------------------- data
@@ -291,8 +318,8 @@ class CollaborativeIndex(Section):
 class RQVAEIndex(Section):
     """A residual-quantised autoencoder (TIGER, NeurIPS 2023, section 3.1), for ``index.semantic.quantizer: rqvae``."""
 
-    hidden: tuple[Positive, ...] = (512, 256, 128)
-    dim: Positive = Field(32, description="of the codebooks")
+    hidden: tuple[Width, ...] = (512, 256, 128)
+    dim: Width = Field(32, description="of the codebooks")
     epochs: Positive = 300
     batch: Positive = 1024
     learning_rate: Rate = 1e-3
@@ -644,11 +671,11 @@ class ShapeSection(Section):
     """A small model from scratch, for ``model.name: new``; TIGER's (NeurIPS 2023, section 4) is an encoder-decoder."""
 
     kind: Literal["decoder", "encoder-decoder"] = "decoder"
-    layers: Positive = Field(2, description="blocks; of an encoder-decoder, in each half")
-    width: Positive = Field(128, description="of the hidden states")
-    heads: Positive = 4
-    head_width: Positive | None = Field(None, description="encoder-decoder: of one head; None: width / heads")
-    feedforward: Positive = Field(512, description="inner width of a block's last part")
+    layers: Depth = Field(2, description="blocks; of an encoder-decoder, in each half")
+    width: Width = Field(128, description="of the hidden states")
+    heads: Width = 4
+    head_width: Width | None = Field(None, description="encoder-decoder: of one head; None: width / heads")
+    feedforward: Width = Field(512, description="inner width of a block's last part")
     dropout: float = Field(0.2, ge=0, lt=1)
 
     @model_validator(mode="after")
@@ -675,7 +702,7 @@ class ModelSection(Section):
         "auto", description="auto: the GPU where there is one; a GPU that torch cannot use is refused"
     )
     trust_remote_code: bool = False
-    max_length: Positive = Field(1024, description="longest prompt plus answer, in tokens")
+    max_length: Tokens = Field(1024, description="longest prompt plus answer, in tokens")
     whole_words: bool = Field(
         False,
         description="encoder-decoders: the encoder adds an embedding of each token's word, counted through the prompt, "
@@ -708,11 +735,11 @@ ADAPTED = ("lora", "qlora", "lora8")
 class LoraSection(Section):
     """Low-rank adapters (LoRA, arXiv 2106.09685; rsLoRA, 2312.03732; DoRA, 2402.09353)."""
 
-    rank: Positive = 16
+    rank: Width = 16
     alpha: Positive = 32
     dropout: Fraction = 0.0
     targets: tuple[str, ...] = Field((), description="module names; empty: every linear layer of the blocks")
-    top_layers: Positive | None = Field(
+    top_layers: Depth | None = Field(
         None, description="adapt only this many last blocks: the rest needs no backward pass"
     )
     rslora: bool = False
@@ -723,7 +750,7 @@ class SoftSection(Section):
     """Soft prompts (arXiv 2104.08691), and bottleneck adapters beside them (M6-Rec, arXiv 2205.08084)."""
 
     prompts: Positive = Field(20, description="trained vectors before every prompt")
-    rank: Positive = Field(32, description="option-adapter: width of the bottleneck in every layer")
+    rank: Width = Field(32, description="option-adapter: width of the bottleneck in every layer")
 
 
 class TeacherSection(Section):
@@ -887,8 +914,8 @@ class TrainSection(Section):
         None, description="mixture: proportional, temperature: a larger family counts as this many interactions"
     )
     steps: Positive = Field(200, description="optimiser steps")
-    batch_tokens: Positive = Field(1536, description="tokens in one optimiser step, padding included")
-    max_row_tokens: Positive = Field(384, description="longest training row; longer user rows lose their last targets")
+    batch_tokens: Tokens = Field(1536, description="tokens in one optimiser step, padding included")
+    max_row_tokens: Tokens = Field(384, description="longest training row; longer user rows lose their last targets")
     packing: Literal["none", "tree"] = Field(
         "none", description="tree: rows side by side under a mask, what they share at their beginning read once"
     )
@@ -1263,7 +1290,7 @@ class EvalSection(Section):
     enforce_eager: bool = Field(
         False, description="vllm on a GPU: compile nothing and capture no graphs; starts sooner, answers more slowly"
     )
-    batch_tokens: Positive | None = Field(
+    batch_tokens: Tokens | None = Field(
         None, description="hf: tokens of a forward pass, padding included; None: 4,096 on a CPU, 32,768 on a GPU"
     )
     exit: float | None = Field(

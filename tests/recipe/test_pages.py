@@ -17,7 +17,7 @@ BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11)
 )
 ODD = [
-    pytest.param(BOMB, Facts("too-large", line=6), id="aliases that unfold to billions"),
+    pytest.param(BOMB, Facts("too-large", line=5), id="aliases that unfold to billions"),
     pytest.param("x: &a [*a]\n", Facts("too-large", line=1), id="an alias of itself"),
     pytest.param("x:\n- &a {b: *a}\n", Facts("too-large", line=2), id="a mapping of itself"),
     pytest.param("x: " + "[" * 500 + "]" * 500, Facts("too-large", line=1), id="nested brackets"),
@@ -33,6 +33,7 @@ ODD = [
     pytest.param("x: !!python/object/apply:os.system [ls]\n", Facts("syntax", line=1), id="an object"),
     pytest.param("? [a, b]\n: 3\n", Facts("syntax", line=1), id="a list as a key"),
     pytest.param("x: \0", Facts("syntax"), id="NUL"),
+    pytest.param("".join(f"k{n}: 1\n" for n in range(90_000)), Facts("too-large", line=10_001), id="many keys"),
 ]
 
 
@@ -47,7 +48,7 @@ def test_odd_yaml_is_one_error_in_every_kind_of_page(text: str, facts: Facts, tm
     assert kind_of_page(page) == "recipe"
 
 
-@pytest.mark.parametrize(("text", "facts"), [case for case in ODD if case.id != "a megabyte"])
+@pytest.mark.parametrize(("text", "facts"), [case for case in ODD if case.id not in ("a megabyte", "many keys")])
 def test_odd_yaml_in_a_template(text: str, facts: Facts, tmp_path: Path) -> None:
     (tmp_path / "rating").mkdir()
     (tmp_path / "rating" / "odd.yaml").write_text(text, encoding="utf-8")
@@ -172,3 +173,43 @@ def test_addresses_that_a_client_can_ask(url: str) -> None:
     section = load_recipe("recipes/movielens-100k/four-tasks.yaml", server).eval.server
     assert section is not None
     assert section.url == url
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ("model={name: new, shape: {width: 1000000000}}", "model.shape.width"),
+        ("model={name: new, shape: {layers: 100000}}", "model.shape.layers"),
+        ("model.max_length=1", "model.max_length"),
+        ("train.batch_tokens=1", "train.batch_tokens"),
+        ("eval.batch_tokens=1", "eval.batch_tokens"),
+        ("seed=on", "seed"),
+        ("train.steps=1:20", "train.steps"),
+        ("train.learning_rate=yes", "train.learning_rate"),
+        ("eval.cutoffs=[5, on]", "eval.cutoffs"),
+    ],
+)
+def test_what_no_experiment_means_is_refused(change: str, key: str) -> None:
+    with raises(RecipeError, Facts("bad-value", column=key)):
+        load_recipe("recipes/quickstart.yaml", [change])
+
+
+def test_numbers_and_truths_that_are_meant_are_read() -> None:
+    changes = ["train.steps=010", "eval.enforce_eager=yes", "seed=0x10", "train.learning_rate=1.5e-3"]
+    recipe = load_recipe("recipes/quickstart.yaml", changes)
+    assert (recipe.train.steps, recipe.seed, recipe.train.learning_rate) == (10, 16, 0.0015)
+    assert recipe.eval.enforce_eager
+
+
+@pytest.mark.parametrize(("key", "path"), [("prompts", "/dev/zero"), ("plugins", "/dev/null")])
+def test_a_device_is_no_file(key: str, path: str) -> None:
+    with raises(RecipeError, Facts("wrong-format", path, column=key)):
+        load_recipe("recipes/quickstart.yaml", [f"{key}={path}"])
+
+
+def test_an_error_does_not_say_all_of_many_faults(tmp_path: Path) -> None:
+    page = tmp_path / "page.yaml"
+    page.write_text("name: x\n" + "".join(f"k{n}: 1\n" for n in range(5000)))
+    with raises(RecipeError, Facts("missing-key", says="and 4,982 more")) as caught:
+        load_recipe(page)
+    assert len(str(caught.value)) < 5000

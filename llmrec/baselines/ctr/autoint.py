@@ -8,14 +8,14 @@ from pydantic import Field, model_validator
 
 from llmrec.baselines.ctr.host import Host, HostConfig, Seen, Sizes, all_fields, layers
 from llmrec.errors import require
-from llmrec.recipe.schema import Positive
+from llmrec.recipe.schema import Positive, Width
 
 
 class AutoIntConfig(HostConfig):
     """Parameters of `AutoInt`."""
 
     attention: Positive = Field(2, description="layers of attention")
-    heads: Positive = Field(2, description="attention heads; dim is a multiple of them")
+    heads: Width = Field(2, description="attention heads; dim is a multiple of them")
 
     @model_validator(mode="after")
     def _heads_divide(self) -> AutoIntConfig:

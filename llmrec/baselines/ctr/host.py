@@ -21,7 +21,7 @@ from llmrec.baselines.tuning.validation import rating_cases
 from llmrec.baselines.yes_no import LikeRatioConfig
 from llmrec.data.features import FeatureKind
 from llmrec.errors import DataError, require
-from llmrec.recipe.schema import Positive
+from llmrec.recipe.schema import Positive, Width
 from llmrec.types import Answer, Case, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ _ROWS, _DIGITS = 4096, 9
 class HostConfig(LikeRatioConfig):
     """How a CTR host sees a question and is trained."""
 
-    dim: Positive = Field(16, description="length of the vectors of ids and values")
+    dim: Width = Field(16, description="length of the vectors of ids and values")
     window: Positive = Field(20, description="the network sees the last so many rated events")
     hidden: str = Field("128,64", description="widths of the layers above the fields, with commas between them")
     user_id: bool = Field(False, description="whether each user of training has a vector of its own")

@@ -15,7 +15,7 @@ from llmrec.baselines.item_texts import WHITENINGS, Turned, refuse_unpretrained,
 from llmrec.baselines.networks.batches import pieces_of
 from llmrec.baselines.towers.tower import TextTowers, Towers, TowersConfig, turn
 from llmrec.errors import require
-from llmrec.recipe.schema import Positive
+from llmrec.recipe.schema import Depth, Positive
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -30,7 +30,7 @@ class StateTowerConfig(TowersConfig):
     """Parameters of `StateTower`."""
 
     encoder: str = Field("SmolLM2-135M-Instruct", description="the causal language model, a name or a folder")
-    layers: Positive | None = Field(
+    layers: Depth | None = Field(
         None, description="read the state behind the model's first so many layers, which costs less; None: all"
     )
     max_len: Positive = Field(20, description="the model reads the last so many items")

@@ -24,7 +24,7 @@ from llmrec.baselines.neural import (
 from llmrec.errors import require
 from llmrec.models.text_encoder import find_encoder
 from llmrec.models.tuned_encoder import TunedEncoder
-from llmrec.recipe.schema import Positive
+from llmrec.recipe.schema import Positive, Width
 from llmrec.results import Reads
 from llmrec.types import Case, Request
 
@@ -49,7 +49,7 @@ _FURTHEST = 5.0
 class TowersConfig(WhitenedConfig, NeuralConfig):
     """How texts are read, and how towers over them are trained."""
 
-    dim: Positive = Field(128, description="length of the vectors that users and items are compared by")
+    dim: Width = Field(128, description="length of the vectors that users and items are compared by")
     dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
     max_len: Positive = Field(10, description="the network sees the last so many items")
     batch: Positive = Field(1024, description="targets of one optimiser step")

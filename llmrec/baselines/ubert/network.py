@@ -14,7 +14,7 @@ from llmrec.baselines.item_texts import LSA, STORE, TextsConfig
 from llmrec.baselines.rated import Ratings
 from llmrec.baselines.ubert.reviews import SIDES, Reviews, Side, Tokens
 from llmrec.errors import require
-from llmrec.recipe.schema import Positive
+from llmrec.recipe.schema import Positive, Width
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -32,7 +32,7 @@ class UBertConfig(TextsConfig):
         8, description="the latest so many training reviews of the user, and of the item, are read"
     )
     tokens: Positive = Field(64, description="tokens of the longest review; of longer ones the rest is cut")
-    dim: Positive = Field(32, description="length of the vectors of users, items and tokens")
+    dim: Width = Field(32, description="length of the vectors of users, items and tokens")
     start: str | None = Field(None, description="folder of weights that another domain taught")
     pretrain: int = Field(0, ge=0, description="epochs of masked opinion words and ratings of single reviews before")
     lexicon: str | None = Field(
