@@ -13,6 +13,7 @@ from llmrec.commands.augment.app import app as augmenting
 from llmrec.commands.auto.app import app as searching
 from llmrec.commands.chat.app import app as talking
 from llmrec.commands.common import Overrides, RecipePath
+from llmrec.commands.compare.app import app as comparing
 from llmrec.commands.compress.app import app as compressing
 from llmrec.commands.features.app import app as features
 from llmrec.commands.init.app import app as starting
@@ -50,6 +51,7 @@ app = common.App(
 app.add_typer(ranking)
 app.add_typer(merging)
 app.add_typer(scoring)
+app.add_typer(comparing)
 app.add_typer(compressing)
 app.add_typer(serving)
 app.add_typer(talking)

@@ -326,6 +326,34 @@ class Nearby(Record):
     cosine: float
 
 
+class ExampleUser(Record):
+    """One user as the first screen of a report shows it: what came before, what is recommended, what was held out.
+
+    Attributes:
+        task: The family.
+        row: Whose list it is.
+        user: Who it is.
+        history: Titles of the latest events, the oldest first.
+        events: How many events the history has.
+        listed: Titles of the first items of the list.
+        hit: The place of the held-out item among these, from 1; None where it is not there.
+        truth: Title of the held-out item.
+        rank: Its rank; None where the list leaves it out.
+        pool: How many items were ranked.
+    """
+
+    task: str
+    row: str
+    user: User
+    history: tuple[str, ...]
+    events: int
+    listed: tuple[str, ...]
+    hit: int | None = None
+    truth: str
+    rank: Number = None
+    pool: int | None = None
+
+
 class Visit(Record):
     """A list that holds an item: whose it is, the user's latest items, and the place, from 1."""
 

@@ -15,6 +15,7 @@ from llmrec.records import (
     Calibration,
     Candidates,
     DataInfo,
+    ExampleUser,
     Exhibit,
     Newcomer,
     Number,
@@ -132,12 +133,23 @@ class AtPosition(Record):
     rank_sd: Number = None
 
 
-class Trend(Record):
-    """Rank correlation of the target's position with its rank; p is corrected for all rows that were tested."""
+class PositionBias(Record):
+    """How far the rank of the target depends on where it stands among its candidates (Kruskal-Wallis).
 
+    Positions count as categories, so that a row that likes the labels H and Q shows as clearly as one that likes the
+    first places.
+
+    Attributes:
+        share: Of the variance of the target's rank, what its position explains: the statistic over n - 1.
+        chance: The share that a row without a bias has on average.
+        rho: Rank correlation of position and rank, for the direction: above 0 early targets are ranked better.
+        p: By permutation, corrected for all rows that were tested.
+    """
+
+    share: Number
+    chance: Number
     rho: Number
     p: Number
-    prefers: Literal["early", "late"] | None = None
 
 
 class Rates(Record):
@@ -294,7 +306,7 @@ class Row(Measured, Asked):
     fusion: FusionWeights | None = None
     slices: tuple[SliceOfRow, ...] = ()
     by_position: tuple[AtPosition, ...] = ()
-    position_trend: Trend | None = None
+    position_bias: PositionBias | None = None
 
     @property
     def alone(self) -> str | None:
@@ -445,6 +457,7 @@ class Results(Displayed, Record):
     texts: tuple[Sample, ...] = ()
     gallery: tuple[Exhibit, ...] = ()
     newcomers: tuple[Newcomer, ...] = ()
+    example: ExampleUser | None = None
     set_aside: tuple[SetAside, ...] = ()
     notes: tuple[str, ...] = ()
     files: dict[str, str] = Field(default_factory=dict)

@@ -22,6 +22,7 @@ from llmrec.experiment.predictions import write_items, write_predictions
 from llmrec.experiment.resume import Budget
 from llmrec.experiment.row_details import breakdowns
 from llmrec.experiment.row_specs import asks
+from llmrec.experiment.shown.example import example_user
 from llmrec.experiment.shown.exhibits import exhibits
 from llmrec.experiment.shown.newcomers import newcomers
 from llmrec.experiment.shown.samples import text_samples
@@ -98,6 +99,7 @@ def write_results(
         texts=tuple(text_samples(study, rows)),
         gallery=tuple(exhibits(study, rows)),
         newcomers=tuple(newcomers(study, rows)),
+        **({"example": shown} if (shown := example_user(study, rows, headlines)) else {}),
         set_aside=tuple(
             SetAside(data=table.dataset.name, said=f"{sentence(table, found)}.", users=tuple(users(found)))
             for table in study.tables

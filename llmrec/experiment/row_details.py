@@ -21,10 +21,9 @@ from llmrec.experiment.study import Study
 from llmrec.metrics import ranking
 from llmrec.metrics.multiple import holm
 from llmrec.metrics.stats import mean_ranks
-from llmrec.results import AtPosition, SliceOfRow, Trend
+from llmrec.results import AtPosition, PositionBias, SliceOfRow
 from llmrec.types import Case, Ranking
 
-_ALPHA = 0.05
 # No mean over requests, so that a slice of them has no figure of its own kind; log loss is sliced instead.
 _INSTEAD = {"AUC": "LogLoss", "GAUC": "LogLoss"}
 _FOR_EACH_ROW = 100
@@ -53,7 +52,7 @@ class Details(TypedDict):
     users: int
     slices: tuple[SliceOfRow, ...]
     by_position: NotRequired[tuple[AtPosition, ...]]
-    position_trend: NotRequired[Trend]
+    position_bias: NotRequired[PositionBias]
 
 
 def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> list[Details]:
@@ -65,31 +64,31 @@ def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, s
         headline: The metric by which slices of a family are compared.
 
     Returns:
-        One mapping a row. Positions stand on rows with candidates, the trend on those of language models only.
+        One mapping a row. Positions stand on rows with candidates, the test for a bias on those of language models.
     """
     cases = {family: study.cases(family) for family in study.tasks}
     protocols = {family: protocol_of(study, family) for family in study.tasks}
     placed = [place(row, cases[row.figures.task]) for row in rows]
-    trends = _trends(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
+    biases = _biases(rows, placed, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
     return [
         _details(
             len({record.user_id for record in row.records}),
             _slices(study, row, cases, headline, protocols),
             by_position(found) if found is not None else None,
-            trend,
+            bias,
         )
-        for row, found, trend in zip(rows, placed, trends, strict=True)
+        for row, found, bias in zip(rows, placed, biases, strict=True)
     ]
 
 
 def _details(
-    users: int, slices: tuple[SliceOfRow, ...], positions: tuple[AtPosition, ...] | None, trend: Trend | None
+    users: int, slices: tuple[SliceOfRow, ...], positions: tuple[AtPosition, ...] | None, bias: PositionBias | None
 ) -> Details:
     found = Details(users=users, slices=slices)
     if positions is not None:
         found["by_position"] = positions
-    if trend is not None:
-        found["position_trend"] = trend
+    if bias is not None:
+        found["position_bias"] = bias
     return found
 
 
@@ -167,49 +166,61 @@ def by_position(placed: Placed) -> tuple[AtPosition, ...]:
     return tuple(found)
 
 
-def _trends(
+def _biases(
     rows: Sequence[ResultRow], placed: Sequence[Placed | None], *, resamples: int, seed: int
-) -> list[Trend | None]:
-    """Test the rows of language models for a trend over positions; p-values are Holm-adjusted over these rows."""
+) -> list[PositionBias | None]:
+    """Test the rows of language models for a bias; p-values are Holm-adjusted over these rows."""
     tested = [row.figures.arm != "baseline" and own is not None for row, own in zip(rows, placed, strict=True)]
     # As for comparisons: enough draws that the smallest p stays small after Holm.
     resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
-    found: list[tuple[float, float] | None] = [
-        trend(own.position, own.rank, resamples=resamples, seed=seed) if own is not None and chosen else None
+    found = [
+        position_bias(own.position, own.rank, resamples=resamples, seed=seed) if own is not None and chosen else None
         for own, chosen in zip(placed, tested, strict=True)
     ]
-    adjusted = iter(holm([each[1] for each in found if each is not None]))
-    return [None if each is None else _trend_of(each[0], next(adjusted)) for each in found]
+    adjusted = iter(holm([float(each.p or 0.0) for each in found if each is not None]))
+    return [None if each is None else each.model_copy(update={"p": next(adjusted)}) for each in found]
 
 
-def _trend_of(rho: float, p: float) -> Trend:
-    """Say which end of the list a row prefers: a rank that grows with the position favours early targets."""
-    return Trend(rho=rho, p=p, prefers=("early" if rho > 0 else "late") if p <= _ALPHA else None)
-
-
-def trend(
+def position_bias(
     position: NDArray[np.int64], rank: NDArray[np.float64], *, resamples: int, seed: int
-) -> tuple[float, float] | None:
-    """Return the rank correlation (Spearman) of a target's position with its rank, and the two-sided p.
+) -> PositionBias | None:
+    """Test whether the target's rank depends on its position, with the statistic of Kruskal and Wallis (JASA 1952).
 
-    Positions are drawn at random when candidate sets are made, so that without a preference for either end every
-    assignment of the positions to the requests is equally likely, whatever users and items are like: p is the share of
-    drawn assignments with a correlation at least as large, ``(1 + as large) / (1 + resamples)``.
+    Positions are drawn at random when candidate sets are made, so that without a bias every assignment of the
+    positions to the requests is equally likely, whatever users and items are like: p is the share of drawn assignments
+    that explain at least as much, ``(1 + as much) / (1 + resamples)``.
+
+    Args:
+        position: Of the target among its candidates, shape (n,).
+        rank: Of the target, shape (n,).
+        resamples: Assignments that are drawn.
+        seed: Seeds them.
 
     Returns:
-        None where all positions or all ranks are equal.
+        None where all positions or all ranks are equal, or no position has two requests.
     """
-    x = mean_ranks(position) - (len(position) + 1) / 2
-    y = mean_ranks(rank) - (len(rank) + 1) / 2
-    scale = float(np.sqrt((x @ x) * (y @ y)))
-    if scale == 0:
+    order = np.argsort(position, kind="stable")
+    _, starts, sizes = np.unique(position[order], return_index=True, return_counts=True)
+    y = mean_ranks(rank)[order] - (len(rank) + 1) / 2
+    x = mean_ranks(position)[order] - (len(position) + 1) / 2
+    total = float(y @ y)
+    if total == 0 or not 1 < len(sizes) < len(y):
         return None
-    observed = float(x @ y)
+
+    def explained(values: NDArray[np.float64]) -> NDArray[np.float64]:
+        # Squares between the positions over all squares; values of a position stand together.
+        return (np.add.reduceat(values, starts, axis=-1) ** 2 / sizes).sum(axis=-1) / total  # type: ignore[no-any-return]
+
+    observed = float(explained(y))
     rng = np.random.default_rng(seed)
     beyond, drawn = 0, 0
     while drawn < resamples:
-        rows = min(max(1, _CHUNK // len(x)), resamples - drawn)
-        sums = rng.permuted(np.tile(x, (rows, 1)), axis=1) @ y
-        beyond += int(np.count_nonzero(np.abs(sums) >= abs(observed) - 1e-9 * scale))
+        rows = min(max(1, _CHUNK // len(y)), resamples - drawn)
+        beyond += int(np.count_nonzero(explained(rng.permuted(np.tile(y, (rows, 1)), axis=1)) >= observed - 1e-9))
         drawn += rows
-    return observed / scale, (1 + beyond) / (1 + resamples)
+    return PositionBias(
+        share=observed,
+        chance=(len(sizes) - 1) / (len(y) - 1),
+        rho=float(x @ y / np.sqrt((x @ x) * total)),
+        p=(1 + beyond) / (1 + resamples),
+    )

@@ -1,8 +1,9 @@
-"""The question that a report answers first: is the model better than the best control, by how much, how surely.
+"""The question that a report answers first: is the model better than the best baseline, by how much, how surely.
 
-The model is the best language-model row of a family; without one it is the row that is served, or else the best fusion
-of classic recommenders. The control is the best row that it is compared with: of a fusion the best single recommender.
-Differences are model - control everywhere, as in the table of comparisons.
+The model is the best row of a language model by itself; without one it is the row that is served, or else the best
+ensemble of classic recommenders. The control is the best baseline; of an ensemble the best single recommender. An
+ensemble that contains the language model is neither: what the model contributes to it is said apart
+(`llmrec.report.summary.contribution`). Differences are model - control everywhere, as in the table of comparisons.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from llmrec.report.wording import compared, count, in_words, number, short_names, stated, with_figures
+from llmrec.report.wording import alone, compared, count, in_words, number, short_names, stated, with_figures
 from llmrec.results import Comparison, Results, Row, Verdict, lower
 
 
@@ -21,10 +22,10 @@ class Headline:
     Attributes:
         task: The family.
         metric: Its headline metric.
-        model: The best row of a language model; where the run has none the row that is served, or a fusion; None where
-            there is neither.
-        control: The best baseline; of a fusion without a language model the best single one, and of a single one that
-            is served the best other row.
+        model: The best row of a language model by itself; where the run has none the row that is served, or an
+            ensemble; None where there is neither.
+        control: The best baseline; of an ensemble without a language model the best single one, and of a single one
+            that is served the best other row.
         difference: ``model - control``, if it was computed.
         names: Of model and control; parameters of a method only where rows differ in nothing else.
         served: The model is the one that is served where nobody says which: the best on validation users.
@@ -65,9 +66,12 @@ def headline(results: Results, task: str, model: Row | None = None) -> Headline:
     if model is None and not asks:
         model = served
     if model is None:
-        model = next((row for row in rows if (row.arm != "baseline" if asks else row.fusion is not None)), None)
-    alone = model is not None and (model.arm != "baseline" or (model is served and model.fusion is None))
-    controls = [row for row in rows if row.arm == "baseline" and (alone or row.fusion is None)]
+        model = next((row for row in rows if (alone(row) if asks else row.fusion is not None)), None)
+    if model is None:
+        single = asks
+    else:
+        single = model.arm != "baseline" or (model is served and model.fusion is None)
+    controls = [row for row in rows if row.arm == "baseline" and (single or row.fusion is None)]
     control = next((row for row in controls if model is None or row.differs(model)), None)
     short = short_names(rows)
     names = tuple("" if row is None else short[row.id] for row in (model, control))
@@ -91,7 +95,7 @@ def served_row(results: Results, task: str) -> Row | None:
 def question(results: Results, found: Iterable[Headline]) -> str:
     """Return the question that a report answers first."""
     if any(row.arm != "baseline" for row in results.rows):
-        return "Is the model better than the best control?"
+        return "Is the model better than the best baseline?"
     if any(each.served and each.model is not None and each.model.fusion is None for each in found):
         return "Is the recommender that is served better than the best other one?"
     return "Is the fusion better than the best single recommender?"

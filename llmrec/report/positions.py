@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from scipy.special import ndtri, stdtrit
 
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import DASH, arm_label, label, listed, p_value
-from llmrec.results import AtPosition, Results, Row, Trend
+from llmrec.results import AtPosition, PositionBias, Results, Row
 
 _A_BAND = 20  # requests
+_ALPHA = 0.05
 _Z = float(ndtri(0.975))
 
 
@@ -54,10 +55,13 @@ class Band:
 
 
 def shown_rows(results: Results, task: str) -> tuple[Row, ...]:
-    """Return the language-model rows with positions, as they were evaluated, and the best baseline as the control."""
+    """Return the language-model rows with positions, as they were evaluated, and the best baseline as the control.
+
+    A classic recommender does not see the order of its candidates, so that a run of these alone has none.
+    """
     rows = [row for row in results.rows if row.task == task and row.arm != "baseline" and bands(row)]
     control = best_baseline(results, task)
-    return (*rows, *([control] if control is not None and bands(control) else []))
+    return (*rows, *([control] if rows and control is not None and bands(control) else []))
 
 
 def bands(row: Row) -> tuple[Band, ...]:
@@ -111,33 +115,31 @@ def wilson(share: float, n: int) -> tuple[float, float]:
 
 
 def sentences(results: Results, task: str) -> tuple[str, ...]:
-    """Say which rows of language models prefer early or late positions, and of which it is not shown.
+    """Say of which rows of language models the position of the target changes its rank, and of which it is not shown.
 
     Rows of one setting and strategy, which differ in their template, are named together.
     """
-    tested = [row for row in results.rows if row.task == task and row.position_trend is not None]
-    named = {end: _named([row for row in tested if _end(row) == end], tested) for end in ("early", "late", "")}
-    found = [
-        f"The {way} the target stands among its candidates, the better it is ranked by {listed(named[end])}."
-        for end, way in (("early", "earlier"), ("late", "later"))
-        if named[end]
-    ]
-    if named[""] and not found:
-        return ("No language-model row is shown to prefer either end of the list.",)
-    return (*found, *([f"No such preference is shown for {listed(named[''])}."] if named[""] else []))
+    tested = [row for row in results.rows if row.task == task and row.position_bias is not None]
+    biased, others = ([row for row in tested if _is_biased(row) == way] for way in (True, False))
+    if not tested:
+        return ()
+    if not biased:
+        return ("No language-model row is shown to depend on where the target stands among its candidates.",)
+    found = f"Position bias: where the target stands among its candidates changes its rank in {_named(biased, tested)}."
+    return (found, *([f"No such bias is shown for {_named(others, tested)}."] if others else []))
 
 
-def trend_words(trend: Trend) -> str:
-    """Return a row's rank correlation and its corrected p in words."""
-    return _correlation([trend])
+def bias_words(bias: PositionBias) -> str:
+    """Return how much of the target's rank its position explains, and the corrected p, in words."""
+    return _explained([bias])
 
 
-def _end(row: Row) -> str:
-    return (row.position_trend.prefers if row.position_trend else None) or ""
+def _is_biased(row: Row) -> bool:
+    return row.position_bias is not None and row.position_bias.p is not None and row.position_bias.p <= _ALPHA
 
 
-def _named(rows: Sequence[Row], tested: Sequence[Row]) -> list[str]:
-    """Return one name for the rows of a setting and strategy, with what was found where they prefer an end."""
+def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
+    """Return one name for the rows of a setting and strategy, with what was found where they are biased."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.predictor), []).append(row)
@@ -146,15 +148,32 @@ def _named(rows: Sequence[Row], tested: Sequence[Row]) -> list[str]:
         of = sum((row.arm, row.predictor) == (arm, predictor) for row in tested)
         share = ("both" if of == 2 else f"all {of}") if len(own) == of else f"{len(own)} of {of}"
         name = label(own[0]) if of == 1 else f"{arm_label(arm, predictor)} with {share} templates"
-        said = f" ({_correlation([row.position_trend for row in own if row.position_trend])})" if _end(own[0]) else ""
-        found.append(f"{name}{said}")
-    return found
+        said = _explained([row.position_bias for row in own if row.position_bias])
+        found.append(f"{name} ({said})" if _is_biased(own[0]) else name)
+    return listed(found)
 
 
-def _correlation(trends: Sequence[Trend]) -> str:
-    values = [f"{value:+.2f}".replace("-", "−") for value in sorted(t.rho for t in trends if t.rho is not None)]
-    ends = list(dict.fromkeys((values[0], values[-1]))) if values else [DASH]
-    known = [trend.p for trend in trends if trend.p is not None]
+def _explained(biases: Sequence[PositionBias]) -> str:
+    shares, chances, rhos = ([getattr(bias, name) for bias in biases] for name in ("share", "chance", "rho"))
+    known = [bias.p for bias in biases if bias.p is not None]
     p = p_value(max(known, default=None))
     is_p = p if p[0] in f"<{DASH}" else f"= {p}" if len(known) == 1 else f"at most {p}"
-    return f"rank correlation {' to '.join(ends)}, corrected p {is_p}"
+    return (
+        f"it explains {_ends(shares, _percent)} of the variance of the rank, {_ends(chances, _percent)} expected by "
+        f"chance; rank correlation {_ends(rhos, _signed)}; corrected p {is_p}"
+    )
+
+
+def _ends(values: Sequence[float | None], written: Callable[[float], str]) -> str:
+    """Return the smallest and the largest of some values."""
+    known = sorted(value for value in values if value is not None)
+    ends = list(dict.fromkeys(written(value) for value in known[:1] + known[-1:]))
+    return " to ".join(ends) or DASH
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.0f} %"
+
+
+def _signed(value: float) -> str:
+    return f"{value:+.2f}".replace("-", "−")

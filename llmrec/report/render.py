@@ -19,10 +19,10 @@ from markupsafe import Markup
 from llmrec.index.diagnostics import Group
 from llmrec.report import costs, escape, headline, index_summary, marks, positions, slices, texts, wording
 from llmrec.report import results as facts
+from llmrec.report import summary as summaries
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
 from llmrec.report.drawing import pictures
 from llmrec.report.plots import plots
-from llmrec.report.summary import summary
 from llmrec.results import Results, lower
 
 _HERE = Path(__file__).resolve().parent
@@ -96,7 +96,7 @@ def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None,
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
     headlines = {task: headline.headline(results, task) for task in results.tasks}
     return {
-        "results": results, "reasons": reasons, "verdicts": verdicts, "summary": summary(results),
+        "results": results, "reasons": reasons, "verdicts": verdicts, "summary": summaries.summary(results),
         "headlines": headlines, "question": headline.question(results, headlines.values()),
         "answers": {task: headline.sentence(found) for task, found in headlines.items()},
         "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
@@ -171,9 +171,10 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
         exploratory_of=marks.exploratory, exploratory_note=wording.EXPLORATORY,
         spreads=marks.spreads, singles=marks.singles, single=marks.SINGLE,
         position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
-        trend_words=positions.trend_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
+        bias_words=positions.bias_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
         text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
         about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
+        contribution_of=summaries.contribution, unweighed=summaries.unweighed, rank_words=texts.rank_words,
         kind_words=wording.KINDS, forms=wording.FORMS, short=escape.short, not_evaluated=wording.NOT_EVALUATED,
     )  # fmt: skip
     found.filters.update(_FIGURES)

@@ -106,7 +106,7 @@ def slice_table(results: Results, task: str) -> SliceTable | None:
 def _columns(results: Results, task: str) -> list[Row]:
     standings = results.standings(task)
     arms = ("zero-shot", "few-shot", "tuned")
-    found = [next((row for row in standings if row.arm == arm), None) for arm in arms]
+    found = [next((row for row in standings if row.arm == arm and row.fusion is None), None) for arm in arms]
     return [row for row in (*found, best_baseline(results, task)) if row is not None]
 
 

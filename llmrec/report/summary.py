@@ -1,4 +1,4 @@
-"""The opening paragraph of a report: what a model or a fusion adds, what was run, where a control is ahead."""
+"""The opening paragraph of a report: how the model compares, what it or an ensemble adds, what was run."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from llmrec.report.wording import (
     with_figures,
     with_interval,
 )
-from llmrec.results import Results, Row, Verdict
+from llmrec.results import Comparison, Results, Row, Verdict
 
 
 def first_sentence(results: Results) -> str:
@@ -36,42 +36,55 @@ def first_sentence(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Return the opening paragraph: what the model adds, what was run, what tuning did, where a control is ahead."""
+    """Return the opening paragraph: what was run, what tuning did, where a baseline is ahead, what the model adds."""
     verdicts = [verdict(results, task) for task in results.tasks]
     tallies = (tuning_tally(verdicts), _control_tally(verdicts)) if _asks(results) else ()
-    return " ".join(filter(None, (first_sentence(results), _what_ran(results), *tallies, caution(results))))
+    return " ".join(filter(None, (_what_ran(results), *tallies, first_sentence(results), caution(results))))
+
+
+def contribution(results: Results, task: str) -> Comparison | None:
+    """Return what the tuned model adds to the ensemble of classic recommenders: with the model, less without it.
+
+    Where there are several ensembles without it, the best of those that it was planned to be compared with.
+    """
+    metric, rows = results.headline[task], {row.id: row for row in results.rows}
+    places = {row.id: place for place, row in enumerate(results.standings(task))}
+    joined = {name for name in places if rows[name].fusion is not None}
+    pairs = [
+        facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
+        for entry in results.comparisons
+        if (entry.task, entry.metric) == (task, metric)
+        and {entry.a, entry.b} <= joined
+        and {rows[entry.a].arm, rows[entry.b].arm} == {"tuned", "baseline"}
+    ]
+    return min(pairs, key=lambda entry: (entry.verdict is None, places[entry.b]), default=None)
+
+
+def unweighed(results: Results, ensemble: str) -> bool:
+    """Say whether an ensemble gives the language model among its members no weight."""
+    row = results.row(ensemble)
+    classic = {each.predictor for each in results.rows if each.task == row.task and each.arm == "baseline"}
+    weights = [part.weight for part in row.fusion.parts if part.name not in classic] if row.fusion else []
+    return bool(weights) and not any(weights)
 
 
 def added(results: Results) -> str:
-    """Say what the tuned model adds to the classic recommenders: their fusion with it less the best one without it.
+    """Say what the tuned model adds to the ensemble of the classic recommenders, apart from its own figures.
 
     Returns:
         One sentence; nothing for a run without a tuned model.
     """
-    rows = {row.id: row for row in results.rows}
     if not any(row.arm == "tuned" for row in results.rows):
         return ""
     parts = []
     for task in results.tasks:
-        places = {row.id: place for place, row in enumerate(results.standings(task))}
-        joined = {name for name in places if rows[name].fusion is not None}
-        metric = results.headline[task]
-        pairs = [
-            facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
-            for entry in results.comparisons
-            if (entry.task, entry.metric) == (task, metric)
-            and {entry.a, entry.b} <= joined
-            and {rows[entry.a].arm, rows[entry.b].arm} == {"tuned", "baseline"}
-        ]
-        hardest = min(pairs, key=lambda entry: (entry.verdict is None, places[entry.b]), default=None)
-        if hardest is not None:
-            parts.append(f"{stated(hardest)} in {title(task)}, {outcome(hardest.verdict)}")
+        found = contribution(results, task)
+        if found is not None:
+            nothing = ", with weight 0" if unweighed(results, found.a) else ""
+            parts.append(f"{stated(found)} in {title(task)}{nothing}, {outcome(found.verdict)}")
     if not parts:
-        return (
-            "What the tuned model adds to the classic recommenders was not measured: no fusion joins it with them "
-            "(eval.fusion)."
-        )
-    return f"Joined with the classic recommenders, the tuned model changes their fusion by {'; by '.join(parts)}."
+        return "What the tuned model adds to an ensemble of the classic recommenders was not measured (eval.fusion)."
+    return f"Added to the ensemble of the classic recommenders, the tuned model changes it by {'; by '.join(parts)}."
 
 
 def caution(results: Results, name: Callable[[str], str] = title) -> str:

@@ -148,7 +148,7 @@ def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
     return [*tables, _comparison_table(found)] if planned(found) else tables
 
 
-def _plain(text: str, style: str = "") -> Text:
+def plain(text: str, style: str = "") -> Text:
     """Return text that rich takes as it is: no markup, no escape sequences."""
     return Text(flat(text), style=style)
 
@@ -157,10 +157,10 @@ def _task_table(results: Results, task: str) -> Table:
     names = results.metrics(task)[:2]
     # What all rows read without a failure needs no column.
     parsed = any(row.parse_rate is not None and row.parse_rate < 1 for row in results.standings(task))
-    table = _table(title(task), undefined(results, task))
+    table = table_of(title(task), undefined(results, task))
     table.add_column("Row", overflow="fold")
     for place, name in enumerate(names):
-        table.add_column(_plain(name), justify="right", no_wrap=True)
+        table.add_column(plain(name), justify="right", no_wrap=True)
         if place == 0:
             table.add_column("95 %", justify="right", no_wrap=True)
     if parsed:
@@ -169,9 +169,9 @@ def _task_table(results: Results, task: str) -> Table:
     for kind, row in [(kind, row) for kind, own in results.kinds(task) for row in (None, *own)]:
         if row is None:
             if kind:
-                table.add_row(_plain(KINDS[kind], "italic"))
+                table.add_row(plain(KINDS[kind], "italic"))
             continue
-        cells = [_plain(label(row), "dim" if row.arm == "baseline" else "")]
+        cells = [plain(label(row), "dim" if row.arm == "baseline" else "")]
         for place, name in enumerate(names):
             metric = row.metrics.get(name)
             value = metric.value if metric else None
@@ -186,7 +186,7 @@ def _task_table(results: Results, task: str) -> Table:
 
 def _comparison_table(results: Results) -> Table:
     styles = {"shown": "green", "not shown": "yellow", "contradicted": "red"}
-    table = _table("Planned comparisons", [rule(results)])
+    table = table_of("Planned comparisons", [rule(results)])
     table.add_column("a, less b", overflow="fold")
     for head in ("Difference", "p"):
         table.add_column(head, justify="right", no_wrap=True)
@@ -194,7 +194,7 @@ def _comparison_table(results: Results) -> Table:
     for entry in planned(results):
         one, other = (label(results.row(side)) for side in (entry.a, entry.b))
         table.add_row(
-            _plain(f"{one}, less {other} ({entry.metric})"),
+            plain(f"{one}, less {other} ({entry.metric})"),
             Text(with_interval(entry.value, entry.low, entry.high, sign=True)),
             Text(p_value(entry.p)),
             Text(outcome(entry.verdict), style=styles.get(entry.verdict or "", "")),
@@ -202,10 +202,10 @@ def _comparison_table(results: Results) -> Table:
     return table
 
 
-def _table(head: str, notes: Sequence[str]) -> Table:
+def table_of(head: str, notes: Sequence[str]) -> Table:
     """Return a table of eighty columns without frames between its columns, and with notes under it."""
-    caption = _plain("\n".join(notes)) if notes else None
+    caption = plain("\n".join(notes)) if notes else None
     return Table(
-        title=_plain(head, "bold"), title_justify="left", header_style="bold", caption=caption, caption_justify="left",
+        title=plain(head, "bold"), title_justify="left", header_style="bold", caption=caption, caption_justify="left",
         box=SIMPLE_HEAD, pad_edge=False, show_edge=False,
     )  # fmt: skip

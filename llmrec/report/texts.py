@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrec.records import Sample, Told, Written
-from llmrec.report.wording import listed
+from llmrec.records import ExampleUser, Sample, Told, Written
+from llmrec.report.wording import count, listed, rough
 from llmrec.results import Results, Row
 
 OPEN = 5
@@ -47,6 +47,13 @@ def about_choice(results: Results, found: Sequence[Sample]) -> str:
 def who(sample: Sample) -> str:
     """Return a user's name with the id, or the id alone."""
     return f"{sample.user.name} ({sample.user.id})" if sample.user.name else sample.user.id
+
+
+def rank_words(shown: ExampleUser) -> str:
+    """Say at which rank the held-out item of an example stands."""
+    if shown.rank is None:
+        return "not in the list"
+    return f"rank {rough(shown.rank)}{f' of {count(shown.pool)}' if shown.pool else ''}"
 
 
 def _bare(template: str) -> str:

@@ -1,46 +1,104 @@
-"""The last screen of a run: a paragraph a task in the words of the report, and what tuning did; no tables."""
+"""The last screen of a run: the headline figures as a table, and what tuning and an ensemble did."""
 
 from __future__ import annotations
 
 import re
 import textwrap
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+
+from rich.table import Table
+from rich.text import Text
 
 from llmrec.report.escape import flat
-from llmrec.report.headline import headline
-from llmrec.report.summary import brought, caution, few_users, tuning_tally
+from llmrec.report.headline import Headline, headline
+from llmrec.report.marks import SIGNS
+from llmrec.report.summary import caution, first_sentence, tuning_tally
+from llmrec.report.table import table_of
 from llmrec.report.wording import (
-    TaskVerdict,
-    arm_label,
+    DASH,
+    alone,
     duration,
-    label,
+    figure,
+    interval,
     number,
     outcome,
     title,
     undefined,
     verdict,
-    winner_sentence,
-    with_interval,
+    with_figures,
 )
-from llmrec.results import Results, Row, lower
+from llmrec.results import Results, Row, Verdict, lower
 
 WIDTH = 80
 STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}
 """Colours of verdicts on a terminal, which stand beside the words and never in place of them."""
-HEAD = "The best language-model row against the best control:"
+_ARMS = ("zero-shot", "few-shot", "tuned")
+# The sign of what was not planned, as the report has it.
+_OPEN = "◇"
 # Stages that are named of a run's time.
 _LONGEST = 3
 
 
-def screen(results: Results) -> list[str]:
-    """Return the verdicts of a run as lines of at most `WIDTH` columns.
+def metrics_table(results: Results) -> Table:
+    """Return the table that a run ends with: for each task its headline metric by setting, and the best baseline.
 
-    A task with a language model says which of its rows is the best, the best control, and the difference; one without,
-    what the fusion or the best recommender reaches. Then what tuning did, and what makes the run exploratory.
+    A setting has the best row of the model by itself. The last column is the difference that the report answers first
+    (`llmrec.report.headline`). A run without a language model has its best single recommender and its ensemble.
+    """
+    firsts = {task: headline(results, task) for task in results.tasks}
+    asks = any(row.arm != "baseline" for row in results.rows)
+    arms = [arm for arm in _ARMS if any(row.arm == arm and alone(row) for row in results.rows)]
+    made = table_of("", [_legend(found.verdict for found in firsts.values() if found.difference)])
+    made.title = None
+    made.add_column("Task and metric", overflow="fold")
+    for arm in arms or ["ensemble"]:
+        made.add_column(arm.replace("-", "\n"), justify="right", no_wrap=True)
+    made.add_column("best baseline" if asks else "best single", justify="right", overflow="fold")
+    made.add_column("difference", justify="right", no_wrap=True)
+    for task, found in firsts.items():
+        metric = found.metric
+        own = [_best(results, task, arm) for arm in arms] if asks else [found.model]
+        cells = [DASH if row is None else figure(row.metrics[metric]) for row in own]
+        control = found.control and f"{number(found.control.metrics[metric].value)}\n{flat(found.names[1])}"
+        made.add_row(
+            Text(f"{flat(title(task))}\n{flat(metric)}{', lower is better' if lower(metric) else ''}"),
+            *map(Text, cells),
+            Text(control or DASH),
+            _difference(found),
+        )
+    return made
+
+
+def _best(results: Results, task: str, arm: str) -> Row | None:
+    """Return the best row of a setting that is no ensemble; None where none has a figure."""
+    return next((row for row in with_figures(results, task) if row.arm == arm and alone(row)), None)
+
+
+def _difference(found: Headline) -> Text:
+    """Return the difference of model and control with a sign for its verdict; its interval stands below it."""
+    entry = found.difference
+    if entry is None:
+        return Text(DASH)
+    sign = SIGNS[entry.verdict] if entry.verdict else _OPEN
+    told = f"{sign} {number(entry.value, sign=True)}\n{interval(entry.low, entry.high, sign=True)}"
+    return Text(told, style=STYLES[outcome(entry.verdict)] if entry.verdict else "")
+
+
+def _legend(verdicts: Iterable[Verdict | None]) -> str:
+    signs = {SIGNS[verdict] if verdict else _OPEN: outcome(verdict) for verdict in verdicts}
+    return "   ".join(f"{sign} {words}" for sign, words in signs.items())
+
+
+def screen(results: Results) -> list[str]:
+    """Return what a run says below its table, as lines of at most `WIDTH` columns.
+
+    Why tasks have no figure, what the model or the members contribute to an ensemble, what tuning did, and what makes
+    the run exploratory.
     """
     found = [verdict(results, task) for task in results.tasks]
-    lines = [HEAD] if any(row.arm != "baseline" for row in results.rows) else []
-    lines += [line for each in found for line in wrapped(_paragraph(results, each))]
+    lines = [line for task in results.tasks for told in undefined(results, task) for line in wrapped(told)]
+    if told := first_sentence(results):
+        lines += wrapped(told)
     if any(each.tuned for each in found):
         lines += wrapped(tuning_tally(found))
     if warning := caution(results):
@@ -59,37 +117,6 @@ def spent(results: Results) -> str:
     longest = sorted((stage for stage in results.budget if stage.seconds), key=lambda stage: -(stage.seconds or 0))
     named = ", ".join(f"{flat(stage.stage)} {duration(stage.seconds)}" for stage in longest[:_LONGEST])
     return f"{duration(results.seconds)}{f' ({named})' if named else ''}"
-
-
-def _paragraph(results: Results, found: TaskVerdict) -> str:
-    head = f"{title(found.task)}, {found.metric}{' (lower is better)' if lower(found.metric) else ''}: "
-    asked = any(row.task == found.task and row.arm != "baseline" for row in results.rows)
-    if not asked:
-        return brought(results, found.task) or f"{title(found.task)}: {winner_sentence(found)}"
-    first = headline(results, found.task)
-    model, control, lead = first.model, first.control, first.difference
-    if model is None:
-        reasons = " ".join(undefined(results, found.task))
-        return f"{head}no language-model row has a figure. {reasons}".rstrip()
-    told = f"{head}{_named(results, model)} {_reached(model, found.metric)}"
-    if control is None:
-        return f"{told}; no control has a figure."
-    told += f" against {label(control)} {_reached(control, found.metric)}; "
-    if lead is None:
-        return f"{told}their difference was not tested."
-    told += f"{with_interval(lead.value, lead.low, lead.high, sign=True)}, {outcome(lead.verdict)}"
-    weak = lead.verdict is not None and (model.arm == "tuned" or few_users(results, found.task))
-    return f"{told}{' (exploratory)' if weak else ''}."
-
-
-def _named(results: Results, row: Row) -> str:
-    """Return a row's setting and strategy, and its template where there are several to tell apart."""
-    alike = sum((each.task, each.arm, each.predictor) == (row.task, row.arm, row.predictor) for each in results.rows)
-    return label(row) if alike > 1 else arm_label(row.arm, row.predictor)
-
-
-def _reached(row: Row, metric: str) -> str:
-    return number(row.metrics[metric].value)
 
 
 def wrapped(text: str, *, hang: int = 2) -> list[str]:

@@ -275,7 +275,7 @@ def arm_label(arm: str, predictor: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskVerdict:
-    """How one task came out on its headline metric.
+    """How one task came out on its headline metric; ensembles that contain the language model are left aside.
 
     Attributes:
         best: The first row; None if no row has a value.
@@ -283,6 +283,7 @@ class TaskVerdict:
         lead: The comparison ``best - rival``, if it was computed.
         tuned: The comparison of a tuned with a zero-shot row, as ``tuned - zero-shot``: the planned one, or where there
             is none that of the best tuned row.
+        joined: Whether an ensemble that contains the language model was left aside.
     """
 
     task: str
@@ -291,6 +292,7 @@ class TaskVerdict:
     rival: Row | None
     lead: Comparison | None
     tuned: Comparison | None
+    joined: bool = False
 
     @property
     def control_leads(self) -> bool:
@@ -320,6 +322,11 @@ def _numbers(comparison: Comparison) -> dict[str, float | None]:
     return {"value": comparison.value, "low": comparison.low, "high": comparison.high}
 
 
+def alone(row: Row) -> bool:
+    """Say whether a row is a language model by itself, and no ensemble that has one among its members."""
+    return row.arm != "baseline" and row.fusion is None
+
+
 def with_figures(results: Results, task: str) -> list[Row]:
     """Return the rows of a task that have a headline figure, best first."""
     metric = results.headline[task]
@@ -342,7 +349,8 @@ def compared(results: Results, first: Row | None, other: Row | None) -> Comparis
 def verdict(results: Results, task: str) -> TaskVerdict:
     """Work out who is first on a task, and what tuning did."""
     metric = results.headline[task]
-    rows = with_figures(results, task)
+    every = with_figures(results, task)
+    rows = [row for row in every if row.arm == "baseline" or alone(row)]
     best = rows[0] if rows else None
     rival = next((row for row in rows if best and (row.arm == "baseline") != (best.arm == "baseline")), None)
     headline = [entry for entry in results.comparisons if entry.task == task and entry.metric == metric]
@@ -352,11 +360,13 @@ def verdict(results: Results, task: str) -> TaskVerdict:
         facing(entry, entry.a if arms[entry.a] == "tuned" else entry.b)
         for entry in headline
         if {arms[entry.a], arms[entry.b]} == {"tuned", "zero-shot"}
+        and not any(results.row(end).fusion for end in (entry.a, entry.b))
     ]
     order = {row.id: place for place, row in enumerate(results.standings(task))}
     pairs.sort(key=lambda entry: (entry.verdict is None, order[entry.a], order[entry.b]))
     tuned = pairs[0] if pairs else None
-    return TaskVerdict(task=task, metric=metric, best=best, rival=rival, lead=lead, tuned=tuned)
+    joined = len(rows) < len(every)
+    return TaskVerdict(task=task, metric=metric, best=best, rival=rival, lead=lead, tuned=tuned, joined=joined)
 
 
 def winner_sentence(found: TaskVerdict) -> str:
@@ -369,6 +379,8 @@ def winner_sentence(found: TaskVerdict) -> str:
         start = f"A classic baseline has the best figure: {label(found.best)}, with {what}."
     else:
         start = f"A language-model row has the best figure: {label(found.best)}, with {what}."
+    if found.joined:
+        start = f"Leaving aside ensembles that contain the model, {start[0].lower()}{start[1:]}"
     if found.rival is None:
         return start
     other = "language-model row" if found.best.arm == "baseline" else "baseline"

@@ -212,15 +212,17 @@ def by_position(row: Columns) -> list[Figures]:
     ]
 
 
-def correlation(row: Columns) -> float:
-    """Return Spearman's correlation of the target's position with its rank."""
+def bias(row: Columns) -> tuple[float, float]:
+    """Return what the target's position explains of its rank (Kruskal-Wallis over n - 1), and their correlation."""
 
     def ranks(values: Any) -> Any:
         return np.array([(values < value).sum() + ((values == value).sum() + 1) / 2 for value in values])
 
     last = [rank if rank is not None else pool for rank, pool in zip(row["rank"], row["pool"], strict=True)]
     both = [(place, rank) for place, rank in zip(row["position"], last, strict=True) if place is not None]
-    return float(np.corrcoef(*(ranks(np.array(side, dtype=float)) for side in zip(*both, strict=True)))[0, 1])
+    places, found = (ranks(np.array(side, dtype=float)) for side in zip(*both, strict=True))
+    means = np.array([found[places == place].mean() for place in places])
+    return float(means.var() / found.var()), float(np.corrcoef(places, found)[0, 1])
 
 
 def in_slice(row: Columns, name: str, training: Any) -> Any:

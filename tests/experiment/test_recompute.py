@@ -153,8 +153,9 @@ def test_slices_positions_and_differences(runs: dict[str, pipeline.Run], name: s
             for one, other in zip(found, row["by_position"], strict=True):
                 assert all(close(one[key], other.get(key)) for key in one), row["id"]
             checked.add("by_position")
-        if "position_trend" in row:
-            assert close(recompute.correlation(own), row["position_trend"]["rho"]), row["id"]
+        if "position_bias" in row:
+            told = row["position_bias"]
+            assert all(map(close, recompute.bias(own), (told["share"], told["rho"]))), row["id"]
     assert {"history", "activity"} <= checked
     assert name not in ("own", "retrieved") or {"item", "by_position"} <= checked
     figures = {row["id"]: row["metrics"] for row in results["rows"]}

@@ -98,8 +98,8 @@ def _positions(arm: str, level: float, rng: np.random.Generator) -> dict[str, An
     if arm == "baseline":
         return {"by_position": found}
     early = arm == "zero-shot"
-    trend = {"rho": 0.41 if early else 0.03, "p": 0.0005 if early else 0.61, "prefers": "early" if early else None}
-    return {"by_position": found, "position_trend": trend}
+    bias = {"share": 0.46 if early else 0.1, "chance": 0.1, "rho": 0.41 if early else 0.03, "p": 0.61}
+    return {"by_position": found, "position_bias": {**bias, **({"p": 0.0005} if early else {})}}
 
 
 def _row(
@@ -165,6 +165,14 @@ def _log(rng: np.random.Generator) -> list[dict[str, Any]]:
             }
         )
     return log
+
+
+def _example() -> dict[str, Any]:
+    return {
+        "task": "sequential", "row": "sequential/tuned/likelihood/continue-list", "user": {"id": "u7", "name": ""},
+        "history": list(NASTY[:3]), "events": 41, "listed": list(NASTY[3:8]), "hit": 2, "truth": NASTY[4],
+        "rank": 2.0, "pool": 20,
+    }  # fmt: skip
 
 
 def _data(name: str, users: int, *, made: bool, noun: str) -> dict[str, Any]:
@@ -247,6 +255,7 @@ def made_results(seed: int = 0) -> dict[str, Any]:
             for stage, seconds in STAGES.items()
         ],
         "examples": _examples(),
+        "example": _example(),
         "notes": ["MovieLens-100K stands in the training data of many models.", NASTY[0], "One seed only."],
     }  # fmt: skip
 
@@ -348,6 +357,9 @@ def hostile_results(results: Mapping[str, Any], texts: Sequence[str]) -> dict[st
         entry.update(a=names[entry["a"]], b=names[entry["b"]])
     for data in found["data"].values():
         data.update({key: next(stream) for key in ("name", "noun", "split", "fingerprint", "split_fingerprint")})
+    shown = found["example"]
+    shown.update(row=names[shown["row"]], user={"id": next(stream), "name": next(stream)}, truth=next(stream))
+    shown.update({key: [next(stream) for _ in shown[key]] for key in ("history", "listed")})
     digest = next(stream)
     found["candidates"]["main"].update(digest=digest, kind=next(stream))
     for row in found["rows"]:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmrec.report.headline import gain, headline, sentence
+from llmrec.report.page import write
 from llmrec.report.plots import differences
 from llmrec.report.results import results_of
+from llmrec.report.wording import verdict, winner_sentence
+from tests.report.test_verdicts import with_ensembles
+
+Save = Callable[[dict[str, Any]], Path]
 
 
 def test_the_model_is_the_best_language_model_row_and_the_control_the_best_baseline(results: dict[str, Any]) -> None:
@@ -23,6 +31,38 @@ def test_the_model_is_the_best_language_model_row_and_the_control_the_best_basel
         "tuned · likelihood · continue-list is significantly worse than markov-1: NDCG@10 −0.060 [−0.085, −0.035], "
         "200 users."
     )
+
+
+def test_an_ensemble_with_the_model_is_neither_model_nor_control(results: dict[str, Any], save: Save) -> None:
+    found = results_of(with_ensembles(results, weight=0.0))
+    told = headline(found, "sequential")
+    assert told.model is not None and told.control is not None
+    assert (told.model.id, told.control.id) == (
+        "sequential/tuned/likelihood/continue-list",
+        "sequential/baseline/fusion",
+    )
+    assert told.verdict == "contradicted"
+    card = write(save(results))["html"].read_text("utf-8").split('class="card"')[2].split("</article>")[0]
+    assert re.search(r"0\.500.*best baseline.*0\.600.*−0\.100.*in an ensemble.*\+0\.006.*weight 0", card, re.DOTALL)
+    assert "0.985" not in card
+    best = winner_sentence(verdict(found, "sequential"))
+    assert best.startswith(
+        "Leaving aside ensembles that contain the model, a classic baseline has the best figure: fus"
+    )
+
+
+def test_the_first_screen_shows_one_user(results: dict[str, Any], save: Save) -> None:
+    results["example"].update(history=["Alien", "Heat"], listed=["Big", "Up <b>"], truth="Up <b>", hit=2)
+    pages = write(save(results))
+    html, text = (pages[kind].read_text("utf-8") for kind in ("html", "markdown"))
+    part = html.split('id="example-title"')[1].split("</article>")[0]
+    assert html.index('id="example-title"') < html.index('class="cards"')
+    assert "the latest 2 of 41" in part and part.index("Alien") < part.index("Heat")
+    assert '<strong class="best"><bdi>Up &lt;b&gt;</bdi></strong>' in part and "rank 2 of 20" in part
+    assert "- Held out: Up &lt;b&gt;: rank 2 of 20" in text and text.index("Held out") < text.index("## Results")
+    del results["example"]
+    pages = write(save(results))
+    assert not any("Held out" in page.read_text("utf-8") for page in pages.values())
 
 
 def test_the_sign_does_not_depend_on_how_a_comparison_was_written(results: dict[str, Any]) -> None:

@@ -167,9 +167,7 @@ def test_a_run_without_training_comparisons_or_examples(results: dict[str, Any],
     results["data"] = {"main": {**results["data"]["main"]}, "reviews": None}
     results["detectable"] = {}
     for row in results["rows"]:
-        row.update(
-            parse_rate=1.0, tie_rate=None, failures=[], inputs="", slices=[], by_position=[], position_trend=None
-        )
+        row.update(parse_rate=1.0, tie_rate=None, failures=[], inputs="", slices=[], by_position=[], position_bias=None)
     pages = write(save(results))
     text = pages["html"].read_text("utf-8")
     assert not re.search("<h3>(Position|Slices)", text) and "Marks compare" not in text

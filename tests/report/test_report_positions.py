@@ -17,9 +17,9 @@ from scipy.stats import t
 
 from llmrec.report.page import write
 from llmrec.report.plots import by_position
-from llmrec.report.positions import bands, sentences, shown_rows, trend_words, wilson
+from llmrec.report.positions import bands, bias_words, sentences, shown_rows, wilson
 from llmrec.report.results import results_of
-from llmrec.results import AtPosition, Row, Trend
+from llmrec.results import AtPosition, PositionBias, Row
 
 Save = Callable[[dict[str, Any]], Path]
 
@@ -85,38 +85,50 @@ def test_places_without_figures_and_single_requests_are_no_obstacle() -> None:
 # --------------------------------------------------------------------------- words
 
 
-def test_it_is_said_who_prefers_which_end(results: dict[str, Any]) -> None:
+def test_it_is_said_which_rows_are_biased(results: dict[str, Any]) -> None:
     found = results_of(results)
     assert sentences(found, "direct") == (
-        "The earlier the target stands among its candidates, the better it is ranked by zero-shot · label · pick-one "
-        "(rank correlation +0.41, corrected p < 0.001).",
-        "No such preference is shown for few-shot · label · pick-one and tuned · label with both templates.",
+        "Position bias: where the target stands among its candidates changes its rank in zero-shot · label · pick-one "
+        "(it explains 46 % of the variance of the rank, 10 % expected by chance; rank correlation +0.41; corrected p "
+        "< 0.001).",
+        "No such bias is shown for few-shot · label · pick-one and tuned · label with both templates.",
     )
     assert sentences(found, "rating") == ()
 
 
 def test_rows_that_differ_in_their_template_are_named_together(several: dict[str, Any]) -> None:
     tuned = [row for row in several["rows"] if row["task"] == "direct" and row["arm"] == "tuned"]
-    for row, rho, p in zip(tuned[:3], (-0.5, -0.304, -0.4), (0.004, 0.0402, 0.001), strict=True):
-        row["position_trend"] = {"rho": rho, "p": p, "prefers": "late"}
-    assert sentences(results_of(several), "direct") == (
-        "The earlier the target stands among its candidates, the better it is ranked by zero-shot · label with all 5 "
-        "templates (rank correlation +0.41, corrected p < 0.001).",
-        "The later the target stands among its candidates, the better it is ranked by tuned · label with 3 of 5 "
-        "templates (rank correlation −0.50 to −0.30, corrected p at most 0.040).",
-        "No such preference is shown for few-shot · label with all 5 templates and tuned · label with 2 of 5 "
-        "templates.",
+    for row, share, rho, p in zip(tuned[:3], (0.5, 0.3, 0.4), (-0.5, -0.304, 0), (0.004, 0.0402, 0.001), strict=True):
+        row["position_bias"] = {"share": share, "chance": 0.1, "rho": rho, "p": p}
+    first, rest = sentences(results_of(several), "direct")
+    assert first.endswith(
+        "and tuned · label with 3 of 5 templates (it explains 30 % to 50 % of the variance of the rank, 10 % expected "
+        "by chance; rank correlation −0.50 to +0.00; corrected p at most 0.040)."
+    )
+    assert rest == (
+        "No such bias is shown for few-shot · label with all 5 templates and tuned · label with 2 of 5 templates."
     )
 
 
 def test_nothing_shown_is_said_once(results: dict[str, Any]) -> None:
     for row in results["rows"]:
-        if row.get("position_trend"):
-            row["position_trend"] = {"rho": None, "p": None, "prefers": None}
+        if row.get("position_bias"):
+            row["position_bias"] = {"share": None, "chance": None, "rho": None, "p": None}
     assert sentences(results_of(results), "direct") == (
-        "No language-model row is shown to prefer either end of the list.",
+        "No language-model row is shown to depend on where the target stands among its candidates.",
     )
-    assert trend_words(Trend(rho=None, p=None)) == "rank correlation –, corrected p –"
+    nothing = PositionBias(share=None, chance=None, rho=None, p=None)
+    assert bias_words(nothing) == (
+        "it explains – of the variance of the rank, – expected by chance; rank correlation –; corrected p –"
+    )
+
+
+def test_a_run_of_classic_recommenders_has_no_table_of_positions(results: dict[str, Any], save: Save) -> None:
+    results["rows"] = [row for row in results["rows"] if row["arm"] == "baseline"]
+    results["comparisons"] = []
+    assert shown_rows(results_of(results), "direct") == ()
+    pages = write(save(results))
+    assert not any("Position of the target" in page.read_text("utf-8") for page in pages.values())
 
 
 # --------------------------------------------------------------------------- the curve
@@ -148,7 +160,7 @@ def test_it_stands_in_the_page_and_in_markdown(results: dict[str, Any], save: Sa
     html = pages["html"].read_text("utf-8")
     assert html.count('id="positions-2"') == html.count('id="positions-3"') == 1 and 'id="positions-1"' not in html
     part = html.split('id="positions-3-caption"')[1].split("</table>")[0]
-    assert part.count("<tr>") == 1 + 5 * 10 and part.count("rank correlation") == 4
+    assert part.count("<tr>") == 1 + 5 * 10 and part.count("of the variance of the rank") == 4
     text = pages["markdown"].read_text("utf-8").split("### Pick from candidates")[1].split("\n### ")[0]
     lines = text.split("#### Position of the target")[1].split("####")[0].splitlines()
     assert sum(line.startswith("| ") for line in lines) == 2 + 5 * 10

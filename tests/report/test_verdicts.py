@@ -2,36 +2,80 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from llmrec.report.render import markdown_page
 from llmrec.report.results import results_of
 from llmrec.report.summary import caution, tuning_tally
-from llmrec.report.verdicts import HEAD, WIDTH, screen, spent
-from llmrec.report.wording import facing, number, title, verdict
+from llmrec.report.verdicts import WIDTH, metrics_table, screen, spent
+from llmrec.report.wording import verdict
 
 
 def joined(lines: list[str]) -> str:
     return " ".join(" ".join(lines).split())
 
 
-def test_each_task_has_its_best_model_its_best_control_and_their_difference(results: dict[str, Any]) -> None:
-    found = results_of(results)
-    lines = screen(found)
-    assert lines[0] == HEAD and max(map(len, lines)) <= WIDTH
-    text = joined(lines)
-    for task in found.tasks:
-        each = verdict(found, task)
-        assert each.best is not None and each.rival is not None
-        model, control = (each.rival, each.best) if each.best.arm == "baseline" else (each.best, each.rival)
-        own = text.split(f"{title(task)}, {each.metric}")[1]
-        assert f"{model.arm} · {model.predictor}" in own.split(" against ")[0]
-        assert number(model.metrics[each.metric].value) in own.split(" against ")[0]
-        assert own.split(" against ")[1].startswith(f"{control.predictor} {number(control.metrics[each.metric].value)}")
-        if each.lead is not None:
-            assert number(facing(each.lead, model.id).value, sign=True) in own
+def shown(results: dict[str, Any]) -> str:
+    console = Console(width=WIDTH)
+    with console.capture() as text:
+        console.print(metrics_table(results_of(results)))
+    assert max(map(len, text.get().splitlines())) <= WIDTH
+    return text.get()
+
+
+def ensemble(row: dict[str, Any], weight: float, level: float, name: str) -> dict[str, Any]:
+    """Return an ensemble that has the row's model among its members."""
+    made = copy.deepcopy(row)
+    made.update(id=f"{row['task']}/{row['arm']}/{name}", predictor=name, template=None)
+    made["metrics"]["NDCG@10"].update(value=level, low=level - 0.01, high=level + 0.01)
+    parts = [{"name": "markov-1", "weight": 1.0}, {"name": "likelihood", "weight": weight}]
+    made["fusion"] = {"form": "logit", "parts": parts if row["arm"] == "tuned" else parts[:1]}
+    return made
+
+
+def with_ensembles(results: dict[str, Any], weight: float) -> dict[str, Any]:
+    """Add ensembles of classic recommenders and of these with the tuned model, which differ by nothing."""
+    rows = {row["id"]: row for row in results["rows"]}
+    classic = ensemble(rows["sequential/baseline/markov-1"], weight, 0.6, "fusion")
+    joined = ensemble(rows["sequential/tuned/likelihood/continue-list"], weight, 0.985, "fusion with models")
+    numbers = {"value": 0.006, "low": -0.01, "high": 0.02, "p": 0.4, "p_raw": 0.4, "verdict": "not shown"}
+    more = {"task": "sequential", "metric": "NDCG@10", "detectable": 0.03, "level": 0.95}
+    own = {"a": "sequential/tuned/likelihood/continue-list", "b": classic["id"]}
+    results["rows"] += [classic, joined]
+    results["comparisons"] += [
+        {**more, **numbers, "a": joined["id"], "b": classic["id"]},
+        {**more, **numbers, **own, "value": -0.1, "low": -0.12, "high": -0.08, "verdict": "contradicted"},
+    ]
+    return results
+
+
+def test_the_table_has_each_setting_beside_the_best_baseline(results: dict[str, Any]) -> None:
+    text = shown(results)
+    head, *lines = [line.split() for line in text.splitlines() if line.strip()]
+    assert head == ["zero", "few"]
+    rating, unit = (line for line in lines if line[0] in ("Rating", "RMSE,"))
+    assert rating[2:] == ["1.310", "1.220", "0.960", "0.930", "○", "+0.030"]
+    assert unit[-3:] == ["user-item-bias", "[−0.018,", "+0.078]"]
+    assert "✗ −0.060" in text and "✗ significantly worse" in " ".join(text.split())
+
+
+def test_the_model_stands_by_itself_and_its_ensemble_apart(results: dict[str, Any]) -> None:
+    found = with_ensembles(results, weight=0.0)
+    text = shown(found)
+    assert "0.985" not in text and "✗ −0.100" in text
+    own = text[text.index("Next item") :].splitlines()[0].split()
+    assert own[3:6] == ["0.310", "0.320", "0.500"]
+    assert "NDCG@10 +0.006 [−0.010, +0.020] in Next item from history, with weight 0, no significant" in joined(
+        screen(results_of(found))
+    )
+
+
+def test_a_weight_is_said_where_it_is_0(results: dict[str, Any]) -> None:
+    assert "weight 0" not in joined(screen(results_of(with_ensembles(results, weight=0.3))))
 
 
 def test_it_never_contradicts_the_report(results: dict[str, Any]) -> None:
@@ -50,7 +94,7 @@ def test_what_makes_a_run_exploratory(results: dict[str, Any], users: int, train
     if not trained:
         results["training"] = None
     assert says in caution(results_of(results))
-    assert "(exploratory)" in joined(screen(results_of(results)))
+    assert says in joined(screen(results_of(results)))
 
 
 def test_a_run_without_a_language_model_says_what_leads(results: dict[str, Any]) -> None:
@@ -58,9 +102,9 @@ def test_a_run_without_a_language_model_says_what_leads(results: dict[str, Any])
     known = {row["id"] for row in results["rows"]}
     results["comparisons"] = [each for each in results["comparisons"] if {each["a"], each["b"]} <= known]
     results["training"] = None
-    lines = screen(results_of(results))
-    assert HEAD not in lines and max(map(len, lines)) <= WIDTH
-    assert "Rating prediction" in lines[0] and "zero-shot" not in joined(lines)
+    text = shown(results)
+    assert text.split()[:7] == ["Task", "and", "metric", "ensemble", "best", "single", "difference"]
+    assert "Rating prediction" in text and "user-item-bias" in text and "zero-shot" not in text
 
 
 def test_no_figure_of_a_model_is_said(results: dict[str, Any]) -> None:
@@ -68,8 +112,9 @@ def test_no_figure_of_a_model_is_said(results: dict[str, Any]) -> None:
         if row["task"] == "rating" and row["arm"] != "baseline":
             row["metrics"]["RMSE"].update(value=None, low=None, high=None, undefined="no request has a rating")
     results["comparisons"] = [each for each in results["comparisons"] if each["task"] != "rating"]
-    text = joined(screen(results_of(results)))
-    assert "no language-model row has a figure" in text and "no request has a rating" in text
+    assert "no request has a rating" in joined(screen(results_of(results)))
+    own = next(line for line in shown(results).splitlines() if line.startswith("Rating"))
+    assert own.split()[2:] == ["–", "–", "–", "0.930", "–"]
 
 
 def test_time_names_the_longest_stages(results: dict[str, Any]) -> None:

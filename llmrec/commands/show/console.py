@@ -26,26 +26,27 @@ facts: dict[str, object] = {}
 
 
 # Of a row: they stand in results.json, which is named.
-_DETAILS = {"slices", "by_position", "position_trend"}
+_DETAILS = {"slices", "by_position", "position_bias"}
 
 LARGE = 1_000_000
 """Interactions from which on a run says what it will take before it begins."""
 
 
 def finish(done: Any) -> None:
-    """Print the verdicts of a run, how long it took, where its report lies, and what to do next."""
+    """Print the headline figures of a run, how long it took, where its report lies, and what to do next."""
     from rich.text import Text
 
     from llmrec.report.results import results_of
     from llmrec.report.summary import first_sentence
-    from llmrec.report.verdicts import coloured, screen, spent
+    from llmrec.report.verdicts import coloured, metrics_table, screen, spent
 
     found = results_of(done.results)
     sentence = first_sentence(found)
+    console().print(metrics_table(found))
     verdicts = Text("\n".join(screen(found)))
     for pattern, style in coloured():
         verdicts.highlight_regex(pattern, style)
-    _console().print(verdicts, soft_wrap=True)
+    console().print(verdicts, soft_wrap=True)
     say("")
     budget = {entry["stage"]: entry["seconds"] for entry in done.results["budget"]}
     tell(
@@ -82,12 +83,12 @@ def show_tables(folder: Path) -> None:
     from llmrec.report.results import content_of
     from llmrec.report.table import console_tables
 
-    console = _console()
     for table in console_tables(content_of(folder)):
-        console.print(table, "")
+        console().print(table, "")
 
 
-def _console() -> Console:
+def console() -> Console:
+    """Return what prints tables and colours where a command answers."""
     from rich.console import Console
 
     # What is piped has no width of its own.

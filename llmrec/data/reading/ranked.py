@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from itertools import islice
 from pathlib import Path
-from typing import Any, TextIO, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -23,6 +23,9 @@ from llmrec.data.reading.request_file import JSON_LINES, PARQUET, SEPARATORS, ki
 from llmrec.durable import checksum, replacing, write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.shared import Form
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 _ROW_GROUP = 4096
 
@@ -99,7 +102,6 @@ class Predicted:
     completion_tokens: int = 0
 
 
-Written = Ranked | Predicted
 LONG = ("user", "item", "rank", "score")
 """Columns of the long form."""
 TREC = (".trec", ".run")
@@ -109,10 +111,11 @@ _LONG_SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("rank",
 _LISTS = ("items", "scores", "titles", "notes", "rationale")
 
 
-def _schema(kind: type[Written]) -> Any:
-    """Return the columns of a record: a list of numbers, lists of texts, whole numbers, numbers and texts."""
+def _schema(kind: type[DataclassInstance]) -> Any:
+    """Return the columns of a record: lists of numbers and of texts, whole numbers, numbers, yes or no, and texts."""
     hints = get_type_hints(kind)
     known = {
+        bool: pa.bool_(),
         int: pa.int64(),
         float | None: pa.float64(),
         tuple[float, ...]: pa.list_(pa.float64()),
@@ -121,7 +124,7 @@ def _schema(kind: type[Written]) -> Any:
     return pa.schema([(name, known.get(hints[name], pa.string())) for name in _columns(kind)])
 
 
-def _columns(kind: type[Written]) -> tuple[str, ...]:
+def _columns(kind: type[DataclassInstance]) -> tuple[str, ...]:
     return tuple(column.name for column in fields(kind))
 
 
@@ -156,7 +159,7 @@ def _record(stored: Mapping[str, Any]) -> Ranked:
     return Ranked(**values)
 
 
-def _line(record: Written) -> str:
+def _line(record: DataclassInstance) -> str:
     return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
 
 
@@ -248,14 +251,14 @@ def _trec(path: Path, row: tuple[str, str, int, float], tag: str) -> str:
     return f"{user} Q0 {item} {rank} {score!r} {tag}\n"
 
 
-def write_records(path: Path, records: Iterable[Written], kind: type[Written] = Ranked) -> None:
+def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[DataclassInstance] = Ranked) -> None:
     """Write all records as Parquet, JSON Lines, CSV or TSV, the text ones optionally gzipped, in one step.
 
     Records are taken one by one, and the same records give the same bytes.
 
     Args:
         path: The file.
-        records: All of one kind.
+        records: Frozen dataclasses, all of one kind.
         kind: Which.
 
     Raises:
@@ -284,7 +287,7 @@ def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
             yield text
 
 
-def _write_parquet(path: Path, records: Iterator[Written], kind: type[Written]) -> None:
+def _write_parquet(path: Path, records: Iterator[DataclassInstance], kind: type[DataclassInstance]) -> None:
     schema = _schema(kind)
     with pq.ParquetWriter(path, schema) as writer:
         while group := list(islice(records, _ROW_GROUP)):

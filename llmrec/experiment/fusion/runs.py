@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
-from llmrec.durable import checked
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.experiment.claiming import RUN
-from llmrec.experiment.evaluation import ResultRow, part_of, row_of
+from llmrec.experiment.evaluation import ResultRow, part_of
 from llmrec.experiment.fusion.parts import FUSIONS, Recalled, Weighing, bases_of, join, weighed_by, weights_of, widest
 from llmrec.experiment.results import Written, write_results
 from llmrec.experiment.resume import Budget, locked
 from llmrec.experiment.row_specs import protocol_of
+from llmrec.experiment.stored_rows import finished, stored_row
 from llmrec.experiment.study import Study, build_study
 from llmrec.recipe.load import load_stored
-from llmrec.report.results import content_of, fix_for, results_of
+from llmrec.report.results import content_of
 from llmrec.results import Reads, Row
 from llmrec.tasks.family import family_of
 from llmrec.terminal import works_in
@@ -86,14 +86,7 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
     Raises:
         DataError: If it is not finished, or is about other data or cases.
     """
-    path = run / "results.json"
-    if not path.is_file() or not (run / "rows").is_dir():
-        raise DataError(
-            f"{run} is no finished run: it has no results.json with rows/ beside it; run its recipe",
-            kind="missing-file",
-            at=run,
-        )
-    results = results_of(content_of(run), source=str(path), fix=fix_for(run))
+    results = finished(run)
     data = results.data["main"]
     if data is None or data.split_fingerprint != study.data.fingerprint:
         raise DataError(
@@ -104,19 +97,9 @@ def _rows(run: Path, study: Study) -> list[ResultRow]:
         )
     rows = []
     for figures in results.rows:
-        stored = run / "rows" / (figures.id.replace("/", ".") + ".json")
         if figures.fusion is not None or figures.task not in study.tasks:
             continue
-        if not stored.is_file():
-            raise DataError(f"{stored} is missing; run the recipe of {run} again", kind="missing-file", at=stored)
-        try:
-            row = row_of(checked(stored.read_bytes()))
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f"{stored} cannot be read ({type(error).__name__}); run the recipe of {run} again",
-                kind="damaged",
-                at=stored,
-            ) from error
+        row = stored_row(run, figures)
         asked = [case.request.id for case in study.cases(figures.task)]
         if [record.request_id for record in row.records] != asked or not _same_sets(row, study):
             raise DataError(
