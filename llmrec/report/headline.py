@@ -67,10 +67,8 @@ def headline(results: Results, task: str, model: Row | None = None) -> Headline:
         model = served
     if model is None:
         model = next((row for row in rows if (alone(row) if asks else row.fusion is not None)), None)
-    if model is None:
-        single = asks
-    else:
-        single = model.arm != "baseline" or (model is served and model.fusion is None)
+    plain = model is not None and (model.arm != "baseline" or (model is served and model.fusion is None))
+    single = plain or (model is None and asks)
     controls = [row for row in rows if row.arm == "baseline" and (single or row.fusion is None)]
     control = next((row for row in controls if model is None or row.differs(model)), None)
     short = short_names(rows)

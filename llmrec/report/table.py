@@ -180,7 +180,7 @@ def _task_table(results: Results, task: str) -> Table:
                 cells.append(Text(interval(metric.low, metric.high) if metric else ""))
         table.add_row(*cells, *([Text(share(row.parse_rate))] if parsed else []))
     for missing in results.missing(task):
-        table.add_row(_plain(label(missing)), Text(NOT_EVALUATED, style="red"))
+        table.add_row(plain(label(missing)), Text(NOT_EVALUATED, style="red"))
     return table
 
 
