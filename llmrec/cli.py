@@ -41,7 +41,17 @@ from llmrec.commands.tune.app import app as tuning
 if TYPE_CHECKING:
     from llmrec.recipe.schema import Recipe
 
+PANELS = {
+    "Start": ("init", "auto", "doctor"),
+    "Train and evaluate": ("check", "run", "train", "eval", "report", "audit", "compare", "tune", "score"),
+    "Serve": ("rank", "predict", "serve", "serve-key", "refresh", "chat", "export"),
+    "Data": ("data", "prompts", "index", "augment", "features"),
+    "Advanced": ("fuse", "tune-encoder", "compress", "merge", "schema"),
+}
+"""The commands as `--help` groups them."""
+
 app = common.App(
+    PANELS,
     name="llmrec",
     help="Tune a language model into a recommender, and measure it honestly.",
     no_args_is_help=True,
@@ -60,7 +70,7 @@ app.add_typer(searching)
 app.add_typer(tuning)
 app.add_typer(augmenting)
 app.add_typer(showing)
-app.add_typer(features, name="features", help="Stores of what a language model wrote: make, show, compare, correct.")
+app.add_typer(features, name="features", help="Manage stores of texts that a language model wrote.")
 
 Out = Annotated[Path | None, typer.Option("--out", help="Run folder; runs/<name> by default.")]
 
@@ -92,7 +102,10 @@ def check(
         bool, typer.Option("--dry-run", help="Also count rows and tokens, render prompts, estimate time and memory.")
     ] = False,
 ) -> None:
-    """Refuse what a run would refuse of a recipe, its data and its model, or of a suite's pages, without weights."""
+    """Check a recipe, its data and its model without weights.
+
+    It refuses what a run would refuse, also of a suite or a benchmark and the recipes that it names.
+    """
     from llmrec.commands.show.checking import check
 
     check(recipe, overrides or (), dry_run=dry_run)
@@ -100,7 +113,7 @@ def check(
 
 @app.command()
 def data(recipe: RecipePath, overrides: Overrides = None) -> None:
-    """Print statistics of a recipe's data and of its split."""
+    """Print statistics of a recipe's data and its split."""
     from llmrec.commands.show.statistics import lines, of_candidates
     from llmrec.data.stats import statistics
     from llmrec.experiment import study as studies
@@ -143,9 +156,10 @@ def prompts(
         ),
     ] = None,
 ) -> None:
-    """Show the templates that a recipe uses, and one rendered training prompt a task.
+    """Show the prompts of a recipe as a model reads them.
 
-    What is learned stands in «these marks». A template that the recipe does not train on is rendered where it is named.
+    The templates that it uses, and one rendered training prompt a task. What is learned stands in «these marks». A
+    template that the recipe does not train on is rendered where it is named.
     """
     from llmrec.commands.show import prompts as listing
     from llmrec.experiment import study as studies
@@ -181,7 +195,10 @@ def index(
         str | None, typer.Option("--items", metavar="ID,ID", help="Items to show, with those nearest to them.")
     ] = None,
 ) -> None:
-    """Build a recipe's item index, and show what its codes are like: a page, figures, examples."""
+    """Build a recipe's item index and show its codes.
+
+    It writes a page with figures and examples.
+    """
     from llmrec.experiment import index_report
 
     asked = [name for part in (items or "").split(",") if (name := part.strip())]
@@ -226,10 +243,11 @@ def evaluate(
     shard: Piece = None,
     ray: Cluster = None,
 ) -> None:
-    """Evaluate a recipe with the adapter that `train` left, never training; or run a suite or a benchmark.
+    """Evaluate a recipe without training, or run a suite.
 
-    A suite puts predictors under one protocol, a benchmark recipes beside each other, a suite of conversations managers
-    before the same simulated users; all go on where they were killed.
+    The tuned setting takes the adapter that `train` left. A suite puts predictors under one protocol, a benchmark
+    recipes beside each other, a suite of conversations managers before the same simulated users; all go on where they
+    were killed.
     """
     from llmrec import pipeline
     from llmrec.recipe.load import kind_of_page
@@ -256,7 +274,10 @@ def report(
     ],
     table: Annotated[bool, typer.Option("--table", help="Of a run folder: also print its tables.")] = False,
 ) -> None:
-    """Write a run's report again from its results, or the leaderboard and the benchmarks' pages from theirs."""
+    """Write the report of a run again from its results.
+
+    Of a folder of results such as eval/results: the leaderboard and the benchmarks' pages.
+    """
     from llmrec import pipeline
     from llmrec.commands.compare import pages
 
@@ -285,10 +306,11 @@ def tune_encoder(
         float, typer.Option("--learning-rate", min=1e-12, help="At its height; it falls to 0 over the epochs.")
     ] = 1e-4,
 ) -> None:
-    """Tune a text encoder on a recipe's training interactions: which items follow each other.
+    """Fine-tune a text encoder on a recipe's interactions.
 
-    The folder can stand wherever a recipe names an encoder, with the same data and seed: `transitions-text`, `content`,
-    `tower`, semantic IDs and item tokens. Rows that use it count as language models.
+    It learns which items follow each other in training. The folder can stand wherever a recipe names an encoder, with
+    the same data and seed: `transitions-text`, `content`, `tower`, semantic IDs and item tokens. Rows that use it count
+    as language models.
     """
     from llmrec.baselines.towers.pairs import TransitionsTunedConfig
     from llmrec.experiment.tuning.encoder import tune_encoder as tuned
@@ -304,10 +326,11 @@ def fuse(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Finished runs over the same cases.")],
     out: Annotated[Path, typer.Option("--out", metavar="FOLDER", help="The folder to write.")],
 ) -> None:
-    """Join the rows of finished runs: one list from many, with weights from users of the validation split.
+    """Combine the rows of finished runs into ensembles.
 
-    Nothing is asked again. Each family gets the fusion of rows that know events alone, of those that read texts too,
-    and of all with the language models, beside the rows themselves and compared with them.
+    Weights come from users of the validation split. Nothing is asked again. Each family gets the fusion of rows that
+    know events alone, of those that read texts too, and of all with the language models, beside the rows themselves and
+    compared with them.
     """
     from llmrec import pipeline
 
@@ -343,7 +366,13 @@ def export(
     private: Annotated[bool, typer.Option("--private/--public", help="Whether what is uploaded is private.")] = True,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a tuned model as a folder of its own, for llmrec, transformers and vLLM, with a model card."""
+    """Write a tuned model as a folder that stands alone.
+
+    llmrec, transformers and vLLM load it; it has a model card and checksums.
+    """
+    from llmrec.commands.export.untuned import refuse_untuned
+
+    refuse_untuned(run)
     from llmrec.commands.export import export as exports
 
     options = exports.Options(
@@ -368,9 +397,10 @@ def export(
 @app.command()
 @takes(PredictOptions)
 def predict(options: PredictOptions) -> None:
-    """Answer a file of questions about one item each: ratings, yes or no, explanations, reviews.
+    """Answer a file of questions about one item each.
 
-    A killed call resumes where it was. Exit code 0: every line answered; 1: some failed, and say why; 2: nothing done.
+    Ratings, yes or no, explanations, reviews. A killed call resumes where it was. Exit code 0: every line answered; 1:
+    some failed, and say why; 2: nothing done.
     """
     from llmrec.commands.predict.run import predict_file
 
@@ -388,7 +418,10 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Check versions, hardware, model and data, one line each with the fix; exit code 1 if something is wrong."""
+    """Check versions, hardware, model and data.
+
+    One line each, with the fix; exit code 1 if something is wrong.
+    """
     from llmrec.commands.doctor.told import healthy
 
     if not healthy(security=security):
@@ -402,7 +435,10 @@ def audit(
         bool, typer.Option("--memory", help="Also ask the untuned model for the catalogue; loads it.")
     ] = False,
 ) -> None:
-    """Look for held-out data where it must not be, and for what else may explain a figure; exit code 1 on a leak."""
+    """Look for held-out data where it must not be.
+
+    And for what else may explain a figure. Exit code 1 on a leak.
+    """
     from llmrec.commands.show.audits import leaks
 
     if leaks(folder, memory=memory):

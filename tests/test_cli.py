@@ -5,8 +5,13 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+from typer.main import get_command
+from typer.testing import CliRunner
+
+from llmrec import cli
 
 RECIPE = """\
 name: shop
@@ -76,6 +81,21 @@ def test_ids_become_codes_without_pandas() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout == "[1, 0, 1] False\n"
+
+
+def test_help_groups_the_commands_and_says_each_in_one_line() -> None:
+    group: Any = get_command(cli.app)
+    placed = [name for names in cli.PANELS.values() for name in names]
+    assert sorted(placed) == sorted(group.commands) == sorted(set(placed))
+    assert next(iter(cli.PANELS)) == "Start" and cli.PANELS["Start"][:2] == ("init", "auto")
+    every = {**group.commands, **group.commands["features"].commands}
+    summaries = {name: (command.help or "").strip().split("\n\n")[0] for name, command in every.items()}
+    assert not {name: text for name, text in summaries.items() if not text or len(text) > 60}
+    text = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
+    for panel, names in cli.PANELS.items():
+        own = text.split(f"{panel}:\n")[1].split("\n\n")[0].splitlines()
+        assert [line.split()[0] for line in own] == list(names)
+        assert [line.split(maxsplit=1)[1] for line in own] == [summaries[name] for name in names]
 
 
 def test_every_command_has_help() -> None:

@@ -124,7 +124,8 @@ def screen(results: dict[str, Any]) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
         finish(Run(folder, results, (), folder / "report" / "index.html"))
-    return f"```text\n{said.getvalue().rstrip()}\n```"
+    lines = "\n".join(line.rstrip() for line in said.getvalue().rstrip().splitlines())
+    return f"```text\n{lines}\n```"
 
 
 def _how(results: dict[str, Any]) -> str:

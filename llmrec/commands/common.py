@@ -116,7 +116,29 @@ class _Command(_Shared, TyperCommand):
 
 
 class _Group(_Shared, TyperGroup):
-    pass
+    panels: Mapping[str, Sequence[str]] = {}
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Return the commands in the order of the panels; others follow."""
+        known = super().list_commands(ctx)
+        placed = [name for names in self.panels.values() for name in names if name in known]
+        return [*placed, *(name for name in known if name not in placed)]
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        """Write a list of commands for each panel, instead of one of all."""
+        if not self.panels:
+            super().format_commands(ctx, formatter)
+            return
+        width = max(len(name) for names in self.panels.values() for name in names)
+        for panel, names in self.panels.items():
+            found = [(name, self.get_command(ctx, name)) for name in names]
+            rows = [
+                (f"{name:<{width}}", command.get_short_help_str(formatter.width - width - 6))
+                for name, command in found
+                if command is not None and not command.hidden
+            ]
+            with formatter.section(panel):
+                formatter.write_dl(rows)
 
 
 RecipePath = Annotated[str, typer.Argument(metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")]
@@ -126,10 +148,16 @@ Overrides = Annotated[
 
 
 class App(typer.Typer):
-    """A group of commands which all have the shared options."""
+    """A group of commands which all have the shared options.
 
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(cls=_Group, rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
+    Args:
+        panels: Names of commands by the heading that ``--help`` puts them under; without any they are one list.
+        settings: See `typer.Typer`.
+    """
+
+    def __init__(self, panels: Mapping[str, Sequence[str]] | None = None, **settings: Any) -> None:
+        group = type("_Panels", (_Group,), {"panels": panels or {}})
+        super().__init__(cls=group, rich_markup_mode=None, pretty_exceptions_enable=False, **settings)
 
     def command(self, name: str | None = None, **settings: Any) -> Callable[[Any], Any]:
         """Register a command; see `typer.Typer.command`."""

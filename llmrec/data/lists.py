@@ -11,6 +11,7 @@ import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +28,7 @@ from llmrec.data.reading.ranked import TREC
 from llmrec.data.reading.request_file import JSON_LINES, PARQUET
 from llmrec.data.reading.table import is_pattern, read_table, without_kinds
 from llmrec.data.reading.text import Table, decode, read_bytes
+from llmrec.data.reading.words import named
 from llmrec.errors import DataError, Place, did_you_mean
 
 Unit = Literal["user", "request"]
@@ -38,8 +40,10 @@ ITEMS = ("item", "item_id", "itemid", "iid", "docno", "docid", "doc_id", "docume
 SCORES = ("score", "scores", "prediction", "pred")
 RANKS = ("rank", "position")
 GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
-"""What columns are called, without regard to case."""
+"""What columns are called, without regard to case; of users and items also as `llmrec.data.reading.words` knows it."""
 
+# Weight of a name from which on it is believed; see `llmrec.data.reading.words`.
+_SURE = 0.9
 _QRELS = (".qrels", ".qrel")
 _RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")
 _QRELS_COLUMNS = ("user", "iteration", "item", "relevance")
@@ -56,6 +60,7 @@ class Lists:
         empty: Keys of lists without an item, such as those of requests that failed.
         order: What ranks: a score, a rank, or the order of the rows.
         where: The place of a row of ``frame``.
+        columns: Of the file.
     """
 
     name: str
@@ -64,6 +69,7 @@ class Lists:
     empty: frozenset[str]
     order: Order
     where: Callable[[int], Place]
+    columns: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -75,12 +81,29 @@ class Truth:
         unit: What they are relevant for.
         frame: Columns ``key``, ``owner`` (the user of a request, else the key), ``item`` and ``gain``, above 0.
         barren: Keys for which nothing is relevant; they are not judged.
+        columns: Of the file.
     """
 
     name: str
     unit: Unit
     frame: pl.DataFrame
     barren: frozenset[str]
+    columns: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Entities:
+    """Which columns are the user and the item, where somebody said so; a file that lacks one is read by its names."""
+
+    user: str | None = None
+    item: str | None = None
+
+    def find(self, columns: Sequence[str], what: Literal["user", "item"]) -> str | None:
+        """Return the column of the user or the item: the one that was named, a usual name, or one that says so."""
+        said, usual = (self.user, USERS) if what == "user" else (self.item, ITEMS)
+        if said in columns:
+            return said
+        return _called(columns, usual) or _meaning(tuple(columns), what)
 
 
 @dataclass(frozen=True)
@@ -89,30 +112,33 @@ class _Records:
 
     name: str
     rows: Iterable[tuple[Place, Mapping[str, Any]]]
+    columns: Sequence[str] = ()
 
 
-def read_truth(source: Any) -> Truth:
+def read_truth(source: Any, asked: Entities = Entities()) -> Truth:
     """Read what is relevant.
 
     Args:
         source: The path of a table or of TREC qrels, or a frame (see `llmrec.data.frames.as_arrow`). Columns: a user or
             a request, an item, and where items are relevant to several degrees, a relevance; without one all are.
+        asked: Names of columns.
 
     Raises:
         DataError: If it cannot be read, or a pair stands there twice.
     """
-    table = _opened(source, "truth", _QRELS, _QRELS_COLUMNS)
+    table = _opened(source, "truth", _QRELS, _QRELS_COLUMNS, asked)
     if isinstance(table, _Records):
         raise DataError.at(
             table.name,
             "wrong-format",
             ": these are ranked lists and not what is relevant; give a table with a user and an item in each row",
         )
-    requests, users = _found(table, REQUESTS), _found(table, USERS)
+    columns = table.frame.columns
+    requests, users = _found(table, REQUESTS), asked.find(columns, "user")
     key = requests or users
     if key is None:
-        raise _lacks(table, "user", USERS)
-    item = _needed(table, "item", ITEMS)
+        raise _lacks(table, "user")
+    item = _needed(table, asked)
     gains = _found(table, GAINS)
     frame = pl.DataFrame(
         {
@@ -129,34 +155,36 @@ def read_truth(source: Any) -> Truth:
     barren = frozenset(frame["key"].unique()) - frozenset(kept["key"].unique())
     if kept.is_empty():
         raise DataError.at(table.name, "empty", ": no row holds a relevant item; check its column of relevance", gains)
-    return Truth(table.name, "user" if requests is None else "request", kept, barren)
+    return Truth(table.name, "user" if requests is None else "request", kept, barren, columns)
 
 
-def read_lists(source: Any, unit: Unit = "user") -> Lists:
+def read_lists(source: Any, unit: Unit = "user", asked: Entities = Entities()) -> Lists:
     """Read ranked lists.
 
     Args:
         source: The path of a file or a frame; see the module. Where there is neither a score nor a rank, the order of a
             user's rows is that of the list.
         unit: What has a list: with ``request`` there must be a column of requests.
+        asked: Names of columns.
 
     Raises:
         DataError: If it cannot be read, an item stands twice in a list, or a score is no finite number.
     """
-    table = _opened(source, "ranked", TREC, _RUN_COLUMNS)
-    found = _of_records(table, unit) if isinstance(table, _Records) else _of_rows(table, unit)
+    table = _opened(source, "ranked", TREC, _RUN_COLUMNS, asked)
+    found = _of_records(table, unit, asked) if isinstance(table, _Records) else _of_rows(table, unit, asked)
     _once(found.frame, found.where, "the list")
-    return found
+    return replace(found, columns=table.columns if isinstance(table, _Records) else table.frame.columns)
 
 
 # --------------------------------------------------------------------------- tables
 
 
-def _of_rows(table: Table, unit: Unit) -> Lists:
-    key = _found(table, REQUESTS) if unit == "request" else _found(table, USERS) or _found(table, REQUESTS)
+def _of_rows(table: Table, unit: Unit, asked: Entities) -> Lists:
+    requests, users = _found(table, REQUESTS), asked.find(table.frame.columns, "user")
+    key = requests if unit == "request" else users or requests
     if key is None:
-        raise _lacks(table, unit, USERS if unit == "user" else REQUESTS)
-    item, score, rank = _needed(table, "item", ITEMS), _found(table, SCORES), _found(table, RANKS)
+        raise _lacks(table, unit)
+    item, score, rank = _needed(table, asked), _found(table, SCORES), _found(table, RANKS)
     table, failed = _without_failures(table, key, item)
     if score is not None:
         order: Order = "score"
@@ -194,25 +222,40 @@ def _is_delimited(name: str) -> bool:
 
 def _found(table: Table, names: Sequence[str]) -> str | None:
     """Return the column of one of some names, in their order."""
-    known = {column.strip().lower(): column for column in reversed(table.frame.columns)}
+    return _called(table.frame.columns, names)
+
+
+def _called(columns: Sequence[str], names: Sequence[str]) -> str | None:
+    known = {column.strip().lower(): column for column in reversed(columns)}
     return next((known[name] for name in names if name in known), None)
 
 
-def _needed(table: Table, what: str, names: Sequence[str]) -> str:
-    found = _found(table, names)
+@cache
+def _meaning(columns: tuple[str, ...], what: str) -> str | None:
+    """Return the only column whose name says that it is the user or the item, an id before others."""
+    said = {column: named(column) for column in columns}
+    best = max((each.weight(what) for each in said.values()), default=0.0)
+    found = [column for column, each in said.items() if each.weight(what) == best]
+    ids = [column for column in found if said[column].is_id] or found
+    return ids[0] if best >= _SURE and len(ids) == 1 else None
+
+
+def _needed(table: Table, asked: Entities) -> str:
+    found = asked.find(table.frame.columns, "item")
     if found is None:
-        raise _lacks(table, what, names)
+        raise _lacks(table, "item")
     return found
 
 
-def _lacks(table: Table, what: str, names: Sequence[str]) -> DataError:
+def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
     columns = table.frame.columns
+    name = {"user": USERS, "item": ITEMS, "request": REQUESTS}[what][0]
+    fix = f"Call it {name!r}" if what == "request" else f"Say which it is with --{what} COLUMN"
     return DataError.at(
         table.name,
         "missing-column",
-        f" has no column of the {what}{did_you_mean(names[0], columns)}; its columns are: {enumerated(columns)}. Call "
-        f"it {' or '.join(map(repr, names[:2]))}",
-        names[0],
+        f" has no column of the {what}{did_you_mean(name, columns)}; its columns are: {enumerated(columns)}. {fix}",
+        name,
     )
 
 
@@ -233,7 +276,7 @@ def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None
 # --------------------------------------------------------------------------- llmrec's own records
 
 
-def _of_records(records: _Records, unit: Unit) -> Lists:
+def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
     keys: list[str] = []
     items: list[str] = []
     scores: list[float] = []
@@ -243,7 +286,7 @@ def _of_records(records: _Records, unit: Unit) -> Lists:
     empty: set[str] = set()
     scored = True
     for place, record in records.rows:
-        key = _key(place, record, unit)
+        key = _key(place, record, unit, asked)
         if (earlier := first.setdefault(key, place)) is not place:
             raise DataError.at(
                 place,
@@ -271,9 +314,10 @@ def _of_records(records: _Records, unit: Unit) -> Lists:
     return Lists(records.name, unit, frame, frozenset(empty), order, lambda row: places[rows[row]])
 
 
-def _key(place: Place, record: Mapping[str, Any], unit: Unit) -> str:
+def _key(place: Place, record: Mapping[str, Any], unit: Unit, asked: Entities) -> str:
     """Return what a list belongs to; a request of nobody stands for a user of its own."""
-    names = REQUESTS if unit == "request" else (*USERS, *REQUESTS)
+    user = asked.find(tuple(record), "user") if unit == "user" else None
+    names = REQUESTS if unit == "request" else (*([user] if user else []), *USERS, *REQUESTS)
     for name in names:
         value = record.get(name)
         if value is not None and str(value).strip():
@@ -326,10 +370,12 @@ def _finite(place: Place, value: Any) -> float:
 # --------------------------------------------------------------------------- files and frames
 
 
-def _opened(source: Any, what: str, endings: Sequence[str], columns: Sequence[str]) -> Table | _Records:
+def _opened(
+    source: Any, what: str, endings: Sequence[str], columns: Sequence[str], asked: Entities
+) -> Table | _Records:
     """Open a file or a frame; one of TREC's by its ending, or where its first line is such a line."""
     if not isinstance(source, str | Path):
-        return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"))
+        return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"), asked)
     path = Path(source).expanduser()
     name = str(path)
     if path.is_dir() or is_pattern(path):
@@ -340,31 +386,33 @@ def _opened(source: Any, what: str, endings: Sequence[str], columns: Sequence[st
         raw, sha256 = read_bytes(path)
         return _blanks(name, decode(name, raw, header=0), columns, sha256)
     if ending in PARQUET:
-        return _of_parquet(name, read_bytes(path, text=False)[0])
+        return _of_parquet(name, read_bytes(path, text=False)[0], asked)
     if ending in JSON_LINES:
         text = decode(name, read_bytes(path)[0], header=0)
         head = next((line for line in text.split("\n") if line.strip()), "")
-        if isinstance(json_object(Place(name, 1, 1), head).get("items"), list):
-            return _Records(name, _lines(name, text))
+        first = json_object(Place(name, 1, 1), head)
+        if isinstance(first.get("items"), list):
+            return _Records(name, _lines(name, text), tuple(first))
     table = without_kinds(read_table(path))
-    return _with_lists(table) if _found(table, ("items",)) and not _found(table, ITEMS) else table
+    single = _found(table, ITEMS) or asked.item in table.frame.columns
+    return _with_lists(table, asked) if _found(table, ("items",)) and not single else table
 
 
-def _of_parquet(name: str, raw: bytes) -> Table | _Records:
+def _of_parquet(name: str, raw: bytes, asked: Entities) -> Table | _Records:
     try:
         file = pq.ParquetFile(io.BytesIO(raw))
         check_size(name, file, len(raw))
-        return _of_arrow(name, file.read())
+        return _of_arrow(name, file.read(), asked)
     except FAULTS as error:
         raise DataError.at(
             name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
         ) from error
 
 
-def _of_arrow(name: str, table: Any) -> Table | _Records:
+def _of_arrow(name: str, table: Any, asked: Entities) -> Table | _Records:
     if "items" not in table.column_names:
         return without_kinds(from_arrow(name, table))
-    wanted = [column for column in (*USERS, *REQUESTS, "items", "scores") if column in table.column_names]
+    wanted = _of_lists(table.column_names, asked)
 
     def rows() -> Iterator[tuple[Place, Mapping[str, Any]]]:
         number = 0
@@ -373,16 +421,21 @@ def _of_arrow(name: str, table: Any) -> Table | _Records:
                 number += 1
                 yield Place(name, number), record
 
-    return _Records(name, rows())
+    return _Records(name, rows(), table.column_names)
 
 
-def _with_lists(table: Table) -> _Records:
+def _of_lists(columns: Sequence[str], asked: Entities) -> list[str]:
+    """Return which columns of a table of lists are read."""
+    known = {asked.find(columns, "user"), *USERS, *REQUESTS, "items", "scores"}
+    return [column for column in columns if column in known]
+
+
+def _with_lists(table: Table, asked: Entities) -> _Records:
     """Return records whose lists stand as JSON in cells."""
-    known = {"items": "items", "scores": "scores"} | {n: n for n in (*USERS, *REQUESTS)}
-    columns = [column for column in table.frame.columns if column in known]
+    columns = _of_lists(table.frame.columns, asked)
     frame = table.frame.with_columns(unguarded(table.frame[n]) for n in columns if n not in ("items", "scores"))
     rows = enumerate(frame.select(columns).iter_rows(named=True))
-    return _Records(table.name, ((table.where(n), row) for n, row in rows))
+    return _Records(table.name, ((table.where(n), row) for n, row in rows), table.frame.columns)
 
 
 def _lines(name: str, text: str) -> Iterator[tuple[Place, Mapping[str, Any]]]:

@@ -22,12 +22,12 @@ from llmrec.commands.init.faults import faults, mended
 from llmrec.commands.init.forms import READABLE, numbers, times
 from llmrec.commands.init.profile import kinds_of_events, peek, profile, shown
 from llmrec.commands.init.roles import Asked, Roles, asked
-from llmrec.commands.init.words import named, noun_of
 from llmrec.data.reading.columns import NONE
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import numbers as read_numbers
 from llmrec.data.reading.typed import times as read_times
+from llmrec.data.reading.words import named, noun_of
 from llmrec.errors import DataError
 from tests.facts import Facts, raises
 

@@ -59,6 +59,41 @@ def score(ranked: Any, truth: Any, **given: Any) -> Scores:
     return found
 
 
+# --------------------------------------------------------------------------- columns
+
+
+@pytest.mark.parametrize(("user", "item"), [("userId", "movieId"), ("Customer ID", "SKU"), ("kundennummer", "artikel")])
+def test_columns_are_known_by_the_names_that_init_knows(tmp_path: Path, user: str, item: str) -> None:
+    lists = pl.DataFrame([row[:3] for row in ROWS], schema=[user, item, "rank"], orient="row")
+    truth = pl.DataFrame(PAIRS, schema=[user, item], orient="row").with_columns(pl.lit(7).alias("timestamp"))
+    plain = score(pl.DataFrame(ROWS, schema=["user", "item", "rank", "score"], orient="row"), truth)
+    lists.write_csv(tmp_path / "lists.csv")
+    truth.write_csv(tmp_path / "truth.csv")
+    for found in (score(lists, truth), score(tmp_path / "lists.csv", tmp_path / "truth.csv")):
+        assert values(found) == values(plain)
+    records = [{user: name, "items": items} for name, items in LISTS.items()]
+    assert values(score(jsonl(tmp_path / "lists.jsonl", records), truth)) == values(plain)
+    pl.DataFrame(records).write_parquet(tmp_path / "lists.parquet")
+    assert values(score(tmp_path / "lists.parquet", truth)) == values(plain)
+
+
+def test_columns_can_be_named(tmp_path: Path, truth: Path) -> None:
+    plain = score(pl.DataFrame(ROWS, schema=["user", "item", "rank", "score"], orient="row"), truth)
+    odd = pl.DataFrame(ROWS, schema=["who", "what", "rank", "score"], orient="row")
+    odd.write_csv(tmp_path / "odd.csv")
+    with raises(DataError, Facts("missing-column", says="Say which it is with")):
+        score(odd, truth)
+    # The truth has other names, which are known.
+    assert values(score(odd, truth, user="who", item="what")) == values(plain)
+    given = ["score", str(tmp_path / "odd.csv"), "--truth", str(truth), "--user", "who", "--item", "what", "--k", "1,2"]
+    assert CliRunner().invoke(cli.app, given, catch_exceptions=False).exit_code == 0
+    with raises(DataError, Facts("missing-column", column="user", says="did you mean 'who'")):
+        score(odd.rename({"what": "item"}).with_columns(user=pl.col("who")), truth, user="whoo")
+    both = odd.rename({"who": "customer", "what": "item"}).with_columns(buyer=pl.col("customer"))
+    with raises(DataError, Facts("missing-column", says="Say which it is with")):
+        score(both, truth)
+
+
 # --------------------------------------------------------------------------- figures
 
 

@@ -27,10 +27,10 @@ def augment(
     shard: Piece = None,
     ray: Cluster = None,
 ) -> None:
-    """Have a language model write texts of users and items, and store them with their vectors as features.
+    """Have a language model write texts of users and items.
 
-    A killed call resumes where it was. Texts on users are written from what nothing else learns from, where
-    data.split.kind=prefix keeps it apart.
+    They are stored with their vectors as features. A killed call resumes where it was. Texts on users are written from
+    what nothing else learns from, where data.split.kind=prefix keeps it apart.
     """
     from llmrec.commands.augment.show import show_plan, show_texts
     from llmrec.errors import RecipeError

@@ -14,7 +14,10 @@ app = App()
 @app.command()
 @takes(AutoOptions)
 def auto(options: AutoOptions) -> None:
-    """From a table to a recommender that is ready to serve, within a budget of time: tuned, joined, measured."""
+    """Build a recommender from a table within a time budget.
+
+    Recommenders are tuned, joined and measured; the best one is ready to serve.
+    """
     from llmrec.commands.auto import run as autos
 
     made = autos.auto(options, say=note)

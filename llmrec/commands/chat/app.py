@@ -14,9 +14,10 @@ app = App()
 @app.command()
 @takes(ChatOptions)
 def chat(options: ChatOptions) -> None:
-    """Talk with a recommender about its catalogue, a line at a time, or replay a transcript as a test.
+    """Talk with a recommender about its catalogue.
 
-    It shows items of the catalogue alone; docs/chat.md says what it understands.
+    A line at a time, or replay a transcript as a test. It shows items of the catalogue alone; docs/chat.md says what it
+    understands.
     """
     from llmrec.commands.chat.run import chat
 

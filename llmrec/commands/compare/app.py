@@ -31,10 +31,10 @@ class CompareOptions:
 @app.command()
 @takes(CompareOptions)
 def compare(options: CompareOptions) -> None:
-    """Compare two finished runs over the same cases: paired differences with intervals.
+    """Compare two finished runs over the same cases.
 
-    Rows stand for the runs or are in both; --json and --to hold every metric. Runs over other users, items, candidates
-    or splits are refused. Nothing is asked again.
+    Paired differences with intervals. Rows stand for the runs or are in both; --json and --to hold every metric. Runs
+    over other users, items, candidates or splits are refused. Nothing is asked again.
     """
     from llmrec.commands.compare.runs import NOTE, compare_runs, tables, write
 

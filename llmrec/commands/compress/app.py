@@ -26,9 +26,10 @@ def compress(
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Measure a tuned model at several depths and in several dtypes, and export the best one that is fast enough.
+    """Export the best smaller version that is fast enough.
 
-    Writes RUN/compress.json. Exit code 1: none is fast enough, and nothing was exported.
+    A tuned model is measured at several depths and in several dtypes. Writes RUN/compress.json. Exit code 1: none is
+    fast enough, and nothing was exported.
     """
     from llmrec.commands.compress.compress import compress as compressed
 

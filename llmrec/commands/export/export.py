@@ -35,6 +35,7 @@ from llmrec.commands.export.files import (
     seal,
     settle_generation,
 )
+from llmrec.commands.export.untuned import refuse_untuned
 from llmrec.display import Displayed, Summary
 from llmrec.durable import read_json, sha256_of, write_text, writing_to
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
@@ -126,6 +127,7 @@ def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda t
     Raises:
         LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
     """
+    refuse_untuned(run)
     # First of all: other libraries say hello as soon as they are imported.
     quiet_libraries()
     require("peft", "train")

@@ -29,7 +29,10 @@ def bring(
     ] = None,
     encoder: Annotated[str, typer.Option("--encoder", help="A text encoder, a name or a folder.")] = "all-MiniLM-L6-v2",
 ) -> None:
-    """Make features of texts that somebody else wrote; those of the other kind stay as they are."""
+    """Make features of texts that somebody else wrote.
+
+    Those of the other kind stay as they are.
+    """
     from llmrec.augment.stores import from_table, whole
     from llmrec.data.features import FeatureStore, write_version, writing
 
@@ -50,7 +53,7 @@ def what(
     ] = None,
     kind: Kind = "user",
 ) -> None:
-    """Print what a store holds and where it comes from, or the texts of some users or items."""
+    """Print what a store holds, or some of its texts."""
     from llmrec.data.features import FeatureStore
 
     if not ids:
@@ -67,7 +70,10 @@ def what(
 
 @app.command()
 def diff(old: Store, new: Annotated[Path, typer.Argument(metavar="STORE", help="The newer one.")]) -> None:
-    """Print what two stores say differently; exit code 1 if they do."""
+    """Print what two stores say differently.
+
+    Exit code 1 if they do.
+    """
     from llmrec.augment.stores import compare
     from llmrec.data.features import PLURALS, FeatureStore
 
@@ -89,7 +95,10 @@ def edit(
     text: Annotated[str, typer.Option("--text", help="What it should say.")],
     kind: Kind = "user",
 ) -> None:
-    """Correct a text; its vector is made anew by the encoder of the store."""
+    """Correct a text.
+
+    Its vector is computed again by the encoder of the store.
+    """
     from llmrec.augment import stores
 
     made = stores.edit(store, kind, name, text)
@@ -100,7 +109,10 @@ def edit(
 
 @app.command()
 def forget(store: Store, user: Annotated[str, typer.Argument(metavar="USER", help="Who is erased.")]) -> None:
-    """Erase a person: text, vector and interactions; texts on others that had seen some of them are named."""
+    """Erase a person: text, vector and interactions.
+
+    Texts on others that had seen some of them are named.
+    """
     from llmrec.augment import stores
 
     gone = stores.forget(store, user)
@@ -112,7 +124,10 @@ def forget(store: Store, user: Annotated[str, typer.Argument(metavar="USER", hel
 
 @app.command()
 def bench(store: Store) -> None:
-    """Time look-ups of one id and of a hundred, half of them unknown."""
+    """Time look-ups of one id and of a hundred.
+
+    Half of them are unknown.
+    """
     from llmrec.augment.stores import timed
     from llmrec.data.features import PLURALS, FeatureStore
 

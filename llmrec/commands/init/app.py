@@ -13,7 +13,10 @@ app = App()
 @app.command()
 @takes(InitOptions)
 def init(options: InitOptions) -> None:
-    """Look at a table and write a recipe for it, saying which column was taken for what, and why."""
+    """Write a recipe for a table of interactions.
+
+    It says which column was taken for what, and why.
+    """
     from llmrec.commands.init import start
 
     made = start.init(

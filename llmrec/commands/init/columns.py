@@ -28,9 +28,9 @@ from llmrec.commands.init.profile import (
     when,
 )
 from llmrec.commands.init.roles import ROLES, Asked, Roles, check_asked
-from llmrec.commands.init.words import about_orders
 from llmrec.data.reading.columns import NONE, check_usable
 from llmrec.data.reading.text import Table
+from llmrec.data.reading.words import about_orders
 from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError
 

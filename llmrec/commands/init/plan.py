@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 import polars as pl
 
 from llmrec.commands.init.roles import Roles
-from llmrec.commands.init.words import noun_of
 from llmrec.data.dataset import Dataset, core
+from llmrec.data.reading.words import noun_of
 from llmrec.data.stats import BASKETS
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")

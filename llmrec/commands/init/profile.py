@@ -17,7 +17,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.commands.init.forms import READABLE, Numbers, Times, numbers, times
-from llmrec.commands.init.words import Named, event_rank, named
 from llmrec.data.dataset import PARTS
 from llmrec.data.reading.dates import DateOrder
 from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
@@ -27,6 +26,7 @@ from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
 from llmrec.data.reading.table import ATOMIC, is_pattern, read_table, without_kinds
 from llmrec.data.reading.text import Table, delimited, separator_of
 from llmrec.data.reading.typed import texts
+from llmrec.data.reading.words import Named, event_rank, named
 from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean

@@ -23,9 +23,10 @@ def merge(
         list[Path] | None, typer.Argument(metavar="[SHARD]...", help="Folders of shards; by default TARGET.shards/*.")
     ] = None,
 ) -> None:
-    """Put the shards of `rank`, `eval`, `run` or `augment` together, as one process writes it; asks no model again.
+    """Put the shards of a job together.
 
-    Missing, damaged or doubled shards, and those of other inputs, are refused. Exit code of rank: 1 if lines failed.
+    Of `rank`, `eval`, `run` or `augment`, as one process writes it; no model is asked again. Missing, damaged or
+    doubled shards, and those of other inputs, are refused. Exit code of rank: 1 if lines failed.
     """
     put_together(target, shards or ())
 

@@ -17,9 +17,10 @@ app = App()
 @app.command()
 @takes(RankOptions)
 def rank(options: RankOptions) -> None:
-    """Rank a file of requests by a language model or a classic recommender: candidate sets, or the whole catalogue.
+    """Rank items for a file of requests, or for every user.
 
-    A killed run resumes where it was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
+    By a language model or a classic recommender: candidate sets, or the whole catalogue. A killed run resumes where it
+    was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
     """
     from llmrec.commands.rank.progress import console_rows
     from llmrec.commands.rank.run import STDOUT, rank_file

@@ -13,9 +13,10 @@ app = App()
 @app.command()
 @takes(ScoreOptions)
 def score(options: ScoreOptions) -> None:
-    """Measure ranked lists of any system against what is relevant: every ranking metric, with a 95 % interval.
+    """Measure ranked lists of any system.
 
-    Lists are those of `llmrec rank`, a table with a row a ranked item, or a TREC run. Two files are compared, by user.
+    Every ranking metric against what is relevant, with a 95 % interval. Lists are those of `llmrec rank`, a table with
+    a row a ranked item, or a TREC run. Two files are compared, by user.
     """
     from llmrec.commands.score.run import cutoffs, lines, score
     from llmrec.errors import RecipeError
@@ -33,6 +34,8 @@ def score(options: ScoreOptions) -> None:
         planned=options.planned,
         resamples=options.resamples,
         seed=options.seed,
+        user=options.user,
+        item=options.item,
     )
     tell(**found.as_json())
     for line in lines(found):

@@ -18,6 +18,8 @@ class ScoreOptions:
         tuple[Path, ...], About(argument=True, metavar="RANKED [OTHER]", help="Ranked lists; of two, how they differ.")
     ] = ()
     truth: Annotated[Path, About(help="What is relevant: a table with a user and an item a row, or TREC qrels.")]
+    user: Annotated[str | None, About(metavar="COLUMN", help="Column of the user; default: known by its name.")] = None
+    item: Annotated[str | None, About(metavar="COLUMN", help="Column of the item; default: known by its name.")] = None
     k: Annotated[str, About(metavar="K,K", help="Ranks at which metrics are cut.")] = ",".join(map(str, CUTOFFS))
     graded: Annotated[bool, About(help="NDCG takes the truth's relevance for its gain, as trec_eval does.")] = False
     planned: Annotated[

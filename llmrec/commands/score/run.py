@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from llmrec.data.lists import read_lists, read_truth
-from llmrec.errors import RecipeError, did_you_mean
+from llmrec.data.lists import Entities, read_lists, read_truth
+from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.scoring import Judging, ScoredLists, Scores, score_lists
 from llmrec.recipe.schema import EvalSection
 from llmrec.results import Pair
@@ -29,6 +29,8 @@ def score(
     planned: str | None = None,
     resamples: int = _EVAL.bootstrap,
     seed: int = 0,
+    user: str | None = None,
+    item: str | None = None,
 ) -> Scores:
     """Measure ranked lists of any system, with a 95 % interval for every metric.
 
@@ -41,6 +43,8 @@ def score(
         planned: The metric that two lists were to be compared on; it is tested, and the others are described.
         resamples: Of the bootstrap over users.
         seed: Of the resamples.
+        user: Column of the user, in every file that has it; by default what is called like one, as ``userId``.
+        item: Column of the item, in the same way.
 
     Returns:
         Figures in [0, 1], by metric, with what was counted.
@@ -60,8 +64,18 @@ def score(
             kind="contradiction" if against is None else "unknown-name",
             column="--planned",
         )
-    relevant = read_truth(truth)
-    lists = [read_lists(each, relevant.unit) for each in (ranked, against) if each is not None]
+    asked = Entities(user, item)
+    relevant = read_truth(truth, asked)
+    lists = [read_lists(each, relevant.unit, asked) for each in (ranked, against) if each is not None]
+    known = [*relevant.columns, *(name for each in lists for name in each.columns)]
+    for option, column in (("--user", user), ("--item", item)):
+        if column is not None and column not in known:
+            raise DataError(
+                f"{option} {column}: no file has this column{did_you_mean(column, known)}; their columns are: "
+                f"{', '.join(dict.fromkeys(known))}",
+                kind="missing-column",
+                column=option,
+            )
     return score_lists(lists, relevant, how)
 
 

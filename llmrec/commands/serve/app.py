@@ -19,9 +19,10 @@ app = App()
 @app.command()
 @takes(ServeOptions)
 def serve(options: ServeOptions) -> None:
-    """Serve a model over HTTP, with a page to look at: rank, rate, explain, rerank, and what a shop needs.
+    """Serve a model over HTTP, with a page to look at.
 
-    It listens on this machine alone; docs/serve.md has the endpoints, keys, rules and containers.
+    Rank, rate, explain, rerank, and what a shop needs. It listens on this machine alone; docs/serve.md has the
+    endpoints, keys, rules and containers.
     """
     from llmrec.commands.serve.run import serve
 
@@ -31,9 +32,9 @@ def serve(options: ServeOptions) -> None:
 @app.command()
 @takes(RefreshOptions)
 def refresh(options: RefreshOptions) -> None:
-    """Bring new events and items into a folder that a service answers from, without dropping a request.
+    """Add new events and items to a folder that is served.
 
-    Statistics and neighbours learn from all events; --train goes on training the model as well.
+    No request is dropped. Statistics and neighbours learn from all events; --train goes on training the model as well.
     """
     from llmrec.commands.refresh.run import refresh
 
@@ -49,7 +50,10 @@ def serve_key(
     admin: Annotated[bool, typer.Option("--admin", help="It may change the catalogue and erase users.")] = False,
     revoke: Annotated[bool, typer.Option("--revoke", help="Take the key of this name back.")] = False,
 ) -> None:
-    """Make an API key for `llmrec serve --keys FILE`, or take one back; a running service notices."""
+    """Make an API key for `llmrec serve`, or revoke one.
+
+    They are in the file of `llmrec serve --keys FILE`; a running service notices.
+    """
     from llmrec.serve import keys
 
     if revoke:

@@ -23,7 +23,10 @@ def schema(
         Path | None, typer.Option("--out", metavar="FILE", help="The file to write; by default it is printed.")
     ] = None,
 ) -> None:
-    """Write the JSON schema of recipes or of suites, by which editors complete keys and names and mark mistakes."""
+    """Write the JSON schema of recipes or of suites.
+
+    Editors complete keys and names by it, and mark mistakes.
+    """
     from llmrec.commands.show.page_schema import schema_text
     from llmrec.durable import write_text
 

@@ -43,6 +43,7 @@ def finish(done: Any) -> None:
     found = results_of(done.results)
     sentence = first_sentence(found)
     console().print(metrics_table(found))
+    say("")
     verdicts = Text("\n".join(screen(found)))
     for pattern, style in coloured():
         verdicts.highlight_regex(pattern, style)

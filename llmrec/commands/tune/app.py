@@ -14,7 +14,10 @@ app = App()
 @app.command()
 @takes(TuneOptions)
 def tune(options: TuneOptions) -> None:
-    """Search a recipe's own keys on the validation split, within a budget of time, and write the best as a recipe."""
+    """Search a recipe's settings on the validation split.
+
+    Within a budget of time; the best settings are written as a recipe.
+    """
     from llmrec.commands.tune.run import told, tune
 
     found = tune(options, say=note)

@@ -1,4 +1,4 @@
-"""What the names of columns say, in several languages and spellings; values are `llmrec.commands.init.profile`'s."""
+"""What the names of columns say, in several languages and spellings; what values say is known to `llmrec init`."""
 
 from __future__ import annotations
 
