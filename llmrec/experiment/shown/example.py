@@ -18,9 +18,9 @@ _HISTORY, _LISTED = 8, 5
 def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> ExampleUser | None:
     """Return ``example`` of results.json.
 
-    The row is the best tuned one of the sequential task, else of another task that ranks for users; without a tuned
-    model the best row of a language model by itself, and without that the best baseline. The user is drawn by the seed
-    among those with a history, and not by how good the list is.
+    The row is the best tuned one of the first task that ranks for users, which is the sequential one where there is
+    one; without a tuned model the best row of a language model by itself, and without that the best baseline. The user
+    is drawn by the seed among those with a history, and not by how good the list is.
 
     Args:
         study: Its cases are those of the rows, in order.
@@ -30,8 +30,8 @@ def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str,
     Returns:
         None where no row ranks for users.
     """
-    families = [family for family in study.tasks if family_of(family).ranks_for_users]
-    for family in sorted(families, key=lambda family: family != "sequential"):
+    # In the order of tables, in which the sequential task comes first of these.
+    for family in (family for family in study.tasks if family_of(family).ranks_for_users):
         row = _row(family, headline[family], rows)
         if row is not None:
             return _example(study, family, row)
