@@ -58,7 +58,7 @@ def metrics_table(results: Results) -> Table:
     for task, found in firsts.items():
         metric = found.metric
         own = [_best(results, task, arm) for arm in arms] if asks else [found.model]
-        cells = [DASH if row is None else figure(row.metrics[metric]) for row in own]
+        cells = [DASH if row is None else figure(row.metrics.get(metric)) for row in own]
         control = found.control and f"{number(found.control.metrics[metric].value)}\n{flat(found.names[1])}"
         made.add_row(
             Text(f"{flat(title(task))}\n{flat(metric)}{', lower is better' if lower(metric) else ''}"),
