@@ -91,7 +91,7 @@ def test_the_first_screen_has_the_plot_its_text_and_a_card_a_family(run_dir: Pat
     # The model's figure is the large one, and the difference has the sign that the table of comparisons has.
     large = re.findall(r'<span class="figure">([\d.]+)</span>', first)
     assert large == ["0.960", "0.500", "0.520", "0.270"]
-    assert "best control 0.560" in re.sub(r"<[^>]+>", "", first) and "difference <strong>−0.060</strong>" in first
+    assert "best baseline 0.560" in re.sub(r"<[^>]+>", "", first) and "difference <strong>−0.060</strong>" in first
     table = text.split('id="comparisons-caption"')[1]
     assert "NDCG@10</span> −0.060" in table and "trivial" not in text
 

@@ -228,7 +228,7 @@ def test_a_browser_runs_nothing_and_long_words_wrap(results: dict[str, Any], sav
         "const width = seen.documentElement.clientWidth, parts = [...seen.querySelectorAll('#texts *')];"
         "return [page.__pwned === undefined, seen.documentElement.scrollWidth - width,"
         "parts.filter((part) => part.getBoundingClientRect().right > width).length,"
-        "seen.querySelectorAll('.sample').length]; };"
+        "seen.querySelectorAll('#texts .sample').length]; };"
         "onload = () => setTimeout(() => { found.textContent ="
         "JSON.stringify([...document.querySelectorAll('iframe')].map(look)); }, 800)</script>"
     )

@@ -271,9 +271,9 @@ def rank_on(options: RankOptions, address: str) -> None:
     Raises:
         LlmrecError: See `work_on`; or as `llmrec.commands.rank.run.rank_file`.
     """
-    options = resolved(options)
     if options.target == STDOUT:
         raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
+    options = resolved(options)
     total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
     given = {name: getattr(options, name) for name in OF_CLUSTERS}
     try:
