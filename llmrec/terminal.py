@@ -21,6 +21,7 @@ LOG = "libraries.log"
 
 # Of the log: lines that an error shows, bytes that they are looked for in, characters of a line.
 _LINES, _BYTES, _CHARACTERS = 15, 64_000, 300
+_ERROR = re.compile(r"\b[A-Z]\w*(?:Error|Exception): (.+)")
 _CONTROL = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]|[^\x20-\x7e\xa0-\U0010ffff]")
 
 
@@ -140,6 +141,15 @@ def last_words() -> list[str]:
     return _last
 
 
+def last_error() -> str:
+    """Return the message of the last error that libraries printed into the log; empty where there is none."""
+    if _now is None:
+        return ""
+    _flush()
+    found = [match[1] for line in _lines(_now) if (match := _ERROR.search(line))]
+    return found[-1] if found else ""
+
+
 @contextmanager
 def apart() -> Iterator[None]:
     """Send what libraries print into a log: a nameless one, until `works_in` names a folder."""
@@ -225,9 +235,14 @@ def _close(apart: _Apart) -> None:
         apart.path.unlink(missing_ok=True)
 
 
-def _told(apart: _Apart) -> list[str]:
+def _lines(apart: _Apart) -> list[str]:
+    """Return the lines at the end of the log, without control characters."""
     lines = [_CONTROL.sub("", line)[:_CHARACTERS].rstrip() for line in re.split(r"[\r\n]+", apart.text())]
-    found = [line for line in lines if line]
+    return [line for line in lines if line]
+
+
+def _told(apart: _Apart) -> list[str]:
+    found = _lines(apart)
     if not found:
         return []
     where = f" ({apart.path})" if apart.path else ""

@@ -20,7 +20,7 @@ from pathlib import Path
 from llmrec import terminal
 from llmrec.commands.common import App, main
 from llmrec.commands.show.console import say
-from llmrec.errors import LlmrecError
+from llmrec.errors import EngineFailure, LlmrecError
 app = App()
 @app.command()
 def one(folder: str = "", kind: str = "", silent: bool = False) -> None:
@@ -37,6 +37,9 @@ def one(folder: str = "", kind: str = "", silent: bool = False) -> None:
     say("words")
     if kind == "defect":
         raise ValueError("broken")
+    if kind == "engine":
+        os.write(2, b"Traceback (most recent call last):\\n(Worker) \\x1b[0mValueError: no memory is left\\nabove\\n")
+        raise EngineFailure(f"it did not start: {terminal.last_error()}", kind="failed")
     if kind:
         raise LlmrecError("it broke", kind=kind)
 @app.command()
@@ -77,6 +80,12 @@ def test_what_broke_shows_their_last_lines_and_where_all_of_it_stands(tmp_path: 
 def test_what_a_user_got_wrong_is_one_line() -> None:
     done = ended("--kind", "unknown-key")
     assert (done.returncode, done.stderr) == (2, "own note\nerror: it broke\n")
+
+
+def test_an_engine_that_failed_is_one_line_with_what_its_processes_said(tmp_path: Path) -> None:
+    done = ended("--folder", str(tmp_path), "--kind", "engine")
+    assert (done.returncode, done.stderr) == (2, "own note\nerror: it did not start: no memory is left\n")
+    assert "Traceback" in (tmp_path / terminal.LOG).read_text(encoding="utf-8")
 
 
 def test_a_service_keeps_its_streams() -> None:

@@ -23,7 +23,7 @@ from typer.main import get_command
 from llmrec import __version__, processes, progress, terminal
 from llmrec.commands.ending import fix_of, told_of_signals
 from llmrec.commands.show.console import as_json, facts
-from llmrec.errors import ErrorKind
+from llmrec.errors import EngineFailure, ErrorKind
 from llmrec.progress import QUIET
 
 Level = Literal["debug", "info", "warning", "error"]
@@ -218,16 +218,16 @@ def main(app: typer.Typer) -> None:
             wrong = fix_of(error)
             if not processes.begins_to_tell():
                 sys.exit(2 if wrong else 1)
-            _last_words(wrong.kind if wrong else "defect")
+            _last_words(error, wrong.kind if wrong else "defect")
             if wrong is None:
                 raise
             sys.stderr.write(f"error: {wrong}\n")
             sys.exit(2)
 
 
-def _last_words(kind: ErrorKind | None) -> None:
-    """Show what libraries printed last, where they may have caused what is wrong."""
-    if kind in _BROKEN:
+def _last_words(error: Exception, kind: ErrorKind | None) -> None:
+    """Show what libraries printed last, where they may have caused what is wrong; an engine's error says it itself."""
+    if kind in _BROKEN and not isinstance(error, EngineFailure):
         sys.stderr.writelines(f"{line}\n" for line in terminal.last_words())
 
 
@@ -242,7 +242,7 @@ def _told(app: typer.Typer) -> tuple[Mapping[str, Any], int]:
         return {"error": _error("closed", "it was broken off")}, 1
     except Exception as error:
         wrong = _problem(error)
-        _last_words(wrong["kind"] if wrong else "defect")
+        _last_words(error, wrong["kind"] if wrong else "defect")
         if wrong is None:
             traceback.print_exc()
             return {"error": _error("defect", f"{type(error).__name__}: {error}")}, 1

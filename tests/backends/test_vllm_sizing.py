@@ -118,6 +118,14 @@ def test_without_room_for_the_least_nothing_is_started(monkeypatch: pytest.Monke
     assert made.asked == []
 
 
+def test_the_log_says_why_where_vllm_s_own_error_names_the_log(monkeypatch: pytest.MonkeyPatch) -> None:
+    Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
+    told = "Worker failed with error 'No kernel for this; processor. Install another', please check the stack trace"
+    monkeypatch.setattr(backend.terminal, "last_error", lambda: told)
+    with raises(EngineFailure, Facts("failed", says="on folder: No kernel for this, processor (it asked for")):
+        start()
+
+
 def test_where_memory_is_no_reason_one_more_try_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     made = Machine(monkeypatch, starts=lambda size: False, free=9 * GIB)
     with raises(EngineFailure, Facts("failed", says=("Engine core initialization failed", "eval.backend=hf"))):

@@ -17,6 +17,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypedDict
 
+from llmrec import terminal
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import search, single_token_labels
 from llmrec.backends.vllm.sizing import BLOCK, GIB, Workload
@@ -423,6 +424,16 @@ def _line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _cause(error: BaseException) -> str:
+    """Return why an engine did not start: of processes that it starts vLLM's own error names the log alone."""
+    said = _line(error)
+    if "root cause" in said:
+        # The first sentence, without what the process above it says.
+        told = terminal.last_error().replace(";", ",").removeprefix("Worker failed with error '")
+        said = told.partition(". ")[0].partition("', please check")[0] or said
+    return said
+
+
 def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
     if tuple(answer.token_ids) != tail:
         raise BackendError(
@@ -479,8 +490,8 @@ def _short(folder: str, need: str, node: Node) -> EngineFailure:
 
 def _not_started(folder: str, error: Exception, asked: str, node: Node) -> EngineFailure:
     return EngineFailure(
-        f"vLLM could not start on {folder}: {_line(error)} (it asked for {asked}, and {_free(node)}); try {INSTEAD}, a "
-        "smaller eval.gpu_memory on a GPU, or llmrec doctor",
+        f"vLLM could not start on {folder}: {_cause(error)} (it asked for {asked}, and {_free(node)}); try {INSTEAD}, "
+        "a smaller eval.gpu_memory on a GPU, or llmrec doctor",
         kind="failed",
         at=folder,
         column="eval.backend",
