@@ -24,6 +24,7 @@ __all__ = [
     "__version__",
     "auto",
     "check",
+    "compare",
     "export",
     "fuse",
     "init",
@@ -37,6 +38,7 @@ __all__ = [
 if _typing.TYPE_CHECKING:
     from llmrec.answering.loaded import load as load
     from llmrec.commands.functions import auto as auto
+    from llmrec.commands.functions import compare as compare
     from llmrec.commands.functions import export as export
     from llmrec.commands.functions import fuse as fuse
     from llmrec.commands.functions import tune as tune
@@ -53,6 +55,7 @@ _HOMES = {
     "Recipe": "llmrec.recipe.schema",
     "auto": "llmrec.commands.functions",
     "check": "llmrec.pipeline",
+    "compare": "llmrec.commands.functions",
     "export": "llmrec.commands.functions",
     "fuse": "llmrec.commands.functions",
     "init": "llmrec.commands.init.frame",

@@ -151,6 +151,8 @@ def test_fuse_takes_runs_and_folders(run: Any, tmp_path: Path) -> None:
         quiet=True,
     )
     first = llmrec.run(run.results["recipe"], tmp_path / "first", overrides={"eval.fusion.controls": True}, quiet=True)
+    compared = llmrec.compare(first, other)
+    assert compared.differences and all(pair.low <= pair.value <= pair.high for pair in compared.differences)
     joined = llmrec.fuse([first, other.folder], tmp_path / "joined")
     assert {"ease", "markov"} <= {row["predictor"] for row in joined.results["rows"]}
 

@@ -29,7 +29,7 @@ from llmrec.results import Results
 
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
 LOWER = ("RMSE", "MAE")
-SIMPLE = ("random", "global-mean", "user-mean", "popularity", "item-mean")
+SIMPLE = ("random", "frequent-text", "global-mean", "user-mean", "popularity", "item-mean")
 """What a model has to beat first, the strongest last; a task has some of them."""
 
 

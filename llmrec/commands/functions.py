@@ -1,4 +1,4 @@
-"""Commands as functions of Python: `llmrec.auto`, `llmrec.tune`, `llmrec.export` and `llmrec.fuse`."""
+"""Commands as functions of Python: `llmrec.auto`, `tune`, `export`, `fuse` and `compare`."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.progress import note
 from llmrec.recipe.pages import flow
+from llmrec.recipe.shared import RESAMPLES
 
 if TYPE_CHECKING:
     from llmrec.commands.auto.run import Auto
+    from llmrec.commands.compare.runs import ComparedRuns
     from llmrec.commands.export.export import Exported
     from llmrec.commands.tune.run import Found
     from llmrec.pipeline import Run
@@ -230,3 +232,20 @@ def _searched(over: Mapping[str, Any] | Sequence[str]) -> list[str]:
 
 def _silent(line: str) -> None:
     pass
+
+
+def compare(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> ComparedRuns:
+    """Compare two finished runs on the same users, items, candidates and split: A − B, paired by user.
+
+    Args:
+        a: A run folder, or what `llmrec.run` returned.
+        b: Another one.
+        resamples: Of the users, for the 95 % intervals.
+        seed: Of the resamples.
+
+    Raises:
+        LlmrecError: If a folder is not a finished run, or the runs have no task, users or candidates in common.
+    """
+    from llmrec.commands.compare.runs import compare_runs
+
+    return compare_runs(a, b, resamples=resamples, seed=seed)

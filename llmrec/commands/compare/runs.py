@@ -30,7 +30,7 @@ NOTE = "95 % intervals of A − B, paired by user and not corrected for the numb
 
 
 class RunPair(Pair, Compared):
-    """A row of run A less a row of run B on one metric; ``a`` and ``b`` are the ids of the rows.
+    """A row of run A minus a row of run B on one metric; ``a`` and ``b`` are the ids of the rows.
 
     Attributes:
         a_value: The figure of the row of A.
@@ -77,7 +77,7 @@ class ComparedRuns(Record):
 
 
 def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> ComparedRuns:
-    """Compare two finished runs over the same users, items, candidates and split: A less B, paired by user.
+    """Compare two finished runs on the same users, items, candidates and split: A − B, paired by user.
 
     No model is asked and no data are read: the values of every request are in the run folders. Nobody planned these
     comparisons, so each has an unadjusted 95 % interval and no verdict.
