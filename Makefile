@@ -328,7 +328,7 @@ experiments: setup
 	$(BIN)/python -m eval.benchmarks.experiments
 
 record: setup
-	$(BIN)/python -m eval.benchmarks.record runs/quickstart eval/results/quickstart.json README.md recipes/movielens-100k/four-tasks.yaml
+	$(BIN)/python -m eval.benchmarks.record runs/quickstart eval/results/quickstart.json README.md recipes/quickstart.yaml
 
 figures: setup
 	$(BIN)/python -m eval.benchmarks.figures --write

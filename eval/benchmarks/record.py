@@ -48,7 +48,7 @@ def main(run: Path, target: Path, readme: Path | None = None, page: Path | None 
     # What the report shows of users and items is theirs.
     for key in ("examples", "gallery", "newcomers"):
         results[key] = []
-    for key in ("texts", "files", CHECKSUM):
+    for key in ("texts", "files", "example", CHECKSUM):
         results.pop(key, None)
     for row in results["rows"]:
         row["failures"] = []

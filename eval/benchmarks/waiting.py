@@ -16,7 +16,7 @@ from pathlib import Path
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 
-POLICIES = {"spinning (PyTorch's default)": None, "sleeping": "PASSIVE"}
+POLICIES = {"spinning": None, "sleeping": "PASSIVE"}
 _TRAIN = """
 import sys, time, torch
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -57,7 +57,7 @@ def main(target: Path, *, seconds: float) -> None:
         other = subprocess.Popen([sys.executable, "-c", "while True: pass"]) if busy else None
         try:
             rows += [
-                {"threads": name, "busy_process": busy, "tokens_per_second": speed(policy, seconds)}
+                {"threads": name, "busy_processes": int(busy), "tokens_per_second": speed(policy, seconds)}
                 for name, policy in POLICIES.items()
             ]
         finally:
@@ -67,7 +67,7 @@ def main(target: Path, *, seconds: float) -> None:
     command = f"python -m eval.benchmarks.waiting {target} --seconds {seconds:g}"
     write_json(target, {"command": command, "versions": versions(), "machine": machine(), "rows": rows})
     for row in rows:
-        beside = "beside a busy process" if row["busy_process"] else "alone"
+        beside = "beside a busy process" if row["busy_processes"] else "alone"
         sys.stdout.write(f"{row['threads']}, {beside}: {row['tokens_per_second']:.0f} tokens/s\n")
 
 

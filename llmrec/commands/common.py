@@ -200,8 +200,8 @@ def main(app: typer.Typer) -> None:
 
     Of several processes that a launcher started the first one answers, and the first that fails says why.
     """
-    # Threads of OpenMP spin while they wait for each other. On a machine with a second busy process the thread that is
-    # waited for then gets no core, and a run takes ten to twenty times as long.
+    # Threads of OpenMP spin while they wait for each other. With a second busy process the thread that is waited for
+    # then gets no core: training takes twice as long, and more with further processes (eval/results/waiting.json).
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     if processes.rank() and "train" in sys.argv[1:]:
         with Path(os.devnull).open("wb") as nowhere:
