@@ -16,6 +16,7 @@ from llmrec.data.hashing import digest_strings
 from llmrec.data.reading.columns import check_matched, check_usable, find
 from llmrec.data.reading.limits import ID_LIMIT, enumerated, require_file, shown
 from llmrec.data.reading.markup import has_markup, plain
+from llmrec.data.reading.nested import leaf
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import ids, one_per_item, texts
@@ -328,7 +329,10 @@ def profiles(
 
 
 def _listing(section: DataSection, listed: Table, kind: Literal["item", "user"]) -> _Listing:
-    column = find(listed, getattr(section.columns, kind), f"{kind}_id", f"data.columns.{kind}") or ""
+    named = getattr(section.columns, kind)
+    # The item of an order is lines[].sku, and that of a table of products sku.
+    named = leaf(named) if named not in listed.frame.columns and leaf(named) in listed.frame.columns else named
+    column = find(listed, named, f"{kind}_id", f"data.columns.{kind}") or ""
     own = ids(listed, column)
     again = (~own.is_first_distinct()).arg_true()
     if again.len() and section.duplicates == "error":

@@ -464,7 +464,7 @@ def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -
 
 
 def test_a_column_of_a_type_that_cannot_be_used_is_named(tmp_path: Path) -> None:
-    arrow = pa.table({"item": ITEMS, "stars": STARS, "user": pa.array([{"a": 1}] * len(ITEMS))})
+    arrow = pa.table({"item": ITEMS, "stars": STARS, "user": pa.array([{"a": b"x"}] * len(ITEMS))})
     pq.write_table(arrow, tmp_path / "t.parquet")
     part = peek(tmp_path / "t.parquet")
     for wanted, kind in ((Asked(), "missing-column"), (Asked(user="user"), "bad-value")):

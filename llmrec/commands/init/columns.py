@@ -29,8 +29,9 @@ from llmrec.commands.init.profile import (
 )
 from llmrec.commands.init.roles import ROLES, Asked, Roles, check_asked
 from llmrec.data.reading.columns import NONE, check_usable
+from llmrec.data.reading.nested import LISTS, OBJECTS, leaf, paths
 from llmrec.data.reading.text import Table
-from llmrec.data.reading.words import about_orders
+from llmrec.data.reading.words import about_orders, named
 from llmrec.data.sources.parts import SPELLED, part_of
 from llmrec.errors import DataError
 
@@ -38,6 +39,21 @@ _GOES = 0.95
 _CLOSE = 0.1
 _MOST_FIELDS = 4
 _MOST_LEVELS = 101
+
+
+def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
+    """Return the columns in lists for whose sake each element is a row.
+
+    They are those that the user named, or else one that is called like the item, where no other column is as much.
+    """
+    inner = paths(table)
+    said = (*(asked.of(role) for role in ROLES), *(asked.fields or ()))
+    chosen = tuple(name for name in said if name in inner)
+    if chosen or asked.item is not None or not inner:
+        return chosen
+    best = max(inner, key=lambda path: named(path).weight("item"))
+    others = max((named(column).weight("item") for column in table.frame.columns), default=0.0)
+    return (best,) if named(best).weight("item") > others else ()
 
 
 def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
@@ -56,7 +72,7 @@ def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
     for role in ROLES:
         if (named := asked.of(role)) is not None and named not in listed:
             check_usable(table, named, f"--{role}")
-    check_asked(table.name, asked, profiles, listed)
+    check_asked(table.name, asked, profiles, listed, paths(table))
     return _Guess(table, profiles, asked, listed).roles()
 
 
@@ -66,7 +82,7 @@ class _Guess:
     def __init__(
         self, table: Table, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]
     ) -> None:
-        self._name, self._unusable = table.name, table.unusable
+        self._name, self._unusable, self._inner = table.name, table.unusable, paths(table)
         self._profiles, self._asked, self._items = profiles, asked, items
         self._why = {c: "you named it" for r in ROLES if (c := asked.of(r)) is not None and c != NONE}
         self._used = set(self._why) - ({asked.title} if asked.title else set())
@@ -179,7 +195,7 @@ class _Guess:
         return best.name
 
     def _score(self, held: Profile, role: str, weight: float) -> float:
-        listed = self._items.get(held.name)
+        listed = self._items.get(leaf(held.name))
         known = role == "item" and listed is not None and listed.unique
         return weight + 0.05 * held.named.is_id + 0.15 * ("parent" in held.name.casefold()) + 0.5 * known
 
@@ -203,7 +219,7 @@ class _Guess:
             h for h in self._free() if h.name != user and h.named.weight("title") >= 0.5 and not no_id(h) and h.letters
         ]
         titles = [h for h in titles if not self._goes(user, h.name)]
-        listed = [h for h in ids if (other := self._items.get(h.name)) is not None and other.unique]
+        listed = [h for h in ids if (other := self._items.get(leaf(h.name))) is not None and other.unique]
         tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
         for found, reason in (
@@ -235,7 +251,12 @@ class _Guess:
             + (f" ({'; '.join(said)})" if said else "")
             + f"; say which it is with {' '.join(f'--{role} COLUMN' for role in missing)}. The columns of "
             f"{self._rows()} rows are: {columns}"
-            + "".join(f"; {shown(c)} holds {held}, which cannot be used" for c, held in self._unusable.items())
+            + (f"; those in lists are: {', '.join(map(shown, self._inner))}" if self._inner else "")
+            + "".join(
+                f"; {shown(c)} holds {held}, which cannot be used"
+                for c, held in self._unusable.items()
+                if held not in (OBJECTS, LISTS)
+            )
         )
 
     def _rows(self) -> int:
@@ -351,7 +372,7 @@ class _Guess:
         scored = []
         for held in self._items.values():
             weight = held.named.weight("title")
-            if held.name == self._item or held.letters < 0.3 or held.length > 300 or held.distinct < 2:
+            if held.name == leaf(self._item) or held.letters < 0.3 or held.length > 300 or held.distinct < 2:
                 continue
             if weight or (held.words >= 1.5 and held.unique and held.length <= 100):
                 scored.append((weight + 0.1 * held.unique, held))
@@ -407,7 +428,8 @@ class _Guess:
             return chosen
         scored: list[tuple[float, str]] = []
         for table, held in [("items", h) for h in self._items.values()] + [("", h) for h in self._free()]:
-            if held.name in (title, self._item) or held.name in (name for _, name in scored):
+            own = leaf(self._item) if table else self._item
+            if held.name in (title, own) or held.name in (name for _, name in scored):
                 continue
             weight = held.named.weight("field")
             plain = held.letters >= 0.5 and not held.named.roles and not held.named.is_id
@@ -463,6 +485,8 @@ class _Guess:
         return "nothing that llmrec uses"
 
     def _idle_item(self, held: Profile) -> str:
+        if held.name == leaf(self._item):
+            return f"the same as {shown(self._item)}"
         if not held.filled or held.distinct == 1:
             return "it is empty" if not held.filled else "the same value in every row"
         return f"--fields {shell(held.name)} lets templates show it"

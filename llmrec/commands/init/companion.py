@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from llmrec.commands.init.profile import peek, profile
+from llmrec.data.reading.nested import leaf
 from llmrec.data.reading.sheets import SHEETS, sheets_of, split_sheet
 from llmrec.errors import LlmrecError
 
@@ -34,7 +35,8 @@ def companion_of(path: Path, item: str) -> Path | None:
         try:
             with _unsaid():
                 table = peek(other, limit=2**18, part=2**18).table
-            if item in table.frame.columns and profile(table)[item].unique:
+            column = item if item in table.frame.columns else leaf(item)
+            if column in table.frame.columns and profile(table)[column].unique:
                 found.append(other)
         except LlmrecError:
             continue

@@ -11,6 +11,7 @@ import polars as pl
 from llmrec.commands.init.forms import READABLE
 from llmrec.commands.init.profile import Peek, Profile, shell, shown
 from llmrec.commands.init.roles import Roles
+from llmrec.data.reading.nested import leaf
 from llmrec.data.reading.text import Table
 from llmrec.data.reading.typed import texts
 from llmrec.durable import replacing
@@ -166,7 +167,7 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
     mains = roles.profiles[roles.item].cells
     kept = pl.Series(mains.filter(mains != "").unique())
     if items is not None:
-        if column != roles.item:
+        if column not in (roles.item, leaf(roles.item)):
             listed.append(
                 Fault(
                     roles.item,

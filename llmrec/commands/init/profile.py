@@ -8,6 +8,8 @@ from __future__ import annotations
 import codecs
 import gzip
 import json
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +25,7 @@ from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.packed import PACKED
 from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.reading.table import ATOMIC, is_pattern, read_table, without_kinds
+from llmrec.data.reading.table import ATOMIC, is_pattern, read_table, rows_of, without_kinds
 from llmrec.data.reading.text import Table, delimited, separator_of
 from llmrec.data.reading.typed import texts
 from llmrec.data.reading.words import Named, event_rank, named
@@ -324,6 +326,13 @@ class Peek:
         """Return the place of a row, by its 0-based index, as far as that can be known."""
         return self.table.where(index) if index < self.first else Place(self.table.name)
 
+    def along(self, names: Sequence[str]) -> Peek:
+        """Return the rows of the elements of the list that columns are named in; see `rows_of`."""
+        table = rows_of(self.table, names)
+        if table is self.table or table.rows is None:
+            return self if table is self.table else Peek(table, self.whole, table.frame.height)
+        return Peek(table, self.whole, bisect_left(table.rows, self.first))
+
     def where(self, index: int) -> str:
         """Name a row by its 0-based index."""
         return str(self.place(index)) if index < self.first else f"{self.table.name}, a row further down"
@@ -409,22 +418,20 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     name = str(path)
     if not head.strip():
         raise DataError.at(name, "empty", ": its beginning holds no complete row; write the table again")
-    separator = "," if kind == ".csv" else "\t"
-    first = json_lines(name, head) if kind in _JSON else delimited(name, head, separator=separator)
-    first = without_kinds(first) if kind in ATOMIC else first
-    known = first.frame.height
     # Rows further down are for figures only: `llmrec check` reads the whole file and names what is wrong there.
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
     if kind in _JSON:
-        kept = [line for line in lines if _is_object(line)]
-        more = json_lines(name, b"\n".join(kept)).frame if kept else first.frame.clear()
-    else:
-        header = head[: head.find(b"\n")]
-        mark = separator_of(header.decode("utf-8", errors="replace"), separator)
-        names = first.frame.columns
-        kept = [line for line in lines if line.count(mark.encode()) == len(names) - 1 and b'"' not in line]
-        raw = b"\n".join(kept)
-        more = delimited(name, raw, separator=mark, columns=names).frame if kept else first.frame.clear()
+        known = sum(bool(line.strip()) for line in head.split(b"\n"))
+        return Peek(json_lines(name, b"\n".join([head.rstrip(b"\n"), *filter(_is_object, lines)])), False, known)
+    separator = "," if kind == ".csv" else "\t"
+    first = delimited(name, head, separator=separator)
+    first = without_kinds(first) if kind in ATOMIC else first
+    known = first.frame.height
+    header = head[: head.find(b"\n")]
+    mark = separator_of(header.decode("utf-8", errors="replace"), separator)
+    names = first.frame.columns
+    kept = [line for line in lines if line.count(mark.encode()) == len(names) - 1 and b'"' not in line]
+    more = delimited(name, b"\n".join(kept), separator=mark, columns=names).frame if kept else first.frame.clear()
     frame = pl.concat([first.frame, more], how="diagonal").with_columns(pl.all().fill_null(""))
     return Peek(Table(name, frame, "", first.lines if more.is_empty() else None, first.header), False, known)
 

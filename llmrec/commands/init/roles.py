@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from llmrec.commands.init.profile import Profile, shown
@@ -122,8 +122,21 @@ class Roles:
         return ", ".join(found) or ("field" if column in self.fields else "-")
 
 
-def check_asked(name: str, asked: Asked, profiles: Mapping[str, Profile], items: Mapping[str, Profile]) -> None:
+def check_asked(
+    name: str,
+    asked: Asked,
+    profiles: Mapping[str, Profile],
+    items: Mapping[str, Profile],
+    inner: Sequence[str] = (),
+) -> None:
     """Check that every column that was named exists, and is named once.
+
+    Args:
+        name: Of the table.
+        asked: What the user said.
+        profiles: Every column of the table of interactions.
+        items: Every column of the table of items.
+        inner: Further columns, in lists.
 
     Raises:
         DataError: If not; the message suggests the closest name.
@@ -137,8 +150,8 @@ def check_asked(name: str, asked: Asked, profiles: Mapping[str, Profile], items:
             raise DataError.at(
                 name,
                 "missing-column",
-                f" has no column {column!r}{did_you_mean(column, known)}, named by --{role}; its columns are: "
-                f"{', '.join(map(shown, known))}",
+                f" has no column {column!r}{did_you_mean(column, [*known, *inner])}, named by --{role}; its columns "
+                f"are: {', '.join(map(shown, [*known, *inner]))}",
                 column,
             )
     taken = [column for role in ROLES if role != "title" and (column := asked.of(role)) not in (None, NONE)]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import yaml
 
-from llmrec.commands.init.columns import guess
+from llmrec.commands.init.columns import guess, in_lists
 from llmrec.commands.init.companion import companion_of
 from llmrec.commands.init.database import no_query, suggested
 from llmrec.commands.init.faults import faults, mended, refusal, write_copy
@@ -22,8 +22,9 @@ from llmrec.data import dataset as filters
 from llmrec.data.dataset import Dataset
 from llmrec.data.reading.databases import database_at, is_database, read_query
 from llmrec.data.reading.hub import is_hub, read_hub
+from llmrec.data.reading.nested import leaf, lists_in
 from llmrec.data.reading.sheets import split_sheet
-from llmrec.data.reading.table import is_pattern, of_atomic
+from llmrec.data.reading.table import is_pattern, of_atomic, rows_of
 from llmrec.data.reading.text import Table, user_path
 from llmrec.data.sources.recognise import source_of, sources_with
 from llmrec.data.sources.table import load
@@ -110,8 +111,11 @@ def init(
     backend = backend or AUTO
     if path is not None and asked == Asked() and items is None and (source := source_of(path)) is not None:
         return _from_source(source, path, name, target, backend)
-    listed = peek(items_path, whole=True).table if items_path is not None else None
     found = peek(path, whole=mend is not None) if path is not None else _elsewhere(table, query)
+    found = found.along(in_lists(found.table, asked))
+    listed = None
+    if items_path is not None:
+        listed = rows_of(peek(items_path, whole=True).table, (asked.item, asked.title, *(asked.fields or ())))
     roles = guess(found.table, asked, listed)
     seen, used, notes = roles, found, list[str]()
     column = _item_column(roles, listed)
@@ -253,8 +257,11 @@ def _written(path: Path, target: Path) -> str:
 
 def _item_column(roles: Roles, items: Table | None) -> str:
     """Return the item's column in the table of items: the same name, or the one whose values are the same."""
-    if items is None or roles.item in roles.items:
+    if items is None:
         return roles.item
+    for name in (roles.item, leaf(roles.item)):
+        if name in roles.items:
+            return name
     known = roles.profiles[roles.item].cells.unique()
     shares = {
         column: int(known.is_in(held.cells.unique().implode()).sum()) / max(len(known), 1)
@@ -302,7 +309,8 @@ def _page(
         why["dates"] = "which stands first in dates such as 03/04/2024"
     if title is not None and roles.title is None:
         why["title"] = "no titles: the ids stand in for them"
-    twice = listed is not None and roles.items[roles.item].distinct < roles.items[roles.item].filled
+    own = roles.items.get(roles.item) or roles.items.get(leaf(roles.item))
+    twice = own is not None and own.distinct < own.filled
     duplicates = ""
     if plan.facts.repeats:
         duplicates = f"{plan.facts.repeats} rows repeat a user with an item; the latest of each is kept"
@@ -375,6 +383,8 @@ def _write_schema(file: Path) -> None:
 def _columns(found: Peek, roles: Roles, items: Table | None) -> list[str]:
     frame = found.table.frame
     size = f"{frame.height} rows, {frame.width} columns" if found.whole else f"a part of it, {frame.height} rows"
+    if lists := max((lists_in(column) for column in frame.columns), key=len):
+        size += f"; each element of {lists[-1]} is a row"
     rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in frame.columns]
     lines = [f"{found.table.name}: {size}", *_aligned([("column", "taken for", "why"), *rows])]
     if items is not None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import polars as pl
 
 from llmrec.data.reading.limits import enumerated, shown
+from llmrec.data.reading.nested import EACH, paths
 from llmrec.data.reading.text import Table
 from llmrec.errors import DataError, did_you_mean
 from llmrec.terminal import logger
@@ -35,11 +36,12 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
     if name is None:
         return default if default in columns else None
     if name not in columns:
+        known = [*columns, *paths(table)]
         raise DataError.at(
             table.name,
             "missing-column",
-            f" has no column {name!r}{did_you_mean(name, columns)}; its columns are: "
-            f"{enumerated(columns)}. Name the right one in the recipe as {key}=...",
+            f" has no column {name!r}{did_you_mean(name, known)}; its columns are: "
+            f"{enumerated(known)}. Name the right one in the recipe as {key}=...",
             name,
         )
     return name
@@ -51,14 +53,15 @@ def check_usable(table: Table, column: str, key: str) -> None:
     Raises:
         DataError: Naming what it holds.
     """
-    if column in table.unusable:
-        raise DataError.at(
-            table.name,
-            "bad-value",
-            f": column {column!r} holds {table.unusable[column]}, which cannot be used; write it as texts, "
-            f"numbers or dates, or name another column as {key}=...",
-            column,
-        )
+    if column not in table.unusable:
+        return
+    within = [path for path in (*table.frame.columns, *paths(table)) if path.startswith((f"{column}.", column + EACH))]
+    what = f"holds {table.unusable[column]}, which cannot be used; write it as texts, numbers or dates"
+    if within:
+        what = f"holds {table.unusable[column]}; name a column within it, such as {enumerated(within[:4])}"
+    raise DataError.at(
+        table.name, "bad-value", f": column {column!r} {what}, or name another column as {key}=...", column
+    )
 
 
 def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:

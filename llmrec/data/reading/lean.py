@@ -27,9 +27,10 @@ from numpy.typing import NDArray
 
 from llmrec.data.codes import from_dictionary
 from llmrec.data.reading.limits import BROKEN, Capped, stranger
+from llmrec.data.reading.nested import head, held, is_path, is_plain, is_text
 from llmrec.data.reading.objects import is_nested
 from llmrec.data.reading.packed import STREAMS
-from llmrec.data.reading.parquet import FAULTS, check_size, is_plain, is_text, room, spelled_out, unusable
+from llmrec.data.reading.parquet import FAULTS, check_size, room, spelled_out
 from llmrec.data.reading.text import LONGEST, MAX_COLUMNS, Table, in_arrow, preamble, separator_of, without_marks
 from llmrec.errors import DataError, LlmrecError
 
@@ -157,6 +158,9 @@ def parquet(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
         file = pq.ParquetFile(path)
         check_size(str(path), file, path.stat().st_size)
         schema = file.schema_arrow
+        # What is asked for may be within a column that is not plain.
+        if any(is_path(name) and head(name) in schema.names and name not in schema.names for name in wanted):
+            return None
         # Texts that stand in many rows are stored once; spelled out, a long one would fill the memory.
         coded = [field.name for field in schema if wanted.get(field.name) == "id" and is_text(field.type)]
         if any(is_text(field.type) for field in schema if wanted.get(field.name, "id") != "id"):
@@ -180,7 +184,8 @@ def parquet(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
                 return None
         plain = [field.name for field in schema if is_plain(field.type)]
         found = _table(str(path), plain, [column.whole() for column in columns], digest, header=0)
-        return None if found is None else replace(found, unusable=unusable(schema))
+        left = {field.name: held(field.type) for field in schema if not is_plain(field.type)}
+        return None if found is None else replace(found, unusable=left)
     except (_Unusual, LlmrecError, *FAULTS):
         return None
 
@@ -372,6 +377,8 @@ def _first_object(piece: bytes, wanted: Mapping[str, Kind]) -> tuple[list[str], 
     if not isinstance(record, dict) or not 0 < len(record) <= MAX_COLUMNS:
         raise _Unusual
     types: dict[str, pa.DataType] = {}
+    if any(is_path(name) and name not in record for name in wanted):
+        raise _Unusual
     for name, value in record.items():
         if name not in wanted:
             continue

@@ -69,7 +69,7 @@ def reason(error: BaseException) -> str:
 
 def is_no_text(text: str) -> bool:
     """Whether a string holds NUL, or half of a surrogate pair, which cannot be stored as UTF-8."""
-    return "\0" in text or any("\ud800" <= mark <= "\udfff" for mark in text)
+    return "\0" in text or (not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text))
 
 
 def printable(text: str) -> str:

@@ -12,7 +12,8 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmrec.data.reading import limits
-from llmrec.data.reading.limits import reason, shortened, shown
+from llmrec.data.reading.limits import reason, shown
+from llmrec.data.reading.nested import held, in_polars, is_read, opened
 from llmrec.data.reading.text import Table, column_names
 from llmrec.data.reading.typed import off_calendar
 from llmrec.errors import DataError
@@ -50,7 +51,7 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
             name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
         ) from error
     found = from_arrow(name, table, sha256)
-    return replace(found, unusable={**unusable(file.schema_arrow), **found.unusable})
+    return replace(found, unusable={**unread(file.schema_arrow), **found.unusable})
 
 
 def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
@@ -77,12 +78,12 @@ def room(stored: int) -> int:
 
 
 def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
-    """Read the plain columns; the others are not even decoded."""
+    """Read the columns that hold something that can be read; the others are not even decoded."""
     schema = file.schema_arrow
-    plain = [field.name for field in schema if is_plain(field.type)]
-    if not plain:
+    wanted = [field.name for field in schema if is_read(field.type)]
+    if not wanted:
         raise DataError.at(name, "empty", " has no plain columns; write columns of texts, numbers or times")
-    columns = plain if len(plain) < len(schema) else None
+    columns = wanted if len(wanted) < len(schema) else None
     first = next(file.iter_batches(batch_size=_FEW, columns=columns), None)
     few = first is not None and first.nbytes > _LONG_ROW * first.num_rows
     batches: list[pa.RecordBatch] = []
@@ -109,60 +110,36 @@ def spelled_out(column: Any) -> int:
 
 
 def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
-    """Take the plain columns of an Arrow table.
+    """Take the columns of an Arrow table, those within objects by their paths.
 
     Raises:
         DataError: If there are no rows, or two columns have one name.
     """
     try:
-        flat = [column.name for column in table.schema if is_plain(column.type)]
         column_names(name, table.column_names)
-        if not table.num_rows or not flat:
+        found = opened(
+            name, {each: table.column(each) for each in table.column_names if is_read(table.schema.field(each).type)}
+        )
+        column_names(name, found.columns)
+        if not table.num_rows or not found.columns:
             raise DataError.at(name, "empty", " has no rows or no plain columns; write the table again")
-        # Names inside of types and notes beside columns may be no text either; nothing needs them.
-        chosen = pa.table([_bare(table.column(name)) for name in flat], names=flat)
-        chosen.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
-        frame = pl.from_arrow(chosen)
+        frame = in_polars(found.columns)
+        for column in found.lists.values():
+            column.validate(full=True)
     except FAULTS as error:
         raise DataError.at(
             name, "bad-value", f" has a column that cannot be used ({reason(error)}); write plain columns"
         ) from error
-    if not isinstance(frame, pl.DataFrame):
-        raise DataError.at(name, "wrong-format", " is not a table; write it again")
     odd = {column.name: row for column in frame if (row := off_calendar(column)) is not None}
     for column, row in odd.items():
         log.warning(
             "%s: column %s is left out, since it holds a date outside of the years 1 to 9999 in row %d",
             *(name, shown(column), row + 1),
         )
-    left = {**unusable(table.schema), **dict.fromkeys(odd, "dates outside of the years 1 to 9999")}
-    return Table(name, frame.drop(odd), sha256, unusable=left)
+    left = {**unread(table.schema), **found.unusable, **dict.fromkeys(odd, "dates outside of the years 1 to 9999")}
+    return Table(name, frame.drop(odd), sha256, unusable=left, lists=found.lists)
 
 
-def unusable(schema: pa.Schema) -> dict[str, str]:
-    """Return the columns that hold no plain values, with what they hold."""
-    return {field.name: shortened(str(field.type), 60) for field in schema if not is_plain(field.type)}
-
-
-def _bare(column: Any) -> Any:
-    kind = column.type
-    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
-        return column.cast(pa.large_list(kind.value_type))
-    return column
-
-
-def is_plain(kind: Any) -> bool:
-    """Return whether a column can hold ids, numbers, times or texts."""
-    types = pa.types
-    if types.is_dictionary(kind):
-        return is_text(kind.value_type)
-    if types.is_list(kind) or types.is_large_list(kind):
-        return is_text(kind.value_type)
-    tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
-    more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
-    return any(test(kind) for test in (*tests, *more))
-
-
-def is_text(kind: Any) -> bool:
-    """Return whether a column holds texts, each in its own row."""
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+def unread(schema: pa.Schema) -> dict[str, str]:
+    """Return the columns that hold nothing that can be read, with what they hold."""
+    return {field.name: held(field.type) for field in schema if not is_read(field.type)}

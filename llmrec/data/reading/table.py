@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import glob
 import hashlib
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import polars as pl
+import pyarrow.compute as pc
 
 from llmrec.data.codes import stacked
-from llmrec.data.reading import lean
+from llmrec.data.reading import lean, limits
 from llmrec.data.reading.databases import database_at
 from llmrec.data.reading.encodings import in_any_encoding
 from llmrec.data.reading.lean import Kind
 from llmrec.data.reading.limits import printable, reason
+from llmrec.data.reading.nested import EACH, in_polars, lists_in, opened
 from llmrec.data.reading.objects import json_file, json_lines
 from llmrec.data.reading.packed import PACKED, only_member
 from llmrec.data.reading.parquet import parquet
@@ -211,3 +215,87 @@ def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> p
     if any(part.dtype == pl.String for part in plain):
         plain = [as_whole(part) for part in plain]
     return pl.concat([part.to_frame(name) for part in plain], how="vertical_relaxed")[name]
+
+
+# --------------------------------------------------------------------------- lists
+
+
+def rows_of(table: Table, names: Iterable[str | None]) -> Table:
+    """Return a table with a row for each element of the list that columns are named in; others as they are.
+
+    Rows keep their place in the file, so that errors name it. A row whose list is empty gives none.
+
+    Args:
+        table: As it was read.
+        names: The columns that are needed, such as ``lines[].sku``.
+
+    Raises:
+        DataError: If columns of two lists are named, or all lists are empty.
+    """
+    chosen = tuple(name for name in names if name is not None and EACH in name)
+    if not chosen:
+        return table
+    if table.parts:
+        parts = joined([_along(part, chosen) for part in table.parts])
+        found = replace(parts, name=table.name, sha256=table.sha256)
+    else:
+        found = _along(table, chosen)
+    if found.frame.is_empty():
+        raise DataError.at(table.name, "empty", f": the lists of {chosen[0]} have no elements in any row", chosen[0])
+    return found
+
+
+def _along(table: Table, names: Sequence[str]) -> Table:
+    """Return the rows of one file, of which there may be none."""
+    wanted = {name: lists_in(name) for name in names if name not in table.frame.columns}
+    wanted = {name: lists for name, lists in wanted.items() if lists and lists[0] in table.lists}
+    if not wanted:
+        return table
+    longest = max(wanted, key=lambda name: len(wanted[name]))
+    for name, lists in wanted.items():
+        if lists != wanted[longest][: len(lists)]:
+            raise DataError.at(
+                table.name,
+                "contradiction",
+                f": the columns {longest!r} and {name!r} are in two lists, and each row is an element of one; name "
+                "columns of one list",
+                name,
+            )
+    for each in wanted[longest]:
+        if each in table.lists:
+            table = _each(table, each)
+    return table
+
+
+def _each(table: Table, name: str) -> Table:
+    """Return a table with a row for each element of a list."""
+    column = table.lists[name]
+    counts = pc.list_value_length(column).fill_null(0).to_numpy()
+    rows = np.repeat(np.arange(len(counts)), counts)
+    sizes = [_bytes(each) for each in table.frame if each.dtype in (pl.String, pl.List(pl.String))]
+    if sum(int((size.to_numpy() * counts).sum()) for size in sizes) > limits.MAX_BYTES:
+        raise DataError.at(
+            table.name,
+            "too-large",
+            f": with a row for each element of {name} its texts take more than {limits.MAX_BYTES} bytes; write fewer "
+            "columns, or split it",
+            name,
+        )
+    found = opened(table.name, {name: pc.list_flatten(column)})
+    inner = in_polars(found.columns).with_columns(pl.col(pl.String).fill_null(""))
+    frame = pl.concat([table.frame[rows], inner], how="horizontal")
+    return replace(
+        table,
+        frame=frame,
+        lines=array("q", map(table.line, rows)),
+        rows=array("q", (table.rows[row] for row in rows) if table.rows is not None else rows),
+        lists=found.lists,
+        unusable={**table.unusable, **found.unusable},
+    )
+
+
+def _bytes(texts: pl.Series) -> pl.Series:
+    """Return the bytes of the texts in each row."""
+    if texts.dtype == pl.String:
+        return texts.str.len_bytes().cast(pl.Int64).fill_null(0)
+    return texts.list.eval(pl.element().str.len_bytes().cast(pl.Int64)).list.sum().fill_null(0)

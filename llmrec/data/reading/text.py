@@ -16,6 +16,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 import pyarrow as pa
@@ -60,6 +61,7 @@ class Table:
         parts: The tables of which this one is made, one behind the other; empty for a single file.
         rows: The 0-based place of each row in the file, where rows were left out; None: all stand there.
         unread: Columns that are there by name alone, since nobody asked for them.
+        lists: Columns of Arrow with a list in each row, by path; see `llmrec.data.reading.nested`.
     """
 
     name: str
@@ -71,6 +73,7 @@ class Table:
     parts: tuple[Table, ...] = ()
     rows: Sequence[int] | None = None
     unread: frozenset[str] = frozenset()
+    lists: Mapping[str, Any] = field(default_factory=dict)
 
     def column(self, name: str) -> pl.Series:
         """Return a column.

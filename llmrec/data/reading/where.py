@@ -6,6 +6,7 @@ Nothing of an expression is run. It is parsed, and every part of it is one of th
 from __future__ import annotations
 
 import ast
+import re
 from array import array
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -28,6 +29,7 @@ _GRAMMAR = (
     "or, not, brackets, and col('a name') for a column whose name is no word"
 )
 _LONGEST, _DEEPEST = 2000, 50
+_DOTTED = re.compile(r"\w+(\.\w+)*")
 _COMPARED: Mapping[type[ast.cmpop], Callable[[pl.Expr, Any], pl.Expr]] = {
     ast.Eq: lambda one, two: one == two,
     ast.NotEq: lambda one, two: one != two,
@@ -80,6 +82,7 @@ def _some(table: Table, where: str) -> Table:
     return replace(
         table,
         frame=table.frame[rows],
+        lists={},
         lines=array("q", map(table.line, rows)),
         rows=array("q", (table.rows[row] if table.rows is not None else row for row in rows)),
     )
@@ -211,8 +214,8 @@ class _Parser:
 
     def _name(self, node: ast.expr) -> str | None:
         """Return the column that is named; None where none is."""
-        if isinstance(node, ast.Name):
-            name = node.id
+        if isinstance(node, ast.Name | ast.Attribute) and _DOTTED.fullmatch(name := ast.unparse(node)):
+            pass
         elif isinstance(node, ast.Call):
             plain = isinstance(node.func, ast.Name) and node.func.id == "col" and not node.keywords
             if not plain or len(node.args) != 1 or not isinstance(_value(node.args[0]), str):

@@ -7,6 +7,8 @@ import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from llmrec.data.reading.nested import EACH, is_path
+
 # Weight 1 is a word that means one thing in tables of interactions; lower ones are also used for other things.
 _WORDS: Mapping[str, Mapping[float, str]] = {
     "user": {
@@ -134,9 +136,31 @@ def tokens(name: str) -> list[str]:
     return [part for part in re.split(r"[\W_]+", _plain(apart)) if part]
 
 
+def _words(name: str) -> list[str]:
+    """Cut a name into words that are known, as far as there are any."""
+    return [word for token in tokens(name) for word in _parts(token.rstrip("0123456789") or token)]
+
+
+def _spoken(path: str) -> str:
+    """Return what the last name of a path says: ``sku`` of ``lines[].sku``, and ``user id`` of ``user.id``.
+
+    An id or a name is that of what it is in; of a list, of one of its elements.
+    """
+    *outer, last = (_one(part) for part in path.split("."))
+    said = [_MEANING.get(word, {}) for word in _words(last)]
+    bare = all("id" in roles or roles.get("title") == 0.9 for roles in said)
+    return f"{outer[-1]} {last}" if outer and bare else last
+
+
+def _one(part: str) -> str:
+    """Return the name of an element of a list, and other names as they are."""
+    name = part.removesuffix(EACH)
+    return name[:-1] if part != name and name.endswith("s") and _plain(name[:-1]) in _MEANING else name
+
+
 def named(name: str) -> Named:
     """Return what a name says. Attributes go before the thing they belong to: ``product_rating`` is a rating."""
-    words = [word for token in tokens(name) for word in _parts(token.rstrip("0123456789") or token)]
+    words = _words(_spoken(name) if is_path(name) else name)
     roles: dict[str, float] = {}
     for word in words:
         for role, weight in _MEANING.get(word, {}).items():

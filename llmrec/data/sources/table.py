@@ -22,7 +22,7 @@ from llmrec.data.reading.hub import hub_name, is_hub, read_hub
 from llmrec.data.reading.lean import Kind
 from llmrec.data.reading.objects import json_lines
 from llmrec.data.reading.sheets import split_sheet
-from llmrec.data.reading.table import fitting, is_pattern, joined, read_table
+from llmrec.data.reading.table import fitting, is_pattern, joined, read_table, rows_of
 from llmrec.data.reading.text import Table, read_bytes, user_path
 from llmrec.data.reading.typed import ids, numbers, one_per_item, texts, times, unescaped
 from llmrec.data.reading.where import kept
@@ -125,8 +125,8 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         series["timestamp"] = times(main, time, columns.dates)
     if text is not None:
         series["text"] = unescaped(main, text)
-    listed = _read(section.items) if section.items is not None else None
-    people = _read(section.users) if section.users is not None else None
+    listed = rows_of(_read(section.items), _named(columns)) if section.items is not None else None
+    people = rows_of(_read(section.users), _named(columns)) if section.users is not None else None
     tables = [each for each in (main, listed, people) if each is not None]
     frame, parts = pl.DataFrame(series), parts_of(section, main)
     return assemble(
@@ -167,12 +167,13 @@ def _main(section: DataSection) -> Table:
 
 
 def _rows(path: str, section: DataSection) -> Table:
+    where = section.filter.where
     if is_database(path) or section.query is not None:
         found = _queried(path, section.query)
-        return found if section.filter.where is None else kept(found, section.filter.where)
-    if section.filter.where is not None:
-        return kept(_read(path), section.filter.where)
-    return _read(path, _wanted(section.columns))
+    else:
+        found = _read(path, _wanted(section.columns) if where is None else None)
+    found = rows_of(found, _named(section.columns))
+    return found if where is None else kept(found, where)
 
 
 def _queried(path: str, query: str | None) -> Table:
@@ -185,6 +186,12 @@ def _queried(path: str, query: str | None) -> Table:
             column="data.query",
         )
     return read_query(path, query)
+
+
+def _named(columns: Columns) -> tuple[str | None, ...]:
+    """Return the columns that a recipe names."""
+    single = (columns.user, columns.item, columns.rating, columns.time, columns.title, columns.text, columns.split)
+    return (*single, *columns.fields, *columns.user_fields)
 
 
 def _wanted(columns: Columns) -> dict[str, Kind]:
