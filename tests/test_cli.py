@@ -171,7 +171,7 @@ def test_fake_backend_runs_a_recipe_to_its_report(tmp_path: Path, llama_folder: 
     done = llmrec("run", path, "-q", "--out", str(tmp_path / "r"))
     assert done.returncode == 0, done.stderr
     assert max(map(len, done.stdout.splitlines())) <= 80 + len(str(tmp_path))
-    assert "The best language-model row against the best control:" in done.stdout
+    assert "Task and metric" in done.stdout and "best baseline" in done.stdout
     assert "time: " in done.stdout and "llmrec report" in done.stdout
     assert (tmp_path / "r" / "report" / "index.html").is_file()
 

@@ -220,9 +220,9 @@ def test_a_recipe_plans_lists_of_its_candidates(llama_folder: Path, tmp_path: Pa
 
 
 def test_a_candidate_that_does_not_fit_drops_its_list(llama_folder: Path, tmp_path: Path) -> None:
-    study = study_of(tmp_path, llama_folder, "train.max_row_tokens=8")
+    study = study_of(tmp_path, llama_folder, "train.max_row_tokens=16")
     encoder = Encoder(load_tokenizer(str(llama_folder), study.recipe.model), max_length=512)
-    with raises(RecipeError, Facts("too-large", says="train.max_row_tokens=8")):
+    with raises(RecipeError, Facts("too-large", says="train.max_row_tokens=16")):
         plan_training(study, encoder)
 
 
