@@ -166,7 +166,7 @@ class Engines:
     def _slower(self) -> str:
         """Say what it costs that transformers answers and not vLLM."""
         if _on_gpu(self._model):
-            return "which takes several times as long"
+            return "which is slower (how much has not been measured on a GPU)"
         # Of SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels behind 280 tokens 93 and 138 s.
         return "which takes about twice as long for generated texts, and about as long for everything else"
 
