@@ -25,10 +25,9 @@ from llmrec.recipe.schema import Recipe
 from llmrec.report.marks import rule
 from llmrec.report.summary import caution
 from llmrec.report.wording import outcome
-from llmrec.results import Results
+from llmrec.results import Results, lower
 
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
-LOWER = ("RMSE", "MAE")
 SIMPLE = ("random", "frequent-text", "global-mean", "user-mean", "popularity", "item-mean")
 """What a model has to beat first, the strongest last; a task has some of them."""
 
@@ -96,9 +95,9 @@ def table(results: dict[str, Any]) -> str:
         value = {arm: f"{row['metrics'][metric]['value']:.3f}" for arm, row in asked.items()}
         classic = {row["predictor"]: row for row in rows if row["arm"] == "baseline"}
         figures = {name: row["metrics"][metric]["value"] for name, row in classic.items()}
-        best = (min if metric in LOWER else max)(figures, key=figures.__getitem__)
+        best = (min if lower(metric) else max)(figures, key=figures.__getitem__)
         simple = [name for name in SIMPLE if name in figures]
-        better = "lower is better" if metric in LOWER else "higher is better"
+        better = "lower is better" if lower(metric) else "higher is better"
         cells = [
             f"{task}, {metric} ({better}), {rows[0]['n']}",
             *(value.get(arm, "–") for arm in ("zero-shot", "few-shot", "tuned")),

@@ -132,8 +132,9 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
             served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
             if served is not None and served.figures.fusion is None:
                 facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
-                known = facing is not None and facing in joined and served is single
-                yield from (Versus(family, metric, served, row) for row in (facing,) if row is not None and not known)
+                # A fusion and the best single row are a pair already.
+                if facing is not None and not (facing in joined and served is single):
+                    yield Versus(family, metric, served, facing)
         for row in own:
             if row.figures.arm in ("tuned", "few-shot"):
                 zero = [each for each in own if each.figures.arm == "zero-shot" and _asked_alike(study, row, each)]

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from llmrec.backends.encode import Encoder
+from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import ModelError
 from llmrec.index.table import ItemIndex, token
@@ -122,25 +122,31 @@ def test_a_new_row_starts_near_the_words_of_its_items(base: Path) -> None:
         assert len(np.unique(new.round(6), axis=0)) == 8
 
 
-def test_the_loss_and_its_gradients_are_those_of_plain_cross_entropy(base: Path) -> None:
+def one_row(base: Path) -> tuple[Any, TokenRow, Any, Any, list[int]]:
+    """Return a model with adapters, a row with its ids and labels as tensors, and the ids of the item tokens."""
     encoder = Encoder(load_tokenizer(str(base), section(base)), max_length=256)
     ids = encoder.tokenizer.convert_tokens_to_ids(list(INDEX.tokens))
     model = lora.load_trainable(str(base), section(base), TrainSection(lora=LoraSection(rank=4)), tokens=ids)
     row = encoder.row(next(examples()))
-    inputs, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
+    return model, row, torch.tensor([row.ids]), torch.tensor([row.labels]), ids
 
-    def gradients() -> dict[str, Any]:
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        return found
 
+def gradients(model: Any) -> dict[str, Any]:
+    """Take the gradients of a model from it."""
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return found
+
+
+def test_the_loss_and_its_gradients_are_those_of_plain_cross_entropy(base: Path) -> None:
+    model, row, inputs, labels, _ = one_row(base)
     loss, count = label_loss(model, inputs, labels)
     loss.backward()
-    ours = gradients()
+    ours = gradients(model)
     logits = model(input_ids=inputs).logits[0, :-1].float()
     plain = torch.nn.functional.cross_entropy(logits, labels[0, 1:], reduction="sum", ignore_index=-100)
     plain.backward()
-    theirs = gradients()
+    theirs = gradients(model)
     assert count == row.targets and float(loss.detach()) == pytest.approx(float(plain.detach()), abs=1e-4)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
@@ -257,22 +263,12 @@ def test_a_title_that_spells_a_token_is_read_as_words(tmp_path: Path) -> None:
 
 
 def test_an_item_softmax_has_the_item_tokens_alone_and_leaves_other_targets_as_they_are(base: Path) -> None:
-    encoder = Encoder(load_tokenizer(str(base), section(base)), max_length=256)
-    ids = encoder.tokenizer.convert_tokens_to_ids(list(INDEX.tokens))
-    model = lora.load_trainable(str(base), section(base), TrainSection(lora=LoraSection(rank=4)), tokens=ids)
-    row = encoder.row(next(examples()))
-    inputs, labels = torch.tensor([row.ids]), torch.tensor([row.labels])
-
-    def gradients() -> dict[str, Any]:
-        found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        model.zero_grad()
-        return found
-
+    model, row, inputs, labels, ids = one_row(base)
     # Targets are item tokens and line ends.
     weights = torch.tensor([2.0])
     loss, count = label_loss(model, inputs, labels, ItemLoss(tuple(sorted(ids))), weights)
     loss.backward()
-    ours = gradients()
+    ours = gradients(model)
     logits, wanted = model(input_ids=inputs).logits[0, :-1].float(), labels[0, 1:]
     coded = torch.isin(wanted, torch.tensor(ids))
     assert coded.any() and not coded[wanted != -100].all()
@@ -280,7 +276,7 @@ def test_an_item_softmax_has_the_item_tokens_alone_and_leaves_other_targets_as_t
     logits = torch.where(coded[:, None] & barred, -torch.inf, logits)
     plain = 2 * torch.nn.functional.cross_entropy(logits, wanted, reduction="sum", ignore_index=-100)
     plain.backward()
-    theirs = gradients()
+    theirs = gradients(model)
     assert count == 2 * row.targets and float(loss.detach()) == pytest.approx(float(plain.detach()), rel=1e-5)
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-4) for name in ours)
