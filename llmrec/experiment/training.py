@@ -66,6 +66,13 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
+    if section.softmax == "items" and (paired or study.index is None or not study.index.vocabulary):
+        raise RecipeError(
+            "train.softmax: items needs a decoder and an index whose items are new tokens, such as index: {scheme: "
+            "token}; set it to vocabulary",
+            kind="contradiction",
+            column="train.softmax",
+        )
     if section.reward is not None:
         family = rewarded(study, paired=paired)
         return plan_questions(study, encoder, {family: _valid_rows(study, family, encoder, paired=paired)})

@@ -356,3 +356,10 @@ def test_untuned_settings_are_asked_with_titles_and_the_tuned_model_with_item_to
     assert (tuned, zero) in planned
     lines = audit.audit(run.folder)
     assert not [line for line in lines if line.verdict == "leak"]
+
+
+@pytest.mark.parametrize("index", ["index=null", "index={scheme: title}"])
+def test_an_item_softmax_without_item_tokens_is_refused(llama_folder: Path, tmp_path: Path, index: str) -> None:
+    chosen = recipe(llama_folder, index, "tasks={sequential: {templates: [continue-list]}}", "train.softmax=items")
+    with raises(RecipeError, Facts("contradiction", column="train.softmax", says="scheme: token")):
+        pipeline.run(chosen, tmp_path / "r", quiet=True)
