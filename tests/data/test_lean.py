@@ -106,6 +106,59 @@ def test_objects_are_read_a_block_at_a_time(
     assert numbers(found, "time", "time").equals(numbers(whole, "time", "time"))
 
 
+def nested(rows: list[tuple[object, ...]]) -> bytes:
+    """The user, the item and its title within objects."""
+    lines = []
+    for user, item, *rest, title in ([*row[:-1], row[-1]] for row in rows):
+        held = dict(zip(NAMES[2:], (*rest, title), strict=True))
+        lines.append(json.dumps({"user": {"id": user, "tags": ["a"]}, "at": {"item": {"sku": item}}, **held}))
+    return "\n".join(lines).encode() + b"\n"
+
+
+PATHS: dict[str, lean.Kind] = {"user.id": "id", "at.item.sku": "id", "rating": "number", "time": "number"}
+
+
+@pytest.mark.parametrize("block", [1, 1 << 20])
+def test_what_is_within_objects_is_read_a_block_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(lean, "_BLOCK", block)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(nested(ROWS))
+    found, whole = read_table(path, PATHS), read_table(path)
+    assert found.unread >= {"user.tags", "title"} and found.frame.columns == whole.frame.columns
+    assert isinstance(found.frame["user.id"].dtype, pl.Enum)
+    for name in ("user.id", "at.item.sku"):
+        assert same(ids(found, name), ids(whole, name))
+    assert numbers(found, "time", "time").equals(numbers(whole, "time", "time"))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda raw: raw,
+        lambda raw: raw.replace(b'{"id": "u3"', b'{"ID": "u3"', 1),
+        lambda raw: raw.replace(b'{"id": "u3"', b'{"id": 3', 1),
+        lambda raw: raw.replace(b'{"id": "u3"', b'{"id": {"x": "u3"}', 1),
+        lambda raw: raw.replace(b'{"id": "u3"', b'{"id": "u3", "id": "u4"', 1),
+        lambda raw: raw.replace(b'{"id": "u3", "tags": ["a"]}', b'"u3"', 1),
+        lambda raw: raw.replace(b'{"id": "u3", "tags": ["a"]}', b"null", 1),
+        lambda raw: raw.replace(b'"user": {', b'"user.id": "x", "user": {', 1),
+        lambda raw: raw.replace(b'{"id": "u0"', b'{"ID": "u0"'),
+    ],
+)
+def test_odd_objects_within_others_are_what_they_are_to_the_careful_reader(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[bytes], bytes]
+) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes(change(nested(ROWS)))
+    columns = {"user": "user.id", "item": "at.item.sku", "time": "time"}
+    section = DataSection(source="table", path=str(path), columns=columns, duplicates="keep_last")
+    found = _outcome(section)
+    monkeypatch.setattr(lean, "json_lines", lambda *_: None)
+    assert found == _outcome(section)
+
+
 def _outcome(section: DataSection) -> str:
     """What reading makes of it: the table's fingerprint, or the error said."""
     try:

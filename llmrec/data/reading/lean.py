@@ -20,6 +20,7 @@ import numpy as np
 import polars as pl
 import psutil
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.json as pa_json
 import pyarrow.parquet as pq
@@ -27,7 +28,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.codes import from_dictionary
 from llmrec.data.reading.limits import BROKEN, Capped, stranger
-from llmrec.data.reading.nested import head, held, is_path, is_plain, is_text
+from llmrec.data.reading.nested import DEEPEST, MOST_KEYS, head, held, is_path, is_plain, is_text
 from llmrec.data.reading.objects import is_nested
 from llmrec.data.reading.packed import STREAMS
 from llmrec.data.reading.parquet import FAULTS, check_size, room, spelled_out
@@ -344,13 +345,13 @@ def _holds_numbers(raw: bytes, mark: str, names: Sequence[str], columns: Sequenc
 
 def _objects(stream: Any, wanted: Mapping[str, Kind]) -> tuple[list[str], list[pl.Series]]:
     names: list[str] = []
-    columns: list[_Column] = []
+    columns: dict[tuple[str, ...], _Column] = {}
     schema, absent = pa.schema([]), [b""]
     for piece in _pieces(stream):
         if not names:
             names, columns, schema = _first_object(piece, wanted)
             # A key that begins further down belongs to a table whose rows are not alike.
-            lacking = [name for name in wanted if name not in schema.names]
+            lacking = wanted.keys() - {column.name for column in columns.values()}
             absent = [json.dumps(name, ensure_ascii=plain).encode() for name in lacking for plain in (True, False)]
         if any(key in piece for key in absent):
             raise _Unusual
@@ -362,36 +363,69 @@ def _objects(stream: Any, wanted: Mapping[str, Kind]) -> tuple[list[str], list[p
         found.validate(full=True)  # its parser does not look whether texts are UTF-8
         if found.num_rows != piece.count(b"\n") + (not piece.endswith(b"\n")):
             raise _Unusual  # blank lines, or two objects in one line
-        for column in columns:
-            column.add(pl.Series(found.column(column.name)))
+        for (first, *inner), column in columns.items():
+            values = found.column(first)
+            for key in inner:
+                values = pc.struct_field(values, key)
+            column.add(pl.Series(values))
     pa.default_memory_pool().release_unused()
-    return names, [column.whole() for column in columns]
+    return names, [column.whole() for column in columns.values()]
 
 
-def _first_object(piece: bytes, wanted: Mapping[str, Kind]) -> tuple[list[str], list[_Column], pa.Schema]:
-    """Return the columns, those of them that are kept, and their types."""
+def _first_object(
+    piece: bytes, wanted: Mapping[str, Kind]
+) -> tuple[list[str], dict[tuple[str, ...], _Column], pa.Schema]:
+    """Return the columns, those of them that are kept by their keys within each other, and the types of these."""
     try:
         record = json.loads(piece[: piece.find(b"\n") + 1 or len(piece)])
     except (ValueError, RecursionError):
         raise _Unusual from None
-    if not isinstance(record, dict) or not 0 < len(record) <= MAX_COLUMNS:
+    if not isinstance(record, dict):
         raise _Unusual
-    types: dict[str, pa.DataType] = {}
-    if any(is_path(name) and name not in record for name in wanted):
+    plain = dict(_plain_values(record))
+    names = {".".join(keys): keys for keys in plain}
+    if not 0 < len(names) == len(plain) <= MAX_COLUMNS:
         raise _Unusual
-    for name, value in record.items():
-        if name not in wanted:
-            continue
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if wanted[name] == "number" and number:
-            types[name] = pa.float64()
-        elif isinstance(value, str):
-            types[name] = pa.string()
-        elif number and isinstance(value, int) and wanted[name] == "id":
-            types[name] = pa.int64()
-        else:
-            raise _Unusual
-    if not types:
+    # Lists, and objects that are empty here, are read with care.
+    if any(name not in names and (name in record or is_path(name)) for name in wanted):
         raise _Unusual
-    names = [name for name, value in record.items() if not is_nested(value)]
-    return names, [_Column(name, wanted[name]) for name in types], pa.schema(types.items())
+    columns: dict[tuple[str, ...], _Column] = {}
+    types: dict[str, Any] = {}
+    for name, keys in names.items():
+        if name in wanted:
+            columns[keys] = _Column(name, wanted[name])
+            *outer, last = keys
+            within = types
+            for key in outer:
+                within = within.setdefault(key, {})
+            within[last] = _type_of(plain[keys], wanted[name])
+    if not columns:
+        raise _Unusual
+    return list(names), columns, pa.schema(_typed(types))
+
+
+def _plain_values(
+    record: Mapping[str, object], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield the values of an object and of those within it, with the keys that lead to them."""
+    for key, value in record.items():
+        if isinstance(value, dict) and len(above) < DEEPEST and len(value) <= MOST_KEYS:
+            yield from _plain_values(value, (*above, key))
+        elif not is_nested(value):
+            yield (*above, key), value
+
+
+def _type_of(value: object, kind: Kind) -> pa.DataType:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "number" and number:
+        return pa.float64()
+    if isinstance(value, str):
+        return pa.string()
+    if number and isinstance(value, int) and kind == "id":
+        return pa.int64()
+    raise _Unusual
+
+
+def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
+    """Return the types of columns, of objects those of what is in them."""
+    return [(key, pa.struct(_typed(held)) if isinstance(held, dict) else held) for key, held in types.items()]
