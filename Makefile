@@ -124,7 +124,7 @@ lint: setup
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 docs: setup
-	$(BIN)/typer llmrec.cli utils docs --name llmrec --output docs/cli.md
+	$(BIN)/typer llmrec.cli.main utils docs --name llmrec --output docs/cli.md
 	$(BIN)/llmrec schema recipe --out docs/schema/recipe.json
 	$(BIN)/llmrec schema suite --out docs/schema/suite.json
 
@@ -152,7 +152,7 @@ pages-check: setup
 	$(BIN)/python -m tests.serve.page.pages build/pages
 
 openapi: setup
-	$(BIN)/python -m llmrec.commands.serve.typescript docs
+	$(BIN)/python -m llmrec.serve.typescript docs
 
 pictures: setup
 	$(BIN)/python -m eval.benchmarks.index_pictures docs/indexes
@@ -164,7 +164,7 @@ BUDGET ?= 30m
 # PEER: a Python that has rectools[torch], for an opponent with as many seconds.
 PEER_SECONDS ?= 1800
 bench-auto: setup
-	@test -d runs/auto-shop-tables || $(BIN)/python tests/commands/shop.py runs/auto-shop-tables
+	@test -d runs/auto-shop-tables || $(BIN)/python tests/cli/shop.py runs/auto-shop-tables
 	$(BIN)/llmrec auto eval/benchmarks/auto.yaml --budget $(BUDGET) --out runs/auto-movielens-100k
 	$(BIN)/llmrec auto runs/auto-shop-tables/orders.csv --items runs/auto-shop-tables/products.csv --budget $(BUDGET) --out runs/auto-shop
 	$(BIN)/llmrec eval eval/suites/shop.yaml

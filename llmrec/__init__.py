@@ -36,34 +36,34 @@ __all__ = [
 ]
 
 if _typing.TYPE_CHECKING:
-    from llmrec.answering.loaded import load as load
-    from llmrec.commands.functions import auto as auto
-    from llmrec.commands.functions import compare as compare
-    from llmrec.commands.functions import export as export
-    from llmrec.commands.functions import fuse as fuse
-    from llmrec.commands.functions import tune as tune
-    from llmrec.commands.init.frame import init as init
-    from llmrec.commands.score.run import score as score
+    from llmrec.answer.loaded import load as load
+    from llmrec.cli.functions import auto as auto
+    from llmrec.cli.functions import compare as compare
+    from llmrec.cli.functions import export as export
+    from llmrec.cli.functions import fuse as fuse
+    from llmrec.cli.functions import tune as tune
+    from llmrec.cli.score.run import score as score
     from llmrec.errors import LlmrecError as LlmrecError
-    from llmrec.pipeline import check as check
-    from llmrec.pipeline import run as run
+    from llmrec.pipeline.run import check as check
+    from llmrec.pipeline.run import run as run
     from llmrec.recipe.load import load_recipe as load_recipe
     from llmrec.recipe.schema import Recipe as Recipe
+    from llmrec.start.init.frame import init as init
 
 _HOMES = {
     "LlmrecError": "llmrec.errors",
     "Recipe": "llmrec.recipe.schema",
-    "auto": "llmrec.commands.functions",
-    "check": "llmrec.pipeline",
-    "compare": "llmrec.commands.functions",
-    "export": "llmrec.commands.functions",
-    "fuse": "llmrec.commands.functions",
-    "init": "llmrec.commands.init.frame",
-    "load": "llmrec.answering.loaded",
+    "auto": "llmrec.cli.functions",
+    "check": "llmrec.pipeline.run",
+    "compare": "llmrec.cli.functions",
+    "export": "llmrec.cli.functions",
+    "fuse": "llmrec.cli.functions",
+    "init": "llmrec.start.init.frame",
+    "load": "llmrec.answer.loaded",
     "load_recipe": "llmrec.recipe.load",
-    "run": "llmrec.pipeline",
-    "score": "llmrec.commands.score.run",
-    "tune": "llmrec.commands.functions",
+    "run": "llmrec.pipeline.run",
+    "score": "llmrec.cli.score.run",
+    "tune": "llmrec.cli.functions",
 }
 
 

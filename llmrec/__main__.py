@@ -1,6 +1,6 @@
 """The command line as ``python -m llmrec``."""
 
-from llmrec.cli import main
+from llmrec.cli.main import main
 
 if __name__ == "__main__":
     main()

@@ -144,7 +144,7 @@ def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def plain(llama_folder: Path) -> Any:
     """Return an untuned toy model, opened as `llmrec rank` opens one."""
-    from llmrec.experiment import bundle
+    from llmrec.pipeline import bundle
     from llmrec.recipe.schema import ModelSection
 
     return bundle.read(str(llama_folder), ModelSection(name=str(llama_folder), dtype="float32"))

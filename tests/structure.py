@@ -19,7 +19,10 @@ from llmrec.registry import TASKS
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "llmrec"
 
-ABOVE = {"cli", "commands", "chat", "pipeline", "answering", "experiment", "report", "train", "strategies", "baselines"}
+ABOVE = {
+    *("answer", "bench", "chat", "cli", "cluster", "exports", "pipeline", "report", "serve", "start", "systems"),
+    *("baselines", "strategies", "train"),
+}
 """Where nobody compares names of families or types of their sections: what differs is asked of `Family` and `Task`."""
 
 

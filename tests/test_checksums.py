@@ -15,9 +15,9 @@ from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.data.reading.ranked import Ranked, read_part, write_part
 from llmrec.durable import checked, sha256_of, unchanged, write_checked
 from llmrec.errors import DataError, ModelError
-from llmrec.experiment.bundle import SUMS, Bundle, refuse_changed
-from llmrec.experiment.resume import read_stage
 from llmrec.index.table import ItemIndex
+from llmrec.pipeline.bundle import SUMS, Bundle, refuse_changed
+from llmrec.pipeline.resume import read_stage
 from llmrec.recipe.schema import ModelSection, TasksSection
 from llmrec.report.results import content_of, refuse_other_answers
 from tests.facts import Facts, raises

@@ -11,7 +11,7 @@ import pytest
 from typer.main import get_command
 from typer.testing import CliRunner
 
-from llmrec import cli
+from llmrec.cli import main as cli
 
 RECIPE = """\
 name: shop
@@ -59,7 +59,7 @@ def expect_error(done: subprocess.CompletedProcess[str], *parts: str) -> None:
 def test_help_is_quick_and_loads_neither_torch_nor_the_schema_of_recipes() -> None:
     code = (
         "import sys, time; begin = time.process_time(); sys.argv = ['llmrec', '--help']\n"
-        "from llmrec import cli\n"
+        "from llmrec.cli import main as cli\n"
         "try:\n    cli.main()\nexcept SystemExit:\n    pass\n"
         "heavy = {'torch', 'transformers', 'datasets', 'vllm', 'polars', 'trl', 'pydantic'} & set(sys.modules)\n"
         "sys.stderr.write(f'{time.process_time() - begin:.3f} {sorted(heavy)}')"
@@ -106,7 +106,7 @@ def test_every_command_has_help() -> None:
 
 
 def test_the_reference_is_what_the_program_says() -> None:
-    command = [sys.executable, "-m", "typer", "llmrec.cli", "utils", "docs", "--name", "llmrec"]
+    command = [sys.executable, "-m", "typer", "llmrec.cli.main", "utils", "docs", "--name", "llmrec"]
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60)
     page = Path(__file__).parent.parent / "docs" / "cli.md"
     assert done.stdout.strip() == page.read_text(encoding="utf-8").strip(), "run make docs"
@@ -160,7 +160,7 @@ def test_a_missing_extra_prints_its_install_command(tmp_path: Path) -> None:
     code = (
         "import sys; sys.modules['transformers'] = None\n"
         f"sys.argv = ['llmrec', 'run', {path!r}, 'model.name=SmolLM2-135M-Instruct', '--out', {out!r}]\n"
-        "from llmrec import cli; cli.main()"
+        "from llmrec.cli import main as cli; cli.main()"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     expect_error(done, "pip install 'llmrec[train]'")

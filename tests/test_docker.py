@@ -18,8 +18,8 @@ import yaml
 from typer.main import get_command
 
 from llmrec import setup_env
-from llmrec.cli import app
-from llmrec.commands.doctor.checks import _DRIVERS
+from llmrec.cli.doctor.checks import _DRIVERS
+from llmrec.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCKER = ROOT / "docker"

@@ -23,8 +23,9 @@ from pydantic import BaseModel
 from typer.main import get_command
 
 import llmrec
-from llmrec import cli, registry, setup_env
-from llmrec.commands.doctor import packages
+from llmrec import registry, setup_env
+from llmrec.cli import main as cli
+from llmrec.cli.doctor import packages
 from llmrec.data.sources.sets import known
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.load import load_recipe
@@ -101,7 +102,10 @@ def test_wheel_metadata(wheel: zipfile.ZipFile) -> None:
     metadata = wheel.read(f"llmrec-{llmrec.__version__}.dist-info/METADATA").decode()
     assert "License-Expression: Apache-2.0" in metadata
     assert "License-File: LICENSE" in metadata
-    assert "llmrec = llmrec.cli:main" in wheel.read(f"llmrec-{llmrec.__version__}.dist-info/entry_points.txt").decode()
+    assert (
+        "llmrec = llmrec.cli.main:main"
+        in wheel.read(f"llmrec-{llmrec.__version__}.dist-info/entry_points.txt").decode()
+    )
 
 
 def test_metadata_is_what_an_index_takes_and_shows(wheel: zipfile.ZipFile) -> None:
@@ -127,7 +131,7 @@ def test_source_distribution_builds_and_holds_what_a_wheel_is_made_of(tmp_path: 
 
     with tarfile.open(next(iter(SdistBuilder(str(ROOT)).build(directory=str(tmp_path))))) as packed:
         held = {name.partition("/")[2] for name in packed.getnames()}
-    assert {"pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "PKG-INFO", "llmrec/cli.py"} <= held
+    assert {"pyproject.toml", "README.md", "LICENSE", "CITATION.cff", "PKG-INFO", "llmrec/cli/main.py"} <= held
     assert {"prompts/rating/list-ratings.yaml", "recipes/wheels.txt", "docs/schema/recipe.json"} <= held
     assert not [name for name in held if name.startswith((".venv", "runs/", ".git/"))]
 
@@ -519,7 +523,7 @@ def test_recipes_in_documents_are_valid(page: Path, tmp_path: Path) -> None:
 
 
 def test_no_document_installs_a_name_from_an_index_that_is_not_ours() -> None:
-    for page in [*DOCUMENTS, ROOT / "llmrec" / "commands" / "export" / "card_facts.py"]:
+    for page in [*DOCUMENTS, ROOT / "llmrec" / "exports" / "card_facts.py"]:
         lines = page.read_text(encoding="utf-8").splitlines()
         told = [line for line in lines if re.search(r"pip install (?:\S+ )*'?llmrec\b", line)]
         # One sentence explains what messages say to those who have it installed.

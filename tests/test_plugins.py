@@ -12,14 +12,15 @@ from pathlib import Path
 
 import pytest
 
-from llmrec import pipeline, plugins, registry
+from llmrec import plugins, registry
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.parameters import hashes_of
-from llmrec.commands.doctor.checks import check_plugins
-from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.rank.run import rank_file
+from llmrec.cli.doctor.checks import check_plugins
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.experiment.audit import audit
-from llmrec.experiment.study import build_study
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.audit import audit
+from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe, load_stored, load_suite
 from llmrec.recipe.schema import TasksSection
 from tests.facts import Facts, raises
@@ -38,7 +39,7 @@ from llmrec.index.numbers import RandomNumbers
 from llmrec.strategies.raters import YesNoJudge
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.types import Probability
-from tests.experiment.test_new_family import FameSection, FameTask, Half
+from tests.pipeline.test_new_family import FameSection, FameTask, Half
 from llmrec.tasks.family import Family
 
 
@@ -182,7 +183,9 @@ def test_the_example_of_the_documentation_runs_and_another_process_reads_it(
     for name in ("audit.json", "report/index.html"):
         (tmp_path / "made" / name).unlink()
     path = os.pathsep.join(map(str, (ROOT, tmp_path / "site", EXAMPLE)))
-    code = "from llmrec.cli import app; [app([verb, 'made'], standalone_mode=False) for verb in ('audit', 'report')]"
+    code = (
+        "from llmrec.cli.main import app; [app([verb, 'made'], standalone_mode=False) for verb in ('audit', 'report')]"
+    )
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=tmp_path, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False,

@@ -13,14 +13,14 @@ import polars as pl
 import pytest
 
 import llmrec
-from llmrec.commands.auto import run as autos
-from llmrec.commands.auto.parts import Part
-from llmrec.commands.auto.trial import Done
-from llmrec.commands.export import export as exports
 from llmrec.display import Summary, as_html, as_text
+from llmrec.exports import export as exports
 from llmrec.keywords import in_python, keywords_of
 from llmrec.recipe.load import as_recipe
 from llmrec.results import Results
+from llmrec.start.auto import run as autos
+from llmrec.start.auto.parts import Part
+from llmrec.start.auto.trial import Done
 
 FRAME = pl.DataFrame(
     [
@@ -193,7 +193,7 @@ def test_messages_name_keywords(text: str, spoken: str) -> None:
 
 
 def test_the_command_line_still_names_its_options() -> None:
-    from llmrec.commands.score.run import score
+    from llmrec.cli.score.run import score
 
     for asked, column in ((llmrec.score, "k"), (score, "--k")):
         with pytest.raises(llmrec.LlmrecError) as caught:

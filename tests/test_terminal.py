@@ -18,8 +18,8 @@ PROGRAM = """
 import logging, os, subprocess, sys, warnings
 from pathlib import Path
 from llmrec import terminal
-from llmrec.commands.common import App, main
-from llmrec.commands.show.console import say
+from llmrec.cli.common import App, main
+from llmrec.cli.show.console import say
 from llmrec.errors import EngineFailure, LlmrecError
 app = App()
 @app.command()
@@ -116,7 +116,7 @@ def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it() -> None:
     pty = pytest.importorskip("pty")
     code = (
         "import time; from llmrec import progress; progress.FIRST = 0.2\n"
-        "from llmrec.commands import common; common._heed({})\n"
+        "from llmrec.cli import common; common._heed({})\n"
         "with progress.Bar('baselines', None), progress.Bar('train', 8, unit='steps') as bar:\n"
         "    bar.advance(2, 'loss 1.0'); progress.say('a line', common.terminal.err()); time.sleep(0.3)\n"
     )

@@ -30,11 +30,11 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json
 from llmrec.evaluate.compare import compare
 from llmrec.evaluate.predictor import Evaluated, evaluate
-from llmrec.experiment.resume import locked
-from llmrec.experiment.row_specs import protocol_of
 from llmrec.machine import machine, versions
 from llmrec.models.load import load_model, release_memory
-from llmrec.pipeline import Session, open_session
+from llmrec.pipeline.resume import locked
+from llmrec.pipeline.row_specs import protocol_of
+from llmrec.pipeline.run import Session, open_session
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.pointwise import LikelihoodRanker

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import polars as pl
 
-from llmrec.experiment.study import load_tables
+from llmrec.pipeline.study import load_tables
 from llmrec.recipe.load import load_stored
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from eval.benchmarks.kar import table
 from llmrec.chat.reading import title_of
 from llmrec.durable import write_text
-from llmrec.experiment.study import load_tables
 from llmrec.index.titles import title_key
+from llmrec.pipeline.study import load_tables
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Item
 

@@ -29,8 +29,8 @@ from numpy.typing import NDArray
 
 from eval.benchmarks.chat_items import RECIPE, informed
 from eval.benchmarks.redial_slots import lines
-from llmrec.answering.known import Catalogue
-from llmrec.answering.opening import open_classics
+from llmrec.answer.known import Catalogue
+from llmrec.answer.opening import open_classics
 from llmrec.chat.audience import guests, talks
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts

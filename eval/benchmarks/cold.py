@@ -33,11 +33,11 @@ from numpy.typing import NDArray
 
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json
-from llmrec.experiment.resume import locked
 from llmrec.machine import machine, versions
 from llmrec.metrics.stats import interval
 from llmrec.models.load import load_model
-from llmrec.pipeline import open_session
+from llmrec.pipeline.resume import locked
+from llmrec.pipeline.run import open_session
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.types import Case
 

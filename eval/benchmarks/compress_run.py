@@ -20,12 +20,12 @@ import httpx
 import numpy as np
 
 from eval.benchmarks.serving import serving
-from llmrec.commands.compress.compress import compress
-from llmrec.commands.compress.rows import chosen
-from llmrec.commands.export.agreement import on_validation
 from llmrec.durable import write_json
-from llmrec.experiment.runs import open_run
+from llmrec.exports.agreement import on_validation
 from llmrec.machine import command_line, machine, versions
+from llmrec.pipeline.runs import open_run
+from llmrec.systems.m6.compress.compress import compress
+from llmrec.systems.m6.compress.rows import chosen
 from llmrec.types import Case, Request
 
 # Questions of one call.

@@ -14,8 +14,8 @@ from pathlib import Path
 
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
-from llmrec.experiment.indexing import build_index
 from llmrec.index.table import ItemIndex
+from llmrec.pipeline.indexing import build_index
 from llmrec.recipe.load import load_recipe
 
 FILM = "Toy Story (1995)"

@@ -43,11 +43,11 @@ from llmrec.data.hashing import hash64
 from llmrec.data.sources.table import load
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
-from llmrec.experiment.resume import key_of
 from llmrec.machine import machine, versions
 from llmrec.metrics.multiple import decide, enough
 from llmrec.metrics.probability import auc, gauc, log_loss
 from llmrec.metrics.stats import paired_of
+from llmrec.pipeline.resume import key_of
 from llmrec.recipe.schema import DataSection
 from llmrec.types import Case, Event, Item, Probability, Request
 

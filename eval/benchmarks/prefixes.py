@@ -19,9 +19,9 @@ import torch
 
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json
-from llmrec.experiment.study import build_study, encoder_of
 from llmrec.machine import machine, versions
 from llmrec.models.load import load_model, resolve
+from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import STRATEGIES, lookup, options_of
 from llmrec.strategies.asking import Prompting

@@ -22,9 +22,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.run import rank_file
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.rank.run import rank_file
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.durable import write_json
@@ -140,7 +140,7 @@ def make(folder: Path, count: int) -> tuple[dict[int, dict[str, Any]], dict[int,
 
 def rank(folder: Path, out: Path, model: str, options: list[str]) -> dict[str, Any]:
     """Rank through the command line and return its summary."""
-    command = [sys.executable, "-m", "llmrec.cli", "rank", "--model", model, "--noun", "movies"]
+    command = [sys.executable, "-m", "llmrec.cli.main", "rank", "--model", model, "--noun", "movies"]
     command += ["--in", str(folder / "requests.jsonl"), "--items", str(folder / "items.csv"), "--out", str(out)]
     done = subprocess.run([*command, *options], check=False)
     if done.returncode != 1:

@@ -29,7 +29,7 @@ from llmrec.evaluate.compare import planned as tested
 from llmrec.machine import machine, versions
 from llmrec.metrics.significance import over_seeds
 from llmrec.metrics.stats import interval
-from llmrec.pipeline import run
+from llmrec.pipeline.run import run
 from llmrec.recipe.load import load_recipe, recipe_hash
 
 PAGES = "recipes/movielens-100k/rating-{}.yaml"

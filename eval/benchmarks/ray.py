@@ -27,19 +27,19 @@ import psutil
 import typer
 
 from eval.benchmarks.faults.works import augmented
-from llmrec import pipeline
-from llmrec.commands.cluster.actors import finish_on, rank_on
-from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.rank.run import rank_file
-from llmrec.commands.show.console import facts
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.run import rank_file
+from llmrec.cli.show.console import facts
+from llmrec.cluster.actors import finish_on, rank_on
 from llmrec.data.features import FeatureStore
 from llmrec.durable import read_json, sha256_of
-from llmrec.experiment.augmenting import augment
-from llmrec.experiment.shards.folders import SHARD, shards_of
 from llmrec.machine import machine, versions
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.augmenting import augment
+from llmrec.pipeline.shards.folders import SHARD, shards_of
 from llmrec.recipe.load import as_recipe, load_recipe
 from llmrec.recipe.schema import Recipe
-from tests.answering.rank_cases import items_csv, jsonl, records
+from tests.answer.rank_cases import items_csv, jsonl, records
 from tests.conftest import make_model
 
 REQUESTS, SHARDS = 320, 5
@@ -213,7 +213,16 @@ class Bench:
     def driver(self, strategy: str) -> None:
         """Kill the command once some shards are finished, and give it again."""
         chosen = self.options("ray-driver", strategy, actors=ACTORS, cpus=CPUS, gpus=0, shards=SHARDS)
-        words = [sys.executable, "-m", "llmrec.cli", "rank", "--ray", self.nodes.address, "--actors", str(ACTORS)]
+        words = [
+            sys.executable,
+            "-m",
+            "llmrec.cli.main",
+            "rank",
+            "--ray",
+            self.nodes.address,
+            "--actors",
+            str(ACTORS),
+        ]
         words += ["--cpus", str(CPUS), "--gpus", "0", "--shards", str(SHARDS), "--model", chosen.model, "--batch", "16"]
         words += ["--in", str(chosen.requests), "--items", str(chosen.items), "--out", str(chosen.out)]
         words += ["--backend", "hf", "--dtype", "float32", "--task", chosen.task, "--strategy", chosen.strategy]

@@ -17,9 +17,9 @@ from typing import Any
 
 import yaml
 
-from llmrec.commands.show.console import finish
+from llmrec.cli.show.console import finish
 from llmrec.durable import CHECKSUM
-from llmrec.pipeline import Run
+from llmrec.pipeline.run import Run
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
 from llmrec.report.marks import rule

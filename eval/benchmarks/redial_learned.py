@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.answering.checks import decided
-from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.recommender import Recommender
-from llmrec.answering.rules import Rules
+from llmrec.answer.checks import decided
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.recommender import Recommender
+from llmrec.answer.rules import Rules
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.dual_encoder import ENCODER, Asked, DualEncoder, learn, mapped, of_transcript
 from llmrec.chat.facts import Facts

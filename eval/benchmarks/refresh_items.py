@@ -23,25 +23,25 @@ import polars as pl
 from starlette.testclient import TestClient
 
 import llmrec
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.users import rank_users
 from llmrec.baselines.fits.fitting import fitted
-from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.rank.users import rank_users
-from llmrec.commands.refresh.options import RefreshOptions
-from llmrec.commands.refresh.run import refresh
-from llmrec.commands.serve.options import ServeOptions
-from llmrec.commands.serve.run import make_service
 from llmrec.data.assemble import write_items
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
 from llmrec.data.sources.table import load
 from llmrec.durable import write_json, write_text
 from llmrec.evaluate.catalogue import rank_catalogue
-from llmrec.experiment.fusion.carried import carried
 from llmrec.machine import machine, versions
+from llmrec.pipeline.fusion.carried import carried
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import DataSection
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
+from llmrec.serve.options import ServeOptions
+from llmrec.serve.refresh import refresh
+from llmrec.serve.refresh_options import RefreshOptions
+from llmrec.serve.run import make_service
 from llmrec.types import Case, Request
 
 K, MODELS = 10, ("content", "popularity")

@@ -16,7 +16,7 @@ from typing import Any
 from eval.benchmarks.index_pictures import Canvas
 from llmrec.durable import write_json, write_text
 from llmrec.machine import machine, versions
-from llmrec.pipeline import train
+from llmrec.pipeline.run import train
 from llmrec.recipe.load import load_recipe, recipe_hash
 
 RECIPE = "recipes/sequences/generative-items.yaml"

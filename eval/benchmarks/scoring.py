@@ -15,10 +15,10 @@ from pathlib import Path
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.vllm.backend import VLLMBackend, prepare_environment
-from llmrec.experiment.engines import dtype_name
-from llmrec.experiment.study import build_study
 from llmrec.machine import machine, versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
+from llmrec.pipeline.engines import dtype_name
+from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 
 USERS = 16

@@ -30,13 +30,13 @@ from typing import Any
 
 import httpx
 
-from llmrec.commands.serve.options import ServeOptions
-from llmrec.commands.serve.run import make_service
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, new_key
+from llmrec.serve.options import ServeOptions
+from llmrec.serve.run import make_service
 from tests.conftest import make_model
 from tests.serve.served import listening, toy_run, wait_ready
 

@@ -65,7 +65,18 @@ class Service:
 
 @contextmanager
 def serving(run: str, store: Path, *options: str) -> Iterator[Service]:
-    command = [sys.executable, "-m", "llmrec.cli", "serve", run, "--port", "0", "--store", str(store), "--quiet"]
+    command = [
+        sys.executable,
+        "-m",
+        "llmrec.cli.main",
+        "serve",
+        run,
+        "--port",
+        "0",
+        "--store",
+        str(store),
+        "--quiet",
+    ]
     process = subprocess.Popen(
         [*command, "--dtype", "float32", "--backend", "hf", *options], stdout=subprocess.PIPE, text=True
     )

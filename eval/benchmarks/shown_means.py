@@ -14,8 +14,8 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.durable import write_json
-from llmrec.experiment.study import load_split
 from llmrec.machine import machine, versions
+from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 
 STEPS = (0.1, 0.5, 1.0)

@@ -77,7 +77,7 @@ def main() -> None:
         for _ in range(given.rounds):
             for name, words in todo.items():
                 Path(folder, "out.jsonl").unlink(missing_ok=True)
-                spent.setdefault(name, []).append(user_seconds(["-m", "llmrec.cli", *words]))
+                spent.setdefault(name, []).append(user_seconds(["-m", "llmrec.cli.main", *words]))
                 below.setdefault(name, []).append(user_seconds(["-c", LIBRARIES[name]]))
     found = {
         name: {

@@ -89,9 +89,9 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
     from llmrec.data.sources.table import load
     from llmrec.data.split import split
     from llmrec.data.stats import statistics
-    from llmrec.experiment.study import build_study
-    from llmrec.experiment.training import plan_training
     from llmrec.models.load import load_tokenizer, resolve
+    from llmrec.pipeline.study import build_study
+    from llmrec.pipeline.training import plan_training
     from llmrec.recipe.load import as_recipe
 
     recipe = as_recipe(_recipe(path))

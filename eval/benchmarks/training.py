@@ -42,9 +42,9 @@ from eval.benchmarks import training_peers as peers
 from eval.benchmarks import training_windows as windows
 from eval.benchmarks.timing import alternated, at_most, faster, measured
 from llmrec.backends.encode import Encoder, TokenRow
-from llmrec.experiment.study import Study, build_study, encoder_of
-from llmrec.experiment.training import plan_training
 from llmrec.models.load import cpu_has_bf16, load_model, quiet_libraries, resolve
+from llmrec.pipeline.study import Study, build_study, encoder_of
+from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train import lora, sft

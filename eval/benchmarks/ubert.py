@@ -34,12 +34,12 @@ from scipy import stats
 
 from llmrec.baselines.parameters import make
 from llmrec.baselines.tuning.validation import rating_cases
-from llmrec.baselines.ubert.baseline import UBert
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import split
 from llmrec.durable import write_json, write_text
 from llmrec.machine import machine, versions
 from llmrec.recipe.schema import Split
+from llmrec.systems.ubert.baseline import UBert
 from llmrec.types import Item, Rating
 
 ASPECTS = ("sound", "build", "price", "comfort", "look", "service")

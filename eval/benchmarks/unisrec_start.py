@@ -17,12 +17,12 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from llmrec.baselines.unisrec.baseline import UniSRec
 from llmrec.data.hashing import hash64
 from llmrec.data.sources.table import load
 from llmrec.data.split import split
 from llmrec.durable import write_text
 from llmrec.recipe.schema import DataSection, Split
+from llmrec.systems.unisrec.baseline import UniSRec
 
 TARGET, ENCODER = Path("runs/unisrec"), "all-MiniLM-L6-v2"
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.answering.rules import OneOf, Rules
+from llmrec.answer.rules import OneOf, Rules
 from llmrec.chat.state import ITEM, Wish, alternatives
 from llmrec.data.knowledge import BM25, FIELD, Embed
 from llmrec.guard import clean

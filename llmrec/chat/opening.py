@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
-from llmrec.answering.checks import decided
-from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.recommender import Recommender
+from llmrec.answer.checks import decided
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.recommender import Recommender
 from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import HistoryManager, Manager, ModelManager, RandomManager, RuleManager
 from llmrec.chat.tuning import leading

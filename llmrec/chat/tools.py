@@ -6,11 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from llmrec.answering.known import Catalogue
-from llmrec.answering.listing import is_cold, listing, ranking_of, ruled
-from llmrec.answering.opening import Models
-from llmrec.answering.recommender import Answered
-from llmrec.answering.rules import Rules
+from llmrec.answer.known import Catalogue
+from llmrec.answer.listing import is_cold, listing, ranking_of, ruled
+from llmrec.answer.opening import Models
+from llmrec.answer.recommender import Answered
+from llmrec.answer.rules import Rules
 from llmrec.chat.calls import (
     Ask,
     Call,

@@ -23,13 +23,13 @@ from llmrec.chat.state import State
 from llmrec.chat.transcripts import Turn
 from llmrec.durable import read_json, replacing, write_checked
 from llmrec.errors import DataError, RecipeError, require
-from llmrec.experiment.claiming import RUN
-from llmrec.experiment.resume import key_of, locked
-from llmrec.experiment.training import clear_foreign
 from llmrec.models.load import device, load_config, load_tokenizer, quiet_libraries, release_memory, resolve
 from llmrec.models.load import weights_stamp as stamp
 from llmrec.models.memory import TRAINING, told_of_full_memory
 from llmrec.models.traits import is_paired
+from llmrec.pipeline.claiming import RUN
+from llmrec.pipeline.resume import key_of, locked
+from llmrec.pipeline.training import clear_foreign
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import ADAPTED, Recipe
 from llmrec.tasks.base import keyed

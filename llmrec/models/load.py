@@ -31,7 +31,7 @@ from llmrec.setup_env import has_nvidia_gpu
 log = logging.getLogger(__name__)
 
 BUNDLE = "llmrec.json"
-"""How the model was tuned, beside its weights; see `llmrec.experiment.bundle`."""
+"""How the model was tuned, beside its weights; see `llmrec.pipeline.bundle`."""
 POOLING = "1_Pooling/config.json"
 """How a text encoder's states become a vector, in its folder."""
 # What no model has 0 of.

@@ -7,8 +7,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from llmrec.answering.listing import ranking_of
-from llmrec.answering.recommender import Answered
+from llmrec.answer.listing import ranking_of
+from llmrec.answer.recommender import Answered
 from llmrec.errors import DataError
 from llmrec.serve import schema
 from llmrec.serve.worker import Card

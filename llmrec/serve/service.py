@@ -16,13 +16,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 from uuid import uuid4
 
-from llmrec.answering.about import CONTEXT
-from llmrec.answering.known import Catalogue, Known, history_of, known_of, merged, of_user, unknown
-from llmrec.answering.listing import COLD, is_cold, listing, ranking_of, ruled
-from llmrec.answering.models import RANK, meant
-from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.recommender import Answered
-from llmrec.answering.rules import Rules
+from llmrec.answer.about import CONTEXT
+from llmrec.answer.known import Catalogue, Known, history_of, known_of, merged, of_user, unknown
+from llmrec.answer.listing import COLD, is_cold, listing, ranking_of, ruled
+from llmrec.answer.models import RANK, meant
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.recommender import Answered
+from llmrec.answer.rules import Rules
 from llmrec.augment.stores import forget
 from llmrec.data.reading.limits import shown
 from llmrec.data.requests import RankRequest, read_request
@@ -58,7 +58,7 @@ class Settings:
 
     Attributes:
         options: Which model, and how it is asked.
-        models: Names, the default first; none: see `llmrec.answering.opening.open_models`.
+        models: Names, the default first; none: see `llmrec.answer.opening.open_models`.
         rules: Rules that always stand.
         window: Seconds that a question waits for others.
         batch: Questions of one batch.

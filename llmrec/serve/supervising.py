@@ -8,9 +8,9 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import TypeVar
 
-from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.rationales import Reasons
-from llmrec.answering.recommender import Answered
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.rationales import Reasons
+from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
 from llmrec.serve.worker import Card, Engine, EngineLost, Question, Reply, Started

@@ -12,9 +12,9 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from typing import Any
 
-from llmrec.answering.known import Catalogue
-from llmrec.answering.models import RANK
-from llmrec.answering.recommender import Answered
+from llmrec.answer.known import Catalogue
+from llmrec.answer.models import RANK
+from llmrec.answer.recommender import Answered
 from llmrec.chat.calls import Call
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts

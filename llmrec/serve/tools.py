@@ -13,7 +13,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from llmrec.answering.models import RANK
+from llmrec.answer.models import RANK
 from llmrec.errors import DataError
 from llmrec.guard import TITLE_LIMIT, clean, neutralise
 from llmrec.serve import schema

@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from llmrec import terminal
-from llmrec.answering.checks import decided
-from llmrec.answering.models import RANK, AnsweringModel, LanguageModel, check_verb
-from llmrec.answering.opening import Models, open_models
-from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.rationales import Reasons
-from llmrec.answering.recommender import Answered
+from llmrec.answer.checks import decided
+from llmrec.answer.models import RANK, AnsweringModel, LanguageModel, check_verb
+from llmrec.answer.opening import Models, open_models
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.rationales import Reasons
+from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
 from llmrec.machine import step_back
@@ -106,7 +106,7 @@ class Engine:
 
     Args:
         options: Which models, and how a language model is asked.
-        names: Which of them, the default first; see `llmrec.answering.opening.open_models`.
+        names: Which of them, the default first; see `llmrec.answer.opening.open_models`.
     """
 
     def __init__(self, options: RecommenderOptions, names: Sequence[str]) -> None:

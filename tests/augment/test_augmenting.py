@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec import pipeline
-from llmrec.answering.known import known_of, profiles_of, with_history
-from llmrec.answering.requests import catalogue
+from llmrec.answer.known import known_of, profiles_of, with_history
+from llmrec.answer.requests import catalogue
 from llmrec.augment import stores
 from llmrec.augment.texts import about_items, about_users, template_of
 from llmrec.backends.cache import CachedBackend
 from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment import augmenting, preflight
-from llmrec.experiment import bundle as bundles
-from llmrec.experiment.leaks.checks import Check, feature_texts
-from llmrec.experiment.study import build_study, load_tables
+from llmrec.pipeline import augmenting, preflight
+from llmrec.pipeline import bundle as bundles
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.leaks.checks import Check, feature_texts
+from llmrec.pipeline.study import build_study, load_tables
 from llmrec.recipe.load import as_recipe
 from llmrec.types import Event, Request
 from tests.augment_recipe import augmenting_recipe
@@ -125,7 +125,7 @@ def test_a_killed_call_asks_nothing_twice(llama_folder: Path, tmp_path: Path, mo
         assert one.texts(kind, one.ids(kind)) == other.texts(kind, other.ids(kind))
     # With every answer known no engine is started.
     shutil.rmtree(llama_folder / "none", ignore_errors=True)
-    monkeypatch.setattr("llmrec.experiment.engines.load_model", lambda *_, **__: pytest.fail("an engine was started"))
+    monkeypatch.setattr("llmrec.pipeline.engines.load_model", lambda *_, **__: pytest.fail("an engine was started"))
     assert augmenting.augment(made, tmp_path / "killed", quiet=True).texts == again.texts
 
 

@@ -14,8 +14,8 @@ from llmrec.backends.cache import CachedBackend
 from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.errors import DataError
-from llmrec.experiment import augmenting
-from llmrec.experiment.study import load_tables
+from llmrec.pipeline import augmenting
+from llmrec.pipeline.study import load_tables
 from llmrec.recipe.schema import AugmentSection
 from llmrec.types import Completion, Event, Request
 from tests.augment_recipe import augmenting_recipe

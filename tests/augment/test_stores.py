@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmrec.augment import stores
-from llmrec.cli import app
+from llmrec.cli.main import app
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
 from llmrec.errors import DataError, LlmrecError
 from tests.encoders import tiny_encoder

@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from llmrec.cli import app
+from llmrec.cli.main import app
 from llmrec.errors import ModelError, RecipeError
-from llmrec.experiment import engines
 from llmrec.models import load
+from llmrec.pipeline import engines
 from llmrec.recipe.schema import EvalSection, ModelSection
 from tests.facts import Facts, raises
 
@@ -179,7 +179,7 @@ def test_vllm_is_told_how_gpus_share_a_model(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_keys_of_a_recipe_reach_vllm(monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
     from llmrec.backends.vllm.sizing import Workload
-    from llmrec.experiment.resume import Budget
+    from llmrec.pipeline.resume import Budget
 
     def made(section: EvalSection) -> engines.Engines:
         return engines.Engines(CPU, section, SimpleNamespace(digest="d", max_length=512), 0, Budget(quiet=True), None)  # type: ignore[arg-type]

@@ -13,8 +13,8 @@ from urllib.parse import urlsplit
 import pytest
 from pydantic import ValidationError
 
-from llmrec.answering.checks import engine_section
-from llmrec.answering.options import RecommenderOptions
+from llmrec.answer.checks import engine_section
+from llmrec.answer.options import RecommenderOptions
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend

@@ -160,7 +160,7 @@ def test_a_run_through_a_server(
     server: FaultyServer, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    from llmrec import pipeline
+    from llmrec.pipeline import run as pipeline
 
     monkeypatch.setenv("FILMS_KEY", SECRET)
     chosen = recipe(llama_folder, server.url)
@@ -195,7 +195,7 @@ def test_a_run_through_a_server(
 
 def test_a_server_without_probabilities_ends_the_run_with_what_works(llama_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    from llmrec import pipeline
+    from llmrec.pipeline import run as pipeline
 
     offers = EVERYTHING - {"logprobs", "named", "echo", "chat logprobs"}
     with running(Behaviour(offers=offers)) as plain:
@@ -209,7 +209,7 @@ def test_a_server_without_probabilities_ends_the_run_with_what_works(llama_folde
 
 def test_a_server_that_is_gone_leaves_the_classic_recommenders(llama_folder: Path, tmp_path: Path) -> None:
     pytest.importorskip("trl", reason="the train extra is not installed")
-    from llmrec import pipeline
+    from llmrec.pipeline import run as pipeline
 
     url = "http://127.0.0.1:9/v1"
     gone = f"eval.server={{url: '{url}', model: films, attempts: 1}}"

@@ -22,8 +22,8 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.experiment.study import load_split
 from llmrec.metrics.ranking import Standing, hit_rate, standing
+from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Event, Item, Predictor, Ranking, Request

@@ -16,10 +16,10 @@ from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.retrieve import Lists, ceiling, retrieve
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment.fusion.retrieving import FusedFinder
-from llmrec.experiment.leaks.checks import redrawn
-from llmrec.experiment.study import build_study
-from llmrec.pipeline import run
+from llmrec.pipeline.fusion.retrieving import FusedFinder
+from llmrec.pipeline.leaks.checks import redrawn
+from llmrec.pipeline.run import run
+from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import BaselineSection, CandidateSection
 from llmrec.strategies.fusion import Fusion

@@ -12,15 +12,15 @@ import pytest
 
 from llmrec.baselines.ctr.deepfm import DeepFM
 from llmrec.baselines.rated import ratings
-from llmrec.baselines.ubert.baseline import UBert, _epoch
-from llmrec.baselines.ubert.network import Reviewed, attended, encoded, matched, network_of
-from llmrec.baselines.ubert.pretrain import Hidden, last_of_pairs, lexicon
-from llmrec.baselines.ubert.reviews import Frozen, Reviews, Tokens
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import FeatureStore, publish
 from llmrec.data.split import SplitDataset, halves, split
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
+from llmrec.systems.ubert.baseline import UBert, _epoch
+from llmrec.systems.ubert.network import Reviewed, attended, encoded, matched, network_of
+from llmrec.systems.ubert.pretrain import Hidden, last_of_pairs, lexicon
+from llmrec.systems.ubert.reviews import Frozen, Reviews, Tokens
 from llmrec.types import Item, Rating, Request
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from llmrec.answering.rules import Rules
+from llmrec.answer.rules import Rules
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.facts import Facts
 from llmrec.chat.managers import Manager, RuleManager

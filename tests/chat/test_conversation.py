@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmrec.answering.rules import Quota, Rules
+from llmrec.answer.rules import Quota, Rules
 from llmrec.chat import transcripts
 from llmrec.chat.calls import Explain, Filter, Forget, Search, Show, ends
 from llmrec.chat.conversation import Conversation, Reply

@@ -13,13 +13,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import yaml
 
-from llmrec.commands.init.start import init
 from llmrec.data.assemble import read_items
 from llmrec.data.reading.request_file import open_requests
 from llmrec.data.requests import read_request
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection, Split
+from llmrec.start.init.start import init
 from llmrec.types import Item
 
 Files = dict[str, bytes]

@@ -8,12 +8,12 @@ import polars as pl
 import pytest
 
 import llmrec
-from llmrec.commands.init import start
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.data.stats import baskets, moments_shared, statistics
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
+from llmrec.start.init import start
 from llmrec.types import Item
 from tests.facts import Facts, raises
 

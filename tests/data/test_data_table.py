@@ -21,7 +21,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
-from llmrec.commands.init.start import init
 from llmrec.data.reading.table import read_table
 from llmrec.data.reading.text import delimited
 from llmrec.data.sources.table import load
@@ -29,6 +28,7 @@ from llmrec.data.split import scale_of, split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import Columns, DataSection, Filter, Split
+from llmrec.start.init.start import init
 from llmrec.tasks.rating import find_scale
 from llmrec.types import Message, Prompt, Segment
 from tests.facts import Facts, raises

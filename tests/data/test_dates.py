@@ -12,13 +12,13 @@ from data_cases import section
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.commands.init.roles import asked
-from llmrec.commands.init.start import init
 from llmrec.data.reading.dates import DateOrder, read_dates
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
+from llmrec.start.init.roles import asked
+from llmrec.start.init.start import init
 from tests.facts import Facts, raises
 
 DAY = datetime(2024, 6, 1, tzinfo=UTC).timestamp()

@@ -17,16 +17,16 @@ import pyarrow as pa
 import pytest
 from data_cases import section
 
-from llmrec.commands.init import profile, start
-from llmrec.commands.init.roles import Asked
 from llmrec.data.reading import packed
 from llmrec.data.reading.table import of_atomic, read_table
 from llmrec.data.reading.text import preamble
 from llmrec.data.sources.table import load
 from llmrec.errors import DataError
-from llmrec.experiment.study import load_split
+from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
+from llmrec.start.init import profile, start
+from llmrec.start.init.roles import Asked
 from tests.facts import Facts, raises
 
 ROWS = pl.DataFrame(

@@ -13,9 +13,6 @@ import pyarrow.parquet as pq
 import pytest
 from data_cases import section
 
-from llmrec.commands.init.profile import peek
-from llmrec.commands.init.roles import Asked
-from llmrec.commands.init.start import init
 from llmrec.data.frames import as_arrow
 from llmrec.data.reading import limits
 from llmrec.data.reading.table import read_table, rows_of
@@ -24,6 +21,9 @@ from llmrec.data.sources.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns, Filter
+from llmrec.start.init.profile import peek
+from llmrec.start.init.roles import Asked
+from llmrec.start.init.start import init
 from tests.facts import Facts, raises
 
 ITEMS = [f"A{n:02}" for n in range(30)]

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.commands.init import start
 from llmrec.data.sources.recognise import source_of, sources_with
 from llmrec.data.sources.sets import known, published
 from llmrec.errors import DataError
-from llmrec.experiment.study import build_study
+from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import SOURCES
+from llmrec.start.init import start
 from tests.facts import Facts, raises
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from llmrec.data.dataset import Dataset
 from llmrec.errors import DataError
-from llmrec.experiment.study import load_split
+from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import as_recipe
 from tests.facts import Facts, raises
 

@@ -10,10 +10,10 @@ import pytest
 from pydantic import ValidationError
 
 from llmrec.errors import DataError
-from llmrec.experiment.indexing import build_index
 from llmrec.guard import is_item_token
 from llmrec.index.numbers import user_tokens
 from llmrec.index.table import ItemIndex, build, own_token, user_token
+from llmrec.pipeline.indexing import build_index
 from llmrec.recipe.schema import IndexSection
 from llmrec.types import Code, Item
 from tests.facts import Facts, raises

@@ -13,15 +13,15 @@ from forging_cases import COUNT, halves, harmless, payloads
 from test_role_forging import encoder, every_tokenizer, marks
 from tokenizer_families import tokenizer_of
 
-from llmrec.answering.requests import Asking, rank_requests
+from llmrec.answer.requests import Asking, rank_requests
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.reading.request_file import open_requests
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError
-from llmrec.experiment.bundle import Bundle
 from llmrec.guard import clean
 from llmrec.index.table import ItemIndex
+from llmrec.pipeline.bundle import Bundle
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import DirectSection, ModelSection, SequentialSection, TasksSection
 from llmrec.types import Item, Prompt, Ranking, Scores

@@ -348,7 +348,7 @@ def test_only_the_encoder_turns_text_into_tokens() -> None:
         # last but one makes a tokenizer, whose class is called like the call of one, and reads no text at all; the last
         # tries a tokenizer that it has loaded on a letter of its own.
         if name in (
-            *("backends/encode.py", "commands/export/sample.py"),
+            *("backends/encode.py", "exports/sample.py"),
             *("models/text_encoder.py", "models/item_tokens.py", "models/from_scratch.py", "models/load.py"),
         ):
             continue
@@ -365,7 +365,7 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
     # label by label holds labels alone, and a server is probed with words of our own. A question of a rollout is the
     # prompt of a request with one of its continuations.
     makers = {"prompts/template.py", "prompts/values.py", "tasks/rows.py", "backends/encode.py"} | {
-        *("experiment/leaks/rows.py", "strategies/rounds.py", "backends/server/probe.py"),
+        *("pipeline/leaks/rows.py", "strategies/rounds.py", "backends/server/probe.py"),
         "train/reward/questions.py",
     }
     found = {

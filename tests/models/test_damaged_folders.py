@@ -13,9 +13,9 @@ import pytest
 
 from llmrec.backends.encode import Encoder
 from llmrec.errors import LlmrecError, ModelError
-from llmrec.experiment import bundle
 from llmrec.models.load import check_weights, load_model, load_tokenizer
 from llmrec.models.text_encoder import open_encoder
+from llmrec.pipeline import bundle
 from llmrec.recipe.schema import ModelSection
 from llmrec.types import Message, Prompt, Segment
 from tests.facts import Facts, raises

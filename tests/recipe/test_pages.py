@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.answering.strategy import settings_of
+from llmrec.answer.strategy import settings_of
 from llmrec.errors import RecipeError
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_recipe, load_suite

@@ -9,7 +9,7 @@ import pytest
 
 import llmrec
 from llmrec.errors import DataError, LlmrecError, ModelError
-from llmrec.experiment.study import build_study
+from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.facts import Facts, raises

@@ -22,29 +22,29 @@ RUN: dict[str, Point] = {
     "mid-save, before the optimiser": ("transformers.trainer", "Trainer._save_optimizer_and_scheduler", 2, "before"),
     "mid-save, before the random state": ("transformers.trainer", "Trainer._save_rng_state", 2, "before"),
     "mid-save, before the manifest": ("llmrec.train.sft", "seal", 2, "before"),
-    "between stages, before the merge": ("llmrec.experiment.training", "_merge", 1, "before"),
-    "between stages, before the record of training": ("llmrec.experiment.training", "write_json", 1, "before"),
-    "between stages, before evaluation": ("llmrec.pipeline", "Session.evaluate", 1, "before"),
+    "between stages, before the merge": ("llmrec.pipeline.training", "_merge", 1, "before"),
+    "between stages, before the record of training": ("llmrec.pipeline.training", "write_json", 1, "before"),
+    "between stages, before evaluation": ("llmrec.pipeline.run", "Session.evaluate", 1, "before"),
     "mid-evaluation, before a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 2, "before"),
     "mid-evaluation, after a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 5, "after"),
-    "mid-evaluation, while a row is written": ("llmrec.experiment.evaluation", "write_json", 14, "before"),
-    "mid-report, before the results": ("llmrec.experiment.results", "write_checked", 1, "before"),
+    "mid-evaluation, while a row is written": ("llmrec.pipeline.evaluation", "write_json", 14, "before"),
+    "mid-report, before the results": ("llmrec.pipeline.results", "write_checked", 1, "before"),
     "mid-report, between two files": ("llmrec.report.page", "_put", 3, "before"),
 }
 
 EXPORT: dict[str, Point] = {
     "mid-export, weights half written": ("shutil", "copyfile", 1, "half"),
-    "mid-export, before the card": ("llmrec.commands.export.card_facts", "build", 1, "before"),
-    "mid-export, before the checksums": ("llmrec.commands.export.export", "seal", 1, "before"),
-    "mid-export, before the rename": ("llmrec.commands.export.files", "_swap", 1, "before"),
-    "mid-export, after the rename": ("llmrec.commands.export.files", "_swap", 1, "after"),
+    "mid-export, before the card": ("llmrec.exports.card_facts", "build", 1, "before"),
+    "mid-export, before the checksums": ("llmrec.exports.export", "seal", 1, "before"),
+    "mid-export, before the rename": ("llmrec.exports.files", "_swap", 1, "before"),
+    "mid-export, after the rename": ("llmrec.exports.files", "_swap", 1, "after"),
 }
 
 RANK: dict[str, Point] = {
     "mid-rank, before a batch is stored": ("llmrec.backends.cache", "AnswerStore.put", 20, "before"),
     "mid-rank, after a batch is stored": ("llmrec.backends.cache", "AnswerStore.put", 20, "after"),
-    "mid-rank, before a part is stored": ("llmrec.commands.rank.run", "write_part", 2, "before"),
-    "mid-rank, after a part is stored": ("llmrec.commands.rank.run", "write_part", 2, "after"),
+    "mid-rank, before a part is stored": ("llmrec.answer.rank.run", "write_part", 2, "before"),
+    "mid-rank, after a part is stored": ("llmrec.answer.rank.run", "write_part", 2, "after"),
     # Each record becomes a line twice: in its part, and then in the output.
     "mid-rank, while the output is written": (
         "llmrec.data.reading.ranked",
@@ -52,8 +52,8 @@ RANK: dict[str, Point] = {
         REQUESTS + REQUESTS // 2,
         "before",
     ),
-    "mid-rank, before the summary": ("llmrec.commands.rank.run", "write_json", 1, "before"),
-    "mid-rank, before the parts are removed": ("llmrec.commands.rank.run", "write_json", 1, "after"),
+    "mid-rank, before the summary": ("llmrec.answer.rank.run", "write_json", 1, "before"),
+    "mid-rank, before the parts are removed": ("llmrec.answer.rank.run", "write_json", 1, "after"),
 }
 
 POINTS = {**RUN, **EXPORT, **RANK}

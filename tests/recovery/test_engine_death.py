@@ -40,7 +40,7 @@ class Command:
         words = ["run", *RECIPE, f"model.name={model}", "--quiet", "--out", str(self.run)]
         with self.errors.open("w") as errors:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "llmrec.cli", *words],
+                [sys.executable, "-m", "llmrec.cli.main", *words],
                 stdout=subprocess.DEVNULL,
                 stderr=errors,
                 # What vLLM takes for itself by default is more than a small machine has beside other tests.

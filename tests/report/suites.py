@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from llmrec.commands.compare.leaderboard import Reference
+from llmrec.bench.leaderboard import Reference
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 LEVELS = {"random": 0.01, "popularity": 0.05, "item-knn": 0.09, "sasrec": 0.12}

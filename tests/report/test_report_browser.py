@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.commands.compare.leaderboard import leaderboard, suite_result
+from llmrec.bench.leaderboard import leaderboard, suite_result
 from llmrec.report.page import write
 from tests.report.made import hostile_audit, hostile_results, made_results, save_run
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS

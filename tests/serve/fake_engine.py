@@ -22,9 +22,9 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.answering.known import Histories, Known
-from llmrec.answering.options import RecommenderOptions
-from llmrec.answering.recommender import Answered
+from llmrec.answer.known import Histories, Known
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, ModelError
 from llmrec.serve import service as serving
@@ -88,7 +88,7 @@ class Model:
 
 @dataclass
 class Models:
-    """What `llmrec.answering.opening.Models` is to a worker."""
+    """What `llmrec.answer.opening.Models` is to a worker."""
 
     items: dict[str, Item] = field(default_factory=lambda: dict(ITEMS))
     scale: None = None

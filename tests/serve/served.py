@@ -13,18 +13,18 @@ from typing import Any, cast
 
 import httpx
 
-from llmrec.commands.serve.options import ServeOptions
-from llmrec.commands.serve.run import make_service
-from llmrec.experiment import bundle
-from llmrec.experiment.study import build_study
+from llmrec.pipeline import bundle
+from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, new_key
 from llmrec.serve.mcp import mount
+from llmrec.serve.options import ServeOptions
+from llmrec.serve.run import make_service
 from llmrec.serve.server import make_server
 from llmrec.serve.service import Service
-from tests.answering.rank_cases import make_run
+from tests.answer.rank_cases import make_run
 
 # Much more than an engine takes on a busy machine.
 _PATIENCE = 300.0

@@ -17,7 +17,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
-from llmrec.answering.recommender import Answered
+from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve.batching import Batcher, Full, TooLate

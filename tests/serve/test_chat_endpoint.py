@@ -17,7 +17,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
-from llmrec.answering.rules import Rules
+from llmrec.answer.rules import Rules
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve.batching import Full, TooLate

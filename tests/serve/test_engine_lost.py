@@ -21,7 +21,7 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
-from llmrec.answering.known import Histories, Known
+from llmrec.answer.known import Histories, Known
 from llmrec.errors import LlmrecError
 from llmrec.serve import supervising, worker
 from llmrec.serve.app import make_app

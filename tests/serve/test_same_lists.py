@@ -16,18 +16,18 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
 import llmrec
-from llmrec import pipeline
-from llmrec.answering.loaded import Loaded, Scored
-from llmrec.commands.rank.options import RankOptions
-from llmrec.commands.rank.run import rank_file
-from llmrec.commands.rank.users import rank_users
-from llmrec.commands.serve.options import ServeOptions
-from llmrec.commands.serve.run import make_service
+from llmrec.answer.loaded import Loaded, Scored
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.run import rank_file
+from llmrec.answer.rank.users import rank_users
+from llmrec.pipeline import run as pipeline
 from llmrec.recipe.load import load_recipe
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
-from tests.answering.rank_cases import jsonl, lines, options
-from tests.answering.test_ranking_fused import SMALL
+from llmrec.serve.options import ServeOptions
+from llmrec.serve.run import make_service
+from tests.answer.rank_cases import jsonl, lines, options
+from tests.answer.test_ranking_fused import SMALL
 from tests.serve.served import Served, listening, wait_ready
 
 CLASSIC = ["popularity", "item-knn", "markov-1", "markov"]

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
-from llmrec.commands.serve.typescript import OPENAPI, TYPES, files, main, openapi, type_of, typescript
+from llmrec.serve.typescript import OPENAPI, TYPES, files, main, openapi, type_of, typescript
 
 DOCS = Path(__file__).resolve().parents[2] / "docs"
 

@@ -18,8 +18,8 @@ from llmrec.baselines.tuning.validation import ranking_cases
 from llmrec.data.split import halves
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.catalogue import rank_catalogue
-from llmrec.experiment.study import load_split
 from llmrec.metrics.ranking import ndcg
+from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import DataSection
 from llmrec.strategies.fusion import Fusion, Part, _known
 from llmrec.strategies.fusion_weights import Kind, Tried, Weights, combined, feature, share

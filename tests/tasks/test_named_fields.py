@@ -8,7 +8,7 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from llmrec.cli import app
+from llmrec.cli.main import app
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import split
 from llmrec.errors import RecipeError

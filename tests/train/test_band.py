@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
-from llmrec.experiment.study import build_study
-from llmrec.experiment.training import plan_training
 from llmrec.models.load import load_model, load_tokenizer
+from llmrec.pipeline.study import build_study
+from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train.batches import fit_row

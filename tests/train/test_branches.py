@@ -10,8 +10,8 @@ import pytest
 
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.errors import DataError, RecipeError
-from llmrec.experiment.study import Study, build_study
-from llmrec.experiment.training import plan_training
+from llmrec.pipeline.study import Study, build_study
+from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.train.branches import Branching, branching_rows
 from tests.conftest import make_tokenizer

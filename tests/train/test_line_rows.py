@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-import llmrec.experiment.training as training
+import llmrec.pipeline.training as training
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
-from llmrec.experiment.study import Study, build_study
 from llmrec.index.table import ItemIndex, token
+from llmrec.pipeline.study import Study, build_study
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.tasks.base import Draw

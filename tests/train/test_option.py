@@ -13,12 +13,12 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
-from llmrec.experiment.study import Study, build_study
-from llmrec.experiment.training import plan_training
-from llmrec.experiment.tuning.targets import labels_of
 from llmrec.models import bottleneck
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt, names, put_on
+from llmrec.pipeline.study import Study, build_study
+from llmrec.pipeline.training import plan_training
+from llmrec.pipeline.tuning.targets import labels_of
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, SoftSection, TrainSection
 from llmrec.train import lora, sft
@@ -227,9 +227,9 @@ def test_a_small_share_of_smollms_weights_is_trained() -> None:
 
 @pytest.mark.slow
 def test_a_run_trains_asks_and_exports_it(llama_folder: Path, tmp_path: Path) -> None:
-    from llmrec import pipeline
-    from llmrec.commands.export.export import Options, export
-    from tests.experiment.test_ctr_run import SMALL
+    from llmrec.exports.export import Options, export
+    from llmrec.pipeline import run as pipeline
+    from tests.pipeline.test_ctr_run import SMALL
 
     soft = [each for each in SMALL if "lora" not in each and not each.startswith("tasks=")]
     # The tiny tokenizer writes no word as one token, and digits.

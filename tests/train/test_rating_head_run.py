@@ -11,13 +11,13 @@ import pytest
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
-from llmrec import pipeline
-from llmrec.commands.export import export
 from llmrec.errors import ErrorKind, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
+from llmrec.exports import export
 from llmrec.models.load import weights_stamp
 from llmrec.models.rating_head import CONFIG, WEIGHTS, load_head
+from llmrec.pipeline import run as pipeline
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of
@@ -85,7 +85,7 @@ def test_a_second_run_trains_nothing_and_a_changed_head_is_noticed(
     def refused(*args: Any, **options: Any) -> None:
         raise AssertionError("it trained again")
 
-    monkeypatch.setattr("llmrec.experiment.training._train", refused)
+    monkeypatch.setattr("llmrec.pipeline.training._train", refused)
     again = pipeline.run(recipe(llama_folder), ran.folder, quiet=True)
     assert [row["metrics"] for row in again.results["rows"]] == [row["metrics"] for row in ran.results["rows"]]
     # What counts as liked is a matter of evaluation alone.

@@ -19,11 +19,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from llmrec import pipeline, processes
+from llmrec import processes
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.durable import verifies
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.models.load import load_tokenizer
+from llmrec.pipeline import run as pipeline
 from llmrec.recipe.schema import JudgeSection, LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan

@@ -51,20 +51,20 @@ def _load_recipe(page: Path, overrides: list[str]) -> Any:
 
 
 def _build_study(recipe: Any) -> Any:
-    return named("llmrec.experiment.study:build_study", "llmrec.build.study:build_study")(recipe)
+    return named("llmrec.pipeline.study:build_study", "llmrec.build.study:build_study")(recipe)
 
 
 def recipe(folder: Path, given: Given) -> None:
     """``llmrec check`` of a recipe."""
     loaded = _load_recipe(folder / "page.yaml", given.get("overrides", []))
-    named("llmrec.experiment.preflight:checked_study", "llmrec.build.study:build_study")(loaded)
+    named("llmrec.pipeline.preflight:checked_study", "llmrec.build.study:build_study")(loaded)
 
 
 def suite(folder: Path, given: Given) -> None:
     """``llmrec check`` of a suite or a benchmark; older ones load it, which ``eval`` begins with."""
     page = str(folder / "page.yaml")
     try:
-        check = named("llmrec.commands.show.checking:check")
+        check = named("llmrec.cli.show.checking:check")
     except LookupError:
         kind = named("llmrec.recipe_file:kind_of_page")(page)
         named(f"llmrec.recipe_file:load_{kind}")(page, given.get("overrides", []))
@@ -98,7 +98,7 @@ def _shipped() -> frozenset[str]:
 def table(folder: Path, given: Given) -> None:
     """``llmrec init`` of a table, or its reading as a recipe names it."""
     if given["by"] == "init":
-        init = named("llmrec.commands.init.start:init", "llmrec.build.init:init")
+        init = named("llmrec.start.init.start:init", "llmrec.build.init:init")
         # What takes seconds there, figures of the data, reads nothing new.
         brief = {"measure": False} if "measure" in signature(init).parameters else {}
         init(str(folder / given["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf", **brief)
@@ -133,7 +133,7 @@ def requests(folder: Path, given: Given) -> Lines | None:
 @cache
 def _split(events: Path) -> Any:
     data = _schema("DataSection")(source="table", path=str(events))
-    return named("llmrec.experiment.study:load_split", "llmrec.build.study:load_split")(data, 0)
+    return named("llmrec.pipeline.study:load_split", "llmrec.build.study:load_split")(data, 0)
 
 
 def index(folder: Path, given: Given) -> None:
@@ -158,7 +158,7 @@ def _open_model(folder: Path, *, weights: bool) -> None:
     section = _schema("ModelSection")(name=str(folder), dtype="float32")
     types = "llmrec.types"
     message, segment, prompt = (named(f"{types}:{name}") for name in ("Message", "Segment", "Prompt"))
-    found = named("llmrec.experiment.bundle:read", "llmrec.build.bundle:read")(str(folder))
+    found = named("llmrec.pipeline.bundle:read", "llmrec.build.bundle:read")(str(folder))
     loads = ("llmrec.models.load", "llmrec.backends.models")
     tokenizer = named(*(f"{place}:load_tokenizer" for place in loads))(found.folder, section)
     encoder = named("llmrec.backends.encode:Encoder")(tokenizer, max_length=64)
@@ -179,7 +179,7 @@ def _open_model(folder: Path, *, weights: bool) -> None:
 
 def make_run(folder: Path, given: Given) -> None:
     """Make the run that is spoiled, with the checkout that is asked."""
-    run = named("llmrec.pipeline:run", "llmrec.build.pipeline:run")
+    run = named("llmrec.pipeline.run:run", "llmrec.build.pipeline:run")
     run(_load_recipe(folder / "page.yaml", given["overrides"]), folder / "run")
 
 
@@ -187,30 +187,30 @@ def run(folder: Path, given: Given) -> None:
     """Open a run folder to report on it, to audit it, to export it, to rank with it, or to go on with it."""
     home, by = folder / "run", given["by"]
     if by == "report":
-        named("llmrec.pipeline:report", "llmrec.build.pipeline:report")(home)
+        named("llmrec.pipeline.run:report", "llmrec.build.pipeline:report")(home)
     elif by == "audit":
-        named("llmrec.experiment.audit:audit", "llmrec.build.audit:audit")(home)
+        named("llmrec.pipeline.audit:audit", "llmrec.build.audit:audit")(home)
     elif by in ("open", "weights"):
-        named("llmrec.experiment.runs:open_run", "llmrec.build.finished:open_run")(home)
+        named("llmrec.pipeline.runs:open_run", "llmrec.build.finished:open_run")(home)
         _open_model(home, weights=by == "weights")
     elif by == "train":
-        train = named("llmrec.pipeline:train", "llmrec.build.pipeline:train")
+        train = named("llmrec.pipeline.run:train", "llmrec.build.pipeline:train")
         train(_load_recipe(folder / "page.yaml", given["overrides"]), home)
     elif by == "load":
         _load(home)
     elif by == "again":
-        again = named("llmrec.pipeline:run", "llmrec.build.pipeline:run")
+        again = named("llmrec.pipeline.run:run", "llmrec.build.pipeline:run")
         again(_load_recipe(folder / "page.yaml", given["overrides"]), home, may_train=False)
     else:
-        options = named("llmrec.commands.export.export:Options", "llmrec.build.export:Options")
-        export = named("llmrec.commands.export.export:export", "llmrec.build.export:export")
+        options = named("llmrec.exports.export:Options", "llmrec.build.export:Options")
+        export = named("llmrec.exports.export:export", "llmrec.build.export:export")
         export(home, options(out=folder / "out", users=0, licence="mit", base_licence="mit"))
 
 
 def _load(home: Path) -> None:
     """Open a run to be asked, and ask its classic recommenders; older ones open what they rank with."""
     try:
-        load = named("llmrec.answering.loaded:load")
+        load = named("llmrec.answer.loaded:load")
     except LookupError:
         named("llmrec.build.bundle:read")(str(home))
         return

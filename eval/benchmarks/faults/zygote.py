@@ -104,11 +104,11 @@ def _serve() -> None:
     import transformers.trainer  # noqa: F401
     import trl  # noqa: F401
 
-    import llmrec.commands.compare.suite
-    import llmrec.commands.export.export
-    import llmrec.commands.rank.run
-    import llmrec.experiment.augmenting
-    import llmrec.pipeline
+    import llmrec.answer.rank.run
+    import llmrec.bench.suite
+    import llmrec.exports.export
+    import llmrec.pipeline.augmenting
+    import llmrec.pipeline.run
     import llmrec.train.sft  # noqa: F401
 
     # What is here stays: without this each collection in a child walks over the libraries' objects, and copies them.
@@ -179,8 +179,8 @@ def _command(child: Child) -> None:
 
     import torch
 
-    from llmrec import cli
     from llmrec.baselines.fits import store
+    from llmrec.cli import main as cli
 
     torch.set_num_threads(1)
     os.environ.update(child.env)

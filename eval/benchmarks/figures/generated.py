@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import experiments, index_collisions, record, scaling, search_plots
-from llmrec.commands.compare.leaderboard import leaderboard, load_reference, read_results
-from llmrec.commands.compare.pages import own_pages
-from llmrec.commands.compare.slices_page import slices_page
+from llmrec.bench.leaderboard import leaderboard, load_reference, read_results
+from llmrec.bench.pages import own_pages
+from llmrec.bench.slices_page import slices_page
 
 TIMED = ("search", "search_vllm", "training")
 """Results that docs/performance.md shows."""

@@ -12,8 +12,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from llmrec.answering.opening import open_models
-from llmrec.answering.options import RecommenderOptions
+from llmrec.answer.opening import open_models
+from llmrec.answer.options import RecommenderOptions
 from tests.serve.page.drive import HOSTILE
 from tests.servers.real import await_health, end, free_port
 

@@ -1,0 +1,455 @@
+"""A model in three lines of Python: `llmrec.load` returns what ranks, rates and explains.
+
+::
+
+    rec = llmrec.load("runs/quickstart")
+    rec.rank(history=["1", "50"], k=10)
+    rec.rank(frame)
+"""
+
+from __future__ import annotations
+
+import logging
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from types import TracebackType
+from typing import Any, ParamSpec, TypeVar
+
+import pyarrow as pa
+
+from llmrec.answer.about import value_of
+from llmrec.answer.checks import decided
+from llmrec.answer.known import Catalogue, Known, Profile, known_of, profiles_of, read_known
+from llmrec.answer.listing import is_cold, listing, ranking_of, ruled, told_cold
+from llmrec.answer.models import RANK, AnsweringModel, LanguageModel, check_verb
+from llmrec.answer.opening import Models, open_models
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.recommender import Answered
+from llmrec.answer.rules import Rules
+from llmrec.data.frames import as_arrow, like
+from llmrec.data.reading.limits import shown
+from llmrec.data.requests import RankRequest, identity, read_request, some
+from llmrec.display import Displayed, Summary, listed
+from llmrec.errors import DataError, LlmrecError, did_you_mean
+from llmrec.keywords import speaks_python
+from llmrec.types import Item, Unparsed
+
+log = logging.getLogger(__name__)
+
+__all__ = ["Loaded", "Scored", "Wanted", "load"]
+
+WHOLE = 20
+"""Items of a list over the whole catalogue, where nobody says how many."""
+
+_KEYS = ("id", "user_id", "history", "candidates", "profile")
+# Requests that are asked together, where a frame has many.
+_TOGETHER = 64
+
+
+_P = ParamSpec("_P")
+_T = TypeVar("_T")
+
+
+def _spoken(function: Callable[_P, _T]) -> Callable[_P, _T]:
+    """Let the errors of a function name the options of `load` as keywords."""
+    return speaks_python(function, [each.name for each in fields(RecommenderOptions)])
+
+
+@dataclass(frozen=True, slots=True)
+class Scored:
+    """One item of a list.
+
+    Attributes:
+        item_id: As in the catalogue, or the title of an item that was given by it.
+        title: As the model read it.
+        score: On the model's own scale; higher is better.
+    """
+
+    item_id: str
+    title: str
+    score: float
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """How lists are asked for; see `Loaded.rank`.
+
+    Attributes:
+        k: Items of a list, at most; None: all candidates, or `WHOLE` items of a catalogue.
+        model: One of `Loaded.models`; None: the default.
+        strategy: How a language model orders candidates.
+        exclude_seen: Seen items are left out, where the catalogue is ranked.
+        rules: What a list may hold.
+
+    Raises:
+        DataError: If ``k`` is no whole number of at least 1.
+    """
+
+    k: int | None = None
+    model: str | None = None
+    strategy: str = "auto"
+    exclude_seen: bool = True
+    rules: Rules = field(default_factory=Rules)
+
+    def __post_init__(self) -> None:
+        """Check how many items are asked for."""
+        try:
+            able = self.k is None or operator.index(self.k) >= 1
+        except TypeError:
+            able = False
+        if not able:
+            raise DataError(f"k: {self.k!r} is no whole number of at least 1", kind="bad-value", column="k")
+
+
+@_spoken
+def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
+    """Open a run, an exported folder or a model, to be asked as often as there are questions.
+
+    Weights are loaded when the first question needs them. Use it as a context manager, or close it.
+
+    Args:
+        folder: A run folder, an exported folder, a model folder or a hub name.
+        models: What answers, the default first: ``tuned``, ``untuned``, a row of the run's report by its name, such as
+            ``fusion with texts``, or a baseline; by default the model itself, the fusions that its run weighed, and the
+            classic recommenders of its recipe.
+        options: Of `llmrec.answer.options.RecommenderOptions`, by name: ``items``, ``backend``, ``dtype``, ...
+
+    Raises:
+        LlmrecError: If the model cannot be opened, or an option is unknown.
+    """
+    try:
+        asked = RecommenderOptions(model=str(folder), **options)
+    except TypeError as error:
+        raise LlmrecError(f"llmrec.load: {error}", kind="unknown-key") from None
+    asked = decided(asked)
+    return Loaded(asked, open_models(asked, models))
+
+
+class Loaded(Displayed):
+    """Models that are open; made by `load`. Threads may ask it; those that ask a language model wait for each other.
+
+    Args:
+        options: What was asked for.
+        models: What answers.
+        known: What is known of items and users; None: what the folder of ``options`` holds, read when it is needed.
+    """
+
+    def __init__(self, options: RecommenderOptions, models: Models, known: Known | None = None) -> None:
+        self._options, self._models, self._given = options, models, known
+        self._warned: set[str] = set()
+
+    def _summary(self) -> Summary:
+        facts = {
+            "models": f"{listed(self.models)}; the first is the default",
+            "catalogue": f"{len(self._models.items):,} items" if self._models.items else "unknown",
+        }
+        return Summary(f"Recommender {self._options.model!r}", facts)
+
+    @property
+    def models(self) -> tuple[str, ...]:
+        """The names of what answers, the default first."""
+        return tuple(self._models.opened)
+
+    @_spoken
+    def rank(
+        self,
+        frame: Any = None,
+        *,
+        history: Sequence[Any] | None = None,
+        user: str | None = None,
+        candidates: Sequence[Any] | None = None,
+        k: int = 10,
+        model: str | None = None,
+        strategy: str = "auto",
+        exclude_seen: bool = True,
+        rules: Mapping[str, object] | None = None,
+        profile: str = "",
+        id: str = "1",
+    ) -> Any:
+        """Rank candidates, or the whole catalogue, for one user, or for every row of a frame.
+
+        Args:
+            frame: Rows with some of the columns ``id``, ``user_id`` (or ``user``), ``history``, ``candidates`` and
+                ``profile``: a pandas or polars frame, an Arrow table, or a list of dictionaries. None: one user is
+                asked about.
+            history: Items, oldest first: ids, or dictionaries with ``item_id``, ``title``, ``rating``, ``timestamp``.
+            user: A user of the run's data, whose history is taken where none is given.
+            candidates: Items to rank, as in ``history``; None: the whole catalogue.
+            k: Items of a list, at most.
+            model: One of `models`.
+            strategy: How a language model orders candidates.
+            exclude_seen: Seen items are left out, where the catalogue is ranked.
+            rules: Business rules, as docs/serve.md has them.
+            profile: What is said about the user.
+            id: Decides the order of equal scores.
+
+        A user or an item of a history that is unknown is a warning of the logger ``llmrec``, once each.
+
+        Returns:
+            A list of `Scored`, best first; of a frame, one of the same library with the columns ``id``, ``user_id``,
+            ``rank``, ``item_id``, ``title``, ``score``, ``error`` and ``notes``, such as items of a history that are
+            unknown: one row per item, and one for what failed.
+
+        Raises:
+            LlmrecError: If one question cannot be answered; of a frame, if it cannot be read, or no column says whom
+                or what it asks about.
+        """
+        asked = Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
+        if frame is not None:
+            if not (history is None and user is None and candidates is None and not profile):
+                raise DataError("rank takes a frame, or one user's history; give one of them", kind="contradiction")
+            return like(frame, self._frame(as_arrow(frame, "requests frame").to_pylist(), asked))
+        record = {"id": id, "user_id": user, "history": history, "candidates": candidates, "profile": profile}
+        (found,) = self.lists([self._request(record, 1)], asked)
+        if isinstance(found, LlmrecError):
+            raise found
+        self._warn(found, user)
+        return _scored(found)
+
+    @property
+    def users(self) -> list[str]:
+        """The users of the run's data, sorted."""
+        found: list[str] = self.known.histories.users.to_list()
+        return found
+
+    @property
+    def items(self) -> Mapping[str, Item]:
+        """The catalogue, by id."""
+        return self._models.items
+
+    @property
+    def data_name(self) -> str | None:
+        """What the data are called that classic recommenders learned from; None where there are none."""
+        return None if self._models.data is None else self._models.data.dataset.name
+
+    @property
+    def histories(self) -> str:
+        """A hash over what the users of the run's data did, and what prompts show of them."""
+        return self.known.digest
+
+    def signature(self, model: str | None = None) -> str:
+        """Return what changes with everything that can change an answer, but for the question."""
+        return self._models.get(model).signature
+
+    def read(self, record: Mapping[str, object], row: int, *, whole: bool) -> RankRequest:
+        """Read a request, with what is stored of its user; ``whole``: the whole catalogue is ranked.
+
+        Raises:
+            DataError: If it cannot be ranked.
+        """
+        items = self._models.items or None
+        return read_known(record, row, lambda: self.known.histories, items, self._profiles, whole=whole)
+
+    def lists(self, requests: Sequence[RankRequest], asked: Wanted) -> list[Answered | LlmrecError]:
+        """Return a list, or why there is none, for every request; those that need the same depth are asked together."""
+        model = self._models.get(asked.model)
+        check_verb(model, RANK)
+        items, allowed = self._models.items, self._catalogue.allowed
+        found: dict[int, Answered | LlmrecError] = {}
+        steps, depths, posed = {}, {}, {}
+        for n, request in enumerate(requests):
+            try:
+                posed[n] = ruled(request, asked.rules, items, allowed, exclude_seen=asked.exclude_seen)
+            except LlmrecError as error:
+                found[n] = error
+                continue
+            k = asked.k or len(request.candidates) or WHOLE
+            steps[n] = listing(posed[n], asked.rules, items, k)
+            depths[n] = next(steps[n])
+        while depths:
+            depth = next(iter(depths.values()))
+            cold = is_cold(posed[next(iter(depths))])
+            group = [n for n, own in depths.items() if own == depth and is_cold(posed[n]) == cold]
+            asker, strategy = (self._models.popular or model, "auto") if cold else (model, asked.strategy)
+            answers = asker.rank([posed[n] for n in group], depth=depth, strategy=strategy)
+            for n, answer in zip(group, answers, strict=True):
+                try:
+                    depths[n] = steps[n].send(answer)
+                except StopIteration as done:
+                    found[n] = told_cold(done.value) if cold and self._models.popular is not None else done.value
+                    del depths[n]
+                except LlmrecError as error:
+                    found[n] = error
+                    del depths[n]
+        return [found[n] for n in range(len(requests))]
+
+    @_spoken
+    def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
+        """Find items that are chosen together with others (``interactions``), or described like them (``text``).
+
+        Raises:
+            LlmrecError: If ``items`` is no list of known ids, or ``k`` no whole number of at least 1.
+        """
+        if isinstance(items, str):
+            raise DataError(f"items: {items!r} is one text; give a list of ids, such as [{items!r}]", kind="bad-value")
+        Wanted(k)
+        for item in items:
+            self._catalogue.get(item)
+        request = read_request({"history": list(items)}, 1, self._models.items, whole=True)
+        return _scored(self._models.similar(by).rank([request], depth=k)[0])
+
+    @_spoken
+    def rate(self, item: Any, **who: Any) -> float:
+        """Predict a rating; ``who`` as in `rank`: ``history``, ``user``, ``model``, ``profile``."""
+        return float(self._about("rating", item, **who))
+
+    @_spoken
+    def predict(self, item: Any, **who: Any) -> float:
+        """Predict how likely a user likes or chooses an item; ``who`` as in `rank`."""
+        return float(self._about("ctr", item, **who))
+
+    @_spoken
+    def explain(self, item: Any, **who: Any) -> str:
+        """Say why an item suits a user; ``who`` as in `rank`."""
+        return str(self._about("explanation", item, **who))
+
+    def close(self) -> None:
+        """Stop the engines."""
+        self._models.close()
+
+    def __enter__(self) -> Loaded:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------- behind them
+
+    @cached_property
+    def known(self) -> Known:
+        """Items, and what users did."""
+        return self._given or known_of(self._options.model, self._options.items)
+
+    @cached_property
+    def _profiles(self) -> Callable[[str], Profile] | None:
+        return None if self._given is not None else profiles_of(self._options.model)
+
+    @cached_property
+    def _catalogue(self) -> Catalogue:
+        return Catalogue(self._models.items)
+
+    def _request(self, record: Mapping[str, Any], row: int) -> RankRequest:
+        known = {key: value for key, value in record.items() if value is not None}
+        return self.read(known, row, whole="candidates" not in known)
+
+    def _frame(self, rows: Sequence[Mapping[str, Any]], asked: Wanted) -> pa.Table:
+        columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
+        rows = _read(rows)
+
+        def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
+            named, user = identity(row, number)
+            answer = answers[number]
+            notes = "; ".join(
+                answer.notes if isinstance(answer, Answered) else posed[number].notes if number in posed else ()
+            )
+            told = {"id": named or str(number), "user_id": user} | rest
+            told["notes"] = notes or None
+            for name, values in columns.items():
+                values.append(told.get(name))
+
+        for start in range(0, len(rows), _TOGETHER):
+            part = list(enumerate(rows[start : start + _TOGETHER], start=start + 1))
+            posed: dict[int, RankRequest] = {}
+            answers: dict[int, Answered | LlmrecError] = {}
+            for number, row in part:
+                try:
+                    posed[number] = self._request(row, number)
+                except LlmrecError as error:
+                    answers[number] = error
+            answers.update(zip(posed, self.lists(list(posed.values()), asked), strict=True))
+            for number, row in part:
+                answer = answers[number]
+                if isinstance(answer, LlmrecError):
+                    add(row, number, error=str(answer))
+                    continue
+                for place, each in enumerate(_scored(answer), start=1):
+                    add(row, number, rank=place, item_id=each.item_id, title=each.title, score=each.score)
+        return pa.table(columns, schema=_SCHEMA)
+
+    def _about(self, family: str, item: Any, *, model: str | None = None, **who: Any) -> float | str:
+        asked = self._answering(family, model)
+        record = {"history": who.pop("history", None), "user_id": who.pop("user", None)}
+        record["profile"] = who.pop("profile", None)
+        if who:
+            raise DataError(f"unknown: {', '.join(who)}; give history, user, profile or model", kind="unknown-key")
+        request = self._request({**record, "candidates": [item]}, 1)
+        self._warn(request, request.user_id)
+        (answer,) = asked.about(family, [request])
+        value = value_of(answer)
+        if value is None:
+            reason = answer.reason if isinstance(answer, Unparsed) else "there is no answer"
+            raise DataError(f"{family}: {reason}", kind="failed")
+        return value
+
+    def _warn(self, found: Answered | RankRequest, user: object) -> None:
+        """Say what of a question is unknown, once for each user and item."""
+        said = []
+        if found.unknown_user:
+            said.append(f"the user {shown(str(user))} is not known")
+        if found.unknown_items:
+            said.append(f"items of a history are unknown and left out: {some(found.unknown_items)}")
+        cold = isinstance(found, Answered) and found.cold
+        for text in said:
+            if text not in self._warned:
+                self._warned.add(text)
+                log.warning("%s%s", text, "; the most popular items are listed" if cold else "")
+
+    def _answering(self, family: str, name: str | None) -> AnsweringModel:
+        model = self._models.get(name)
+        check_verb(model, family)
+        return model
+
+    @_spoken
+    def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
+        """Return what a language model reads of a question to rank, or of a family (``verb``) with an ``item``."""
+        asked = self._models.get(model)
+        if not isinstance(asked, LanguageModel):
+            raise DataError(f"{asked.name} is no language model, and reads no prompt", kind="unsupported")
+        record = {key: who.get({"user_id": "user"}.get(key, key)) for key in _KEYS}
+        if "item" in who:
+            record["candidates"] = [who["item"]]
+        return asked.prompt(self._request(record, 1), verb)
+
+
+_SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("user_id", pa.string()),
+        ("rank", pa.int64()),
+        ("item_id", pa.string()),
+        ("title", pa.string()),
+        ("score", pa.float64()),
+        ("error", pa.string()),
+        ("notes", pa.string()),
+    ]
+)
+
+
+def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
+    """Return the rows of a frame, a column ``user`` under its other name.
+
+    Raises:
+        DataError: If no column says whom or what a row asks about.
+    """
+    names = list(rows[0]) if rows else []
+    if "user" in names and "user_id" not in names:
+        rows = [{("user_id" if key == "user" else key): value for key, value in row.items()} for row in rows]
+        names = list(rows[0])
+    if rows and not set(names) & set(_KEYS[1:]):
+        close = next((f"; rename {name!r}{hint}" for name in names if (hint := did_you_mean(name, _KEYS))), "")
+        raise DataError(
+            f"requests frame: none of its columns {names} says what is asked; give user_id, history, candidates or "
+            f"profile{close}",
+            kind="missing-column",
+            column="user_id",
+        )
+    return rows
+
+
+def _scored(found: Answered) -> list[Scored]:
+    ranking = ranking_of(found)
+    return [Scored(*each) for each in zip(ranking.items, found.titles, ranking.scores, strict=True)]

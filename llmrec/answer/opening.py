@@ -1,0 +1,414 @@
+"""Opens the models of a run, an exported folder or a plain model under their names: `open_models`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from llmrec.answer.checks import bundle_of
+from llmrec.answer.fused import Fuser
+from llmrec.answer.models import AnsweringModel, Classic, Fused, LanguageModel, meant
+from llmrec.answer.options import PLAIN, TUNED, UNTUNED, RecommenderOptions
+from llmrec.answer.recommender import Recommender
+from llmrec.answer.requests import catalogue
+from llmrec.answer.retrieval import training_data
+from llmrec.answer.strategy import ranking_families_of
+from llmrec.answer.task import data_of
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.retrieve import check_retriever
+from llmrec.data.assemble import read_items
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.models.load import resolve
+from llmrec.pipeline import bundle as bundles
+from llmrec.pipeline.bundle import Bundle
+from llmrec.pipeline.fusion import stored
+from llmrec.pipeline.fusion.carried import FILE as INTERACTIONS
+from llmrec.pipeline.fusion.parts import choosing
+from llmrec.pipeline.study import load_tables, with_texts
+from llmrec.recipe.load import load_stored
+from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
+from llmrec.registry import BASELINES, is_plugin, lookup
+from llmrec.results import Choice
+from llmrec.tasks.family import RANKERS, RATERS, answers, families
+from llmrec.types import Item
+
+POPULAR = "popularity"
+"""What answers for a user of whom nothing is known."""
+_SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
+
+
+@dataclass
+class Models:
+    """What answers, by name, over one catalogue that may change.
+
+    Attributes:
+        opened: By name, the default first.
+        items: The catalogue; `change_items` changes it.
+        data: What classic recommenders learn from; None: there is none.
+        scale: Lowest and highest rating, where ratings are predicted.
+        blank: Data of no interaction.
+    """
+
+    opened: dict[str, AnsweringModel]
+    items: dict[str, Item]
+    data: SplitDataset | None
+    scale: tuple[float, float] | None
+    blank: SplitDataset
+    _similar: dict[str, AnsweringModel] = field(default_factory=dict)
+    _bases: list[Recommender] = field(default_factory=list)
+
+    def get(self, name: str | None = None) -> AnsweringModel:
+        """Return a model by its name; None: the default.
+
+        Raises:
+            RecipeError: If there is none of that name.
+        """
+        if name is None:
+            return next(iter(self.opened.values()))
+        found = meant(name, self.opened)
+        if found is None:
+            raise RecipeError(
+                f"there is no model {name!r}{did_you_mean(name, self.opened)}; there are {', '.join(self.opened)}",
+                kind="unknown-name",
+                column="model",
+            )
+        return self.opened[found]
+
+    @property
+    def popular(self) -> AnsweringModel | None:
+        """What answers for a user of whom nothing is known; None where there is no data."""
+        if self.data is None:
+            return None
+        return self._kept(POPULAR)
+
+    def similar(self, by: str) -> AnsweringModel:
+        """Return what finds items that are like others.
+
+        Args:
+            by: ``interactions`` or ``text``.
+
+        Raises:
+            DataError: If there are no interactions to learn it from, or no items.
+        """
+        if by == "text" and self.items:
+            return self._kept(_SIMILAR[by])
+        if self.data is None:
+            raise DataError(
+                f"similar by {by}: this model carries no interactions or items; serve the run, or an export made with "
+                "--with-interactions, or name a table with --items and ask by text",
+                kind="unsupported",
+                column="by",
+            )
+        return self._kept(_SIMILAR[by])
+
+    def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> None:
+        """Add, replace and remove items of the catalogue; nothing is loaded or trained again."""
+        for name in removed:
+            self.items.pop(name, None)
+        self.items.update(put)
+        for model in self.opened.values():
+            model.changed()
+        # Texts are compared anew, so that a new item is found at once.
+        self._similar.pop(_SIMILAR["text"], None)
+
+    def close(self) -> None:
+        """Stop the engines."""
+        for base in self._bases:
+            base.close()
+
+    def _kept(self, name: str) -> AnsweringModel:
+        known = meant(name, self.opened)
+        if known is not None and name != _SIMILAR["text"]:
+            return self.opened[known]
+        if name not in self._similar:
+            # Texts are compared where nobody has chosen anything, too.
+            data = self.data or self.blank
+            self._similar[name] = _classic(BaselineSection(name=name), data, self.items, seed=data.seed)
+        return self._similar[name]
+
+
+def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
+    """Open the models of a folder.
+
+    Args:
+        options: ``model`` names a run, an exported folder, or a model; the rest says how a language model is asked.
+        names: Which of them, the default first: `TUNED`, `UNTUNED`, `PLAIN`, a row of the run's report by its name, or
+            a baseline. None of them: what its validation users chose, where it asked no language model or `auto` made
+            it; the language model, the fusions that the run weighed, and the classic recommenders of its recipe that
+            are fitted in seconds.
+
+    Raises:
+        LlmrecError: If a model cannot be opened, or there is none of a name.
+    """
+    asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
+    bundle = bundle_of(asked)
+    base = Recommender.open(asked, bundle=bundle, ranks=False) if bundle.weights else None
+    items = dict((base.items if base else catalogue(bundle, options.items)) or {})
+    if base is not None:
+        base.items = items
+    data = _data(bundle)
+    known = _fusions(bundle)
+    own = own_name(bundle)
+    chosen = names or offered(bundle, items)
+    models = Models(
+        opened={},
+        items=items,
+        data=data,
+        scale=bundle.rating_scale,
+        blank=data_of(bundle, items),
+        _bases=[base] if base else [],
+    )
+    finder = _finder(models, known)
+    opener = _Opener(bundle, own, base, models, known, finder, options)
+    for name in dict.fromkeys(chosen):
+        model = opener.opened(name)
+        models.opened[model.name] = model
+    return models
+
+
+def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
+    """Return the names of what answers where nobody names any, the default first; nothing is opened.
+
+    Args:
+        bundle: The model.
+        items: The catalogue; without it the recommender by texts, which a run adds, is missing at the end.
+    """
+    default = default_of(bundle)
+    first = [default.name if default else "", own_name(bundle)]
+    return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle, items or {})]))
+
+
+def told_default(folder: str, names: Sequence[str] = ()) -> str:
+    """Return a sentence on which model answers where a question names none.
+
+    Args:
+        folder: As `open_models` takes it.
+        names: See there.
+    """
+    bundle = bundles.read(folder)
+    default = default_of(bundle)
+    if default is not None and not names:
+        return default.told
+    return f"the default is {(names or offered(bundle))[0]}"
+
+
+@dataclass(frozen=True)
+class Default:
+    """The model that the validation users of a run chose, and that answers where nobody says which.
+
+    Attributes:
+        name: Under which it answers.
+        choice: How it was chosen.
+    """
+
+    name: str
+    choice: Choice
+
+    @property
+    def told(self) -> str:
+        """A sentence that says so."""
+        choice = self.choice
+        return (
+            f"the default is {self.name}, the best of {len(choice.figures)} on {choice.users:,} validation users "
+            f"({choice.metric} {choice.value:.4f})"
+        )
+
+
+def default_of(bundle: Bundle) -> Default | None:
+    """Return what the validation users of a run chose; None where it is the language model that answers first."""
+    choice = stored.read(_folder(bundle)).choice
+    if choice is None or not _learns(bundle):
+        return None
+    return Default(stored.name_of(choice, _fusions(bundle), own_name(bundle)), choice)
+
+
+def _folder(bundle: Bundle) -> Path:
+    return bundle.run or Path(bundle.folder)
+
+
+def own_name(bundle: Bundle) -> str:
+    """Return what the language model is called; empty where there is none."""
+    return "" if not bundle.weights else TUNED if bundle.tuned else PLAIN
+
+
+def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
+    """Return the fusions that can answer, by name."""
+    if not _learns(bundle):
+        return {}
+    arm = TUNED if bundle.tuned else "zero-shot"
+    return stored.named(stored.read(_folder(bundle)).fusions, ranking_families_of(bundle), arm)
+
+
+@dataclass(frozen=True)
+class _Opener:
+    """What models are opened from; ``own`` is what the language model ``base`` is called, if there is one."""
+
+    bundle: Bundle
+    own: str
+    base: Recommender | None
+    models: Models
+    fusions: Mapping[str, stored.Fused]
+    finder: AnsweringModel | None
+    options: RecommenderOptions
+
+    def opened(self, name: str) -> AnsweringModel:
+        models, base, bundle = self.models, self.base, self.bundle
+        if base is not None and name == self.own:
+            return LanguageModel(name, base, self.finder)
+        if base is not None and name == UNTUNED:
+            other = Recommender.open(base.options, bundle=_untuned(bundle), ranks=False)
+            other.items = models.items
+            models._bases.append(other)
+            return LanguageModel(name, other, self.finder)
+        if (joined := self._fusion(name)) is not None and models.data is not None:
+            fuser = Fuser(self.fusions[joined], models.data)
+            asked = LanguageModel(self.own, base, self.finder) if fuser.asks_model and base is not None else None
+            return Fused(joined, fuser, models.items, asked, self.finder)
+        found = _section(bundle.tasks, name)
+        if (found.name in (*RANKERS, *RATERS) or is_plugin(BASELINES, found.name)) and models.data is not None:
+            return _classic(found, models.data, models.items, seed=bundle.seed, reserved=_reserved(bundle))
+        has = [*filter(None, [self.own]), *([UNTUNED] if base is not None and bundle.run else []), *self.fusions]
+        more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
+        raise RecipeError(
+            f"{self.options.model} has no model {name!r}{did_you_mean(name, [*has, *RANKERS, *RATERS])}; it has "
+            f"{', '.join(has)}{more}",
+            kind="unknown-name",
+            column="--models",
+        )
+
+    def _fusion(self, name: str) -> str | None:
+        """Return the name of the fusion that is meant, by its name or the id of its row; None where it is none."""
+        return next((each for each, fused in self.fusions.items() if name in (each, fused.id)), None)
+
+
+def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
+    """Open classic recommenders over the data of a recipe: no run and no language model is needed.
+
+    Args:
+        recipe: Its data are what is learned from, and its families say the parameters.
+        names: Baselines that rank, the default first, each by its name or as tables call it.
+        items: A table of items that goes before those of the data.
+
+    Raises:
+        LlmrecError: If the data cannot be read, or there is no baseline of a name.
+    """
+    chosen = [_section(recipe.tasks, name) for name in names]
+    for each in chosen:
+        if "(" in each.name:
+            rows = dict.fromkeys(own.label for part in recipe.tasks.present().values() for own in part.baselines)
+            raise RecipeError(
+                f"--baseline: the recipe has no row {each.name!r}; its rows are {', '.join(rows)}",
+                kind="unknown-name",
+                column="--baseline",
+            )
+        check_retriever(each.name, "--baseline")
+    data = load_tables(recipe)[0]
+    known = dict(data.dataset.items if items is None else read_items(items))
+    models = Models(opened={}, items=known, data=data, scale=data.dataset.rating_scale, blank=data)
+    fusion = recipe.eval.fusion
+    for each in chosen:
+        models.opened[each.label] = _classic(
+            each, data, known, seed=recipe.seed, reserved=fusion.reserved if fusion.controls else 0.0
+        )
+    return models
+
+
+def _learns(bundle: Bundle) -> bool:
+    """Whether there are interactions that classic recommenders can learn from."""
+    return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
+
+
+def _data(bundle: Bundle) -> SplitDataset | None:
+    return training_data(bundle, "--models") if _learns(bundle) else None
+
+
+def _reserved(bundle: Bundle) -> float:
+    """Return the share of validation users that weigh the fusions of a run, and choose no epoch of its baselines."""
+    if bundle.run is None:
+        # What a folder carries lacks these users.
+        return 0.0
+    fusion = load_stored(bundle.run).eval.fusion
+    return fusion.reserved if fusion.controls else 0.0
+
+
+def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
+    """Return the rows of classic recommenders that are fitted in seconds; of each method those of its first family."""
+    if not _learns(bundle):
+        return []
+    found: list[BaselineSection] = []
+    for family in ranking_families_of(bundle):
+        methods = {each.name for each in found}
+        baselines = with_texts(bundle.tasks.present()[family].baselines, items)
+        found += [each for each in baselines if each.name not in methods]
+    trained = {each.name for each in found if "epochs" in lookup(BASELINES, each.name, "baseline").Config.model_fields}
+    cheap = [each.label for each in found if each.name != "random" and each.name not in trained]
+    return list(dict.fromkeys([meant(POPULAR, cheap) or POPULAR, *cheap]))
+
+
+def _section(tasks: TasksSection, name: str) -> BaselineSection:
+    """Return the baseline of a name, as the first family has it that names its method."""
+    for section in tasks.present().values():
+        labels = {each.label: each for each in section.baselines}
+        if (found := meant(name, labels)) is not None:
+            return labels[found]
+    return BaselineSection(name=name)
+
+
+def _classic(
+    section: BaselineSection, data: SplitDataset, items: Mapping[str, Item], *, seed: int, reserved: float = 0.0
+) -> Classic:
+    """Fit a classic recommender as its run did; one that reads texts reads those of the catalogue as it is now.
+
+    Args:
+        section: Which, with its parameters.
+        data: What it learns from.
+        items: The catalogue.
+        seed: Of the fit.
+        reserved: Share of validation users that choose no epoch.
+    """
+    name, parameters = section.name, section.parameters
+    if name == _SIMILAR["text"]:
+        # What was removed and has been chosen keeps its text; `Classic` lists only what the catalogue has.
+        data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
+    model = fitted(name, parameters, choosing(name, data, reserved) if reserved else data, seed=seed)
+    about = (each for each in families().values() if not each.answers_with_items)
+    family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
+    told = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}
+    return Classic(section.label, model, data, items, family, told)
+
+
+def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> AnsweringModel | None:
+    """Return what finds candidates for language models that cannot search: the fusion, or else item neighbours.
+
+    Of several fusions without a language model it is the one that joins the most.
+    """
+    if models.data is None:
+        return None
+    alone = {name: fused for name, fused in fusions.items() if fused.arm == "baseline"}
+    if alone:
+        name, widest = max(alone.items(), key=lambda each: len(each[1].parts))
+        return Fused(name, Fuser(widest, models.data), models.items)
+    return models.similar("interactions")
+
+
+def _untuned(bundle: Bundle) -> Bundle:
+    """Return the model that a run began from, asked as the tuned one is.
+
+    Raises:
+        RecipeError: If there is no run to tell.
+    """
+    if bundle.run is None:
+        raise RecipeError(
+            f"--models {UNTUNED}: {bundle.folder} does not say what it was tuned from; name the run folder",
+            kind="unsupported",
+            column="--models",
+        )
+    recipe = load_stored(bundle.run)
+    # A base with more tokens lies in the run.
+    resized = bundle.run / "base"
+    folder = str(resized) if resized.is_dir() else resolve(recipe.model, seed=recipe.seed)
+    model = bundle.model.model_copy(update={"name": folder})
+    return replace(bundle, folder=folder, model=model, tuned=False)

@@ -1,0 +1,112 @@
+"""What a recommender is asked for: every option with its words and its default, written once.
+
+A command line makes its options of these fields (`llmrec.cli.options`); Python gives them by name.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, get_args
+
+from llmrec.recipe.shared import BATCH, BEAMS, DTYPE, EXACT, Dtype
+
+TUNED, UNTUNED, PLAIN = "tuned", "untuned", "model"
+"""Names of language models: the one that a run tuned, the one that it began from, and one that was never tuned here.
+
+Classic recommenders and fusions have the names of their rows in the report."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class About:
+    """What is said of an option where its value is given, and what the value may be.
+
+    Attributes:
+        help: One line.
+        names: On the command line; by default the field's.
+        metavar: Stands for a value.
+        choices: All values that there are; they stand for themselves.
+        least: The smallest number allowed.
+        most: The largest.
+        argument: It stands by itself, without a name before it.
+    """
+
+    help: str
+    names: tuple[str, ...] = ()
+    metavar: str | None = None
+    choices: tuple[str, ...] = ()
+    least: int | None = None
+    most: int | None = None
+    argument: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecommenderOptions:
+    """A model, and how it is asked to rank; nothing of where requests come from or answers go to."""
+
+    model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")]
+    items: Annotated[Path | None, About(help="Table of items: item_id, title. Default: the run's own data.")] = None
+    task: Annotated[str, About(metavar="auto|sequential|direct", help="Which family asks.")] = "auto"
+    template: Annotated[
+        str | None, About(metavar="NAME", help="Default: the one that the model was evaluated with.")
+    ] = None
+    candidates: Annotated[
+        str,
+        About(
+            choices=("file", "all"), help="Which items are ranked: each request's own, or all that its history lacks."
+        ),
+    ] = "file"
+    strategy: Annotated[
+        str, About(metavar="auto|NAME", help="How candidates are ordered; docs/strategies.md has the names.")
+    ] = "auto"
+    beams: Annotated[
+        int, About(least=1, help="With --candidates all: prefixes kept of each request, and items returned.")
+    ] = BEAMS
+    exact: Annotated[bool, About(help="With --candidates all: search until no other item can be better.")] = EXACT
+    settings: Annotated[
+        tuple[str, ...],
+        About(names=("--set",), metavar="KEY=VALUE", help="What the strategy takes, such as eval.permutations=3."),
+    ] = ()
+    retrieve: Annotated[
+        str | None, About(metavar="NAME", help="A recommender that finds candidates for requests without.")
+    ] = None
+    k: Annotated[int, About(least=1, help="With --retrieve: candidates a request.")] = 20
+    fuse: Annotated[
+        str,
+        About(
+            choices=("none", "model", "baselines"),
+            help="Join the model with the run's baselines, or rank by those alone, as the run weighed them.",
+        ),
+    ] = "none"
+    rationale: Annotated[
+        int, About(metavar="N", least=0, help="Also write a sentence on why, for the first N items.")
+    ] = 0
+    backend: Annotated[
+        str, About(choices=("auto", "vllm", "hf", "openai"), help="Engine; auto: the faster one here.")
+    ] = "auto"
+    server_url: Annotated[
+        tuple[str, ...],
+        About(
+            names=("--server-url",),
+            metavar="URL",
+            help="With --backend openai: the address as far as /v1; repeatable: servers of one model.",
+        ),
+    ] = ()
+    server_model: Annotated[str | None, About(metavar="NAME", help="The name that the server knows its model by.")] = (
+        None
+    )
+    server_key_env: Annotated[
+        str | None, About(metavar="VARIABLE", help="The environment variable that holds the server's key.")
+    ] = None
+    top: Annotated[int | None, About(least=1, help="Keep the first so many; default: all.")] = None
+    batch: Annotated[int, About(least=1, help="Requests handed to the engine at a time.")] = BATCH
+    noun: Annotated[str | None, About(metavar="PLURAL", help="What prompts call the items.")] = None
+    max_length: Annotated[
+        int | None, About(least=16, help="Longest prompt with answer in tokens; default: as tuned.")
+    ] = None
+    dtype: Annotated[str, About(choices=get_args(Dtype), help="Of the weights.")] = DTYPE
+
+    @property
+    def whole(self) -> bool:
+        """Whether the whole catalogue is ranked."""
+        return self.candidates == "all"

@@ -1,0 +1,132 @@
+"""Answers a file of questions about one item each: ratings, yes or no, explanations, headlines."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import islice
+
+from llmrec.answer.about import CONTEXT, about_families, answer_about, value_of, way_about
+from llmrec.answer.checks import decided
+from llmrec.answer.known import read_known
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.predict.options import PredictOptions
+from llmrec.answer.rank.outputs import check_out, write_summary
+from llmrec.answer.rank.progress import RankBar
+from llmrec.answer.recommender import Recommender
+from llmrec.data.reading.ranked import Predicted, write_records
+from llmrec.data.reading.request_file import Raw, kind_of, open_requests
+from llmrec.data.requests import RankRequest, identity
+from llmrec.errors import DataError
+from llmrec.types import Answer, Text, Unparsed
+
+
+def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
+    """Answer a file of questions and return what to print.
+
+    What was asked is remembered beside the output until that is written, so that a killed call resumes where it was.
+
+    Raises:
+        LlmrecError: If nothing can be answered, because a file, a model or an option cannot be used.
+    """
+    kind_of(options.out)
+    check_out(options.out, (options.requests, options.items), option="--out", by="predict")
+    source = open_requests(options.requests)
+    stored = options.out.with_name(options.out.name + ".answers.sqlite")
+    asked = RecommenderOptions(
+        model=options.model, items=options.items, backend=options.backend, dtype=options.dtype, batch=options.batch
+    )
+    failed = 0
+    total = source.rows if options.limit is None else min(source.rows, options.limit)
+    with (
+        Recommender.open(decided(asked), store=stored, ranks=False) as recommender,
+        RankBar(total) as bar,
+    ):
+        family = _family(recommender, options.family)
+        way = way_about(recommender.bundle, family, template=options.template, strategy=options.strategy)
+        records: list[Predicted] = []
+        rows = islice(source, total)
+        while raws := list(islice(rows, options.batch)):
+            read = [_read(raw, len(records) + n, recommender) for n, raw in enumerate(raws, start=1)]
+            able = [request for request in read if isinstance(request, RankRequest)]
+            with recommender.asked(way.strategy) as backend:
+                encoder = recommender.encoder
+                answers = iter(answer_about(recommender.bundle, able, way=way, backend=backend, encoder=encoder))
+            for raw, request in zip(raws, read, strict=True):
+                found: Answer = next(answers) if isinstance(request, RankRequest) else request
+                records.append(_record(raw, len(records) + 1, request, found))
+                failed += records[-1].error is not None
+            bar.advance(len(raws))
+        write_records(options.out, records, Predicted)
+        digest = recommender.weights[:12]
+    for ending in ("", "-wal", "-shm", "-journal"):
+        stored.with_name(stored.name + ending).unlink(missing_ok=True)
+    told: dict[str, str | int] = {
+        "family": family,
+        "template": way.template,
+        "strategy": way.strategy,
+        "weights": digest or "a server's own",
+        "answered": len(records) - failed,
+        "failed": failed,
+        "file": str(options.out),
+    }
+    write_summary(options.out, dict(told))
+    return told
+
+
+def _family(recommender: Recommender, asked: str) -> str:
+    """Return the family that is asked for, or the only one.
+
+    Raises:
+        DataError: If there is none, or several.
+    """
+    known = list(about_families(recommender.bundle))
+    if asked != "auto":
+        return asked
+    if len(known) != 1:
+        has = f"has {', '.join(known)}; name one with --family" if known else "has none that asks about one item"
+        raise DataError(
+            f"--family: {recommender.options.model} {has}",
+            kind="ambiguous" if known else "unsupported",
+            column="--family",
+        )
+    return known[0]
+
+
+def _read(raw: Raw, number: int, recommender: Recommender) -> RankRequest | Unparsed:
+    """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
+    request_id = identity(raw.record, number)[0] or ""
+    if raw.error or raw.record is None:
+        return Unparsed(request_id=request_id, reason=raw.error)
+    if raw.record.get("item") is None:
+        return Unparsed(request_id=request_id, reason="there is no 'item'; name the item that is asked about")
+    context = {key: str(raw.record[key]) for key in CONTEXT if raw.record.get(key) is not None}
+    record = {key: value for key, value in raw.record.items() if key not in ("item", *CONTEXT)}
+    try:
+        request = read_known(
+            {**record, "candidates": [raw.record["item"]]},
+            number,
+            lambda: recommender.known().histories,
+            recommender.items,
+            recommender.profiles,
+        )
+    except DataError as error:
+        return Unparsed(request_id=request_id, reason=str(error))
+    return replace(request, context={**request.context, **context})
+
+
+def _record(raw: Raw, number: int, request: RankRequest | Unparsed, answer: Answer) -> Predicted:
+    request_id, user_id = identity(raw.record, number)
+    value = value_of(answer)
+    return Predicted(
+        request_id=request_id,
+        user_id=user_id,
+        line=raw.line,
+        item_id=request.candidates[0].item_id if isinstance(request, RankRequest) else None,
+        value=value if isinstance(value, float) else None,
+        text=answer.text if isinstance(answer, Text) else None,
+        error=answer.reason if isinstance(answer, Unparsed) else None,
+        notes=request.notes if isinstance(request, RankRequest) else (),
+        prompt_tokens=answer.cost.prompt_tokens,
+        completion_tokens=answer.cost.completion_tokens,
+    )

@@ -1,0 +1,141 @@
+"""What `llmrec rank` is asked for: what a recommender is, and the files."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, get_args
+
+from llmrec.answer.options import PLAIN, TUNED, About, RecommenderOptions
+from llmrec.answer.rank.outputs import summary_beside
+from llmrec.errors import RecipeError
+from llmrec.recipe.shared import Form
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankOptions(RecommenderOptions):
+    """A file of requests, a file of ranked lists, and what ranks them."""
+
+    model: Annotated[str, About(help="A run folder, an exported folder, a model folder or hub name.")] = ""
+    baseline: Annotated[
+        str | None, About(metavar="NAME", help="In place of --model: a classic recommender; docs/baselines.md.")
+    ] = None
+    recipe: Annotated[
+        str | None,
+        About(metavar="PAGE", help="With --baseline: a recipe or run, whose data it learns from, with its parameters."),
+    ] = None
+    requests: Annotated[
+        Path | None,
+        About(names=("--in",), help="Requests: .jsonl, .csv, .tsv (each also .gz) or .parquet; see docs/rank.md."),
+    ] = None
+    out: Annotated[Path | None, About(help="Rankings, in any of these formats; - is the standard output.")] = None
+    form: Annotated[
+        str,
+        About(
+            choices=("auto", *get_args(Form)),
+            help="One record a request, a row a ranked item, or a TREC run; auto: by the ending of --out.",
+        ),
+    ] = "auto"
+    all_users: Annotated[bool, About(help="Rank the whole catalogue for every user of the run's data instead.")] = False
+    to: Annotated[
+        str | None,
+        About(
+            metavar="FILE|URL", help="With --all-users: .parquet, .csv, .jsonl, .db, sqlite:///FILE or postgresql://..."
+        ),
+    ] = None
+    by: Annotated[
+        str | None,
+        About(metavar="NAME", help="A model of the folder: tuned, untuned, a row of the report or a baseline."),
+    ] = None
+    limit: Annotated[int | None, About(least=1, help="Rank the first so many requests only.")] = None
+    shard: Annotated[
+        str | None, About(metavar="I/N", help="Rank the I-th of N pieces; llmrec merge puts them together.")
+    ] = None
+    ray: Annotated[
+        str | None,
+        About(metavar="local|HOST:PORT", help="Have a Ray cluster rank all pieces, and put them together."),
+    ] = None
+    actors: Annotated[
+        int | None,
+        About(least=1, help="With --ray: processes with a model each; default: as many as there is room for."),
+    ] = None
+    cpus: Annotated[float, About(help="With --ray: logical CPUs of an actor.")] = 1.0
+    gpus: Annotated[float | None, About(help="With --ray: GPUs of an actor; default: 1 where there are some.")] = None
+    shards: Annotated[
+        int | None, About(least=1, help="With --ray: pieces; default: as those that are there, else four an actor.")
+    ] = None
+    restart: Annotated[
+        bool, About(help="Drop what an earlier, killed run left, and write over an output that was changed since.")
+    ] = False
+
+    @property
+    def source(self) -> Path:
+        """The file of requests."""
+        return _given(self.requests, "--in", "the file of requests")
+
+    @property
+    def target(self) -> Path:
+        """The file of rankings."""
+        return _given(self.out, "--out", "the file that rankings are written to")
+
+    @property
+    def layout(self) -> Form:
+        """How rankings are laid out in their file."""
+        from llmrec.data.reading.ranked import form_of
+
+        return form_of(self.target, self.form)
+
+    @property
+    def bare(self) -> bool:
+        """Whether requests may lack candidates, which are found for them."""
+        return self.whole or self.retrieve is not None or self.baseline is not None or self.named is not None
+
+    @property
+    def named(self) -> str | None:
+        """The model of the folder that ranks, where it is not the folder's own language model."""
+        return None if self.by in (TUNED, PLAIN) else self.by
+
+    @property
+    def tag(self) -> str:
+        """What a TREC run calls what ranked; it has no blanks."""
+        return (self.baseline or self.named or "llmrec").replace(" ", "-")
+
+    @property
+    def parts(self) -> Path:
+        """Where finished parts wait."""
+        return self.target.with_name(self.target.name + ".parts")
+
+    @property
+    def summary(self) -> Path:
+        """Where the summary is written."""
+        return summary_beside(self.target)
+
+
+OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
+"""Options that say how a cluster works."""
+
+
+def check_cluster(options: RankOptions) -> None:
+    """Refuse options of a cluster where none is asked for.
+
+    Raises:
+        RecipeError: If there is one.
+    """
+    plain = RankOptions()
+    for name in OF_CLUSTERS:
+        if options.ray is None and getattr(options, name) != getattr(plain, name):
+            raise RecipeError(
+                f"--{name} says how a cluster works, and --ray names none; add --ray, or drop it",
+                kind="contradiction",
+                column=f"--{name}",
+            )
+
+
+def _given(value: Path | None, option: str, what: str) -> Path:
+    if value is None:
+        raise RecipeError(
+            f"{option} is missing: name {what}, or rank for every user with --all-users --to FILE",
+            kind="missing-key",
+            column=option,
+        )
+    return value

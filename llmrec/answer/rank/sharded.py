@@ -1,0 +1,180 @@
+"""A file of requests that is ranked in shards, on as many machines, and written as one process writes it."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.outputs import check_out, outdate, summary_beside
+from llmrec.answer.rank.progress import Asked, Part, Tally, asked_of, summary_of
+from llmrec.answer.rank.ranker import Ranker, resolved
+from llmrec.answer.rank.run import (
+    STDOUT,
+    check_owners,
+    check_titled,
+    empty,
+    finished,
+    opening,
+    own,
+    part_name,
+    part_sizes,
+    rank_key,
+    rank_parts,
+    remove,
+    stored,
+)
+from llmrec.data.reading.ranked import form_of, write_lists
+from llmrec.data.reading.request_file import open_requests
+from llmrec.durable import write_checked
+from llmrec.errors import RecipeError
+from llmrec.machine import machine, versions
+from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.shards.folders import Finished, done_before, finish, gathered, shard_folder, shards_of
+from llmrec.records import Shard
+
+log = logging.getLogger(__name__)
+
+_FRESH = ("fresh", "fresh_ranked", "fresh_tokens")
+
+
+def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = None) -> Path:
+    """Rank one shard of a file of requests into a folder beside the output; a killed call resumes.
+
+    Args:
+        options: As for the whole file; ``out`` is the file that `merge_rank` writes.
+        shard: Which piece.
+        ranker: What ranks, from `llmrec.answer.rank.ranker.open_ranker` of the same options, for callers that rank
+            several shards with one model; it stays open. By default it is opened and closed here.
+
+    Returns:
+        The shard's folder.
+
+    Raises:
+        LlmrecError: As `llmrec.answer.rank.run.rank_file`.
+    """
+    options = resolved(options)
+    if options.target == STDOUT:
+        raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
+    form_of(options.target, options.form)
+    reads = (options.source, options.items)
+    check_out(options.target, reads, option="--out", by="rank", parts=options.parts, restart=options.restart)
+    folder, budget = shard_folder(options.target, shard), ranker.budget if ranker else Budget()
+    before = dict(budget.stages)
+    with budget.stage("start"):
+        source = open_requests(options.source, bare=options.bare)
+    try:
+        with locked(folder, own):
+            if options.restart:
+                empty(folder)
+                outdate(options.target)
+            if ranker:
+                check_titled(options, source, ranker)
+                opened: AbstractContextManager[tuple[Ranker, str]] = nullcontext(
+                    (ranker, rank_key(options, source, ranker))
+                )
+            else:
+                opened = opening(options, source, folder, budget)
+            with opened as (recommender, key):
+                done = done_before(folder, key)
+                if done is not None and done.told["form"] == options.layout:
+                    log.warning("shard %s is complete already; --restart ranks it again", shard)
+                else:
+                    tally = Tally()
+                    deque(rank_parts(options, source, recommender, folder, key, tally, shard), maxlen=0)
+                    names = [part_name(number) for number in shard.chunks(*part_sizes(options, source))]
+                    seconds = {name: spent - before.get(name, 0.0) for name, spent in budget.stages.items()}
+                    told = _told(asked_of(options, source, recommender, key), options, tally, seconds)
+                    finish(folder, "rank", shard, key, names, told)
+            # What a part was answered with is in the part.
+            for path in folder.glob("answers.sqlite*"):
+                path.unlink()
+    finally:
+        with suppress(OSError):  # where nothing could be ranked, the shard's folder is gone too
+            shards_of(options.target).rmdir()
+    return folder
+
+
+def drop_shards(target: Path) -> None:
+    """Remove what earlier calls left of all shards of a file, so that each is ranked anew, however often it is tried.
+
+    Raises:
+        LlmrecError: If a shard is being worked.
+    """
+    for folder in sorted(shards_of(target).glob("*-of-*")):
+        with locked(folder, own):
+            remove(folder)
+    outdate(target)
+
+
+def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
+    """Write the rankings of all shards as one process writes them, and return the summary.
+
+    Args:
+        target: The file of rankings, as the shards were told.
+        folders: The shards' folders; by default those beside the file.
+
+    Raises:
+        LlmrecError: If shards are missing, damaged, doubled or of other inputs, or the file cannot be written.
+    """
+    found = gathered(target, folders)
+    told = found[0].told
+    asked = Asked(told["requests"], target, told["form"], told["blank_lines"], told["told"], found[0].key)
+    form_of(target, asked.form)
+    parts = target.with_name(target.name + ".parts")
+    check_out(target, (Path(asked.requests),), option="the file to merge into", by="rank", parts=parts)
+    with locked(parts, own):
+        done = finished(target, asked.form, asked.key)
+        if done is not None:
+            log.warning("%s is complete already", target)
+        summary = done or _merged(found, asked)
+        remove(parts)
+    return summary
+
+
+def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
+    paths = [each.folder / name for each in found for name in each.files]
+    tally = Tally()
+    owners: dict[str, int] = {}
+    for path in paths:
+        records = list(stored([path]))
+        tally.add(records)
+        if asked.form != "records":
+            check_owners(Path(asked.requests), records, owners)
+    write_lists(asked.out, stored(paths), asked.form, found[0].told["tag"])
+    seconds: Counter[str] = Counter()
+    for each in found:
+        seconds.update(each.told["seconds"])
+        tally.parts += [Part(**part) for part in each.told["parts"]]
+        for name in _FRESH:
+            setattr(tally, name, getattr(tally, name) + each.told[name])
+    summary = summary_of(asked, tally, seconds)
+    summary["shards"] = [
+        {"shard": str(each.shard), **{name: each.told[name] for name in ("seconds", "versions", "machine")}}
+        for each in found
+    ]
+    write_checked(summary_beside(asked.out), summary)
+    return summary
+
+
+def _told(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
+    """Return what a shard says of itself: what its summary needs besides the records."""
+    return {
+        "requests": asked.requests,
+        "form": asked.form,
+        "blank_lines": asked.blank_lines,
+        "told": dict(asked.told),
+        "tag": options.tag,
+        "lines": tally.lines,
+        "failed": tally.failed,
+        **{name: getattr(tally, name) for name in _FRESH},
+        "parts": [asdict(part) for part in tally.parts],
+        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
+        "versions": versions(),
+        "machine": machine(),
+    }

@@ -1,0 +1,249 @@
+"""How requests are put: a family of the model's, one of its templates, a strategy and what that strategy takes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmrec.answer.task import task_of
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.pipeline.bundle import Bundle
+from llmrec.recipe.pages import value_of
+from llmrec.recipe.schema import EvalSection
+from llmrec.registry import STRATEGIES, is_plugin, keys_of, options_of
+from llmrec.tasks.direct_answers import fits, reader_of, refuse
+from llmrec.tasks.family import family_of, ranking_families
+
+TWO_STEP = "two-step"
+"""The strategy whose first step writes a profile, so that its template must show one."""
+
+# Keys of a search, which the command line has options of its own for.
+_OWN_OPTIONS: Mapping[str, str] = {"beams": "--beams", "exact": "--exact"}
+_BY_TITLE = ("likelihood", "likelihood-prior")
+# Of the templates that show a profile, the one whose words fit any user.
+_SHOWS_PROFILE = "with-profile"
+
+
+@dataclass(frozen=True, slots=True)
+class Asking:
+    """How requests are put.
+
+    Attributes:
+        family: Of the bundle.
+        template: One of the family's, by its bare name.
+        strategy: One of the family's.
+        asking: The recipe's eval section, of which a strategy is handed the keys that it takes.
+    """
+
+    family: str
+    template: str
+    strategy: str
+    asking: EvalSection = field(default_factory=EvalSection)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the strategy is handed, by name."""
+        return options_of(self.strategy, self.asking)
+
+    @property
+    def by_title(self) -> bool:
+        """Whether titles are scored each by itself behind a prompt that shows none, so that a request can be cut."""
+        return not family_of(self.family).lists and self.strategy in _BY_TITLE
+
+
+def ranking_families_of(bundle: Bundle) -> list[str]:
+    """Return the families that a model was tuned on and that rank items for users."""
+    return [family for family in ranking_families() if family in bundle.tasks.present()]
+
+
+def choose_way(
+    bundle: Bundle,
+    *,
+    task: str = "auto",
+    template: str | None = None,
+    strategy: str = "auto",
+    settings: Sequence[str] = (),
+) -> Asking:
+    """Choose a family, template and strategy that fit together and that the bundle has.
+
+    Of several families, sequential goes first; the template is the one that the family was evaluated with, and under
+    two-step the first that shows a profile.
+
+    Args:
+        bundle: The model and how it was asked in training.
+        task: A family, or ``auto``.
+        template: ``family/name`` or the bare name; None chooses.
+        strategy: A strategy, or ``auto``.
+        settings: What the strategy takes, such as ``eval.permutations=3``.
+
+    Raises:
+        RecipeError: If something asked for is unknown, or nothing fits.
+    """
+    ranking = ranking_families()
+    here = ranking_families_of(bundle)
+    if not here:
+        tuned = ", ".join(bundle.tasks.present())
+        raise RecipeError(
+            f"{bundle.folder} was tuned on {tuned}, which rank nothing; tune on tasks.sequential or tasks.direct, or "
+            "name a pretrained model with --model",
+            kind="unsupported",
+            at=bundle.folder,
+        )
+    strategies = [name for family in ranking for name in _strategies(bundle, family)]
+    one_of("task", task, ("auto", *ranking))
+    one_of("strategy", strategy, ("auto", *strategies))
+    templates = {family: bundle.templates[family] for family in here}
+    if template is not None:
+        one_of("template", template.rpartition("/")[2], [name for known in templates.values() for name in known])
+    for family in here:
+        fits = task in ("auto", family) and strategy in ("auto", *_strategies(bundle, family))
+        if fits and (template is None or _named(template, family, templates[family])):
+            name = _template(bundle, family, strategy, template)
+            chosen = _strategy(bundle, family, strategy, name)
+            return Asking(family, name, chosen, settings_of(chosen, settings))
+    asked = [f"--task {task}", f"--strategy {strategy}", f"--template {template}" if template else ""]
+    known = "; ".join(
+        f"{family} with {' or '.join(_strategies(bundle, family))}, templates {', '.join(templates[family])}"
+        for family in here
+    )
+    raise RecipeError(
+        f"{' '.join(filter(None, asked))} do not go together for {bundle.folder}, which has: {known}",
+        kind="contradiction",
+        at=bundle.folder,
+    )
+
+
+def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
+    """Return a family's strategies, and the plug-ins that a bundle was evaluated with."""
+    section = bundle.tasks.present().get(family)
+    further = [name for name in section.strategies if is_plugin(STRATEGIES, name)] if section else []
+    return (*family_of(family).strategies, *further)
+
+
+def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
+    """Return the strategy that was asked for, or the first that reads what the template asks for.
+
+    Raises:
+        RecipeError: If the one that was asked for does not.
+    """
+    own = family_of(family)
+    if not own.lists:
+        return own.strategies[0] if asked == "auto" else asked
+    words = bundle.templates[family][template]
+    if asked == "auto":
+        return reader_of(words)
+    if not fits(words, asked):
+        refuse(words, asked)
+    return asked
+
+
+def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
+    """Read what a strategy takes, under the recipe's names and rules.
+
+    Args:
+        strategy: Its name.
+        settings: ``key=value``; the key may begin with ``eval.``.
+
+    Raises:
+        RecipeError: If a key is not one of the strategy's, or a value breaks its rule.
+    """
+    known = [key for key in keys_of(strategy) if key not in _OWN_OPTIONS]
+    values: dict[str, Any] = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        key = name.strip().removeprefix("eval.")
+        if not equals or not key:
+            raise RecipeError(
+                f"--set {setting!r} is not of the form key=value, such as eval.permutations=3",
+                kind="syntax",
+                column="--set",
+            )
+        if key in ("debias", "debias_questions"):
+            raise RecipeError(
+                f"--set eval.{key}: what a position adds is measured on training questions, and requests bring "
+                "none; average over orders of the candidates instead (--set eval.permutations=4)",
+                kind="unsupported",
+                column=f"eval.{key}",
+            )
+        if key in _OWN_OPTIONS:
+            raise RecipeError(
+                f"--set eval.{key}: a search has an option for it; write {_OWN_OPTIONS[key]}",
+                kind="unsupported",
+                column=f"eval.{key}",
+            )
+        if key not in known:
+            takes = ", ".join(f"eval.{each}" for each in known) or "none"
+            raise RecipeError(
+                f"--set eval.{key}: the strategy {strategy!r} does not take it{did_you_mean(key, known)}; it takes "
+                f"{takes}",
+                kind="unknown-key",
+                column=f"eval.{key}",
+            )
+        if key in values:
+            raise RecipeError(f"--set eval.{key}: it stands twice; keep one", kind="duplicate", column=f"eval.{key}")
+        values[key] = value_of(text, f"eval.{key}")
+    try:
+        return EvalSection(**values)
+    except ValidationError as error:
+        problems = explained(error, "--set eval.")
+        column = problems[0].removeprefix("--set ").partition(":")[0]
+        raise RecipeError("; ".join(problems), kind="bad-value", column=column) from None
+
+
+def explained(error: ValidationError, prefix: str) -> list[str]:
+    """Say what is wrong with the values of a section, repeating none of them: one may be a secret."""
+    found = []
+    for detail in error.errors(include_input=False, include_url=False):
+        message = str(detail["msg"]).removeprefix("Value error, ")
+        where = ".".join(map(str, detail["loc"]))
+        found.append(f"{prefix}{where}: {message[:1].lower()}{message[1:]}" if where else message)
+    return found
+
+
+def one_of(what: str, name: str, known: Sequence[str]) -> None:
+    """Check an option's value.
+
+    Raises:
+        RecipeError: If it is not known; the message lists those that are.
+    """
+    if name not in known:
+        names = ", ".join(dict.fromkeys(known))
+        raise RecipeError(
+            f"--{what}: unknown {what} {name!r}{did_you_mean(name, known)}; known: {names}",
+            kind="unknown-name",
+            column=f"--{what}",
+        )
+
+
+def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> str:
+    """Return the name of the template that was asked for, or the one that fits the strategy.
+
+    Raises:
+        RecipeError: If the strategy takes a profile, and the template shows none.
+    """
+    known = bundle.templates[family]
+    names: list[str] = [] if asked is None else [asked.rpartition("/")[2]]
+    if asked is None:
+        names = [task_of(bundle, family, {}, bundle.index).eval_templates[0]]
+        names += [_SHOWS_PROFILE, *known] if strategy == TWO_STEP else []
+    if strategy != TWO_STEP:
+        return names[0]
+    shows = [name for name in names if name in known and known[name].shows_profile]
+    if not shows:
+        could = ", ".join(name for name, each in known.items() if each.shows_profile) or "none"
+        raise RecipeError(
+            f"--template {asked}: two-step puts what it learned of the user into the profile, which this template does "
+            f"not show; those of {bundle.folder} that do: {could}",
+            kind="contradiction",
+            at=bundle.folder,
+            column="--template",
+        )
+    return shows[0]
+
+
+def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
+    named, _, name = template.rpartition("/")
+    return named in ("", family) and name in known

@@ -1,0 +1,363 @@
+"""Suite rows that are no baselines: models that a recipe tunes, and mixtures of rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec.backends.cache import AnswerStore
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.parameters import Hashes, hashes_of, weights_of
+from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
+from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
+from llmrec.data.split import SplitDataset, halves, scale_of, threshold
+from llmrec.durable import sha256_of
+from llmrec.errors import RecipeError
+from llmrec.evaluate.lists import Background
+from llmrec.index.semantic import item_fields, item_vectors
+from llmrec.models.embedder import text_embedder
+from llmrec.pipeline.engines import Engines
+from llmrec.pipeline.fusion.parts import kind_of, reads_of, widest
+from llmrec.pipeline.run import open_session
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.comparisons import Suite, SuiteRow
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe, SemanticIndex
+from llmrec.registry import BASELINES, TASKS, lookup, stamps, written
+from llmrec.results import Reads
+from llmrec.strategies.asking import Prompting
+from llmrec.strategies.blend import Blend
+from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
+from llmrec.strategies.fusion import Fusion, Part
+from llmrec.strategies.fusion_weights import Kind, Tried
+from llmrec.tasks.family import Family, family_of
+from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating, Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+# Validation users by whom the weights of a mixture are chosen, an unbiased sample: each costs every part a search.
+_CHOOSING = 5000
+# Scores of a part that fusions are fitted to, requests times items: 120 MB in single precision.
+_WEIGHING = 30_000_000
+# How the scores of a baseline become probabilities of the next item.
+_PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
+    **dict.fromkeys(("popularity", "recent-popularity", "item-knn", "markov-1", "markov"), from_counts),
+    "markov-cooccurrence": from_counts,
+    **dict.fromkeys(("sasrec", "gru4rec"), from_logits),
+}
+
+
+def _read_by(recipe: Recipe) -> Mapping[str, Any]:
+    """Return a recipe, with hashes over what its keys name and over the code of plug-ins in it."""
+    families = recipe.tasks.present()
+    templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
+    index = recipe.index
+    path = Path(index.path) if index is not None and index.path else None
+    return {
+        "recipe": recipe.model_dump(mode="json"),
+        "templates": {name: sorted(each.sha for each in own.values()) for name, own in templates.items()},
+        "model": weights_of(recipe.model.name) if recipe.model.shape is None else None,
+        "encoders": [weights_of(recipe.encoder), weights_of(index.semantic.encoder) if index is not None else None],
+        "index": sha256_of(path) if path is not None and path.is_file() else None,
+        **stamps([(TASKS, written(name)) for name in families]),
+    }
+
+
+def family(suite: Suite) -> Family:
+    """Return the family whose predictors a suite compares; what ranks the catalogue is asked as the next item is."""
+    return family_of("sequential" if suite.task == "ranking" else suite.task)
+
+
+@dataclass
+class SuiteModels:
+    """Fits suite rows; what a mixture mixes is fitted once for a split and a seed, and kept until the suite is done.
+
+    Attributes:
+        suite: The suite.
+        folder: Where models and their rankings are kept, so that a killed suite resumes.
+        chosen: Parameters of the rows that are done, by label and table.
+        earlier: Seconds that earlier calls spent on the models and fits of this one.
+    """
+
+    suite: Suite
+    folder: Path
+    chosen: dict[str, Mapping[str, Mapping[str, Any]]] = field(default_factory=dict)
+    earlier: float = 0.0
+    _fitted: dict[tuple[str, str, int], list[Any]] = field(default_factory=dict)
+    _backgrounds: dict[str, Background] = field(default_factory=dict)
+    _split: dict[str, tuple[SplitDataset, SplitDataset]] = field(default_factory=dict)
+
+    def fit(self, row: SuiteRow, data: SplitDataset, seed: int, table: str, parameters: Mapping[str, Any]) -> Any:
+        """Return a fitted row.
+
+        Args:
+            row: The row.
+            data: The split to fit it on.
+            seed: Of everything random in it; the parts of a mixture have the same.
+            table: For which its figures are; the parts of a mixture have what was chosen for that one.
+            parameters: What was chosen for it; of a mixture, its ``weights``, of a fusion the keys ``form``, ``of`` and
+                ``parts``, the table whose parameters its parts have.
+        """
+        if row.fuse:
+            form = Tried(parameters["form"], parameters["of"], 0.0)
+            return self._fused(row, data, seed, table, parameters["parts"], only=form)
+        if row.mix:
+            parts = [self._probabilities(self._row(label), data, seed, table) for label in row.mix]
+            return Mixture(row.label, sorted(data.dataset.items), parts, parameters["weights"])
+        known = self._fitted.get((row.label, data.fingerprint, seed), [])
+        if row.baseline is None:
+            model = known[0] if known else self._tuned(row, self.choosing(data), seed)
+        else:
+            model = fitted(row.baseline, parameters, self.choosing(data), seed=seed, like=known)
+            self.earlier += model.recalled
+        self.keep(row, data, seed, model)
+        return model
+
+    def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
+        """Remember a fitted row that a mixture will ask for; others would only take memory."""
+        if any(row.label in other.parts for other in self.suite.rows):
+            known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
+            if not any(model is each for each in known):
+                known.append(model)
+
+    def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
+        """Choose the weights of a mixture on the validation split; a tuned model has nothing left to choose."""
+        if row.fuse:
+            return self._weighed(row, data, tables)
+        if not row.mix:
+            only = Choice(dict(self._recipe(row)[1]))
+            return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
+        cases, trials = ranking_cases(self.choosing(data), _CHOOSING), []
+        for weights in row.weights:
+            parameters = {"weights": list(weights)}
+            values: dict[str, float] = {}
+            for together in self._alike(row, tables):
+                model = self.fit(row, data, self.suite.seeds[0], together[0], parameters)
+                values |= mean_ndcgs(model, cases, together)
+            trials.append(Trial(parameters, values))
+            log.info("%s %s: validation %s %s", row.label, weights, RANKED, values)
+        best = {table: max(trials, key=lambda trial: trial.values[table]) for table in tables}
+        choices = {table: Choice(trial.parameters) for table, trial in best.items()}
+        return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
+
+    def inputs(self, row: SuiteRow) -> Any:
+        """Return what a row's figures depend on beside its keys: the recipe, what it reads, or its parts and theirs."""
+        if row.recipe:
+            return _read_by(self._recipe(row)[0])
+        if row.baseline is not None:
+            return [*self.read(row), *stamps([(BASELINES, row.baseline)]).values()]
+        return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
+
+    def read(self, row: SuiteRow) -> list[Hashes]:
+        """Return hashes over what a baseline reads besides the data, also under the values of its grid."""
+        values = [
+            (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
+        ]
+        every = [row.parameters, *({**row.parameters, name: value} for name, value in values)]
+        return [found for each in every if (found := hashes_of(str(row.baseline), each))]
+
+    def reads(self, row: SuiteRow) -> Reads:
+        """Return what a row knows items by; one that is joined knows what its parts know."""
+        if row.parts:
+            return widest([self.reads(self._row(label)) for label in row.parts])
+        if row.baseline is not None:
+            return reads_of(row.baseline, row.parameters)
+        recipe = self._recipe(row)[0]
+        if recipe.model.shape is None:
+            return "language model"
+        # From scratch: the rows of its items start from the vectors of their texts, or at random.
+        return "texts" if recipe.index is None or recipe.index.tokens == "vectors" else "events"
+
+    def stochastic(self, row: SuiteRow) -> bool:
+        """Whether another seed gives other figures."""
+        if row.baseline is not None:
+            return bool(lookup(BASELINES, row.baseline, "baseline").stochastic)
+        return not row.parts or any(self.stochastic(self._row(label)) for label in row.parts)
+
+    def choosing(self, data: SplitDataset) -> SplitDataset:
+        """Return a split with the validation rows of the users that choose parameters and epochs."""
+        if not any(row.fuse for row in self.suite.rows):
+            return data
+        return self._halves(data)[0]
+
+    def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
+        """Return a split with the validation rows of the users that choose, and with those of users that weigh."""
+        if data.fingerprint not in self._split:
+            self._split[data.fingerprint] = halves(data, self.suite.reserved)
+        return self._split[data.fingerprint]
+
+    def background(self, data: SplitDataset) -> Background:
+        """Return what list metrics need of a split, made once.
+
+        Raises:
+            LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is not there.
+        """
+        if data.fingerprint not in self._backgrounds:
+            wanted = self.suite.diversity
+            found = Background.of(data, field=wanted.field if wanted else None)
+            if wanted is not None and wanted.encoder is not None:
+                items = [data.dataset.items[item] for item in found.items]
+                vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(wanted.encoder))
+                found = replace(found, vectors=vectors, encoder=wanted.encoder)
+            self._backgrounds[data.fingerprint] = found
+        return self._backgrounds[data.fingerprint]
+
+    # ----------------------------------------------------------------------- parts
+
+    def _row(self, label: str) -> SuiteRow:
+        return next(row for row in self.suite.rows if row.label == label)
+
+    def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
+        """Fit a fusion for each table; its forms are what was tried.
+
+        Its parts have the parameters that were chosen for the table, or for another one: where items of the history
+        can be ranked, the fusion itself says what they add, and its parts need not.
+        """
+        choices, trials = {}, []
+        metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
+        seed = self.suite.seeds[0]
+        for table in tables:
+            # Tables for which some part has other parameters.
+            differing = {str([self.chosen[label][of] for label in row.fuse]): of for of in (*reversed(tables), table)}
+            found: list[tuple[Tried, str]] = []
+            for of in sorted(differing.values(), key=(table, *tables).index):
+                tried = self._fused(row, data, seed, table, of).tried
+                found += [(each, of) for each in tried]
+            names = [{"form": each.form, "of": each.name, "parts": of} for each, of in found]
+            trials += [Trial(name, {table: abs(each.value)}) for name, (each, _) in zip(names, found, strict=True)]
+            best = max(range(len(found)), key=lambda place: found[place][0].value)
+            model = self._fused(row, data, seed, table, found[best][1], dissect=True, only=found[best][0])
+            choices[table] = Choice(names[best], model=model)
+        return Tuned(choices=choices, trials=tuple(trials), metric=metric)
+
+    def _fused(
+        self,
+        row: SuiteRow,
+        data: SplitDataset,
+        seed: int,
+        table: str,
+        of: str,
+        *,
+        dissect: bool = False,
+        only: Tried | None = None,
+    ) -> Fusion | Blend:
+        """Return a fitted fusion of rows.
+
+        Args:
+            row: The fusion.
+            data: The split.
+            seed: Of its parts.
+            table: What it is for.
+            of: The table for which the parameters of its parts were chosen.
+            dissect: See `Fusion.fit`.
+            only: The form that was chosen; None: choose it.
+
+        Raises:
+            RecipeError: If a part is itself joined.
+        """
+        models = {}
+        for label in row.fuse:
+            part = self._row(label)
+            if part.parts:
+                raise RecipeError(
+                    f"suite {self.suite.suite}: {row.label} joins {label}, which is itself joined; name its rows",
+                    kind="unsupported",
+                    column="rows.fuse",
+                )
+            # What has no randomness is fitted once for all seeds.
+            fitted_with = seed if self.stochastic(part) else self.suite.seeds[0]
+            models[label] = self.fit(part, data, fitted_with, of, self.chosen[label][of])
+        weighing = self._halves(data)[1]
+        if family(self.suite).answer is Ranking:
+            parts = [Part(label, model, self._kind(label)) for label, model in models.items()]
+            found: Fusion | Blend = Fusion(row.label, parts, filtered=table == "excluded")
+            cases = ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items)))
+            found.fit(cases, dissect=dissect, only=only)
+        else:
+            found = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
+            found.fit(self._rated(weighing), dissect=dissect, only=only)
+        log.info("%s, %s: %s", row.label, table, found.fitted)
+        return found
+
+    def _kind(self, label: str) -> Kind:
+        """Return how the scores of a row are read."""
+        name = self._row(label).baseline
+        return "beams" if name is None else kind_of(name)
+
+    def _rated(self, data: SplitDataset) -> list[Case]:
+        """Return the validation ratings as cases, with 1 or 0 for a yes or a no where that is asked."""
+        cases = rating_cases(data)
+        if family(self.suite).answer is Rating:
+            return cases
+        least = threshold(scale_of(data), self.suite.liked)
+        return [replace(case, truth=float(float(case.truth) >= least)) for case in cases]
+
+    def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
+        """Return tables, those together for which every part of a mixture has the same parameters."""
+        found: dict[str, list[str]] = {}
+        for table in tables:
+            found.setdefault(str([self.chosen[label][table] for label in row.mix]), []).append(table)
+        return list(found.values())
+
+    def _probabilities(
+        self, row: SuiteRow, data: SplitDataset, seed: int, table: str
+    ) -> Callable[[Sequence[Request]], NDArray[np.float64]]:
+        """Return what turns requests into probabilities of items, shape (n, items).
+
+        Raises:
+            RecipeError: If the scores of a row cannot be read as such.
+        """
+        model = self.fit(row, data, seed, table, self.chosen[row.label][table])
+        if row.baseline is None:
+            found: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
+            return found
+        if row.baseline not in _PROBABILITIES:
+            raise RecipeError(
+                f"suite {self.suite.suite}: the scores of {row.baseline} are no probabilities, so it cannot be mixed; "
+                f"choose from {', '.join(_PROBABILITIES)}",
+                kind="unsupported",
+                at=self.suite.suite,
+            )
+        return lambda requests: _PROBABILITIES[str(row.baseline)](model.scores(requests))
+
+    def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
+        """Return a row's recipe, and what of it tables show."""
+        recipe = load_recipe(str(row.recipe), row.overrides)
+        if recipe.tasks.sequential is None:
+            raise RecipeError(
+                f"{row.recipe}: a suite ranks the catalogue by tasks.sequential, which it lacks; add it",
+                kind="missing-key",
+                at=str(row.recipe),
+                column="tasks.sequential",
+            )
+        shown: dict[str, str | int] = {
+            "model": recipe.model.name if recipe.model.shape is None else "from scratch",
+            "index": recipe.index.scheme if recipe.index else "title",
+            "steps": recipe.train.steps,
+        }
+        return recipe, shown
+
+    def _tuned(self, row: SuiteRow, data: SplitDataset, seed: int) -> CatalogueScorer:
+        """Tune a recipe's model on the suite's data, or reuse what an earlier run left, and open it for search."""
+        recipe = self._recipe(row)[0].model_copy(update={"seed": seed, "data": self.suite.data})
+        section = recipe.eval.model_copy(update={"arms": ("tuned",), "backend": "hf", "scorer": "hf"})
+        recipe = recipe.model_copy(update={"eval": section})
+        folder = self.folder / "models" / f"{row.label}-{seed}-{data.fingerprint[:8]}"
+        session = open_session(recipe, folder, data=data)
+        reused = session.trained()
+        training = reused or session.train()
+        self.earlier += training["seconds" if reused else "seconds_before"]
+        store = AnswerStore(folder / "answers.sqlite")
+        engines = Engines(recipe.model, recipe.eval, session.encoder, seed, session.budget, store)
+        backend = engines.get("hf", str(folder / "merged"), training["merged_sha256"])
+        task = session.study.tasks["sequential"]
+        asker = Prompting(backend=backend, task=task, template=task.eval_templates[0], batch=recipe.eval.batch)
+        return SearchedCatalogue(row.label, CatalogueRanker(asker, beams=row.depth, seen=True), task.catalogue)

@@ -1,0 +1,287 @@
+"""`llmrec compare` and `llmrec.compare`: two finished runs over the same cases, row by row, paired by user."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+
+from llmrec.answer.rank.outputs import check_out, write_summary
+from llmrec.data.reading.ranked import write_records
+from llmrec.errors import DataError
+from llmrec.evaluate.compare import Contrast, Standing, exploratory
+from llmrec.metrics.signature import parse_signature
+from llmrec.pipeline.evaluation import ResultRow
+from llmrec.pipeline.stored_rows import finished, stored_row
+from llmrec.recipe.shared import RESAMPLES
+from llmrec.records import Record
+from llmrec.report.headline import headline
+from llmrec.report.wording import difference, listed, number, title
+from llmrec.results import Compared, Pair, Results, Row, lower
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+NOTE = "95 % intervals of A − B, paired by user and not corrected for the number of comparisons"
+
+
+class RunPair(Pair, Compared):
+    """A row of run A minus a row of run B on one metric; ``a`` and ``b`` are the ids of the rows.
+
+    Attributes:
+        a_value: The figure of the row of A.
+        b_value: The figure of the row of B.
+        users: How many users both were asked about.
+        best: Whether these are the rows that stand for the two runs: in each the model's own best row, or without a
+            language model the best one.
+    """
+
+    a_value: float
+    b_value: float
+    users: int
+    best: bool
+
+
+class ComparedRuns(Record):
+    """What `llmrec.compare` returns.
+
+    Attributes:
+        a: The folder of run A.
+        b: The folder of run B.
+        headline: For each task that both runs have, the metric that its rows are ordered by.
+        differences: For each task the best rows of both runs, then each row that both have, on every metric of both.
+        only_a: Ids of the rows of those tasks that only A has.
+        only_b: Ids of those that only B has.
+    """
+
+    a: str
+    b: str
+    headline: dict[str, str]
+    differences: tuple[RunPair, ...]
+    only_a: tuple[str, ...] = Field(())
+    only_b: tuple[str, ...] = Field(())
+
+    def __str__(self) -> str:
+        """Return the tables of `llmrec compare`."""
+        from rich.console import Console
+
+        console = Console(width=80)
+        with console.capture() as text:
+            for table in tables(self):
+                console.print(table)
+        return text.get()
+
+
+def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> ComparedRuns:
+    """Compare two finished runs on the same users, items, candidates and split: A − B, paired by user.
+
+    No model is asked and no data are read: the values of every request are in the run folders. Nobody planned these
+    comparisons, so each has an unadjusted 95 % interval and no verdict.
+
+    Args:
+        a: A run folder, or what `llmrec.run` returned.
+        b: Another one.
+        resamples: Of the users, for the intervals.
+        seed: Of the resamples.
+
+    Returns:
+        The differences by task, row and metric.
+
+    Raises:
+        DataError: If a run is not finished, they have no task in common, or a task was measured on another split, on
+            other users or candidates, or under another protocol.
+    """
+    runs = tuple(Path(getattr(run, "folder", run)).expanduser() for run in (a, b))
+    one, other = (finished(run) for run in runs)
+    tasks = [task for task in one.tasks if task in other.tasks]
+    if not tasks:
+        raise DataError(
+            f"{runs[0]} has {listed(one.tasks)} and {runs[1]} has {listed(other.tasks)}: they have no task in common",
+            kind="mismatch",
+            at=runs[1],
+            column="tasks",
+        )
+    found: list[RunPair] = []
+    for task in tasks:
+        _refuse_other_data(task, runs, (one, other))
+        for first, second, best in _pairs(task, one, other):
+            rows = stored_row(runs[0], first), stored_row(runs[1], second)
+            _refuse_other_cases(runs, rows)
+            found += _differences(one.headline[task], rows, best=best, resamples=resamples, seed=seed)
+    ids = [{row.id for row in results.rows if row.task in tasks} for results in (one, other)]
+    return ComparedRuns(
+        a=str(runs[0]),
+        b=str(runs[1]),
+        headline={task: one.headline[task] for task in tasks},
+        differences=tuple(found),
+        only_a=tuple(sorted(ids[0] - ids[1])),
+        only_b=tuple(sorted(ids[1] - ids[0])),
+    )
+
+
+def _pairs(task: str, one: Results, other: Results) -> Iterator[tuple[Row, Row, bool]]:
+    """Yield the best rows of both runs, and then each row that both have."""
+    best, rival = (headline(results, task).model or results.standings(task)[0] for results in (one, other))
+    yield best, rival, True
+    known = {row.id: row for row in other.rows if row.task == task}
+    for row in one.standings(task):
+        if row.id in known and (row.id, row.id) != (best.id, rival.id):
+            yield row, known[row.id], False
+
+
+def _differences(
+    first: str, rows: tuple[ResultRow, ResultRow], *, best: bool, resamples: int, seed: int
+) -> Iterator[RunPair]:
+    one, other = rows
+    users = [record.user_id for record in one.records]
+    # The metric that the table shows comes first.
+    for name in sorted(set(one.values) & set(other.values), key=lambda name: (name != first, name)):
+        a, b = (Standing(row.figures.id, _value(row, name), np.asarray(row.values[name])) for row in rows)
+        if a.value is None or b.value is None:
+            continue
+        (pair,) = exploratory([Contrast(name, a, b, users)], resamples=resamples, seed=seed)
+        yield RunPair(
+            task=one.figures.task,
+            metric=name,
+            **pair.as_json(),
+            a_value=a.value,
+            b_value=b.value,
+            users=len(set(users)),
+            best=best,
+        )
+
+
+def _value(row: ResultRow, metric: str) -> float | None:
+    return row.figures.metrics[metric].value if metric in row.figures.metrics else None
+
+
+# --------------------------------------------------------------------------- the same cases
+
+
+def _refuse_other_data(task: str, runs: Sequence[Path], results: tuple[Results, Results]) -> None:
+    data = [each.data_of(task) for each in results]
+    if data[0] is None or data[1] is None or data[0].split_fingerprint != data[1].split_fingerprint:
+        raise _mismatch(
+            runs, task, "on another table or split of it", "run both with the same data, data.split and seed", "data"
+        )
+
+
+def _refuse_other_cases(runs: Sequence[Path], rows: tuple[ResultRow, ResultRow]) -> None:
+    one, other = rows
+    task = one.figures.task
+    if [record.request_id for record in one.records] != [record.request_id for record in other.records]:
+        users = [len({record.user_id for record in row.records}) for row in rows]
+        raise _mismatch(
+            runs, task, f"on other users ({users[0]:,} and {users[1]:,})", "run both with the same eval.users and seed",
+            "eval.users",
+        )  # fmt: skip
+    if one.figures.candidates != other.figures.candidates:
+        raise _mismatch(
+            runs, task, "on other candidates", "run both with the same eval.candidates and seed", "eval.candidates"
+        )
+    for name in set(one.figures.metrics) & set(other.figures.metrics):
+        signed = [_protocol(row.figures.metrics[name].signature) for row in rows]
+        if signed[0] != signed[1]:
+            raise _mismatch(
+                runs, task, f"under another protocol ({signed[0]}, and {signed[1]})", "run both with the same eval",
+                "eval",
+            )  # fmt: skip
+
+
+def _protocol(signature: str) -> str:
+    """Return a signature without the version of llmrec, which does not set figures apart."""
+    try:
+        version = parse_signature(signature).version
+    except ValueError:
+        return signature
+    return signature.removesuffix(f"|llmrec:{version}")
+
+
+def _mismatch(runs: Sequence[Path], task: str, what: str, fix: str, column: str) -> DataError:
+    return DataError(
+        f"{runs[1]} measured {title(task)} {what} than {runs[0]}, so the two cannot be paired; {fix}",
+        kind="mismatch",
+        at=runs[1],
+        column=column,
+    )
+
+
+# --------------------------------------------------------------------------- what is shown
+
+
+def tables(found: ComparedRuns) -> Iterator[Table]:
+    """Yield a table a task: its headline metric for the best rows and for every row that both runs have."""
+    from rich.text import Text
+
+    from llmrec.report.table import plain, table_of
+
+    for task, metric in found.headline.items():
+        own = [pair for pair in found.differences if (pair.task, pair.metric) == (task, metric)]
+        same = [pair for pair in own if not pair.best and pair.low == pair.high == 0]
+        notes = [f"{len(same)} rows are the same in both: {listed([_name(pair.a) for pair in same])}."] if same else []
+        users = f", {own[0].users:,} users" if own else ""
+        turned = " (lower is better)" if lower(metric) else ""
+        made = table_of(f"{title(task)}: {metric}{turned}{users}", notes)
+        made.add_column("Row", overflow="fold")
+        for head in ("A", "B", "A − B"):
+            made.add_column(head, justify="right", no_wrap=True)
+        for pair in own:
+            if pair in same:
+                continue
+            name = _name(pair.a) if pair.a == pair.b else f"A: {_name(pair.a)}; B: {_name(pair.b)}"
+            cells = [number(pair.a_value), number(pair.b_value), difference(pair.value, pair.low, pair.high)]
+            made.add_row(plain(name, "bold" if pair.best else ""), *map(Text, cells))
+        yield made
+
+
+def _name(row_id: str) -> str:
+    """Return a row's id without its task."""
+    return row_id.partition("/")[2]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Line:
+    """A difference as a file has it."""
+
+    task: str
+    metric: str
+    best: bool
+    row_a: str
+    row_b: str
+    a: float | None
+    b: float | None
+    difference: float | None
+    low: float | None
+    high: float | None
+    users: int
+
+
+def write(found: ComparedRuns, path: Path) -> None:
+    """Write every difference as a row of a table.
+
+    Raises:
+        DataError: If the file's name ends in nothing that is known, or the file is not one of `llmrec compare`.
+    """
+    check_out(path, (), option="--to", by="compare")
+    lines = [
+        Line(
+            task=pair.task,
+            metric=pair.metric,
+            best=pair.best,
+            row_a=pair.a,
+            row_b=pair.b,
+            a=pair.a_value,
+            b=pair.b_value,
+            difference=pair.value,
+            low=pair.low,
+            high=pair.high,
+            users=pair.users,
+        )
+        for pair in found.differences
+    ]
+    write_records(path, lines, Line)
+    write_summary(path, {"a": found.a, "b": found.b})

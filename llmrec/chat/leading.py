@@ -1,0 +1,90 @@
+"""Tunes a language model to choose the tools, and says how far it agrees with held-out calls before and after."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from llmrec.chat import tuning
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.managers import Manager
+from llmrec.chat.opening import opened
+from llmrec.chat.options import ChatOptions
+from llmrec.chat.simulator import OTHER, USUAL, Wordings, dialogues, transcript
+from llmrec.chat.transcripts import Turn
+from llmrec.chat.tuning import Agreement, Taught, UsualManager, agreement, known, parted, taught
+from llmrec.cli.show.console import say, tell
+from llmrec.models.load import resolve
+from llmrec.pipeline.study import folder_of
+from llmrec.recipe.schema import Recipe
+from llmrec.tasks.base import keyed
+
+# Of users that a model is tuned on: turns of a conversation, and how often they say something that is no wish.
+_TURNS, _ASIDES = 8, 0.4
+# Moments that each manager is asked about: an untrained model takes a second or more for one.
+_ASKED = 60
+
+
+def tuned(
+    conversation: Conversation, page: Recipe, past: Sequence[Turn] | None, options: ChatOptions
+) -> Sequence[Turn]:
+    """Tune the model of a page, say how far it agrees with held-out conversations, and return what was simulated.
+
+    Args:
+        conversation: That rules lead.
+        page: See `llmrec.chat.tuning.tune`.
+        past: A transcript to learn from; None: conversations are simulated.
+        options: How many, and the seed.
+
+    Raises:
+        LlmrecError: If the page, the transcript or the model cannot be used.
+    """
+    turns = past
+    if turns is None:
+        turns = _simulated(conversation, options.simulate or 0, options.seed, USUAL)
+    moments = taught(conversation, turns)
+    allowed = [each for each in moments if each.allowed]
+    trained, held = parted(allowed, page.seed)
+    asked = {"held out": _drawn(held, page.seed)}
+    if past is None:
+        others = taught(conversation, _simulated(conversation, max(10, len(held) // 4), options.seed + 1, OTHER))
+        asked["in other words"] = _drawn([each for each in others if each.allowed], page.seed)
+    names = sorted({each.conversation for each in moments})
+    left_out = len(moments) - len(allowed)
+    say(f"{len(trained)} rows of {len(names)} conversations; {left_out} calls that no model may make are left out")
+    found: dict[str, dict[str, Agreement]] = {"usual": _asked(UsualManager.of(trained), asked)}
+    with opened(resolve(page.model, seed=page.seed), k=options.k, dtype=options.dtype) as made:
+        found["untrained"] = _asked(made(options.seed), asked)
+    folder = folder_of(page, None)
+    done = tuning.tune(page, trained, held, folder, quiet=False)
+    with opened(str(folder), k=options.k, dtype=options.dtype) as made:
+        found["tuned"] = _asked(made(options.seed), asked)
+    losses = [line["valid_loss"]["chat"] for line in done.log if line.get("valid_loss")]
+    say(f"{done.steps} steps in {done.seconds:.0f} s; held-out loss {', '.join(f'{loss:.3f}' for loss in losses)}")
+    for name, each in found.items():
+        for part, one in each.items():
+            say(f"{name}, {part}: {one.call:.3f} of {one.moments} calls, {one.tool:.3f} of the tools")
+    tell(
+        rows=len(trained),
+        conversations=len(names),
+        left_out=left_out,
+        known={part: round(known(each, trained), 4) for part, each in asked.items()},
+        held_out_loss=[round(loss, 4) for loss in losses],
+        steps=done.steps,
+        seconds=round(done.seconds, 1),
+        agreement={name: tuning.told(each) for name, each in found.items()},
+    )
+    say(f"the manager is tuned: llmrec chat {options.model} --manager {folder}")
+    return () if past is not None else turns
+
+
+def _simulated(conversation: Conversation, count: int, seed: int, words: Wordings) -> list[Turn]:
+    return transcript(dialogues(conversation, count, seed, _TURNS, _ASIDES, words))
+
+
+def _drawn(moments: Sequence[Taught], seed: int) -> list[Taught]:
+    """Return as many moments as are asked about."""
+    return keyed("chat", seed, "asked").sample(list(moments), min(_ASKED, len(moments)))
+
+
+def _asked(manager: Manager, asked: dict[str, list[Taught]]) -> dict[str, Agreement]:
+    return {part: agreement(manager, each) for part, each in asked.items()}

@@ -1,0 +1,176 @@
+"""Holds a conversation in the terminal, or replays a transcript."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+from llmrec.answer.checks import decided
+from llmrec.answer.known import Catalogue
+from llmrec.answer.opening import Models, open_models
+from llmrec.answer.options import RecommenderOptions
+from llmrec.chat import transcripts
+from llmrec.chat.calls import written
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.dual_encoder import ENCODER, embedders, learn, of_transcript
+from llmrec.chat.facts import Facts
+from llmrec.chat.fit import FitJudge
+from llmrec.chat.leading import tuned
+from llmrec.chat.managers import Manager
+from llmrec.chat.opening import CONTROLS, grader, opened
+from llmrec.chat.options import RULES, ChatOptions
+from llmrec.chat.reading import Reader
+from llmrec.chat.simulator import dialogues, transcript
+from llmrec.chat.state import State
+from llmrec.chat.tools import ModelLists, Tools, asking
+from llmrec.chat.tuning import refuse
+from llmrec.cli.show.console import say, tell
+from llmrec.errors import DataError
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.models.embedder import text_embedder
+from llmrec.recipe.load import load_recipe
+
+_HELLO = "Say what you are looking for; an empty line ends."
+
+
+def chat(options: ChatOptions) -> int:
+    """Hold a conversation on the standard input, or replay one, and return the exit status.
+
+    Raises:
+        LlmrecError: If the model cannot be opened, a transcript cannot be read, or another file would be overwritten.
+    """
+    _check(options)
+    page = None if options.tune is None else load_recipe(options.tune)
+    if page is not None:
+        refuse(page)
+    past = None if options.replay is None else transcripts.read(options.replay)
+    turns: list[transcripts.Turn] = []
+    models = open_models(decided(RecommenderOptions(model=options.model, items=options.items)), options.models)
+    try:
+        with (
+            opened(options.manager, k=options.k, dtype=options.dtype) as made,
+            grader(options.ranker, dtype=options.dtype) as judge,
+        ):
+            conversation = talking(models, made(options.seed), options.encoder, judge)
+            if page is not None:
+                turns += tuned(conversation, page, past, options)
+                return 0
+            if past is not None:
+                return _replayed(conversation, past)
+            if options.simulate is not None:
+                turns += transcript(dialogues(conversation, options.simulate, options.seed))
+                _simulated(conversation, turns, options)
+                return 0
+            for turn in _held(conversation, options):
+                turns.append(turn)
+    finally:
+        # Also after Ctrl-C or an error: what was said is not lost.
+        if options.save is not None and turns:
+            transcripts.write(options.save, turns)
+        models.close()
+    tell(turns=[turn.model_dump() for turn in turns])
+    return 0
+
+
+def _check(options: ChatOptions) -> None:
+    """Refuse options that do not go together.
+
+    Raises:
+        DataError: Naming the option; or if another file would be overwritten.
+    """
+    if options.save is not None:
+        if options.replay is not None:
+            raise DataError(
+                "--save keeps what is said now, and --replay what was said before; drop one of them",
+                kind="contradiction",
+                column="--save",
+            )
+        transcripts.refuse_other(options.save)
+    if options.learn is not None and options.simulate is None:
+        raise DataError(
+            "--learn learns from simulated conversations; say how many with --simulate",
+            kind="missing-key",
+            column="--learn",
+        )
+    if options.simulate is not None and options.replay is not None:
+        raise DataError("--simulate and --replay exclude each other", kind="contradiction", column="--simulate")
+    if options.tune is None:
+        return
+    if options.simulate is None and options.replay is None:
+        raise DataError(
+            "--tune learns from conversations; say how many with --simulate, or where they are with --replay",
+            kind="missing-key",
+            column="--tune",
+        )
+    if options.manager != RULES or options.learn is not None or options.ranker is not None:
+        raise DataError(
+            "--tune learns what rules or a transcript called, by the model that its recipe names; drop --manager, "
+            "--learn and --ranker",
+            kind="contradiction",
+            column="--tune",
+        )
+
+
+def talking(
+    models: Models, manager: Manager, encoder: str | None = None, judge: FitJudge | None = None
+) -> Conversation:
+    """Return a conversation over the models of a folder; see `Tools` for ``judge``.
+
+    Raises:
+        DataError: If there is no catalogue to talk about.
+    """
+    if not models.items:
+        raise DataError(
+            "chat: this model knows no item to talk about; name a table with --items", kind="empty", column="--items"
+        )
+    embed, asked = (None, None) if encoder is None else embedders(encoder)
+    facts = Facts(models.items, embed, asked)
+    lists = ModelLists(Catalogue(models.items), asking(models))
+    reader = None if manager.name in CONTROLS else Reader(facts)
+    return Conversation(Tools(facts, lists, judge), manager, reader)
+
+
+def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcripts.Turn]:
+    """Answer the lines of the standard input, and yield each turn before it is printed."""
+    state = State()
+    if sys.stdin.isatty():
+        say(_HELLO)
+    for line in sys.stdin:
+        if not (said := clean(line, TEXT_LIMIT)):
+            break
+        reply = conversation.answer(state, said)
+        state = reply.state
+        yield transcripts.Turn.of(said, reply)
+        _say(reply.text)
+        if options.calls:
+            calls = "; ".join(map(written, reply.calls))
+            _say(f"{reply.seconds:.2f} s, {reply.cost.prompt_tokens} tokens read: {calls}", "  ")
+
+
+def _simulated(conversation: Conversation, turns: list[transcripts.Turn], options: ChatOptions) -> None:
+    """Say what simulated conversations came to, and learn from them where that is asked."""
+    facts = conversation.tools.facts
+    begun = sum(turn.user is None for turn in turns)
+    tell(conversations=begun, turns=len(turns) - begun)
+    say(f"{begun} conversations, {len(turns) - begun} turns")
+    if options.learn is not None:
+        encoder = options.encoder or ENCODER
+        asked, items = of_transcript(turns, list(facts.items), encoder), text_embedder(encoder)(facts.texts)
+        learn(encoder, asked, items, options.seed).save(options.learn)
+        say(f"the dual encoder is written: llmrec chat {options.model} --encoder {options.learn}")
+
+
+def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
+    different = list(transcripts.differences(past, conversation))
+    for line in different:
+        _say(line)
+    said = sum(turn.user is not None for turn in past)
+    tell(turns=said, different=different)
+    say(f"{said} turns, {len(different)} of them different")
+    return int(bool(different))
+
+
+def _say(text: str, before: str = "") -> None:
+    """Print lines with words of users and values of a table: these must not steer the terminal."""
+    for line in text.split("\n"):
+        say(before + clean(line, max(1, len(line))))

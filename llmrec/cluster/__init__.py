@@ -1,0 +1,1 @@
+"""Jobs split into shards, run by hand or on a Ray cluster, and merged."""

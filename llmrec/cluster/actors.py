@@ -1,0 +1,305 @@
+"""Ray spreads the shards of a job over actors: Ray Data maps their numbers, and nothing here schedules.
+
+What an actor is to do lies in the folder of the shards, which all nodes share; Ray carries numbers and short records.
+A shard that fails with its process or node is not yielded, and `llmrec.cluster.jobs.work_all` asks again.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from llmrec.answer.rank.options import OF_CLUSTERS, RankOptions
+from llmrec.answer.rank.ranker import resolved
+from llmrec.answer.rank.run import STDOUT, part_sizes
+from llmrec.answer.rank.sharded import drop_shards
+from llmrec.cli.show.console import finish, show
+from llmrec.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
+from llmrec.cluster.merge.app import put_together
+from llmrec.cluster.merge.evaluation import merge_run
+from llmrec.data.reading.request_file import open_requests
+from llmrec.durable import read_json
+from llmrec.errors import LlmrecError, RecipeError, require
+from llmrec.machine import processor
+from llmrec.pipeline.augmenting import merge_augment
+from llmrec.pipeline.run import Run
+from llmrec.pipeline.shards.folders import Command, shards_of
+from llmrec.progress import QUIET
+from llmrec.recipe.schema import RaySection, Recipe
+from llmrec.report.page import PAGES
+
+log = logging.getLogger(__name__)
+
+LOCAL = "local"
+_EXTRA = "ray"
+_KNOCK, _ANSWER = 10.0, 60.0
+# Only numbers and short records pass through Ray.
+_STORE = 100_000_000
+
+
+@dataclass(frozen=True)
+class Places:
+    """What actors get of a cluster.
+
+    Attributes:
+        actors: How many there are.
+        cpus: Logical CPUs of each.
+        gpus: GPUs of each.
+        nodes: Machines that are alive.
+    """
+
+    actors: int
+    cpus: float
+    gpus: float
+    nodes: int
+
+
+def places(nodes: Sequence[Mapping[str, float]], asked: RaySection, *, least: int = 1) -> Places:
+    """Return how many actors a cluster holds, with one logical CPU left free for Ray Data, or how many are asked for.
+
+    Args:
+        nodes: The resources of each machine: ``CPU`` and ``GPU``.
+        asked: How many at most, and what an actor takes.
+        least: How many there must be.
+
+    Raises:
+        RecipeError: If there is room for fewer: the job would wait without end.
+    """
+    gpus = asked.gpus if asked.gpus is not None else float(any(node.get("GPU", 0) >= 1 for node in nodes))
+    fitting = [min([node.get("CPU", 0) / asked.cpus, *([node.get("GPU", 0) / gpus] if gpus else [])]) for node in nodes]
+    most = sum(math.floor(fit + 1e-9) for fit in fitting)
+    cpus = sum(node.get("CPU", 0) for node in nodes)
+    while most and cpus - most * asked.cpus < 1:
+        most -= 1
+    if most < least:
+        raise RecipeError(
+            f"--ray: {len(nodes)} nodes with {cpus:g} CPUs and {sum(node.get('GPU', 0) for node in nodes):g} GPUs have "
+            f"room for {most} actors of {asked.cpus:g} CPUs and {gpus:g} GPUs, one CPU left free, without which Ray "
+            f"Data would wait for ever; asked for: {least}. Ask for fewer or smaller ones (ray.actors, ray.cpus, "
+            "ray.gpus; llmrec rank: --actors, --cpus, --gpus), or start more nodes first",
+            kind="exhausted",
+            column="--ray",
+        )
+    return Places(min(asked.actors or most, most), asked.cpus, gpus, len(nodes))
+
+
+@contextmanager
+def cluster(address: str, asked: RaySection) -> Iterator[Any]:
+    """Start Ray on this machine, or join a cluster that is there, and hand out the module.
+
+    Raises:
+        MissingExtra: If Ray is not installed.
+        LlmrecError: If the address does not answer, or Ray does not start.
+    """
+    # Ray reports what it is used for to its makers, unless it is told not to before it is imported.
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    ray = require("ray", _EXTRA)
+    require("ray.data", _EXTRA)
+    told: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if address == LOCAL:
+        cpus = max(processor().usable, math.ceil((asked.actors or 0) * asked.cpus)) + 1
+        told |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
+    else:
+        knock(address)
+    try:
+        ray.init(address=address, **told)
+    except Exception as error:
+        raise LlmrecError(
+            f"--ray {address}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
+            + ("start the command again" if address == LOCAL else "start the command on a node of that cluster"),
+            kind="unreachable",
+            column="--ray",
+        ) from error
+    try:
+        yield ray
+    finally:
+        ray.shutdown()
+
+
+def knock(address: str) -> None:
+    """Look whether a cluster answers at an address; Ray itself would wait long, or end the process.
+
+    Raises:
+        RecipeError: If it is no address of a cluster that can be joined.
+        LlmrecError: If nobody answers in time.
+    """
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit() or "/" in host:
+        raise RecipeError(
+            f"--ray {address}: name {LOCAL}, or the HOST:PORT of a cluster's head node (ray start --head says it); "
+            "clients (ray://) cannot see the shared folder, so start the command on a node of the cluster",
+            kind="bad-value",
+            column="--ray",
+        )
+    asking = [sys.executable, "-m", "ray.scripts.scripts", "health-check", "--address", address]
+    try:
+        socket.create_connection((host, int(port)), timeout=_KNOCK).close()
+        subprocess.run(asking, timeout=_ANSWER, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    except (OSError, OverflowError, subprocess.SubprocessError) as error:
+        why = "it is no head node of Ray, or lets nobody in without its token"
+        raise LlmrecError(
+            f"--ray {address}: no Ray answers there ({why if isinstance(error, subprocess.SubprocessError) else error})"
+            "; look whether the head node runs (ray status), and whether its token is here (ray get-auth-token)",
+            kind="unreachable",
+            column="--ray",
+        ) from None
+
+
+class Actor:
+    """A `Worker` in a process of Ray; it takes rows of Ray Data.
+
+    Args:
+        folder: See `Worker`.
+        token: See `Worker`.
+        count: See `Worker`.
+    """
+
+    def __init__(self, folder: str, token: str, count: int) -> None:
+        os.environ[QUIET] = "1"
+        node = require("ray", _EXTRA).util.get_node_ip_address()
+        self._worker = Worker(Path(folder), token, count, f"{node} ({_node_id()[:8]})", os.getpid())
+
+    def __call__(self, row: Mapping[str, Any]) -> dict[str, str]:
+        """Work the shard of a row."""
+        return {"worked": self._worker.work(int(row["shard"])).as_json()}
+
+
+def _node_id() -> str:
+    return str(require("ray", _EXTRA).get_runtime_context().get_node_id())
+
+
+def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequence[int]) -> Iterator[Worked]:
+    """Have actors work shards; see `llmrec.cluster.jobs.Spread`.
+
+    Args:
+        ray: The module, connected to a cluster.
+        told: What an actor is made from.
+        asked: What it takes of a node.
+        numbers: Of the shards.
+    """
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    # A shard that was lost is no error: it is missing from what comes back, and asked for again.
+    context.max_errored_blocks = -1
+    here = places(alive(ray), asked)
+    rows = ray.data.from_items([{"shard": number} for number in numbers], override_num_blocks=len(numbers))
+    pool = ray.data.ActorPoolStrategy(size=min(here.actors, len(numbers)), max_tasks_in_flight_per_actor=1)
+    # A process that died is started again where it was; what it was at is not asked of it again, since its node may
+    # be gone for good and the shard would wait for it.
+    lasting = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": here.cpus, "num_gpus": here.gpus}
+    found = rows.map(Actor, fn_constructor_kwargs=dict(told), compute=pool, **lasting)
+    try:
+        for row in found.iter_rows():
+            yield Worked.parse(row["worked"])
+    except ray.exceptions.RayError as error:
+        log.warning("a pass over the shards broke off: %s", str(error).splitlines()[0])
+
+
+def alive(ray: Any) -> list[Mapping[str, float]]:
+    """Return the resources of each machine that is alive."""
+    return [node["Resources"] for node in ray.nodes() if node["Alive"]]
+
+
+def work_on(
+    address: str,
+    job: Job,
+    asked: RaySection,
+    most: int | None = None,
+    first: Callable[[], object] = lambda: None,
+) -> bool:
+    """Have a cluster work a job's shards, and say what that took.
+
+    Args:
+        address: ``local``, or HOST:PORT of a cluster.
+        job: What is worked.
+        asked: What an actor takes, and how many shards there are.
+        most: How many shards would not be empty; None: nobody knows.
+        first: Called once the job is nobody else's and the cluster is there, before shards of earlier are looked at.
+
+    Returns:
+        Whether they are put together already, where a ranking is not.
+
+    Raises:
+        LlmrecError: If the cluster cannot be used, or a shard cannot be worked.
+    """
+    with published(job) as token, cluster(address, asked) as ray:
+        here = places(alive(ray), asked, least=asked.actors or 1)
+        first()
+        default = EACH * here.actors
+        count = count_of(job.target, asked.shards, default if most is None else max(1, min(default, most)))
+        told = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
+        done = work_all(job, count, partial(spread, ray, told, asked))
+        nodes, processes, tokens = facts_of(done)
+        spent = sum(each.seconds for each in done)
+        cost = {"tokens": f"{tokens:,}"} if tokens else {}
+        rows = {
+            "shards": str(count),
+            "actors": f"{processes} on {nodes} nodes",
+            **cost,
+            "actor seconds": f"{spent:.1f}",
+        }
+        facts = {"shards": count, "actors": processes, "nodes": nodes, "tokens": tokens, "actor_seconds": spent}
+        show("ray", rows, told={"ray": facts})
+        if here.gpus and job.command != "rank":
+            # What was answered belongs to the device that answered: it is put together on one like it.
+            merge = ray.remote(num_cpus=here.cpus, num_gpus=here.gpus, max_retries=0)(_merge)
+            ray.get(merge.remote(told["folder"], token))
+    return here.gpus > 0
+
+
+def _merge(folder: str, token: str) -> None:
+    os.environ[QUIET] = "1"
+    job = read_job(Path(folder), token)
+    (merge_run if job.command == "eval" else merge_augment)(job.target, quiet=True)
+
+
+def rank_on(options: RankOptions, address: str) -> None:
+    """Rank a file of requests on a cluster, and print what came out.
+
+    Raises:
+        LlmrecError: See `work_on`; or as `llmrec.answer.rank.run.rank_file`.
+    """
+    if options.target == STDOUT:
+        raise RecipeError("--out -: shards are put together in a file; name one", kind="unsupported", column="--out")
+    options = resolved(options)
+    total, size = part_sizes(options, open_requests(options.source, bare=options.bare))
+    given = {name: getattr(options, name) for name in OF_CLUSTERS}
+    try:
+        asked = RaySection(**given)
+    except ValidationError as error:
+        name = str(error.errors()[0]["loc"][0])
+        raise RecipeError(
+            f"--{name} {given[name]}: {error.errors()[0]['msg'].lower()}", kind="bad-value", column=f"--{name}"
+        ) from None
+    # Here and once: a shard that is lost is tried again, and keeps the parts that it has by then.
+    job = Job("rank", options.target, replace(options, restart=False))
+    drop = partial(drop_shards, options.target) if options.restart else lambda: None
+    work_on(address, job, asked, -(-total // size), drop)
+    put_together(options.target)
+
+
+def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> None:
+    """Evaluate a recipe or write its texts on a cluster, and print what came out.
+
+    Raises:
+        LlmrecError: See `work_on`; or as the command in one process.
+    """
+    made = work_on(address, Job(command, target, recipe), recipe.ray)
+    if command != "eval" or not made:
+        # A store of texts that is made already stays as it is.
+        put_together(target)
+        return
+    results = read_json(target / "results.json", "run the command again")
+    finish(Run(target, results, (), target / "report" / PAGES["html"]))

@@ -1,1 +1,0 @@
-"""`llmrec augment`: texts that a language model writes of users and items, as features."""

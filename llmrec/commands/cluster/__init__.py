@@ -1,1 +1,0 @@
-"""A job of shards on a cluster: which shards there are, who works them, and how they are put together."""

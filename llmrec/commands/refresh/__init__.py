@@ -1,1 +1,0 @@
-"""`llmrec refresh`: new events and items into what a service answers from."""

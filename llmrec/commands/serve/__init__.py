@@ -1,1 +1,0 @@
-"""`llmrec serve`: options of a service, and its start."""

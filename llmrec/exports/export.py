@@ -1,0 +1,443 @@
+"""A run becomes a folder of its own: merged weights, tokenizer, how to ask it, and a model card.
+
+What is written is a list of what may be, not of what may not: safetensors, configurations, the tokenizer, text. The
+folder is built beside its place and moved there whole, so that a killed export leaves nothing under the final name.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder
+from llmrec.display import Displayed, Summary
+from llmrec.durable import read_json, sha256_of, write_text, writing_to
+from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
+from llmrec.exports import agreement, card, card_facts, safety
+from llmrec.exports import files as export_files
+from llmrec.exports.card import Agreement
+from llmrec.exports.files import (
+    SUMS,
+    TOKENIZER,
+    allowed,
+    copy_files,
+    drop_places,
+    listed,
+    ours,
+    placing,
+    put_adapter,
+    put_bundle,
+    put_index,
+    put_items,
+    refuse,
+    seal,
+    settle_generation,
+)
+from llmrec.exports.untuned import refuse_untuned
+from llmrec.models.load import dtype as torch_dtype
+from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
+from llmrec.models.rating_head import copy_head
+from llmrec.models.soft_prompt import METHODS, copy_soft, softened
+from llmrec.models.traits import is_paired
+from llmrec.pipeline import bundle
+from llmrec.pipeline.fusion.carried import carry
+from llmrec.pipeline.resume import key_of, locked
+from llmrec.pipeline.runs import Source, earlier, open_run
+from llmrec.pipeline.study import Study
+from llmrec.pipeline.training import training_key
+from llmrec.recipe.load import recipe_hash
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_SLACK = 64 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `export` is asked for.
+
+    Attributes:
+        out: The folder to write.
+        dtype: Of the weights; ``auto``: the one that the run was evaluated in.
+        adapter_only: Write the adapter instead of a whole model.
+        with_items: Put the catalogue into the folder, without which `llmrec rank` knows no ids.
+        with_interactions: Put the training interactions and the run's fusions into the folder, for ``llmrec rank
+            --fuse`` and ``--retrieve``.
+        users: Validation cases a family on which the export is checked; 0: none.
+        licence: Of the tuned weights and the card.
+        base_licence: Of the base model, where it does not say itself.
+        push: Hub name to upload to.
+        private: Whether that repository is private.
+        force: Replace an earlier export.
+        change: Is handed the folder before it is looked through, sealed and put in its place, and may alter it.
+    """
+
+    out: Path
+    dtype: str = "auto"
+    adapter_only: bool = False
+    with_items: bool = True
+    with_interactions: bool = False
+    users: int
+    licence: str | None = None
+    base_licence: str | None = None
+    push: str | None = None
+    private: bool = True
+    force: bool = False
+    change: Callable[[Path], None] | None = None
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Exported(Displayed):
+    """A finished export.
+
+    Attributes:
+        folder: Where it lies.
+        dtype: Of its weights.
+        files: Size of each file in bytes, by name.
+        agreement: What was measured before and after; None if nothing was.
+        notes: What a reader must know.
+        address: Where it was uploaded to.
+    """
+
+    folder: Path
+    dtype: str
+    files: Mapping[str, int]
+    agreement: Agreement | None
+    notes: tuple[str, ...]
+    address: str | None = None
+
+    def _summary(self) -> Summary:
+        (_, what), *rest = summary(self)
+        rows = [(title, name, text) for title, lines in rest for name, text in lines.items()]
+        return Summary("Model exported by llmrec.export", what, ("checked", "what", "value"), rows)
+
+
+def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda text: None) -> Exported:
+    """Write a run's tuned model, or its adapter, as a folder that stands alone.
+
+    Args:
+        run: A run folder that `llmrec train` or `llmrec run` finished.
+        options: What to write, and where.
+        say: Is told what is going on.
+
+    Raises:
+        LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
+    """
+    refuse_untuned(run)
+    # First of all: other libraries say hello as soon as they are imported.
+    quiet_libraries()
+    require("peft", "train")
+    _consistent(options)
+    if options.push:
+        safety.check(options.push)
+    if options.force or not ours(options.out):
+        refuse(options.out, force=options.force, ours=ours)
+    with locked(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
+        source = open_run(run)
+        with writing_to(options.out):
+            done = _write(source, options, say)
+    if not options.push:
+        return done
+    say(f"uploading to {options.push}")
+    address = safety.push(done.folder, options.push, list(done.files), private=options.private)
+    return replace(done, address=address)
+
+
+def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
+    """Return what a person wants to see of an export: titles, each with names and values."""
+    size = sum(done.files.values())
+    what = {"folder": str(done.folder), "dtype": done.dtype, "size": f"{size / 1e6:,.1f} MB in {len(done.files)} files"}
+    shown = [("export", what | ({"address": done.address} if done.address else {}))]
+    if done.agreement is not None:
+        shown.append((f"{done.agreement.before} → {done.agreement.after}", card.agreement_lines(done.agreement)))
+    if done.notes:
+        shown.append(("notes", {str(n): note for n, note in enumerate(done.notes, 1)}))
+    return shown
+
+
+def _consistent(options: Options) -> None:
+    if not options.out.name or not options.out.name.isprintable():
+        raise LlmrecError(
+            f"--out {str(options.out)!r} names no folder to be made; write one, such as --out films-model",
+            kind="bad-value",
+            column="--out",
+        )
+    if options.dtype not in ("auto", *_BYTES):
+        raise LlmrecError(
+            f"--dtype {options.dtype!r} is unknown{did_you_mean(options.dtype, _BYTES)}; known: {', '.join(_BYTES)}",
+            kind="unknown-name",
+            column="--dtype",
+        )
+    if options.adapter_only and options.dtype != "auto":
+        raise LlmrecError(
+            "--dtype is for merged weights, and --adapter-only writes none; leave one of them out",
+            kind="contradiction",
+            column="--dtype",
+        )
+
+
+# --------------------------------------------------------------------------- the folder
+
+
+def _write(source: Source, options: Options, say: Callable[[str], None]) -> Exported:
+    recipe = source.recipe
+    origin, study = _origin(source), _study(source, options)
+    base = _base(source, origin)
+    if is_paired(load_config(base, recipe.model)):
+        raise LlmrecError(
+            f"{source.folder} holds an encoder-decoder, and an export's card and measurement ask causal language "
+            f"models; use the folder {source.folder / 'merged'}, which transformers and `llmrec rank` load",
+            kind="unsupported",
+            at=source.folder,
+        )
+    dtype = options.dtype
+    if dtype == "auto":
+        dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
+    notes = _notes(source, base, study, options)
+    made_from = _made_from(source, base, study, dtype, options)
+    if not options.force and export_files.made_from(options.out) == made_from:
+        say(f"{options.out} is complete already; --force writes it again")
+        files = {name: (options.out / name).stat().st_size for name in (*(listed(options.out) or ()), SUMS)}
+        return Exported(folder=options.out, dtype=dtype, files=files, agreement=None, notes=notes)
+    refuse(options.out, force=options.force, ours=ours)
+    _check_room(source, base, dtype, options)
+    with placing(options.out, force=options.force, ours=ours) as draft:
+        if options.adapter_only:
+            if base != origin:
+                why = "holds rows of item tokens, for which the published base model has no place"
+                if recipe.train.start is not None:
+                    why = (
+                        "continues from the tuned model of another run (train.start), not from the published base model"
+                    )
+                raise LlmrecError(
+                    f"--adapter-only: this adapter {why}; leave the option out to write the whole model",
+                    kind="unsupported",
+                    column="--adapter-only",
+                )
+            put_adapter(source, base, draft)
+        else:
+            _put_weights(source, base, study, dtype, draft, say)
+        put_bundle(source, study, draft, made_from)
+        put_index(source, draft, titles=options.with_items)
+        tokenizer = load_tokenizer(base if options.adapter_only else str(draft), recipe.model)
+        encoder = Encoder(tokenizer, max_length=recipe.model.max_length)
+        found = None
+        if not options.adapter_only:
+            settle_generation(draft, encoder)
+            if options.users and study is not None:
+                adapter = source.folder / "adapter"
+                found = agreement.measure(study, encoder, base, adapter, draft, dtype, users=options.users, say=say)
+        if options.with_items and study is not None:
+            put_items(study, draft)
+        if options.with_interactions:
+            if study is None:
+                raise DataError(
+                    f"--with-interactions: the data of {source.folder} is gone; bring it back, or drop the option",
+                    kind="missing-file",
+                    at=source.folder,
+                    column="--with-interactions",
+                )
+            carry(study.data, draft / "items.parquet", source.folder, draft)
+        facts = card_facts.Facts(
+            run=source.folder,
+            recipe=recipe,
+            record=source.record,
+            base=origin,
+            study=study,
+            told=read_json(draft / bundle.FILE, "export the run again"),
+            encoder=encoder,
+            dtype=dtype,
+            agreement=found,
+            notes=notes,
+        )
+        written = card_facts.build(facts, _wishes(options))
+        write_text(draft / "README.md", card.render(written))
+        card_facts.put_licence(written, origin, draft)
+        if options.change is not None:
+            options.change(draft)
+        safety.inspect(draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code)
+        files = seal(draft)
+    return Exported(folder=options.out, dtype=dtype, files=files, agreement=found, notes=notes)
+
+
+def _wishes(options: Options) -> card_facts.Wishes:
+    name = options.out.name
+    return card_facts.Wishes(
+        name=options.push.rpartition("/")[2] if options.push else name,
+        address=options.push or name,
+        adapter_only=options.adapter_only,
+        with_items=options.with_items,
+        licence=options.licence,
+        base_licence=options.base_licence,
+    )
+
+
+def _base(source: Source, origin: str) -> str:
+    """Return the folder of what the adapter was trained on: the base model, its copy with item tokens, a tuned one."""
+    if source.recipe.train.start is not None:
+        run = Path(source.recipe.train.start).expanduser()
+        earlier(run)
+        return str(run / "merged")
+    if not (source.folder / "base.json").is_file():
+        return origin
+    if source.recipe.index is None or not (source.folder / "base" / "config.json").is_file():
+        raise LlmrecError(
+            f"{source.folder / 'base'} is gone, which the adapter was trained on; run `llmrec train` again",
+            kind="missing-file",
+            at=source.folder / "base",
+        )
+    return str(source.folder / "base")
+
+
+def _origin(source: Source) -> str:
+    """Return the folder of the base model as it was published."""
+    try:
+        return resolve(source.recipe.model, seed=source.recipe.seed)
+    except ModelError as error:
+        raise ModelError(
+            f"the base model of {source.folder} is needed for the export: {error}",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from error
+
+
+def _study(source: Source, options: Options) -> Study | None:
+    """Build the study on validation cases; None if the data is gone and nothing that was asked for needs it."""
+    try:
+        return agreement.on_validation(source.recipe, options.users)
+    except DataError as error:
+        checked = options.users and not options.adapter_only
+        needed = [*(["--no-items"] if options.with_items else []), *(["--check-users 0"] if checked else [])]
+        if not needed:
+            return None
+        raise DataError(
+            f"{error} (an export reads the data of the run; without it, give {' and '.join(needed)}; the card then "
+            "says so)",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from error
+
+
+def _notes(source: Source, base: str, study: Study | None, options: Options) -> tuple[str, ...]:
+    """Say what could not be confirmed, and whom the folder names."""
+    index = source.recipe.index
+    named = index is not None and index.ids == "tokens"
+    users = ("The folder index/ holds the ids of the training users, each with its token.",) if named else ()
+    events = (
+        (
+            "interactions.parquet holds the training interactions, of users under numbers; whoever knows some of a "
+            "user's items may find out the others.",
+        )
+        if options.with_interactions
+        else ()
+    )
+    return (*_unconfirmed(source, base, study), *users, *events)
+
+
+def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, ...]:
+    if study is None:
+        return ("The data could not be read at export, so the record of the training could not be checked against it.",)
+    if training_key(study, base) != source.record["key"]:
+        return (
+            "Recipe, data, base model, templates or llmrec version are not all the same at export as they were in "
+            "training.",
+        )
+    return ()
+
+
+def _made_from(source: Source, base: str, study: Study | None, dtype: str, options: Options) -> str:
+    """Return a hash over all that the folder's content depends on."""
+    results = source.folder / "results.json"
+    return key_of(
+        llmrec=__version__,
+        adapter=source.record["adapter_sha256"],
+        recipe=recipe_hash(source.recipe),
+        results=sha256_of(results) if results.is_file() else None,
+        base=weights_stamp(base),
+        data=[each.dataset.fingerprint for each in (study.data, study.reviews) if each] if study else None,
+        dtype=dtype,
+        users=options.users,
+        interactions=options.with_interactions,
+        **({"changed": True} if options.change is not None else {}),
+        wishes=asdict(_wishes(options)),
+    )
+
+
+def _check_room(source: Source, base: str, dtype: str, options: Options) -> None:
+    folder = source.folder / "adapter" if options.adapter_only else Path(base)
+    if options.adapter_only:
+        needed = sum(file.stat().st_size for file in folder.iterdir())
+    else:
+        needed = safety.elements(folder) * _BYTES[dtype]
+    place = options.out.absolute().parent
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if free < needed + _SLACK:
+        raise LlmrecError(
+            f"{place} has {free / 1e9:.2f} GB free, and the export needs about {(needed + _SLACK) / 1e9:.2f} GB; "
+            "make room, choose another --out, or a smaller --dtype",
+            kind="exhausted",
+            at=place,
+        )
+
+
+def _put_weights(
+    source: Source, base: str, study: Study | None, dtype: str, draft: Path, say: Callable[[str], None]
+) -> None:
+    """Write weights, configuration and tokenizer: those of the run where the dtype is theirs, else merged anew."""
+    merged = source.folder / "merged"
+    if source.merged == dtype:
+        say(f"copying the merged weights, {dtype}")
+        copy_files(merged, draft, allowed(source.recipe))
+    else:
+        from llmrec.train import lora
+
+        say(f"merging the adapter into the base in float32, saving {dtype}")
+        section = source.recipe.model.model_copy(update={"dtype": dtype})
+        if source.record["method"] == "full":
+            lora.save_full(source.folder / "adapter", section, draft)
+        else:
+            lora.merge(base, section, source.folder / "adapter", draft)
+        copy_head(source.folder / "adapter", draft)
+        copy_soft(source.folder / "adapter", draft)
+        release_memory()
+        _same_base(source, study, base, dtype, draft)
+        if source.merged is not None:
+            copy_files(merged, draft, TOKENIZER)
+        else:
+            tokenizer = load_tokenizer(base, source.recipe.model)
+            if source.recipe.train.method in METHODS:
+                tokenizer = softened(tokenizer, source.recipe.train.soft.prompts)
+            tokenizer.save_pretrained(draft)
+        safety.keep_only(draft, allowed(source.recipe))
+    for name in ("config.json", "tokenizer_config.json"):
+        drop_places(draft / name)
+
+
+def _same_base(source: Source, study: Study | None, base: str, dtype: str, draft: Path) -> None:
+    """Refuse a merge with another base model than the one that was trained on.
+
+    Raises:
+        LlmrecError: If neither the run's merged weights nor its training record speak for the base.
+    """
+    if source.record["method"] == "full":
+        return
+    if source.merged is not None:
+        if safety.same_weights(source.folder / "merged", draft):
+            return
+    elif study is not None and training_key(study, base) == source.record["key"]:
+        return
+    raise LlmrecError(
+        f"the adapter in {source.folder} was not trained on the model that is now in {base}, or nothing is left to "
+        "tell by; put the base model back (model.name, model.revision), or train again with `llmrec train`",
+        kind="mismatch",
+        at=source.folder,
+        column="model.name",
+    )

@@ -1,0 +1,287 @@
+"""The files of an exported folder, built beside its place and moved there whole, with checksums over all of it."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.encode import Encoder
+from llmrec.data.assemble import write_items
+from llmrec.durable import checked, read_json, sha256_of, write_checked, write_json, write_text
+from llmrec.errors import LlmrecError
+from llmrec.exports import card_facts
+from llmrec.machine import alive
+from llmrec.models import bottleneck, soft_prompt
+from llmrec.models.rating_head import CONFIG, WEIGHTS, copy_head
+from llmrec.pipeline import bundle
+from llmrec.pipeline.indexing import FOLDER
+from llmrec.pipeline.runs import Source
+from llmrec.pipeline.study import Study
+from llmrec.recipe.schema import Recipe
+
+SUMS = bundle.SUMS
+
+TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "additional_chat_templates/*.jinja"),
+)
+# What to do about a damaged file of a run.
+_ANEW = "train again with `llmrec train`"
+_WEIGHTS = ("model*.safetensors", "model.safetensors.index.json")
+_SOFT = (soft_prompt.CONFIG, bottleneck.WEIGHTS)
+_MODEL = (*_WEIGHTS, WEIGHTS, CONFIG, *_SOFT, "config.json", "generation_config.json", *TOKENIZER)
+# Where libraries note which folder of which machine something was loaded from.
+_PLACES = ("_name_or_path", "name_or_path", "_model_name_or_path", "is_local", "local_files_only")
+
+
+def allowed(recipe: Recipe) -> tuple[str, ...]:
+    """Return patterns of the files that a model may consist of."""
+    return (*_MODEL, "*.py") if recipe.model.trust_remote_code else _MODEL
+
+
+def copy_files(source: Path, target: Path, patterns: tuple[str, ...]) -> None:
+    """Copy every file that a pattern names, with its place below the folder."""
+    for pattern in patterns:
+        for file in sorted(source.glob(pattern)):
+            place = target / file.relative_to(source)
+            place.parent.mkdir(exist_ok=True)
+            shutil.copyfile(file, place)
+
+
+def drop_places(path: Path) -> None:
+    """Take out of a configuration where on this machine things were loaded from."""
+    if path.is_file():
+        values = read_json(path, _ANEW)
+        write_json(path, {key: value for key, value in values.items() if key not in _PLACES})
+
+
+def settle_generation(draft: Path, encoder: Encoder) -> None:
+    """Ask for what evaluation did: greedy decoding up to the end of turn, whatever the base model sampled with."""
+    path = draft / "generation_config.json"
+    found = read_json(path, _ANEW) if path.is_file() else {}
+    ends = found.get("eos_token_id") or []
+    tokenizer = encoder.tokenizer
+    settled = {
+        "bos_token_id": found.get("bos_token_id", tokenizer.bos_token_id),
+        "eos_token_id": sorted({*(ends if isinstance(ends, list) else [ends]), *encoder.stop_ids}),
+        "pad_token_id": found.get("pad_token_id", tokenizer.pad_token_id),
+        "do_sample": False,
+    }
+    write_json(path, {key: value for key, value in settled.items() if value is not None})
+
+
+def put_adapter(source: Source, base: str, draft: Path) -> None:
+    """Copy the adapter, with the base model named as the recipe names it."""
+    if source.record["method"] in soft_prompt.METHODS:
+        raise LlmrecError(
+            f"{source.folder} has soft prompts, for which the base has no rows; leave out --adapter-only",
+            kind="unsupported",
+            at=source.folder,
+            column="--adapter-only",
+        )
+    if source.record["method"] == "full":
+        raise LlmrecError(
+            f"{source.folder} tuned every weight, so it has no adapter; leave out --adapter-only",
+            kind="unsupported",
+            at=source.folder,
+            column="--adapter-only",
+        )
+    adapter = source.folder / "adapter"
+    shutil.copyfile(adapter / "adapter_model.safetensors", draft / "adapter_model.safetensors")
+    config = read_json(adapter / "adapter_config.json", _ANEW)
+    origin = card_facts.origin(source.recipe.model, base)
+    config |= {"base_model_name_or_path": origin.hub or origin.name, "revision": origin.revision}
+    write_json(draft / "adapter_config.json", config)
+    copy_head(adapter, draft)
+
+
+def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str) -> None:
+    """Write how the model is to be asked, as training wrote it or anew where that is gone, and what made the folder.
+
+    Args:
+        source: The run.
+        study: Its study, if its data can be read.
+        draft: The folder.
+        made_from: Hash over all that the export depends on; by it the same command knows its own finished work.
+    """
+    stored = source.folder / "merged" / bundle.FILE
+    if stored.is_file():
+        bundle.read(str(source.folder))  # what is damaged is refused here and not by whoever gets the export
+        told: Mapping[str, Any] = read_json(stored, _ANEW)
+    elif study is not None:
+        told = bundle.describe(study)
+    else:
+        raise LlmrecError(
+            f"{stored} is gone and the data cannot be read; train again with `llmrec train`",
+            kind="missing-file",
+            at=stored,
+        )
+    write_checked(draft / bundle.FILE, {**told, "made_from": made_from})
+
+
+def put_index(source: Source, draft: Path, *, titles: bool) -> None:
+    """Copy the codes of items, if the model was tuned on codes; codes that are titles are the catalogue itself.
+
+    Raises:
+        LlmrecError: If the merged model has lost them.
+    """
+    index, told = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _ANEW)
+    if told.get("index") is None or (told["index"] == "title" and not titles):
+        return
+    if not index.is_dir():
+        raise LlmrecError(
+            f"{index} is gone, which says what the model's codes mean; train again with `llmrec train`",
+            kind="missing-file",
+            at=index,
+        )
+    shutil.copytree(index, draft / FOLDER)
+
+
+def made_from(folder: Path) -> str | None:
+    """Return the hash that `put_bundle` left in a folder; None unless that is an export, still as it was written."""
+    try:
+        found = checked((folder / bundle.FILE).read_bytes()).get("made_from")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return str(found) if found and verify(folder) else None
+
+
+def put_items(study: Study, draft: Path) -> None:
+    """Write the catalogue: item_id, title, and one column a field."""
+    write_items(study.data.dataset.items, draft / "items.parquet")
+
+
+def seal(draft: Path) -> dict[str, int]:
+    """Write ``SHA256SUMS`` and return the size of every file."""
+    files = sorted(file for file in draft.rglob("*") if file.is_file())
+    lines = [f"{sha256_of(file)}  {file.relative_to(draft).as_posix()}\n" for file in files]
+    write_text(draft / SUMS, "".join(lines))
+    return {file.relative_to(draft).as_posix(): file.stat().st_size for file in (*files, draft / SUMS)}
+
+
+def verify(folder: Path) -> bool:
+    """Whether a folder is an export, and holds what its ``SHA256SUMS`` says and nothing else."""
+    digests = listed(folder)
+    return digests is not None and all(sha256_of(folder / name) == digest for name, digest in digests.items())
+
+
+def ours(folder: Path) -> bool:
+    """Whether a folder holds the files of an export and no others; their content may have been edited."""
+    return listed(folder) is not None
+
+
+def listed(folder: Path) -> dict[str, str] | None:
+    """Return the digests in ``SHA256SUMS`` by file; None if the folder holds other files than those."""
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        digests = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError):
+        return None
+    held = {file.relative_to(folder).as_posix() for file in folder.rglob("*") if not file.is_dir()}
+    return digests if held == {*digests, SUMS} else None
+
+
+@contextmanager
+def placing(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> Iterator[Path]:
+    """Hand out ``TARGET.llmrec-tmp-PID``, and move it to its place when the block ends well.
+
+    Args:
+        target: The folder to be.
+        force: Replace a folder that is there.
+        ours: Whether an existing folder may be replaced; nobody's own files are removed.
+
+    Raises:
+        LlmrecError: If the place is taken, or the disk refuses.
+    """
+    refuse(target, force=force, ours=ours)
+    try:
+        _sweep(target)
+        draft = _beside(target, "tmp")
+        draft.mkdir(parents=True)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    try:
+        yield draft
+        refuse(target, force=force, ours=ours)
+        _swap(draft, target)
+    except OSError as error:
+        raise _unwritable(target, error) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def refuse(target: Path, *, force: bool, ours: Callable[[Path], bool]) -> None:
+    """Refuse a place that is taken.
+
+    Raises:
+        LlmrecError: If something is there that must not, or may not without ``force``, be replaced.
+    """
+    if not os.path.lexists(target):
+        return
+    if not force:
+        raise LlmrecError(
+            f"{target} exists already; choose another --out, or replace it with --force", kind="exists", at=target
+        )
+    if target.is_symlink() or not target.is_dir() or not ours(target):
+        raise LlmrecError(
+            f"{target} was not written by `llmrec export`, or was changed since, so --force does not replace it; "
+            "remove it yourself, or choose another --out",
+            kind="exists",
+            at=target,
+        )
+
+
+def _swap(draft: Path, target: Path) -> None:
+    old = _beside(target, "old")
+    if target.exists():
+        target.rename(old)
+    try:
+        draft.rename(target)
+    except OSError:
+        if old.exists():
+            old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sweep(target: Path) -> None:
+    """Clear away what dead processes left; a folder that was moved aside and never replaced goes back."""
+    if not target.parent.is_dir():
+        return
+    for kind in ("old", "tmp"):
+        for left in sorted(target.parent.glob(f"{_plain(target.name)}.llmrec-{kind}-*")):
+            owner = left.name.rpartition("-")[2]
+            if not owner.isdigit() or _alive(int(owner)):
+                continue
+            if kind == "old" and not target.exists():
+                left.rename(target)
+            else:
+                shutil.rmtree(left)
+
+
+def _alive(process: int) -> bool:
+    # In a container the same number comes back at every start: what this process did not make is a leftover.
+    if process == os.getpid():
+        return False
+    return alive(process)
+
+
+def _beside(target: Path, kind: str) -> Path:
+    return target.with_name(f"{target.name}.llmrec-{kind}-{os.getpid()}")
+
+
+def _plain(name: str) -> str:
+    return "".join(f"[{character}]" if character in "*?[" else character for character in name)
+
+
+def _unwritable(target: Path, error: OSError) -> LlmrecError:
+    reason = error.strerror or str(error)
+    return LlmrecError(
+        f"the export to {target} cannot be written: {reason}; fix this, or choose another --out",
+        kind="unreadable",
+        at=target,
+    )

@@ -1,0 +1,430 @@
+"""The stage between data and training that writes texts of users and items: prompts -> texts -> vectors -> a store."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from llmrec import __version__
+from llmrec.augment.stores import of_texts
+from llmrec.augment.texts import Asked, about_items, about_users, kept, taste, template_of
+from llmrec.backends.answers import AnswerStore
+from llmrec.backends.cache import CachedBackend
+from llmrec.backends.encode import Encoder
+from llmrec.baselines.item_texts import texts_of
+from llmrec.data.derived import TITLES
+from llmrec.data.features import (
+    ANSWERS,
+    KINDS,
+    OF_PERSONS,
+    PLURALS,
+    FeatureKind,
+    Features,
+    FeatureStore,
+    Provenance,
+    write_version,
+    writing,
+)
+from llmrec.data.split import SplitDataset, scale_of, threshold
+from llmrec.durable import write_text
+from llmrec.errors import DataError, RecipeError
+from llmrec.models.embedder import text_embedder
+from llmrec.models.load import load_tokenizer, resolve, weights_stamp
+from llmrec.pipeline.engines import Engines
+from llmrec.pipeline.resume import Budget, key_of, locked
+from llmrec.pipeline.shards.folders import SHARD, Finished, done_before, finish, gathered, shard_folder
+from llmrec.pipeline.study import load_tables
+from llmrec.progress import Bar
+from llmrec.recipe.load import STORED, dump, load_stored
+from llmrec.recipe.schema import AugmentSection, Recipe
+from llmrec.records import Shard
+from llmrec.strategies.asking import cost_of
+from llmrec.types import Cost, Event, Prompt
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+FEATURES, CONTROL = "features", "control"
+"""In a run folder: the store that the recipe's section ``augment`` asks for, and that of `without_model`."""
+
+# Tokens a second of a small model on two cores, for the estimate before anything is asked.
+_READS, _WRITES = 1000.0, 150.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What would be asked.
+
+    Attributes:
+        data: The split.
+        asked: Questions by kind.
+        encoder: Tokenizer of the model.
+        base: Its folder.
+    """
+
+    data: SplitDataset
+    asked: dict[FeatureKind, list[Asked]]
+    encoder: Encoder
+    base: str
+
+    def prompt_tokens(self) -> dict[FeatureKind, int]:
+        """Return how many tokens the questions of each kind have."""
+        return {
+            kind: sum(len(self.encoder.prompt(each.prompt)) for each in asked) for kind, asked in self.asked.items()
+        }
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """What was written.
+
+    Attributes:
+        folder: The store.
+        texts: How many of each kind.
+        cost: Tokens of all questions and answers, those that were known before among them.
+        seconds: Spent now.
+    """
+
+    folder: Path
+    texts: dict[FeatureKind, int]
+    cost: Cost
+    seconds: float
+
+
+def plan(recipe: Recipe) -> Plan:
+    """Return what a recipe's `augment` section would ask.
+
+    Raises:
+        RecipeError: If the recipe has no such section, or names a template that is not there.
+        DataError: If the data cannot be read or split.
+    """
+    data, asked = questions(recipe)
+    base = resolve(recipe.model, seed=recipe.seed)
+    encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
+    return Plan(data, asked, encoder, base)
+
+
+def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
+    """Return the split and what would be asked of it, without a model; errors as `plan` raises them."""
+    section = _section(recipe)
+    # What is to be written is not there yet, and no text is written from another.
+    tables = {"data": recipe.data, "reviews": recipe.reviews}
+    plain = {key: table and table.model_copy(update={"texts": None}) for key, table in tables.items()}
+    data, _ = load_tables(recipe.model_copy(update=plain))
+    return data, {kind: _asked(recipe, data, kind, {}) for kind in KINDS if _template(section, kind) is not None}
+
+
+def refuse_other_store(recipe: Recipe, store: Path) -> None:
+    """Refuse a recipe that has texts written and shows those of another store in its prompts.
+
+    Raises:
+        RecipeError: If ``data.texts.path`` is not the store that its section ``augment`` writes.
+    """
+    texts = recipe.data.texts
+    if recipe.augment is None or texts is None or Path(texts.path).expanduser().resolve() == store.resolve():
+        return
+    raise RecipeError(
+        f"data.texts.path: prompts would show {texts.path}, and what augment writes of this run goes to {store}; set "
+        f"data.texts.path={store}, or augment=null",
+        kind="contradiction",
+        column="data.texts.path",
+    )
+
+
+def without_model(recipe: Recipe, out: Path) -> Augmented:
+    """Publish what the same events and items say without a language model: the control of what its texts add.
+
+    An item has its title and fields; a user the mean vector of the liked items among those whose events the question
+    shows, less that of the others, for it shows the ratings too. Without ratings it is the mean of all. A user has seen
+    the same interactions as the text would.
+
+    Raises:
+        RecipeError: See `plan`.
+        DataError: See `plan`; or if no item has a text.
+        LlmrecError: If the folder holds other things, or another process writes to it.
+    """
+    section, begin = _section(recipe), time.perf_counter()
+    data, asked = questions(recipe)
+    if not {"user", "item"} & asked.keys():
+        raise RecipeError(
+            "the control has users and items, and augment asks for synthetic items alone; set augment.users or "
+            "augment.items",
+            kind="unsupported",
+            column="augment",
+        )
+    items = [data.dataset.items[each] for each in sorted(data.dataset.items)]
+    told = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
+    made = Provenance(system="augment without a model", split=data.readable, version=__version__)
+    every = of_texts("item", told, encoder=section.encoder, provenance=made)
+    place_of = {item: place for place, item in enumerate(every.ids)}
+    tables = []
+    if "item" in asked:
+        # Those that the questions are about, which augment.limit bounds.
+        places = [place_of[each.id] for each in asked["item"] if each.id in place_of]
+        names = [every.ids[place] for place in places]
+        written = [every.texts[place] for place in places]
+        tables.append(Features("item", names, every.vectors[places], every.provenance, texts=written))
+    if "user" in asked:
+        known = [(each, [event for event in each.events if event.item_id in place_of]) for each in asked["user"]]
+        liked = recipe.tasks.ctr.liked if recipe.tasks.ctr is not None else None
+        rows = [_taste(data, events, every, place_of, liked) for _, events in known if events]
+        seen = {each.id: each.seen for each, events in known if events}
+        tables.insert(0, Features("user", list(seen), np.array(rows, np.float32), every.provenance, seen=seen))
+    with writing(out) as folder:
+        write_version(folder, tables, dtype=section.dtype)
+    return Augmented(out, {table.kind: len(table.ids) for table in tables}, Cost(), time.perf_counter() - begin)
+
+
+def _taste(
+    data: SplitDataset, events: Sequence[Event], every: Features, place_of: Mapping[str, int], liked: float | None
+) -> NDArray[np.floating[Any]]:
+    """Return the mean vector of what was liked less that of the rest; without ratings the mean of all; shape (d,)."""
+    rated = [event for event in events if event.rating is not None]
+    vectors = every.vectors[[place_of[event.item_id] for event in rated or events]]
+    if not rated:
+        return np.asarray(vectors.mean(axis=0))
+    return taste(vectors, np.array([float(event.rating or 0) for event in rated]) >= threshold(scale_of(data), liked))
+
+
+def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
+    """Return what it would cost, for a small model on two cores, in words."""
+    rows, seconds = {}, 0.0
+    for kind, tokens in planned.prompt_tokens().items():
+        count = len(planned.asked[kind])
+        seconds += tokens / _READS + count * section.max_tokens / _WRITES
+        rows[PLURALS[kind]] = f"{count:,} texts, {tokens:,} tokens read, {count * section.max_tokens:,} written at most"
+    return rows | {"time": f"about {max(1, round(seconds / 60))} minutes for a small model on two cores"}
+
+
+def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[Finished] = ()) -> Augmented:
+    """Write the texts, make vectors of them and publish both; a killed call resumes where it was.
+
+    A store that was made so already stays as it is, with what was corrected or erased in it since.
+
+    Args:
+        recipe: With the section ``augment``.
+        out: The store.
+        quiet: Show no progress.
+        shards: What `augment_shard` left, whose answers are taken over.
+
+    Raises:
+        RecipeError: See `plan`.
+        DataError: See `plan`; or if no text came out.
+        BackendError: If the engine fails.
+        LlmrecError: If the folder holds other things, another process writes to it, or shards are of other inputs.
+    """
+    section, begin = _section(recipe), time.perf_counter()
+    planned = plan(recipe)
+    choices = _engines(recipe, planned).choices("text", planned.base)
+    made = {engine: {kind: _provenance(recipe, planned, kind, engine) for kind in planned.asked} for engine in choices}
+    with writing(out) as place:
+        if (kept := _made_so(place, made, section)) is not None:
+            return Augmented(place, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
+        cost, tables = Cost(), []
+        for each in shards:
+            each.refuse_other(_answers_key(recipe, planned))
+        with _asking(recipe, planned, place, Budget()) as (backend, store, engines):
+            for each in shards:
+                store.join(each.folder / ANSWERS)
+            interests: dict[str, str] = {}
+            for kind, planned_of_it in planned.asked.items():
+                # A synthetic item is asked for with what was just written on its user.
+                asked = _asked(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_of_it
+                written, spent = _write(backend, asked, kind, section, recipe.eval.batch, quiet=quiet)
+                interests = written if kind == "user" else interests
+                cost += spent
+                seen = {each.id: each.seen for each in asked if each.seen}
+                provenance = made[engines.engine_for("text", planned.base)][kind]
+                tables.append(of_texts(kind, written, encoder=section.encoder, provenance=provenance, seen=seen))
+            write_version(place, tables, dtype=section.dtype)
+    counts = {table.kind: len(table.ids) for table in tables}
+    return Augmented(out, counts, cost, time.perf_counter() - begin)
+
+
+def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
+    """Write the texts of one shard of the users and items into a folder beside the store, as answers.
+
+    Args:
+        recipe: With the section ``augment``.
+        out: The store that `merge_augment` makes.
+        shard: Which piece: whole batches of the texts of each kind.
+        quiet: Show no progress.
+
+    Returns:
+        The shard's folder.
+
+    Raises:
+        LlmrecError: As `augment`.
+    """
+    section, folder, budget = _section(recipe), shard_folder(out, shard), Budget(quiet=quiet)
+    with locked(folder, (STORED, ANSWERS, SHARD)):
+        with budget.stage("data"):
+            planned = plan(recipe)
+        key = _answers_key(recipe, planned)
+        if done_before(folder, key):
+            log.warning("shard %s is complete already", shard)
+            return folder
+        cost, count = Cost(), 0
+        with _asking(recipe, planned, folder, budget) as (backend, *_):
+            for kind, asked in planned.asked.items():
+                # These follow from the texts of their users, which no shard has whole: merging asks for them.
+                part = [] if kind == "synthetic" else shard.share(asked, recipe.eval.batch)
+                with budget.stage(PLURALS[kind]):
+                    cost += _write(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
+                count += len(part)
+        write_text(folder / STORED, dump(recipe))
+        told = {"texts": count, "cost": asdict(cost), "seconds": budget.stages}
+        finish(folder, "augment", shard, key, [STORED, ANSWERS], told)
+    return folder
+
+
+def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
+    """Make the store of all shards as one process makes it.
+
+    Args:
+        out: The store, as the shards were told.
+        folders: The shards' folders; by default those beside the store.
+        quiet: Show no progress.
+
+    Raises:
+        LlmrecError: If shards are missing, damaged, doubled or of other inputs; or as `augment`.
+    """
+    found = gathered(out, folders)
+    return augment(load_stored(found[0].folder), out, quiet=quiet, shards=found)
+
+
+@contextmanager
+def _asking(
+    recipe: Recipe, planned: Plan, folder: Path, budget: Budget
+) -> Iterator[tuple[CachedBackend, AnswerStore, Engines]]:
+    """Hand out what answers, the store that remembers it, and the engines, which know the one that answers now."""
+    store = AnswerStore(folder / ANSWERS)
+    engines = _engines(recipe, planned, budget, store)
+    try:
+        engine = engines.engine_for("text", planned.base)
+        backend = engines.get(engine, planned.base, _weights(engine, planned))
+        yield backend, store, engines
+    finally:
+        engines.close()
+        store.close()
+
+
+def _answers_key(recipe: Recipe, planned: Plan) -> str:
+    """Return a hash over all that decides what is answered, and which questions are put together."""
+    engines = _engines(recipe, planned)
+    engine = engines.engine_for("text", planned.base)
+    made = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
+    asked = engines.identity(engine, _weights(engine, planned))
+    return key_of(made=made, asked=asked, section=_section(recipe).model_dump(mode="json"), batch=recipe.eval.batch)
+
+
+def _engines(recipe: Recipe, planned: Plan, budget: Budget | None = None, store: AnswerStore | None = None) -> Engines:
+    return Engines(recipe.model, recipe.eval, planned.encoder, recipe.seed, budget or Budget(), store)
+
+
+def _weights(engine: str, planned: Plan) -> str:
+    return "" if engine == "openai" else weights_stamp(planned.base)
+
+
+def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -> Provenance:
+    """Return where texts come from, but for the encoder: equal ones are equal texts."""
+    section, data = _section(recipe), planned.data
+    template = template_of(kind, str(_template(section, kind)), recipe.prompts)
+    # Texts on items show no interaction, and belong to no split; but for titles that are made of training reviews.
+    of_split = kind in OF_PERSONS or TITLES in data.dataset.derives
+    shown = section.model_dump(mode="json", exclude={"dtype", "encoder"})
+    return Provenance(
+        system="augment",
+        split=data.readable if of_split else "",
+        template=_digest([template.sha, json.dumps(shown, sort_keys=True)]),
+        generator={
+            "model": recipe.model.name,
+            "weights": _weights(engine, planned),
+            "engine": engine,
+            "decoding": "greedy",
+            "max_tokens": section.max_tokens,
+            "seed": recipe.seed,
+            # Whole questions: titles and fields may change where ids do not.
+            "asked": _digest([part for each in planned.asked[kind] for part in (each.id, repr(each.prompt))]),
+            **({"synthetic": True} if kind == "synthetic" else {}),
+        },
+        version=__version__,
+    )
+
+
+def _made_so(
+    place: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
+) -> FeatureStore | None:
+    """Return the store if it was made as is asked now, by any of the engines; None if it was not, or there is none."""
+    try:
+        store = FeatureStore.open(place)
+    except DataError:
+        return None
+    stamp = text_embedder(section.encoder).stamp
+    same = store.kinds == tuple(next(iter(made.values()))) and store.dtype == section.dtype
+    for kind in store.kinds if same else ():
+        found = store.provenance(kind)
+        wanted = [each[kind] for each in made.values()]
+        same = same and found is not None and replace(found, encoder={}) in wanted and found.encoder["stamp"] == stamp
+    return store if same else None
+
+
+def _template(section: AugmentSection, kind: FeatureKind) -> str | None:
+    return {"user": section.users, "item": section.items, "synthetic": section.synthetic}[kind]
+
+
+def _asked(recipe: Recipe, data: SplitDataset, kind: FeatureKind, interests: Mapping[str, str]) -> list[Asked]:
+    section = _section(recipe)
+    if kind == "item":
+        return about_items(data, section, recipe.seed, recipe.prompts)
+    return about_users(data, section, recipe.seed, recipe.prompts, kind=kind, interests=interests)
+
+
+def _section(recipe: Recipe) -> AugmentSection:
+    if recipe.augment is None:
+        raise RecipeError(
+            "the recipe has no section augment; add one, such as augment: {factors: [genre, mood]}",
+            kind="missing-key",
+            column="augment",
+        )
+    return recipe.augment
+
+
+def _write(
+    backend: CachedBackend,
+    asked: Sequence[Asked],
+    kind: FeatureKind,
+    section: AugmentSection,
+    batch: int,
+    *,
+    quiet: bool,
+) -> tuple[dict[str, str], Cost]:
+    with Bar(PLURALS[kind], len(asked), quiet=quiet) as bar:
+        while True:
+            replaced, written, cost = backend.replaced, dict[str, str](), Cost()
+            for start in range(0, len(asked), batch):
+                part = asked[start : start + batch]
+                prompts: list[Prompt] = [each.prompt for each in part]
+                for each, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
+                    written[each.id] = kept(kind, done.text, section)
+                    cost += cost_of(done)
+                bar.advance(len(part))
+            if backend.replaced == replaced:
+                return written, cost
+            # No store mixes the texts of two engines.
+            bar.reach(0)
+
+
+def _digest(parts: Sequence[str]) -> str:
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

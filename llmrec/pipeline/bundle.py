@@ -1,0 +1,240 @@
+"""What a tuned folder carries beside its weights, so that it can be asked without the run that made it.
+
+``llmrec.json`` holds the tasks with their settings, the exact templates, what items are called and the rating scale.
+It holds no data: no item, no user, no path. The codes of a model that was tuned on codes lie in ``index/``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from llmrec import __version__
+from llmrec.data.split import SplitDataset, scale_of
+from llmrec.durable import Json, checked, write_checked
+from llmrec.errors import LlmrecError, ModelError, RecipeError
+from llmrec.index.table import ItemIndex
+from llmrec.models.load import BUNDLE, content_sha256, resolve
+from llmrec.pipeline.fusion.carried import FILE as INTERACTIONS
+from llmrec.pipeline.indexing import stored_index
+from llmrec.pipeline.study import Study
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.load import import_stored, load_stored
+from llmrec.recipe.schema import DirectSection, ModelSection, Recipe, SequentialSection, TasksSection
+
+FILE = BUNDLE
+SUMS = "SHA256SUMS"
+"""In an exported folder: the sha256 of every file."""
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model that knows how it was asked in training.
+
+    Attributes:
+        folder: The weights: a folder, or a hub name. Where the run asked no language model (``eval.arms: []``) it is
+            empty, or the folder that was refreshed.
+        run: The run folder that it was opened from, if it was one; its recipe names the data.
+        model: How to load it; ``name`` is ``folder``.
+        tasks: Settings of each family that it was tuned on; of a plain model, the ranking families' defaults.
+        templates: By family and name.
+        noun: What items are called in prompts, in the plural.
+        rating_scale: Lowest and highest rating, where it rates.
+        seed: Of the recipe that tuned it.
+        tuned: Whether the folder says how it was tuned; a plain pretrained model does not.
+        index: Codes of items, where it was tuned on codes.
+        weights: Whether there is a language model in it.
+    """
+
+    folder: str
+    run: Path | None
+    model: ModelSection
+    tasks: TasksSection
+    templates: Mapping[str, Mapping[str, Template]]
+    noun: str
+    rating_scale: tuple[float, float] | None
+    seed: int
+    tuned: bool
+    index: ItemIndex | None = None
+    weights: bool = True
+
+    @property
+    def called(self) -> str:
+        """What messages call it."""
+        return self.folder or str(self.run)
+
+
+def describe(study: Study) -> dict[str, Json]:
+    """Return what `write` stores."""
+    recipe = study.recipe
+    return {
+        "format": _FORMAT,
+        "llmrec": __version__,
+        "max_length": recipe.model.max_length,
+        "seed": recipe.seed,
+        "noun": study.data.dataset.noun,
+        "rating_scale": _scale(study.data),
+        "index": recipe.index.scheme if recipe.index else None,
+        "tasks": recipe.tasks.model_dump(mode="json", exclude_none=True),
+        "templates": {
+            family: [template.stored() for template in known.values()] for family, known in study.templates.items()
+        },
+    }
+
+
+def _scale(data: SplitDataset) -> tuple[float, float] | None:
+    return scale_of(data) if data.train["rating"].null_count() < data.train.height else None
+
+
+def write(study: Study, folder: Path) -> None:
+    """Write ``llmrec.json`` into a model folder."""
+    write_checked(folder / FILE, describe(study))
+
+
+def read(name: str, model: ModelSection | None = None) -> Bundle:
+    """Open a run folder, an exported folder, or any model that `resolve` finds.
+
+    Args:
+        name: The folder or hub name.
+        model: How to load it, without its name; by default as it was tuned, or the recipe's defaults.
+
+    Raises:
+        ModelError: If a run folder holds no merged model where it should, or ``llmrec.json`` cannot be read.
+    """
+    run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
+    if run is not None and not (run / "merged" / "config.json").is_file():
+        try:
+            recipe = load_stored(run)
+            if not recipe.eval.arms:
+                found = _classic(run, recipe)
+                return replace(found, folder=str(run), run=None) if (run / INTERACTIONS).is_file() else found
+        except RecipeError as error:
+            if error.kind == "unsafe":
+                raise
+            # What cannot be read is an unfinished run all the same.
+        raise ModelError(
+            f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
+            kind="missing-file",
+            at=run,
+        )
+    if run is not None:
+        import_stored(run)
+    asked = (model or ModelSection()).model_copy(update={"name": str(run / "merged") if run else name})
+    folder = resolve(asked)
+    stored = Path(folder) / FILE
+    if not stored.is_file():
+        return _plain(folder, asked)
+    try:
+        found = checked(stored.read_bytes())
+        if found["format"] != _FORMAT:
+            raise ModelError(
+                f"{stored} is of format {found['format']} and this llmrec reads format {_FORMAT}; "
+                f"use llmrec {found['llmrec']}, or export the run again",
+                kind="wrong-format",
+                at=stored,
+                column="format",
+            )
+        templates = {
+            family: {entry["name"]: Template.of_stored(entry) for entry in entries}
+            for family, entries in found["templates"].items()
+        }
+        scale = found["rating_scale"]
+        return Bundle(
+            folder=folder,
+            run=run,
+            model=asked.model_copy(update={"max_length": found["max_length"]}) if model is None else asked,
+            tasks=TasksSection(**found["tasks"]),
+            templates=templates,
+            noun=str(found["noun"]),
+            rating_scale=(float(scale[0]), float(scale[1])) if scale else None,
+            index=stored_index(Path(folder), found.get("index")),
+            seed=int(found["seed"]),
+            tuned=True,
+        )
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ValidationError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(
+            f"{stored} cannot be read ({type(error).__name__}: {reason}); export the run again",
+            kind="damaged",
+            at=stored,
+        ) from error
+    except ModelError:
+        raise
+    except LlmrecError as error:
+        raise ModelError(
+            f"{stored}: {error}; export the run again", kind=error.kind, at=stored, column=error.column
+        ) from error
+
+
+def refuse_changed(opened: Bundle, weights: str) -> None:
+    """Refuse a model that is not as training or export left it, since its answers would silently be others.
+
+    Args:
+        opened: A run folder, an export or any model; of the last nothing is known.
+        weights: The `llmrec.models.load.weights_stamp` of its folder.
+
+    Raises:
+        ModelError: If a file was changed, or is gone.
+    """
+    if opened.run is not None:
+        path = opened.run / "train.json"
+        try:
+            told = checked(path.read_bytes())["merged_sha256"] if path.is_file() else weights
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            raise _changed(path, f"cannot be read ({error})", "run `llmrec train` on its recipe again") from None
+        if told != weights:
+            raise _changed(opened.folder, "is not as training left it", "run `llmrec train` on its recipe again")
+        return
+    folder = Path(opened.folder)
+    if not (folder / SUMS).is_file():
+        return
+    try:
+        lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+        listed = {name: digest for digest, name in (line.split("  ", 1) for line in lines)}
+    except (OSError, ValueError) as error:
+        raise _changed(folder / SUMS, f"cannot be read ({error})", "export the run again") from None
+    for name, digest in listed.items():
+        # Whoever publishes a model may write its card.
+        if name.startswith("LICENSE") or name.endswith(".md"):
+            continue
+        if not (folder / name).is_file() or content_sha256(folder / name) != digest:
+            raise _changed(folder / name, f"is not as {SUMS} says", "export the run again, or put the file back")
+
+
+def _changed(path: Path | str, what: str, fix: str) -> ModelError:
+    return ModelError(f"{path} {what}, so it was changed; {fix}", kind="damaged", at=path)
+
+
+def _classic(run: Path, recipe: Recipe) -> Bundle:
+    """Return what a run of classic recommenders alone carries."""
+    return Bundle(
+        folder="",
+        run=run,
+        model=recipe.model,
+        tasks=recipe.tasks,
+        templates={family: load_templates(family) for family in recipe.tasks.present()},
+        noun=recipe.data.noun or "items",
+        rating_scale=recipe.data.rating_scale,
+        seed=recipe.seed,
+        tuned=False,
+        weights=False,
+    )
+
+
+def _plain(folder: str, model: ModelSection) -> Bundle:
+    families = ("sequential", "direct")
+    return Bundle(
+        folder=folder,
+        run=None,
+        model=model,
+        tasks=TasksSection(sequential=SequentialSection(), direct=DirectSection()),
+        templates={family: load_templates(family) for family in families},
+        noun="items",
+        rating_scale=None,
+        seed=0,
+        tuned=False,
+    )

@@ -1,0 +1,235 @@
+"""Which rows of a run are compared: planned comparisons, which are tested as one family, and exploratory ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from llmrec.errors import RecipeError, did_you_mean
+from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned, reach
+from llmrec.pipeline.evaluation import ResultRow
+from llmrec.pipeline.row_specs import specs_of
+from llmrec.pipeline.study import Study
+from llmrec.recipe.schema import BEST_BASELINE
+from llmrec.results import Arm, Choice, Comparison, Pair, lower
+from llmrec.tasks.family import family_of
+
+
+@dataclass(frozen=True)
+class Versus:
+    """Two rows of a family, a against b, on its headline metric."""
+
+    family: str
+    metric: str
+    a: ResultRow
+    b: ResultRow
+
+    @property
+    def ids(self) -> tuple[str, str]:
+        """The ids of both rows."""
+        return self.a.figures.id, self.b.figures.id
+
+    def contrast(self) -> Contrast:
+        """Return the two rows as comparisons take them."""
+        users = [record.user_id for record in self.a.records]
+        return Contrast(self.metric, _standing(self.a, self.metric), _standing(self.b, self.metric), users)
+
+
+def compare_rows(
+    study: Study, rows: Sequence[ResultRow], choice: Choice | None = None
+) -> tuple[list[Comparison], dict[str, str]]:
+    """Compare a run's rows, the planned comparisons of all families as one family of tests, then the exploratory ones.
+
+    Args:
+        study: The study.
+        rows: Of its run.
+        choice: The row that is served.
+
+    Returns:
+        The comparisons, and for each task one line on what they could have shown.
+    """
+    meant = list(planned_of(study, rows))
+    known = {ends for pair in meant for ends in (pair.ids, pair.ids[::-1])}
+    other = [pair for pair in exploratory_of(study, rows, choice) if pair.ids not in known]
+    settings = {"resamples": study.recipe.eval.bootstrap, "seed": study.recipe.seed}
+    found = [
+        *zip(meant, planned([pair.contrast() for pair in meant], **settings), strict=True),
+        *zip(other, exploratory([pair.contrast() for pair in other], **settings), strict=True),
+    ]
+    lines: dict[str, str] = {}
+    for family in study.tasks:
+        own = [(pair, entry) for pair, entry in found if pair.family == family]
+        if own:
+            users = len({record.user_id for record in own[0][0].a.records})
+            entries: list[Pair] = [entry for _, entry in own]
+            lines[family] = reach(own[0][0].metric, entries, users=users, comparisons=len(meant))
+    return [Comparison(task=pair.family, metric=pair.metric, **entry.as_json()) for pair, entry in found], lines
+
+
+def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
+    """Yield what was planned before any row was seen: what ``eval.planned`` names, or the default.
+
+    By default the tuned row of each family, under its scored strategy and first template, is compared with the untuned
+    row of the same strategy and template, and with each of `_rivals`; and the fusion with the tuned row, where there is
+    one, with the fusion without it.
+
+    The scored strategy is a rating head where there is one, else the first that the recipe names. The base model has no
+    head and is asked by the first strategy that it can answer. A row whose figure is not defined is compared with none.
+    """
+    if study.recipe.eval.planned is not None:
+        yield from _named(study, rows, study.recipe.eval.planned)
+        return
+    for family, metric, own in _tables(study, rows):
+        tuned = _scored(study, family, own)
+        if tuned is None:
+            continue
+        untuned = [row for row in own if row.figures.arm == "zero-shot" and _asked_alike(study, tuned, row)]
+        for row in untuned[:1]:
+            yield Versus(family, metric, tuned, row)
+        for rival in _rivals(own, metric):
+            yield Versus(family, metric, tuned, rival)
+        yield from _added(family, metric, own)
+
+
+def _rivals(own: Sequence[ResultRow], metric: str) -> list[ResultRow]:
+    """Return the controls that a claim for the tuned model must face: the best single one, and their fusion.
+
+    Which one is best is seen on the very requests that it is tested on, to the control's advantage: the test is
+    conservative for a claim that the model is better, and not for one that it is worse.
+    """
+    controls = [row for row in own if row.figures.arm == "baseline"]
+    best = best_of([row for row in controls if row.figures.fusion is None], metric)
+    return [*([] if best is None else [best]), *(row for row in controls if row.figures.fusion is not None)]
+
+
+def _added(family: str, metric: str, own: Sequence[ResultRow]) -> Iterator[Versus]:
+    """Yield the fusion with the tuned model against the same fusion without it: what the model adds."""
+    joined = [row for row in own if row.figures.fusion is not None]
+    for row in joined:
+        if row.figures.arm == "tuned":
+            yield from (Versus(family, metric, row, each) for each in joined if each.figures.arm == "baseline")
+            return
+
+
+def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[Versus]:
+    """Yield what is described beside the planned comparisons; the same pair may be among those.
+
+    Every tuned and few-shot row is paired with its zero-shot row, that of a rating head with those of every strategy,
+    since the base model has no head; the tuned rows of a head, or else of the first strategy that the recipe names,
+    with every baseline; and every other row of a language model with the best baseline. Where no language model
+    answers, each fusion is paired with the best single baseline, and a single one that is served with the best other
+    row.
+    """
+    for family, metric, own in _tables(study, rows):
+        controls = [row for row in own if row.figures.arm == "baseline"]
+        best = best_of(controls, metric)
+        if len(controls) == len(own):
+            single = best_of([row for row in controls if row.figures.fusion is None], metric)
+            joined = [row for row in controls if row.figures.fusion is not None]
+            yield from (Versus(family, metric, row, single) for row in joined if single is not None)
+            served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
+            if served is not None and served.figures.fusion is None:
+                facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
+                # A fusion and the best single row are a pair already.
+                if facing is not None and not (facing in joined and served is single):
+                    yield Versus(family, metric, served, facing)
+        for row in own:
+            if row.figures.arm in ("tuned", "few-shot"):
+                zero = [each for each in own if each.figures.arm == "zero-shot" and _asked_alike(study, row, each)]
+                yield from (Versus(family, metric, row, other) for other in zero)
+            if row.figures.arm == "tuned" and row.figures.predictor in ("head", study.section(family).strategies[0]):
+                yield from (Versus(family, metric, row, control) for control in controls)
+            elif row.figures.arm != "baseline" and best is not None:
+                yield Versus(family, metric, row, best)
+
+
+def refuse_unknown(study: Study) -> None:
+    """Refuse planned comparisons of rows that the run will not have, before anything is trained.
+
+    Raises:
+        RecipeError: If ``eval.planned`` names a row that there is not, or two rows of different families.
+    """
+    arms: tuple[Arm, ...] = ("baseline", *study.recipe.eval.arms)
+    known = [spec.id for arm in arms for spec in specs_of(study, arm)]
+    known += [f"{family}/{BEST_BASELINE}" for family in study.tasks]
+    for a, b in study.recipe.eval.planned or ():
+        for name in (a, b):
+            if name not in known:
+                raise RecipeError(
+                    f"eval.planned: there is no row {name!r}{did_you_mean(name, known)}; the rows are "
+                    f"{', '.join(known)}",
+                    kind="unknown-name",
+                    column="eval.planned",
+                )
+        if _family(a) != _family(b):
+            what = f"eval.planned: {a!r} and {b!r} are rows of two families; compare rows of one"
+            raise RecipeError(what, kind="contradiction", column="eval.planned")
+
+
+def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
+    """Return the row with the best figure; None where no row has one."""
+    scored = [row for row in rows if row.figures.metrics[metric].value is not None]
+    sign = 1 if lower(metric) else -1
+    return min(scored, key=lambda row: sign * (row.figures.metrics[metric].value or 0.0), default=None)
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, str]]) -> Iterator[Versus]:
+    tables = {family: (metric, own) for family, metric, own in _tables(study, rows)}
+    for a, b in pairs:
+        metric, own = tables[_family(a)]
+        one, other = (_row(name, own, metric) for name in (a, b))
+        if one is not None and other is not None and one is not other:
+            yield Versus(_family(a), metric, one, other)
+
+
+def _row(name: str, own: Sequence[ResultRow], metric: str) -> ResultRow | None:
+    """Return the row of an id; None where its figure is not defined."""
+    if name.partition("/")[2] == BEST_BASELINE:
+        return best_of([row for row in own if row.figures.arm == "baseline"], metric)
+    return next((row for row in own if row.figures.id == name), None)
+
+
+def _family(name: str) -> str:
+    return name.partition("/")[0]
+
+
+def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, list[ResultRow]]]:
+    """Yield each family with its headline metric and the rows that have it."""
+    for family in study.tasks:
+        metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
+        own = [row for row in rows if row.figures.task == family and metric in row.values]
+        yield family, metric, [row for row in own if row.figures.metrics[metric].value is not None]
+
+
+def _scored(study: Study, family: str, own: Sequence[ResultRow]) -> ResultRow | None:
+    """Return the tuned row that stands for its family: its head or first strategy, and the first template."""
+    templates = [template.id for template in study.asked_with(family, "tuned")]
+    strategies = ("head", study.section(family).strategies[0])
+    tuned = [row for row in own if row.figures.arm == "tuned" and row.figures.predictor in strategies]
+    order: Mapping[str, int] = {name: place for place, name in enumerate(templates)}
+    return min(
+        tuned,
+        key=lambda row: (strategies.index(row.figures.predictor), order.get(row.figures.template or "", len(order))),
+        default=None,
+    )
+
+
+def _asked_alike(study: Study, row: ResultRow, zero: ResultRow) -> bool:
+    """Whether two rows have one template and strategy; the base model, which has no head, is asked by the others.
+
+    Where the untuned settings have templates of their own, the first of them stands for all.
+    """
+    same = row.figures.template == zero.figures.template
+    family = row.figures.task
+    if row.figures.arm == "tuned" and study.section(family).untuned_templates:
+        same = zero.figures.template == study.asked_with(family, "zero-shot")[0].id
+    return same and row.figures.predictor in ("head", zero.figures.predictor)
+
+
+def _standing(row: ResultRow, metric: str) -> Standing:
+    return Standing(row.figures.id, row.figures.metrics[metric].value, np.asarray(row.values[metric]))

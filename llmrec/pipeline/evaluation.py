@@ -1,0 +1,582 @@
+"""The evaluation stage: baselines and language-model settings over the same cases, row by row, each row kept."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec import __version__
+from llmrec.backends.cache import CachedBackend
+from llmrec.backends.encode import Encoder
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.rating import UserMean
+from llmrec.display import Displayed, Summary
+from llmrec.durable import Json, write_checked
+from llmrec.errors import BackendError, EngineFailure, LlmrecError
+from llmrec.evaluate.answers import background_of
+from llmrec.evaluate.figures import EvalProtocol
+from llmrec.evaluate.predictor import Evaluated, evaluate
+from llmrec.metrics.explained import Background
+from llmrec.pipeline.engines import TREES, Engines
+from llmrec.pipeline.fusion.choice import chosen
+from llmrec.pipeline.fusion.parts import (
+    FUSIONS,
+    NOTHING,
+    ONTO,
+    Recalled,
+    Weighing,
+    answers_of,
+    bases_of,
+    fusible,
+    join,
+    joins_model,
+    kind_of,
+    reads_of,
+    remembered,
+    weighed_by,
+    weights_of,
+    widest,
+)
+from llmrec.pipeline.resume import Budget, key_of, read_stage
+from llmrec.pipeline.row_specs import (
+    RowSpec,
+    asking_of,
+    code_of,
+    drawing,
+    inputs_of,
+    left_out,
+    nearness,
+    profile_of,
+    protocol_of,
+    read_by,
+    specs_of,
+)
+from llmrec.pipeline.study import Study
+from llmrec.pipeline.tuning.judging import judges
+from llmrec.progress import BatchBar
+from llmrec.recipe.schema import BaselineSection
+from llmrec.records import Calibration, Shown
+from llmrec.registry import is_positional, options_of
+from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
+from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
+from llmrec.strategies.candidate_fusion import CandidateFusion
+from llmrec.strategies.counting import questions_of
+from llmrec.strategies.raters import Calibrated
+from llmrec.tasks.family import family_of
+from llmrec.types import Case, Predictor, Prompt, Rating, Request
+
+log = logging.getLogger(__name__)
+
+_EXAMPLES = 2
+# Prompts of a row that are read to see how much its engine has to hold, and tokens of an answer.
+_SAMPLE, _ANSWER = 16, 128
+
+
+@dataclass(frozen=True)
+class Made:
+    """A row as it was made: what answered, prompts to show, and what was said to the users that weigh fusions.
+
+    Of a fusion ``validation`` holds its cross-fitted figure for each of these users' cases, by request id.
+    Users of ``looked_at`` chose something of what answered, and must not weigh it.
+    """
+
+    found: Evaluated
+    engine: str
+    examples: tuple[Shown, ...] = ()
+    weighing: Mapping[str, Any] = field(default_factory=dict)
+    fusion: FusionWeights | None = None
+    validation: Mapping[str, float] = field(default_factory=dict)
+    looked_at: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, repr=False)
+class ResultRow(Displayed):
+    """A finished row with what the report and the comparisons need."""
+
+    figures: Row
+    values: Mapping[str, NDArray[np.float64]]
+    records: Sequence[Prediction] = ()
+    examples: Sequence[Shown] = ()
+    weighing: Mapping[str, Any] = field(default_factory=dict)
+    validation: Mapping[str, float] = field(default_factory=dict)
+    key: str = ""
+    looked_at: frozenset[str] = frozenset()
+
+    def _summary(self) -> Summary:
+        found = self.figures
+        header = ("metric", "value", "95 % interval")
+        title = f"{found.task}: {found.label}, {found.n:,} requests"
+        return Summary(title, {}, header, [found.shown(name) for name in found.metrics])
+
+
+class Evaluation:
+    """Evaluates a study's rows, reusing those that an earlier run finished from the same inputs."""
+
+    def __init__(
+        self, study: Study, encoder: Encoder | None, folder: Path, budget: Budget, *, quiet: bool = False
+    ) -> None:
+        self._study, self._encoder, self._folder, self._budget = study, encoder, folder, budget
+        self._cases = {family: study.cases(family) for family in study.tasks}
+        self._quiet = quiet
+        self._fitted: dict[tuple[int, str, str], Any] = {}
+        self._backgrounds: dict[str, Background] = {}
+        self._weighing = Weighing(study)
+        self.missing: dict[str, Unevaluated] = {}
+        """Rows that no engine could answer, by id; see `arms`."""
+        self.failures: list[EngineFailure] = []
+        """What became of those engines."""
+
+    def baselines(self) -> list[ResultRow]:
+        """Fit and evaluate every family's classic predictors, and their fusion."""
+        rows = []
+        with self._budget.stage("baselines"):
+            for family in self._study.tasks:
+                own = []
+                for baseline in self._study.baselines(family):
+                    spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
+                    key, make = self.key(spec, "numpy", None), partial(self._baseline, spec, baseline)
+                    own.append(self._stored(spec, key, make, self._inputs(spec), self._reads(spec)))
+                rows += own
+                for kind in fusible(self._study, family):
+                    parts = [row for row in own if widest([row.figures.reads, kind]) == kind]
+                    rows += self._joined(RowSpec(own[0].figures.task, "baseline", FUSIONS[kind]), parts)
+        return rows
+
+    def arms(
+        self, weights: Mapping[Arm, tuple[str, str]], engines: Engines, baselines: Sequence[ResultRow] = ()
+    ) -> list[ResultRow]:
+        """Evaluate language-model settings; rows of one model and one engine run one after the other.
+
+        A row whose engine fails is not evaluated, and is noted in ``missing``. A later call makes it.
+
+        Args:
+            baselines: What `baselines` gave, to be joined with the rows of a language model where that is asked for.
+            weights: For each setting its model folder and the hash that stands for the weights in it.
+            engines: Where backends come from.
+        """
+        controls = {
+            family: [row for row in baselines if row.figures.task == family and row.figures.fusion is None]
+            for family in self._study.tasks
+        }
+        rows: dict[str, ResultRow] = {}
+        failed: dict[str, EngineFailure] = {}
+        planned = self.asked(weights, engines)
+        for spec, engine, folder, digest in planned:
+            alike = [other for other, *where in planned if where == [engine, folder, digest]]
+            try:
+                rows[spec.id] = self._answered(spec, engines, folder, digest, alike, failed)
+            except EngineFailure as failure:
+                self.failures += [] if failure in self.failures else [failure]
+                failed[engines.engine_for(spec.predictor, folder)] = failure
+                self.missing[spec.id] = Unevaluated(**spec.asked, reason=failure.reason)
+        found = []
+        specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
+        for place, spec in enumerate(specs):
+            # A fusion stands behind the row of a language model that it joins with the baselines.
+            model = specs[place - 1].id if spec.joins else spec.id
+            if model in self.missing:
+                self.missing[spec.id] = Unevaluated(**spec.asked, reason=self.missing[model].reason)
+            elif spec.joins:
+                found += self._joined(spec, [*controls[spec.family], rows[model]])
+            else:
+                found.append(rows[model])
+        return found
+
+    def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
+        """Return the row that validation users say is to be served; None where nobody weighs a fusion."""
+        ranks = [family for family in self._study.tasks if family_of(family).ranks_for_users]
+        return chosen(rows, {family: self._weighing.cases(family) for family in ranks})
+
+    def _answered(
+        self,
+        spec: RowSpec,
+        engines: Engines,
+        folder: str,
+        digest: str,
+        alike: Sequence[RowSpec],
+        failed: Mapping[str, EngineFailure],
+    ) -> ResultRow:
+        """Return the stored row of any engine that may answer it, or have it answered.
+
+        Args:
+            spec: Of the row.
+            engines: Where backends come from.
+            folder: The model folder.
+            digest: Of the weights in it.
+            alike: The rows that ask the same engine and model.
+            failed: What became of engines that are not tried again.
+
+        Raises:
+            EngineFailure: If no engine can answer it.
+        """
+        choices = engines.choices(spec.predictor, folder)
+        for engine in choices:
+            kept = self._kept(spec, self.key(spec, engine, engines.identity(engine, digest)))
+            if kept is not None:
+                return kept
+        if choices[0] in failed:
+            raise failed[choices[0]]
+        backend = engines.get(choices[0], folder, digest, lambda: self._largest(alike, backend))
+        before = backend.recalled_seconds
+        with self._budget.stage(spec.arm), self._progress(spec) as bar:
+            while True:
+                replaced = backend.replaced
+                made = self._ask(spec, backend, bar.advance)
+                if backend.replaced == replaced:
+                    break
+                # No row mixes the answers of two engines.
+                bar.restart()
+        # What a killed run had answered already costs what it cost then.
+        self._budget.add(spec.arm, backend.recalled_seconds - before)
+        engine = engines.engine_for(spec.predictor, folder)
+        key = self.key(spec, engine, engines.identity(engine, digest))
+        return self._keep(spec, key, made, self._inputs(spec), self._reads(spec))
+
+    def _largest(self, specs: Sequence[RowSpec], backend: CachedBackend) -> int:
+        """Return the tokens of the largest batch that rows ask, from the prompts of the longest histories."""
+        section, most = self._study.recipe.eval, 0
+        for spec in specs:
+            strategy = self.strategy(spec, backend, lambda done: None)
+            prompt = strategy.first_prompt if isinstance(strategy, AsksFirst) else strategy.asker.prompt
+            cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
+            longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
+            # A search keeps an eighth of the cache for prompts, and each order of the candidates is a prompt.
+            times = 8 if spec.predictor in TREES else section.permutations if is_positional(spec.predictor) else 1
+            most = max(most, times * (longest + _ANSWER))
+        return section.batch * most
+
+    def _tokens(self, prompt: Prompt) -> int:
+        assert self._encoder is not None
+        try:
+            return len(self._encoder.prompt(prompt))
+        except BackendError:  # too long, which is an error of its request
+            return self._encoder.max_length
+
+    def asked(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
+        """Return the rows that ask a language model, each with its engine, model folder and hash of the weights."""
+        specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
+        planned = [
+            (spec, engines.engine_for(spec.predictor, weights[arm][0]), *weights[arm])
+            for spec, arm in specs
+            if not spec.joins
+        ]
+        # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
+        return sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
+
+    def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
+        """Return the row of a fusion, none where nobody weighs it."""
+        cases = self._weighing.cases(spec.family, model=spec.arm != "baseline")
+        able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
+        if not cases or len(able) < 2:
+            return []
+        key = key_of(
+            llmrec=__version__,
+            row=spec.id,
+            parts=[row.key for row in able],
+            cases=[case.request.id for case in cases],
+            onto=ONTO,
+        )
+
+        def make() -> Made:
+            said = [part_of(row) for row in able]
+            onto = bases_of(self._study, spec.family, said, self._weighing.cases(spec.family))
+            model = join(spec.predictor, said, cases, family_of(spec.family).answer, onto=onto)
+            validation = model.validation if isinstance(model, CandidateFusion) else {}
+            return Made(self._measured(spec, model), "numpy", fusion=weights_of(model), validation=validation)
+
+        try:
+            return [self._stored(spec, key, make, weighed_by(able, cases), widest([row.figures.reads for row in able]))]
+        except LlmrecError as error:
+            if error.kind not in ("too-few", "leak"):
+                raise
+            log.warning("%s: no such row: %s", spec.id, error)
+            return []
+
+    def _stored(self, spec: RowSpec, key: str, make: Callable[[], Made], inputs: str, reads: Reads) -> ResultRow:
+        """Return the stored row with a key, or make it and store it."""
+        return self._kept(spec, key) or self._keep(spec, key, make(), inputs, reads)
+
+    def _path(self, spec: RowSpec) -> Path:
+        return self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
+
+    def _kept(self, spec: RowSpec, key: str) -> ResultRow | None:
+        """Return the stored row with a key, if there is one."""
+        stored = read_stage(self._path(spec), key, row_of)
+        if stored is None:
+            return None
+        log.info("evaluation: reusing row %s", spec.id)
+        return row_of(stored)
+
+    def _keep(self, spec: RowSpec, key: str, made: Made, inputs: str, reads: Reads) -> ResultRow:
+        """Store a row."""
+        found = made.found
+        figures = Row(
+            **spec.asked,
+            engine=made.engine,
+            reads=reads,
+            inputs=inputs,
+            candidates=self._digest(spec.family),
+            **({"fusion": made.fusion} if made.fusion else {}),
+            **found.figures.as_json(),
+        )
+        stored = {
+            "key": key,
+            "figures": figures.as_json(),
+            "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
+            "records": [record.as_json() for record in found.records],
+            "examples": [example.as_json() for example in made.examples],
+            "weighing": dict(made.weighing),
+            "validation": dict(made.validation),
+            "looked_at": sorted(made.looked_at),
+        }
+        write_checked(self._path(spec), stored)
+        return row_of(stored)
+
+    def _inputs(self, spec: RowSpec) -> str:
+        return inputs_of(spec, self._study) + left_out(spec, self._study)
+
+    def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
+        """Return a hash over all that can change a row."""
+        study, recipe = self._study, self._study.recipe
+        calibrates = study.tasks[spec.family].calibrates
+        return key_of(
+            llmrec=__version__,
+            row=spec.id,
+            template=spec.template.sha if spec.template else None,
+            shots=recipe.eval.shots.model_dump() if spec.shots else None,
+            engine=engine,
+            # Weights, versions, device and dtype: what was answered on a processor is not what a GPU says.
+            identity=identity,
+            data=study.task_data(spec.family).fingerprint,
+            candidates=self._digest(spec.family),
+            section=study.section(spec.family).model_dump(
+                exclude={"arms", "weight", "strategies", "baselines", "templates", "untuned_templates", "head"}
+            ),
+            index=study.index.digest if study.index and spec.template else None,
+            noun=study.task_data(spec.family).dataset.noun,
+            split=recipe.eval.split,
+            asking=asking_of(spec.predictor, recipe.eval) if spec.template else None,
+            profile=profile_of(study, spec.family) if spec.predictor == "two-step" else None,
+            cutoffs=recipe.eval.cutoffs,
+            bootstrap=recipe.eval.bootstrap,
+            cases=[case.request.id for case in self._cases[spec.family]],
+            seed=recipe.seed,
+            # Rows of before a column was stored have nothing to put there.
+            columns=sorted(Prediction.model_fields),
+            weighing=[case.request.id for case in self._weighers(spec)],
+            **({"calibrated": [case.request.id for case in self._calibrating(spec.family)]} if calibrates else {}),
+            **nearness(spec, study),
+            **drawing(spec, recipe.eval),
+            **read_by(spec, study),
+            **code_of(spec, study),
+        )
+
+    def _digest(self, family: str) -> str | None:
+        """Return the hash of the candidate sets that a family ranks."""
+        sets = self._study.sets(family)
+        return sets.digest if sets is not None else None
+
+    def _baseline(self, spec: RowSpec, baseline: BaselineSection) -> Made:
+        seed, options = self._study.recipe.seed, self._study.tasks[spec.family].baseline_options
+        data = self._study.task_data(spec.family)
+        key = (id(data), spec.predictor, str(options))
+        if key not in self._fitted:
+            # Families that read the same data share it.
+            where = f"tasks.{spec.family}.baselines"
+            used = self._weighing.choosing(baseline.name, data)
+            parameters = {**baseline.parameters, **options}
+            self._fitted[key] = fitted(baseline.name, parameters, used, seed=seed, where=where)
+            # A fit that is kept from before costs what it cost then.
+            self._budget.add("baselines", self._fitted[key].recalled)
+        predictor = self._calibrated(spec, self._fitted[key])
+        seen = frozenset(getattr(self._fitted[key], "looked_at", ())) | self._calibrated_by(spec.family)
+        said = self._said(spec, predictor)
+        return Made(self._evaluate(spec, predictor), "numpy", weighing=said, looked_at=seen)
+
+    def _weighers(self, spec: RowSpec) -> list[Case]:
+        """Return the validation cases that a row answers too, so that it can be joined with others."""
+        if spec.template is not None and not joins_model(self._study, spec.family, spec.arm, spec.predictor):
+            return []
+        return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
+
+    def _said(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
+        """Return what a row says to the users that weigh fusions, by request id."""
+        requests = [case.request for case in self._weighers(spec)]
+        return {each.request_id: remembered(each) for each in predictor.answer(requests)} if requests else {}
+
+    def _reads(self, spec: RowSpec) -> Reads:
+        if spec.template is not None:
+            return "language model"
+        known = self._study.baselines(spec.family)
+        (parameters,) = {str(each.label): each.parameters for each in known if each.label == spec.predictor}.values()
+        return reads_of(spec.predictor.partition("(")[0], parameters)
+
+    def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
+        strategy = self.strategy(spec, backend, advance)
+        predictor = self._calibrated(spec, strategy)
+        found = self._evaluate(spec, predictor, backend)
+        seen = self._calibrated_by(spec.family)
+        if spec.arm == "tuned" and self._study.recipe.train.judge is not None:
+            seen |= judges(self._study)
+        shown, said = self._examples(spec, strategy, found), self._said(spec, predictor)
+        return Made(found, strategy.engine, shown, said, looked_at=seen)
+
+    def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
+        """Return what asks the questions of a row."""
+        assert spec.template is not None
+        task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
+        asker = Prompting(
+            backend=backend,
+            task=task,
+            template=spec.template.name,
+            shots=spec.shots,
+            batch=eval_section.batch,
+            advance=advance,
+        )
+        options = options_of(spec.predictor, eval_section) | dict(task.strategy_options)
+        measured = eval_section.debias == "measured" and is_positional(spec.predictor)
+        asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
+        return strategy_of(spec.predictor, asker, **options, **asked)
+
+    def _calibrated(self, spec: RowSpec, predictor: Predictor) -> Predictor:
+        """Return what answers a row's cases and those that weigh its fusions: both are put right, or neither."""
+        if not self._study.tasks[spec.family].calibrates:
+            return predictor
+        return Calibrated(predictor, self._calibrating(spec.family))
+
+    def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
+        # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
+        # The engine's start, which falls into the first row that asks it anything, is a stage of its own.
+        before = backend.recalled_seconds - backend.start_seconds if backend is not None else 0.0
+        found = self._measured(spec, predictor)
+        figures = found.figures
+        if backend is not None:
+            spent = (figures.cost.seconds or 0.0) + backend.recalled_seconds - backend.start_seconds - before
+            figures = figures.model_copy(update={"cost": figures.cost.model_copy(update={"seconds": spent})})
+        if isinstance(predictor, Calibrated):
+            curve = Calibration(n=len(self._calibrating(spec.family)), **asdict(predictor.curve))
+            figures = figures.model_copy(update={"calibration": curve})
+        return replace(found, figures=figures)
+
+    def _measured(self, spec: RowSpec, predictor: Predictor) -> Evaluated:
+        family = family_of(spec.family)
+        return evaluate(
+            predictor,
+            self._cases[spec.family],
+            name=spec.family,
+            kind=family.answer,
+            protocol=self.protocol(spec.family),
+            fallback=self._user_mean() if family.answer is Rating else None,
+            background=self._background(spec.family) if family.grounded else None,
+        )
+
+    def _background(self, family: str) -> Background:
+        """What texts are held against; features where the interactions have a column of them."""
+        if family not in self._backgrounds:
+            self._backgrounds[family] = background_of(self._study.task_data(family))
+        return self._backgrounds[family]
+
+    def _calibrating(self, family: str) -> list[Case]:
+        """Return the validation cases that a family's probabilities are put right on."""
+        return self._study.cases(family, "valid") if self._study.tasks[family].calibrates else []
+
+    def _calibrated_by(self, family: str) -> frozenset[str]:
+        return frozenset(case.request.user_id for case in self._calibrating(family))
+
+    def protocol(self, family: str) -> EvalProtocol:
+        """Return the protocol of a family's table."""
+        return protocol_of(self._study, family)
+
+    def _user_mean(self) -> Callable[[Request], float]:
+        """Return what stands in for a rating that cannot be read."""
+        means = UserMean()
+        means.fit(self._study.data)
+        return lambda request: cast("Rating", means.answer([request])[0]).value
+
+    def _examples(self, spec: RowSpec, predictor: Strategy, found: Evaluated) -> tuple[Shown, ...]:
+        """Render the first prompts of a row, as they were asked, with their answers, for the report."""
+        assert spec.template is not None
+        first = predictor.first_prompt if isinstance(predictor, AsksFirst) else predictor.asker.prompt
+        shown = []
+        for case, record in zip(self._cases[spec.family][:_EXAMPLES], found.records, strict=False):
+            prompt = first(case.request)
+            shown.append(
+                Shown(
+                    task=spec.family,
+                    arm=spec.arm,
+                    predictor=spec.predictor,
+                    template=spec.template.id,
+                    prompt=self._encoder.text(prompt) if self._encoder else "",
+                    raw=record.raw or "",
+                    parsed=_readable(record, self._study),
+                    truth=_title(str(case.truth), spec.family, self._study),
+                )
+            )
+        return tuple(shown)
+
+    def questions(self, spec: RowSpec) -> tuple[list[Case], ...]:
+        """Return what a row is asked, call by call: cases of calibration, its own, and those that weigh fusions."""
+        return self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
+
+    def _progress(self, spec: RowSpec) -> BatchBar:
+        return self.progress(spec, [[case.request for case in cases] for cases in self.questions(spec)], self._quiet)
+
+    def progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]], quiet: bool) -> BatchBar:
+        """Return the progress of a row that is asked some requests, call by call: in candidates, if there are any."""
+        requests, section = [request for part in asked for request in part], self._study.recipe.eval
+        sizes = [len(request.candidates or ()) for request in requests]
+        counted = questions_of(spec.predictor, max(sizes, default=0), section)
+        return BatchBar(
+            spec.id,
+            sizes if any(sizes) else [1] * len(requests),
+            batch=section.batch,
+            prompts=max(1, counted.prompts) if counted else 1,
+            unit="candidates" if any(sizes) else "requests",
+            quiet=quiet,
+        )
+
+
+def row_of(stored: Mapping[str, Any]) -> ResultRow:
+    """Return a row as it was stored."""
+    return ResultRow(
+        Row.model_validate(stored["figures"]),
+        {metric: np.array(numbers, dtype=np.float64) for metric, numbers in stored["values"].items()},
+        [Prediction.model_validate(record) for record in stored["records"]],
+        [Shown.model_validate(example) for example in stored["examples"]],
+        stored["weighing"],
+        stored.get("validation", {}),
+        stored["key"],
+        # Rows of earlier versions do not say.
+        frozenset(stored.get("looked_at", ())),
+    )
+
+
+def part_of(row: ResultRow) -> Recalled:
+    """Return a finished row as a part of a fusion."""
+    name = row.figures.predictor
+    kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
+    answers = answers_of(row.weighing, row.records)
+    return Recalled(name, row.figures.reads or "events", kind, answers, row.looked_at)
+
+
+def _title(item: str, family: str, study: Study) -> str:
+    items = study.task_data(family).dataset.items
+    return items[item].title if family_of(family).answers_with_items and item in items else item
+
+
+def _readable(record: Prediction, study: Study) -> str:
+    """Name the first three ranked items by title; other answers as they are."""
+    parsed = json.loads(record.parsed)
+    if isinstance(parsed, dict):
+        items = study.data.dataset.items
+        top = [items[item].title if item in items else item for item in parsed["items"][:3]]
+        return f"rank of the target {record.rank}; first: {'; '.join(top)}"
+    return "" if parsed is None else str(parsed)

@@ -1,0 +1,216 @@
+"""Recipe -> item index with its figures and its page, without tasks or a model: `llmrec index`; and a run's page."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from llmrec import __version__
+from llmrec.data.split import SplitDataset
+from llmrec.durable import write_json
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.index.diagnostics import Diagnostics, Entry, diagnose, examples, nearest, neighbours
+from llmrec.index.table import ItemIndex
+from llmrec.pipeline.indexing import build_index
+from llmrec.pipeline.resume import locked
+from llmrec.pipeline.study import Study, folder_of, load_tables
+from llmrec.recipe.schema import Recipe
+from llmrec.report import index_page, index_summary
+from llmrec.report.escape import flat, short
+from llmrec.report.wording import share
+
+_PAGE = "index.html"
+# The last two stand in folders of earlier versions.
+_FILES = {
+    "index.json", "index.safetensors", index_summary.DIAGNOSTICS, index_summary.NEIGHBOURS, _PAGE, "plotly.min.js",
+    "report.js",
+}  # fmt: skip
+_EXAMPLES = 20
+# Of one length of prefix, and items of each.
+_GROUPS, _MEMBERS = 8, 8
+# Groups in the report of a run.
+_SHOWN = 6
+# Characters of a code or title on the console.
+_LINE = 60
+
+
+@dataclass(frozen=True)
+class Indexed:
+    """An index that was built and written.
+
+    Attributes:
+        data: What it was built from.
+        index: The codes.
+        found: Its figures.
+        seconds: Time to build it, or to read it back where it was built before.
+        folder: Where it lies.
+        page: Its page.
+        items: Ids that were asked for.
+    """
+
+    data: SplitDataset
+    index: ItemIndex
+    found: Diagnostics
+    seconds: float
+    folder: Path
+    page: Path
+    items: tuple[str, ...]
+
+
+def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ()) -> Indexed:
+    """Build the index of a recipe and write it with its page; only the data is loaded.
+
+    Args:
+        recipe: Has a section ``index``.
+        out: The folder; ``runs/<name>/index`` by default.
+        items: Ids that come first among the examples.
+
+    Raises:
+        RecipeError: If the recipe has no index.
+        DataError: If the index cannot be built, or lacks an item that was asked for.
+        LlmrecError: If the folder holds something else.
+    """
+    folder = out if out is not None else folder_of(recipe, None) / index_summary.FOLDER
+    if _holds_more(folder):
+        raise LlmrecError(
+            f"{folder} holds something other than an index, and would be replaced; name another --out",
+            kind="exists",
+            at=folder,
+        )
+    if recipe.index is None:
+        raise RecipeError(
+            f"recipe {recipe.name} has no section index; add one, or override it, such as 'index={{scheme: semantic}}'",
+            kind="missing-key",
+            at=recipe.name,
+            column="index",
+        )
+    data = indexed_data(recipe)
+    begin = time.monotonic()
+    built = build_index(recipe.index, data, seed=recipe.seed)
+    seconds = time.monotonic() - begin
+    found = diagnose(built, _counts(data))
+    content = _content(recipe, data, built, found, items=items, seconds=seconds)
+    with locked(folder_of(recipe, None)) if out is None else nullcontext():
+        built.save(folder)
+        write_json(folder / index_summary.DIAGNOSTICS, found.as_json())
+        page = index_page.write(content, folder / _PAGE)
+    return Indexed(data, built, found, seconds, folder, page, tuple(items))
+
+
+def _holds_more(folder: Path) -> bool:
+    """Whether more than an index and its page lies in a folder, which would be lost if another index took its place."""
+    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return (folder.exists() and not folder.is_dir()) or bool(found - _FILES) or bool(found and not _digest(folder))
+
+
+def indexed_data(recipe: Recipe) -> SplitDataset:
+    """Return the main data of a recipe as `build_study` gives it to the index."""
+    return load_tables(recipe)[0]
+
+
+def write_run(study: Study, folder: Path) -> str:
+    """Write the index of a study, its figures and its page into a run folder; remove the page of an earlier one.
+
+    An index that lies there already is left as it is. Returns the line on it for the run's report; nothing without one.
+    """
+    where, page = folder / index_summary.FOLDER, folder / "report" / index_summary.PAGE
+    page.unlink(missing_ok=True)
+    if study.index is None:
+        return ""
+    if _digest(where) != study.index.digest:
+        study.index.save(where)
+    found = diagnose(study.index, _counts(study.data))
+    figures = found.as_json()
+    write_json(where / index_summary.DIAGNOSTICS, figures)
+    content = _content(study.recipe, study.data, study.index, found, run=True)
+    # The report of the run shows a few; titles are no part of a run's other files.
+    write_json(where / index_summary.NEIGHBOURS, [asdict(group) for group in content.groups[:_SHOWN]])
+    index_page.write(content, page)
+    return index_summary.line_of(figures)
+
+
+def summary(made: Indexed) -> dict[str, dict[str, str]]:
+    """Return what the console shows: names with values, under a title."""
+    found, titles = made.found, _titles(made.data)
+    figures = {name: _shown(value) for name, value in index_summary.key_figures(found).items()}
+    tables = {f"index {found.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
+    if found.levels:
+        tables["levels"] = {
+            index_summary.level_title(level): (
+                f"{level.used:,} of {level.available:,} used, perplexity {level.perplexity:,.1f}, "
+                f"most used {share(level.share)}, never trained {level.untrained:,}"
+            )
+            for level in found.levels
+        }
+    shown = examples(made.index, titles, max(5, len(made.items)), made.items)
+    tables["examples"] = _rows(shown)
+    for item in made.items:
+        near = nearest(made.index, item, titles)
+        if near:
+            tables[f"nearest to {_cut(made.index.encode(item))}, {_cut(titles[item])}"] = _rows(near)
+    tables["written"] = {"index": str(made.folder), "page": str(made.page)}
+    return tables
+
+
+def _content(
+    recipe: Recipe,
+    data: SplitDataset,
+    built: ItemIndex,
+    found: Diagnostics,
+    *,
+    items: Sequence[str] = (),
+    seconds: float | None = None,
+    run: bool = False,
+) -> index_page.IndexPage:
+    titles = _titles(data)
+    return index_page.IndexPage(
+        name=recipe.name,
+        data=data.dataset.name,
+        noun=data.dataset.noun,
+        made=data.dataset.made,
+        seed=recipe.seed,
+        digest=built.digest,
+        seconds=seconds,
+        found=found,
+        groups=neighbours(built, titles, prefixes=_GROUPS, members=_MEMBERS, counts=_counts(data)),
+        examples=examples(built, titles, max(_EXAMPLES, len(items)), items),
+        version=__version__,
+        run=run,
+    )
+
+
+def _titles(data: SplitDataset) -> dict[str, str]:
+    return {item: entry.title for item, entry in data.dataset.items.items()}
+
+
+def _counts(data: SplitDataset) -> dict[str, int]:
+    return dict(Counter(data.train["item_id"]))
+
+
+def _rows(entries: Sequence[Entry]) -> dict[str, str]:
+    rows: dict[str, str] = {}
+    for entry in entries:
+        code = _cut(entry.code)
+        # Long codes may differ only after the cut.
+        rows[flat(entry.code) if code in rows else code] = _cut(entry.title)
+    return rows
+
+
+def _cut(text: str) -> str:
+    return short(text, _LINE)
+
+
+def _shown(value: str) -> str:
+    return value.replace("\u2009", ",")
+
+
+def _digest(folder: Path) -> str:
+    """Return the digest of the index in a folder; nothing where there is none that can be read."""
+    try:
+        return ItemIndex.load(folder).digest
+    except LlmrecError:
+        return ""

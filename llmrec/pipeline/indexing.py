@@ -1,0 +1,202 @@
+"""Recipe -> item index, and the base model that knows its tokens."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from operator import itemgetter
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec import __version__
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.data.split import SplitDataset
+from llmrec.durable import write_checked
+from llmrec.errors import DataError
+from llmrec.index import table
+from llmrec.index.numbers import user_tokens
+from llmrec.index.semantic import item_fields, item_vectors
+from llmrec.index.table import Embed, ItemIndex
+from llmrec.models.embedder import fitting, text_embedder
+from llmrec.pipeline.resume import key_of, read_stage
+from llmrec.recipe.schema import IndexSection, ModelSection
+from llmrec.resources import cache_dir
+from llmrec.tasks.held_items import HeldItems
+from llmrec.types import Item
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+log = logging.getLogger(__name__)
+
+FOLDER = "index"
+"""Where a model folder keeps its index."""
+LEARNED = "collaborative"
+"""The value of ``index.tokens`` for rows that start from a recommender's item vectors."""
+# Raised whenever a scheme finds other codes than before.
+_REVISION = 2
+# Which weights the text encoder had.
+_STAMP = "encoder_stamp"
+# Schemes whose codes take long to find.
+_SLOW = ("collaborative", "semantic")
+
+
+def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool = False) -> ItemIndex:
+    """Build an index, or read back the one that the same section, data and seed gave, unless a ``fresh`` one is wanted.
+
+    With ``index.ids: tokens`` every user with training interactions has a token of its own.
+    """
+    index = _item_index(section, data, seed=seed, fresh=fresh)
+    if section.ids == "text":
+        return index
+    users = user_tokens(data.train["user_id"].unique().to_list(), seed) if section.ids == "tokens" else {}
+    return replace(index, users=users, writes_ids=True)
+
+
+def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
+    """Return the codes of the items.
+
+    What is read back has a key over all of the data, held-out interactions included, so that the audit's rebuild from
+    other held-out interactions is never answered from here.
+    """
+    embed = fitting(section.semantic.encoder, data) if section.scheme == "semantic" else None
+    if section.scheme not in _SLOW:
+        return table.build(section, data, seed=seed)
+    key = key_of(
+        llmrec=__version__,
+        revision=_REVISION,
+        index=section.model_dump(exclude={"tokens", "ids"}),
+        encoder=embed.stamp if embed else None,
+        data=data.fingerprint,
+        seed=seed,
+    )
+    folder = cache_dir() / "indexes" / key
+    if folder.is_dir() and not fresh:
+        try:
+            return ItemIndex.load(folder)
+        except DataError as error:
+            log.warning("%s; it is built again", error)
+    built = table.build(section, data, seed=seed, embed=embed)
+    if embed is not None:
+        built = replace(built, settings={**built.settings, _STAMP: embed.stamp})
+    built.save(folder)
+    return built
+
+
+def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
+    """Return the index that a model folder carries; titles need none, since items bring their own.
+
+    Raises:
+        DataError: If the model was tuned with an index that its folder lacks.
+    """
+    if scheme is None:
+        return None
+    if (folder / FOLDER).is_dir():
+        return ItemIndex.load(folder / FOLDER)
+    if scheme == "title":
+        return ItemIndex("title", {})
+    raise DataError(
+        f"{folder} was tuned on codes of the scheme {scheme!r}, and its folder {FOLDER}/ is gone; export again",
+        kind="missing-file",
+        at=folder / FOLDER,
+    )
+
+
+# --------------------------------------------------------------------------- vectors of texts
+
+
+def embed_of(index: ItemIndex) -> Embed | None:
+    """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
+    told = index.settings.get("semantic")
+    if told is None:
+        return None
+    embed, stamp = text_embedder(str(told["encoder"])), index.settings.get(_STAMP)
+    if stamp not in (None, embed.stamp):
+        raise DataError(
+            f"the text encoder {told['encoder']!r} is not the one that the index was built with, so new items cannot "
+            "be placed in it; put that encoder back, or build the index and tune again",
+            kind="mismatch",
+            column="index.semantic.encoder",
+        )
+    return embed
+
+
+def placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+    """Return an index that holds these items too; the text encoder is looked for only if one of them is new."""
+    if all(item in index.codes for item in items):
+        return index
+    return index.extend(items, embed=embed_of(index))
+
+
+# --------------------------------------------------------------------------- the base model
+
+
+def with_tokens(
+    base: str,
+    model: ModelSection,
+    section: IndexSection | None,
+    index: ItemIndex | None,
+    data: SplitDataset,
+    folder: Path,
+    *,
+    seed: int,
+    held: HeldItems | None = None,
+) -> str:
+    """Return the folder of a base model that knows an index's tokens: ``folder/base``, made once.
+
+    Where the alignment task holds items out, their words give nothing to their tokens: a token of one item's own would
+    say its title before any training.
+
+    A model needs none where codes are ordinary text: its own folder is returned, and the copy that an earlier recipe
+    left is removed.
+    """
+    if index is None or not index.vocabulary:
+        if (folder / "base.json").is_file():
+            shutil.rmtree(folder / "base", ignore_errors=True)
+            (folder / "base.json").unlink()
+        return base
+    from llmrec.models.item_tokens import extended
+    from llmrec.models.load import weights_stamp
+
+    start = section.tokens if section is not None else "words"
+    words = start == "words"
+    target, record = folder / "base", folder / "base.json"
+    hidden = held.items if held is not None else frozenset()
+    key = key_of(
+        llmrec=__version__,
+        base=weights_stamp(base),
+        model=model.model_dump(exclude={"device"}),
+        index=index.digest,
+        tokens=start,
+        encoder=fitting(section.semantic.encoder, data).stamp if section and start == "vectors" else None,
+        **({"recommender": section.recommender, "split": data.fingerprint} if section and start == LEARNED else {}),
+        titles=data.dataset.fingerprint if start != "random" else None,
+        hidden=sorted(hidden) if start != "random" else None,
+        seed=seed,
+    )
+    stored = read_stage(record, key, itemgetter("stamp"))
+    if stored is None or not target.is_dir() or weights_stamp(str(target)) != stored["stamp"]:
+        items = {item: entry for item, entry in data.dataset.items.items() if item not in hidden}
+        titles = {item: entry.title for item, entry in items.items()}
+        vectors = _vectors(section, items, data, seed) if section and start in ("vectors", LEARNED) else None
+        extended(base, model, index, titles, target, words=words, seed=seed, vectors=vectors, whitened=start != LEARNED)
+        write_checked(record, {"key": key, "stamp": weights_stamp(str(target))})
+    return str(target)
+
+
+def _vectors(
+    section: IndexSection, items: Mapping[str, Item], data: SplitDataset, seed: int
+) -> dict[str, NDArray[np.float32]]:
+    """Return a vector of each item, by what is said of it or by who chose it in training; some may have none."""
+    if section.tokens == LEARNED:
+        model = fitted(section.recommender, {}, data, seed=seed)
+        return {item: vector for item, vector in model.item_vectors().items() if item in items}
+    names = sorted(items)
+    entries = [items[name] for name in names]
+    texts = section.semantic
+    found = item_vectors(entries, item_fields(entries, texts), text_embedder(texts.encoder))
+    return dict(zip(names, found, strict=True))

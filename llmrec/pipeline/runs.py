@@ -1,0 +1,262 @@
+"""Opens the run folder of a finished training, proves its weights, and says where a further training starts.
+
+And which run teaches one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmrec.backends.encode import Encoder
+from llmrec.data.sources.table import located
+from llmrec.durable import checked, loads
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.models.load import load_tokenizer, weights_stamp
+from llmrec.pipeline.indexing import stored_index
+from llmrec.pipeline.study import Study
+from llmrec.recipe.load import load_stored
+from llmrec.recipe.schema import DataSection, Recipe
+
+# Keys of a table that name files.
+_PLACES = ("path", "items", "users", "files", "facts", "texts")
+
+
+@dataclass(frozen=True)
+class Source:
+    """A run folder whose adapter is the one on record; ``merged`` is its merged model's dtype, if that is sound too."""
+
+    folder: Path
+    recipe: Recipe
+    record: Mapping[str, Any]
+    merged: str | None
+
+
+def open_run(run: Path) -> Source:
+    """Read a run folder and prove that its adapter is the one that training recorded."""
+    if not (run / "recipe.yaml").is_file():
+        raise LlmrecError(
+            f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart",
+            kind="missing-file",
+            at=run,
+        )
+    recipe = load_stored(run)
+    path = run / "train.json"
+    try:
+        record = checked(path.read_bytes())
+        recorded, method, steps = str(record["adapter_sha256"]), str(record["method"]), int(record["steps"])
+    except FileNotFoundError:
+        raise LlmrecError(
+            f"{run} holds no finished training (train.json); finish it with `llmrec train` first",
+            kind="missing-file",
+            at=path,
+        ) from None
+    except (OSError, ValueError, KeyError, TypeError, OverflowError) as error:
+        raise LlmrecError(
+            f"{path} is no training record ({error!r}); train again with `llmrec train`", kind="damaged", at=path
+        ) from error
+    # Where validation ended it, the rest of the planned steps were not taken.
+    ended = recipe.train.judge is not None and "judged" in record and 0 < steps <= recipe.train.steps
+    if method != recipe.train.method or (steps != recipe.train.steps and not ended):
+        raise LlmrecError(
+            f"{run / 'recipe.yaml'} says {recipe.train.method} for {recipe.train.steps} steps, but {path} records "
+            f"{method} for {steps}: another recipe was tried on this folder since. Run the one that trained it again",
+            kind="mismatch",
+            at=path,
+            column="train",
+        )
+    found = weights_sha256(run / "adapter")
+    if found != recorded:
+        raise LlmrecError(
+            f"the weights in {run / 'adapter'} are not those that training recorded: their sha256 is {found}, and "
+            f"{path} says {recorded}. Put the right files back, or train again with `llmrec train`",
+            kind="damaged",
+            at=run / "adapter",
+        )
+    return Source(run, recipe, record, _sound(run / "merged", record))
+
+
+def weights_sha256(folder: Path) -> str:
+    """Return the sha256 over a folder's safetensors files in name order, as training records it."""
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        with file.open("rb") as stream:
+            while chunk := stream.read(2**20):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:
+    """Return the dtype of a merged model that is as training left it, else None."""
+    if not (merged / "config.json").is_file() or record.get("merged_sha256") != weights_stamp(str(merged)):
+        return None
+    config = loads((merged / "config.json").read_text(encoding="utf-8"))
+    return str(config.get("dtype") or config.get("torch_dtype"))
+
+
+# What the models of two stages must have in common; the rest may differ between them.
+_MODEL = ("name", "shape", "revision", "whole_words")
+
+
+def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
+    """Return the folder that training starts from: ``base``, or the merged model of the run in ``train.start``.
+
+    Args:
+        study: The study.
+        encoder: The tokenizer of its base model, with the tokens of its index.
+        base: Folder of that model.
+        folder: The run folder.
+
+    Raises:
+        RecipeError: If that run is not finished, reads or writes tokens otherwise, or may have learned from what this
+            one holds out.
+    """
+    start = study.recipe.train.start
+    return base if start is None else _merged(study, encoder, Path(start), folder, "train.start", _MODEL)
+
+
+def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
+    """Return the folder of the merged model of the run in ``train.teacher``; None without one. Raises as `start_of`."""
+    teacher = study.recipe.train.teacher
+    return None if teacher is None else _merged(study, encoder, Path(teacher.run), folder, "train.teacher", ())
+
+
+def refuse_runs(recipe: Recipe) -> None:
+    """Refuse runs that training builds on and that are not there, or may have learned what this recipe holds out.
+
+    Raises:
+        RecipeError: If one of ``train.start`` and ``train.teacher`` is so; the rest is known once there is a tokenizer.
+    """
+    teacher = recipe.train.teacher
+    for key, run in (("train.start", recipe.train.start), ("train.teacher", teacher.run if teacher else None)):
+        if run is not None and "tuned" in recipe.eval.arms:
+            _nothing_seen(earlier(Path(run).expanduser(), key).recipe, recipe, Path(run), key)
+
+
+def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
+    """Return the merged model of a run that this one builds on; settings ``model.*`` of ``alike`` must be the same."""
+    run = run.expanduser()
+    if run.resolve() == folder.resolve():
+        raise RecipeError(
+            f"{key}: {run} is this run's own folder; give this run another one with --out or name",
+            kind="contradiction",
+            at=run,
+            column=key,
+        )
+    source = earlier(run, key)
+    _same_model(source.recipe, study.recipe, run, key, alike)
+    _nothing_seen(source.recipe, study.recipe, run, key)
+    merged = run / "merged"
+    if Encoder(load_tokenizer(str(merged), study.recipe.model), max_length=1).digest != encoder.digest:
+        raise RecipeError(
+            f"{key}: the tokenizer of {merged} is not that of model.name {study.recipe.model.name} with the "
+            "tokens of this recipe's index, so the same text would be other tokens; train both from one model "
+            "with one index",
+            kind="mismatch",
+            at=merged,
+            column=key,
+        )
+    _same_index(source, study, run, key)
+    return str(merged)
+
+
+def earlier(run: Path, key: str = "train.start") -> Source:
+    """Open the run that another one builds on, which the recipe names as ``key``.
+
+    Raises:
+        RecipeError: If it is no finished run, or its merged model is not what its training left.
+    """
+    try:
+        source = open_run(run)
+    except LlmrecError as error:
+        raise RecipeError(f"{key}: {error}", kind=error.kind, at=error.place, column=key) from error
+    if source.merged is None:
+        raise RecipeError(
+            f"{key}: {run / 'merged'} is not what training left there; make it again with `llmrec train` of that "
+            "run's recipe",
+            kind="damaged",
+            at=run / "merged",
+            column=key,
+        )
+    return source
+
+
+def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Sequence[str]) -> None:
+    for name in alike:
+        ours, theirs = (getattr(recipe.model, name) for recipe in (second, first))
+        if ours != theirs:
+            raise RecipeError(
+                f"{key}: {run} was tuned with model.{name} {theirs!r} and this recipe has {ours!r}; its other "
+                "settings would be of another model; give both the same",
+                kind="mismatch",
+                at=run,
+                column=key,
+            )
+
+
+def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
+    """Refuse codes that mean other items; titles say themselves what they mean."""
+    theirs, ours = source.recipe.index, study.recipe.index
+    if (theirs and theirs.scheme) != (ours and ours.scheme):
+        raise RecipeError(
+            f"{key}: {run} was tuned with {f'index.scheme={theirs.scheme}' if theirs else 'no index'}, and this "
+            f"recipe has {f'index.scheme={ours.scheme}' if ours else 'none'}; give both the same",
+            kind="mismatch",
+            at=run,
+            column=key,
+        )
+    if theirs is None or study.index is None or (theirs.scheme == "title" and theirs.ids == "text"):
+        return
+    known = stored_index(run / "merged", theirs.scheme)
+    if known is None or known.digest != study.index.digest:
+        raise RecipeError(
+            f"{key}: {run} was tuned on codes of other items than this recipe's index gives, so what it learned "
+            "of a code would be told of another item; write items as titles (index.scheme=title, or no index), or use "
+            "the same data, index and seed in both runs",
+            kind="mismatch",
+            at=run,
+            column=key,
+        )
+
+
+def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
+    """Refuse a first stage on the same table that held out other interactions, or other items of alignment."""
+    for theirs in filter(None, (first.data, first.reviews)):
+        for ours in filter(None, (second.data, second.reviews)):
+            one, other = _held(theirs), _held(ours)
+            same = (one["source"], one["path"]) == (other["source"], other["path"])
+            if same and (one, first.seed) != (other, second.seed):
+                raise RecipeError(
+                    f"{key}: {run} was trained on {ours.path or ours.source} too, with another filter, split or "
+                    "seed, so it may have learned what is held out here; give both runs the same",
+                    kind="mismatch",
+                    at=run,
+                    column=key,
+                )
+    codes = (first.tasks.alignment, second.tasks.alignment)
+    if codes[1] is not None and second.index == first.index and second.index is not None:
+        told = codes[0].held_out if codes[0] is not None else None
+        if told != codes[1].held_out or first.seed != second.seed:
+            raise RecipeError(
+                f"{key}: {run} did not hold out the items that tasks.alignment asks about here; give both runs "
+                "the same tasks.alignment.held_out and seed",
+                kind="mismatch",
+                at=run,
+                column=key,
+            )
+
+
+def _held(section: DataSection) -> Mapping[str, object]:
+    """Return what decides which interactions are held out, with each file under one name however it is written."""
+    told = located(section).model_dump(exclude={"noun", "rating_scale"})
+    return told | {key: _one_name(told[key]) for key in _PLACES}
+
+
+def _one_name(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _one_name(each) for key, each in value.items()}
+    path = Path(value).expanduser() if isinstance(value, str) else None
+    return str(path.resolve()) if path is not None and path.exists() else value

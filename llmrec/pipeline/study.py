@@ -1,0 +1,500 @@
+"""Recipe -> data, candidate sets and tasks: everything that needs no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.backends.encode import Encoder
+from llmrec.baselines.parameters import config_of
+from llmrec.baselines.retrieve import FUSED, Lists, retrieve
+from llmrec.data.candidates import CandidateSets, draw
+from llmrec.data.described import described
+from llmrec.data.reading.limits import shown
+from llmrec.data.sources.table import load
+from llmrec.data.split import SplitDataset, halves, split, whole, written
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.evaluate.attributes import attributes_of
+from llmrec.index.semantic import item_vectors
+from llmrec.index.table import ItemIndex
+from llmrec.models.embedder import text_embedder
+from llmrec.models.item_tokens import add_item_tokens
+from llmrec.models.load import load_tokenizer
+from llmrec.pipeline.indexing import build_index
+from llmrec.pipeline.told import Told, told, users
+from llmrec.pipeline.tuning.rejecting import hard_of
+from llmrec.prompts.template import Template, load_templates
+from llmrec.recipe.paths import both_places
+from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
+from llmrec.registry import BASELINES, lookup
+from llmrec.results import Arm
+from llmrec.tasks.cases import Cases, of_first_users
+from llmrec.tasks.family import check_names, family_of
+from llmrec.tasks.held_items import HeldItems, draw_held, hold_out, refuse_pairs
+from llmrec.tasks.history import ItemVectors
+from llmrec.tasks.mixture import shares
+from llmrec.tasks.pool import training_examples
+from llmrec.tasks.task import Task, TaskInputs
+from llmrec.tasks.templates import choose
+from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
+
+if TYPE_CHECKING:
+    from llmrec.pipeline.fusion.retrieving import FusedFinder
+
+# Ranks by texts alone, in seconds and without a download.
+_BY_TEXT = "content"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A recipe's data and tasks, built once and shared by every stage.
+
+    Attributes:
+        recipe: The whole recipe.
+        data: Main data; its held-out pairs are held out by every task.
+        reviews: The second table, where the recipe names one.
+        candidates: Stored candidate sets of the users who are asked about in the evaluated split, for ranking tasks;
+            None where the catalogue is ranked.
+        index: Codes of the items, where the recipe has an index.
+        tasks: Chosen families by name.
+        templates: All templates of the chosen families, ``family -> name -> template``.
+        held: Items whose code and text no training row may show together; None without the alignment task.
+        aligned: Stored candidate sets of the questions about them.
+        trained: The tasks that training rows come from, where ``train.seed`` draws them apart; else those above.
+    """
+
+    recipe: Recipe
+    data: SplitDataset
+    reviews: SplitDataset | None
+    candidates: CandidateSets | None
+    index: ItemIndex | None
+    tasks: Mapping[str, Task]
+    templates: Mapping[str, Mapping[str, Template]]
+    held: HeldItems | None = None
+    aligned: CandidateSets | None = None
+    trained: Mapping[str, Task] | None = None
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of training rows, their order, dropout and adapters; splits and candidates have the recipe's."""
+        seed = self.recipe.train.seed
+        return self.recipe.seed if seed is None else seed
+
+    @property
+    def training_tasks(self) -> Mapping[str, Task]:
+        """The tasks that training rows come from."""
+        return self.trained or self.tasks
+
+    def section(self, family: str) -> TaskSection:
+        """Return a family's recipe section."""
+        return self.recipe.tasks.present()[family]
+
+    def task_data(self, family: str) -> SplitDataset:
+        """Return the data that a family reads; of reviews, the part that it writes stands in the text column."""
+        return self._read[family]
+
+    @cached_property
+    def _read(self) -> Mapping[str, SplitDataset]:
+        found = {}
+        for family in self.recipe.tasks.present():
+            used = self._table(family)
+            part = family_of(family).writes
+            found[family] = written(used, part) if part is not None else used
+        return found
+
+    @property
+    def tables(self) -> tuple[SplitDataset, ...]:
+        """The main data, and the second table where there is one."""
+        return tuple(filter(None, (self.data, self.reviews)))
+
+    def table_name(self, family: str) -> str:
+        """Return the table that a family reads, as results call it: ``main``, or ``reviews`` for the second one."""
+        return "reviews" if family_of(family).second_table and self.reviews is not None else "main"
+
+    def _table(self, family: str) -> SplitDataset:
+        return self.reviews if self.reviews is not None and self.table_name(family) == "reviews" else self.data
+
+    def codes(self, family: str) -> ItemIndex | None:
+        """Return the index of a family's items; a second table has items of its own, which no index holds."""
+        return self.index if self.task_data(family).dataset.items is self.data.dataset.items else None
+
+    def sets(self, family: str) -> CandidateSets | None:
+        """Return the stored candidate sets that a family ranks."""
+        return {"items": self.aligned, "users": self.candidates, None: None}[family_of(family).candidates]
+
+    def baselines(self, family: str) -> tuple[BaselineSection, ...]:
+        """Return a family's baselines; see `with_texts`."""
+        known = self.section(family).baselines
+        return with_texts(known, self.task_data(family).dataset.items) if family_of(family).ranks_for_users else known
+
+    def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
+        """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
+
+        Users whose profile names what is held out for them are not among them, and of the validation split those who
+        weigh ensembles: whatever is chosen or calibrated on it, they must not have chosen. A family that asks about
+        items and not about users has its first cases.
+
+        Args:
+            family: A chosen family.
+            split: None for the evaluated one.
+        """
+        split = split or self.recipe.eval.split
+        if (family, split) not in self._asked:
+            self._asked[family, split] = self._cases(family, split)
+        return self._asked[family, split]
+
+    @cached_property
+    def _asked(self) -> dict[tuple[str, SplitName], list[Case]]:
+        return {}
+
+    def _cases(self, family: str, split: SplitName) -> list[Case]:
+        cases, count = self.tasks[family].cases(split), self.section(family).users or self.recipe.eval.users
+        if not isinstance(cases, Cases):
+            return list(cases[:count])
+        but = self.set_aside(family)
+        if split == "valid":
+            but |= weighers(self.recipe, family, self.task_data(family))
+        return of_first_users(cases, count, but=but)
+
+    def set_aside(self, family: str) -> frozenset[str]:
+        """Return the users who are not asked about, since their own profile names an item that is held out for them."""
+        return frozenset(users(self.told(self._table(family))))
+
+    def told(self, table: SplitDataset) -> tuple[Told, ...]:
+        """Return where the profiles of one of the `tables` name what is held out for their users."""
+        return self._told[id(table)]
+
+    @cached_property
+    def _told(self) -> Mapping[int, tuple[Told, ...]]:
+        return {id(table): told(table) for table in self.tables}
+
+    @cached_property
+    def shares(self) -> Mapping[str, float]:
+        """Shares of training tokens of the families that are trained, relative to each other."""
+        return shares(self.recipe.trained(), self.training_size, self.recipe.train)
+
+    def training_size(self, family: str) -> int:
+        """Return how many training interactions, or items, have what a family asks for.
+
+        Where a pool of rows is repeated (``train.examples``), every family has as many.
+        """
+        if self.recipe.train.examples is not None:
+            return self.recipe.train.examples
+        return self.tasks[family].training_size()
+
+    def training_examples(self, family: str) -> Iterator[Example]:
+        """Yield the rows that a family is trained on, without end: those of the recipe's pool, where it names one."""
+        return training_examples(self.training_tasks[family], self.recipe.train.examples, self.training_seed)
+
+    def eval_templates(self, family: str) -> tuple[Template, ...]:
+        """Return the templates that evaluation uses in any setting; by default the first training template."""
+        return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
+
+    def asked_with(self, family: str, arm: Arm) -> tuple[Template, ...]:
+        """Return the templates that evaluation uses in one setting; see `TaskSection.untuned_templates`."""
+        section, templates = self.section(family), self.eval_templates(family)
+        untuned = {name.rpartition("/")[2] for name in section.untuned_templates}
+        if not untuned:
+            return templates
+        if arm != "tuned":
+            return tuple(template for template in templates if template.name in untuned)
+        # A template may be named for both.
+        both = {name.rpartition("/")[2] for name in section.eval_templates}
+        return tuple(template for template in templates if template.name not in untuned - both)
+
+    def untuned_without_codes(self) -> bool:
+        """Whether zero-shot or few-shot rows are asked for, and none of them shows or answers with an item's code."""
+        asked = [
+            template
+            for family in self.tasks
+            for arm in self.section(family).arms or self.recipe.eval.arms
+            if arm != "tuned" and arm in self.recipe.eval.arms
+            for template in self.asked_with(family, arm)
+        ]
+        return bool(asked) and not any(template.writes_codes for template in asked)
+
+
+def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:
+    """Return the baselines of a family that ranks, and where items have texts one that ranks by them.
+
+    What a language model makes of texts is more than their likeness only if it beats that.
+
+    Args:
+        known: Those of the recipe.
+        items: The catalogue.
+    """
+    if not any(item.fields or item.title != item.item_id for item in items.values()):
+        return known
+    reads = any(lookup(BASELINES, each.name, "baseline").READS == "texts" for each in known)
+    return known if reads else (*known, *named(_BY_TEXT))
+
+
+def _check_parameters(family: str, baseline: BaselineSection) -> None:
+    key = f"tasks.{family}.baselines"
+    config_of(baseline.name, baseline.parameters, key)
+    if "liked" in baseline.parameters:
+        raise RecipeError(
+            f"{key}: what is a yes is said once, for every row of the table; set tasks.{family}.liked, not liked of "
+            f"{baseline.name!r}",
+            kind="contradiction",
+            column=key,
+        )
+
+
+def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
+    """Load, split and check everything that a recipe names.
+
+    Args:
+        recipe: The recipe.
+        data: The main data where it is at hand already, in place of what the recipe's section names.
+
+    Raises:
+        DataError: If the data does not carry what a task needs.
+        RecipeError: If a template, strategy or baseline does not exist or does not fit its family.
+    """
+    families = recipe.tasks.present()
+    for family, section in families.items():
+        check_names(family, section.strategies, [baseline.name for baseline in section.baselines])
+        for baseline in section.baselines:
+            _check_parameters(family, baseline)
+    data, reviews = load_tables(recipe, data)
+    templates = {family: load_templates(family, family_of(family).prompts, *recipe.prompts) for family in families}
+    candidates = None
+    if any(family_of(family).ranks_for_users for family in families):
+        candidates = draw_sets(recipe, data, recipe.eval.split, _asked_users(recipe, data))
+    held, aligned = _aligned(recipe, data)
+    with both_places(recipe):
+        index = build_index(recipe.index, data, seed=recipe.seed) if recipe.index is not None else None
+    study = Study(recipe, data, reviews, candidates, index, {}, templates, held, aligned)
+    _check_slices(study)
+    for family in families:
+        _check_data(family, study.task_data(family), recipe)
+    study = replace(study, tasks=_tasks(study, recipe.seed))
+    if study.training_seed != recipe.seed:
+        study = replace(study, trained=_tasks(study, study.training_seed))
+    for family in families if data.measures else ():
+        if not study.cases(family):
+            name = study.task_data(family).dataset.name
+            if study.tasks[family].cases(recipe.eval.split):
+                raise DataError(
+                    f"tasks.{family}: the profiles of {name} name what is held out for every user that could be asked "
+                    "about; write them from training interactions alone",
+                    kind="empty",
+                    at=name,
+                    column=f"tasks.{family}",
+                )
+            raise DataError(
+                f"tasks.{family}: the {recipe.eval.split} split of {name} holds no case; "
+                "hold out more (data.split), or evaluate another split (eval.split)",
+                kind="empty",
+                at=name,
+                column="eval.split",
+            )
+        if study.tasks[family].calibrates and not study.cases(family, "valid"):
+            raise DataError(
+                f"tasks.{family}.calibrate: {study.task_data(family).dataset.name} holds out nothing for validation, "
+                "which it fits; set it to none, or hold some out (data.split.valid, or a valid part of a given split)",
+                kind="empty",
+                column=f"tasks.{family}.calibrate",
+            )
+    return study
+
+
+def _check_slices(study: Study) -> None:
+    known = sorted({name for table in study.tables for name in attributes_of(table.dataset)})
+    for name in study.recipe.eval.slices:
+        if name not in known:
+            there = f"the attributes are {', '.join(map(shown, known))}" if known else "the data has no attributes"
+            raise RecipeError(
+                f"eval.slices: no user has an attribute {shown(name)}{did_you_mean(name, known)}; {there}. A table of "
+                "your own gets them by data.columns.user_fields",
+                kind="unknown-name",
+                column="eval.slices",
+            )
+
+
+def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
+    """Return the validation users who weigh the ensembles of a family, and choose nothing; see `Weighing`."""
+    own, section = family_of(family), recipe.eval.fusion
+    if not section.controls or not (own.ranks_for_users or own.answer in (Rating, Probability)):
+        return frozenset()
+    return frozenset(halves(data, section.reserved)[1].valid["user_id"].unique().to_list())
+
+
+def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
+    """Return the users whom some family ranks for in the evaluated split; None: all.
+
+    Of millions of users a run may ask about hundreds, and only their sets are drawn.
+    """
+    ranking = {name: each for name, each in recipe.tasks.present().items() if family_of(name).ranks_for_users}
+    most = max(section.users or recipe.eval.users for section in ranking.values())
+    apart = weighers(recipe, next(iter(ranking)), data) if recipe.eval.split == "valid" else frozenset()
+    found = data.holdouts(recipe.eval.split).first_users(most + 1, but=apart | set(users(told(data))))
+    return None if len(found) <= most else frozenset(found[:most])
+
+
+def draw_sets(
+    recipe: Recipe, data: SplitDataset, split: SplitName, users: frozenset[str] | None = None
+) -> CandidateSets | None:
+    """Draw or retrieve the candidate sets of a split, as the recipe says; None where the catalogue is ranked.
+
+    Args:
+        recipe: The recipe.
+        data: The data that it ranks.
+        split: ``valid`` or ``test``.
+        users: Whose sets; None: those of all.
+    """
+    section = recipe.eval.candidates
+    if section.kind == "catalogue":
+        return None
+    if section.kind == "retrieved":
+        return retrieve(data, split, section, seed=recipe.seed, finder=fused_finder(recipe), users=users)
+    return draw(data, split, section, seed=recipe.seed, users=users)
+
+
+def fused_finder(recipe: Recipe) -> FusedFinder | None:
+    """Return the fusion that retrieves, of the baselines of the first family that ranks for users; None: a baseline."""
+    if recipe.eval.candidates.retriever != FUSED:
+        return None
+    from llmrec.pipeline.fusion.retrieving import FusedFinder
+
+    family = next(name for name in recipe.tasks.present() if family_of(name).ranks_for_users)
+    baselines = recipe.tasks.present()[family].baselines
+    return FusedFinder(baselines, recipe.eval.fusion.reserved, recipe.seed)
+
+
+def _tasks(study: Study, seed: int) -> dict[str, Task]:
+    return {
+        family: build_task(study, family, section, study.templates[family], seed)
+        for family, section in study.recipe.tasks.present().items()
+    }
+
+
+def build_task(study: Study, family: str, section: TaskSection, templates: Mapping[str, Template], seed: int) -> Task:
+    """Build a family's task over a study's data, with its own or other settings and templates.
+
+    Raises:
+        DataError: If the data does not carry what it needs.
+        RecipeError: If a template does not fit.
+    """
+    used = study.task_data(family)
+    inputs = TaskInputs(
+        data=used,
+        templates=templates,
+        seed=seed,
+        candidates=study.sets(family),
+        shot_choice=study.recipe.eval.shots.choice,
+        index=study.codes(family),
+        vectors=vectors_of(used.dataset.items, study.recipe.encoder),
+        lists=_lists(study.recipe, family, used, seed),
+        held=study.held,
+    )
+    if study.held is not None and family_of(family).candidates != "items" and family in study.recipe.trained():
+        refuse_pairs(family, choose(family, section, templates, study.codes(family), reviews=True).train)
+    kind, preference = family_of(family).task, study.recipe.train.preference
+    if preference is None or family not in study.recipe.trained():
+        return kind(section, inputs)
+    hard = hard_of(study.recipe, family, used, seed, lambda: kind(section, inputs))
+    return kind(section, replace(inputs, preference=preference, hard=hard))
+
+
+def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists | None:
+    """Return what training rows of a family show where candidates are retrieved; None: they are drawn."""
+    section = recipe.eval.candidates
+    if not family_of(family).lists or section.kind != "retrieved":
+        return None
+    return Lists(data, section, seed, fused_finder(recipe))
+
+
+def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
+    """Return what says which items read alike; the text encoder is looked for when it is first asked."""
+
+    def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
+        fields = dict.fromkeys(name for item in entries for name in item.fields)
+        return item_vectors(entries, tuple(fields), text_embedder(encoder))
+
+    return ItemVectors(items, embed)
+
+
+def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[SplitDataset, SplitDataset | None]:
+    """Return a recipe's tables as its tasks know them: the data, and where it names a second table, the reviews.
+
+    Where the two share pairs, each keeps out what the other holds out: there is one held-out set for all tasks.
+
+    Args:
+        recipe: The recipe.
+        data: The main data where it is at hand already. If it holds nothing out, the reviews hold nothing out either.
+    """
+    texts = recipe.data.texts if data is None else None  # what is at hand has them already
+    with both_places(recipe):
+        data, reviews = data or _split(recipe.data, recipe.seed), None
+        if recipe.reviews is not None:
+            reviews = _split(recipe.reviews, recipe.seed, holds_out=data.measures)
+            data, reviews = data.without(reviews.held_out), reviews.without(data.held_out)
+            reviews = described(reviews, recipe.reviews.texts, data.held_out)
+        return described(data, texts, reviews.held_out if reviews is not None else frozenset()), reviews
+
+
+def load_split(section: DataSection, seed: int) -> SplitDataset:
+    """Load what a data section names, and split it."""
+    return described(_split(section, seed), section.texts)
+
+
+def _split(section: DataSection, seed: int, *, holds_out: bool = True) -> SplitDataset:
+    loaded = load(section, seed=seed)
+    return split(loaded, section.split, seed=seed) if holds_out else whole(loaded, seed=seed)
+
+
+def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, CandidateSets | None]:
+    section = recipe.tasks.alignment
+    if section is None:
+        return None, None
+    held = hold_out(data.dataset.items, section.held_out, seed=recipe.seed)
+    return held, draw_held(held, recipe.eval.split, count=recipe.eval.candidates.count, seed=recipe.seed)
+
+
+def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
+    rows, own = data.dataset.interactions, family_of(family)
+    if own.lacking and own.column and rows[own.column].null_count() == len(rows):
+        where = "reviews" if own.second_table and recipe.reviews else "data"
+        raise DataError(
+            f"tasks.{family} {own.lacking.format(data=data.dataset.name, where=where)}",
+            kind="missing-column",
+            at=data.dataset.name,
+            column=own.column,
+        )
+    sets = recipe.eval.candidates
+    if own.ranks_for_users and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
+        raise DataError(
+            f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
+            f"{sets.count}; lower it",
+            kind="too-few",
+            at=data.dataset.name,
+            column="eval.candidates.count",
+        )
+
+
+def encoder_of(study: Study, base: str, tokenizer: Any = None) -> Encoder:
+    """Return the tokenizer of a base model with the tokens of the study's index, without loading weights.
+
+    Args:
+        study: The study.
+        base: Folder of the model.
+        tokenizer: The tokenizer where it is at hand; None: transformers loads it.
+    """
+    section = study.recipe.model
+    tokenizer = load_tokenizer(base, section) if tokenizer is None else tokenizer
+    if study.index is not None and study.index.vocabulary:
+        add_item_tokens(tokenizer, study.index.vocabulary)
+    return Encoder(tokenizer, max_length=section.max_length)
+
+
+def folder_of(recipe: Recipe, out: Path | None) -> Path:
+    """Return the run folder: ``out``, or ``runs/<name>`` under the working folder."""
+    return out if out is not None else Path("runs") / recipe.name

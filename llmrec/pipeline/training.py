@@ -1,0 +1,458 @@
+"""The training stage: mixture -> planned steps -> adapter -> merged folder."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec import __version__, processes
+from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.retrieve import LISTS
+from llmrec.durable import replacing, write_checked, write_text
+from llmrec.errors import LlmrecError, RecipeError, require
+from llmrec.models.embedder import text_embedder
+from llmrec.models.load import device, load_config, release_memory, weights_stamp
+from llmrec.models.memory import TRAINING, told_of_full_memory
+from llmrec.models.rating_head import RatingHead, copy_head
+from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
+from llmrec.models.traits import is_paired
+from llmrec.models.whole_words import copy_words, refuse_words
+from llmrec.pipeline import bundle, indexing
+from llmrec.pipeline.resume import Budget, key_of, read_stage
+from llmrec.pipeline.row_specs import asking_of, listing
+from llmrec.pipeline.study import Study, fused_finder
+from llmrec.pipeline.tuning.judging import Judge, judged
+from llmrec.pipeline.tuning.rejecting import BEAM, close
+from llmrec.pipeline.tuning.rewarding import objective_of, plan_questions, rewarded
+from llmrec.pipeline.tuning.targets import classes_of, labels_of, listwise_of, soft_prompt_of
+from llmrec.recipe.schema import Recipe, TrainSection
+from llmrec.records import Training as TrainingRecord
+from llmrec.registry import BASELINES, TASKS, stamps, written
+from llmrec.tasks.family import family_of
+from llmrec.tasks.mixture import interleave
+from llmrec.tasks.pool import NEGATIVES
+from llmrec.train.batches import plan
+from llmrec.train.rows import Sources, followed, streams
+from llmrec.train.steps import Plan, weighted
+from llmrec.train.trackers import forget
+
+if TYPE_CHECKING:
+    from llmrec.train.sft import Training
+
+log = logging.getLogger(__name__)
+
+# Task settings that no training row depends on.
+_EVALUATION_ONLY = {
+    *("arms", "strategies", "baselines", "users", "eval_templates", "untuned_templates", "max_tokens"),
+    *("balance", "per_user", "calibrate"),
+}
+# Training settings that change nothing of the adapter.
+_UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
+# Where a teacher lies changes nothing: its weights stand in the key.
+_ELSEWHERE: Mapping[str, Any] = {"teacher": {"run"}}
+# Sections that change nothing where there are none.
+_OPTIONAL = ("judge", "preference", "reward", "prune", "teacher")
+# Rows dropped in a row before training gives up: every one was longer than a training row may be.
+_PATIENCE = 2000
+
+
+def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
+    """Draw rows by weight until the recipe's steps are filled; for an encoder-decoder (``paired``) one a target."""
+    section = study.recipe.train
+    if study.recipe.model.whole_words and not paired:
+        refuse_words(study.recipe.model.name)
+    if section.softmax == "items" and (paired or study.index is None or not study.index.vocabulary):
+        raise RecipeError(
+            "train.softmax: items needs a decoder and an index whose items are new tokens, such as index: {scheme: "
+            "token}; set it to vocabulary",
+            kind="contradiction",
+            column="train.softmax",
+        )
+    if section.reward is not None:
+        family = rewarded(study, paired=paired)
+        return plan_questions(study, encoder, {family: _valid_rows(study, family, encoder, paired=paired)})
+    shares = study.shares
+    dropped = dict.fromkeys(shares, 0)
+    listwise, labels = listwise_of(study, paired=paired), labels_of(study, encoder, paired=paired)
+    classes = classes_of(study, encoder, paired=paired) or labels
+    families: list[str] = []
+
+    def rows() -> Iterator[TokenRow]:
+        since = 0
+        tasks, users = study.training_tasks, study.data.users()
+        sources = Sources(tasks, study.training_examples, users, section, study.training_seed, paired)
+        found, weights = streams(sources, shares, encoder)
+        for _, (family, drawn) in interleave(found, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
+            row = classes.row(drawn) if classes is not None and drawn is not None else drawn
+            if row is None:
+                if section.examples is not None:
+                    raise RecipeError(
+                        f"train.examples: one of the {section.examples} rows of tasks.{family} is longer than "
+                        f"train.max_row_tokens={section.max_row_tokens}; raise it, or show less history",
+                        kind="too-large",
+                        column="train.max_row_tokens",
+                    )
+                dropped[family] += 1
+                since += 1
+                if since > _PATIENCE:
+                    raise RecipeError(
+                        f"no training row fits train.max_row_tokens={section.max_row_tokens}: {_PATIENCE} rows of "
+                        f"tasks.{family} in a row were longer; raise it, or show less history",
+                        kind="too-large",
+                        column="train.max_row_tokens",
+                    )
+                continue
+            since = 0
+            families.append(family)
+            yield row
+
+    width = section.max_row_tokens if section.packing == "tree" else None
+    steps = plan(
+        rows(),
+        steps=section.steps,
+        batch_tokens=section.batch_tokens,
+        seed=study.training_seed,
+        width=width,
+        band=section.band,
+        lists=listwise.size if listwise is not None else None,
+    )
+    for family, lost in dropped.items():
+        if lost:
+            log.warning("tasks.%s: %d rows were longer than train.max_row_tokens and were dropped", family, lost)
+    counts = dict.fromkeys(shares, 0)
+    for numbers in steps.numbers():
+        for n in numbers:
+            counts[families[n]] += 1
+    # Labels are closed here: what only validation shows must not decide what soft prompts start from.
+    soft = soft_prompt_of(study, labels) if labels is not None else None
+    valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
+    if classes is not None:
+        valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
+    balanced = weighted(steps, families)
+    return Plan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
+
+
+def _followed(study: Study) -> list[str]:
+    """Return the families whose validation loss is followed: those left out of training too, to see what carries over.
+
+    A rating head and tied soft prompts have a loss of their own, so that beside them no other family has one.
+    """
+    rating = study.recipe.tasks.rating
+    if study.recipe.train.method in TIED or (rating is not None and rating.head is not None):
+        return list(study.shares)
+    return [family for family in study.tasks if study.section(family).weight > 0]
+
+
+def _size(row: TokenRow | None) -> int:
+    return 0 if row is None else len(row.ids)
+
+
+def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) -> list[TokenRow]:
+    section, limit = study.recipe.train, study.recipe.model.max_length
+    examples = study.tasks[family].examples("valid", section.valid_rows // max(len(study.tasks), 1))
+    return followed(examples, encoder, limit, paired=paired)
+
+
+def _unread(family: str) -> set[str]:
+    """Return the settings of a family that no training row depends on."""
+    return _EVALUATION_ONLY | family_of(family).evaluation_keys
+
+
+def training_key(study: Study, folder: str) -> str:
+    """Return a key over everything that can change the adapter."""
+    recipe = study.recipe
+    return key_of(
+        llmrec=__version__,
+        model=recipe.model.model_dump(exclude={"device"}),
+        weights=weights_stamp(folder),
+        data=study.data.fingerprint,
+        reviews=study.reviews.fingerprint if study.reviews else None,
+        index=study.index.digest if study.index else None,
+        noun=[data.dataset.noun for data in (study.data, study.reviews) if data is not None],
+        tasks=recipe.tasks.model_dump(exclude={family: _unread(family) for family in study.tasks}),
+        templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
+        candidates=recipe.eval.candidates.model_dump() if any(family_of(f).lists for f in study.tasks) else None,
+        # What training starts from stands in its weights, wherever they lie.
+        train=recipe.train.model_dump(exclude={**_ELSEWHERE, **dict.fromkeys(_unlearned(recipe.train), True)}),
+        seed=recipe.seed,
+        **stamps([*((TASKS, written(family)) for family in study.tasks), *_teacher(recipe)]),
+        **_nearness(study),
+        **_drawing(study),
+        **_judging(study),
+        **_teaching(recipe),
+    )
+
+
+def _teaching(recipe: Recipe) -> dict[str, str]:
+    """Return the weights of the model that teaches, where one does: the run's folder says nothing of them."""
+    if recipe.train.teacher is None:
+        return {}
+    merged = Path(recipe.train.teacher.run).expanduser() / "merged"
+    return {"teacher": weights_stamp(str(merged)) if merged.is_dir() else ""}
+
+
+def _teacher(recipe: Recipe) -> list[tuple[Mapping[str, str], str]]:
+    """Return the baseline whose scores are a reward, or whose best items are rejected, where one is."""
+    reward, preference = recipe.train.reward, recipe.train.preference
+    named = [reward.baseline if reward is not None else None, preference.rejected if preference is not None else None]
+    return [(BASELINES, name) for name in named if name is not None]
+
+
+def _unlearned(train: TrainSection) -> set[str]:
+    """Return the settings of training that change nothing of what this method leaves."""
+    return (
+        _UNLEARNED
+        | {name for name in _OPTIONAL if getattr(train, name) is None}
+        | (set() if train.method in METHODS else {"soft"})
+        | {name for name in ("exits", "distill") if not getattr(train, name)}
+    )
+
+
+def _nearness(study: Study) -> dict[str, str]:
+    """Return what says which items read alike, where that decides what a row shows of a history."""
+    rules = {study.section(family).past for family in study.tasks}
+    return {"encoder": text_embedder(study.recipe.encoder).stamp} if "relevant" in rules else {}
+
+
+def _judging(study: Study) -> dict[str, object]:
+    """Return what says how a model is judged while it is trained, where that decides which adapter is kept."""
+    recipe = study.recipe
+    if recipe.train.judge is None:
+        return {}
+    asked = {
+        family: [study.section(family).strategies[:1], [study.tasks[family].eval_templates[0]]]
+        for family in judged(study)
+    }
+    section = recipe.eval
+    return {
+        "judge": {
+            "asked": asked,
+            "candidates": section.candidates.model_dump(mode="json"),
+            "reserved": section.fusion.reserved,
+            "options": {family: asking_of(study.section(family).strategies[0], section) for family in asked},
+        }
+    }
+
+
+def _drawing(study: Study) -> dict[str, object]:
+    """Return what says how negatives are drawn, where rows show any."""
+    preference = study.recipe.train.preference
+    if preference is None and not any(family_of(family).lists for family in study.tasks):
+        return {}
+    hard: dict[str, object] = {"hard": LISTS} if preference is not None else {}
+    if preference is not None and preference.rejected == BEAM:
+        asked = {family: study.tasks[family].eval_templates[0] for family in study.shares}
+        hard["beam"] = [asked, study.recipe.eval.exact]
+    return {"negatives": NEGATIVES} | hard | listing(study.recipe.eval) | _finding(study.recipe)
+
+
+def _finding(recipe: Recipe) -> dict[str, object]:
+    """Return what decides which candidates a fusion retrieves, where one does."""
+    finder = fused_finder(recipe)
+    if finder is None:
+        return {}
+    baselines = [[each.model_dump(mode="json"), hashes_of(each.name, each.parameters)] for each in finder.baselines]
+    return {"finder": {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}}
+
+
+def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
+    """Return the record of a finished training from the same inputs, if this folder still holds what it made."""
+    done = read_stage(folder / "train.json", training_key(study, base), _record_of)
+    if done is None:
+        return None
+    merged = folder / "merged"
+    if (merged / "config.json").is_file() and weights_stamp(str(merged)) == done["merged_sha256"]:
+        return done
+    log.warning("training: %s is not what training left there; it is made again", merged)
+    return None
+
+
+def _record_of(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
+    """Return a stored training, and the stamp of the weights that it left."""
+    return TrainingRecord.model_validate(stored), str(stored["merged_sha256"])
+
+
+def train_stage(
+    study: Study,
+    encoder: Encoder,
+    base: str,
+    folder: Path,
+    budget: Budget,
+    *,
+    teacher: str | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
+    done = trained(study, base, folder) if not processes.rank() else None
+    if done is not None:
+        log.info("training: reusing %s", folder / "adapter")
+        if processes.size() == 1:
+            return done
+    from llmrec.train.world import here, refuse_different
+
+    world, key = here(), training_key(study, base)
+    refuse_different(world, key, "training data, model or recipe")
+    if world.agree(done is not None):
+        return done or _stored(folder, key)
+    if world.first:
+        # A record must never vouch for weights of another run that was killed half-way.
+        (folder / "train.json").unlink(missing_ok=True)
+    if study.recipe.train.method in METHODS:
+        from llmrec.train.heads.option import soft_encoder
+
+        encoder = soft_encoder(encoder, study.recipe.train)
+    with budget.stage("plan"):
+        paired = is_paired(load_config(base, study.recipe.model))
+        planned = plan_training(study, encoder, paired=paired)
+        close()
+        refuse_different(world, planned.steps.digest(), "training rows")
+    with budget.stage("train"):
+        judge = Judge.of(study, encoder) if world.first else None
+        training = _train(study, encoder, base, folder, planned, key, teacher=teacher, judge=judge, quiet=quiet)
+    budget.add("train", training.seconds_before)
+    if not world.first:
+        world.wait()
+        return _stored(folder, key)
+    with budget.stage("merge"):
+        _merge(study, encoder, base, folder)
+    told = asdict(training)
+    kept = told.pop("kept_step")
+    if judge is not None:
+        with budget.stage("judge"):
+            value = max(line["valid_ndcg"] for line in training.log if line["valid_ndcg"] is not None)
+            users = len({case.request.user_id for case in judge.cases})
+            told["judged"] = {"family": judge.family, "users": users, "kept_step": kept, "value": value}
+            told["judged"]["controls"] = judge.controls()
+    record = {
+        "key": key,
+        "rows": dict(planned.rows),
+        "shares": dict(study.shares),
+        "loss_shares": dict(planned.loss_shares),
+        "dropped": dict(planned.dropped),
+        **told,
+        "merged_sha256": weights_stamp(str(folder / "merged")),
+    }
+    write_checked(folder / "train.json", record)
+    world.wait()
+    return record
+
+
+def _stored(folder: Path, key: str) -> dict[str, Any]:
+    """Return the record that the first of several processes has just written."""
+    found = read_stage(folder / "train.json", key, _record_of)
+    if found is None:
+        raise LlmrecError(
+            f"{folder / 'train.json'} was written by the first process, and this one does not see it; put the run "
+            "folder on storage that all machines share",
+            kind="missing-file",
+            at=folder,
+        )
+    return found
+
+
+@told_of_full_memory("training", TRAINING, "train.batch_tokens")
+def _train(
+    study: Study,
+    encoder: Encoder,
+    base: str,
+    folder: Path,
+    planned: Plan,
+    key: str,
+    *,
+    teacher: str | None,
+    judge: Judge | None,
+    quiet: bool,
+) -> Training:
+    from llmrec.train import lora, sft
+    from llmrec.train.heads import option
+    from llmrec.train.heads.state_loss import open_teacher, tokens_of
+    from llmrec.train.world import here
+
+    section = study.recipe.train
+    if here().first:
+        clear_foreign(folder, key)
+    names = study.index.vocabulary if study.index is not None else ()
+    tokens = encoder.tokenizer.convert_tokens_to_ids(list(names))
+    # Adapters and heads start from random weights.
+    require("torch", "train").manual_seed(study.training_seed)
+    if planned.soft is not None:
+        model = option.load_soft(base, study.recipe.model, section, encoder, planned.soft)
+    else:
+        model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
+    if study.recipe.model.whole_words:
+        from llmrec.train.whole_words import put_on
+
+        put_on(model, encoder, size=study.recipe.model.max_length + 1, seed=study.training_seed)
+    head = _head(study, encoder, model, planned)
+    taught = None
+    if teacher is not None and section.teacher is not None:
+        taught = open_teacher(teacher, study.recipe.model, section.teacher, tokens_of(model))
+    training = sft.train(
+        model,
+        encoder,
+        planned.steps,
+        planned.valid,
+        section,
+        folder=folder,
+        seed=study.training_seed,
+        quiet=quiet,
+        head=head,
+        soft=planned.soft,
+        device=device(study.recipe.model),
+        judge=None if judge is None else judge.model,
+        listwise=listwise_of(study),
+        objective=objective_of(study, encoder, planned) if section.reward is not None else None,
+        taught=taught,
+        items=tokens,
+    )
+    del model, head, taught
+    release_memory()
+    return training
+
+
+def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:
+    """Put a rating head on the model where the recipe trains one; it starts from what the planned rows say."""
+    classes = classes_of(study, encoder)
+    section = study.recipe.tasks.rating
+    if classes is None or section is None or section.head is None:
+        return None
+    from llmrec.train.heads.rating_head import attach
+
+    counts = classes.counts(row for step in planned.steps for row in step.rows)
+    return attach(model, classes.scale, alpha=section.head.alpha, counts=counts, frozen=section.head.frozen)
+
+
+def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
+    from llmrec.train import lora
+
+    with replacing(folder / "merged") as draft:
+        if study.recipe.train.method == "full":
+            lora.save_full(folder / "adapter", study.recipe.model, draft)
+        else:
+            lora.merge(base, study.recipe.model, folder / "adapter", draft)
+        copy_head(folder / "adapter", draft)
+        copy_words(folder / "adapter", draft)
+        copy_soft(folder / "adapter", draft)
+        encoder.tokenizer.save_pretrained(draft)
+        bundle.write(study, draft)
+        if study.index is not None:
+            study.index.save(draft / indexing.FOLDER)
+
+
+def clear_foreign(folder: Path, key: str) -> None:
+    """Drop checkpoints that another recipe left in this folder; keep those of a killed run of this one."""
+    from llmrec.train.checkpoint import checkpoints
+
+    mark = folder / "checkpoints" / "key"
+    found = checkpoints(folder / "checkpoints")
+    if mark.is_file() and mark.read_text(encoding="utf-8") == key:
+        return
+    for checkpoint in found:
+        shutil.rmtree(checkpoint)
+    forget(folder)
+    write_text(mark, key)

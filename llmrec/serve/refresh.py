@@ -1,0 +1,353 @@
+"""Brings what happened since into a folder that can be served: statistics and neighbours learn from all events.
+
+The folder holds the model, the catalogue and every interaction, none of them held out: it is for answering, and no
+figure may be measured with it. The weights of fusions stay as the run measured them.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from tempfile import mkdtemp
+
+import polars as pl
+
+from llmrec.answer.requests import ITEMS
+from llmrec.baselines.parameters import stops_early
+from llmrec.data.assemble import read_items, write_items
+from llmrec.data.dataset import SCHEMA, Dataset, conform
+from llmrec.data.described import described_items
+from llmrec.data.reading.table import read_table
+from llmrec.data.reading.typed import ids, numbers, per_second, since_1970, times
+from llmrec.data.sources.table import load
+from llmrec.data.split import halves, split, time_order, whole
+from llmrec.durable import replacing, write_json
+from llmrec.errors import DataError, LlmrecError, did_you_mean, require
+from llmrec.pipeline import bundle as bundles
+from llmrec.pipeline.bundle import Bundle
+from llmrec.pipeline.fusion import stored
+from llmrec.pipeline.fusion.carried import FILE, carried
+from llmrec.recipe.load import STORED, load_stored
+from llmrec.serve.refresh_options import RefreshOptions
+from llmrec.serve.store import ServiceStore
+from llmrec.types import Item
+
+MARK = "refreshed.json"
+"""Tells a folder that `llmrec refresh` wrote, which it may write again."""
+
+_KEPT = ("user_id", "item_id", "rating", "timestamp", "part")
+
+
+@dataclass(frozen=True)
+class _State:
+    """Interactions with their part, the catalogue, and what is known of users."""
+
+    rows: pl.DataFrame
+    items: dict[str, Item]
+    users: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+
+
+def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
+    """Write the folder and return what to print.
+
+    Raises:
+        LlmrecError: If a file cannot be read or written, an event names an item that nobody describes, or a service
+            does not take the folder.
+    """
+    if options.events is None and options.items is None:
+        raise DataError(
+            "there is nothing to refresh with; name new events with --events, new items with --items, or both",
+            kind="missing-key",
+            column="--events",
+        )
+    bundle = bundles.read(options.model)
+    out = _target(options, bundle)
+    measured = stored.read(bundle.run or Path(bundle.folder))
+    before = _before(bundle, measured.fusions[0].reserved if _choose(measured.fusions) else None)
+    after, added = _joined(before, options, bundle.seed)
+    model = Path(bundle.folder)
+    with _draft(out) as draft:
+        if options.train is not None:
+            model = _trained(bundle, after, options, draft / "training")
+        if not bundle.weights:
+            # It names the recommenders.
+            shutil.copyfile((bundle.run or model) / STORED, draft / STORED)
+        elif model != out:
+            _link(model, draft)
+        rows = after.rows if _choose(measured.fusions) else after.rows.with_columns(part=pl.lit("train"))
+        rows.write_parquet(draft / FILE)
+        write_items(after.items, draft / ITEMS)
+        stored.save(draft, stored.settled(measured))
+        write_json(draft / MARK, {"from": str(options.model), "interactions": rows.height, "items": len(after.items)})
+        shutil.rmtree(draft / "training", ignore_errors=True)
+        _publish(draft, out)
+    if options.server is not None:
+        _tell(options.server, options.key_env)
+    return {
+        "new events": added,
+        "interactions": after.rows.height,
+        "new items": len(after.items) - len(before.items),
+        "items": len(after.items),
+        "weights": f"trained for {options.train} more steps" if options.train else "as they were",
+        "folder": str(out),
+        "service": "has read it anew" if options.server else f"llmrec serve {out}",
+    }
+
+
+def _target(options: RefreshOptions, bundle: Bundle) -> Path:
+    """Return the folder to write.
+
+    Raises:
+        DataError: If there is none, or it is somebody else's.
+    """
+    refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK).is_file()
+    if options.out is None and not refreshed:
+        raise DataError(
+            f"{options.model} was not refreshed before, and a run stays as it was measured; name a folder with --out",
+            kind="missing-key",
+            column="--out",
+        )
+    out = options.out or Path(bundle.folder)
+    if out.exists() and any(out.iterdir()) and not (out / MARK).is_file():
+        raise DataError(
+            f"--out {out} holds files that `llmrec refresh` did not write; name another folder",
+            kind="exists",
+            at=out,
+            column="--out",
+        )
+    if options.train is not None and bundle.run is None:
+        raise DataError(
+            f"--train continues from a run, and {options.model} is none; name the run folder, with --out {out}",
+            kind="unsupported",
+            column="--train",
+        )
+    return out
+
+
+def _before(bundle: Bundle, reserved: float | None) -> _State:
+    """Return what a run, or a folder that was refreshed, knows.
+
+    Args:
+        bundle: Of either.
+        reserved: Share of a run's validation users that weighed its fusions; the interactions of the others stay
+            validation. None: nobody chooses an epoch by them.
+
+    Raises:
+        DataError: If it knows no interactions.
+    """
+    if bundle.run is not None:
+        recipe = load_stored(bundle.run)
+        data = load(recipe.data, seed=recipe.seed)
+        rows = data.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String), part=pl.lit("train"))
+        if reserved is not None:
+            cut = split(data, recipe.data.split, seed=recipe.seed)
+            rows = _choosing(rows[time_order(data, recipe.seed)], halves(cut, reserved)[0].valid)
+        return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
+    found = carried(Path(bundle.folder), seed=bundle.seed)
+    if found is None:
+        raise DataError(
+            f"{bundle.folder} holds no interactions to go on from; name the run folder",
+            kind="unsupported",
+            at=bundle.folder,
+        )
+    parts = [(name, frame) for name, frame in (("train", found.train), ("valid", found.valid)) if frame.height]
+    rows = pl.concat([frame.with_columns(part=pl.lit(name)) for name, frame in parts])
+    return _State(rows.select(_KEPT), dict(found.dataset.items))
+
+
+def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
+    """Mark validation interactions of rows in order of time; as the split does, leave out earlier ones of a pair."""
+    pairs = valid.select(pl.col("user_id", "item_id").cast(pl.String)).unique().with_columns(held=pl.lit(True))
+    found = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
+    last = pl.int_range(pl.len()).over("user_id", "item_id") == pl.len().over("user_id", "item_id") - 1
+    found = found.filter(pl.col("held").is_null() | last)
+    return found.with_columns(part=pl.when(pl.col("held")).then(pl.lit("valid")).otherwise(pl.lit("train"))).drop(
+        "held"
+    )
+
+
+def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:
+    """Add new events and items; an event that is known already is not added again.
+
+    Raises:
+        DataError: If an event names an item that nobody describes.
+    """
+    rows, items = before.rows, dict(before.items)
+    if options.items is not None:
+        items.update(read_items(options.items))
+    if options.events is None:
+        new = rows.select("user_id", "item_id", "rating", "timestamp").clear()
+    elif _is_store(options.events):
+        store = ServiceStore.open(options.events)
+        try:
+            put, removed = store.item_changes()
+            items.update(put)
+            erased = [user for user in rows["user_id"].unique().to_list() if store.erased(user)]
+            rows = rows.filter(~pl.col("user_id").is_in(erased) & ~pl.col("item_id").is_in(list(removed)))
+            items = {name: item for name, item in items.items() if name not in removed}
+            found = [(each.user_id, each.item_id, each.rating, each.timestamp) for each in store.all_events()]
+        finally:
+            store.close()
+        schema = {name: SCHEMA[name] for name in ("user_id", "item_id", "rating", "timestamp")}
+        new = pl.DataFrame(found, schema=schema, orient="row").filter(~pl.col("item_id").is_in(list(removed)))
+    else:
+        new = _later(_events(options.events), rows)
+    strange = new.filter(~pl.col("item_id").is_in(list(items)))["item_id"].unique().sort().to_list()
+    if strange:
+        raise DataError(
+            f"{len(strange)} items of the new events have no title, such as {strange[0]!r}; name a table with --items",
+            kind="unknown-name",
+            column="--items",
+        )
+    same = ["user_id", "item_id", "timestamp"]
+    fresh = new.unique(same, keep="first", maintain_order=True).join(rows, on=same, how="anti", nulls_equal=True)
+    # What chooses an epoch is not learned from, also where it happened more than once.
+    held = rows.filter(pl.col("part") == "valid")
+    fresh = fresh.join(held, on=["user_id", "item_id"], how="anti")
+    both = pl.concat([rows, fresh.with_columns(part=pl.lit("train")).select(_KEPT)])
+    # Who reads a split relies on each user's events being in order, those of one moment as its seed has them.
+    data = Dataset(name="refreshed", noun="items", interactions=conform(both), items=items)
+    return _State(both[time_order(data, seed)], items, before.users), fresh.height
+
+
+def _events(path: str) -> pl.DataFrame:
+    """Read a table of events: user_id, item_id and, where they are known, rating and timestamp.
+
+    Raises:
+        DataError: If it cannot be read, or a column or a value is missing.
+    """
+    read = read_table(Path(path))
+    for name in ("user_id", "item_id"):
+        if name not in read.frame.columns:
+            raise DataError.at(
+                read.name,
+                "missing-column",
+                f" has no column {name!r}{did_you_mean(name, read.frame.columns)}; new events are read under llmrec's "
+                "own names: user_id, item_id, rating, timestamp",
+                name,
+            )
+    given = {name: ids(read, name).cast(pl.String) for name in ("user_id", "item_id")}
+    nothing = pl.repeat(None, read.frame.height, dtype=pl.Float64, eager=True)
+    has = read.frame.columns
+    given["rating"] = numbers(read, "rating", "a rating") if "rating" in has else nothing
+    given["timestamp"] = times(read, "timestamp") if "timestamp" in has else nothing
+    return pl.DataFrame(given)
+
+
+def _later(new: pl.DataFrame, rows: pl.DataFrame) -> pl.DataFrame:
+    """Return new events with times in the unit of the known ones.
+
+    Without times of their own they come after these, in their order; of such events one of a known pair is known.
+    """
+    latest, least = rows["timestamp"].max(), new["timestamp"].max()
+    if not isinstance(latest, float):
+        return new
+    if isinstance(least, float):
+        if since_1970(latest) and since_1970(least):
+            return new.with_columns(pl.col("timestamp") * (per_second(latest) / per_second(least)))
+        return new
+    pair = ["user_id", "item_id"]
+    fresh = new.unique(pair, keep="first", maintain_order=True).join(rows, on=pair, how="anti", maintain_order="left")
+    after = (pl.int_range(1, pl.len() + 1) * per_second(latest)).cast(pl.Float64)
+    return fresh.with_columns(timestamp=latest + after)
+
+
+def _is_store(events: str) -> bool:
+    if events.startswith(("postgresql://", "postgres://")):
+        return True
+    try:
+        with Path(events).open("rb") as file:
+            return file.read(15) == b"SQLite format 3"
+    except OSError:
+        # Whoever reads it as a table says why it cannot be read.
+        return False
+
+
+def _choose(fusions: Sequence[stored.Fused]) -> bool:
+    """Whether a part of a fusion chooses its epoch on validation interactions."""
+    named = [part.baseline for fused in fusions for part in fused.parts if part.baseline is not None]
+    return any(stops_early(name) for name in named)
+
+
+def _trained(bundle: Bundle, state: _State, options: RefreshOptions, folder: Path) -> Path:
+    """Go on training on all events, and return the folder of the merged model."""
+    from llmrec.pipeline import run as pipeline
+
+    assert bundle.run is not None
+    recipe = load_stored(bundle.run)
+    rated = state.rows["rating"].null_count() < state.rows.height
+    everything = Dataset(
+        name=bundle.run.name,
+        noun=bundle.noun,
+        interactions=conform(state.rows),
+        items=state.items,
+        users=state.users,
+        rating_scale=(recipe.data.rating_scale or bundle.rating_scale) if rated else None,
+    )
+    # Nothing is held out, so no loss and no judge of validation interactions can be followed.
+    new = {"start": str(bundle.run), "steps": options.train, "valid_rows": 0, "judge": None}
+    changed = recipe.model_copy(update={"train": recipe.train.model_copy(update=new), "name": folder.name})
+    pipeline.train(changed, folder, data=whole(everything, seed=recipe.seed))
+    return folder / "merged"
+
+
+def _link(model: Path, draft: Path) -> None:
+    """Put a model's files into a folder: as further names of the same bytes, where the file system can."""
+    for file in sorted(model.rglob("*")):
+        if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS):
+            continue
+        place = draft / file.relative_to(model)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.link(file, place)
+        except OSError:
+            shutil.copyfile(file, place)
+
+
+@contextmanager
+def _draft(out: Path) -> Iterator[Path]:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    draft = Path(mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield draft
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def _publish(draft: Path, out: Path) -> None:
+    """Put a folder in its place; one that stands there is renewed file by file, the catalogue before the events."""
+    if not out.exists():
+        draft.rename(out)
+        return
+    for file in sorted(draft.rglob("*"), key=lambda each: (each.name == MARK, each.name == FILE, str(each))):
+        if file.is_file():
+            with replacing(out / file.relative_to(draft)) as place:
+                shutil.move(file, place)
+
+
+def _tell(url: str, key_env: str | None) -> None:
+    """Have a service read its folder anew.
+
+    Raises:
+        LlmrecError: If it does not.
+    """
+    httpx = require("httpx", "openai")
+    key = None if key_env is None else os.environ.get(key_env)
+    if key_env is not None and not key:
+        raise DataError(f"--key-env: the variable {key_env} is not set", kind="missing-value", column="--key-env")
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    try:
+        answer = httpx.post(f"{url.rstrip('/')}/v1/reload", headers=headers, timeout=600)
+    except httpx.HTTPError as error:
+        raise LlmrecError(
+            f"--server {url}: {type(error).__name__}; the folder is written, so POST /v1/reload will do",
+            kind="unreachable",
+            column="--server",
+        ) from None
+    if answer.status_code != 200:
+        said = answer.json().get("error", {}).get("message", "") if answer.content else ""
+        raise LlmrecError(f"--server {url} says {answer.status_code}: {said}", kind="failed", column="--server")

@@ -1,0 +1,150 @@
+"""Starts a service: reads what it knows, opens its store, and listens until it is told to stop."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from pathlib import Path
+from typing import Any
+
+from llmrec.answer.checks import check_choices
+from llmrec.answer.opening import told_default
+from llmrec.answer.rules import Rules
+from llmrec.cli.show.console import say
+from llmrec.errors import DataError, LlmrecError, require
+from llmrec.recipe.pages import parsed
+from llmrec.serve.options import ServeOptions
+
+STORE = "service.sqlite"
+"""What a service remembers, in the folder of its run."""
+_LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_BURST = 20
+
+
+def serve(options: ServeOptions) -> None:
+    """Serve until interrupted; what was asked until then is answered.
+
+    Raises:
+        LlmrecError: If an option, a file or the model cannot be used, or the port is taken.
+    """
+    for module in ("fastapi", "uvicorn", "prometheus_client", "fastapi_offline"):
+        require(module, "serve")
+    if options.mcp:
+        require("mcp", "mcp")
+    from llmrec.serve.app import make_app
+    from llmrec.serve.gates import Auth
+    from llmrec.serve.keys import Keys, RateLimit
+    from llmrec.serve.server import make_server
+
+    _check_open(options)
+    listening = _listen(options)
+    keys = None if options.keys is None else Keys.read(options.keys)
+    limit = None if options.per_minute is None else RateLimit(options.per_minute, max(options.per_minute, _BURST))
+    service = make_service(options)
+    app = make_app(service, Auth(keys, limit), body_limit=options.body_limit)
+    if options.mcp:
+        from llmrec.serve.mcp import mount
+
+        mount(app, service)
+    if logging.getLogger("llmrec").level <= logging.WARNING:
+        # A line on each request, unless errors alone are asked for.
+        logging.getLogger("llmrec.serve").setLevel(logging.INFO)
+    host, port = listening.getsockname()[:2]
+    url = f"http://{'localhost' if host in _LOOPBACK else host}:{port}"
+    say(f"llmrec serves {options.model} at {url} (API documentation: {url}/docs)")
+    say(told_default(options.model, options.models))
+    server = make_server(app, timeout=options.timeout)
+    hopeless: list[LlmrecError] = []
+
+    def end(error: LlmrecError) -> None:
+        hopeless.append(error)
+        server.should_exit = True
+
+    service.engine.hopeless = end
+    server.run(sockets=[listening])
+    if hopeless:
+        raise hopeless[0]
+
+
+def make_service(options: ServeOptions) -> Any:
+    """Return the service, not started yet."""
+    from llmrec.answer.known import known_of
+    from llmrec.serve.service import WAITS, Service, Settings
+    from llmrec.serve.store import ServiceStore
+
+    asked = options.recommender()
+    check_choices(asked)
+    where = options.store or _default_store(options.model)
+    settings = Settings(
+        options=asked,
+        models=options.models,
+        rules=_rules(options.rules),
+        window=options.window / 1000,
+        batch=options.batch,
+        room=options.room,
+        patience=float(options.timeout),
+    )
+    return Service(settings, known_of(options.model, options.items), ServiceStore.open(where, WAITS * options.timeout))
+
+
+def _default_store(model: str) -> str:
+    folder = Path(model).expanduser()
+    return str((folder if folder.is_dir() else Path()) / STORE)
+
+
+def _check_open(options: ServeOptions) -> None:
+    """Refuse to listen where others can reach it without keys.
+
+    Raises:
+        DataError: If it would.
+    """
+    if options.host not in _LOOPBACK and options.keys is None:
+        raise DataError(
+            f"--host {options.host} lets others reach this service, and without --keys whoever does may ask it and "
+            "change its catalogue; make a key with `llmrec serve-key keys.json NAME`, and name the file with --keys",
+            kind="unsafe",
+            column="--keys",
+        )
+
+
+def _listen(options: ServeOptions) -> socket.socket:
+    """Return a socket that listens, before anything is loaded.
+
+    Raises:
+        DataError: If the port is taken.
+    """
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    found = socket.socket(family, socket.SOCK_STREAM)
+    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        found.bind((options.host, options.port))
+    except OSError as error:
+        found.close()
+        raise DataError(
+            f"--host {options.host} --port {options.port}: {error.strerror}; name another --port, or 0 for a free one",
+            kind="busy",
+            column="--port",
+        ) from None
+    return found
+
+
+def _rules(file: Path | None) -> Rules:
+    """Read a file of rules.
+
+    Raises:
+        DataError: If it cannot be read.
+    """
+    if file is None:
+        return Rules()
+    try:
+        text = file.read_text(encoding="utf-8")
+        found = json.loads(text) if file.suffix == ".json" else parsed(text, file)[0]
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"--rules {file} cannot be read: {error}", kind="unreadable", at=file) from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"--rules {file} is no JSON: {error}", kind="syntax", at=file) from None
+    try:
+        return Rules.read(found or {})
+    except LlmrecError as error:
+        raise DataError(f"{file}: {error}", kind=error.kind, at=file, column=error.column) from None

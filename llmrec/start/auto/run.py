@@ -1,0 +1,458 @@
+"""From a table to a recommender within a budget: recommenders are tuned on validation, joined, and measured once."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from llmrec.answer.opening import default_of
+from llmrec.data.frames import FOLDER as FRAMES
+from llmrec.data.frames import calling_frames, write_frame
+from llmrec.data.split import SplitDataset, halves
+from llmrec.display import Displayed, Summary
+from llmrec.durable import Json, write_json, write_text
+from llmrec.errors import DataError, EngineFailure, ModelError
+from llmrec.pipeline import bundle as bundles
+from llmrec.pipeline.claiming import LOCK
+from llmrec.pipeline.resume import locked
+from llmrec.pipeline.run import Run, run
+from llmrec.pipeline.study import load_split
+from llmrec.recipe.load import as_recipe, dump, load_recipe
+from llmrec.recipe.schema import FusionSection, Recipe
+from llmrec.report.summary import brought
+from llmrec.report.verdicts import wrapped
+from llmrec.report.wording import duration
+from llmrec.results import Choice, Results
+from llmrec.start.auto.model import MODEL, NONE, judged, plan, with_model
+from llmrec.start.auto.options import AutoOptions
+from llmrec.start.auto.parts import Part, has_texts, parts_for
+from llmrec.start.auto.table import FIXED, PAGE, PAGES, data_page
+from llmrec.start.auto.trial import Asked, Done, Tuning, done, trial_key
+from llmrec.start.init.page import SCHEMA
+from llmrec.start.init.start import name_of
+from llmrec.tasks.family import missing_controls
+
+STATE = "auto"
+"""Folder of a run that holds trials, the best recipe so far, and what became of each part."""
+_ENCODER = "all-MiniLM-L6-v2"
+_RESERVED = FusionSection().reserved
+# The end asks more users than a trial does, and its audit fits every recommender once more, on other held-out events.
+_FINISH = 2.0
+_LEAST_FINISH = 20.0
+# Of the budget, the most that one first trial may take.
+_FIRST_SHARE = 0.15
+_POLL = 0.2
+_LATE, _SLOW = "its time was up", "its epochs are too slow for the time"
+# What is written into the folder of trials.
+_OWN = frozenset({PAGE, FIXED, SCHEMA, FRAMES, "data.yaml", "best.yaml", "auto.json", "trials", LOCK})
+
+
+@dataclass
+class Tried:
+    """What became of a part.
+
+    Attributes:
+        part: The part.
+        trials: Its trials.
+        note: Why there are no more; empty where its grid was searched through.
+        seconds: Spent on it.
+    """
+
+    part: Part
+    trials: list[Done] = field(default_factory=list)
+    note: str = ""
+    seconds: float = 0.0
+
+    @property
+    def best(self) -> Done | None:
+        """The first of the best trials."""
+        return max(self.trials, key=lambda trial: trial.value, default=None)
+
+
+Allowed = Callable[[Sequence[Tried]], float]
+
+
+def _promise(tried: Tried) -> float:
+    """Return what a part's share of the time is in proportion to: a tenth more NDCG is half as much time again."""
+    best = tried.best
+    return max(best.value, 1e-6) ** 4 if best else 0.0
+
+
+@dataclass(frozen=True, repr=False)
+class Auto(Displayed):
+    """What `auto` made.
+
+    Attributes:
+        folder: The run folder, ready to be served.
+        run: Its figures.
+        tried: Every part.
+        sentence: Which recommender is served and why, and what it reaches on test users.
+        served: The name of that recommender.
+        seconds: Wall time of this call.
+    """
+
+    folder: Path
+    run: Run
+    tried: tuple[Tried, ...]
+    sentence: str
+    served: str
+    seconds: float
+
+    def _summary(self) -> Summary:
+        facts = {"folder": str(self.folder), "report": str(self.run.report), "time": duration(self.seconds)}
+        rows = [
+            (each.part.label, "–" if each.best is None else f"{each.best.value:.4f}", str(len(each.trials)), each.note)
+            for each in self.tried
+        ]
+        header = ("model", "validation NDCG@10", "settings tried", "note")
+        return Summary("Recommender made by llmrec.auto", facts, header, rows, "\n".join(wrapped(self.sentence)))
+
+
+def auto(
+    options: AutoOptions, say: Callable[[str], None] = lambda line: None, *, data: Any = None, items: Any = None
+) -> Auto:
+    """Make a recommender from a table, as good as the budget allows, and measure it on users held out for that.
+
+    Every part has one trial at its defaults, then they share what is left of the time and search their grids. All
+    choices are made by NDCG@10 on validation users; half of these only weigh the fusion. The test users are looked at
+    once, at the end. A killed call resumes where it was; Ctrl-C ends the search and finishes with what was found.
+
+    Args:
+        options: What is asked for.
+        say: Is told a line for every step.
+        data: Interactions as a frame, in place of the table.
+        items: One row an item, as a frame, in place of the table of items.
+
+    Raises:
+        LlmrecError: If the table or the folder cannot be used, or nothing could be fitted.
+    """
+    began = time.monotonic()
+    name, folder = _folder(options)
+    state = folder / STATE
+    with locked(state, _OWN.__contains__):
+        if data is not None:
+            options = replace(options, table=str(write_frame(data, state, "path")))
+        if items is not None:
+            options = replace(options, items=str(write_frame(items, state, "items")))
+        with calling_frames(state):
+            recipe = data_page(options, name, state, say)
+        write_text(state / "data.yaml", dump(recipe))
+        split = load_split(recipe.data, recipe.seed)
+        say(
+            f"{split.dataset.name}: {split.dataset.interactions.height:,} interactions, "
+            f"{split.dataset.interactions['user_id'].n_unique():,} users, {len(split.dataset.items):,} items"
+        )
+        texts = has_texts(split.dataset)
+        encoder = _encoder() if texts else None
+        torch = importlib.util.find_spec("torch") is not None
+        parts = parts_for(split.dataset, encoder, texts=texts, torch=torch, budget=options.seconds)
+        planned = NONE if options.classic else plan(options.seconds, titles=texts, device=_device())
+        say(planned.told)
+        search = _Search(
+            recipe, split.fingerprint, state, parts, began + options.seconds - planned.seconds, options.seconds, say
+        )
+        try:
+            search.first()
+            search.rest()
+        except KeyboardInterrupt:
+            say(
+                "stopped: finishing with what was found so far; Ctrl-C again ends at once, and the same command resumes"
+            )
+        chosen = search.chosen(options.users)
+        best = search.best(chosen, split)
+        count = len(chosen.tasks.present()["sequential"].baselines)
+        say(f"fitting and measuring {count} recommenders and their fusions")
+        found = run(chosen, folder, choice=best)
+        results = Results.model_validate(found.results)
+        sentence = brought(results, "sequential")
+        if planned.steps:
+            say(f"tuning a language model for {planned.steps} steps")
+            try:
+                joined = run(with_model(chosen, planned), folder / MODEL, choice=best)
+            except EngineFailure as failure:
+                # What the classic recommenders found stands without it.
+                sentence += f" The tuned language model is not kept: {failure.reason}."
+            else:
+                with_it = Results.model_validate(joined.results)
+                verdict = judged(with_it)
+                if verdict.kept:
+                    folder, found, sentence = folder / MODEL, joined, brought(with_it, "sequential")
+                sentence += f" {verdict.sentence}"
+    default = default_of(bundles.read(str(folder)))
+    assert default is not None
+    made = Auto(folder, found, tuple(search.tried.values()), sentence, default.name, time.monotonic() - began)
+    write_json(state / "auto.json", record(made, options))
+    return made
+
+
+def _settings(number: int, which: str = "") -> str:
+    return f"{number} {which}{'setting' if number == 1 else 'settings'}"
+
+
+def told(made: Auto) -> str:
+    """Return what to print: the sentence, the parts, and what to do next."""
+    tuned = "The best setting of each recommender, on the validation users who chose it and not the one that is served:"
+    lines = [*wrapped(made.sentence), "", *wrapped(tuned)]
+    for tried in made.tried:
+        best = tried.best
+        value = "–" if best is None else f"{best.value:.4f}"
+        note = f"; {tried.note}" if tried.note else ""
+        text = f"{tried.part.label:26} validation NDCG@10 {value}, {_settings(len(tried.trials))} tried{note}"
+        lines += wrapped(f"  {text}", hang=4)
+    lines += [
+        "",
+        f"{duration(made.seconds)}. Report: {made.run.report}",
+        f"Serve it ({made.served}): llmrec serve {made.folder}",
+        f"Lists for all users: llmrec rank --model {made.folder} --all-users --top 10 --to lists.csv",
+        f"Lists for a file of requests: llmrec rank --model {made.folder} --in requests.jsonl --out lists.jsonl",
+    ]
+    return "\n".join(lines)
+
+
+def _folder(options: AutoOptions) -> tuple[str, Path]:
+    """Return the name of the run, and its folder."""
+    if options.table.endswith(PAGES):
+        name = options.name or f"{load_recipe(options.table).name}-auto"
+    else:
+        name = f"{name_of(options.name, options.table)}-auto"
+    return name, options.out or Path("runs") / name
+
+
+def _device() -> str | None:
+    """Return what a language model would run on; None where there is nothing to train one with."""
+    if any(importlib.util.find_spec(name) is None for name in ("torch", "transformers", "trl", "peft")):
+        return None
+    from llmrec.models.load import device
+    from llmrec.recipe.schema import ModelSection
+
+    return device(ModelSection())
+
+
+def _encoder() -> str | None:
+    """Return the text encoder, where its weights are at hand or can be fetched and there is something to run them."""
+    if importlib.util.find_spec("transformers") is None:
+        return None
+    from llmrec.models.embedder import text_embedder
+
+    try:
+        text_embedder(_ENCODER)
+    except ModelError:
+        return None
+    return _ENCODER
+
+
+@dataclass
+class _Search:
+    """Tries parts until the time is up, which leaves what the end takes."""
+
+    recipe: Recipe
+    data: str  # the fingerprint of its split
+    state: Path
+    parts: Sequence[Part]
+    deadline: float
+    budget: float
+    say: Callable[[str], None]
+    tried: dict[str, Tried] = field(default_factory=dict)
+    clock: Callable[[], float] = time.monotonic
+
+    def first(self) -> None:
+        """Give every part a trial at its defaults, the cheap ones first."""
+        every = [Tried(part, done(self._file(part), self._key(part))) for part in self.parts]
+        self.tried = {tried.part.label: tried for tried in every}
+        untried = [tried for tried in every if not tried.trials]
+        self._round(untried, first=True, allowed=lambda waiting: min(self._left(), self.budget * _FIRST_SHARE))
+
+    def rest(self) -> None:
+        """Share what is left of the time by what parts promise; what one does not need goes to the others."""
+        able = [tried for tried in self.tried.values() if tried.trials]
+        able.sort(key=lambda tried: max(trial.seconds for trial in tried.trials))
+        self._round(able, first=False, allowed=self._share)
+        # Who was cut short goes on in what the others did not need; who has no trial yet comes last.
+        short = [tried for tried in able if tried.note == _LATE]
+        self._round(sorted(short, key=_promise, reverse=True), first=False, allowed=lambda waiting: self._left())
+        late = [tried for tried in self.tried.values() if not tried.trials and tried.note in (_LATE, _SLOW)]
+        self._round(late, first=True, allowed=lambda waiting: self._left() / len(waiting))
+        self._round([tried for tried in late if tried.trials], first=False, allowed=self._share)
+
+    def _share(self, waiting: Sequence[Tried]) -> float:
+        """Return what the first of those that wait may take: a quarter of the time is shared alike."""
+        alike, promised = 1 / len(waiting), _promise(waiting[0]) / sum(map(_promise, waiting))
+        return self._left() * (0.25 * alike + 0.75 * promised)
+
+    def chosen(self, users: int) -> Recipe:
+        """Return the recipe of all parts with their best parameters.
+
+        Raises:
+            DataError: If no part has a trial.
+        """
+        for tried in self.tried.values():
+            # An interrupted part has more than was told of it.
+            tried.trials = done(self._file(tried.part), self._key(tried.part))
+        found = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
+        if not found:
+            notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
+            raise DataError(
+                f"nothing could be fitted in the time ({notes or 'there was none'}); give --budget more", kind="too-few"
+            )
+        baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(found))]
+        for tried in found.values():
+            assert tried.best is not None
+            # A parameter of the display is none of the recommender.
+            named = {key: value for key, value in tried.best.parameters.items() if key != "quiet"}
+            baselines.append({"name": tried.part.baseline, **named})
+        recipe = self.recipe.model_dump(mode="json")
+        recipe["tasks"]["sequential"]["baselines"] = baselines
+        recipe["eval"]["users"] = users
+        made = as_recipe(recipe)
+        write_text(self.state / "best.yaml", dump(made))
+        return made
+
+    def best(self, made: Recipe, data: SplitDataset) -> Choice:
+        """Return the row of the best trial among the parts of a recipe, which `chosen` made."""
+        baselines = made.tasks.present()["sequential"].baselines
+        found = [tried.best.value for tried in self.tried.values() if tried.best is not None]
+        figures = {
+            f"sequential/baseline/{each.label}": value
+            for each, value in zip(baselines[len(baselines) - len(found) :], found, strict=True)
+        }
+        row = max(figures, key=lambda name: figures[name])
+        users = {one.user_id for one in halves(data, _RESERVED)[0].holdouts("valid")}
+        return Choice(row=row, metric="NDCG@10", value=figures[row], users=len(users), figures=figures)
+
+    def _round(self, parts: Sequence[Tried], *, first: bool, allowed: Allowed) -> None:
+        """Have parts tried; ``allowed`` is how long the first of those that wait may take."""
+        waiting = list(parts)
+        while waiting:
+            if self._left() <= 0:
+                for tried in waiting:
+                    tried.note = "no time was left"
+                return
+            del waiting[: self._try(waiting, first=first, allowed=allowed)]
+
+    def _try(self, waiting: Sequence[Tried], *, first: bool, allowed: Allowed) -> int:
+        """Have parts tried one after another until one takes too long or fails; return how many were."""
+        at = self.state / "trials" / "at.json"
+        wanted = Asked(
+            recipe=str(self.state / "data.yaml"),
+            parts=[Tuning(each.part.baseline, dict(each.part.fixed), str(self._file(each.part))) for each in waiting],
+            first=first,
+            within=allowed(waiting[-1:]),
+            reserved=_RESERVED,
+            at=str(at),
+        )
+        log = at.with_name("log.txt")
+        places = _Places(at, len(waiting))
+        known = [len(tried.trials) for tried in waiting]
+        with _child(wanted, log) as child:
+            began, may = self.clock(), allowed(waiting)
+            while (code := child.poll()) is None and self.clock() - began <= may:
+                for place in places.passed():
+                    self._told(waiting[place], known[place], self.clock() - began)
+                    began, may = self.clock(), allowed(waiting[place + 1 :])
+                time.sleep(_POLL)
+        took = self.clock() - began
+        for place in places.passed(done=code == 0):
+            self._told(waiting[place], known[place], took)
+        if code != 0:
+            note = _LATE if code is None else f"it failed; see {log}"
+            self._told(waiting[places.now], known[places.now], took, note)
+        return min(places.now + 1, len(waiting))
+
+    def _told(self, tried: Tried, known: int, took: float, note: str = "") -> None:
+        """Take over what a part has tried, and say it."""
+        tried.trials = done(self._file(tried.part), self._key(tried.part))
+        tried.note = note or ("" if tried.trials else _SLOW)
+        tried.seconds += took
+        figure = f"validation NDCG@10 {tried.best.value:.4f}" if tried.best else "no figure"
+        new = tried.trials[known:]
+        spent = round(max(took, sum(trial.seconds for trial in new)), 2)
+        told = f"{figure}, {_settings(len(new), 'new ')} tried in {duration(spent)}"
+        self.say(f"{tried.part.label}: {told}{f'; {tried.note}' if tried.note else ''}")
+
+    def _left(self) -> float:
+        """Return the seconds that may still be searched."""
+        return self.deadline - self.clock() - self._finish()
+
+    def _finish(self) -> float:
+        """Return what fitting and measuring the parts at the end takes."""
+        fits = sum(max(trial.seconds for trial in tried.trials) for tried in self.tried.values() if tried.trials)
+        return max(_LEAST_FINISH, _FINISH * fits)
+
+    def _file(self, part: Part) -> Path:
+        return self.state / "trials" / (part.label.replace(", ", "-").replace(" ", "-") + ".json")
+
+    def _key(self, part: Part) -> str:
+        return trial_key(self.data, part.baseline, dict(part.fixed), _RESERVED)
+
+
+@dataclass
+class _Places:
+    """Which of a child's parts it is at, as its file says."""
+
+    file: Path
+    count: int
+    now: int = 0
+
+    def __post_init__(self) -> None:
+        self.file.unlink(missing_ok=True)
+
+    def passed(self, *, done: bool = False) -> range:
+        """Return the parts that it has left behind since the last call; all of them where it is done."""
+        found = self.count if done else json.loads(self.file.read_text()) if self.file.is_file() else 0
+        before, self.now = self.now, found
+        return range(before, found)
+
+
+@contextmanager
+def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """Run trials in a process of their own, which does not outlive this."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    page = log.with_name("asked.json")
+    write_json(page, asdict(asked))
+    with log.open("ab") as told:
+        # A group of its own: Ctrl-C is for the parent, which decides.
+        child = subprocess.Popen(
+            [sys.executable, "-m", "llmrec.start.auto.trial", str(page)],
+            stdout=told,
+            stderr=told,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            yield child
+        finally:
+            if child.poll() is None:
+                child.kill()
+                child.wait()
+
+
+def record(made: Auto, options: AutoOptions) -> Mapping[str, Any]:
+    """Return what `auto.json` holds."""
+    return {
+        "kind": "auto",
+        "table": options.table,
+        "budget_seconds": options.seconds,
+        "seconds": round(made.seconds, 1),
+        "sentence": made.sentence,
+        "served": made.served,
+        "parts": [
+            {
+                "label": tried.part.label,
+                "baseline": tried.part.baseline,
+                "settings": len(tried.trials),
+                "validation": tried.best.value if tried.best else None,
+                "parameters": tried.best.parameters if tried.best else None,
+                "seconds": round(tried.seconds, 1),
+                "note": tried.note,
+            }
+            for tried in made.tried
+        ],
+    }

@@ -1,0 +1,492 @@
+"""Guesses which column of a table is the user, the item, the rating and so on, from names and from values.
+
+Names only propose: a column that is different in every row is no user whatever it is called, a title goes with its
+item, and numbers that look like counts are no ratings. Where two columns fit the user or the item equally well the
+guess ends in a question, never in a coin toss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+
+from llmrec.data.reading.columns import NONE, check_usable
+from llmrec.data.reading.nested import LISTS, OBJECTS, leaf, paths
+from llmrec.data.reading.text import Table
+from llmrec.data.reading.words import about_orders, named
+from llmrec.data.sources.parts import SPELLED, part_of
+from llmrec.errors import DataError
+from llmrec.start.init.forms import READABLE
+from llmrec.start.init.profile import (
+    UNIX,
+    Profile,
+    goes_with,
+    kinds_of_events,
+    levels,
+    looks_like_ids,
+    looks_like_ratings,
+    no_id,
+    parts_in,
+    profile,
+    repeats,
+    shell,
+    shown,
+    when,
+)
+from llmrec.start.init.roles import ROLES, Asked, Roles, check_asked
+
+_GOES = 0.95
+_CLOSE = 0.1
+_MOST_FIELDS = 4
+_MOST_LEVELS = 101
+
+
+def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
+    """Return the columns in lists for whose sake each element is a row.
+
+    They are those that the user named, or else one that is called like the item, where no other column is as much.
+    """
+    inner = paths(table)
+    said = (*(asked.of(role) for role in ROLES), *(asked.fields or ()))
+    chosen = tuple(name for name in said if name in inner)
+    if chosen or asked.item is not None or not inner:
+        return chosen
+    best = max(inner, key=lambda path: named(path).weight("item"))
+    others = max((named(column).weight("item") for column in table.frame.columns), default=0.0)
+    return (best,) if named(best).weight("item") > others else ()
+
+
+def guess(table: Table, asked: Asked, items: Table | None = None) -> Roles:
+    """Return which column is what.
+
+    Args:
+        table: The interactions.
+        asked: What the user said.
+        items: The table of items, where there is one: titles and fields are looked for there first.
+
+    Raises:
+        DataError: If a column does not exist, nothing fits the user or the item, or two columns fit equally well.
+    """
+    profiles = profile(table, asked.dates)
+    listed = profile(items) if items is not None else {}
+    for role in ROLES:
+        if (named := asked.of(role)) is not None and named not in listed:
+            check_usable(table, named, f"--{role}")
+    check_asked(table.name, asked, profiles, listed, paths(table))
+    return _Guess(table, profiles, asked, listed).roles()
+
+
+class _Guess:
+    """One table's columns on their way to `Roles`."""
+
+    def __init__(
+        self, table: Table, profiles: Mapping[str, Profile], asked: Asked, items: Mapping[str, Profile]
+    ) -> None:
+        self._name, self._unusable, self._inner = table.name, table.unusable, paths(table)
+        self._profiles, self._asked, self._items = profiles, asked, items
+        self._why = {c: "you named it" for r in ROLES if (c := asked.of(r)) is not None and c != NONE}
+        self._used = set(self._why) - ({asked.title} if asked.title else set())
+        self._ties: dict[tuple[str, str], float | None] = {}
+        self._user = self._item = ""
+
+    def roles(self) -> Roles:
+        self._entities()
+        split = self._one("split", self._split)
+        self._check_split(split)
+        time = self._one("time", self._time)
+        rating = self._one("rating", self._rating)
+        title = self._one("title", self._title)
+        text = self._one("text", lambda: self._text(rating))
+        fields = self._fields(title)
+        idle = {c: self._idle(held) for c, held in self._profiles.items() if c not in self._why}
+        listed = {c: self._idle_item(held) for c, held in self._items.items() if c not in {**self._why, **idle}}
+        why = {**idle, **listed, **self._why}
+        roles = Roles(
+            self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split
+        )
+        ordered = time is not None and self._profiles[time].times.form in ("day-first dates", "month-first dates")
+        return replace(roles, dates=self._asked.dates) if ordered else roles
+
+    def _one(self, role: str, find: Callable[[], str | None]) -> str | None:
+        said = self._asked.of(role)
+        if said is not None:
+            return None if said == NONE else said
+        found = find()
+        if found is not None and role != "title":
+            self._used.add(found)
+        return found
+
+    def _free(self) -> list[Profile]:
+        return [held for name, held in self._profiles.items() if name not in self._used]
+
+    def _tie(self, one: str, other: str) -> float | None:
+        """Return how far ``other`` follows from ``one``; None where the table cannot show it."""
+        if (one, other) not in self._ties:
+            self._ties[one, other] = goes_with(self._profiles[one].cells, self._profiles[other].cells)
+        return self._ties[one, other]
+
+    def _goes(self, one: str, other: str) -> bool:
+        return (self._tie(one, other) or 0.0) >= _GOES
+
+    def _may_go(self, one: str, other: str) -> bool:
+        tie = self._tie(one, other)
+        return tie is None or tie >= _GOES
+
+    # ----------------------------------------------------------------------- user and item
+
+    def _entities(self) -> None:
+        for role in ("user", "item"):
+            said = self._asked.of(role)
+            if said is not None and (fault := no_id(self._profiles[said], named=True)):
+                raise DataError.at(
+                    self._name,
+                    "bad-value",
+                    f": the column {said!r} cannot be the {role}, since {fault}; name another --{role}",
+                    said,
+                )
+        user = self._asked.user or self._by_name("user", self._asked.item)
+        item = self._asked.item or self._by_name("item", user)
+        if user is not None and item is None:
+            item = self._item_by_content(user)
+        if item is not None and user is None:
+            user = self._user_by_content(item)
+        missing = [role for role, found in (("user", user), ("item", item)) if found is None]
+        if missing or user is None or item is None:
+            raise DataError(self._nothing_fits(missing), kind="missing-column", at=self._name)
+        self._user, self._item = user, item
+        self._used |= {user, item}
+
+    def _by_name(self, role: str, other: str | None) -> str | None:
+        scored = []
+        for held in self._free():
+            weight = held.named.weight(role)
+            if held.name == other or not weight:
+                continue
+            if fault := no_id(held):
+                self._why[held.name] = f"called like the {role}, but {fault}"
+                continue
+            scored.append((self._score(held, role, weight), held))
+        if not scored:
+            return None
+        # Of columns that stand for each other, such as an id and a number of the same product, the first will do.
+        scored.sort(key=lambda pair: -pair[0])
+        top, best = scored[0]
+        rivals = [h for s, h in scored[1:] if s >= top - _CLOSE and not self._same(best.name, h.name)]
+        if role == "user":
+            rivals = [h for h in rivals if not self._goes(best.name, h.name)]
+        if rivals:
+            both = [shown(best.name), *(shown(h.name) for h in rivals)]
+            raise DataError.at(
+                self._name,
+                "ambiguous",
+                f": {' and '.join(map(repr, both))} could each be the {role}; say which with "
+                + " or ".join(f"--{role} {shell(h)}" for h in (best.name, *(h.name for h in rivals))),
+            )
+        for score, held in scored[1:]:
+            same = self._same(best.name, held.name)
+            if not same and score < 0.7:
+                continue
+            self._why[held.name] = (
+                f"stands for the same as {shown(best.name)}"
+                if same
+                else (f"could be the {role} too; --{role} {shell(held.name)} takes it")
+            )
+        self._why[best.name] = f"its name; {repeats(best)}"
+        return best.name
+
+    def _score(self, held: Profile, role: str, weight: float) -> float:
+        listed = self._items.get(leaf(held.name))
+        known = role == "item" and listed is not None and listed.unique
+        return weight + 0.05 * held.named.is_id + 0.15 * ("parent" in held.name.casefold()) + 0.5 * known
+
+    def _same(self, one: str, other: str) -> bool:
+        return self._goes(one, other) and self._goes(other, one)
+
+    def _id_like(self, *others: str) -> list[Profile]:
+        """Columns that could be ids by their values; those that follow from ``others`` describe these."""
+        return [
+            held
+            for held in self._free()
+            if held.name not in others
+            and not no_id(held)
+            and looks_like_ids(held)
+            and not any(self._goes(other, held.name) for other in others)
+        ]
+
+    def _item_by_content(self, user: str) -> str | None:
+        ids = self._id_like(user)
+        titles = [
+            h for h in self._free() if h.name != user and h.named.weight("title") >= 0.5 and not no_id(h) and h.letters
+        ]
+        titles = [h for h in titles if not self._goes(user, h.name)]
+        listed = [h for h in ids if (other := self._items.get(leaf(h.name))) is not None and other.unique]
+        tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
+        marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
+        for found, reason in (
+            (listed, "the table of items has it too"),
+            (tied, f"goes with {shown(titles[0].name)}" if titles else ""),
+            (marked, "the only id left"),
+            (titles, "titles, which stand in for an id"),
+            (ids, "the only column left whose values repeat like ids"),
+        ):
+            if len(found) == 1:
+                self._why[found[0].name] = f"{reason}; {repeats(found[0])}"
+                return found[0].name
+        return None
+
+    def _user_by_content(self, item: str) -> str | None:
+        ids = self._id_like(item)
+        marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
+        for found, reason in ((marked, "the only id left"), (ids, "the only column left whose values repeat like ids")):
+            if len(found) == 1:
+                self._why[found[0].name] = f"{reason}; {repeats(found[0])}"
+                return found[0].name
+        return None
+
+    def _nothing_fits(self, missing: Sequence[str]) -> str:
+        said = [f"{shown(c)!r} is {why}" for c, why in self._why.items() if why.startswith("called like")]
+        columns = ", ".join(f"{shown(c)} ({h.distinct} values)" for c, h in self._profiles.items())
+        return (
+            f"{self._name}: no column could be told to be the {' or the '.join(missing)}"
+            + (f" ({'; '.join(said)})" if said else "")
+            + f"; say which it is with {' '.join(f'--{role} COLUMN' for role in missing)}. The columns of "
+            f"{self._rows()} rows are: {columns}"
+            + (f"; those in lists are: {', '.join(map(shown, self._inner))}" if self._inner else "")
+            + "".join(
+                f"; {shown(c)} holds {held}, which cannot be used"
+                for c, held in self._unusable.items()
+                if held not in (OBJECTS, LISTS)
+            )
+        )
+
+    def _rows(self) -> int:
+        return next(iter(self._profiles.values())).rows
+
+    # ----------------------------------------------------------------------- the rest
+
+    def _split(self) -> str | None:
+        """The column, if there is just one, whose every row names a part of a split, train and test among them."""
+        found = {}
+        for held in self._free():
+            sizes = parts_in(held)
+            if sum(sizes.values()) == held.rows and sizes["train"] and sizes["test"]:
+                found[held.name] = ", ".join(f"{part} {n}" for part, n in sizes.items() if n)
+        for name, counted in found.items():
+            self._why[name] = (
+                f"its values; {counted}" if len(found) == 1 else f"could be the split; --split {shell(name)}"
+            )
+        return next(iter(found)) if len(found) == 1 else None
+
+    def _check_split(self, column: str | None) -> None:
+        """Refuse a column that was named and says something else."""
+        if column is None:
+            return
+        held = self._profiles[column]
+        if sum(parts_in(held).values()) < held.rows:
+            other = next(cell for cell in held.cells.unique(maintain_order=True) if part_of(cell) is None)
+            raise DataError.at(
+                self._name,
+                "bad-value",
+                f": column {shown(column)!r} cannot be the split, since it says {shown(other)!r}; every row has to say "
+                f"one of {', '.join(SPELLED)}, or name another --split",
+                column,
+            )
+
+    def _time(self) -> str | None:
+        scored = []
+        for held in self._free():
+            weight = held.named.weight("time")
+            times = held.times
+            if times.form == "no times" or held.distinct < 2 or held.named.weight("count"):
+                if weight and held.filled and held.distinct > 1:
+                    self._why[held.name] = "called like a time, but holds neither numbers nor dates"
+                continue
+            unix = times.low is not None and any(low <= times.low and (times.high or 0) < high for low, high in UNIX)
+            if not weight and ((times.form == "numbers" and not unix) or held.filled < held.rows):
+                continue
+            if self._owned(held):
+                continue
+            scored.append((max(weight, 0.3) + 0.3 * (times.form in READABLE) + 1e-9 * held.distinct, held))
+        return self._first(scored, "time", when)
+
+    def _rating(self) -> str | None:
+        named, others = [], []
+        for held in self._free():
+            weight = held.named.weight("rating")
+            if not held.numeric or held.distinct < 2 or held.named.weight("count") or self._owned(held):
+                if weight and held.filled and not held.numeric:
+                    self._why[held.name] = "called like a rating, but holds no numbers"
+                continue
+            if held.counts:
+                if weight:
+                    self._why[held.name] = (
+                        f"called like a rating, but its numbers look like {self._amounts(held)}, from "
+                        f"{held.levels[0]:g} to {held.levels[-1]:g}; --rating {shell(held.name)} takes it all the same"
+                    )
+                continue
+            if weight:
+                overall = "overall" in held.name.casefold()
+                named.append((weight + 0.2 * overall + 0.01 * (len(held.levels) <= _MOST_LEVELS), held))
+            elif looks_like_ratings(held) and held.filled == held.rows:
+                others.append((0.1, held))
+        if not named and len(others) > 1:
+            for _, held in others:
+                self._why[held.name] = f"could be a rating; --rating {shell(held.name)} takes it"
+            return None
+        return self._first(named or others, "rating", levels)
+
+    def _amounts(self, held: Profile) -> str:
+        return "counts" if held.whole else "amounts"
+
+    def _title(self) -> str | None:
+        if self._items:
+            found = self._title_of_items()
+            if found is not None:
+                return found
+        scored = []
+        for held in self._free():
+            weight = held.named.weight("title")
+            if (
+                held.distinct < 2
+                or held.letters < 0.3
+                or held.length > 300
+                or held.named.weight("field")
+                or held.named.weight("text")
+            ):
+                continue
+            goes = self._goes(self._item, held.name)
+            many = held.distinct >= 0.7 * self._profiles[self._item].distinct
+            if weight and not self._may_go(self._item, held.name):
+                if not self._goes(self._user, held.name):
+                    self._why[held.name] = f"called like a title, but one {shown(self._item)} has several"
+                continue
+            if weight or (goes and many and held.words >= 1.5):
+                scored.append((weight + 0.1, held))
+        found = self._first(scored, "title", lambda held: f"goes with {shown(self._item)}")
+        item = self._profiles[self._item]
+        if found is None and item.letters >= 0.5 and (item.words >= 1.5 or item.named.weight("title")):
+            return self._item
+        return found
+
+    def _title_of_items(self) -> str | None:
+        scored = []
+        for held in self._items.values():
+            weight = held.named.weight("title")
+            if held.name == leaf(self._item) or held.letters < 0.3 or held.length > 300 or held.distinct < 2:
+                continue
+            if weight or (held.words >= 1.5 and held.unique and held.length <= 100):
+                scored.append((weight + 0.1 * held.unique, held))
+        if not scored:
+            return None
+        _, best = max(scored, key=lambda pair: pair[0])
+        self._why[best.name] = f"{'its name' if best.named.weight('title') else 'its values'}; in the table of items"
+        return best.name
+
+    def _text(self, rating: str | None) -> str | None:
+        scored = []
+        for held in self._free():
+            weight = held.named.weight("text")
+            review = held.named.weight("review") or held.name == "text"
+            if held.letters < 0.5 or held.distinct < 2 or held.named.weight("field") or held.named.weight("headline"):
+                continue
+            if held.words < 2 or (not weight and (held.words < 5 or held.distinct < 0.5 * held.filled)):
+                if weight:
+                    self._why[held.name] = f"called like a text, but has {held.words:.1f} words on average"
+                continue
+            if self._owned(held):
+                continue
+            if not review and (rating is None or about_orders(held.name)):
+                self._why[held.name] = (
+                    f"a text, but nothing says that it is about {shown(self._item)}; if it is a review, --text "
+                    f"{shell(held.name)} takes it"
+                )
+                continue
+            scored.append((weight + min(held.words, 100) / 1000, held))
+        share = self._rows()
+        return self._first(
+            scored, "text", lambda held: f"{held.words:.0f} words each; in {held.filled / share:.0%} of the rows"
+        )
+
+    def _owned(self, held: Profile) -> bool:
+        """Whether a column describes the user or the item, and not what happened between them."""
+        return self._goes(self._item, held.name) or self._goes(self._user, held.name)
+
+    def _first(self, scored: list[tuple[float, Profile]], role: str, say: Callable[[Profile], str]) -> str | None:
+        if not scored:
+            return None
+        scored.sort(key=lambda pair: -pair[0])
+        best = scored[0][1]
+        for _, held in scored[1:]:
+            self._why[held.name] = f"could be the {role} too; --{role} {shell(held.name)} takes it"
+        self._why[best.name] = f"{'its name' if best.named.weight(role) else 'its values'}; {say(best)}"
+        return best.name
+
+    def _fields(self, title: str | None) -> tuple[str, ...]:
+        if self._asked.fields is not None:
+            chosen = tuple(column for column in self._asked.fields if column != NONE)
+            self._why |= dict.fromkeys(chosen, "you named it")
+            return chosen
+        scored: list[tuple[float, str]] = []
+        for table, held in [("items", h) for h in self._items.values()] + [("", h) for h in self._free()]:
+            own = leaf(self._item) if table else self._item
+            if held.name in (title, own) or held.name in (name for _, name in scored):
+                continue
+            weight = held.named.weight("field")
+            plain = held.letters >= 0.5 and not held.named.roles and not held.named.is_id
+            few = held.distinct <= 0.5 * (held.rows if table else self._profiles[self._item].distinct)
+            if held.distinct < 2 or held.length > 80 or held.filled < 0.5 * held.rows:
+                continue
+            if not (weight or (plain and few and held.length <= 40)):
+                continue
+            if table or self._goes(self._item, held.name) or (weight and self._may_go(self._item, held.name)):
+                scored.append((weight, held.name))
+                self._why[held.name] = ("in the table of items" if table else f"goes with {shown(self._item)}") + (
+                    f"; {held.distinct} values"
+                )
+        kept: list[str] = []
+        for _, name in sorted(scored, key=lambda pair: -pair[0]):
+            same = next((other for other in kept if self._equal(name, other)), None)
+            if same is not None:
+                self._why[name] = f"holds the same values as {shown(same)}"
+            elif len(kept) < _MOST_FIELDS:
+                kept.append(name)
+            else:
+                self._why[name] = f"goes with {shown(self._item)}; --fields {shell(name)} lets templates show it"
+        return tuple(name for _, name in scored if name in kept)
+
+    def _equal(self, one: str, other: str) -> bool:
+        """Whether two columns of one table hold the same values; numbers are compared by what they mean."""
+        first, second = (self._profiles.get(name) or self._items[name] for name in (one, other))
+        if (one in self._profiles) != (other in self._profiles):
+            return False
+        if first.numeric and second.numeric:
+            return first.numbers.values.equals(second.numbers.values, check_names=False)
+        return first.cells.equals(second.cells, check_names=False)
+
+    def _idle(self, held: Profile) -> str:
+        if not held.filled:
+            return "it is empty"
+        if held.distinct == 1:
+            return "the same value in every row"
+        if held.unique and held.words < 3:
+            return "a different value in every row: an id of rows"
+        if held.named.weight("row"):
+            return "an id of orders or rows, by its name"
+        if self._goes(self._item, held.name):
+            return f"goes with {shown(self._item)}; --fields {shell(held.name)} lets templates show it"
+        if self._goes(self._user, held.name):
+            return f"goes with {shown(self._user)}; a table has no columns about users"
+        if held.named.weight("count"):
+            return "a count or an amount, by its name"
+        if kinds_of_events(held):
+            return "kinds of events, by its values; see the note"
+        if held.numeric and held.counts:
+            return f"looks like {self._amounts(held)}, not like ratings"
+        return "nothing that llmrec uses"
+
+    def _idle_item(self, held: Profile) -> str:
+        if held.name == leaf(self._item):
+            return f"the same as {shown(self._item)}"
+        if not held.filled or held.distinct == 1:
+            return "it is empty" if not held.filled else "the same value in every row"
+        return f"--fields {shell(held.name)} lets templates show it"

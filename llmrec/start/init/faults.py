@@ -1,0 +1,300 @@
+"""What stands between a table and a recipe that can read it, and a copy of the table in which it is put right."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.data.reading.nested import leaf
+from llmrec.data.reading.text import Table
+from llmrec.data.reading.typed import texts
+from llmrec.durable import replacing
+from llmrec.errors import DataError, ErrorKind, Place
+from llmrec.start.init.forms import READABLE
+from llmrec.start.init.profile import Peek, Profile, shell, shown
+from llmrec.start.init.roles import Roles
+
+COPY_ENDINGS = (".csv", ".parquet")
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that `llmrec check` would refuse.
+
+    Attributes:
+        column: Where it is.
+        at: And in which row, as far as that can be known.
+        said: One clause that names the row, the value and what is wrong.
+        mend: What the copy does about it; empty if nothing can be done without asking.
+        instead: What else can be done.
+        kind: What is wrong, for programs.
+    """
+
+    column: str
+    at: Place
+    said: str
+    mend: str
+    instead: str = ""
+    kind: ErrorKind = "bad-value"
+
+
+def faults(found: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
+    """Return what the recipe could not read, in the order of rating, time and ids.
+
+    Args:
+        found: The interactions, or a part of them.
+        roles: Which column is what.
+        items: The table of items, if there is one.
+        item_column: The item's column in the table of items.
+    """
+    listed = [
+        _numbers(found, roles),
+        _times(found, roles),
+        *_ids(found, roles),
+        *_items(found, roles, items, item_column),
+    ]
+    return [fault for fault in listed if fault is not None]
+
+
+def _bad(held: Profile, values: pl.Series) -> tuple[int, int]:
+    """Return how many rows have no value, and the first of them."""
+    gone = values.is_null()
+    return int(gone.sum()), int(gone.arg_max() or 0)
+
+
+def _unused(found: Peek, held: Profile, role: str, values: pl.Series) -> Fault | None:
+    """A column with llmrec's own name for a role is read although nobody named it, so it must be readable too."""
+    rows, row = _bad(held, values)
+    if not rows:
+        return None
+    return Fault(
+        held.name,
+        found.place(row),
+        f"{_place(found, held, row, role)}, which is no {role}, and a column of this name would be taken for one",
+        f"{held.name} is not in it",
+        f"rename the column {held.name}",
+    )
+
+
+def _numbers(found: Peek, roles: Roles) -> Fault | None:
+    if roles.rating is None:
+        held = roles.profiles.get("rating")
+        plain = held is None or held.numbers.form in READABLE
+        return None if held is None else _unused(found, held, "rating", _read(held.numbers.values, plain))
+    held = roles.profiles[roles.rating]
+    form, values = held.numbers.form, held.numbers.values
+    rows, row = _bad(held, values)
+    name, place = shown(held.name), "--rating none leaves ratings out"
+    if form == "no numbers":
+        said = f"{_place(found, held, row, 'rating')}, which is not a number"
+        return Fault(held.name, found.place(row), said, "", place)
+    if form not in READABLE:
+        commas = held.cells.str.contains(",", literal=True)
+        kind = "a decimal comma" if form == "decimal commas" else "a thousands separator"
+        first = int(commas.arg_max() or 0)
+        said = f"{_place(found, held, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
+        said += ", where llmrec reads 4.5"
+        return Fault(
+            held.name, found.place(first), said, f"{name} is written with decimal points{_left_out(rows)}", place
+        )
+    if not rows:
+        return None
+    said = f"{_place(found, held, row, 'rating')}, which is no number ({rows} of {held.rows} rows)"
+    said += "; ratings stand in every row or in none"
+    return Fault(held.name, found.place(row), said, f"rows without a number in {name} are left out", place)
+
+
+def _times(found: Peek, roles: Roles) -> Fault | None:
+    if roles.time is None:
+        held = roles.profiles.get("timestamp")
+        plain = held is None or held.times.form in READABLE
+        return None if held is None else _unused(found, held, "time", _read(held.times.values, plain))
+    held = roles.profiles[roles.time]
+    form, values = held.times.form, held.times.values
+    rows, row = _bad(held, values)
+    first = int((held.cells != "").arg_max() or 0)
+    filled = _place(found, held, first, "time")
+    place = "--time none takes the order of the rows"
+    if form == "no times":
+        return Fault(held.name, found.place(first), f"{filled}, which is neither a number nor a date", "", place)
+    if form == "dates whose day and month cannot be told apart":
+        said = f"{filled}, in which day and month cannot be told apart, here as in all others"
+        return Fault(
+            held.name,
+            found.place(first),
+            said,
+            "",
+            f"--dates day-first or --dates month-first says which stands first. {place}",
+        )
+    if not rows:
+        return None
+    said = f"{_place(found, held, row, 'time')}, which is no time like the others ({rows} of {held.rows} rows)"
+    return Fault(held.name, found.place(row), said, f"rows without a time in {shown(held.name)} are left out", place)
+
+
+def _read(values: pl.Series, plain: bool) -> pl.Series:
+    return values if plain else values.clear(len(values))
+
+
+def _left_out(rows: int) -> str:
+    return f", {rows} rows without one are left out" if rows else ""
+
+
+def _ids(found: Peek, roles: Roles) -> list[Fault]:
+    listed = []
+    for role in ("user", "item"):
+        held = roles.profiles[getattr(roles, role)]
+        if held.filled < held.rows:
+            row = int((held.cells == "").arg_max() or 0)
+            listed.append(
+                Fault(
+                    held.name,
+                    found.place(row),
+                    f"{found.where(row)}: the {role} in column {shown(held.name)!r} is missing "
+                    f"({held.rows - held.filled} of {held.rows} rows)",
+                    f"rows without {_a(role)} are left out",
+                    kind="missing-value",
+                )
+            )
+    return listed
+
+
+def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[Fault]:
+    listed = []
+    mains = roles.profiles[roles.item].cells
+    kept = pl.Series(mains.filter(mains != "").unique())
+    if items is not None:
+        if column not in (roles.item, leaf(roles.item)):
+            listed.append(
+                Fault(
+                    roles.item,
+                    Place(found.table.name),
+                    f"{items.name} calls the item {shown(column)!r} and {found.table.name} calls it "
+                    f"{shown(roles.item)!r}; the two are joined on one name",
+                    f"the item is called {shown(column)}",
+                    kind="missing-column",
+                )
+            )
+        absent = kept.filter(~kept.is_in(texts(items, column).implode()))
+        if len(absent):
+            first = int((mains == absent[0]).arg_max() or 0)
+            listed.append(
+                Fault(
+                    roles.item,
+                    found.place(first),
+                    f"{found.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
+                    f"{len(kept)} items are not)",
+                    f"rows whose item is not in {items.name} are left out",
+                    kind="unknown-name",
+                )
+            )
+    return listed
+
+
+def _place(found: Peek, held: Profile, row: int, what: str) -> str:
+    return f"{found.where(row)}: the {what} in column {shown(held.name)!r} is {shown(held.cells[row])!r}"
+
+
+def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
+    """Return one paragraph that names every fault and the ways out.
+
+    Args:
+        name: Of the table.
+        listed: The faults.
+        copy: Where a fixed copy could be written; None: the table is a frame in memory, of which none is.
+    """
+    parts = [fault.said for fault in listed]
+    told = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
+    instead = list(dict.fromkeys(fault.instead for fault in listed if fault.instead))
+    mends = list(dict.fromkeys(fault.mend for fault in listed if fault.mend))
+    ways = []
+    if copy is None:
+        instead = instead or ["Fix the frame"]
+    elif all(fault.mend for fault in listed):
+        ways.append(f"`--mend {shell(str(copy))}` writes a copy of the table and a recipe for it: {', '.join(mends)}")
+    return f"{told}. {'. '.join([*ways, *map(_capital, instead)])}"
+
+
+def _a(word: str) -> str:
+    return f"an {word}" if word[0] in "aeio" else f"a {word}"
+
+
+def _capital(text: str) -> str:
+    return text if text.startswith("--") else text[:1].upper() + text[1:]
+
+
+# --------------------------------------------------------------------------- the copy
+
+
+def mended(table: Table, roles: Roles, items: Table | None, item_column: str) -> tuple[pl.DataFrame, list[str]]:
+    """Return the columns that the recipe uses with their faults fixed, and what was done.
+
+    Args:
+        table: The whole table.
+        roles: Which column is what, found on the whole table.
+        items: The table of items, if there is one.
+        item_column: The item's column there; the copy calls it the same.
+    """
+    profiles = roles.profiles
+    others = (roles.user, roles.rating, roles.time, roles.title, roles.text, roles.split, *roles.fields)
+    if item_column != roles.item and item_column in others:
+        raise DataError.at(
+            table.name,
+            "contradiction",
+            f" has a column {shown(item_column)!r} that is not the item, and the table of items calls the "
+            "item so; rename one of the two",
+            item_column,
+        )
+    columns = {roles.user: profiles[roles.user].cells, item_column: profiles[roles.item].cells}
+    done: list[str] = []
+    if roles.rating is not None:
+        held = profiles[roles.rating]
+        columns[roles.rating] = held.numbers.values.cast(pl.Int64) if held.whole else held.numbers.values
+    if roles.time is not None:
+        columns[roles.time] = profiles[roles.time].times.values
+    for name in (roles.title, roles.text, roles.split, *roles.fields):
+        if name is not None and name in profiles and name not in columns and name != roles.item:
+            columns[name] = profiles[name].cells
+    frame = pl.DataFrame([values.alias(name) for name, values in columns.items()])
+    for column, what in ((roles.user, "user"), (item_column, "item")):
+        frame = _kept(frame, pl.col(column) != "", _a(what), done)
+    for chosen, what in ((roles.rating, "rating"), (roles.time, "time")):
+        if chosen is not None:
+            frame = _kept(frame, pl.col(chosen).is_not_null(), f"a {what}", done)
+    if items is not None:
+        known = texts(items, item_column).unique()
+        frame = _kept(frame, pl.col(item_column).is_in(known.implode()), f"an entry in {items.name}", done)
+    return frame, done
+
+
+def _kept(frame: pl.DataFrame, keep: pl.Expr, what: str, done: list[str]) -> pl.DataFrame:
+    kept = frame.filter(keep)
+    if kept.height < frame.height:
+        done.append(f"{frame.height - kept.height} rows without {what} were left out")
+    return kept
+
+
+def write_copy(frame: pl.DataFrame, path: Path, *, force: bool) -> None:
+    """Write a fixed table as CSV or Parquet, by the ending.
+
+    Raises:
+        DataError: If the ending is another one, the file exists, or nothing is left to write.
+    """
+    if path.suffix.lower() not in COPY_ENDINGS:
+        raise DataError(
+            f"--mend {path}: a copy is written as {' or '.join(COPY_ENDINGS)}; give it one of these endings",
+            kind="wrong-format",
+            at=path,
+        )
+    if path.exists() and not force:
+        raise DataError.at(path, "exists", " exists; name another file after --mend, or write over it with --force")
+    if frame.is_empty():
+        raise DataError(f"--mend {path}: no row can be used, so there is nothing to copy", kind="empty", at=path)
+    with replacing(path) as draft:
+        if path.suffix.lower() == ".parquet":
+            frame.write_parquet(draft)
+        else:
+            frame.write_csv(draft)

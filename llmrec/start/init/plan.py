@@ -1,0 +1,440 @@
+"""What `llmrec init` decides: figures of a table, the tasks that it can carry, and sizes that fit ten minutes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import polars as pl
+
+from llmrec.data.dataset import Dataset, core
+from llmrec.data.reading.words import noun_of
+from llmrec.data.stats import BASKETS
+from llmrec.start.init.roles import Roles
+
+FAMILIES = ("rating", "sequential", "direct", "explanation")
+_CORE_ROWS = 50_000
+_CORE_LEFT = 200
+_MOST_LABELS = 101
+_LEAST_TEXTS = 20
+# Users with three baskets or more, of whom whole ones can be held out.
+_LEAST_BASKETS = 10
+# Two cores, SmolLM2-135M, bf16: `make quickstart` trains 900 tokens a second; likelihoods and generation as measured.
+TRAIN_SPEED, _SCORE_SPEED, _ASK_SPEED, _DECODE_SPEED = 900.0, 1600.0, 3000.0, 700.0
+_START = {"vllm": 60.0, "hf": 20.0}
+_OTHER_SECONDS = 40.0
+BUDGET_SECONDS = 600.0
+BATCH_TOKENS = 1536
+ROW_TOKENS = 384
+
+
+@dataclass(frozen=True)
+class Facts:
+    """Figures of the rows that a recipe would keep.
+
+    Attributes:
+        rows: All of them, repeats included.
+        users: Different users.
+        items: Different items.
+        repeats: Rows whose user and item stand in another row too.
+        history: Different items of a user: fewest, median, most.
+        able: Users with at least 3 different items, of whom leave-one-out can hold out two. Where whole baskets are
+            held out, users with at least 3 of them; where a column says what is held out, users with test rows and
+            training rows.
+        teachable: Users of whom two or more items are left to learn an order from.
+        asked: Held-out items of an able user, on average; more than one where whole baskets are held out.
+        tied: Share of users with several items at their last time; 0 without times.
+        with_texts: Rows with a text.
+        with_title: Share of rows with a title.
+        levels: Different ratings, those of rows that the core filter drops included, lowest first: a recipe's scale
+            has to hold for all rows.
+        zeros: Share of ratings that are 0.
+        title_tokens: Tokens of a title, about.
+        field_tokens: Tokens of an item's fields, about.
+        text_tokens: Tokens of a text, about.
+    """
+
+    rows: int
+    users: int
+    items: int
+    repeats: int
+    history: tuple[int, float, int]
+    able: int
+    teachable: int
+    asked: float
+    tied: float
+    with_texts: int
+    with_title: float
+    levels: tuple[float, ...]
+    zeros: float
+    title_tokens: float
+    field_tokens: float
+    text_tokens: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a recipe will say beyond the columns.
+
+    Attributes:
+        tasks: For every family a reason, and whether it is on.
+        split: Kind of the split.
+        core: ``filter.user_core`` and ``filter.item_core``; 1 keeps everything.
+        noun: What the items are called.
+        scale: Lowest and highest rating, where it is worth writing down.
+        candidates: Candidates of a request.
+        users: Evaluated users.
+        arms: What is evaluated.
+        steps: Optimiser steps.
+        backend: The engine.
+        seconds: Estimate by stage, on two common CPU cores.
+        facts: What it was decided from.
+    """
+
+    tasks: Mapping[str, tuple[bool, str]]
+    split: str
+    core: int
+    noun: str
+    scale: tuple[float, float] | None
+    candidates: int
+    users: int
+    arms: tuple[str, ...]
+    steps: int
+    backend: str
+    facts: Facts
+    seconds: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def on(self) -> tuple[str, ...]:
+        """The families that are switched on."""
+        return tuple(family for family in FAMILIES if self.tasks[family][0])
+
+    @property
+    def rates(self) -> bool:
+        """Whether templates can write the ratings: no task takes data whose scale has too many steps."""
+        return bool(self.facts.levels) and labels(self.facts.levels) <= _MOST_LABELS
+
+    def without(self, family: str, reason: str) -> Plan:
+        """Return the plan with one family switched off."""
+        return estimated(replace(self, tasks={**self.tasks, family: (False, reason)}))
+
+
+@dataclass(frozen=True)
+class Events:
+    """What a plan is made from: the interactions of a table, or of a data set that a source reads.
+
+    Attributes:
+        pairs: One row an interaction: ``user_id``, ``item_id``, and ``time``, which sorts as the times do and is null
+            where there is none.
+        titles: Titles of items; blank ones are empty.
+        titled: Whether they are titles, and not ids.
+        fields: Values of each further field of items.
+        ratings: Of each interaction; None without ratings.
+        texts: Of each interaction, blank ones empty; None without texts.
+        parts: The part of a split of each interaction, where it has one: train, valid or test.
+        rating: What the ratings are called.
+        text: What the texts are called.
+        time: What the times are called; None without times.
+    """
+
+    pairs: pl.DataFrame
+    titles: pl.Series
+    titled: bool
+    fields: Sequence[pl.Series]
+    ratings: pl.Series | None
+    texts: pl.Series | None
+    parts: pl.Series | None
+    rating: str = "the ratings"
+    text: str = "the texts"
+    time: str | None = None
+
+
+def events_of(roles: Roles) -> Events:
+    """Return the interactions of a table."""
+    profiles = roles.profiles
+    pairs = pl.DataFrame({"user_id": profiles[roles.user].cells, "item_id": profiles[roles.item].cells})
+    titles = roles.items.get(roles.title or "") or profiles.get(roles.title or "") or profiles[roles.item]
+    return Events(
+        pairs=pairs.with_columns(_moments(roles)),
+        titles=titles.cells,
+        titled=roles.title is not None,
+        fields=[(roles.items.get(name) or profiles[name]).cells for name in roles.fields],
+        ratings=profiles[roles.rating].numbers.values if roles.rating else None,
+        texts=profiles[roles.text].cells if roles.text else None,
+        parts=profiles[roles.split].cells if roles.split else None,
+        rating=roles.rating or "",
+        text=roles.text or "",
+        time=roles.time,
+    )
+
+
+def events_in(dataset: Dataset) -> Events:
+    """Return the interactions of a data set that a source has read."""
+    rows = dataset.interactions.with_columns(pl.col("user_id", "item_id").cast(pl.String))
+    items = dataset.items.values()
+    names = dict.fromkeys(name for item in items for name in item.fields)
+    parts = None
+    if (given := dataset.given) is not None:
+        held = {**dict.fromkeys(given.valid, "valid"), **dict.fromkeys(given.test, "test")}
+        parts = pl.Series([held.get(pair, "train") for pair in rows.select("user_id", "item_id").iter_rows()])
+    return Events(
+        pairs=rows.select("user_id", "item_id", pl.col("timestamp").alias("time")),
+        titles=pl.Series([item.title for item in items], dtype=pl.String),
+        titled=any(item.title != item.item_id for item in items),
+        fields=[pl.Series([item.fields.get(name, "") for item in items], dtype=pl.String) for name in names],
+        ratings=rows["rating"] if rows["rating"].null_count() < rows.height else None,
+        texts=rows["text"].fill_null("") if rows["text"].null_count() < rows.height else None,
+        parts=parts,
+        time="time" if dataset.has_time else None,
+    )
+
+
+def figures(events: Events, cores: int = 1) -> Facts:
+    """Return the figures of interactions that a core filter leaves."""
+    pairs = events.pairs.with_row_index("row").sort("time", maintain_order=True, nulls_last=False)
+    once = core(pairs.unique(["user_id", "item_id"], keep="last"), user_core=cores, item_core=cores)
+    rows = pairs.join(once.select("user_id", "item_id"), on=["user_id", "item_id"], how="semi")["row"]
+    sizes = once.group_by("user_id").len()["len"]
+    texts = events.texts.gather(rows) if events.texts is not None else None
+    ratings = events.ratings.gather(rows).drop_nulls() if events.ratings is not None else None
+    able, teachable, asked = int((sizes >= 3).sum()), int((sizes >= 4).sum()), 1.0
+    baskets = _baskets(once) if events.time is not None and events.parts is None else _NO_BASKETS
+    if baskets.are_cut:
+        able, teachable, asked = baskets.able, baskets.teachable, baskets.asked
+    if events.parts is not None:
+        able, teachable = _held(events.pairs["user_id"].gather(rows), events.parts.gather(rows))
+    return Facts(
+        rows=len(rows),
+        users=len(sizes),
+        items=once["item_id"].n_unique(),
+        repeats=len(rows) - once.height,
+        history=(_int(sizes.min()), _float(sizes.median()), _int(sizes.max())),
+        able=able,
+        teachable=teachable,
+        asked=asked,
+        tied=baskets.tied if baskets.are_cut else 0.0,
+        with_texts=int((texts != "").sum()) if texts is not None else 0,
+        with_title=_float((events.titles != "").mean()) if events.titled else 0.0,
+        levels=tuple(ratings.unique().sort().to_list()) if ratings is not None else (),
+        zeros=_float((ratings == 0).mean()) if ratings is not None and len(ratings) else 0.0,
+        title_tokens=_tokens(events.titles),
+        field_tokens=sum(map(_tokens, events.fields)),
+        text_tokens=_tokens(texts) if texts is not None else 0.0,
+    )
+
+
+def _moments(roles: Roles) -> pl.Series:
+    if roles.time is None:
+        return pl.Series("time", [None] * roles.profiles[roles.user].rows, dtype=pl.Float64)
+    return roles.profiles[roles.time].times.sortable.alias("time")
+
+
+@dataclass(frozen=True)
+class _Baskets:
+    """Figures of what users took at one time each; see `Facts`."""
+
+    tied: float
+    able: int
+    teachable: int
+    asked: float
+
+    @property
+    def are_cut(self) -> bool:
+        """Whether a split between single items would cut through many, and whole ones can be held out."""
+        return self.tied > BASKETS and self.able >= _LEAST_BASKETS
+
+
+_NO_BASKETS = _Baskets(0.0, 0, 0, 0.0)
+
+
+def _baskets(once: pl.DataFrame) -> _Baskets:
+    """Count the baskets of users, which `last_basket` holds out, of rows without repeats."""
+    sizes = once.drop_nulls("time").group_by("user_id", "time").len().sort("time")
+    users = sizes.group_by("user_id", maintain_order=True).agg(
+        pl.len().alias("moments"), pl.col("len").last().alias("last"), pl.col("len").sum().alias("items"),
+        pl.col("len").slice(-2).sum().alias("held"),
+    )  # fmt: skip
+    able = users.filter(pl.col("moments") >= 3)
+    left = pl.concat(
+        [able.select(pl.col("items") - pl.col("held")), users.filter(pl.col("moments") < 3).select("items")]
+    )
+    return _Baskets(
+        tied=_float((users["last"] > 1).mean()),
+        able=able.height,
+        teachable=int((left["items"] >= 2).sum()),
+        asked=_float(able["last"].mean()),
+    )
+
+
+def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
+    """Count users with training and test rows, and users with two or more training rows."""
+    said = parts.str.strip_chars().str.to_lowercase()
+    learned = users.filter(said == "train").value_counts()
+    tested = users.filter(said == "test").unique()
+    return int(tested.is_in(learned[users.name].implode()).sum()), int((learned["count"] >= 2).sum())
+
+
+def _tokens(cells: pl.Series) -> float:
+    """Estimate the tokens of a value, a separator included: about one for every 3.2 bytes of UTF-8."""
+    return min(_float(cells.filter(cells != "").str.len_bytes().mean()) / 3.2, 300.0) + 2.0
+
+
+def _float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _int(value: object) -> int:
+    return int(_float(value))
+
+
+# --------------------------------------------------------------------------- decisions
+
+
+def decide(events: Events, names: tuple[str, ...], *, whole: bool, backend: str) -> Plan:
+    """Return a plan.
+
+    Args:
+        events: The interactions.
+        names: Where to look for a noun: the item's column, files, the title's column.
+        whole: Whether the table was read whole, so that its figures hold for all rows.
+        backend: The engine.
+    """
+    facts, cores = figures(events), 1
+    if facts.rows >= _CORE_ROWS and (facts.history[1] < 5 or facts.rows / facts.items < 5):
+        for cores in (5, 3, 1):
+            kept = figures(events, cores) if cores > 1 else facts
+            if kept.users >= _CORE_LEFT and kept.items >= _CORE_LEFT:
+                break
+        facts = replace(kept, levels=facts.levels)
+    count = min(20, facts.items, facts.items - facts.history[2] + 1) if facts.able else 20
+    plan = Plan(
+        tasks=_tasks(events, facts, count),
+        split="given" if events.parts is not None else _split(facts),
+        core=cores,
+        noun=next((noun for name in names if (noun := noun_of(name))), "items"),
+        scale=_scale(facts.levels) if whole else None,
+        candidates=count,
+        users=min(100, max(facts.able, 1)) if facts.able else 100,
+        arms=("zero-shot", "few-shot", "tuned"),
+        steps=120,
+        backend=backend,
+        facts=facts,
+    )
+    return estimated(plan)
+
+
+def _split(facts: Facts) -> str:
+    return "last_basket" if facts.tied else "leave_one_out" if facts.able else "global_time"
+
+
+def _scale(levels: tuple[float, ...]) -> tuple[float, float] | None:
+    """Return the scale that ratings stand on: 5 and 10 as the best mean that 1 is the worst, if nothing is below."""
+    if len(levels) < 2:
+        return None
+    low, high = levels[0], levels[-1]
+    return (1.0 if low > 1 and high in (5, 10) else low), high
+
+
+def labels(levels: tuple[float, ...]) -> int:
+    """Return how many labels the rating task would have between the lowest and the highest rating."""
+    low, high = levels[0], levels[-1]
+    step = 1.0 if all(float(v).is_integer() for v in levels) or high - low > _MOST_LABELS // 2 else 0.5
+    return math.ceil(high / step) - math.floor(low / step) + 1
+
+
+def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, str]]:
+    order = f"in order of {events.time}" if events.time else "in the order of the rows, since there is no time"
+    few = f"{facts.able} of {facts.users} users have 3 or more different items"
+    short = "needs users with 4 or more different items: 2 are held out, 2 show an order"
+    if facts.tied:
+        few = f"{facts.able} of {facts.users} users have items at 3 or more times"
+        short = "needs users with 2 or more items before the baskets that are held out, which show an order"
+    if events.parts is not None:
+        few = f"{facts.able} of {facts.users} users have test rows and training rows"
+        short = "needs users with 2 or more training rows, which show an order"
+    found: dict[str, tuple[bool, str]] = {}
+    if events.ratings is None:
+        found["rating"] = (False, "needs a column of ratings")
+    elif len(facts.levels) < 2:
+        found["rating"] = (False, f"needs ratings with at least 2 values, and {events.rating} has {len(facts.levels)}")
+    elif labels(facts.levels) > _MOST_LABELS:
+        many = labels(facts.levels)
+        found["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, and {events.rating} has {many}")
+    else:
+        low, high = facts.levels[0], facts.levels[-1]
+        found["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {events.rating}")
+    if not facts.able:
+        found["sequential"] = found["direct"] = (False, f"needs users with a history: {few}")
+    elif not facts.teachable:
+        found["sequential"] = (False, short)
+    else:
+        found["sequential"] = (True, f"{few}, {order}")
+    if facts.able:
+        found["direct"] = (True, f"{facts.items} items, {count} candidates a request")
+        if count < 2:
+            why = f"needs items that a user has not had, and one user has {facts.history[2]} of {facts.items}"
+            found["direct"] = found["sequential"] = (False, why)
+    if events.texts is None:
+        found["explanation"] = (False, "needs a column of texts that users wrote")
+    elif facts.with_texts < _LEAST_TEXTS:
+        why = f"needs at least {_LEAST_TEXTS} texts, and {events.text} has {facts.with_texts}"
+        found["explanation"] = (False, why)
+    else:
+        found["explanation"] = (True, f"{facts.with_texts} texts in {events.text}")
+    return found
+
+
+# --------------------------------------------------------------------------- sizes and seconds
+
+
+def estimated(plan: Plan) -> Plan:
+    """Return a plan with its estimate, made smaller until it fits `BUDGET_SECONDS`."""
+    sizes = ((100, 120, True), (100, 120, False), (60, 100, False), (40, 80, False), (25, 60, False))
+    for users, steps, shots in sizes:
+        arms = ("zero-shot", "few-shot", "tuned") if shots else ("zero-shot", "tuned")
+        plan = replace(plan, users=min(plan.users, users), steps=steps, arms=arms)
+        plan = replace(plan, seconds=_seconds(plan))
+        if sum(plan.seconds.values()) <= BUDGET_SECONDS:
+            break
+    return plan
+
+
+def shown_history(plan: Plan) -> int:
+    """Return the events that a sequential prompt shows."""
+    return int(max(5, min(20, plan.facts.history[2] - 1)))
+
+
+def window(plan: Plan, *, tokens: float) -> int:
+    """Return the events of one training row, so many as fit its longest length."""
+    return int(max(4, min(30, plan.facts.history[2], (ROW_TOKENS - 60) // tokens)))
+
+
+def answer_tokens(plan: Plan) -> int:
+    """Return the room for an explanation: a third more than a text has on average."""
+    return int(min(80, max(16, 8 * math.ceil(plan.facts.text_tokens * 1.3 / 8))))
+
+
+def _seconds(plan: Plan) -> dict[str, float]:
+    facts, history = plan.facts, min(plan.facts.history[1], 20)
+    title, about = facts.title_tokens, facts.title_tokens + facts.field_tokens + 3
+    ask = score = decode = 0.0
+    if "rating" in plan.on:
+        ask, decode = ask + 1.5 * (50 + min(history, 10) * about), decode + 3
+    if "sequential" in plan.on:
+        score += 40 + (history + plan.candidates) * title
+    if "direct" in plan.on:
+        ask += 1.5 * (80 + min(history, 5) * title + plan.candidates * (title + 3))
+        decode += 4 * plan.candidates
+    if "explanation" in plan.on:
+        ask += 60 + 3 * min(facts.text_tokens, 50) + about
+        decode += answer_tokens(plan)
+    arm = plan.users * plan.facts.asked * (ask / _ASK_SPEED + score / _SCORE_SPEED + decode / _DECODE_SPEED)
+    shots = 2.2 * arm if "few-shot" in plan.arms else 0.0
+    evaluation = (len(plan.arms) - ("few-shot" in plan.arms)) * arm + shots
+    return {
+        "training": plan.steps * BATCH_TOKENS / TRAIN_SPEED,
+        "evaluation": evaluation,
+        # Under auto vLLM is started, if there is one.
+        "starts": _START.get(plan.backend, _START["vllm"]) + _OTHER_SECONDS,
+    }

@@ -1,0 +1,464 @@
+"""What each column of a table holds, and which go together; `llmrec.start.init.columns` draws the conclusions.
+
+A small table is read whole, a large one in blocks from all over the file.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import json
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmrec.data.dataset import PARTS
+from llmrec.data.reading.dates import DateOrder
+from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
+from llmrec.data.reading.objects import json_lines
+from llmrec.data.reading.packed import PACKED
+from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
+from llmrec.data.reading.table import ATOMIC, is_pattern, read_table, rows_of, without_kinds
+from llmrec.data.reading.text import Table, delimited, separator_of
+from llmrec.data.reading.typed import texts
+from llmrec.data.reading.words import Named, event_rank, named
+from llmrec.data.sources.parts import SPELLED, part_of
+from llmrec.errors import DataError, Place
+from llmrec.guard import clean
+from llmrec.start.init.forms import READABLE, Numbers, Times, numbers, times
+
+_TIE_ROWS, _TIE_LEAST, _ALWAYS = 300_000, 12, 0.95
+UNIX = ((1e8, 4e9), (1e11, 4e12), (1e14, 4e15), (1e17, 4e18))
+"""Seconds, milliseconds, microseconds and nanoseconds since 1970, of the years 1973 to 2096."""
+
+
+def shown(name: str, limit: int = 40) -> str:
+    """Return a name from a file as one printable line."""
+    line = clean(name, limit + 1)
+    return line if len(line) <= limit else line[: limit - 1] + "…"
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What one column holds.
+
+    Attributes:
+        name: As the file writes it.
+        named: What the name says.
+        cells: Every value as text; blank ones are empty.
+        filled: Rows that hold something.
+        distinct: Different values among them.
+        length: Mean characters of a filled cell.
+        words: Mean words of a filled cell.
+        letters: Share of filled cells with a letter.
+        numbers: The column read as numbers.
+        times: The column read as times.
+    """
+
+    name: str
+    named: Named
+    cells: pl.Series
+    filled: int
+    distinct: int
+    length: float
+    words: float
+    letters: float
+    numbers: Numbers
+    times: Times
+
+    @property
+    def rows(self) -> int:
+        """Rows of the table."""
+        return len(self.cells)
+
+    @property
+    def per_value(self) -> float:
+        """Rows of each value, on average."""
+        return self.filled / max(self.distinct, 1)
+
+    @property
+    def unique(self) -> bool:
+        """Whether (nearly) every row has a value of its own."""
+        return self.distinct >= 0.99 * self.filled and self.distinct > 1
+
+    @cached_property
+    def whole(self) -> bool:
+        """Whether its numbers are whole."""
+        values = self.numbers.values.drop_nulls()
+        return bool((values == values.round(0)).all())
+
+    @cached_property
+    def levels(self) -> tuple[float, ...]:
+        """The different numbers, lowest first."""
+        return tuple(self.numbers.values.drop_nulls().unique().sort().to_list())
+
+    @property
+    def numeric(self) -> bool:
+        """Whether nearly all that stands there is a number."""
+        return self.numbers.form != "no numbers" and self.filled > 0
+
+    @cached_property
+    def counts(self) -> bool:
+        """Whether its numbers look like counts or amounts: from 0 to 1 up to more than 10, most of them low."""
+        values = self.numbers.values.drop_nulls()
+        if not self.numeric or values.is_empty() or not 0 <= self.levels[0] <= 1 < self.levels[-1] / 10:
+            return False
+        low, high = self.levels[0], self.levels[-1]
+        return (
+            float((values <= low).sum()) >= 0.3 * len(values)
+            or _mean((values < low + (high - low) / 4).cast(pl.Float64)) > 0.5
+        )
+
+
+def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
+    """Return what every column holds.
+
+    Raises:
+        DataError: If the table has a single column, or its header is a row of values.
+    """
+    columns = table.frame.columns
+    if len(columns) < 2:
+        raise DataError.at(
+            table.name,
+            "missing-column",
+            f" has one column, {shown(columns[0], 80)!r}; a table needs a user and an item, and commas, "
+            "semicolons or tabs between its columns",
+        )
+    found = {name: _profile(table, name, dates) for name in columns}
+    values = [not name.strip() or _is_value(name) for name in columns]
+    # A name that stands among the values of its own column is one of them.
+    alike = [value or bool((found[name].cells == name).any()) for value, name in zip(values, columns, strict=True)]
+    if all(values) or (sum(alike) > 1 and 2 * sum(alike) >= len(alike)):
+        raise DataError.at(
+            table.name,
+            "wrong-format",
+            f" seems to have no header: its first line is {shown(', '.join(columns), 80)!r}; write the "
+            "names of the columns above it",
+        )
+    return found
+
+
+def _is_value(name: str) -> bool:
+    cell = pl.Series([name])
+    return bool(numbers(cell).values.null_count() == 0 or times(cell, cell).values.null_count() == 0)
+
+
+def _profile(table: Table, name: str, dates: DateOrder | None) -> Profile:
+    # Ids are compared as they stand, blanks around them included; a cell of nothing but blanks holds nothing.
+    cells = texts(table, name)
+    cells = cells.set(cells.str.strip_chars() == "", "")
+    full = cells.filter(cells != "")
+    some = full.gather_every(max(1, len(full) // 5000))
+    series = table.frame[name]
+    read = numbers(cells if series.dtype != pl.Boolean else series.cast(pl.Int8).cast(pl.String).fill_null(""))
+    return Profile(
+        name=name,
+        named=named(name),
+        cells=cells,
+        filled=len(full),
+        distinct=full.n_unique(),
+        length=_mean(some.str.len_chars()),
+        words=_mean(some.str.count_matches(r"\S+")),
+        letters=_mean(some.str.contains(r"\p{L}").cast(pl.Float64)),
+        numbers=read,
+        times=times(series, cells, dates),
+    )
+
+
+def _mean(series: pl.Series) -> float:
+    return _float(series.mean())
+
+
+def _float(value: object) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def goes_with(one: pl.Series, other: pl.Series) -> float | None:
+    """Return the share of rows whose ``other`` value is the most frequent one of their ``one`` value.
+
+    1 means that ``other`` follows from ``one``, as a title follows from its item. Only values of ``one`` that repeat
+    can show that, and blank cells are left out. None: too few repeat, or ``other`` is nearly always the same, which
+    would follow from anything.
+    """
+    frame = pl.DataFrame({"a": one[:_TIE_ROWS], "b": other[:_TIE_ROWS]})
+    frame = frame.filter((pl.col("b") != "") & (pl.col("a") != "")).filter(pl.len().over("a") > 1)
+    if frame.height < _TIE_LEAST or _float(frame["b"].unique_counts().max()) > _ALWAYS * frame.height:
+        return None
+    counts = frame.group_by("a", "b").len().group_by("a").agg(pl.col("len").max())
+    return _float(counts["len"].sum()) / frame.height
+
+
+# --------------------------------------------------------------------------- what values look like
+
+
+def no_id(held: Profile, *, named: bool = False) -> str:
+    """Return why a column cannot be the user or the item; an empty text if it can.
+
+    Args:
+        held: The column.
+        named: Whether the user named it; then only what would leave nobody a history stands against it.
+    """
+    if not held.filled:
+        return "it is empty"
+    if held.distinct < 2:
+        return "it has the same value in every row"
+    if held.unique:
+        return f"it has a different value in every row ({held.distinct} in {held.filled})"
+    if named:
+        return ""
+    if held.filled < 0.5 * held.rows:
+        return f"it is empty in {held.rows - held.filled} of {held.rows} rows"
+    if held.times.form not in ("no times", "numbers"):
+        return "it holds dates"
+    if held.numeric and not held.whole:
+        return "it holds numbers with fractions"
+    if held.words > 12:
+        return "it holds long texts"
+    return ""
+
+
+def looks_like_ids(held: Profile) -> bool:
+    """Whether values repeat as ids do and mean nothing else."""
+    said = held.named
+    if any(said.weight(role) for role in ("rating", "time", "text", "field", "count", "headline")):
+        return False
+    unix = held.times.low is not None and any(low <= held.times.low for low, _ in UNIX[1:])
+    few = held.numeric and held.distinct <= 21
+    return held.distinct >= 3 and held.words <= 1.5 and not unix and not few
+
+
+def looks_like_ratings(held: Profile) -> bool:
+    """Whether the numbers lie on a usual scale: up to 21 levels in whole or half points, the best from 3 to 10."""
+    levels = held.levels
+    halves = all(float(2 * level).is_integer() for level in levels)
+    return 3 <= len(levels) <= 21 and halves and levels[0] >= 0 and 3 <= levels[-1] <= 10
+
+
+def parts_in(held: Profile) -> dict[str, int]:
+    """Count the rows that name each part of a split, in any of its spellings."""
+    sizes = dict.fromkeys(PARTS, 0)
+    # A column of many values is none of parts, and need not be looked at.
+    for cell, count in held.cells.value_counts().iter_rows() if held.distinct <= 3 * len(SPELLED) else ():
+        if (part := part_of(cell)) is not None:
+            sizes[part] += count
+    return sizes
+
+
+_MOST_KINDS = 20
+
+
+def kinds_of_events(held: Profile) -> dict[str, int]:
+    """Count the rows of each kind of event, the strongest sign of interest first; empty where it holds none."""
+    if not 2 <= held.distinct <= _MOST_KINDS:
+        return {}
+    sizes = dict(held.cells.filter(held.cells != "").value_counts().iter_rows())
+    ranks = {kind: rank for kind in sizes if (rank := event_rank(kind)) is not None}
+    if len(ranks) < 2 or 2 * sum(sizes[kind] for kind in ranks) < held.filled:
+        return {}
+    return {kind: sizes[kind] for kind in sorted(sizes, key=lambda kind: (ranks.get(kind, _MOST_KINDS), -sizes[kind]))}
+
+
+def repeats(held: Profile) -> str:
+    """Say how often values repeat."""
+    return f"{held.distinct} values, {held.per_value:.1f} rows each"
+
+
+def levels(held: Profile) -> str:
+    """Say which numbers there are."""
+    return f"{len(held.levels)} values from {held.levels[0]:g} to {held.levels[-1]:g}" + (
+        "" if held.numbers.form in READABLE else f", written with {held.numbers.form}"
+    )
+
+
+def when(held: Profile) -> str:
+    """Say how times are written."""
+    times = held.times
+    if times.form != "numbers" or times.low is None or times.high is None:
+        return times.form
+    units = ("seconds", "milliseconds", "microseconds", "nanoseconds")
+    for unit, (low, high) in zip(units, UNIX, strict=True):
+        if low <= times.low and times.high < high:
+            return f"{unit} since 1970"
+    return f"numbers from {times.low:g} to {times.high:g}"
+
+
+def shell(name: str) -> str:
+    """Return a name as it is typed after an option."""
+    line = shown(name)
+    return line if line and all(c.isalnum() or c in "_-.:" for c in line) else f"'{line}'"
+
+
+WHOLE_BYTES = 32 * 2**20
+"""Files up to this size, unpacked, are read whole."""
+PART_BYTES = 16 * 2**20
+"""About so much is read of larger ones."""
+WHOLE_ROWS = 1_000_000
+"""Parquet tables up to so many rows are read whole."""
+PART_ROWS = 400_000
+"""About so many are read of larger ones."""
+
+_BLOCKS = 12
+_PARQUET = (".parquet", ".pq")
+_JSON = (".jsonl", ".ndjson")
+
+
+@dataclass(frozen=True)
+class Peek:
+    """A table, or a part of it.
+
+    Attributes:
+        table: The rows that were read.
+        whole: Whether these are all of them.
+        first: So many rows are the first ones of the file; the others come from further down.
+    """
+
+    table: Table
+    whole: bool
+    first: int
+
+    def place(self, index: int) -> Place:
+        """Return the place of a row, by its 0-based index, as far as that can be known."""
+        return self.table.where(index) if index < self.first else Place(self.table.name)
+
+    def along(self, names: Sequence[str]) -> Peek:
+        """Return the rows of the elements of the list that columns are named in; see `rows_of`."""
+        table = rows_of(self.table, names)
+        if table is self.table or table.rows is None:
+            return self if table is self.table else Peek(table, self.whole, table.frame.height)
+        return Peek(table, self.whole, bisect_left(table.rows, self.first))
+
+    def where(self, index: int) -> str:
+        """Name a row by its 0-based index."""
+        return str(self.place(index)) if index < self.first else f"{self.table.name}, a row further down"
+
+
+def peek(path: Path, *, whole: bool = False, limit: int = WHOLE_BYTES, part: int = PART_BYTES) -> Peek:
+    """Read a table, or blocks of it where it is larger than ``limit`` bytes.
+
+    Args:
+        path: The file.
+        whole: Read all of it, whatever its size.
+        limit: Largest size, unpacked, that is read whole.
+        part: Bytes that are read of a larger file, about.
+
+    Raises:
+        DataError: If it is missing, empty or malformed.
+    """
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    packed = suffixes[-1:] == [".gz"]
+    kind = (suffixes[-2:-1] if packed else suffixes[-1:]) or [""]
+    # Several files, and those that only make sense as a whole, are read whole.
+    whole = whole or path.is_dir() or is_pattern(path) or kind[0] in (".json", *PACKED)
+    size = 0 if no_file(path) else path.stat().st_size  # `read_table` says what is wrong
+    if not whole and size:
+        try:
+            if packed and kind[0] not in _PARQUET:
+                return _packed(path, kind[0], limit, part) or _all(path)
+            if kind[0] in _PARQUET and not packed:
+                return _row_groups(path) or _all(path)
+            if size > limit:
+                return _blocks(path, kind[0], size, part)
+        except (*BROKEN, *FAULTS) as error:
+            raise DataError.at(path, "damaged", f" cannot be read ({reason(error)}); write the table again") from error
+    return _all(path)
+
+
+def _all(path: Path) -> Peek:
+    table = read_table(path)
+    return Peek(table, True, table.frame.height)
+
+
+def _packed(path: Path, kind: str, limit: int, part: int) -> Peek | None:
+    """Read the beginning of a gzipped file; None if that is all of it."""
+    with gzip.open(path) as stream:
+        raw = Capped(str(path), stream, path.stat().st_size).read(limit + 1)  # type: ignore[arg-type]
+    return None if len(raw) <= limit else _part(path, kind, _complete(raw[:part]), b"")
+
+
+def _blocks(path: Path, kind: str, size: int, part: int) -> Peek:
+    with path.open("rb") as stream:
+        head = stream.read(part // _BLOCKS)
+        if not _utf8(head):
+            return _all(path)
+        if kind not in _JSON and b'"' in head:
+            # A quoted field may hold line breaks, so that a block further down has no certain beginning.
+            return _part(path, kind, _complete(head + stream.read(part // 2)), b"")
+        rest = []
+        for number in range(1, _BLOCKS):
+            stream.seek(size * number // _BLOCKS)
+            block = stream.read(part // _BLOCKS)
+            rest.append(block[block.find(b"\n") + 1 : block.rfind(b"\n") + 1])
+    return _part(path, kind, head[: head.rfind(b"\n") + 1], b"".join(rest))
+
+
+def _utf8(head: bytes) -> bool:
+    """Whether a beginning is UTF-8, but for a character that is cut at its end."""
+    try:
+        codecs.getincrementaldecoder("utf-8")().decode(head)
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _complete(raw: bytes) -> bytes:
+    """Cut a beginning after its last row that is complete: a line end outside double quotes."""
+    end = raw.rfind(b"\n")
+    while end > 0 and raw.count(b'"', 0, end) % 2:
+        end = raw.rfind(b"\n", 0, end)
+    return raw[: end + 1]
+
+
+def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
+    name = str(path)
+    if not head.strip():
+        raise DataError.at(name, "empty", ": its beginning holds no complete row; write the table again")
+    # Rows further down are for figures only: `llmrec check` reads the whole file and names what is wrong there.
+    lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
+    if kind in _JSON:
+        known = sum(bool(line.strip()) for line in head.split(b"\n"))
+        return Peek(json_lines(name, b"\n".join([head.rstrip(b"\n"), *filter(_is_object, lines)])), False, known)
+    separator = "," if kind == ".csv" else "\t"
+    first = delimited(name, head, separator=separator)
+    first = without_kinds(first) if kind in ATOMIC else first
+    known = first.frame.height
+    header = head[: head.find(b"\n")]
+    mark = separator_of(header.decode("utf-8", errors="replace"), separator)
+    names = first.frame.columns
+    kept = [line for line in lines if line.count(mark.encode()) == len(names) - 1 and b'"' not in line]
+    more = delimited(name, b"\n".join(kept), separator=mark, columns=names).frame if kept else first.frame.clear()
+    frame = pl.concat([first.frame, more], how="diagonal").with_columns(pl.all().fill_null(""))
+    return Peek(Table(name, frame, "", first.lines if more.is_empty() else None, first.header), False, known)
+
+
+def _is_object(line: bytes) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _row_groups(path: Path) -> Peek | None:
+    """Read the first rows of row groups from all over a Parquet file; None if it is small enough to be read whole."""
+    file = pq.ParquetFile(path)
+    check_size(str(path), file, path.stat().st_size)
+    rows, groups = file.metadata.num_rows, file.metadata.num_row_groups
+    if rows <= WHOLE_ROWS:
+        return None
+    chosen = sorted({groups * number // _BLOCKS for number in range(_BLOCKS)})
+    need = PART_ROWS // len(chosen)
+    batches: list[pa.RecordBatch] = []
+    for group in chosen:
+        taken = 0
+        for batch in file.iter_batches(batch_size=need, row_groups=[group]):
+            batches.append(batch)
+            taken += batch.num_rows
+            if taken >= need:
+                break
+    table = from_arrow(str(path), pa.Table.from_batches(batches))
+    return Peek(table, False, min(need, table.frame.height))

@@ -1,0 +1,515 @@
+"""`llmrec init`: looks at a table and writes a recipe that can be run at once, saying what it took for what."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import yaml
+
+from llmrec.data import dataset as filters
+from llmrec.data.dataset import Dataset
+from llmrec.data.reading.databases import database_at, is_database, read_query
+from llmrec.data.reading.hub import is_hub, read_hub
+from llmrec.data.reading.nested import leaf, lists_in
+from llmrec.data.reading.sheets import split_sheet
+from llmrec.data.reading.table import is_pattern, of_atomic, rows_of
+from llmrec.data.reading.text import Table, user_path
+from llmrec.data.sources.recognise import source_of, sources_with
+from llmrec.data.sources.table import load
+from llmrec.data.split import SplitDataset
+from llmrec.data.split import split as cut_by
+from llmrec.data.stats import baskets
+from llmrec.durable import write_text
+from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
+from llmrec.recipe.schema import AUTO, Columns, DataSection, Recipe, Split
+from llmrec.resources import resource
+from llmrec.start.init.columns import guess, in_lists
+from llmrec.start.init.companion import companion_of
+from llmrec.start.init.database import no_query, suggested
+from llmrec.start.init.faults import faults, mended, refusal, write_copy
+from llmrec.start.init.page import SCHEMA, Page, expected, render, where_line
+from llmrec.start.init.plan import FAMILIES, Events, Plan, decide, events_in, events_of
+from llmrec.start.init.profile import Peek, Profile, kinds_of_events, peek, shown
+from llmrec.start.init.roles import ROLES, Asked, Roles
+
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+# What a schema begins with that llmrec wrote.
+_TITLE = '"title": "llmrec recipe"'
+_CHECKED_ROWS = 300_000
+
+
+@dataclass(frozen=True)
+class Made:
+    """What `init` did.
+
+    Attributes:
+        recipe: The file that it wrote.
+        found: What it found and decided, ready to be printed.
+        then: What to do with the recipe on the command line.
+        fixes: What a copy of the table was made for, and the rows that it lacks; empty without one.
+    """
+
+    recipe: Path
+    found: str
+    then: str
+    fixes: tuple[str, ...] = ()
+
+    @property
+    def told(self) -> str:
+        """Both."""
+        return f"{self.found}\n{self.then}"
+
+
+def init(
+    table: str,
+    *,
+    items: str | None = None,
+    out: Path | None = None,
+    name: str | None = None,
+    asked: Asked | None = None,
+    mend: Path | None = None,
+    force: bool = False,
+    backend: str | None = None,
+    query: str | None = None,
+    in_memory: bool = False,
+) -> Made:
+    """Write a recipe for a table.
+
+    Args:
+        table: The table of interactions: a file, the URL of a database, or ``hf://NAME``.
+        items: The table of items, if there is one.
+        out: Where the recipe goes; ``<name>.yaml`` in the working folder by default.
+        name: The recipe's name; the table's by default.
+        asked: What is known about columns.
+        mend: Where a fixed copy of the table may be written, if one is needed.
+        force: Write over an existing recipe or copy.
+        backend: The engine; by default that is left to each run.
+        query: What is asked of a database.
+        in_memory: The table is a frame of Python, so that no fixed copy of it is written.
+
+    Raises:
+        DataError: If the table cannot be read or judged, or could only be read after it is fixed.
+        RecipeError: If the name or the place of the recipe cannot be used.
+    """
+    asked = asked or Asked()
+    name = name_of(name, table)
+    target = _target(out, name, force)
+    path = None if _is_elsewhere(table) else _file(table)
+    items_path = of_atomic(path, ".item") if path is not None else None
+    if items is not None:
+        items_path = _items_file(items, table)
+    if query is not None and not is_database(table):
+        raise DataError(f"--query: {table} is no database, so nothing is asked; leave it out", kind="contradiction")
+    if mend is not None and mend.exists() and any(_is(mend, given) for given in (path, items_path) if given):
+        raise DataError(
+            f"--mend {mend} is the table itself, which is never written over; name another file", kind="exists", at=mend
+        )
+    backend = backend or AUTO
+    if path is not None and asked == Asked() and items is None and (source := source_of(path)) is not None:
+        return _from_source(source, path, name, target, backend)
+    found = peek(path, whole=mend is not None) if path is not None else _elsewhere(table, query)
+    found = found.along(in_lists(found.table, asked))
+    listed = None
+    if items_path is not None:
+        listed = rows_of(peek(items_path, whole=True).table, (asked.item, asked.title, *(asked.fields or ())))
+    roles = guess(found.table, asked, listed)
+    seen, used, notes = roles, found, list[str]()
+    column = _item_column(roles, listed)
+    wrong = faults(found, roles, listed, column)
+    if wrong:
+        if mend is None or not all(fault.mend for fault in wrong):
+            copy = None if in_memory else mend or Path(f"{name}-mended.csv")
+            raise DataError(
+                refusal(str(path or table), wrong, copy), kind=wrong[0].kind, at=wrong[0].at, column=wrong[0].column
+            )
+        frame, notes = mended(found.table, roles, listed, column)
+        write_copy(frame, mend, force=force)
+        notes = [
+            f"{mend} is a copy of {path or table} that llmrec can read",
+            *dict.fromkeys(f.mend for f in wrong),
+            *notes,
+        ]
+        path, used, query = mend, peek(mend, whole=True), None
+        again = guess(used.table, roles.again(column), listed)
+        roles = replace(again, why={**again.why, **{again.item: roles.why[roles.item]}, **roles.why})
+    called = path.name if path is not None else table
+    names = (roles.item, roles.title or "", items_path.name if items_path else "", called)
+    events = events_of(roles)
+    plan = decide(events, names, whole=used.whole, backend=backend)
+    written = _written(path, target) if path is not None else table
+    page = _page(name, called, written, items_path, target, roles, plan, used, listed)
+    page = replace(page, query=query, where=next((_where(held, kinds, plan) for held, kinds in _events(roles)), ""))
+    check = used.whole and plan.facts.rows <= _CHECKED_ROWS
+    plan, recipe, cut = _write(page, target, check=check)
+    told = [*_columns(found, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
+    told += [*_told_tasks(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
+    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)), tuple(notes))
+
+
+def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> Made:
+    """Write a recipe for a data set whose files a source reads as they were published."""
+    split = Split(kind="given") if source == "samples" else Split()
+    section = DataSection(source=source, path=str(path), duplicates="keep_last", split=split)
+    dataset = load(section, seed=0)
+    events = events_in(dataset)
+    plan = replace(decide(events, (), whole=False, backend=backend), noun=dataset.noun)
+    kept, said = dataset.interactions.height, dataset.provenance["rows"]
+    rows = int(said) if said.isdigit() else kept
+    duplicates = f"{rows - kept} rows repeat a user with an item; the latest of each is kept" if rows > kept else ""
+    page = Page(name, path.name, _written(path, target), None, Columns(), {}, duplicates, plan, source=source)
+    plan, recipe, cut = _write(page, target, check=True, dataset=dataset)
+    told = [f"{path}: files of {source}, which llmrec reads as they were published (docs/data.md)"]
+    told += [*_figures(events, plan, whole=True), *_told_tasks(plan), *_listed(_plan_hints(plan, cut))]
+    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)))
+
+
+# --------------------------------------------------------------------------- files and names
+
+
+def name_of(name: str | None, table: str) -> str:
+    """Return what a recipe is called: as asked, if that can be a name (else `RecipeError`), or after its table."""
+    if name is None:
+        stem = re.sub(r"[^A-Za-z0-9._-]+", "-", Path(table).name.split(".")[0]).strip("-._")
+        return stem or "mine"
+    if not _NAME.fullmatch(name):
+        raise RecipeError(
+            f"--name {shown(name)!r}: a recipe's name starts with a letter or digit and has letters, digits, dots, "
+            "hyphens and underscores",
+            kind="bad-value",
+            column="name",
+        )
+    return name
+
+
+def _target(out: Path | None, name: str, force: bool) -> Path:
+    target = out if out is not None else Path(f"{name}.yaml")
+    if target.suffix.lower() not in (".yaml", ".yml"):
+        raise RecipeError(
+            f"--out {target}: a recipe ends in .yaml; give it this ending", kind="wrong-format", at=target
+        )
+    if target.is_dir():
+        raise RecipeError.at(target, "unreadable", " is a folder; name a file after --out")
+    if target.exists() and not force:
+        raise RecipeError.at(target, "exists", " exists; name another file after --out, or write over it with --force")
+    return target
+
+
+def _is_elsewhere(text: str) -> bool:
+    return is_hub(text) or is_database(text)
+
+
+def _elsewhere(text: str, query: str | None) -> Peek:
+    """Read what a database or the hub has; what is asked of a database must be said."""
+    if is_hub(text):
+        return Peek(found := read_hub(text), True, found.frame.height)
+    if query is None:
+        raise no_query(text)
+    return Peek(found := read_query(text, query), True, found.frame.height)
+
+
+def _file(text: str) -> Path:
+    path = user_path(text)
+    stored, _ = split_sheet(path)
+    if not stored.exists() and not is_pattern(path):
+        beside = [other.name for other in path.parent.iterdir()] if path.parent.is_dir() else []
+        raise DataError.at(
+            text,
+            "missing-file",
+            f": there is no such file{did_you_mean(stored.name, beside)}; give the path of a table",
+        )
+    if (url := database_at(stored)) is not None:
+        raise DataError.at(
+            text,
+            "wrong-format",
+            f": this is a database; name it as {url}, with --query {shlex.quote(suggested(url))}",
+        )
+    return path
+
+
+def _items_file(text: str, table: str) -> Path:
+    if not _is_elsewhere(text):
+        return _file(text)
+    way = "save its rows as CSV or Parquet and give that file"
+    if is_database(text) and text == table:
+        way = f"join it in the query, such as --query {shlex.quote(suggested(table))}, and leave --items out"
+    raise DataError.at(text, "wrong-format", f": the table of items is a file; {way}")
+
+
+def _is(copy: Path, given: Path) -> bool:
+    """Whether a copy would be written over a table that was given."""
+    stored, _ = split_sheet(given)
+    return stored.exists() and copy.samefile(stored)
+
+
+def _written(path: Path, target: Path) -> str:
+    """Return a path as a recipe needs it: relative only where the recipe lies in the folder in which init ran."""
+    here = target.resolve().parent == Path.cwd().resolve()
+    text = str(path)
+    return text if here and not text.startswith(("~", "hf:")) else str(path.absolute())
+
+
+# --------------------------------------------------------------------------- the recipe
+
+
+def _item_column(roles: Roles, items: Table | None) -> str:
+    """Return the item's column in the table of items: the same name, or the one whose values are the same."""
+    if items is None:
+        return roles.item
+    for name in (roles.item, leaf(roles.item)):
+        if name in roles.items:
+            return name
+    known = roles.profiles[roles.item].cells.unique()
+    shares = {
+        column: int(known.is_in(held.cells.unique().implode()).sum()) / max(len(known), 1)
+        for column, held in roles.items.items()
+    }
+    best = max(shares, key=lambda column: (shares[column], roles.items[column].unique))
+    if shares[best] < 0.5:
+        raise DataError.at(
+            items.name,
+            "missing-column",
+            f" has no column {shown(roles.item)!r}, and none that holds the same values; its columns are "
+            f"{', '.join(map(shown, roles.items))}. Call the item's column the same in both tables",
+            roles.item,
+        )
+    return best
+
+
+def _page(
+    name: str,
+    called: str,
+    written: str,
+    items: Path | None,
+    target: Path,
+    roles: Roles,
+    plan: Plan,
+    used: Peek,
+    listed: Table | None,
+) -> Page:
+    title = roles.title
+    if title is None and "title" in {*roles.profiles, *roles.items}:
+        title = roles.item  # otherwise a column of that name would be taken
+    columns = Columns(
+        user=roles.user,
+        item=roles.item,
+        rating=roles.named("rating", "rating") if plan.rates or roles.rating is None else None,
+        time=roles.named("time", "timestamp"),
+        title=title,
+        text=roles.named("text", "text"),
+        fields=roles.fields,
+        split=roles.split,
+        dates=roles.dates,
+    )
+    why = {role: roles.why.get(column, "") for role in ROLES if (column := getattr(roles, role)) is not None}
+    if roles.dates is not None:
+        why["dates"] = "which stands first in dates such as 03/04/2024"
+    if title is not None and roles.title is None:
+        why["title"] = "no titles: the ids stand in for them"
+    own = roles.items.get(roles.item) or roles.items.get(leaf(roles.item))
+    twice = own is not None and own.distinct < own.filled
+    duplicates = ""
+    if plan.facts.repeats:
+        duplicates = f"{plan.facts.repeats} rows repeat a user with an item; the latest of each is kept"
+    elif twice:
+        duplicates = "some items are listed twice; the last entry of each is kept"
+    elif not used.whole:
+        duplicates = "only a part of the table was looked at; of repeated rows the latest is kept"
+    return Page(
+        name=name,
+        made_from=called if items is None else f"{called} and {items.name}",
+        path=written,
+        items=_written(items, target) if items is not None else None,
+        columns=columns,
+        why=why,
+        duplicates=duplicates,
+        plan=plan,
+    )
+
+
+def _write(page: Page, target: Path, *, check: bool, dataset: Dataset | None = None) -> tuple[Plan, Recipe, str]:
+    """Write the page, once `llmrec check` would accept it, and say what that says of the split.
+
+    A family that it refuses is switched off.
+
+    Args:
+        page: The page.
+        target: Where it goes.
+        check: Whether it is checked.
+        dataset: Its data before any filter, where it is at hand.
+    """
+    from llmrec.pipeline.study import build_study
+
+    while page.plan.on:
+        text = render(page)
+        recipe = Recipe.model_validate(yaml.safe_load(text))
+        cut = ""
+        try:
+            if check:
+                study = build_study(recipe, None if dataset is None else _cut(dataset, recipe))
+                cut = baskets(study.data)
+        except LlmrecError as error:
+            refused = str(error)
+            family = next((f for f in page.plan.on if refused.startswith(f"tasks.{f}")), None)
+            if family is None:
+                raise
+            page = replace(page, plan=page.plan.without(family, refused.partition(": ")[2] or refused))
+            continue
+        write_text(target, text)
+        _write_schema(target.with_name(SCHEMA))
+        return page.plan, recipe, cut
+    off = "; ".join(f"{family} {reason}" for family, (_, reason) in page.plan.tasks.items())
+    raise DataError.at(page.path, "too-few", f": this table can carry none of the four tasks: {off}")
+
+
+def _cut(dataset: Dataset, recipe: Recipe) -> SplitDataset:
+    return cut_by(filters.apply(dataset, recipe.data.filter), recipe.data.split, seed=recipe.seed)
+
+
+def _write_schema(file: Path) -> None:
+    """Put the schema beside the recipe, which names it: editors find it there on every machine."""
+    text = resource("docs", "schema", "recipe.json").read_text(encoding="utf-8")
+    # Somebody else's file of that name stays.
+    if not file.exists() or (file.is_file() and _TITLE in file.read_text(encoding="utf-8", errors="replace")[:200]):
+        write_text(file, text)
+
+
+# --------------------------------------------------------------------------- what is printed
+
+
+def _columns(found: Peek, roles: Roles, items: Table | None) -> list[str]:
+    frame = found.table.frame
+    size = f"{frame.height} rows, {frame.width} columns" if found.whole else f"a part of it, {frame.height} rows"
+    if lists := max((lists_in(column) for column in frame.columns), key=len):
+        size += f"; each element of {lists[-1]} is a row"
+    rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in frame.columns]
+    lines = [f"{found.table.name}: {size}", *_aligned([("column", "taken for", "why"), *rows])]
+    if items is not None:
+        both = [c for c in items.frame.columns if c not in frame.columns or c in (roles.title, *roles.fields)]
+        rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in both]
+        lines += [f"{items.name}: {items.frame.height} rows", *_aligned(rows)]
+    return lines
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[place]) for row in rows) for place in range(len(rows[0]) - 1)] if rows else []
+    return [
+        "  " + "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+        for row in rows
+    ]
+
+
+def _notes(notes: Sequence[str]) -> list[str]:
+    return ["mended", *(f"  {note}" for note in notes)] if notes else []
+
+
+def _figures(events: Events, plan: Plan, *, whole: bool) -> list[str]:
+    facts = plan.facts
+    low, median, high = facts.history
+    rows: list[tuple[str, ...]] = [
+        ("rows", f"{facts.rows}" + ("" if plan.core == 1 else f", after user_core and item_core {plan.core}")),
+        ("users", f"{facts.users}"),
+        ("items", f"{facts.items}, called {plan.noun} in prompts"),
+        ("history", f"a median of {median:g} different items a user, from {low} to {high}"),
+    ]
+    if facts.repeats:
+        rows.append(("repeats", f"{facts.repeats} rows repeat a user with an item; the latest is kept (keep_last)"))
+    shares = {
+        "ratings": 1.0 if events.ratings is not None else 0.0,
+        "times": 1.0 if events.time else 0.0,
+        "titles": facts.with_title,
+        "texts": facts.with_texts / max(facts.rows, 1),
+    }
+    rows.append(("filled", ", ".join(f"{name} {share:.0%}" for name, share in shares.items())))
+    return ["the data" if whole else "the part that was read", *_aligned(rows)]
+
+
+def _told_tasks(plan: Plan) -> list[str]:
+    return ["tasks", *_aligned([(f, "on" if plan.tasks[f][0] else "off", plan.tasks[f][1]) for f in FAMILIES])]
+
+
+def _listed(hints: Sequence[str]) -> list[str]:
+    return ["note", *(f"  {hint}" for hint in hints)] if hints else []
+
+
+def _plan_hints(plan: Plan, cut: str) -> list[str]:
+    """Return what a plan has to say of its split and sizes."""
+    hints = [cut] if cut else []
+    if plan.split == "last_basket":
+        hints.append(
+            f"{plan.facts.tied:.0%} of the users took several {plan.noun} at their last time, as in one order, so the "
+            "recipe holds out whole orders (data.split.kind: last_basket): the rest of an order would give an item away"
+        )
+    if plan.facts.zeros > 0.3:
+        hints.append(
+            f"{plan.facts.zeros:.0%} of the ratings are 0; if that means no rating, set data.filter.min_rating"
+        )
+    if plan.candidates < 20 and {"direct", "sequential"} & set(plan.on):
+        hints.append(
+            f"requests have {plan.candidates} candidates instead of 20: one user has had {plan.facts.history[2]} "
+            f"of {plan.facts.items} items"
+        )
+    return hints
+
+
+def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan: Plan, cut: str) -> list[str]:
+    hints = _plan_hints(plan, cut)
+    if known := sources_with(used.table.frame.columns):
+        hints.append(
+            f"its columns are those of {', '.join(known)}: `llmrec init FOLDER` with the folder of such a set, or the "
+            "name as data.source, reads the files as they were published, with titles and terms (docs/data.md)"
+        )
+    hints += [_events_hint(held, kinds, plan) for held, kinds in _events(roles)]
+    if roles.title not in (None, roles.item) and plan.facts.with_title < 1:
+        hints.append(
+            f"{1 - plan.facts.with_title:.1%} of the titles are missing: the ids of these items stand in for them"
+        )
+    if roles.title is None:
+        hints.append("there are no titles: ids stand in for them, and a language model then has little to go by")
+        companion = companion_of(path, roles.item) if items is None and path is not None else None
+        if companion is not None:
+            option = f"--items {shlex.quote(str(companion))}"
+            hints.append(f"{companion.name} has a column {shown(roles.item)} too: {option} reads titles from it")
+    if path is not None and (people := of_atomic(path, ".user")) is not None:
+        hints.append(f"{people} is about users: data.users and data.columns.user_fields read it (docs/own-data.md)")
+    beside = path.with_name(path.name.replace("train", "test")) if path is not None and "train" in path.name else None
+    if beside is not None and beside.is_file() and roles.split is None:
+        hints.append(
+            f"{beside.name} lies beside it: if both are a published split, write data.files and data.split.kind=given "
+            "in place of data.path (docs/own-data.md)"
+        )
+    if not used.whole:
+        hints.append("only a part of the table was read; `llmrec check` reads it whole")
+    return hints
+
+
+def _events(roles: Roles) -> Iterator[tuple[Profile, Mapping[str, int]]]:
+    """Yield the columns that say what kind of event a row is, with the rows of each kind."""
+    for held in roles.profiles.values():
+        if not roles.uses(held.name) and (kinds := kinds_of_events(held)):
+            yield held, kinds
+
+
+def _where(held: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
+    return where_line(held.name, next(iter(kinds)), plan.core)
+
+
+def _events_hint(held: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
+    """Say how to keep one kind of event."""
+    counted = ", ".join(f"{shown(kind, 20)} {count}" for kind, count in list(kinds.items())[:5])
+    return (
+        f"{shown(held.name)} says what kind of event a row is ({counted}), and the recipe takes all alike; to keep one "
+        f"kind, write below data:  {_where(held, kinds, plan)}"
+    )
+
+
+def _next(recipe: Recipe, target: Path, plan: Plan) -> list[str]:
+    file = shlex.quote(str(target))
+    return [
+        f"wrote {target}, and {SCHEMA} for editors",
+        f"next: llmrec check {file}",
+        f"then: llmrec run {file}  ({expected(plan)}; results in runs/{recipe.name})",
+    ]

@@ -1,0 +1,379 @@
+"""Searches a recipe's keys: each trial is a run on the validation split, in a folder of its own."""
+
+from __future__ import annotations
+
+import io
+import logging
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmrec.data.frames import FOLDER as FRAMES
+from llmrec.data.frames import with_frames
+from llmrec.data.reading.cells import write_rows
+from llmrec.display import Displayed, Summary
+from llmrec.durable import Json, write_json, write_text
+from llmrec.errors import LlmrecError, RecipeError, require
+from llmrec.pipeline.claiming import LOCK
+from llmrec.pipeline.resume import key_of, locked
+from llmrec.pipeline.run import run
+from llmrec.recipe.load import as_recipe, dump, in_words, recipe_hash
+from llmrec.recipe.schema import Recipe
+from llmrec.report.verdicts import wrapped
+from llmrec.report.wording import duration
+from llmrec.results import lower
+from llmrec.start.auto.options import budget_seconds
+from llmrec.start.tune.options import TuneOptions
+from llmrec.start.tune.space import Space, grid, spaces
+from llmrec.tasks.family import family_of
+
+if TYPE_CHECKING:
+    import optuna
+
+log = logging.getLogger(__name__)
+
+_JOURNAL, _BEST, _RECORD, _TABLE, _TRIALS = "study.jsonl", "best.yaml", "tune.json", "trials.csv", "trials"
+_OWN = frozenset({_JOURNAL, f"{_JOURNAL}.lock", _BEST, _RECORD, _TABLE, _TRIALS, FRAMES, LOCK})
+# Folders of a trial that hold weights.
+_HEAVY = ("merged", "checkpoints", "base", "best", "adapter")
+# Failures at the beginning after which nothing is expected of further trials.
+_HOPELESS = 3
+_SOURCE = "llmrec"
+
+
+@dataclass(frozen=True, repr=False)
+class Found(Displayed):
+    """What `tune` found.
+
+    Attributes:
+        recipe: The page of the best trial.
+        metric: ``FAMILY/METRIC``, on validation users.
+        best: Its figure.
+        first: The figure of the recipe as it is, if it was a point of the search and could be run.
+        chosen: The best values by key.
+        trials: How many trials there are.
+        failed: How many of these broke.
+        seconds: Of this call.
+    """
+
+    recipe: Path
+    metric: str
+    best: float
+    first: float | None
+    chosen: dict[str, Json]
+    trials: int
+    failed: int
+    seconds: float
+
+    def _summary(self) -> Summary:
+        facts = {
+            self.metric: f"{self.best:.4f} on validation users",
+            "of the recipe as it is": "" if self.first is None else f"{self.first:.4f}",
+            "trials": f"{self.trials}, {self.failed} of them failed" if self.failed else str(self.trials),
+            "recipe": str(self.recipe),
+            "time": duration(self.seconds),
+        }
+        values = [(key, str(value)) for key, value in self.chosen.items()]
+        known = {name: text for name, text in facts.items() if text}
+        return Summary("Best recipe found by llmrec.tune", known, ("key", "value"), values)
+
+
+def tune(
+    options: TuneOptions,
+    say: Callable[[str], None] = log.info,
+    *,
+    recipe: Recipe | None = None,
+    data: Any = None,
+    items: Any = None,
+) -> Found:
+    """Run a recipe at points of a space, judge each on the validation split, and write the best as a recipe.
+
+    The recipe's own values are the first trial where the space holds them. Lists alone are tried whole, in order;
+    where there is a range, Optuna's TPE proposes. The test split is not looked at. Every trial is kept; the same
+    command resumes where a killed one was, inside the trial too.
+
+    Args:
+        options: What is asked for.
+        say: Is told a line for every trial.
+        recipe: In place of the page that the options name.
+        data: Interactions as a frame, in place of ``data.path``.
+        items: One row an item, as a frame, in place of ``data.items``.
+
+    Raises:
+        MissingExtra: If Optuna is not installed.
+        RecipeError: If a key, a value or the metric cannot be used, or the folder holds another search.
+        LlmrecError: If the first trials all break.
+    """
+    require("optuna", "tune")
+    began = time.monotonic()
+    budget = budget_seconds(options.budget, "--budget")
+    found = spaces(options.over)
+    page: Recipe | str = recipe or options.recipe
+    base = as_recipe(page, options.overrides)
+    for space in found:
+        as_recipe(page, [*options.overrides, *in_words({space.key: space.start})])
+    family, metric = _metric(base, options.metric)
+    out = options.out or Path("runs") / f"{base.name}-tune"
+    with locked(out, _OWN.__contains__):
+        if data is not None or items is not None:
+            page = with_frames(as_recipe(page), out, data, items)
+            base = as_recipe(page, options.overrides)
+        study = _study(out, base, found, f"{family}/{metric}")
+        _resume(study, found, base)
+        search = _Search(options, page, out, found, family, metric, say)
+        while (reason := search.over(study, began, budget)) is None:
+            search.trial(study)
+        say(reason)
+        return search.written(study, base, time.monotonic() - began)
+
+
+def told(found: Found) -> str:
+    """Return what to print."""
+    values = ", ".join(in_words(found.chosen))
+    first = "" if found.first is None else f"; the recipe as it is: {found.first:.4f}"
+    broken = f", {found.failed} of them broke" if found.failed else ""
+    verdict = (
+        f"best of {found.trials} trials{broken}: {found.metric} {found.best:.4f} on validation users with {values}"
+        f"{first}"
+    )
+    last = f"{duration(found.seconds)}. Its recipe, with the test split again: llmrec run {found.recipe}"
+    return "\n".join([*wrapped(verdict), last])
+
+
+def _metric(recipe: Recipe, asked: str | None) -> tuple[str, str]:
+    families = recipe.tasks.present()
+    family, _, metric = (asked or next(iter(families))).partition("/")
+    if family not in families:
+        raise RecipeError(
+            f"--metric {asked!r}: the recipe has the families {', '.join(families)}; write FAMILY or FAMILY/METRIC",
+            kind="unknown-name",
+            column="--metric",
+        )
+    return family, metric or family_of(family).headline_at(recipe.eval.cutoffs)
+
+
+def _study(out: Path, base: Recipe, found: Sequence[Space], metric: str) -> optuna.Study:
+    import optuna
+    from optuna.storages import JournalStorage
+    from optuna.storages.journal import JournalFileBackend
+
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    study = optuna.create_study(
+        study_name=_SOURCE,
+        storage=JournalStorage(JournalFileBackend(str(out / _JOURNAL))),
+        sampler=optuna.samplers.TPESampler(seed=base.seed),
+        direction="minimize" if lower(metric.partition("/")[2]) else "maximize",
+        load_if_exists=True,
+    )
+    mark = key_of(recipe=recipe_hash(base), spaces=[repr(space) for space in found], metric=metric)
+    known = study.user_attrs.get("of")
+    if known is None:
+        study.set_user_attr("of", mark)
+    elif known != mark:
+        raise RecipeError(
+            f"{out} holds the search of another recipe, other values or another metric; choose another --out, or "
+            "remove it",
+            kind="mismatch",
+            at=out,
+            column="--out",
+        )
+    return study
+
+
+def _resume(study: optuna.Study, found: Sequence[Space], base: Recipe) -> None:
+    """Queue what a killed call was at; of a new search every point of lists, or the recipe's own values."""
+    from optuna.trial import TrialState
+
+    for trial in study.get_trials(states=(TrialState.RUNNING,)):
+        study.tell(trial.number, state=TrialState.FAIL)
+        study.enqueue_trial(trial.params, user_attrs={"again": True})
+    if study.trials:
+        return
+    own = {space.key: space.parameter(_at(base, space.key)) for space in found}
+    known = [] if None in own.values() else [own]
+    points = [{space.key: space.parameter(point[space.key]) for space in found} for point in grid(found) or ()]
+    for point in [*known, *(point for point in points if point not in known)]:
+        study.enqueue_trial(point)
+
+
+def _at(recipe: Recipe, key: str) -> Json:
+    value: Any = recipe.model_dump(mode="json")
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    found: Json = value
+    return found
+
+
+@dataclass(frozen=True)
+class _Search:
+    options: TuneOptions
+    page: Recipe | str
+    out: Path
+    spaces: tuple[Space, ...]
+    family: str
+    metric: str
+    say: Callable[[str], None]
+
+    def over(self, study: optuna.Study, began: float, budget: float) -> str | None:
+        """Return why no further trial begins, None where one does."""
+        from optuna.trial import TrialState
+
+        trials = [trial for trial in study.trials if trial.state in (TrialState.COMPLETE, TrialState.FAIL)]
+        seconds = [trial.user_attrs["seconds"] for trial in trials if "seconds" in trial.user_attrs]
+        waiting = study.get_trials(states=(TrialState.WAITING,))
+        complete = [trial for trial in trials if trial.state == TrialState.COMPLETE]
+        broken = [trial.user_attrs["error"] for trial in trials if "error" in trial.user_attrs]
+        if len(broken) >= _HOPELESS and not complete:
+            raise LlmrecError(f"the first {len(broken)} trials broke, the last with: {broken[-1]}", kind="failed")
+        if self.options.trials is not None and len(complete) + len(broken) >= self.options.trials:
+            return f"{self.options.trials} trials are done"
+        if grid(self.spaces) is not None and trials and not waiting:
+            return "every point was tried"
+        spent = time.monotonic() - began
+        if complete and spent + max(seconds, default=0.0) > budget:
+            return f"another trial would not end within the budget ({duration(spent)} of {duration(budget)} are spent)"
+        return None
+
+    def trial(self, study: optuna.Study) -> None:
+        """Run one point and tell the study its figure, or that it broke."""
+        from optuna.trial import TrialState
+
+        asked = study.ask()
+        point = {space.key: space.suggest(asked) for space in self.spaces}
+        shown = ", ".join(in_words(point))
+        begin = time.monotonic()
+        try:
+            value, question = self._value(point)
+        except LlmrecError as error:
+            if error.column == "--metric":
+                raise
+            asked.set_user_attr("error", str(error))
+            study.tell(asked, state=TrialState.FAIL)
+            self.say(f"trial {asked.number}: {shown} broke: {error}")
+            return
+        asked.set_user_attr("seconds", time.monotonic() - begin)
+        self._same(study, question, shown)
+        study.tell(asked, value)
+        self.say(
+            f"trial {asked.number}: {shown}: {self.family}/{self.metric} {value:.4f} in "
+            f"{duration(time.monotonic() - begin)}; best {study.best_value:.4f}"
+        )
+        self._tidy(self._folder(study.best_params))
+
+    def written(self, study: optuna.Study, base: Recipe, seconds: float) -> Found:
+        """Write the best recipe, the record and the table of trials."""
+        from optuna.trial import TrialState
+
+        complete = study.get_trials(states=(TrialState.COMPLETE,))
+        failed = [trial for trial in study.trials if "error" in trial.user_attrs]
+        if not complete:
+            raise LlmrecError(
+                f"no trial could be run; the last broke with: {failed[-1].user_attrs['error']}", kind="failed"
+            )
+        best = study.best_trial
+        chosen = self._point(best.params)
+        made = as_recipe(self.page, [*self.options.overrides, *in_words(chosen)])
+        head = (
+            f"# The best of {len(complete)} trials of `llmrec tune`: {self.family}/{self.metric} {best.value:.4f} on "
+            "validation users.\n"
+        )
+        write_text(self.out / _BEST, head + dump(made))
+        rows = [
+            {"trial": trial.number, **self._point(trial.params), "value": trial.value, **trial.user_attrs}
+            for trial in sorted([*complete, *failed], key=lambda trial: trial.number)
+        ]
+        write_text(
+            self.out / _TABLE, _csv(rows, ["trial", *(space.key for space in self.spaces), "value", "seconds", "error"])
+        )
+        own = {space.key: space.parameter(_at(base, space.key)) for space in self.spaces}
+        first = next((trial.value for trial in complete if trial.params == own), None)
+        record = {
+            "kind": "tune",
+            "recipe": self.options.recipe,
+            "metric": f"{self.family}/{self.metric}",
+            "best": best.value,
+            "chosen": chosen,
+            "first": first,
+            "trials": rows,
+        }
+        write_json(self.out / _RECORD, record)
+        return Found(
+            recipe=self.out / _BEST,
+            metric=f"{self.family}/{self.metric}",
+            best=float(best.value or 0.0),
+            first=first,
+            chosen=chosen,
+            trials=len(complete) + len(failed),
+            failed=len(failed),
+            seconds=seconds,
+        )
+
+    def _same(self, study: optuna.Study, question: dict[str, Json], shown: str) -> None:
+        """Refuse a search whose trials answer different questions: the easiest one would win."""
+        first = study.user_attrs.get("question")
+        if first is None:
+            study.set_user_attr("question", question)
+            return
+        other = [name for name, value in question.items() if value != first[name]]
+        if other:
+            raise RecipeError(
+                f"--over: the trial with {shown} was judged on another {' and another '.join(other)} than the first, "
+                "so their figures cannot be compared; search keys that change the recommender, and set those that "
+                "change the question with --set",
+                kind="mismatch",
+                column="--over",
+            )
+
+    def _value(self, point: dict[str, Json]) -> tuple[float, dict[str, Json]]:
+        """Run a point on the validation split; of several rows of the family the best counts.
+
+        Returns:
+            The figure, and what names the question that it answers.
+        """
+        asked = [*self.options.overrides, *in_words(point), "eval.split=valid"]
+        recipe = as_recipe(self.page, asked)
+        if "tuned" in recipe.eval.arms:
+            recipe = as_recipe(self.page, [*asked, "eval.arms=[tuned]"])
+        params = {space.key: space.parameter(point[space.key]) for space in self.spaces}
+        made = run(recipe, self._folder(params))
+        rows = [row for row in made.results["rows"] if row["task"] == self.family]
+        models = [row for row in rows if row["arm"] != "baseline"]
+        known = [row for row in models or rows if row["metrics"].get(self.metric, {}).get("value") is not None]
+        if not known:
+            raise RecipeError(
+                f"--metric: no row of {self.family} has {self.metric}; they have "
+                f"{', '.join(sorted({name for row in rows for name in row['metrics']}))}",
+                kind="unknown-name",
+                column="--metric",
+            )
+        best = (min if lower(self.metric) else max)(known, key=lambda row: row["metrics"][self.metric]["value"])
+        data = made.results["data"][made.results["tables"][self.family]]
+        return float(best["metrics"][self.metric]["value"]), {
+            "split": data["split_fingerprint"],
+            "candidate set": best["candidates"],
+            "number of cases": best["n"],
+            "metric signature": best["metrics"][self.metric]["signature"],
+        }
+
+    def _folder(self, params: Mapping[str, Any]) -> Path:
+        return self.out / _TRIALS / key_of(**params)
+
+    def _tidy(self, best: Path) -> None:
+        """Remove the weights of trials that are not the best."""
+        for folder in (self.out / _TRIALS).iterdir():
+            if folder != best and folder.is_dir() and not folder.is_symlink():
+                for name in _HEAVY:
+                    if (folder / name).is_dir() and not (folder / name).is_symlink():
+                        shutil.rmtree(folder / name)
+
+    def _point(self, params: Mapping[str, Any]) -> dict[str, Json]:
+        return {space.key: space.value(params[space.key]) for space in self.spaces}
+
+
+def _csv(rows: Sequence[Mapping[str, Any]], columns: Sequence[str]) -> str:
+    text = io.StringIO()
+    write_rows(text, columns, ([row.get(name) for name in columns] for row in rows))
+    return text.getvalue()

@@ -1,0 +1,235 @@
+"""Measures a run's model at several depths and dtypes on validation cases, and exports the best that is fast enough.
+
+Answers at a depth are those of a model that is cut there (`llmrec.models.exits`), so what is exported is a plain model
+of fewer layers. A run with ``train.exits`` has learned to answer from each.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from llmrec import __version__
+from llmrec.backends.encode import Encoder
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.durable import write_json, write_text
+from llmrec.errors import LlmrecError, ModelError, require
+from llmrec.evaluate.predictor import evaluate
+from llmrec.exports import export as exports
+from llmrec.exports import safety
+from llmrec.exports.agreement import on_validation
+from llmrec.exports.files import drop_places, ours, refuse
+from llmrec.machine import machine
+from llmrec.models import bottleneck
+from llmrec.models.load import device, load_config, load_model, load_tokenizer, quiet_libraries, release_memory
+from llmrec.pipeline.evaluation import Evaluation
+from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.runs import open_run
+from llmrec.pipeline.study import Study
+from llmrec.recipe.schema import ModelSection, Recipe
+from llmrec.recipe.shared import Dtype
+from llmrec.results import lower as lower_better
+from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.systems.m6.compress import page
+from llmrec.systems.m6.compress.rows import Compressed, Kind, Row, chosen, with_front
+from llmrec.tasks.family import family_of
+
+log = logging.getLogger(__name__)
+
+TABLE = "compress.json"
+CANDIDATES = 20
+KINDS: tuple[Kind, ...] = ("bfloat16", "float32", "int8")
+# How far the figure of what was exported may lie from its row: sums are added up in another order.
+_APART = 0.01
+# What of a model changes when layers are cut off.
+_WRITTEN = ("model*.safetensors", "model.safetensors.index.json", "config.json", bottleneck.WEIGHTS)
+
+
+def compress(
+    run: Path, out: Path, *, target_ms: float, users: int, depths: Sequence[int] = (), force: bool = False
+) -> Compressed:
+    """Measure combinations, write the table and its page beside the run, and export the one that is chosen.
+
+    Args:
+        run: A run folder whose model was trained.
+        out: The folder of the export.
+        target_ms: Milliseconds that 20 candidates may take.
+        users: Validation cases.
+        depths: Layers to answer behind; none: six, evenly spread.
+        force: Replace an earlier export.
+
+    Raises:
+        LlmrecError: If the target is no number, the run has no model whose answers are labels, or the export does not
+            answer as it was measured.
+    """
+    if not math.isfinite(target_ms):
+        raise LlmrecError(
+            f"a target of {target_ms} ms is no number of milliseconds; write one, such as 20",
+            kind="bad-value",
+            column="--target-ms",
+        )
+    quiet_libraries()
+    source = open_run(run)
+    if source.merged is None:
+        raise LlmrecError(
+            f"{run / 'merged'} is gone or not what training left; run `llmrec train` again", kind="damaged", at=run
+        )
+    refuse(out, force=force, ours=ours)
+    study = on_validation(source.recipe, users)
+    family = _family(study)
+    metric, merged = family_of(family).headline_at(source.recipe.eval.cutoffs), run / "merged"
+    kinds = [kind for kind in KINDS if kind != "int8" or find_spec("bitsandbytes") is not None]
+    found = []
+    for kind in kinds:
+        try:
+            found.append(_measured(study, family, merged, kind, depths))
+        except ModelError as error:
+            if kind != "int8":
+                raise
+            # What was measured before is not lost for a package that does not work here.
+            log.warning("int8 is left out: %s", error)
+    rows = with_front([row for own in found for row in own], lower=lower_better(metric))
+    best = chosen(rows, target_ms, lower=lower_better(metric))
+    made = Compressed(
+        f"{metric} of {family}", len(study.cases(family)), target_ms, rows, best, out if best is not None else None
+    )
+    table = {key: value for key, value in asdict(made).items() if key != "folder"}
+    write_json(run / TABLE, {**table, "machine": machine(), "llmrec": __version__})
+    page.write(made, study.recipe.name, run / page.PAGE)
+    if best is not None:
+
+        def change(draft: Path) -> None:
+            cut(merged, draft, source.recipe, best)
+            (again,) = _measured(study, family, draft, best.dtype, (best.layers,))
+            if abs((again.quality or 0.0) - (best.quality or 0.0)) > _APART:
+                raise LlmrecError(
+                    f"{out} would have {metric} {again.quality} where {best.quality} was measured; this is a defect in "
+                    "llmrec, and nothing was exported",
+                    kind="defect",
+                    at=out,
+                )
+
+        wide: Dtype = "bfloat16" if best.dtype == "int8" else best.dtype
+        exports.export(run, exports.Options(out=out, dtype=wide, users=0, force=force, change=change))
+    return made
+
+
+def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
+    """Put a model that is cut behind some layers in the place of an export's weights, and say so in its card.
+
+    Its weights are the merged ones that the row was measured on, in the row's dtype, and not those that an export in
+    another dtype than the run's merges anew.
+    """
+    model = opened(merged, row.dtype, recipe)
+    body, text = model.get_decoder(), model.config.get_text_config()
+    for each in (body.config, text):
+        each.num_hidden_layers = row.layers
+        if getattr(each, "layer_types", None):
+            each.layer_types = list(each.layer_types)[: row.layers]
+    body.layers = body.layers[: row.layers]
+    for file in (*draft.glob("model*.safetensors*"), draft / bottleneck.WEIGHTS):
+        file.unlink(missing_ok=True)
+    with TemporaryDirectory(dir=draft) as made:
+        model.save_pretrained(made)
+        bottleneck.save(model, Path(made))
+        safety.keep_only(Path(made), _WRITTEN)
+        for file in Path(made).iterdir():
+            file.replace(draft / file.name)
+    drop_places(draft / "config.json")
+    card = (draft / "README.md").read_text(encoding="utf-8")
+    note = f"\n`llmrec compress` cut this model behind layer {row.layers}. Figures above are of the whole model.\n"
+    if row.dtype == "int8":
+        stored = "int8 in the linear layers of the blocks, bfloat16 elsewhere"
+        card = re.sub(r"(?m)^(\| Weights in this folder \|).*$", rf"\1 {stored} |", card)
+        note += "\nIts weights in 8 bits are read by transformers with bitsandbytes (`eval.backend: hf`).\n"
+    write_text(draft / "README.md", card + note)
+
+
+def _family(study: Study) -> str:
+    """Return the first trained family whose answers are labels that are scored."""
+    for family in study.shares:
+        template = study.eval_templates(family)[0]
+        if (strategy := study.tasks[family].scored_by(template)) is not None and strategy in ("yes-no", "expected"):
+            return family
+    raise LlmrecError(
+        "no trained family of this run is answered by labels, which alone may leave a model early; compress a run of "
+        "yes/no or of ratings",
+        kind="unsupported",
+        column="tasks",
+    )
+
+
+def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
+    """Load a model with its weights stored in one of the ways that are measured.
+
+    In 8 bits each row of a matrix is scaled by its largest weight, and each token's states by theirs, so that no weight
+    is off by more than half a step of its row: LLM.int8() (Dettmers et al., arXiv 2208.07339), by bitsandbytes.
+    """
+    section = _section(folder, kind, recipe)
+    if kind != "int8":
+        return load_model(str(folder), section).to(device(section))
+    require("bitsandbytes", "quant")
+    if getattr(load_config(str(folder), section), "quantization_config", None) is not None:
+        return load_model(str(folder), section)
+    said = require("transformers", "train").BitsAndBytesConfig(load_in_8bit=True)
+    return load_model(str(folder), section, quantization_config=said)
+
+
+def _section(folder: Path, kind: Kind, recipe: Recipe) -> ModelSection:
+    dtype: Dtype = "bfloat16" if kind == "int8" else kind
+    return ModelSection(name=str(folder), dtype=dtype, trust_remote_code=recipe.model.trust_remote_code)
+
+
+class _Timed:
+    """A predictor, and the seconds that its answers took."""
+
+    def __init__(self, predictor: Any) -> None:
+        self.name, self._predictor, self.seconds = predictor.name, predictor, 0.0
+
+    def answer(self, requests: Sequence[Any]) -> Any:
+        self._predictor.answer(requests[:1])
+        begin = time.perf_counter()
+        answers = self._predictor.answer(requests)
+        self.seconds = time.perf_counter() - begin
+        return answers
+
+
+def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Sequence[int]) -> list[Row]:
+    """Ask a model behind each of some depths."""
+    section, cases = _section(folder, kind, study.recipe), study.cases(family)
+    encoder = Encoder(load_tokenizer(str(folder), section), max_length=study.recipe.model.max_length)
+    model = opened(folder, kind, study.recipe)
+    layers = len(model.get_decoder().layers)
+    protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
+    template, own = study.eval_templates(family)[0], family_of(family)
+    found = []
+    for depth in sorted({max(1, round(layers * part / 6)) for part in range(1, 7)} if not depths else set(depths)):
+        backend = HFBackend(model, encoder, exit=depth)
+        asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
+        strategy = study.tasks[family].scored_by(template)
+        assert strategy is not None
+        timed = _Timed(strategy_of(strategy, asker))
+        done = evaluate(timed, cases, name=family, kind=own.answer, protocol=protocols.protocol(family))
+        if backend.exits is None or backend.exits.whole or not backend.exits.taken:
+            raise LlmrecError(
+                f"answers of {family} are no labels of one token each for this tokenizer, so none leaves a model "
+                "early; compress a run of yes/no or of whole stars",
+                kind="unsupported",
+                column="tasks",
+            )
+        quality = done.figures.metrics[own.headline_at(study.recipe.eval.cutoffs)].value
+        unused = {id(p) for layer in list(model.get_decoder().layers)[depth:] for p in layer.parameters()}
+        size = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unused)
+        ms = 1e3 * CANDIDATES * timed.seconds / len(cases)
+        found.append(Row(depth, kind, None if quality is None else float(quality), ms, size / 1e6))
+    del model
+    release_memory()
+    return found

@@ -1,0 +1,236 @@
+"""U-BERT as a baseline: how it is fitted, kept, carried to another domain, and read by others as features."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from llmrec import __version__
+from llmrec.baselines.base import Baseline
+from llmrec.baselines.networks.carried import Carried
+from llmrec.baselines.networks.epochs import until_least
+from llmrec.baselines.neural import put_back, stopped_by, weights_of
+from llmrec.baselines.rated import Ratings, rate, ratings
+from llmrec.baselines.tuning.validation import rating_cases
+from llmrec.data.features import Features, Pair, Provenance
+from llmrec.data.split import halves
+from llmrec.errors import require
+from llmrec.metrics.rating import rmse
+from llmrec.models.text_encoder import find_encoder
+from llmrec.recipe.schema import FusionSection
+from llmrec.results import Reads
+from llmrec.systems.ubert.network import Reviewed, UBertConfig, batches, network_of, projected
+from llmrec.systems.ubert.pretrain import pretrained
+from llmrec.systems.ubert.reviews import Frozen, Reviews, Side, Tokens
+from llmrec.types import Answer, Case, Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+# Validation ratings that decide when to stop.
+_STOP_CASES = 5_000
+# Digits that answers keep: the last ones depend on how many come together.
+_DIGITS = 6
+_RESERVED: float = FusionSection.model_fields["reserved"].default
+# Tokens that are projected together.
+_TOKENS = 1 << 16
+# What the names of vectors of single users and items hold, which mean nothing elsewhere.
+_OWN = ".own."
+
+
+class UBert(Baseline[UBertConfig, Reviewed]):
+    """Predicts a rating from the training reviews of the user and of the item (Qiu et al., AAAI 2021).
+
+    A text encoder, which stays as it is, makes states of the tokens of all training reviews. The user encoder is the
+    embedding of the user and of the domain, and what it attends to in the user's reviews; the item encoder mirrors it.
+    Tokens of both sides are matched by attention both ways. The rating is linear in both vectors and the match, by the
+    squared error. At training the review of the pair that is predicted is read on neither side. A user or an item
+    without training ratings has the mean vector of all others, and no tokens.
+
+    ``pretrain`` and `pretrained` first learn by opinion words that are masked and by the ratings of single reviews.
+    ``start`` begins with what another domain taught, less its users and items.
+    """
+
+    name = "ubert"
+    stochastic = True
+    Config = UBertConfig
+    READS: ClassVar[Reads] = "texts"
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "learning_rate": (3e-4, 1e-3, 3e-3),
+        "weight_decay": (0.01, 0.1, 1.0),
+        "dropout": (0.0, 0.2, 0.5),
+    }
+    FITS: ClassVar[int] = 5
+    # What pretraining alone taught, which answers nothing.
+    _taught: Reviewed | None = None
+
+    def fit(self, data: SplitDataset) -> None:
+        """Learn from training ratings and reviews.
+
+        Raises:
+            DataError: If there are none of either, or ``start`` has learned from what this split holds out.
+            ModelError: If there is no such encoder, or no such weights.
+            RecipeError: If opinion words cannot be read.
+            MissingExtra: If torch is not installed.
+        """
+        torch, config = require("torch", "baselines"), self._config
+        cases = self._cases(data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model = self._begun(data)
+            rng = np.random.default_rng(self._seed)
+            truth = [float(case.truth) for case in cases]
+
+            def judge() -> float:
+                model.settle()
+                found = _rated(model, [case.request for case in cases])
+                return rmse(np.clip(found, *model.known.scale), truth)
+
+            def learn(optimiser: Any) -> float:
+                return _epoch(model, optimiser, rng)
+
+            until_least(model, judge if cases else None, config, learn, measure="RMSE")
+        self.looked_at = stopped_by(cases)
+        self._taught, self._model = None, _finished(model)
+
+    def pretrained(self, data: SplitDataset) -> None:
+        """Learn from masked opinion words and the ratings of single reviews alone, for `save`; errors as `fit` has."""
+        torch = require("torch", "baselines")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            self._taught, self._model = self._begun(data, pairs=False), None
+
+    def save(self, folder: Path, data: SplitDataset) -> None:
+        """Write weights that ``start`` takes in another domain; those of single users and items stay behind.
+
+        Args:
+            folder: Is made anew.
+            data: What was learned from.
+        """
+        self._carried(self._taught or self._fitted).save(Path(folder), data)
+
+    def features(self, data: SplitDataset, *, reserved: float = _RESERVED) -> tuple[Features, Features]:
+        """Fit, and return the vectors of users and items for `llmrec.data.features.publish`, with what they have seen.
+
+        Args:
+            data: The split beside which they will be read. Of ``kind: prefix`` the events are learned from that are
+                history alone, so that whoever reads the vectors has all training rows left; of others the training
+                rows.
+            reserved: Share of validation users who weigh ensembles, as the recipe that reads the vectors has it
+                (``eval.fusion.reserved``). Whatever reads them may be weighed, so these users choose no epoch here.
+        """
+        early, data = data.kind == "prefix", halves(data, reserved)[0]
+        self.fit(replace(data, train=data.known, known=data.known.clear()) if early else data)
+        model, config = self._fitted, self._config
+        made = Provenance(
+            system=self.name,
+            split=data.readable,
+            generator={"parameters": config.model_dump(mode="json"), "seed": self._seed},
+            encoder={"name": config.encoder, "stamp": find_encoder(config.encoder)[1]},
+            version=__version__,
+        )
+        users, items = list(model.known.user_index), list(model.known.item_index)
+        pairs = zip(model.known.users.tolist(), model.known.items.tolist(), strict=True)
+        of_users, of_items = defaultdict[str, set[Pair]](set), defaultdict[str, set[Pair]](set)
+        for user, item in ((users[user], items[item]) for user, item in pairs):
+            of_users[user].add((user, item))
+            of_items[item].add((user, item))
+        sides: tuple[tuple[Side, list[str], dict[str, set[Pair]]], ...] = (
+            ("user", users, of_users),
+            ("item", items, of_items),
+        )
+        one, other = (
+            Features(side, ids, model.vectors(side).numpy(), made, seen={k: frozenset(v) for k, v in seen.items()})
+            for side, ids, seen in sides
+        )
+        return one, other
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the weights and what is read of tokens, as arrays."""
+        model = self._fitted
+        return {"read": model.tokens.values.numpy(), "starts": model.tokens.starts, **weights_of(model.network)}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        torch = require("torch", "baselines")
+        known, width = ratings(data, self.name), state["network.down.weight"].shape[1]
+        reviews = Reviews.read(data, known, self._config.order)
+        with torch.random.fork_rng(devices=[]):
+            model = self._over(known, reviews, Tokens(torch.from_numpy(state["read"]), state["starts"]), width)
+        put_back(model.network.double(), state)
+        model.settle()
+        self._model = model
+        self.looked_at = stopped_by(self._cases(data))
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Predict the rating of each request's item."""
+        model = self._fitted
+        values = iter(np.round(_rated(model, [each for each in requests if each.item is not None]), _DIGITS).tolist())
+        return rate(requests, model.known.scale, lambda user, item, request: float(next(values)))
+
+    def _cases(self, data: SplitDataset) -> list[Case]:
+        return [] if self._config.patience is None else rating_cases(data, _STOP_CASES)
+
+    def _carried(self, model: Reviewed) -> Carried:
+        """Return what goes to another domain."""
+        shape = {"dim": self._config.dim, "width": model.network["down"].in_features}
+        return Carried(self.name, model.network, shape, _OWN, self._config)
+
+    def _over(self, known: Ratings, reviews: Reviews, tokens: Tokens, width: int) -> Reviewed:
+        """Return a network that has learned nothing."""
+        network = network_of(width, len(known.user_index), len(known.item_index), self._config)
+        return Reviewed(known, reviews, tokens, network, self._config, {})
+
+    def _begun(self, data: SplitDataset, *, pairs: bool = True) -> Reviewed:
+        """Return a network before it learns from ratings of pairs, if it will, with what comes from elsewhere."""
+        config, known = self._config, ratings(data, self.name)
+        reviews = Reviews.read(data, known, config.order)
+        frozen = Frozen(config.encoder, data, config.tokens)
+        tokens = frozen.states(*frozen.tokens(reviews.texts if pairs else ()))
+        model = self._over(known, reviews, tokens, tokens.values.shape[1])
+        if config.start is not None:
+            self._carried(model).load(config.start, data)
+        if config.pretrain:
+            pretrained(model, frozen, self._seed)
+        return model
+
+
+def _epoch(model: Reviewed, optimiser: Any, rng: np.random.Generator) -> float:
+    """Pass once over the training ratings, and return the mean loss."""
+    torch, known, total = require("torch", "baselines"), model.known, 0.0
+    model.network.train()
+    for part in batches(len(known.values), model.config.batch, rng):
+        wanted = torch.from_numpy(((known.values[part] - known.mean) / model.spread).astype(np.float32))
+        loss = torch.nn.functional.mse_loss(model.forward(known.users[part], known.items[part]), wanted)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        optimiser.step()
+        total += float(loss.detach()) * len(part)
+    return total / len(known.values)
+
+
+def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
+    """Return the ratings of requests for an item, not clipped, shape (n,)."""
+    known = model.known
+    users = np.array([known.user_index.get(each.user_id, -1) for each in requests], dtype=np.int64)
+    items = np.array([known.item_index.get(str(each.item), -1) for each in requests], dtype=np.int64)
+    return model.rate(users, items)
+
+
+def _finished(model: Reviewed) -> Reviewed:
+    """Return it in double precision, with what it reads of tokens in place of their frozen states."""
+    torch, states = require("torch", "baselines"), model.tokens.values
+    model.network.eval()
+    with torch.no_grad():
+        parts = [projected(model.network, part, 0.0) for part in states.split(_TOKENS)]
+    model.tokens = Tokens(torch.cat(parts), model.tokens.starts)
+    model.network.double()
+    model.settle()
+    return model

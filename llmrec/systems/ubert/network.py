@@ -1,0 +1,237 @@
+"""The network of U-BERT: attention over tokens of reviews on either side, co-matching, and a linear rating."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from llmrec.baselines.base import AboveZero
+from llmrec.baselines.item_texts import LSA, STORE, TextsConfig
+from llmrec.baselines.rated import Ratings
+from llmrec.errors import require
+from llmrec.recipe.schema import Positive, Width
+from llmrec.systems.ubert.reviews import SIDES, Reviews, Side, Tokens
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Pairs that are answered together.
+_ROWS = 64
+
+
+class UBertConfig(TextsConfig):
+    """Parameters of `UBert`."""
+
+    encoder: str = Field("all-MiniLM-L6-v2", description="the text encoder whose token states are read, frozen")
+    shuffled: bool = Field(False, description="a control: every training review has the text of another one")
+    reviews: Positive = Field(
+        8, description="the latest so many training reviews of the user, and of the item, are read"
+    )
+    tokens: Positive = Field(64, description="tokens of the longest review; of longer ones the rest is cut")
+    dim: Width = Field(32, description="length of the vectors of users, items and tokens")
+    start: str | None = Field(None, description="folder of weights that another domain taught")
+    pretrain: int = Field(0, ge=0, description="epochs of masked opinion words and ratings of single reviews before")
+    lexicon: str | None = Field(
+        None,
+        description="pretrain: file of opinion words, one per line; None: the words of training reviews whose ratings "
+        "are furthest from the mean",
+    )
+    opinions: Positive = Field(200, description="pretrain: how many such words without a file")
+    masked: float = Field(0.5, gt=0, le=1, description="pretrain: share of the opinion words that are masked")
+    beta: float = Field(1.0, ge=0, description="pretrain: weight of the loss of ratings")
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
+    batch: Positive = Field(64, description="ratings of one optimiser step")
+    learning_rate: AboveZero = Field(1e-3, description="of Adam")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
+    epochs: Positive = Field(30, description="passes over the training ratings, at most")
+    patience: Positive | None = Field(
+        3,
+        description="epochs without a lower validation RMSE after which training ends; None: all epochs, without a "
+        "look at the validation split",
+    )
+    quiet: bool = Field(False, description="no progress line on the standard error")
+
+    @model_validator(mode="after")
+    def _reads_tokens(self) -> UBertConfig:
+        if self.encoder == LSA or self.encoder.startswith(STORE):
+            raise ValueError(f"{self.encoder} has no states of tokens; name a text encoder")
+        return self
+
+
+@dataclass
+class Reviewed:
+    """A network with the reviews that it reads.
+
+    Attributes:
+        known: Numbered ratings of training.
+        reviews: Of training.
+        tokens: Of the reviews: frozen states, and once nothing is learned any more, what `projected` makes of them.
+        network: As `network_of` makes it.
+        config: The parameters.
+        usual: By side, the mean vector of all users, or items, with training ratings: what an unknown one has.
+    """
+
+    known: Ratings
+    reviews: Reviews
+    tokens: Tokens
+    network: Any
+    config: UBertConfig
+    usual: dict[Side, Any]
+    name: str = "ubert"
+
+    @property
+    def spread(self) -> float:
+        """Standard deviation of the training ratings; 1 where all are the same."""
+        return float(self.known.values.std()) or 1.0
+
+    def read(self, places: NDArray[np.int64]) -> Any:
+        """Return the vectors of tokens at some places, shape (b, t, dim)."""
+        torch = require("torch", "baselines")
+        if self.tokens.values.dtype != torch.float16:
+            return self.tokens.values[torch.from_numpy(places)].to(self.network["down"].weight.dtype)
+        # Tokens that several pairs read go through the projection once.
+        unique, where = np.unique(places, return_inverse=True)
+        found = projected(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
+        return found[torch.from_numpy(where.reshape(places.shape))]
+
+    def side(self, side: Side, users: NDArray[np.int64], items: NDArray[np.int64]) -> tuple[Any, Any, Any]:
+        """Return the vectors of one side of pairs and of its tokens, and a mask: (b, dim), (b, t, dim), (b, t)."""
+        torch, most = require("torch", "baselines"), self.config.reviews
+        rows = [self.reviews.beside(side, u, i, most) for u, i in zip(users.tolist(), items.tolist(), strict=True)]
+        places, mask = self.tokens.places(rows)
+        tokens, there = self.read(places), torch.from_numpy(mask)
+        own = torch.from_numpy(users if side == "user" else items)
+        vectors = encoded(self.network[side], own.clamp(min=0), tokens, there)
+        if side in self.usual:
+            vectors = torch.where((own >= 0)[:, None], vectors, self.usual[side])
+        return vectors, tokens, there
+
+    def forward(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> Any:
+        """Return ratings of pairs, in standard deviations from the mean, shape (b,)."""
+        torch = require("torch", "baselines")
+        user, of_user, user_mask = self.side("user", users, items)
+        item, of_item, item_mask = self.side("item", users, items)
+        match = matched(self.network["match"], of_user, user_mask, of_item, item_mask)
+        drop = torch.nn.functional.dropout(
+            torch.cat([user, item, match], dim=1), self.config.dropout, self.network.training
+        )
+        return self.network["rating"](drop)[:, 0]
+
+    def rate(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return ratings of pairs, not clipped, shape (n,); -1 is an unknown user or item."""
+        torch = require("torch", "baselines")
+        found = np.zeros(len(users))
+        self.network.eval()
+        with torch.no_grad():
+            for start in range(0, len(users), _ROWS):
+                part = slice(start, start + _ROWS)
+                found[part] = self.forward(users[part], items[part]).double().numpy()
+        return self.known.mean + self.spread * found
+
+    def vectors(self, side: Side) -> Any:
+        """Return the vectors of all users, or items, with training ratings, who read all their reviews; (n, dim)."""
+        torch = require("torch", "baselines")
+        count = len(self.known.user_index if side == "user" else self.known.item_index)
+        parts = []
+        self.network.eval()
+        with torch.no_grad():
+            for start in range(0, count, _ROWS):
+                own = np.arange(start, min(count, start + _ROWS))
+                none = np.full(len(own), -1)
+                parts.append(self.side(side, *((own, none) if side == "user" else (none, own)))[0])
+        return torch.cat(parts)
+
+    def settle(self) -> None:
+        """Take the means that unknown users and items have."""
+        self.usual = {}
+        self.usual = {side: self.vectors(side).mean(dim=0) for side in SIDES}
+
+
+def projected(network: Any, states: Any, dropout: float) -> Any:
+    """Return what is read of frozen states of tokens, shape (n, d) -> (n, dim)."""
+    functional = require("torch", "baselines").nn.functional
+    found = functional.gelu(network["down"](states.to(network["down"].weight.dtype)))
+    return functional.dropout(found, dropout, network.training)
+
+
+def attended(query: Any, keys: Any, values: Any, mask: Any) -> Any:
+    """Return values weighed by the softmax of scaled products of query and keys; 0 where there is nothing to read.
+
+    Args:
+        query: Shape (b, q, dim).
+        keys: Shape (b, t, dim).
+        values: Shape (b, t, dim).
+        mask: Where there are tokens, shape (b, t).
+
+    Returns:
+        Shape (b, q, dim).
+    """
+    torch = require("torch", "baselines")
+    logits = query @ keys.transpose(1, 2) / keys.shape[-1] ** 0.5
+    # The lowest number in place of minus infinity: a row without tokens has no NaN.
+    weights = torch.softmax(logits.masked_fill(~mask[:, None, :], torch.finfo(logits.dtype).min), dim=-1)
+    return (weights @ values) * mask.any(dim=1)[:, None, None]
+
+
+def encoded(side: Any, own: Any, tokens: Any, mask: Any) -> Any:
+    """Return review-aware vectors: an id's embedding, that of the domain, and what both attend to; shape (b, dim).
+
+    Args:
+        side: The user encoder, or the item encoder.
+        own: Numbers of users or items, shape (b,).
+        tokens: Shape (b, t, dim).
+        mask: Shape (b, t).
+    """
+    name = side["own"](own) + side["domain"].weight
+    return name + attended(side["query"](name)[:, None, :], side["key"](tokens), tokens, mask)[:, 0]
+
+
+def matched(match: Any, of_user: Any, user_mask: Any, of_item: Any, item_mask: Any) -> Any:
+    """Return what the tokens of both sides have in common: attention both ways, and a mean over each; (b, 2 dim)."""
+    torch = require("torch", "baselines")
+    means = []
+    pairs = (("user", of_user, user_mask, of_item, item_mask), ("item", of_item, item_mask, of_user, user_mask))
+    for name, tokens, mask, others, there in pairs:
+        # One affinity for both ways: the transposed one is that of the other side.
+        keys = match["affinity"](others) if name == "user" else others
+        query = tokens if name == "user" else match["affinity"](tokens)
+        aligned = attended(query, keys, others, there)
+        joint = match[name](torch.cat([tokens, aligned, tokens * aligned], dim=-1)).relu()
+        weights = (mask & there.any(dim=1, keepdim=True)).to(joint.dtype)
+        means.append((joint * weights[:, :, None]).sum(dim=1) / weights.sum(dim=1, keepdim=True).clamp(min=1))
+    return torch.cat(means, dim=1)
+
+
+def network_of(width: int, users: int, items: int, config: UBertConfig) -> Any:
+    """Return the network for states of this length and so many users and items, who are all alike to begin with."""
+    nn, dim = require("torch", "baselines").nn, config.dim
+
+    def side(count: int) -> Any:
+        parts = {"own": nn.Embedding(count, dim), "domain": nn.Embedding(1, dim)}
+        nn.init.zeros_(parts["own"].weight)
+        return nn.ModuleDict({**parts, "query": nn.Linear(dim, dim), "key": nn.Linear(dim, dim)})
+
+    match = {
+        "affinity": nn.Linear(dim, dim, bias=False),
+        "user": nn.Linear(3 * dim, dim),
+        "item": nn.Linear(3 * dim, dim),
+    }
+    return nn.ModuleDict(
+        {
+            "down": nn.Linear(width, dim),
+            "user": side(users),
+            "item": side(items),
+            "match": nn.ModuleDict(match),
+            "rating": nn.Linear(4 * dim, 1),
+        }
+    )
+
+
+def batches(count: int, size: int, rng: np.random.Generator) -> Sequence[NDArray[np.int64]]:
+    """Return the rows of each step, mixed."""
+    order = rng.permutation(count)
+    return [order[start : start + size] for start in range(0, count, size)]

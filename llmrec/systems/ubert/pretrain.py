@@ -1,0 +1,188 @@
+"""Pretraining of U-BERT: opinion words that are masked, and the ratings of single reviews."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.errors import ModelError, RecipeError, require
+from llmrec.progress import Bar
+from llmrec.systems.ubert.network import Reviewed, UBertConfig, batches, encoded
+from llmrec.systems.ubert.reviews import Frozen, Span
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.baselines.rated import Ratings
+
+_WORD = re.compile(r"\w+(?:['’]\w+)*")
+# In how many reviews a word must stand whose ratings are looked at.
+_LEAST = 5
+
+
+def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float64]) -> tuple[str, ...]:
+    """Return the opinion words, sorted: those of a file, or else words that tell ratings apart.
+
+    Without a file these are the words with the largest ``|mean rating of the reviews with it - mean| * sqrt(reviews)``.
+
+    Args:
+        config: Names the file, or says how many words.
+        texts: Training reviews.
+        ratings: Of each review, shape (n,).
+
+    Raises:
+        RecipeError: If the file cannot be read, or holds no word.
+    """
+    if config.lexicon is not None:
+        try:
+            words = {line.strip().lower() for line in Path(config.lexicon).read_text(encoding="utf-8").splitlines()}
+        except (OSError, UnicodeDecodeError) as error:
+            raise RecipeError(
+                f"lexicon: {config.lexicon} cannot be read ({error}); name a text file of words, one per line",
+                kind="unreadable",
+                at=config.lexicon,
+                column="lexicon",
+            ) from error
+        found = sorted(word for word in words if _WORD.fullmatch(word))
+        if not found:
+            raise RecipeError(
+                f"lexicon: {config.lexicon} holds no word; write opinion words, one per line",
+                kind="empty",
+                at=config.lexicon,
+                column="lexicon",
+            )
+        return tuple(found)
+    above: dict[str, list[float]] = defaultdict(list)
+    for text, rating in zip(texts, (ratings - ratings.mean()).tolist(), strict=True):
+        for word in {each.lower() for each in _WORD.findall(text)}:
+            above[word].append(rating)
+    telling = {word: abs(sum(each)) / len(each) ** 0.5 for word, each in above.items() if len(each) >= _LEAST}
+    return tuple(sorted(sorted(telling, key=lambda word: (-telling[word], word))[: config.opinions]))
+
+
+@dataclass(frozen=True)
+class Hidden:
+    """Texts some of whose opinion words are masked.
+
+    Attributes:
+        encoded: The tokens of each text, with the mask in place of the words.
+        texts: In which text each masked word stands, shape (m,).
+        places: Place of its first token, frames left out, shape (m,).
+        words: Its number in the lexicon, shape (m,).
+    """
+
+    encoded: list[list[int]]
+    texts: NDArray[np.int64]
+    places: NDArray[np.int64]
+    words: NDArray[np.int64]
+
+    @staticmethod
+    def of(
+        texts: Sequence[str],
+        encoded: Sequence[Sequence[int]],
+        spans: Sequence[Sequence[Span]],
+        words: Sequence[str],
+        *,
+        mask: int,
+        share: float,
+        rng: np.random.Generator,
+    ) -> Hidden:
+        """Mask each opinion word by chance, with all its tokens, but at least one of a text that has any."""
+        number = {word: place for place, word in enumerate(words)}
+        hidden, found = [list(ids) for ids in encoded], []
+        for row, text in enumerate(texts):
+            opinions = [each for each in _WORD.finditer(text) if each.group().lower() in number]
+            # What was cut off behind the last token cannot be masked.
+            opinions = [each for each in opinions if any(e >= each.end() for s, e in spans[row] if e > s)]
+            chosen = rng.random(len(opinions)) < share
+            if len(opinions) and not chosen.any():
+                chosen[rng.integers(len(opinions))] = True
+            for opinion in (each for each, drawn in zip(opinions, chosen.tolist(), strict=True) if drawn):
+                own = [
+                    place
+                    for place, (start, end) in enumerate(spans[row])
+                    if end > start and start < opinion.end() and end > opinion.start()
+                ]
+                for place in own:
+                    hidden[row][place] = mask
+                before = sum(end > start for start, end in spans[row][: own[0]])
+                found.append((row, before, number[opinion.group().lower()]))
+        columns = np.array(found, dtype=np.int64).reshape(-1, 3).T
+        return Hidden(hidden, columns[0], columns[1], columns[2])
+
+
+def last_of_pairs(known: Ratings) -> dict[tuple[int, int], float]:
+    """Return the last rating of each pair of a user and an item, as the review that is read of it."""
+    last = np.argsort(known.order)
+    given = (column[last].tolist() for column in (known.users, known.items, known.values))
+    return {(user, item): value for user, item, value in zip(*given, strict=True)}
+
+
+def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
+    """Teach the user encoder by single reviews; the item encoder then attends as the user encoder does.
+
+    A user reads one review with masked opinion words. Each of these is told from the state of its token and the user's
+    vector (cross-entropy over the lexicon), and the review's rating from the user's vector (squared error).
+
+    Args:
+        model: Learns.
+        frozen: The text encoder.
+        seed: Draws masks, order and weights of the two heads, which end with this call.
+
+    Raises:
+        RecipeError: See `lexicon`.
+        ModelError: If the text encoder has no token for masked words.
+    """
+    torch, config, reviews = require("torch", "baselines"), model.config, model.reviews
+    if frozen.mask is None:
+        raise ModelError(
+            f"pretrain: the text encoder {config.encoder} has no token for masked words; name one that has "
+            "one, such as all-MiniLM-L6-v2, or set pretrain=0",
+            kind="unsupported",
+            at=config.encoder,
+            column="pretrain",
+        )
+    known = model.known
+    ratings = last_of_pairs(known)
+    truth = np.array([ratings[pair] for pair in zip(reviews.users.tolist(), reviews.items.tolist(), strict=True)])
+    words = lexicon(config, reviews.texts, truth)
+    rng = np.random.default_rng([seed, 1])
+    plain, spans = frozen.tokens(reviews.texts)
+    hidden = Hidden.of(reviews.texts, plain, spans, words, mask=frozen.mask, share=config.masked, rng=rng)
+    whole, model.tokens = model.tokens, frozen.states(hidden.encoded, spans)
+    wanted = torch.from_numpy(((truth - known.mean) / model.spread).astype(np.float32))
+    of_text: dict[int, list[int]] = defaultdict(list)
+    for place, row in enumerate(hidden.texts.tolist()):
+        of_text[row].append(place)
+    nn, dim, network = torch.nn, config.dim, model.network
+    heads = nn.ModuleDict({"words": nn.Linear(2 * dim, len(words)), "rating": nn.Linear(dim, 1)})
+    learning = [*network["down"].parameters(), *network["user"].parameters(), *heads.parameters()]
+    optimiser = torch.optim.AdamW(learning, lr=config.learning_rate, weight_decay=config.weight_decay)
+    network.train()
+    with Bar("ubert: single reviews", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
+        for epoch in range(config.pretrain):
+            for part in batches(len(truth), config.batch, rng):
+                places, mask = model.tokens.places([part[[row]] for row in range(len(part))])
+                tokens = model.read(places)
+                users = encoded(network["user"], torch.from_numpy(reviews.users[part]), tokens, torch.from_numpy(mask))
+                loss = config.beta * nn.functional.mse_loss(heads["rating"](users)[:, 0], wanted[part])
+                told = [(row, place) for row, text in enumerate(part.tolist()) for place in of_text[text]]
+                if told:
+                    rows, which = np.array(told).T
+                    joint = torch.cat([tokens[rows, hidden.places[which]], users[rows]], dim=1)
+                    loss = loss + nn.functional.cross_entropy(
+                        heads["words"](joint), torch.from_numpy(hidden.words[which])
+                    )
+                optimiser.zero_grad(set_to_none=True)
+                loss.backward()
+                optimiser.step()
+            bar.reach(epoch + 1)
+    model.tokens = whole
+    for name in ("domain", "query", "key"):
+        network["item"][name].load_state_dict(network["user"][name].state_dict())

@@ -1,0 +1,228 @@
+"""UniSRec as a baseline: how it is fitted, kept, carried to another domain and given items that are new."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
+from llmrec.baselines.item_texts import STORE, text_vectors
+from llmrec.baselines.networks.batches import batches_of, pieces_of
+from llmrec.baselines.networks.carried import Carried
+from llmrec.baselines.neural import (
+    over_all,
+    put_back,
+    stop_cases,
+    stopped_by,
+    until_best,
+    weights_of,
+)
+from llmrec.errors import RecipeError, require
+from llmrec.progress import Bar
+from llmrec.results import Reads
+from llmrec.systems.unisrec.contrast import Fewer, contrasted
+from llmrec.systems.unisrec.network import UniSRecConfig, Universal, network_of
+from llmrec.types import Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+# Validation cases that decide when to stop.
+_STOP_CASES = 5_000
+# What weights of another domain must agree in, and vectors of single items, which mean nothing elsewhere.
+_SHAPE, _OWN = ("dim", "layers", "heads", "experts", "max_len"), "network.table."
+
+
+class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
+    """Predicts the next item from the texts of a sequence, with weights that hold in every domain.
+
+    After Hou et al. (KDD 2022). A text vector x becomes ``v = sum_k g_k (x - b_k) W_k``: parametric whitenings, mixed
+    by ``g = softmax(x W_g + e * softplus(x W_n))``, whose noise e is there in training alone. The blocks of `SASRec`
+    read the v of a sequence, and an item's score is the cosine of the last state and its v, divided by the temperature;
+    the softmax is over all items with training interactions. With ``ids`` (transductive) an item of training adds a
+    vector of its own on both sides; without (inductive) no item has a parameter, and an item that is added later is
+    ranked like all others.
+
+    ``pretrain`` and `pretrained` first learn by two contrastive losses whose negatives are the other rows of a batch: a
+    sequence against its next item, and, weighed by ``contrast``, against itself with items or words left out. Rows with
+    the same target are no negatives of each other. All positions of a sequence are rows of the first loss, its last
+    position one of the second. With ``start`` the sequence encoder of another domain stays as it is, as in the paper;
+    dropout within the whitenings leaves out the same values for all of them, which is one product in place of many.
+    """
+
+    name = "unisrec"
+    stochastic = True
+    Config = UniSRecConfig
+    READS: ClassVar[Reads] = "texts"
+    SCORES = "logits"
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "dropout": (0.05, 0.1, 0.2, 0.35, 0.5),
+        "learning_rate": (3e-4, 1e-3, 3e-3),
+    }
+    FITS: ClassVar[int] = 5
+
+    def fit(self, data: SplitDataset) -> None:
+        """Learn the adaptor, and the sequence encoder unless it comes from another domain.
+
+        Raises:
+            DataError: If no item has a text, or weights to start from have learned from what this split holds out.
+            ModelError: If there is no such encoder, or no such weights.
+            MissingExtra: If torch is not installed.
+        """
+        torch, config = require("torch", "baselines"), self._config
+        cases = stop_cases(data, config, _STOP_CASES)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model, pieces = self._begun(data)
+            rng = np.random.default_rng(self._seed)
+            if config.start is not None:
+                for name in ("places", "blocks", "last_norm"):
+                    model.network[name].requires_grad_(False)
+            rates = [{"params": [each for each in model.network.parameters() if each.requires_grad]}]
+            begun = config.start is not None or config.pretrain > 0
+
+            def learn(optimiser: Any) -> float:
+                return _epoch(model, pieces, optimiser, rng)
+
+            until_best(model, cases, config, learn, rates=rates, learned=begun)
+        self.looked_at = stopped_by(cases)
+        self._model = model.finished()
+
+    def pretrained(self, data: SplitDataset) -> None:
+        """Learn by the contrastive losses alone, for `save`; errors as `fit` raises them, validation is not read."""
+        torch = require("torch", "baselines")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model, _ = self._begun(data)
+        self._model = model.finished()
+
+    def save(self, folder: Path, data: SplitDataset) -> None:
+        """Write weights that ``start`` takes in another domain; vectors of single items stay behind.
+
+        Args:
+            folder: Is made anew.
+            data: What was learned from.
+
+        Raises:
+            RecipeError: If the vectors of texts are those of this data set alone.
+        """
+        config = self._config
+        if not config.named:
+            raise RecipeError(
+                f"unisrec: {config.encoder} makes other vectors of every data set, so that its weights are of no use "
+                "in another one; name a text encoder",
+                kind="unsupported",
+                column="encoder",
+            )
+        self._carried(self._fitted).save(Path(folder), data)
+
+    def extended(self, data: SplitDataset) -> UniSRec:
+        """Return one with the same weights that ranks the catalogue of ``data``, whose interactions are not read.
+
+        Raises:
+            RecipeError: If the vectors of texts depend on the catalogue.
+        """
+        if not self._config.named:
+            raise RecipeError(
+                f"unisrec: vectors of {self._config.encoder} depend on the catalogue; name a text encoder to add items",
+                kind="unsupported",
+                column="encoder",
+            )
+        model, catalogue = self._fitted, Catalogue.of(data)
+        before = model.catalogue.places(catalogue.ids)
+        known = before >= 0
+        other = copy.copy(self)
+        other._model = replace(
+            model,
+            catalogue=catalogue,
+            vectors=_vectors(data, catalogue, self._config),
+            own=np.where(known, model.own[before], -1),
+            popular=np.where(known, model.popular[before], 0.0),
+        ).finished()
+        return other
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the weights and the vectors of texts, as arrays."""
+        return {"vectors": self._fitted.vectors.numpy(), **weights_of(self._fitted.network)}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        torch = require("torch", "baselines")
+        catalogue = Catalogue.of(data)
+        with torch.random.fork_rng(devices=[]):
+            model = self._over(catalogue, torch.from_numpy(state["vectors"]), Log.of(data, catalogue))
+        put_back(model.network, state)
+        self._model = model.finished()
+        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return the logits after each history, shape (n, items)."""
+        return self._fitted.scores(requests)
+
+    def _carried(self, model: Universal) -> Carried:
+        """Return what goes to another domain."""
+        shape = {key: getattr(self._config, key) for key in _SHAPE} | {"width": model.vectors.shape[1]}
+        return Carried(self.name, model.network, shape, _OWN, self._config)
+
+    def _over(self, catalogue: Catalogue, vectors: Any, events: Log) -> Universal:
+        """Return a network that has learned nothing."""
+        popular = counts(events, catalogue)
+        own = np.full(len(popular), -1, dtype=np.int64)
+        own[popular > 0] = np.arange(int((popular > 0).sum()))
+        network = network_of(vectors.shape[1], int((popular > 0).sum()) if self._config.ids else 0, self._config)
+        return Universal(catalogue, vectors, own, popular / popular.max(initial=1.0), network, self._config)
+
+    def _begun(self, data: SplitDataset) -> tuple[Universal, list[NDArray[np.int64]]]:
+        """Return a network before the softmax, with what comes from another domain and from contrast; and sequences."""
+        torch, config = require("torch", "baselines"), self._config
+        catalogue = Catalogue.of(data)
+        events = Log.of(data, catalogue)
+        model = self._over(catalogue, _vectors(data, catalogue, config), events)
+        if config.start is not None:
+            self._carried(model).load(config.start, data)
+        numbers = model.own[events.items].astype(np.int32)
+        pieces = pieces_of(replace(events, items=numbers), config.max_len)
+        if config.pretrain:
+            rng, said = np.random.default_rng([self._seed, 1]), None
+            if config.word_drop and not config.encoder.startswith(STORE):
+                less = text_vectors(data, catalogue.ids, config, Fewer(config.word_drop, self._seed))
+                said = torch.from_numpy(less.astype(np.float32))[model.warm]
+            optimiser = torch.optim.AdamW(
+                model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+            )
+            with Bar(f"{self.name}: contrast", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
+                for epoch in range(config.pretrain):
+                    contrasted(model, pieces, said, optimiser, rng)
+                    bar.reach(epoch + 1)
+        return model, pieces
+
+
+def _vectors(data: SplitDataset, catalogue: Catalogue, config: UniSRecConfig) -> Any:
+    return require("torch", "baselines").from_numpy(text_vectors(data, catalogue.ids, config).astype(np.float32))
+
+
+def _epoch(model: Universal, pieces: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator) -> float:
+    """Pass once over the sequences under the softmax over all items of training, and return the mean loss."""
+    torch, config, warm = require("torch", "baselines"), model.config, model.warm
+    model.network.train()
+    total, count = 0.0, 0
+    for batch in batches_of(pieces, config.batch, rng):
+        optimiser.zero_grad(set_to_none=True)
+        wanted = torch.from_numpy(batch.targets)
+        rows = wanted >= 0
+        raw = model.represented(warm)
+        query = model.encoded(raw[torch.from_numpy(batch.items)])[rows] / config.temperature
+        table = torch.nn.functional.normalize(raw, dim=1)
+        with torch.no_grad():
+            value, of_query, of_table = over_all(query.detach(), table.detach(), wanted[rows], half=config.half)
+        torch.autograd.backward([query, table], [of_query, of_table])
+        optimiser.step()
+        total, count = total + value * len(query), count + len(query)
+    return total / max(1, count)

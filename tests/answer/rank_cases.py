@@ -1,0 +1,125 @@
+"""Requests and options for the ranking tests; run as a script it ranks, and kills itself after some parts."""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmrec.answer.rank import run
+from llmrec.answer.rank.options import RankOptions
+from llmrec.data.reading.ranked import Ranked, write_part
+from llmrec.pipeline import bundle
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import dump, load_recipe
+
+WORDS = ("Toy", "Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Kitchen", "Quiet", "Star")
+TITLES = {str(n): f"{WORDS[n % 12]} {WORDS[(n // 12 + n) % 12]} ({1950 + n})" for n in range(60)}
+
+
+def options(model: Path | str, requests: Path, out: Path, **changes: Any) -> RankOptions:
+    """Return options as the command line gives them, on hf and in float32."""
+    values: dict[str, Any] = {"backend": "hf", "dtype": "float32", "batch": 3}
+    return RankOptions(model=str(model), requests=requests, out=out, **values | changes)
+
+
+def items_csv(folder: Path) -> Path:
+    path = folder / "items.csv"
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([["item_id", "title"], *TITLES.items()])
+    return path
+
+
+def records(count: int, *, candidates: int = 5, history: int = 4) -> list[dict[str, Any]]:
+    """Return requests by id, all different."""
+    ids = list(TITLES)
+    return [
+        {
+            "id": f"r{n}",
+            "user_id": f"u{n % 7}",
+            "history": [ids[(n * 7 + k * 3) % 60] for k in range(history)],
+            "candidates": [ids[(n * 11 + k * 5 + 1) % 60] for k in range(candidates)],
+        }
+        for n in range(count)
+    ]
+
+
+def jsonl(path: Path, requests: list[Any]) -> Path:
+    text = "".join((each if isinstance(each, str) else json.dumps(each)) + "\n" for each in requests)
+    path.write_bytes(gzip.compress(text.encode()) if path.suffix == ".gz" else text.encode())
+    return path
+
+
+def delimited(path: Path, requests: list[dict[str, Any]], *, bars: bool) -> Path:
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        writer = csv.writer(stream, delimiter="\t" if path.suffix == ".tsv" else ",")
+        writer.writerow(["id", "user_id", "history", "candidates"])
+        for each in requests:
+            lists = [each["history"], each["candidates"]]
+            cells = ["|".join(one) for one in lists] if bars else [json.dumps(one) for one in lists]
+            writer.writerow([each["id"], each["user_id"], *cells])
+    return path
+
+
+def parquet(path: Path, requests: list[dict[str, Any]], kind: str) -> Path:
+    def cell(ids: list[str]) -> Any:
+        if kind == "text":
+            return json.dumps(ids)
+        return ids if kind == "list" else [{"item_id": item, "title": TITLES[item]} for item in ids]
+
+    columns: dict[str, Any] = {name: [each[name] for each in requests] for name in ("id", "user_id")}
+    columns |= {name: [cell(each[name]) for each in requests] for name in ("history", "candidates")}
+    pq.write_table(pa.table(columns), path, row_group_size=3)
+    return path
+
+
+def make_run(model: Path, folder: Path) -> Path:
+    """Make a run folder as training leaves it, without its adapter."""
+    changes = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*changes, "tasks.direct.templates=[shortlist]"])
+    (folder / "merged").mkdir()
+    for file in model.iterdir():
+        (folder / "merged" / file.name).write_bytes(file.read_bytes())
+    bundle.write(build_study(recipe), folder / "merged")
+    (folder / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    return folder
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+
+
+class Killed(BaseException):
+    """What an in-process kill raises: nothing in the package catches it."""
+
+
+def dying(parts: int, how: Callable[[], None]) -> Callable[[Path, Sequence[Ranked]], None]:
+    """Return a `write_part` that writes so many parts and then dies."""
+    done: list[Path] = []
+
+    def write(path: Path, found: Sequence[Ranked]) -> None:
+        if len(done) == parts:
+            how()
+        write_part(path, found)
+        done.append(path)
+
+    return write
+
+
+def _die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    run.PART = int(sys.argv[4])
+    run.write_part = dying(int(sys.argv[5]), _die)
+    run.rank_file(options(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), items=Path(sys.argv[6])))

@@ -1,0 +1,225 @@
+"""How `llmrec rank` asks: what a strategy takes, two steps, servers, and what each request cost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.answer.rank.run import rank_file
+from llmrec.answer.requests import Asking, choose_way, notes_of, rank_requests
+from llmrec.answer.strategy import settings_of
+from llmrec.backends.encode import Encoder
+from llmrec.backends.fake import FakeBackend
+from llmrec.data.requests import RankRequest, read_request
+from llmrec.errors import ErrorKind, LlmrecError, RecipeError
+from llmrec.pipeline import bundle, engines
+from llmrec.types import Ranking, Unparsed
+from tests.answer.rank_cases import items_csv, jsonl, lines, make_run, options, records
+from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
+from tests.servers.faulty import EVERYTHING, Behaviour, running
+
+pytest.importorskip("torch", reason="the train extra is not installed")
+
+TWO = Asking("direct", "with-profile", "two-step")
+POOL = ["Alien", "Jaws", "Rocky"]
+
+
+@pytest.fixture(autouse=True)
+def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "release_memory", lambda: None)
+
+
+def asked(*found: dict[str, Any]) -> list[RankRequest]:
+    return [read_request({"candidates": POOL, **each}, n, None) for n, each in enumerate(found, start=1)]
+
+
+# --------------------------------------------------------------------------- what strategies take
+
+
+def test_settings_reach_the_strategy_and_are_paid_for(plain: bundle.Bundle, encoder: Encoder) -> None:
+    for strategy, settings, forwards in (
+        ("label", (), 1),
+        ("label", ("eval.permutations=3",), 3),
+        ("permutation", ("depth=1",), 1),
+        ("permutation", ("depth=2", "permutations=2"), 4),
+        ("pairwise", ("eval.all_pairs=0", "eval.depth=1"), 4),
+        ("two-step", ("permutations=2",), 4),
+    ):
+        way = choose_way(plain, strategy=strategy, settings=settings)
+        backend = FakeBackend(complete=lambda text: "quiet films")
+        (answer,) = rank_requests(
+            plain, asked({"history": ["Heat"]}), way=way, backend=backend, encoder=encoder, batch=1
+        )
+        assert isinstance(answer, Ranking) and answer.cost.forwards == forwards, (strategy, settings)
+
+
+@pytest.mark.parametrize(
+    ("strategy", "settings", "kind", "key", "says"),
+    [
+        ("label", ("permutation=2",), "unknown-key", "eval.permutation", "did you mean 'permutations'"),
+        ("label", ("eval.depth=2",), "unknown-key", "eval.depth", ("'label'", "it takes eval.permutations")),
+        ("likelihood", ("eval.depth=2",), "unknown-key", "eval.depth", "it takes none"),
+        ("label", ("eval.debias=measured",), "unsupported", "eval.debias", "--set eval.permutations=4"),
+        ("search", ("eval.beams=5",), "unsupported", "eval.beams", "write --beams"),
+        ("label", ("permutations",), "syntax", "--set", "key=value, such as eval.permutations=3"),
+        ("label", ("permutations=0",), "bad-value", "eval.permutations", "greater than 0"),
+        ("label", ("permutations=[",), "bad-value", "eval.permutations", "integer"),
+        ("label", ("permutations=2", "eval.permutations=3"), "duplicate", "eval.permutations", ()),
+        ("window", ("eval.window=3",), "bad-value", "eval.window_step", "below eval.window"),
+        ("likelihood-prior", ("prior_weight=-1",), "bad-value", "eval.prior_weight", "greater than or equal to 0"),
+    ],
+)
+def test_settings_that_cannot_be_used_are_refused(
+    strategy: str, settings: tuple[str, ...], kind: ErrorKind, key: str, says: str | tuple[str, ...]
+) -> None:
+    with raises(RecipeError, Facts(kind, column=key, says=says)):
+        settings_of(strategy, settings)
+
+
+def test_settings_make_another_job(llama_folder: Path, tmp_path: Path) -> None:
+    path, items = jsonl(tmp_path / "in.jsonl", records(2)), items_csv(tmp_path)
+    keys, costs = set(), []
+    for settings in ((), ("eval.permutations=2",)):
+        chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items, strategy="label", settings=settings)
+        summary = rank_file(chosen)
+        keys.add(summary["key"])
+        costs.append([row["forwards"] for row in lines(chosen.out)])
+    assert len(keys) == 2 and costs == [[1, 1], [2, 2]]
+    assert summary["options"] == {"permutations": 2}
+
+
+# --------------------------------------------------------------------------- two steps
+
+
+def test_two_step_takes_a_template_that_shows_a_profile(
+    plain: bundle.Bundle, llama_folder: Path, tmp_path: Path
+) -> None:
+    assert choose_way(plain, strategy="two-step") == TWO
+    assert choose_way(plain, strategy="two-step", template="profile-only").template == "profile-only"
+    with raises(
+        RecipeError, Facts("contradiction", column="--template", says=("--template shortlist", "with-profile"))
+    ):
+        choose_way(plain, strategy="two-step", template="shortlist")
+    tuned = bundle.read(str(make_run(llama_folder, tmp_path)))
+    assert choose_way(tuned, strategy="label").template == "shortlist"
+    assert choose_way(tuned, strategy="two-step").template == "with-profile"
+    # A model that was evaluated with a template that shows a profile keeps it.
+    section = tuned.tasks.direct
+    assert section is not None
+    shown = section.model_copy(update={"templates": (), "eval_templates": ("profile-only",)})
+    tuned = replace(tuned, tasks=tuned.tasks.model_copy(update={"direct": shown}))
+    assert choose_way(tuned, strategy="two-step").template == "profile-only"
+
+
+def test_a_profile_is_written_where_the_request_brings_none(plain: bundle.Bundle, encoder: Encoder) -> None:
+    texts: list[str] = []
+    backend = FakeBackend(
+        complete=lambda text: "quiet\nfilms",
+        prefer=lambda text, label: texts.append(text) or -float(ord(label[-1])),  # type: ignore[func-returns-value]
+    )
+    requests = asked({"id": "a", "history": ["Heat"]}, {"id": "b", "profile": "likes noise"}, {"id": "c"})
+    first, second, cold = rank_requests(plain, requests, way=TWO, backend=backend, encoder=encoder, batch=4)
+    assert isinstance(first, Ranking) and first.raw == "quiet films" and first.cost.forwards == 2
+    assert isinstance(second, Ranking) and second.raw is None and second.cost.forwards == 1
+    assert "profile quiet films" in texts[0] and "profile likes noise" in texts[3] and "Heat" in texts[0]
+    assert notes_of(TWO, requests[0], first) == ()
+    assert "without a history" in notes_of(TWO, requests[2], cold)[0]
+
+
+def test_a_profile_that_does_not_fit_fails_its_request_alone(plain: bundle.Bundle, encoder: Encoder) -> None:
+    tight = Encoder(encoder.tokenizer, max_length=700)
+
+    class Strict(FakeBackend):
+        """Refuses what an engine refuses."""
+
+        def score(self, prompts: Any, candidates: Any, *, closed: bool = True) -> Any:
+            for prompt in prompts:
+                tight.prompt(prompt)
+            return super().score(prompts, candidates, closed=closed)
+
+    backend = Strict(complete=lambda text: "ž" * 300 if "Heat" in text else "quiet films")
+    requests = asked({"id": "a", "history": ["Heat"]}, {"id": "b", "history": ["Fargo"]})
+    failed, ranked = rank_requests(plain, requests, way=TWO, backend=backend, encoder=tight, batch=4)
+    assert isinstance(failed, Unparsed) and "second prompt" in failed.reason and "700" in failed.reason
+    assert isinstance(ranked, Ranking) and ranked.raw == "quiet films"
+
+
+def test_the_output_says_what_was_written_of_the_user(llama_folder: Path, tmp_path: Path) -> None:
+    rows = [*records(2), {**records(3)[2], "profile": "likes noise"}]
+    path, items = jsonl(tmp_path / "in.jsonl", rows), items_csv(tmp_path)
+    chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items, strategy="two-step", batch=8)
+    summary = rank_file(chosen)
+    found = lines(chosen.out)
+    assert all(row["error"] is None and sorted(row["items"]) == sorted(r["candidates"])
+               for row, r in zip(found, rows, strict=True))  # fmt: skip
+    assert found[0]["profile"] and found[2]["profile"] is None
+    assert found[2]["forwards"] == 1 < found[0]["forwards"]
+    for name in ("prompt_tokens", "completion_tokens", "forwards"):
+        assert summary[name] == sum(row[name] for row in found)
+        assert summary["per_request"][name] == pytest.approx(summary[name] / 3, abs=0.01)
+    each = summary["seconds_per_request"]
+    assert 0 < each["fastest_part"] <= each["mean"] <= each["slowest_part"]
+    assert (summary["template"], summary["rationale"], summary["retriever"]) == ("with-profile", None, None)
+
+
+# --------------------------------------------------------------------------- servers
+
+
+def test_a_server_ranks_and_its_key_stands_nowhere(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret, tokenizer = "sk-proj-Zx81QmW0pT7v", make_tokenizer()
+    monkeypatch.setenv("FILMS_KEY", secret)
+    path, items = jsonl(tmp_path / "in.jsonl", records(3)), items_csv(tmp_path)
+    with running(Behaviour(key=secret, count=lambda text: len(tokenizer.encode(text)))) as server:
+        ask = {"backend": "openai", "server_url": server.url, "server_model": "films", "server_key_env": "FILMS_KEY"}
+        chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items, strategy="label", rationale=1, **ask)
+        summary = rank_file(chosen)
+    assert (summary["ranked"], summary["engine"], summary["server"]) == (3, "openai", "films")
+    for row, request in zip(lines(chosen.out), records(3), strict=True):
+        assert sorted(row["items"]) == sorted(request["candidates"]) and row["forwards"] == 1
+        assert len(row["rationale"]) == 1 and row["rationale_forwards"] > 0
+    assert all(secret.encode() not in file.read_bytes() for file in tmp_path.rglob("*") if file.is_file())
+
+
+def test_a_server_that_cannot_score_says_what_works(llama_folder: Path, tmp_path: Path) -> None:
+    path, items = jsonl(tmp_path / "in.jsonl", records(2)), items_csv(tmp_path)
+    offers = EVERYTHING - {"logprobs", "named", "echo", "chat logprobs"}
+    with (
+        running(Behaviour(offers=offers)) as server,
+        raises(LlmrecError, Facts("unsupported", says=("films", "list, parsed and text"))),
+    ):
+        ask = {"backend": "openai", "server_url": server.url, "server_model": "films"}
+        rank_file(options(llama_folder, path, tmp_path / "out.jsonl", items=items, strategy="label", **ask))
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"backend": "openai"}, Facts("missing-key", column="--server-model")),
+        ({"server_model": "films"}, Facts("contradiction", column="--server-model", says="--backend openai")),
+        (
+            {"backend": "openai", "server_model": "m", "server_url": "https://u:secret@h/v1"},
+            Facts("bad-value", column="--server-url", says="http://host:port/v1"),
+        ),
+        (
+            {"backend": "openai", "server_model": "m", "server_key_env": "sk-secret"},
+            Facts("bad-value", column="--server-key-env", says="such as OPENAI_API_KEY"),
+        ),
+        (
+            {"backend": "openai", "server_model": "m", "candidates": "all"},
+            Facts("contradiction", column="--backend", says="--backend hf or vllm"),
+        ),
+    ],
+)
+def test_servers_that_are_not_named_well(
+    llama_folder: Path, tmp_path: Path, changes: dict[str, Any], facts: Facts
+) -> None:
+    path = jsonl(tmp_path / "in.jsonl", [{"candidates": ["a", "b"]}])
+    with raises(RecipeError, facts) as refused:
+        rank_file(options(llama_folder, path, tmp_path / "out.jsonl", items=items_csv(tmp_path), **changes))
+    assert "secret" not in str(refused.value)

@@ -1,0 +1,265 @@
+"""What answers under the name of a row of the report gives the lists of that row."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import polars as pl
+import pytest
+
+import llmrec
+from llmrec.answer.loaded import Loaded, Wanted
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.run import rank_file
+from llmrec.answer.recommender import Answered
+from llmrec.baselines.fits.fitting import fitted
+from llmrec.data.requests import told_event
+from llmrec.data.split import halves
+from llmrec.errors import RecipeError
+from llmrec.evaluate.predictor import evaluate
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.fusion.parts import Weighing
+from llmrec.pipeline.row_specs import protocol_of
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import load_recipe
+from llmrec.serve.options import ServeOptions
+from llmrec.serve.refresh import refresh
+from llmrec.serve.refresh_options import RefreshOptions
+from llmrec.serve.run import make_service
+from llmrec.types import Ranking
+from tests.answer.rank_cases import jsonl, lines
+from tests.facts import Facts, raises
+
+CLASSIC = (
+    *("data={source: made-reviews, noun: products}", "reviews=null", "eval.arms=[]", "eval.bootstrap=20", "seed=2"),
+    "tasks={sequential: {baselines: [random, popularity, {name: item-knn, history: 1}, {name: item-knn, history: 5}, "
+    "markov-1]}}",
+    *("eval.users=12", "eval.candidates.count=8"),
+)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
+    """A run of classic recommenders alone."""
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", CLASSIC)
+    return pipeline.run(recipe, tmp_path_factory.mktemp("rows") / "r", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def rec(run: pipeline.Run) -> Iterator[Loaded]:
+    with llmrec.load(str(run.folder)) as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+def requests(run: pipeline.Run) -> list[dict[str, Any]]:
+    """The requests of the test split, as users of an interface write them."""
+    study = build_study(load_recipe(run.folder / "recipe.yaml"))
+    return [
+        {
+            "id": case.request.id,
+            "history": [told_event(event) for event in case.request.history],
+            "candidates": list(case.request.candidates or ()),
+        }
+        for case in study.cases("sequential")
+    ]
+
+
+def measured(run: pipeline.Run, row: str) -> dict[str, list[tuple[str, float]]]:
+    """Return the lists that a row was measured with, by request."""
+    frame = pl.read_parquet(run.folder / "predictions.parquet").filter(pl.col("row_id") == row)
+    found = {}
+    for request, parsed in frame.select("request_id", "parsed").iter_rows():
+        said = json.loads(parsed)
+        found[request] = list(zip(said["items"], said["scores"], strict=True))
+    return found
+
+
+def test_every_row_of_the_report_but_chance_is_served_under_its_name(run: pipeline.Run, rec: Loaded) -> None:
+    rows = {row["predictor"] for row in run.results["rows"]}
+    assert {"fusion", "fusion with texts", "item-knn(history=1)", "item-knn(history=5)"} <= rows
+    assert set(rec.models) == rows - {"random"}
+
+
+def test_a_name_gives_the_lists_of_its_row(run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]]) -> None:
+    lists = {}
+    for row in run.results["rows"]:
+        name, known = row["predictor"], measured(run, row["id"])
+        if name == "random":
+            continue
+        assert len(known) == len(requests) == 12
+        for request in requests:
+            found = rec.rank(**request, model=name, k=100)
+            wanted = known[request["id"]]
+            assert [each.item_id for each in found] == [item for item, _ in wanted], name
+            assert [each.score for each in found] == pytest.approx([score for _, score in wanted]), name
+        lists[name] = known
+    # Two fusions that differ in nothing would prove nothing.
+    assert lists["fusion"] != lists["fusion with texts"]
+
+
+def test_a_method_alone_means_its_first_row_and_a_row_may_be_named_by_its_id(
+    run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]]
+) -> None:
+    asked = requests[0]
+    assert rec.rank(**asked, model="item-knn") == rec.rank(**asked, model="item-knn(history=1)")
+    names = ["sequential/baseline/fusion with texts", "item-knn(history=5)", "item-knn"]
+    with llmrec.load(str(run.folder), models=names) as chosen:
+        assert chosen.models == ("fusion with texts", "item-knn(history=5)", "item-knn(history=1)")
+        assert chosen.rank(**asked) == rec.rank(**asked, model="fusion with texts")
+    with raises(RecipeError, Facts("unknown-name", column="model")):
+        rec.rank(**asked, model="fusion with models")
+
+
+@pytest.mark.parametrize("name", ["fusion", "fusion with texts"])
+def test_a_file_is_ranked_by_the_row_that_is_named(
+    run: pipeline.Run, requests: list[dict[str, Any]], tmp_path: Path, name: str
+) -> None:
+    file = jsonl(tmp_path / "in.jsonl", requests)
+    rank_file(RankOptions(baseline=name, recipe=str(run.folder), requests=file, out=tmp_path / "out.jsonl"))
+    known = measured(run, f"sequential/baseline/{name}")
+    for line in lines(tmp_path / "out.jsonl"):
+        assert list(zip(line["items"], line["scores"], strict=True)) == known[line["request_id"]]
+
+
+def test_a_service_knows_the_rows_by_their_names(
+    run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    pytest.importorskip("fastapi", reason="the serve extra is not installed")
+    from llmrec.serve.app import make_app
+    from llmrec.serve.gates import Auth
+    from tests.serve.served import listening, wait_ready
+
+    service = make_service(ServeOptions(model=str(run.folder), store=str(tmp_path / "store.sqlite")))
+    with listening(make_app(service, Auth())) as (url,):
+        wait_ready(url)
+        assert [each["name"] for each in httpx.get(f"{url}/v1/models").json()["models"]] == list(rec.models)
+        for name in ("fusion", "fusion with texts", "item-knn"):
+            body = {**requests[0], "model": name, "k": 100}
+            found = httpx.post(f"{url}/v1/rank", json=body, timeout=60).json()
+            wanted = rec.rank(**requests[0], model=name, k=100)
+            assert [each["item_id"] for each in found["items"]] == [each.item_id for each in wanted]
+            assert found["model"]["name"] == ("item-knn(history=1)" if name == "item-knn" else name)
+
+
+# --------------------------------------------------------------------------- which row answers first
+
+
+def test_the_row_with_the_best_validation_figure_answers_first(run: pipeline.Run, rec: Loaded) -> None:
+    choice = run.results["choice"]
+    figures = {row["id"]: row["metrics"]["NDCG@10"]["value"] for row in run.results["rows"]}
+    assert rec.models[0] == choice["row"].split("/")[2] == "fusion with texts"
+    assert choice["value"] == max(choice["figures"].values())
+    # It is not the one that the test users would choose.
+    assert figures[choice["row"]] < max(figures[name] for name in choice["figures"])
+
+
+def test_the_figures_of_validation_are_those_of_users_who_chose_nothing(run: pipeline.Run) -> None:
+    study = build_study(load_recipe(run.folder / "recipe.yaml"))
+    cases = Weighing(study).cases("sequential")
+    weighers = {one.user_id for one in halves(study.data, study.recipe.eval.fusion.reserved)[1].holdouts("valid")}
+    assert {case.request.user_id for case in cases} <= weighers
+    choice, protocol = run.results["choice"], protocol_of(study, "sequential")
+    assert choice["users"] == len({case.request.user_id for case in cases})
+    for section in study.baselines("sequential"):
+        if section.name != "random":
+            model = fitted(section.name, section.parameters, study.data, seed=study.recipe.seed)
+            found = evaluate(model, cases, name="sequential", kind=Ranking, protocol=protocol)
+            wanted = found.values["NDCG@10"].mean()
+            assert choice["figures"][f"sequential/baseline/{section.label}"] == pytest.approx(wanted)
+
+
+def test_test_users_have_no_say_in_what_answers_first(run: pipeline.Run, tmp_path: Path) -> None:
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CLASSIC, "eval.users=5"])
+    other = pipeline.run(recipe, tmp_path / "r", quiet=True)
+    tables = [{row["id"]: row["metrics"]["NDCG@10"] for row in each.results["rows"]} for each in (run, other)]
+    assert tables[0] != tables[1] and other.results["choice"] == run.results["choice"]
+
+
+def test_a_refreshed_folder_answers_by_the_same_row(run: pipeline.Run, rec: Loaded, tmp_path: Path) -> None:
+    (tmp_path / "items.csv").write_text("item_id,title\nn1,A new kettle\n", encoding="utf-8")
+    refresh(RefreshOptions(model=str(run.folder), items=tmp_path / "items.csv", out=tmp_path / "live"))
+    with llmrec.load(str(tmp_path / "live")) as live:
+        assert live.models == rec.models
+
+
+def test_a_network_is_served_as_it_was_measured(tmp_path: Path) -> None:
+    """What stops by validation users does so without those that weigh the fusions, when it is served too."""
+    pytest.importorskip("torch", reason="the train extra is not installed")
+    network = "{name: gru4rec, dim: 4, epochs: 12, patience: 1, quiet: true}"
+    tasks = f"tasks={{sequential: {{baselines: [random, popularity, item-knn, markov-1, {network}]}}}}"
+    made = pipeline.run(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CLASSIC, tasks]), tmp_path / "r", quiet=True
+    )
+    (row,) = [row for row in made.results["rows"] if row["predictor"].startswith("gru4rec")]
+    with llmrec.load(str(made.folder), models=[row["predictor"]]) as rec:
+        study = build_study(load_recipe(made.folder / "recipe.yaml"))
+        for case in study.cases("sequential"):
+            asked = [told_event(event) for event in case.request.history]
+            found = rec.rank(history=asked, candidates=list(case.request.candidates or ()), id=case.request.id, k=100)
+            known = measured(made, row["id"])[case.request.id]
+            assert [each.score for each in found] == pytest.approx([score for _, score in known], rel=1e-5)
+
+
+def test_a_file_is_ranked_by_what_answers_first_and_by_any_other_row(
+    run: pipeline.Run, rec: Loaded, requests: list[dict[str, Any]], tmp_path: Path
+) -> None:
+    whole = {"id": "whole", "user_id": rec.users[3]}
+    file = jsonl(tmp_path / "in.jsonl", [*requests, whole])
+    for by, name in ((None, rec.models[0]), ("popularity", "popularity"), ("item-knn", "item-knn(history=1)")):
+        out = tmp_path / f"{by}.jsonl"
+        summary = rank_file(RankOptions(model=str(run.folder), requests=file, out=out, by=by, top=6))
+        assert (summary["ranked"], summary["failed"], summary["by"]) == (13, 0, name)
+        asked = [*requests, {"id": "whole", "user": whole["user_id"]}]
+        for line, request in zip(lines(out), asked, strict=True):
+            assert line["items"] == [each.item_id for each in rec.rank(**request, model=name, k=6)], (name, request)
+    with raises(RecipeError, Facts("contradiction", column="--strategy")):
+        rank_file(RankOptions(model=str(run.folder), requests=file, out=tmp_path / "o.jsonl", strategy="list"))
+    with raises(RecipeError, Facts("contradiction", column="--backend")):
+        rank_file(RankOptions(model=str(run.folder), requests=file, out=tmp_path / "o.jsonl", backend="hf"))
+
+
+# --------------------------------------------------------------------------- what is unknown
+
+
+def test_what_is_unknown_is_told_in_files_frames_and_lists(
+    run: pipeline.Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked = [
+        {"id": "a", "user_id": "nobody"},
+        {"id": "b", "history": ["k01", "no such"]},
+        {"id": "c", "user_id": "u01"},
+    ]
+    rank_file(
+        RankOptions(model=str(run.folder), requests=jsonl(tmp_path / "i.jsonl", asked), out=tmp_path / "o.jsonl", top=2)
+    )
+    notes = [line["notes"] for line in lines(tmp_path / "o.jsonl")]
+    with llmrec.load(str(run.folder)) as rec:
+        frame = rec.rank(asked, k=2)
+        assert [row["notes"] for row in frame[::2]] == ["; ".join(each) for each in notes]
+        assert "'nobody' is not known" in notes[0][0] and "the most popular items" in notes[0][-1]
+        assert "'no such'" in notes[1][0] and "data have of this user" in notes[2][0] and len(notes[2]) == 1
+        assert not caplog.records
+        for _ in range(2):
+            rec.rank(user="nobody")
+            rec.rank(history=["no such"])
+            rec.rank(user="u01", history=["k01"])
+        said = [record.getMessage() for record in caplog.records]
+        assert len(said) == 2 and all(text.endswith("the most popular items are listed") for text in said)
+        assert "'nobody'" in said[0] and "'no such'" in said[1]
+
+
+def test_an_item_that_a_recommender_has_not_learned_from_is_told(run: pipeline.Run) -> None:
+    with llmrec.load(str(run.folder)) as rec:
+        (found,) = rec.lists([rec.read({"history": ["k01", {"title": "Tomorrow"}]}, 1, whole=True)], Wanted(k=1))
+        assert isinstance(found, Answered) and found.unknown_items == ("Tomorrow",)
+        assert "has not learned from it: 'Tomorrow'" in found.notes[0]
+        request = rec.read({"user_id": "nobody", "history": None}, 1, whole=True)
+        (found,) = rec.lists([request], Wanted(k=1))
+        assert isinstance(found, Answered) and found.unknown_user and found.cold and not found.unknown_items
+        (found,) = rec.lists([rec.read({"history": ["k01", "no such"]}, 1, whole=True)], Wanted(k=1))
+        assert isinstance(found, Answered) and found.unknown_items == ("no such",) and not found.cold

@@ -1,0 +1,231 @@
+"""Suites of conversations: who is asked, what is measured by hand, what a killed one keeps, and the page."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.answer.opening import open_classics
+from llmrec.backends.fake import FakeBackend
+from llmrec.bench import conversations, pages
+from llmrec.bench.conversations import compared, line_of, run_chat
+from llmrec.bench.records import ChatTalk
+from llmrec.chat import simulator
+from llmrec.chat.audience import Guest, guests, talks
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.facts import Facts as Known
+from llmrec.chat.fit import FitJudge
+from llmrec.chat.managers import RuleManager
+from llmrec.chat.reading import Reader
+from llmrec.chat.state import ITEM, State
+from llmrec.chat.tools import Tools
+from llmrec.cli import main as cli
+from llmrec.errors import DataError, RecipeError
+from llmrec.recipe.comparisons import ChatSuite
+from llmrec.recipe.load import kind_of_page, load_chat, load_recipe
+from llmrec.types import Item
+from tests.chat.shelf import MadeLists, items
+from tests.facts import Facts, raises
+
+PAGE: dict[str, Any] = {
+    "chat": "made",
+    "recipe": "recipes/made/classic.yaml",
+    "users": 6,
+    "seeds": [0, 1],
+    "turns": 3,
+    "bootstrap": 60,
+    "rows": [
+        {"manager": "random"},
+        {"manager": "history"},
+        {"manager": "rules"},
+        {"manager": "rules", "name": "rules of brands", "knows": ["brand"], "users": 3},
+    ],
+    "pairs": [["rules", "history"], ["rules of brands", "history"]],
+}
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chat")
+    run_chat(ChatSuite(**PAGE), out=folder / "out", results=folder / "eval" / "results")
+    return folder
+
+
+def test_a_suite_over_a_recipe_has_every_row_and_pair(ran: Path) -> None:
+    found = json.loads((ran / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
+    rows = {row["name"]: row for row in found["rows"]}
+    assert list(rows) == ["random", "history", "rules", "rules of brands"] and found["metric"] == "Hit@5-in-3"
+    assert [row["conversations"] for row in rows.values()] == [12, 12, 12, 6]
+    for row in rows.values():
+        shares = [row["metrics"][f"Hit@5-in-{turns}"]["value"] for turns in (1, 2, 3)]
+        assert shares == sorted(shares) and row["parse_rate"] == 1
+        assert row["shown_outside_the_catalogue"] == 0 and row["seconds_a_turn"] > 0
+    assert set(rows["history"]["calls"]) == {"rank", "show"}
+    # Rows with fewer users are compared on the conversations that both have.
+    assert [pair["conversations"] for pair in found["pairs"]] == [12, 6]
+    assert all(pair["p"] >= pair["p_raw"] and pair["low"] <= pair["value"] <= pair["high"] for pair in found["pairs"])
+    page = (ran / "eval" / "made.md").read_text(encoding="utf-8")
+    assert "| rules of brands (users know brand) |" in page and "rules less history" in page and "Exploratory" in page
+    assert pages.rewrite(ran / "eval" / "results") == [ran / "eval" / "made.md"]
+    assert (ran / "eval" / "made.md").read_text(encoding="utf-8") == page
+
+
+def test_finished_rows_are_kept_until_what_they_depend_on_changes(ran: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    held = []
+    genuine = conversations.Setting.held
+    monkeypatch.setattr(
+        conversations.Setting, "held", lambda self, row, out: held.append(row.label) or genuine(self, row, out)
+    )
+    where = {"out": ran / "out", "results": ran / "eval" / "results"}
+    run_chat(ChatSuite(**{**PAGE, "pairs": [], "bootstrap": 50}), **where)
+    assert held == []
+    rows = [*PAGE["rows"][:3], {**PAGE["rows"][3], "knows": ["category"]}]
+    run_chat(ChatSuite(**{**PAGE, "rows": rows, "pairs": []}), **where)
+    assert held == ["rules of brands"]
+
+
+def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str | None] = []
+
+    @contextmanager
+    def grader(name: str | None) -> Iterator[FitJudge | None]:
+        opened.append(name)
+        yield None if name is None else FitJudge(FakeBackend())
+
+    monkeypatch.setattr(conversations, "grader", grader)
+    rows = [{"manager": "rules"}, {"manager": "rules", "ranker": "a model", "users": 3}]
+    suite = ChatSuite(**{**PAGE, "rows": rows, "pairs": [["rules, graded by a model", "rules"]]})
+    run_chat(suite, out=tmp_path / "out", results=tmp_path / "eval" / "results")
+    found = json.loads((tmp_path / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
+    alone, graded = found["rows"]
+    assert opened == [None, "a model"] and graded["name"] == "rules, graded by a model"
+    assert (alone["ranker"], graded["ranker"]) == (None, "a model")
+    # Ten prompts a list, which rules alone do not need.
+    assert alone["tokens_a_turn"] == 0 < graded["tokens_a_turn"] and graded["conversations"] == 6
+    assert found["pairs"][0]["conversations"] == 6
+    page = (tmp_path / "eval" / "made.md").read_text(encoding="utf-8")
+    assert "rules, graded by a model: `a model` grades the first items of each list." in page
+    assert "chooses the tools" not in page
+
+
+def talk(seed: int, user: str, hit: int | None, turns: int) -> ChatTalk:
+    return ChatTalk(
+        seed=seed, user=user, hit=hit, turns=turns, seconds=0.5, tokens=10, calls={"show": turns, "rank": 1}
+    )
+
+
+def test_figures_by_hand() -> None:
+    page = ChatSuite(
+        **{**PAGE, "rows": [{"manager": "rules"}, {"manager": "history"}], "pairs": [["rules", "history"]]}
+    )
+    rules = [talk(0, "a", 1, 1), talk(0, "b", 3, 3), talk(1, "a", None, 3), talk(1, "c", 2, 2)]
+    line = line_of(page, page.rows[0], rules)
+    assert [line.metrics[f"Hit@5-in-{turns}"].value for turns in (1, 2, 3)] == [0.25, 0.5, 0.75]
+    assert (line.conversations, line.users, line.turns, line.turns_to_a_hit) == (4, 3, 2.25, 2.0)
+    assert (line.seconds_a_turn, line.tokens_a_turn) == (round(2 / 9, 4), round(40 / 9, 1))
+    assert line.parse_rate == 1 and line.calls == {"rank": 4, "show": 9}
+    bad = [rules[0].model_copy(update={"unread": 1}), *rules[1:]]
+    assert line_of(page, page.rows[0], bad).parse_rate == 1 - 1 / 13
+    history = [talk(0, "a", None, 3), talk(1, "a", None, 3), talk(1, "d", 1, 1)]
+    (pair,) = compared(page, {"rules": rules, "history": history})
+    # User a with both seeds alone: one hit against none.
+    assert (pair.value, pair.conversations, pair.users) == (0.5, 2, 1)
+
+
+def test_users_want_what_was_held_out_and_know_neither_it_nor_its_title() -> None:
+    data = open_classics(load_recipe("recipes/made/classic.yaml"), ["popularity"]).data
+    assert data is not None
+    facts = Known(data.dataset.items)
+    few, many = guests(data, facts, 4, 0, past=3), guests(data, facts, 20, 0, past=3)
+    assert few == many[:4] and few != guests(data, facts, 4, 1, past=3)
+    train = data.train.select("user_id", "item_id", "rating").rows()
+    wanted = dict(data.test.select("user_id", "item_id").rows())
+    for guest in many:
+        known = [(item, rating) for user, item, rating in train if user == guest.user]
+        assert wanted[guest.user] == guest.target and guest.target not in {item for item, _ in known}
+        assert [(wish.value, wish.op) for wish in guest.state.profile] == [
+            (item, "is" if rating >= 4 else "seen") for item, rating in known[-3:]
+        ]
+        assert guest.state.past == tuple(item for item, _ in known[:-3])
+        assert all(wish.field == ITEM and not wish.hard for wish in guest.state.profile)
+    with raises(DataError, Facts(kind="empty", column="data.columns.fields")):
+        guests(data, Known({name: Item(item_id=name, title=name) for name in facts.items}), 4, 0)
+
+
+def test_users_speak_of_what_they_know_alone() -> None:
+    known = {
+        name: Item(item_id=name, title=item.title, fields={**item.fields, "price": str(20 + n)})
+        for n, (name, item) in enumerate(items().items())
+    }
+    facts = Known(known)
+    assert facts.years == "year" and facts.numeric == {"year", "price"}
+    # A price is no decade, so that nobody speaks of it.
+    assert all("price" not in simulator.told_of(facts, name, (), 0).attributes for name in known)
+    talk = Conversation(Tools(facts, MadeLists(known)), RuleManager(), Reader(facts))
+    every = [Guest("u", name, State(), ()) for name in known]
+    lines = [line for _, held in talks(talk, every, 0, 5, ("genres",)) for line in held.lines]
+    # Neither years nor directors.
+    assert not re.search(r"\d|Vale|Quist|Marsh|Okoro", " ".join(lines)) and sum("Sci-Fi" in line for line in lines) > 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "facts"),
+    [
+        ({"pairs": [["rules", "rule"]]}, Facts(kind="contradiction", says="history")),
+        ({"rows": [{"manager": "rules"}, {"manager": "rules"}]}, Facts(kind="contradiction")),
+        ({"rows": [{"manager": "rules", "knows": ["genre"]}], "pairs": []}, Facts(kind="unknown-name", column="knows")),
+        ({"recommender": "mf", "pairs": []}, Facts(kind="unknown-name")),
+        ({"items": "none.csv"}, Facts(kind="missing-file", column="items")),
+        ({"k": 3}, Facts(kind="bad-value")),
+    ],
+)
+def test_what_cannot_be_held_is_one_error(changed: dict[str, Any], facts: Facts, tmp_path: Path) -> None:
+    page = tmp_path / "made.yaml"
+    page.write_text(json.dumps({**PAGE, **changed}), encoding="utf-8")
+    assert kind_of_page(page) == "chat"
+    with raises(RecipeError, facts):
+        run_chat(load_chat(page), out=tmp_path / "out", results=tmp_path / "results")
+
+
+def test_the_command_line_holds_and_checks_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    page, results = tmp_path / "made.yaml", tmp_path / "eval" / "results"
+    page.write_text(json.dumps({**PAGE, "users": 2, "seeds": [0]}), encoding="utf-8")
+    for words in (
+        ["check", str(page)],
+        ["eval", str(page), "turns=2", "--out", str(tmp_path / "run"), "--results", str(results)],
+    ):
+        monkeypatch.setattr("sys.argv", ["llmrec", *words])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        assert not ended.value.code
+    told = capsys.readouterr().out
+    assert "4 rows, 2 planned comparisons" in told and "Hit@5-in-2" in told
+    assert json.loads((results / "made.json").read_text(encoding="utf-8"))["turns"] == 2
+
+
+def test_a_language_model_leads_with_fewer_users_and_is_asked_again_where_its_files_change(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    pytest.importorskip("torch", reason="the train extra is not installed")
+    model = shutil.copytree(llama_folder, tmp_path / "model")
+    rows = [{"manager": "rules"}, {"manager": str(model), "name": "model", "users": 1}]
+    # Without a history, so that what is read fits a tokenizer of letters.
+    page = ChatSuite(**{**PAGE, "seeds": [0], "turns": 1, "past": 0, "rows": rows, "pairs": [["model", "rules"]]})
+    files = run_chat(page, out=tmp_path / "out", results=tmp_path / "results")
+    found = json.loads(files["results"].read_text(encoding="utf-8"))
+    row = found["rows"][1]
+    assert (row["conversations"], row["parse_rate"]) == (1, 1) and row["tokens_a_turn"] > 100
+    assert found["pairs"][0]["conversations"] == 1 and "model: Exploratory" in files["page"].read_text(encoding="utf-8")
+    before = conversations._model(str(model))
+    os.utime(model / "config.json", ns=(1, 1))
+    assert conversations._model(str(model)) != before and conversations._model("rules") == []

@@ -1,0 +1,215 @@
+"""Suite rows that are no baselines: models that a recipe tunes, and mixtures of rows."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+
+from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
+from llmrec.bench import suite as suites
+from llmrec.bench.leaderboard import leaderboard, suite_result
+from llmrec.bench.rows import SuiteModels
+from llmrec.bench.suite import run_suite
+from llmrec.data.split import SplitDataset
+from llmrec.errors import RecipeError
+from llmrec.evaluate.lists import Background, cold_figures
+from llmrec.metrics.multiple import holm
+from llmrec.pipeline.study import load_split
+from llmrec.recipe.comparisons import Suite
+from llmrec.strategies.catalogue import Mixture, from_counts, from_logits
+from llmrec.types import Case, Event, Request
+from tests.facts import Facts, raises
+
+RECIPE: dict[str, Any] = {
+    "name": "small",
+    "model": {
+        "name": "new",
+        "shape": {"layers": 1, "width": 16, "heads": 2, "feedforward": 32, "dropout": 0.0},
+        "dtype": "float32",
+        "max_length": 128,
+    },
+    "data": {"source": "made-reviews"},
+    "index": {"scheme": "token"},
+    "tasks": {"sequential": {"templates": ["bare-codes"], "strategies": ["search"]}},
+    "train": {"method": "full", "steps": 30, "batch_tokens": 256, "learning_rate": 0.01, "valid_rows": 4},
+    "eval": {"arms": ["tuned"], "backend": "hf", "candidates": {"kind": "catalogue"}},
+}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    file = tmp_path_factory.mktemp("recipes") / "small.yaml"
+    file.write_text(yaml.safe_dump(RECIPE))
+    return {
+        "suite": "made",
+        "data": {"source": "made-reviews"},
+        "seeds": [0],
+        "bootstrap": 60,
+        "rows": [
+            {"baseline": "markov-1"},
+            {"recipe": str(file), "depth": 20},
+            {"mix": ["small", "markov-1"], "weights": [[1, 0], [0, 1], [1, 1]], "name": "both"},
+        ],
+        "pairs": [["both", "markov-1"]],
+    }
+
+
+@pytest.fixture(scope="module")
+def ran(page: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    folder = tmp_path_factory.mktemp("suite")
+    return folder, run_suite(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
+
+
+def _data(page: dict[str, Any]) -> SplitDataset:
+    return load_split(Suite(**page).data, 0)
+
+
+def test_a_tuned_model_and_a_mixture_stand_in_the_table_of_the_baselines(ran: tuple[Path, dict[str, Any]]) -> None:
+    rows = {row["name"]: row for row in ran[1]["rows"]}
+    assert list(rows) == ["markov-1", "small", "both"]
+    assert rows["small"]["tables"]["excluded"]["parameters"] == {"model": "from scratch", "index": "token", "steps": 30}
+    # From scratch, its item rows starting at random or from vectors of texts.
+    assert rows["markov-1"]["reads"] == "events" and rows["both"]["reads"] == rows["small"]["reads"]
+    for row in rows.values():
+        for seen, table in row["tables"].items():
+            assert (
+                f"seen:{seen}" in table["metrics"]["NDCG@10"]["signature"]
+                and table["n"] == rows["both"]["tables"][seen]["n"]
+            )
+    assert {line["b"] for line in ran[1]["comparisons"]} | {line["a"] for line in ran[1]["comparisons"]} == set(rows)
+
+
+def test_weights_are_chosen_on_validation_and_a_weight_alone_is_that_row(
+    page: dict[str, Any], ran: tuple[Path, dict[str, Any]]
+) -> None:
+    folder, results = ran
+    both = results["rows"][2]
+    for seen, table in both["tables"].items():
+        values = [trial["values"][seen] for trial in both["trials"]]
+        assert table["parameters"] == both["trials"][int(np.argmax(values))]["parameters"]
+    data, suite = _data(page), Suite(**page)
+    contenders = SuiteModels(suite, folder / "out")
+    cases = ranking_cases(data)
+    for row, trial in zip(suite.rows[1::-1], both["trials"], strict=False):
+        for seen, value in trial["values"].items():
+            chosen = results["rows"][suite.rows.index(row)]["tables"][seen]["parameters"]
+            model = contenders.fit(row, data, 0, seen, chosen)
+            assert mean_ndcgs(model, cases, (seen,))[seen] == pytest.approx(value)
+
+
+def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
+    page: dict[str, Any], ran: tuple[Path, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, first = ran
+    made: list[str] = []
+    genuine = suites.make_row
+
+    def counted(suite: Suite, row: Any, *rest: Any) -> dict[str, Any]:
+        made.append(row.label)
+        return genuine(suite, row, *rest)
+
+    monkeypatch.setattr(suites, "make_row", counted)
+    again = run_suite(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
+    assert made == [] and again["rows"] == first["rows"]
+    rows = [page["rows"][0], page["rows"][1] | {"overrides": ["train.steps=2"]}, page["rows"][2]]
+    changed = run_suite(
+        Suite(**page | {"rows": rows}), out=folder / "out", results=folder / "results"
+    ).results.as_json()
+    assert made == ["small", "both"]
+    assert changed["rows"][1]["tables"]["included"]["parameters"]["steps"] == 2
+
+
+def test_a_row_whose_model_an_earlier_call_trained_has_the_seconds_of_that_training(
+    page: dict[str, Any], tmp_path: Path
+) -> None:
+    suite = Suite(**page | {"rows": page["rows"][1:2], "pairs": []})
+    run_suite(suite, out=tmp_path / "out", results=tmp_path / "results")
+    (train,) = (tmp_path / "out").rglob("train.json")
+    spent = json.loads(train.read_text())
+    spent["seconds"] = 5000.0
+    train.write_text(json.dumps(spent))
+    for row in (tmp_path / "out" / "rows").iterdir():
+        row.unlink()
+    (again,) = run_suite(suite, out=tmp_path / "out", results=tmp_path / "results").results.rows
+    assert 5000 < again.seconds["fit"] < 5300
+
+
+def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
+    page: dict[str, Any], ran: tuple[Path, dict[str, Any]]
+) -> None:
+    _, results = ran
+    rows = {row["name"]: row for row in results["rows"]}
+    assert [(pair["seen"], pair["a"], pair["b"]) for pair in results["pairs"]] == [
+        (seen, "both", "markov-1") for seen in ("excluded", "included")
+    ]
+    for pair in results["pairs"]:
+        figures = [rows[pair[side]]["tables"][pair["seen"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
+        assert pair["value"] == pytest.approx(figures[0] - figures[1])
+    raw = [pair["p_raw"] for pair in results["pairs"]]
+    assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family over both tables
+    assert all((pair["low"] <= 0 <= pair["high"]) == (pair["p"] > 0.05) for pair in results["pairs"])
+    assert all("2 planned comparisons" in line for line in results["detectable"].values())
+    assert "both less markov-1" in leaderboard([suite_result(results)], {})
+    data = _data(page)
+    known = set(data.train["item_id"].to_list())
+    cold = sum(held.item_id not in known for held in data.holdouts("test"))
+    assert {row["tables"]["excluded"]["cold"]["n"] for row in rows.values()} == {cold}
+    with pytest.raises(ValueError, match="no row 'nobody'"):
+        Suite(**page | {"pairs": [["nobody", "both"]]})
+
+
+def test_cold_figures_are_means_over_cold_targets_alone() -> None:
+    cases = [Case(request=Request(id=t, user_id=t), truth=t) for t in ("a", "b", "c")]
+    background = Background(items=("a", "b", "c"), counts=np.array([0.0, 2.0, 0.0]), users=2)
+    found = cold_figures(cases, background, {"HR@10": np.array([1.0, 1.0, 0.0])}, ["HR@10"])
+    assert found == {"n": 2.0, "HR@10": 0.5}
+    warm = Background(items=("a", "b", "c"), counts=np.ones(3), users=2)
+    assert cold_figures(cases, warm, {"HR@10": np.ones(3)}, ["HR@10"]) == {"n": 0.0}
+
+
+def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ran: tuple[Path, dict[str, Any]]) -> None:
+    data, suite = _data(page), Suite(**page)
+    model = SuiteModels(suite, ran[0] / "out").fit(suite.rows[1], data, 0, "excluded", {})
+    cases = ranking_cases(data, 5)
+    scores = model.scores([case.request for case in cases])
+    assert scores.shape == (5, len(data.dataset.items)) and model.items == tuple(sorted(data.dataset.items))
+    assert ((scores > 0).sum(axis=1) == min(20, len(model.items))).all() and (scores.sum(axis=1) <= 1 + 1e-6).all()
+
+
+def test_a_mixture_is_the_weighted_sum_of_probabilities() -> None:
+    request = [Request(id="r", user_id="u", history=(Event(item_id="a"),))]
+    parts = [lambda _: np.array([[0.2, 0.8]]), lambda _: np.array([[0.6, 0.4]])]
+    mixed = Mixture("m", ("a", "b"), parts, (1.0, 0.5)).scores(request)
+    np.testing.assert_allclose(mixed, [[0.5, 1.0]])
+    np.testing.assert_allclose(from_counts(np.array([[1.0, 3.0], [0.0, 0.0]])), [[0.25, 0.75], [0.0, 0.0]])
+    np.testing.assert_allclose(from_logits(np.array([[1000.0, 1000.0]])), [[0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("row", "said"),
+    [
+        ({"baseline": "ease", "recipe": "x"}, "one of baseline, recipe, mix and fuse"),
+        ({"mix": ["markov-1"], "weights": [[1, 1]]}, "one number for each"),
+        ({"mix": ["ease"], "weights": [[1]]}, "no row above"),
+        ({"mix": ["markov-1"], "weights": [[-1]]}, "greater than or equal"),
+    ],
+)
+def test_a_row_that_makes_no_sense_is_refused(page: dict[str, Any], row: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        Suite(**page | {"rows": [{"baseline": "markov-1"}, row]})
+
+
+def test_scores_that_are_no_probabilities_are_not_mixed(page: dict[str, Any], tmp_path: Path) -> None:
+    rows = [{"baseline": "ease", "tune": False}, {"mix": ["ease"], "weights": [[1]], "name": "m"}]
+    with raises(RecipeError, Facts("unsupported", "made", says=("ease", "choose from popularity"))):
+        run_suite(Suite(**page | {"rows": rows, "pairs": []}), out=tmp_path / "out", results=tmp_path / "results")
+
+
+def test_results_name_no_folder_of_this_machine(ran: tuple[Path, dict[str, Any]]) -> None:
+    written = json.dumps(ran[1]["rows"])
+    assert str(ran[0]) not in written and "/tmp" not in written

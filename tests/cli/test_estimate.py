@@ -1,0 +1,138 @@
+"""Estimates: what is counted, and what a probe of this machine says."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.cli.main import app
+from llmrec.cli.show import estimate, probe
+from llmrec.cli.show.probe import Speed, measured
+from llmrec.cli.show.work import Seen, eval_work
+from llmrec.models import bottleneck
+from llmrec.models.load import load_config, load_model
+from llmrec.pipeline.study import build_study, encoder_of
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import LoraSection, ModelSection, Recipe, SoftSection, TrainSection
+from tests.test_cli import HEADER, rows
+
+SPEED = Speed(read=1e-3, head=1e-4, write=1e-2, train=3e-3)
+
+
+@pytest.fixture
+def shop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> Path:
+    monkeypatch.chdir(tmp_path)
+    Path("shop.csv").write_text(HEADER + "\n".join(rows()) + "\n")
+    Path("shop.yaml").write_text(
+        f"name: shop\nmodel: {{name: {llama_folder}, dtype: float32}}\n"
+        "data:\n  source: table\n  path: shop.csv\n"
+        "  columns: {user: user, item: item, rating: stars, time: day, title: title}\n"
+        "tasks: {rating: {strategies: [expected]}}\n"
+        "train: {steps: 4, batch_tokens: 400, valid_rows: 0}\n"
+        "eval: {backend: hf, arms: [zero-shot, tuned], users: 8, candidates: {count: 3}}\n"
+    )
+    return tmp_path
+
+
+def load(*more: str) -> Recipe:
+    return load_recipe("shop.yaml", more)
+
+
+def section(folder: Path, **more: Any) -> ModelSection:
+    return ModelSection(name=str(folder), dtype="float32", **more)
+
+
+@pytest.mark.parametrize(("until", "calls"), [(float("-inf"), 1), (float("inf"), probe._REPEATS)])
+def test_a_probe_whose_time_is_up_makes_each_measurement_once(until: float, calls: int) -> None:
+    made: list[int] = []
+    assert probe._Clock("cpu", until)(lambda: made.append(1)) > 0
+    assert len(made) == calls
+
+
+def test_a_probe_orders_its_figures(llama_folder: Path) -> None:
+    model = section(llama_folder)
+    config = load_config(str(llama_folder), model)
+    found = measured(config, model, TrainSection())
+    assert 0 < found.read < found.train and found.head > 0 and found.write > 0
+    # The configuration is that of the model, and stays it.
+    assert config.to_dict() == load_config(str(llama_folder), model).to_dict()
+
+
+def test_layers_without_adapters_are_only_read(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = section(llama_folder)
+    times = iter([2.0 * 384, 1.0 * 32, 1.0 * 64, 6.0 * 384] * 3)
+    monkeypatch.setattr(probe._Clock, "__call__", lambda self, call: next(times))
+    config = load_config(str(llama_folder), model)
+    config.num_hidden_layers = 8
+    every = measured(config, model, TrainSection())
+    assert (every.read, every.train) == (2.0 * 2, 6.0 * 2)
+    top = measured(config, model, TrainSection(lora=LoraSection(top_layers=2)))
+    assert top.train == 2 * (2.0 * 6 + 6.0 * 2) / 8
+    again = measured(config, model, TrainSection(gradient_checkpointing=True))
+    assert again.train == (6.0 + 2.0) * 2
+
+
+@pytest.mark.parametrize(("method", "beside"), [("prompt", False), ("option", False), ("option-adapter", True)])
+def test_what_soft_prompts_and_bottlenecks_add_is_counted(llama_folder: Path, method: Any, beside: bool) -> None:
+    model = load_model(str(llama_folder), section(llama_folder))
+    before = sum(p.numel() for p in model.parameters())
+    train = TrainSection(method=method, soft=SoftSection(prompts=7, rank=3))
+    whole, _, added = estimate._weights(model.config, train)
+    if beside:
+        bottleneck.attach(model, 3, seed=0)
+    assert whole == before
+    assert added == 7 * model.config.hidden_size + sum(p.numel() for p in model.parameters()) - before
+
+
+def test_a_prompt_that_begins_like_another_is_read_from_where_it_differs() -> None:
+    seen, first = Seen(), list(range(40))
+    assert (seen.new(first), seen.new(first)) == (40, 8)
+    assert seen.new([*first[:16], *range(100, 124)]) == 24
+    assert seen.new([1]) == 1
+
+
+def test_seconds_are_work_times_speed(shop: Path, llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "measured", lambda *_: SPEED)
+    study = build_study(load())
+    encoder = encoder_of(study, str(llama_folder))
+    rows_ = estimate.train_rows(study, encoder, str(llama_folder))
+    found = estimate.estimate(study, encoder, str(llama_folder), rows_)
+    assert found.train_seconds == pytest.approx(rows_["padded_tokens"] * 3e-3 + rows_["target_tokens"] * 3e-4)  # type: ignore[operator]
+    work = eval_work(study, encoder)["tuned"]
+    wanted = work.read * 1e-3 + work.scored * 1e-4 + work.written * (1e-2 + 1e-4) + 6.0
+    assert found.eval_seconds["tuned"] == pytest.approx(wanted)
+    assert found.memory_gb > 0 and found.cost is None
+    assert found.stages["evaluation"] == pytest.approx(sum(found.eval_seconds.values()))
+    # The same question again is read again in part.
+    twice = eval_work(build_study(load("tasks.rating.strategies=[expected, parsed]")), encoder)["tuned"]
+    assert work.asked * 1.9 < twice.asked and work.read < twice.read < 1.5 * work.read
+
+
+def test_a_server_has_tokens_and_money_and_no_probe(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "measured", lambda *_: pytest.fail("nothing is computed here"))
+    server = "eval.server={model: m, price_in: 2.0, price_out: 10.0}"
+    asked = ["eval.backend=openai", "eval.arms=[zero-shot]", "tasks.rating.strategies=[parsed]"]
+    done = CliRunner().invoke(app, ["check", "shop.yaml", "--dry-run", server, *asked])
+    assert done.exception is None, done.exception
+    found = re.search(r"the server: about +([\d,]+) tokens read and ([\d,]+) written, which cost ([\d.]+)", done.output)
+    assert found is not None, done.output
+    read, written = (int(found[n].replace(",", "")) for n in (1, 2))
+    assert float(found[3]) == pytest.approx((2.0 * read + 10.0 * written) / 1e6, abs=0.006)
+
+
+def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(estimate, "measured", lambda *_: SPEED)
+
+    def stop(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("llmrec.pipeline.run.train_stage", stop)
+    monkeypatch.setattr("llmrec.pipeline.run.Session.evaluate", stop)
+    assert "estimate" not in CliRunner().invoke(app, ["run", "shop.yaml", "--out", "small"]).output
+    monkeypatch.setattr("llmrec.cli.show.console.LARGE", 40)
+    said = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
+    assert "training: about" in said and "memory: about" in said, said

@@ -1,0 +1,170 @@
+"""`llmrec index` on a made table, and the index of a run folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.cli.main import app
+from llmrec.errors import DataError, LlmrecError, RecipeError
+from llmrec.index.table import ItemIndex
+from llmrec.pipeline import index_report
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import load_recipe
+from llmrec.report import index_summary
+from tests.facts import Facts, raises
+
+KINDS = ("Tools > Saws", "Tools > Drills", "Toys > Blocks", "Toys > Dolls", "Books > Maps")
+SCHEMES = ("title", "random", "sequential", "token", "collaborative", "category")
+SMALL = {"collaborative": ("index.collaborative.clusters=3", "index.collaborative.leaf=6")}
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A table of 25 items in five kinds, two of them of one title, and its recipe, in a working folder of their own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path / "cache"))
+    rows = [(user, (user * 5 + k * (1 + user % 3)) % 25, 100 * user + k) for user in range(20) for k in range(6)]
+    lines = [
+        f"u{user},i{item},{1 + (user + item) % 5},{time},Thing {max(item, 1)},{KINDS[item % 5]},Fine thing {time}"
+        for user, item, time in rows
+    ]
+    header = "user,item,stars,day,title,kind,words"
+    (tmp_path / "shop.csv").write_text("\n".join([header, *lines]) + "\n", encoding="utf-8")
+    page = tmp_path / "shop.yaml"
+    page.write_text(
+        """\
+name: shop
+data:
+  source: table
+  path: shop.csv
+  columns: {user: user, item: item, rating: stars, time: day, title: title, text: words, fields: [kind]}
+tasks:
+  sequential: {}
+index: {scheme: title}
+eval: {candidates: {count: 5}}
+""",
+        encoding="utf-8",
+    )
+    return page
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+def test_every_scheme_is_written_and_told(recipe: Path, scheme: str) -> None:
+    overrides = [f"index.scheme={scheme}", *SMALL.get(scheme, ())]
+    done = CliRunner().invoke(app, ["index", str(recipe), *overrides, "--out", "made"])
+    assert done.exit_code == 0, done.output
+    index, loaded = ItemIndex.load(Path("made")), load_recipe(recipe, overrides)
+    whole = build_study(loaded).index
+    assert whole is not None and index.digest == whole.digest
+    assert f"index {scheme} of" in done.stdout and "made/index.html" in done.stdout
+    assert ("perplexity" in done.stdout) is bool(index.tokens)
+    shown = done.stdout.partition("examples\n")[2].partition("written\n")[0].splitlines()
+    assert len(shown) == 5
+    assert all(index.decode(line.strip().split("  ")[0]) for line in shown)
+    figures = json.loads(Path("made/diagnostics.json").read_text(encoding="utf-8"))
+    assert (figures["scheme"], figures["items"], figures["duplicates"]) == (scheme, 25, 0)
+    assert figures["begun"] == 0 or not index.tokens
+    page = Path("made/index.html").read_text(encoding="utf-8")
+    assert index_summary.SCHEMES[scheme].partition(".")[0].replace("'", "&#39;") in page
+    assert {path.name for path in Path("made").iterdir()} - {"index.safetensors"} == {
+        "index.json", "diagnostics.json", "index.html",
+    }  # fmt: skip
+
+
+def test_shared_titles_are_counted(recipe: Path) -> None:
+    made = index_report.index(load_recipe(recipe))
+    assert made.found.collisions == 2 / 25
+    assert index_summary.key_figures(made.found)["Items that shared a code before repair"] == "8 %"
+
+
+def test_it_lies_in_the_run_folder_and_is_written_again(recipe: Path) -> None:
+    for _ in range(2):
+        assert CliRunner().invoke(app, ["index", str(recipe)]).exit_code == 0
+    assert Path("runs/shop/index/index.html").is_file()
+
+
+def test_the_second_table_holds_out_pairs_too(recipe: Path) -> None:
+    text = recipe.read_text(encoding="utf-8")
+    data = text[text.index("data:") : text.index("tasks:")]
+    recipe.write_text(
+        text.replace("tasks:\n", data.replace("data:", "reviews:") + "  filter: {min_rating: 3}\ntasks:\n").replace(
+            "sequential: {}", "sequential: {}\n  explanation: {}"
+        ),
+        encoding="utf-8",
+    )
+    loaded = load_recipe(recipe, ["index.scheme=sequential"])
+    study = build_study(loaded)
+    assert study.index is not None
+    assert index_report.indexed_data(loaded).fingerprint == study.data.fingerprint
+    assert index_report.index(loaded).index.digest == study.index.digest
+
+
+def test_items_that_are_asked_for_come_first_with_those_nearest(recipe: Path) -> None:
+    overrides = ["index.scheme=collaborative", *SMALL["collaborative"]]
+    done = CliRunner().invoke(app, ["index", str(recipe), *overrides, "--items", "i7, i3", "--out", "made"])
+    assert done.exit_code == 0, done.output
+    index = ItemIndex.load(Path("made"))
+    shown = done.stdout.partition("examples\n")[2].splitlines()
+    assert shown[0].split() == [index.encode("i7"), "Thing", "7"]
+    assert shown[1].split() == [index.encode("i3"), "Thing", "3"]
+    assert f"nearest to {index.encode('i7')}, Thing 7" in done.stdout
+    unknown = CliRunner().invoke(app, ["index", str(recipe), *overrides, "--items", "i99", "--out", "none"])
+    assert isinstance(unknown.exception, DataError) and "'i99'" in str(unknown.exception)
+    assert not Path("none").exists()
+
+
+def test_a_recipe_without_an_index_is_told_how_to_have_one(recipe: Path) -> None:
+    done = CliRunner().invoke(app, ["index", str(recipe), "index=null"])
+    assert isinstance(done.exception, RecipeError)
+    assert "recipe shop has no section index" in str(done.exception)
+    assert "'index={scheme: semantic}'" in str(done.exception)
+
+
+def test_no_other_folder_is_replaced(recipe: Path) -> None:
+    precious = recipe.parent / "mine"
+    precious.mkdir()
+    (precious / "notes.txt").write_text("mine", encoding="utf-8")
+    for out in (precious, precious / "notes.txt"):
+        with raises(LlmrecError, Facts("exists", out, says="--out")):
+            index_report.index(load_recipe(recipe), out)
+    assert (precious / "notes.txt").read_text(encoding="utf-8") == "mine"
+    (recipe.parent / "empty").mkdir()
+    assert index_report.index(load_recipe(recipe), recipe.parent / "empty").page.is_file()
+
+
+def test_texts_are_shown_without_control_characters(recipe: Path) -> None:
+    text = Path("shop.csv").read_text(encoding="utf-8").replace("Thing 7", "\x1b[31mThing\u202e 7")
+    Path("shop.csv").write_text(text, encoding="utf-8")
+    done = CliRunner().invoke(app, ["index", str(recipe), "index.scheme=token", "--items", "i7"])
+    assert done.exit_code == 0 and "\x1b" not in done.stdout and "\u202e" not in done.stdout
+    assert "[U+001B][31mThing" in done.stdout
+
+
+# --------------------------------------------------------------------------- in a run
+
+
+def test_a_run_keeps_its_index_with_its_page(recipe: Path, tmp_path: Path) -> None:
+    study = build_study(load_recipe(recipe, ["index.scheme=random"]))
+    folder = tmp_path / "run"
+    index_report.write_run(study, folder)
+    assert study.index is not None
+    assert ItemIndex.load(folder / "index").digest == study.index.digest
+    assert "Report of the run" in (folder / "report" / "item-index.html").read_text(encoding="utf-8")
+    assert index_summary.line(folder).startswith("scheme random; 25 items")
+    stamp = (folder / "index" / "index.json").stat().st_ino
+    index_report.write_run(study, folder)
+    assert (folder / "index" / "index.json").stat().st_ino == stamp, "an index that is there is left as it is"
+
+
+def test_another_recipe_leaves_no_page_of_the_one_before(recipe: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    index_report.write_run(build_study(load_recipe(recipe, ["index.scheme=random"])), folder)
+    index_report.write_run(build_study(load_recipe(recipe, ["index.scheme=token"])), folder)
+    assert ItemIndex.load(folder / "index").scheme == "token"
+    assert index_summary.line(folder).startswith("scheme token")
+    index_report.write_run(build_study(load_recipe(recipe, ["index=null"])), folder)
+    assert index_summary.line(folder) == "" and not (folder / "report" / "item-index.html").exists()

@@ -1,0 +1,64 @@
+"""A command's options are the fields of its record: names, defaults and bounds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from llmrec.answer.rank.options import RankOptions
+from llmrec.cli.options import takes
+
+NEEDED = ["--model", "m", "--in", "a.jsonl", "--out", "b.csv"]
+FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}
+
+
+def handed(*arguments: str) -> RankOptions | str:
+    """Return the record that a command is handed, or what the command line says instead."""
+    found: list[RankOptions] = []
+    app = typer.Typer(rich_markup_mode=None)
+    app.command()(takes(RankOptions)(found.append))
+    done = CliRunner().invoke(app, arguments)
+    return found[0] if found else done.output
+
+
+def test_what_is_not_given_is_the_records_own_default() -> None:
+    assert handed(*NEEDED) == RankOptions(**FILES)
+
+
+def test_every_option_reaches_its_field() -> None:
+    given = ["--items", "i.csv", "--task", "direct", "--template", "t", "--candidates", "all", "--strategy", "search"]
+    given += ["--beams", "3", "--exact", "--set", "depth=2", "--set", "window=3", "--retrieve", "knn", "--k", "4"]
+    given += ["--fuse", "model", "--baseline", "markov", "--recipe", "r.yaml", "--form", "long"]
+    given += ["--rationale", "5", "--backend", "openai", "--server-url", "u", "--server-url", "v"]
+    given += ["--server-model", "s"]
+    given += ["--server-key-env", "K", "--top", "6", "--batch", "7", "--noun", "films", "--max-length", "80"]
+    given += ["--dtype", "float32", "--limit", "8", "--shard", "1/2", "--restart", "--all-users", "--to", "x.db"]
+    given += ["--by", "fusion"]
+    given += ["--ray", "local", "--actors", "2", "--cpus", "0.5", "--gpus", "3", "--shards", "9"]
+    wanted = RankOptions(
+        **FILES, items=Path("i.csv"), task="direct", template="t", candidates="all", strategy="search", beams=3,
+        exact=True, settings=("depth=2", "window=3"), retrieve="knn", k=4, fuse="model", rationale=5, backend="openai",
+        server_url=("u", "v"), server_model="s", server_key_env="K", top=6, batch=7, noun="films", max_length=80,
+        dtype="float32", limit=8, shard="1/2", restart=True, all_users=True, to="x.db", by="fusion", baseline="markov",
+        recipe="r.yaml", form="long", ray="local", actors=2, cpus=0.5, gpus=3.0, shards=9,
+    )  # fmt: skip
+    assert handed(*NEEDED, *given) == wanted
+    default = RankOptions(**FILES)
+    same = [name for name in vars(wanted) if getattr(wanted, name) == getattr(default, name)]
+    assert sorted(same) == ["model", "out", "requests"]
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([*NEEDED, "--batch", "0"], "Invalid value for '--batch'"),
+        ([*NEEDED, "--max-length", "15"], "Invalid value for '--max-length'"),
+        ([*NEEDED, "--no-exact"], "No such option"),
+    ],
+)
+def test_what_cannot_be_is_refused(given: list[str], said: str) -> None:
+    found = handed(*given)
+    assert isinstance(found, str) and said in found

@@ -1,0 +1,265 @@
+"""A file of requests ranked by a classic recommender: the lists of the evaluation and of a service, in every form."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+import llmrec
+from llmrec.answer.rank.options import RankOptions
+from llmrec.answer.rank.run import STDOUT, rank_file
+from llmrec.answer.rank.users import rank_users
+from llmrec.baselines.parameters import make
+from llmrec.cli import main as cli
+from llmrec.data.reading.cells import unguarded
+from llmrec.data.requests import told_event
+from llmrec.errors import DataError, RecipeError
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import dump, load_recipe
+from llmrec.types import Case, Ranking
+from tests.answer.rank_cases import jsonl, lines
+from tests.facts import Facts, raises
+from tests.serve.served import toy_run
+
+CHANGES = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
+BASELINES = ["tasks.sequential.baselines=[{name: markov, decay: 0.31}, item-knn, popularity, random, markov-1]"]
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("classic") / "recipe.yaml"
+    path.write_text(
+        dump(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*CHANGES, *BASELINES])), encoding="utf-8"
+    )
+    return path
+
+
+def asked(recipe: Path, requests: Path, out: Path, **changes: Any) -> RankOptions:
+    values: dict[str, Any] = {"baseline": "markov"}
+    return RankOptions(recipe=str(recipe), requests=requests, out=out, **values | changes)
+
+
+def ranked(rows: list[dict[str, Any]]) -> list[list[tuple[str, float]]]:
+    return [list(zip(row["items"], row["scores"], strict=True)) for row in rows]
+
+
+def records_of(cases: Sequence[Case]) -> list[dict[str, Any]]:
+    """Return the requests of an evaluation as a file of requests has them."""
+    return [
+        {
+            "id": case.request.id,
+            "user_id": case.request.user_id,
+            "history": [told_event(event) for event in case.request.history],
+            "candidates": list(case.request.candidates or ()),
+        }
+        for case in cases
+    ]
+
+
+# --------------------------------------------------------------------------- the same lists everywhere
+
+
+def test_lists_are_those_of_the_evaluation_with_the_recipes_parameters(recipe: Path, tmp_path: Path) -> None:
+    study = build_study(load_recipe(str(recipe)))
+    cases = study.cases("sequential")[:12]
+    requests = records_of(cases)
+    rank_file(asked(recipe, jsonl(tmp_path / "in.jsonl", requests), tmp_path / "out.jsonl"))
+    found = ranked(lines(tmp_path / "out.jsonl"))
+    models = [
+        make("markov", parameters, seed=study.recipe.seed)
+        for parameters in (study.baselines("sequential")[0].parameters, {})
+    ]
+    answers = []
+    for model in models:
+        model.fit(study.data)
+        said = model.answer([case.request for case in cases])
+        answers.append([list(zip(each.items, each.scores, strict=True)) for each in said if isinstance(each, Ranking)])
+    assert found == answers[0] and found != answers[1]
+
+
+def test_lists_are_those_of_python_and_a_service(llama_folder: Path, tmp_path: Path) -> None:
+    run = toy_run(llama_folder, tmp_path / "run")
+    requests = [
+        {"id": "known", "user_id": "u01"},
+        {"id": "told", "history": ["k01", "k02"]},
+        {"id": "cold"},
+        {"id": "set", "history": ["k03"], "candidates": ["k05", "k07", {"title": "Something New"}]},
+        {"id": "both", "user_id": "u01", "candidates": ["k05", "k07"]},
+        {"id": "nobody", "user_id": "nobody"},
+    ]
+    file = jsonl(tmp_path / "in.jsonl", requests)
+    summary = rank_file(asked(run, file, tmp_path / "out.jsonl", baseline="item-knn", top=4))
+    rows = lines(tmp_path / "out.jsonl")
+    assert (summary["ranked"], summary["failed"], summary["baseline"]) == (6, 0, "item-knn")
+    with llmrec.load(str(run), models=["item-knn"]) as rec:
+        for row, request in zip(rows, requests, strict=True):
+            told = {{"user_id": "user"}.get(key, key): value for key, value in request.items()}
+            wanted = rec.rank(**told, k=4)
+            assert list(zip(row["items"], row["titles"], row["scores"], strict=True)) == [
+                (each.item_id, each.title, each.score) for each in wanted
+            ]
+    assert "data have of this user" in rows[0]["notes"][0]
+    assert "no history" in rows[5]["notes"] and rows[5]["items"] == rows[2]["items"]
+
+
+def test_every_kind_of_file_may_leave_candidates_out(recipe: Path, tmp_path: Path) -> None:
+    frame = pl.DataFrame({"id": ["a", "b"], "user_id": ["u01", None], "history": [None, '["k01"]']})
+    frame.write_csv(tmp_path / "in.csv")
+    frame.write_parquet(tmp_path / "in.parquet")
+    frame.write_csv(tmp_path / "in.tsv", separator="\t")
+    found = []
+    for suffix in ("csv", "tsv", "parquet"):
+        rank_file(asked(recipe, tmp_path / f"in.{suffix}", tmp_path / suffix / "out.jsonl", top=3))
+        found.append(ranked(lines(tmp_path / suffix / "out.jsonl")))
+    assert found[0] == found[1] == found[2] and [len(each) for each in found[0]] == [3, 3]
+
+
+def test_the_whole_catalogue_leaves_candidates_aside(recipe: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"], "candidates": ["k02"]}])
+    rank_file(asked(recipe, file, tmp_path / "out.jsonl", candidates="all"))
+    (row,) = lines(tmp_path / "out.jsonl")
+    assert len(row["items"]) == 20 and "k01" not in row["items"] and "left aside" in row["notes"][0]
+
+
+def test_every_user_gets_a_list_without_a_run(recipe: Path, tmp_path: Path) -> None:
+    told = rank_users(
+        RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=str(tmp_path / "all.csv"), limit=3)
+    )
+    assert told["users"] == 3 and pl.read_csv(tmp_path / "all.csv")["user_id"].n_unique() == 3
+
+
+def test_a_database_by_its_address(recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    for address in ("sqlite:///../lists.db", f"sqlite:///{tmp_path}/lists"):
+        rank_users(RankOptions(baseline="markov", recipe=str(recipe), all_users=True, to=address, limit=1, top=2))
+    assert {path.name for path in tmp_path.iterdir()} == {"here", "lists.db", "lists", *SUMMARIES}
+    assert not list((tmp_path / "here").iterdir())
+
+
+SUMMARIES = ("lists.db.summary.json", "lists.summary.json")
+
+
+@pytest.mark.parametrize("form", ["all-users", "long", "records"])
+def test_no_spreadsheet_runs_an_id_or_a_title(tmp_path: Path, form: str) -> None:
+    hostile = ["=1+1", "+1", "-2+3", "@SUM(1)", "'=1", " =1+1", "plain"]
+    items = [f"{mark}I{n}" for n, mark in enumerate(hostile)]
+    rows = [f'"{user}","{items[(place + n) % 7]}",{n + 1}\n' for place, user in enumerate(hostile) for n in range(4)]
+    (tmp_path / "events.csv").write_text("user_id,item_id,timestamp\n" + "".join(rows))
+    page = tmp_path / "page.yaml"
+    page.write_text(
+        f"name: shop\ndata: {{source: table, path: {tmp_path}/events.csv, filter: {{user_core: 1, item_core: 1}}}}\n"
+        "tasks: {sequential: {baselines: [popularity, random, item-knn, markov-1]}}\neval: {arms: [], backend: fake}\n"
+    )
+    out = tmp_path / "out.csv"
+    if form == "all-users":
+        rank_users(RankOptions(baseline="popularity", recipe=str(page), all_users=True, to=str(out)))
+    else:
+        requests = [{"id": user, "user_id": user, "history": items[:1]} for user in hostile]
+        file = jsonl(tmp_path / "in.jsonl", requests)
+        rank_file(RankOptions(baseline="popularity", recipe=str(page), requests=file, out=out, form=form))
+    with out.open(newline="", encoding="utf-8") as stream:
+        head, *found = list(csv.reader(stream))
+    texts = {name: {row[place] for row in found} for place, name in enumerate(head) if name not in ("rank", "score")}
+    assert not [cell for column in texts.values() for cell in column if cell.lstrip().startswith(("=", "+", "-", "@"))]
+    users = pl.Series(sorted(texts["user" if form == "long" else "user_id"]))
+    assert set(unguarded(users)) == set(hostile)
+
+
+# --------------------------------------------------------------------------- forms
+
+
+def test_forms_say_the_same(recipe: Path, tmp_path: Path) -> None:
+    requests = [{"id": "a", "user_id": "u01"}, {"id": "b", "history": ["k01"]}, {"id": "bad", "candidates": []}]
+    file = jsonl(tmp_path / "in.jsonl", requests)
+    rank_file(asked(recipe, file, tmp_path / "out.jsonl", top=3))
+    names = ["u01", "b"]
+    wanted = [
+        (user, item, place, score)
+        for user, row in zip(names, lines(tmp_path / "out.jsonl"), strict=False)
+        for place, (item, score) in enumerate(zip(row["items"], row["scores"], strict=True), start=1)
+    ]
+    for name in ("long.csv", "long.tsv", "long.parquet", "long.jsonl"):
+        rank_file(asked(recipe, file, tmp_path / name, top=3, form="long"))
+    read = {
+        "long.csv": pl.read_csv(tmp_path / "long.csv"),
+        "long.tsv": pl.read_csv(tmp_path / "long.tsv", separator="\t"),
+        "long.parquet": pl.read_parquet(tmp_path / "long.parquet"),
+        "long.jsonl": pl.read_ndjson(tmp_path / "long.jsonl"),
+    }
+    for frame in read.values():
+        assert frame.columns == ["user", "item", "rank", "score"] and frame.rows() == wanted
+    rank_file(asked(recipe, file, tmp_path / "list.run", top=3))
+    told = [line.split(" ") for line in (tmp_path / "list.run").read_text().splitlines()]
+    assert [(u, i, int(r), float(s)) for u, _, i, r, s, _ in told] == wanted and told[0][5] == "markov"
+
+
+def test_another_form_of_a_finished_file_is_written_again(recipe: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"]}])
+    for form, column in (("auto", "request_id"), ("long", "user")):
+        rank_file(asked(recipe, file, tmp_path / "out.csv", form=form))
+        assert column in pl.read_csv(tmp_path / "out.csv").columns
+
+
+def test_two_lists_of_one_user_cannot_be_told_apart_in_rows(recipe: Path, tmp_path: Path) -> None:
+    requests = [{"id": "a", "user_id": "u01", "history": ["k01"]}, {"id": "b", "user_id": "u01", "history": ["k02"]}]
+    file = jsonl(tmp_path / "in.jsonl", requests)
+    with raises(DataError, Facts(kind="duplicate", file=str(file), line=2, column="user_id")):
+        rank_file(asked(recipe, file, tmp_path / "out.csv", form="long"))
+    assert rank_file(asked(recipe, file, tmp_path / "out.csv"))["from_earlier_run"] == 2
+
+
+def test_an_id_with_a_blank_is_no_trec_column(recipe: Path, tmp_path: Path) -> None:
+    file = jsonl(tmp_path / "in.jsonl", [{"id": "a b", "history": ["k01"]}])
+    with raises(DataError, Facts(kind="bad-value", column="user")):
+        rank_file(asked(recipe, file, tmp_path / "out.trec"))
+
+
+def test_the_standard_output_holds_lists_alone(
+    recipe: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"]}, {"id": "bad", "candidates": []}])
+    given = ["rank", "--baseline", "markov", "--recipe", str(recipe), "--in", str(file), "--out", "-", "--top", "2"]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["llmrec", *given])
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    told = capfd.readouterr()
+    rows = [json.loads(line) for line in told.out.splitlines()]
+    assert end.value.code == 1 and [row["request_id"] for row in rows] == ["a", "bad"]
+    assert len(rows[0]["items"]) == 2 and "ranked" in told.err and sorted(tmp_path.iterdir()) == [file]
+    summary = rank_file(asked(recipe, file, STDOUT, form="trec", top=1))
+    assert capfd.readouterr().out.split()[:2] == ["a", "Q0"] and summary["out"] == "-"
+
+
+# --------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("changes", "facts"),
+    [
+        ({"baseline": "markow"}, Facts(kind="unknown-name", column="--baseline")),
+        ({"baseline": "global-mean"}, Facts(kind="unknown-name", column="--baseline")),
+        ({"recipe": None}, Facts(kind="missing-key", column="--recipe")),
+        ({"model": "runs/quickstart"}, Facts(kind="contradiction", column="--model")),
+        ({"strategy": "label"}, Facts(kind="contradiction", column="--strategy")),
+        ({"baseline": None, "recipe": None}, Facts(kind="missing-key", column="--model")),
+        ({"baseline": None, "model": "runs/quickstart"}, Facts(kind="contradiction", column="--recipe")),
+        ({"form": "long", "out": Path("out.trec")}, Facts(kind="contradiction", column="--form")),
+    ],
+)
+def test_what_does_not_go_together_is_refused(
+    recipe: Path, tmp_path: Path, changes: dict[str, Any], facts: Facts
+) -> None:
+    file = jsonl(tmp_path / "in.jsonl", [{"id": "a", "history": ["k01"]}])
+    values: dict[str, Any] = {"recipe": str(recipe), "baseline": "markov", "out": Path("out.jsonl")} | changes
+    out = tmp_path / values.pop("out")
+    with raises(RecipeError, facts):
+        rank_file(RankOptions(requests=file, out=out, **values))
+    assert sorted(tmp_path.iterdir()) == [file]

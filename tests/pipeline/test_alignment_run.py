@@ -1,0 +1,351 @@
+"""The alignment task in whole runs: its table, its candidates, its audit, and what a base model may know before."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from llmrec.baselines.factors import ALS
+from llmrec.data.candidates import CandidateSets
+from llmrec.errors import RecipeError
+from llmrec.pipeline import audit
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.leaks import alignment as leaks_alignment
+from llmrec.pipeline.study import Study, build_study
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.tasks.alignment import AlignmentTask
+from llmrec.types import Case, Example, Segment
+from tests.facts import Facts, raises
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+SMALL = (
+    "data={source: made-reviews, noun: products}",
+    "index={scheme: token}",
+    "tasks.alignment.held_out=0.5",
+    "train.steps=3",
+    "train.batch_tokens=512",
+    "train.valid_rows=4",
+    "train.lora.top_layers=1",
+    "eval.users=6",
+    "eval.candidates.count=5",
+    "eval.bootstrap=50",
+    "eval.backend=fake",
+    "eval.scorer=fake",
+    "eval.arms=[zero-shot, few-shot, tuned]",
+)
+
+
+def recipe(model: Path | str, *more: str) -> Recipe:
+    page = "recipes/movielens-100k/align-semantic.yaml"
+    return load_recipe(page, [f"model.name={model}", "model.dtype=float32", *SMALL, *more])
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return build_study(recipe("none"))
+
+
+def test_what_is_held_out_does_not_depend_on_the_seed_of_training(study: Study) -> None:
+    other = build_study(recipe("none", "train.seed=5"))
+    task = other.training_tasks["alignment"]
+    assert isinstance(task, AlignmentTask) and task.held == study.held == other.held
+    rows = list(islice(task.examples("train"), 500))
+    assert rows != list(islice(study.training_tasks["alignment"].examples("train"), 500))
+    assert not {item for row in rows for _, item in row.pairs} & task.held.items
+
+
+def test_templates_that_show_code_and_title_at_once_are_refused_beside_it() -> None:
+    with raises(RecipeError, Facts("contradiction", column="tasks.sequential.templates", says="titled-codes")):
+        build_study(recipe("none", "tasks.sequential.templates=[next-code, titled-codes]"))
+    # What is not trained shows nothing to the model.
+    build_study(recipe("none", "tasks.sequential.templates=[titled-codes]", "train.without=[sequential]"))
+
+
+@pytest.fixture(scope="module")
+def done(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, pipeline.Run]:
+    chosen = recipe(llama_folder)
+    return chosen, pipeline.run(chosen, tmp_path_factory.mktemp("run") / "r", quiet=True)
+
+
+def test_every_arm_is_asked_both_ways_beside_chance(done: tuple[Recipe, pipeline.Run]) -> None:
+    rows = [row for row in done[1].results["rows"] if row["task"] == "alignment"]
+    assert {(row["arm"], row["predictor"], row["template"]) for row in rows} == {
+        ("baseline", "random", None),
+        *((arm, "likelihood", f"alignment/{name}") for arm in ("zero-shot", "few-shot", "tuned")
+          for name in ("code-to-title", "text-to-code")),
+    }  # fmt: skip
+    for row in rows:
+        assert row["n"] == row["users"] == 6 and row["parse_rate"] == 1
+        assert "|cand:held-out-items-5|" in row["metrics"]["HR@1"]["signature"]
+        assert row["metrics"]["HR@1"]["low"] is not None and "NDCG@10" in row["metrics"]
+    told = {row["inputs"] for row in rows}
+    assert told >= {"the candidates", "code of the item", "text of the item, 2 solved examples"}
+    assert done[1].results["headline"]["alignment"] == "NDCG@10"
+    assert done[1].results["training"]["rows"]["alignment"] > 0
+
+
+def test_files_and_report_say_what_was_ranked(done: tuple[Recipe, pipeline.Run]) -> None:
+    run, results = done[1], done[1].results
+    stored = CandidateSets.load(run.folder / "candidates" / "alignment-test.parquet")
+    assert results["candidates"]["alignment"] == {
+        "digest": stored.digest,
+        "count": 5,
+        "kind": "held-out-items",
+        "ceiling": None,
+    }
+    assert results["candidates"]["main"]["digest"] != stored.digest
+    assert {row["candidates"] for row in results["rows"] if row["task"] == "alignment"} == {stored.digest}
+    page = (run.folder / "report" / "report.md").read_text(encoding="utf-8")
+    assert "### What codes stand for" in page and "chance is HR@1 0.200" in page
+    answers = pl.read_parquet(run.folder / "predictions.parquet").filter(pl.col("task") == "alignment")
+    for request, truth in answers.select("request_id", "truth").iter_rows():
+        assert truth in stored.sets[request]
+    shown = [each for each in results["examples"] if each["task"] == "alignment"]
+    titles = {item.title for item in build_study(done[0]).data.dataset.items.values()}
+    assert shown and all(each["truth"] in titles for each in shown)
+
+
+def test_the_run_passes_its_audit(done: tuple[Recipe, pipeline.Run]) -> None:
+    checks = {check.name: check for check in audit.audit(done[1].folder)}
+    assert all(check.verdict != "leak" for check in checks.values())
+    for what in ("training rows", "few-shot examples"):
+        assert checks[f"held-out items in {what} of alignment"].found.startswith("none in ")
+    assert checks["alignment candidates"].found == "none in 6 sets"
+    assert checks["questions of alignment"].verdict == "clean"
+
+
+def test_a_second_run_makes_nothing_again(done: tuple[Recipe, pipeline.Run]) -> None:
+    before = {path: path.stat().st_mtime_ns for path in (done[1].folder / "rows").iterdir()}
+    assert pipeline.run(done[0], done[1].folder, quiet=True).results["rows"] == done[1].results["rows"]
+    assert {path: path.stat().st_mtime_ns for path in (done[1].folder / "rows").iterdir()} == before
+
+
+def test_the_words_of_a_held_out_item_are_not_in_its_token(llama_folder: Path, tmp_path: Path) -> None:
+    """A token of one item's own starts from the words of its title, which would answer the question untrained."""
+    safetensors = pytest.importorskip("safetensors.numpy")
+    session = pipeline.open_session(recipe(llama_folder), tmp_path / "a", quiet=True)
+    held, index = session.study.held, session.study.index
+    assert held is not None and index is not None and held.items
+
+    def rows(folder: str) -> dict[str, Any]:
+        table = safetensors.load_file(Path(folder) / "model.safetensors")["model.embed_tokens.weight"]
+        ids = {item: session.encoder.tokenizer.convert_tokens_to_ids(pieces[0]) for item, pieces in index.codes.items()}
+        return {item: table[place] for item, place in ids.items()}
+
+    renamed = {
+        item: replace(entry, title="Quite another name") if item in held.items else entry
+        for item, entry in session.study.data.dataset.items.items()
+    }
+    data = replace(session.study.data, dataset=replace(session.study.data.dataset, items=renamed))
+    from llmrec.pipeline.indexing import with_tokens
+
+    chosen = recipe(llama_folder)
+    made = [
+        with_tokens(str(llama_folder), chosen.model, chosen.index, index, used, tmp_path / name, seed=0, held=hidden)
+        for name, used, hidden in (("b", data, held), ("c", data, None))
+    ]
+    one, hidden, told = rows(session.base), rows(made[0]), rows(made[1])
+    assert all(np.array_equal(one[item], hidden[item]) for item in held.items)
+    assert any(not np.array_equal(one[item], told[item]) for item in held.items)
+
+
+def test_rows_can_start_from_the_vectors_of_a_recommender(llama_folder: Path, tmp_path: Path) -> None:
+    """Items that the same users chose get rows alike; one without training interactions starts at random."""
+    pytest.importorskip("implicit")
+    safetensors = pytest.importorskip("safetensors.numpy")
+    found = {}
+    for start in ("collaborative", "random"):
+        changed = [f"model.name={llama_folder}", "model.dtype=float32", SMALL[0], f"index.tokens={start}"]
+        chosen = load_recipe("recipes/movielens-100k/item-tokens.yaml", changed)
+        session = pipeline.open_session(chosen, tmp_path / start, quiet=True)
+        index = session.study.index
+        assert index is not None
+        table = safetensors.load_file(Path(session.base) / "model.safetensors")["model.embed_tokens.weight"]
+        ids = {item: session.encoder.tokenizer.convert_tokens_to_ids(code[0]) for item, code in index.codes.items()}
+        found[start] = {item: table[place] for item, place in ids.items()}
+    model = ALS(seed=chosen.seed)
+    model.fit(session.study.data)
+    known = model.item_vectors()
+    assert 2 < len(known) <= len(found["random"])
+    items = sorted(known)
+
+    def likeness(vectors: Any) -> Any:
+        rows = np.stack([vectors[item] for item in items]).astype(float)
+        rows -= rows.mean(axis=0)
+        rows /= np.linalg.norm(rows, axis=1, keepdims=True)
+        return (rows @ rows.T)[np.triu_indices(len(items), 1)]
+
+    told, chance = (np.corrcoef(likeness(known), likeness(found[start]))[0, 1] for start in ("collaborative", "random"))
+    assert told > 0.3 > chance
+
+
+# --------------------------------------------------------------------------- planted leaks
+
+
+class Tampered:
+    def __init__(self, task: Any, **methods: Any) -> None:
+        self._task, self._methods = task, methods
+
+    def __getattr__(self, name: str) -> Any:
+        return self._methods.get(name) or getattr(self._task, name)
+
+
+def leaking(study: Study, **methods: Any) -> list[str]:
+    changed = replace(study, tasks={**study.tasks, "alignment": Tampered(study.tasks["alignment"], **methods)})
+    return [check.name for check in leaks_alignment.checks(changed, 60) if check.verdict == "leak"]
+
+
+def test_the_audit_finds_what_is_planted(study: Study) -> None:
+    assert study.held is not None and study.index is not None
+    task, item = study.tasks["alignment"], study.held.test[0]
+    assert leaking(study) == []
+
+    def rows(change: Any) -> Any:
+        def examples(split: str, limit: int | None = None) -> Iterator[Example]:
+            for n, row in enumerate(task.examples(split, limit)):  # type: ignore[arg-type]
+                yield change(row) if n == 7 else row
+
+        return examples
+
+    title, code = study.data.dataset.items[item].title, study.index.encode(item)
+    both = rows(lambda row: replace(row, answer=(Segment("item", title), Segment("target", code))))
+    assert leaking(study, examples=both) == ["held-out items in training rows of alignment"]
+    declared = rows(lambda row: replace(row, pairs=(("", item),)))
+    assert leaking(study, examples=declared) == ["held-out items in training rows of alignment"]
+    alone = rows(lambda row: replace(row, answer=(Segment("target", code),)))
+    assert leaking(study, examples=alone) == []
+
+    def cases(change: Any) -> Any:
+        return lambda split: [
+            replace(case, request=change(case)) if n == 0 else case for n, case in enumerate(task.cases(split))
+        ]
+
+    def wrong(candidates: Any) -> Any:
+        return cases(lambda case: replace(case.request, candidates=candidates(case)))
+
+    name = ["alignment candidates"]
+    assert leaking(study, cases=wrong(lambda case: [c for c in case.request.candidates if c != case.truth])) == name
+    assert leaking(study, cases=wrong(lambda case: [*case.request.candidates, case.request.candidates[0]])) == name
+    assert leaking(study, cases=wrong(lambda case: [*case.request.candidates, study.held.valid[0]])) == name
+    assert leaking(study, cases=cases(lambda case: replace(case.request, item=case.truth))) == name
+
+
+def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -> None:
+    from llmrec.pipeline.leaks.rows import questions
+
+    task: Any = study.tasks["alignment"]
+    truth = {case.request.id: str(case.truth) for case in task.cases("test")}
+    assert questions(study, "alignment").verdict == "clean" and study.index is not None
+    forms: dict[bool, Any] = {True: study.index.encode, False: lambda item: study.data.dataset.items[item].title}
+    for name in ("code-to-title", "text-to-code"):
+
+        def prompt(request: Any, *, template: str, shots: int = 0, name: str = name) -> Any:
+            found = task.prompt(request, template=template, shots=shots)
+            if template != name:
+                return found
+            last = found.messages[-1]
+            hint = Segment("item", str(forms[name == "text-to-code"](truth[request.id])))
+            return replace(found, messages=(replace(last, segments=(*last.segments, hint)),))
+
+        told = replace(study, tasks={**study.tasks, "alignment": Tampered(task, prompt=prompt)})
+        check = questions(told, "alignment")
+        assert check.verdict == "leak" and f"alignment/{name} shows the answer" in check.examples[0]
+
+
+# --------------------------------------------------------------------------- recipes
+
+
+def test_a_recipe_without_codes_is_refused() -> None:
+    with raises(
+        RecipeError,
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/align-semantic.yaml",
+            column="tasks.alignment",
+            says="index: {scheme: semantic}",
+        ),
+    ):
+        recipe("none", "index=null")
+    with raises(
+        RecipeError,
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/align-semantic.yaml",
+            column="index.scheme",
+            says=("'title'", "such as semantic"),
+        ),
+    ):
+        recipe("none", "index={scheme: title}")
+
+
+def test_alignment_keeps_its_candidates_where_the_catalogue_is_ranked() -> None:
+    study = build_study(recipe("none", "eval.candidates.kind=catalogue", "tasks.sequential.strategies=[search]"))
+    assert study.candidates is None and study.sets("sequential") is None
+    assert study.sets("alignment") is study.aligned is not None
+    cases: list[Case] = study.cases("alignment")
+    assert all(len(case.request.candidates or ()) == 5 for case in cases)
+
+
+def test_training_depends_on_the_share_and_evaluation_too(study: Study) -> None:
+    from llmrec.pipeline.training import training_key
+
+    other = replace(study, recipe=recipe("none", "tasks.alignment.held_out=0.4"))
+    asked = replace(study, recipe=recipe("none", "tasks.alignment.eval_templates=[decode]"))
+    folder = "."
+    keys = [training_key(each, folder) for each in (study, other, asked)]
+    assert keys[0] == keys[2] != keys[1]
+
+
+def test_a_model_card_can_show_a_question(done: tuple[Recipe, pipeline.Run]) -> None:
+    """Cards show a prompt about invented items, also where a model was tuned on nothing but alignment."""
+    from llmrec.exports.sample import sample_prompt
+    from llmrec.pipeline import bundle
+
+    found = bundle.read(str(done[1].folder))
+    sections = {"alignment": found.tasks.present()["alignment"]}
+    sample = sample_prompt(sections, found.templates, noun="products", scale=None, seed=0, index=found.index)
+    assert sample.family == "alignment" and sample.candidates == ()
+    (turn,) = sample.prompt.messages
+    assert turn.text.startswith("Each of these products has a code.") and "<item_" in turn.text
+
+
+@pytest.mark.parametrize("form", ["title", "code"])
+@pytest.mark.parametrize("name", ["titles-to-code", "codes-to-title"])
+def test_the_audit_reads_both_forms_where_a_template_writes_both(name: str, form: str) -> None:
+    from llmrec.pipeline.leaks.rows import questions, training_rows
+
+    study = build_study(recipe("none", f"tasks.sequential.templates=[{name}]", "tasks.alignment=null"))
+    task, index = study.tasks["sequential"], study.index
+    assert index is not None
+    assert questions(study, "sequential").verdict == training_rows(study, "sequential", 60).verdict == "clean"
+
+    def written(item: str) -> str:
+        return index.encode(item) if form == "code" else study.data.dataset.items[item].title
+
+    held = study.data.holdouts("test")[0]
+
+    def examples(split: Any, limit: int | None = None) -> Iterator[Example]:
+        for n, row in enumerate(task.examples(split, limit)):
+            hint = Segment("item", written(held.item_id))
+            yield replace(row, user_id=held.user_id, answer=(hint, *row.answer)) if n == 7 else row
+
+    truth = {case.request.id: str(case.truth) for case in study.cases("sequential")}
+
+    def prompt(request: Any, *, template: str, shots: int = 0) -> Any:
+        found = task.prompt(request, template=template, shots=shots)
+        last = found.messages[-1]
+        hint = Segment("item", written(truth[request.id]))
+        return replace(found, messages=(*found.messages[:-1], replace(last, segments=(*last.segments, hint))))
+
+    told = replace(study, tasks={"sequential": Tampered(task, examples=examples, prompt=prompt)})
+    assert training_rows(told, "sequential", 60).verdict == "leak"
+    assert questions(told, "sequential").verdict == "leak"

@@ -1,0 +1,673 @@
+"""The audit catches every planted leak, and raises no alarm on a clean run."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import polars as pl
+import pytest
+
+from eval.benchmarks.negatives import Knowing
+from llmrec.backends.fake import FakeBackend
+from llmrec.data.dataset import Dataset
+from llmrec.data.split import SplitDataset, request_id, split
+from llmrec.durable import write_json
+from llmrec.errors import LlmrecError
+from llmrec.pipeline import audit, probes
+from llmrec.pipeline.leaks import checks as leaks
+from llmrec.pipeline.leaks import rows as leaks_rows
+from llmrec.pipeline.leaks.checks import Check, _ordered, redrawn
+from llmrec.pipeline.leaks.rows import _Secrets
+from llmrec.pipeline.study import Study, _tasks, build_study
+from llmrec.prompts.template import Template
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Split
+from llmrec.report.results import read
+from llmrec.tasks.fewshot import Drawn, Window
+from llmrec.tasks.pool import Negatives
+from llmrec.tasks.sequential import SequentialTask
+from llmrec.types import Case, Event, Example, Item, Message, Prompt, Request, Segment
+from tests.facts import Facts, raises
+
+SETTINGS = (
+    "data={source: made-reviews, noun: products}",
+    "reviews=null",
+    "eval.candidates.count=5",
+    "eval.users=40",
+    "tasks.sequential.users=null",
+    "tasks.rating.users=null",
+    "tasks.rating.arms=null",
+    "tasks.direct.arms=null",
+    "tasks.direct.strategies=[label, list]",
+    "tasks.direct.users=null",
+    "tasks.explanation.users=null",
+)
+ROWS = 60
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", SETTINGS))
+
+
+def results_of(study: Study) -> dict[str, Any]:
+    """Results as an honest run would write them."""
+    rows = [
+        {"id": f"{family}/baseline/{n}", "task": family, "candidates": digest_of(study, family)}
+        for family in study.tasks
+        for n in (1, 2)
+    ]
+    return {"training": {"rows": dict.fromkeys(study.tasks, ROWS), "dropped": {}}, "rows": rows}
+
+
+def digest_of(study: Study, family: str) -> str | None:
+    return study.candidates.digest if study.candidates and family in ("sequential", "direct") else None
+
+
+def predictions_of(study: Study) -> pl.DataFrame:
+    lines = []
+    for family in study.tasks:
+        for n in (1, 2):
+            for case in study.cases(family):
+                items = list(case.request.candidates or ())
+                parsed = {"items": items, "scores": [0.0] * len(items)} if items else 3.0
+                lines.append(
+                    {
+                        "row_id": f"{family}/baseline/{n}",
+                        "task": family,
+                        "request_id": case.request.id,
+                        "parsed": json.dumps(parsed),
+                        "error": None,
+                    }
+                )
+    return pl.DataFrame(lines, schema_overrides={"error": pl.String})
+
+
+def examine(study: Study, **changes: Any) -> dict[str, Check]:
+    found = {"results": results_of(study), "predictions": predictions_of(study)} | changes
+    return {check.name: check for check in audit.examine(study, found["results"], found["predictions"])}
+
+
+def leaking(checks: Mapping[str, Check]) -> set[str]:
+    return {name for name, check in checks.items() if check.verdict == "leak"}
+
+
+def test_a_clean_run_raises_no_alarm(study: Study) -> None:
+    checks = examine(study)
+    assert leaking(checks) == set()
+    assert len(checks) >= 20
+    assert all(check.found for check in checks.values())
+
+
+def test_statistics_in_words_raise_no_alarm() -> None:
+    named = [f"tasks.{family}.templates=[m6]" for family in ("rating", "sequential", "direct", "explanation")]
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *named]))
+    assert {template.set for family in study.tasks for template in study.eval_templates(family)} == {"m6"}
+    assert leaking(examine(study)) == set()
+
+
+# --------------------------------------------------------------------------- twelve planted leaks
+
+
+class Tampered:
+    """A task with one method replaced."""
+
+    def __init__(self, task: Any, **methods: Any) -> None:
+        self._task, self._methods = task, methods
+
+    def __getattr__(self, name: str) -> Any:
+        return self._methods.get(name) or getattr(self._task, name)
+
+
+def with_task(study: Study, family: str, **methods: Any) -> Study:
+    return replace(study, tasks={**study.tasks, family: Tampered(study.tasks[family], **methods)})
+
+
+def held(study: Study) -> tuple[str, str]:
+    """Some held-out pair."""
+    first = study.data.holdouts("test")[0]
+    return first.user_id, first.item_id
+
+
+def title(study: Study, item: str) -> str:
+    return study.data.dataset.items[item].title
+
+
+def rows_with(study: Study, family: str, change: Any) -> Any:
+    def examples(split: str, limit: int | None = None) -> Iterator[Example]:
+        for n, example in enumerate(study.tasks[family].examples(split, limit)):  # type: ignore[arg-type]
+            yield change(example) if n == 7 else example
+
+    return with_task(study, family, examples=examples)
+
+
+def test_1_a_held_out_pair_among_training_interactions(study: Study) -> None:
+    more = pl.concat([study.data.train, study.data.test[:1].select(study.data.train.columns)])
+    checks = examine(replace(study, data=replace(study.data, train=more)))
+    assert "training interactions of made-reviews" in leaking(checks)
+
+
+def test_2_a_training_interaction_later_than_what_is_held_out(study: Study) -> None:
+    data = study.data
+    user, _ = held(study)
+    late = data.train.with_columns(
+        pl.when(pl.col("user_id") == user).then(pl.col("timestamp") + 1e12).otherwise(pl.col("timestamp"))
+    )
+    checks = examine(replace(study, data=replace(data, train=late)))
+    assert "training interactions of made-reviews" in leaking(checks)
+
+
+def test_3_a_training_row_that_declares_a_held_out_pair(study: Study) -> None:
+    leaky = rows_with(study, "sequential", lambda example: replace(example, pairs=(*example.pairs, held(study))))
+    assert "training rows of sequential" in leaking(examine(leaky))
+
+
+def test_4_a_training_row_that_shows_a_held_out_title_without_saying_so(study: Study) -> None:
+    user, item = held(study)
+
+    def change(example: Example) -> Example:
+        return replace(example, user_id=user, answer=(*example.answer, Segment("item", title(study, item))))
+
+    assert "training rows of direct" in leaking(examine(rows_with(study, "direct", change)))
+
+
+def test_4_a_training_row_that_shows_a_held_out_code_where_ids_are_codes() -> None:
+    named = ("tasks.rating={templates: [user-item]}", "tasks.sequential=null", "tasks.direct=null", "index.ids=codes")
+    study = build_study(
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:4], *named, "index.scheme=random"])
+    )
+    assert study.index is not None
+    user, item = held(study)
+    shown = Segment("item", study.index.encode(item))
+
+    def show(example: Example) -> Example:
+        return replace(example, user_id=user, messages=(*example.messages, Message("user", (shown,))))
+
+    assert "training rows of rating" not in leaking(examine(study))
+    assert "training rows of rating" in leaking(examine(rows_with(study, "rating", show)))
+
+
+def test_5_a_training_row_that_quotes_a_held_out_review(study: Study) -> None:
+    row = next(r for r in study.data.holdouts("test") if r.text and len(r.text) > 40)
+
+    def change(example: Example) -> Example:
+        said = Segment("item", f"Earlier: {row.text}")
+        return replace(example, user_id=row.user_id, answer=(said, *example.answer))
+
+    assert "training rows of explanation" in leaking(examine(rows_with(study, "explanation", change)))
+
+
+@pytest.mark.parametrize(("last", "secret"), [("It does what it says, and it came quickly.", False), ("x" * 40, True)])
+def test_what_a_user_writes_about_everything_is_no_secret(last: str, secret: bool) -> None:
+    same = "It does what it says, and it came quickly."
+    rows = [("u", f"i{n}", float(n), f"On item {n}: {same} Thanks!" if n < 5 else last) for n in range(6)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp", "text"], orient="row")
+    frame = frame.with_columns(rating=pl.lit(None, pl.Float64))
+    items = {f"i{n}": Item(item_id=f"i{n}", title=f"Thing {n}") for n in range(6)}
+    data = split(Dataset(name="same", noun="things", interactions=frame, items=items), Split(), seed=0)
+    assert (last in _Secrets(data).texts["u"]) == secret
+
+
+def test_6_a_few_shot_example_with_a_held_out_pair(study: Study) -> None:
+    user, item = held(study)
+
+    def draw_shots(request: Request, k: int) -> Drawn:
+        return Drawn((Window(user, (Event(item_id=item),)),), request.history)
+
+    assert "few-shot examples of rating" in leaking(examine(with_task(study, "rating", draw_shots=draw_shots)))
+
+
+def test_7_a_history_that_holds_the_target(study: Study) -> None:
+    def cases(split: str) -> list[Case]:
+        found = study.tasks["sequential"].cases(split)  # type: ignore[arg-type]
+        first = found[0]
+        past = (*first.request.history, Event(item_id=str(first.truth)))
+        return [replace(first, request=replace(first.request, history=past)), *found[1:]]
+
+    assert "questions of sequential" in leaking(examine(with_task(study, "sequential", cases=cases)))
+
+
+def test_8_a_prompt_that_names_the_target(study: Study) -> None:
+    task = study.tasks["sequential"]
+    targets = {case.request.id: str(case.truth) for case in study.cases("sequential")}
+
+    def prompt(request: Request, *, template: str, shots: int = 0) -> Prompt:
+        asked = task.prompt(request, template=template, shots=shots)
+        hint = Segment("item", f"likes things such as {title(study, targets[request.id])}")
+        message = replace(asked.messages[-1], segments=(*asked.messages[-1].segments, hint))
+        return replace(asked, messages=(*asked.messages[:-1], message))
+
+    assert "questions of sequential" in leaking(examine(with_task(study, "sequential", prompt=prompt)))
+
+
+def test_9_a_profile_that_names_a_held_out_item(study: Study) -> None:
+    """Its user is not asked about, which is a notice; asked all the same, the prompts show it."""
+    user, item = held(study)
+    named = {"likes": f"everything like {title(study, item)}"}
+    dataset = replace(study.data.dataset, users={user: named, "another": {"likes": "nothing"}})
+    told = build_study(study.recipe, replace(study.data, dataset=dataset))
+    checks = examine(told)
+    check = checks["user profiles of made-reviews"]
+    assert leaking(checks) == set() and check.verdict == "notice" and check.figures == {"users": 1}
+    assert check.found.startswith("1 user is set aside from evaluation, of 2 with a profile in made-reviews")
+    assert check.examples == (f"user {user}: field 'likes' names held-out item {item}",)
+    for family in study.tasks:
+        assert user in {case.request.user_id for case in study.cases(family)}
+        assert user not in {case.request.user_id for case in told.cases(family)}
+        assert told.set_aside(family) == {user}
+
+
+def test_who_is_set_aside_is_replaced_by_the_next_user(study: Study) -> None:
+    recipe = study.recipe.model_copy(update={"eval": study.recipe.eval.model_copy(update={"users": 5})})
+    first, *_ = asked = [case.request.user_id for case in build_study(recipe).cases("sequential")]
+    (target,) = [held for held in study.data.holdouts("test") if held.user_id == first]
+    users = {first: {"likes": f"most of all {title(study, target.item_id)}"}}
+    told = build_study(recipe, replace(study.data, dataset=replace(study.data.dataset, users=users)))
+    left = [case.request.user_id for case in told.cases("sequential")]
+    assert len(left) == len(asked) == 5 and left[:4] == asked[1:]
+
+
+def tampered_sets(study: Study, change: Any) -> Study:
+    assert study.candidates is not None
+    targets = {request_id(h.user_id, h.item_id): h for h in study.data.holdouts("test")}
+    sets = {name: change(items, targets[name]) for name, items in study.candidates.sets.items()}
+    return replace(study, candidates=replace(study.candidates, sets=sets))
+
+
+def without_target(items: Sequence[str], target: Any) -> tuple[str, ...]:
+    return tuple(item for item in items if item != target.item_id)
+
+
+def test_shuffled_candidates_of_equal_popularity_show_no_order(study: Study) -> None:
+    items, rng = sorted(study.data.dataset.items), random.Random(0)
+    # Two items are popular and all others alike, as in a sparse catalogue.
+    train = pl.DataFrame({"item_id": [*items, *items[:2] * 9]})
+    data: Any = SimpleNamespace(train=train, dataset=study.data.dataset)
+    sets = {str(n): tuple(rng.sample(items, 20)) for n in range(400)}
+    assert _ordered(replace(study, data=data), sets).verdict == "clean"
+    by_count = {name: tuple(sorted(them, key=items[:2].count)) for name, them in sets.items()}
+    assert _ordered(replace(study, data=data), by_count).verdict == "leak"
+
+
+def test_10_candidate_sets_that_lack_repeat_or_betray_the_target(study: Study) -> None:
+    assert "candidate sets without the target" in leaking(examine(tampered_sets(study, without_target)))
+    twice = tampered_sets(study, lambda items, target: (*items[:-1], items[0]))
+    assert "candidates that stand twice" in leaking(examine(twice))
+    first = tampered_sets(study, lambda items, target: (target.item_id, *without_target(items, target)))
+    assert "position of the target among its candidates" in leaking(examine(first))
+    by_id = tampered_sets(study, lambda items, target: tuple(sorted(items)))
+    assert "order of the candidates" in leaking(examine(by_id))
+
+    def own(items: Sequence[str], target: Any) -> tuple[str, ...]:
+        return (*without_target(items, target)[:-1], study.data.train_events(target.user_id)[0].item_id, target.item_id)
+
+    assert "negatives that the user interacted with" in leaking(examine(tampered_sets(study, own)))
+
+
+def test_11_rows_that_were_asked_different_things(study: Study) -> None:
+    results = results_of(study)
+    next(row for row in results["rows"] if row["task"] == "direct")["candidates"] = "another"
+    assert "rows of one table with unequal candidates" in leaking(examine(study, results=results))
+    fewer = predictions_of(study)[1:]
+    assert "rows of one table with unequal requests" in leaking(examine(study, predictions=fewer))
+    foreign = predictions_of(study).with_columns(
+        pl.when(pl.col("task") == "direct")
+        .then(pl.lit('{"items": ["no candidate"], "scores": [1.0]}'))
+        .otherwise(pl.col("parsed"))
+        .alias("parsed")
+    )
+    assert "ranked items that were no candidates" in leaking(examine(study, predictions=foreign))
+
+
+def test_12_a_baseline_that_learned_from_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmrec.baselines.popular import Popularity
+
+    honest = Popularity.fit
+
+    def fit(self: Popularity, data: SplitDataset) -> None:
+        honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
+
+    monkeypatch.setattr(Popularity, "fit", fit)
+    assert "baselines that learned from held-out interactions" in leaking(examine(study))
+    monkeypatch.setattr(leaks, "fitted", _kept_of_another_machine)
+    assert "baselines that learned from held-out interactions" in leaking(examine(study))
+
+
+def _kept_of_another_machine(name: str, parameters: Mapping[str, Any], data: SplitDataset, *, seed: int) -> Any:
+    """Return a fit that gives other answers than one that is made here."""
+    model = leaks.make(name, parameters, seed=seed)
+    model.fit(replace(data, train=data.train.tail(10)))
+    model.recalled = 1.0
+    return model
+
+
+def test_a_kept_fit_with_other_answers_is_no_leak(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(leaks, "fitted", _kept_of_another_machine)
+    assert leaks.baselines(study).verdict == "clean"
+
+
+# --------------------------------------------------------------------------- what may depend on held-out interactions
+
+DRAWN = "training rows of direct that depend on held-out interactions"
+SHOTS = "few-shot examples of direct that depend on held-out interactions"
+VALID = "validation rows of direct that depend on test interactions"
+POSITIONS = "position questions of direct that depend on held-out interactions"
+
+
+def rebuilt(study: Study, *named: str) -> Study:
+    """The same study, made again by the code as it is patched."""
+    return build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS, *named]))
+
+
+def test_13_negatives_that_are_drawn_knowing_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As they once were: no row shows a held-out item, and that is how it is told."""
+    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
+    knowing = rebuilt(study, "eval.arms=[zero-shot, few-shot]", "eval.debias=measured")
+    checks = examine(knowing)
+    assert leaking(checks) == {DRAWN, SHOTS, VALID, POSITIONS}
+    assert checks["training rows of direct"].verdict == "clean"
+    # Held-out items are drawn anew among what rows show as negatives, so that few rows are enough.
+    assert leaks_rows.rows_drawn_again(knowing, "direct", 2).verdict == "leak"
+    for family in ("sequential", "rating", "explanation"):
+        assert leaks_rows.rows_drawn_again(knowing, family, ROWS).verdict == "clean"
+
+
+@pytest.mark.parametrize("templates", ["user-title", "name-title"])
+def test_13_a_no_that_is_drawn_knowing_what_is_held_out(
+    study: Study, templates: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asking = f"tasks.direct={{templates: [{templates}], strategies: [pointwise-yes]}}"
+    # Every other example is a no.
+    named = (asking, "eval.arms=[zero-shot, few-shot]", "eval.shots.k=2")
+    assert leaking(examine(rebuilt(study, *named))) == set()
+    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Knowing)
+    assert {DRAWN, SHOTS} <= leaking(examine(rebuilt(study, *named)))
+
+
+def test_14_negatives_by_a_popularity_that_counts_held_out_interactions(
+    study: Study, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Counting(Negatives):
+        def __init__(self, data: SplitDataset, kind: str) -> None:
+            super().__init__(data, kind)
+            self._bag = sorted([*self._bag, *data.dataset.interactions["item_id"].to_list()])
+
+    monkeypatch.setattr("llmrec.tasks.direct.Negatives", Counting)
+    assert DRAWN in leaking(examine(rebuilt(study, "eval.candidates.kind=popularity")))
+
+
+def test_15_rows_in_an_order_that_knows_what_is_held_out(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No row says anything; which comes first does."""
+    honest = SequentialTask.examples
+
+    def examples(self: SequentialTask, split: Any, limit: int | None = None) -> Iterator[Example]:
+        last = dict(self._data.test.select("user_id", "item_id").iter_rows())
+        rows = list(islice(honest(self, "train"), ROWS))
+        yield from sorted(rows, key=lambda row: last.get(row.user_id, ""))
+
+    monkeypatch.setattr(SequentialTask, "examples", examples)
+    found = leaking(examine(rebuilt(study, "tasks.direct=null")))
+    assert "training rows of sequential that depend on held-out interactions" in found
+
+
+def test_16_packed_rows_that_branch_off_are_made_again_too(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    named = [f"tasks.{family}={{templates: [one-history]}}" for family in ("sequential", "rating")]
+    packed = (*named, "tasks.direct=null", "tasks.explanation=null", "train.packing=tree")
+    assert leaking(examine(rebuilt(study, *packed))) == set()
+    honest = SequentialTask.branch
+
+    def branch(self: SequentialTask, number: int, user: str) -> Example | None:
+        row, last = honest(self, number, user), dict(self._data.test.select("user_id", "item_id").iter_rows())
+        # It counts its user's name by what is held out.
+        return row and replace(row, user_id=f"{user} {last.get(user, '')}")
+
+    monkeypatch.setattr(SequentialTask, "branch", branch)
+    assert leaking(examine(rebuilt(study, *packed))) == {
+        "training rows of sequential that depend on held-out interactions"
+    }
+
+
+def test_two_tables_of_the_same_users_and_other_items_are_made_again(study: Study) -> None:
+    """Items that rows of one table show are in the catalogue of no other."""
+    data = study.data
+    items = {f"other {item}": replace(entry, item_id=f"other {item}") for item, entry in data.dataset.items.items()}
+    frame = data.dataset.interactions.with_columns(pl.concat_str(pl.lit("other "), "item_id").alias("item_id"))
+    renamed = split(replace(data.dataset, name="other", interactions=frame, items=items), Split(), seed=0)
+    both = replace(study, reviews=renamed)
+    assert both.task_data("explanation").dataset.items is items
+    for family in study.tasks:
+        assert leaks_rows.rows_drawn_again(replace(both, tasks=_tasks(both, 0)), family, 20).verdict == "clean"
+
+
+def drawn_held_out(study: Study) -> tuple[int, Example, str]:
+    """The first row of direct that shows a held-out item as a negative: its place, itself and the item."""
+    for place, row in enumerate(islice(study.training_examples("direct"), ROWS)):
+        for item in row.negatives:
+            if (row.user_id, item) in study.data.held_out:
+                return place, row, item
+    raise AssertionError("no row shows a held-out item")
+
+
+def test_a_held_out_item_may_be_a_negative_and_nothing_else(study: Study) -> None:
+    place, row, item = drawn_held_out(study)
+    said, turn = Segment("item", title(study, item)), row.messages[-1]
+    assert said in turn.segments
+    asked = replace(turn, segments=(*turn.segments, said))
+
+    def checked(changed: Example) -> Check:
+        def examples(split: str, limit: int | None = None) -> Iterator[Example]:
+            for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
+                yield changed if n == place else each
+
+        return leaks_rows.training_rows(with_task(study, "direct", examples=examples), "direct", place + 1)
+
+    assert checked(row).verdict == "clean"
+    shown = f"user {row.user_id}, title of held-out item {item}"
+    for changed in (
+        replace(row, messages=(*row.messages[:-1], asked)),
+        replace(row, answer=(said, *row.answer)),
+        replace(row, negatives=tuple(each for each in row.negatives if each != item)),
+        replace(row, pairs=(*row.pairs, (row.user_id, item))),
+    ):
+        found = checked(changed)
+        pair = f"row {row.id}: pair {(row.user_id, item)}"
+        assert found.verdict == "leak" and found.examples[0] in (f"row {row.id}: {shown}", pair)
+
+
+def test_a_text_about_a_held_out_item_leaks_where_the_item_is_a_negative_too(study: Study) -> None:
+    """The title of a negative is in the catalogue; what its user wrote about it is not."""
+    place, row, item = drawn_held_out(study)
+    text = "I had waited for this one, and it was worth the wait."
+    data = study.data
+    written = pl.when((pl.col("user_id") == row.user_id) & (pl.col("item_id") == item)).then(pl.lit(text))
+    valid, test = (frame.with_columns(text=written.otherwise(pl.col("text"))) for frame in (data.valid, data.test))
+    quoted = (*row.messages, Message("user", (Segment("item", f"Earlier: {text}"),)))
+    told = replace(study, data=replace(data, valid=valid, test=test))
+
+    def examples(split: str, limit: int | None = None) -> Iterator[Example]:
+        for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
+            yield replace(row, messages=quoted) if n == place else each
+
+    found = leaks_rows.training_rows(with_task(told, "direct", examples=examples), "direct", place + 1)
+    assert found.examples == (f"row {row.id}: user {row.user_id}, text about held-out item {item}",)
+
+
+def test_a_template_that_names_its_item_twice_may_name_a_negative_twice(study: Study) -> None:
+    twice = "Would {{ user_name }} take {{ item.title }}? Think of {{ item.title }}."
+    words = {"family": "direct", "version": 1, "use": "seen", "shape": "chat"}
+    template = Template(name="twice", user=twice, target="{{ answer }}", **words)  # type: ignore[arg-type]
+    user, item = held(study)
+    said = Segment("item", title(study, item))
+
+    def often(times: int) -> list[str]:
+        turn = Message("user", (Segment("text", "Would "), *[said] * times))
+        row = Example(
+            id="r", user_id=user, task="direct", template=template.id, messages=(turn,), ends_turn=True,
+            answer=(Segment("target", "No"),), negatives=(item,),
+        )  # fmt: skip
+        return list(leaks_rows._told(row, leaks_rows._Secrets(study.data), template))
+
+    assert often(2) == [] and len(often(3)) == 1
+
+
+def test_what_a_row_of_sequential_rejects_may_stand_in_no_question(study: Study) -> None:
+    (user, item), template = held(study), study.templates["sequential"][study.tasks["sequential"].eval_templates[0]]
+    said = title(study, item)
+    shown = Message("user", (Segment("text", "After "), Segment("item", said)))
+
+    def told(message: Message, *rejected: str) -> list[str]:
+        row = Example(
+            id="r", user_id=user, task="sequential", template=template.id, messages=(message,), ends_turn=False,
+            answer=(Segment("target", "x"),), negatives=(item,), rejected=rejected,
+        )  # fmt: skip
+        return list(leaks_rows._told(row, leaks_rows._Secrets(study.data), template))
+
+    plain = Message("user", (Segment("text", "What next?"),))
+    assert told(plain, f"{said}\n") == [] and len(told(shown, f"{said}\n")) == 1
+    assert len(told(plain, f"{said}\n", f"{said}\n")) == 1
+
+
+def test_redrawn_holdouts_are_others_in_all_but_their_users(study: Study) -> None:
+    data = study.data
+    (user, _), only = held(study), min(data.dataset.items)
+    other = redrawn(data, "test", toward={user: [only]})
+    assert other.test["user_id"].equals(data.test["user_id"]) and other.test.schema == data.test.schema
+    for column in ("item_id", "rating", "text"):
+        moved = (other.test[column] != data.test[column]).mean()
+        assert moved is not None and moved > 0.5, column
+    assert dict(other.test.select("user_id", "item_id").iter_rows())[user] == only
+    assert other.train.equals(data.train) and other.valid.equals(data.valid)
+    assert other.held_out == {
+        *other.valid["user_id", "item_id"].iter_rows(),
+        *other.test["user_id", "item_id"].iter_rows(),
+    }
+
+
+def test_12_a_baseline_that_learned_from_held_out_ratings(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The mean of all ratings is what it was while the items alone are others."""
+    from llmrec.baselines.rating import GlobalMean
+
+    honest = GlobalMean.fit
+
+    def fit(self: GlobalMean, data: SplitDataset) -> None:
+        honest(self, replace(data, train=pl.concat([data.train, data.test.select(data.train.columns)])))
+
+    monkeypatch.setattr(GlobalMean, "fit", fit)
+    assert "baselines that learned from held-out interactions" in leaking(examine(study))
+
+
+# --------------------------------------------------------------------------- probes
+
+
+def sequences(numbering: str) -> SplitDataset:
+    """300 users with 6 items each, most of them their own; ids are numbered by whole histories, or drawn."""
+    import random
+
+    rng = random.Random(0)
+    histories = [[f"own-{user}-{n}" for n in range(4)] + rng.sample(["a", "b", "c", "d"], 2) for user in range(300)]
+    for history in histories:
+        rng.shuffle(history)
+    items = list(dict.fromkeys(item for history in histories for item in history))
+    numbers = list(range(1000, 1000 + len(items)))
+    if numbering == "drawn":
+        rng.shuffle(numbers)
+    names = {item: str(number) for item, number in zip(items, numbers, strict=True)}
+    events = [
+        {"user_id": f"u{user}", "item_id": names[item], "timestamp": float(n)}
+        for user, history in enumerate(histories)
+        for n, item in enumerate(history)
+    ]
+    words = ["quiet", "amber", "north", "velvet", "copper", "silent", "hollow", "winter", "crimson", "paper"]
+    titles = {name: " ".join(words[int(digit)] for digit in name) for name in names.values()}
+    catalogue = {name: Item(item_id=name, title=title) for name, title in titles.items()}
+    return split(Dataset("numbered", "items", pl.DataFrame(events), catalogue), Split(), seed=0)
+
+
+def test_the_id_probe_sees_numbers_that_follow_whole_histories() -> None:
+    leaky = probes.id_arithmetic(sequences("whole histories"), "test")
+    assert leaky.figures["HR@5"] > 0.5 and leaky.figures["chance"] < 0.05
+    drawn = probes.id_arithmetic(sequences("drawn"), "test")
+    assert abs(drawn.figures["HR@5"] - drawn.figures["chance"]) < 0.02
+
+
+def test_planted_duplicates_are_found() -> None:
+    import random
+
+    rng = random.Random(0)
+    sets = [frozenset(f"w{rng.randrange(4000)}" for _ in range(40)) for _ in range(1500)]
+    exact = [(n, 1500 + n) for n in range(100)]
+    near = [(100 + n, 1600 + n) for n in range(100)]
+    sets += [sets[a] for a, _ in exact]
+    sets += [frozenset([*sorted(sets[a])[1:], f"other {a}"]) for a, _ in near]
+    found = {(a, b): similarity for a, b, similarity in probes.near_duplicates(sets, 0.9)}
+    assert sum(pair in found for pair in exact) >= 99
+    assert sum(pair in found for pair in near) >= 90
+    assert found.keys() <= {*exact, *near}
+    assert all(similarity == len(sets[a] & sets[b]) / len(sets[a] | sets[b]) for (a, b), similarity in found.items())
+
+
+def test_near_equal_titles_are_named(study: Study) -> None:
+    data = study.data
+    items = dict(data.dataset.items)
+    first, second, third = sorted(items)[:3]
+    items[first] = replace(items[first], title="The Remarkable Kettle of Stainless Steel, 2 litres")
+    items[second] = replace(items[second], title="The Remarkable Kettle of Stainless Steel 3 litres")
+    items[third] = replace(items[third], title="the remarkable kettle of stainless steel 2 litres")
+    found = probes.duplicate_items(replace(data, dataset=replace(data.dataset, items=items)))
+    assert found.verdict == "notice"
+    assert found.figures["equal"] >= 2 and found.figures["near_pairs"] >= 1
+
+
+def test_a_twin_who_has_the_held_out_item_is_named(study: Study) -> None:
+    data = study.data
+    user, item = next((h.user_id, h.item_id) for h in data.holdouts("test") if len(data.train_events(h.user_id)) >= 6)
+    parts = (data.train, data.valid, data.test)
+    plain = [part.select(data.train.columns).with_columns(pl.col("user_id").cast(pl.String)) for part in parts]
+    own = [part.filter(pl.col("user_id") == user).with_columns(user_id=pl.lit("twin")) for part in plain]
+    train = pl.concat([plain[0], own[0], own[2]])
+    whole = pl.concat([train, *plain[1:]])
+    planted = replace(data, train=train, dataset=replace(data.dataset, interactions=whole))
+    found = probes.duplicate_users(planted, "test", threshold=0.8)
+    assert any(user in line and "twin" in line for line in found.examples), item
+
+
+def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
+    data = sequences("drawn")
+    by_head = {entry.title.rsplit(" ", 2)[0]: entry for entry in data.dataset.items.values()}
+    only = {entry.item_id: entry for entry in by_head.values()}
+    alone = replace(data, dataset=SimpleNamespace(name="numbered", noun="items", items=only))  # type: ignore[arg-type]
+
+    def recite(text: str) -> str:
+        head = text.rsplit("\n", 1)[-1].removesuffix("|").strip()
+        return by_head[head].title.removeprefix(head)
+
+    knowing = probes.memorisation(FakeBackend(complete=recite), alone, seed=0)
+    assert knowing.figures["completed"] > 0.5 and knowing.verdict == "notice"
+    assert knowing.figures["control"] < 0.1
+    ignorant = probes.memorisation(FakeBackend(complete=lambda text: "no idea"), alone, seed=0)
+    assert ignorant.figures["completed"] <= 0.01 and ignorant.verdict == "clean"
+
+
+# --------------------------------------------------------------------------- the gate
+
+
+def test_a_run_that_leaks_gets_no_table(tmp_path: Path) -> None:
+    of = write_json(tmp_path / "results.json", {})
+    audit.write(tmp_path, [Check("candidates", "3 in 10 sets", "leak", ("request a|b",))], of=of)
+    with raises(
+        LlmrecError,
+        Facts("leak", "audit.json", says=("this run leaks, so it gets no table", "candidates: 3 in 10 sets", "a|b")),
+    ):
+        read(tmp_path)
+
+
+def test_an_unfinished_run_cannot_be_audited(tmp_path: Path) -> None:
+    with raises(LlmrecError, Facts("missing-file", "test_an_unfinished_run_cannot_0", says="`llmrec run`")):
+        audit.audit(tmp_path)

@@ -1,0 +1,169 @@
+"""Files of somebody else, and links, in the places where llmrec writes and clears."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from llmrec.answer.rank.run import rank_file
+from llmrec.durable import replacing, write_text
+from llmrec.errors import LlmrecError
+from llmrec.exports.files import placing
+from llmrec.index.table import ItemIndex
+from llmrec.pipeline.claiming import LOCK, RUN
+from llmrec.pipeline.index_report import _holds_more
+from llmrec.pipeline.resume import locked
+from llmrec.report import page
+from tests.answer.rank_cases import jsonl, options, records
+from tests.facts import Facts, raises
+
+
+@pytest.fixture
+def asked(llama_folder: Path, tmp_path: Path) -> object:
+    source = jsonl(tmp_path / "in.jsonl", records(2))
+    return lambda **changes: options(llama_folder, source, tmp_path / "o.jsonl", **changes)
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_somebodys_folder_of_parts_is_refused_and_kept(asked, tmp_path: Path, restart: bool) -> None:  # type: ignore[no-untyped-def]
+    mine = tmp_path / "o.jsonl.parts" / "mine.txt"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    with raises(LlmrecError, Facts("exists", says="mine.txt")):
+        rank_file(asked(restart=restart))
+    assert mine.read_text() == "mine"
+    assert [path.name for path in mine.parent.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_a_folder_of_parts_that_is_a_link_is_refused(asked, tmp_path: Path, restart: bool) -> None:  # type: ignore[no-untyped-def]
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "keep.txt").write_text("keep")
+    (tmp_path / "o.jsonl.parts").symlink_to(elsewhere)
+    with raises(LlmrecError, Facts("unsafe", tmp_path / "o.jsonl.parts")):
+        rank_file(asked(restart=restart))
+    assert [path.name for path in elsewhere.iterdir()] == ["keep.txt"]
+
+
+def test_what_was_put_beside_the_parts_stays(asked, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # type: ignore[no-untyped-def]
+    from llmrec.answer.rank import run as rank_files
+
+    write = rank_files.write_lists
+    mine = tmp_path / "o.jsonl.parts" / "mine.txt"
+
+    def late(*given: object) -> None:
+        mine.write_text("mine")
+        write(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(rank_files, "write_lists", late)
+    rank_file(asked())
+    assert mine.read_text() == "mine"
+    assert {path.name for path in mine.parent.iterdir()} == {"mine.txt", LOCK}
+
+
+def test_a_lock_that_is_a_link_is_neither_followed_nor_emptied(tmp_path: Path) -> None:
+    precious, run = tmp_path / "precious", tmp_path / "run"
+    precious.write_text("precious")
+    run.mkdir()
+    (run / LOCK).symlink_to(precious)
+    with raises(LlmrecError, Facts("unsafe", run / LOCK)), locked(run):
+        pass
+    assert precious.read_text() == "precious"
+
+
+def test_a_lock_with_words_of_somebody_keeps_them(tmp_path: Path) -> None:
+    (tmp_path / LOCK).write_text("mine")
+    with raises(LlmrecError, Facts("exists", tmp_path, says=LOCK)), locked(tmp_path, RUN):
+        pass
+    with locked(tmp_path):
+        pass
+    assert (tmp_path / LOCK).read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["adapter", "merged", "report", "checkpoints"])
+def test_a_run_does_not_take_over_somebodys_folder(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "mine.txt").write_text("mine")
+    with raises(LlmrecError, Facts("exists", tmp_path, says=name)), locked(tmp_path, RUN):
+        pass
+    assert {path.name for path in tmp_path.iterdir()} == {name}
+
+
+def test_runs_go_on_in_their_own_folders_marked_or_of_before(tmp_path: Path) -> None:
+    for folder, before in ((tmp_path / "new", False), (tmp_path / "old", True), (tmp_path / "copied", True)):
+        if before:
+            folder.mkdir()
+        if folder.name == "old":
+            (folder / LOCK).touch()
+        if folder.name == "copied":
+            write_text(folder / "train.json", '{"key": "0123456789abcdef"}')
+        with locked(folder, RUN):
+            (folder / "adapter").mkdir()
+        with locked(folder, RUN):
+            assert (folder / "adapter").is_dir() and (folder / LOCK).read_text()
+
+
+@pytest.mark.parametrize("name", RUN)
+def test_a_link_under_a_runs_own_name_is_refused(tmp_path: Path, name: str) -> None:
+    run = tmp_path / "run"
+    with locked(run, RUN):
+        pass
+    (run / name).symlink_to(tmp_path / "elsewhere")
+    with raises(LlmrecError, Facts("unsafe", run / name)), locked(run, RUN):
+        pass
+
+
+def test_a_report_is_not_written_through_a_link(tmp_path: Path) -> None:
+    elsewhere, run = tmp_path / "elsewhere", tmp_path / "run"
+    for folder in (elsewhere, run):
+        folder.mkdir()
+    (elsewhere / "index.html").write_text("mine")
+    (run / "report").symlink_to(elsewhere)
+    with raises(LlmrecError, Facts("unsafe", run / "report")):
+        page._refuse(run, ())
+    assert (elsewhere / "index.html").read_text() == "mine"
+
+
+def test_a_draft_takes_nobodys_name(tmp_path: Path) -> None:
+    mine = tmp_path / ".table.csv.draft"
+    mine.mkdir()
+    (mine / "mine.txt").write_text("mine")
+    write_text(tmp_path / "table.csv", "a")
+    assert (mine / "mine.txt").read_text() == "mine"
+
+
+def test_a_link_to_a_folder_is_not_replaced_by_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "merged").symlink_to(tmp_path / "elsewhere")
+    with raises(LlmrecError, Facts("unsafe", tmp_path / "merged")), replacing(tmp_path / "merged") as draft:
+        draft.mkdir()
+    assert (tmp_path / "merged").is_symlink()
+
+
+def test_an_export_sweeps_only_what_exports_left(tmp_path: Path) -> None:
+    gone = next(number for number in range(4_000_000, 5_000_000) if not Path(f"/proc/{number}").exists())
+    mine = tmp_path / f"model.old-{gone}"
+    mine.mkdir()
+    with placing(tmp_path / "model", force=False, ours=lambda _: False) as draft:
+        (draft / "x").touch()
+    assert mine.is_dir()
+
+
+def test_an_index_takes_the_place_of_an_index_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    ItemIndex("title", {}).save(folder)
+    assert not _holds_more(folder)
+    (folder / "mine.txt").touch()
+    assert _holds_more(folder)
+    (folder / "mine.txt").unlink()
+    (folder / "index.json").write_text("{}")
+    assert _holds_more(folder)
+
+
+def test_a_file_does_not_replace_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "row.json").mkdir()
+    with raises(LlmrecError, Facts("exists", tmp_path / "row.json", says="move it away")):
+        write_text(tmp_path / "row.json", "x")
+    assert [path.name for path in tmp_path.iterdir()] == ["row.json"]

@@ -1,0 +1,153 @@
+"""A tuned encoder is a folder like any other, and is refused where it could know what is held out."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from llmrec.baselines.content import Content
+from llmrec.baselines.parameters import hashes_of
+from llmrec.cli.main import app
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError, LlmrecError
+from llmrec.models.embedder import TUNED, text_embedder
+from llmrec.models.text_encoder import encode_texts
+from llmrec.pipeline.evaluation import Evaluation
+from llmrec.pipeline.fusion.parts import reads_of
+from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.row_specs import RowSpec
+from llmrec.pipeline.study import build_study, load_split
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import DataSection
+from tests.encoders import tiny_encoder
+from tests.facts import Facts, raises
+
+pytest.importorskip("torch")
+
+WORDS = ("anvil", "banjo", "candle", "drum", "engine", "feather")
+
+
+def _table(folder: Path) -> Path:
+    """Sixty users who go back and forth between two of six topics with four items each."""
+    rng, path = np.random.default_rng(0), folder / "ring.csv"
+    lines = ["user_id,item_id,timestamp,title"]
+    for user in range(60):
+        numbers = rng.permutation(4)
+        for step in range(6):
+            topic, number = 2 * (user % 3) + step % 2, numbers[step // 2]
+            lines.append(f"u{user},{topic}{number},{step},{WORDS[topic]} {'abcd'[number]}")
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return _table(tmp_path_factory.mktemp("ring"))
+
+
+@pytest.fixture(scope="module")
+def tuned(table: Path) -> Path:
+    assert _tune(table, table.parent / "encoder").startswith(f"encoder: {table.parent / 'encoder'}, tuned on 240 ")
+    return table.parent / "encoder"
+
+
+def _tune(table: Path, out: Path) -> str:
+    data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
+    options = ["--encoder", tiny_encoder(), "--blocks", "2", "--epochs", "2", "--learning-rate", "5e-3"]
+    found = CliRunner().invoke(
+        app,
+        ["tune-encoder", "recipes/movielens-100k/four-tasks.yaml", *data, *options, "--out", str(out)],
+        catch_exceptions=False,
+    )
+    return found.stdout
+
+
+def _split(table: Path, seed: int = 0, **more: object) -> SplitDataset:
+    return load_split(DataSection.model_validate({"source": "table", "path": str(table), **more}), seed)
+
+
+def test_it_is_an_encoder_that_says_what_it_learned_from(table: Path, tuned: Path) -> None:
+    told = json.loads((tuned / TUNED).read_text(encoding="utf-8"))
+    assert told["interactions"] == 240 and told["encoder"] == tiny_encoder() and told["parameters"]["blocks"] == 2
+    assert set(told["files"]) | {TUNED, ".lock"} >= {entry.name for entry in tuned.iterdir()}
+    texts = ["anvil a", "feather b"]
+    before, after = encode_texts(tiny_encoder(), texts), encode_texts(str(tuned), texts)
+    assert before.shape == after.shape and not np.allclose(before, after, atol=1e-4)
+
+
+def test_rows_that_use_it_are_language_models(tuned: Path) -> None:
+    assert reads_of("content", {"encoder": str(tuned)}) == "language model"
+    assert reads_of("content", {"encoder": tiny_encoder()}) == reads_of("content", {}) == "texts"
+    assert reads_of("popularity", {}) == reads_of("dcn", {}) == reads_of("dcn", {"align": {"longer": True}}) == "events"
+    assert (
+        reads_of("dcn", {"align": {"encoder": "lsa"}}) == reads_of("dcn", {"align": {"encoder": "chance"}}) == "texts"
+    )
+    assert reads_of("dcn", {"align": {"encoder": str(tuned)}}) == "language model"
+    # Its joint layers are pretrained ones, and tuned.
+    assert (reads_of("late-interaction", {}), reads_of("late-interaction", {"joint": 0})) == ("language model", "texts")
+
+
+def test_another_encoder_under_the_same_path_makes_other_rows(table: Path, tuned: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(tuned, tmp_path / "encoder"))
+    data = f"data={{source: table, path: {table}, columns: {{title: title}}}}"
+    controls = "random, popularity, item-knn, markov-1"
+    tasks = f"tasks={{sequential: {{baselines: [{controls}, {{name: content, encoder: {folder}}}]}}}}"
+    more = ("reviews=null", "eval.arms=[]", "eval.candidates.count=5")
+    study = build_study(load_recipe("recipes/movielens-100k/four-tasks.yaml", [data, tasks, *more]))
+    labels = [each.label for each in study.baselines("sequential")]
+
+    def keys() -> list[str]:
+        evaluation = Evaluation(study, None, tmp_path / "run", Budget(quiet=True), quiet=True)
+        return [evaluation.key(RowSpec("sequential", "baseline", label), "numpy", None) for label in labels]
+
+    before, (weights,) = keys(), folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    tensors[min(tensors)] = tensors[min(tensors)] + 1
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert [one == other for one, other in zip(before, keys(), strict=True)] == [True] * 4 + [False]
+    assert hashes_of("content", {"encoder": str(folder)}) != hashes_of("content", {"encoder": str(tuned)})
+    assert hashes_of("popularity", {}) == hashes_of("content", {"encoder": str(tmp_path / "none")}) == {}
+
+
+def test_vectors_are_those_of_the_folder_as_it_is_now(tuned: Path, tmp_path: Path) -> None:
+    """Weights and pooling are looked at anew at every call, in one process too."""
+    folder = Path(shutil.copytree(tuned, tmp_path / "encoder"))
+    stamps, texts = [text_embedder(str(folder)).stamp], ["anvil a", "feather b drum"]
+    means = text_embedder(str(folder))(texts)
+    pooling = folder / "1_Pooling" / "config.json"
+    pooling.parent.mkdir(exist_ok=True)
+    pooling.write_text(json.dumps({"pooling_mode_cls_token": True}), encoding="utf-8")
+    stamps.append(text_embedder(str(folder)).stamp)
+    assert not np.allclose(text_embedder(str(folder))(texts), means)
+    (weights,) = folder.glob("*.safetensors")
+    tensors = load_file(weights)
+    save_file({name: each + 1 for name, each in tensors.items()}, weights, metadata={"format": "pt"})
+    stamps.append(text_embedder(str(folder)).stamp)
+    assert len(set(stamps)) == 3
+
+
+def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tuned: Path) -> None:
+    model = Content(Content.Config(encoder=str(tuned)))
+    model.fit(_split(table))
+    assert len(model.items) == 24
+    other = _split(table, split={"kind": "last_share", "valid": 0.2, "test": 0.5})
+    with raises(DataError, Facts("leak", str(tuned), column="encoder")):
+        model.fit(other)
+
+
+def test_it_is_written_anew_and_nobody_elses_files_are_replaced(table: Path, tuned: Path, tmp_path: Path) -> None:
+    assert _tune(table, tuned).startswith("encoder: ")
+    (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
+    with raises(LlmrecError, Facts("exists", tmp_path)):
+        _tune(table, tmp_path)
+    assert (tmp_path / "notes.txt").read_text(encoding="utf-8") == "mine"
+    (tuned / "mine.txt").write_text("mine", encoding="utf-8")
+    with raises(LlmrecError, Facts("exists", tuned)):
+        _tune(table, tuned)
+    (tuned / "mine.txt").unlink()

@@ -1,0 +1,240 @@
+"""Engines that do not start, or break down: another answers in their place, or their rows are not evaluated."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.answer.checks import decided
+from llmrec.answer.models import LanguageModel
+from llmrec.answer.opening import open_models
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.rank.run import rank_file
+from llmrec.backends.fake import FakeBackend
+from llmrec.cli.main import app
+from llmrec.errors import EngineFailure
+from llmrec.pipeline import engines
+from llmrec.pipeline import run as pipeline
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.registry import BACKENDS
+from llmrec.registry import lookup as looked_up
+from llmrec.report.table import csv_text
+from llmrec.types import Prompt, Scores
+from tests.answer.rank_cases import items_csv, jsonl, lines, options, records
+from tests.facts import Facts, raises
+
+pytest.importorskip("torch", reason="the train extra is not installed")
+
+PAGE = """
+name: failing
+data: {source: made-reviews, noun: products}
+tasks:
+  direct: {strategies: [label, list], weight: 0}
+  sequential: {weight: 0}
+eval:
+  {arms: [zero-shot, few-shot], users: 6, batch: 4, bootstrap: 50, candidates: {count: 5}, fusion: {model_users: 20}}
+"""
+# Rows of the two engines; on a CPU titles are scored by transformers, whichever engine the recipe names.
+VLLM_ROWS, HF_ROWS = 4, 2
+
+
+class Standing(FakeBackend):
+    """Stands in the place of vLLM."""
+
+    name = "vllm"
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__()
+
+
+class Failing(Standing):
+    """Does not start."""
+
+    starts = 0
+
+    def __init__(self, *args: object, **options: object) -> None:
+        type(self).starts += 1
+        said = "vLLM could not start: 0.1 GiB are free; set eval.backend=hf"
+        raise EngineFailure(said, kind="exhausted", column="eval.backend")
+
+
+class Dying(Standing):
+    """Answers one batch."""
+
+    def score(
+        self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
+    ) -> list[Scores]:
+        if getattr(self, "answered", False):
+            raise EngineFailure("the vLLM engine died; run the same command again to continue", kind="failed")
+        self.answered = True
+        return super().score(prompts, candidates, closed=closed)
+
+
+@pytest.fixture
+def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[FakeBackend]], None]:
+    """Return what puts a class in the place of vLLM."""
+    monkeypatch.setattr(engines, "installed", lambda name: True)
+    monkeypatch.setattr(engines, "versions", lambda: {"llmrec": "0", "vllm": "0.32.0+cpu"})
+    Failing.starts = 0
+
+    def put(kind: type[FakeBackend]) -> None:
+        def lookup(table: Any, name: str, what: str) -> Any:
+            return kind if table is BACKENDS and name == "vllm" else looked_up(table, name, what)
+
+        monkeypatch.setattr(engines, "lookup", lookup)
+
+    return put
+
+
+@pytest.fixture
+def page(tmp_path: Path, llama_folder: Path) -> Path:
+    file = tmp_path / "failing.yaml"
+    file.write_text(f"{PAGE}model: {{name: {llama_folder}, dtype: float32}}\n", encoding="utf-8")
+    return file
+
+
+def recipe(page: Path, *more: str) -> Recipe:
+    return load_recipe(str(page), more)
+
+
+def engines_of(results: dict[str, Any]) -> dict[str, str]:
+    asked = [row for row in results["rows"] if row["template"] is not None and "fusion" not in row]
+    return {row["id"]: row["engine"].partition(":")[0] for row in asked}
+
+
+def test_transformers_answer_for_an_engine_that_does_not_start(
+    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    put(Failing)
+    with caplog.at_level(logging.WARNING, logger="llmrec"):
+        made = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
+    assert set(engines_of(made.results).values()) == {"hf"} and "unevaluated" not in made.results
+    (line,) = [record.getMessage() for record in caplog.records if "vLLM" in record.getMessage()]
+    assert line.startswith("vLLM could not start: 0.1 GiB are free; transformers answers instead, ")
+    assert "twice as long" in line
+    assert Failing.starts == 1
+    # The rows say who answered, and a second call reuses them, also where the engine would start by then.
+    put(Standing)
+    again = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
+    assert engines_of(again.results) == engines_of(made.results)
+    # A plain recipe of transformers asks the same questions of the same engine.
+    alone = pipeline.run(recipe(page, "eval.backend=hf"), tmp_path / "hf", quiet=True)
+    assert [row["metrics"] for row in alone.results["rows"]] == [row["metrics"] for row in made.results["rows"]]
+
+
+def test_no_row_mixes_the_answers_of_two_engines(
+    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path
+) -> None:
+    put(Dying)
+    made = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
+    alone = pipeline.run(recipe(page, "eval.backend=hf"), tmp_path / "hf", quiet=True)
+    assert set(engines_of(made.results).values()) == {"hf"}
+    assert [row["metrics"] for row in alone.results["rows"]] == [row["metrics"] for row in made.results["rows"]]
+
+
+def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(
+    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path
+) -> None:
+    put(Failing)
+    folder = tmp_path / "r"
+    with raises(
+        EngineFailure,
+        Facts(
+            "exhausted",
+            column="eval.backend",
+            says=("0.1 GiB are free; set eval.backend=hf.", str(folder / "report" / "index.html"), "the same command"),
+        ),
+    ) as caught:
+        pipeline.run(recipe(page, "eval.backend=vllm"), folder, quiet=True)
+    assert Failing.starts == 1
+    results = json.loads((folder / "results.json").read_bytes())
+    missing = {row["id"]: row["reason"] for row in results["unevaluated"]}
+    assert set(missing.values()) == {"vLLM could not start: 0.1 GiB are free"}
+    # Also the fusions that they would have been joined in.
+    assert {name.split("/")[0] for name in missing} == {"direct"} and len(missing) > VLLM_ROWS
+    assert set(engines_of(results).values()) == {"hf"} and len(engines_of(results)) == HF_ROWS
+    assert f"{len(missing)} of {len(missing) + len(results['rows'])} rows were not evaluated" in str(caught.value)
+    report = {file.suffix: file.read_text("utf-8") for file in (folder / "report").iterdir()}
+    for text in report.values():
+        assert text.count("not evaluated") >= len(missing)
+    assert len(csv_text(results).splitlines()) == len(report[".csv"].splitlines())
+    put(Standing)
+    done = pipeline.run(recipe(page, "eval.backend=vllm"), folder, quiet=True)
+    assert "unevaluated" not in done.results
+    answered = list(engines_of(done.results).values())
+    assert (answered.count("hf"), len(answered)) == (HF_ROWS, HF_ROWS + VLLM_ROWS)
+    assert missing.keys() <= {row["id"] for row in done.results["rows"]}
+
+
+def test_the_command_ends_with_one_line(put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path) -> None:
+    put(Failing)
+    done = CliRunner().invoke(app, ["run", str(page), "eval.backend=vllm", "--out", str(tmp_path / "r"), "-q"])
+    assert isinstance(done.exception, EngineFailure)
+    assert "\n" not in str(done.exception) and "eval.backend=hf" in str(done.exception)
+
+
+def test_without_any_engine_the_classic_recommenders_are_reported(
+    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(Failing)
+
+    def full(*args: object, **options: object) -> None:
+        raise EngineFailure("loading the model: memory is full; choose a smaller one", kind="exhausted")
+
+    monkeypatch.setattr(engines, "load_model", full)
+    with raises(EngineFailure, Facts("exhausted", says="memory is full; choose a smaller one.")):
+        pipeline.run(recipe(page), tmp_path / "r", quiet=True)
+    results = json.loads((tmp_path / "r" / "results.json").read_bytes())
+    assert {row["arm"] for row in results["rows"]} == {"baseline"}
+    assert {row["reason"] for row in results["unevaluated"]} == {"loading the model: memory is full"}
+
+
+@pytest.mark.parametrize("kind", [Failing, Dying])
+def test_a_recommender_answers_through_another_engine(
+    kind: type[Standing], put: Callable[[type[FakeBackend]], None], llama_folder: Path, tmp_path: Path
+) -> None:
+    put(kind)
+    asked = options(llama_folder, jsonl(tmp_path / "in.jsonl", records(4)), tmp_path / "out.jsonl", strategy="label")
+    asked = replace(asked, items=items_csv(tmp_path), batch=2)
+    summary = rank_file(replace(asked, backend="auto"))
+    rank_file(replace(asked, out=tmp_path / "hf.jsonl", backend="hf"))
+    assert summary["engine"] == "hf"
+    assert lines(tmp_path / "out.jsonl")[-1] == lines(tmp_path / "hf.jsonl")[-1]
+
+
+def test_a_recommender_that_was_told_its_engine_fails_with_one_line(
+    put: Callable[[type[FakeBackend]], None], llama_folder: Path, tmp_path: Path
+) -> None:
+    put(Failing)
+    asked = options(llama_folder, jsonl(tmp_path / "in.jsonl", records(4)), tmp_path / "out.jsonl", strategy="label")
+    with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
+        rank_file(replace(asked, items=items_csv(tmp_path), backend="vllm"))
+
+
+def test_a_service_on_a_gpu_answers_through_transformers(
+    put: Callable[[type[FakeBackend]], None], llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(Failing)
+    monkeypatch.setattr("llmrec.answer.checks.device", lambda model: "cuda")
+    monkeypatch.setattr(engines, "_on_gpu", lambda model: True)
+    monkeypatch.setattr(engines, "_device", lambda model: "a card")
+    asked = RecommenderOptions(model=str(llama_folder), items=items_csv(tmp_path), dtype="float32")
+    models = open_models(decided(asked), ())
+    model = models.get(None)
+    assert isinstance(model, LanguageModel)
+    model.warm()
+    assert (Failing.starts, model.base.engine) == (1, "hf")
+    models.close()
+    with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
+        models = open_models(decided(replace(asked, backend="vllm")), ())
+        model = models.get(None)
+        assert isinstance(model, LanguageModel)
+        model.warm()

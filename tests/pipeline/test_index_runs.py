@@ -1,0 +1,365 @@
+"""Whole runs over codes on a tiny model: from an index to a ranking of items that training did not know."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+
+from llmrec.answer.rank.run import rank_file
+from llmrec.data.split import SplitDataset
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.exports import export
+from llmrec.index.numbers import SequentialNumbers
+from llmrec.index.table import ItemIndex, build
+from llmrec.pipeline import audit
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.leaks import checks as leaks
+from llmrec.pipeline.leaks import rows as leaks_rows
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import IndexSection, Recipe
+from llmrec.registry import INDEXES
+from llmrec.report import index_summary
+from llmrec.tasks import rows, sequential
+from tests.answer import rank_cases
+from tests.facts import Facts, raises
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+SMALL = (
+    "data={source: made-reviews, noun: products}",
+    "train.steps=3",
+    "train.batch_tokens=512",
+    "train.valid_rows=4",
+    "train.lora.top_layers=1",
+    "eval.users=6",
+    "eval.candidates.count=5",
+    "eval.bootstrap=50",
+    "eval.backend=hf",
+)
+TREE = "index={scheme: collaborative, collaborative: {clusters: 3, leaf: 8}}"
+MEANING = "index={scheme: semantic, semantic: {levels: 2, codes: 6}}"
+
+
+def recipe(model: Path, *more: str) -> Recipe:
+    page = "recipes/movielens-100k/index-title.yaml"
+    return load_recipe(page, [f"model.name={model}", "model.dtype=float32", *SMALL, *more])
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMREC_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "index={scheme: title}",
+        MEANING,
+        *(pytest.param(index, marks=pytest.mark.slow) for index in (TREE, "index={scheme: token}")),
+    ],
+)
+def done(
+    request: pytest.FixtureRequest, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Recipe, pipeline.Run]:
+    chosen = recipe(llama_folder, request.param)
+    return chosen, pipeline.run(chosen, tmp_path_factory.mktemp("run") / "r", quiet=True)
+
+
+def answers(folder: Path) -> pl.DataFrame:
+    return pl.read_parquet(folder / "predictions.parquet").filter(pl.col("row_id").str.contains("tuned"))
+
+
+def test_a_run_asks_and_answers_in_codes(done: tuple[Recipe, pipeline.Run]) -> None:
+    chosen, run = done
+    study = build_study(chosen)
+    assert study.index is not None
+    asked = answers(run.folder)
+    assert len(asked) == 6 and asked["error"].null_count() == 6
+    (row,) = [row for row in run.results["rows"] if row["arm"] == "tuned"]
+    assert row["template"] == "sequential/continue-codes"
+    (shown,) = {line for line in run.results["examples"][0]["prompt"].splitlines() if "code" in line}
+    assert "the code of one" in shown
+    codes = {study.index.encode(item) for item in study.index.codes}
+    listed = run.results["examples"][0]["prompt"].rpartition("assistant\n")[2].splitlines()
+    assert listed and set(listed) <= codes
+    # The report shows items of the index that stand together, and where its own page is.
+    near = index_summary.neighbours(run.folder)
+    part = run.report.read_text("utf-8").partition('<section id="neighbours"')[2].partition("</section>")[0]
+    assert (
+        bool(near) is (study.index.scheme in ("collaborative", "semantic")) and part.count("<article") == len(near) <= 6
+    )
+
+
+def test_a_run_over_codes_passes_its_audit(done: tuple[Recipe, pipeline.Run]) -> None:
+    checks = {check.name: check for check in audit.audit(done[1].folder)}
+    gate = checks["item index that learned from held-out interactions"]
+    assert gate.verdict == "clean" and "same bytes" in gate.found
+    assert "code arithmetic" in checks
+    assert all(check.verdict != "leak" for check in checks.values())
+
+
+def test_the_second_run_makes_nothing_again(done: tuple[Recipe, pipeline.Run]) -> None:
+    chosen, run = done
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*.safetensors")}
+    again = pipeline.run(chosen, run.folder, quiet=True)
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*.safetensors")} == before
+    assert again.results["rows"] == run.results["rows"]
+
+
+def test_a_run_whose_index_saw_held_out_items_gets_no_table(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Whole(SequentialNumbers):
+        @staticmethod
+        def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Any = None) -> ItemIndex:
+            """Numbers in the order of whole histories, as P5's files have them."""
+            rows = data.dataset.interactions.sort("user_id", "timestamp")
+            order = rows["item_id"].unique(maintain_order=True).to_list()
+            return ItemIndex("sequential", {item: (str(n),) for n, item in enumerate(order, 1001)})
+
+    monkeypatch.setitem(INDEXES, "sequential", "test_index_runs:Whole")  # type: ignore[arg-type]
+    monkeypatch.setattr("test_index_runs.Whole", Whole, raising=False)
+    chosen = recipe(llama_folder, "index={scheme: sequential}", "eval.arms=[zero-shot]")
+    with raises(LlmrecError, Facts("leak", "audit.json", says="this run leaks, so it gets no table")):
+        pipeline.run(chosen, tmp_path / "r", quiet=True)
+    found = json.loads((tmp_path / "r" / "audit.json").read_text())
+    assert found["leaks"] == 1
+    (leak,) = [check for check in found["checks"] if check["verdict"] == "leak"]
+    assert leak["name"] == "item index that learned from held-out interactions" and "codes move" in leak["found"]
+    assert "This run leaks, so it gets no table." in (tmp_path / "r" / "report" / "index.html").read_text()
+
+
+def test_codes_from_a_file_cannot_be_proven(llama_folder: Path, tmp_path: Path) -> None:
+    plain = build_study(recipe(llama_folder, "index={scheme: random}"))
+    assert plain.index is not None
+    (tmp_path / "codes.json").write_text(json.dumps({item: [n, 0] for n, item in enumerate(plain.index.codes)}))
+    study = build_study(recipe(llama_folder, f"index={{scheme: external, path: {tmp_path}/codes.json}}"))
+    check = leaks.item_index(study)
+    assert check is not None and check.verdict == "notice" and "not tested" in check.found
+    assert leaks.item_index(replace(study, index=None)) is None
+
+
+def test_the_audit_reads_codes(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row or a question that shows a held-out item by its code leaks as one that shows its title."""
+    study = build_study(recipe(llama_folder, TREE))
+    assert study.index is not None
+    assert leaks_rows.training_rows(study, "sequential", 200).verdict == "clean"
+    assert leaks_rows.questions(study, "sequential").verdict == "clean"
+    task: Any = study.tasks["sequential"]
+    held = {user: item for user, item in study.data.test.select("user_id", "item_id").iter_rows()}
+    real_steps = rows.steps
+
+    def telling(values: Any, events: Any, answered: Any) -> Any:
+        secret = task._view.item(held[values["user_id"]]) if values["user_id"] in held else None
+        return [*([values | {"item": secret, "n": 0}] if secret else []), *real_steps(values, events, answered)]
+
+    for module in (rows, sequential):
+        monkeypatch.setattr(module, "steps", telling)
+    found = leaks_rows.training_rows(study, "sequential", 50)
+    assert found.verdict == "leak" and any("held-out item" in example for example in found.examples)
+    assert leaks_rows.questions(study, "sequential").verdict == "leak"
+
+
+def test_a_run_folder_forgets_the_tokens_of_another_index(llama_folder: Path, tmp_path: Path) -> None:
+    arms = "eval.arms=[zero-shot]"
+    pipeline.run(recipe(llama_folder, "index={scheme: token}", arms), tmp_path / "r", quiet=True)
+    assert (tmp_path / "r" / "base.json").is_file() and (tmp_path / "r" / "base").is_dir()
+    pipeline.run(recipe(llama_folder, "index={scheme: random}", arms), tmp_path / "r", quiet=True)
+    assert not (tmp_path / "r" / "base.json").exists() and not (tmp_path / "r" / "base").exists()
+
+
+def test_a_template_of_codes_needs_an_index(llama_folder: Path) -> None:
+    with raises(RecipeError, Facts("unsupported", "sequential/continue-codes", says="index: {scheme: semantic}")):
+        build_study(recipe(llama_folder, "index=null"))
+
+
+def test_a_run_over_the_whole_catalogue_has_its_own_protocol(llama_folder: Path, tmp_path: Path) -> None:
+    whole = ("eval.candidates={kind: catalogue}", "tasks.sequential.strategies=[search]", "eval.beams=5")
+    run = pipeline.run(recipe(llama_folder, TREE, *whole, "eval.arms=[zero-shot]"), tmp_path / "r", quiet=True)
+    (row,) = [row for row in run.results["rows"] if row["arm"] != "baseline"]
+    assert row["engine"] == "hf:tree" and row["candidates"] is None
+    assert {figure["signature"].split("|cand:")[1].split("|")[0] for figure in row["metrics"].values()} == {"full"}
+    assert not (tmp_path / "r" / "candidates").exists()
+    for _, parsed in answers_of(tmp_path / "r", "zero-shot"):
+        assert len(parsed["items"]) == 5 == len(set(parsed["items"]))
+    assert all(check.verdict != "leak" for check in audit.audit(tmp_path / "r"))
+    for wrong, what in (
+        ("tasks.sequential.strategies=[likelihood]", "strategies: [search]"),
+        ("eval.candidates={kind: uniform, count: 5}", "eval.candidates.kind=catalogue"),
+    ):
+        with raises(RecipeError, Facts("contradiction", column="tasks.sequential.strategies", says=what)):
+            recipe(llama_folder, TREE, *whole, wrong)
+    # Where no language model is asked, no strategy ranks.
+    recipe(llama_folder, TREE, whole[0], "eval.arms=[]")
+
+
+def answers_of(folder: Path, arm: str) -> list[tuple[str, Any]]:
+    rows = pl.read_parquet(folder / "predictions.parquet").filter(pl.col("row_id").str.contains(arm))
+    return [(request, json.loads(parsed)) for request, parsed in rows.select("request_id", "parsed").iter_rows()]
+
+
+# --------------------------------------------------------------------------- out of the run
+
+
+def ranked(
+    model: Path, tmp_path: Path, items: Path | None, rows: list[dict[str, Any]], **more: Any
+) -> list[dict[str, Any]]:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    more = {"items": items, "batch": 8, "restart": True, **more}
+    rank_file(rank_cases.options(model, tmp_path / "in.jsonl", tmp_path / "out.jsonl", **more))
+    return [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def test_new_items_are_ranked_where_the_scheme_can_place_them(
+    done: tuple[Recipe, pipeline.Run], tmp_path: Path
+) -> None:
+    chosen, run = done
+    known = sorted(build_study(chosen).data.dataset.items)[:4]
+    new = {"item_id": "new-1", "title": "A kettle that sings"}
+    rows = [
+        {"id": "known", "history": known[:2], "candidates": known[2:]},
+        {"id": "new", "history": known[:2], "candidates": [*known[2:], new]},
+        {"id": "again", "history": [new, known[0]], "candidates": known[2:]},
+    ]
+    found = {row["request_id"]: row for row in ranked(run.folder, tmp_path, None, rows)}
+    assert sorted(found["known"]["items"]) == known[2:]
+    assert chosen.index is not None
+    if chosen.index.scheme == "token":
+        assert "one token an item" in found["new"]["error"] and "one token an item" in found["again"]["error"]
+    else:
+        assert sorted(found["new"]["items"]) == sorted([*known[2:], "new-1"])
+        assert sorted(found["again"]["items"]) == known[2:]
+
+
+def test_an_item_given_by_its_title_is_not_taken_for_an_id(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:
+    chosen, run = done
+    assert chosen.index is not None
+    if chosen.index.scheme == "token":
+        pytest.skip("new items have no token")
+    known = sorted(build_study(chosen).data.dataset.items)
+    # A title that is another item's id.
+    rows = [{"id": "t", "history": known[:2], "candidates": [known[2], {"title": known[3]}]}]
+    (found,) = ranked(run.folder, tmp_path, None, rows)
+    plain = [{"id": "t", "history": known[:2], "candidates": [known[2], known[3]]}]
+    (tmp_path / "b").mkdir()
+    (other,) = ranked(run.folder, tmp_path / "b", None, plain)
+    scores = [dict(zip(each["items"], each["scores"], strict=True))[known[3]] for each in (found, other)]
+    assert abs(scores[0] - scores[1]) > 1e-3
+
+
+def test_known_items_need_no_text_encoder(
+    done: tuple[Recipe, pipeline.Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from llmrec.pipeline import indexing
+
+    chosen, run = done
+    monkeypatch.setattr(indexing, "text_embedder", lambda name: pytest.fail("the text encoder was looked for"))
+    known = sorted(build_study(recipe(Path(chosen.model.name), "index={scheme: random}")).data.dataset.items)
+    (found,) = ranked(run.folder, tmp_path, None, [{"id": "k", "history": known[:3]}], candidates="all", beams=4)
+    assert len(found["items"]) == 4
+
+
+def test_the_whole_catalogue_is_ranked_for_a_history(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:
+    chosen, run = done
+    study = build_study(chosen)
+    known = sorted(study.data.dataset.items)
+    rows = [
+        {"id": "warm", "history": known[:3]},
+        {"id": "cold", "history": [], "candidates": ["ignored"]},
+        {"id": "all but two", "history": known[2:]},
+        {"id": "broken", "history": 7},
+    ]
+    whole = ranked(run.folder, tmp_path, None, rows, candidates="all", beams=6, exact=True)
+    found = {row["request_id"]: row for row in whole}
+    for name, history in (("warm", known[:3]), ("cold", []), ("all but two", known[2:])):
+        items = found[name]["items"]
+        assert len(items) == len(set(items)) == min(6, len(known) - len(history))
+        assert not set(items) & set(history) and set(items) <= set(known)
+        assert found[name]["scores"] == sorted(found[name]["scores"], reverse=True)
+    assert any("left aside" in note for note in found["cold"]["notes"])
+    assert "'history' is" in found["broken"]["error"]
+    # A certified list is what scoring every item gives.
+    (tmp_path / "one").mkdir()
+    pool = [item for item in known if item not in known[:3]]
+    one = ranked(run.folder, tmp_path / "one", None, [{"id": "w", "history": known[:3], "candidates": pool}])
+    assert one[0]["items"][:6] == found["warm"]["items"]
+    assert one[0]["scores"][:6] == pytest.approx(found["warm"]["scores"], abs=1e-3)
+
+
+def test_an_export_carries_the_codes_and_answers_alike(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:
+    chosen, run = done
+    assert chosen.index is not None
+    options = export.Options(out=tmp_path / "model", with_items=False, users=2)
+    made = export.export(run.folder, options)
+    assert made.agreement is not None and made.agreement.logit < 1e-3
+    carried = (tmp_path / "model" / "index").is_dir()
+    assert carried == (chosen.index.scheme != "title")
+    items = build_study(chosen).data.dataset.items
+    known = sorted(items)[:4]
+    titled = [{"item_id": item, "title": items[item].title} for item in known]
+    rows = [{"id": "r", "history": titled[:2], "candidates": titled[2:]}]
+    for side in ("a", "b"):
+        (tmp_path / side).mkdir()
+    one, two = ranked(run.folder, tmp_path / "a", None, rows), ranked(tmp_path / "model", tmp_path / "b", None, rows)
+    assert one[0]["items"] == two[0]["items"] and one[0]["scores"] == pytest.approx(two[0]["scores"], abs=1e-3)
+    if build(chosen.index, build_study(chosen).data, seed=0, embed=_embed(chosen)).tokens:
+        with raises(LlmrecError, Facts("unsupported", column="--adapter-only")):
+            export.export(run.folder, export.Options(out=tmp_path / "adapter", users=0, adapter_only=True))
+
+
+def _embed(chosen: Recipe) -> Any:
+    from llmrec.models.embedder import text_embedder
+
+    return text_embedder("all-MiniLM-L6-v2") if chosen.index and chosen.index.scheme == "semantic" else None
+
+
+def test_untuned_settings_are_asked_with_titles_and_the_tuned_model_with_item_tokens(
+    llama_folder: Path, tmp_path: Path
+) -> None:
+    chosen = recipe(
+        llama_folder,
+        "index={scheme: token}",
+        # A second table has items of its own, which the index does not hold.
+        "reviews={source: made-reviews}",
+        "tasks={sequential: {templates: [bare-codes], untuned_templates: [continue-list], history: 5, window: 6}, "
+        "explanation: {users: 4, max_tokens: 4, arms: [tuned]}}",
+        "train.softmax=items",
+        "eval.arms=[zero-shot, few-shot, tuned]",
+        "eval.shots.k=1",
+    )
+    session = pipeline.open_session(chosen, tmp_path / "r", quiet=True)
+    # Titles are read by the model as it came: untrained rows of item tokens would take probability from their words.
+    assert session.base == str(llama_folder) and session.start == str(tmp_path / "r" / "base")
+    run = pipeline.run(chosen, tmp_path / "r", quiet=True)
+    asked = {
+        row["arm"]: row["template"] for row in run.results["rows"] if row["template"] and row["task"] == "sequential"
+    }
+    assert asked == {
+        "zero-shot": "sequential/continue-list",
+        "few-shot": "sequential/continue-list",
+        "tuned": "sequential/bare-codes",
+    }
+    asked_tuned = answers(run.folder)
+    assert len(asked_tuned) == asked_tuned["error"].null_count() == 6 + 4
+    zero, tuned = (
+        next(row["id"] for row in run.results["rows"] if row["arm"] == arm) for arm in ("zero-shot", "tuned")
+    )
+    planned = {(each["a"], each["b"]) for each in run.results["comparisons"] if each.get("verdict")}
+    assert (tuned, zero) in planned
+    lines = audit.audit(run.folder)
+    assert not [line for line in lines if line.verdict == "leak"]
+
+
+@pytest.mark.parametrize("index", ["index=null", "index={scheme: title}"])
+def test_an_item_softmax_without_item_tokens_is_refused(llama_folder: Path, tmp_path: Path, index: str) -> None:
+    chosen = recipe(llama_folder, index, "tasks={sequential: {templates: [continue-list]}}", "train.softmax=items")
+    with raises(RecipeError, Facts("contradiction", column="train.softmax", says="scheme: token")):
+        pipeline.run(chosen, tmp_path / "r", quiet=True)

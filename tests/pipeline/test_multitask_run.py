@@ -1,0 +1,364 @@
+"""Mixtures, families that are left out of training, and training in two stages, on tiny random models."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from llmrec.bench.benchmark import points
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.exports.export import Options, export
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline import runs
+from llmrec.pipeline.study import Study, build_study, encoder_of
+from llmrec.pipeline.training import plan_training, training_key
+from llmrec.recipe.load import load_benchmark, load_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.report.plots import losses
+from llmrec.report.results import read
+from llmrec.resources import resource
+from llmrec.train.steps import Plan
+from tests.conftest import make_model
+from tests.facts import Facts, raises
+from tests.review_files import records, write
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+ROWS = (
+    "data={source: made-reviews, noun: products}",
+    "tasks={rating: {strategies: [expected]}, sequential: {}, direct: {strategies: [label]}}",
+    "eval.users=4",
+    "eval.candidates.count=5",
+    "eval.bootstrap=50",
+    "eval.backend=hf",
+    "eval.arms=[zero-shot, tuned]",
+    "train.steps=2",
+    "train.batch_tokens=512",
+    "train.valid_rows=6",
+    "train.lora.top_layers=1",
+)
+
+
+def recipe(folder: Path | str, *more: str) -> Recipe:
+    named = ["reviews=null", f"model.name={folder}", "model.dtype=float32", *ROWS, *more]
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", named)
+
+
+def planned(study: Study, folder: Path) -> Plan:
+    return plan_training(study, encoder_of(study, str(folder)))
+
+
+def share_of_ratings(study: Study, plan: Plan, folder: Path) -> float:
+    """Return what share of the planned tokens stands in rows that show no candidates."""
+    decode = encoder_of(study, str(folder)).tokenizer.decode
+    spent = {True: 0, False: 0}
+    for step in plan.steps:
+        for row in step.rows:
+            spent["Candidates:" in decode(list(row.ids))] += len(row.ids)
+    return spent[False] / sum(spent.values())
+
+
+# --------------------------------------------------------------------------- keys
+
+
+@pytest.mark.parametrize(
+    ("keys", "parts"),
+    [
+        (["train.only=[rating]", "train.without=[direct]"], ["train.without", "one of both"]),
+        (["train.only=[ratings]"], ["train.only", "did you mean 'rating'", "rating, sequential, direct"]),
+        (["train.without=[explanation]"], ["train.without", "no family 'explanation'"]),
+        (["train.without=[rating, sequential, direct]"], ["train.without", "nothing to train on"]),
+        (["train.only=[direct]", "tasks.direct.weight=0"], ["train.only", "tasks.direct.weight"]),
+        (["train.mixture_limit=5"], ["train.mixture_limit", "train.mixture=weights"]),
+        (["train.mixture=equal", "train.mixture_limit=5"], ["train.mixture_limit", "train.mixture=equal"]),
+    ],
+)
+def test_choices_that_cannot_be_meant_are_refused(keys: list[str], parts: list[str]) -> None:
+    with pytest.raises(RecipeError) as caught:
+        recipe("m", *keys)
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_only_and_without_say_who_is_trained() -> None:
+    assert recipe("m").trained() == {"rating": 1.0, "sequential": 1.0, "direct": 1.0}
+    assert recipe("m", "train.only=[direct, rating]").trained() == {"rating": 1.0, "direct": 1.0}
+    assert recipe("m", "train.without=[direct]", "tasks.rating.weight=0").trained() == {"sequential": 1.0}
+
+
+def test_a_rating_head_may_stand_beside_families_that_are_left_out() -> None:
+    head = ("tasks.rating.strategies=[head, expected]", "tasks.rating.head={alpha: 0.5}")
+    with raises(
+        RecipeError,
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/four-tasks.yaml",
+            column="tasks.rating.head",
+            says="train.only=[rating]",
+        ),
+    ):
+        recipe("m", *head)
+    assert recipe("m", *head, "train.only=[rating]").trained() == {"rating": 1.0}
+    with raises(
+        RecipeError,
+        Facts(
+            "contradiction",
+            "recipes/movielens-100k/four-tasks.yaml",
+            column="tasks.rating.head",
+            says="train.only=[rating]",
+        ),
+    ):
+        recipe("m", *head, "train.without=[rating]")
+
+
+# --------------------------------------------------------------------------- what is planned
+
+
+def test_rows_are_those_of_the_chosen_families_and_every_family_is_followed(llama_folder: Path) -> None:
+    for key, trained in (("train.only=[rating]", {"rating"}), ("train.without=[rating]", {"sequential", "direct"})):
+        plan = planned(build_study(recipe(llama_folder, key)), llama_folder)
+        assert set(plan.rows) == trained and all(plan.rows.values()), key
+        assert set(plan.valid) == {"rating", "sequential", "direct"} and all(plan.valid.values()), key
+
+
+def test_a_family_of_weight_0_is_neither_trained_nor_followed(llama_folder: Path) -> None:
+    plan = planned(build_study(recipe(llama_folder, "tasks.direct.weight=0")), llama_folder)
+    assert set(plan.rows) == set(plan.valid) == {"rating", "sequential"}
+
+
+def test_a_plan_follows_the_mixture(llama_folder: Path) -> None:
+    """One rating in ten is counted, so that the two families differ in size."""
+    sizes = ("train.steps=8", "train.batch_tokens=3000", "train.max_row_tokens=1000")
+    keys = ("tasks.sequential=null", "tasks.direct.templates=[after-history]", "tasks.rating.weight=7", *sizes)
+    found = {}
+    for mixture in ("weights", "equal", "proportional", "temperature"):
+        study = build_study(recipe(llama_folder, *keys, f"train.mixture={mixture}"))
+        train = study.data.train
+        few = train["rating"].scatter([n for n in range(len(train)) if n % 10], None)
+        sized = build_study(study.recipe, replace(study.data, train=train.with_columns(rating=few)))
+        study = replace(study, tasks=sized.tasks, trained=study.tasks)
+        rated, known = len(few.drop_nulls()), len(few)
+        found[mixture] = dict(study.shares)
+        expected = found[mixture]["rating"] / sum(found[mixture].values())
+        share = share_of_ratings(study, planned(study, llama_folder), llama_folder)
+        assert share == pytest.approx(expected, abs=0.06), mixture
+    assert found["weights"] == {"rating": 7.0, "direct": 1.0}
+    assert found["equal"] == {"rating": 0.5, "direct": 0.5}
+    assert found["proportional"]["rating"] == pytest.approx(rated / (rated + known))
+    assert found["temperature"]["rating"] == pytest.approx(rated**0.5 / (rated**0.5 + known**0.5))
+
+
+def test_sizes_are_what_a_family_can_ask_about(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMREC_CACHE", str(tmp_path))
+    rows = records()
+    for row in rows[::2]:
+        row["summary"] = ""
+    path = write(tmp_path / "reviews.jsonl.gz", rows)
+    more = [f"data.path={path}", "eval.candidates.count=3"]
+    study = build_study(load_recipe("recipes/multitask/families.yaml", more))
+    users, whole = study.data.users(), len(study.data.train)
+    for family in ("rating", "sequential", "direct", "stars"):
+        assert study.training_size(family) == whole, family
+    kept = {(row["reviewerID"], row["asin"]) for row in rows if row["summary"]}
+    headlines = sum((user, event.item_id) in kept for user in users for event in study.data.train_events(user))
+    assert 0 < headlines < whole and study.training_size("review") == headlines
+    pool = build_study(load_recipe("recipes/multitask/families.yaml", [*more, "train.examples=9"]))
+    assert {pool.training_size(family) for family in pool.tasks} == {9}
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["train.mixture=equal", "train.only=[rating]", "train.without=[rating]", "train.temperature=3"],
+)
+def test_the_training_key_sees_the_mixture(change: str, llama_folder: Path) -> None:
+    one, two = (training_key(build_study(recipe(llama_folder, *more)), str(llama_folder)) for more in ((), (change,)))
+    assert one != two
+
+
+def test_the_shipped_page_trains_all_and_each_alone() -> None:
+    bench = load_benchmark(resource("eval", "suites", "multitask.yaml"))
+    every = {"rating", "sequential", "direct", "explanation", "review", "stars"}
+    found = {}
+    for point in points(bench):
+        chosen = load_recipe(bench.recipe, [*bench.overrides, *point.run.overrides])
+        assert set(chosen.tasks.present()) == every
+        found[point.label] = frozenset(chosen.trained())
+    groups = [{"rating"}, {"sequential"}, {"direct"}, {"explanation"}, {"review", "stars"}]
+    assert set(found.values()) == {frozenset(every), *map(frozenset, groups)}
+
+
+# --------------------------------------------------------------------------- a family that is left out
+
+
+def test_a_family_that_is_left_out_is_asked_followed_and_marked(llama_folder: Path, tmp_path: Path) -> None:
+    done = pipeline.run(recipe(llama_folder, "train.without=[rating]"), tmp_path / "r", quiet=True)
+    rows = {row["id"]: row for row in done.results["rows"]}
+    asked = rows["rating/tuned/expected/list-ratings"]
+    assert asked["n"] > 0 and asked["inputs"].endswith("trained on other families alone")
+    assert "other families" not in rows["rating/zero-shot/expected/list-ratings"]["inputs"]
+    assert "other families" not in rows["direct/tuned/label/after-history"]["inputs"]
+    assert any("Left out of training" in note and "rating" in note for note in done.results["notes"])
+    training = done.results["training"]
+    assert set(training["rows"]) == set(training["shares"]) == {"sequential", "direct"}
+    lines = [json.loads(line) for line in (done.folder / "train_log.jsonl").read_text("utf-8").splitlines()]
+    assert set(lines[-1]["valid_loss"]) == {"rating", "sequential", "direct"}
+    # One curve a family in the report, beside that of the training.
+    series = losses(read(done.folder))["series"]
+    assert [each["kind"] for each in series] == ["train", "valid", "valid", "valid"]
+    assert len({each["name"] for each in series}) == 4 and all(len(each["y"]) == 2 for each in series)
+    audit = json.loads((done.folder / "audit.json").read_text("utf-8"))
+    assert not any("training rows of rating" in check["name"] for check in audit["checks"])
+
+
+# --------------------------------------------------------------------------- two stages
+
+OWN = ("train.steps=2", "eval.arms=[zero-shot, tuned]", "tasks.sequential=null")
+
+
+@pytest.fixture(scope="module")
+def stage_one(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("stage") / "one"
+    pipeline.train(recipe(llama_folder, "tasks.direct=null"), folder, quiet=True)
+    return folder
+
+
+def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, tmp_path: Path) -> None:
+    """With a learning rate of nothing, what comes out is what went in: the first stage's model, not the base."""
+    still = recipe(llama_folder, *OWN, f"train.start={stage_one}", "train.learning_rate=1e-30")
+    done = pipeline.run(still, tmp_path / "two", quiet=True)
+    one, two, base = (
+        load_file(folder / "model.safetensors")
+        for folder in (stage_one / "merged", done.folder / "merged", llama_folder)
+    )
+    assert all(two[name].allclose(one[name], atol=1e-6) for name in one)
+    assert any(not two[name].allclose(base[name], atol=1e-5) for name in base)
+    assert any("continued from the tuned model" in note for note in done.results["notes"])
+    # The other arms ask the base model.
+    alone = pipeline.run(recipe(llama_folder, *OWN, "eval.arms=[zero-shot]"), tmp_path / "alone", quiet=True)
+    zero = "rating/zero-shot/expected/list-ratings"
+    one_row, other = (next(row for row in run.results["rows"] if row["id"] == zero) for run in (done, alone))
+    assert one_row["metrics"] == other["metrics"]
+    exported = export(done.folder, Options(out=tmp_path / "out", users=0))
+    weights = load_file(exported.folder / "model.safetensors")
+    assert all(weights[name].allclose(two[name], atol=1e-6) for name in two)
+    with raises(LlmrecError, Facts("unsupported", column="--adapter-only", says="train.start")):
+        export(done.folder, Options(out=tmp_path / "adapter", users=0, adapter_only=True))
+
+
+def test_the_key_holds_what_training_starts_from_and_not_where_it_lies(
+    stage_one: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(stage_one, moved)
+    sessions = [
+        pipeline.open_session(recipe(llama_folder, *OWN, *more), tmp_path / "two", quiet=True)
+        for more in ((), (f"train.start={stage_one}",), (f"train.start={moved}",))
+    ]
+    keys = [training_key(session.study, session.start) for session in sessions]
+    assert keys[0] != keys[1] == keys[2]
+    assert {session.base for session in sessions} == {str(llama_folder)}
+
+
+@pytest.mark.parametrize(
+    ("change", "parts"),
+    [
+        ("train.start=nowhere", ["train.start", "is no run folder"]),
+        ("data.split.kind=global_time", ["train.start", "held out here"]),
+        ("seed=3", ["train.start", "held out here"]),
+        ("index={scheme: random}", ["train.start", "no index", "random"]),
+        ("model.revision=abc", ["train.start", "model.revision"]),
+    ],
+)
+def test_a_start_that_does_not_fit_is_refused(
+    change: str, parts: list[str], stage_one: Path, llama_folder: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError) as caught:
+        pipeline.open_session(
+            recipe(llama_folder, *OWN, f"train.start={stage_one}", change), tmp_path / "r", quiet=True
+        )
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+def test_an_altered_unfinished_or_own_folder_is_refused(stage_one: Path, llama_folder: Path, tmp_path: Path) -> None:
+    def opened(start: Path) -> None:
+        pipeline.open_session(recipe(llama_folder, *OWN, f"train.start={start}"), tmp_path / "r", quiet=True)
+
+    altered, unfinished = tmp_path / "altered", tmp_path / "unfinished"
+    for folder in (altered, unfinished):
+        shutil.copytree(stage_one, folder)
+    (unfinished / "train.json").unlink()
+    (altered / "merged" / "generation_config.json").write_text("{}", encoding="utf-8")
+    with raises(RecipeError, Facts("missing-file", "train.json", column="train.start", says="`llmrec train`")):
+        opened(unfinished)
+    with raises(RecipeError, Facts("damaged", altered / "merged", column="train.start", says="`llmrec train`")):
+        opened(altered)
+    (tmp_path / "r").mkdir(exist_ok=True)
+    with raises(RecipeError, Facts("contradiction", tmp_path / "r", column="train.start", says="--out")):
+        opened(tmp_path / "r")
+
+
+def test_another_tokenizer_is_refused(stage_one: Path, tmp_path: Path) -> None:
+    """The same name, and another model under it than when the first stage was trained."""
+    other = make_model(tmp_path / "m")
+    moved = tmp_path / "one"
+    shutil.copytree(stage_one, moved)
+    page = (moved / "recipe.yaml").read_text("utf-8")
+    known = load_recipe(moved / "recipe.yaml").model.name
+    (moved / "recipe.yaml").write_text(page.replace(known, str(other)), "utf-8")
+    pipeline.open_session(recipe(other, *OWN, f"train.start={moved}"), tmp_path / "r", quiet=True)
+    config = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    config["model"]["merges"] = config["model"]["merges"][:-5]
+    (other / "tokenizer.json").write_text(json.dumps(config), "utf-8")
+    with raises(RecipeError, Facts("mismatch", moved / "merged", column="train.start", says="model.name")):
+        pipeline.open_session(recipe(other, *OWN, f"train.start={moved}"), tmp_path / "r", quiet=True)
+
+
+@pytest.mark.slow
+def test_codes_must_mean_the_same_items(llama_folder: Path, tmp_path: Path) -> None:
+    coded = (*OWN[:2], "tasks={sequential: {templates: [continue-codes]}}")
+    token = recipe(llama_folder, *coded, "index={scheme: token}")
+    pipeline.train(token, tmp_path / "one", quiet=True)
+    start = f"train.start={tmp_path / 'one'}"
+    second = recipe(llama_folder, *coded, "index={scheme: token}", start, "train.learning_rate=1e-30")
+    done = pipeline.run(second, tmp_path / "two", quiet=True)
+    one, two = (load_file(folder / "merged" / "model.safetensors") for folder in (tmp_path / "one", done.folder))
+    assert all(two[name].allclose(one[name], atol=1e-6) for name in one)
+    numbers = recipe(llama_folder, *coded, "index={scheme: sequential}")
+    pipeline.train(numbers, tmp_path / "numbers", quiet=True)
+    start = f"train.start={tmp_path / 'numbers'}"
+    other = recipe(llama_folder, *coded, "index={scheme: sequential, first: 2001}", start)
+    with raises(RecipeError, Facts("mismatch", "numbers", column="train.start", says=("index.scheme=title",))):
+        pipeline.open_session(other, tmp_path / "r", quiet=True)
+
+
+def test_a_table_is_the_same_however_its_path_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "x.csv").write_text("user_id,item_id,timestamp\n", encoding="utf-8")
+    (tmp_path / "y.csv").write_text("user_id,item_id,timestamp\n", encoding="utf-8")
+    (tmp_path / "link.csv").symlink_to(tmp_path / "x.csv")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("LLMREC_DATA", str(tmp_path))
+
+    def of(path: str, kind: str = "leave_one_out") -> Recipe:
+        return recipe("m", f"data={{source: table, path: {path}, split: {{kind: {kind}}}}}", "tasks={sequential: {}}")
+
+    for written in ("x.csv", "./x.csv", str(tmp_path / "x.csv"), "link.csv"):
+        runs._nothing_seen(of("x.csv"), of(written), Path("one"))
+        with raises(RecipeError, Facts("mismatch", "one", column="train.start")):
+            runs._nothing_seen(of("x.csv", "last_share"), of(written), Path("one"))
+    runs._nothing_seen(of("x.csv", "last_share"), of("y.csv"), Path("one"))
+
+
+def test_items_of_alignment_must_be_held_out_in_both_stages() -> None:
+    keys = ("index={scheme: token}", "tasks={sequential: {}, alignment: {held_out: 0.2}}")
+    one, same, without, seeded = (
+        recipe("m", *keys, *more)
+        for more in ((), (), ("tasks.alignment=null",), ("seed=1", "data.source=movielens-100k"))
+    )
+    runs._nothing_seen(one, same, Path("one"))
+    for first in (without, seeded):
+        with raises(RecipeError, Facts("mismatch", "one", column="train.start", says="tasks.alignment.held_out")):
+            runs._nothing_seen(first, one, Path("one"))

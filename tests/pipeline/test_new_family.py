@@ -1,0 +1,233 @@
+"""A family, a strategy and a baseline that are not part of llmrec: a class each, and an entry in the registry.
+
+The family has a `Family` record and templates beside its class. It asks whether an item is
+among the half of the catalogue that was chosen most often.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import polars as pl
+import pytest
+from pydantic import Field
+
+from llmrec import registry
+from llmrec.baselines.base import Baseline
+from llmrec.data.split import SplitDataset, request_of
+from llmrec.errors import RecipeError
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.audit import audit
+from llmrec.prompts.template import Template
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import BaselineSection, Recipe, Section, TaskSection, named
+from llmrec.strategies.raters import YesNoJudge
+from llmrec.tasks.base import ABOUT_ITEM, ABOUT_USER, NO, USER_STATS, YES, View, passes
+from llmrec.tasks.cases import held_out
+from llmrec.tasks.ctr import read_choice
+from llmrec.tasks.family import Family
+from llmrec.tasks.fewshot import Drawn
+from llmrec.tasks.rows import chat_example
+from llmrec.tasks.task import Task, TaskInputs, Want
+from llmrec.tasks.templates import choose
+from llmrec.types import Answer, Case, Event, Example, Probability, Prompt, Request, SplitName
+from tests.facts import Facts, raises
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+TEMPLATE = """\
+family: fame
+name: ask
+version: 1
+use: seen
+shape: chat
+system: You know what sells.
+user: "Do many people choose {{ item.title }}? Answer with Yes or No."
+target: "{{ answer }}"
+"""
+
+
+class FameSection(TaskSection):
+    """Judge whether many chose an item."""
+
+    strategies: tuple[str, ...] = ("yes-no",)
+    baselines: tuple[BaselineSection, ...] = named("like-ratio")
+
+
+class FameTask(Task):
+    """The family ``fame``."""
+
+    family = "fame"
+
+    def __init__(self, section: FameSection, inputs: TaskInputs) -> None:
+        self._data, self._seed = inputs.data, inputs.seed
+        self._chosen = choose(self.family, section, inputs.templates, inputs.index)
+        self._view = View(inputs.data, inputs.index)
+        for template in inputs.templates.values():
+            template.check(turns=ABOUT_USER | ABOUT_ITEM | USER_STATS, lead=(), target={"answer"})
+        counts = inputs.data.train["item_id"].value_counts().sort("count", "item_id", descending=True)
+        self._famous = frozenset(counts["item_id"][: len(counts) // 2])
+
+    @property
+    def eval_templates(self) -> tuple[str, ...]:
+        return self._chosen.evaluate
+
+    def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
+        if split == "valid":
+            for held in held_out(self._data, "valid")[:limit]:
+                yield self._example(f"fame/valid/{held.user_id}", held.user_id, held.item_id)
+            return
+        for row, user, rng in passes(self.family, list(self._data.users()), self._seed, limit):
+            yield self._example(row, user, rng.choice(self._data.train_events(user)).item_id)
+
+    def cases(self, split: SplitName) -> list[Case]:
+        return [
+            Case(
+                request=request_of(self._data, held, split, item=held.item_id),
+                truth=float(held.item_id in self._famous),
+            )
+            for held in held_out(self._data, split)
+        ]
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
+        values = self._view.user(request.user_id) | self._view.pair(request.user_id, str(request.item))
+        return Prompt(messages=self._chosen.get(template).turns(values))
+
+    def draw_shots(self, request: Request, shots: int) -> Drawn:
+        return Drawn((), ())
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        return YES, NO
+
+    def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
+        place = read_choice(completion, (YES, NO))
+        return None if place is None else Probability(request_id=request.id, value=1.0 - place)
+
+    def reward(self, answer: Answer, case: Case) -> float:
+        return 0.0
+
+    def shows(self, template: Template, shots: int) -> str:
+        return "the item alone"
+
+    def training_size(self) -> int:
+        return len(self._data.train)
+
+    def _example(self, row: str, user: str, item: str) -> Example:
+        values = self._view.user(user) | self._view.pair(user, item)
+        answer = values | {"answer": YES if item in self._famous else NO}
+        return chat_example(self._chosen.train[0], row, user, values, answer, past=(), event=Event(item_id=item))
+
+
+class ShyJudge(YesNoJudge):
+    """The strategy ``shy``: halfway between what the model says and not knowing."""
+
+    name = "shy"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        return [replace(said, value=(said.value + 0.5) / 2) for said in super().answer(requests)]  # type: ignore[union-attr, type-var]
+
+
+class HalfConfig(Section):
+    """Parameters of `Half`."""
+
+    value: float = Field(0.5, ge=0, le=1, description="what it says")
+
+
+class Half(Baseline[HalfConfig, float]):
+    """The baseline ``half``: it does not know."""
+
+    name = "half"
+    Config = HalfConfig
+
+    def fit(self, data: SplitDataset) -> None:
+        self._model = self._config.value
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        return [Probability(request_id=request.id, value=self._fitted) for request in requests]
+
+
+FAME: Family
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    folder = tmp_path_factory.mktemp("prompts") / "fame"
+    folder.mkdir()
+    (folder / "ask.yaml").write_text(TEMPLATE)
+    global FAME
+    FAME = Family(
+        name="fame",
+        title="What many choose",
+        task=FameTask,
+        section=FameSection,
+        answer=Probability,
+        headline="AUC",
+        strategies=("yes-no", "shy"),
+        baselines=("like-ratio", "half"),
+        controls=("like-ratio",),
+        prompts=folder,
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for table, name, made in (
+            (registry.TASKS, "fame", "FAME"),
+            (registry.STRATEGIES, "shy", "ShyJudge"),
+            (registry.BASELINES, "half", "Half"),
+        ):
+            patch.setitem(table, name, f"{__name__}:{made}")  # type: ignore[arg-type]
+        yield
+
+
+def recipe(folder: Path, *more: str) -> Recipe:
+    return load_recipe(
+        "recipes/movielens-100k/four-tasks.yaml",
+        [
+            f"model.name={folder}", "model.dtype=float32", "reviews=null",
+            "tasks={fame: {users: 12, strategies: [yes-no, shy], baselines: [like-ratio, {name: half, value: 0.4}]}}",
+            "data={source: made-reviews, noun: products, split: {kind: last_share, valid: 0.2, test: 0.4}}",
+            "train.steps=3", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1",
+            "eval.arms=[zero-shot, tuned]", "eval.bootstrap=50", "eval.backend=hf",
+            "eval.fusion={}", *more,
+        ],
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def done(known: None, llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
+    return pipeline.run(recipe(llama_folder), tmp_path_factory.mktemp("run") / "r", quiet=True)
+
+
+def test_it_trains_and_evaluates(done: pipeline.Run) -> None:
+    rows = {row["id"]: row for row in json.loads((done.folder / "results.json").read_text())["rows"]}
+    asked = [f"fame/{arm}/{strategy}/ask" for arm in ("zero-shot", "tuned") for strategy in ("yes-no", "shy")]
+    assert set(rows) == {"fame/baseline/like-ratio", "fame/baseline/half(value=0.4)", "fame/baseline/fusion", *asked}
+    assert all(row["metrics"]["AUC"]["value"] is not None and row["parse_rate"] == 1.0 for row in rows.values())
+    assert rows["fame/baseline/half(value=0.4)"]["metrics"]["AUC"]["value"] == 0.5
+    predictions = pl.read_parquet(done.folder / "predictions.parquet")
+    said, shy = (predictions.filter(pl.col("row_id") == f"fame/tuned/{name}/ask") for name in ("yes-no", "shy"))
+    assert [json.loads(p) for p in shy["parsed"]] == [pytest.approx((json.loads(p) + 0.5) / 2) for p in said["parsed"]]
+    assert rows["fame/tuned/yes-no/ask"]["inputs"] == "the item alone"
+    assert json.loads((done.folder / "results.json").read_text())["training"]["rows"]["fame"] > 0
+
+
+def test_it_is_reported(done: pipeline.Run) -> None:
+    assert "What many choose" in done.report.read_text()
+
+
+def test_it_is_audited(done: pipeline.Run) -> None:
+    checks = audit(done.folder)
+    names = {check.name for check in checks}
+    assert {"training rows of fame", "questions of fame"} <= names
+    assert not [check for check in checks if check.verdict == "leak"]
+
+
+def test_its_section_is_closed_and_its_controls_stand(known: None, llama_folder: Path) -> None:
+    with raises(
+        RecipeError,
+        Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.fam", says="did you mean 'fame'"),
+    ):
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", ["tasks.fam={}"])
+    with raises(RecipeError, Facts("unknown-key", "recipes/movielens-100k/four-tasks.yaml", column="tasks.usres")):
+        recipe(llama_folder, "tasks={fame: {usres: 3}}")

@@ -1,0 +1,78 @@
+"""New items of a run: those that the split holds out, near to what reads alike, in the lists that rows really gave."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+from llmrec.errors import ModelError
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.shown import newcomers
+from llmrec.pipeline.shown.newcomers import LENGTH
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import load_stored
+
+USERS, ITEMS, PER_USER = 60, 30, 12
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A run of baselines on data of which a fifth of the items is held out."""
+    folder, rng = tmp_path_factory.mktemp("new"), np.random.default_rng(0)
+    chosen = [rng.permutation(ITEMS)[:PER_USER].tolist() for _ in range(USERS)]
+    rows = [(f"u{user}", f"i{item}", float(at)) for user, items in enumerate(chosen) for at, item in enumerate(items)]
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "timestamp"], orient="row")
+    entries = pl.DataFrame(
+        {"item_id": [f"i{n}" for n in range(ITEMS)], "title": [f"Kind {n % 3}" for n in range(ITEMS)]}
+    )
+    recipe = {
+        "data": {"source": "table", "noun": "things", "split": {"kind": "cold_items", "test": 0.2, "valid": 0.1}},
+        "tasks": {"sequential": {"baselines": ["random", "popularity", "item-knn", "markov-1"]}},
+        "eval": {"arms": [], "candidates": {"kind": "catalogue"}},
+        "encoder": "chance",
+    }
+    return pipeline.run(recipe, folder / "run", data=frame, items=entries, quiet=True)
+
+
+def test_new_items_are_those_that_are_held_out(run: Any) -> None:
+    found, lines = run.results["newcomers"], pl.read_parquet(run.folder / "predictions.parquet")
+    one = lines.filter(pl.col("predictor") == "random")
+    assert found and all(each["task"] == "sequential" for each in found)
+    for each in found:
+        item = each["item"]["id"]
+        assert set(one.filter(pl.col("item_id") == item)["item_training"]) == {0}
+        assert each["wanted"] == (one["item_id"] == item).sum() > 0
+        # Vectors by chance know no meaning, but the same words have the same one.
+        assert each["neighbours"][0]["title"] == each["item"]["title"] and each["neighbours"][0]["cosine"] > 0.99
+
+
+def test_lists_are_those_of_the_rows(run: Any) -> None:
+    lines, seen = pl.read_parquet(run.folder / "predictions.parquet"), 0
+    for each in run.results["newcomers"]:
+        for name, count in each["lists"].items():
+            own = lines.filter(pl.col("row_id") == name)
+            firsts = [json.loads(parsed)["items"][:LENGTH] for parsed in own["parsed"]]
+            assert count == sum(each["item"]["id"] in first for first in firsts)
+            visits = each["visits"].get(name, [])
+            assert bool(visits) == bool(count) and len({visit["user"]["id"] for visit in visits}) == len(visits)
+            for visit in visits:
+                users = zip(own["user_id"], firsts, strict=True)
+                theirs = [first for user, first in users if user == visit["user"]["id"]]
+                assert any(
+                    first[visit["place"] - 1] == each["item"]["id"] for first in theirs if len(first) >= visit["place"]
+                )
+                seen += 1
+    assert seen
+
+
+def test_nothing_is_lost_where_no_encoder_is_at_hand(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(*_: Any) -> Any:
+        raise ModelError("no text encoder", kind="missing-file")
+
+    monkeypatch.setattr(newcomers, "vectors_of", none)
+    study = build_study(load_stored(run.folder))
+    assert newcomers._neighbours(study, "sequential", ["i0", "i1"]) == {"i0": (), "i1": ()}

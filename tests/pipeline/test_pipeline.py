@@ -1,0 +1,322 @@
+"""The quickstart recipe end to end on a tiny random model: every stage, reuse, and what is written."""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.backends import fake
+from llmrec.backends.fake import FakeBackend
+from llmrec.cli.main import app
+from llmrec.durable import checked
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline import study
+from llmrec.pipeline.results import of_another
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+from tests.facts import Facts, raises
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+pytest.importorskip("rouge_score", reason="the text extra is not installed")
+
+SMALL = (
+    "data={source: made-reviews, noun: products}",
+    "reviews=null",
+    "train.steps=3",
+    "train.batch_tokens=512",
+    "train.valid_rows=4",
+    "train.lora.top_layers=1",
+    "tasks.sequential.users=null",
+    "tasks.sequential.baselines=[random, popularity, {name: item-knn, history: 5}, markov-1, {name: markov, order: 3}]",
+    "tasks.rating.users=null",
+    "tasks.rating.arms=null",
+    "tasks.direct.arms=null",
+    "tasks.direct.strategies=[label, list]",
+    "tasks.direct.users=null",
+    "tasks.explanation.users=null",
+    "tasks.explanation.max_tokens=6",
+    "eval.users=6",
+    "eval.candidates.count=5",
+    "eval.bootstrap=50",
+    "eval.backend=hf",
+    "eval.fusion={}",
+)
+
+
+def recipe(folder: Path, *more: str) -> Recipe:
+    return load_recipe(
+        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={folder}", "model.dtype=float32", *SMALL, *more]
+    )
+
+
+@pytest.fixture(scope="module", params=["llama_folder", "qwen_folder"])
+def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, pipeline.Run]:
+    """The same recipe on two architectures."""
+    chosen = recipe(request.getfixturevalue(request.param))
+    return chosen, pipeline.run(chosen, tmp_path_factory.mktemp("run") / "r", quiet=True)
+
+
+def test_every_arm_and_task_has_its_rows(done: tuple[Recipe, pipeline.Run]) -> None:
+    rows = done[1].results["rows"]
+    found = {(row["task"], row["arm"], row["predictor"]) for row in rows}
+    for arm in ("zero-shot", "few-shot", "tuned"):
+        for task, predictor in (
+            ("rating", "expected"),
+            ("rating", "parsed"),
+            ("sequential", "likelihood"),
+            ("direct", "label"),
+            ("direct", "list"),
+            ("explanation", "text"),
+        ):
+            assert (task, arm, predictor) in found
+    assert {"random", "popularity", "item-knn", "markov"} <= {
+        row["predictor"] for row in rows if row["task"] == "direct"
+    }
+    # A control is one with any parameters.
+    assert {
+        "random",
+        "popularity",
+        "item-knn(history=5)",
+        "markov-1",
+        "markov(order=3)",
+        "content",
+        "fusion",
+        "fusion with texts",
+    } == {row["predictor"] for row in rows if row["task"] == "sequential" and row["arm"] == "baseline"}
+    for row in rows:
+        assert row["n"] == 6
+        assert all(figure["signature"] for figure in row["metrics"].values())
+        assert row["shots"] == (1 if row["arm"] == "few-shot" else 0)
+
+
+def test_a_report_from_the_files_is_the_one_that_the_run_wrote(done: tuple[Recipe, pipeline.Run]) -> None:
+    folder = done[1].folder
+    written = {file.name: file.read_bytes() for file in (folder / "report").iterdir()}
+    pipeline.report(folder)
+    assert {file.name: file.read_bytes() for file in (folder / "report").iterdir()} == written
+    assert checked((folder / "results.json").read_bytes()) == json.loads(json.dumps(done[1].results))
+
+
+def test_every_file_is_written(done: tuple[Recipe, pipeline.Run]) -> None:
+    folder = done[1].folder
+    for name in (
+        "recipe.yaml",
+        "results.json",
+        "predictions.parquet",
+        "candidates/test.parquet",
+        "train_log.jsonl",
+        "adapter/adapter_model.safetensors",
+        "merged/model.safetensors",
+        "report/index.html",
+        "report/report.md",
+        "report/table.csv",
+    ):
+        assert (folder / name).is_file(), name
+    assert load_recipe(folder / "recipe.yaml") == done[0]
+    predictions = pl.read_parquet(folder / "predictions.parquet")
+    assert len(predictions) == 6 * len(done[1].results["rows"])
+    assert predictions["request_id"].null_count() == 0
+
+
+def test_results_hold_what_a_reader_needs_to_repeat_them(done: tuple[Recipe, pipeline.Run]) -> None:
+    results = json.loads((done[1].folder / "results.json").read_text(encoding="utf-8"))
+    assert results["recipe"] == done[0].model_dump(mode="json")
+    assert results["versions"]["transformers"]
+    assert len(results["data"]["main"]["fingerprint"]) >= 16
+    assert results["candidates"]["main"]["count"] == 5
+    assert results["training"]["adapter_sha256"]
+    assert results["training"]["steps"] == 3
+    assert any("made by the llmrec project" in note for note in results["notes"])
+    assert {stage["stage"] for stage in results["budget"]} >= {"data", "train", "zero-shot", "few-shot", "tuned"}
+
+
+def test_tuned_is_compared_with_zero_shot_and_baselines(done: tuple[Recipe, pipeline.Run]) -> None:
+    pairs = {(c["a"], c["b"]) for c in done[1].results["comparisons"]}
+    first = "sequential/tuned/likelihood/continue-list"
+    assert (first, "sequential/zero-shot/likelihood/continue-list") in pairs
+    assert {b for a, b in pairs if a == first} >= {
+        f"sequential/baseline/{n}" for n in ("popularity", "markov(order=3)")
+    }
+
+
+def test_a_second_run_reuses_everything(
+    done: tuple[Recipe, pipeline.Run], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    chosen, first = done
+
+    def fail(*args: Any, **options: Any) -> Any:
+        raise AssertionError("nothing should be computed again")
+
+    monkeypatch.setattr("llmrec.pipeline.engines.load_model", fail)
+    monkeypatch.setattr("llmrec.train.lora.load_model", fail)
+    again = pipeline.run(chosen, first.folder, quiet=True)
+    assert "other settings" not in caplog.text
+    assert again.results["rows"] == first.results["rows"]
+    assert again.results["comparisons"] == first.results["comparisons"]
+    cost = {entry["stage"]: entry["seconds"] for entry in again.results["budget"]}
+    assert cost["train"] == {entry["stage"]: entry["seconds"] for entry in first.results["budget"]}["train"]
+
+
+def test_results_of_other_settings_are_not_written_over_without_a_word(tmp_path: Path) -> None:
+    file, hashed = tmp_path / "results.json", "a" * 16
+    assert of_another(file, "recipe_hash", hashed) == ""
+    for content, said in (('{"recipe_hash": "' + hashed + '"}', False), ('{"recipe_hash": "b"}', True), ("{", False)):
+        file.write_text(content, encoding="utf-8")
+        assert ("other settings" in of_another(file, "recipe_hash", hashed)) is said
+
+
+def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) -> None:
+    from llmrec.backends.answers import AnswerStore
+    from llmrec.backends.encode import Encoder
+    from llmrec.models.load import load_tokenizer
+    from llmrec.pipeline.engines import Engines
+    from llmrec.pipeline.evaluation import Evaluation
+    from llmrec.pipeline.resume import Budget
+    from llmrec.pipeline.row_specs import RowSpec
+    from llmrec.pipeline.study import build_study
+
+    chosen, first = done
+    keys = set()
+    changes: tuple[dict[str, Any], ...] = (
+        {},
+        {"seed": 1},
+        {"model": chosen.model.model_copy(update={"max_length": 999})},
+        {"eval": chosen.eval.model_copy(update={"users": 5})},
+        {"eval": chosen.eval.model_copy(update={"cutoffs": (1, 3)})},
+        {"eval": chosen.eval.model_copy(update={"candidates": chosen.eval.candidates.model_copy(update={"count": 4})})},
+    )
+    for change in changes:
+        study = build_study(chosen.model_copy(update=change))
+        evaluation = Evaluation(study, None, first.folder, Budget(), quiet=True)
+        encoder = Encoder(load_tokenizer(chosen.model.name, chosen.model), max_length=512)
+        store = AnswerStore(first.folder / "answers.sqlite")
+        engines = Engines(study.recipe.model, study.recipe.eval, encoder, study.recipe.seed, Budget(), store)
+        spec = RowSpec("sequential", "zero-shot", "likelihood", study.eval_templates("sequential")[0])
+        for engine, weights in (("hf", "w"), ("vllm", "w"), ("hf", "v")):
+            keys.add(evaluation.key(spec, engine, engines.identity(engine, weights)))
+        store.close()
+    assert len(keys) == 3 * len(changes)
+    # What was answered on a processor, in its dtype, is not what a GPU says.
+    told = engines.identity("hf", "w")
+    elsewhere = ({**told, "device": "NVIDIA H100"}, {**told, "dtype": "float16"})
+    assert len({evaluation.key(spec, "hf", each) for each in (told, *elsewhere)}) == 3
+
+
+def test_the_start_of_an_engine_is_no_part_of_what_a_row_costs(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It falls into the first row that asks, and is a stage of its own: rows take no longer than their stage."""
+
+    class SlowToStart(FakeBackend):
+        def __init__(self) -> None:
+            time.sleep(2)
+            super().__init__()
+
+    monkeypatch.setattr(fake, "FakeBackend", SlowToStart)
+    tasks = "tasks={direct: {strategies: [label, list]}, sequential: {}}"
+    made = pipeline.run(
+        recipe(llama_folder, tasks, "eval.arms=[zero-shot]", "eval.backend=fake"), tmp_path / "r", quiet=True
+    )
+    rows = [row for row in made.results["rows"] if row["arm"] == "zero-shot"]
+    budget = {entry["stage"]: entry["seconds"] for entry in made.results["budget"]}
+    assert len(rows) == 3 and all(row["cost"]["seconds"] > 0 for row in rows)
+    assert sum(row["cost"]["seconds"] for row in rows) <= budget["zero-shot"]
+    assert budget["start fake"] >= 2
+
+
+def test_a_family_can_be_asked_in_some_arms_alone(llama_folder: Path, tmp_path: Path) -> None:
+    tasks = "tasks={direct: {strategies: [label], arms: [zero-shot, tuned]}, sequential: {}}"
+    arms = ["eval.arms=[zero-shot, few-shot]", "eval.backend=fake"]
+    made = pipeline.run(recipe(llama_folder, tasks, *arms), tmp_path / "r", quiet=True)
+    asked = {(row["task"], row["arm"]) for row in made.results["rows"] if row["arm"] != "baseline"}
+    assert asked == {("direct", "zero-shot"), ("sequential", "zero-shot"), ("sequential", "few-shot")}
+    checks = json.loads((tmp_path / "r" / "audit.json").read_text(encoding="utf-8"))["checks"]
+    named = {check["name"] for check in checks}
+    assert "few-shot examples of sequential" in named and "few-shot examples of direct" not in named
+
+
+@pytest.mark.parametrize(
+    ("tasks", "said"),
+    [
+        (
+            "tasks={direct: {arms: [zero-shot]}, sequential: {arms: [few-shot]}}",
+            "no family is asked in the tuned setting",
+        ),
+        ("tasks={direct: {arms: []}}", "tasks.direct.arms"),
+    ],
+)
+def test_arms_that_would_train_for_nothing_are_refused(tasks: str, said: str) -> None:
+    with pytest.raises(RecipeError, match=said):
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [tasks])
+
+
+def test_a_profile_that_tells_an_answer_does_not_end_the_run(
+    llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its user is set aside, `check` says so before anything is trained, and the report says so at its head."""
+    data = study.load_split(recipe(llama_folder).data, 0)
+    source, (told, *_) = data.dataset, data.holdouts("test")
+    title = source.items[told.item_id].title
+    users = {user: {"likes": "quiet evenings"} for user in source.interactions["user_id"].unique()}
+    users[told.user_id] = {"likes": f"things like the {title}, and tea"}
+    monkeypatch.setattr(study, "load", lambda section, seed: replace(source, users=users))
+    tasks = "tasks={direct: {eval_templates: [with-profile], strategies: [label], users: 200}}"
+    words = [tasks, "eval.arms=[zero-shot]", "eval.backend=fake"]
+    said = CliRunner().invoke(app, ["check", "recipes/movielens-100k/four-tasks.yaml", *SMALL, *words]).output
+    assert f"1 user is set aside from evaluation, of {len(users)} with a profile in made-reviews" in said
+    assert f"users: {told.user_id}\n" in said
+    made = pipeline.run(recipe(llama_folder, *words), tmp_path / "r", quiet=True)
+    assert {row["n"] for row in made.results["rows"]} == {len(users) - 1}
+    (aside,) = made.results["set_aside"]
+    assert aside["users"] == [told.user_id] and told.item_id in aside["said"]
+    for name, first in (("report.md", "- **"), ("index.html", 'class="opening"')):
+        text = (made.folder / "report" / name).read_text("utf-8")
+        assert text.index("1 user is set aside from evaluation") < text.index(first)
+    assert json.loads((made.folder / "audit.json").read_text("utf-8"))["leaks"] == 0
+
+
+def test_eval_without_an_adapter_says_what_to_do(llama_folder: Path, tmp_path: Path) -> None:
+    with raises(RecipeError, Facts("missing-file", tmp_path, column="eval.arms", says="`llmrec train`")):
+        pipeline.run(recipe(llama_folder), tmp_path, quiet=True, may_train=False)
+
+
+def test_two_runs_do_not_share_a_folder(llama_folder: Path, tmp_path: Path) -> None:
+    from llmrec.pipeline.resume import locked
+
+    with locked(tmp_path), raises(LlmrecError, Facts("busy", tmp_path, says="--out")):
+        pipeline.run(recipe(llama_folder), tmp_path, quiet=True)
+
+
+@pytest.mark.parametrize(
+    ("override", "facts"),
+    [
+        (
+            "tasks.rating.strategies=[expcted]",
+            Facts("unknown-name", column="tasks.rating.strategies", says="did you mean 'expected'"),
+        ),
+        (
+            "tasks.rating.baselines=[user-men]",
+            Facts("unknown-name", column="tasks.rating.baselines", says="did you mean 'user-mean'"),
+        ),
+        ("tasks.rating.templates=[list-rating]", Facts("unknown-name", says="did you mean 'list-ratings'")),
+        (
+            "tasks.rating.templates=[judge-one]",
+            Facts("contradiction", "rating/judge-one", column="tasks.rating.templates", says="eval_templates"),
+        ),
+        ("data.source=movielens-100", Facts("unknown-name", says="did you mean 'movielens-100k'")),
+        ("eval.candidates.count=100", Facts("too-few", column="eval.candidates.count", says="at most 29")),
+    ],
+)
+def test_wrong_names_are_found_by_check(llama_folder: Path, override: str, facts: Facts) -> None:
+    from llmrec.pipeline.study import build_study
+
+    with raises(LlmrecError, facts):
+        build_study(recipe(llama_folder, override))

@@ -1,0 +1,58 @@
+"""A decoder of item tokens from SFT to preference: trained whole, then by an adapter, judged, evaluated and audited."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from llmrec.pipeline import run as pipeline
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.report.results import read
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+SMALL = (
+    "data={source: made-reviews, path: null, noun: products}",
+    "model.shape={layers: 1, width: 16, heads: 2, feedforward: 32, dropout: 0.2}",
+    "index={scheme: token, tokens: random}",
+    "tasks.sequential.baselines=[random, popularity, item-knn, markov-1]",
+    "train.steps=4",
+    "train.batch_tokens=300",
+    "train.valid_rows=4",
+    "train.valid_every=2",
+    "train.save_every=2",
+    "eval.users=10",
+    "eval.bootstrap=50",
+    "eval.beams=20",
+)
+
+
+def recipe(page: str, *more: str) -> Recipe:
+    return load_recipe(f"recipes/sequences/{page}.yaml", [*SMALL, *more])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rejected", ["item-knn", "beam"])
+def test_a_decoder_goes_on_from_preference(rejected: str, tmp_path: Path) -> None:
+    first = pipeline.train(recipe("generative-items"), tmp_path / "sft", quiet=True)
+    more = (f"train.start={tmp_path / 'sft'}", f"train.preference.rejected={rejected}", "train.judge.users=5")
+    asked = recipe("s-dpo-items", *more, "train.preference.negatives=3", "train.max_row_tokens=64")
+    made = pipeline.run(asked, tmp_path / "run", quiet=True)
+    training = made.results["training"]
+    assert first["method"] == "full" and training["method"] == "lora"
+    # The start is among what is judged, with the loss of chance at the first step.
+    assert [line["step"] for line in training["log"] if line["valid_ndcg"] is not None] == [0, 2, 4]
+    assert training["log"][1]["loss"] == pytest.approx(1.3863, abs=1e-3)
+    assert all(set(line["figures"]) >= {"rewards/margins", "rewards/accuracies"} for line in training["log"][1:])
+    told = json.loads((tmp_path / "run" / "audit.json").read_text(encoding="utf-8"))
+    assert told["leaks"] == 0
+    names = {check["name"] for check in told["checks"]}
+    assert "training rows of sequential that depend on held-out interactions" in names
+    page = made.report.read_text(encoding="utf-8")
+    assert 'id="training-rewards-margins"' in page and "rewards/accuracies" in page
+    found = read(made.folder).training
+    assert found is not None and "rewards/margins" in found.figured
+    assert "rewards/margins" in (made.report.parent / "report.md").read_text(encoding="utf-8")

@@ -1,0 +1,151 @@
+"""What a run refuses, `llmrec check` refuses too, in seconds and without weights."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import T5Config, T5ForConditionalGeneration
+
+import llmrec
+from llmrec.errors import BackendError, LlmrecError, MissingExtra, ModelError, RecipeError
+from llmrec.pipeline import preflight
+from llmrec.pipeline import run as pipeline
+from llmrec.recipe.schema import Recipe
+from tests.conftest import make_tokenizer
+from tests.facts import Facts, raises
+
+ROWS = [
+    {"user_id": f"u{u}", "item_id": f"i{(u + k) % 9}", "rating": 1 + (u * k) % 5, "timestamp": 100 * u + k}
+    | {"title": f"Title {(u + k) % 9}"}
+    for u in range(8)
+    for k in range(6)
+]
+
+
+def recipe(model: Path | str, *, train: dict[str, Any] | None = None, **settings: Any) -> dict[str, Any]:
+    said = {"backend": "hf", "arms": ["zero-shot", "tuned"], "users": 4, "candidates": {"count": 3}, **settings}
+    return {
+        "model": {"name": str(model)},
+        "data": {"source": "table"},
+        "tasks": {"rating": {}, "sequential": {}},
+        "train": train or {},
+        "eval": said,
+    }
+
+
+@pytest.fixture
+def t5(tmp_path: Path) -> Path:
+    tokenizer = make_tokenizer()
+    shape = {"vocab_size": len(tokenizer), "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 2, "num_heads": 2}
+    T5ForConditionalGeneration(T5Config(**shape, decoder_start_token_id=0)).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    return tmp_path / "t5"
+
+
+def refused(error: type[LlmrecError], facts: Facts, *told: Any, **more: Any) -> None:
+    """Expect the same refusal of the check and of a run."""
+    said = recipe(*told, **more)
+    out = more.pop("out", None) or Path("run")
+    for verb in (lambda: llmrec.check(said, data=ROWS), lambda: llmrec.run(said, out=out, data=ROWS, quiet=True)):
+        with raises(error, facts):
+            verb()
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+def test_a_sound_recipe_passes(llama_folder: Path) -> None:
+    assert llmrec.check(recipe(llama_folder), data=ROWS).cases == {"rating": 4, "sequential": 4}
+
+
+def test_a_folder_that_is_not_there() -> None:
+    refused(ModelError, Facts("missing-file", "./nofolder", column="model.name"), "./nofolder")
+
+
+def test_a_name_that_neither_a_folder_nor_the_hub_has() -> None:
+    refused(
+        ModelError, Facts("unreachable", "nobody/nothing", column="model.name", says="HF_HUB_OFFLINE"), "nobody/nothing"
+    )
+
+
+def test_weights_in_pickle_files_alone(llama_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "pickled"))
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    refused(ModelError, Facts("unsafe", folder, column="model.name", says="pytorch_model.bin"), folder)
+    # A server has the weights; the folder lends its tokenizer.
+    asked = recipe(folder, arms=["zero-shot"], backend="openai", server={"model": "m"})
+    assert llmrec.check(asked, data=ROWS).cases["rating"] == 4
+
+
+def test_a_shard_that_is_missing(llama_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "torn"))
+    (folder / "model.safetensors").rename(folder / "model-00001-of-00002.safetensors")
+    (folder / "model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}}'
+    )
+    refused(ModelError, Facts("missing-file", folder, column="model.name"), folder)
+
+
+def test_a_tokenizer_that_cannot_be_read(llama_folder: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(llama_folder, tmp_path / "damaged"))
+    (folder / "tokenizer.json").write_text("{")
+    refused(ModelError, Facts("damaged", folder, column="model.name"), folder)
+
+
+def test_an_encoder_decoder_that_vllm_does_not_serve(t5: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.pipeline.preflight.refuse_device", lambda *_: None)
+    refused(RecipeError, Facts("unsupported", column="eval.backend", says="eval.backend=hf"), t5, scorer="vllm")
+
+
+@pytest.mark.parametrize("names", [["nonsense"], ["wand"]])
+def test_a_tracker_that_there_is_not(llama_folder: Path, names: list[str]) -> None:
+    facts = Facts("unknown-name", column="train.report_to", says="tensorboard")
+    refused(RecipeError, facts, llama_folder, train={"report_to": names})
+
+
+def test_a_tracker_that_is_not_installed(llama_folder: Path) -> None:
+    refused(
+        MissingExtra, Facts("not-installed", column="train.report_to"), llama_folder, train={"report_to": ["neptune"]}
+    )
+
+
+def test_a_planned_comparison_of_rows_that_there_are_not(llama_folder: Path) -> None:
+    refused(RecipeError, Facts("unknown-name", column="eval.planned"), llama_folder, planned=[["a/b", "c/d"]])
+
+
+def test_a_run_to_start_from_that_there_is_not(llama_folder: Path) -> None:
+    facts = Facts("missing-file", "norun", column="train.start")
+    refused(RecipeError, facts, llama_folder, train={"start": "norun"})
+
+
+def test_eight_bits_without_a_gpu(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "-1")
+    refused(RecipeError, Facts("unsupported", column="train.method"), llama_folder, train={"method": "lora8"})
+
+
+def test_a_key_that_is_not_set(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NO_SUCH_KEY", raising=False)
+    server = {"model": "m", "key_env": "NO_SUCH_KEY"}
+    facts = Facts("missing-value", column="eval.server.key_env")
+    refused(BackendError, facts, llama_folder, arms=["zero-shot"], backend="openai", server=server)
+
+
+def test_states_that_are_compared_with_each_other_are_not_divided_among_processes(
+    llama_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said = recipe(llama_folder, train={"teacher": {"run": "other", "relations": 1.0}})
+    page = Recipe.model_validate({**said, "name": "taught", "data": {"source": "made-reviews"}})
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for verb in (lambda: pipeline.train(page, Path("run"), quiet=True), lambda: preflight.refuse(page, asks=True)):
+        with raises(RecipeError, Facts("unsupported", column="train.teacher.relations", says="one process")):
+            verb()
+    monkeypatch.delenv("WORLD_SIZE")
+    preflight.refuse(page, asks=True)

@@ -1,0 +1,58 @@
+"""A stored stage is reused where it is sound, and made again where it is not."""
+
+from __future__ import annotations
+
+import json
+from operator import itemgetter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.errors import LlmrecError
+from llmrec.pipeline.evaluation import row_of
+from llmrec.pipeline.resume import read_stage
+from llmrec.pipeline.runs import open_run
+from llmrec.resources import resource
+from tests.facts import Facts, raises
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        "[]",
+        "[" * 100_000,
+        '{"key": "k"}',
+        '{"key": "other", "stamp": "s"}',
+        '{"key": "k", "stamp": "\\ud800"}',
+    ],
+)
+def test_a_stage_that_is_damaged_or_of_other_inputs_is_made_again(content: str, tmp_path: Path) -> None:
+    file = tmp_path / "stage.json"
+    file.write_text(content, encoding="utf-8")
+    assert read_stage(file, "k", itemgetter("stamp")) is None
+    file.write_text('{"key": "k", "stamp": "s"}', encoding="utf-8")
+    assert read_stage(file, "k", itemgetter("stamp")) == {"key": "k", "stamp": "s"}
+
+
+@pytest.mark.parametrize("wrong", [{"figures": {"arm": 3}}, {"records": [{}]}, {"values": {"RMSE": {"": {}}}}])
+def test_a_row_whose_figures_are_none_is_made_again(wrong: dict[str, Any], tmp_path: Path) -> None:
+    figures = json.loads(resource("eval/results/four-tasks.json").read_text(encoding="utf-8"))["rows"][0]
+    stored = {"key": "k", "figures": figures, "values": {}, "records": [], "examples": [], "weighing": {}}
+    file = tmp_path / "row.json"
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    assert read_stage(file, "k", row_of) is not None
+    stored |= wrong
+    file.write_text(json.dumps(stored), encoding="utf-8")
+    assert read_stage(file, "k", row_of) is None
+
+
+@pytest.mark.parametrize("record", ["[" * 100_000, '{"adapter_sha256": "x", "method": "lora", "steps": Infinity}', ""])
+def test_a_damaged_record_of_training_is_named(record: str, tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text(
+        "name: x\ndata: {source: made-reviews}\ntasks: {rating: {}}\n", encoding="utf-8"
+    )
+    file = tmp_path / "train.json"
+    file.mkdir() if not record else file.write_text(record, encoding="utf-8")
+    with raises(LlmrecError, Facts("damaged", file, says="llmrec train")):
+        open_run(tmp_path)

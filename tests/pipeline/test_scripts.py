@@ -1,0 +1,135 @@
+"""Titles in any script, from a table to a report and ranked lists: none is changed, split or lost on the way."""
+
+from __future__ import annotations
+
+import csv
+import html
+import json
+import re
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+import polars as pl
+import pytest
+from typer.testing import CliRunner
+
+from llmrec.backends import fake
+from llmrec.backends.fake import FakeBackend
+from llmrec.cli.main import app
+from llmrec.guard import clean
+from llmrec.pipeline.study import load_split
+from llmrec.recipe.load import load_recipe
+
+TITLES = {
+    "arabic": "ألف ليلة وليلة",
+    "arabic-marks": "مُدَرِّسَة",
+    "persian": "می\u200cخواهم زنده بمانم",
+    "hebrew": "שלום ירושלים",
+    "hebrew-points": "סִפְרִיָּה",
+    "hindi": "क्षत्रिय की कहानी",
+    "tamil": "தமிழ் படம்",
+    "thai": "น้ำท่วมบ้าน",
+    "chinese": "霸王别姬",
+    "japanese": "千と千尋の神隠し",
+    "half-width": "ﾄﾄﾛ ﾉ ﾓﾘ",
+    "korean": "기생충",
+    "korean-letters": unicodedata.normalize("NFD", "올드보이"),
+    "family": "👨\u200d👩\u200d👧 Family",
+    "flags": "🇩🇪🇫🇷 Race",
+    "combining": "Ame\u0301lie",
+    "cyrillic": "Сталкер",
+    "greek": "Ζορμπάς",
+    "mark-up": "Less < Möre & “co”",
+    "override": "Left \u202eright",
+}
+USERS = 30
+
+
+def table(folder: Path) -> Path:
+    path, items = folder / "shows.csv", list(TITLES)
+    with path.open("w", newline="", encoding="utf-8") as stream:
+        out = csv.writer(stream)
+        out.writerow(["user_id", "item_id", "rating", "timestamp", "title"])
+        for user in range(USERS):
+            for place in range(8):
+                item = items[(user * 3 + place * (1 + user % 3)) % len(items)]
+                out.writerow([f"u{user:02}", item, 1 + (user + place) % 5, 1000 * user + place, TITLES[item]])
+    return path
+
+
+def say(*words: str) -> str:
+    done = CliRunner().invoke(app, list(words))
+    assert done.exit_code == 0, done.output
+    return done.output
+
+
+class Naming(FakeBackend):
+    """Answers with the candidates' titles in place of their labels, the last one first."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda text: "\n".join(reversed(re.findall(r"^[A-Z]\. (.+)$", text, flags=re.MULTILINE))))
+
+    def generate(self, prompts: Any, *, max_tokens: int) -> Any:
+        return super().generate(prompts, max_tokens=10_000)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, llama_folder: Path) -> Path:
+    """A table, `llmrec init`, `llmrec run` with answers in words: the run folder."""
+    folder = tmp_path_factory.mktemp("scripts")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(fake, "FakeBackend", Naming)
+        say("init", str(table(folder)), "--name", "shows")
+        overrides = {
+            "tasks": "{direct: {strategies: [list]}, sequential: {}}",
+            "model": f"{{name: {llama_folder}, dtype: float32}}",
+            "eval": "{arms: [zero-shot], backend: fake, users: 30, bootstrap: 50, candidates: {count: 6}}",
+        }
+        say("run", "shows.yaml", "-q", *(f"{key}={value}" for key, value in overrides.items()))
+    return folder / "runs" / "shows"
+
+
+def test_the_catalogue_has_the_titles_byte_for_byte(run: Path) -> None:
+    items = load_split(load_recipe(run / "recipe.yaml").data, 0).dataset.items
+    assert {item: told.title for item, told in items.items()} == TITLES
+
+
+def test_titles_that_a_model_writes_are_read_back(run: Path) -> None:
+    """Every answer names all its candidates by their titles; each is read as the item that it is."""
+    rows = pl.read_parquet(run / "predictions.parquet").filter(pl.col("predictor") == "list")
+    assert len(rows) == USERS
+    seen: set[str] = set()
+    for raw, parsed in zip(rows["raw"], rows["parsed"], strict=True):
+        titles, items = raw.split("\n"), json.loads(parsed)["items"]
+        assert [clean(TITLES[item]) for item in items] == titles and len(titles) == 6
+        seen |= set(items)
+    assert seen == set(TITLES)
+
+
+def test_the_report_shows_titles_escaped(run: Path) -> None:
+    page = (run / "report" / "index.html").read_text(encoding="utf-8")
+    assert "Less < Möre" not in page and "\u202e" not in page
+    shown = {name for name, title in TITLES.items() if html.escape(clean(title), quote=False) in html.unescape(page)}
+    text = html.unescape(page)
+    assert {name for name, title in TITLES.items() if clean(title) in text} >= shown
+    assert len(shown) >= 3
+
+
+@pytest.mark.parametrize("ending", ["csv", "jsonl"])
+def test_ranked_lists_have_the_titles_as_a_model_reads_them(run: Path, tmp_path: Path, ending: str) -> None:
+    asked, out = tmp_path / "asked.jsonl", tmp_path / f"lists.{ending}"
+    asked.write_text(json.dumps({"id": "1", "history": ["thai"], "candidates": list(TITLES)}) + "\n", "utf-8")
+    recipe = str(run / "recipe.yaml")
+    say("rank", "--baseline", "popularity", "--recipe", recipe, "--in", str(asked), "--out", str(out))
+    if ending == "csv":
+        with out.open(newline="", encoding="utf-8") as stream:
+            (row,) = csv.DictReader(stream)
+        items, titles = json.loads(row["items"]), json.loads(row["titles"])
+    else:
+        (line,) = out.read_text(encoding="utf-8").splitlines()
+        items, titles = json.loads(line)["items"], json.loads(line)["titles"]
+    assert dict(zip(items, titles, strict=True)) == {item: clean(title) for item, title in TITLES.items()}
+    # All that cleaning takes away is what cannot be seen: joiners, and marks that turn the direction.
+    assert {item for item, title in TITLES.items() if clean(title) != title} == {"persian", "family", "override"}

@@ -1,0 +1,123 @@
+"""A run with every ranking strategy: rows, costs, and no stale row after a change of a key that matters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.row_specs import asking_of
+from llmrec.pipeline.study import build_study
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import EvalSection
+from llmrec.registry import POSITIONAL, STRATEGY_KEYS
+from llmrec.tasks.direct_answers import fits
+from llmrec.tasks.family import family_of
+
+pytest.importorskip("trl", reason="the train extra is not installed")
+
+DIRECT = ("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes")
+BASE = (
+    "data={source: made-reviews, noun: products}",
+    "reviews=null",
+    "model.dtype=float32",
+    f"tasks={{sequential: {{templates: [continue-list], strategies: [likelihood, likelihood-prior]}}, "
+    f"direct: {{templates: [after-history], strategies: [{', '.join(DIRECT)}]}}}}",
+    "eval={arms: [few-shot], users: 5, batch: 4, bootstrap: 20, backend: hf, candidates: {count: 6}, depth: 3, "
+    "window: 4, window_step: 2, all_pairs: 4, set_size: 3, debias_questions: 8}",
+)
+
+
+def rows_of(model: Path, folder: Path, *more: str) -> dict[str, Any]:
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={model}", *BASE, *more])
+    rows = json.loads(json.dumps(pipeline.run(recipe, folder, quiet=True).results["rows"]))
+    for row in rows:
+        del row["cost"]["seconds"]
+    return {row["predictor"]: row for row in rows if row["arm"] != "baseline"}
+
+
+def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
+    rows = rows_of(llama_folder, tmp_path / "run")
+    assert set(rows) == {*DIRECT, "likelihood", "likelihood-prior"}
+    forwards = {name: row["cost"]["forwards"] / 5 for name, row in rows.items()}
+    exact = {"likelihood": 1, "label": 1, "permutation": 3, "window": 2, "pairwise": 24, "pointwise-yes": 6}
+    assert {name: forwards[name] for name in exact} == exact
+    assert 3 <= forwards["setwise"] <= 7 and forwards["list"] >= 1 and forwards["likelihood-prior"] > 1
+    assert all(row["cost"]["prompt_tokens"] > 0 for row in rows.values())
+    # What a report shows is what was asked: the first question of each strategy.
+    shown = {example["predictor"]: example["prompt"] for example in _examples(tmp_path / "run")}
+    assert "Answer Yes or No." in shown["pointwise-yes"] and "Order all labels" in shown["permutation"]
+    question = shown["pairwise"].rpartition("Candidates:")[2]
+    assert "\nB. " in question and "\nC. " not in question
+
+    # The same folder again: rows that the change does not touch are kept, the others are asked anew.
+    again = rows_of(llama_folder, tmp_path / "run", "eval.permutations=2", "eval.debias=measured")
+    for name in rows:
+        assert (again[name] == rows[name]) == (name not in POSITIONAL)
+    assert again["label"]["cost"]["forwards"] == 2 * 5 + 8
+
+
+def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
+    from llmrec.backends.encode import Encoder
+    from llmrec.cli.show.estimate import eval_tokens
+    from llmrec.models.load import load_tokenizer
+    from llmrec.recipe.schema import ModelSection
+
+    encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=99_999)
+    recipe = load_recipe(
+        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *BASE, "tasks.sequential=null"]
+    )
+
+    def tokens(strategy: str, permutations: int = 1) -> int:
+        direct = recipe.tasks.direct.model_copy(  # type: ignore[union-attr]
+            update={"strategies": (strategy,), "eval_templates": ("with-profile",)}
+        )
+        chosen = recipe.model_copy(
+            update={
+                "tasks": recipe.tasks.model_copy(update={"direct": direct}),
+                "eval": recipe.eval.model_copy(update={"permutations": permutations}),
+            }
+        )
+        return eval_tokens(build_study(chosen), encoder)["few-shot"]
+
+    words = load_templates("direct")["with-profile"]
+    counted = {strategy: tokens(strategy) for strategy in family_of("direct").strategies if fits(words, strategy)}
+    assert set(counted) == {*DIRECT, "two-step"}
+    assert min(counted.values()) > 0
+    assert counted["two-step"] > counted["label"] and counted["pairwise"] > counted["window"]
+    assert tokens("two-step", 3) - counted["two-step"] > 2 * counted["label"]
+
+
+def _examples(folder: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for file in sorted((folder / "rows").glob("*.json")) or sorted(folder.rglob("rows/*.json")):
+        found += json.loads(file.read_text("utf-8"))["examples"][:1]
+    return found
+
+
+CHANGES = {
+    "prior_weight": 0.5,
+    "permutations": 3,
+    "debias_questions": 7,
+    "depth": 4,
+    "window": 9,
+    "window_step": 3,
+    "set_size": 5,
+    "all_pairs": 3,
+    "beams": 9,
+    "exact": True,
+}
+
+
+@pytest.mark.parametrize("name", STRATEGY_KEYS)
+def test_every_key_that_a_strategy_reads_is_in_the_key_of_its_rows(name: str) -> None:
+    plain = EvalSection(debias="measured")
+    for key, value in CHANGES.items():
+        changed = plain.model_copy(update={key: value})
+        reads = key in STRATEGY_KEYS[name] or (name in POSITIONAL and key == "debias_questions")
+        assert (asking_of(name, changed) != asking_of(name, plain)) == reads
+    assert (asking_of(name, EvalSection()) != asking_of(name, plain)) == (name in POSITIONAL)

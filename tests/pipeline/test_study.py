@@ -1,0 +1,252 @@
+"""One held-out set for all tasks, and keys that see whatever can change an adapter."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmrec.data.candidates import draw
+from llmrec.errors import DataError, RecipeError
+from llmrec.pipeline.evaluation import Evaluation, ResultRow
+from llmrec.pipeline.resume import Budget
+from llmrec.pipeline.row_specs import RowSpec
+from llmrec.pipeline.study import Study, build_study
+from llmrec.pipeline.training import training_key
+from llmrec.recipe.load import dump, load_recipe, recipe_hash
+from llmrec.recipe.schema import Recipe
+from tests.facts import Facts, raises
+
+BASE = ("reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf")
+
+
+def recipe(*overrides: str) -> Recipe:
+    return load_recipe("recipes/movielens-100k/four-tasks.yaml", [*BASE, *overrides])
+
+
+def test_two_tables_share_what_is_held_out() -> None:
+    """The same table twice, the second filtered: its last events differ, so each holds out other pairs."""
+    study = build_study(recipe("reviews={source: made-reviews, filter: {min_rating: 4}}"))
+    assert study.reviews is not None
+    held = study.data.held_out | study.reviews.held_out
+    assert study.data.held_out != study.reviews.held_out
+    for data in (study.data, study.reviews):
+        assert not held & set(data.train.select("user_id", "item_id").iter_rows())
+    for family, task in study.tasks.items():
+        for example in islice(task.examples("train"), 500):
+            assert not held & set(example.pairs), family
+
+
+def test_candidates_are_drawn_for_users_who_are_asked_about_alone() -> None:
+    """Each family asks its own number of users; of those whom most are asked of, the sets are what they always were."""
+    every = build_study(recipe("eval.users=1000"))
+    some = build_study(recipe("tasks.sequential.users=3", "tasks.direct.users=7", "tasks.rating.users=9"))
+    assert some.candidates and every.candidates
+    users = [each.user_id for each in every.data.holdouts("test")]
+    assert some.candidates.users == set(dict.fromkeys(users[:7])) and every.candidates.users is None
+    for family, count in (("sequential", 3), ("direct", 7)):
+        assert [case.request for case in some.cases(family)] == [case.request for case in every.cases(family)][:count]
+    assert set(some.candidates.sets) == {case.request.id for case in some.cases("direct")}
+    # Where all are asked about, the hash is over all, those included who could be set aside.
+    assert every.candidates == draw(every.data, "test", every.recipe.eval.candidates, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("override", "same"),
+    [
+        ("eval.candidates.count=6", False),
+        ("eval.candidates.kind=popularity", False),
+        ("seed=1", False),
+        ("train.seed=1", False),
+        ("tasks.rating.weight=2", False),
+        ("tasks.sequential.window=7", False),
+        ("data.noun=things", False),
+        ("train.learning_rate=1e-4", False),
+        ("train.lora.rank=4", False),
+        ("train.packing=tree", False),
+        ("model.dtype=float32", False),
+        ("data.filter.min_rating=2", False),
+        ("eval.users=50", True),
+        ("tasks.rating.eval_templates=[judge-one]", True),
+        ("tasks.explanation.max_tokens=9", True),
+        ("tasks.rating.strategies=[parsed]", True),
+        ("train.save_every=7", True),
+        ("eval.shots.k=2", True),
+    ],
+)
+def test_training_key_sees_what_changes_the_adapter_and_nothing_else(override: str, same: bool, tmp_path: Path) -> None:
+    base, other = tmp_path / "base", tmp_path / "other"
+    for folder in (base, other):
+        folder.mkdir()
+        (folder / "config.json").write_text(json.dumps({"name": folder.name}), encoding="utf-8")
+    first = training_key(build_study(recipe()), str(base))
+    assert (training_key(build_study(recipe(override)), str(base)) == first) is same
+    assert training_key(build_study(recipe()), str(other)) != first
+
+
+def test_models_and_rows_from_other_negatives_are_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """What an earlier version left is not read back as if its rows were these; what shows no negatives is."""
+    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
+    with_direct = build_study(recipe("eval.debias=measured"))
+    without = build_study(recipe("tasks.direct=null"))
+    specs = [
+        RowSpec(family, arm, predictor, with_direct.eval_templates(family)[0], shots)
+        for family, arm, predictor, shots in (
+            ("direct", "few-shot", "list", 2),
+            ("direct", "zero-shot", "label", 0),
+            ("direct", "zero-shot", "list", 0),
+            ("rating", "few-shot", "parsed", 2),
+        )
+    ]
+    evaluation = Evaluation(with_direct, None, tmp_path, Budget(), quiet=True)
+
+    def keys() -> list[str]:
+        trained = [training_key(study, str(tmp_path)) for study in (with_direct, without)]
+        return trained + [evaluation.key(spec, "hf", None) for spec in specs]
+
+    now = keys()
+    for module in ("training", "row_specs"):
+        monkeypatch.setattr(f"llmrec.pipeline.{module}.NEGATIVES", 1)
+    then = keys()
+    same = [one == two for one, two in zip(now, then, strict=True)]
+    # Training with and without the family; its examples, its measured positions, neither, and another family's.
+    assert same == [False, True, False, False, True, True]
+
+
+def test_a_training_seed_moves_rows_and_nothing_that_is_asked() -> None:
+    one, two, same = (build_study(recipe(*more)) for more in ((), ("train.seed=5",), ("train.seed=0",)))
+    for family in one.tasks:
+        assert one.cases(family) == two.cases(family)
+        rows = [[e.id for e in islice(study.training_examples(family), 30)] for study in (one, two, same)]
+        assert rows[0] != rows[1] and rows[0] == rows[2], family
+    assert one.candidates is not None and two.candidates is not None
+    assert one.candidates.digest == two.candidates.digest and one.data.fingerprint == two.data.fingerprint
+    shots = [
+        study.tasks["rating"].prompt(study.cases("rating")[0].request, template="list-ratings", shots=1)
+        for study in (one, two)
+    ]
+    assert shots[0] == shots[1]
+
+
+def test_rows_that_never_fit_are_an_error_not_a_loop(llama_folder: object) -> None:
+    from llmrec.backends.encode import Encoder
+    from llmrec.models.load import load_tokenizer
+    from llmrec.pipeline.training import plan_training
+    from llmrec.recipe.schema import ModelSection
+
+    study = build_study(recipe("tasks={direct: {}}", "train.max_row_tokens=20"))
+    encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=999)
+    with raises(
+        RecipeError, Facts("too-large", column="train.max_row_tokens", says=("train.max_row_tokens=20", "tasks.direct"))
+    ):
+        plan_training(study, encoder)
+
+
+def test_a_split_without_cases_is_found_at_once() -> None:
+    with raises(
+        DataError, Facts("empty", "made-reviews", column="eval.split", says=("tasks.rating", "valid", "data.split"))
+    ):
+        build_study(recipe("data.split={kind: user_disjoint, valid: 0.0, test: 0.2}", "eval.split=valid"))
+
+
+@pytest.mark.parametrize(
+    ("override", "facts"),
+    [
+        (
+            "tasks.sequential.strategies=[expected]",
+            Facts("unknown-name", column="tasks.sequential.strategies", says=("'expected'", "choose from likelihood")),
+        ),
+        (
+            "tasks.rating.baselines=[popularity]",
+            Facts("unknown-name", column="tasks.rating.baselines", says="'popularity'"),
+        ),
+        (
+            "tasks.rating.baselines=[user-mean, user-item-bias]",
+            Facts("missing-value", column="tasks.rating.baselines", says="global-mean, item-mean"),
+        ),
+    ],
+)
+def test_a_name_that_does_not_fit_its_family_is_a_fact(override: str, facts: Facts) -> None:
+    with raises(RecipeError, facts):
+        build_study(recipe(override))
+
+
+@pytest.mark.parametrize(
+    ("override", "facts"),
+    [
+        (
+            "tasks.rating.baselines=[global-mean, user-mean, item-mean, {name: user-item-bias, user_penaltie: 1}]",
+            Facts(
+                "unknown-key",
+                column="tasks.rating.baselines",
+                says=("'user-item-bias'", "'user_penaltie' (did you mean 'user_penalty'?)"),
+            ),
+        ),
+        (
+            "tasks.rating.baselines=[global-mean, user-mean, item-mean, {name: user-item-bias, user_penalty: 0}]",
+            Facts("bad-value", column="tasks.rating.baselines", says=("user_penalty of 'user-item-bias'", "got 0")),
+        ),
+        (
+            "tasks={ctr: {baselines: [{name: like-ratio, liked: 3}]}}",
+            Facts("contradiction", column="tasks.ctr.baselines", says="set tasks.ctr.liked"),
+        ),
+        ("tasks.rating.baselines=[{user_penalty: 1}]", Facts("bad-value", column="tasks.rating.baselines.0.name")),
+        (
+            "tasks.rating.baselines=[{name: mf, factors: 3, rounds: 2}, {name: mf, rounds: 2, factors: 3}]",
+            Facts("contradiction", column="tasks.rating.baselines", says="'mf(factors=3, rounds=2)'"),
+        ),
+        ("tasks.direct.strategies=[label, label]", Facts("contradiction", column="tasks.direct.strategies")),
+        ("eval.cutoffs=[]", Facts("bad-value", column="eval.cutoffs")),
+        ("eval.arms=[tuned, tuned]", Facts("contradiction", column="eval.arms")),
+        ("tasks={rating: {}}", None),
+    ],
+)
+def test_what_does_not_fit_together_is_refused(override: str, facts: Facts | None) -> None:
+    if facts is None:
+        assert set(build_study(recipe(override)).tasks) == {"rating"}
+        with raises(
+            RecipeError,
+            Facts(
+                "contradiction", "recipes/movielens-100k/four-tasks.yaml", column="reviews", says="tasks.explanation"
+            ),
+        ):
+            load_recipe("recipes/movielens-100k/four-tasks.yaml", [override])
+        return
+    with raises(RecipeError, facts):
+        build_study(recipe(override))
+
+
+def test_a_baseline_with_parameters_has_a_row_and_a_key_of_its_own(tmp_path: Path) -> None:
+    names = "global-mean, user-mean, item-mean, user-item-bias"
+    study = build_study(
+        recipe(f"tasks={{rating: {{baselines: [{names}, {{name: user-item-bias, user_penalty: 500}}]}}}}")
+    )
+
+    def rows(study: Study) -> dict[str, ResultRow]:
+        found = Evaluation(study, None, tmp_path, Budget(), quiet=True).baselines()
+        return {row.figures.predictor: row for row in found}
+
+    found = rows(study)
+    plain, other = found["user-item-bias"], found["user-item-bias(user_penalty=500)"]
+    assert other.figures.id == "rating/baseline/user-item-bias(user_penalty=500)"
+    assert plain.figures.metrics["RMSE"].value != other.figures.metrics["RMSE"].value
+    stored = {path.stem: json.loads(path.read_text()) for path in (tmp_path / "rows").iterdir()}
+    assert len({row["key"] for row in stored.values()}) == len(stored) == 6
+    # The same penalty as the default's under another name is the same model.
+    same = rows(
+        build_study(recipe(f"tasks={{rating: {{baselines: [{names}, {{name: user-item-bias, user_penalty: 5}}]}}}}"))
+    )
+    assert same["user-item-bias(user_penalty=5)"].figures.metrics == plain.figures.metrics
+
+
+def test_a_page_is_the_same_whether_a_baseline_is_a_name_or_a_mapping_without_parameters() -> None:
+    names = ("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
+    plain = recipe(f"tasks={{rating: {{baselines: [{', '.join(names)}]}}}}")
+    mapped = recipe(f"tasks={{rating: {{baselines: [{', '.join(f'{{name: {name}}}' for name in names)}]}}}}")
+    assert plain == mapped == recipe("tasks={rating: {}}") and recipe_hash(plain) == recipe_hash(mapped)
+    assert plain.model_dump()["tasks"]["rating"]["baselines"] == names
+    tuned = recipe(f"tasks={{rating: {{baselines: [{', '.join(names)}, {{name: mf, rounds: 3}}]}}}}")
+    assert Recipe.model_validate(yaml.safe_load(dump(tuned))) == tuned

@@ -1,0 +1,125 @@
+"""Figures that are not defined: said with the reason wherever figures are, and compared with nothing."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from llmrec.bench.benchmark import run_benchmark
+from llmrec.bench.suite import run_suite
+from llmrec.pipeline.run import run
+from llmrec.recipe.comparisons import Suite
+from llmrec.recipe.load import load_benchmark, load_recipe
+from llmrec.report.table import console_tables
+
+ONE_CLASS = "all truths are of one class, so there is no pair of a yes and a no"
+OF_USERS = "no user has both a yes and a no"
+NOTHING = "Nothing is compared with what has no figure."
+
+
+def table(folder: Path, last: Sequence[float]) -> Path:
+    """Write 24 users with eight ratings each, of both kinds; the last two of a user are held out and alike."""
+    rows = ["user_id,item_id,rating,timestamp"]
+    for user in range(24):
+        for step in range(8):
+            rating = last[user % len(last)] if step >= 6 else (5.0, 1.0)[(user + step) % 2]
+            rows.append(f"u{user},i{(user * 3 + step * 7) % 20},{rating},{step}")
+    path = folder / "rows.csv"
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return path
+
+
+def suite(path: Path, **more: Any) -> Suite:
+    data = {
+        "source": "table",
+        "path": str(path),
+        "columns": {"rating": "rating", "time": "timestamp"},
+        "split": {"kind": "last_share", "valid": 0.25, "test": 0.25},
+    }
+    rows = [{"baseline": "like-ratio"}, {"baseline": "logistic", "tune": False}]
+    return Suite(suite="made", task="ctr", liked=4, data=data, bootstrap=50, rows=rows, **more)
+
+
+def test_a_suite_says_that_no_user_has_both_classes(tmp_path: Path) -> None:
+    page, lines = suite(table(tmp_path, (5.0, 1.0))), []
+    for _ in range(2):  # the second time with stored rows
+        ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results", say=lines.append)
+    assert len(lines) == 4 and all(f"GAUC undefined ({OF_USERS})" in line and "AUC 0." in line for line in lines)
+    assert [line.metric for line in ran.results.comparisons] == ["AUC"]
+    assert ran.leaderboard is not None
+    board = ran.leaderboard.read_text(encoding="utf-8")
+    assert f"GAUC is undefined: {OF_USERS}." in board and NOTHING not in board
+    assert all(line.split(" | ")[2] == "undefined" for line in board.splitlines() if line.startswith("| l"))
+
+
+def test_a_suite_without_a_headline_compares_nothing_and_says_so(tmp_path: Path) -> None:
+    page = suite(table(tmp_path, (5.0,)), pairs=[("like-ratio", "logistic")], split_seeds=[0, 1])
+    ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
+    assert ran.results.comparisons == () and ran.results.pairs == ()
+    assert ran.leaderboard is not None
+    board = ran.leaderboard.read_text(encoding="utf-8")
+    assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in board and "best row is better" not in board
+
+
+RECIPE = """\
+name: base
+data: {{source: table, path: {path}, columns: {{rating: rating, time: timestamp}},
+  split: {{kind: last_share, valid: 0.25, test: 0.25}}}}
+tasks: {{ctr: {{strategies: [yes-no], liked: 4, baselines: [like-ratio, logistic]}}, rating: {{liked: 4}}}}
+eval: {{arms: [zero-shot], backend: fake, scorer: fake, users: 20, bootstrap: 50}}
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    made = tmp_path_factory.mktemp("run")
+    (made / "recipe.yaml").write_text(RECIPE.format(path=table(made, (5.0,))), encoding="utf-8")
+    return made
+
+
+def test_a_run_says_so_in_every_form_and_compares_only_what_is_defined(folder: Path) -> None:
+    done = run(load_recipe(str(folder / "recipe.yaml")), folder / "out", quiet=True)
+    assert {line["task"] for line in done.results["comparisons"]} == {"rating"}
+    undefined = {
+        (row["task"], name, figure["undefined"])
+        for row in done.results["rows"]
+        for name, figure in row["metrics"].items()
+        if figure["value"] is None
+    }
+    assert undefined == {("ctr", "AUC", ONE_CLASS), ("ctr", "GAUC", OF_USERS), ("rating", "LikedAUC", ONE_CLASS)}
+    said = [f"AUC is undefined: {ONE_CLASS}. {NOTHING}", f"GAUC is undefined: {OF_USERS}."]
+    for name in ("report.md", "index.html", "table.tex"):
+        text = (folder / "out" / "report" / name).read_text(encoding="utf-8")
+        assert all(sentence in text for sentence in said), name
+    lines = list(csv.DictReader((folder / "out" / "report" / "table.csv").read_text(encoding="utf-8").splitlines()))
+    for line in lines:
+        reasons = {"AUC": ONE_CLASS, "LikedAUC": ONE_CLASS, "GAUC": OF_USERS}
+        assert (line["value"] == "") == (line["metric"] in reasons)
+        assert line["undefined"] == reasons.get(line["metric"], "")
+    console = Console(width=200, record=True, file=(folder / "console.txt").open("w"))
+    for shown in console_tables(done.results):
+        console.print(shown)
+    printed = " ".join(console.export_text().split())
+    assert "undefined" in printed and f"GAUC is undefined: {OF_USERS}." in printed
+
+
+def test_a_benchmark_says_so_and_compares_nothing(folder: Path) -> None:
+    page = folder / "bench.yaml"
+    page.write_text(
+        f"benchmark: small\nrecipe: {folder / 'recipe.yaml'}\nbootstrap: 100\nruns: [{{name: only}}]\n",
+        encoding="utf-8",
+    )
+    made = run_benchmark(
+        load_benchmark(str(page)), out=folder / "bench", results=folder / "eval" / "results", say=str, quiet=True
+    )
+    results = json.loads((folder / "eval" / "results" / "small.json").read_text(encoding="utf-8"))
+    (judged,) = [each for each in results["tables"] if each["task"] == "ctr"]
+    assert judged["against_best_baseline"] == [] and judged["pairs"] == []
+    text = (folder / "eval" / "small.md").read_text(encoding="utf-8")
+    assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in text and made

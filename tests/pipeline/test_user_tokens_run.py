@@ -1,0 +1,155 @@
+"""P5-I from a recipe's key to ranked items: users and items as tokens, saved, read back, and not forged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from safetensors.torch import load_file
+from typer.testing import CliRunner
+
+from llmrec.cli.main import app
+from llmrec.data.split import SplitDataset
+from llmrec.index.table import ItemIndex, own_token, user_token
+from llmrec.pipeline import bundle
+from llmrec.pipeline.run import Run, open_session, run
+from llmrec.pipeline.study import Study, build_study
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import Recipe
+from llmrec.tasks.base import View
+from llmrec.types import Request
+from tests.index.test_index_plain import histories
+from tests.pipeline.test_paired_run import RECIPE as PAIRED
+
+RECIPE: dict[str, Any] = {
+    **PAIRED,
+    "name": "user-tokens",
+    "model": {**PAIRED["model"], "whole_words": True, "max_length": 400},
+    "index": {"scheme": "token", "ids": "tokens"},
+    "tasks": {
+        "sequential": {"templates": ["user-history"], "strategies": ["search"]},
+        "rating": {"templates": ["user-item", "list-ratings"], "strategies": ["expected"]},
+    },
+    "train": {**PAIRED["train"], "batch_tokens": 1024, "max_row_tokens": 400},
+}
+ASKS = Template(
+    family="x",
+    name="x",
+    version=1,
+    use="seen",
+    shape="chat",
+    user="{{ user_id }} {{ item_id }}",
+    target="{{ item.title }}",
+)
+
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return run(Recipe(**RECIPE), tmp_path_factory.mktemp("run") / "out", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def study() -> Study:
+    return build_study(Recipe(**RECIPE))
+
+
+def said(data: SplitDataset, index: ItemIndex, user: str, item: str) -> str:
+    view = View(data, index)
+    return ASKS.turns(view.user(user) | view.pair(user, item))[0].text
+
+
+# --------------------------------------------------------------------------- prompts
+
+
+def test_ids_are_written_as_tokens_and_stay_ids_to_all_else() -> None:
+    data = histories("abcxy", "bcdxz")
+    tokens = {item: (own_token(n),) for n, item in enumerate(data.dataset.items)}
+    names = tuple(own_token(n) for n in range(len(tokens)))
+    plain = ItemIndex("token", tokens, tokens=names)
+    coded = ItemIndex("token", tokens, tokens=names, users={"u0": user_token(4)}, writes_ids=True)
+    assert said(data, coded, "u0", "b") == "<user_4> <item_1>"
+    assert said(data, plain, "u0", "b") == "u0 b"
+    # P5 itself: items by number, users as text.
+    numbers = ItemIndex("random", {item: (f"10{n}",) for n, item in enumerate(tokens)}, writes_ids=True)
+    assert said(data, numbers, "u0", "b") == "u0 101"
+    # Somebody who was not trained on is written as text, and an id that spells a token is broken.
+    assert said(data, coded, "nobody", "b") == "nobody <item_1>"
+    assert said(data, coded, "<user_4>", "b") == "< user_4> <item_1>"
+    assert said(data, coded, "<us", "b").startswith("< us")
+    values = View(data, coded).user("u0")
+    assert values["user_id"] == "u0" and View(data, coded).about("b")["item_id"] == "b"
+
+
+def test_statistics_leave_out_the_user_whose_token_is_shown(study: Study) -> None:
+    """A list row asks for them by the id that its values hold."""
+    assert study.index is not None
+    data = study.data
+    user, item = data.train.select("user_id", "item_id").row(0)
+    with_tokens, without = View(data, study.index), View(data, None)
+    known = with_tokens.user(user)["user_id"]
+    assert with_tokens.pair(str(known), item)["item_stats"]() == without.pair(user, item)["item_stats"]()
+
+
+def test_training_rows_and_questions_name_the_same_tokens(study: Study) -> None:
+    assert study.index is not None
+    for family, template in (("sequential", "user-history"), ("rating", "user-item")):
+        task = study.tasks[family]
+        rows = [row for row in task.examples("train", 60) if row.template.endswith(template)]
+        assert rows
+        for row in rows:
+            assert study.index.users[row.user_id] in row.messages[-1].text
+        for case in study.cases(family)[:5]:
+            text = task.prompt(case.request, template=template).messages[-1].text
+            assert study.index.users[case.request.user_id] in text and f" {case.request.user_id}" not in text
+            if case.request.item is not None:
+                assert study.index.encode(case.request.item) in text
+
+
+# --------------------------------------------------------------------------- a run
+
+
+def test_tokens_of_users_are_trained_saved_and_read_back(ran: Run) -> None:
+    session = open_session(Recipe(**RECIPE), ran.folder, quiet=True)
+    index = session.study.index
+    assert index is not None and index.users
+    stored = bundle.read(str(ran.folder)).index
+    assert stored is not None and stored.digest == index.digest and stored.users == index.users
+    # Each is one id of the tokenizer that lies beside the weights, and its row has moved.
+    ids = session.encoder.tokenizer.convert_tokens_to_ids(list(index.users.values()))
+    assert len(set(ids)) == len(index.users) and max(ids) == len(session.encoder.tokenizer) - 1
+    before, after = (load_file(ran.folder / part / "model.safetensors")["shared.weight"] for part in ("base", "merged"))
+    moved = (before[ids] != after[ids]).any(dim=1)
+    assert moved.float().mean() > 0.5
+    for row in ran.results["rows"]:
+        assert row["parse_rate"] == 1.0
+
+
+def test_the_report_says_that_nothing_was_pretrained(ran: Run) -> None:
+    told = "The language model is a new encoder-decoder of width 16, trained from scratch"
+    assert any(told in note for note in ran.results["notes"])
+
+
+def test_rank_knows_the_users_of_training_and_takes_others(ran: Run, study: Study, tmp_path: Path) -> None:
+    assert study.index is not None
+    items, user = sorted(study.data.dataset.items), next(iter(study.index.users))
+    lines = [{"id": name, "user_id": name, "history": items[:4]} for name in (user, "nobody", "<user_0>")]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    command = ["rank", "--model", str(ran.folder), "--in", str(tmp_path / "in.jsonl")]
+    command += ["--out", str(tmp_path / "out.jsonl"), "--candidates", "all", "--top", "5"]
+    done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    found = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert len({tuple(each["scores"]) for each in found}) == 3
+    known = study.tasks["sequential"]
+    request = Request(id="r", user_id="<user_0>", history=known.cases("test")[0].request.history)
+    asked = known.prompt(request, template="user-history").messages[-1].text
+    assert "<user_0>" not in asked and "< user_0>" in asked
+
+
+def test_it_is_refused_beside_codes_that_are_held_out() -> None:
+    tasks = {**RECIPE["tasks"], "alignment": {}}
+    with pytest.raises(ValidationError, match=r"index\.ids: templates that say item_id would show the codes"):
+        Recipe(**{**RECIPE, "tasks": tasks})
