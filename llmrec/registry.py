@@ -2,18 +2,41 @@
 
 Values are ``module:attribute``, imported when first used. Beside these names a recipe may say those of
 `llmrec.plugins`: an installed entry point, or ``module:attribute`` itself.
+
+The tables list the core. A package with a module ``entries`` is an extension and adds the tables of that module to
+those of the same name here (`extended`), so deleting its folder removes its names.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import Any, TypeVar
 
 from llmrec import plugins
 from llmrec.durable import Json
 from llmrec.errors import RecipeError, did_you_mean
+
+_Entry = TypeVar("_Entry")
+
+
+@cache
+def _extensions() -> tuple[ModuleType, ...]:
+    root = Path(__file__).parent
+    files = sorted([*root.glob("*/entries.py"), *root.glob("systems/*/entries.py")])
+    return tuple(import_module(".".join((root.name, *file.relative_to(root).with_suffix("").parts))) for file in files)
+
+
+def extended(table: str, core: Mapping[str, _Entry]) -> Mapping[str, _Entry]:
+    """Return a table of the core with the entries that extensions have in their tables of the same name."""
+    entries = dict(core)
+    for module in _extensions():
+        entries.update(getattr(module, table, {}))
+    return entries
+
 
 # Pages of published data sets, by name: a file more is a source more.
 SETS: Mapping[str, Path] = {
@@ -62,68 +85,72 @@ BACKENDS: Mapping[str, str] = {
     "fake": "llmrec.backends.fake:FakeBackend",
 }
 
-STRATEGIES: Mapping[str, str] = {
-    "likelihood": "llmrec.strategies.pointwise:LikelihoodRanker",
-    "likelihood-prior": "llmrec.strategies.pointwise:PriorRanker",
-    "search": "llmrec.strategies.catalogue:CatalogueRanker",
-    "label": "llmrec.strategies.listwise:label_ranker",
-    "list": "llmrec.strategies.listwise:ListRanker",
-    "permutation": "llmrec.strategies.listwise:permutation_ranker",
-    "window": "llmrec.strategies.windows:window_ranker",
-    "pairwise": "llmrec.strategies.pairs:pairwise_ranker",
-    "setwise": "llmrec.strategies.sets:setwise_ranker",
-    "pointwise-yes": "llmrec.strategies.pointwise:YesRanker",
-    "two-step": "llmrec.strategies.profiled:TwoStepRanker",
-    "expected": "llmrec.strategies.raters:ExpectedRater",
-    "parsed": "llmrec.strategies.raters:ParsedRater",
-    "head": "llmrec.strategies.raters:HeadRater",
-    "text": "llmrec.strategies.raters:Writer",
-    "yes-no": "llmrec.strategies.raters:YesNoJudge",
-    "parsed-yes-no": "llmrec.strategies.raters:ParsedYesNoJudge",
-}
+STRATEGIES = extended(
+    "STRATEGIES",
+    {
+        "likelihood": "llmrec.strategies.pointwise:LikelihoodRanker",
+        "likelihood-prior": "llmrec.strategies.pointwise:PriorRanker",
+        "search": "llmrec.strategies.catalogue:CatalogueRanker",
+        "label": "llmrec.strategies.listwise:label_ranker",
+        "list": "llmrec.strategies.listwise:ListRanker",
+        "permutation": "llmrec.strategies.listwise:permutation_ranker",
+        "window": "llmrec.strategies.windows:window_ranker",
+        "pairwise": "llmrec.strategies.pairs:pairwise_ranker",
+        "setwise": "llmrec.strategies.sets:setwise_ranker",
+        "pointwise-yes": "llmrec.strategies.pointwise:YesRanker",
+        "two-step": "llmrec.strategies.profiled:TwoStepRanker",
+        "expected": "llmrec.strategies.raters:ExpectedRater",
+        "parsed": "llmrec.strategies.raters:ParsedRater",
+        "head": "llmrec.strategies.raters:HeadRater",
+        "text": "llmrec.strategies.raters:Writer",
+        "yes-no": "llmrec.strategies.raters:YesNoJudge",
+        "parsed-yes-no": "llmrec.strategies.raters:ParsedYesNoJudge",
+    },
+)
 
-BASELINES: Mapping[str, str] = {
-    "random": "llmrec.baselines.popular:Random",
-    "popularity": "llmrec.baselines.popular:Popularity",
-    "recent-popularity": "llmrec.baselines.popular:RecentPopularity",
-    "item-knn": "llmrec.baselines.knn:ItemKNN",
-    "rp3beta": "llmrec.baselines.knn:RP3Beta",
-    "markov": "llmrec.baselines.markov:Markov",
-    "markov-1": "llmrec.baselines.markov:FirstOrder",
-    "markov-cooccurrence": "llmrec.baselines.markov:MarkovCooccurrence",
-    "transitions": "llmrec.baselines.transitions:Transitions",
-    "transitions-text": "llmrec.baselines.transitions:TransitionsText",
-    "transitions-tuned": "llmrec.baselines.towers.pairs:TransitionsTuned",
-    "content": "llmrec.baselines.content:Content",
-    "ease": "llmrec.baselines.ease:EASE",
-    "als": "llmrec.baselines.factors:ALS",
-    "bpr": "llmrec.baselines.factors:BPR",
-    "gru4rec": "llmrec.baselines.gru4rec:GRU4Rec",
-    "sasrec": "llmrec.baselines.sasrec:SASRec",
-    "tower": "llmrec.baselines.towers.tower:Tower",
-    "tuned-tower": "llmrec.baselines.towers.tower:TunedTower",
-    "state-tower": "llmrec.baselines.towers.states:StateTower",
-    "text-matcher": "llmrec.baselines.towers.matcher:TextMatcher",
-    "unisrec": "llmrec.systems.unisrec.baseline:UniSRec",
-    "global-mean": "llmrec.baselines.rating:GlobalMean",
-    "user-mean": "llmrec.baselines.rating:UserMean",
-    "item-mean": "llmrec.baselines.rating:ItemMean",
-    "user-item-bias": "llmrec.baselines.rating:UserItemBias",
-    "mf": "llmrec.baselines.mf:MF",
-    "svd": "llmrec.baselines.mf:SVD",
-    "ubert": "llmrec.systems.ubert.baseline:UBert",
-    "like-ratio": "llmrec.baselines.yes_no:LikeRatio",
-    "logistic": "llmrec.baselines.yes_no:Logistic",
-    "din": "llmrec.baselines.ctr.din:DIN",
-    "deepfm": "llmrec.baselines.ctr.deepfm:DeepFM",
-    "dcn": "llmrec.baselines.ctr.dcn:DCN",
-    "autoint": "llmrec.baselines.ctr.autoint:AutoInt",
-    "late-interaction": "llmrec.baselines.late:LateInteraction",
-    "frequent-text": "llmrec.baselines.text:FrequentText",
-    "nearest-text": "llmrec.baselines.text:NearestText",
-    "first-sentence": "llmrec.baselines.text:FirstSentence",
-    "text-ridge": "llmrec.baselines.text:TextRidge",
-}
+BASELINES = extended(
+    "BASELINES",
+    {
+        "random": "llmrec.baselines.popular:Random",
+        "popularity": "llmrec.baselines.popular:Popularity",
+        "recent-popularity": "llmrec.baselines.popular:RecentPopularity",
+        "item-knn": "llmrec.baselines.knn:ItemKNN",
+        "rp3beta": "llmrec.baselines.knn:RP3Beta",
+        "markov": "llmrec.baselines.markov:Markov",
+        "markov-1": "llmrec.baselines.markov:FirstOrder",
+        "markov-cooccurrence": "llmrec.baselines.markov:MarkovCooccurrence",
+        "transitions": "llmrec.baselines.transitions:Transitions",
+        "transitions-text": "llmrec.baselines.transitions:TransitionsText",
+        "transitions-tuned": "llmrec.baselines.towers.pairs:TransitionsTuned",
+        "content": "llmrec.baselines.content:Content",
+        "ease": "llmrec.baselines.ease:EASE",
+        "als": "llmrec.baselines.factors:ALS",
+        "bpr": "llmrec.baselines.factors:BPR",
+        "gru4rec": "llmrec.baselines.gru4rec:GRU4Rec",
+        "sasrec": "llmrec.baselines.sasrec:SASRec",
+        "tower": "llmrec.baselines.towers.tower:Tower",
+        "tuned-tower": "llmrec.baselines.towers.tower:TunedTower",
+        "state-tower": "llmrec.baselines.towers.states:StateTower",
+        "text-matcher": "llmrec.baselines.towers.matcher:TextMatcher",
+        "global-mean": "llmrec.baselines.rating:GlobalMean",
+        "user-mean": "llmrec.baselines.rating:UserMean",
+        "item-mean": "llmrec.baselines.rating:ItemMean",
+        "user-item-bias": "llmrec.baselines.rating:UserItemBias",
+        "mf": "llmrec.baselines.mf:MF",
+        "svd": "llmrec.baselines.mf:SVD",
+        "like-ratio": "llmrec.baselines.yes_no:LikeRatio",
+        "logistic": "llmrec.baselines.yes_no:Logistic",
+        "din": "llmrec.baselines.ctr.din:DIN",
+        "deepfm": "llmrec.baselines.ctr.deepfm:DeepFM",
+        "dcn": "llmrec.baselines.ctr.dcn:DCN",
+        "autoint": "llmrec.baselines.ctr.autoint:AutoInt",
+        "late-interaction": "llmrec.baselines.late:LateInteraction",
+        "frequent-text": "llmrec.baselines.text:FrequentText",
+        "nearest-text": "llmrec.baselines.text:NearestText",
+        "first-sentence": "llmrec.baselines.text:FirstSentence",
+        "text-ridge": "llmrec.baselines.text:TextRidge",
+    },
+)
 
 # The keys of the recipe's eval section that a strategy is handed, as keyword arguments of the same names.
 STRATEGY_KEYS: Mapping[str, tuple[str, ...]] = {

@@ -1,0 +1,3 @@
+"""What UniSRec adds to the registry."""
+
+BASELINES = {"unisrec": "llmrec.systems.unisrec.baseline:UniSRec"}
