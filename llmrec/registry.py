@@ -44,15 +44,15 @@ SETS: Mapping[str, Path] = {
 }
 
 SOURCES: Mapping[str, str] = {
-    **dict.fromkeys(SETS, "llmrec.data.sources.published:published"),
-    "movielens-100k": "llmrec.data.sources.table:movielens_100k",
-    "mind": "llmrec.data.sources.mind:mind",
-    "sequences": "llmrec.data.sources.sequences:sequences",
-    "samples": "llmrec.data.sources.samples:samples",
-    "made-reviews": "llmrec.data.sources.made:made_reviews",
-    "amazon-reviews": "llmrec.data.sources.reviews:amazon_reviews",
-    "explanations": "llmrec.data.sources.table:explanations",
-    "table": "llmrec.data.sources.table:table",
+    **dict.fromkeys(SETS, "llmrec.data.sets.published:published"),
+    "movielens-100k": "llmrec.data.sets.table:movielens_100k",
+    "mind": "llmrec.data.sets.mind:mind",
+    "sequences": "llmrec.data.sets.sequences:sequences",
+    "samples": "llmrec.data.sets.samples:samples",
+    "made-reviews": "llmrec.data.sets.made:made_reviews",
+    "amazon-reviews": "llmrec.data.sets.reviews:amazon_reviews",
+    "explanations": "llmrec.data.sets.table:explanations",
+    "table": "llmrec.data.sets.table:table",
 }
 
 INDEXES: Mapping[str, str] = {

@@ -21,7 +21,7 @@ LACKING = frozenset(
 )
 # vLLM runs on Linux alone, and setup_env makes the environment of a checkout, through make.
 # The reader of spreadsheets is a process of its own that imports no llmrec; without /proc its memory is not bounded.
-LINUX = ("llmrec/backends/vllm", "llmrec/setup_env.py", "llmrec/machine.py", "llmrec/data/reading/sheet_process.py")
+LINUX = ("llmrec/backends/vllm", "llmrec/setup_env.py", "llmrec/machine.py", "llmrec/data/read/sheet_process.py")
 ROOT = Path(__file__).parent.parent
 
 # Other packages come in the build of this system, so only llmrec's own imports are refused.

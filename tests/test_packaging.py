@@ -26,7 +26,7 @@ import llmrec
 from llmrec import registry, setup_env
 from llmrec.cli import main as cli
 from llmrec.cli.doctor import packages
-from llmrec.data.sources.sets import known
+from llmrec.data.sets.pages import known
 from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe, TasksSection

@@ -16,7 +16,7 @@ import numpy as np
 
 from llmrec.augment.stores import of_texts
 from llmrec.data.features import Provenance, publish
-from llmrec.data.reading.table import read_table
+from llmrec.data.read.table import read_table
 
 TARGET = Path("runs/genre")
 

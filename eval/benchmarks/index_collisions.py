@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, split
 from llmrec.durable import write_json, write_text
 from llmrec.index.diagnostics import diagnose

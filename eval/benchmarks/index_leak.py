@@ -13,7 +13,7 @@ import sys
 import time
 from pathlib import Path
 
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, split
 from llmrec.durable import write_json
 from llmrec.index.numbers import user_order

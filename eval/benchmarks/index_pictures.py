@@ -12,7 +12,7 @@ from dataclasses import replace
 from html import escape
 from pathlib import Path
 
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.index.table import ItemIndex
 from llmrec.pipeline.indexing import build_index

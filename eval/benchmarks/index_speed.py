@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.durable import write_json
 from llmrec.index.kmeans import kmeans, perplexity, reconstructed, residual_kmeans

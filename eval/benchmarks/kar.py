@@ -40,7 +40,7 @@ from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import Features, FeatureStore, Pair, Provenance, publish
 from llmrec.data.hashing import hash64
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
 from llmrec.machine import machine, versions

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.data.candidates import draw
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions

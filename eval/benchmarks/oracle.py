@@ -19,7 +19,7 @@ import polars as pl
 
 from llmrec.baselines.popular import Popularity
 from llmrec.bench.leaderboard import load_reference
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.evaluate.catalogue import evaluate_catalogue

@@ -28,7 +28,7 @@ from typing import Any
 import polars as pl
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.recipe.load import load_recipe

@@ -25,7 +25,7 @@ from typing import Any
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions

@@ -29,7 +29,7 @@ from llmrec.baselines.fits.fitting import fitted
 from llmrec.data.assemble import write_items
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.durable import write_json, write_text
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.machine import machine, versions

@@ -22,10 +22,10 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from llmrec.data.reading.files import captured, fits, plain_name
-from llmrec.data.sources.sets import published
-from llmrec.data.sources.spec import Known
-from llmrec.data.sources.table import load
+from llmrec.data.read.files import captured, fits, plain_name
+from llmrec.data.sets.pages import published
+from llmrec.data.sets.spec import Known
+from llmrec.data.sets.table import load
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
 from llmrec.recipe.schema import DataSection

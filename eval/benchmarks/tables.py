@@ -86,7 +86,7 @@ def stages(path: Path, rows: int) -> list[tuple[str, Callable[[dict[str, Any]], 
     from llmrec.baselines.markov import FirstOrder, Markov
     from llmrec.baselines.popular import Popularity
     from llmrec.data.candidates import draw
-    from llmrec.data.sources.table import load
+    from llmrec.data.sets.table import load
     from llmrec.data.split import split
     from llmrec.data.stats import statistics
     from llmrec.models.load import load_tokenizer, resolve

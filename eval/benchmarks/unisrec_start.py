@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmrec.data.hashing import hash64
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.durable import write_text
 from llmrec.recipe.schema import DataSection, Split

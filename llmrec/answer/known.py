@@ -24,10 +24,10 @@ from llmrec.data.dataset import Dataset, conform
 from llmrec.data.described import profile_of
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
-from llmrec.data.reading.limits import shown
-from llmrec.data.reading.typed import per_second
+from llmrec.data.read.limits import shown
+from llmrec.data.read.typed import per_second
 from llmrec.data.requests import RankRequest, identity, read_request, told_event
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import time_order
 from llmrec.errors import DataError, did_you_mean
 from llmrec.pipeline import bundle as bundles

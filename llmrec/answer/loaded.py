@@ -29,7 +29,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import Answered
 from llmrec.answer.rules import Rules
 from llmrec.data.frames import as_arrow, like
-from llmrec.data.reading.limits import shown
+from llmrec.data.read.limits import shown
 from llmrec.data.requests import RankRequest, identity, read_request, some
 from llmrec.display import Displayed, Summary, listed
 from llmrec.errors import DataError, LlmrecError, did_you_mean

@@ -20,7 +20,7 @@ from llmrec.data.assemble import read_items
 from llmrec.data.dataset import Dataset
 from llmrec.data.described import described_items
 from llmrec.data.requests import RankRequest
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.errors import BackendError, DataError, LlmrecError
 from llmrec.pipeline.bundle import Bundle
 from llmrec.recipe.load import load_stored

@@ -26,10 +26,10 @@ from llmrec.data.features import (
     write_version,
     writing,
 )
-from llmrec.data.reading.columns import find
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import user_path
-from llmrec.data.reading.typed import ids, texts
+from llmrec.data.read.columns import find
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import user_path
+from llmrec.data.read.typed import ids, texts
 from llmrec.errors import DataError
 from llmrec.models.embedder import text_embedder
 

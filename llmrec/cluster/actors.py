@@ -29,7 +29,7 @@ from llmrec.cli.show.console import finish, show
 from llmrec.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
 from llmrec.cluster.merge.app import put_together
 from llmrec.cluster.merge.evaluation import merge_run
-from llmrec.data.reading.request_file import open_requests
+from llmrec.data.read.request_file import open_requests
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.machine import processor

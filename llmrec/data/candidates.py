@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from llmrec.data.codes import Runs, codes, in_numbers
 from llmrec.data.hashing import digest_strings, hash_one
-from llmrec.data.reading.limits import reason
+from llmrec.data.read.limits import reason
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import loads
 from llmrec.errors import DataError

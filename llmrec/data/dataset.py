@@ -12,7 +12,7 @@ import polars as pl
 
 from llmrec.data.codes import coded, codes, pairs
 from llmrec.data.hashing import digest_frame, digest_strings
-from llmrec.data.reading.limits import reason
+from llmrec.data.read.limits import reason
 from llmrec.errors import DataError
 from llmrec.guard import clean
 from llmrec.recipe.schema import Filter

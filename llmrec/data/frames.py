@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.data.reading.limits import reason
+from llmrec.data.read.limits import reason
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import Recipe

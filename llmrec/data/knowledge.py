@@ -19,10 +19,10 @@ from scipy import sparse
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.derived import sentences
-from llmrec.data.reading.columns import find
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import user_path
-from llmrec.data.reading.typed import ids, unescaped
+from llmrec.data.read.columns import find
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import user_path
+from llmrec.data.read.typed import ids, unescaped
 from llmrec.errors import DataError
 from llmrec.recipe.schema import FactsSection
 from llmrec.types import Item

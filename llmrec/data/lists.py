@@ -1,7 +1,7 @@
 """Ranked lists and what they are judged by, as any system writes them: read into a row a ranked or relevant item.
 
 Lists are llmrec's own records, a table with one row per item (RecBole's too), or a TREC run; what is relevant is such a
-table or TREC's qrels. Tables are frames in memory or files that `llmrec.data.reading.table` reads.
+table or TREC's qrels. Tables are frames in memory or files that `llmrec.data.read.table` reads.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ import polars as pl
 import pyarrow.parquet as pq
 
 from llmrec.data.frames import as_arrow
-from llmrec.data.reading import typed
-from llmrec.data.reading.cells import unguarded
-from llmrec.data.reading.limits import enumerated, reason, require_file, shown
-from llmrec.data.reading.objects import json_object
-from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.reading.ranked import TREC
-from llmrec.data.reading.request_file import JSON_LINES, PARQUET
-from llmrec.data.reading.table import is_pattern, read_table, without_kinds
-from llmrec.data.reading.text import Table, decode, read_bytes
-from llmrec.data.reading.words import named
+from llmrec.data.read import typed
+from llmrec.data.read.cells import unguarded
+from llmrec.data.read.limits import enumerated, reason, require_file, shown
+from llmrec.data.read.objects import json_object
+from llmrec.data.read.parquet import FAULTS, check_size, from_arrow
+from llmrec.data.read.ranked import TREC
+from llmrec.data.read.request_file import JSON_LINES, PARQUET
+from llmrec.data.read.table import is_pattern, read_table, without_kinds
+from llmrec.data.read.text import Table, decode, read_bytes
+from llmrec.data.read.words import named
 from llmrec.errors import DataError, Place, did_you_mean
 
 Unit = Literal["user", "request"]
@@ -40,9 +40,9 @@ ITEMS = ("item", "item_id", "itemid", "iid", "docno", "docid", "doc_id", "docume
 SCORES = ("score", "scores", "prediction", "pred")
 RANKS = ("rank", "position")
 GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
-"""What columns are called, without regard to case; of users and items also as `llmrec.data.reading.words` knows it."""
+"""What columns are called, without regard to case; of users and items also as `llmrec.data.read.words` knows it."""
 
-# Weight of a name from which on it is believed; see `llmrec.data.reading.words`.
+# Weight of a name from which on it is believed; see `llmrec.data.read.words`.
 _SURE = 0.9
 _QRELS = (".qrels", ".qrel")
 _RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")

@@ -16,7 +16,7 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import TypeGuard
 
-from llmrec.data.reading.limits import ID_LIMIT
+from llmrec.data.read.limits import ID_LIMIT
 from llmrec.errors import DataError, did_you_mean
 from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Event, Item

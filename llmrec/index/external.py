@@ -10,9 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from llmrec.data.reading.limits import enumerated, reason, require_file, shown
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import decode, read_bytes, user_path
+from llmrec.data.read.limits import enumerated, reason, require_file, shown
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import decode, read_bytes, user_path
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean, is_item_token, without_item_tokens
 from llmrec.index.table import LETTERS, Embed, ItemIndex, token

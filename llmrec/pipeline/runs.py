@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.sources.table import located
+from llmrec.data.sets.table import located
 from llmrec.durable import checked, loads
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.models.load import load_tokenizer, weights_stamp

@@ -16,8 +16,8 @@ from llmrec.baselines.parameters import config_of
 from llmrec.baselines.retrieve import FUSED, Lists, retrieve
 from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.described import described
-from llmrec.data.reading.limits import shown
-from llmrec.data.sources.table import load
+from llmrec.data.read.limits import shown
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, halves, split, whole, written
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.attributes import attributes_of

@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from fastapi.security import HTTPBearer
 
 from llmrec import __version__
-from llmrec.data.reading.limits import ID_LIMIT
+from llmrec.data.read.limits import ID_LIMIT
 from llmrec.errors import LlmrecError
 from llmrec.serve import schema
 from llmrec.serve.failures import answer_failures, failure, said

@@ -21,7 +21,7 @@ from threading import Lock
 from typing import Any, Protocol, TypeAlias
 from urllib.parse import quote, unquote, urlsplit
 
-from llmrec.data.reading.limits import no_file, reason, shown
+from llmrec.data.read.limits import no_file, reason, shown
 from llmrec.errors import DataError, ErrorKind, LlmrecError, require
 from llmrec.machine import flush_folder
 

@@ -13,7 +13,7 @@ from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from llmrec.data.reading.limits import shown
+from llmrec.data.read.limits import shown
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.serve.failures import failed
 from llmrec.serve.keys import Key, Keys, RateLimit

@@ -25,7 +25,7 @@ from typing import Annotated, Literal, TypeAlias
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
-from llmrec.data.reading.limits import reason, require_file, shown
+from llmrec.data.read.limits import reason, require_file, shown
 from llmrec.durable import refuse_link, replacing
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.machine import NO_LINK, lock

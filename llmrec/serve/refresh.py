@@ -21,9 +21,9 @@ from llmrec.baselines.parameters import stops_early
 from llmrec.data.assemble import read_items, write_items
 from llmrec.data.dataset import SCHEMA, Dataset, conform
 from llmrec.data.described import described_items
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.typed import ids, numbers, per_second, since_1970, times
-from llmrec.data.sources.table import load
+from llmrec.data.read.table import read_table
+from llmrec.data.read.typed import ids, numbers, per_second, since_1970, times
+from llmrec.data.sets.table import load
 from llmrec.data.split import halves, split, time_order, whole
 from llmrec.durable import replacing, write_json
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require

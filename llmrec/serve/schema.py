@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, Self, TypeAlias
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
-from llmrec.data.reading.limits import ID_LIMIT
+from llmrec.data.read.limits import ID_LIMIT
 from llmrec.data.requests import whole
 
 MOST_EVENTS = 1000

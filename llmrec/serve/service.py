@@ -24,7 +24,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.recommender import Answered
 from llmrec.answer.rules import Rules
 from llmrec.augment.stores import forget
-from llmrec.data.reading.limits import shown
+from llmrec.data.read.limits import shown
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.guard import clean

@@ -17,7 +17,7 @@ from pathlib import Path
 from threading import BoundedSemaphore, Lock
 from typing import Any
 
-from llmrec.data.reading.limits import is_no_text, shown
+from llmrec.data.read.limits import is_no_text, shown
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve.databases import MOVE, NOBODY, VERSION, WAIT, Database, Insert, Postgres, SQLite
 from llmrec.types import Item

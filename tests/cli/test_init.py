@@ -22,8 +22,8 @@ from typer.testing import CliRunner
 
 from llmrec.cli.main import app
 from llmrec.data import stats
-from llmrec.data.reading.text import Table
-from llmrec.data.sources.table import load
+from llmrec.data.read.text import Table
+from llmrec.data.sets.table import load
 from llmrec.errors import LlmrecError
 from llmrec.pipeline.leaks.rows import questions
 from llmrec.pipeline.study import build_study

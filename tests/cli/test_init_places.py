@@ -12,7 +12,7 @@ from pathlib import Path
 import polars as pl
 import pytest
 
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.start.init.start import init

@@ -17,12 +17,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data.reading.columns import NONE
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import Table
-from llmrec.data.reading.typed import numbers as read_numbers
-from llmrec.data.reading.typed import times as read_times
-from llmrec.data.reading.words import named, noun_of
+from llmrec.data.read.columns import NONE
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import Table
+from llmrec.data.read.typed import numbers as read_numbers
+from llmrec.data.read.typed import times as read_times
+from llmrec.data.read.words import named, noun_of
 from llmrec.errors import DataError
 from llmrec.start.init.columns import guess
 from llmrec.start.init.faults import faults, mended

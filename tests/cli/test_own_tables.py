@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from eval.benchmarks import own_tables
 from llmrec.cli.main import app
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.recipe.load import load_recipe
 
 SHOP = own_tables.shop()

@@ -24,7 +24,7 @@ from llmrec.bench.suite import run_suite
 from llmrec.bench.suite_row import cases_of
 from llmrec.cli import main as cli
 from llmrec.cli.show.checking import check
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.durable import checked, write_checked
 from llmrec.errors import LlmrecError, RecipeError

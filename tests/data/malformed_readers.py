@@ -14,9 +14,9 @@ import pyarrow.parquet as pq
 import yaml
 
 from llmrec.data.assemble import read_items
-from llmrec.data.reading.request_file import open_requests
+from llmrec.data.read.request_file import open_requests
 from llmrec.data.requests import read_request
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection, Split
 from llmrec.start.init.start import init

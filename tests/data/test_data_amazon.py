@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.reading.markup import has_markup, plain
-from llmrec.data.sources.sets import known
-from llmrec.data.sources.table import load
+from llmrec.data.read.markup import has_markup, plain
+from llmrec.data.sets.pages import known
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from tests.facts import Facts, raises

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmrec.data.sources.parts import SPELLED
-from llmrec.data.sources.table import load
+from llmrec.data.sets.parts import SPELLED
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_of, split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError, LlmrecError, RecipeError

@@ -17,13 +17,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.reading import blocks as streams
-from llmrec.data.reading import pieces
-from llmrec.data.reading.files import Member, captured, plain_name
-from llmrec.data.sources import sets
-from llmrec.data.sources.counts import Counts
-from llmrec.data.sources.spec import Form
-from llmrec.data.sources.table import load
+from llmrec.data.read import blocks as streams
+from llmrec.data.read import pieces
+from llmrec.data.read.files import Member, captured, plain_name
+from llmrec.data.sets import pages as sets
+from llmrec.data.sets.counts import Counts
+from llmrec.data.sets.spec import Form
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.errors import DataError, ErrorKind, RecipeError
 from llmrec.recipe.schema import Columns, DataSection, Split

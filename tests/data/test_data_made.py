@@ -9,7 +9,7 @@ import polars as pl
 import pytest
 
 from eval.benchmarks.make_reviews import COLUMNS, generate, main, to_csv
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError

@@ -25,7 +25,7 @@ from malformed_readers import Case, Grid, Reader, Refused
 from malformed_rows import READ_OLD_MACS, asked, headers, objects, rows, sequences
 from malformed_sets import readers
 
-from llmrec.data.reading import parquet
+from llmrec.data.read import parquet
 from llmrec.errors import DataError, LlmrecError, RecipeError
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))

@@ -18,9 +18,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.sources import movielens
-from llmrec.data.sources.movielens import movie_title
-from llmrec.data.sources.table import load
+from llmrec.data.sets import movielens
+from llmrec.data.sets.movielens import movie_title
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from tests.facts import Facts, raises
@@ -283,7 +283,7 @@ def test_a_download_that_is_not_the_published_file(alone: Path, serve: Serve) ->
 
 
 def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.reading.files._MAX_ARCHIVE", 10)
+    monkeypatch.setattr("llmrec.data.read.files._MAX_ARCHIVE", 10)
     serve(archive("ml-latest-small", SMALL))
     with raises(DataError, Facts("too-large", says="10 bytes")):
         small()
@@ -291,7 +291,7 @@ def test_a_download_that_is_too_large(alone: Path, serve: Serve, monkeypatch: py
 
 
 def test_a_member_that_is_too_large(alone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.reading.files._MAX_MEMBER", 10)
+    monkeypatch.setattr("llmrec.data.read.files._MAX_MEMBER", 10)
     alone.mkdir(parents=True)
     (alone / "ml-100k.zip").write_bytes(archive("ml-100k", OFFICIAL))
     with raises(DataError, Facts("too-large", "u.data", says="10 bytes")):

@@ -21,10 +21,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.data.assemble import digest_items, read_items
-from llmrec.data.reading import request_file
-from llmrec.data.reading.ranked import Ranked, read_part, write_part, write_records
-from llmrec.data.reading.request_file import Raw, open_requests
-from llmrec.data.reading.text import read_bytes
+from llmrec.data.read import request_file
+from llmrec.data.read.ranked import Ranked, read_part, write_part, write_records
+from llmrec.data.read.request_file import Raw, open_requests
+from llmrec.data.read.text import read_bytes
 from llmrec.data.requests import RankRequest, identity, read_request
 from llmrec.errors import DataError
 from llmrec.types import Item

@@ -14,8 +14,8 @@ from data_cases import dataset, random_rows, seeds
 from hypothesis import given, settings
 
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.reading import pieces
-from llmrec.data.sources.table import load, located
+from llmrec.data.read import pieces
+from llmrec.data.sets.table import load, located
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection, Split

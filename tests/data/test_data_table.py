@@ -21,9 +21,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import delimited
-from llmrec.data.sources.table import load
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import delimited
+from llmrec.data.sets.table import load
 from llmrec.data.split import scale_of, split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError, LlmrecError, RecipeError
@@ -453,9 +453,7 @@ def test_header_only(tmp_path: Path) -> None:
 def test_a_program_that_ends_right_after_a_table_was_refused_is_not_aborted(tmp_path: Path) -> None:
     """Threads that read the file for Arrow may still hold it then; on two cores every third program was aborted."""
     path = write(tmp_path, HEAD)
-    lines = (
-        f"from pathlib import Path; from llmrec.data.reading.table import read_table; read_table(Path({str(path)!r}))"
-    )
+    lines = f"from pathlib import Path; from llmrec.data.read.table import read_table; read_table(Path({str(path)!r}))"
     several = [subprocess.Popen([sys.executable, "-c", lines], stderr=subprocess.PIPE) for _ in range(4)]
     for one in several:
         _, errors = one.communicate()
@@ -485,7 +483,7 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_ends_at_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.reading.limits.MAX_BYTES", 1000)
+    monkeypatch.setattr("llmrec.data.read.limits.MAX_BYTES", 1000)
     fails(write(tmp_path, b"a" * 100_000, "data.csv.gz"), Facts("too-large", says="1000 bytes"))
 
 

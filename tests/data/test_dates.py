@@ -12,8 +12,8 @@ from data_cases import section
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.reading.dates import DateOrder, read_dates
-from llmrec.data.sources.table import load
+from llmrec.data.read.dates import DateOrder, read_dates
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns

@@ -17,10 +17,10 @@ import pyarrow as pa
 import pytest
 from data_cases import section
 
-from llmrec.data.reading import packed
-from llmrec.data.reading.table import of_atomic, read_table
-from llmrec.data.reading.text import preamble
-from llmrec.data.sources.table import load
+from llmrec.data.read import packed
+from llmrec.data.read.table import of_atomic, read_table
+from llmrec.data.read.text import preamble
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_recipe

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from eval.benchmarks.goodreads_sequences import convert
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection
 from tests.facts import Facts, raises

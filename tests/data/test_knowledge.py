@@ -11,7 +11,7 @@ import polars as pl
 import pytest
 
 from llmrec.data.knowledge import BM25, Documents, cited, numbered
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.errors import DataError
 from llmrec.prompts.template import load_templates

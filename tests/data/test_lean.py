@@ -15,11 +15,11 @@ import pyarrow as pa
 import pytest
 
 from llmrec.data.codes import Names, all_different, coded, codes, in_codes_of, pairs, stacked
-from llmrec.data.reading import lean
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import Table
-from llmrec.data.reading.typed import ids, numbers, one_per_item, texts, times
-from llmrec.data.sources.table import load
+from llmrec.data.read import lean
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import Table
+from llmrec.data.read.typed import ids, numbers, one_per_item, texts, times
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
 from tests.facts import Facts, raises

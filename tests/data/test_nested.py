@@ -14,10 +14,10 @@ import pytest
 from data_cases import section
 
 from llmrec.data.frames import as_arrow
-from llmrec.data.reading import limits
-from llmrec.data.reading.table import read_table, rows_of
-from llmrec.data.reading.words import named
-from llmrec.data.sources.table import load
+from llmrec.data.read import limits
+from llmrec.data.read.table import read_table, rows_of
+from llmrec.data.read.words import named
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns, Filter

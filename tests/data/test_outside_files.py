@@ -15,8 +15,8 @@ import polars as pl
 import pytest
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.reading.sheets import sheets_of
-from llmrec.data.sources.table import load
+from llmrec.data.read.sheets import sheets_of
+from llmrec.data.sets.table import load
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe.load import as_recipe
 from llmrec.recipe.schema import DataSection

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.data.sources.recognise import source_of, sources_with
-from llmrec.data.sources.sets import known, published
+from llmrec.data.sets.pages import known, published
+from llmrec.data.sets.recognise import source_of, sources_with
 from llmrec.errors import DataError
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
@@ -160,7 +160,7 @@ def test_a_set_in_a_folder_of_another_name_is_told_by_its_rows(tmp_path: Path, m
     assert small.counts is not None
     counts = small.counts.model_copy(update={"files": {"ratings.csv": (USERS, ITEMS, len(EVENTS))}})
     pages = [small.model_copy(update={"counts": counts}) if page.name == small.name else page for page in published()]
-    monkeypatch.setattr("llmrec.data.sources.recognise.published", lambda: pages)
+    monkeypatch.setattr("llmrec.data.sets.recognise.published", lambda: pages)
     assert source_of(place) == "movielens-small"
 
 

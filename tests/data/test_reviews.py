@@ -13,7 +13,7 @@ from llmrec.data import derived
 from llmrec.data.dataset import Dataset
 from llmrec.data.derived import pseudonyms, sentences
 from llmrec.data.keyphrases import extract
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection, Filter, Split

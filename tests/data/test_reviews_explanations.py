@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection, ExplanationSection, Split

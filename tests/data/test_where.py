@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.reading.table import read_table
-from llmrec.data.reading.text import Table
-from llmrec.data.reading.where import kept
-from llmrec.data.sources.table import load
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import Table
+from llmrec.data.read.where import kept
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import DataSection, Filter
 from tests.facts import Facts, raises

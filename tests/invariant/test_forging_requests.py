@@ -16,7 +16,7 @@ from tokenizer_families import tokenizer_of
 from llmrec.answer.requests import Asking, rank_requests
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.data.reading.request_file import open_requests
+from llmrec.data.read.request_file import open_requests
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError
 from llmrec.guard import clean

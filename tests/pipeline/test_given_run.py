@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 from llmrec.bench.suite import run_suite
 from llmrec.cli.main import app
 from llmrec.data.hashing import hash64
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.errors import DataError, LlmrecError
 from llmrec.pipeline.leaks.checks import training_interactions
 from llmrec.pipeline.run import run

@@ -103,7 +103,7 @@ class Chain:
 
 def request_lines() -> str:
     """Return a file of requests over the catalogue of the made table."""
-    from llmrec.data.sources.table import load
+    from llmrec.data.sets.table import load
     from llmrec.recipe.schema import DataSection
 
     ids = list(load(DataSection(source="made-reviews"), seed=0).items)

@@ -12,7 +12,7 @@ import pytest
 from task_data import CLASSES, asking, example_text, prompt_text, targets
 
 from llmrec.data.dataset import Review
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template, load_templates

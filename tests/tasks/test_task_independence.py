@@ -17,7 +17,7 @@ from task_data import CLASSES, EVERY, asking, load_templates, make_dataset, make
 
 from eval.benchmarks.negatives import Knowing, chance, ndcg
 from llmrec.data.candidates import CandidateSets, draw
-from llmrec.data.sources.table import load
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
 from llmrec.pipeline.leaks.checks import redrawn

@@ -103,7 +103,7 @@ def table(folder: Path, given: Given) -> None:
         brief = {"measure": False} if "measure" in signature(init).parameters else {}
         init(str(folder / given["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf", **brief)
         return
-    load = named("llmrec.data.sources.table:load", "llmrec.data.sources:load")
+    load = named("llmrec.data.sets.table:load", "llmrec.data.sets:load")
     load(_schema("DataSection")(**_resolved(folder, given["section"])), seed=0)
 
 
@@ -113,7 +113,7 @@ def _resolved(folder: Path, section: Given) -> dict[str, Any]:
 
 def requests(folder: Path, given: Given) -> Lines | None:
     """Read requests as ``llmrec rank`` does before it asks a model."""
-    opened = named("llmrec.data.reading.request_file:open_requests", "llmrec.data.request_files:open_requests")
+    opened = named("llmrec.data.read.request_file:open_requests", "llmrec.data.request_files:open_requests")
     read = named("llmrec.data.requests:read_request")
     error = named("llmrec.errors:DataError")
     item = named("llmrec.types:Item")

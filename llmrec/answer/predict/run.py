@@ -14,8 +14,8 @@ from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.answer.rank.progress import RankBar
 from llmrec.answer.recommender import Recommender
-from llmrec.data.reading.ranked import Predicted, write_records
-from llmrec.data.reading.request_file import Raw, kind_of, open_requests
+from llmrec.data.read.ranked import Predicted, write_records
+from llmrec.data.read.request_file import Raw, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.errors import DataError
 from llmrec.types import Answer, Text, Unparsed

@@ -11,8 +11,8 @@ from typing import Any
 
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.ranker import Ranker, told_of
-from llmrec.data.reading.ranked import Ranked
-from llmrec.data.reading.request_file import RequestFile
+from llmrec.data.read.ranked import Ranked
+from llmrec.data.read.request_file import RequestFile
 from llmrec.durable import sha256_of
 from llmrec.machine import machine, versions
 from llmrec.progress import Bar

@@ -21,8 +21,8 @@ from llmrec.answer.rank.outputs import check_out, summary_beside
 from llmrec.answer.rank.progress import RankBar, Tally, asked_of, summary_of
 from llmrec.answer.rank.ranker import Ranker, open_ranker, resolved
 from llmrec.answer.recommender import Answered
-from llmrec.data.reading.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
-from llmrec.data.reading.request_file import Raw, RequestFile, open_requests
+from llmrec.data.read.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
+from llmrec.data.read.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Place

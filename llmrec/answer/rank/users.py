@@ -22,8 +22,8 @@ from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.answer.rank.progress import RankBar
 from llmrec.answer.rank.ranker import check_named, loaded_classic, loaded_named, open_classic
-from llmrec.data.reading.cells import write_rows
-from llmrec.data.reading.databases import file_of
+from llmrec.data.read.cells import write_rows
+from llmrec.data.read.databases import file_of
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require
 from llmrec.pipeline.claiming import LOCK

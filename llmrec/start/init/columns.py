@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
-from llmrec.data.reading.columns import NONE, check_usable
-from llmrec.data.reading.nested import LISTS, OBJECTS, leaf, paths
-from llmrec.data.reading.text import Table
-from llmrec.data.reading.words import about_orders, named
-from llmrec.data.sources.parts import SPELLED, part_of
+from llmrec.data.read.columns import NONE, check_usable
+from llmrec.data.read.nested import LISTS, OBJECTS, leaf, paths
+from llmrec.data.read.text import Table
+from llmrec.data.read.words import about_orders, named
+from llmrec.data.sets.parts import SPELLED, part_of
 from llmrec.errors import DataError
 from llmrec.start.init.forms import READABLE
 from llmrec.start.init.profile import (

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from llmrec.data.reading.nested import leaf
-from llmrec.data.reading.sheets import SHEETS, sheets_of, split_sheet
+from llmrec.data.read.nested import leaf
+from llmrec.data.read.sheets import SHEETS, sheets_of, split_sheet
 from llmrec.errors import LlmrecError
 from llmrec.start.init.profile import peek, profile
 
@@ -19,7 +19,7 @@ _TEXT_ENDINGS = (".csv", ".tsv", ".txt", ".jsonl", ".ndjson", ".gz")
 @contextmanager
 def _unsaid() -> Iterator[None]:
     """Keep what reading would say to itself: nobody has asked for the file."""
-    reading = logging.getLogger("llmrec.data.reading")
+    reading = logging.getLogger("llmrec.data.read")
     level = reading.level
     reading.setLevel(logging.ERROR)
     try:

@@ -7,9 +7,9 @@ import shlex
 from collections.abc import Iterator, Mapping
 from itertools import permutations
 
-from llmrec.data.reading.databases import read_query, tables_of
-from llmrec.data.reading.limits import enumerated
-from llmrec.data.reading.text import Table
+from llmrec.data.read.databases import read_query, tables_of
+from llmrec.data.read.limits import enumerated
+from llmrec.data.read.text import Table
 from llmrec.errors import DataError, LlmrecError
 from llmrec.start.init.columns import guess
 from llmrec.start.init.profile import Profile, no_id, profile

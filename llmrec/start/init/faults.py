@@ -8,9 +8,9 @@ from pathlib import Path
 
 import polars as pl
 
-from llmrec.data.reading.nested import leaf
-from llmrec.data.reading.text import Table
-from llmrec.data.reading.typed import texts
+from llmrec.data.read.nested import leaf
+from llmrec.data.read.text import Table
+from llmrec.data.read.typed import texts
 from llmrec.durable import replacing
 from llmrec.errors import DataError, ErrorKind, Place
 from llmrec.start.init.forms import READABLE

@@ -8,7 +8,7 @@ from typing import Literal
 
 import polars as pl
 
-from llmrec.data.reading.dates import DateOrder, Dates, read_dates
+from llmrec.data.read.dates import DateOrder, Dates, read_dates
 
 NumberForm = Literal["plain numbers", "decimal commas", "thousands separators", "no numbers"]
 TimeForm = Literal[

@@ -11,7 +11,7 @@ from keyword import iskeyword
 import yaml
 
 from llmrec.cli.show.console import minutes
-from llmrec.data.reading.columns import NONE
+from llmrec.data.read.columns import NONE
 from llmrec.recipe.schema import AUTO, Columns
 from llmrec.start.init.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, shown_history, window
 from llmrec.start.init.profile import shown

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 import polars as pl
 
 from llmrec.data.dataset import Dataset, core
-from llmrec.data.reading.words import noun_of
+from llmrec.data.read.words import noun_of
 from llmrec.data.stats import BASKETS
 from llmrec.start.init.roles import Roles
 

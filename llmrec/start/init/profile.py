@@ -19,16 +19,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.dataset import PARTS
-from llmrec.data.reading.dates import DateOrder
-from llmrec.data.reading.limits import BROKEN, Capped, no_file, reason
-from llmrec.data.reading.objects import json_lines
-from llmrec.data.reading.packed import PACKED
-from llmrec.data.reading.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.reading.table import ATOMIC, is_pattern, read_table, rows_of, without_kinds
-from llmrec.data.reading.text import Table, delimited, separator_of
-from llmrec.data.reading.typed import texts
-from llmrec.data.reading.words import Named, event_rank, named
-from llmrec.data.sources.parts import SPELLED, part_of
+from llmrec.data.read.dates import DateOrder
+from llmrec.data.read.limits import BROKEN, Capped, no_file, reason
+from llmrec.data.read.objects import json_lines
+from llmrec.data.read.packed import PACKED
+from llmrec.data.read.parquet import FAULTS, check_size, from_arrow
+from llmrec.data.read.table import ATOMIC, is_pattern, read_table, rows_of, without_kinds
+from llmrec.data.read.text import Table, delimited, separator_of
+from llmrec.data.read.typed import texts
+from llmrec.data.read.words import Named, event_rank, named
+from llmrec.data.sets.parts import SPELLED, part_of
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean
 from llmrec.start.init.forms import READABLE, Numbers, Times, numbers, times

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from llmrec.data.reading.columns import NONE
-from llmrec.data.reading.dates import ORDERS, DateOrder
+from llmrec.data.read.columns import NONE
+from llmrec.data.read.dates import ORDERS, DateOrder
 from llmrec.errors import DataError, did_you_mean
 from llmrec.start.init.profile import Profile, shown
 

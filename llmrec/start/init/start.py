@@ -12,14 +12,14 @@ import yaml
 
 from llmrec.data import dataset as filters
 from llmrec.data.dataset import Dataset
-from llmrec.data.reading.databases import database_at, is_database, read_query
-from llmrec.data.reading.hub import is_hub, read_hub
-from llmrec.data.reading.nested import leaf, lists_in
-from llmrec.data.reading.sheets import split_sheet
-from llmrec.data.reading.table import is_pattern, of_atomic, rows_of
-from llmrec.data.reading.text import Table, user_path
-from llmrec.data.sources.recognise import source_of, sources_with
-from llmrec.data.sources.table import load
+from llmrec.data.read.databases import database_at, is_database, read_query
+from llmrec.data.read.hub import is_hub, read_hub
+from llmrec.data.read.nested import leaf, lists_in
+from llmrec.data.read.sheets import split_sheet
+from llmrec.data.read.table import is_pattern, of_atomic, rows_of
+from llmrec.data.read.text import Table, user_path
+from llmrec.data.sets.recognise import source_of, sources_with
+from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset
 from llmrec.data.split import split as cut_by
 from llmrec.data.stats import baskets

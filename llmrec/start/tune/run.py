@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmrec.data.frames import FOLDER as FRAMES
 from llmrec.data.frames import with_frames
-from llmrec.data.reading.cells import write_rows
+from llmrec.data.read.cells import write_rows
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require

@@ -1,0 +1,154 @@
+"""Reads what a query of a database gives: of SQLite and DuckDB files and of PostgreSQL, never with leave to write."""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, urlencode, urlsplit
+
+import polars as pl
+import pyarrow as pa
+
+from llmrec.data.read.limits import no_file, reason, require_file
+from llmrec.data.read.parquet import from_arrow
+from llmrec.data.read.text import Table
+from llmrec.errors import DataError, MissingExtra, require
+
+KEY = "data.query"
+_MARKS = (("sqlite", 0, b"SQLite format 3\0"), ("duckdb", 8, b"DUCK"))
+
+
+def is_database(path: str) -> bool:
+    """Whether ``data.path`` names a database, by how it begins: ``sqlite://``, ``duckdb://`` or ``postgresql://``."""
+    return urlsplit(path).scheme in _READ and "://" in path
+
+
+def database_at(path: Path) -> str | None:
+    """Return what names a file as a database, if its first bytes say that it is one of SQLite or DuckDB."""
+    if no_file(path):
+        return None  # a pipe would block
+    try:
+        with path.open("rb") as stream:
+            head = stream.read(16)
+    except OSError:
+        return None
+    kind = next((kind for kind, start, mark in _MARKS if head[start:].startswith(mark)), None)
+    return None if kind is None else f"{kind}:///{path}"
+
+
+def read_query(url: str, query: str) -> Table:
+    """Read the rows of a query.
+
+    The password of a server never stands in a recipe, which is copied into results: PGPASSWORD or ~/.pgpass has it.
+
+    Args:
+        url: ``sqlite:///FILE``, ``duckdb:///FILE`` (a fourth slash for a path from the root), or
+            ``postgresql://USER@HOST:PORT/NAME``.
+        query: One SELECT. Without times its order is the order in time, so that it needs ORDER BY then.
+
+    Raises:
+        DataError: If the database cannot be opened, the query fails or gives no rows, or the URL holds a password.
+        MissingExtra: If the package that reads this kind is not installed.
+    """
+    parts = urlsplit(url)
+    if parts.password or "password" in parts.query.lower():
+        raise DataError(
+            "data.path: a password stands in the URL, and recipes are copied into results; take it out, and set "
+            "PGPASSWORD or write ~/.pgpass",
+            kind="unsafe",
+            column="data.path",
+        )
+    try:
+        # The hash is that of the rows, whatever blocks they came in.
+        table = _READ[parts.scheme](url, query).combine_chunks()
+    except (DataError, MissingExtra):
+        raise
+    except Exception as error:  # each library has errors of its own
+        raise DataError.at(
+            url, "unreadable", f": the query cannot be answered ({reason(error)}); correct {KEY}, or data.path", KEY
+        ) from error
+    return from_arrow(url, table, _sha256(table))
+
+
+def tables_of(url: str) -> list[str]:
+    """Return the names of a database's tables and views.
+
+    Raises:
+        DataError: As `read_query`.
+    """
+    sqlite = urlsplit(url).scheme == "sqlite"
+    query = (
+        "SELECT name FROM sqlite_master WHERE type IN ('table', 'view') AND name NOT LIKE 'sqlite_%' ORDER BY name"
+        if sqlite
+        else "SELECT table_name AS name FROM information_schema.tables WHERE table_schema NOT IN "
+        "('information_schema', 'pg_catalog') ORDER BY table_name"
+    )
+    return [str(name) for name in read_query(url, query).frame["name"]]
+
+
+def _sha256(table: pa.Table) -> str:
+    total = hashlib.sha256()
+    with pa.ipc.new_stream(_Sink(total), table.schema) as stream:
+        stream.write_table(table)
+    return total.hexdigest()
+
+
+class _Sink:
+    """A file whose bytes are hashed and dropped."""
+
+    closed = False
+
+    def __init__(self, total: Any) -> None:
+        self._total = total
+
+    def write(self, data: Any) -> int:
+        self._total.update(data)
+        return len(data)
+
+    def flush(self) -> None:
+        """Do nothing."""
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def file_of(url: str) -> Path:
+    """Return the file that an address such as ``sqlite:///shop.db`` names."""
+    return Path(url.partition(":///")[2]).expanduser()
+
+
+def _file(url: str) -> Path:
+    path = file_of(url)
+    require_file(path, "check data.path", "the database")
+    return path
+
+
+def _sqlite(url: str, query: str) -> Any:
+    with closing(sqlite3.connect(f"file:{quote(str(_file(url).resolve()))}?mode=ro", uri=True)) as connection:
+        return pl.read_database(query, connection, infer_schema_length=None).to_arrow()
+
+
+def _duckdb(url: str, query: str) -> Any:
+    with closing(require("duckdb", "tables").connect(str(_file(url)), read_only=True)) as connection:
+        # Nothing but this file is read: neither other files nor the network.
+        connection.execute("SET enable_external_access = false")
+        found = connection.sql(query)
+        if found is None:
+            raise ValueError("it gives no rows")
+        return found.to_arrow_table()
+
+
+def _postgresql(url: str, query: str) -> Any:
+    dbapi = require("adbc_driver_postgresql.dbapi", "tables")
+    mark = "&" if urlsplit(url).query else "?"
+    option = urlencode({"options": "-c default_transaction_read_only=on"}, quote_via=quote)
+    with dbapi.connect(f"{url}{mark}{option}") as connection, connection.cursor() as cursor:
+        cursor.execute(query)
+        return cursor.fetch_arrow_table()
+
+
+_READ: Mapping[str, Callable[[str, str], Any]] = {"sqlite": _sqlite, "duckdb": _duckdb, "postgresql": _postgresql}

@@ -1,0 +1,178 @@
+"""Columns within columns: ``user.id`` of an object, and ``lines[].sku`` of a list, of which every element is a row."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from llmrec.data.read.limits import shortened
+from llmrec.data.read.text import Table
+from llmrec.errors import DataError
+
+EACH = "[]"
+"""Behind the name of a list: each of its elements."""
+_EACH = re.compile(r"\[\]")
+# Objects within objects, and keys of one object; more of them are a map by ids and not columns.
+DEEPEST, MOST_KEYS = 20, 200
+OBJECTS, LISTS = "objects", "lists"
+
+
+# --------------------------------------------------------------------------- names
+
+
+def is_path(name: str) -> bool:
+    """Whether a name may be that of a column within another one."""
+    return "." in name or EACH in name
+
+
+def head(name: str) -> str:
+    """Return the column that a path begins in."""
+    return name.partition(EACH)[0].partition(".")[0]
+
+
+def leaf(name: str) -> str:
+    """Return the last name of a path: ``sku`` of ``lines[].sku``, and ``skus`` of ``skus[]``."""
+    return name.removesuffix(EACH).rpartition(".")[2] if is_path(name) else name
+
+
+def lists_in(name: str) -> list[str]:
+    """Return the lists that a path goes through, the outermost first."""
+    return [name[: found.end()] for found in _EACH.finditer(name)]
+
+
+def paths(table: Table) -> list[str]:
+    """Return the names of the columns in the lists of a table."""
+    first = table.parts[0] if table.parts else table
+    return [path for name, column in first.lists.items() for path in _paths(name, column.type.value_type)]
+
+
+def _paths(name: str, kind: Any) -> Iterator[str]:
+    """Yield the paths of the values of a type that can be read."""
+    if pa.types.is_struct(kind):
+        for inner in kind:
+            yield from _paths(f"{name}.{inner.name}", inner.type)
+    elif _is_list(kind):
+        yield from _paths(name + EACH, kind.value_type)
+    elif is_plain(kind):
+        yield name
+
+
+# --------------------------------------------------------------------------- types
+
+
+def is_plain(kind: Any) -> bool:
+    """Return whether a column can hold ids, numbers, times or texts."""
+    types = pa.types
+    if types.is_dictionary(kind):
+        return is_text(kind.value_type)
+    if types.is_list(kind) or types.is_large_list(kind):
+        return is_text(kind.value_type)
+    tests = (types.is_integer, types.is_floating, types.is_boolean, types.is_string, types.is_large_string)
+    more = (types.is_string_view, types.is_timestamp, types.is_date, types.is_decimal128, types.is_null)
+    return any(test(kind) for test in (*tests, *more))
+
+
+def is_text(kind: Any) -> bool:
+    """Return whether a column holds texts, each in its own row."""
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def is_read(kind: Any) -> bool:
+    """Return whether a column holds something that can be read, within objects and lists too."""
+    if pa.types.is_struct(kind):
+        return any(is_read(inner.type) for inner in kind)
+    return is_plain(kind) or _is_list(kind)
+
+
+def _is_list(kind: Any) -> bool:
+    """Whether a column holds lists whose elements can be rows: objects, texts or whole numbers."""
+    if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        return False
+    inner = kind.value_type
+    return is_read(inner) if pa.types.is_struct(inner) else is_text(inner) or pa.types.is_integer(inner)
+
+
+def held(kind: Any) -> str:
+    """Say what a column holds that has no plain values."""
+    if is_read(kind):
+        return OBJECTS if pa.types.is_struct(kind) else LISTS
+    return shortened(str(kind), 60)
+
+
+# --------------------------------------------------------------------------- columns
+
+
+@dataclass
+class Opened:
+    """What columns hold once the objects in them are opened.
+
+    Attributes:
+        file: Where they are, for errors.
+        columns: Those with a plain value in each row, by path.
+        lists: Those with a list in each row, by path with `EACH`.
+        unusable: What the others hold.
+    """
+
+    file: str
+    columns: dict[str, Any] = field(default_factory=dict)
+    lists: dict[str, Any] = field(default_factory=dict)
+    unusable: dict[str, str] = field(default_factory=dict)
+
+    def add(self, name: str, column: Any, depth: int = 0) -> None:
+        """Open a column.
+
+        Raises:
+            DataError: If a path is the name of another column.
+        """
+        kind = column.type
+        if pa.types.is_struct(kind) and depth <= DEEPEST and kind.num_fields <= MOST_KEYS:
+            for place, inner in enumerate(kind):
+                self.add(f"{name}.{inner.name}", pc.struct_field(column, [place]), depth + 1)
+            self.unusable[name] = held(kind)
+            return
+        if _is_list(kind):
+            self.lists[name + EACH] = column
+        if not is_plain(kind):
+            self.unusable[name] = held(kind)
+        elif name in self.columns:
+            raise DataError.at(
+                self.file,
+                "duplicate",
+                f": the column {name!r} stands there twice, by its name and as a path; rename one",
+                name,
+            )
+        else:
+            self.columns[name] = column
+
+
+def opened(file: str, columns: Mapping[str, Any]) -> Opened:
+    """Open the columns of Arrow of a file; see `Opened`."""
+    found = Opened(file)
+    for name, column in columns.items():
+        found.add(name, column)
+    return found
+
+
+def in_polars(columns: Mapping[str, Any]) -> pl.DataFrame:
+    """Return plain columns of Arrow as a frame.
+
+    Raises:
+        pyarrow.ArrowException, ValueError: If a text is no UTF-8 or a column cannot be read.
+    """
+    table = pa.table([_bare(column) for column in columns.values()], names=list(columns))
+    table.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
+    return pl.DataFrame(pl.from_arrow(table))
+
+
+def _bare(column: Any) -> Any:
+    """Return a column without names inside of its type and notes, which may be no text; nothing needs them."""
+    kind = column.type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        return column.cast(pa.large_list(kind.value_type))
+    return column

@@ -1,0 +1,145 @@
+"""Reads Parquet files, and takes the plain columns of Arrow tables."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from llmrec.data.read import limits
+from llmrec.data.read.limits import reason, shown
+from llmrec.data.read.nested import held, in_polars, is_read, opened
+from llmrec.data.read.text import Table, column_names
+from llmrec.data.read.typed import off_calendar
+from llmrec.errors import DataError
+from llmrec.terminal import logger
+
+log = logger(__name__)
+
+FAULTS = (
+    *(pa.ArrowException, pl.exceptions.PolarsError, OSError, MemoryError, ArithmeticError),
+    *(LookupError, TypeError, ValueError, pl.exceptions.PanicException),
+)
+"""What the libraries raise on a damaged file."""
+
+FREE_BYTES = 2**30
+"""A table may take so many bytes of memory however small its file is: repeated texts are stored once."""
+# Rows that are decoded at a time: few enough that one long text in all of them ends before the memory does.
+_BATCH, _FEW = 2048, 64
+_LONG_ROW = 4096
+_MANY_ROWS = 10_000_000
+_ROWS_A_BYTE = 20
+
+
+def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
+    """Read a Parquet file.
+
+    Raises:
+        DataError: If it is not Parquet, is damaged, unpacks to far more than it holds, or has no rows.
+    """
+    try:
+        file = pq.ParquetFile(io.BytesIO(raw))
+        check_size(name, file, len(raw))
+        table = _read(name, file, len(raw))
+    except FAULTS as error:
+        raise DataError.at(
+            name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
+        ) from error
+    found = from_arrow(name, table, sha256)
+    return replace(found, unusable={**unread(file.schema_arrow), **found.unusable})
+
+
+def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
+    """Check what a file says of itself.
+
+    Raises:
+        DataError: If it names a column twice, or claims more rows or bytes than it can hold.
+    """
+    column_names(name, file.schema_arrow.names)
+    rows, groups = file.metadata.num_rows, range(file.metadata.num_row_groups)
+    size = sum(file.metadata.row_group(group).total_byte_size for group in groups)
+    if rows > max(_MANY_ROWS, _ROWS_A_BYTE * stored) or size > room(stored):
+        raise DataError.at(
+            name,
+            "too-large",
+            f" says that it holds {rows} rows and {size} bytes in a file of {stored}, so it is not what it seems "
+            "or too large; write it again, or split it",
+        )
+
+
+def room(stored: int) -> int:
+    """Return how many bytes a file of a size may unpack to."""
+    return min(limits.MAX_BYTES, max(FREE_BYTES, limits.MAX_RATIO * stored))
+
+
+def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
+    """Read the columns that hold something that can be read; the others are not even decoded."""
+    schema = file.schema_arrow
+    wanted = [field.name for field in schema if is_read(field.type)]
+    if not wanted:
+        raise DataError.at(name, "empty", " has no plain columns; write columns of texts, numbers or times")
+    columns = wanted if len(wanted) < len(schema) else None
+    first = next(file.iter_batches(batch_size=_FEW, columns=columns), None)
+    few = first is not None and first.nbytes > _LONG_ROW * first.num_rows
+    batches: list[pa.RecordBatch] = []
+    size = 0
+    for batch in file.iter_batches(batch_size=_FEW if few else _BATCH, columns=columns):
+        size += batch.nbytes + sum(spelled_out(column) for column in batch.columns)
+        if size > room(stored):
+            raise DataError.at(
+                name,
+                "too-large",
+                f" unpacks to more than {room(stored)} bytes from {stored}, so it is not what it seems or too "
+                "large; write it again, or split it",
+            )
+        batches.append(batch)
+    return pa.Table.from_batches(batches, batches[0].schema if batches else schema)
+
+
+def spelled_out(column: Any) -> int:
+    """Return the bytes that texts take once each row has its own; 0 where they have that already."""
+    if not pa.types.is_dictionary(column.type):
+        return 0
+    lengths = pc.binary_length(column.dictionary)
+    return int(pc.sum(pc.take(lengths, column.indices)).as_py() or 0)
+
+
+def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
+    """Take the columns of an Arrow table, those within objects by their paths.
+
+    Raises:
+        DataError: If there are no rows, or two columns have one name.
+    """
+    try:
+        column_names(name, table.column_names)
+        found = opened(
+            name, {each: table.column(each) for each in table.column_names if is_read(table.schema.field(each).type)}
+        )
+        column_names(name, found.columns)
+        if not table.num_rows or not found.columns:
+            raise DataError.at(name, "empty", " has no rows or no plain columns; write the table again")
+        frame = in_polars(found.columns)
+        for column in found.lists.values():
+            column.validate(full=True)
+    except FAULTS as error:
+        raise DataError.at(
+            name, "bad-value", f" has a column that cannot be used ({reason(error)}); write plain columns"
+        ) from error
+    odd = {column.name: row for column in frame if (row := off_calendar(column)) is not None}
+    for column, row in odd.items():
+        log.warning(
+            "%s: column %s is left out, since it holds a date outside of the years 1 to 9999 in row %d",
+            *(name, shown(column), row + 1),
+        )
+    left = {**unread(table.schema), **found.unusable, **dict.fromkeys(odd, "dates outside of the years 1 to 9999")}
+    return Table(name, frame.drop(odd), sha256, unusable=left, lists=found.lists)
+
+
+def unread(schema: pa.Schema) -> dict[str, str]:
+    """Return the columns that hold nothing that can be read, with what they hold."""
+    return {field.name: held(field.type) for field in schema if not is_read(field.type)}

@@ -1,0 +1,294 @@
+"""Ranked lists as files: one record a request, kept in parts while the work goes on and then written as one table.
+
+A table has one row per request, or in its long form one a ranked item; a TREC run has a line a ranked item.
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from llmrec.data.read.cells import write_rows
+from llmrec.data.read.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
+from llmrec.durable import checksum, replacing, write_text
+from llmrec.errors import DataError, RecipeError
+from llmrec.recipe.shared import Form
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+_ROW_GROUP = 4096
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """What became of one request.
+
+    Attributes:
+        request_id: None if not even that could be read.
+        user_id: As given.
+        line: Where the request stands in its file; see `llmrec.data.read.request_file.Raw`.
+        items: Best first.
+        scores: One an item.
+        titles: One an item, as the model read it.
+        error: Why there is no ranking; None if there is one.
+        notes: What was left out or changed.
+        prompt_tokens: Of the prompt; where several were asked, of all of them.
+        completion_tokens: Tokens scored or generated after it.
+        forwards: Model calls, as `llmrec.types.Cost` counts them.
+        retrieved: How many of the ranked items a recommender retrieved; 0: the request brought them.
+        profile: What two-step wrote of the user; None if it wrote nothing.
+        rationale: One sentence an item, for the first few items; an empty text where none was written.
+        rationale_prompt_tokens: Of the prompts that asked for the sentences.
+        rationale_completion_tokens: Tokens of the sentences.
+        rationale_forwards: Model calls for the sentences.
+    """
+
+    request_id: str | None
+    user_id: str | None
+    line: int
+    items: tuple[str, ...] = ()
+    scores: tuple[float, ...] = ()
+    titles: tuple[str, ...] = ()
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    forwards: int = 0
+    retrieved: int = 0
+    profile: str | None = None
+    rationale: tuple[str, ...] = ()
+    rationale_prompt_tokens: int = 0
+    rationale_completion_tokens: int = 0
+    rationale_forwards: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Predicted:
+    """What became of one question about an item.
+
+    Attributes:
+        request_id: None if not even that could be read.
+        user_id: As given.
+        line: Where the question stands in its file.
+        item_id: Which it asks about.
+        value: A rating, or the probability of a yes; None of a text.
+        text: What was written; None of a number.
+        error: Why there is no answer; None if there is one.
+        notes: What was left out or changed.
+        prompt_tokens: Of the prompt.
+        completion_tokens: Tokens scored or generated after it.
+    """
+
+    request_id: str | None
+    user_id: str | None
+    line: int
+    item_id: str | None = None
+    value: float | None = None
+    text: str | None = None
+    error: str | None = None
+    notes: tuple[str, ...] = ()
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+
+
+LONG = ("user", "item", "rank", "score")
+"""Columns of the long form."""
+TREC = (".trec", ".run")
+"""What a file of the form of TREC runs ends in."""
+
+_LONG_SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("rank", pa.int64()), ("score", pa.float64())])
+_LISTS = ("items", "scores", "titles", "notes", "rationale")
+
+
+def _schema(kind: type[DataclassInstance]) -> Any:
+    """Return the columns of a record: lists of numbers and of texts, whole numbers, numbers, yes or no, and texts."""
+    hints = get_type_hints(kind)
+    known = {
+        bool: pa.bool_(),
+        int: pa.int64(),
+        float | None: pa.float64(),
+        tuple[float, ...]: pa.list_(pa.float64()),
+        tuple[str, ...]: pa.list_(pa.string()),
+    }
+    return pa.schema([(name, known.get(hints[name], pa.string())) for name in _columns(kind)])
+
+
+def _columns(kind: type[DataclassInstance]) -> tuple[str, ...]:
+    return tuple(column.name for column in fields(kind))
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def write_part(path: Path, records: Sequence[Ranked]) -> None:
+    """Write a part in one step: after a kill it is there in full, or not at all; each line ends in its checksum."""
+    lines = (_line(record).rstrip("\n") for record in records)
+    write_text(path, "".join(f"{line}\t{checksum(line.encode())}\n" for line in lines))
+
+
+def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | None:
+    """Return a part's records; None if it is not there, was changed, or is not about ``lines``."""
+    try:
+        records = [_checked(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
+    except (OSError, ValueError, TypeError, AttributeError):
+        return None
+    return records if lines is None or [record.line for record in records] == list(lines) else None
+
+
+def _checked(line: str) -> Ranked:
+    # JSON has no tab but in its escaped form.
+    text, _, told = line.partition("\t")
+    if checksum(text.encode()) != told:
+        raise ValueError("the line was changed")
+    return _record(json.loads(text))
+
+
+def _record(stored: Mapping[str, Any]) -> Ranked:
+    values: dict[str, Any] = {name: tuple(value) if name in _LISTS else value for name, value in stored.items()}
+    return Ranked(**values)
+
+
+def _line(record: DataclassInstance) -> str:
+    return json.dumps(asdict(record), ensure_ascii=False, allow_nan=False) + "\n"
+
+
+# --------------------------------------------------------------------------- the table
+
+
+def form_of(path: Path, asked: str) -> Form:
+    """Return how lists are laid out in a file: as it is asked, or as the ending of its name says.
+
+    Raises:
+        RecipeError: If the two contradict each other.
+        DataError: If the file's name ends in nothing that is known.
+    """
+    ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
+    trec = ending.lower() in TREC
+    if trec and asked not in ("auto", "trec"):
+        raise RecipeError(
+            f"--form {asked}: {path} ends in {ending}, which is a TREC run; name another file, or leave --form out",
+            kind="contradiction",
+            column="--form",
+        )
+    form: Form = "trec" if trec else next((each for each in get_args(Form) if each == asked), "records")
+    if form != "trec":
+        kind_of(path)
+    return form
+
+
+def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "llmrec") -> None:
+    """Write ranked lists in one step; in the forms of one row per item, failed requests have no row.
+
+    Args:
+        path: The file.
+        records: Taken one by one.
+        form: See `Form`.
+        tag: What a TREC run calls the system.
+
+    Raises:
+        DataError: If an id cannot stand in a TREC run.
+    """
+    if form == "records":
+        write_records(path, records)
+        return
+    rows = ((listed(each), item, place, score) for each in records for place, (item, score) in enumerate(_pairs(each)))
+    packed = path.suffix.lower() == ".gz"
+    with replacing(path) as draft:
+        if form == "trec":
+            with _text_file(draft, packed=packed) as stream:
+                stream.writelines(_trec(path, row, tag) for row in rows)
+        elif (suffix := kind_of(path)) in PARQUET:
+            with pq.ParquetWriter(draft, _LONG_SCHEMA) as writer:
+                while group := [dict(zip(LONG, _counted(row), strict=True)) for row in islice(rows, _ROW_GROUP)]:
+                    writer.write_table(pa.Table.from_pylist(group, schema=_LONG_SCHEMA))
+        else:
+            with _text_file(draft, packed=packed) as stream:
+                _write_long(stream, map(_counted, rows), suffix)
+
+
+def listed(record: Ranked) -> str:
+    """Return whose list a record is, where a row names it by one id: the user, or the request of nobody."""
+    return record.user_id or record.request_id or str(record.line)
+
+
+def _pairs(record: Ranked) -> Iterable[tuple[str, float]]:
+    return zip(record.items, record.scores, strict=True)
+
+
+def _counted(row: tuple[str, str, int, float]) -> tuple[str, str, int, float]:
+    user, item, place, score = row
+    return user, item, place + 1, score
+
+
+def _write_long(stream: TextIO, rows: Iterable[tuple[str, str, int, float]], suffix: str) -> None:
+    if suffix in JSON_LINES:
+        stream.writelines(json.dumps(dict(zip(LONG, row, strict=True)), ensure_ascii=False) + "\n" for row in rows)
+        return
+    write_rows(stream, LONG, rows, separator=SEPARATORS[suffix])
+
+
+def _trec(path: Path, row: tuple[str, str, int, float], tag: str) -> str:
+    user, item, rank, score = _counted(row)
+    for what, value in (("user", user), ("item", item)):
+        if not value or any(mark.isspace() for mark in value):
+            raise DataError.at(
+                path,
+                "bad-value",
+                f": a TREC run parts its columns by blanks, and the {what} {value[:60]!r} has one; write --form long",
+                what,
+            )
+    return f"{user} Q0 {item} {rank} {score!r} {tag}\n"
+
+
+def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[DataclassInstance] = Ranked) -> None:
+    """Write all records as Parquet, JSON Lines, CSV or TSV, the text ones optionally gzipped, in one step.
+
+    Records are taken one by one, and the same records give the same bytes.
+
+    Args:
+        path: The file.
+        records: Frozen dataclasses, all of one kind.
+        kind: Which.
+
+    Raises:
+        DataError: If the file's name ends in nothing that is known.
+    """
+    suffix = kind_of(path)
+    with replacing(path) as draft:
+        if suffix in PARQUET:
+            _write_parquet(draft, iter(records), kind)
+            return
+        with _text_file(draft, packed=path.suffix.lower() == ".gz") as stream:
+            if suffix in JSON_LINES:
+                stream.writelines(_line(record) for record in records)
+            else:
+                columns = _columns(kind)
+                rows = ([getattr(record, name) for name in columns] for record in records)
+                write_rows(stream, columns, rows, separator=SEPARATORS[suffix])
+
+
+@contextmanager
+def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
+    with path.open("wb") as raw:
+        # Neither a name nor a time in the header: the same records give the same bytes.
+        stream: Any = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if packed else raw
+        with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
+            yield text
+
+
+def _write_parquet(path: Path, records: Iterator[DataclassInstance], kind: type[DataclassInstance]) -> None:
+    schema = _schema(kind)
+    with pq.ParquetWriter(path, schema) as writer:
+        while group := list(islice(records, _ROW_GROUP)):
+            writer.write_table(pa.Table.from_pylist([asdict(record) for record in group], schema=schema))

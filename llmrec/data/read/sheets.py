@@ -1,0 +1,144 @@
+"""Reads a sheet of a spreadsheet, every cell as text: ``orders.xlsx``, or ``orders.xlsx#Sheet 2``."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.data.read.limits import BROKEN, FREE_BYTES, MAX_RATIO, archived, enumerated, reason, shown
+from llmrec.data.read.text import MAX_COLUMNS, Table, column_names
+from llmrec.errors import DataError, did_you_mean, require
+from llmrec.terminal import logger
+
+log = logger(__name__)
+
+SHEETS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
+"""Endings of spreadsheets."""
+_MEMORY, _MEMORY_PER_BYTE = 2**30, 40
+"""Bytes of memory that reading may take, and as many more for each byte of the unpacked file: a cell takes about 24."""
+
+
+def split_sheet(path: Path) -> tuple[Path, str | None]:
+    """Return a spreadsheet and the sheet that stands behind ``#``; other paths as they are."""
+    book, mark, sheet = str(path).rpartition("#")
+    if mark and Path(book).suffix.lower() in SHEETS and not path.exists():
+        return Path(book), sheet
+    return path, None
+
+
+def sheets_of(path: Path) -> list[str]:
+    """Return a spreadsheet's sheets as recipes name them, ``orders.xlsx#Sheet 2``; none if it cannot be read.
+
+    Raises:
+        MissingExtra: If ``fastexcel`` is not installed.
+    """
+    try:
+        names, _, _ = _asked(path, path.read_bytes(), None, load=False)
+    except (OSError, DataError):  # whoever reads the sheet is told what is wrong with it
+        return []
+    return [f"{path}#{name}" for name in names]
+
+
+def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
+    """Read one sheet; dates become ISO dates, and nothing is calculated: a formula has the value that was saved.
+
+    All columns are text but those of numbers too large for ids, see `sheet_process`.
+
+    Args:
+        path: The spreadsheet, for errors.
+        raw: Its bytes.
+        sha256: Of them.
+        sheet: Which one; None: the first, with a warning where there are others.
+
+    Raises:
+        DataError: If it is damaged, plays tricks, or has no such sheet or no rows.
+        MissingExtra: If ``fastexcel`` is not installed.
+    """
+    names, head, frame = _asked(path, raw, sheet, load=True)
+    if frame is None:
+        column_names(str(path), [text or f"column {n}" for n, text in enumerate(head, start=1)])
+        if sheet is None:
+            raise DataError.at(path, "empty", " has no sheets; save it again, or save it as CSV")
+        raise DataError.at(
+            path,
+            "unknown-name",
+            f" has no sheet {shown(sheet)}{did_you_mean(sheet, names)}; its sheets are: {enumerated(names)}",
+            "data.path",
+        )
+    chosen = names[0] if sheet is None else sheet
+    if sheet is None and len(names) > 1:
+        others = enumerated(names[1:])
+        log.warning("%s: the first sheet is read, %s; name another as %s#SHEET: %s", path, chosen, path, others)
+    name = f"{path}#{chosen}" if len(names) > 1 else str(path)
+    # The library gives a column that stands twice another name.
+    column_names(name, [text for text in head if text])
+    columns = [column.strip() for column in frame.columns]
+    frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
+    # Rows that were emptied and not deleted stand below the last one.
+    found = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
+    filled = frame.select(pl.any_horizontal(found)).to_series() if columns else pl.Series([])
+    rows = filled.arg_true().to_list() if len(filled) else []
+    if not rows:
+        raise DataError.at(name, "empty", " has a header and no rows; choose another sheet, or write the table again")
+    return Table(name, frame[: rows[-1] + 1], sha256, header=1)
+
+
+def _asked(
+    path: Path, raw: bytes, sheet: str | None, *, load: bool
+) -> tuple[list[str], list[str | None], pl.DataFrame | None]:
+    """Return the names of the sheets, the first row of the chosen one, and its table; see `sheet_process`."""
+    require("fastexcel", "tables")
+    size = _refuse_tricks(path, raw)
+    question = json.dumps(
+        {"sheet": sheet, "load": load, "bytes": _MEMORY + _MEMORY_PER_BYTE * size, "columns": MAX_COLUMNS}
+    )
+    done = subprocess.run(
+        [sys.executable, "-P", str(Path(__file__).with_name("sheet_process.py"))],
+        input=question.encode() + b"\n" + raw,
+        # The bound counts what each thread reserves, too.
+        env={**os.environ, "POLARS_MAX_THREADS": "1", "RAYON_NUM_THREADS": "1"},
+        capture_output=True,
+        check=False,
+    )
+    line, _, rest = done.stdout.partition(b"\n")
+    if done.returncode or not line:
+        raise DataError.at(
+            path,
+            "too-large",
+            f" cannot be read: for {size} bytes it needs more memory than such a file should, so a cell may be far "
+            "outside of the table, or the file is damaged; delete the empty rows and columns, or save its sheet as CSV",
+        )
+    answer = json.loads(line)
+    if "error" in answer:
+        raise DataError.at(
+            path,
+            "damaged",
+            f" cannot be read as a spreadsheet ({reason(ValueError(answer['error']))}); save it again, or save it as "
+            "CSV",
+        )
+    return answer["names"], answer["head"], pl.read_ipc(rest) if rest else None
+
+
+def _refuse_tricks(path: Path, raw: bytes) -> int:
+    """Refuse an archive that unpacks to far more than it holds, before anything unpacks it, and return that size."""
+    if not raw.startswith(b"PK"):
+        return len(raw)
+    try:
+        with zipfile.ZipFile(io.BytesIO(raw)) as archive:
+            size = sum(entry.file_size for entry in archived(path, archive))
+    except (*BROKEN, ValueError) as error:
+        raise DataError.at(path, "damaged", f" is a damaged spreadsheet ({reason(error)}); save it again") from error
+    if size > max(FREE_BYTES, MAX_RATIO * len(raw)):
+        raise DataError.at(
+            path,
+            "too-large",
+            f" unpacks to {size} bytes from {len(raw)}, so it is not what it seems; save its sheet as CSV",
+        )
+    return size

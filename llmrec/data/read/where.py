@@ -1,0 +1,268 @@
+"""Which rows of a table are kept: a comparison of its columns, in a small part of Python's own grammar.
+
+Nothing of an expression is run. It is parsed, and every part of it is one of those named in `_GRAMMAR`, or an error.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+from array import array
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+import polars as pl
+from polars import selectors
+
+from llmrec.data.read.columns import check_usable
+from llmrec.data.read.limits import enumerated, shown
+from llmrec.data.read.table import joined
+from llmrec.data.read.text import Table
+from llmrec.data.read.typed import texts
+from llmrec.errors import DataError, RecipeError, did_you_mean
+
+KEY = "data.filter.where"
+_GRAMMAR = (
+    "columns, texts in quotes, numbers, ==, !=, <, <=, >, >=, in and not in with a list, is None and is not None, and, "
+    "or, not, brackets, and col('a name') for a column whose name is no word"
+)
+_LONGEST, _DEEPEST = 2000, 50
+_DOTTED = re.compile(r"\w+(\.\w+)*")
+_COMPARED: Mapping[type[ast.cmpop], Callable[[pl.Expr, Any], pl.Expr]] = {
+    ast.Eq: lambda one, two: one == two,
+    ast.NotEq: lambda one, two: one != two,
+    ast.Lt: lambda one, two: one < two,
+    ast.LtE: lambda one, two: one <= two,
+    ast.Gt: lambda one, two: one > two,
+    ast.GtE: lambda one, two: one >= two,
+}
+# What stands on the other side of a comparison that is written the other way round.
+_TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
+    ast.Eq: ast.Eq,
+    ast.NotEq: ast.NotEq,
+    ast.Lt: ast.Gt,
+    ast.LtE: ast.GtE,
+    ast.Gt: ast.Lt,
+    ast.GtE: ast.LtE,
+}
+
+
+def kept(table: Table, where: str) -> Table:
+    """Return the rows of a table for which an expression holds; errors name rows by their place in the whole table.
+
+    A cell without a value is neither equal, unequal, less nor more than anything.
+
+    Args:
+        table: As it was read.
+        where: Such as ``event == 'purchase' and quantity > 0``. Texts are compared as they stand, numbers as numbers.
+
+    Raises:
+        RecipeError: If the expression is of another grammar.
+        DataError: If there is no such column, a cell that is compared with a number is none, or no row is left.
+    """
+    found = [each for part in table.parts or (table,) if (each := _some(part, where)).frame.height]
+    if not found:
+        raise DataError.at(
+            table.name, "empty", f": {KEY} ({shown(where)}) keeps none of {table.frame.height} rows; correct it", KEY
+        )
+    return replace(joined(found), name=table.name, sha256=table.sha256) if table.parts else found[0]
+
+
+def _some(table: Table, where: str) -> Table:
+    """Return the rows of one file for which an expression holds, which may be none."""
+    chosen = _Parser(table).parsed(where)
+    # Codes are compared as the texts that they stand for; only columns that are named are spelled out.
+    frame = table.frame.lazy().with_columns(selectors.enum().cast(pl.String))
+    held = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
+    rows = held.arg_true()
+    if len(rows) == table.frame.height:
+        return table
+    return replace(
+        table,
+        frame=table.frame[rows],
+        lists={},
+        lines=array("q", map(table.line, rows)),
+        rows=array("q", (table.rows[row] if table.rows is not None else row for row in rows)),
+    )
+
+
+@dataclass(frozen=True)
+class _Parser:
+    table: Table
+
+    def parsed(self, where: str) -> pl.Expr:
+        if len(where) > _LONGEST:
+            raise _wrong(f"it has {len(where)} characters, more than {_LONGEST}")
+        try:
+            return self._truth(ast.parse(where.strip(), mode="eval").body, 0)
+        except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
+            raise _wrong(f"{shown(where)} is no expression ({getattr(error, 'msg', None) or error})") from None
+
+    def _truth(self, node: ast.expr, depth: int) -> pl.Expr:
+        if depth > _DEEPEST:
+            raise _wrong("it is nested too deep")
+        if isinstance(node, ast.BoolOp):
+            first, *rest = (self._truth(value, depth + 1) for value in node.values)
+            for each in rest:
+                first = first & each if isinstance(node.op, ast.And) else first | each
+            return first
+        if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
+            return ~self._truth(node.operand, depth + 1)
+        if isinstance(node, ast.Compare):
+            return self._comparison(node)
+        raise _wrong(f"{_said(node)} is neither true nor false; compare a column with something")
+
+    def _comparison(self, node: ast.Compare) -> pl.Expr:
+        """Return a comparison, of a chain such as ``1 <= stars <= 5`` all of them."""
+        sides = [node.left, *node.comparators]
+        first, *rest = (self._pair(one, op, two) for one, op, two in zip(sides, node.ops, sides[1:], strict=False))
+        for each in rest:
+            first = first & each
+        return first
+
+    def _pair(self, one: ast.expr, op: ast.cmpop, two: ast.expr) -> pl.Expr:
+        left, right = self._name(one), self._name(two)
+        if left is None and right is not None and type(op) in _TURNED:
+            return self._pair(two, _TURNED[type(op)](), one)
+        if left is None:
+            raise _wrong(f"{_said(one)} is no column; write the column first")
+        if isinstance(op, ast.In | ast.NotIn):
+            return self._among(left, two, isinstance(op, ast.NotIn))
+        if isinstance(op, ast.Is | ast.IsNot):
+            if not (isinstance(two, ast.Constant) and two.value is None):
+                raise _wrong("is and is not take None alone")
+            empty = self._text(left).is_null()
+            return empty if isinstance(op, ast.Is) else ~empty
+        if right is not None:
+            return _COMPARED[type(op)](*self._both(left, right))
+        value = _value(two)
+        if value is None:
+            raise _wrong(f"{left} is compared with None; write is None or is not None")
+        return _COMPARED[type(op)](*self._alike(left, value))
+
+    def _among(self, column: str, node: ast.expr, out: bool) -> pl.Expr:
+        if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not node.elts:
+            raise _wrong("in and not in take a list of values, such as ['view', 'buy']")
+        values = [_value(each) for each in node.elts]
+        if None in values:
+            raise _wrong("a list holds None; write is None or is not None beside it")
+        found = pl.lit(value=False)
+        for value in values:
+            cells, other = self._alike(column, value)
+            found = found | (cells == other)
+        return ~found if out else found
+
+    def _both(self, one: str, two: str) -> tuple[pl.Expr, pl.Expr]:
+        """Return two columns as what can be compared: numbers where both hold nothing else, times, or texts."""
+        kinds = [self.table.frame[name].dtype for name in (one, two)]
+        if all(kind.is_temporal() for kind in kinds):
+            return self._time(one), self._time(two)
+        numbers = [self._holds_numbers(name) for name in (one, two)]
+        if all(numbers):
+            return self._number(one), self._number(two)
+        if any(kind.is_numeric() or kind.is_temporal() for kind in kinds):
+            raise _wrong(f"{one} and {two} hold values of different kinds, which cannot be compared")
+        return self._text(one), self._text(two)
+
+    def _holds_numbers(self, column: str) -> bool:
+        if self.table.frame[column].dtype.is_numeric():
+            return True
+        cells = self.table.frame.select(self._text(column).str.strip_chars()).to_series().drop_nulls()
+        return len(cells) > 0 and bool(_finite(cells).all())
+
+    def _time(self, column: str) -> pl.Expr:
+        return pl.col(column).cast(pl.Datetime("us")).dt.replace_time_zone(None)
+
+    def _alike(self, column: str, value: Any) -> tuple[pl.Expr, Any]:
+        """Return the cells of a column and a value as what can be compared."""
+        kind = self.table.frame[column].dtype
+        if isinstance(value, bool):
+            if kind == pl.Boolean:
+                return pl.col(column), value
+            return self._text(column).str.to_lowercase(), str(value).lower()
+        if isinstance(value, int | float):
+            try:
+                return self._number(column), float(value)
+            except OverflowError:
+                raise _wrong(f"{shown(value)} is too large a number") from None
+        if kind.is_temporal():
+            return self._time(column), _moment(str(value))
+        return self._text(column), value
+
+    def _text(self, column: str) -> pl.Expr:
+        # Spelled as it is loaded: whole numbers that became floats are whole numbers.
+        cells = pl.lit(texts(self.table, column))
+        return pl.when(cells.str.strip_chars() == "").then(None).otherwise(cells)
+
+    def _number(self, column: str) -> pl.Expr:
+        series = self.table.frame[column]
+        if series.dtype.is_numeric():
+            return pl.col(column).cast(pl.Float64).fill_nan(None)
+        cells = self.table.frame.select(self._text(column).str.strip_chars()).to_series()
+        bad = (~_finite(cells) & cells.is_not_null()).arg_true()
+        if len(bad):
+            raise DataError.at(
+                self.table.where(int(bad[0])),
+                "bad-value",
+                f": column {column!r} is {shown(cells[int(bad[0])])}, and {KEY} compares it with a number; correct the "
+                "row, or compare it with a text in quotes",
+                column,
+            )
+        return self._text(column).str.strip_chars().cast(pl.Float64)
+
+    def _name(self, node: ast.expr) -> str | None:
+        """Return the column that is named; None where none is."""
+        if isinstance(node, ast.Name | ast.Attribute) and _DOTTED.fullmatch(name := ast.unparse(node)):
+            pass
+        elif isinstance(node, ast.Call):
+            plain = isinstance(node.func, ast.Name) and node.func.id == "col" and not node.keywords
+            if not plain or len(node.args) != 1 or not isinstance(_value(node.args[0]), str):
+                raise _wrong(f"{_said(node)} is a call; col('a name') is the only one")
+            name = str(_value(node.args[0]))
+        else:
+            return None
+        columns = self.table.frame.columns
+        if name not in columns:
+            check_usable(self.table, name, KEY)
+            raise DataError.at(
+                self.table.name,
+                "missing-column",
+                f" has no column {name!r}{did_you_mean(name, columns)}, which {KEY} names; its columns are: "
+                f"{enumerated(columns)}. Texts stand in quotes",
+                name,
+            )
+        return name
+
+
+def _finite(cells: pl.Series) -> pl.Series:
+    """Return which texts are finite numbers."""
+    return cells.cast(pl.Float64, strict=False).is_finite().fill_null(value=False)
+
+
+def _value(node: ast.expr) -> Any:
+    """Return a text, a number, a truth or None."""
+    if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
+        number = _value(node.operand)
+        if isinstance(number, int | float) and not isinstance(number, bool):
+            return -number
+    if isinstance(node, ast.Constant) and (node.value is None or isinstance(node.value, str | bool | int | float)):
+        return node.value
+    raise _wrong(f"{_said(node)} is no value")
+
+
+def _moment(text: str) -> datetime:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise _wrong(f"{shown(text)} is no time such as 2024-05-31 or 2024-05-31T08:15") from None
+    return moment if moment.tzinfo is None else moment.astimezone(UTC).replace(tzinfo=None)
+
+
+def _said(node: ast.expr) -> str:
+    return shown(ast.unparse(node))
+
+
+def _wrong(what: str) -> RecipeError:
+    return RecipeError(f"{KEY}: {what}. It takes {_GRAMMAR}", kind="syntax", column=KEY)

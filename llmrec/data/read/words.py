@@ -1,0 +1,283 @@
+"""What the names of columns say, in several languages and spellings; what values say is known to `llmrec init`."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from llmrec.data.read.nested import EACH, is_path
+
+# Weight 1 is a word that means one thing in tables of interactions; lower ones are also used for other things.
+_WORDS: Mapping[str, Mapping[float, str]] = {
+    "user": {
+        1.0: """user customer cust member reviewer client buyer shopper purchaser visitor reader viewer listener player
+            subscriber patron guest uid consumer rater kunde kunden benutzer nutzer kaufer utilisateur acheteur
+            usuario cliente clientes utente acquirente comprador gebruiker klant uzytkownik klient zakaznik
+            пользователь клиент покупатель 用户 顾客 客户 会员 ユーザー 顧客 会員 사용자 고객 회원""",
+        0.9: "email mail",
+        0.8: "account person people student learner patient employee participant household",
+        0.5: "session cookie device profile author critic subject visit",
+    },
+    "item": {
+        1.0: """item product prod asin sku isbn movie film book song track iid ean upc gtin barcode business restaurant
+            artikel produkt ware article prodotto articolo producto articulo produto artigo produit livre libro livro
+            buch boek pelicula cancion towar ksiazka товар продукт книга фильм артикул 商品 产品 物品 电影 图书 書籍
+            映画 상품 제품 영화""",
+        0.9: "game app show series episode course video podcast album hotel venue recipe listing offer anime beer wine",
+        0.8: "goods material service dish joke artist place poi pid mid bid",
+        0.5: "ad news story post page url work document doc content",
+    },
+    "rating": {
+        1.0: """rating ratings rate rated stars star score scores overall bewertung sterne wertung evaluation etoiles
+            calificacion puntuacion valoracion estrellas puntaje voto valutazione stelle punteggio avaliacao estrelas
+            beoordeling sterren ocena gwiazdki оценка рейтинг 评分 星级 評価 평점 별점""",
+        0.8: "grade mark marks points vote preference satisfaction note nota thumbs liked cijfer",
+        0.5: "like feedback value",
+    },
+    "time": {
+        1.0: """timestamp ts time date datetime when epoch unixtime datum zeit zeitpunkt uhrzeit fecha tijd tijdstip
+            czas дата время 时间 日期 日時 日付 날짜 시간""",
+        0.9: "at on ordered purchased bought created viewed watched heure hora ora data",
+        0.5: "day week month year jour giorno dia tag hour",
+    },
+    "title": {
+        1.0: """title titel titre titulo titolo tytul bezeichnung designation название наименование 名称 标题 书名
+            商品名 タイトル 제목 상품명""",
+        0.9: "name nom nombre nome naam nazwa имя 이름 名前",
+        0.6: "headline label caption",
+    },
+    "text": {
+        1.0: """text review comment comments body remark remarks opinion kommentar rezension meinung commentaire avis
+            comentario comentarios resena opiniones commento recensione resenha opiniao opmerking recensie komentarz
+            opinia recenzja отзыв комментарий 评论 評論 レビュー コメント 리뷰 후기""",
+        0.8: "feedback message explanation reason tip content notes note reviewtext reviewbody",
+    },
+    # Of texts, those that are about an item by their name alone; a comment may be about an order.
+    "review": {
+        1.0: """review reviews reviewtext reviewbody opinion opinions explanation rezension meinung avis resena
+            opiniones recensione resenha opiniao recensie opinia recenzja отзыв 评论 評論 レビュー 리뷰 후기""",
+    },
+    "field": {
+        1.0: """genre genres category categories brand price manufacturer publisher kategorie marke preis verlag prix
+            marque categorie genero categoria precio marca prezzo preco merk prijs cena kategoria категория цена бренд
+            жанр 类别 类目 品牌 价格 カテゴリ ブランド 価格 ジャンル 카테고리 브랜드 가격""",
+        0.8: """department author artist director colour color size type style topic section tags platform language
+            gattung autor auteur autore editor couleur farbe maker vendor class subcategory format""",
+    },
+    "count": {
+        1.0: """count counts quantity qty plays playcount listens clicks views purchases frequency freq helpful votes
+            upvotes downvotes anzahl menge stuck quantite cantidad quantita quantidade aantal ilosc количество 数量 個数
+            수량""",
+        0.9: "amount sum total units pieces duration seconds length age",
+    },
+    # Names of orders, lines and reviews: never a user or an item, whatever their values.
+    "row": {
+        1.0: """order invoice transaction txn receipt basket cart row index line record log bestellung bestell
+            rechnung auftrag commande facture pedido factura ordine fattura bestelling zamowienie
+            заказ 订单 注文 주문 unnamed""",
+    },
+    # A time of something else: its release, its delivery, its last change.
+    "other": {1.0: "updated modified changed shipped delivered delivery birth born release released published due"},
+    "id": {
+        1.0: """id ids nr no number num nummer code key idx pk uuid guid hash numero ref kode codigo codice номер код
+            编号 番号 번호""",
+    },
+}
+# Words before or after others that decide nothing themselves.
+_FILLERS = frozenset(
+    {"e", "the", "of", "de", "del", "di", "du", "da", "la", "le", "les", "unix", "parent", "main", "raw"}
+)
+_SHORTEST_PART = 4
+_ENDINGS = ("id", "ids", "nr", "no", "ts", "at", "key", "name", "date", "time", "code", "text")
+
+
+def _table() -> dict[str, dict[str, float]]:
+    found: dict[str, dict[str, float]] = {}
+    for role, by_weight in _WORDS.items():
+        for weight, words in by_weight.items():
+            for word in words.split():
+                known = found.setdefault(_plain(word), {})
+                known[role] = max(weight, known.get(role, 0.0))
+    return found
+
+
+def _plain(text: str) -> str:
+    """Return lower case without accents."""
+    apart = unicodedata.normalize("NFKD", text.replace("ł", "l").replace("Ł", "L").replace("ß", "ss"))
+    bare = "".join(c for c in apart if not "\u0300" <= c <= "\u036f")
+    return unicodedata.normalize("NFKC", bare).casefold()
+
+
+_MEANING = _table()
+
+
+@dataclass(frozen=True)
+class Named:
+    """What a column's name says.
+
+    Attributes:
+        roles: Weight in (0, 1] of each role that a word of the name stands for.
+        is_id: Whether a word of it says that this is an id or a number.
+    """
+
+    roles: Mapping[str, float]
+    is_id: bool
+
+    def weight(self, role: str) -> float:
+        """Return how strongly the name stands for a role; 0: not at all."""
+        return self.roles.get(role, 0.0)
+
+
+def tokens(name: str) -> list[str]:
+    """Cut a name into words: ``unixReviewTime`` gives unix, review, time; accents and case go."""
+    apart = re.sub(r"(?<=[a-zà-ÿ0-9])(?=[A-ZÀ-Þ])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
+    return [part for part in re.split(r"[\W_]+", _plain(apart)) if part]
+
+
+def _words(name: str) -> list[str]:
+    """Cut a name into words that are known, as far as there are any."""
+    return [word for token in tokens(name) for word in _parts(token.rstrip("0123456789") or token)]
+
+
+def _spoken(path: str) -> str:
+    """Return what the last name of a path says: ``sku`` of ``lines[].sku``, and ``user id`` of ``user.id``.
+
+    An id or a name is that of what it is in; of a list, of one of its elements.
+    """
+    *outer, last = (_one(part) for part in path.split("."))
+    said = [_MEANING.get(word, {}) for word in _words(last)]
+    bare = all("id" in roles or roles.get("title") == 0.9 for roles in said)
+    return f"{outer[-1]} {last}" if outer and bare else last
+
+
+def _one(part: str) -> str:
+    """Return the name of an element of a list, and other names as they are."""
+    name = part.removesuffix(EACH)
+    return name[:-1] if part != name and name.endswith("s") and _plain(name[:-1]) in _MEANING else name
+
+
+def named(name: str) -> Named:
+    """Return what a name says. Attributes go before the thing they belong to: ``product_rating`` is a rating."""
+    words = _words(_spoken(name) if is_path(name) else name)
+    roles: dict[str, float] = {}
+    for word in words:
+        for role, weight in _MEANING.get(word, {}).items():
+            # A bare id is no item, and an at or on says something only beside another word.
+            if not (word in ("at", "on") and len(words) == 1):
+                roles[role] = max(weight, roles.get(role, 0.0))
+    unknown = any(word not in _MEANING and word not in _FILLERS and not word.isdigit() for word in words)
+    both = {word for word in words if {"item", "field"} <= _MEANING.get(word, {}).keys()}
+    if words[:1] in (["num"], ["number"], ["no"]) and len(words) > 1:
+        return Named({"count": 1.0}, False)
+    is_id = roles.pop("id", 0.0) > 0
+    settled = _settled(roles, is_id)
+    if both and "field" in settled and not any("item" in _MEANING.get(word, {}) for word in set(words) - both):
+        settled["item"] = 0.6  # an artist is a field of a song, and what is listened to where there are no songs
+    if unknown and not is_id:
+        # A customer's city is no customer.
+        settled = {r: 0.6 * weight if r in ("user", "item") else weight for r, weight in settled.items()}
+    return Named(settled, is_id)
+
+
+def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
+    """Drop what the other words of a name rule out."""
+    gone: set[str] = set()
+    if "count" in roles:
+        gone = set(roles) - {"count"}
+    elif is_id:
+        # A review's id, a category's number: no text, no field.
+        gone = {"rating", "time", "title", "text", "field", "other"}
+        if gone & roles.keys() and not {"user", "item"} & roles.keys():
+            roles = {**roles, "row": 1.0}
+    elif "other" in roles:
+        roles = {role: weight * 0.6 if role == "time" else weight for role, weight in roles.items()}
+    elif "time" in roles:
+        gone = {"user", "item", "text", "title", "rating", "row"} if roles["time"] > 0.8 else {"row"}
+    elif {"title", "text"} <= roles.keys():
+        gone = {"title", "text"} if roles["text"] == 1.0 else {"text"}
+        roles = {**roles, "headline": 1.0}
+    elif {"user", "title"} <= roles.keys():
+        # A user name may stand for the user, where there is no id.
+        roles = {**roles, "user": 0.7}
+        gone = {"title", "item"}
+    if {"rating", "title", "text", "field"} & (roles.keys() - gone):
+        gone |= {"item", "row"} | ({"user"} if "title" not in roles else set())
+        if "field" in roles:
+            gone |= {"title"}
+        if "rating" in roles and roles.get("text") == 1.0:
+            gone |= {"text"}
+    return {role: weight for role, weight in roles.items() if role not in gone}
+
+
+def _parts(token: str) -> list[str]:
+    """Cut a compound such as ``kundennummer`` or ``movieid`` into two known words, if it is one."""
+    if token in _MEANING or token in _FILLERS:
+        return [token]
+    for cut in range(len(token) - 2, 1, -1):
+        head, tail = token[:cut], token[cut:]
+        wide = max(map(ord, token)) > 0x2E80
+        head_ok = head in _MEANING and (len(head) >= _SHORTEST_PART or wide)
+        tail_ok = tail in _MEANING and (len(tail) >= _SHORTEST_PART or tail in _ENDINGS or wide)
+        if head_ok and tail_ok:
+            return [head, tail]
+    for cut in range(len(token) - 1, 0, -1):
+        head, tail = token[:cut], token[cut:]
+        if head in _MEANING and (len(head) > _SHORTEST_PART or max(map(ord, head)) > 0x2E80):
+            return [head, *([tail] if tail in _MEANING else [])]
+    for cut in range(1, len(token) - _SHORTEST_PART):
+        if token[cut:] in _MEANING and len(token[cut:]) > _SHORTEST_PART:
+            return [token[cut:]]
+    return [token]
+
+
+def noun_of(word: str) -> str | None:
+    """Return an English plural for what a column or file name calls its items; None where it says nothing."""
+    for part in (part for token in tokens(word) for part in _parts(token.rstrip("0123456789") or token)):
+        found = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
+        if found is not None:
+            return found
+    return None
+
+
+# Kinds of events that shops and trackers log, the strongest sign of interest first.
+_EVENTS = (
+    "purchase purchased buy bought order ordered sale transaction checkout kauf bestellung achat compra acquisto",
+    "cart addtocart basket addtobasket warenkorb",
+    "fav favorite favourite wishlist like save bookmark",
+    "click clicked",
+    "pv view viewed pageview itemview productview detail impression visit",
+)
+_EVENT_WORDS = {word: rank for rank, words in enumerate(_EVENTS) for word in words.split()}
+_OTHER_EVENTS = frozenset({"removefromcart", "remove", "return", "refund", "cancel", "search", "login"})
+
+
+def event_rank(value: str) -> int | None:
+    """Return how strong an event of a kind is, 0 the strongest (a purchase); None for a value that is no such kind."""
+    word = "".join(tokens(value))
+    if word in _OTHER_EVENTS:
+        return len(_EVENTS)
+    return _EVENT_WORDS.get(word, _EVENT_WORDS.get(word.removeprefix("add").removeprefix("to")))
+
+
+# Words of columns about an order and its way to the customer.
+_ORDER = """order bestell bestellung commande pedido ordine bestelling delivery deliver shipping shipment liefer
+    lieferung versand livraison envio entrega consegna courier gift internal admin"""
+_ORDER_WORDS = frozenset(_ORDER.split())
+
+
+def about_orders(name: str) -> bool:
+    """Whether a column's name says that it is about an order or its delivery, such as ``delivery_note``."""
+    return any(part in _ORDER_WORDS for token in tokens(name) for part in (token, *_parts(token)))
+
+
+_REGULAR = """product movie film book song track game app show episode course video podcast album hotel restaurant venue
+    recipe listing offer article joke beer wine place artist post page document"""
+_NOUNS: Mapping[str, str] = {
+    **{word: f"{word}s" for word in _REGULAR.split()},
+    **dict.fromkeys(("sku", "asin", "artikel", "produkt", "producto", "produit", "prodotto", "produto"), "products"),
+    **dict.fromkeys(("isbn", "buch", "livre", "libro", "livro", "boek"), "books"),
+    **{"business": "businesses", "news": "news stories", "story": "stories", "dish": "dishes", "pelicula": "films"},
+    **{"anime": "anime", "series": "series", "poi": "places", "商品": "products", "电影": "films"},
+}

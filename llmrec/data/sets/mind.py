@@ -1,0 +1,107 @@
+"""The MIND news set (Wu et al., ACL 2020): clicks from the logs of one part, train or dev.
+
+A user's click history comes first, in its own order; it carries no times. The clicked items of the impressions
+follow, by the time of the impression. Items that were shown and not clicked are left out.
+"""
+
+from __future__ import annotations
+
+import polars as pl
+
+from llmrec.data.assemble import assemble
+from llmrec.data.dataset import Dataset
+from llmrec.data.read.blocks import blocks
+from llmrec.data.read.files import locate
+from llmrec.data.read.limits import shown
+from llmrec.data.read.pieces import Block, numbered
+from llmrec.data.read.typed import dates, ids
+from llmrec.data.sets.pages import known
+from llmrec.data.sets.published import catalogue_of, check_known_keys
+from llmrec.data.sets.sequences import refuse_repeats
+from llmrec.errors import DataError, Place
+from llmrec.recipe.schema import DataSection
+
+_CLICKED, _SHOWN = "-1", "-0"
+_LINE = "line"
+
+
+def mind(section: DataSection, *, seed: int) -> Dataset:
+    """Load MIND; news carry ``category`` and ``subcategory``.
+
+    Raises:
+        DataError: If a file is missing or damaged, or holds a row that cannot be used.
+    """
+    page = known("mind")
+    check_known_keys(page, section)
+    found = locate(page, section.path, section.items)
+    spec = found.layout.events
+    histories: list[pl.DataFrame] = []
+    clicks: list[pl.DataFrame] = []
+    for block in blocks(found.events, spec.form, dict.fromkeys(("user", "time", "history", "impressions"), "text")):
+        users = ids(block, spec.user)
+        lines = pl.Series(_LINE, list(block.lines), pl.Int64)
+        histories.append(_longest(pl.DataFrame({"user_id": users, "items": block.frame["history"], _LINE: lines})))
+        seconds = dates(block, "time", spec.clock)
+        clicks.append(_clicks(block, pl.DataFrame({"user_id": users, "time": seconds, _LINE: lines})))
+    frame = _in_order(_longest(pl.concat(histories)), pl.concat(clicks))
+    if frame.is_empty():
+        raise DataError.at(
+            found.events.name, "empty", " holds neither histories nor clicks; use the train or the dev part"
+        )
+    lines_of = frame[_LINE]
+    refuse_repeats(section, frame, lambda row: Place(found.events.name, line=lines_of[row]))
+    rows = frame.select("user_id", "item_id")
+    catalogue = catalogue_of(found, set(rows["item_id"].unique()), {})
+    read = [member for member in (found.events, found.items) if member is not None]
+    return assemble(
+        section,
+        numbered(found.events.name, [lines_of.to_list()]),
+        rows,
+        catalogue.items,
+        {},
+        name=page.name,
+        noun=page.noun,
+        scale=None,
+        provenance={
+            "source": page.name,
+            "path": "; ".join(member.name for member in read),
+            "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
+            "rows": str(rows.height),
+            "made": "no",
+            "licence": page.licence,
+            "notes": "; ".join([*page.notes, *catalogue.notes]),
+        },
+    )
+
+
+def _longest(frame: pl.DataFrame) -> pl.DataFrame:
+    """Return the longest history of each user; all rows of a user carry the same one in the published files."""
+    order = frame.with_columns(pl.col("items").str.len_bytes().alias("_size"))
+    order = order.sort("_size", descending=True, maintain_order=True)
+    return order.unique("user_id", keep="first", maintain_order=True).drop("_size")
+
+
+def _clicks(block: Block, rows: pl.DataFrame) -> pl.DataFrame:
+    """Return the clicked items of a block of impressions."""
+    listed = rows.with_columns(block.frame["impressions"].str.split(" ").alias("item_id")).explode("item_id")
+    listed = listed.with_columns(pl.col("item_id").str.strip_chars()).filter(pl.col("item_id") != "")
+    unlabelled = listed.filter(~pl.col("item_id").str.contains(f"({_CLICKED}|{_SHOWN})$"))
+    if unlabelled.height:
+        item, line = unlabelled.select("item_id", _LINE).row(0)
+        raise DataError.at(
+            Place(block.name, line=line),
+            "bad-value",
+            f": {shown(item)} does not say whether it was clicked ({_CLICKED} or {_SHOWN} at "
+            "the end); the test part is published without this, so use the train or the dev part",
+            "impressions",
+        )
+    clicked = listed.filter(pl.col("item_id").str.ends_with(_CLICKED))
+    return clicked.with_columns(pl.col("item_id").str.head(-len(_CLICKED)))
+
+
+def _in_order(histories: pl.DataFrame, clicks: pl.DataFrame) -> pl.DataFrame:
+    """Return all clicks, each user's oldest first."""
+    past = histories.with_columns(pl.col("items").str.split(" ").alias("item_id")).explode("item_id")
+    past = past.select("user_id", "item_id", _LINE).filter(pl.col("item_id").str.strip_chars() != "")
+    later = clicks.sort("time", maintain_order=True).select("user_id", "item_id", _LINE)
+    return pl.concat([past, later])

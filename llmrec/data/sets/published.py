@@ -1,0 +1,408 @@
+"""Reads a data set from its own files, as its page describes them: `llmrec.data.sets.pages`."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import polars as pl
+
+from llmrec.data.assemble import assemble
+from llmrec.data.dataset import Dataset
+from llmrec.data.read.blocks import blocks, checked, records
+from llmrec.data.read.files import Found, Member, locate
+from llmrec.data.read.markup import has_markup, plain
+from llmrec.data.read.pieces import Kind, numbered
+from llmrec.data.read.text import Table
+from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
+from llmrec.data.sets.counts import Counts, comparison
+from llmrec.data.sets.movielens import movie_title
+from llmrec.data.sets.pages import known
+from llmrec.data.sets.pages import published as every_set
+from llmrec.data.sets.spec import Attribute, Events, Items, Known, People, Renames
+from llmrec.errors import DataError, Place
+from llmrec.recipe.schema import Columns, DataSection
+from llmrec.terminal import logger
+from llmrec.types import Item
+
+log = logger(__name__)
+
+NO_TEXT = "none"
+"""What ``data.columns.text`` says to leave texts out."""
+_UNTIMED = 0.0
+_YEAR = "year"
+
+
+def published(section: DataSection, *, seed: int) -> Dataset:
+    """Load the set whose page the section's source names.
+
+    Raises:
+        RecipeError: If the page has a key or a value that it cannot have.
+        DataError: If a file is missing or damaged, or holds a row that cannot be used.
+    """
+    return load(known(section.source), section)
+
+
+# --------------------------------------------------------------------------- any of them
+
+
+def load(page: Known, section: DataSection) -> Dataset:
+    """Load a published set.
+
+    Args:
+        page: What is known of it.
+        section: The recipe's ``data`` or ``reviews``.
+
+    Raises:
+        DataError: If a file is missing or damaged, or holds a row that cannot be used.
+    """
+    check_known_keys(page, section)
+    found = locate(page, section.path, section.items)
+    events = read_events(found.events, found.layout.events, _text_column(page, found.layout.events, section))
+    _check_widths(page, events.frame, found.events.name)
+    item_ids = set(events.frame["item_id"].unique())
+    catalogue = catalogue_of(found, item_ids, events.titles)
+    people: dict[str, dict[str, str]] = {}
+    if found.people is not None and found.layout.people is not None:
+        people = read_people(found.people, found.layout.people)
+    notes = [*page.notes, *catalogue.notes]
+    if found.layout.events.time is None:
+        notes.append("no times are published: the order of a user's items is that of a seeded hash")
+    read = [member for member in (found.events, found.items, found.people, found.renames) if member is not None]
+    provenance = {
+        "source": page.name,
+        "path": "; ".join(member.name for member in read),
+        "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
+        "rows": str(events.frame.height),
+        "made": "no",
+        "licence": page.licence,
+        **compared(page, found.events.plain, events.frame),
+        **({"notes": "; ".join(notes)} if notes else {}),
+    }
+    return assemble(
+        section,
+        events.table,
+        events.frame,
+        catalogue.items,
+        people,
+        name="-".join(filter(None, (page.name, found.category.lower()))),
+        noun=page.noun,
+        scale=page.scale,
+        provenance=provenance,
+    )
+
+
+def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
+    """Return what provenance says about published counts, after a warning where they differ."""
+    counted = page.counts.of(file) if page.counts is not None else None
+    if counted is None:
+        return {}
+    here = Counts(frame["user_id"].n_unique(), frame["item_id"].n_unique(), frame.height, "here")
+    sentence, differs = comparison(counted, here)
+    if differs:
+        log.warning("%s: %s", page.name, sentence)
+    return {"published": sentence}
+
+
+def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
+    """Refuse columns in the order of another edition, which would look fine and mean nothing."""
+    if page.item_width is None:
+        return
+    first = frame.head(1000)
+    users, items = (
+        first[column].cast(pl.String).str.len_chars().eq(page.item_width).mean() for column in ("user_id", "item_id")
+    )
+    if isinstance(users, float) and isinstance(items, float) and users > 0.9 and items < 0.1:
+        others = " and ".join(
+            f"{other.name!r} for {','.join(layout.events.form.columns)}"
+            for other in every_set()
+            for layout in other.layouts
+            if other.item_width and layout.events.form.columns
+        )
+        raise DataError(
+            f"{file}: the user column holds product numbers, so its columns are those of another edition; use source "
+            f"{others}",
+            kind="wrong-format",
+            at=file,
+        )
+
+
+def check_known_keys(known: Known, section: DataSection) -> None:
+    """Refuse keys that have no meaning for a set that knows its own columns."""
+    if section.columns != Columns(text=section.columns.text):
+        raise DataError(
+            f"data.columns: source {known.name!r} knows its own columns; only data.columns.text can be chosen, or use "
+            "source 'table'",
+            kind="contradiction",
+            column="data.columns",
+        )
+
+
+def _text_column(known: Known, events: Events, section: DataSection) -> str | None:
+    asked = section.columns.text
+    if asked is None:
+        return events.texts[0] if events.texts else None
+    if asked == NO_TEXT:
+        return None
+    if asked not in events.texts:
+        raise DataError(
+            f"data.columns.text={asked}: the texts of source {known.name!r} in this file are: "
+            f"{', '.join(events.texts) or 'none at all'}; name one of them, or {NO_TEXT} to leave texts out",
+            kind="unknown-name",
+            column="data.columns.text",
+        )
+    return asked
+
+
+# --------------------------------------------------------------------------- interactions
+
+
+@dataclass(frozen=True)
+class Read:
+    """Interactions as read.
+
+    Attributes:
+        frame: Columns of `llmrec.data.dataset.SCHEMA`.
+        table: Names their rows in errors.
+        titles: Titles by item, where they stand beside the interactions.
+    """
+
+    frame: pl.DataFrame
+    table: Table
+    titles: Mapping[str, str]
+
+
+def read_events(member: Member, spec: Events, text: str | None, also: Sequence[str] = ()) -> Read:
+    """Read interactions.
+
+    Args:
+        member: Their file.
+        spec: Its map.
+        text: The column to take as text.
+        also: Further columns of texts, which rows may lack; in the frame under their own names.
+
+    Raises:
+        DataError: If a row cannot be used; the message names it.
+    """
+    wanted: dict[str, Kind] = dict.fromkeys((spec.user, spec.item[0]), "text")
+    wanted |= dict.fromkeys((*spec.item[1:], *also, *(column for column in (text, spec.title) if column)), "maybe")
+    if spec.rating is not None:
+        wanted[spec.rating] = "number"
+    if spec.time is not None:
+        wanted[spec.time] = "text" if spec.clock else "number"
+    unit: Unit | None = None
+    frames: list[pl.DataFrame] = []
+    lines: list[Sequence[int]] = []
+    titles: dict[str, str] = {}
+    for block in blocks(member, spec.form, wanted):
+        series = {"user_id": ids(block, spec.user), "item_id": ids(block, *spec.item)}
+        if spec.rating is not None:
+            series["rating"] = numbers(block, spec.rating, "rating", absent=spec.unrated)
+        if spec.time is None:
+            series["timestamp"] = pl.Series([_UNTIMED]).new_from_index(0, block.frame.height)
+        elif spec.clock:
+            series["timestamp"] = dates(block, spec.time, spec.clock)
+        else:
+            series["timestamp"], unit = moments(block, spec.time, unit)
+        if text is not None:
+            series["text"] = unescaped(block, text)
+        series |= {column: unescaped(block, column) for column in also}
+        frames.append(pl.DataFrame(series))
+        lines.append(block.lines)
+        if spec.title is not None:
+            named = pl.DataFrame({"item": series["item_id"], "title": unescaped(block, spec.title)}).drop_nulls()
+            titles = dict(named.unique("item", keep="first", maintain_order=True).iter_rows()) | titles
+    return Read(pl.concat(frames), numbered(member.name, lines), titles)
+
+
+# --------------------------------------------------------------------------- items and users
+
+
+@dataclass(frozen=True)
+class Catalogue:
+    """Entries of items, and what a user must know of them."""
+
+    items: Mapping[str, Item]
+    notes: tuple[str, ...] = ()
+
+
+def catalogue_of(found: Found, item_ids: set[str], titles: Mapping[str, str]) -> Catalogue:
+    """Return the entries of items.
+
+    Args:
+        found: The files.
+        item_ids: Which ones are wanted.
+        titles: Titles that stand beside the interactions, by item.
+
+    Raises:
+        DataError: If a row of the file of items cannot be used.
+    """
+    spec = found.layout.items
+    if spec is None or found.items is None:
+        titles = {item: title for item, title in titles.items() if not has_markup(title)}
+        items = {item: Item(item_id=item, title=titles.get(item, item)) for item in item_ids}
+        return Catalogue(items, untitled(found.where, len(item_ids - titles.keys()), len(items)))
+    names = {item: item for item in item_ids}
+    if found.renames is not None and found.layout.renames is not None:
+        # An item that the file does not name gets no entry, whatever its number happens to mean elsewhere.
+        names = dict.fromkeys(item_ids, "") | _renamed(found.renames, found.layout.renames, item_ids)
+    listed = read_items(found.items, spec, set(names.values()))
+    blank = {attribute.name: attribute.missing for attribute in spec.attributes}
+    items = {}
+    missing = 0
+    for item, name in names.items():
+        title, fields = listed.entries.get(name, (None, blank))
+        if title is None and spec.complete:
+            continue  # the check of the interactions names the row
+        missing += title is None
+        items[item] = Item(item_id=item, title=title or item, fields=fields)
+    return Catalogue(items, untitled(found.items.name, missing, len(items)) + listed.notes(found.items.name))
+
+
+def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
+    """Return a note on items without a title, after a warning; none if all have one."""
+    if not missing:
+        return ()
+    note = f"{missing} of {total} items have no title in {where}; their ids stand in, which say little to a model"
+    log.warning("%s", note)
+    return (note,)
+
+
+def _renamed(member: Member, spec: Renames, item_ids: set[str]) -> dict[str, str]:
+    names: dict[str, str] = {}
+    for block in blocks(member, spec.form, {spec.old: "text", spec.new: "text"}):
+        chosen = block.frame.filter(pl.col(spec.old).is_in(item_ids))
+        names |= dict(chosen.select(spec.old, spec.new).iter_rows())
+    return names
+
+
+Entries = dict[str, tuple[str | None, dict[str, str]]]
+"""Title and fields by item; the title is None where there is none."""
+
+
+@dataclass(frozen=True)
+class Listed:
+    """What a file of items holds.
+
+    Attributes:
+        entries: Those of the items that are kept.
+        repeated: Rows that list one of them again.
+        nameless: Rows without an id, which say nothing of any item.
+        markup: Items with HTML in place of a title.
+    """
+
+    entries: Entries
+    repeated: int
+    nameless: int
+    markup: int
+
+    def notes(self, file: str) -> tuple[str, ...]:
+        """Return what a user must know of it, after a warning where something is missing."""
+        lost = {
+            f"{self.nameless} rows of {file} have no id and are left out": self.nameless,
+            f"{self.markup} titles in {file} are HTML and count as missing": self.markup,
+        }
+        found = tuple(note for note, count in lost.items() if count)
+        for note in found:
+            log.warning("%s", note)
+        again = f"{file} lists {self.repeated} items again; the first entry counts"
+        return (*found, again) if self.repeated else found
+
+
+def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
+    """Read the titles and fields of items.
+
+    Args:
+        member: Their file.
+        spec: Its map.
+        wanted: Ids of the items that are kept.
+
+    Raises:
+        DataError: If a row cannot be used, or lacks a title that it must have.
+    """
+    found: Entries = {}
+    repeated = nameless = markup = 0
+    columns = dict.fromkeys((spec.item, *spec.titles, *(attribute.column for attribute in spec.attributes)))
+    for place, row in records(member, spec.form, list(columns)):
+        item = value_text(place, spec.item, row.get(spec.item))
+        if not item.strip():
+            if not spec.gaps:
+                raise DataError.at(
+                    place, "missing-value", f": column {spec.item!r} is empty; every item needs an id", spec.item
+                )
+            nameless += 1
+            continue
+        if item not in wanted:
+            continue
+        if item in found:
+            repeated += 1
+            continue
+        titles = [title for name in spec.titles if (title := _title(place, spec, name, row))]
+        title = next((each for each in titles if not has_markup(each)), None)
+        markup += title is None and bool(titles)
+        if title is None and spec.complete:
+            raise DataError.at(
+                place,
+                "missing-value",
+                f": column {spec.titles[0]!r} is empty; every item needs a title",
+                spec.titles[0],
+            )
+        fields = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
+        if spec.film and title is not None:
+            title, fields[_YEAR] = movie_title(title)
+        found[item] = (title, fields)
+    return Listed(found, repeated, nameless, markup)
+
+
+def _title(place: Place, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
+    title = plain(value_text(place, column, row.get(column))).strip()
+    return None if not title or (spec.junk is not None and spec.junk in title) else title
+
+
+def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
+    """Read the profiles of users.
+
+    Raises:
+        DataError: If a row cannot be used.
+    """
+    people = {}
+    columns = [spec.user, *(attribute.column for attribute in spec.attributes)]
+    for place, row in records(member, spec.form, columns):
+        user = value_text(place, spec.user, row.get(spec.user))
+        if not user.strip():
+            raise DataError.at(
+                place, "missing-value", f": column {spec.user!r} is empty; every profile needs a user", spec.user
+            )
+        people[user] = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
+    return people
+
+
+def value_text(place: Place, column: str, value: object) -> str:
+    """Return a single value as text; what is no text or number counts as missing.
+
+    Raises:
+        DataError: If it holds something that is no text.
+    """
+    if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
+        return ""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return checked(place, column, str(value))
+
+
+def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
+    """Return a further field as one text: lists joined, codes in words, entities decoded; HTML is dropped."""
+    value = row.get(attribute.column)
+    if isinstance(value, list) and value and all(isinstance(path, list) for path in value):
+        value = value[0]  # several paths of categories: the first is the main one
+    if isinstance(value, list):
+        parts = [value_text(place, attribute.column, part) for part in value]
+    else:
+        text = value_text(place, attribute.column, value)
+        parts = text.split(attribute.split) if attribute.split else [text]
+    cleaned = ["" if has_markup(part) else part for part in (plain(part).strip() for part in parts)]
+    joined = attribute.join.join(attribute.words.get(part, part) for part in cleaned if part)
+    if attribute.keep is not None and not re.fullmatch(attribute.keep, joined):
+        return attribute.missing
+    return joined or attribute.missing

@@ -1,0 +1,164 @@
+"""Recognises data sets by their files: folders and archives of published sets and of sequences, columns of tables."""
+
+from __future__ import annotations
+
+import ast
+import json
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+
+from llmrec.data.read.blocks import header
+from llmrec.data.read.files import Member, captured, fits, listing
+from llmrec.data.sets.pages import published
+from llmrec.data.sets.spec import Events, Known, Layout
+from llmrec.errors import LlmrecError
+
+# What anybody may call a column.
+_COMMON = frozenset(
+    ("user", "user_id", "item", "item_id", "id", "product_id", "rating", "time", "timestamp", "date", "title", "text")
+)
+_SEQUENCES, _LINES, _LONGEST = "sequences.txt", 20, 2**20
+_SAMPLES = ("train", "valid", "test")
+
+
+def sources_with(columns: Collection[str]) -> tuple[str, ...]:
+    """Return the names of the published sets whose files of interactions have what a table's columns are called.
+
+    A set is named only if its users and its items stand under names of their own; files without a header have none.
+    """
+    return tuple(each.name for each in published() if any(_fits(layout, columns) for layout in each.layouts))
+
+
+def _fits(layout: Layout, columns: Collection[str]) -> bool:
+    events = layout.events
+    if events.form.columns:
+        return False
+    return _names(events) <= set(columns) and not {events.user, *events.item} & _COMMON
+
+
+def _names(events: Events) -> set[str]:
+    return {events.user, *events.item, *(name for name in (events.rating, events.time) if name is not None)}
+
+
+# --------------------------------------------------------------------------- files
+
+
+def source_of(place: Path) -> str | None:
+    """Return the source that reads what is at a place: a folder, a zip archive, or a file that is no table.
+
+    None where it is a table, or nothing that a source knows.
+
+    Raises:
+        DataError: If a folder or an archive cannot be read.
+    """
+    if place.is_dir() or place.suffix.lower() == ".zip":
+        members = listing(place)
+        names = {member.plain.lower() for member in members}
+        if {"u.data", "u.item"} <= names:
+            return "movielens-100k"
+        if _SEQUENCES in names:
+            return "sequences"
+        if all({f"{part}.tsv", f"{part}.csv"} & names for part in _SAMPLES) and _are_samples(members):
+            return "samples"
+        return next((page.name for page in _sets(members)), None)
+    member = Member(str(place), place)
+    if member.plain.lower() == "u.data":
+        return "movielens-100k"
+    if member.plain.lower().endswith(".txt"):
+        return "sequences" if _holds_sequences(member) else None
+    # A table with a header is a table, whose columns may be chosen; others are known by the names of their files.
+    found = (page for page in _sets([member], alone=True) if all(each.events.form.columns for each in page.layouts))
+    return next((page.name for page in found), None)
+
+
+def _are_samples(members: Sequence[Member]) -> bool:
+    train = next(member for member in members if member.plain.lower() in ("train.tsv", "train.csv"))
+    return {"history", "target"} <= set(_first_line(train).replace(",", "\t").split("\t"))
+
+
+def _first_line(member: Member) -> str:
+    with member.open() as stream:
+        return stream.readline(_LONGEST).decode("utf-8", "replace").strip()
+
+
+def _holds_sequences(member: Member) -> bool:
+    """Whether the first lines are a user and its items, separated by spaces, of users that do not repeat."""
+    try:
+        with member.open() as stream:
+            lines = [stream.readline(_LONGEST).decode("utf-8", "replace").strip() for _ in range(_LINES)]
+    except LlmrecError:
+        return False
+    rows = [line.split(" ") for line in lines if line]
+    plain = all(
+        len(row) > 1 and not any(mark in line for mark in '\t,;|"') for row, line in zip(rows, lines, strict=False)
+    )
+    users = [row[0] for row in rows]
+    return plain and len(set(users)) == len(users) > 1 and len({len(row) for row in rows}) > 1
+
+
+def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[Known]:
+    """Yield the published sets whose files these are, the likeliest first.
+
+    Args:
+        members: Files of a folder or an archive.
+        alone: Do not look for the file of items.
+    """
+    fitting = [
+        (_specific(layout, member.plain), page, member)
+        for page in published()
+        for layout in page.layouts
+        for member in members
+        if fits(layout, member.plain) is not None
+        and (alone or _has_items(layout, member, members))
+        and _reads(layout.events, member)
+    ]
+    if not fitting:
+        return
+    best = max(literal for literal, _, _ in fitting)
+    pages = [(page, member) for literal, page, member in fitting if literal == best]
+    named = [(page, member) for page, member in pages if _plain(Path(member.folder).name) in map(_plain, page.folders)]
+    if len(named or pages) > 1:
+        named = named or [(page, member) for page, member in pages if _counted(page, member)]
+    yield from (page for page, _ in named or sorted(pages, key=lambda pair: pair[0].counts is not None))
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("_", "-")
+
+
+def _specific(layout: Layout, name: str) -> int:
+    """Return how much of a name the best pattern of a set says itself."""
+    return max(len(pattern.replace("*", "")) for pattern in layout.events.files if captured(pattern, name) is not None)
+
+
+def _has_items(layout: Layout, events: Member, members: Sequence[Member]) -> bool:
+    if layout.items is None or not layout.items.complete:
+        return True
+    near = [member.plain for member in members if member.folder == events.folder]
+    return any(captured(pattern, name) is not None for pattern in layout.items.files for name in near)
+
+
+def _reads(events: Events, member: Member) -> bool:
+    """Whether a file has the columns of a set: those of its header or first record, or as many where it has none."""
+    if events.form.columns:
+        named = not any(pattern.startswith("*") for pattern in events.files)
+        return named and len(_first_line(member).split(events.form.separator)) == len(events.form.columns)
+    try:
+        if events.form.kind == "delimited":
+            names = set(header(member, events.form))
+        else:
+            line = _first_line(member)
+            names = set(json.loads(line) if events.form.kind == "json" else ast.literal_eval(line))
+    except (LlmrecError, ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        return False
+    return _names(events) <= names and not {events.user, *events.item} <= _COMMON
+
+
+def _counted(page: Known, member: Member) -> bool:
+    """Whether a file has as many rows as are published of it."""
+    counts = page.counts.of(member.plain) if page.counts is not None else None
+    if counts is None:
+        return False
+    with member.open() as stream:
+        lines = sum(chunk.count(b"\n") for chunk in iter(lambda: stream.read(2**20), b""))
+    return abs(lines - counts.interactions) <= 1

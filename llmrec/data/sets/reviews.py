@@ -1,0 +1,99 @@
+"""Reviews as people wrote them: one category of the Amazon 5-core sets of 2014, with texts, headlines and stars."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import polars as pl
+
+from llmrec.data.assemble import assemble, catalogue
+from llmrec.data.dataset import Dataset, Review
+from llmrec.data.derived import NAMES, TITLES, keyphrases
+from llmrec.data.read.files import Member
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import user_path
+from llmrec.data.sets.pages import known
+from llmrec.data.sets.published import read_events
+from llmrec.errors import DataError
+from llmrec.recipe.schema import Columns, DataSection
+from llmrec.types import Item
+
+_TEXT, _HEADLINE = "reviewText", "summary"
+_SCALE = (1.0, 5.0)
+
+
+def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
+    """Load a file of the 2014 form, one JSON object a line, gzipped or plain.
+
+    HTML entities are decoded once. Ratings are stars from 1 to 5, times are by the day, texts are whole reviews;
+    headlines and keyphrases stand in `Dataset.reviews`. Names of reviewers are not read: the split makes pseudonyms.
+    Titles come from ``data.items``, a table with item_id and title; without one the split makes them of training
+    reviews.
+
+    Raises:
+        DataError: If the file is missing or damaged, or holds a row that cannot be used.
+    """
+    if section.path is None:
+        raise DataError(
+            "source 'amazon-reviews' reads one category's 5-core reviews, a file such as "
+            "reviews_Musical_Instruments_5.json.gz; set data.path=FILE",
+            kind="missing-key",
+            column="data.path",
+        )
+    own = Columns(title=section.columns.title, fields=section.columns.fields)
+    if section.columns != own:
+        raise DataError(
+            "source 'amazon-reviews' knows the columns of its file; of data.columns it takes title and fields alone, "
+            "which name columns of data.items, so leave the others out",
+            kind="contradiction",
+            column="data.columns",
+        )
+    path = user_path(section.path)
+    member = Member(str(path), path)
+    events = read_events(member, known("amazon-2014").layouts[0].events, _TEXT, (_HEADLINE,))
+    main, frame = events.table, events.frame.drop(_HEADLINE)
+    listed = read_table(user_path(section.items)) if section.items is not None else None
+    items = (
+        {item: Item(item_id=item, title=item) for item in frame["item_id"].unique()}
+        if listed is None
+        else catalogue(section, main, frame["item_id"], listed)
+    )
+    dataset = assemble(
+        section,
+        main,
+        frame,
+        items,
+        {},
+        name="amazon-reviews",
+        noun="products",
+        scale=_SCALE,
+        provenance={
+            "source": "amazon-reviews",
+            "path": main.name if listed is None else f"{main.name}; {listed.name}",
+            "sha256": member.sha256 if listed is None else f"{member.sha256}; {listed.sha256}",
+            "rows": str(frame.height),
+            "made": "no",
+            "derived": _said(listed is None),
+            "licence": "research use; the reviews may not be passed on",
+        },
+    )
+    headlines = events.frame.with_columns(pl.col(_HEADLINE).fill_null("").alias("headline"))
+    derives = frozenset({NAMES, TITLES} if listed is None else {NAMES})
+    return replace(dataset, reviews=_reviews(dataset.interactions, headlines), derives=derives)
+
+
+def _said(titles: bool) -> str:
+    made = "features and sentences (keyphrases), user names (pseudonyms)"
+    return f"titles (keyphrases of training reviews), {made}" if titles else made
+
+
+def _reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:
+    # Of a pair that stands twice the latest row was kept, and its headline is the one that is written last here.
+    latest = headlines.with_row_index("_row").sort("timestamp", "_row")
+    above = {(user, item): said for user, item, said in latest.select("user_id", "item_id", "headline").iter_rows()}
+    told = [(user, item, text or "") for user, item, text in rows.select("user_id", "item_id", "text").iter_rows()]
+    found = keyphrases([text for *_, text in told])
+    return {
+        (user, item): Review(text=text, headline=" ".join(above.get((user, item), "").split()), phrases=phrases)
+        for (user, item, text), phrases in zip(told, found, strict=True)
+    }

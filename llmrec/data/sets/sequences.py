@@ -1,0 +1,264 @@
+"""Sequences without times: one line a user, its items oldest first, beside a table of items.
+
+This is the form of S3-Rec and the systems that evaluate on its files: ``sequences.txt`` with lines such as
+``u1 i7 i3 i9``, and ``items.tsv`` with ``item_id``, ``title`` and further columns; each may be gzipped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.data.assemble import assemble
+from llmrec.data.dataset import Dataset
+from llmrec.data.read.blocks import header
+from llmrec.data.read.files import Member, listing
+from llmrec.data.read.limits import shown
+from llmrec.data.read.pieces import Piece, decoded, numbered, pieces
+from llmrec.data.read.text import user_path
+from llmrec.data.sets.published import read_items, untitled
+from llmrec.data.sets.spec import Attribute, Form, Items
+from llmrec.errors import DataError, Place
+from llmrec.recipe.schema import Columns, DataSection
+from llmrec.types import Item
+
+LICENCE = "as whoever made the files says"
+_FIELDS = ("categories", "category", "genres", "brand", "year")
+_PAIR = ["user_id", "item_id"]
+
+
+def sequences(section: DataSection, *, seed: int) -> Dataset:
+    """Load sequences; the order in a line is the order in time.
+
+    Raises:
+        DataError: If a file is missing, or holds a line or item that cannot be used.
+    """
+    check_keys("sequences", section)
+    members = members_of("sequences", section.path)
+    named = is_file_named(section.path)
+    main = members[0] if named else member_of(members, ("sequences.txt",), section.path, "with one line a user")
+    entries = items_member(members, section)
+    frame, lines = _read(main)
+
+    def place(row: int) -> Place:
+        return Place(main.name, line=lines[row])
+
+    refuse_repeats(section, frame, place)
+    catalogue, notes = items_of(section, frame["item_id"], entries, place)
+    read = [member for member in (main, entries) if member is not None]
+    return assemble(
+        section,
+        numbered(main.name, [lines]),
+        frame,
+        catalogue,
+        {},
+        name=name_of(main, "sequences"),
+        noun="items",
+        scale=None,
+        provenance={
+            "source": "sequences",
+            "path": "; ".join(member.name for member in read),
+            "sha256": "; ".join(dict.fromkeys(member.sha256 for member in read)),
+            "rows": str(frame.height),
+            "made": "no",
+            "licence": LICENCE,
+            **({"notes": "; ".join(notes)} if notes else {}),
+        },
+    )
+
+
+def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
+    """Return one row an interaction, and the line of each."""
+    frames = [_sequences_of(piece) for piece in pieces(main, quoted=False) if piece.raw.strip()]
+    if not frames or all(frame.is_empty() for frame in frames):
+        raise DataError.at(main.name, "empty", " holds no lines; write it again")
+    users = pl.concat(frames)
+    again = (~users["user_id"].is_first_distinct()).arg_true()
+    if again.len():
+        user, line = users.select("user_id", "line").row(again[0])
+        first = users.filter(pl.col("user_id") == user)["line"][0]
+        raise DataError.at(
+            Place(main.name, line=line),
+            "duplicate",
+            f": user {shown(user)} has a line already, line {first}; write one line a user, oldest item first",
+        )
+    rows = users.explode("item_id")
+    return rows.select(_PAIR), rows["line"].to_list()
+
+
+def _sequences_of(piece: Piece) -> pl.DataFrame:
+    texts = pl.Series("text", [decoded(piece, "utf-8")]).str.split("\n").explode().str.strip_chars()
+    frame = pl.DataFrame({"text": texts}).with_row_index("line", offset=piece.line + 1).filter(pl.col("text") != "")
+    words = pl.col("text").str.replace_all(r"\s+", " ").str.split(" ")
+    frame = frame.select(words.list.first().alias("user_id"), words.list.slice(1).alias("item_id"), pl.col("line"))
+    empty = (frame["item_id"].list.len() == 0).arg_true()
+    if empty.len():
+        user, line = frame.select("user_id", "line").row(empty[0])
+        raise DataError.at(
+            Place(piece.name, line=line),
+            "missing-value",
+            f": user {shown(user)} has no items; write the user and then its items, separated by spaces",
+        )
+    return frame
+
+
+# --------------------------------------------------------------------------- what sources of this sort share
+
+
+def check_keys(source: str, section: DataSection) -> None:
+    """Refuse keys that have no meaning for files without interaction columns."""
+    columns = section.columns
+    if columns != Columns(item=columns.item, title=columns.title, fields=columns.fields):
+        raise DataError(
+            f"data.columns: source {source!r} has no such columns; item, title and fields of its table of items can be "
+            "named",
+            kind="contradiction",
+            column="data.columns",
+        )
+
+
+def members_of(source: str, path: str | None) -> list[Member]:
+    """Return the files of the folder or archive that ``data.path`` names, or of the folder around the file it names.
+
+    Raises:
+        DataError: If there is none.
+    """
+    if path is None:
+        raise DataError(
+            f"source {source!r} needs a folder, a zip archive or a file; set data.path; see docs/data.md",
+            kind="missing-key",
+            column="data.path",
+        )
+    place = user_path(path)
+    if not place.exists():
+        raise DataError(
+            f"data.path={path}: there is no such file or folder; correct it",
+            kind="missing-file",
+            at=place,
+            column="data.path",
+        )
+    if place.is_file() and place.suffix.lower() != ".zip":
+        own = Member(str(place), place)
+        return [own, *(member for member in listing(place.parent) if member.plain != own.plain)]
+    return listing(place)
+
+
+def is_file_named(path: str | None) -> bool:
+    """Whether ``data.path`` names a file that is read itself, whatever its name."""
+    return path is not None and user_path(path).is_file() and not path.lower().endswith(".zip")
+
+
+def member_of(members: Sequence[Member], names: Sequence[str], path: str | None, what: str) -> Member:
+    """Return the file of one of these names.
+
+    Raises:
+        DataError: If there is none.
+    """
+    found = _first(members, names)
+    if found is None:
+        raise DataError(
+            f"data.path={path} holds no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path",
+            kind="missing-file",
+            at=path,
+            column="data.path",
+        )
+    return found
+
+
+def _first(members: Sequence[Member], names: Sequence[str]) -> Member | None:
+    return next((member for name in names for member in members if member.plain == name), None)
+
+
+def items_member(members: Sequence[Member], section: DataSection) -> Member | None:
+    """Return the table of items: the one that ``data.items`` names, or ``items.tsv`` or ``items.csv``."""
+    if section.items is not None:
+        return Member(section.items, user_path(section.items))
+    return _first(members, ("items.tsv", "items.csv"))
+
+
+def table_form(member: Member) -> Form:
+    """Return how a table is written, as its ending says."""
+    return Form(kind="delimited", separator="," if member.plain.lower().endswith(".csv") else "\t", quoted=True)
+
+
+def items_of(
+    section: DataSection, item_ids: pl.Series, entries: Member | None, place: Callable[[int], Place]
+) -> tuple[Mapping[str, Item], tuple[str, ...]]:
+    """Return the entries of items, and notes on what is missing.
+
+    Args:
+        section: The recipe's section.
+        item_ids: The item of each interaction.
+        entries: The table of items, if there is one.
+        place: Names an interaction in errors.
+
+    Raises:
+        DataError: If an item is not in the table, or the table lacks a column.
+    """
+    wanted = set(item_ids.unique())
+    if entries is None:
+        notes = untitled("a table of items, of which there is none", len(wanted), len(wanted))
+        return {item: Item(item_id=item, title=item) for item in wanted}, notes
+    form = table_form(entries)
+    names = header(entries, form)
+    columns = section.columns
+    title = columns.title or ("title" if "title" in names else None)
+    attributes = tuple(
+        Attribute(name=name, column=name, split="|" if name == "genres" else None)
+        for name in (columns.fields or tuple(name for name in _FIELDS if name in names))
+    )
+    key = columns.item
+    spec = Items(files=(), form=form, item=key, titles=(title,) if title else (), attributes=attributes)
+    listed = read_items(entries, spec, wanted)
+    known = listed.entries
+    if listed.repeated and section.duplicates == "error":
+        raise DataError.at(
+            entries.name,
+            "duplicate",
+            f" lists {listed.repeated} items again; drop the repeats, or set data.duplicates=keep_last",
+        )
+    _all_listed(item_ids, known, entries, place)
+    catalogue = {item: Item(item_id=item, title=name or item, fields=fields) for item, (name, fields) in known.items()}
+    missing = sum(name is None for name, _ in known.values())
+    return catalogue, untitled(entries.name, missing, len(known)) + listed.notes(entries.name)
+
+
+def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, place: Callable[[int], Place]) -> None:
+    listed = pl.Series(list(known), dtype=pl.String)
+    absent = (~item_ids.is_in(listed.implode())).arg_true()
+    if absent.len():
+        item = item_ids[absent[0]]
+        raise DataError.at(
+            place(absent[0]),
+            "unknown-name",
+            f": item {shown(item)} is not in {entries.name} "
+            f"({item_ids.gather(absent).n_unique()} such items); add it there, or drop it here",
+        )
+
+
+def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[int], Place]) -> None:
+    """Refuse a user's second interaction with an item, unless the recipe keeps the latest.
+
+    Raises:
+        DataError: Naming the first one.
+    """
+    if section.duplicates != "error":
+        return
+    again = (~frame.select(pl.struct(_PAIR).is_first_distinct()).to_series()).arg_true()
+    if again.len():
+        user, item = frame.select(_PAIR).row(again[0])
+        raise DataError.at(
+            place(again[0]),
+            "duplicate",
+            f": user {shown(user)} has item {shown(item)} again ({again.len()} such repeats); drop "
+            "the repeats, or set data.duplicates=keep_last to keep the latest of each",
+        )
+
+
+def name_of(main: Member, usual: str) -> str:
+    """Return a short name: that of the file, or of what it lies in where the file has its usual name."""
+    stem = main.plain.split(".")[0]
+    around = Path(main.folder if main.inner is None else main.path.stem).name
+    return (around or stem) if stem == usual else stem

@@ -1,0 +1,286 @@
+"""Tables of the user's own, and explanations with profile texts; `load` is the door to every source.
+
+A source is one entry of `llmrec.registry.SOURCES`. Explanations are in the form of XRec (Ma et al., EMNLP Findings
+2024), which has a language model write the profiles and explanations from real reviews.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import polars as pl
+
+from llmrec.data import dataset as filters
+from llmrec.data.assemble import assemble, catalogue, profiles
+from llmrec.data.dataset import PARTS, Dataset
+from llmrec.data.knowledge import informed
+from llmrec.data.read.columns import find
+from llmrec.data.read.databases import is_database, read_query
+from llmrec.data.read.hub import hub_name, is_hub, read_hub
+from llmrec.data.read.lean import Kind
+from llmrec.data.read.objects import json_lines
+from llmrec.data.read.sheets import split_sheet
+from llmrec.data.read.table import fitting, is_pattern, joined, read_table, rows_of
+from llmrec.data.read.text import Table, read_bytes, user_path
+from llmrec.data.read.typed import ids, numbers, one_per_item, texts, times, unescaped
+from llmrec.data.read.where import kept
+from llmrec.data.sets.movielens import movielens_100k
+from llmrec.data.sets.pages import is_page
+from llmrec.data.sets.parts import parts_of, told
+from llmrec.data.sets.published import published
+from llmrec.errors import DataError, LlmrecError
+from llmrec.plugins import broken
+from llmrec.recipe.schema import Columns, DataSection
+from llmrec.registry import SOURCES, is_plugin, lookup
+from llmrec.types import Item
+
+__all__ = ["load", "movielens_100k", "table"]
+
+
+def load(section: DataSection, *, seed: int) -> Dataset:
+    """Load a source and apply the recipe's filters.
+
+    Args:
+        section: The recipe's ``data`` or ``reviews``.
+        seed: The run's seed; only sources that draw something use it.
+
+    Raises:
+        RecipeError: If there is no such source, or its page is wrong.
+        DataError: If the data or documents are missing or malformed, or the filters leave less than 2 items.
+    """
+    source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source", key="data.source")
+    section = located(section)
+    try:
+        found = source(section, seed=seed)
+    except LlmrecError:
+        raise
+    except Exception as error:
+        if not is_plugin(SOURCES, section.source):
+            raise
+        raise broken(f"data.source: the plug-in {section.source!r}", error, section.source, "data.source") from error
+    if not isinstance(found, Dataset):
+        raise DataError(
+            f"data.source: {section.source!r} gave a {type(found).__name__}; a source returns a "
+            "llmrec.data.dataset.Dataset",
+            kind="defect",
+            at=section.source,
+            column="data.source",
+        )
+    dataset = filters.apply(found, section.filter)
+    if len(dataset.items) < 2:
+        raise DataError(
+            f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter",
+            kind="too-few",
+            column="data.filter",
+        )
+    return informed(dataset, section.facts)
+
+
+def located(section: DataSection) -> DataSection:
+    """Return a section whose paths are where the data lies: its own, or those under the folder of LLMREC_DATA."""
+    folder = os.environ.get("LLMREC_DATA")
+    if not folder:
+        return section
+
+    def under(path: str | None) -> str | None:
+        found = None if path is None or split_sheet(Path(path))[0].exists() else Path(folder) / path
+        return str(found) if found is not None and (split_sheet(found)[0].exists() or _fits(found)) else path
+
+    files = section.files
+    if files is not None:
+        files = files.model_copy(update={part: under(getattr(files, part)) for part in PARTS})
+    facts = section.facts and section.facts.model_copy(update={"path": under(section.facts.path)})
+    tables = {key: under(getattr(section, key)) for key in ("path", "items", "users")}
+    return section.model_copy(update={**tables, "files": files, "facts": facts})
+
+
+def _fits(pattern: Path) -> bool:
+    return is_pattern(pattern) and bool(fitting(pattern))
+
+
+def table(section: DataSection, *, seed: int) -> Dataset:
+    """Load a CSV, TSV, JSON Lines or Parquet table, or a dataset from the Hugging Face hub.
+
+    With ``data.split.kind: given`` a column of the table, or one file a part, says what is held out.
+
+    Raises:
+        DataError: If a file, column or row cannot be used; the message names it.
+        MissingExtra: If a hub dataset is asked for and ``datasets`` is not installed.
+    """
+    main = _main(section)
+    columns = section.columns
+    user = find(main, columns.user, "user_id", "data.columns.user") or ""
+    item = find(main, columns.item, "item_id", "data.columns.item") or ""
+    rating = find(main, columns.rating, "rating", "data.columns.rating")
+    time = find(main, columns.time, "timestamp", "data.columns.time")
+    text = find(main, columns.text, "text", "data.columns.text")
+    item_ids = ids(main, item)
+    user_ids = ids(main, user)
+    series = {"user_id": user_ids, "item_id": item_ids}
+    if rating is not None:
+        series["rating"] = numbers(main, rating, "rating")
+    if time is not None:
+        series["timestamp"] = times(main, time, columns.dates)
+    if text is not None:
+        series["text"] = unescaped(main, text)
+    listed = rows_of(_read(section.items), _named(columns)) if section.items is not None else None
+    people = rows_of(_read(section.users), _named(columns)) if section.users is not None else None
+    tables = [each for each in (main, listed, people) if each is not None]
+    frame, parts = pl.DataFrame(series), parts_of(section, main)
+    return assemble(
+        section,
+        main,
+        frame,
+        catalogue(section, main, item_ids, listed),
+        profiles(section, main, user_ids, people),
+        name=_name(section),
+        noun="items",
+        scale=None,
+        parts=parts,
+        provenance={
+            "source": "table",
+            "path": "; ".join(each.name for each in tables),
+            "sha256": "; ".join(each.sha256 for each in tables),
+            "rows": str(main.frame.height),
+            "made": "no",
+            "licence": "as the owner of the table says",
+            **({"where": section.filter.where} if section.filter.where is not None else {}),
+            **(told(parts, frame) if parts is not None else {}),
+        },
+    )
+
+
+def _main(section: DataSection) -> Table:
+    """Read the rows of interactions that are kept, of one table or of the files of its parts as one."""
+    if section.files is not None:
+        named = [path for part in PARTS if (path := getattr(section.files, part)) is not None]
+        return joined([_rows(path, section) for path in named])
+    if section.path is None:
+        raise DataError(
+            "source 'table' needs a file; set data.path=FILE or data.path=hf://NAME[:SPLIT]",
+            kind="missing-key",
+            column="data.path",
+        )
+    return _rows(section.path, section)
+
+
+def _rows(path: str, section: DataSection) -> Table:
+    where = section.filter.where
+    if is_database(path) or section.query is not None:
+        found = _queried(path, section.query)
+    else:
+        found = _read(path, _wanted(section.columns) if where is None else None)
+    found = rows_of(found, _named(section.columns))
+    return found if where is None else kept(found, where)
+
+
+def _queried(path: str, query: str | None) -> Table:
+    if not is_database(path) or query is None:
+        lacks = f"data.path={path} is no database" if query is not None else f"data.path={path} is a database"
+        raise DataError(
+            f"{lacks}: a database is read by sqlite:///FILE, duckdb:///FILE or postgresql://USER@HOST/NAME as "
+            "data.path, with a SELECT as data.query; set both",
+            kind="missing-key" if query is None else "contradiction",
+            column="data.query",
+        )
+    return read_query(path, query)
+
+
+def _named(columns: Columns) -> tuple[str | None, ...]:
+    """Return the columns that a recipe names."""
+    single = (columns.user, columns.item, columns.rating, columns.time, columns.title, columns.text, columns.split)
+    return (*single, *columns.fields, *columns.user_fields)
+
+
+def _wanted(columns: Columns) -> dict[str, Kind]:
+    """Return what is read of a table: nothing of the columns that no key names and that have no name of ours."""
+    fields: dict[str, Kind] = dict.fromkeys((*columns.fields, *columns.user_fields), "id")
+    return fields | {
+        columns.user or "user_id": "id",
+        columns.item or "item_id": "id",
+        columns.title or "title": "id",
+        columns.split or "split": "id",
+        columns.rating or "rating": "number",
+        columns.time or "timestamp": "number",
+        columns.text or "text": "text",
+    }
+
+
+def _name(section: DataSection) -> str:
+    """Return what the data is called: a hub's name, the file without its ending, or the folder of several files."""
+    path = section.path or (section.files.train if section.files else "")
+    path = split_sheet(Path(path))[0].name if not is_database(path) and "#" in path else path
+    if is_hub(path):
+        return hub_name(path)
+    name = Path(path).absolute().parent.name if section.files else Path(path).name.split(".")[0]
+    return name or "table"
+
+
+def _read(path: str, wanted: Mapping[str, Kind] | None = None) -> Table:
+    return read_hub(path) if is_hub(path) else read_table(user_path(path), wanted)
+
+
+_COLUMNS = ("uid", "iid", "title", "user_summary", "item_summary", "explanation")
+
+
+def explanations(section: DataSection, *, seed: int) -> Dataset:
+    """Load a JSON Lines file, gzipped or plain, of rows with the keys of `_COLUMNS`.
+
+    Texts are the explanations; what is said of an item is its field ``about``, what is said of a user the profile
+    ``taste``. There are no ratings and no times, so the order of the file is the order in time.
+
+    Raises:
+        DataError: If the file is missing or damaged, a key is not there, or a row cannot be used.
+    """
+    if section.path is None:
+        raise DataError(
+            "source 'explanations' needs a file of JSON Lines; set data.path=FILE",
+            kind="missing-key",
+            column="data.path",
+        )
+    if section.items is not None or section.columns != Columns():
+        raise DataError(
+            "source 'explanations' knows its columns and has titles; leave out data.items and data.columns",
+            kind="contradiction",
+            column="data.columns",
+        )
+    path = user_path(section.path)
+    raw, sha256 = read_bytes(path)
+    main = json_lines(str(path), raw, sha256)
+    absent = [name for name in _COLUMNS if name not in main.frame.columns]
+    if absent:
+        raise DataError.at(
+            main.name,
+            "missing-column",
+            f" has no {absent[0]!r}; this source reads rows with the keys {', '.join(_COLUMNS)}. Use source "
+            "'table' and data.columns for other tables",
+            absent[0],
+        )
+    users, items = ids(main, "uid"), ids(main, "iid")
+    given = texts(main, "explanation")
+    titles, about = one_per_item(main, items, "title"), one_per_item(main, items, "item_summary")
+    return assemble(
+        section,
+        main,
+        pl.DataFrame({"user_id": users, "item_id": items, "text": given.set(given.str.strip_chars() == "", None)}),
+        {
+            item: Item(item_id=item, title=titles.get(item, item), fields={"about": about.get(item, "")})
+            for item in items.unique()
+        },
+        {user: {"taste": taste} for user, taste in one_per_item(main, users, "user_summary").items()},
+        name="explanations",
+        noun="items",
+        scale=None,
+        provenance={
+            "source": "explanations",
+            "path": main.name,
+            "sha256": main.sha256,
+            "rows": str(main.frame.height),
+            "made": "no",
+            "derived": "profiles of users and items and the explanations, written by a language model from reviews; "
+            "profiles may have been written from held-out reviews too",
+            "licence": "as the owner of the file says",
+        },
+    )
