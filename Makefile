@@ -14,15 +14,15 @@ PYTHON := $(shell for p in python3.11 python3.12 python3.13 python3; do \
   $$p -c 'import ensurepip, sys, venv; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1 && { echo $$p; break; }; done)
 endif
 
-.PHONY: help setup quickstart demo notebooks test test-slow check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-chat-models bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-compress-run bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving bench-store campaign gpu-check check-sources suites record experiments figures
+.PHONY: help setup quickstart demo notebooks test test-all check-resolution check-lowest lint docs site site-check screenshots pages-check openapi pictures bench bench-auto bench-auto-toys bench-commands bench-rank bench-ray bench-recovery bench-faults bench-metrics bench-models bench-index bench-index-leak bench-negatives bench-tables bench-features bench-kar bench-search bench-search-vllm bench-training bench-scaling bench-alignment bench-rating bench-redial bench-chat bench-chat-models bench-realism bench-cold bench-freshness bench-ubert bench-refresh bench-compress bench-compress-run bench-prefixes bench-rollouts bench-processes bench-remote bench-schema bench-serving bench-store campaign gpu-check check-sources suites record experiments figures
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make quickstart   tune a small model on MovieLens-100K and evaluate it beside classic baselines"
 	@echo "make demo         rank MovieLens-100K without training, in under three minutes; lists in runs/demo/lists.csv"
 	@echo "make notebooks    run the notebooks of docs/notebooks, runs/notebooks/"
-	@echo "make test         run the tests"
-	@echo "make test-slow    run the tests that make test skips: killed engines, real servers"
+	@echo "make test         run the tests; CHANGED=1 those that differences from main affect"
+	@echo "make test-all     run slow tests too: killed engines, real servers, longer sweeps"
 	@echo "make lint         ruff, mypy, import-linter, licences; schemas for docker/, CITATION.cff and workflows, hadolint if there"
 	@echo "make check-resolution   ask the package index what a set-up for a GPU would install (needs the network)"
 	@echo "make check-lowest     ask the package index whether the lowest allowed versions go together (needs the network)"
@@ -99,11 +99,18 @@ notebooks: setup
 	@mkdir -p runs/notebooks
 	$(BIN)/jupyter execute docs/notebooks/*.ipynb --timeout=-1 --output='../../runs/notebooks/{notebook_name}'
 
-test: setup
-	@$(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+PYTEST := $(BIN)/pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-test-slow: setup
-	LLMREC_SLOW=1 $(BIN)/pytest -m slow $(ARGS)
+test: setup
+ifdef CHANGED
+	@files=$$($(BIN)/python -m tests.affected) || exit; \
+	if test -n "$$files"; then $(PYTEST) $$files $(ARGS); else echo "no test is affected by what differs from main"; fi
+else
+	@$(PYTEST) $(ARGS)
+endif
+
+test-all: setup
+	@LLMREC_SLOW=1 $(PYTEST) $(ARGS)
 
 check-resolution: setup
 	LLMREC_NETWORK=1 $(BIN)/pytest tests/test_resolution.py -k "not lowest" $(ARGS)

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tracemalloc
 from dataclasses import replace
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
@@ -123,13 +124,18 @@ def _dataset(order_seed: int | None = None) -> Dataset:
     return Dataset(name="toy", noun="things", interactions=frame, items=items, rating_scale=(1.0, 5.0), reviews=reviews)
 
 
+@cache
 def _split(kind: str, order_seed: int | None = None) -> SplitDataset:
     return split(_dataset(order_seed), Split(kind=kind, valid=0.2, test=0.2), seed=3)  # type: ignore[arg-type]
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture
 def data(request: pytest.FixtureRequest) -> SplitDataset:
-    return _split(request.param)
+    return _split(getattr(request, "param", "leave_one_out"))
+
+
+# For what concerns held-out interactions.
+every_split = pytest.mark.parametrize("data", KINDS, indirect=True)
 
 
 def _settings(name: str) -> dict[str, Any]:
@@ -141,6 +147,12 @@ def _fitted(name: str, data: SplitDataset, *, seed: int = 5, **settings: Any) ->
     predictor = make(name, _settings(name) | settings, seed=seed)
     predictor.fit(data)
     return predictor
+
+
+@cache
+def _shared(name: str) -> Any:
+    """A fitted baseline for tests that only ask it."""
+    return _fitted(name, _split("leave_one_out"))
 
 
 def _same(name: str, found: list[Answer], expected: list[Answer]) -> bool:
@@ -229,7 +241,7 @@ def test_a_baseline_is_a_trainable_predictor_under_its_own_name(name: str) -> No
 
 @pytest.mark.parametrize("name", RANKING)
 def test_a_ranking_baseline_scores_the_catalogue(name: str, data: SplitDataset) -> None:
-    predictor, requests = _fitted(name, data), _requests(name, data)
+    predictor, requests = _shared(name), _requests(name, data)
     assert isinstance(predictor, CatalogueScorer)
     assert predictor.items == tuple(sorted(data.dataset.items))
     scores = predictor.scores(requests)
@@ -262,7 +274,7 @@ def _others(name: str) -> list[dict[str, Any]]:
 # What is tuned answers by the code of `transitions-text`, and each of some sixty fits would read texts anew.
 @pytest.mark.parametrize("name", [name for name in ALL if name != "transitions-tuned"])
 def test_another_config_of_the_answers_is_another_fit_exactly(name: str, data: SplitDataset) -> None:
-    requests, predictor = _requests(name, data), _fitted(name, data)
+    requests, predictor = _requests(name, data), _shared(name)
     before = predictor.answer(requests)
     # What is not tuned and yet read when answering would go untested.
     assert lookup(BASELINES, name, "baseline").GRID.keys() >= predictor.AT_ANSWER
@@ -277,8 +289,8 @@ def test_another_config_of_the_answers_is_another_fit_exactly(name: str, data: S
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_a_parameter_of_the_fit_takes_another_fit(name: str, data: SplitDataset) -> None:
-    predictor = _fitted(name, data)
+def test_a_parameter_of_the_fit_takes_another_fit(name: str) -> None:
+    predictor = _shared(name)
     grid, config = predictor.GRID, predictor._config
     for key in sorted(set(grid) - predictor.AT_ANSWER):
         other = next(value for value in grid[key] if value != getattr(config, key))
@@ -328,6 +340,7 @@ def test_parameters_that_do_not_fit_are_named(name: str, parameters: dict[str, A
 
 
 @pytest.mark.parametrize("name", ALL)
+@every_split
 def test_every_request_is_answered_in_order(name: str, data: SplitDataset) -> None:
     requests = _requests(name, data)
     answers = _fitted(name, data).answer(requests)
@@ -337,8 +350,8 @@ def test_every_request_is_answered_in_order(name: str, data: SplitDataset) -> No
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_no_requests_give_no_answers(name: str, data: SplitDataset) -> None:
-    assert _fitted(name, data).answer([]) == []
+def test_no_requests_give_no_answers(name: str) -> None:
+    assert _shared(name).answer([]) == []
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -352,25 +365,24 @@ def test_asking_before_fitting_is_an_error(name: str) -> None:
 
 @pytest.mark.parametrize("name", ALL)
 def test_answers_do_not_depend_on_the_order_or_number_of_requests(name: str, data: SplitDataset) -> None:
-    requests, predictor = _requests(name, data), _fitted(name, data)
+    requests, predictor = _requests(name, data), _shared(name)
     answers = predictor.answer(requests)
     assert _same(name, predictor.answer(requests[::-1]), answers[::-1])
     assert _same(name, [_one(predictor, request) for request in requests], answers)
 
 
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", ALL)
-def test_answers_do_not_depend_on_the_order_of_rows(name: str, kind: str) -> None:
-    first, second = _split(kind), _split(kind, order_seed=1)
+def test_answers_do_not_depend_on_the_order_of_rows(name: str) -> None:
+    first, second = _split("leave_one_out"), _split("leave_one_out", order_seed=1)
     assert first.train.equals(second.train)
     requests = _requests(name, first)
     assert _requests(name, second) == requests
-    assert _fitted(name, second).answer(requests) == _fitted(name, first).answer(requests)
+    assert _fitted(name, second).answer(requests) == _shared(name).answer(requests)
 
 
 @pytest.mark.parametrize("name", RANKING)
-def test_the_order_of_candidates_does_not_matter(name: str, data: SplitDataset) -> None:
-    predictor = _fitted(name, data)
+def test_the_order_of_candidates_does_not_matter(name: str) -> None:
+    predictor = _shared(name)
     request = _for(name, candidates=tuple(f"i{n}" for n in range(30)), history=(Event(item_id="i4"),))
     turned = replace(request, candidates=request.candidates[::-1] if request.candidates else None)
     assert _same(name, [_one(predictor, turned)], [_one(predictor, request)])
@@ -378,7 +390,7 @@ def test_the_order_of_candidates_does_not_matter(name: str, data: SplitDataset) 
 
 @pytest.mark.parametrize("name", RANKING)
 def test_scores_are_those_of_the_answers(name: str, data: SplitDataset) -> None:
-    predictor, requests = _fitted(name, data), _requests(name, data)
+    predictor, requests = _shared(name), _requests(name, data)
     column = {item: place for place, item in enumerate(predictor.items)}
     for scores, answer in zip(predictor.scores(requests), predictor.answer(requests), strict=True):
         assert isinstance(answer, Ranking)
@@ -389,7 +401,7 @@ def test_scores_are_those_of_the_answers(name: str, data: SplitDataset) -> None:
 @pytest.mark.parametrize("name", ALL)
 def test_the_seed_fixes_every_answer(name: str, data: SplitDataset) -> None:
     requests = _requests(name, data)
-    answers = _fitted(name, data).answer(requests)
+    answers = _shared(name).answer(requests)
     assert _fitted(name, data).answer(requests) == answers
     moved = _fitted(name, data, seed=6).answer(requests) != answers
     assert moved == (name in STOCHASTIC)
@@ -400,7 +412,7 @@ def test_fitting_again_forgets_what_was_learned_before(name: str, data: SplitDat
     requests, predictor = _requests(name, data), _fitted(name, _permuted(data))
     for _ in range(2):
         predictor.fit(data)
-        assert predictor.answer(requests) == _fitted(name, data).answer(requests)
+        assert predictor.answer(requests) == _shared(name).answer(requests)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -440,7 +452,7 @@ def test_other_names_of_users_change_no_score(name: str, data: SplitDataset) -> 
     requests = [replace(request, candidates=None) for request in _requests(name, data)]
     turned = [replace(request, user_id=names[request.user_id]) for request in requests]
     found = _fitted(name, _renamed(data, "user_id", names)).scores(turned)
-    np.testing.assert_allclose(found, _fitted(name, data).scores(requests), rtol=0, atol=1e-9)
+    np.testing.assert_allclose(found, _shared(name).scores(requests), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", [name for name in (*RATING, *JUDGING) if name not in STOCHASTIC])
@@ -449,7 +461,7 @@ def test_other_names_of_users_change_no_rating(name: str, data: SplitDataset) ->
     requests = _requests(name, data)
     turned = [replace(request, user_id=names[request.user_id]) for request in requests]
     found = _fitted(name, _renamed(data, "user_id", names)).answer(turned)
-    assert [a.value for a in found] == pytest.approx([a.value for a in _fitted(name, data).answer(requests)], abs=1e-7)
+    assert [a.value for a in found] == pytest.approx([a.value for a in _shared(name).answer(requests)], abs=1e-7)
 
 
 @pytest.mark.parametrize("name", [name for name in RANKING if name not in STOCHASTIC])
@@ -459,7 +471,7 @@ def test_other_names_of_items_move_their_scores_along(name: str, data: SplitData
     turned = [
         replace(r, history=tuple(replace(event, item_id=names[event.item_id]) for event in r.history)) for r in requests
     ]
-    one, other = _fitted(name, data), _fitted(name, _renamed(data, "item_id", names))
+    one, other = _shared(name), _fitted(name, _renamed(data, "item_id", names))
     assert sorted(names.values()) == list(other.items) != [names[item] for item in one.items]
     order = [other.items.index(names[item]) for item in one.items]
     np.testing.assert_allclose(other.scores(turned)[:, order], one.scores(requests), rtol=0, atol=1e-9)
@@ -498,6 +510,7 @@ def _blind(name: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ALL)
+@every_split
 def test_permuting_the_held_out_interactions_changes_no_answer(name: str, data: SplitDataset) -> None:
     requests, other = _requests(name, data), _permuted(data)
     assert not other.test.equals(data.test) and other.train.equals(data.train)
@@ -508,6 +521,7 @@ def test_permuting_the_held_out_interactions_changes_no_answer(name: str, data: 
 
 
 @pytest.mark.parametrize("name", sorted(STOPPING & set(ALL)))
+@every_split
 def test_early_stopping_sees_the_validation_split_and_not_the_test_split(name: str, data: SplitDataset) -> None:
     settings: dict[str, Any] = {"epochs": 6, "patience": 6, "learning_rate": 0.05}
     requests = _requests(name, data)
@@ -528,6 +542,7 @@ class _Sealed:
 
 
 @pytest.mark.parametrize("name", ALL)
+@every_split
 def test_fit_looks_at_training_rows_and_the_catalogue_only(name: str, data: SplitDataset) -> None:
     whole = data.dataset
     trained = set(data.train.select("user_id", "item_id").iter_rows())
@@ -548,8 +563,8 @@ def test_fit_looks_at_training_rows_and_the_catalogue_only(name: str, data: Spli
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_unknown_users_and_empty_histories_are_answered(name: str, data: SplitDataset) -> None:
-    predictor = _fitted(name, data)
+def test_unknown_users_and_empty_histories_are_answered(name: str) -> None:
+    predictor = _shared(name)
     known = (Event(item_id="i1", rating=4.0), Event(item_id="i2", text="A dull thing"))
     for request in (
         _for(name, user_id="nobody"),
@@ -561,15 +576,15 @@ def test_unknown_users_and_empty_histories_are_answered(name: str, data: SplitDa
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_unknown_items_are_answered(name: str, data: SplitDataset) -> None:
+def test_unknown_items_are_answered(name: str) -> None:
     asked: dict[str, Any] = {"candidates": ("i3", "new", "i1")} if name in RANKING else {"item": "new"}
     request = _for(name, **asked)
-    _check(name, _one(_fitted(name, data), request), request)
+    _check(name, _one(_shared(name), request), request)
 
 
 @pytest.mark.parametrize("name", [name for name in RANKING if name != "random"])
-def test_unknown_candidates_score_lowest(name: str, data: SplitDataset) -> None:
-    predictor = _fitted(name, data)
+def test_unknown_candidates_score_lowest(name: str) -> None:
+    predictor = _shared(name)
     everything = (*(f"i{n}" for n in range(30)), "new", "newer")
     for history in ((), (Event(item_id="i0"), Event(item_id="new"))):
         answer = _one(predictor, _for(name, candidates=everything, history=history))
@@ -605,7 +620,7 @@ def test_items_without_training_interactions_score_lowest(name: str) -> None:
 
 @pytest.mark.parametrize("name", [name for name in RANKING if name != "random"])
 def test_without_a_known_history_popularity_decides(name: str, data: SplitDataset) -> None:
-    predictor = _fitted(name, data)
+    predictor = _shared(name)
     popular = data.train["item_id"].value_counts(sort=True)
     most = set(popular.filter(pl.col("count") == popular["count"].max())["item_id"])
     for history in ((), (Event(item_id="never seen"),)):
@@ -616,8 +631,8 @@ def test_without_a_known_history_popularity_decides(name: str, data: SplitDatase
 
 
 @pytest.mark.parametrize("name", RANKING)
-def test_a_candidate_that_stands_twice_is_refused(name: str, data: SplitDataset) -> None:
-    answer = _one(_fitted(name, data), _for(name, candidates=("i3", "i1", "i3")))
+def test_a_candidate_that_stands_twice_is_refused(name: str) -> None:
+    answer = _one(_shared(name), _for(name, candidates=("i3", "i1", "i3")))
     assert isinstance(answer, Unparsed) and "twice" in answer.reason
 
 
@@ -643,24 +658,24 @@ def test_memory_does_not_grow_with_the_number_of_requests(name: str, monkeypatch
 
 
 @pytest.mark.parametrize("name", RANKING)
-def test_a_single_candidate_is_ranked(name: str, data: SplitDataset) -> None:
+def test_a_single_candidate_is_ranked(name: str) -> None:
     request = _for(name, candidates=("i2",))
-    answer = _one(_fitted(name, data), request)
+    answer = _one(_shared(name), request)
     _check(name, answer, request)
 
 
 @pytest.mark.parametrize("name", RANKING)
-def test_the_whole_catalogue_is_ranked_less_the_history(name: str, data: SplitDataset) -> None:
+def test_the_whole_catalogue_is_ranked_less_the_history(name: str) -> None:
     history = tuple(Event(item_id=item) for item in ("i0", "i5", "gone", "i5"))
-    answer = _one(_fitted(name, data), _for(name, candidates=None, history=history))
+    answer = _one(_shared(name), _for(name, candidates=None, history=history))
     assert isinstance(answer, Ranking)
     assert sorted(answer.items) == sorted(f"i{n}" for n in range(30) if n not in (0, 5))
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_what_cannot_be_answered_is_unparsed_in_its_place(name: str, data: SplitDataset) -> None:
+def test_what_cannot_be_answered_is_unparsed_in_its_place(name: str) -> None:
     broken = _for(name, id="broken", **({"candidates": ()} if name in RANKING else {"item": None}))
-    first, middle, last = _fitted(name, data).answer([_for(name, id="a"), broken, _for(name, id="b")])
+    first, middle, last = _shared(name).answer([_for(name, id="a"), broken, _for(name, id="b")])
     assert isinstance(middle, Unparsed) and middle.request_id == "broken" and middle.reason
     assert (first.request_id, last.request_id) == ("a", "b")
     assert not isinstance(first, Unparsed) and not isinstance(last, Unparsed)
@@ -695,7 +710,7 @@ def test_full_ranking_takes_every_ranking_baseline(name: str, data: SplitDataset
         )
         for held in data.holdouts("test")
     ]
-    predictor = _fitted(name, data)
+    predictor = _shared(name)
     found = rank_catalogue(predictor, cases, cutoffs=(10,))
     scores = predictor.scores([case.request for case in cases])
     own = scores[np.arange(len(cases)), [predictor.items.index(str(case.truth)) for case in cases]]

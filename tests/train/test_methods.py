@@ -25,7 +25,7 @@ from tests.train.test_item_tokens import examples as lists
 from tests.train.test_training import examples as ratings
 
 METHODS = ("lora", "qlora", "full", "rating head", "item tokens")
-# For a test of which one method is enough in every run; `make test-slow` has them all.
+# For a test of which one method is enough in every run; `make test-all` has them all.
 SOME = ("lora", *(pytest.param(method, marks=pytest.mark.slow) for method in METHODS[1:]))
 FIVE = Scale((1.0, 2.0, 3.0, 4.0, 5.0), tuple("12345"))
 

@@ -1,0 +1,191 @@
+"""Which test files a change can affect: ``make test CHANGED=1`` runs these.
+
+``python -m tests.affected`` compares the working tree with the commit where it left the branch ``main``, and prints
+the test files that reach a file which differs. It errs on the side of more tests:
+
+- imports count wherever they are written, also inside functions, and so do full names of modules in texts;
+- what a table of names refers to (``"markov": "llmrec.baselines.markov:Markov"``) counts where that name is written;
+- a fixture of a ``conftest.py`` counts where its name is written;
+- a file that is not Python counts where its name is written, or that of a folder which it is in. A file that is
+  named nowhere counts for every test, and so does pyproject.toml.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+from collections import defaultdict, deque
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("llmrec", "tests", "eval", "docs")
+WORD = re.compile(r"[\w.-]*\w")
+MODULE = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)*(?::\w+)?")
+
+
+@dataclass
+class Source:
+    """What a file, or one fixture of a ``conftest.py``, refers to."""
+
+    modules: set[str] = field(default_factory=set)
+    """Full names of modules and of names in them."""
+    words: set[str] = field(default_factory=set)
+    """Texts and their words: names of files, folders and entries of tables are among them."""
+    names: set[str] = field(default_factory=set)
+    """Parameters and variables: names of fixtures are among them."""
+    tables: dict[str, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Modules by the short names that tables in this file give them."""
+
+
+def _constants(nodes: Iterable[ast.expr | None]) -> list[object]:
+    return [node.value if isinstance(node, ast.Constant) else None for node in nodes]
+
+
+def read(nodes: Iterable[ast.AST]) -> Source:
+    """Return what a part of a Python file refers to."""
+    source = Source()
+    passed: set[int] = set()
+    queue = deque(nodes)
+    while queue:
+        node = queue.popleft()
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            continue
+        queue.extend(ast.iter_child_nodes(node))
+        match node:
+            case ast.Expr(value=ast.Constant() as docstring):
+                passed.add(id(docstring))
+            case ast.Import(names=names):
+                source.modules |= {alias.name for alias in names}
+            case ast.ImportFrom(module=str(module), names=names):
+                source.modules |= {module, *(f"{module}.{alias.name}" for alias in names)}
+            case ast.Dict(keys=keys, values=values):
+                for key, value in zip(keys, values, strict=True):
+                    name, module = _constants((key, value))
+                    if isinstance(name, str) and isinstance(module, str) and MODULE.fullmatch(module):
+                        source.tables[name].add(module.partition(":")[0])
+                        passed |= {id(key), id(value)}
+            case ast.List(elts=elements) | ast.Tuple(elts=elements):
+                texts = _constants(elements)
+                # A process of its own: python -m llmrec.
+                source.modules |= {f"{b}.__main__" for a, b in pairwise(texts) if a == "-m"}
+            case ast.Constant(value=str(text)) if id(node) not in passed:
+                source.words |= {text, *WORD.findall(text)}
+                source.modules |= {name.partition(":")[0] for name in MODULE.findall(text) if "." in name}
+                source.modules |= {f"{name}.__main__" for name in re.findall(r"-m ([\w.]+)", text)}
+            case ast.Attribute(value=ast.Name(id=name), attr=word) if name in PACKAGES:
+                source.modules.add(f"{name}.{word}")
+            case ast.arg(arg=word) | ast.Name(id=word):
+                source.names.add(word)
+    return source
+
+
+class Tree:
+    """What the Python files of a checkout refer to."""
+
+    def __init__(self, root: Path, files: Iterable[str]) -> None:
+        """Read files, given as paths below ``root``; those that were removed are kept as empty ones."""
+        self.paths: dict[str, str] = {}
+        self.sources: dict[str, Source] = {}
+        self.fixtures: dict[str, list[str]] = {}
+        """By name, where they are."""
+        for file in files:
+            if file.endswith(".py") and file.partition("/")[0] in PACKAGES:
+                name = file.removesuffix(".py").replace("/", ".").removesuffix(".__init__")
+                self.paths[name] = file
+                path = root / file
+                body = ast.parse(path.read_text(encoding="utf-8")).body if path.is_file() else []
+                if path.name == "conftest.py":
+                    for node in [node for node in body if isinstance(node, ast.FunctionDef) and not _always(node)]:
+                        self.sources[f"{name}.{node.name}"] = read([node])
+                        self.fixtures.setdefault(node.name, []).append(f"{name}.{node.name}")
+                        body.remove(node)
+                self.sources[name] = read(body)
+                if path.name == "__init__.py":
+                    # Names that a package hands out when they are first used: they are written with the package's.
+                    tables = self.sources[name].tables
+                    self.sources[name].tables = {f"{name}.{key}": modules for key, modules in tables.items()}
+
+    def reached(self, test: str) -> set[str]:
+        """Return the modules that a test module reaches, itself included."""
+        reached: set[str] = set()
+        words: set[str] = set()
+        names: set[str] = set()
+        tables: dict[str, set[str]] = defaultdict(set)
+        folders = [test.rsplit(".", depth)[0] for depth in range(1, test.count(".") + 1)]
+        queue = {test, *(f"{folder}.conftest" for folder in folders)} & self.sources.keys()
+        while queue:
+            module = queue.pop()
+            reached.add(module)
+            source = self.sources[module]
+            new = set(source.modules)
+            for name, modules in source.tables.items():
+                tables[name] |= modules
+                new |= modules if name in words else set()
+            for word in (source.words | source.modules) - words:
+                new |= tables.get(word, set())
+            words |= source.words | source.modules
+            for name in source.names - names if module.startswith("tests.") else ():
+                new.update(self.fixtures.get(name, ()))
+            queue |= {above for name in new for above in _above(name) if above in self.sources} - reached
+        return reached
+
+
+def _always(node: ast.FunctionDef) -> bool:
+    """Whether every test below a ``conftest.py`` runs a function of it."""
+    return node.name.startswith("pytest_") or any("autouse" in ast.unparse(each) for each in node.decorator_list)
+
+
+def _in_package(module: str) -> bool:
+    return module.partition(".")[0] == "llmrec"
+
+
+def _above(name: str) -> Iterator[str]:
+    """Yield a full name and those of the packages that it is in: importing it runs them too."""
+    while name:
+        yield name
+        name = name.rpartition(".")[0]
+
+
+def affected(root: Path, files: Iterable[str], changed: Iterable[str]) -> list[str]:
+    """Return the test files among ``files`` that any of the ``changed`` files can affect; all are below ``root``."""
+    changed = set(changed)
+    tree = Tree(root, {*files, *changed})
+    tests = {name: path for name, path in tree.paths.items() if name.rpartition(".")[2].startswith("test_")}
+    tests = {name: path for name, path in tests.items() if (root / path).is_file()}
+    differing = {name for name, path in tree.paths.items() if path in changed}
+    for path in sorted(changed - set(tree.paths.values())):
+        # What the package names without holding it are pages and recipes that its messages recommend.
+        held = path.startswith(("llmrec/", "prompts/"))
+        names = {path, *Path(path).parts} - {"llmrec", "tests", "eval"}
+        readers = {
+            name for name, source in tree.sources.items() if names & source.words if held or not _in_package(name)
+        }
+        if not readers or path == "pyproject.toml":
+            return sorted(tests.values())
+        differing |= readers
+    return sorted(path for name, path in tests.items() if tree.reached(name) & differing)
+
+
+def _git(*arguments: str) -> list[str]:
+    done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True)
+    return [line for line in done.stdout.split("\0") if line]
+
+
+def changed_files() -> list[str]:
+    """Return what differs from the commit where the checked-out branch left main: on main, what is not committed."""
+    (base,) = _git("merge-base", "main", "HEAD")
+    return [*_git("diff", "--name-only", "--no-renames", "-z", base.strip()), *_new_files()]
+
+
+def _new_files() -> list[str]:
+    return _git("ls-files", "--others", "--exclude-standard", "-z")
+
+
+if __name__ == "__main__":
+    for test in affected(ROOT, [*_git("ls-files", "-z"), *_new_files()], changed_files()):
+        sys.stdout.write(test + "\n")
