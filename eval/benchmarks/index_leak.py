@@ -19,9 +19,9 @@ from llmrec.durable import write_json
 from llmrec.index.numbers import user_order
 from llmrec.index.table import ItemIndex
 from llmrec.machine import machine, versions
+from llmrec.pipeline.audit import code_arithmetic
 from llmrec.pipeline.indexing import build_index
-from llmrec.pipeline.leaks.checks import redrawn
-from llmrec.pipeline.probes import code_arithmetic
+from llmrec.pipeline.leaks import redrawn
 from llmrec.recipe.schema import DataSection, IndexSection, Split
 
 PUBLISHED = {"HR@5": 0.0524, "of": "last id + 1 over P5's published Beauty files", "chance": 0.0004}

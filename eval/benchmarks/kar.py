@@ -35,7 +35,6 @@ from scipy import sparse
 from scipy.sparse.linalg import svds
 
 from llmrec.augment.stores import of_texts
-from llmrec.baselines.fits.store import code_digest
 from llmrec.baselines.parameters import make, stores_of
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import Features, FeatureStore, Pair, Provenance, publish
@@ -43,12 +42,13 @@ from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
+from llmrec.fingerprint import digest_of, fingerprint
 from llmrec.machine import machine, versions
 from llmrec.metrics.multiple import decide, enough
 from llmrec.metrics.probability import auc, gauc, log_loss
 from llmrec.metrics.stats import paired_of
-from llmrec.pipeline.resume import key_of
 from llmrec.recipe.schema import DataSection
+from llmrec.registry import BASELINES
 from llmrec.types import Case, Event, Item, Probability, Request
 
 ARMS: Mapping[str, tuple[tuple[str, ...], Mapping[str, Any]]] = {
@@ -302,7 +302,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     found = {"ml1m": ml1m, "ml100k": ml100k}[given.data](Path(os.environ.get("LLMREC_DATA", ".")))
     data, judges, cases, seen = read(found, given.rows)
     # Other tables, other stores.
-    given.keep /= key_of(data=data.fingerprint, profiles=found.profiles, told=found.told)
+    given.keep /= digest_of(data=data.fingerprint, profiles=found.profiles, told=found.told)
     given.keep.mkdir(parents=True, exist_ok=True)
     stores(found, given.keep, data, seen)
     truth = np.array([float(float(case.truth) >= 4) for case in cases])
@@ -353,8 +353,9 @@ def _fit(
     rows: int,
 ) -> NDArray[np.float64]:
     said = {"features": ",".join(str(keep / name) for name in names), "window": WINDOW, **parameters}
-    key = key_of(
-        code=code_digest(),
+    key = fingerprint(
+        "kar",
+        made_by=[(BASELINES, host)],
         host=host,
         seed=seed,
         rows=rows,

@@ -36,7 +36,7 @@ from llmrec.durable import read_json, sha256_of
 from llmrec.machine import machine, versions
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.augmenting import augment
-from llmrec.pipeline.shards.folders import SHARD, shards_of
+from llmrec.pipeline.shards import SHARD, shards_of
 from llmrec.recipe.load import as_recipe, load_recipe
 from llmrec.recipe.schema import Recipe
 from tests.answer.rank_cases import items_csv, jsonl, records

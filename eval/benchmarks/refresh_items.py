@@ -25,7 +25,7 @@ from starlette.testclient import TestClient
 import llmrec
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.users import rank_users
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.data.assemble import write_items
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from llmrec.answer.naming import Naming
 from llmrec.answer.strategy import Asking
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import hashes_of
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset

@@ -25,8 +25,8 @@ from llmrec.data.assemble import digest_items
 from llmrec.data.requests import Past, RankRequest, some
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
+from llmrec.fingerprint import digest_of
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.pipeline.resume import key_of
 from llmrec.types import Answer, CatalogueScorer, Item, Predictor, Ranking, Request, Unparsed
 
 Kind = Literal["language model", "classic", "fusion"]
@@ -471,4 +471,4 @@ def _unread(answer: Answer, request: RankRequest) -> Unparsed:
 
 
 def _signed(**known: object) -> str:
-    return key_of(**known)[:16]
+    return digest_of(**known)

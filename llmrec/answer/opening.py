@@ -15,7 +15,7 @@ from llmrec.answer.requests import catalogue
 from llmrec.answer.retrieval import training_data
 from llmrec.answer.strategy import ranking_families_of
 from llmrec.answer.task import data_of
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import hashes_of
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import read_items

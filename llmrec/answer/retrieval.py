@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmrec.answer.naming import Naming
 from llmrec.answer.questions import NOBODY
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.retrieve import best, shuffled
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset

@@ -11,7 +11,7 @@ from typing import Protocol
 import numpy as np
 import polars as pl
 
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.candidates import CandidateSets
 from llmrec.data.hashing import hash_one
@@ -34,9 +34,6 @@ _EVENTS = 20
 
 HARD = 20
 """How many of its best items a retriever gives to be rejected; a row draws some of them."""
-LISTS = 1
-"""Raised whenever `Lists` lists others than before: stored models that depend on them are made anew."""
-
 
 FUSED = "fusion"
 """The retriever that joins the baselines of the family."""

@@ -37,11 +37,11 @@ from llmrec.data.split import SplitDataset
 from llmrec.durable import write_checked, write_json, write_text
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.compare import Contrast, Standing, planned, reach
+from llmrec.fingerprint import fingerprint
 from llmrec.machine import command_line, machine, versions
 from llmrec.metrics.stats import interval
-from llmrec.pipeline.claiming import SUITE
 from llmrec.pipeline.results import describe
-from llmrec.pipeline.resume import key_of, locked, read_stage
+from llmrec.pipeline.resume import SUITE, locked, read_stage
 from llmrec.progress import Bar
 from llmrec.recipe.comparisons import ChatRow, ChatSuite
 from llmrec.recipe.load import load_recipe, recipe_hash
@@ -161,7 +161,7 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
 def _row(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[ChatTalk]:
     """Return the conversations of a stored row with the same key, or hold them and store what figures need."""
     asked = row.model_dump(mode="json", exclude={"name"})
-    key = key_of(llmrec=__version__, row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
+    key = fingerprint("chat", row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
     stored = read_stage(path, key, _talks)
     if stored is None:
         with Bar(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:

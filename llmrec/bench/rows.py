@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.backends.cache import AnswerStore
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import Hashes, hashes_of, weights_of
 from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases

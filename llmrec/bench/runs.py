@@ -16,7 +16,7 @@ from llmrec.errors import DataError
 from llmrec.evaluate.compare import Contrast, Standing, exploratory
 from llmrec.metrics.signature import parse_signature
 from llmrec.pipeline.evaluation import ResultRow
-from llmrec.pipeline.stored_rows import finished, stored_row
+from llmrec.pipeline.runs import finished, stored_row
 from llmrec.recipe.shared import RESAMPLES
 from llmrec.records import Record
 from llmrec.report.headline import headline

@@ -37,14 +37,14 @@ from llmrec.data.stats import wide_cutoffs
 from llmrec.durable import write_checked, write_json, write_text
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.compare import Standing
+from llmrec.fingerprint import fingerprint
 from llmrec.machine import command_line, machine, versions
-from llmrec.pipeline.claiming import SUITE
 from llmrec.pipeline.results import describe, of_another
-from llmrec.pipeline.resume import key_of, locked, read_stage
+from llmrec.pipeline.resume import SUITE, locked, read_stage
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite, SuiteRow
 from llmrec.recipe.load import recipe_hash
-from llmrec.registry import BASELINES, stamps
+from llmrec.registry import BASELINES
 from llmrec.resources import resource
 from llmrec.results import Figure
 from llmrec.tasks.family import answers
@@ -157,19 +157,17 @@ def _reference(name: str) -> Reference:
 def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], contenders: SuiteModels) -> Done:
     """Return a stored row with the same key, or make it and store it."""
     path = contenders.folder / "rows" / f"{place:02d}-{row.label}.json"
-    key = key_of(
-        llmrec=__version__,
+    key = fingerprint(
+        "suite",
+        made_by=[(BASELINES, row.baseline)] if row.baseline else [],
         packages={name: version for name, version in versions().items() if name in _MATTERS},
         # Without defaults, so that a key which is new here does not make finished rows anew.
         row=row.model_dump(exclude_defaults=True),
         grid=grid_of(suite, row) if row.baseline else None,
         parts=[contenders.chosen[label] for label in row.parts],
         inputs=contenders.inputs(row) if row.baseline is None else None,
-        **({"read": read} if row.baseline and (read := contenders.read(row)) else {}),
-        **stamps([(BASELINES, row.baseline)] if row.baseline else []),
+        files=contenders.read(row) if row.baseline else None,
         data={seed: data.fingerprint for seed, data in splits.items()},
-        # Rows of an earlier version have the mean over seeds alone.
-        **({"values": "by seed"} if family(suite).answer is Probability and contenders.stochastic(row) else {}),
         reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,
         protocol=suite.model_dump(
             exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}, exclude_defaults=True

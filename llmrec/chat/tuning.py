@@ -23,12 +23,12 @@ from llmrec.chat.state import State
 from llmrec.chat.transcripts import Turn
 from llmrec.durable import read_json, replacing, write_checked
 from llmrec.errors import DataError, RecipeError, require
+from llmrec.fingerprint import fingerprint
 from llmrec.models.load import device, load_config, load_tokenizer, quiet_libraries, release_memory, resolve
 from llmrec.models.load import weights_stamp as stamp
 from llmrec.models.memory import TRAINING, told_of_full_memory
 from llmrec.models.traits import is_paired
-from llmrec.pipeline.claiming import RUN
-from llmrec.pipeline.resume import key_of, locked
+from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.training import clear_foreign
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import ADAPTED, Recipe
@@ -302,7 +302,8 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
     )
     with locked(folder, RUN):
         works_in(folder)
-        clear_foreign(folder, key_of(weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed))
+        key = fingerprint("chat", weights=stamp(base), rows=steps.digest(), train=section.model_dump(), seed=seed)
+        clear_foreign(folder, key)
         with told_of_full_memory("training", TRAINING, "train.batch_tokens"):
             done = _trained(page, encoder, base, steps, followed(valid, encoder, limit, paired=False), folder, quiet)
         _merge(page, encoder, base, folder, template)

@@ -313,7 +313,7 @@ def tune_encoder(
     as language models.
     """
     from llmrec.baselines.towers.pairs import TransitionsTunedConfig
-    from llmrec.pipeline.tuning.encoder import tune_encoder as tuned
+    from llmrec.pipeline.encoder_tuning import tune_encoder as tuned
 
     config = TransitionsTunedConfig(encoder=encoder, blocks=blocks, epochs=epochs, learning_rate=learning_rate)
     told = tuned(_recipe(recipe, overrides), out, config)

@@ -35,7 +35,7 @@ from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.machine import processor
 from llmrec.pipeline.augmenting import merge_augment
 from llmrec.pipeline.run import Run
-from llmrec.pipeline.shards.folders import Command, shards_of
+from llmrec.pipeline.shards import Command, shards_of
 from llmrec.progress import QUIET
 from llmrec.recipe.schema import RaySection, Recipe
 from llmrec.report.page import PAGES

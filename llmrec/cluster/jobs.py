@@ -2,7 +2,7 @@
 
 Nothing here knows what spreads shards over machines. That is handed a number of shards and hands back a `Worked` each,
 in any order; a shard of which nobody says anything was lost with a process or a machine, and is worked again. Its
-finished parts lie in its folder (`llmrec.pipeline.shards.folders`), so that they are not made twice.
+finished parts lie in its folder (`llmrec.pipeline.shards`), so that they are not made twice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.augmenting import augment_shard
 from llmrec.pipeline.engines import keep_engine
 from llmrec.pipeline.resume import Budget, locked
-from llmrec.pipeline.shards.folders import Command, read, shard_folder, shards_of
+from llmrec.pipeline.shards import Command, read, shard_folder, shards_of
 from llmrec.progress import Bar
 from llmrec.recipe.load import as_recipe
 from llmrec.recipe.schema import Recipe

@@ -13,7 +13,6 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.display import Displayed, Summary
 from llmrec.durable import read_json, sha256_of, write_text, writing_to
@@ -39,6 +38,7 @@ from llmrec.exports.files import (
     settle_generation,
 )
 from llmrec.exports.untuned import refuse_untuned
+from llmrec.fingerprint import fingerprint
 from llmrec.models.load import dtype as torch_dtype
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
 from llmrec.models.rating_head import copy_head
@@ -46,7 +46,7 @@ from llmrec.models.soft_prompt import METHODS, copy_soft, softened
 from llmrec.models.traits import is_paired
 from llmrec.pipeline import bundle
 from llmrec.pipeline.fusion.carried import carry
-from llmrec.pipeline.resume import key_of, locked
+from llmrec.pipeline.resume import locked
 from llmrec.pipeline.runs import Source, earlier, open_run
 from llmrec.pipeline.study import Study
 from llmrec.pipeline.training import training_key
@@ -354,8 +354,8 @@ def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, .
 def _made_from(source: Source, base: str, study: Study | None, dtype: str, options: Options) -> str:
     """Return a hash over all that the folder's content depends on."""
     results = source.folder / "results.json"
-    return key_of(
-        llmrec=__version__,
+    return fingerprint(
+        "export",
         adapter=source.record["adapter_sha256"],
         recipe=recipe_hash(source.recipe),
         results=sha256_of(results) if results.is_file() else None,
@@ -364,7 +364,7 @@ def _made_from(source: Source, base: str, study: Study | None, dtype: str, optio
         dtype=dtype,
         users=options.users,
         interactions=options.with_interactions,
-        **({"changed": True} if options.change is not None else {}),
+        changed=options.change is not None,
         wishes=asdict(_wishes(options)),
     )
 

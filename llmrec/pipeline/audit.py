@@ -1,45 +1,52 @@
 """The audit of a run: which checks there are (`examine`), and what they found, written to ``audit.json``.
 
-Training rows, examples and prompts are checked in `llmrec.pipeline.leaks.rows`, those of the alignment task in
-`llmrec.pipeline.leaks.alignment`; the split, candidates, answers and fitted models in
-`llmrec.pipeline.leaks.checks`.
-`llmrec.pipeline.probes` looks for what may explain a figure besides skill.
+The checks for held-out data are in `llmrec.pipeline.leaks`; the probes at the end look for what may explain a figure
+besides skill.
 """
 
 from __future__ import annotations
 
 import logging
 import os
+import re
+from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext, suppress
 from dataclasses import asdict
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
-from llmrec import __version__
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import Hashes, hashes_of
+from llmrec.data.hashing import hash64
+from llmrec.data.split import SplitDataset
 from llmrec.durable import sha256_of, write_checked
 from llmrec.errors import LlmrecError
+from llmrec.fingerprint import fingerprint
+from llmrec.index.table import ItemIndex
+from llmrec.index.titles import title_key
 from llmrec.machine import versions
 from llmrec.models.load import load_model, load_tokenizer, quiet_libraries, resolve
-from llmrec.pipeline import probes
-from llmrec.pipeline.leaks import alignment as leaks_alignment
-from llmrec.pipeline.leaks import checks as leaks
-from llmrec.pipeline.leaks import rows as leaks_rows
-from llmrec.pipeline.leaks.checks import Check
-from llmrec.pipeline.resume import key_of, locked, read_stage
+from llmrec.pipeline import leaks
+from llmrec.pipeline.leaks import Check
+from llmrec.pipeline.rejecting import close
+from llmrec.pipeline.resume import locked, read_stage
 from llmrec.pipeline.row_specs import asks
 from llmrec.pipeline.study import Study, build_study
-from llmrec.pipeline.tuning.rejecting import close
+from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import load_stored
-from llmrec.registry import BASELINES, stamps
+from llmrec.registry import BASELINES
 from llmrec.report import page
 from llmrec.report.audit import AuditLine, LeakError, lines_of
 from llmrec.report.results import Made, content_of, fix_for, refuse_other_answers, results_of
+from llmrec.tasks.base import keyed
 from llmrec.tasks.family import family_of
+from llmrec.types import Backend, Prompt
 
 log = logging.getLogger(__name__)
 
@@ -121,48 +128,48 @@ def examine(
     training = results.get("training")
     for family in study.tasks:
         if family in study.shares:
-            yield leaks_rows.training_rows(study, family, _rows_of(training, family))
-            yield leaks_rows.rows_drawn_again(study, family, _rows_of(training, family))
+            yield leaks.training_rows(study, family, _rows_of(training, family))
+            yield leaks.rows_drawn_again(study, family, _rows_of(training, family))
             if split == "test" and study.recipe.train.valid_rows:
-                yield leaks_rows.validation_rows_drawn_again(study, family)
-        yield leaks_rows.questions(study, family)
+                yield leaks.validation_rows_drawn_again(study, family)
+        yield leaks.questions(study, family)
         if asks(study.recipe, family, "few-shot"):
-            yield leaks_rows.shots(study, family)
-            yield leaks_rows.shots_drawn_again(study, family)
-        if (positions := leaks_rows.positions_drawn_again(study, family)) is not None:
+            yield leaks.shots(study, family)
+            yield leaks.shots_drawn_again(study, family)
+        if (positions := leaks.positions_drawn_again(study, family)) is not None:
             yield positions
     # Rows that reject what the start of training finds were made with its weights.
     close()
     yield from leaks.candidate_sets(study)
-    yield from leaks_alignment.checks(study, _rows_of(training, "alignment"))
+    yield from leaks.alignment_checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)
     yield _baselines(study, kept) if kept is not None else leaks.baselines(study)
     for found in (leaks.item_index(study), leaks.feature_texts(study)):
         if found is not None:
             yield found
-    yield probes.id_arithmetic(study.data, split)
+    yield id_arithmetic(study.data, split)
     if study.index is not None:
-        yield probes.code_arithmetic(study.index, study.data, split)
-    yield probes.duplicate_items(study.data)
+        yield code_arithmetic(study.index, study.data, split)
+    yield duplicate_items(study.data)
     if any(family_of(family).ranks_for_users for family in study.tasks):
-        yield probes.duplicate_users(study.data, split)
+        yield duplicate_users(study.data, split)
 
 
 def _baselines(study: Study, kept: Path) -> Check:
     """Return what is known of the same baselines on the same data, or find it out."""
     used = {family: study.task_data(family) for family in study.tasks}
-    key = key_of(
-        llmrec=__version__,
+    key = fingerprint(
+        "audit",
+        made_by=[(BASELINES, each.name) for family in used for each in study.baselines(family)],
+        modules=(leaks.__name__,),
         packages={name: version for name, version in versions().items() if name in _FITTING},
         baselines={family: [each.label for each in study.baselines(family)] for family in used},
-        **({"stores": stores} if (stores := _stores(study)) else {}),
-        **stamps((BASELINES, each.name) for family in used for each in study.baselines(family)),
+        files=_stores(study),
         data={family: data.fingerprint for family, data in used.items()},
         cases={family: [case.request.id for case in study.cases(family)] for family in used},
         candidates={family: sets.digest for family in used if (sets := study.sets(family)) is not None},
         split=study.recipe.eval.split,
         seed=study.recipe.seed,
-        redrawn=leaks.REDRAWN,
     )
     stored = read_stage(kept, key, _check_of)
     if stored is None:
@@ -212,6 +219,225 @@ def _memory(study: Study) -> Check:
         load_model(base, section), Encoder(load_tokenizer(base, section), max_length=section.max_length)
     )
     try:
-        return probes.memorisation(backend, study.data, seed=study.recipe.seed)
+        return memorisation(backend, study.data, seed=study.recipe.seed)
     finally:
         backend.close()
+
+
+# --------------------------------------------------------------------------- probes
+
+
+_HASHES, _BANDS = 64, 16
+_CROWD = 50
+_SOLVED = 4
+_ROUNDS = 20
+
+
+# --------------------------------------------------------------------------- arithmetic on ids
+
+
+def id_arithmetic(data: SplitDataset, split: str) -> Check:
+    """HR@5 of a rule that only counts on from the numbers in ids: largest + 1, last + 1, largest + 2, last + 2, ...
+
+    It is compared with the same rule over ids dealt out anew. Well above that, the numbering itself tells what comes
+    next: honest where it follows training order, a leak where held-out interactions took part in it (P5's published
+    ids reach .0524 on Beauty).
+    """
+    numbers = {item: int(found[0]) for item in data.dataset.items if len(found := re.findall(r"\d+", item)) == 1}
+    if len(numbers) < 0.9 * len(data.dataset.items):
+        return Check("id arithmetic", "not probed: item ids hold no single number")
+    return _arithmetic("id arithmetic", "ids", numbers, data, split)
+
+
+def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
+    """The same rule over an index: its numbers, or the places of its codes when they are sorted piece by piece.
+
+    What it reaches above a random ranking, a model can reach by counting on from the codes of the history. Numbers in
+    training order tell something honestly, as do codes of a tree in which neighbours were chosen together.
+    """
+    name = "code arithmetic"
+    if index.scheme == "title":
+        return Check(name, "not probed: titles have no order that means anything")
+    pieces = {item: [int(n) for n in re.findall(r"\d+", "".join(code))] for item, code in index.codes.items()}
+    order = sorted(pieces, key=lambda item: (pieces[item], item))
+    single = all(len(found) == 1 for found in pieces.values()) and not index.tokens
+    numbers = {item: pieces[item][0] for item in order} if single else {item: n for n, item in enumerate(order)}
+    return _arithmetic(name, "codes", numbers, data, split)
+
+
+def _arithmetic(name: str, what: str, numbers: dict[str, int], data: SplitDataset, split: str) -> Check:
+    held = [(h, data.history(h.user_id, split)) for h in data.holdouts(split)]  # type: ignore[arg-type]
+    pairs = [([e.item_id for e in past if e.item_id in numbers], h.item_id) for h, past in held if h.item_id in numbers]
+    pairs = [(past, target) for past, target in pairs if past]
+    if not pairs:
+        return Check(name, "not probed: no held-out request has a history")
+    rate = _rule(pairs, numbers)
+    rng, items = np.random.default_rng(0), list(numbers)
+    values = np.array([numbers[item] for item in items])
+    dealt = [_rule(pairs, dict(zip(items, rng.permutation(values).tolist(), strict=True))) for _ in range(_ROUNDS)]
+    chance = float(np.mean(dealt))
+    figures = {"HR@5": rate, "chance": chance}
+    return Check(name, f"the rule reaches HR@5 {rate:.4f}, over random {what} {chance:.4f}", "notice", (), figures)
+
+
+def _rule(pairs: Sequence[tuple[list[str], str]], numbers: dict[str, int]) -> float:
+    by_number = {number: item for item, number in numbers.items()}
+    hits = 0
+    for past, target in pairs:
+        seen = {numbers[item] for item in past}
+        last, largest = numbers[past[-1]], max(seen)
+        guesses: list[int] = []
+        for step in range(1, 40):
+            for guess in (largest + step, last + step):
+                if guess in by_number and guess not in seen and guess not in guesses:
+                    guesses.append(guess)
+            if len(guesses) >= 5:
+                break
+        hits += numbers[target] in guesses[:5]
+    return hits / len(pairs)
+
+
+# --------------------------------------------------------------------------- near-duplicates
+
+
+def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tuple[int, int, float]]:
+    """Return pairs of sets whose Jaccard similarity reaches a threshold, found by MinHash banding.
+
+    64 permutations in 16 bands of 4 find a pair of similarity .9 with probability .999997, one of .8 with .9998
+    (Broder, "On the resemblance and containment of documents", 1997; Leskovec et al., "Mining of Massive Datasets",
+    section 3.4); every pair that is found is checked exactly.
+
+    Args:
+        sets: Any sets of strings; empty ones are skipped.
+        threshold: Lowest similarity.
+
+    Returns:
+        (first, second, similarity), first < second, sorted.
+    """
+    words = sorted(frozenset().union(*sets)) if sets else []
+    place = {word: n for n, word in enumerate(words)}
+    base = hash64("minhash", 0, words) if words else np.empty(0, dtype=np.uint64)
+    rng = np.random.default_rng(0)
+    factors = rng.integers(1, 2**63, size=_HASHES, dtype=np.uint64) | np.uint64(1)
+    offsets = rng.integers(0, 2**63, size=_HASHES, dtype=np.uint64)
+    buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+    for n, members in enumerate(sets):
+        if members:
+            signature = _signature(base[[place[word] for word in members]], factors, offsets)
+            for band, part in enumerate(signature.reshape(_BANDS, -1)):
+                buckets[band, part.tobytes()].append(n)
+    found: dict[tuple[int, int], float] = {}
+    for crowd in buckets.values():
+        # A crowd of equals needs no square of comparisons: each is compared with the first.
+        pairs = combinations(crowd, 2) if len(crowd) <= _CROWD else ((crowd[0], other) for other in crowd[1:])
+        for a, b in pairs:
+            if (a, b) not in found:
+                found[a, b] = len(sets[a] & sets[b]) / len(sets[a] | sets[b])
+    return sorted((a, b, value) for (a, b), value in found.items() if value >= threshold)
+
+
+def _signature(
+    hashes: NDArray[np.uint64], factors: NDArray[np.uint64], offsets: NDArray[np.uint64]
+) -> NDArray[np.uint64]:
+    with np.errstate(over="ignore"):
+        mixed = hashes[:, None] * factors + offsets
+        mixed ^= mixed >> np.uint64(29)
+        lowest: NDArray[np.uint64] = mixed.min(axis=0)
+    return lowest
+
+
+def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
+    """Items with equal or nearly equal titles: a hit on one of them may count as a miss on the other."""
+    items = sorted(data.dataset.items)
+    keys = [title_key(data.dataset.items[item].title) for item in items]
+    equal: dict[str, list[str]] = defaultdict(list)
+    for item, key in zip(items, keys, strict=True):
+        equal[key].append(item)
+    twins = sum(len(group) for group in equal.values() if len(group) > 1)
+    shingles = [frozenset(key[i : i + 3] for i in range(max(1, len(key) - 2))) for key in keys]
+    near = [(a, b, s) for a, b, s in near_duplicates(shingles, threshold) if keys[a] != keys[b]]
+    examples = tuple(
+        f"{data.dataset.items[items[a]].title!r} and {data.dataset.items[items[b]].title!r}" for a, b, _ in near[:5]
+    )
+    found = (
+        f"{twins} of {len(items):,} items share their title with another, {len(near)} further pairs are nearly equal"
+    )
+    figures = {"equal": float(twins), "near_pairs": float(len(near))}
+    return Check("near-duplicate items", found, "notice" if twins or near else "clean", examples, figures)
+
+
+def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
+    """Held-out users with a twin: another user who did nearly the same, the held-out item included, in training."""
+    held = {h.user_id: h.item_id for h in data.holdouts(split)}  # type: ignore[arg-type]
+    trained = {user: frozenset(e.item_id for e in data.train_events(user)) for user in data.users()}
+    users = [user for user in data.users() if len(trained[user]) >= 3]
+    # Training items of everyone, and of the held-out users once more with what is held out.
+    sets = [trained[user] for user in users] + [trained[u] | {held[u]} for u in users if u in held]
+    owners = users + [user for user in users if user in held]
+    twins = set()
+    for a, b, _ in near_duplicates(sets, threshold):
+        if a < len(users) <= b and owners[a] != owners[b] and held[owners[b]] in sets[a]:
+            twins.add((owners[b], owners[a]))
+    asked = sum(user in held for user in users)
+    examples = tuple(f"held-out user {user} and user {twin}" for user, twin in sorted(twins)[:5])
+    count = len({user for user, _ in twins})
+    found = f"{count} of {asked:,} held-out users have a twin in training who has the held-out item too"
+    return Check("near-duplicate users", found, "notice" if count else "clean", examples, {"users": float(count)})
+
+
+# --------------------------------------------------------------------------- memorisation
+
+
+def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int = 200) -> Check:
+    """Whether a model can finish the catalogue's own titles from their first half, against titles cut up and mixed.
+
+    Each prompt shows a few whole titles and the first words of another; a completion counts where its letters and
+    digits equal the rest of the title. The control deals the second halves out anew, so that no such title exists: what
+    it reaches is chance. (Di Palma et al., "Do LLMs Memorize Recommendation Datasets?", SIGIR 2025, ask for
+    MovieLens-1M's records in the same spirit.)
+
+    Args:
+        backend: The untuned model.
+        data: Whose catalogue.
+        seed: Draws the titles.
+        titles: How many are asked.
+    """
+    name = f"memorisation of {data.dataset.name}"
+    halves = _halves(data)
+    if len(halves) < 2 * _SOLVED:
+        return Check(name, "not probed: fewer than 8 titles have three words")
+    rng = keyed("memorisation", seed, data.dataset.name)
+    chosen = rng.sample(halves, min(titles, len(halves)))
+    tails = [tail for _, tail in chosen]
+    mixed = tails[1:] + tails[:1]
+    template = load_templates("probe")["recite"]
+    rates = []
+    for second in (tails, mixed):
+        records = [(head, tail) for (head, _), tail in zip(chosen, second, strict=True)]
+        prompts = [_recital(template, records, n, data.dataset.noun) for n in range(len(records))]
+        said = backend.generate(prompts, max_tokens=24)
+        right = [title_key(done.text) == title_key(tail) for done, (_, tail) in zip(said, records, strict=True)]
+        rates.append(sum(right) / len(right))
+    true, control = rates
+    figures = {"completed": true, "control": control, "titles": float(len(chosen))}
+    found = f"the untuned model completes {true:.1%} of {len(chosen)} titles, of mixed-up ones {control:.1%}"
+    return Check(name, found, "notice" if true > control + 0.02 else "clean", (), figures)
+
+
+def _halves(data: SplitDataset) -> list[tuple[str, str]]:
+    found = []
+    for _, item in sorted(data.dataset.items.items()):
+        # A year or an edition in brackets tells itself; the words before it are the title.
+        words = re.sub(r"\s*[(\[].*", "", item.title).split()
+        if len(words) >= 3:
+            cut = len(words) // 2
+            found.append((" ".join(words[:cut]), " ".join(words[cut:])))
+    return found
+
+
+def _recital(template: Template, records: Sequence[tuple[str, str]], n: int, noun: str) -> Prompt:
+    solved = [records[(n + k) % len(records)] for k in range(1, _SOLVED + 1)]
+    values: list[dict[str, Any]] = [{"noun": noun, "head": head, "rest": rest} for head, rest in solved]
+    prefix = [segment for value in values for part in template.step(value) for segment in part]
+    opening = template.opening({"noun": noun, "head": records[n][0]})
+    return Prompt(messages=template.turns({"noun": noun}), answer_prefix=(*prefix, *opening), stop=template.tail)

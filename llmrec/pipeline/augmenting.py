@@ -37,11 +37,12 @@ from llmrec.data.features import (
 from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
+from llmrec.fingerprint import fingerprint
 from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.resume import Budget, key_of, locked
-from llmrec.pipeline.shards.folders import SHARD, Finished, done_before, finish, gathered, shard_folder
+from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.shards import SHARD, Finished, done_before, finish, gathered, shard_folder
 from llmrec.pipeline.study import load_tables
 from llmrec.progress import Bar
 from llmrec.recipe.load import STORED, dump, load_stored
@@ -326,7 +327,7 @@ def _answers_key(recipe: Recipe, planned: Plan) -> str:
     engine = engines.engine_for("text", planned.base)
     made = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
     asked = engines.identity(engine, _weights(engine, planned))
-    return key_of(made=made, asked=asked, section=_section(recipe).model_dump(mode="json"), batch=recipe.eval.batch)
+    return fingerprint("augment", recipe, made=made, asked=asked, batch=recipe.eval.batch)
 
 
 def _engines(recipe: Recipe, planned: Plan, budget: Budget | None = None, store: AnswerStore | None = None) -> Engines:

@@ -12,6 +12,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.backends.vllm.sizing import Workload
 from llmrec.durable import Json
 from llmrec.errors import EngineFailure, LlmrecError, MissingExtra, RecipeError, installed, require
+from llmrec.fingerprint import settings
 from llmrec.machine import ENGINE_PACKAGES, versions
 from llmrec.models import bottleneck, soft_prompt
 from llmrec.models.load import (
@@ -192,7 +193,7 @@ class Engines:
             "weights": weights,
             # The tokenizer and its chat template may lie in another folder than the weights.
             "tokenizer": self._encoder.digest,
-            "model": self._model.model_dump(exclude={"name", "device"}),
+            "model": settings(self._model, "engine"),
             "dtype": dtype_name(self._model) if engine != "fake" else None,
             "device": _device(self._model),
             **_shared(engine, self._section),

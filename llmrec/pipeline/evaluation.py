@@ -13,10 +13,9 @@ from typing import Any, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec import __version__
 from llmrec.backends.cache import CachedBackend
 from llmrec.backends.encode import Encoder
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.rating import UserMean
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_checked
@@ -24,13 +23,13 @@ from llmrec.errors import BackendError, EngineFailure, LlmrecError
 from llmrec.evaluate.answers import background_of
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import Evaluated, evaluate
+from llmrec.fingerprint import fingerprint
 from llmrec.metrics.explained import Background
 from llmrec.pipeline.engines import TREES, Engines
 from llmrec.pipeline.fusion.choice import chosen
 from llmrec.pipeline.fusion.parts import (
     FUSIONS,
     NOTHING,
-    ONTO,
     Recalled,
     Weighing,
     answers_of,
@@ -45,22 +44,22 @@ from llmrec.pipeline.fusion.parts import (
     weights_of,
     widest,
 )
-from llmrec.pipeline.resume import Budget, key_of, read_stage
+from llmrec.pipeline.objectives import judges
+from llmrec.pipeline.resume import Budget, read_stage
 from llmrec.pipeline.row_specs import (
     RowSpec,
     asking_of,
-    code_of,
-    drawing,
+    encoder_stamp,
+    files_of,
     inputs_of,
     left_out,
-    nearness,
+    made_by,
     profile_of,
     protocol_of,
-    read_by,
     specs_of,
+    unused_settings,
 )
 from llmrec.pipeline.study import Study
-from llmrec.pipeline.tuning.judging import judges
 from llmrec.progress import BatchBar
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, Shown
@@ -277,12 +276,12 @@ class Evaluation:
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
             return []
-        key = key_of(
-            llmrec=__version__,
+        key = fingerprint(
+            "ensemble",
+            modules=(join.__module__,),
             row=spec.id,
             parts=[row.key for row in able],
             cases=[case.request.id for case in cases],
-            onto=ONTO,
         )
 
         def make() -> Made:
@@ -344,39 +343,29 @@ class Evaluation:
         return inputs_of(spec, self._study) + left_out(spec, self._study)
 
     def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
-        """Return a hash over all that can change a row."""
-        study, recipe = self._study, self._study.recipe
-        calibrates = study.tasks[spec.family].calibrates
-        return key_of(
-            llmrec=__version__,
+        """Return the fingerprint of a row."""
+        study, recipe, model = self._study, self._study.recipe, spec.template is not None
+        return fingerprint(
+            "evaluate",
+            recipe,
+            unused=unused_settings(spec, study),
+            made_by=made_by(spec, study),
+            modules=(evaluate.__module__,),
             row=spec.id,
             template=spec.template.sha if spec.template else None,
-            shots=recipe.eval.shots.model_dump() if spec.shots else None,
             engine=engine,
-            # Weights, versions, device and dtype: what was answered on a processor is not what a GPU says.
+            # Weights, versions, device and dtype: a CPU and a GPU do not give the same answers.
             identity=identity,
             data=study.task_data(spec.family).fingerprint,
-            candidates=self._digest(spec.family),
-            section=study.section(spec.family).model_dump(
-                exclude={"arms", "weight", "strategies", "baselines", "templates", "untuned_templates", "head"}
-            ),
-            index=study.index.digest if study.index and spec.template else None,
             noun=study.task_data(spec.family).dataset.noun,
-            split=recipe.eval.split,
-            asking=asking_of(spec.predictor, recipe.eval) if spec.template else None,
+            candidates=self._digest(spec.family),
+            index=study.index.digest if study.index and model else None,
+            asking=asking_of(spec.predictor, recipe.eval) if model else None,
             profile=profile_of(study, spec.family) if spec.predictor == "two-step" else None,
-            cutoffs=recipe.eval.cutoffs,
-            bootstrap=recipe.eval.bootstrap,
             cases=[case.request.id for case in self._cases[spec.family]],
-            seed=recipe.seed,
-            # Rows of before a column was stored have nothing to put there.
-            columns=sorted(Prediction.model_fields),
             weighing=[case.request.id for case in self._weighers(spec)],
-            **({"calibrated": [case.request.id for case in self._calibrating(spec.family)]} if calibrates else {}),
-            **nearness(spec, study),
-            **drawing(spec, recipe.eval),
-            **read_by(spec, study),
-            **code_of(spec, study),
+            encoder=encoder_stamp(spec, study),
+            files=files_of(spec, study),
         )
 
     def _digest(self, family: str) -> str | None:

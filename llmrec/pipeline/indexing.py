@@ -12,18 +12,19 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmrec import __version__
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.data.split import SplitDataset
 from llmrec.durable import write_checked
 from llmrec.errors import DataError
+from llmrec.fingerprint import fingerprint, settings
 from llmrec.index import table
 from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.index.table import Embed, ItemIndex
 from llmrec.models.embedder import fitting, text_embedder
-from llmrec.pipeline.resume import key_of, read_stage
+from llmrec.pipeline.resume import read_stage
 from llmrec.recipe.schema import IndexSection, ModelSection
+from llmrec.registry import BASELINES, INDEXES
 from llmrec.resources import cache_dir
 from llmrec.tasks.held_items import HeldItems
 from llmrec.types import Item
@@ -37,8 +38,6 @@ FOLDER = "index"
 """Where a model folder keeps its index."""
 LEARNED = "collaborative"
 """The value of ``index.tokens`` for rows that start from a recommender's item vectors."""
-# Raised whenever a scheme finds other codes than before.
-_REVISION = 2
 # Which weights the text encoder had.
 _STAMP = "encoder_stamp"
 # Schemes whose codes take long to find.
@@ -66,10 +65,10 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
     embed = fitting(section.semantic.encoder, data) if section.scheme == "semantic" else None
     if section.scheme not in _SLOW:
         return table.build(section, data, seed=seed)
-    key = key_of(
-        llmrec=__version__,
-        revision=_REVISION,
-        index=section.model_dump(exclude={"tokens", "ids"}),
+    key = fingerprint(
+        "index",
+        made_by=[(INDEXES, section.scheme)],
+        section=settings(section, "index"),
         encoder=embed.stamp if embed else None,
         data=data.fingerprint,
         seed=seed,
@@ -166,14 +165,16 @@ def with_tokens(
     words = start == "words"
     target, record = folder / "base", folder / "base.json"
     hidden = held.items if held is not None else frozenset()
-    key = key_of(
-        llmrec=__version__,
+    key = fingerprint(
+        "tokens",
+        modules=(extended.__module__,),
+        made_by=[(BASELINES, section.recommender)] if section and start == LEARNED else [],
         base=weights_stamp(base),
-        model=model.model_dump(exclude={"device"}),
+        model=settings(model, "train"),
         index=index.digest,
-        tokens=start,
+        section=settings(section, "tokens") if section is not None else None,
         encoder=fitting(section.semantic.encoder, data).stamp if section and start == "vectors" else None,
-        **({"recommender": section.recommender, "split": data.fingerprint} if section and start == LEARNED else {}),
+        split=data.fingerprint if start == LEARNED else None,
         titles=data.dataset.fingerprint if start != "random" else None,
         hidden=sorted(hidden) if start != "random" else None,
         seed=seed,

@@ -17,10 +17,9 @@ from llmrec.models.whole_words import refuse_words
 from llmrec.pipeline.augmenting import FEATURES, refuse_other_store
 from llmrec.pipeline.comparing import refuse_unknown
 from llmrec.pipeline.engines import refuse_device, refuse_paired
+from llmrec.pipeline.objectives import classes_of, labels_of, listwise_of, rewarded
 from llmrec.pipeline.runs import refuse_runs, start_of, teacher_of
 from llmrec.pipeline.study import Study, build_study, encoder_of, folder_of
-from llmrec.pipeline.tuning.rewarding import rewarded
-from llmrec.pipeline.tuning.targets import classes_of, labels_of, listwise_of
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import Recipe
 from llmrec.tasks.family import family_of

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmrec.baselines.parameters import Hashes, hashes_of
-from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import Json
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.models.embedder import text_embedder
@@ -15,12 +14,14 @@ from llmrec.pipeline.fusion.parts import FUSIONS, fusible, joins_model
 from llmrec.pipeline.study import Study
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection, Recipe
-from llmrec.registry import BASELINES, STRATEGIES, TASKS, is_positional, options_of, stamps, written
+from llmrec.registry import BASELINES, STRATEGIES, STRATEGY_KEYS, TASKS, is_positional, options_of, written
 from llmrec.results import Arm
 from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
-from llmrec.tasks.pool import NEGATIVES
+
+DEBIAS = ("debias", "debias_questions")
+"""Settings that positional strategies read besides those of `STRATEGY_KEYS`."""
 
 
 @dataclass(frozen=True)
@@ -89,47 +90,45 @@ def profile_of(study: Study, family: str) -> str:
     return study.tasks[family].profile_template.sha
 
 
-def read_by(spec: RowSpec, study: Study) -> dict[str, Hashes]:
-    """Return hashes over what a baseline reads besides the data; nothing for most, whose keys are those of before."""
-    named = [each for each in study.baselines(spec.family) if ("baseline", each.label) == (spec.arm, spec.predictor)]
-    found = [hashes_of(each.name, each.parameters) for each in named]
-    return {"read": found[0]} if any(found) else {}
+def files_of(spec: RowSpec, study: Study) -> Hashes:
+    """Return hashes of the files that a row reads besides the data; most read none."""
+    known = study.baselines(spec.family) if spec.arm == "baseline" else ()
+    return next((hashes_of(each.name, each.parameters) for each in known if each.label == spec.predictor), {})
 
 
-def code_of(spec: RowSpec, study: Study) -> dict[str, dict[str, str]]:
-    """Return hashes of the code of the plug-ins that make a row; nothing where llmrec's own version says it all."""
-    named = [(TASKS, written(spec.family)), (STRATEGIES, spec.predictor)]
-    if spec.template is None:
-        own = [each.name for each in study.baselines(spec.family) if each.label == spec.predictor]
-        named[1:] = [(BASELINES, name) for name in own]
-    return stamps(named)
+def made_by(spec: RowSpec, study: Study) -> list[tuple[Mapping[str, str], str]]:
+    """Return the registry entries whose code makes a row."""
+    family = TASKS, written(spec.family)
+    if spec.template is not None:
+        return [family, (STRATEGIES, spec.predictor)]
+    known = study.baselines(spec.family)
+    return [family, *((BASELINES, each.name) for each in known if each.label == spec.predictor)]
 
 
-def nearness(spec: RowSpec, study: Study) -> dict[str, str]:
-    """Return what says which items read alike, where that decides what a prompt shows."""
+def unused_settings(spec: RowSpec, study: Study) -> set[str]:
+    """Return the keys that affect evaluation and have no part in a row; a strategy's own are read by `asking_of`."""
+    family, model = family_of(spec.family), spec.template is not None
+    named = {f"tasks.{each}" for each in study.tasks if each != spec.family}
+    named |= {f"eval.{key}" for keys in (*STRATEGY_KEYS.values(), DEBIAS) for key in keys}
+    return (
+        named
+        | ({"model", "index"} if not model else set())
+        | ({"eval.shots"} if not spec.shots else set())
+        | ({"eval.candidates"} if family.candidates is None else set())
+    )
+
+
+def encoder_stamp(spec: RowSpec, study: Study) -> str | None:
+    """Return the stamp of the text encoder where prompts show what is similar by it."""
     near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
     relevant = spec.template is not None and study.section(spec.family).past == "relevant"
-    return {"encoder": text_embedder(study.recipe.encoder).stamp} if near or relevant else {}
-
-
-def drawing(spec: RowSpec, section: EvalSection) -> dict[str, int]:
-    """Return what says how negatives are drawn, where solved examples or questions about positions show any."""
-    measured = section.debias == "measured" and is_positional(spec.predictor)
-    if not family_of(spec.family).lists or spec.template is None or not (spec.shots or measured):
-        return {}
-    return {"negatives": NEGATIVES} | listing(section) if measured else {"negatives": NEGATIVES}
-
-
-def listing(section: EvalSection) -> dict[str, int]:
-    """Return what says how lists about training events are made, where they are retrieved."""
-    return {"lists": LISTS} if section.candidates.kind == "retrieved" else {}
+    return text_embedder(study.recipe.encoder).stamp if near or relevant else None
 
 
 def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
-    """Return every key of the eval section that can change a strategy's answers, with its value."""
+    """Return the settings of evaluation that a strategy reads."""
     measured = is_positional(strategy) and section.debias != "none"
-    more = {"debias": section.debias, "debias_questions": section.debias_questions} if measured else {}
-    return options_of(strategy, section) | more
+    return options_of(strategy, section) | ({key: getattr(section, key) for key in DEBIAS} if measured else {})
 
 
 def protocol_of(study: Study, family: str) -> EvalProtocol:

@@ -22,7 +22,6 @@ from llmrec.errors import EngineFailure, RecipeError
 from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, source_of, weights_stamp
 from llmrec.pipeline import audit, index_report
 from llmrec.pipeline.augmenting import FEATURES, augment, refuse_other_store
-from llmrec.pipeline.claiming import RUN
 from llmrec.pipeline.comparing import refuse_unknown
 from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
@@ -31,11 +30,10 @@ from llmrec.pipeline.fusion.runs import fuse_runs
 from llmrec.pipeline.indexing import with_tokens
 from llmrec.pipeline.preflight import checked_study, refuse
 from llmrec.pipeline.results import Written, of_another, too_wide, write_results
-from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.resume import RUN, Budget, locked
 from llmrec.pipeline.runs import start_of, teacher_of
-from llmrec.pipeline.shards.asking import Weights
-from llmrec.pipeline.study import Study, build_study, folder_of
-from llmrec.pipeline.told import sentence
+from llmrec.pipeline.shards import Weights
+from llmrec.pipeline.study import Study, build_study, folder_of, sentence
 from llmrec.pipeline.training import train_stage, trained
 from llmrec.progress import Bar, note
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash

@@ -14,12 +14,15 @@ from typing import Any
 from llmrec.backends.encode import Encoder
 from llmrec.data.sets.table import located
 from llmrec.durable import checked, loads
-from llmrec.errors import LlmrecError, RecipeError
+from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.models.load import load_tokenizer, weights_stamp
+from llmrec.pipeline.evaluation import ResultRow, row_of
 from llmrec.pipeline.indexing import stored_index
 from llmrec.pipeline.study import Study
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import DataSection, Recipe
+from llmrec.report.results import content_of, fix_for, results_of
+from llmrec.results import Results, Row
 
 # Keys of a table that name files.
 _PLACES = ("path", "items", "users", "files", "facts", "texts")
@@ -260,3 +263,43 @@ def _one_name(value: Any) -> Any:
         return {key: _one_name(each) for key, each in value.items()}
     path = Path(value).expanduser() if isinstance(value, str) else None
     return str(path.resolve()) if path is not None and path.exists() else value
+
+
+# --------------------------------------------------------------------------- stored rows
+
+
+def finished(run: Path) -> Results:
+    """Return the results of a run folder that holds its rows too.
+
+    Raises:
+        DataError: If it is not finished, or its results cannot be read.
+    """
+    path = run / "results.json"
+    if not path.is_file() or not (run / "rows").is_dir():
+        raise DataError(
+            f"{run} is no finished run: it has no results.json with rows/ beside it; run its recipe",
+            kind="missing-file",
+            at=run,
+        )
+    return results_of(content_of(run), source=str(path), fix=fix_for(run))
+
+
+def stored_row(run: Path, figures: Row) -> ResultRow:
+    """Return a row of a run folder as it was stored.
+
+    Args:
+        run: The folder.
+        figures: The row, as the results have it.
+
+    Raises:
+        DataError: If its file is missing or cannot be read.
+    """
+    path = run / "rows" / (figures.id.replace("/", ".") + ".json")
+    if not path.is_file():
+        raise DataError(f"{path} is missing; run the recipe of {run} again", kind="missing-file", at=path)
+    try:
+        return row_of(checked(path.read_bytes()))
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        raise DataError(
+            f"{path} cannot be read ({type(error).__name__}); run the recipe of {run} again", kind="damaged", at=path
+        ) from error

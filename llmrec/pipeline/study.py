@@ -15,7 +15,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.baselines.parameters import config_of
 from llmrec.baselines.retrieve import FUSED, Lists, retrieve
 from llmrec.data.candidates import CandidateSets, draw
-from llmrec.data.described import described
+from llmrec.data.described import described, held_titles, names
 from llmrec.data.read.limits import shown
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, halves, split, whole, written
@@ -27,8 +27,7 @@ from llmrec.models.embedder import text_embedder
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
 from llmrec.pipeline.indexing import build_index
-from llmrec.pipeline.told import Told, told, users
-from llmrec.pipeline.tuning.rejecting import hard_of
+from llmrec.pipeline.rejecting import hard_of
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.paths import both_places
 from llmrec.recipe.schema import BaselineSection, DataSection, Recipe, TaskSection, named
@@ -498,3 +497,46 @@ def encoder_of(study: Study, base: str, tokenizer: Any = None) -> Encoder:
 def folder_of(recipe: Recipe, out: Path | None) -> Path:
     """Return the run folder: ``out``, or ``runs/<name>`` under the working folder."""
     return out if out is not None else Path("runs") / recipe.name
+
+
+# --------------------------------------------------------------------------- told
+
+
+@dataclass(frozen=True)
+class Told:
+    """A profile that tells an answer: whose, in which of its fields, and which item."""
+
+    user_id: str
+    field: str
+    item_id: str
+
+
+def told(data: SplitDataset) -> tuple[Told, ...]:
+    """Return every place where a profile, as prompts show it, names an item that is held out for its user."""
+    profiles = data.dataset.users
+    held = held_titles(data, profiles)
+    return tuple(
+        Told(user, name, item)
+        for user, titles in held.items()
+        for name, text in profiles[user].items()
+        for title, item in titles.items()
+        if names(text, title)
+    )
+
+
+def users(places: tuple[Told, ...]) -> tuple[str, ...]:
+    """Return whose profiles these are, each once."""
+    return tuple(dict.fromkeys(each.user_id for each in places))
+
+
+def sentence(data: SplitDataset, places: tuple[Told, ...]) -> str:
+    """Say how many users are set aside; empty if none is."""
+    count, first = len(users(places)), places[0] if places else None
+    if first is None:
+        return ""
+    whose = "1 user is" if count == 1 else f"{count:,} users are"
+    return (
+        f"{whose} set aside from evaluation, of {len(data.dataset.users):,} with a profile in {data.dataset.name}: "
+        f"the profile names an item that is held out for its own user, such as item {first.item_id} in the field "
+        f"{first.field!r} of user {first.user_id}"
+    )

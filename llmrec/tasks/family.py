@@ -6,7 +6,7 @@ A new family is one file with a `Task` and a `Family`, and one entry of `llmrec.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Literal
@@ -59,7 +59,6 @@ class Family:
         second_table: Whether it reads the table ``reviews`` where the recipe names one.
         grounded: Whether its texts are held against training texts and features.
         quotes: Whether its questions may well hold the words of the answer.
-        evaluation_keys: Keys of its section that no training row depends on.
         prompts: Folder of its templates; None: ``prompts/NAME``.
     """
 
@@ -80,7 +79,6 @@ class Family:
     second_table: bool = False
     grounded: bool = False
     quotes: bool = False
-    evaluation_keys: frozenset[str] = field(default_factory=frozenset)
     prompts: Path | None = None
 
     @property

@@ -91,10 +91,6 @@ def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Exam
         yield from order
 
 
-NEGATIVES = 2
-"""Raised whenever `Negatives` draws others than before: stored models and rows that depend on them are made anew."""
-
-
 class Negatives:
     """Draws items that a user has not had in training.
 

@@ -394,5 +394,4 @@ FAMILY = Family(
     column="rating",
     lacking=NO_RATINGS,
     quotes=True,
-    evaluation_keys=frozenset({"liked"}),
 )

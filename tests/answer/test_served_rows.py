@@ -16,7 +16,7 @@ from llmrec.answer.loaded import Loaded, Wanted
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.recommender import Answered
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.data.requests import told_event
 from llmrec.data.split import halves
 from llmrec.errors import RecipeError

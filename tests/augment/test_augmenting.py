@@ -21,7 +21,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline import augmenting, preflight
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks.checks import Check, feature_texts
+from llmrec.pipeline.leaks import Check, feature_texts
 from llmrec.pipeline.study import build_study, load_tables
 from llmrec.recipe.load import as_recipe
 from llmrec.types import Event, Request

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llmrec.baselines.fits import store
-from llmrec.baselines.fits.fitting import fitted
+from llmrec import fingerprint
+from llmrec.baselines import fits as store
+from llmrec.baselines.fits import fitted
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.types import Event, Request
@@ -98,7 +99,7 @@ def test_whatever_can_change_a_fit_makes_another(
     for count, (parameters, used, seed) in enumerate(others, start=2):
         assert fitted("ease", parameters, used, seed=seed).recalled == 0.0
         assert len(list(folder.iterdir())) == count
-    monkeypatch.setattr(store, "code_digest", lambda: "other code")
+    monkeypatch.setattr(fingerprint, "code_digest", lambda *modules: "other code")
     assert fitted("ease", {}, data, seed=0).recalled == 0.0
 
 

@@ -13,7 +13,7 @@ import torch
 
 from llmrec.backends import segments
 from llmrec.backends.segments import Lower, Part
-from llmrec.baselines.fits.store import Storable, key_of
+from llmrec.baselines.fits import Storable, fit_key
 from llmrec.baselines.late import CANDIDATE, LateInteraction
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import FeatureStore, writing
@@ -327,8 +327,8 @@ def test_a_kept_fit_answers_the_same(folder: Path, data: SplitDataset) -> None:
 def test_other_weights_make_another_fit(tmp_path: Path, data: SplitDataset) -> None:
     model = LateInteraction(LateInteraction.Config(model=str(make_model(tmp_path / "deep", layers=LAYERS))), seed=0)
     assert isinstance(model, Storable)
-    before = key_of(model, data, 0)
-    assert before == key_of(model, data, 0)
+    before = fit_key(model, data, 0)
+    assert before == fit_key(model, data, 0)
     config = tmp_path / "deep" / "config.json"
     config.write_text(config.read_text("utf-8").replace("{", "{\n", 1), encoding="utf-8")
-    assert key_of(model, data, 0) != before
+    assert fit_key(model, data, 0) != before

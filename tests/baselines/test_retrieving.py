@@ -17,7 +17,7 @@ from llmrec.baselines.retrieve import Lists, ceiling, retrieve
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.fusion.retrieving import FusedFinder
-from llmrec.pipeline.leaks.checks import redrawn
+from llmrec.pipeline.leaks import redrawn
 from llmrec.pipeline.run import run
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe

@@ -37,7 +37,7 @@ from llmrec.pipeline import engines
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.augmenting import augment, merge_augment
 from llmrec.pipeline.resume import locked
-from llmrec.pipeline.shards.folders import finish, shard_folder, shards_of
+from llmrec.pipeline.shards import finish, shard_folder, shards_of
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import RaySection
 from llmrec.records import Shard

@@ -15,7 +15,7 @@ from llmrec.bench.runs import compare_runs
 from llmrec.cli.main import app
 from llmrec.errors import DataError
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.stored_rows import finished, stored_row
+from llmrec.pipeline.runs import finished, stored_row
 from tests.facts import Facts, raises
 
 RECIPE = """\

@@ -25,7 +25,7 @@ from llmrec.data import stats
 from llmrec.data.read.text import Table
 from llmrec.data.sets.table import load
 from llmrec.errors import LlmrecError
-from llmrec.pipeline.leaks.rows import questions
+from llmrec.pipeline.leaks import questions
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns

@@ -17,7 +17,7 @@ from llmrec.baselines.base import Catalogue, Log, counts
 from llmrec.data.split import SplitDataset, split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError
-from llmrec.pipeline.leaks.checks import training_interactions
+from llmrec.pipeline.leaks import training_interactions
 from llmrec.recipe.schema import Split
 from tests.facts import Facts, raises
 

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llmrec.data.candidates import CandidateSets, _Numbers, _sets, draw
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
-from llmrec.pipeline.leaks.checks import redrawn
+from llmrec.pipeline.leaks import redrawn
 from llmrec.recipe.schema import CandidateSection, Split
 from tests.facts import Facts, raises
 

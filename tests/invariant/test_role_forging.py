@@ -365,7 +365,7 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
     # label by label holds labels alone, and a server is probed with words of our own. A question of a rollout is the
     # prompt of a request with one of its continuations.
     makers = {"prompts/template.py", "prompts/values.py", "tasks/rows.py", "backends/encode.py"} | {
-        *("pipeline/leaks/rows.py", "strategies/rounds.py", "backends/server/probe.py"),
+        *("pipeline/leaks.py", "strategies/rounds.py", "backends/server/probe.py"),
         "train/reward/questions.py",
     }
     found = {

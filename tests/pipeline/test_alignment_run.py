@@ -17,7 +17,7 @@ from llmrec.data.candidates import CandidateSets
 from llmrec.errors import RecipeError
 from llmrec.pipeline import audit
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks import alignment as leaks_alignment
+from llmrec.pipeline.leaks import alignment_checks
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
@@ -201,7 +201,7 @@ class Tampered:
 
 def leaking(study: Study, **methods: Any) -> list[str]:
     changed = replace(study, tasks={**study.tasks, "alignment": Tampered(study.tasks["alignment"], **methods)})
-    return [check.name for check in leaks_alignment.checks(changed, 60) if check.verdict == "leak"]
+    return [check.name for check in alignment_checks(changed, 60) if check.verdict == "leak"]
 
 
 def test_the_audit_finds_what_is_planted(study: Study) -> None:
@@ -240,7 +240,7 @@ def test_the_audit_finds_what_is_planted(study: Study) -> None:
 
 
 def test_the_audit_reads_questions_in_the_form_that_they_ask_for(study: Study) -> None:
-    from llmrec.pipeline.leaks.rows import questions
+    from llmrec.pipeline.leaks import questions
 
     task: Any = study.tasks["alignment"]
     truth = {case.request.id: str(case.truth) for case in task.cases("test")}
@@ -321,7 +321,7 @@ def test_a_model_card_can_show_a_question(done: tuple[Recipe, pipeline.Run]) -> 
 @pytest.mark.parametrize("form", ["title", "code"])
 @pytest.mark.parametrize("name", ["titles-to-code", "codes-to-title"])
 def test_the_audit_reads_both_forms_where_a_template_writes_both(name: str, form: str) -> None:
-    from llmrec.pipeline.leaks.rows import questions, training_rows
+    from llmrec.pipeline.leaks import questions, training_rows
 
     study = build_study(recipe("none", f"tasks.sequential.templates=[{name}]", "tasks.alignment=null"))
     task, index = study.tasks["sequential"], study.index

@@ -20,11 +20,8 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError
-from llmrec.pipeline import audit, probes
-from llmrec.pipeline.leaks import checks as leaks
-from llmrec.pipeline.leaks import rows as leaks_rows
-from llmrec.pipeline.leaks.checks import Check, _ordered, redrawn
-from llmrec.pipeline.leaks.rows import _Secrets
+from llmrec.pipeline import audit, leaks
+from llmrec.pipeline.leaks import Check, _ordered, _Secrets, redrawn
 from llmrec.pipeline.study import Study, _tasks, build_study
 from llmrec.prompts.template import Template
 from llmrec.recipe.load import load_recipe
@@ -374,9 +371,9 @@ def test_13_negatives_that_are_drawn_knowing_what_is_held_out(study: Study, monk
     assert leaking(checks) == {DRAWN, SHOTS, VALID, POSITIONS}
     assert checks["training rows of direct"].verdict == "clean"
     # Held-out items are drawn anew among what rows show as negatives, so that few rows are enough.
-    assert leaks_rows.rows_drawn_again(knowing, "direct", 2).verdict == "leak"
+    assert leaks.rows_drawn_again(knowing, "direct", 2).verdict == "leak"
     for family in ("sequential", "rating", "explanation"):
-        assert leaks_rows.rows_drawn_again(knowing, family, ROWS).verdict == "clean"
+        assert leaks.rows_drawn_again(knowing, family, ROWS).verdict == "clean"
 
 
 @pytest.mark.parametrize("templates", ["user-title", "name-title"])
@@ -443,7 +440,7 @@ def test_two_tables_of_the_same_users_and_other_items_are_made_again(study: Stud
     both = replace(study, reviews=renamed)
     assert both.task_data("explanation").dataset.items is items
     for family in study.tasks:
-        assert leaks_rows.rows_drawn_again(replace(both, tasks=_tasks(both, 0)), family, 20).verdict == "clean"
+        assert leaks.rows_drawn_again(replace(both, tasks=_tasks(both, 0)), family, 20).verdict == "clean"
 
 
 def drawn_held_out(study: Study) -> tuple[int, Example, str]:
@@ -466,7 +463,7 @@ def test_a_held_out_item_may_be_a_negative_and_nothing_else(study: Study) -> Non
             for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
                 yield changed if n == place else each
 
-        return leaks_rows.training_rows(with_task(study, "direct", examples=examples), "direct", place + 1)
+        return leaks.training_rows(with_task(study, "direct", examples=examples), "direct", place + 1)
 
     assert checked(row).verdict == "clean"
     shown = f"user {row.user_id}, title of held-out item {item}"
@@ -495,7 +492,7 @@ def test_a_text_about_a_held_out_item_leaks_where_the_item_is_a_negative_too(stu
         for n, each in enumerate(study.tasks["direct"].examples(split, limit)):  # type: ignore[arg-type]
             yield replace(row, messages=quoted) if n == place else each
 
-    found = leaks_rows.training_rows(with_task(told, "direct", examples=examples), "direct", place + 1)
+    found = leaks.training_rows(with_task(told, "direct", examples=examples), "direct", place + 1)
     assert found.examples == (f"row {row.id}: user {row.user_id}, text about held-out item {item}",)
 
 
@@ -512,7 +509,7 @@ def test_a_template_that_names_its_item_twice_may_name_a_negative_twice(study: S
             id="r", user_id=user, task="direct", template=template.id, messages=(turn,), ends_turn=True,
             answer=(Segment("target", "No"),), negatives=(item,),
         )  # fmt: skip
-        return list(leaks_rows._told(row, leaks_rows._Secrets(study.data), template))
+        return list(leaks._told(row, leaks._Secrets(study.data), template))
 
     assert often(2) == [] and len(often(3)) == 1
 
@@ -527,7 +524,7 @@ def test_what_a_row_of_sequential_rejects_may_stand_in_no_question(study: Study)
             id="r", user_id=user, task="sequential", template=template.id, messages=(message,), ends_turn=False,
             answer=(Segment("target", "x"),), negatives=(item,), rejected=rejected,
         )  # fmt: skip
-        return list(leaks_rows._told(row, leaks_rows._Secrets(study.data), template))
+        return list(leaks._told(row, leaks._Secrets(study.data), template))
 
     plain = Message("user", (Segment("text", "What next?"),))
     assert told(plain, f"{said}\n") == [] and len(told(shown, f"{said}\n")) == 1
@@ -591,9 +588,9 @@ def sequences(numbering: str) -> SplitDataset:
 
 
 def test_the_id_probe_sees_numbers_that_follow_whole_histories() -> None:
-    leaky = probes.id_arithmetic(sequences("whole histories"), "test")
+    leaky = audit.id_arithmetic(sequences("whole histories"), "test")
     assert leaky.figures["HR@5"] > 0.5 and leaky.figures["chance"] < 0.05
-    drawn = probes.id_arithmetic(sequences("drawn"), "test")
+    drawn = audit.id_arithmetic(sequences("drawn"), "test")
     assert abs(drawn.figures["HR@5"] - drawn.figures["chance"]) < 0.02
 
 
@@ -606,7 +603,7 @@ def test_planted_duplicates_are_found() -> None:
     near = [(100 + n, 1600 + n) for n in range(100)]
     sets += [sets[a] for a, _ in exact]
     sets += [frozenset([*sorted(sets[a])[1:], f"other {a}"]) for a, _ in near]
-    found = {(a, b): similarity for a, b, similarity in probes.near_duplicates(sets, 0.9)}
+    found = {(a, b): similarity for a, b, similarity in audit.near_duplicates(sets, 0.9)}
     assert sum(pair in found for pair in exact) >= 99
     assert sum(pair in found for pair in near) >= 90
     assert found.keys() <= {*exact, *near}
@@ -620,7 +617,7 @@ def test_near_equal_titles_are_named(study: Study) -> None:
     items[first] = replace(items[first], title="The Remarkable Kettle of Stainless Steel, 2 litres")
     items[second] = replace(items[second], title="The Remarkable Kettle of Stainless Steel 3 litres")
     items[third] = replace(items[third], title="the remarkable kettle of stainless steel 2 litres")
-    found = probes.duplicate_items(replace(data, dataset=replace(data.dataset, items=items)))
+    found = audit.duplicate_items(replace(data, dataset=replace(data.dataset, items=items)))
     assert found.verdict == "notice"
     assert found.figures["equal"] >= 2 and found.figures["near_pairs"] >= 1
 
@@ -634,7 +631,7 @@ def test_a_twin_who_has_the_held_out_item_is_named(study: Study) -> None:
     train = pl.concat([plain[0], own[0], own[2]])
     whole = pl.concat([train, *plain[1:]])
     planted = replace(data, train=train, dataset=replace(data.dataset, interactions=whole))
-    found = probes.duplicate_users(planted, "test", threshold=0.8)
+    found = audit.duplicate_users(planted, "test", threshold=0.8)
     assert any(user in line and "twin" in line for line in found.examples), item
 
 
@@ -648,10 +645,10 @@ def test_a_model_that_recites_is_told_from_one_that_does_not() -> None:
         head = text.rsplit("\n", 1)[-1].removesuffix("|").strip()
         return by_head[head].title.removeprefix(head)
 
-    knowing = probes.memorisation(FakeBackend(complete=recite), alone, seed=0)
+    knowing = audit.memorisation(FakeBackend(complete=recite), alone, seed=0)
     assert knowing.figures["completed"] > 0.5 and knowing.verdict == "notice"
     assert knowing.figures["control"] < 0.1
-    ignorant = probes.memorisation(FakeBackend(complete=lambda text: "no idea"), alone, seed=0)
+    ignorant = audit.memorisation(FakeBackend(complete=lambda text: "no idea"), alone, seed=0)
     assert ignorant.figures["completed"] <= 0.01 and ignorant.verdict == "clean"
 
 

@@ -11,9 +11,8 @@ from llmrec.durable import replacing, write_text
 from llmrec.errors import LlmrecError
 from llmrec.exports.files import placing
 from llmrec.index.table import ItemIndex
-from llmrec.pipeline.claiming import LOCK, RUN
 from llmrec.pipeline.index_report import _holds_more
-from llmrec.pipeline.resume import locked
+from llmrec.pipeline.resume import LOCK, RUN, locked
 from llmrec.report import page
 from tests.answer.rank_cases import jsonl, options, records
 from tests.facts import Facts, raises

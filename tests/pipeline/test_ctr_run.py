@@ -17,8 +17,7 @@ import pytest
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.leaks.checks import training_interactions
-from llmrec.pipeline.leaks.rows import training_rows
+from llmrec.pipeline.leaks import training_interactions, training_rows
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import RowSpec
 from llmrec.pipeline.study import Study, build_study

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.shown.example import example_user
+from llmrec.pipeline.examples import example_user
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.results import FusionWeights

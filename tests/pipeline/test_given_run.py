@@ -15,7 +15,7 @@ from llmrec.cli.main import app
 from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError, LlmrecError
-from llmrec.pipeline.leaks.checks import training_interactions
+from llmrec.pipeline.leaks import training_interactions
 from llmrec.pipeline.run import run
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.comparisons import Suite

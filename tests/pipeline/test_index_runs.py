@@ -16,10 +16,8 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.exports import export
 from llmrec.index.numbers import SequentialNumbers
 from llmrec.index.table import ItemIndex, build
-from llmrec.pipeline import audit
+from llmrec.pipeline import audit, leaks
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks import checks as leaks
-from llmrec.pipeline.leaks import rows as leaks_rows
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import IndexSection, Recipe
@@ -151,8 +149,8 @@ def test_the_audit_reads_codes(llama_folder: Path, monkeypatch: pytest.MonkeyPat
     """A row or a question that shows a held-out item by its code leaks as one that shows its title."""
     study = build_study(recipe(llama_folder, TREE))
     assert study.index is not None
-    assert leaks_rows.training_rows(study, "sequential", 200).verdict == "clean"
-    assert leaks_rows.questions(study, "sequential").verdict == "clean"
+    assert leaks.training_rows(study, "sequential", 200).verdict == "clean"
+    assert leaks.questions(study, "sequential").verdict == "clean"
     task: Any = study.tasks["sequential"]
     held = {user: item for user, item in study.data.test.select("user_id", "item_id").iter_rows()}
     real_steps = rows.steps
@@ -163,9 +161,9 @@ def test_the_audit_reads_codes(llama_folder: Path, monkeypatch: pytest.MonkeyPat
 
     for module in (rows, sequential):
         monkeypatch.setattr(module, "steps", telling)
-    found = leaks_rows.training_rows(study, "sequential", 50)
+    found = leaks.training_rows(study, "sequential", 50)
     assert found.verdict == "leak" and any("held-out item" in example for example in found.examples)
-    assert leaks_rows.questions(study, "sequential").verdict == "leak"
+    assert leaks.questions(study, "sequential").verdict == "leak"
 
 
 def test_a_run_folder_forgets_the_tokens_of_another_index(llama_folder: Path, tmp_path: Path) -> None:

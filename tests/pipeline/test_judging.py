@@ -11,10 +11,10 @@ import pytest
 
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
+from llmrec.pipeline.objectives import Judge
 from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
-from llmrec.pipeline.tuning.judging import Judge
 from llmrec.report import plots
 from llmrec.report.results import read
 from tests.facts import Facts, raises

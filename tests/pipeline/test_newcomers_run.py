@@ -10,9 +10,9 @@ import polars as pl
 import pytest
 
 from llmrec.errors import ModelError
+from llmrec.pipeline import examples
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.shown import newcomers
-from llmrec.pipeline.shown.newcomers import LENGTH
+from llmrec.pipeline.examples import LENGTH
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_stored
 
@@ -73,6 +73,6 @@ def test_nothing_is_lost_where_no_encoder_is_at_hand(run: Any, monkeypatch: pyte
     def none(*_: Any) -> Any:
         raise ModelError("no text encoder", kind="missing-file")
 
-    monkeypatch.setattr(newcomers, "vectors_of", none)
+    monkeypatch.setattr(examples, "vectors_of", none)
     study = build_study(load_stored(run.folder))
-    assert newcomers._neighbours(study, "sequential", ["i0", "i1"]) == {"i0": (), "i1": ()}
+    assert examples._neighbours(study, "sequential", ["i0", "i1"]) == {"i0": (), "i1": ()}

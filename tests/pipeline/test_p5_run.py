@@ -19,7 +19,7 @@ from llmrec.exports.sample import sample_prompt
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks.rows import questions, training_rows
+from llmrec.pipeline.leaks import questions, training_rows
 from llmrec.pipeline.study import Study, build_study, encoder_of
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe

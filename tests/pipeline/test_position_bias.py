@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
-from llmrec.pipeline.row_details import position_bias
+from llmrec.pipeline.results import position_bias
 
 PLACES = 20
 

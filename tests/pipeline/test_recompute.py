@@ -17,7 +17,7 @@ import pytest
 
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.audit import audit
-from llmrec.pipeline.predictions import ITEMS, SCHEMA
+from llmrec.pipeline.results import ITEMS, SCHEMA
 from llmrec.recipe.load import load_recipe
 from llmrec.report import page as report
 from llmrec.results import Prediction

@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks.checks import profiles
-from llmrec.pipeline.leaks.rows import _Secrets, questions, shots, training_rows
+from llmrec.pipeline.leaks import _Secrets, profiles, questions, shots, training_rows
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe

@@ -10,9 +10,9 @@ import pytest
 
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.leaks.rows import rows_drawn_again, training_rows
+from llmrec.pipeline.leaks import rows_drawn_again, training_rows
+from llmrec.pipeline.objectives import rewarded
 from llmrec.pipeline.study import build_study
-from llmrec.pipeline.tuning.rewarding import rewarded
 from llmrec.recipe.schema import Recipe
 from llmrec.report.results import read
 from tests.facts import Facts, raises

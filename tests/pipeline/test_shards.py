@@ -19,7 +19,7 @@ from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import augmenting
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.shards.folders import done_before, finish, gathered, shard_folder
+from llmrec.pipeline.shards import done_before, finish, gathered, shard_folder
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard

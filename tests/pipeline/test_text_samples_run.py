@@ -13,10 +13,9 @@ from typing import Any, cast
 import pytest
 
 from llmrec.backends.fake import FakeBackend
+from llmrec.pipeline import examples
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.shown import exhibits
-from llmrec.pipeline.shown.entries import COUNT, drawn
-from llmrec.pipeline.shown.samples import text_samples
+from llmrec.pipeline.examples import COUNT, drawn, text_samples
 from llmrec.pipeline.study import Study, build_study, encoder_of, load_split
 from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_recipe
@@ -315,4 +314,4 @@ def test_an_answer_that_obeys_is_read_as_any_other(text: str, studies: dict[str,
     ],
 )
 def test_an_answer_beside_features_in_a_few_words(parsed: str, said: str) -> None:
-    assert exhibits._said(cast(Prediction, SimpleNamespace(parsed=parsed)), "b") == said
+    assert examples._said(cast(Prediction, SimpleNamespace(parsed=parsed)), "b") == said

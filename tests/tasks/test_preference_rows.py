@@ -14,12 +14,12 @@ from task_data import make_dataset, make_split, make_task, targets
 from llmrec.baselines.retrieve import Lists, Single
 from llmrec.data.hashing import hash_one
 from llmrec.errors import DataError, RecipeError
-from llmrec.pipeline.leaks.checks import redrawn
+from llmrec.pipeline import rejecting
+from llmrec.pipeline.leaks import redrawn
+from llmrec.pipeline.objectives import listwise_of
+from llmrec.pipeline.rejecting import close
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import training_key
-from llmrec.pipeline.tuning import rejecting
-from llmrec.pipeline.tuning.rejecting import close
-from llmrec.pipeline.tuning.targets import listwise_of
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import CandidateSection, PreferenceSection
 from llmrec.tasks.rows import against

@@ -20,7 +20,7 @@ from llmrec.data.candidates import CandidateSets, draw
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.errors import DataError
-from llmrec.pipeline.leaks.checks import redrawn
+from llmrec.pipeline.leaks import redrawn
 from llmrec.recipe.schema import CandidateSection, DataSection, Split
 from llmrec.tasks.pool import Negatives
 from llmrec.types import Example

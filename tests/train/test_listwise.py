@@ -16,9 +16,9 @@ import torch
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow
 from llmrec.errors import RecipeError
 from llmrec.models.load import load_model, load_tokenizer
+from llmrec.pipeline.objectives import listwise_of
 from llmrec.pipeline.study import build_study
 from llmrec.pipeline.training import plan_training, training_key
-from llmrec.pipeline.tuning.targets import listwise_of
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rows import Listwise, against

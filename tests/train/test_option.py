@@ -16,9 +16,9 @@ from llmrec.errors import RecipeError
 from llmrec.models import bottleneck
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt, names, put_on
+from llmrec.pipeline.objectives import labels_of
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
-from llmrec.pipeline.tuning.targets import labels_of
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, SoftSection, TrainSection
 from llmrec.train import lora, sft

@@ -179,7 +179,7 @@ def _command(child: Child) -> None:
 
     import torch
 
-    from llmrec.baselines.fits import store
+    from llmrec.baselines import fits as store
     from llmrec.cli import main as cli
 
     torch.set_num_threads(1)

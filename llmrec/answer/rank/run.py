@@ -26,8 +26,8 @@ from llmrec.data.read.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Place
-from llmrec.pipeline.claiming import LOCK
-from llmrec.pipeline.resume import Budget, key_of, locked, read_stage
+from llmrec.fingerprint import digest_of
+from llmrec.pipeline.resume import LOCK, Budget, locked, read_stage
 from llmrec.recipe.shared import Form
 from llmrec.records import Shard
 from llmrec.types import Ranking, Unparsed
@@ -164,7 +164,7 @@ def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Bud
 
 def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> str:
     """Return the hash of every input that can change a ranking."""
-    return key_of(requests=source.sha256, limit=options.limit, users=recommender.stored, **recommender.identity)
+    return digest_of(requests=source.sha256, limit=options.limit, users=recommender.stored, **recommender.identity)
 
 
 def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:

@@ -35,7 +35,7 @@ from llmrec.durable import write_checked
 from llmrec.errors import RecipeError
 from llmrec.machine import machine, versions
 from llmrec.pipeline.resume import Budget, locked
-from llmrec.pipeline.shards.folders import Finished, done_before, finish, gathered, shard_folder, shards_of
+from llmrec.pipeline.shards import Finished, done_before, finish, gathered, shard_folder, shards_of
 from llmrec.records import Shard
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ from llmrec.data.read.cells import write_rows
 from llmrec.data.read.databases import file_of
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require
-from llmrec.pipeline.claiming import LOCK
-from llmrec.pipeline.resume import key_of, locked
+from llmrec.fingerprint import digest_of
+from llmrec.pipeline.resume import LOCK, locked
 
 TABLE = "recommendations"
 """Of a database: it is written anew, in one transaction."""
@@ -68,7 +68,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         opened.enter_context(locked(_parts(to), _own))
         users, signature = rec.users[: options.limit], rec.signature()
         asks = {name.name: repr(getattr(options, name.name)) for name in fields(RecommenderOptions)}
-        key = key_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
+        key = digest_of(signature=signature, k=k, users=users, histories=rec.histories, by=options.by, asked=asks)
         if options.restart:
             for path in _parts(to).glob("part-*.parquet"):
                 path.unlink()
@@ -250,7 +250,7 @@ def _shown(to: str) -> str:
 
 def _parts(to: str) -> Path:
     """Return where parts wait: beside a file, and for a database in the working folder."""
-    path = Path(f"{TABLE}-{key_of(to=to)[:8]}") if "://" in to else Path(to)
+    path = Path(f"{TABLE}-{digest_of(to=to)[:8]}") if "://" in to else Path(to)
     return path.with_name(path.name + ".parts")
 
 

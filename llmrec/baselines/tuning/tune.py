@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import config_of
 from llmrec.baselines.tuning.search import Grid, borders, explore
 from llmrec.baselines.tuning.validation import (

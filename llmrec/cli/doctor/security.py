@@ -24,7 +24,7 @@ from pydantic import BaseModel, ConfigDict
 
 from llmrec.cli.doctor.packages import Finding, read_packages
 from llmrec.errors import RecipeError
-from llmrec.pipeline.claiming import LOCK
+from llmrec.pipeline.resume import LOCK
 from llmrec.recipe.pages import parsed, read_page
 
 _ADVISORIES = Path(__file__).parent / "advisories.yaml"

@@ -11,8 +11,7 @@ from llmrec.data.stats import baskets
 from llmrec.errors import RecipeError
 from llmrec.pipeline.preflight import checked_study
 from llmrec.pipeline.results import too_wide
-from llmrec.pipeline.study import Study
-from llmrec.pipeline.told import sentence, users
+from llmrec.pipeline.study import Study, sentence, users
 from llmrec.recipe.load import kind_of_page, load_benchmark, load_chat, load_recipe, load_suite
 
 

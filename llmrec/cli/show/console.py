@@ -67,7 +67,7 @@ def finish(done: Any) -> None:
 
 def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
     """Print what became of a shard, and how its job is put together; return what it says of itself."""
-    from llmrec.pipeline.shards.folders import read
+    from llmrec.pipeline.shards import read
 
     done = read(folder)
     counts = {name: f"{done.told[name]:,}" for name in ("lines", "failed", "answers", "texts") if name in done.told}

@@ -33,7 +33,7 @@ def merge(
 
 def put_together(target: Path, folders: Sequence[Path] = ()) -> None:
     """Put shards together, and print what came out."""
-    from llmrec.pipeline.shards.folders import folders_of, read
+    from llmrec.pipeline.shards import folders_of, read
 
     command = read(folders_of(target, folders)[0]).command
     if command == "eval":

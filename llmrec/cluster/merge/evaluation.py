@@ -14,11 +14,9 @@ from pathlib import Path
 
 from llmrec.backends.answers import AnswerStore
 from llmrec.errors import RecipeError
-from llmrec.pipeline.claiming import RUN
-from llmrec.pipeline.resume import locked
+from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.run import ANSWERS, Run, Session, Trained, open_session, run
-from llmrec.pipeline.shards.asking import answers_key, ask
-from llmrec.pipeline.shards.folders import SHARD, done_before, finish, gathered, shard_folder
+from llmrec.pipeline.shards import SHARD, answers_key, ask, done_before, finish, gathered, shard_folder
 from llmrec.pipeline.study import folder_of
 from llmrec.recipe.load import STORED, Overrides, as_recipe, load_stored
 from llmrec.recipe.schema import Recipe

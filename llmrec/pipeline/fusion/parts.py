@@ -40,9 +40,6 @@ FUSIONS: Mapping[Reads, str] = {
 }
 """What the row of a fusion is called, by the widest kind among its parts."""
 
-ONTO = 4
-"""Raised whenever rows are joined otherwise than before: stored rows of fusions are made anew."""
-
 NOTHING = "random"
 """The baseline that knows nothing and is no part of a fusion."""
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import polars as pl
 
-from llmrec.baselines.fits.fitting import fitted
+from llmrec.baselines.fits import fitted
 from llmrec.baselines.item_texts import LSA
 from llmrec.baselines.parameters import stops_early
 from llmrec.baselines.retrieve import FUSED

@@ -10,13 +10,12 @@ from typing import get_args
 
 from llmrec.errors import DataError
 from llmrec.evaluate.predictor import evaluate
-from llmrec.pipeline.claiming import RUN
 from llmrec.pipeline.evaluation import ResultRow, part_of
 from llmrec.pipeline.fusion.parts import FUSIONS, Recalled, Weighing, bases_of, join, weighed_by, weights_of, widest
 from llmrec.pipeline.results import Written, write_results
-from llmrec.pipeline.resume import Budget, locked
+from llmrec.pipeline.resume import RUN, Budget, locked
 from llmrec.pipeline.row_specs import protocol_of
-from llmrec.pipeline.stored_rows import finished, stored_row
+from llmrec.pipeline.runs import finished, stored_row
 from llmrec.pipeline.study import Study, build_study
 from llmrec.recipe.load import load_stored
 from llmrec.report.results import content_of

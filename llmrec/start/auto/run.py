@@ -21,8 +21,7 @@ from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import DataError, EngineFailure, ModelError
 from llmrec.pipeline import bundle as bundles
-from llmrec.pipeline.claiming import LOCK
-from llmrec.pipeline.resume import locked
+from llmrec.pipeline.resume import LOCK, locked
 from llmrec.pipeline.run import Run, run
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import as_recipe, dump, load_recipe

@@ -13,9 +13,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmrec import __version__
 from llmrec.durable import Json, write_checked, write_json
-from llmrec.pipeline.resume import key_of, read_stage
+from llmrec.fingerprint import fingerprint
+from llmrec.pipeline.resume import read_stage
+from llmrec.registry import BASELINES
 
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
@@ -88,8 +89,8 @@ def _trials(stored: Mapping[str, Any]) -> list[Done]:
 
 
 def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float) -> str:
-    """Return what trials belong to; ``data`` is the fingerprint of the split."""
-    return key_of(llmrec=__version__, data=data, baseline=baseline, fixed=fixed, reserved=reserved)
+    """Return the fingerprint of trials; ``data`` is that of the split."""
+    return fingerprint("trials", made_by=[(BASELINES, baseline)], data=data, fixed=fixed, reserved=reserved)
 
 
 def search(asked: Asked) -> None:

@@ -17,8 +17,8 @@ from llmrec.data.read.cells import write_rows
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
-from llmrec.pipeline.claiming import LOCK
-from llmrec.pipeline.resume import key_of, locked
+from llmrec.fingerprint import digest_of
+from llmrec.pipeline.resume import LOCK, locked
 from llmrec.pipeline.run import run
 from llmrec.recipe.load import as_recipe, dump, in_words, recipe_hash
 from llmrec.recipe.schema import Recipe
@@ -168,7 +168,7 @@ def _study(out: Path, base: Recipe, found: Sequence[Space], metric: str) -> optu
         direction="minimize" if lower(metric.partition("/")[2]) else "maximize",
         load_if_exists=True,
     )
-    mark = key_of(recipe=recipe_hash(base), spaces=[repr(space) for space in found], metric=metric)
+    mark = digest_of(recipe=recipe_hash(base), spaces=[repr(space) for space in found], metric=metric)
     known = study.user_attrs.get("of")
     if known is None:
         study.set_user_attr("of", mark)
@@ -359,7 +359,7 @@ class _Search:
         }
 
     def _folder(self, params: Mapping[str, Any]) -> Path:
-        return self.out / _TRIALS / key_of(**params)
+        return self.out / _TRIALS / digest_of(**params)
 
     def _tidy(self, best: Path) -> None:
         """Remove the weights of trials that are not the best."""

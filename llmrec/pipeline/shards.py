@@ -1,4 +1,4 @@
-"""Folders of shards: where they lie, what a finished one says of itself, and which ones may be put together.
+"""Shards of a job: their folders, what an evaluation shard asks, and which shards can be merged.
 
     TARGET.shards/2-of-4/            beside what the job makes: a file of rankings, a run folder, a store of features
     TARGET.shards/2-of-4/shard.json  written last: command, shard, key of all inputs, checksums of the files that count
@@ -19,7 +19,13 @@ from typing import Any, Literal, cast, get_args
 from llmrec import __version__
 from llmrec.durable import read_json, sha256_of, write_checked
 from llmrec.errors import LlmrecError
+from llmrec.fingerprint import fingerprint
+from llmrec.pipeline.engines import Engines
+from llmrec.pipeline.evaluation import Evaluation
+from llmrec.pipeline.resume import Budget
+from llmrec.recipe.schema import Recipe
 from llmrec.records import Shard
+from llmrec.results import Arm
 
 log = logging.getLogger(__name__)
 
@@ -212,3 +218,49 @@ def _same_job(first: Finished, other: Finished) -> None:
                 kind="mismatch",
                 at=other.folder,
             )
+
+
+# --------------------------------------------------------------------------- asking
+
+
+Weights = Mapping[Arm, tuple[str, str]]
+"""Of each setting the model folder, and the hash of what lies in it."""
+
+
+def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, recipe: Recipe) -> str:
+    """Return a hash over all that decides what language models answer and what is made of it."""
+    asked = evaluation.asked(weights, engines)
+    rows = [evaluation.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in asked]
+    return fingerprint("evaluate", recipe, rows=rows, batch=recipe.eval.batch)
+
+
+def ask(
+    evaluation: Evaluation,
+    weights: Weights,
+    engines: Engines,
+    shard: Shard,
+    budget: Budget,
+    *,
+    batch: int,
+    quiet: bool = False,
+) -> None:
+    """Ask language models one shard of all cases.
+
+    A row is asked whole batches of its cases, so that the same questions are put together as in one process.
+
+    Args:
+        evaluation: All rows.
+        weights: What answers.
+        engines: Where backends come from; what their store holds is not asked again.
+        shard: Which piece.
+        budget: Where seconds are booked.
+        batch: Cases handed to an engine at a time.
+        quiet: Show no progress bars.
+    """
+    for spec, engine, folder, digest in evaluation.asked(weights, engines):
+        backend = engines.get(engine, folder, digest)
+        shares = [[case.request for case in shard.share(cases, batch)] for cases in evaluation.questions(spec)]
+        with budget.stage(spec.arm), evaluation.progress(spec, shares, quiet) as bar:
+            predictor = evaluation.strategy(spec, backend, bar.advance)
+            for requests in filter(None, shares):
+                predictor.answer(requests)

@@ -1,4 +1,4 @@
-"""Keeps what expensive fits made, by a hash of all that can change it, so that another run or suite reads it back.
+"""Fits baselines, and stores expensive fits by fingerprint, so that another run or benchmark reads them back.
 
 Files are safetensors in ``fits`` of the cache folder. Where they outgrow `LIMIT`, those go first that nobody read for
 `STALE` days, and then those that save the least time for their size: one inverted matrix of a catalogue is as large as
@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import tempfile
 import time
-from collections.abc import Mapping
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from llmrec.baselines.parameters import hashes_of
+from llmrec.baselines.parameters import hashes_of, make
 from llmrec.errors import RecipeError
+from llmrec.fingerprint import fingerprint
 from llmrec.machine import versions
 from llmrec.models.load import cpu_has_bf16, has_cuda
+from llmrec.progress import Bar
 from llmrec.resources import cache_dir
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -45,24 +48,6 @@ LEAST = 2.0
 STALE = 30
 """Days without a reader after which a fit goes before all others: most are of older code, which nothing asks for."""
 
-_PACKAGE = Path(__file__).resolve().parents[2]
-# What makes a fit: a change in any of these files is another fit.
-_CODE = (
-    "baselines",
-    "systems",
-    "data/codes.py",
-    "data/described.py",
-    "data/features.py",
-    "data/hashing.py",
-    "data/split.py",
-    "evaluate/catalogue.py",
-    "index/semantic.py",
-    "metrics/ranking.py",
-    "models",
-    "backends/encode.py",
-    "backends/end_states.py",
-    "backends/segments.py",
-)
 # Parameters that say how a fit is shown.
 _SHOWN = {"quiet"}
 
@@ -84,23 +69,23 @@ class Storable(Protocol):
         ...
 
 
-def key_of(model: Any, data: SplitDataset, seed: int) -> str:
-    """Return a hash of all that can change a fit: data and split, baseline and parameters, texts, code and versions."""
+def fit_key(model: Any, data: SplitDataset, seed: int) -> str:
+    """Return the fingerprint of a fit."""
     config = model.config.model_dump(mode="json", exclude=model.AT_ANSWER | _SHOWN)
-    inputs = {
-        "name": model.name,
-        "config": config,
-        "seed": seed,
+    return fingerprint(
+        "fit",
+        modules=(type(model).__module__,),
+        name=model.name,
+        config=config,
+        seed=seed,
         # Half of the validation users, or all of them, are one fit where none of them is read.
-        "data": [data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
-        "read": hashes_of(model.name, model.config.model_dump()),
-        "bf16": cpu_has_bf16(),
+        data=[data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
+        files=hashes_of(model.name, model.config.model_dump()),
+        bf16=cpu_has_bf16(),
         # Sums are added up in another order on a GPU.
-        "cuda": "device" in config and config["device"] != "cpu" and has_cuda(),
-        "versions": {**versions(), "implicit": _version("implicit")},
-        "code": code_digest(),
-    }
-    return hashlib.sha256(json.dumps(inputs, sort_keys=True).encode()).hexdigest()
+        cuda="device" in config and config["device"] != "cpu" and has_cuda(),
+        versions={**versions(), "implicit": _version("implicit")},
+    )
 
 
 def keeps() -> bool:
@@ -185,7 +170,7 @@ def _trim(folder: Path, limit: float) -> None:
 
 
 def _path(model: Storable, key: str) -> Path:
-    return cache_dir() / "fits" / f"{model.name}-{key[:32]}.safetensors"
+    return cache_dir() / "fits" / f"{model.name}-{key}.safetensors"
 
 
 def _limit() -> float:
@@ -216,23 +201,52 @@ def _digest(state: State, seconds: str) -> str:
     return found.hexdigest()
 
 
-@cache
-def code_digest() -> str:
-    """Return a hash over the code that fits depend on."""
-    found = hashlib.sha256()
-    for part in _CODE:
-        path = _PACKAGE / part
-        for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
-            # How long fits are kept changes none of them.
-            if file == Path(__file__).resolve():
-                continue
-            found.update(file.relative_to(_PACKAGE).as_posix().encode())
-            found.update(file.read_bytes())
-    return found.hexdigest()
-
-
 def _version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+# --------------------------------------------------------------------------- fitting
+
+
+def fitted(
+    name: str,
+    parameters: Mapping[str, Any],
+    data: SplitDataset,
+    *,
+    seed: int,
+    like: Sequence[Any] = (),
+    where: str = "parameters",
+) -> Any:
+    """Return a fitted baseline: one that is kept from before, or a new one, whose log shows that the fit goes on.
+
+    Args:
+        name: Of the baseline.
+        parameters: Its parameters.
+        data: The split.
+        seed: Of the fit.
+        like: Baselines of this name that were fitted on the same data with the same seed. Where one differs only in
+            parameters that have no part in fitting, nothing is fitted again.
+        where: The key that holds the parameters, for messages.
+
+    Raises:
+        LlmrecError: If a parameter is none, or the baseline cannot be fitted to these data.
+    """
+    model = make(name, parameters, seed=seed, where=where)
+    for other in like:
+        if other.config.model_dump(exclude=model.AT_ANSWER) == model.config.model_dump(exclude=model.AT_ANSWER):
+            same = other.with_config(model.config)
+            same.recalled = 0.0
+            return same
+    key = fit_key(model, data, seed) if isinstance(model, Storable) and keeps() else None
+    if key is not None and (seconds := recall(model, key, data)) is not None:
+        model.recalled = seconds
+        return model
+    begin = time.monotonic()
+    with Bar(f"fitting {name}", None, quiet=bool(getattr(model.config, "quiet", False))):
+        model.fit(data)
+    if key is not None:
+        keep(model, key, time.monotonic() - begin)
+    return model

@@ -1,0 +1,169 @@
+"""Fingerprints: a hash of everything that can change the result of a stage, so that a stored result can be reused.
+
+A fingerprint covers the version of llmrec, the settings that affect the stage, the code that makes the result, and the
+inputs by content. Which stages a setting affects is declared where the setting is (`Affects`, `llmrec.recipe.schema`).
+The code is found by following the imports of the modules that make the result; a plug-in has a stamp of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Collection, Iterable, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from llmrec import __version__
+from llmrec.durable import Json
+from llmrec.registry import stamps
+
+Stage = Literal["data", "index", "tokens", "train", "rows", "engine", "evaluate", "augment"]
+"""``data``: tables, splits and what is read with them. ``index``: codes of items. ``tokens``: the base model with the
+tokens of an index. ``train``: the adapter. ``rows``: which rows the report has. ``engine``: what answers in a row.
+``evaluate``: the figures of a row. ``augment``: generated texts.
+
+A stage also depends on the results of those before it, which enter its fingerprint by content.
+"""
+
+_PACKAGE = Path(__file__).resolve().parent
+_TYPED = re.compile(rb"^if TYPE_CHECKING:\n(?:[ \t]+[^\n]*\n|\n)+", re.MULTILINE)
+_IMPORT = re.compile(rb"^[ \t]*(?:from (llmrec[\w.]*) import (\([^)]*\)|[^\n]*)|import (llmrec[\w.]*))", re.MULTILINE)
+_NAME = re.compile(rb"(\w+)(?: as \w+)?")
+
+
+class Affects:
+    """The stages whose results a setting can change, as metadata of its field in a section of the recipe.
+
+    On a section it holds for the fields in it that declare none. Without a stage, no result depends on a setting, or
+    what it names enters by content.
+    """
+
+    def __init__(self, *stages: Stage) -> None:
+        self.stages: frozenset[Stage] = frozenset(stages)
+
+
+def settings(
+    section: BaseModel,
+    stage: Stage,
+    *,
+    unused: Collection[str] = (),
+    inherited: Collection[Stage] | None = None,
+    at: str = "",
+) -> dict[str, Json]:
+    """Return the settings of a section that affect a stage, by name.
+
+    Args:
+        section: A section, or the whole recipe.
+        stage: The stage.
+        unused: Dotted keys that this result does not depend on, such as ``eval.shots``.
+        inherited: Stages of the fields that declare none; by default this one.
+        at: Dotted key of the section.
+    """
+    found: dict[str, Json] = {}
+    inherited = (stage,) if inherited is None else inherited
+    for name in (*type(section).model_fields, *(section.model_extra or ())):
+        key, value = f"{at}.{name}" if at else name, getattr(section, name)
+        if key in unused:
+            continue
+        stages = declared(type(section), name, inherited)
+        if isinstance(value, BaseModel):
+            if inner := settings(value, stage, unused=unused, inherited=stages, at=key):
+                found[name] = inner
+        elif stage in stages:
+            found[name] = to_jsonable_python(value)
+    return found
+
+
+def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
+    """Return the stages that a field affects; a section that gives it another default need not repeat them."""
+    for owner in section.__mro__:
+        field = getattr(owner, "model_fields", {}).get(name)
+        for metadata in field.metadata if field is not None else ():
+            if isinstance(metadata, Affects):
+                return metadata.stages
+    return inherited
+
+
+def fingerprint(
+    stage: str,
+    recipe: BaseModel | None = None,
+    /,
+    *,
+    unused: Collection[str] = (),
+    made_by: Iterable[tuple[Mapping[str, str], str]] = (),
+    modules: Iterable[str] = (),
+    **inputs: Any,
+) -> str:
+    """Return 16 hex digits over everything that can change the result of a stage.
+
+    Args:
+        stage: What is made; with a recipe one of `Stage`.
+        recipe: Its settings that affect the stage are covered.
+        unused: See `settings`.
+        made_by: Names of registry tables, such as ``(BASELINES, "ease")``: their code is covered.
+        modules: Further modules of llmrec whose code makes the result.
+        inputs: Everything else that can change the result, files by hash.
+    """
+    names = list(made_by)
+    return digest_of(
+        stage=stage,
+        llmrec=__version__,
+        settings=settings(recipe, cast("Stage", stage), unused=unused) if recipe is not None else None,
+        code=code_digest(*sorted({*modules_of(names), *modules})),
+        **stamps(names),
+        **inputs,
+    )
+
+
+def digest_of(**inputs: Any) -> str:
+    """Return 16 hex digits over values."""
+    text = json.dumps(inputs, sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------- code
+
+
+def modules_of(names: Iterable[tuple[Mapping[str, str], str]]) -> set[str]:
+    """Return the modules behind names of registry tables; none for plug-ins, which have stamps."""
+    return {table[name].partition(":")[0] for table, name in names if name in table}
+
+
+@cache
+def code_digest(*modules: str) -> str:
+    """Return a hash of the source of modules of llmrec and of all that they import of it, lazily or not."""
+    files: dict[str, bytes] = {}
+    waiting = list(modules)
+    while waiting:
+        name = waiting.pop()
+        if name not in files and (source := _source(name)) is not None:
+            files[name], imported = source
+            waiting += imported
+    found = hashlib.sha256()
+    for name, content in sorted(files.items()):
+        found.update(name.encode() + content)
+    return found.hexdigest()
+
+
+@cache
+def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
+    """Return the hash of a module's source and the names that it imports; None for what is no module.
+
+    The package itself is left out: it imports every public name when that is first asked for.
+    """
+    path = _PACKAGE.joinpath(*module.split(".")[1:])
+    path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
+    if module == "llmrec" or not module.startswith("llmrec.") or not path.is_file():
+        return None
+    content = path.read_bytes()
+    imported = list[str]()
+    for package, names, plain in _IMPORT.findall(_TYPED.sub(b"", content)):
+        base = (package or plain).decode()
+        # What is imported from a package may be one of its modules.
+        imported += [base, *(f"{base}.{name.decode()}" for name in _NAME.findall(names))]
+    return hashlib.sha256(content).digest(), tuple(imported)

@@ -1,0 +1,362 @@
+"""Examples in the report: users, items and answers, drawn by a seed and never by an answer."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import numpy as np
+import polars as pl
+
+from llmrec.baselines.parameters import stores_of
+from llmrec.data.dataset import Dataset
+from llmrec.data.features import FeatureStore
+from llmrec.data.hashing import hash64
+from llmrec.errors import LlmrecError
+from llmrec.guard import clean, cut
+from llmrec.pipeline.evaluation import ResultRow
+from llmrec.pipeline.study import Study, vectors_of
+from llmrec.prompts.template import Template
+from llmrec.records import ExampleUser, Exhibit, Nearby, Newcomer, Product, Sample, Told, User, Visit, Written
+from llmrec.results import Prediction, lower
+from llmrec.tasks.base import PAST, View
+from llmrec.tasks.family import family_of
+from llmrec.types import Case, Request, Text
+
+COUNT = 20
+"""Requests a family, or all that there are."""
+INPUT = 400
+"""Characters of an input."""
+
+
+def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
+    """Return the places of the requests to show, in the order of their seeded hash."""
+    order = np.argsort(hash64("text sample", seed, requests), kind="stable")
+    return [int(place) for place in order[:count]]
+
+
+def user_of(dataset: Dataset, user_id: str) -> User:
+    """Say whose request it is, as questions write it."""
+    return User(id=user_id, name=clean(dataset.users.get(user_id, {}).get("name", "")))
+
+
+def product_of(dataset: Dataset, item_id: str) -> Product:
+    """Say what a request is about, as questions write it."""
+    item = dataset.items[item_id]
+    fields = {clean(name): shortened(clean(value)) for name, value in item.fields.items() if clean(value)}
+    return Product(id=item_id, title=clean(item.title), fields=fields)
+
+
+def shortened(text: str, limit: int = INPUT) -> str:
+    """Return the beginning of a long text, and how long it is."""
+    return text if len(text) <= limit else f"{cut(text, limit)} … ({len(text)} characters)"
+
+
+def ranked(parsed: str) -> list[str]:
+    """Return the items of an answer that is a ranking, the first one first; nothing of any other."""
+    answer = json.loads(parsed)
+    return [str(item) for item in answer["items"]] if isinstance(answer, dict) else []
+
+
+# --------------------------------------------------------------------------- example
+
+
+_HISTORY, _LISTED = 8, 5
+
+
+def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> ExampleUser | None:
+    """Return ``example`` of results.json.
+
+    The row is the best tuned one of the first task that ranks for users, which is the sequential one where there is
+    one; without a tuned model the best row of a language model by itself, and without that the best baseline. The user
+    is drawn by the seed among those with a history, and not by how good the list is.
+
+    Args:
+        study: Its cases are those of the rows, in order.
+        rows: Finished rows.
+        headline: The metric by which rows of a family are ordered.
+
+    Returns:
+        None where no row ranks for users.
+    """
+    # In the order of tables, in which the sequential task comes first of these.
+    for family in (family for family in study.tasks if family_of(family).ranks_for_users):
+        row = _row(family, headline[family], rows)
+        if row is not None:
+            return _example(study, family, row)
+    return None
+
+
+def _row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | None:
+    own = [
+        row
+        for row in rows
+        if row.figures.task == family and metric in row.figures.metrics and row.figures.fusion is None
+    ]
+    sign = 1 if lower(metric) else -1
+
+    def order(row: ResultRow) -> tuple[bool, bool, float]:
+        value = row.figures.metrics[metric].value
+        arm = row.figures.arm
+        return arm != "tuned", arm == "baseline", float("inf") if value is None else sign * value
+
+    return min(own, key=order, default=None)
+
+
+def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
+    cases, dataset = study.cases(family), study.task_data(family).dataset
+    known = [place for place, case in enumerate(cases) if case.request.history] or list(range(len(cases)))
+    place = known[drawn([cases[each].request.id for each in known], study.recipe.seed, 1)[0]]
+    request, truth, record = cases[place].request, str(cases[place].truth), row.records[place]
+
+    def title(item: str) -> str:
+        return clean(dataset.items[item].title) if item in dataset.items else item
+
+    listed = ranked(record.parsed)[:_LISTED]
+    return ExampleUser(
+        task=family,
+        row=row.figures.id,
+        user=user_of(dataset, request.user_id),
+        history=tuple(title(event.item_id) for event in request.history[-_HISTORY:]),
+        events=len(request.history),
+        listed=tuple(map(title, listed)),
+        hit=listed.index(truth) + 1 if truth in listed else None,
+        truth=title(truth),
+        rank=record.rank,
+        pool=record.pool,
+    )
+
+
+# --------------------------------------------------------------------------- exhibits
+
+
+EXHIBITS = 8
+"""Requests a family that show what features say and change."""
+_READ = 6
+
+
+def exhibits(study: Study, rows: Sequence[ResultRow]) -> list[Exhibit]:
+    """Return ``gallery`` of results.json: what features say of a few requests, and what they change.
+
+    Of each family the first baseline that reads features is shown, beside the rows of the same baseline.
+    """
+    return [exhibit for family in study.tasks for exhibit in _exhibits(study, family, rows)]
+
+
+def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
+    named = {each.label: each for each in study.baselines(family)}
+    folders = {label: stores_of(each.name, each.parameters) for label, each in named.items()}
+    reading = [label for label, found in folders.items() if found and not named[label].parameters.get("shuffled")]
+    if not reading:
+        return
+    first, folder = named[reading[0]], next(iter(folders[reading[0]]))
+    store, cases, data = FeatureStore.open(folder), study.cases(family), study.task_data(family).dataset
+    alike = [
+        row
+        for row in rows
+        if row.figures.task == family
+        and row.figures.predictor in named
+        and named[row.figures.predictor].name == first.name
+    ]
+    seen = store.seen_by("user")
+    told = [place for place, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
+    for n in drawn([cases[place].request.id for place in told], study.recipe.seed, EXHIBITS):
+        place, request = told[n], cases[told[n]].request
+        user, item = request.user_id, str(request.item or cases[told[n]].truth)
+        pairs = sorted(each for _, each in seen.get(user, ()) if each in data.items)
+        yield Exhibit(
+            task=family,
+            request_id=request.id,
+            user=user_of(data, user),
+            item=product_of(data, item),
+            store=folder,
+            read=tuple(clean(data.items[each].title) for each in pairs[:_READ]),
+            events=len(pairs),
+            profile=shortened(clean(store.texts("user", [user]).get(user, ""), INPUT)),
+            described=shortened(clean(store.texts("item", [item]).get(item, ""), INPUT)),
+            truth=f"{truth:g}" if isinstance(truth := cases[place].truth, float) else str(truth),
+            answers={row.figures.id: _said(row.records[place], item) for row in alike},
+        )
+
+
+def _said(record: Prediction, item: str) -> str:
+    """Return an answer in a few words: a number as it is, of a ranking the place of the item."""
+    if answer := ranked(record.parsed):
+        return f"place {answer.index(item) + 1}" if item in answer else f"not among the first {len(answer)}"
+    said = json.loads(record.parsed)
+    return f"{said:.3f}" if isinstance(said, float) else "could not be read" if said is None else str(said)
+
+
+# --------------------------------------------------------------------------- samples
+
+
+# Characters of an answer that could not be read, which no task has cut.
+_RAW = 500
+_TITLES = 3
+_STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
+
+
+def text_samples(study: Study, rows: Sequence[ResultRow]) -> list[Sample]:
+    """Return ``texts`` of results.json, family by family.
+
+    Args:
+        study: Its cases are those of the rows, in order.
+        rows: Finished rows.
+
+    Returns:
+        One a request, in the order of the draw.
+    """
+    return [
+        sample for family in study.tasks if family_of(family).answer is Text for sample in _samples(study, family, rows)
+    ]
+
+
+def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Sample]:
+    cases, own = study.cases(family), [row for row in rows if row.figures.task == family]
+    view = View(study.task_data(family))
+    for place in drawn([case.request.id for case in cases], study.recipe.seed):
+        case = cases[place]
+        dataset = study.task_data(family).dataset
+        yield Sample(
+            task=family,
+            request_id=case.request.id,
+            user=user_of(dataset, case.request.user_id),
+            item=product_of(dataset, str(case.request.item)),
+            told=tuple(_told(study, family, case.request, view)),
+            truth=str(case.truth),
+            answers={row.figures.id: _answer(row.records[place]) for row in own},
+        )
+
+
+def _told(study: Study, family: str, request: Request, view: View) -> Iterator[Told]:
+    """Yield the request's context, which baselines read too, and what else some template shows."""
+    templates = study.eval_templates(family)
+    for name, text in request.context.items():
+        yield Told(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
+    dataset = study.task_data(family).dataset
+    profile = _pairs(dataset.users.get(request.user_id, {}))
+    if profile and (by := _showing(templates, {"profile"})) and "profile" not in request.context:
+        yield Told(name="profile", text=shortened(profile), by=by)
+    if request.history and (by := _showing(templates, PAST)):
+        titles = [clean(dataset.items[event.item_id].title) for event in request.history[-_TITLES:]]
+        text = f"{len(request.history)}, the last of them: {'; '.join(titles)}"
+        yield Told(name="earlier items", text=shortened(text), by=by)
+    known = view.pair(request.user_id, str(request.item))
+    for variable, name in _STATISTICS.items():
+        by = _showing(templates, {variable})
+        if by and (statistics := cast(Callable[[], Mapping[str, Any] | None], known[variable])()):
+            yield Told(name=name, text=_counted(statistics), by=by)
+
+
+def _showing(templates: Sequence[Template], names: frozenset[str] | set[str]) -> tuple[str, ...]:
+    return tuple(template.id for template in templates if names & template.names("system", "user"))
+
+
+def _counted(statistics: Mapping[str, Any]) -> str:
+    mean = f", rated about {statistics['mean']} on average" if statistics["mean"] else ""
+    return f"{statistics['count']} in training{mean}"
+
+
+def _pairs(fields: Mapping[str, str]) -> str:
+    """Write a user's fields as one line; the name stands elsewhere."""
+    found = {clean(name): clean(value) for name, value in fields.items() if name != "name"}
+    return "; ".join(f"{name}: {value}" for name, value in found.items() if value)
+
+
+def _answer(record: Prediction) -> Written:
+    """Return what was read, or why nothing was."""
+    text = json.loads(record.parsed)
+    if text is not None:
+        return Written(text=str(text))
+    return Written(text=None, error=record.error or "", raw=shortened(record.raw or "", _RAW))
+
+
+# --------------------------------------------------------------------------- newcomers
+
+
+log = logging.getLogger(__name__)
+
+LENGTH = 10
+"""Places of a list that count."""
+# Items of a family, neighbours of an item, lists of a row, and titles of a history.
+_ITEMS, _NEAR, _VISITS = 6, 4, 2
+
+
+def newcomers(study: Study, rows: Sequence[ResultRow]) -> list[Newcomer]:
+    """Return ``newcomers`` of results.json: a few of the items that the split holds out wholly.
+
+    They are drawn by the seed among those that some user is asked for, never by who finds them. Of each family that
+    ranks for users; nothing where the split has no cold items.
+    """
+    return [
+        each for family in study.tasks if family_of(family).ranks_for_users for each in _newcomers(study, family, rows)
+    ]
+
+
+def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Newcomer]:
+    data, cases = study.task_data(family), study.cases(family)
+    asked = sorted({str(case.truth) for case in cases} & data.cold)
+    if not asked:
+        return
+    chosen = [asked[place] for place in drawn(asked, study.recipe.seed, _ITEMS)]
+    own = [row for row in rows if row.figures.task == family]
+    lists = {row.figures.id: [ranked(record.parsed)[:LENGTH] for record in row.records] for row in own}
+    near = _neighbours(study, family, chosen)
+    for item in chosen:
+        places = {
+            name: [(n, found.index(item) + 1) for n, found in enumerate(each) if item in found]
+            for name, each in lists.items()
+        }
+        shown = {name: _one_a_user(found, cases)[:_VISITS] for name, found in places.items()}
+        yield Newcomer(
+            task=family,
+            item=product_of(data.dataset, item),
+            neighbours=near[item],
+            wanted=sum(str(case.truth) == item for case in cases),
+            lists={name: len(found) for name, found in places.items()},
+            visits={
+                name: tuple(_visit(study, family, cases[n], place, item) for n, place in found)
+                for name, found in shown.items()
+                if found
+            },
+        )
+
+
+def _one_a_user(found: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
+    """Leave out further lists of a user, who may be asked about several items."""
+    first = {cases[n].request.user_id: (n, place) for n, place in reversed(found)}
+    return sorted(first.values())
+
+
+def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visit:
+    dataset = study.task_data(family).dataset
+    latest = (clean(dataset.items[event.item_id].title) for event in case.request.history[-_TITLES:])
+    return Visit(
+        user=user_of(dataset, case.request.user_id),
+        latest=tuple(latest),
+        place=place,
+        wanted=str(case.truth) == item,
+    )
+
+
+def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
+    """Return the items of training that read most like each, by the recipe's text encoder; none without one."""
+    data, found = study.task_data(family), dict[str, tuple[Nearby, ...]]()
+    warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
+    shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
+    try:
+        vectors = vectors_of(shown, study.recipe.encoder)
+        likeness = vectors.of(asked) @ vectors.of(warm).T
+    except LlmrecError as error:
+        # All is measured by now, and none of it may be lost for this.
+        log.warning("new items stand without neighbours in the report: %s", error)
+        return dict.fromkeys(asked, ())
+    for item, row in zip(asked, likeness, strict=True):
+        best = np.argsort(-row, kind="stable")[:_NEAR]
+        found[item] = tuple(
+            Nearby(title=clean(data.dataset.items[warm[place]].title), cosine=float(row[place]))
+            for place in best.tolist()
+        )
+    return found

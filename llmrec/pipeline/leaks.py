@@ -1,0 +1,809 @@
+"""Looks for held-out data where it must not be: the split, profiles, candidates, fitted baselines, the item index.
+
+Every check reads what the run really used (drawn sets, stored answers), not what the code that made it promises. A
+check returns what it found; nothing here repairs anything.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain, islice, zip_longest
+from itertools import count as numbers
+from typing import Any, Literal
+
+import numpy as np
+import polars as pl
+from scipy.special import chdtrc
+
+from llmrec.baselines.fits import fitted
+from llmrec.baselines.parameters import make, stores_of
+from llmrec.data.candidates import touched
+from llmrec.data.described import NAMED
+from llmrec.data.features import FeatureStore, Pair
+from llmrec.data.split import SplitDataset, earlier, request_id
+from llmrec.guard import clean, without_item_tokens
+from llmrec.index.table import ItemIndex
+from llmrec.index.titles import shown
+from llmrec.metrics.stats import mean_ranks
+from llmrec.pipeline.indexing import build_index
+from llmrec.pipeline.row_specs import asks
+from llmrec.pipeline.study import Study, build_task, sentence, told, users
+from llmrec.prompts.template import Template
+from llmrec.recipe.schema import BaselineSection
+from llmrec.registry import is_positional
+from llmrec.tasks.direct_answers import asks_for
+from llmrec.tasks.family import Family, families, family_of
+from llmrec.tasks.pool import training_examples
+from llmrec.tasks.task import Task, Want
+from llmrec.train.branches import Branching
+from llmrec.train.reward.questions import question
+from llmrec.types import Case, Example, Message, Prompt, Request, Segment
+
+_SHOWN = 5
+# Chance of a false alarm of one statistical check.
+_ALARM = 1e-4
+_SCORED = 50
+
+
+@dataclass(frozen=True)
+class Check:
+    """One line of an audit.
+
+    Attributes:
+        name: What was looked at.
+        found: What came out, in one sentence.
+        verdict: ``leak`` fails the run; a ``notice`` is something that a reader must know.
+        examples: The first places where something was found.
+        figures: Numbers behind the sentence.
+    """
+
+    name: str
+    found: str
+    verdict: Literal["clean", "leak", "notice"] = "clean"
+    examples: tuple[str, ...] = ()
+    figures: Mapping[str, float] = field(default_factory=dict)
+
+
+def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
+    """Return a check that leaks where there is any place at all."""
+    if not places:
+        return Check(name, f"none in {looked_at}")
+    return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
+
+
+# --------------------------------------------------------------------------- the split and the users
+
+
+def training_interactions(data: SplitDataset) -> Check:
+    """Held-out pairs among training interactions, such later than the user's held-out ones, and any on cold items."""
+    train = data.train.select("user_id", "item_id", "timestamp")
+    places = [
+        f"user {user}, item {item} is held out and trained on"
+        for user, item in train.select("user_id", "item_id").iter_rows()
+        if (user, item) in data.held_out
+    ]
+    places += [
+        f"item {item} is cold, and an event of user {user} on it is learned from or shown"
+        for frame in (data.train, data.known)
+        for user, item in frame.select("user_id", "item_id").iter_rows()
+        if item in data.cold
+    ]
+    if data.cold:
+        both = set(data.valid["user_id"]) & set(data.test["user_id"])
+        places += [f"user {user} is asked about in both splits, and histories hold cold items" for user in sorted(both)]
+    if data.kind in ("leave_one_out", "last_share", "last_basket", "cold_items") and data.dataset.has_time:
+        first = pl.concat([data.valid, data.test]).group_by("user_id").agg(pl.col("timestamp").min().alias("held"))
+        late = train.join(first, on="user_id").filter(pl.col("timestamp") > pl.col("held"))
+        places += [
+            f"user {user}, item {item} is trained on and later than what is held out"
+            for user, item in late.select("user_id", "item_id").iter_rows()
+        ]
+    name, looked = f"training interactions of {data.dataset.name}", f"{len(train):,} interactions"
+    if not places and data.kind == "given" and (early := earlier(data.train, pl.concat([data.valid, data.test]))):
+        found = f"none is held out; {early:,} held-out ones are earlier than a training interaction of their user"
+        return Check(name, f"{found}: histories show what came later", "notice", figures={"earlier": early})
+    return verdict(name, looked, places)
+
+
+def profiles(data: SplitDataset) -> Check:
+    """Held-out titles in the profile texts of users, who are set aside from evaluation."""
+    name, found = f"user profiles of {data.dataset.name}", told(data)
+    if not found:
+        return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
+    places = tuple(f"user {each.user_id}: field {each.field!r} names held-out item {each.item_id}" for each in found)
+    return Check(name, sentence(data, found), "notice", places[:_SHOWN], {"users": len(users(found))})
+
+
+# --------------------------------------------------------------------------- candidates
+
+
+def candidate_sets(study: Study) -> list[Check]:
+    """Sets that lack or repeat the target, hold other items of the user, or give the target away by its place."""
+    data, sets, split = study.data, study.candidates, study.recipe.eval.split
+    if sets is None:
+        return []
+    by_user = touched(data, split)
+    lacking, repeated, taken, positions = [], [], [], []
+    for held in data.holdouts(split).of(sets.users):
+        name = request_id(held.user_id, held.item_id)
+        items = sets.sets.get(name, ())
+        if held.item_id not in items:
+            lacking.append(f"request {name}")
+        else:
+            positions.append(items.index(held.item_id))
+        repeated += [f"request {name}: {item}" for item, times in Counter(items).items() if times > 1]
+        taken += [f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]]
+    looked = f"{len(sets.sets):,} candidate sets"
+    if study.recipe.eval.candidates.kind == "retrieved":
+        # Without the target, or with what the user takes later, a retriever's set is as it would be in use.
+        found = len(sets.sets) - len(lacking)
+        about = [Check("retrieved sets", f"{found:,} of {len(sets.sets):,} hold the target, which bounds HR over them")]
+    else:
+        about = [
+            verdict("candidate sets without the target", looked, lacking),
+            verdict("negatives that the user interacted with", looked, taken),
+        ]
+    return [
+        *about,
+        verdict("candidates that stand twice", looked, repeated),
+        _placed(positions, sets.count),
+        _ordered(study, sets.sets),
+    ]
+
+
+def _placed(positions: Sequence[int], count: int) -> Check:
+    """Chi-square of the target's position against the uniform distribution."""
+    name = "position of the target among its candidates"
+    if len(positions) < 5 * count:
+        return Check(name, f"not tested: {len(positions)} sets are too few for {count} positions", "notice")
+    seen = np.bincount(positions, minlength=count)
+    expected = len(positions) / count
+    statistic = float(((seen - expected) ** 2 / expected).sum())
+    p = float(chdtrc(count - 1, statistic))
+    figures = {"chi2": statistic, "p": p}
+    if p < _ALARM:
+        return Check(
+            name, f"not uniform: p = {p:.2g}", "leak", (f"position {int(seen.argmax()) + 1} most often",), figures
+        )
+    return Check(name, f"uniform: p = {p:.2g} over {len(positions):,} sets", figures=figures)
+
+
+def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
+    """Whether stored orders follow popularity or ids: mean rank correlation, zero for shuffled sets."""
+    counts = dict(study.data.train.group_by("item_id").len().iter_rows())
+    ids = {item: place for place, item in enumerate(sorted(study.data.dataset.items))}
+    name, figures = "order of the candidates", {}
+    for what, key in (("popularity", counts), ("item ids", ids)):
+        values = [np.array([key.get(item, 0) for item in items], dtype=float) for items in sets.values()]
+        found = [_correlation(value) for value in values if len(value) > 2 and np.ptp(value) > 0]
+        if not found:
+            continue
+        mean, error = float(np.mean(found)), float(np.std(found) / np.sqrt(len(found)) + 1e-9)
+        figures[what] = mean
+        if abs(mean) > max(5 * error, 0.05):
+            return Check(name, f"follows {what}: mean rank correlation {mean:+.2f}", "leak", (), figures)
+    shown = ", ".join(f"{value:+.3f} with {what}" for what, value in figures.items())
+    return Check(name, f"shuffled: mean rank correlation {shown}", figures=figures)
+
+
+def _correlation(values: np.ndarray[Any, Any]) -> float:
+    # Equal values share a rank: in the order of their places they would follow it by themselves.
+    return float(np.corrcoef(mean_ranks(values), np.arange(len(values)))[0, 1])
+
+
+def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
+    """Rows of one table that were given different candidates, and answers that rank what was not asked."""
+    unequal, foreign = [], []
+    item_answers = [name for name, family in families().items() if family.answers_with_items]
+    for family in item_answers:
+        digests = {row["id"]: row.get("candidates") for row in rows if row["task"] == family}
+        if len(set(digests.values())) > 1:
+            unequal += [f"{row}: {digest}" for row, digest in digests.items()]
+    sets = {**(study.candidates.sets if study.candidates else {}), **(study.aligned.sets if study.aligned else {})}
+    ranked = predictions.filter(pl.col("task").is_in(item_answers) & pl.col("error").is_null())
+    for row, request, parsed in ranked.select("row_id", "request_id", "parsed").iter_rows():
+        items = json.loads(parsed)["items"] if parsed and parsed != "null" else []
+        if request in sets and not set(items) <= set(sets[request]):
+            foreign.append(f"{row}, request {request}")
+    asked: dict[str, set[str]] = defaultdict(set)
+    for row, request in predictions.select("row_id", "request_id").iter_rows():
+        asked[row].add(request)
+    by_family: dict[str, dict[str, frozenset[str]]] = defaultdict(dict)
+    for row in rows:
+        by_family[row["task"]][row["id"]] = frozenset(asked[row["id"]])
+    different = [
+        f"{family}: {row}" for family, seen in by_family.items() if len(set(seen.values())) > 1 for row in seen
+    ]
+    return [
+        verdict("rows of one table with unequal candidates", f"{len(rows)} rows", unequal),
+        verdict("rows of one table with unequal requests", f"{len(rows)} rows", different),
+        verdict("ranked items that were no candidates", f"{len(ranked):,} answers", foreign),
+    ]
+
+
+# --------------------------------------------------------------------------- what was fitted
+
+
+def redrawn(
+    data: SplitDataset, split: str, seed: int = 1, toward: Mapping[str, Sequence[str]] | None = None
+) -> SplitDataset:
+    """Return the data with a split's held-out items, ratings and texts drawn anew; all else stays as it is.
+
+    Items are drawn from the catalogue: dealing the same items out among other users would leave every count of items as
+    it was, and miss a prior that counted them.
+
+    Args:
+        data: The split data.
+        split: ``valid`` or ``test``.
+        seed: Of the draw.
+        toward: Some users' held-out items are drawn from these.
+    """
+    rng, items, ratings = np.random.default_rng(seed), sorted(data.dataset.items), data.train["rating"].drop_nulls()
+    parts, pools = {"valid": data.valid, "test": data.test}, toward or {}
+    frame = parts[split]
+    found = [items[place] for place in rng.integers(len(items), size=len(frame))]
+    for row, user in enumerate(frame["user_id"]):
+        if pool := pools.get(user):
+            found[row] = pool[int(rng.integers(len(pool)))]
+    stars = frame["rating"].to_list()
+    if len(ratings):
+        drawn = ratings.gather(rng.integers(len(ratings), size=len(frame))).to_list()
+        stars = [None if old is None else new for old, new in zip(stars, drawn, strict=True)]
+    texts = [None if text is None else f"redrawn {row}" for row, text in enumerate(frame["text"])]
+    parts[split] = frame.with_columns(
+        pl.Series("item_id", found, pl.String).cast(frame["item_id"].dtype),
+        pl.Series("rating", stars, pl.Float64),
+        pl.Series("text", texts, frame["text"].dtype),
+    )
+    held = frozenset(pl.concat([*parts.values()]).select("user_id", "item_id").iter_rows())
+    names = data.train.columns
+    whole = pl.concat([part.select(names) for part in (data.train, data.known, *parts.values())])
+    dataset = replace(data.dataset, interactions=whole)
+    return replace(data, dataset=dataset, valid=parts["valid"], test=parts["test"], held_out=held)
+
+
+def baselines(study: Study) -> Check:
+    """Whether a baseline's answers move when only the interactions that are evaluated change: it learned from them."""
+    # A baseline of two families that read the same data is fitted once for both.
+    asked: dict[tuple[int, str], list[str]] = defaultdict(list)
+    made = {}
+    for family in study.tasks:
+        for baseline in study.baselines(family):
+            asked[(id(study.task_data(family)), baseline.label)].append(family)
+            made[baseline.label] = baseline
+    places: list[str] = []
+    others: dict[int, SplitDataset] = {}
+    for (number, name), asking in asked.items():
+        data = study.task_data(asking[0])
+        if (seen := _seen(made[name])) or number not in others:
+            # A baseline refuses features that have seen what is held out, and that is no change of an answer.
+            others[number] = redrawn(data, study.recipe.eval.split, toward=_unseen(data, seen))
+        asked_of = [[case.request for case in study.cases(family)[:_SCORED]] for family in asking]
+        # What the run fitted may be kept. Another number of threads may have rounded it otherwise: no leak.
+        first = fitted(made[name].name, made[name].parameters, data, seed=study.recipe.seed)
+        answers, others_answers = (
+            [*map(each.answer, asked_of)] for each in (first, _anew(study, made[name], others[number]))
+        )
+        if answers != others_answers and first.recalled:
+            answers = [*map(_anew(study, made[name], data).answer, asked_of)]
+        places += [
+            f"{family}/{name}" for family, one, two in zip(asking, answers, others_answers, strict=True) if one != two
+        ]
+    count = sum(map(len, asked.values()))
+    return verdict("baselines that learned from held-out interactions", f"{count} fitted baselines", sorted(places))
+
+
+def _anew(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:
+    predictor = make(baseline.name, baseline.parameters, seed=study.recipe.seed)
+    predictor.fit(data)
+    return predictor
+
+
+def _seen(baseline: BaselineSection) -> frozenset[Pair]:
+    """Return the interactions that the texts of a baseline's features have seen."""
+    stores = stores_of(baseline.name, baseline.parameters)
+    return frozenset().union(*(FeatureStore.open(folder).seen() for folder in stores))
+
+
+def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
+    """Return what users' texts have not seen, for the users whose texts have seen anything."""
+    read: dict[str, set[str]] = defaultdict(set)
+    for user, item in seen:
+        read[user].add(item)
+    items = sorted(data.dataset.items)
+    return {user: rest for user, known in read.items() if (rest := [item for item in items if item not in known])}
+
+
+def feature_texts(study: Study) -> Check | None:
+    """Whether a text among the features that baselines read has seen a held-out interaction; None without features."""
+    stores = {
+        folder: family
+        for family in study.tasks
+        for baseline in study.baselines(family)
+        for folder in stores_of(baseline.name, baseline.parameters)
+    }
+    if study.recipe.data.texts is not None:
+        stores.setdefault(study.recipe.data.texts.path, next(iter(study.tasks)))
+    if not stores:
+        return None
+    places, rows = [], 0
+    for folder, family in sorted(stores.items()):
+        data = study.task_data(family)
+        seen = FeatureStore.open(folder, split=data.readable).seen()
+        places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
+        rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
+    found = verdict("texts of features that have seen held-out interactions", f"{len(stores)} stores", places)
+    told_too = f"{found.found}; {rows:,} training rows were seen too, which hosts leave out"
+    return replace(found, found=told_too, figures={"training_rows_seen": float(rows)})
+
+
+def item_index(study: Study) -> Check | None:
+    """Whether the codes of items move when only held-out interactions change: the invariance gate.
+
+    The index is built again after the items of all held-out interactions were drawn anew, and must be the same bytes.
+    """
+    section, index = study.recipe.index, study.index
+    if section is None or index is None:
+        return None
+    name = "item index that learned from held-out interactions"
+    if section.scheme == "external":
+        return Check(name, "not tested: its codes come from a file, and how they were made is not known", "notice")
+    other = study.data
+    for split in ("valid", "test"):
+        other = redrawn(other, split)
+    again = build_index(section, other, seed=study.recipe.seed)
+    if again.digest != index.digest:
+        # The index may have been read back from where another number of threads rounded otherwise.
+        index = build_index(section, study.data, seed=study.recipe.seed, fresh=True)
+    if again.digest == index.digest:
+        return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
+    moved = [f"item {item}" for item, pieces in index.codes.items() if again.codes.get(item) != pieces]
+    found = f"{len(moved):,} of {len(index.codes):,} codes move with them" if moved else "its codebooks move with them"
+    return Check(name, found, "leak", tuple(moved[:_SHOWN]))
+
+
+# --------------------------------------------------------------------------- rows
+
+
+# A text this short ("good", "love it") is written by many people about many things.
+_TELLING = 24
+# Of longer texts the beginning is looked for: prompts cut them.
+_TEXT = 120
+# How a template names the one item that it asks about.
+_TITLES, _CODES = re.compile(r"\bitem\.title\b"), re.compile(r"\bitem(?:\.code|_id)\b")
+# Rows of a family and requests that are made again from other held-out data.
+_ROWS, _REQUESTS = 5000, 200
+
+
+class _Secrets:
+    """What must not be shown about a user: titles and texts of what is held out, less what training tells anyway.
+
+    With an index, for templates that write codes, it is codes and not titles.
+    """
+
+    def __init__(self, data: SplitDataset, index: ItemIndex | None = None) -> None:
+        items = data.dataset.items
+        written = data.dataset.titles if index is None else {item: clean(index.encode(item)) for item in items}
+        self._written, self._coded = written, index is not None
+
+        def parts(user: str, item: str, text: str | None) -> list[str]:
+            review = data.dataset.reviews.get((user, item))
+            told = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
+            return [clean(part, len(part)) for part in told]
+
+        known: dict[str, set[str]] = defaultdict(set)
+        wrote: dict[str, list[str]] = defaultdict(list)
+        for frame in (data.train, data.known):
+            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
+                known[user].add(written[item])
+                wrote[user] += parts(user, item, text)
+        self.titles: dict[str, dict[str, str]] = defaultdict(dict)
+        self.texts: dict[str, dict[str, str]] = defaultdict(dict)
+        for frame in (data.valid, data.test):
+            for user, item, text in frame.select("user_id", "item_id", "text").iter_rows():
+                title = written[item]
+                if title not in known[user]:
+                    self.titles[user][title] = item
+                for whole in parts(user, item, text):
+                    said = whole[:_TEXT]
+                    # Some write the same sentences about everything: what training tells is no secret.
+                    if len(said) >= _TELLING and not any(said in earlier for earlier in wrote[user]):
+                        self.texts[user][said] = item
+
+    def shown(self, user: str, segments: Iterable[Segment], drawn: Mapping[str, int] | None = None) -> Iterator[str]:
+        """Yield each held-out item of a user that data segments show, by its whole title or by its text.
+
+        Args:
+            user: Whose items.
+            segments: What is shown.
+            drawn: Titles that stand there as drawn negatives, and how often they may.
+        """
+        titles, written, left = self.titles.get(user, {}), self.texts.get(user, {}), Counter(drawn)
+        for segment in segments:
+            if segment.kind == "text":
+                continue
+            said = clean(segment.text)
+            if said in titles and left[said] <= 0:
+                yield f"user {user}, title of held-out item {titles[said]}"
+            left[said] -= 1
+            yield from (
+                f"user {user}, text about held-out item {item}" for text, item in written.items() if text in said
+            )
+
+    def negatives(self, example: Example, template: Template) -> Mapping[str, int]:
+        """Return the titles of a row's drawn negatives, and how often they may stand in its question.
+
+        Each may as often as the candidate that is named least, or as a template about one item names it: a held-out
+        item that is in the history too, or in a hint, stands there once more. A question that lists no candidates and
+        asks about no item shows none: what is rejected stands in other answers.
+        """
+        texts = self.drawn(example)
+        if not texts or not (family_of(example.task).lists or asks_for(template) == "yes"):
+            return {}
+        if asks_for(template) == "yes":
+            mention = _CODES if self._coded else _TITLES
+            often = len(mention.findall(template.system)) + len(mention.findall(template.user))
+        else:
+            named = Counter(clean(segment.text) for segment in _segments(example.messages) if segment.kind != "text")
+            listed = texts + Counter(self._written[item] for _, item in example.pairs[-1:])
+            # One that is cut, or written otherwise to forge nothing, is not found, and says nothing of the others.
+            often = min((named[text] // times for text, times in listed.items() if named[text]), default=0)
+        return {text: times * often for text, times in texts.items()}
+
+    def drawn(self, example: Example) -> Counter[str]:
+        """Return the titles of a row's drawn negatives, and how often each was drawn."""
+        return Counter(self._written[item] for item in example.negatives)
+
+
+def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> Iterator[Segment]:
+    for message in messages:
+        yield from message.segments
+    yield from answer
+
+
+def training_rows(study: Study, family: str, count: int) -> Check:
+    """Held-out pairs in the training rows of a family: those that a row declares, and those that its text shows.
+
+    A held-out item may be a negative, since it is drawn without knowing that it is held out: see `rows_drawn_again`.
+    It may stand nowhere else.
+    """
+    data = study.task_data(family)
+    both = [study.data, *([study.reviews] if study.reviews else [])]
+    held = frozenset().union(*(each.held_out for each in both))
+    index = study.codes(family)
+    titles, codes = _Secrets(data), _Secrets(data, index) if index is not None else None
+    coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
+    places = []
+    for example in _drawn(study, study.training_tasks[family], count):
+        template = study.templates[family][example.template.rpartition("/")[2]]
+        places += [f"row {example.id}: pair {pair}" for pair in example.pairs if pair in held]
+        shows_ids = "item_id" in template.names("system", "user", "lead", "target")
+        if codes is not None and (template.writes_codes or (coded_ids and shows_ids)):
+            places += [f"row {example.id}: {what}" for what in _told(example, codes, template)]
+        if codes is None or template.writes_titles or not template.writes_codes:
+            places += [f"row {example.id}: {what}" for what in _told(example, titles, template)]
+    return verdict(f"training rows of {family}", f"{count:,} rows", places)
+
+
+def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
+    """Yield the first rows of a task's stream, and as many of those that share a history where rows are packed."""
+    section = study.recipe.train
+    if section.reward is not None:
+        template = task.eval_templates[0]
+        yield from (question(task, case, template) for case in islice(task.training_cases(), count))
+        return
+    yield from islice(training_examples(task, section.examples, study.training_seed), count)
+    if section.packing == "tree" and section.examples is None and isinstance(task, Branching) and task.branches:
+        yield from islice(_branching(task, sorted(study.data.users())), count)
+
+
+def _branching(task: Branching, users: Sequence[str]) -> Iterator[Example]:
+    for number in numbers():
+        found = [row for user in users if (row := task.branch(number, user)) is not None]
+        if not found:
+            return
+        yield from found
+
+
+def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[str]:
+    question = tuple(_segments(example.messages))
+    yield from secrets.shown(example.user_id, question, secrets.negatives(example, template))
+    yield from secrets.shown(example.user_id, example.answer)
+    # Texts that are rejected were written by others, who may have written the same.
+    if family_of(example.task).answers_with_items:
+        rejected = [Segment("target", text) for text in example.rejected]
+        yield from secrets.shown(example.user_id, rejected, secrets.drawn(example))
+
+
+def questions(study: Study, family: str) -> Check:
+    """Whether a question shows its own answer: in the history, a profile, or anywhere in the rendered prompt."""
+    cases, places = study.cases(family), []
+    titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
+    for case in cases:
+        request, truth = case.request, str(case.truth)
+        if family_of(family).ranks_for_users and any(event.item_id == truth for event in request.history):
+            places.append(f"request {request.id}: the history holds the target")
+        places += [f"request {request.id}: {what}" for what in _answers_itself(study, family, case, titles)]
+        if request.item is not None and any(event.item_id == request.item for event in request.history):
+            places.append(f"request {request.id}: the history holds the item that is asked about")
+    names = ", ".join(template.name for template in study.eval_templates(family))
+    return verdict(f"questions of {family}", f"{len(cases):,} requests ({names})", places)
+
+
+def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
+    """Yield the templates whose prompt shows the answer; ``titles``: the catalogue's, where it is an item."""
+    data, request = study.task_data(family), case.request
+    own = family_of(family)
+    ranked = own.answers_with_items
+    secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_TEXT]
+    # A review may well hold the words of its headline: reading them there is the task.
+    if own.quotes or (not ranked and len(secret) < _TELLING):
+        return
+    # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
+    if not ranked and any(secret in clean(event.text or "") for event in request.history):
+        return
+    others = {data.dataset.titles[event.item_id] for event in request.history}
+    for template in study.eval_templates(family):
+        asked = request
+        if own.lists and asks_for(template) == "yes":
+            if (other := _other_than(case, data)) is None:
+                continue
+            asked = replace(request, candidates=(other,))
+        prompt = study.tasks[family].prompt(asked, template=template.name)
+        # Among the candidates the answer stands as it must.
+        listed = asked.candidates is not None and str(case.truth) in asked.candidates and own.lists
+        codes, shows_titles = _secret_forms(own, template)
+        index = study.codes(family)
+        if codes and not listed and index is not None:
+            code = clean(index.encode(str(case.truth)))
+            if any(
+                s.kind != "text" and clean(s.text) == code for s in _segments(prompt.messages, prompt.answer_prefix)
+            ):
+                yield f"the prompt of {template.id} shows the answer"
+        if not shows_titles:
+            continue
+        for segment in _segments(prompt.messages, prompt.answer_prefix):
+            if segment.kind == "text":
+                continue
+            said = clean(segment.text)
+            if said in others or (listed and said == secret):
+                continue  # a namesake in the history
+            # A title may be part of another ("Alien", "Aliens"); in any other text it is named.
+            if said == secret or (said not in titles and len(secret) >= NAMED and secret in said):
+                yield f"the prompt of {template.id} shows the answer"
+                break
+
+
+def _other_than(case: Case, data: SplitDataset) -> str | None:
+    """Return a candidate that is not called what the answer is: asked about it, a prompt must not name the answer."""
+    titles, truth = data.dataset.titles, str(case.truth)
+    return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
+
+
+def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
+    """Say whether the answer's code and whether its title must not stand in a prompt of a template."""
+    if family.candidates == "items":
+        # The question shows the one form, and the other one is the answer.
+        return template.answers_with_code, not template.answers_with_code
+    return template.writes_codes, template.writes_titles or not template.writes_codes
+
+
+def shots(study: Study, family: str) -> Check:
+    """Held-out pairs in the few-shot examples of the evaluated requests."""
+    recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
+    places: list[str] = []
+    secrets, cases = _Secrets(data), study.cases(family)
+    for case in cases:
+        for window in task.draw_shots(case.request, recipe.eval.shots.k).windows:
+            places += [
+                f"request {case.request.id}: example of user {window.user_id} shows held-out item {event.item_id}"
+                for event in window.events
+                if (window.user_id, event.item_id) in data.held_out
+            ]
+            told = [Segment("item", event.text) for event in window.events if event.text]
+            places += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, told)]
+    return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", places)
+
+
+# --------------------------------------------------------------------------- made again from other held-out data
+
+
+def rows_drawn_again(study: Study, family: str, count: int) -> Check:
+    """Training rows that move with held-out interactions: in words, in order, or in what is drawn as a negative."""
+    made, count = study.training_tasks[family], min(count, _ROWS)
+    toward = _toward(study, family, map(_shown, _drawn(study, made, count)))
+    other = _again(study, family, toward, study.training_seed)
+    pairs = zip_longest(_drawn(study, made, count), _drawn(study, other, count))
+    places = [f"row {(one or two).id}" for one, two in pairs if one != two]
+    return verdict(f"training rows of {family} that depend on held-out interactions", f"{count:,} rows", places)
+
+
+def validation_rows_drawn_again(study: Study, family: str) -> Check:
+    """Rows that validation losses are computed on, and that move with test interactions, which no choice may see."""
+    limit = study.recipe.train.valid_rows // max(len(study.tasks), 1)
+    rows = list(study.tasks[family].examples("valid", limit))
+    toward = _toward(study, family, map(_shown, rows))
+    other = _again(study, family, toward, study.recipe.seed, splits=("test",)).examples("valid", limit)
+    places = [f"row {(one or two).id}" for one, two in zip_longest(rows, other) if one != two]
+    return verdict(f"validation rows of {family} that depend on test interactions", f"{len(rows):,} rows", places)
+
+
+def shots_drawn_again(study: Study, family: str) -> Check:
+    """Few-shot examples that move with held-out interactions; requests keep their ids, histories and candidates."""
+    task, shots = study.tasks[family], study.recipe.eval.shots.k
+    asked = [way for case in study.cases(family)[:_REQUESTS] for way in _ways(study, family, case.request)]
+    made = [_prompt(task, way, shots) for way in asked]
+    told = [
+        (window.user_id, _segments(prompt.messages), ())
+        for (request, *_), prompt in zip(asked, made, strict=True)
+        for window in task.draw_shots(request, shots).windows
+    ]
+    other = _again(study, family, _toward(study, family, told), study.recipe.seed)
+    places = [
+        f"request {way[0].id}: the prompt of {way[1].id}"
+        for way, prompt in zip(asked, made, strict=True)
+        if _prompt(other, way, shots) != prompt
+    ]
+    name = f"few-shot examples of {family} that depend on held-out interactions"
+    return verdict(name, f"{len(asked):,} prompts", places)
+
+
+def positions_drawn_again(study: Study, family: str) -> Check | None:
+    """Questions that measure what a position adds, and move with held-out interactions; None: none are asked."""
+    section = study.recipe.eval
+    if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
+        return None
+    made = study.tasks[family].questions(section.debias_questions)
+    toward: dict[str, list[str]] = defaultdict(list)
+    for request in made:
+        toward[request.user_id] += request.candidates or ()
+    again = _again(study, family, toward, study.recipe.seed).questions(section.debias_questions)
+    places = [f"question {one.id}" for one, two in zip(made, again, strict=True) if one != two]
+    name = f"position questions of {family} that depend on held-out interactions"
+    return verdict(name, f"{len(made):,} questions", places)
+
+
+_Way = tuple[Request, Template, Want]
+
+
+def _ways(study: Study, family: str, request: Request) -> Iterator[_Way]:
+    """Yield how evaluation asks a request: with every template, about all candidates and about one."""
+    for template in study.eval_templates(family):
+        one, asks = replace(request, candidates=(request.candidates or ())[:1]), asks_for(template)
+        if not family_of(family).lists:
+            yield request, template, "one"
+        elif asks == "yes":
+            yield one, template, "yes"
+        else:
+            yield request, template, "one"
+            if asks == "label" and "pointwise-yes" in study.section(family).strategies:
+                yield one, template, "yes"
+
+
+def _prompt(task: Task, way: _Way, shots: int) -> Prompt:
+    request, template, want = way
+    if want == "one":
+        return task.prompt(request, template=template.name, shots=shots)
+    return task.prompt(request, template=template.name, shots=shots, want=want)
+
+
+def _shown(row: Example) -> tuple[str, Iterable[Segment], Iterable[str]]:
+    return row.user_id, _segments(row.messages, row.answer), row.negatives
+
+
+def _again(
+    study: Study, family: str, toward: Mapping[str, Sequence[str]], seed: int, splits: Sequence[str] = ("valid", "test")
+) -> Task:
+    """Return a family's task over data whose held-out interactions are others; candidates and codes stay."""
+    own = study.task_data(family).dataset.items
+
+    def other(data: SplitDataset) -> SplitDataset:
+        for split in splits:
+            # Another table has users and items of its own.
+            data = redrawn(data, split, toward=toward if data.dataset.items is own else None)
+        return data
+
+    reviews = None if study.reviews is None else other(study.reviews)
+    changed = replace(study, data=other(study.data), reviews=reviews)
+    return build_task(changed, family, study.section(family), study.templates[family], seed)
+
+
+def _toward(
+    study: Study, family: str, told: Iterable[tuple[str, Iterable[Segment], Iterable[str]]]
+) -> Mapping[str, Sequence[str]]:
+    """Return by user the items that are named to it and that it has not had in training.
+
+    These are what held-out items are drawn among: a row whose negatives are no held-out items moves if one of them
+    becomes one. Drawn from the whole catalogue, another held-out item would seldom be one that a row could show.
+
+    Args:
+        study: The run's.
+        family: Whose rows or prompts.
+        told: Users with what is shown of them, and items that are known to be shown.
+    """
+    data, index = study.task_data(family), study.codes(family)
+    items: dict[str, set[str]] = defaultdict(set)
+    for item, title in data.dataset.titles.items():
+        for text in (title, clean(item), *([clean(index.encode(item))] if index is not None else [])):
+            items[text].add(item)
+    trained: dict[str, set[str]] = defaultdict(set)
+    for user, item in data.train.select("user_id", "item_id").iter_rows():
+        trained[user].add(item)
+    found: dict[str, set[str]] = defaultdict(set)
+    for user, segments, known in told:
+        named = (items.get(clean(segment.text), set()) for segment in segments if segment.kind != "text")
+        found[user] |= set(known).union(*named) - trained[user]
+    return {user: sorted(names) for user, names in found.items() if names}
+
+
+# --------------------------------------------------------------------------- alignment
+
+
+FAMILY = "alignment"
+
+
+def alignment_checks(study: Study, count: int) -> Iterator[Check]:
+    """Yield the checks of the alignment task, none where a study does not have it.
+
+    Args:
+        study: What was run.
+        count: How many training rows were drawn.
+    """
+    if study.held is None:
+        return
+    task = study.tasks[FAMILY]
+    held = study.held.items
+    secrets = _Pairs(study, held)
+    if FAMILY in study.shares:
+        rows = islice(study.training_examples(FAMILY), count)
+        places = [f"row {row.id}: {what}" for row in rows for what in secrets.shown(row)]
+        yield verdict("held-out items in training rows of alignment", f"{count:,} rows", places)
+    cases = study.cases(FAMILY)
+    if asks(study.recipe, FAMILY, "few-shot"):
+        shots = study.recipe.eval.shots.k
+        drawn = (
+            (case, event) for case in cases for w in task.draw_shots(case.request, shots).windows for event in w.events
+        )
+        places = [f"request {case.request.id}: item {event.item_id}" for case, event in drawn if event.item_id in held]
+        yield verdict("held-out items in few-shot examples of alignment", f"{len(cases):,} requests", places)
+    part = set(study.held.part(study.recipe.eval.split))
+    yield verdict("alignment candidates", f"{len(cases):,} sets", [w for case in cases for w in _wrong(case, part)])
+
+
+class _Pairs:
+    """Titles and codes of held-out items."""
+
+    def __init__(self, study: Study, held: frozenset[str]) -> None:
+        self._held = held
+        items, index = study.data.dataset.items, study.index
+        self._titles = {item: shown(item, items[item]) for item in held}
+        self._items = {_line(index.encode(item)): item for item in held} if index is not None else {}
+
+    def shown(self, row: Example) -> Iterator[str]:
+        """Yield the held-out items that a row declares, or shows by code and title."""
+        yield from (f"item {item}" for _, item in row.pairs if item in self._held)
+        segments = chain(*(message.segments for message in row.messages), row.answer)
+        said = {_line(segment.text) for segment in segments if segment.kind != "text"}
+        # A code of digits may equal a year by chance, so that it alone means nothing.
+        for item in sorted(self._items[text] for text in said & self._items.keys()):
+            if self._titles[item] in said:
+                yield f"code and title of item {item}"
+
+
+def _line(text: str) -> str:
+    return without_item_tokens(clean(text)).strip()
+
+
+def _wrong(case: Case, part: set[str]) -> Iterator[str]:
+    """Yield what is wrong with a set of candidates: each holds the answer, and nothing but items that can be one."""
+    candidates, name = case.request.candidates or (), case.request.id
+    if case.truth not in candidates:
+        yield f"request {name}: the answer is missing"
+    yield from (f"request {name}: {item} stands twice" for item, n in Counter(candidates).items() if n > 1)
+    yield from (f"request {name}: {item} is never an answer" for item in candidates if item not in part)
+    if case.request.item is not None:
+        yield f"request {name}: it names the answer"

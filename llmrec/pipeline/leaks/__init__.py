@@ -1,1 +1,0 @@
-"""What the audit looks at: splits, candidates and fitted models; rows, examples and prompts; the alignment task."""

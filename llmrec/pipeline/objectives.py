@@ -1,0 +1,396 @@
+"""Training objectives of a recipe: targets of rows, rewards of rollouts, and the validation metric of a judge."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from llmrec import processes
+from llmrec.backends.encode import Encoder, TokenRow
+from llmrec.backends.hf.backend import HFBackend
+from llmrec.baselines.fits import fitted
+from llmrec.baselines.parameters import stops_early
+from llmrec.data.split import halves
+from llmrec.errors import DataError, RecipeError
+from llmrec.evaluate.figures import EvalProtocol
+from llmrec.evaluate.predictor import evaluate
+from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt
+from llmrec.pipeline.fusion.parts import (
+    FUSIONS,
+    NOTHING,
+    Recalled,
+    Weighing,
+    bases_of,
+    fusible,
+    join,
+    kind_of,
+    reads_of,
+    widest,
+)
+from llmrec.pipeline.row_specs import protocol_of
+from llmrec.pipeline.study import Study, build_task, draw_sets
+from llmrec.recipe.schema import RewardSection
+from llmrec.registry import BASELINES, lookup, options_of
+from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.tasks.cases import of_first_users
+from llmrec.tasks.family import family_of
+from llmrec.tasks.rating import RatingTask, learned_only
+from llmrec.tasks.rows import Listwise
+from llmrec.tasks.task import Task
+from llmrec.train.batches import Classes, Labels, plan
+from llmrec.train.listwise import common
+from llmrec.train.reward.questions import question
+from llmrec.train.reward.rewards import Rewards, closing_of
+from llmrec.train.steps import Plan
+from llmrec.types import Case, CatalogueScorer, Predictor, Probability, Ranking, Rating, Request
+
+if TYPE_CHECKING:
+    from llmrec.decode.token_tree import Catalogue
+    from llmrec.train.reward.objective import RewardObjective
+
+
+def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
+    """Return what puts classes in place of target tokens, where the recipe trains a rating head.
+
+    Raises:
+        RecipeError: If the model is an encoder-decoder.
+    """
+    rating = study.recipe.tasks.rating
+    if rating is None or rating.head is None:
+        return None
+    if paired:
+        raise RecipeError(
+            f"tasks.rating.head: {study.recipe.model.name} is an encoder-decoder, and a head reads the states of a "
+            "decoder alone; drop the section and 'head' from tasks.rating.strategies, or choose another model",
+            kind="unsupported",
+            column="tasks.rating.head",
+        )
+    task = study.tasks["rating"]
+    assert isinstance(task, RatingTask)
+    if other := [template.id for template in task.training_templates if learned_only(template)]:
+        raise RecipeError(
+            f"tasks.rating.templates: {other[0]} is answered by yes or no, and tasks.rating.head learns ratings alone; "
+            "leave it out, or drop the head",
+            kind="contradiction",
+            column="tasks.rating.templates",
+        )
+    return Classes(encoder, task.scale)
+
+
+def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
+    """Return how training rows are learned as lists, of candidates or from preference, where the recipe says so.
+
+    Raises:
+        RecipeError: If they cannot be.
+    """
+    tasks, recipe = {family: study.training_tasks[family] for family in study.shares}, study.recipe
+    refused = recipe.model.name if paired else None
+    found = common(tasks, preference=recipe.train.preference is not None, paired=refused)
+    if found is not None and recipe.train.exits:
+        raise RecipeError(
+            "train.exits: a loss over candidates stands after the last layer alone; set tasks.<family>.loss=answer, "
+            "train.preference=null, or drop the key",
+            kind="contradiction",
+            column="train.exits",
+        )
+    if recipe.train.teacher is not None and (found is not None or paired):
+        what = f"{recipe.model.name} is an encoder-decoder" if paired else "a loss over candidates compares no tokens"
+        raise RecipeError(
+            f"train.teacher: {what}; it teaches decoders that learn answers (tasks.<family>.loss=answer)",
+            kind="contradiction",
+            column="train.teacher",
+        )
+    return found
+
+
+def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels | None:
+    """Return what reads labels off training rows, where the recipe trains soft prompts.
+
+    Raises:
+        RecipeError: If the model is an encoder-decoder, or rows are no labels that soft prompts could be tied to.
+    """
+    train = study.recipe.train
+    if train.method not in METHODS:
+        return None
+    tied, lists = train.method in TIED, listwise_of(study, paired=paired) is not None
+    if paired or (tied and lists):
+        what = f"{study.recipe.model.name} is an encoder-decoder" if paired else "a loss over candidates has no labels"
+        raise RecipeError(
+            f"train.method: {what}, and {train.method} trains a decoder on {'labels' if tied else 'tokens'}; set "
+            "train.method=lora",
+            kind="contradiction",
+            column="train.method",
+        )
+    labels = Labels(encoder, limit=train.soft.prompts, tied=tied)
+    if tied:
+        family, *others = study.shares
+        if others:
+            raise RecipeError(
+                f"train.method: {train.method} trains one family of labels, and these are {family} and "
+                f"{', '.join(others)}; name one in train.only",
+                kind="contradiction",
+                column="train.method",
+            )
+        for text in _said(study, family):
+            labels.add(encoder.piece(text))
+    return labels
+
+
+def _said(study: Study, family: str) -> Iterator[str]:
+    """Yield every answer of a family whose answers are labels, whether or not a training row has it."""
+    if family_of(family).answer not in (Rating, Probability):
+        return
+    task, anybody = study.tasks[family], Request(id="labels", user_id="")
+    for template in task.training_templates:
+        if not (isinstance(task, RatingTask) and learned_only(template)):
+            yield from (text + template.tail for text in task.continuations(anybody, template=template.name))
+
+
+def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
+    """Return what is known of soft prompts once all training rows were read; no label is taken after that."""
+    labels.closed = True
+    found = tuple(labels.ids)
+    return SoftPrompt(study.recipe.train.soft.prompts, found, tied=labels.tied, seed=study.training_seed)
+
+
+# --------------------------------------------------------------------------- rewarding
+
+
+# Questions in a row that are too long before training gives up.
+_PATIENCE = 2000
+
+
+def rewarded(study: Study, *, paired: bool) -> str:
+    """Return the family whose questions are answered by rollouts.
+
+    Raises:
+        RecipeError: If it is not one alone that asks for items of the catalogue, or the model or recipe does not allow
+            for rollouts.
+    """
+    section = _section(study)
+    (family, *others) = study.shares
+    why = ""
+    if paired:
+        why = f"{study.recipe.model.name} is an encoder-decoder, whose rollouts are not packed; choose another model"
+    elif processes.size() > 1:
+        why = "its rollouts are drawn by one process; start the training without --launch"
+    elif others:
+        why = f"it trains one family, and these are {family} and {', '.join(others)}; name one in train.only"
+    elif not family_of(family).ranks_for_users:
+        why = f"tasks.{family} ranks no items for users; train sequential alone (train.only)"
+    elif not study.tasks[family].writes_alike(study.tasks[family].eval_templates[0]):
+        why = f"the answers of tasks.{family} are not items of the catalogue alone; choose another template first"
+    elif "prefix" in section.kind and study.index is None:
+        why = "kind=prefix compares codes, and this recipe has no index; set index.scheme, or choose another kind"
+    elif section.baseline is not None and not hasattr(lookup(BASELINES, section.baseline, "baseline"), "scores"):
+        why = f"the baseline {section.baseline} does not score the whole catalogue; choose another, such as ease"
+    elif section.baseline is not None and stops_early(section.baseline):
+        why = (
+            f"the baseline {section.baseline} chooses its epoch on the validation split, on which no reward may "
+            "depend; choose another, such as ease"
+        )
+    if why:
+        raise RecipeError(f"train.reward: {why}", kind="contradiction", column="train.reward")
+    return family
+
+
+def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[TokenRow]]) -> Plan:
+    """Cut training questions into steps, as many as the recipe's optimiser steps need.
+
+    A question counts with the tokens that its rollouts will add.
+
+    Args:
+        study: The study.
+        encoder: The tokenizer.
+        valid: Validation rows of the one family that is trained.
+
+    Raises:
+        RecipeError: If no question fits ``train.max_row_tokens``.
+    """
+    section, train, (family,) = _section(study), study.recipe.train, valid
+    task = study.training_tasks[family]
+    template = task.eval_templates[0]
+    behind = section.group * _catalogue(study, encoder, family).depth
+    cases: list[Case] = []
+    dropped = 0
+
+    def rows() -> Iterator[TokenRow]:
+        nonlocal dropped
+        since = 0
+        for case in task.training_cases():
+            row = encoder.row(question(task, case, template))
+            if len(row.ids) > train.max_row_tokens:
+                dropped, since = dropped + 1, since + 1
+                if since > _PATIENCE:
+                    raise RecipeError(
+                        f"train.max_row_tokens={train.max_row_tokens}: {_PATIENCE} questions of tasks.{family} in a "
+                        "row were longer; raise it, or show less history",
+                        kind="too-large",
+                        column="train.max_row_tokens",
+                    )
+                continue
+            since = 0
+            cases.append(case)
+            yield row
+
+    count = -(-train.steps // section.updates)
+    steps = plan(rows(), steps=count, batch_tokens=train.batch_tokens, seed=study.training_seed, behind=behind)
+    asked = sum(len(numbers) for numbers in steps.numbers())
+    return Plan(steps, {family: asked}, {family: dropped}, valid, {family: 1.0}, cases)
+
+
+def objective_of(study: Study, encoder: Encoder, planned: Plan) -> RewardObjective:
+    """Return what makes the loss of planned questions.
+
+    Raises:
+        DataError: If two items are written alike.
+    """
+    from llmrec.train.reward.objective import RewardObjective
+
+    section, (family,) = _section(study), planned.rows
+    catalogue = _catalogue(study, encoder, family)
+    scorer: CatalogueScorer | None = None
+    if section.baseline is not None:
+        scorer = fitted(section.baseline, {}, study.task_data(family), seed=study.training_seed)
+    task = study.training_tasks[family]
+    closing = closing_of(catalogue) if "prefix" in section.kind else 0
+    rewards = Rewards(section.kind, task, task.catalogue, catalogue, closing, scorer)
+    pad = encoder.tokenizer.pad_token_id
+    return RewardObjective(planned.steps, planned.cases, section, rewards, pad=pad, seed=study.training_seed)
+
+
+def _section(study: Study) -> RewardSection:
+    section = study.recipe.train.reward
+    assert section is not None
+    return section
+
+
+def _catalogue(study: Study, encoder: Encoder, family: str) -> Catalogue:
+    """Return the paths of all items, as the first template of evaluation writes them."""
+    task = study.training_tasks[family]
+    template = task.eval_templates[0]
+    anybody = Request(id="catalogue", user_id="")
+    stop = task.prompt(anybody, template=template).stop
+    return encoder.catalogue(task.continuations(anybody, template=template), stop)
+
+
+# --------------------------------------------------------------------------- judging
+
+
+METRIC = "NDCG@10"
+
+
+def judged(study: Study) -> list[str]:
+    """Return the families that are trained and rank items for users; a model in training is judged by the first."""
+    return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
+
+
+def judges(study: Study) -> frozenset[str]:
+    """Return the validation users by whom a model in training is judged; none of them weighs a fusion."""
+    section, able = study.recipe.train.judge, judged(study)
+    if section is None or not able:
+        return frozenset()
+    choosing = halves(study.data, study.recipe.eval.fusion.reserved)[0].holdouts("valid")
+    return frozenset(choosing.first_users(section.users, but=study.set_aside(able[0])))
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Measures a model on the validation cases of one family.
+
+    Attributes:
+        study: The study, with the candidate sets of its validation split.
+        family: The first family that is trained and ranks items for users.
+        task: Its task over these sets.
+        cases: Those of the validation users who choose; none of them weighs a fusion.
+        encoder: The tokenizer of the model.
+    """
+
+    study: Study
+    family: str
+    task: Task
+    cases: Sequence[Case]
+    encoder: Encoder
+
+    @staticmethod
+    def of(study: Study, encoder: Encoder) -> Judge | None:
+        """Return the judge that a recipe asks for, None where it asks for none.
+
+        Raises:
+            RecipeError: If no family that is trained ranks items for users, or a rating head is trained.
+            DataError: If the validation split has no cases of these users.
+        """
+        section = study.recipe.train.judge
+        if section is None:
+            return None
+        rating = study.recipe.tasks.rating
+        able = judged(study)
+        if not able or (rating is not None and rating.head is not None):
+            raise RecipeError(
+                "train.judge: it measures rankings, and none is trained here; train sequential or direct, without "
+                "tasks.rating.head, or drop the section",
+                kind="contradiction",
+                column="train.judge",
+            )
+        family, data, users = able[0], study.data, judges(study)
+        asked = replace(study, candidates=draw_sets(study.recipe, data, "valid", users))
+        task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
+        cases = of_first_users(task.cases("valid"), None, among=users)
+        if not cases:
+            raise DataError(
+                f"{data.dataset.name}: the validation split has no case of {family} to judge a model by; give it "
+                "users, or drop train.judge",
+                kind="empty",
+                at=data.dataset.name,
+                column="train.judge",
+            )
+        return Judge(asked, family, task, cases, encoder)
+
+    def model(self, model: Any) -> float:
+        """Return NDCG@10 of a model in training, by the first strategy of the family; it is left in evaluation mode."""
+        section = self.study.recipe.eval
+        # Adapters are parts of the model's own modules, which the backend reads like those of any other.
+        live = model.get_base_model() if hasattr(model, "get_base_model") else model
+        asker = Prompting(
+            backend=HFBackend(live, self.encoder),
+            task=self.task,
+            template=self.task.eval_templates[0],
+            batch=section.batch,
+        )
+        name = self.study.section(self.family).strategies[0]
+        options = options_of(name, section) | dict(self.task.strategy_options)
+        return self.figure(strategy_of(name, asker, **options))
+
+    def figure(self, predictor: Predictor) -> float:
+        """Return NDCG@10 of a predictor."""
+        found = evaluate(predictor, self.cases, name=self.family, kind=Ranking, protocol=self._protocol)
+        value = found.figures.metrics[METRIC].value
+        assert value is not None
+        return value
+
+    def controls(self) -> dict[str, float]:
+        """Return NDCG@10 of the family's baselines by label, and of their fusions by name."""
+        weighing = Weighing(self.study)
+        weighers = weighing.cases(self.family)
+        data, found, parts = self.study.task_data(self.family), {}, []
+        for section in self.study.baselines(self.family):
+            used = weighing.choosing(section.name, data)
+            predictor = fitted(section.name, section.parameters, used, seed=self.study.recipe.seed)
+            found[section.label] = self.figure(predictor)
+            if section.name != NOTHING:
+                requests = [case.request for case in (*weighers, *self.cases)]
+                answers = dict(zip([each.id for each in requests], predictor.answer(requests), strict=True))
+                reads = reads_of(section.name, section.parameters)
+                seen = frozenset(getattr(predictor, "looked_at", ()))
+                parts.append(Recalled(section.label, reads, kind_of(section.name), answers, seen))
+        for kind in fusible(self.study, self.family) if weighers else ():
+            able = [part for part in parts if widest([part.reads, kind]) == kind]
+            onto = bases_of(self.study, self.family, able, weighers)
+            found[FUSIONS[kind]] = self.figure(join(FUSIONS[kind], able, weighers, Ranking, onto=onto))
+        return found
+
+    @cached_property
+    def _protocol(self) -> EvalProtocol:
+        return replace(protocol_of(self.study, self.family), cutoffs=(10,), resamples=1)

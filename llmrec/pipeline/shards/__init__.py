@@ -1,1 +1,0 @@
-"""Jobs that are cut into shards: a folder each, and what is put together again."""

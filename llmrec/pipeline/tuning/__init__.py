@@ -1,1 +1,0 @@
-"""What is tuned beside a run's main job, and who judges it."""
