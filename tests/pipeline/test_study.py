@@ -13,7 +13,6 @@ from llmrec.data.candidates import draw
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
 from llmrec.pipeline.resume import Budget
-from llmrec.pipeline.row_specs import RowSpec
 from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import training_key
 from llmrec.recipe.load import dump, load_recipe, recipe_hash
@@ -85,35 +84,6 @@ def test_training_key_sees_what_changes_the_adapter_and_nothing_else(override: s
     first = training_key(build_study(recipe()), str(base))
     assert (training_key(build_study(recipe(override)), str(base)) == first) is same
     assert training_key(build_study(recipe()), str(other)) != first
-
-
-def test_models_and_rows_from_other_negatives_are_made_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What an earlier version left is not read back as if its rows were these; what shows no negatives is."""
-    (tmp_path / "config.json").write_text("{}", encoding="utf-8")
-    with_direct = build_study(recipe("eval.debias=measured"))
-    without = build_study(recipe("tasks.direct=null"))
-    specs = [
-        RowSpec(family, arm, predictor, with_direct.eval_templates(family)[0], shots)
-        for family, arm, predictor, shots in (
-            ("direct", "few-shot", "list", 2),
-            ("direct", "zero-shot", "label", 0),
-            ("direct", "zero-shot", "list", 0),
-            ("rating", "few-shot", "parsed", 2),
-        )
-    ]
-    evaluation = Evaluation(with_direct, None, tmp_path, Budget(), quiet=True)
-
-    def keys() -> list[str]:
-        trained = [training_key(study, str(tmp_path)) for study in (with_direct, without)]
-        return trained + [evaluation.key(spec, "hf", None) for spec in specs]
-
-    now = keys()
-    for module in ("training", "row_specs"):
-        monkeypatch.setattr(f"llmrec.pipeline.{module}.NEGATIVES", 1)
-    then = keys()
-    same = [one == two for one, two in zip(now, then, strict=True)]
-    # Training with and without the family; its examples, its measured positions, neither, and another family's.
-    assert same == [False, True, False, False, True, True]
 
 
 def test_a_training_seed_moves_rows_and_nothing_that_is_asked() -> None:
