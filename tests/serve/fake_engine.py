@@ -8,6 +8,7 @@ Of a request the profile says what happens: ``sleep 0.5``, ``wait FILE`` until t
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import time
@@ -16,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -128,6 +130,17 @@ def work(line: Connection, options: RecommenderOptions, names: Sequence[str], no
     worker._work(line, options, names, noted)
 
 
+# Engines are forked from a process that has imported everything: each of their own would take seconds to start.
+_FORKING = multiprocessing.get_context("forkserver")
+_FORKING.set_forkserver_preload([__name__])
+
+
+def fake_engines(patch: pytest.MonkeyPatch) -> None:
+    """Let services start fake engines."""
+    patch.setattr(worker, "_work", work)
+    patch.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: _FORKING))
+
+
 def told(folder: Path, **told: Any) -> RecommenderOptions:
     """Say how the next engine starts."""
     (folder / "model.json").write_text(json.dumps(told), encoding="utf-8")
@@ -146,7 +159,7 @@ class Faked:
 @contextmanager
 def faking(folder: Path, patch: pytest.MonkeyPatch, *, auth: Auth | None = None, **settings: Any) -> Iterator[Faked]:
     """Serve a fake engine over HTTP, and wait until it answers."""
-    patch.setattr(worker, "_work", work)
+    fake_engines(patch)
     known = Known(ITEMS, PAST)
     patch.setattr("llmrec.serve.service.known_of", lambda *_: known)
     made = Settings(options=told(folder), **settings)

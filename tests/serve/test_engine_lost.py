@@ -30,7 +30,7 @@ from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
 from llmrec.serve.store import ServiceStore
 from llmrec.serve.worker import EngineLost
-from tests.serve.fake_engine import ITEMS, Faked, faking, told, work
+from tests.serve.fake_engine import ITEMS, Faked, fake_engines, faking, told
 from tests.serve.served import listening, wait_ready
 
 # For what must come; no result depends on it.
@@ -362,7 +362,7 @@ def test_a_client_that_leaves_takes_its_question_along(faked: Faked, tmp_path: P
 
 @pytest.mark.slow
 def test_an_engine_that_does_not_start_is_tried_again(tmp_path: Path, patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(worker, "_work", work)
+    fake_engines(patch)
     for broken in ({"fails": True}, {"dies": True}):
         options = told(tmp_path, **broken)
         service = made(tmp_path, options)
@@ -394,7 +394,7 @@ def test_a_service_that_is_stopped_answers_what_was_asked(tmp_path: Path, patch:
 def test_a_service_whose_engine_starts_can_be_stopped(
     tmp_path: Path, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, starts: dict[str, Any]
 ) -> None:
-    patch.setattr(worker, "_work", work)
+    fake_engines(patch)
     monkeypatch.setattr(supervising, "_SHORTEST", 1000.0)
     options = told(tmp_path, **starts)
     service = made(tmp_path, options)
