@@ -78,7 +78,7 @@ class Metric(Figure):
 
 
 class Cost(Record):
-    """Work of one row: wall-clock seconds, tokens and model calls; 0 calls in results that do not say."""
+    """Work of one row: wall-clock seconds, tokens and model calls."""
 
     seconds: Number = 0.0
     prompt_tokens: int = 0
@@ -390,9 +390,9 @@ class Pair(Record):
         low: Lower end of the interval: of a planned comparison at the level of its own Holm step, ``level``, else at an
             unadjusted 95 %.
         high: Upper end.
-        level: Coverage of the interval; None in results of earlier versions, which have 95 %.
+        level: Coverage of the interval; None: 95 %.
         p: Corrected for all pairs that it was tested with; None for an exploratory comparison.
-        p_raw: Before correction; None in results of earlier versions.
+        p_raw: Before correction.
         verdict: None for an exploratory comparison, which makes no claim.
         detectable: The smallest true difference that would be found in 80 of 100 repetitions.
     """
@@ -408,11 +408,6 @@ class Pair(Record):
     verdict: Verdict | None = None
     detectable: Number = None
 
-    @property
-    def earlier(self) -> bool:
-        """Whether an earlier version tested it, in the families of tests that it had then."""
-        return self.verdict is not None and self.p_raw is None
-
 
 class Compared(Record):
     """What a pair of rows is compared on."""
@@ -423,10 +418,6 @@ class Compared(Record):
 
 class Comparison(Pair, Compared):
     """A paired difference a - b on one metric of a task."""
-
-
-# Results of versions that did not say which of their tables a task read.
-_TABLES_OF_OLDER = {"explanation": "reviews"}
 
 
 class Results(Displayed, Record):
@@ -542,8 +533,7 @@ class Results(Displayed, Record):
 
     def data_of(self, task: str) -> DataInfo | None:
         """Return the data that a task was measured on."""
-        table = (self.tables or _TABLES_OF_OLDER).get(task, "main")
-        return self.data.get(table) or self.data.get("main")
+        return self.data.get(self.tables.get(task, "main")) or self.data.get("main")
 
     def _summary(self) -> Summary:
         rows = [row for task in self.tasks for row in self.standings(task)]

@@ -43,7 +43,7 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
             {
                 "kind": "suite",
                 "protocol": {"users": 943, "seeds": [0, 1, 2]},
-                "rows": [{"seeds": [0]}],
+                "rows": [{"seeds": 1}],
                 "seconds": 3600.0,
             },
             (943, 3, 1.0, ""),
@@ -56,7 +56,7 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
             {
                 "kind": "suite",
                 "protocol": {"users": 943, "seeds": [0, 1, 2]},
-                "rows": [{"seeds": [0, 1, 2]}, {"seeds": [0], "fewer_seeds": True}],
+                "rows": [{"seeds": 3}, {"seeds": 1, "fewer_seeds": True}],
                 "seconds": 0.0,
             },
             (943, 1, 0.0, "in part"),
@@ -64,8 +64,11 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
         (
             {
                 "kind": "chat",
-                "seeds": [0, 1, 2],
-                "rows": [{"manager": "rules", "users": 400}, {"manager": "some/model", "users": 12}],
+                "protocol": {"seeds": [0, 1, 2]},
+                "rows": [
+                    {"dialogues": {"manager": "rules", "users": 400}},
+                    {"dialogues": {"manager": "some/model", "users": 12}},
+                ],
                 "seconds": 0.0,
             },
             (12, 3, 0.0, "exploratory"),
@@ -74,9 +77,11 @@ def test_no_committed_result_holds_prompts_texts_or_titles_of_other_people() -> 
             {
                 "kind": "benchmark",
                 "seconds": 7200.0,
-                "tables": [
-                    {"users": 400, "rows": [{"arm": "tuned", "seeds": 3}, {"arm": "zero-shot", "seeds": 1}]},
-                    {"users": 300, "rows": [{"arm": "tuned", "seeds": 2}]},
+                "tables": [{"users": 400}, {"users": 300}],
+                "rows": [
+                    {"arm": "tuned", "seeds": 3},
+                    {"arm": "zero-shot", "seeds": 1},
+                    {"arm": "tuned", "seeds": 2},
                 ],
             },
             (300, 2, 2.0, "exploratory"),

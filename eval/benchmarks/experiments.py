@@ -125,7 +125,7 @@ def _experiment(entry: Mapping[str, str], result: Mapping[str, Any], path: Path)
 
 
 def _suite(result: Mapping[str, Any]) -> tuple[int, int, float]:
-    fewer = [len(row["seeds"]) for row in result["rows"] if row.get("fewer_seeds")]
+    fewer = [row["seeds"] for row in result["rows"] if row.get("fewer_seeds")]
     return result["protocol"]["users"], min([_most(result), *fewer]), result["seconds"]
 
 
@@ -135,14 +135,15 @@ def _most(result: Mapping[str, Any]) -> int:
 
 def _chat(result: Mapping[str, Any]) -> tuple[int, int, float]:
     """Return the fewest users of a row with a language model, if there is one, else of any."""
-    users = [row["users"] for row in result["rows"]]
-    models = [row["users"] for row in result["rows"] if row["manager"] not in MANAGERS or row.get("ranker")]
-    return min(models or users), len(result["seeds"]), result["seconds"]
+    rows = [row["dialogues"] for row in result["rows"]]
+    users = [row["users"] for row in rows]
+    models = [row["users"] for row in rows if row["manager"] not in MANAGERS or row.get("ranker")]
+    return min(models or users), _most(result), result["seconds"]
 
 
 def _benchmark(result: Mapping[str, Any]) -> tuple[int, int, float]:
     """Return the smallest table's users and the smallest number of seeds of a tuned row."""
-    seeds = [row["seeds"] for table in result["tables"] for row in table["rows"] if row["arm"] == "tuned"]
+    seeds = [row["seeds"] for row in result["rows"] if row["arm"] == "tuned"]
     return min(table["users"] for table in result["tables"]), min(seeds, default=1), result["seconds"]
 
 

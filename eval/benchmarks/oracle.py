@@ -18,7 +18,7 @@ from typing import Any
 import polars as pl
 
 from llmrec.baselines.popular import Popularity
-from llmrec.bench.leaderboard import load_reference
+from llmrec.bench.references import load_reference
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, request_id, split
 from llmrec.durable import write_json

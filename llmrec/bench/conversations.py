@@ -1,14 +1,10 @@
-"""Runs a suite of conversations: simulated users of the data, several managers, one catalogue and one recommender.
+"""Makes the rows of a suite of conversations: simulated users of the data, several managers, and one recommender.
 
-Users are those of `llmrec.chat.audience`, managers those of `llmrec.chat.opening`. A row whose conversations were held
-is kept, so that a killed suite does not hold them again.
+Simulated users are those of `llmrec.chat.audience`, managers those of `llmrec.chat.opening`.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import logging
-import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
@@ -18,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from llmrec import __version__
 from llmrec.answer.known import Catalogue
 from llmrec.answer.opening import Models, open_classics
-from llmrec.bench.conversations_page import page_of
-from llmrec.bench.records import ChatLine, ChatPair, ChatResult, ChatTalk
+from llmrec.bench.engine import Made, MadeRow, Sample, kept
+from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, Dialogues, RowFigures
 from llmrec.chat.audience import Guest, guests, talks
 from llmrec.chat.calls import Call, read_call, written
 from llmrec.chat.conversation import Conversation
@@ -34,24 +30,46 @@ from llmrec.chat.simulator import Held, near
 from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.data.assemble import digest_items
 from llmrec.data.split import SplitDataset
-from llmrec.durable import write_checked, write_json, write_text
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.evaluate.compare import Contrast, Standing, planned, reach
 from llmrec.fingerprint import fingerprint
-from llmrec.machine import command_line, machine, versions
 from llmrec.metrics.stats import interval
 from llmrec.pipeline.results import describe
-from llmrec.pipeline.resume import SUITE, locked, read_stage
+from llmrec.pipeline.resume import SUITE, locked
 from llmrec.progress import Bar
 from llmrec.recipe.comparisons import ChatRow, ChatSuite
 from llmrec.recipe.load import load_recipe, recipe_hash
-from llmrec.results import Figure, Pair
+from llmrec.records import Record
+from llmrec.results import Figure
 from llmrec.terminal import works_in
 
-log = logging.getLogger(__name__)
-
-# What has no say in the conversations of a row.
+# What does not affect the conversations of a row.
 _SILENT = {"chat", "description", "rows", "pairs", "bootstrap"}
+TABLE = "conversations"
+
+
+class Talk(Record):
+    """One conversation, as figures need it.
+
+    Attributes:
+        seed: Of the draw of users.
+        hit: The turn whose list held the target, from 1; None: none did.
+        tokens: Read and written by a language model.
+        calls: How often each tool was called.
+        unread: Calls that do not parse.
+        outside: Shown items that are not in the catalogue.
+        named: Lines of the user that name the target, or nearly.
+    """
+
+    seed: int
+    user: str
+    hit: int | None = None
+    turns: int
+    seconds: float
+    tokens: int = 0
+    calls: dict[str, int]
+    unread: int = 0
+    outside: int = 0
+    named: int = 0
 
 
 @dataclass(frozen=True)
@@ -79,8 +97,8 @@ class Setting:
         draw = partial(guests, self.data, self.tools.facts, most, split=page.split, past=page.past, liked=page.liked)
         return {seed: draw(seed) for seed in page.seeds}
 
-    def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[ChatTalk]:
-        """Hold the conversations of a row, and tell ``out`` of each."""
+    def held(self, row: ChatRow, out: Callable[[int], None]) -> Iterator[Talk]:
+        """Hold the conversations of a row, and report each to ``out``."""
         page, facts = self.page, self.tools.facts
         reader = None if row.manager in CONTROLS else self.reader
         with opened(row.manager, k=page.k) as made, grader(row.ranker) as judge:
@@ -93,27 +111,17 @@ class Setting:
                     out(1)
 
 
-def run_chat(
-    page: ChatSuite,
-    *,
-    out: Path,
-    results: Path,
-    say: Callable[[str], None] = log.info,
-) -> dict[str, Path]:
-    """Hold the conversations of every row that are not there yet, and write the results and their page.
+def conversation_rows(page: ChatSuite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
+    """Hold the conversations of every row that are not there yet, and yield all rows.
 
     Args:
         page: From `llmrec.recipe.load.load_chat`.
         out: Where finished rows are kept.
-        results: Folder for ``<chat>.json``; ``<chat>.md`` is written beside it.
-        say: Told of each row as it is done.
-
-    Returns:
-        The written files by what they are.
+        say: Receives a line on each row when it is done.
 
     Raises:
         RecipeError: If the recipe, the recommender or a field of a row cannot be used.
-        DataError: If the data cannot be, or nothing can be said of their items.
+        DataError: If the data cannot be, or their items have no fields to talk about.
     """
     recipe, items = load_recipe(page.recipe, page.overrides), None if page.items is None else Path(page.items)
     if items is not None and not items.is_file():
@@ -134,15 +142,14 @@ def run_chat(
             "items": digest_items(setting.tools.facts.items),
             "recommender": models.get().signature,
         }
-        rows, begun = {}, time.monotonic()
-        for place, row in enumerate(page.rows):
-            rows[row.label] = _row(setting, row, out / "rows" / f"{place:02d}.json", key)
-            say(_said(page, line_of(page, row, rows[row.label])))
-        found = _results(setting, rows, time.monotonic() - begun)
-    files = {"results": results / f"{page.chat}.json", "page": results.parent / f"{page.chat}.md"}
-    write_json(files["results"], found.as_json())
-    write_text(files["page"], page_of(found))
-    return files
+        rows: list[MadeRow] = []
+        seconds = 0.0
+        for number, row in enumerate(page.rows):
+            held = _stored(setting, row, out / "rows" / f"{number:02d}.json", key)
+            seconds += sum(talk.seconds for talk in held)
+            rows.append(made_row(page, row, held))
+            say(_line(page, rows[-1].row))
+        yield _made(setting, rows, seconds)
 
 
 def _check_fields(page: ChatSuite, facts: Facts) -> None:
@@ -150,7 +157,7 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
         for field in row.knows:
             if field not in facts.values:
                 raise RecipeError(
-                    f"chat {page.chat}, row {row.label!r}: nobody can know the field {field!r}"
+                    f"chat {page.chat}, row {row.label!r}: no user can know the field {field!r}"
                     f"{did_you_mean(field, facts.values)}; items have {', '.join(facts.values) or 'none'}",
                     kind="unknown-name",
                     at=page.chat,
@@ -158,35 +165,28 @@ def _check_fields(page: ChatSuite, facts: Facts) -> None:
                 )
 
 
-def _row(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[ChatTalk]:
+def _stored(setting: Setting, row: ChatRow, path: Path, shared: Mapping[str, Any]) -> list[Talk]:
     """Return the conversations of a stored row with the same key, or hold them and store what figures need."""
     asked = row.model_dump(mode="json", exclude={"name"})
     key = fingerprint("chat", row=asked, models=[_model(name) for name in (row.manager, row.ranker)], **shared)
-    stored = read_stage(path, key, _talks)
-    if stored is None:
+
+    def make() -> Mapping[str, Any]:
         with Bar(row.label, (row.users or setting.page.users) * len(setting.page.seeds)) as bar:
-            found = list(setting.held(row, bar.advance))
-        stored = {"key": key, "talks": [talk.as_json() for talk in found]}
-        write_checked(path, stored)
-    else:
-        log.info("chat: reusing %s", path)
-    return _talks(stored)
+            return {"talks": [talk.as_json() for talk in setting.held(row, bar.advance)]}
 
-
-def _talks(stored: Mapping[str, Any]) -> list[ChatTalk]:
-    return [ChatTalk.model_validate(each) for each in stored["talks"]]
+    return kept(path, key, lambda stored: [Talk.model_validate(talk) for talk in stored["talks"]], make)
 
 
 def _model(name: str | None) -> list[tuple[str, int, int]]:
-    """Return what tells the files of a model's folder from those of another time; nothing for a name."""
+    """Return names, sizes and times of the files of a model's folder; nothing for a name."""
     if name is None or name in MANAGERS or not (folder := Path(name)).is_dir():
         return []
     return [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in sorted(folder.iterdir())]
 
 
-def _talk(facts: Facts, seed: int, user: str, target: str, held: Held) -> ChatTalk:
+def _talk(facts: Facts, seed: int, user: str, target: str, held: Held) -> Talk:
     title = title_of(facts.titles[target])
-    return ChatTalk(
+    return Talk(
         seed=seed,
         user=user,
         hit=held.hit,
@@ -210,22 +210,17 @@ def _parses(call: Call) -> bool:
 # --------------------------------------------------------------------------- figures
 
 
-def headline_of(page: ChatSuite) -> str:
-    """Return the metric that rows are compared by."""
-    return metric_of(page, page.turns)
-
-
 def metric_of(page: ChatSuite, turns: int) -> str:
     """Return the name of the share of conversations one of whose first lists held what was wanted."""
     return f"Hit@{page.k}-in-{turns}"
 
 
-def _within(talks: Sequence[ChatTalk], turns: int) -> np.ndarray[Any, np.dtype[np.float64]]:
-    """Return whether each conversation had a hit within so many turns, shape (n,)."""
+def _within(talks: Sequence[Talk], turns: int) -> NDArray[np.float64]:
+    """Return 1 for each conversation with a hit within a number of turns, else 0, shape (n,)."""
     return np.array([float(talk.hit is not None and talk.hit <= turns) for talk in talks])
 
 
-def line_of(page: ChatSuite, row: ChatRow, talks: Sequence[ChatTalk]) -> ChatLine:
+def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow:
     """Return a row's figures; intervals resample users, who may have come with several seeds."""
     users, turns = [talk.user for talk in talks], sum(talk.turns for talk in talks)
     hits = [talk.hit for talk in talks if talk.hit is not None]
@@ -237,81 +232,70 @@ def line_of(page: ChatSuite, row: ChatRow, talks: Sequence[ChatTalk]) -> ChatLin
         hit = _within(talks, within)
         found = interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
         metrics[metric_of(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(found).items()})
-    return ChatLine(
+    parse_rate = 1 - sum(talk.unread for talk in talks) / max(1, calls.total())
+    return BenchmarkRow(
         name=row.label,
-        manager=row.manager,
-        ranker=row.ranker,
-        knows=row.knows,
-        conversations=len(talks),
-        users=len(set(users)),
-        metrics=metrics,
-        turns=round(turns / len(talks), 2),
-        turns_to_a_hit=round(float(np.mean(hits)), 2) if hits else None,
-        seconds_a_turn=round(sum(talk.seconds for talk in talks) / turns, 4),
-        tokens_a_turn=round(sum(talk.tokens for talk in talks) / turns, 1),
-        parse_rate=1 - sum(talk.unread for talk in talks) / max(1, calls.total()),
-        shown_outside_the_catalogue=sum(talk.outside for talk in talks),
-        lines_with_a_wanted_title=sum(talk.named for talk in talks),
-        calls=dict(sorted(calls.items())),
+        seeds=len(page.seeds),
+        tables={TABLE: RowFigures(metrics=metrics, n=len(talks), parse_rate=parse_rate)},
+        dialogues=Dialogues(
+            manager=row.manager,
+            ranker=row.ranker,
+            knows=row.knows,
+            conversations=len(talks),
+            users=len(set(users)),
+            turns=round(turns / len(talks), 2),
+            turns_to_a_hit=round(float(np.mean(hits)), 2) if hits else None,
+            seconds_a_turn=round(sum(talk.seconds for talk in talks) / turns, 4),
+            tokens_a_turn=round(sum(talk.tokens for talk in talks) / turns, 1),
+            shown_outside_the_catalogue=sum(talk.outside for talk in talks),
+            lines_with_a_wanted_title=sum(talk.named for talk in talks),
+            calls=dict(sorted(calls.items())),
+        ),
     )
 
 
-def compared(page: ChatSuite, rows: Mapping[str, Sequence[ChatTalk]]) -> list[ChatPair]:
-    """Return the planned comparisons, tested as one family, each on the conversations that both rows have."""
-    contrasts = []
-    for pair in page.pairs:
-        one, other = ({(talk.seed, talk.user): talk for talk in rows[name]} for name in pair)
-        both = [place for place in one if place in other]
-        a, b = (
-            Standing(name, 0.0, _within([each[place] for place in both], page.turns))
-            for name, each in zip(pair, (one, other), strict=True)
-        )
-        contrasts.append(Contrast(headline_of(page), a, b, [user for _, user in both]))
-    found = planned(contrasts, resamples=page.bootstrap)
+def made_row(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> MadeRow:
+    """Return a row with a value for each conversation; users of one seed are drawn anew with the next."""
+    requests = [(talk.seed, talk.user) for talk in talks]
+    return MadeRow(
+        row_of(page, row, talks), {TABLE: Sample(_within(talks, page.turns), [talk.user for talk in talks], requests)}
+    )
+
+
+def tables_of(page: ChatSuite, rows: Sequence[MadeRow]) -> list[BenchmarkTable]:
+    """Return the one table of a page."""
+    samples = [row.samples[TABLE] for row in rows]
     return [
-        ChatPair(**dict(pair), conversations=len(contrast.users), users=len(set(contrast.users)))
-        for pair, contrast in zip(found, contrasts, strict=True)
+        BenchmarkTable(
+            name=TABLE,
+            task=TABLE,
+            metric=metric_of(page, page.turns),
+            metrics=tuple(metric_of(page, turns) for turns in range(1, page.turns + 1)),
+            requests=max(len(sample.users) for sample in samples),
+            users=max(len(set(sample.users)) for sample in samples),
+        )
     ]
 
 
-def _results(setting: Setting, rows: Mapping[str, Sequence[ChatTalk]], seconds: float) -> ChatResult:
+def _made(setting: Setting, rows: Sequence[MadeRow], seconds: float) -> Made:
     page, facts = setting.page, setting.tools.facts
-    pairs = compared(page, rows)
-    by_users: dict[int, list[Pair]] = {}
-    for pair in pairs:
-        by_users.setdefault(pair.users, []).append(pair)
-    reached = [
-        reach(headline_of(page), every, users=users, comparisons=len(pairs)) for users, every in by_users.items()
-    ]
-    return ChatResult(
-        kind="chat",
-        chat=page.chat,
-        description=page.description,
-        llmrec=__version__,
-        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        command=command_line(),
-        chat_hash=recipe_hash(page),
-        versions=versions(),
-        machine=machine(),
+    protocol = BenchmarkProtocol(
+        split=f"{setting.data.kind}/{page.split}",
+        seeds=page.seeds,
+        users=page.users,
         recipe=page.recipe,
         recommender=page.recommender,
-        data=describe(setting.data),
         fields={field: sum(bool(item.fields.get(field)) for item in facts.items.values()) for field in facts.values},
-        split=f"{setting.data.kind}/{page.split}",
-        metric=headline_of(page),
-        users=page.users,
-        seeds=page.seeds,
         turns=page.turns,
         k=page.k,
         past=page.past,
-        rows=tuple(line_of(page, row, rows[row.label]) for row in page.rows),
-        pairs=tuple(pairs),
-        detectable=" ".join(reached),
-        seconds=max(seconds, sum(talk.seconds for talks in rows.values() for talk in talks)),
     )
+    return Made(tables_of(page, rows), rows, {"data": describe(setting.data), "protocol": protocol}, seconds=seconds)
 
 
-def _said(page: ChatSuite, line: ChatLine) -> str:
-    names = dict.fromkeys((metric_of(page, 1), headline_of(page)))
-    shown = "  ".join(f"{name} {line.metrics[name].value:.3f}" for name in names)
-    return f"{line.name:<28} {shown}  {1000 * line.seconds_a_turn:.0f} ms a turn"
+def _line(page: ChatSuite, row: BenchmarkRow) -> str:
+    metrics, dialogues = row.tables[TABLE].metrics, row.dialogues
+    assert dialogues is not None
+    names = dict.fromkeys((metric_of(page, 1), metric_of(page, page.turns)))
+    shown = "  ".join(f"{name} {metrics[name].value:.3f}" for name in names)
+    return f"{row.name:<28} {shown}  {1000 * dialogues.seconds_a_turn:.0f} ms a turn"

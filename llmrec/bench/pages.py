@@ -1,26 +1,159 @@
-"""Writes the pages of stored results again: no row is run, and no figure changes."""
+"""The pages of benchmarks: each has its own, except suites, which share the leaderboard and the page of slices.
+
+Results are files that others may have written: the templates escape every text, except what is `Markup` here, whose
+parts have passed `escape.cell` or `escape.code`. The templates are ``benchmark.md.j2``, ``leaderboard.md.j2`` and
+``slices.md.j2``.
+"""
 
 from __future__ import annotations
 
+import functools
 import json
-from collections.abc import Mapping
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+from markupsafe import Markup
 from pydantic import ValidationError
 
-from llmrec.bench.benchmark_page import pages
-from llmrec.bench.conversations_page import page_of
-from llmrec.bench.leaderboard import all_references, leaderboard, read_results
-from llmrec.bench.records import BenchmarkResult, ChatResult
-from llmrec.bench.slices_page import slices_page
+from llmrec.bench.records import (
+    BenchmarkPair,
+    BenchmarkResult,
+    BenchmarkRow,
+    BenchmarkTable,
+    PairSlice,
+    RowFigures,
+    place,
+)
+from llmrec.bench.references import Published, Reference, all_references
+from llmrec.chat.opening import MANAGERS
 from llmrec.durable import write_text
-from llmrec.errors import DataError
-from llmrec.report.escape import without_surrogates
+from llmrec.errors import DataError, LlmrecError
+from llmrec.recipe.schema import settings
+from llmrec.report.drawing import draw
+from llmrec.report.drawing.canvas import WIDE
+from llmrec.report.escape import cell, code, flat, without_surrogates
+from llmrec.report.plots import CostPlot, Point
+from llmrec.report.render import markdown_engine, picture
+from llmrec.report.slices import in_words
+from llmrec.report.table import grid
+from llmrec.report.wording import (
+    DASH,
+    FORMS,
+    KINDS,
+    SEEDS,
+    UNDEFINED,
+    USERS,
+    coverage,
+    difference,
+    history_worth,
+    outcome,
+    p_value,
+    title,
+    undefined_lines,
+)
+from llmrec.results import Figure, Reads, better, lower
+
+_HEADINGS = {
+    "rating": "Ratings",
+    "yes-no": "Yes or no to an item",
+    "excluded": "Seen items filtered",
+    "included": "Seen items not filtered",
+}
+_KINDS: dict[Reads | None, str] = {**KINDS, "texts": "texts too", None: "not said"}
+_TREATED = {"excluded": "seen items filtered", "included": "seen items not filtered"}
+_LEADERBOARD, _SLICES = "LEADERBOARD.md", "SLICES.md"
+# What Markdown makes an anchor of without changing it.
+_ANCHOR = re.compile(r"[a-z0-9]+(?:[-_][a-z0-9]+)*")
+
+
+# --------------------------------------------------------------------------- reading and writing
+
+
+def read_results(folder: Path) -> list[BenchmarkResult]:
+    """Return every result of a benchmark in a folder; other files there are left alone.
+
+    Raises:
+        DataError: If a file is not JSON, or a result lacks something.
+        LlmrecError: If the rows of one table were measured under different protocols.
+    """
+    found = []
+    for file in sorted(folder.glob("*.json")):
+        try:
+            content = json.loads(file.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{file}: is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
+            ) from error
+        if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
+            found.append(result_of(content))
+    return found
+
+
+def result_of(content: Mapping[str, object]) -> BenchmarkResult:
+    """Return what a benchmark wrote as checked records.
+
+    Raises:
+        DataError: If it lacks something.
+        LlmrecError: If the rows of one table were measured under different protocols.
+    """
+    name = flat(str(content.get("benchmark")))
+    for key in () if content.get("kind") == "benchmark" else ("data", "protocol"):
+        if content.get(key) is None:
+            raise DataError(
+                f"benchmark {name!r}: there is no {key}; write it again with `llmrec eval`",
+                kind="missing-key",
+                at=name,
+                column=key,
+            )
+    try:
+        found = BenchmarkResult.model_validate(without_surrogates(dict(content)))
+    except ValidationError as error:
+        problem = error.errors(include_url=False, include_context=False)[0]
+        key = flat(".".join(map(str, problem["loc"])))
+        raise DataError(
+            f"benchmark {name!r}: key {key!r}: {problem['msg']}; write it again with `llmrec eval`",
+            kind="missing-key" if problem["type"] == "missing" else "bad-value",
+            at=name,
+            column=key,
+        ) from error
+    for table in found.tables:
+        _check_table(found, table)
+    return found
+
+
+def _check_table(found: BenchmarkResult, table: BenchmarkTable) -> None:
+    """Refuse a table whose rows lack its metric or were measured under different protocols."""
+    rows = [(row, row.tables[table.name]) for row in found.rows if table.name in row.tables]
+    # A row of a recipe may have other metrics beside the one that all are compared by.
+    names = table.metrics if found.kind == "suite" else (table.metric,)
+    whole = found.kind == "benchmark" or len(rows) == len(found.rows)
+    if not rows or not whole or any(name not in figures.metrics for _, figures in rows for name in names):
+        raise DataError(
+            f"benchmark {found.benchmark!r}: a row of table {table.name!r} lacks figures; write it again with "
+            "`llmrec eval`",
+            kind="missing-value",
+            at=found.benchmark,
+        )
+    for name in names:
+        signatures = {figures.metrics[name].signature: row.name for row, figures in rows}
+        if len(signatures) > 1:
+            (one, first), (two, second) = list(signatures.items())[:2]
+            raise LlmrecError(
+                f"benchmark {found.benchmark!r}: rows of table {table.name!r} were measured under different protocols, "
+                f"{first!r} ({one}) and {second!r} ({two}), so they cannot share it; run the benchmark again",
+                kind="mismatch",
+                at=found.benchmark,
+            )
 
 
 def holds_results(folder: Path) -> bool:
-    """Whether a folder holds results of suites or benchmarks, and none of a run."""
-    return folder.is_dir() and not (folder / "results.json").is_file() and bool(_contents(folder))
+    """Whether a folder holds results of benchmarks, and none of a run."""
+    return folder.is_dir() and not (folder / "results.json").is_file() and bool(read_results(folder))
 
 
 def rewrite(folder: Path) -> list[Path]:
@@ -33,47 +166,684 @@ def rewrite(folder: Path) -> list[Path]:
         DataError: If a file is not JSON, or lacks something.
         LlmrecError: If the rows of one table were measured under different protocols.
     """
-    written: dict[str, str] = {}
-    suites = read_results(folder)
-    if suites:
-        written["LEADERBOARD.md"] = leaderboard(suites, all_references())
-        written["SLICES.md"] = slices_page(suites)
-    for file, content in _contents(folder).items():
-        try:
-            written |= own_pages(without_surrogates(dict(content)))
-        except ValidationError as error:
-            problem = error.errors(include_url=False, include_context=False)[0]
-            place = ".".join(map(str, problem["loc"]))
-            what = f"{file}: key {place!r}: {problem['msg']}; write it again with `llmrec eval`"
-            raise DataError(what, kind="bad-value", at=file, column=place) from error
+    results = read_results(folder)
+    written = shared_pages(results, all_references())
+    for found in results:
+        written |= own_pages(found)
     for name, text in written.items():
         write_text(folder.parent / name, text)
     return [folder.parent / name for name in written]
 
 
-def own_pages(content: Mapping[str, object]) -> dict[str, str]:
-    """Return the pages of a benchmark or of conversations by name; suites share theirs, and have none of their own.
+def shared_pages(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> dict[str, str]:
+    """Return the pages that all suites share, by file name; nothing without a suite."""
+    if not any(found.kind == "suite" for found in results):
+        return {}
+    return {_LEADERBOARD: leaderboard(results, references), _SLICES: slices_page(results)}
 
-    Raises:
-        ValidationError: If something is lacking.
+
+def own_pages(found: BenchmarkResult) -> dict[str, str]:
+    """Return a benchmark's page and pictures, by file name; a suite has none."""
+    if found.kind == "suite":
+        return {}
+    pictures = {_picture(found, table): _drawn(found, table) for table in found.tables if _plot(found, table)}
+    return {f"{found.benchmark}.md": _engine().get_template("benchmark.md.j2").render(view=_view(found)), **pictures}
+
+
+def leaderboard(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> str:
+    """Return the page of all suites.
+
+    Args:
+        results: From `read_results`.
+        references: Pages of published figures by name.
     """
-    if content.get("kind") == "benchmark":
-        return pages(BenchmarkResult.model_validate(content))
-    if content.get("kind") == "chat":
-        talks = ChatResult.model_validate(content)
-        return {f"{talks.chat}.md": page_of(talks)}
-    return {}
+    suites = sorted((found for found in results if found.kind == "suite"), key=lambda found: found.benchmark)
+    views = [_view(found, [references[name] for name in found.references if name in references]) for found in suites]
+    head = Markup(_glance(suites)) if len(suites) > 1 else ""
+    return _engine().get_template("leaderboard.md.j2").render(glance=head, views=views, users=USERS, seeds=SEEDS)
 
 
-def _contents(folder: Path) -> dict[Path, dict[str, object]]:
-    """Return the results of suites and benchmarks by file."""
-    found = {}
-    for file in sorted(folder.glob("*.json")):
-        try:
-            content = json.loads(file.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            what = f"{file}: is not JSON ({error}); write it again with `llmrec eval`"
-            raise DataError(what, kind="syntax", at=file) from error
-        if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
-            found[file] = content
+@functools.cache
+def _engine() -> ImmutableSandboxedEnvironment:
+    return markdown_engine(Path(__file__).resolve().parent)
+
+
+# --------------------------------------------------------------------------- a benchmark
+
+
+@dataclass(frozen=True)
+class TableView:
+    """What the page shows of a table.
+
+    Attributes:
+        heading: Its heading; empty where it is the only one.
+        about: A line before the table.
+        grid: The table.
+        notes: Paragraphs after it.
+        lists: Comparisons, by what is said before them.
+        published: Paragraphs and tables of published figures.
+        picture: The alternative text of the picture and its file, if there is one.
+    """
+
+    heading: str
+    about: str
+    grid: str
+    notes: Sequence[str]
+    lists: Mapping[str, Sequence[str]]
+    published: Sequence[str]
+    picture: tuple[str, str] | None
+
+
+@dataclass(frozen=True)
+class View:
+    """What the page shows of a benchmark.
+
+    Attributes:
+        found: The result.
+        minutes: That it took.
+        where: The machine.
+        notes: Paragraphs before its tables.
+        tables: Its tables.
+        after: Paragraphs after them.
+    """
+
+    found: BenchmarkResult
+    minutes: str
+    where: str
+    notes: Sequence[str]
+    tables: Sequence[TableView]
+    after: Sequence[str]
+
+    @property
+    def ensembles(self) -> bool:
+        """Whether a row is an ensemble of other rows."""
+        return any(figures.members for row in self.found.rows for figures in row.tables.values())
+
+
+def _view(found: BenchmarkResult, references: Sequence[Reference] = ()) -> View:
+    machine = found.machine
+    return View(
+        found,
+        f"{found.seconds / 60:.0f}",
+        f"{machine.get('cpu') or 'an unknown processor'}, {machine.get('cores') or 'unknown'} cores",
+        [*_standing(found), *found.notes, *_planned_note(found)],
+        [_table(found, table, references) for table in found.tables],
+        _beside(found, references, "unknown", "### Published, treatment of the history not stated", ""),
+    )
+
+
+def _table(found: BenchmarkResult, table: BenchmarkTable, references: Sequence[Reference]) -> TableView:
+    planned, explored = (
+        [pair for pair in pairs if pair.table == table.name] for pairs in (found.pairs, found.explored)
+    )
+    lists = {
+        "Planned comparisons:": [*map(_planned_line, sorted(planned, key=lambda pair: pair.n == 0))],
+        "Thought of after the test split was seen, so that they are exploratory (95 %, no p and no verdict):": [
+            *map(_explored_line, explored)
+        ],
+    }
+    notes: list[str] = []
+    if found.kind == "suite" and _less(found, table):
+        notes.append(
+            Markup(
+                "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these "
+                "differences are exploratory: unadjusted 95 % intervals, no p and no verdict."
+            )
+        )
+    notes += [*_undefined(found, table), *([table.detectable] if table.detectable else [])]
+    notes += [*_fusions(found, table), *_cold(found, table)]
+    if found.kind == "chat":
+        notes += _dialogues(found)
+    drawn = _plot(found, table) is not None
+    return TableView(
+        heading=_heading(found, table),
+        about=_about(found, table),
+        grid=Markup(_grid(found, table)),
+        notes=notes,
+        lists={head: lines for head, lines in lists.items() if lines},
+        published=_beside(found, references, table.name, "Published under the same protocol", ":"),
+        picture=(f"{table.metric} by tokens a request", _picture(found, table)) if drawn else None,
+    )
+
+
+def _heading(found: BenchmarkResult, table: BenchmarkTable) -> str:
+    if found.kind == "chat":
+        return ""
+    if found.kind == "suite":
+        return _HEADINGS.get(table.name, f"Seen items {table.name}")
+    return f"{title(table.task)}: {table.metric}"
+
+
+def _about(found: BenchmarkResult, table: BenchmarkTable) -> str:
+    """Return the size and the protocol of a table of recipes; other tables share those of the page."""
+    if found.kind != "benchmark":
+        return ""
+    seeds = min((row.seeds for row in found.rows if row.arm == "tuned" and table.name in row.tables), default=SEEDS)
+    about = (
+        f"{table.requests:,} requests of {table.users:,} users, {better(table.metric)} is better; "
+        f"{code(table.signature)}."
+    )
+    few = _exploratory(table.users, seeds)
+    return Markup(f"{about}\n\n{cell(few)}" if few else about)
+
+
+def _standing(found: BenchmarkResult) -> list[str]:
+    """Say what a reader has to know before the tables: what was tuned, what is exploratory, what is missing."""
+    lines = []
+    if found.kind == "suite" and found.protocol is not None:
+        few = [row for row in found.rows if row.fewer_seeds and row.seeds < SEEDS]
+        lines += [*_chosen(found), _exploratory(found.protocol.users, len(found.protocol.seeds))]
+        if few:
+            names = ", ".join(f"{row.name} ({row.seeds})" for row in few)
+            lines.append(
+                f"Exploratory, with fewer than {SEEDS} training seeds, whatever is said of them below: {names}."
+            )
+    if found.skipped:
+        many = f"{found.unrun} planned comparison{'' if found.unrun == 1 else 's'}"
+        counted = f"; {many} with them count in the correction as if they had been tested" if found.unrun else ""
+        lines.append(f"Not run: {', '.join(found.skipped)}{counted}.")
+    if found.missing:
+        lines.append(Markup(f"**{found.missing} runs are missing**: the same command resumes."))
+    return [line for line in lines if line]
+
+
+def _exploratory(users: int, seeds: int) -> str:
+    """Say that a table is exploratory, with what it has too few of; nothing where it has enough.
+
+    Args:
+        users: Whose requests it holds.
+        seeds: Of its rows that learn with any randomness.
+    """
+    few = [f"{users:,} users, fewer than {USERS}"] if users < USERS else []
+    few += [f"{seeds} training {'seed' if seeds == 1 else 'seeds'}, fewer than {SEEDS}"] if seeds < SEEDS else []
+    if not few:
+        return ""
+    return f"Exploratory ({'; '.join(few)}): figures and verdicts describe this run; nothing is claimed from them."
+
+
+def _chosen(found: BenchmarkResult) -> list[str]:
+    """Say how the parameters of a suite's rows came about."""
+    names = [table.name for table in found.tables]
+    tuned = [row for row in found.rows if row.trials]
+    lines = []
+    # Ensembles have trials of each table by itself.
+    if tuned and all(
+        any(trial.values.get(name) is not None for trial in row.trials) for row in tuned for name in names
+    ):
+        lines.append("Parameters are chosen on validation, for each table by itself.")
+    given = [
+        row.name
+        for row in found.rows
+        if row.baseline and not row.trials and set(row.tables[names[0]].parameters) - {"liked"}
+    ]
+    if given:
+        lines.append(f"Not tuned in this suite, which names their parameters: {', '.join(given)}.")
+    return lines
+
+
+def _planned_note(found: BenchmarkResult) -> list[str]:
+    """Say how the planned comparisons of a file were tested, over all its tables."""
+    tested = [pair for pair in found.pairs if pair.p is not None]
+    if not tested:
+        return []
+    over = "The one planned comparison has" if len(tested) == 1 else f"The {len(tested)} planned comparisons have"
+    note = (
+        f"{over} p Holm-adjusted over all tables of the file, and the row named first is *significantly better* or "
+        "*worse* where it is at most .05."
+    )
+    if all(pair.level is not None for pair in tested):
+        note += " Each interval is at the level of its own Holm step, and leaves out 0 exactly there."
+    return [Markup(note)]
+
+
+def _dialogues(found: BenchmarkResult) -> list[str]:
+    """Say which language models rows of conversations use, what their users named, and which have few users."""
+    models, named, few = list[str](), list[str](), list[str]()
+    for row in found.rows:
+        if (held := row.dialogues) is None:
+            continue
+        name = cell(row.name)
+        leads = f"{code(held.manager)} chooses the tools" if held.manager not in (*MANAGERS, row.name) else ""
+        grades = f"{code(held.ranker)} grades the first items of each list" if held.ranker else ""
+        if used := ", and ".join(filter(None, (leads, grades))):
+            models.append(f"{name}: {used}.")
+        if held.lines_with_a_wanted_title:
+            named.append(f"{name}: {held.lines_with_a_wanted_title:,} lines of users name what is wanted.")
+        if said := _exploratory(held.users, SEEDS):
+            few.append(f"{name}: {cell(said)}")
+    return [Markup(line) for line in (*models, *named, *few)]
+
+
+# --------------------------------------------------------------------------- its table
+
+Column = tuple[str, Callable[[BenchmarkRow, RowFigures], str]]
+
+
+def _grid(found: BenchmarkResult, table: BenchmarkTable) -> str:
+    """Return the rows of a table, best first; kinds of rows are apart where there are several."""
+    rows, columns = found.standings(table), _columns(found, table)
+    kinds = [kind for kind in get_args(Reads) if any(row.reads == kind for row, _ in rows)]
+    if len(kinds) > 1:
+        rows.sort(key=lambda entry: kinds.index(entry[0].reads or kinds[0]))
+    lines: list[list[str]] = []
+    for number, (row, figures) in enumerate(rows):
+        if len(kinds) > 1 and row.reads and (number == 0 or row.reads != rows[number - 1][0].reads):
+            lines.append([f"*{KINDS[row.reads]}*", *[""] * (len(columns) - 1)])
+        lines.append([write(row, figures) for _, write in columns])
+    return _left([head for head, _ in columns], lines)
+
+
+def _columns(found: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
+    """Return the columns of a table: those of which some row has something to show."""
+    entries = found.standings(table)
+    rows, figures = [row for row, _ in entries], [each for _, each in entries]
+    columns: list[Column] = [("predictor" if found.kind == "suite" else "row", _name)]
+    for name in table.metrics:
+        values = [each.metrics[name].value for each in figures if name in each.metrics]
+        best = min(values, key=lambda value, name=name: place(value, name), default=None)
+        columns.append((name, functools.partial(_metric, name, best, headline=name == table.metric)))
+    if any(each.metrics[table.metric].range for each in figures):
+        columns.append(("over tie rules", lambda _, own: _range(own.metrics[table.metric])))
+    if less := _less(found, table):
+        head = "best row less this one" if found.kind == "suite" else "less the best baseline"
+        columns.append((head, lambda row, _: less.get(row.name, DASH)))
+    if any(each.tie_rate is not None for each in figures):
+        columns.append(("ties", lambda _, own: DASH if own.tie_rate is None else f"{own.tie_rate:.1%}"))
+    if any(each.parameters for each in figures):
+        columns.append(("parameters", lambda _, own: _parameters(own)))
+    if any(each.tokens_per_request for each in figures):
+        columns += [
+            ("tokens", lambda row, own: _cost(entries, row, own, "tokens_per_request", ",.0f")),
+            ("calls", lambda row, own: _cost(entries, row, own, "forwards_per_request", ",.1f")),
+        ]
+    if any(each.seconds_per_request for each in figures):
+        columns.append(("seconds", lambda row, own: _cost(entries, row, own, "seconds_per_request", ".3f")))
+    if any(row.seconds for row in rows):
+        columns.append(("seconds", lambda row, _: f"{sum(row.seconds.values()):.0f}"))
+    if any(row.memory_gb is not None for row in rows):
+        columns.append(("GB", lambda row, _: DASH if row.memory_gb is None else f"{row.memory_gb:.1f}"))
+    if any(row.dialogues for row in rows):
+        columns += [
+            (head, functools.partial(_dialogue, name, form))
+            for head, name, form in (
+                ("turns", "turns", ".1f"),
+                ("seconds a turn", "seconds_a_turn", ".3f"),
+                ("tokens a turn", "tokens_a_turn", ",.0f"),
+            )
+        ]
+        columns += [
+            ("calls that parse", lambda _, own: f"{own.parse_rate:.3f}"),
+            ("users", functools.partial(_dialogue, "users", ",")),
+        ]
+    return columns
+
+
+def _name(row: BenchmarkRow, _: RowFigures) -> str:
+    knows = f" (users know {', '.join(row.dialogues.knows)})" if row.dialogues and row.dialogues.knows else ""
+    return cell(row.name + knows) + (" (baseline)" if row.arm == "baseline" else "")
+
+
+def _metric(name: str, best: float | None, _: BenchmarkRow, figures: RowFigures, *, headline: bool) -> str:
+    figure = figures.metrics.get(name)
+    if figure is None:
+        return DASH
+    value = figure.value
+    text = UNDEFINED if value is None else f"**{value:.4f}**" if value == best else f"{value:.4f}"
+    if not headline:
+        return text
+    bounds = "" if figure.low is None or figure.high is None else f" [{figure.low:.4f}, {figure.high:.4f}]"
+    return text + bounds + ("" if figure.sd is None else f" sd {figure.sd:.4f}")
+
+
+def _range(figure: Figure) -> str:
+    return DASH if figure.range is None else "{:.4f} to {:.4f}".format(*figure.range)
+
+
+def _less(found: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
+    """Return by row the best row less the row, or of language models the row less the best baseline.
+
+    Nothing where two rows have one name.
+    """
+    names = [row.name for row in found.rows]
+    if len(set(names)) < len(names):
+        return {}
+    own = [pair for pair in found.comparisons if pair.table == table.name]
+    if found.kind == "benchmark":
+        own += [pair for pair in found.pairs if pair.table == table.name and pair.b == table.best_baseline]
+    return {
+        pair.a if found.kind == "benchmark" else pair.b: difference(pair.value, pair.low, pair.high, 4) for pair in own
+    }
+
+
+def _parameters(figures: RowFigures) -> str:
+    chosen = ", ".join(
+        f"{name} {value}{' (end of its grid)' if name in figures.border else ''}"
+        for name, value in settings(figures.parameters)
+        # Of an ensemble that is one member alone it says which; the other forms are of all.
+        if name != "of" or value != figures.parameters.get("form")
+    )
+    return cell(chosen or "none")
+
+
+def _cost(
+    entries: Sequence[tuple[BenchmarkRow, RowFigures]], row: BenchmarkRow, figures: RowFigures, name: str, form: str
+) -> str:
+    """Return a cost a request; a baseline reads no tokens, and an ensemble costs what its members cost too."""
+    if row.arm == "baseline" and name != "seconds_per_request":
+        return DASH
+    return f"{_with_members(entries, figures, name):{form}}"
+
+
+def _with_members(entries: Sequence[tuple[BenchmarkRow, RowFigures]], figures: RowFigures, name: str) -> float:
+    members = [own for row, own in entries if row.name in figures.members]
+    return float(sum(getattr(own, name) for own in (figures, *members)))
+
+
+def _dialogue(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:
+    value = getattr(row.dialogues, name)
+    return f"{value:{form}}" if value else DASH
+
+
+def _undefined(found: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+    """Say which figures of a table are not defined, of which rows and why."""
+    rows = found.standings(table)
+    figures = [
+        (row.name, name, own.metrics[name]) for row, own in rows for name in table.metrics if name in own.metrics
+    ]
+    missing = [(row, name, figure.undefined) for row, name, figure in figures if figure.value is None]
+    return undefined_lines(missing, len(rows), table.metric)
+
+
+def _fusions(found: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+    """Show the weights of every ensemble of a table, what each member contributes, and what the ensemble costs."""
+    rows, blocks = {row.name: row for row in found.rows}, list[str]()
+    for row in found.rows:
+        fusion = row.tables[table.name].fusion if table.name in row.tables else None
+        if fusion is None:
+            continue
+        limits = "; 95 % over users" if any(part.low is not None for part in fusion.parts) else ""
+        worth = f" {note}" if (note := history_worth(fusion.repeat)) else ""
+        spent = sum(sum(rows[part.name].seconds.values()) for part in fusion.parts if part.name in rows)
+        block = (
+            f"Weights of {cell(row.name)} ({FORMS[fusion.form]}{limits}).{worth} Its parts took {spent:.0f} s "
+            f"with their tuning and seeds, the fusion itself {sum(row.seconds.values()):.0f} s."
+        )
+        if fusion.form == "alone":
+            blocks.append(f"{block} It is {cell(next(part.name for part in fusion.parts if part.weight))}.")
+            continue
+        lines = [
+            [
+                cell(part.name),
+                _limited(part.weight, part.low, part.high, 2),
+                _limited(part.loss, part.loss_low, part.loss_high, 4),
+            ]
+            for part in sorted(fusion.parts, key=lambda part: -(part.loss or 0.0))
+        ]
+        blocks += [block, _left(["part", "weight", "lost without it, on validation"], lines)]
+    return [Markup(block) for block in blocks]
+
+
+def _limited(value: float | None, low: float | None, high: float | None, digits: int) -> str:
+    if value is None:
+        return DASH
+    shown = f"{value:.{digits}f}"
+    return shown if low is None or high is None else f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def _cold(found: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+    """Show rows that find items without training interactions, and their figures on all other requests."""
+    metrics, rows = table.metrics, list[tuple[float, list[str]]]()
+    entries = found.standings(table)
+    shown = [name for name in entries[0][1].metrics if name.startswith(("Exposure@", "ColdItems@"))]
+    for row, figures in entries:
+        cold, whole = figures.cold or {}, figures.value(table.metric)
+        few = cold.get("n", 0.0)
+        if not cold.get(table.metric) or whole is None or few >= figures.n:
+            continue
+        rest = (whole * figures.n - cold[table.metric] * few) / (figures.n - few)
+        cells = [cell(row.name), *(f"{cold[name]:.4f}" for name in metrics), f"{rest:.4f}"]
+        cells += [f"{figures.metrics[name].value or 0:.4g}" for name in shown if name in figures.metrics]
+        rows.append((cold[table.metric], cells))
+    if not rows:
+        return []
+    few = max((figures.cold or {}).get("n", 0.0) for _, figures in entries)
+    note = f"Targets without training interactions, {few:.0f} requests; a row that is missing here finds none of them:"
+    ordered = [cells for _, cells in sorted(rows, key=lambda entry: -entry[0])]
+    head = ["predictor", *metrics, f"{table.metric} on all other requests", *shown]
+    return [note, Markup(_left(head, ordered))]
+
+
+def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return grid([cell(name) for name in header], rows, numeric_from=len(header))
+
+
+# --------------------------------------------------------------------------- comparisons
+
+
+def _planned_line(pair: BenchmarkPair) -> str:
+    if pair.n == 0:
+        return _explored_line(pair)
+    found = f"{difference(pair.value, pair.low, pair.high, 4)} ({coverage(pair.level)})"
+    return Markup(f"{_ends(pair)}: {found}, p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
+
+
+def _explored_line(pair: BenchmarkPair) -> str:
+    found = difference(pair.value, pair.low, pair.high, 4) if pair.n != 0 else "there is no such request"
+    return Markup(f"{_ends(pair)}: {found}")
+
+
+def _ends(pair: BenchmarkPair) -> str:
+    return f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} less {cell(pair.b)}"
+
+
+def _where(pair: BenchmarkPair) -> str:
+    """Say on which requests a comparison is, where they are not all."""
+    if pair.users is not None:
+        return f", {pair.users:,} users{', exploratory' if pair.users < USERS else ''}"
+    if pair.items is None:
+        return ""
+    if pair.items == "warm":
+        return f", the {pair.n or 0:,} requests for items with training interactions"
+    few = ", exploratory" if 0 < (pair.n or 0) < USERS else ""
+    items = f", of {pair.clusters:,} items and clustered by these" if pair.clusters else ""
+    return f", the {pair.n or 0:,} requests for items without training interactions{items}{few}"
+
+
+# --------------------------------------------------------------------------- quality and cost
+
+
+def _picture(found: BenchmarkResult, table: BenchmarkTable) -> str:
+    return f"{found.benchmark}-{table.name}.svg"
+
+
+def _drawn(found: BenchmarkResult, table: BenchmarkTable) -> str:
+    plot = _plot(found, table)
+    assert plot is not None
+    return picture(draw(plot, WIDE), f"{title(table.task)}: {table.metric} by tokens a request")
+
+
+def _plot(found: BenchmarkResult, table: BenchmarkTable) -> CostPlot | None:
+    """Return quality by tokens a request; None where fewer than two rows read any.
+
+    The line joins rows that no other row beats at the same or a lower cost, which alone are named.
+    """
+    entries, metric = found.standings(table), table.metric
+    costs = [
+        (_with_members(entries, figures, "tokens_per_request"), row, figures.metrics[metric])
+        for row, figures in entries
+        if row.arm != "baseline" and figures.value(metric) is not None
+    ]
+    costs = [entry for entry in costs if entry[0] > 0]
+    if len(costs) < 2:
+        return None
+    front = frontier([(tokens, row.name, figure.value or 0.0) for tokens, row, figure in costs], metric)
+    points: list[Point] = [
+        {
+            "label": flat(row.name),
+            "arm": row.arm,
+            "tokens": tokens,
+            "short": f"{figure.value:.3f}, {tokens:,.0f} tokens",
+            "value": figure.value or 0.0,
+            "low": None,
+            "high": None,
+            "text": f"{figure.value:.3f}, {tokens:,.0f} tokens",
+            "named": row.name in front,
+        }
+        for tokens, row, figure in costs
+    ]
+    control = next((entry for entry in entries if entry[0].name == table.best_baseline), None)
+    return {
+        "kind": "cost",
+        "metric": flat(metric),
+        "better": better(metric),
+        "unit": "a request",
+        "points": points,
+        "reference": control[1].value(metric) if control else None,
+        "control": flat(control[0].name) if control else None,
+    }
+
+
+def frontier(rows: Sequence[tuple[float, str, float]], metric: str) -> list[str]:
+    """Return the rows that no other row beats at the same or a lower cost, cheapest first (the Pareto front).
+
+    Args:
+        rows: Cost, name and value of each.
+        metric: Says which values are better.
+    """
+    sign, best, found = -1 if lower(metric) else 1, -math.inf, []
+    for _, name, value in sorted(rows, key=lambda row: (row[0], -sign * row[2])):
+        if sign * value > best:
+            best = sign * value
+            found.append(name)
     return found
+
+
+# --------------------------------------------------------------------------- published figures
+
+
+def _beside(found: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
+    """Show published rows of one treatment of the history; those on other interactions are apart, page by page."""
+    metrics = found.tables[0].metrics
+    fitting = [page for page in references if _fits(page, found)]
+    same = [row for page in fitting if _same_data(page, found) for row in page.rows if row.seen == seen]
+    blocks = [f"{heading}{end}", _published(same, metrics)] if same else []
+    for page in fitting:
+        rows = [row for row in page.rows if row.seen == seen]
+        if rows and not _same_data(page, found):
+            counts = ", ".join(f"{count:,} {cell(what)}" for what, count in page.counts.items())
+            blocks += [f"{heading}, but on other interactions ({cell(page.data)}: {counts}){end}"]
+            blocks += [_published(rows, metrics)]
+    return [Markup(block) for block in blocks]
+
+
+def _fits(page: Reference, found: BenchmarkResult) -> bool:
+    # A suite without candidates has one table, and its references name that.
+    protocol = found.protocol
+    if protocol is None:
+        return False
+    kind = protocol.candidates or found.tables[0].name
+    return page.protocol.candidates == kind and page.protocol.split in protocol.split
+
+
+def _same_data(page: Reference, found: BenchmarkResult) -> bool:
+    """Whether a page counts as many users, items and interactions as the suite read."""
+    return all(getattr(found.data, what) == count for what, count in page.counts.items())
+
+
+def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
+    """Return published rows, best first by the last metric that they print."""
+
+    def key(row: Published) -> tuple[int, bool, float]:
+        last = next((number for number, name in enumerate(reversed(metrics)) if name in row.values), len(metrics))
+        name = metrics[-1 - last] if last < len(metrics) else metrics[-1]
+        return (last, *place(row.values.get(name), name))
+
+    lines = [
+        [
+            cell(row.system),
+            *(f"{row.values[name]:.4f}" if name in row.values else "" for name in metrics),
+            cell(row.source),
+            cell(row.note),
+        ]
+        for row in sorted(rows, key=key)
+    ]
+    return _left(["system", *metrics, "source", "note"], lines)
+
+
+# --------------------------------------------------------------------------- pages over all suites
+
+
+def _glance(suites: Sequence[BenchmarkResult]) -> str:
+    """Return a table of suites in the order given: of each the best row of each kind, with links to its section."""
+    kinds = [kind for kind in (*get_args(Reads), None) if any(row.reads == kind for s in suites for row in s.rows)]
+    lines = []
+    for found in suites:
+        name = cell(found.benchmark)
+        linked = f"[{name}](#{found.benchmark})" if _ANCHOR.fullmatch(found.benchmark) else name
+        protocol = found.protocol
+        users, seeds = (protocol.users, len(protocol.seeds)) if protocol else (0, 0)
+        table = next((table for table in found.tables if table.name == "excluded"), found.tables[0])
+        best = (
+            _best([entry for entry in found.standings(table) if entry[0].reads == kind], found, table) for kind in kinds
+        )
+        standing = ", *exploratory*" if _exploratory(users, seeds) else ""
+        lines.append([f"{linked}{standing}", f"{users:,}", cell(table.metric), *best])
+    return grid(["suite", "users", "metric", *(_KINDS[kind] for kind in kinds)], lines, numeric_to=2)
+
+
+def _best(entries: Sequence[tuple[BenchmarkRow, RowFigures]], found: BenchmarkResult, table: BenchmarkTable) -> str:
+    """Return the best row's name and figure, and whether it has too few seeds where its suite has enough."""
+    if not entries or (value := entries[0][1].value(table.metric)) is None:
+        return DASH
+    row, protocol = entries[0][0], found.protocol
+    few = row.fewer_seeds and row.seeds < SEEDS and protocol is not None and len(protocol.seeds) >= SEEDS
+    return f"{cell(row.name)} {value:.4f}" + (", *exploratory*" if few else "")
+
+
+@dataclass(frozen=True)
+class SliceView:
+    """Planned comparisons of a suite between rows that read different things, each with its table of slices."""
+
+    found: BenchmarkResult
+    comparisons: Mapping[str, str]
+
+
+def slices_page(results: Sequence[BenchmarkResult]) -> str:
+    """Return the Markdown page; suites of which no planned comparison joins two kinds of rows are not on it."""
+    suites = sorted((found for found in results if found.kind == "suite"), key=lambda found: found.benchmark)
+    views = [SliceView(found, tables) for found in suites if (tables := _slices(found))]
+    return _engine().get_template("slices.md.j2").render(views=views)
+
+
+def _slices(found: BenchmarkResult) -> dict[str, str]:
+    reads = {row.name: row.reads for row in found.rows}
+    order = get_args(Reads)
+    kinds: dict[tuple[str, str], list[BenchmarkPair]] = {}
+    for pair in found.pairs:
+        one, other = reads.get(pair.a), reads.get(pair.b)
+        if pair.slices and one is not None and other is not None and order.index(one) > order.index(other):
+            kinds.setdefault((pair.a, pair.b), []).append(pair)
+    return {
+        Markup(f"{cell(a)} ({KINDS[reads[a]]}) less {cell(b)} ({KINDS[reads[b]]}), {cell(pairs[0].metric)}:"): Markup(
+            _slice_table(pairs)
+        )
+        for (a, b), pairs in kinds.items()
+    }
+
+
+def _slice_table(pairs: Sequence[BenchmarkPair]) -> str:
+    header = ["requests", "n", "items", *(cell(_TREATED.get(pair.table, pair.table)) for pair in pairs)]
+    names = dict.fromkeys((part.name, part.n, part.clusters) for pair in pairs for part in pair.slices)
+    rows = [["all", "", "", *map(_slice, pairs)]]
+    for name, n, items in names:
+        parts = [next((part for part in pair.slices if part.name == name), None) for pair in pairs]
+        many = f"{items:,}" if items else ""
+        rows.append([cell(in_words(name)), f"{n:,}", many, *(DASH if part is None else _slice(part) for part in parts)])
+    return grid(header, rows, numeric_from=1)
+
+
+def _slice(found: BenchmarkPair | PairSlice) -> str:
+    if found.value is None or found.low is None or found.high is None:
+        return DASH
+    text = difference(found.value, found.low, found.high, 4)
+    return f"**{text}**" if found.low > 0 or found.high < 0 else text

@@ -12,6 +12,7 @@ from pydantic import Field
 
 from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.data.read.ranked import write_records
+from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
 from llmrec.evaluate.compare import Contrast, Standing, exploratory
 from llmrec.metrics.signature import parse_signature
@@ -46,7 +47,7 @@ class RunPair(Pair, Compared):
     best: bool
 
 
-class ComparedRuns(Record):
+class ComparedRuns(Displayed, Record):
     """What `llmrec.compare` returns.
 
     Attributes:
@@ -65,15 +66,15 @@ class ComparedRuns(Record):
     only_a: tuple[str, ...] = Field(())
     only_b: tuple[str, ...] = Field(())
 
-    def __str__(self) -> str:
-        """Return the tables of `llmrec compare`."""
-        from rich.console import Console
-
-        console = Console(width=80)
-        with console.capture() as text:
-            for table in tables(self):
-                console.print(table)
-        return text.get()
+    def _summary(self) -> Summary:
+        rows = [
+            (title(pair.task), *_cells(pair))
+            for task, metric in self.headline.items()
+            for pair in self.differences
+            if (pair.task, pair.metric) == (task, metric)
+        ]
+        facts = {"A": self.a, "B": self.b, **{title(task): metric for task, metric in self.headline.items()}}
+        return Summary("Two runs compared", facts, ("task", "row", "A", "B", "A − B [95 %]"), rows)
 
 
 def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -> ComparedRuns:
@@ -232,10 +233,14 @@ def tables(found: ComparedRuns) -> Iterator[Table]:
         for pair in own:
             if pair in same:
                 continue
-            name = _name(pair.a) if pair.a == pair.b else f"A: {_name(pair.a)}; B: {_name(pair.b)}"
-            cells = [number(pair.a_value), number(pair.b_value), difference(pair.value, pair.low, pair.high)]
+            name, *cells = _cells(pair)
             made.add_row(plain(name, "bold" if pair.best else ""), *map(Text, cells))
         yield made
+
+
+def _cells(pair: RunPair) -> tuple[str, str, str, str]:
+    name = _name(pair.a) if pair.a == pair.b else f"A: {_name(pair.a)}; B: {_name(pair.b)}"
+    return name, number(pair.a_value), number(pair.b_value), difference(pair.value, pair.low, pair.high)
 
 
 def _name(row_id: str) -> str:

@@ -1,115 +1,142 @@
-"""Runs a suite: one protocol, one data set, many predictors; its rows are made in `llmrec.bench.suite_row`.
+"""Makes the rows of a suite: each is tuned on validation for each table, fitted with every seed, and measured.
 
-A finished row is kept, so that a killed suite does not make it again.
+`llmrec.baselines.tuning.tune` chooses a baseline's parameters; `llmrec.bench.models` fits recipes and ensembles.
 """
 
 from __future__ import annotations
 
-import datetime as dt
-import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
+import psutil
 
-from llmrec import __version__
+from llmrec.baselines.ctr.align import Align
+from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.baselines.parameters import config_of
-from llmrec.bench.contrasts import compared
-from llmrec.bench.leaderboard import Reference, all_references, leaderboard, load_reference, read_results
-from llmrec.bench.records import SuiteLine, SuiteProtocol, SuiteResult
-from llmrec.bench.rows import SuiteModels, family
-from llmrec.bench.slices_page import slices_page
-from llmrec.bench.suite_row import (
-    Done,
-    Trials,
-    cases_of,
-    grid_of,
-    headline_of,
-    make_row,
-    metrics_of,
-    tables_of,
-)
-from llmrec.data.split import SplitDataset
+from llmrec.baselines.tuning.search import Grid
+from llmrec.baselines.tuning.tune import Choice, Tuned, tune
+from llmrec.baselines.tuning.tune import Trial as Tried
+from llmrec.bench.engine import Made, MadeRow, Parts, Sample, kept
+from llmrec.bench.models import Models, family
+from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, RowFigures, Trial
+from llmrec.bench.references import reference
+from llmrec.data.features import FeatureStore
+from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.data.stats import wide_cutoffs
-from llmrec.durable import write_checked, write_json, write_text
+from llmrec.durable import write_checked
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import Standing
+from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
+from llmrec.evaluate.compare import BY_SEED, over_runs
+from llmrec.evaluate.figures import EvalProtocol
+from llmrec.evaluate.lists import cold_figures
+from llmrec.evaluate.predictor import Evaluated, evaluate
+from llmrec.evaluate.slices import target_slices
 from llmrec.fingerprint import fingerprint
-from llmrec.machine import command_line, machine, versions
-from llmrec.pipeline.results import describe, of_another
+from llmrec.machine import versions
+from llmrec.metrics.significance import over_seeds
+from llmrec.models.embedder import text_embedder
+from llmrec.pipeline.fusion.parts import weights_of
+from llmrec.pipeline.results import describe
 from llmrec.pipeline.resume import SUITE, locked, read_stage
 from llmrec.pipeline.study import load_split
+from llmrec.progress import Bar
 from llmrec.recipe.comparisons import Suite, SuiteRow
-from llmrec.recipe.load import recipe_hash
-from llmrec.registry import BASELINES
-from llmrec.resources import resource
+from llmrec.registry import BASELINES, lookup
 from llmrec.results import Figure
 from llmrec.tasks.family import answers
 from llmrec.terminal import works_in
-from llmrec.types import Probability
+from llmrec.types import Case, Interaction, Probability, Rating
 
-log = logging.getLogger(__name__)
+# What the one table of these tasks is called; rankings have one for each treatment of the history.
+TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no",)}
+METRICS: Mapping[str, tuple[str, ...]] = {"rating": ("MAE", "RMSE"), "ctr": ("LogLoss", "GAUC", "AUC")}
 
-# What has no say in a row's figures.
+# What does not affect a row's figures.
 _SILENT = {"suite", "description", "plugins", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
 _MATTERS = ("numpy", "scipy", "torch", "implicit", "polars")
 
+# By request, or by seed and request.
+Values: TypeAlias = list[float] | list[list[float]]
+
 
 @dataclass(frozen=True)
-class Ran:
-    """A finished suite: its results, the file that holds them, and the leaderboard, if there is one to write."""
+class Done:
+    """A finished row, and its values by table and metric, as `llmrec.evaluate.compare.sampled` takes them."""
 
-    results: SuiteResult
-    file: Path
-    leaderboard: Path | None
+    row: BenchmarkRow
+    values: Mapping[str, Mapping[str, Values]]
 
 
-def run_suite(suite: Suite, *, out: Path, results: Path, say: Callable[[str], None] = log.info) -> Ran:
-    """Run every row that is not there yet, then write the suite's results and the leaderboard.
+@dataclass(frozen=True)
+class Once:
+    """One table of a row with one seed; for rankings also the figures of items without training interactions."""
+
+    evaluated: Evaluated
+    cold: Mapping[str, float] | None = None
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The points that tuning has tried, in a file, so that a killed suite does not fit them again."""
+
+    path: Path
+    key: str
+
+    def known(self) -> list[Tried]:
+        """Return the points of an earlier call for the same row."""
+        stored = read_stage(self.path, self.key, _tried)
+        return _tried(stored) if stored else []
+
+    def keep(self, trials: Sequence[Tried]) -> None:
+        """Store all points."""
+        points = [{"parameters": dict(trial.parameters), "values": dict(trial.values)} for trial in trials]
+        write_checked(self.path, {"key": self.key, "trials": points})
+
+
+def _tried(stored: Mapping[str, Any]) -> list[Tried]:
+    return [Tried(trial["parameters"], trial["values"]) for trial in stored["trials"]]
+
+
+def suite_rows(suite: Suite, out: Path, say: Callable[[str], None]) -> Iterator[Made]:
+    """Make every row that is not there yet, and yield all of them.
 
     Args:
         suite: From `llmrec.recipe.load.load_suite`.
         out: Where finished rows are kept, so that a killed suite resumes.
-        results: Folder for ``<suite>.json``; ``LEADERBOARD.md`` and ``SLICES.md`` are written beside it.
-        say: Told of each row as it is done.
+        say: Receives a line on each row when it is done.
 
     Raises:
-        RecipeError: If a row names no baseline of the task or a parameter that it has not, or a reference page is
+        RecipeError: If a row names no baseline of the task or a parameter that it does not have, or a reference page is
             missing.
         DataError: If the data cannot be used.
     """
     check_rows(suite)
-    pages = {name: _reference(name) for name in suite.references}
+    for name in suite.references:
+        reference(name)
     with locked(out, SUITE):
         works_in(out)
-        begin, file = time.monotonic(), results / f"{suite.suite}.json"
-        if told := of_another(file, "suite_hash", recipe_hash(suite)):
-            say(told)
         splits = {seed: load_split(suite.data, seed) for seed in suite.split_seeds}
         if suite.task == "ranking":
             fewest = min(len(data.dataset.items) for data in splits.values())
             if wide := wide_cutoffs(suite.cutoffs, fewest):
                 say(wide)
         rows: list[Done] = []
-        contenders = SuiteModels(suite, out)
-        for place, row in enumerate(suite.rows):
+        models = Models(suite, out)
+        for number, row in enumerate(suite.rows):
             if row.label in suite.skipped:
                 continue
-            found = _row(suite, row, place, splits, contenders)
-            contenders.chosen[row.label] = {table: found.line.parameters_of(table) for table in tables_of(suite)}
-            rows.append(found)
-            say(_line(suite, found.line))
-        written = _results(suite, rows, splits[suite.split_seeds[0]], time.monotonic() - begin)
-        write_json(file, written.as_json())
-    page = None
-    if results.name == "results":
-        page, suites = results.parent / "LEADERBOARD.md", read_results(results)
-        write_text(page, leaderboard(suites, pages | all_references()))
-        write_text(results.parent / "SLICES.md", slices_page(suites))
-    return Ran(written, file, page)
+            done = _stored(suite, row, number, splits, models)
+            models.chosen[row.label] = {name: figures.parameters for name, figures in done.row.tables.items()}
+            rows.append(done)
+            say(_line(suite, done.row))
+        yield _made(suite, rows, splits[suite.split_seeds[0]])
 
 
 def check_rows(suite: Suite) -> None:
@@ -138,118 +165,347 @@ def check_rows(suite: Suite) -> None:
                 )
 
 
-def _reference(name: str) -> Reference:
-    folder = resource("eval", "references")
-    path = folder / f"{name}.yaml"
-    if not path.is_file():
-        known = ", ".join(sorted(page.stem for page in folder.glob("*.yaml")))
-        raise RecipeError(
-            f"references: there is no page {name!r} under eval/references; known: {known}",
-            kind="unknown-name",
-            column="references",
-        )
-    return load_reference(path)
-
-
-# --------------------------------------------------------------------------- one row
-
-
-def _row(suite: Suite, row: SuiteRow, place: int, splits: Mapping[int, SplitDataset], contenders: SuiteModels) -> Done:
-    """Return a stored row with the same key, or make it and store it."""
-    path = contenders.folder / "rows" / f"{place:02d}-{row.label}.json"
-    key = fingerprint(
-        "suite",
-        made_by=[(BASELINES, row.baseline)] if row.baseline else [],
-        packages={name: version for name, version in versions().items() if name in _MATTERS},
-        # Without defaults, so that a key which is new here does not make finished rows anew.
-        row=row.model_dump(exclude_defaults=True),
-        grid=grid_of(suite, row) if row.baseline else None,
-        parts=[contenders.chosen[label] for label in row.parts],
-        inputs=contenders.inputs(row) if row.baseline is None else None,
-        files=contenders.read(row) if row.baseline else None,
-        data={seed: data.fingerprint for seed, data in splits.items()},
-        reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,
-        protocol=suite.model_dump(
-            exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}, exclude_defaults=True
-        ),
-    )
-    stored = read_stage(path, key, _done)
-    if stored is not None and row.fuse:
-        line = SuiteLine.model_validate(stored)
-        # An earlier version chose the form with every seed anew, and named no "of".
-        stored = stored if all("of" in line.parameters_of(seen) for seen in line.tables) else None
-    if stored is None:
-        tried = path.with_name(f"{path.stem}.trials.json")
-        done = make_row(suite, row, splits, contenders, Trials(tried, key))
-        stored = {"key": key, **done.line.as_json(), "values": done.values}
-        write_checked(path, stored)
-    else:
-        log.info("suite: reusing %s", path)
-    # What a row knows items by is not measured: an earlier version may have named it otherwise.
-    return _done({**stored, "reads": contenders.reads(row)})
-
-
-def _done(stored: Mapping[str, Any]) -> Done:
-    return Done(SuiteLine.model_validate(stored), stored["values"])
-
-
-# --------------------------------------------------------------------------- all rows
-
-
-def _results(suite: Suite, rows: Sequence[Done], data: SplitDataset, seconds: float) -> SuiteResult:
-    lines, cases = [row.line for row in rows], cases_of(suite, data)
-    metric = headline_of(suite)
-    tables = {
-        seen: [
-            Standing(row.line.name, row.line.tables[seen].metrics[metric].value, np.array(row.values[seen][metric]))
-            for row in rows
-        ]
-        for seen in tables_of(suite)
-    }
-    found = compared(suite, metric, tables, cases, data)
-    return SuiteResult(
-        kind="suite",
-        suite=suite.suite,
-        description=suite.description,
-        llmrec=__version__,
-        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        command=command_line(),
-        suite_hash=recipe_hash(suite),
-        versions=versions(),
-        machine=machine(),
-        data=describe(data),
-        protocol=SuiteProtocol(
-            split=f"{data.kind}/{suite.split}",
+def _made(suite: Suite, rows: Sequence[Done], data: SplitDataset) -> Made:
+    cases, metric = cases_of(suite, data), headline_of(suite)
+    users, requests = [case.request.user_id for case in cases], range(len(cases))
+    tables = [
+        BenchmarkTable(
+            name=name,
             task=suite.task,
-            candidates="full" if suite.task == "ranking" else None,
-            seen=tables_of(suite),
+            metric=metric,
             metrics=tuple(metrics_of(suite)),
-            seeds=suite.seeds,
-            split_seeds=suite.split_seeds,
-            min_history=suite.min_history,
-            users=len({case.request.user_id for case in cases}),
-            requests=lines[0].tables[tables_of(suite)[0]].n,
-        ),
-        rows=tuple(lines),
-        comparisons=found.described,
-        pairs=found.planned,
-        explored=found.explored,
-        skipped=suite.skipped,
-        unrun=found.unrun,
-        detectable=found.detectable,
-        references=suite.references,
-        seconds=max(seconds, sum(sum(line.seconds.values()) for line in lines)),
+            requests=rows[0].row.tables[name].n,
+            users=len(set(users)),
+        )
+        for name in tables_of(suite)
+    ]
+    protocol = BenchmarkProtocol(
+        split=f"{data.kind}/{suite.split}",
+        candidates="full" if suite.task == "ranking" else None,
+        seeds=suite.seeds,
+        split_seeds=suite.split_seeds,
+        min_history=suite.min_history,
+        users=len(set(users)),
+        requests=tables[0].requests,
     )
+    facts = {"data": describe(data), "protocol": protocol, "skipped": suite.skipped, "references": suite.references}
+    made = [
+        MadeRow(
+            done.row,
+            {name: Sample(np.array(values[metric]), users, requests) for name, values in done.values.items()},
+        )
+        for done in rows
+    ]
+    parts = Parts()
+    if suite.task == "ranking":
+        parts = Parts(target_slices(cases, data), [str(case.truth) for case in cases])
+    return Made(tables, made, facts, parts, seconds=sum(sum(done.row.seconds.values()) for done in rows))
 
 
-def _line(suite: Suite, row: SuiteLine) -> str:
+def _line(suite: Suite, row: BenchmarkRow) -> str:
     metrics = row.tables[tables_of(suite)[0]].metrics
     shown = "  ".join(f"{name} {_shown(metrics[name])}" for name in metrics_of(suite))
     return f"{row.name:<20} {shown}  {sum(row.seconds.values()):.0f} s"
 
 
 def _shown(figure: Figure) -> str:
-    """Return a figure for the terminal; one that is not defined with its reason, which older results do not say."""
-    if figure.value is not None:
-        return f"{figure.value:.4f}"
-    return f"undefined ({figure.undefined})" if figure.undefined else "undefined"
+    """Return a figure for the terminal; one that is undefined with its reason."""
+    return f"{figure.value:.4f}" if figure.value is not None else f"undefined ({figure.undefined})"
+
+
+# --------------------------------------------------------------------------- one row
+
+
+def _stored(suite: Suite, row: SuiteRow, number: int, splits: Mapping[int, SplitDataset], models: Models) -> Done:
+    """Return a stored row with the same key, or make it and store it."""
+    path = models.folder / "rows" / f"{number:02d}-{row.label}.json"
+    key = fingerprint(
+        "suite",
+        made_by=[(BASELINES, row.baseline)] if row.baseline else [],
+        packages={name: version for name, version in versions().items() if name in _MATTERS},
+        # Without defaults, so that a new key of the page does not make finished rows again.
+        row=row.model_dump(exclude_defaults=True),
+        grid=grid_of(suite, row) if row.baseline else None,
+        parts=[models.chosen[label] for label in row.parts],
+        inputs=models.inputs(row) if row.baseline is None else None,
+        files=models.read(row) if row.baseline else None,
+        data={seed: data.fingerprint for seed, data in splits.items()},
+        reserved=suite.reserved if any(other.fuse for other in suite.rows) else None,
+        protocol=suite.model_dump(
+            exclude=_SILENT if family(suite).answer is Probability else _SILENT | {"liked"}, exclude_defaults=True
+        ),
+    )
+
+    def make() -> Mapping[str, Any]:
+        done = make_row(suite, row, splits, models, Trials(path.with_name(f"{path.stem}.trials.json"), key))
+        return {"row": done.row.as_json(), "values": done.values}
+
+    return kept(path, key, lambda stored: Done(BenchmarkRow.model_validate(stored["row"]), stored["values"]), make)
+
+
+def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], models: Models, tried: Trials) -> Done:
+    """Tune a row on the first split, fit what was chosen with every seed and on every split, and measure it.
+
+    Args:
+        suite: The suite.
+        row: The row.
+        splits: By seed of the tie rule.
+        models: What fits rows that are no baselines.
+        tried: The points that an earlier call has tried; new ones are added.
+    """
+    first = suite.split_seeds[0]
+    seconds: dict[str, float] = {}
+    with _peak() as memory:
+        begin = time.monotonic()
+        tuned = (
+            _tuned(suite, row, models.choosing(splits[first]), tried)
+            if row.baseline
+            else models.choose(row, splits[first], tables_of(suite))
+        )
+        seconds["tune"] = time.monotonic() - begin + tuned.recalled
+        drawn = models.stochastic(row)
+        seeds = suite.seeds_of(row) if drawn else suite.seeds[:1]
+        measure = partial(_measured, models, row, tuned, seconds)
+        # Tuning has fitted the chosen point with the first seed.
+        runs = [measure(splits[first], seed, seed == seeds[0]) for seed in seeds]
+        others = [measure(splits[seed], suite.seeds[0], False) for seed in suite.split_seeds[1:]]
+    tables = {}
+    for name, choice in tuned.choices.items():
+        table = _figures([run[name] for run in runs], [run[name] for run in (runs[0], *others)], suite.bootstrap)
+        chosen = {"parameters": dict(choice.parameters), "border": choice.border, "fusion": weights_of(choice.model)}
+        tables[name] = table.model_copy(update=chosen)
+    made = BenchmarkRow(
+        name=row.label,
+        baseline=row.baseline,
+        reads=models.reads(row),
+        trials=tuple(Trial(parameters=dict(trial.parameters), values=dict(trial.values)) for trial in tuned.trials),
+        chosen_by=tuned.metric,
+        **_encoder(row),
+        seeds=len(seeds),
+        **({"fewer_seeds": True} if drawn and len(seeds) < len(suite.seeds) else {}),
+        tables=tables,
+        seconds={name: round(value, 2) for name, value in seconds.items()},
+        memory_gb=round(memory[0] / 2**30, 2),
+    )
+    return Done(made, {name: _values([run[name] for run in runs]) for name in tables})
+
+
+def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
+    """Return how the text encoder that a row names makes its vectors, by the key of the record; nothing without one."""
+    align = row.parameters.get("align")
+    read = Align.model_validate(align).model_dump() if isinstance(align, dict) else row.parameters
+    name = str(read.get("encoder", LSA))
+    if name == LSA or read.get("longer"):
+        return {}
+    if name.startswith(STORE):
+        made = FeatureStore.open(name.removeprefix(STORE)).provenance("item")
+        return {
+            "encoder": {"store": name.removeprefix(STORE), **{key: str(value) for key, value in made.encoder.items()}}
+        }
+    return {"encoder": text_embedder(name).record}
+
+
+def grid_of(suite: Suite, row: SuiteRow) -> Grid:
+    """Return the declared grid, with the values that the row names itself, and its parameters fixed."""
+    declared = {**lookup(BASELINES, str(row.baseline), "baseline").GRID, **_ascending(row.grid)} if row.tune else {}
+    grid = {name: values for name, values in declared.items() if name not in row.parameters}
+    fixed: dict[str, tuple[Any, ...]] = {name: (value,) for name, value in row.parameters.items()}
+    if family(suite).answer is Probability:
+        fixed["liked"] = (suite.liked,)
+    return grid | fixed
+
+
+def _ascending(grid: Grid) -> Grid:
+    numbers = {name: all(isinstance(value, int | float) for value in values) for name, values in grid.items()}
+    return {name: tuple(sorted(values)) if numbers[name] else values for name, values in grid.items()}
+
+
+def _tuned(suite: Suite, row: SuiteRow, data: SplitDataset, tried: Trials) -> Tuned:
+    """Choose parameters for each table."""
+    grid, tables = grid_of(suite, row), tables_of(suite)
+    if all(len(values) == 1 for values in grid.values()):
+        only = Choice({name: values[0] for name, values in grid.items()})
+        return Tuned(choices=dict.fromkeys(tables, only), trials=(), metric="nothing to choose")
+    return tune(
+        str(row.baseline),
+        data,
+        seed=suite.seeds[0],
+        tables=tables,
+        grid=grid,
+        known=tried.known(),
+        kept=tried.keep,
+    )
+
+
+def _measured(
+    models: Models,
+    row: SuiteRow,
+    tuned: Tuned,
+    seconds: dict[str, float],
+    data: SplitDataset,
+    seed: int,
+    first: bool,
+) -> dict[str, Once]:
+    """Fit what was chosen and measure it, tables of the same choice together; ``first``: with the seed of tuning."""
+    results: dict[str, Once] = {}
+    together: dict[str, list[str]] = {}
+    # A mixture has parts of its own for each table, whatever its weights are.
+    for table, choice in tuned.choices.items():
+        together.setdefault(f"{table if row.parts else ''}{dict(choice.parameters)}", []).append(table)
+    for tables in together.values():
+        choice = tuned.choices[tables[0]]
+        begin, before = time.monotonic(), models.earlier
+        if first and choice.model is not None:
+            model = choice.model
+            models.keep(row, data, seed, model)
+        else:
+            model = models.fit(row, data, seed, tables[0], choice.parameters)
+        seconds["fit"] = seconds.get("fit", 0.0) + time.monotonic() - begin + models.earlier - before
+        results |= _measure(models, row, data, seconds, model, tables)
+    return {table: results[table] for table in tuned.choices}
+
+
+def _measure(
+    models: Models,
+    row: SuiteRow,
+    data: SplitDataset,
+    seconds: dict[str, float],
+    predictor: Any,
+    tables: Sequence[str],
+) -> dict[str, Once]:
+    suite = models.suite
+    protocol = EvalProtocol(
+        split=f"{data.kind}/{suite.split}",
+        candidates="full",
+        cutoffs=suite.cutoffs,
+        resamples=suite.bootstrap,
+        seed=0,
+        catalogue=len(data.dataset.items),
+    )
+    begin = time.monotonic()
+    cases = cases_of(suite, data)
+    results: dict[str, Once] = {}
+    if suite.task == "ranking":
+        background = models.background(data)
+        with Bar(row.label, len(cases)) as bar:
+            ranked = evaluate_catalogue(
+                predictor, cases, protocol, seen=conventions(tables), background=background, progress=bar.advance
+            )
+        for table, evaluated in ranked.items():
+            results[table] = Once(evaluated, cold_figures(cases, background, evaluated.values, metrics_of(suite)))
+    else:
+        (table,) = tables
+        measured = evaluate(predictor, cases, name=suite.task, kind=family(suite).answer, protocol=protocol)
+        results[table] = Once(measured)
+    seconds["answer"] = seconds.get("answer", 0.0) + time.monotonic() - begin
+    return results
+
+
+def cases_of(suite: Suite, data: SplitDataset) -> list[Case]:
+    """Return the held-out interactions of the suite's users as requests, less those that have no truth.
+
+    Raises:
+        RecipeError: If no user has as long a history as the suite asks for.
+    """
+    cases, held_out = [], data.holdouts(suite.split)
+    # A user may have several held-out interactions: all of them are asked about, or none.
+    for held in held_out.of(None if suite.users is None else held_out.first_users(suite.users)):
+        truth = _truth(suite, data, held)
+        if truth is None:
+            continue  # there is nothing to compare an answer with
+        request = request_of(data, held, suite.split, item=None if suite.task == "ranking" else held.item_id)
+        if len(request.history) >= suite.min_history:
+            cases.append(Case(request=request, truth=truth))
+    if not cases:
+        raise RecipeError(
+            f"suite {suite.suite}: no held-out interaction of its users has {suite.min_history} known events before "
+            "it; lower min_history",
+            kind="too-few",
+            column="min_history",
+        )
+    return cases
+
+
+def _truth(suite: Suite, data: SplitDataset, held: Interaction) -> str | float | None:
+    if suite.task == "ranking":
+        return held.item_id
+    if family(suite).answer is Rating or held.rating is None:
+        return held.rating
+    return float(held.rating >= threshold(scale_of(data), suite.liked))
+
+
+def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> RowFigures:
+    """Average a convention's figures over seeds; over tie rules of the split give the range."""
+    first = runs[0].evaluated.figures
+    users = [record.user_id for record in runs[0].evaluated.records]
+    metrics = {
+        name: over_runs(
+            [run.evaluated.figures.metrics[name] for run in runs],
+            [run.evaluated.values[name] for run in runs if name in run.evaluated.values],
+            metric=name,
+            users=users,
+            resamples=resamples,
+        )
+        for name in first.metrics
+    }
+    if len(splits) > 1:
+        for name, figure in metrics.items():
+            spread = [run.evaluated.figures.metrics[name].value for run in splits]
+            known = [value for value in spread if value is not None]
+            ends = (min(known), max(known)) if len(known) == len(spread) else None
+            metrics[name] = figure.model_copy(update={"range": ends})
+    table = RowFigures(
+        metrics=metrics, tie_rate=float(np.mean([run.evaluated.figures.tie_rate for run in runs])), n=first.n
+    )
+    colds = [run.cold for run in runs if run.cold is not None]
+    return table.model_copy(update={"cold": _mean_of(colds)}) if colds else table
+
+
+def _values(runs: Sequence[Once]) -> dict[str, Values]:
+    """Return values by request, averaged over seeds; those of `BY_SEED` as each seed gave them."""
+    values: dict[str, Values] = {}
+    for name in runs[0].evaluated.figures.metrics:
+        if name in runs[0].evaluated.values:
+            seeds = [run.evaluated.values[name] for run in runs]
+            by_seed = name in BY_SEED and len(seeds) > 1
+            values[name] = [[float(v) for v in one] for one in seeds] if by_seed else over_seeds(seeds).values.tolist()
+    return values
+
+
+def _mean_of(figures: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {name: float(np.mean([one[name] for one in figures])) for name in figures[0]}
+
+
+@contextmanager
+def _peak() -> Iterator[list[float]]:
+    """Watch this process's memory; the list's one entry is the highest resident size in bytes seen."""
+    process, over = psutil.Process(), threading.Event()
+    peak = [float(process.memory_info().rss)]
+
+    def watch() -> None:
+        while not over.wait(0.05):
+            peak[0] = max(peak[0], float(process.memory_info().rss))
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        watcher.join()
+
+
+def tables_of(suite: Suite) -> tuple[str, ...]:
+    """Return the names of a suite's tables: the conventions about the history, or the one of ratings or yes/no."""
+    return TABLES.get(suite.task, suite.seen)
+
+
+def metrics_of(suite: Suite) -> list[str]:
+    """Return the metrics of a suite's tables, the one that it is sorted by last."""
+    ranked = [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
+    return list(METRICS.get(suite.task, ranked))
+
+
+def headline_of(suite: Suite) -> str:
+    """Return the metric that rows are compared by."""
+    return f"NDCG@{max(suite.cutoffs)}" if suite.task == "ranking" else metrics_of(suite)[-1]

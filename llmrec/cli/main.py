@@ -259,7 +259,7 @@ def evaluate(
         ask_shards(recipe, overrides or (), out, shard, ray)
         return
     if kind != "recipe":
-        from llmrec.bench.running import run_page
+        from llmrec.bench.run import run_page
 
         run_page(kind, recipe, overrides or (), out, results)
         return

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,7 @@ from llmrec.metrics import probability
 from llmrec.metrics.multiple import Decision, decide, enough
 from llmrec.metrics.significance import detectable, detectable_from, detectable_line, signflip
 from llmrec.metrics.stats import Difference, Interval, Sampled, interval, interval_of, mean_of, paired_of, verdict
-from llmrec.results import Figure, Pair, Verdict, better, lower
+from llmrec.results import Figure, Pair, Verdict, better
 
 if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
@@ -68,32 +68,57 @@ class Contrast:
         return detectable(one, other, comparisons=comparisons, users=users, statistic=statistic_of(self.metric))
 
 
-@dataclass(frozen=True)
-class Contrasts:
-    """The rows of one table, and which of them are to be compared.
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The comparisons of one table.
 
     Attributes:
-        metric: What rows are compared by.
-        rows: The rows of the table.
-        users: The user of each request.
+        metric: What its rows are compared by.
+        planned: What was planned beforehand.
+        described: What was not: exploratory.
+        partial: What was planned on some of the requests; the sentence on detectable differences leaves it out.
     """
 
     metric: str
-    rows: Sequence[Standing]
-    users: Sequence[str]
+    planned: Sequence[Contrast]
+    described: Sequence[Contrast] = ()
+    partial: Sequence[Contrast] = ()
 
-    def best_with_others(self) -> list[Contrast]:
-        """Pair the best row with every other."""
-        rows = [row for row in self.rows if row.value is not None]
-        sign = -1 if lower(self.metric) else 1
-        best = max(rows, key=lambda row: sign * (row.value or 0.0), default=None)
-        return [Contrast(self.metric, best, row, self.users) for row in rows if best is not None and row is not best]
 
-    def named(self, names: Iterable[tuple[str, str]]) -> list[Contrast]:
-        """Pair rows by name; those whose figure is not defined are compared with none."""
-        rows: Mapping[str, Standing] = {row.name: row for row in self.rows}
-        asked = [Contrast(self.metric, rows[a], rows[b], self.users) for a, b in names]
-        return [pair for pair in asked if None not in (pair.a.value, pair.b.value)]
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """The results of a `Plan`, in its order, and what its comparisons could have detected."""
+
+    planned: Sequence[Pair]
+    described: Sequence[Pair]
+    partial: Sequence[Pair]
+    detectable: str
+
+
+def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, more: int = 0) -> list[Comparisons]:
+    """Test the planned comparisons of all tables as one family, and describe the others.
+
+    Args:
+        tables: The comparisons of each table.
+        resamples: See `planned`.
+        seed: Seeds the resamples.
+        more: Further planned comparisons whose rows have not been run.
+    """
+    family = [contrast for table in tables for contrast in (*table.planned, *table.partial)]
+    tested = iter(planned(family, resamples=resamples, seed=seed, more=more))
+    results = []
+    for table in tables:
+        own, partial = ([next(tested) for _ in contrasts] for contrasts in (table.planned, table.partial))
+        described = exploratory(table.described, resamples=resamples, seed=seed)
+        # Rows may have been measured on different numbers of users.
+        groups: dict[int, list[Pair]] = {}
+        for contrast, pair in zip((*table.planned, *table.described), (*own, *described), strict=True):
+            groups.setdefault(len(set(contrast.users)), []).append(pair)
+        lines = [
+            reach(table.metric, pairs, users=users, comparisons=len(family) + more) for users, pairs in groups.items()
+        ]
+        results.append(Comparisons(own, described, partial, " ".join(lines)))
+    return results
 
 
 def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, more: int = 0) -> list[Pair]:

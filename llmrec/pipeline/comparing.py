@@ -8,12 +8,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned, reach
+from llmrec.evaluate.compare import Contrast, Plan, Standing, compare_tables
 from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.row_specs import specs_of
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import BEST_BASELINE
-from llmrec.results import Arm, Choice, Comparison, Pair, lower
+from llmrec.results import Arm, Choice, Comparison, lower
 from llmrec.tasks.family import family_of
 
 
@@ -53,19 +53,24 @@ def compare_rows(
     meant = list(planned_of(study, rows))
     known = {ends for pair in meant for ends in (pair.ids, pair.ids[::-1])}
     other = [pair for pair in exploratory_of(study, rows, choice) if pair.ids not in known]
-    settings = {"resamples": study.recipe.eval.bootstrap, "seed": study.recipe.seed}
-    found = [
-        *zip(meant, planned([pair.contrast() for pair in meant], **settings), strict=True),
-        *zip(other, exploratory([pair.contrast() for pair in other], **settings), strict=True),
+    families = [name for name in study.tasks if any(pair.family == name for pair in (*meant, *other))]
+    plans = [
+        Plan(
+            next(pair.metric for pair in (*meant, *other) if pair.family == name),
+            [pair.contrast() for pair in meant if pair.family == name],
+            [pair.contrast() for pair in other if pair.family == name],
+        )
+        for name in families
     ]
-    lines: dict[str, str] = {}
-    for family in study.tasks:
-        own = [(pair, entry) for pair, entry in found if pair.family == family]
-        if own:
-            users = len({record.user_id for record in own[0][0].a.records})
-            entries: list[Pair] = [entry for _, entry in own]
-            lines[family] = reach(own[0][0].metric, entries, users=users, comparisons=len(meant))
-    return [Comparison(task=pair.family, metric=pair.metric, **entry.as_json()) for pair, entry in found], lines
+    tested = compare_tables(plans, resamples=study.recipe.eval.bootstrap, seed=study.recipe.seed)
+    planned = {name: iter(results.planned) for name, results in zip(families, tested, strict=True)}
+    described = {name: iter(results.described) for name, results in zip(families, tested, strict=True)}
+    entries = [
+        Comparison(task=pair.family, metric=pair.metric, **next(results[pair.family]).as_json())
+        for pairs, results in ((meant, planned), (other, described))
+        for pair in pairs
+    ]
+    return entries, {name: results.detectable for name, results in zip(families, tested, strict=True)}
 
 
 def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-from llmrec.durable import checked, loads, refuse_link, writing_to
+from llmrec.durable import checked, refuse_link, writing_to
 from llmrec.errors import LlmrecError
 from llmrec.machine import NO_LINK, lock
 from llmrec.progress import Bar
@@ -123,8 +123,6 @@ RUN = (
 """What a run writes into its folder."""
 SUITE = ("rows", "models", LOG)
 """What a suite writes into its folder."""
-# What runs of before there was a mark say of themselves, where their lock was not copied with them.
-_RECORDS = {"train.json": "key", "results.json": "llmrec", "base.json": "key"}
 
 
 def refuse_foreign(folder: Path, own: Iterable[str] | Callable[[str], bool]) -> None:
@@ -141,13 +139,11 @@ def refuse_foreign(folder: Path, own: Iterable[str] | Callable[[str], bool]) -> 
     if callable(own):
         refuse_link(folder)
         foreign = sorted(entry.name for entry in folder.iterdir() if not own(entry.name)) if folder.is_dir() else []
-        begun = _marked(folder)
     else:
         foreign = [name for name in own if os.path.lexists(folder / name)]
         for name in foreign:
             refuse_link(folder / name)
-        begun = _marked(folder) or _begun_before(folder)
-    lock = folder / LOCK
+    begun, lock = _marked(folder), folder / LOCK
     if own and lock.is_file() and lock.stat().st_size > 0 and not _marked(folder):
         foreign, begun = [LOCK], False
     if foreign and not begun:
@@ -187,17 +183,3 @@ def _marked(folder: Path) -> bool:
         return (folder / LOCK).read_text(encoding="utf-8") == _MARK
     except (OSError, ValueError):
         return False
-
-
-def _begun_before(folder: Path) -> bool:
-    """Whether an llmrec that made no mark was at work here: by its empty lock, or by its records."""
-    lock = folder / LOCK
-    if lock.is_file() and lock.stat().st_size == 0:
-        return True
-    for name, key in _RECORDS.items():
-        try:
-            if key in loads((folder / name).read_text(encoding="utf-8")):
-                return True
-        except (OSError, ValueError, TypeError):
-            continue
-    return False

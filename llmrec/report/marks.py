@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from llmrec.report.wording import EARLIER, arm_label, facing, label
+from llmrec.report.wording import arm_label, facing, label
 from llmrec.results import Comparison, Results, Row, Verdict
 
 SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
@@ -85,16 +85,10 @@ def rule(results: Results) -> str:
     if not found:
         return ""
     pairs = "the only planned comparison" if len(found) == 1 else f"all {len(found)} planned comparisons"
-    if any(entry.earlier for entry in found):
-        pairs = f"all {len(found)} comparisons of that run"
-    start = (
-        f"Significantly better or worse: p, corrected by Holm's method over {pairs}, is at most .05. No significant "
-        "difference: this run cannot tell, which does not mean equal."
-    )
-    if any(entry.earlier for entry in found):
-        return f"{start} {EARLIER}"
     return (
-        f"{start} Each interval is at the level of its Holm step, so that it leaves out 0 exactly if p is at most .05."
+        f"Significantly better or worse: p, corrected by Holm's method over {pairs}, is at most .05. No significant "
+        "difference: this run cannot tell, which does not mean equal. Each interval is at the level of its Holm step, "
+        "so that it leaves out 0 exactly if p is at most .05."
     )
 
 

@@ -18,8 +18,6 @@ from llmrec.report.table import csv_text
 
 PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
 """The files of a report that hold figures."""
-_EARLIER = ("plotly.min.js", "report.js")
-"""Scripts that earlier versions put beside the page."""
 
 
 def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
@@ -57,8 +55,6 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
     refuse_link(folder)
     folder.mkdir(exist_ok=True)
     pages = {kind: folder / name for kind, name in PAGES.items()}
-    for name in _EARLIER:
-        (folder / name).unlink(missing_ok=True)
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, fix=fix).encode())

@@ -161,18 +161,23 @@ class Positions(TypedDict):
 
 
 class Point(Bar):
-    """One row with the tokens that it cost a user, and both numbers in few characters."""
+    """One row with the tokens that it cost, both numbers in few characters, and whether it is named."""
 
     tokens: float
     short: str
+    named: bool
 
 
 class CostPlot(TypedDict):
-    """Quality against cost, and a reference line."""
+    """Quality against tokens a user or a request, and a reference line.
+
+    Where some points are not named, a line joins those that are.
+    """
 
     kind: Literal["cost"]
     metric: str
     better: Better
+    unit: str
     points: list[Point]
     reference: float | None
     control: str | None
@@ -417,6 +422,7 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
                 "low": score.low,
                 "high": score.high,
                 "text": f"{with_interval(score.value, score.low, score.high)}, {rough(cost.tokens_per_user)} tokens",
+                "named": True,
             }
         )
     if not points:
@@ -426,6 +432,7 @@ def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
         "kind": "cost",
         "metric": flat(metric),
         "better": better(metric),
+        "unit": "a user",
         "points": points,
         "reference": control.metrics[metric].value if control else None,
         "control": flat(label(control)) if control else None,

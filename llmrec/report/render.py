@@ -22,6 +22,7 @@ from llmrec.report import results as facts
 from llmrec.report import summary as summaries
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
 from llmrec.report.drawing import pictures
+from llmrec.report.drawing.canvas import Canvas
 from llmrec.report.plots import plots
 from llmrec.results import Results, lower
 
@@ -64,7 +65,7 @@ def html_page(
 
 def markdown_page(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, *, fix: str) -> str:
     """Return what the HTML page says, without plots, example prompts and raw answers; see `html_page`."""
-    return _markdown().get_template("report.md.j2").render(**_view(results, reasons, audit, fix))
+    return markdown_engine().get_template("report.md.j2").render(**_view(results, reasons, audit, fix))
 
 
 def latex(results: Results) -> str:
@@ -81,9 +82,17 @@ def refused_pages(name: str, audit: Sequence[AuditLine]) -> dict[str, str]:
         "name": name, "verdict": VERDICT, "advice": refusal(audit), "audit": audit, "audited": audit_sentence(audit),
         "mend": "", "nonce": hashlib.sha256(repr(audit).encode()).hexdigest()[:32], "style": style(),
     }  # fmt: skip
-    engines = {"html": environment(), "markdown": _markdown()}
+    engines = {"html": environment(), "markdown": markdown_engine()}
     names = {"html": "refused.html.j2", "markdown": "refused.md.j2"}
     return {kind: engine.get_template(names[kind]).render(view) for kind, engine in engines.items()}
+
+
+def picture(canvas: Canvas, name: str) -> str:
+    """Return a drawing as an SVG file of its own, with the part of the style sheet that it needs."""
+    rules = style().splitlines()
+    colours = rules[: rules.index("* { box-sizing: border-box; }")]
+    look = "\n".join([*colours, *(line for line in rules if line.startswith(".plot ") and " svg " not in line)])
+    return environment().get_template("picture.svg.j2").render(picture=canvas, name=name, style=look)
 
 
 def style() -> str:
@@ -120,15 +129,20 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 
 @functools.cache
-def _markdown() -> ImmutableSandboxedEnvironment:
+def markdown_engine(folder: Path = _HERE) -> ImmutableSandboxedEnvironment:
+    """Return the template engine of Markdown: every plain string is escaped, as `escape.cell` does.
+
+    Args:
+        folder: Where the templates are.
+    """
     found = ImmutableSandboxedEnvironment(
-        loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped(escape.cell),
     )  # fmt: skip
     _filled(found)
     found.globals.update(interval=_finished(wording.interval), ranged=_finished(wording.with_interval))
     found.filters.update({name: _finished(write) for name, write in _FIGURES.items()})
-    found.filters.update(code=_finished(escape.code), fenced=_finished(escape.fenced))
+    found.filters.update(code=_finished(escape.code), fenced=_finished(escape.fenced), finished=Markup)
     return found
 
 

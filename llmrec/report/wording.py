@@ -23,10 +23,6 @@ EXPLORATORY = (
     "Exploratory: not planned beforehand, so that these differences have unadjusted 95 % intervals, no p and no "
     "verdict; they suggest what to test and prove nothing."
 )
-EARLIER = (
-    "Tested by an earlier version of llmrec, in the families of tests that it had then: intervals are unadjusted 95 %, "
-    "and one may leave out 0 where p is above .05."
-)
 _OUTCOMES: dict[Verdict, str] = {
     "shown": "significantly better",
     "contradicted": "significantly worse",
@@ -158,7 +154,7 @@ def in_words(entry: Comparison, a: str, b: str) -> str:
 
 
 def coverage(level: float | None) -> str:
-    """Return the coverage of an interval, such as ``98.3 %``; results that do not say have 95 %."""
+    """Return the coverage of an interval, such as ``98.3 %``; that of an exploratory one is 95 %."""
     return f"{100 * (0.95 if level is None else level):.4g} %"
 
 

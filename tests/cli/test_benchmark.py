@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import re
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +12,11 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.bench.benchmark import Line, _add, _row, _tables, _values, points, recipe_of, run_benchmark
-from llmrec.bench.benchmark_page import frontier, pages, picture
-from llmrec.bench.pages import rewrite
-from llmrec.bench.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
+from llmrec.bench.engine import compared
+from llmrec.bench.pages import frontier, own_pages, rewrite
+from llmrec.bench.recipes import Line, _add, made_of, points, recipe_of
+from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, RowFigures
+from llmrec.bench.run import run_benchmark
 from llmrec.errors import RecipeError
 from llmrec.evaluate.compare import compare
 from llmrec.metrics.multiple import holm
@@ -74,16 +73,15 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     told: list[str] = []
     made = run_benchmark(
         load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", say=told.append, quiet=True
-    )
+    ).files
     results = json.loads(made["results"].read_text(encoding="utf-8"))
     assert len(told) == 5 and {table["task"] for table in results["tables"]} == {"direct", "rating"}
-    table = next(table for table in results["tables"] if table["task"] == "direct")
-    names = [row["name"] for row in table["rows"]]
+    table, rating = (next(each for each in results["tables"] if each["name"] == name) for name in ("direct", "rating"))
+    rows = [row for row in results["rows"] if "direct" in row["tables"]]
+    names = [row["name"] for row in rows]
     assert len(set(names)) == len(names) == 6 + 2 * 5  # each baseline and their fusion once, each strategy in each run
     assert sum(name.endswith("k=2, choice=recent") for name in names) == 2
-    values = [row["metrics"]["NDCG@10"]["value"] for row in table["rows"]]
-    assert values == sorted(values, reverse=True)
-    few = {row["name"]: row for row in table["rows"]}
+    few = {row["name"]: row["tables"]["direct"] for row in rows}
     one, two = (few[f"label · after-history · few-shot, k={k}, choice=random"] for k in (1, 2))
     assert (
         two["tokens_per_request"]
@@ -92,21 +90,22 @@ def test_rows_stand_beside_each_other_with_their_cost(tmp_path: Path) -> None:
     )
     assert few["pointwise-yes · after-history · zero-shot"]["forwards_per_request"] == 5
     assert "uniform-5" in table["signature"] and len(table["candidates"]) > 10
-    assert table["best_baseline"] in names and len(table["against_best_baseline"]) == 10
-    (pair,) = table["pairs"]
+    against = [pair for pair in results["comparisons"] if pair["table"] == "direct"]
+    assert {pair["b"] for pair in against} == {table["best_baseline"]} <= set(names) and len(against) == 10
+    (pair,) = [pair for pair in results["pairs"] if pair["table"] == "direct"]
     assert pair["value"] == pytest.approx(
         few[pair["a"]]["metrics"]["NDCG@10"]["value"] - few[pair["b"]]["metrics"]["NDCG@10"]["value"]
     )
-    assert not any({"p", "verdict"} & set(entry) for entry in table["against_best_baseline"])
-    rating = next(table for table in results["tables"] if table["task"] == "rating")
-    tested = [*table["pairs"], *rating["pairs"]]
+    assert not any({"p", "verdict"} & set(entry) for entry in against)
+    tested = results["pairs"]
     assert [one["p"] for one in tested] == holm([one["p_raw"] for one in tested])  # one family over both tables
     assert all((one["low"] <= 0 <= one["high"]) == (one["p"] > 0.05) for one in tested)
     assert all("2 planned comparisons" in each["detectable"] for each in (table, rating))
-    assert [r["metrics"]["RMSE"]["value"] for r in rating["rows"]] == sorted(
-        r["metrics"]["RMSE"]["value"] for r in rating["rows"]
-    )
     text = made["page"].read_text(encoding="utf-8")
+    for heading in ("## Direct", "## Rating"):
+        shown = [line for line in text.partition(heading)[2].partition("\n## ")[0].splitlines() if " [" in line]
+        values = [float(line.split(" | ")[1].split(" ")[0].strip("*")) for line in shown if line.startswith("| ")]
+        assert values == sorted(values, reverse=heading == "## Direct")
     assert "exploratory: the interval is an unadjusted 95 %" in text and table["detectable"] in text
     assert rewrite(tmp_path / "eval" / "results")[0].read_text(encoding="utf-8") == text
     assert "label · after-history · zero-shot" in text and "(small-direct.svg)" in text
@@ -130,13 +129,13 @@ def test_what_was_done_before_a_kill_is_there(tmp_path: Path) -> None:
 
 def test_a_second_call_reuses_every_run(tmp_path: Path) -> None:
     page = load_benchmark(write(tmp_path, "  - {name: zero-shot}\n"))
-    first = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True)
+    first = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).files
     before = json.loads(first["results"].read_text(encoding="utf-8"))
     rows = sorted((tmp_path / "runs" / "zero-shot" / "rows").iterdir())
     stamps = [row.stat().st_mtime_ns for row in rows]
-    second = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True)
+    second = run_benchmark(page, out=tmp_path / "runs", results=tmp_path / "results", quiet=True).files
     assert [row.stat().st_mtime_ns for row in rows] == stamps
-    assert json.loads(second["results"].read_text(encoding="utf-8"))["tables"] == before["tables"]
+    assert json.loads(second["results"].read_text(encoding="utf-8"))["rows"] == before["rows"]
 
 
 def test_seeds_are_averaged_before_rows_are_compared() -> None:
@@ -149,15 +148,17 @@ def test_seeds_are_averaged_before_rows_are_compared() -> None:
         )  # fmt: skip
 
     line = Line(
-        ("direct", "NDCG@10", ""), "label", "tuned", "tuned", [figures(0.2), figures(0.4)],
-        [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"],
+        ("direct", "NDCG@10", "", None), "label", "tuned", "tuned", [figures(0.2), figures(0.4)],
+        [{"NDCG@10": [0.0, 0.4]}, {"NDCG@10": [0.2, 0.6]}], ["a", "b"], ["a", "b"],
     )  # fmt: skip
-    found = _row(line, 100)
+    (made,) = made_of([line], 100).rows
+    found = made.row.tables["direct"]
     assert found.metrics["NDCG@10"].value == pytest.approx(0.3)
     assert found.metrics["NDCG@10"].sd == pytest.approx(0.1 * 2**0.5)
     assert "signature" not in found.metrics["NDCG@10"].as_json()
-    assert found.seeds == 2 and found.tokens_per_request == 5
-    assert compare("NDCG@10", _values(line, "NDCG@10"), [0.0, 0.2], line.users, resamples=9, seed=0).value == (
+    assert made.row.seeds == 2 and found.tokens_per_request == 5
+    values = made.samples["direct"].values
+    assert compare("NDCG@10", values, np.array([0.0, 0.2]), line.users, resamples=9, seed=0).value == (
         pytest.approx(0.2)
     )
 
@@ -180,24 +181,26 @@ def test_a_figure_that_is_not_defined_stands_in_the_table_and_in_no_picture(tmp_
     text = (tmp_path / "recipe.yaml").read_text(encoding="utf-8")
     head, tail = text.split("tasks:")[0], text.partition("\neval:")[2]
     (tmp_path / "recipe.yaml").write_text(f"{head}tasks: {{ctr: {{liked: 4}}}}\neval:{tail}", encoding="utf-8")
-    made = run_benchmark(load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True)
-    (table,) = json.loads(made["results"].read_text(encoding="utf-8"))["tables"]
-    assert [row["metrics"]["AUC"]["value"] for row in table["rows"]] == [None] * 5
+    made = run_benchmark(
+        load_benchmark(page), out=tmp_path / "runs", results=tmp_path / "eval" / "results", quiet=True
+    ).files
+    rows = json.loads(made["results"].read_text(encoding="utf-8"))["rows"]
+    assert [row["tables"]["ctr"]["metrics"]["AUC"]["value"] for row in rows] == [None] * 5
     assert set(made) == {"results", "page"} and "yes-no" in made["page"].read_text(encoding="utf-8")
 
 
 def test_rows_about_other_items_of_the_same_users_are_no_seeds_of_one() -> None:
     lines: dict[Any, Line] = {}
-    _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
+    _add(lines, Line(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|1", "u|2"]))
     with raises(RecipeError, Facts("mismatch", says="eval.users")):
-        _add(lines, Line(("rating", "RMSE", ""), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
+        _add(lines, Line(("rating", "RMSE", "", None), "a", "a", users=["u", "u"], requests=["u|2", "u|3"]))
 
 
 def test_baselines_of_one_name_that_answer_otherwise_are_two_rows() -> None:
     lines: dict[Any, Line] = {}
     for run, value in (("a", 1.0), ("b", 1.0 + 1e-9), ("c", 2.0), ("c", 2.0)):
         values = [{"RMSE": np.array([value])}]
-        _add(lines, Line(("rating", "RMSE", ""), "fusion", "", run, values=values, users=["u"], requests=["u|1"]))
+        _add(lines, Line(("rating", "RMSE", "", None), "fusion", "", run, values=values, users=["u"], requests=["u|1"]))
     assert [name for _, name in lines] == ["fusion", "fusion · c"]
     assert [len(line.values) for line in lines.values()] == [1, 1]
 
@@ -212,13 +215,11 @@ def test_comparisons_of_runs_that_are_still_to_come_count_in_the_family(tmp_path
     rng = np.random.default_rng(0)
     better = [{"NDCG@10": rng.random(40)} for _ in range(2)]
     own = [
-        Line(("direct", "NDCG@10", ""), name, name, "", [row], [values], users, users)
+        Line(("direct", "NDCG@10", "", None), name, name, "", [row], [values], users, users)
         for name, values in zip("ab", better, strict=True)
     ]
     page = load_benchmark(write(tmp_path, "  - {name: a}\n", 'pairs: [["a", "b"], ["a", "c"], ["b", "c"]]\n'))
-    (early,), (late,) = (
-        _tables(page, {("direct", "NDCG@10", "", None): own}, missing=missing)[0].pairs for missing in (1, 0)
-    )
+    (early,), (late,) = (compared(page, made_of(own, 100, missing=missing))["pairs"] for missing in (1, 0))
     assert (late.level, early.level) == (0.95, pytest.approx(1 - 0.05 / 3))
     assert late.p == late.p_raw and early.p == pytest.approx(min(1.0, 3 * (early.p_raw or 0.0)))
 
@@ -253,44 +254,46 @@ def test_mistakes_are_found_before_anything_runs(runs: str, facts: Facts, tmp_pa
     assert not (tmp_path / "runs").exists()
 
 
-def row(name: str, tokens: float, value: float) -> BenchmarkLine:
+def row(name: str, tokens: float, value: float, **more: Any) -> BenchmarkRow:
     metrics = {metric: Figure(value=value) for metric in ("HR@1", "RMSE")}
-    return BenchmarkLine(name=name, arm="zero-shot", tokens_per_request=tokens, metrics=metrics)
+    figures = RowFigures(metrics=metrics, tokens_per_request=tokens, members=more.pop("members", ()))
+    return BenchmarkRow(name=name, tables={"direct": figures}, **{"arm": "zero-shot", **more})
 
 
-def table(task: str, metric: str, rows: Sequence[BenchmarkLine]) -> BenchmarkTable:
-    return BenchmarkTable(task=task, metric=metric, signature="s", requests=5, users=5, rows=tuple(rows))
+def result(metric: str, rows: Sequence[BenchmarkRow], **more: Any) -> BenchmarkResult:
+    shown = BenchmarkTable(
+        name="direct", task="direct", metric=metric, metrics=(metric,), signature="s", requests=5, users=5, **more
+    )
+    return BenchmarkResult(
+        kind="benchmark", benchmark="b", description="<b>", command="llmrec eval x", tables=(shown,), rows=tuple(rows)
+    )
 
 
 def test_the_front_holds_what_nothing_cheaper_beats() -> None:
-    rows = [row("a", 10, 0.3), row("b", 20, 0.2), row("c", 30, 0.5), row("d", 30, 0.4), row("e", 90, 0.5)]
-    assert [each.name for each in frontier(rows, "HR@1")] == ["a", "c"]
-    assert [each.name for each in frontier(rows, "RMSE")] == ["a", "b"]
+    rows = [(10, "a", 0.3), (20, "b", 0.2), (30, "c", 0.5), (30, "d", 0.4), (90, "e", 0.5)]
+    assert frontier(rows, "HR@1") == ["a", "c"]
+    assert frontier(rows, "RMSE") == ["a", "b"]
 
 
-def test_names_of_the_front_do_not_cover_each_other() -> None:
-    rows = [row(f"a rather long name of row {n}", 1000 + 20 * n, 0.5 + 0.001 * n) for n in range(5)]
-    drawn = picture(table("direct", "HR@1", [*rows, row("far", 90000, 0.1)]))
-    heights = sorted(float(y) for y in re.findall(r'<text x="[0-9.]+" y="([0-9.]+)"[^>]*>a rather', drawn))
-    assert len(heights) == 5 and min(b - a for a, b in pairwise(heights)) >= 14.9
+def test_the_rows_of_the_front_are_named_below_the_picture() -> None:
+    rows = [row("cheap", 10, 0.2), row("better", 20, 0.5), row("worse", 30, 0.1), row("best", 900, 0.6)]
+    drawn = own_pages(result("HR@1", [*rows, row("markov", 0, 0.3, arm="baseline")], best_baseline="markov"))
+    texts = [
+        "".join(each.itertext()) for each in ET.fromstring(drawn["b-direct.svg"]).iter() if each.tag.endswith("text")
+    ]
+    assert [text.partition(":")[0] for text in texts if " tokens" in text and ":" in text] == [
+        "cheap",
+        "better",
+        "best",
+    ]
+    assert any(text.startswith("markov") for text in texts)
 
 
-def test_no_name_becomes_markup(tmp_path: Path) -> None:
-    rows = [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]
-    shown = (table("direct", "HR@1", rows),)
-    found = pages(
-        BenchmarkResult(benchmark="b", description="<b>", command="llmrec eval x", seconds=1.0, missing=0, tables=shown)
-    )
+def test_no_name_becomes_markup() -> None:
+    found = own_pages(result("HR@1", [row("<script>x</script> | *a*", 10.0, 0.5), row("b&b", 20.0, 0.5)]))
     assert "<script>" not in found["b.md"] and "<b>" not in found["b.md"]
     ET.fromstring(found["b-direct.svg"])
     assert "<script>" not in found["b-direct.svg"]
-
-
-@pytest.mark.parametrize("spread", [1e-6, 0.0079, 0.0725, 0.08, 0.5, 6.5, 7.9])
-def test_a_picture_has_a_few_lines_whatever_the_range(spread: float) -> None:
-    drawn = ET.fromstring(picture(table("rating", "RMSE", [row("a", 10.0, 1.0), row("b", 20.0, 1.0 + spread)])))
-    ticks = [each for each in drawn.iter() if each.get("text-anchor") == "end" and each.get("x") == "76.0"]
-    assert 2 <= len(ticks) <= 9
 
 
 def test_a_run_starts_from_that_of_its_seed(tmp_path: Path) -> None:
@@ -310,19 +313,11 @@ def test_a_run_starts_from_that_of_its_seed(tmp_path: Path) -> None:
             load_benchmark(page)
 
 
-@pytest.mark.parametrize("members", [None, ("label · list · tuned", "markov")])
-def test_an_ensemble_costs_what_its_members_cost(members: tuple[str, ...] | None) -> None:
-    own = {"arm": "tuned", "template": "direct/list", "run": "tuned"}
-    model = row("label · list · tuned", 500, 0.4).model_copy(update={**own, "predictor": "label"})
-    other = row("label · list · longer", 700, 0.4).model_copy(update={**own, "predictor": "label", "run": "longer"})
-    joined = row("fusion with models · list · tuned", 0, 0.5).model_copy(
-        update={**own, "predictor": "fusion with models", "members": members}
-    )
-    baseline = row("markov", 0, 0.3).model_copy(update={"arm": "baseline", "predictor": "markov"})
-    shown = (table("direct", "HR@1", [joined, model, other, baseline]),)
-    text = pages(BenchmarkResult(benchmark="b", description="", command="", seconds=1.0, missing=0, tables=shown))[
-        "b.md"
-    ]
-    costs = {line.split(" | ")[0].strip("| "): line.split(" | ")[-3] for line in text.splitlines() if line[:2] == "| "}
+def test_an_ensemble_costs_what_its_members_cost() -> None:
+    model = row("label · list · tuned", 500, 0.4, arm="tuned")
+    other = row("label · list · longer", 700, 0.4, arm="tuned")
+    joined = row("fusion with models · list · tuned", 0, 0.5, arm="tuned", members=("label · list · tuned", "markov"))
+    text = own_pages(result("HR@1", [joined, model, other, row("markov", 0, 0.3, arm="baseline")]))["b.md"]
+    costs = {line.split(" | ")[0].strip("| "): line.split(" | ")[2] for line in text.splitlines() if line[:2] == "| "}
     assert costs["fusion with models · list · tuned"] == costs["label · list · tuned"] == "500"
     assert "An ensemble costs what its members cost." in text

@@ -16,8 +16,9 @@ import pytest
 from llmrec.answer.opening import open_classics
 from llmrec.backends.fake import FakeBackend
 from llmrec.bench import conversations, pages
-from llmrec.bench.conversations import compared, line_of, run_chat
-from llmrec.bench.records import ChatTalk
+from llmrec.bench.conversations import TABLE, Talk, made_row, tables_of
+from llmrec.bench.engine import Made, compared
+from llmrec.bench.run import run_benchmark
 from llmrec.chat import simulator
 from llmrec.chat.audience import Guest, guests, talks
 from llmrec.chat.conversation import Conversation
@@ -55,22 +56,25 @@ PAGE: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def ran(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("chat")
-    run_chat(ChatSuite(**PAGE), out=folder / "out", results=folder / "eval" / "results")
+    run_benchmark(ChatSuite(**PAGE), out=folder / "out", results=folder / "eval" / "results")
     return folder
 
 
 def test_a_suite_over_a_recipe_has_every_row_and_pair(ran: Path) -> None:
     found = json.loads((ran / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
     rows = {row["name"]: row for row in found["rows"]}
-    assert list(rows) == ["random", "history", "rules", "rules of brands"] and found["metric"] == "Hit@5-in-3"
-    assert [row["conversations"] for row in rows.values()] == [12, 12, 12, 6]
+    assert (
+        list(rows) == ["random", "history", "rules", "rules of brands"] and found["tables"][0]["metric"] == "Hit@5-in-3"
+    )
+    assert [row["dialogues"]["conversations"] for row in rows.values()] == [12, 12, 12, 6]
     for row in rows.values():
-        shares = [row["metrics"][f"Hit@5-in-{turns}"]["value"] for turns in (1, 2, 3)]
-        assert shares == sorted(shares) and row["parse_rate"] == 1
-        assert row["shown_outside_the_catalogue"] == 0 and row["seconds_a_turn"] > 0
-    assert set(rows["history"]["calls"]) == {"rank", "show"}
+        figures, held = row["tables"][TABLE], row["dialogues"]
+        shares = [figures["metrics"][f"Hit@5-in-{turns}"]["value"] for turns in (1, 2, 3)]
+        assert shares == sorted(shares) and figures["parse_rate"] == 1
+        assert held["shown_outside_the_catalogue"] == 0 and held["seconds_a_turn"] > 0
+    assert set(rows["history"]["dialogues"]["calls"]) == {"rank", "show"}
     # Rows with fewer users are compared on the conversations that both have.
-    assert [pair["conversations"] for pair in found["pairs"]] == [12, 6]
+    assert [pair.get("n", 12) for pair in found["pairs"]] == [12, 6]
     assert all(pair["p"] >= pair["p_raw"] and pair["low"] <= pair["value"] <= pair["high"] for pair in found["pairs"])
     page = (ran / "eval" / "made.md").read_text(encoding="utf-8")
     assert "| rules of brands (users know brand) |" in page and "rules less history" in page and "Exploratory" in page
@@ -85,10 +89,10 @@ def test_finished_rows_are_kept_until_what_they_depend_on_changes(ran: Path, mon
         conversations.Setting, "held", lambda self, row, out: held.append(row.label) or genuine(self, row, out)
     )
     where = {"out": ran / "out", "results": ran / "eval" / "results"}
-    run_chat(ChatSuite(**{**PAGE, "pairs": [], "bootstrap": 50}), **where)
+    run_benchmark(ChatSuite(**{**PAGE, "pairs": [], "bootstrap": 50}), **where)
     assert held == []
     rows = [*PAGE["rows"][:3], {**PAGE["rows"][3], "knows": ["category"]}]
-    run_chat(ChatSuite(**{**PAGE, "rows": rows, "pairs": []}), **where)
+    run_benchmark(ChatSuite(**{**PAGE, "rows": rows, "pairs": []}), **where)
     assert held == ["rules of brands"]
 
 
@@ -103,23 +107,22 @@ def test_a_row_may_have_its_lists_graded(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(conversations, "grader", grader)
     rows = [{"manager": "rules"}, {"manager": "rules", "ranker": "a model", "users": 3}]
     suite = ChatSuite(**{**PAGE, "rows": rows, "pairs": [["rules, graded by a model", "rules"]]})
-    run_chat(suite, out=tmp_path / "out", results=tmp_path / "eval" / "results")
+    run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "eval" / "results")
     found = json.loads((tmp_path / "eval" / "results" / "made.json").read_text(encoding="utf-8"))
     alone, graded = found["rows"]
     assert opened == [None, "a model"] and graded["name"] == "rules, graded by a model"
-    assert (alone["ranker"], graded["ranker"]) == (None, "a model")
+    alone, held = alone["dialogues"], graded["dialogues"]
+    assert (alone["ranker"], held["ranker"]) == (None, "a model")
     # Ten prompts a list, which rules alone do not need.
-    assert alone["tokens_a_turn"] == 0 < graded["tokens_a_turn"] and graded["conversations"] == 6
-    assert found["pairs"][0]["conversations"] == 6
+    assert alone["tokens_a_turn"] == 0 < held["tokens_a_turn"] and held["conversations"] == 6
+    assert found["pairs"][0]["n"] == 6
     page = (tmp_path / "eval" / "made.md").read_text(encoding="utf-8")
     assert "rules, graded by a model: `a model` grades the first items of each list." in page
     assert "chooses the tools" not in page
 
 
-def talk(seed: int, user: str, hit: int | None, turns: int) -> ChatTalk:
-    return ChatTalk(
-        seed=seed, user=user, hit=hit, turns=turns, seconds=0.5, tokens=10, calls={"show": turns, "rank": 1}
-    )
+def talk(seed: int, user: str, hit: int | None, turns: int) -> Talk:
+    return Talk(seed=seed, user=user, hit=hit, turns=turns, seconds=0.5, tokens=10, calls={"show": turns, "rank": 1})
 
 
 def test_figures_by_hand() -> None:
@@ -127,17 +130,20 @@ def test_figures_by_hand() -> None:
         **{**PAGE, "rows": [{"manager": "rules"}, {"manager": "history"}], "pairs": [["rules", "history"]]}
     )
     rules = [talk(0, "a", 1, 1), talk(0, "b", 3, 3), talk(1, "a", None, 3), talk(1, "c", 2, 2)]
-    line = line_of(page, page.rows[0], rules)
+    made = made_row(page, page.rows[0], rules)
+    line, held = made.row.tables[TABLE], made.row.dialogues
     assert [line.metrics[f"Hit@5-in-{turns}"].value for turns in (1, 2, 3)] == [0.25, 0.5, 0.75]
-    assert (line.conversations, line.users, line.turns, line.turns_to_a_hit) == (4, 3, 2.25, 2.0)
-    assert (line.seconds_a_turn, line.tokens_a_turn) == (round(2 / 9, 4), round(40 / 9, 1))
-    assert line.parse_rate == 1 and line.calls == {"rank": 4, "show": 9}
+    assert held is not None
+    assert (held.conversations, held.users, held.turns, held.turns_to_a_hit) == (4, 3, 2.25, 2.0)
+    assert (held.seconds_a_turn, held.tokens_a_turn) == (round(2 / 9, 4), round(40 / 9, 1))
+    assert line.parse_rate == 1 and held.calls == {"rank": 4, "show": 9}
     bad = [rules[0].model_copy(update={"unread": 1}), *rules[1:]]
-    assert line_of(page, page.rows[0], bad).parse_rate == 1 - 1 / 13
+    assert made_row(page, page.rows[0], bad).row.tables[TABLE].parse_rate == 1 - 1 / 13
     history = [talk(0, "a", None, 3), talk(1, "a", None, 3), talk(1, "d", 1, 1)]
-    (pair,) = compared(page, {"rules": rules, "history": history})
+    rows = [made, made_row(page, page.rows[1], history)]
+    (pair,) = compared(page, Made(tables_of(page, rows), rows))["pairs"]
     # User a with both seeds alone: one hit against none.
-    assert (pair.value, pair.conversations, pair.users) == (0.5, 2, 1)
+    assert (pair.value, pair.n, pair.users) == (0.5, 2, 1)
 
 
 def test_users_want_what_was_held_out_and_know_neither_it_nor_its_title() -> None:
@@ -192,7 +198,7 @@ def test_what_cannot_be_held_is_one_error(changed: dict[str, Any], facts: Facts,
     page.write_text(json.dumps({**PAGE, **changed}), encoding="utf-8")
     assert kind_of_page(page) == "chat"
     with raises(RecipeError, facts):
-        run_chat(load_chat(page), out=tmp_path / "out", results=tmp_path / "results")
+        run_benchmark(load_chat(page), out=tmp_path / "out", results=tmp_path / "results")
 
 
 def test_the_command_line_holds_and_checks_it(
@@ -210,7 +216,7 @@ def test_the_command_line_holds_and_checks_it(
         assert not ended.value.code
     told = capsys.readouterr().out
     assert "4 rows, 2 planned comparisons" in told and "Hit@5-in-2" in told
-    assert json.loads((results / "made.json").read_text(encoding="utf-8"))["turns"] == 2
+    assert json.loads((results / "made.json").read_text(encoding="utf-8"))["protocol"]["turns"] == 2
 
 
 def test_a_language_model_leads_with_fewer_users_and_is_asked_again_where_its_files_change(
@@ -221,11 +227,12 @@ def test_a_language_model_leads_with_fewer_users_and_is_asked_again_where_its_fi
     rows = [{"manager": "rules"}, {"manager": str(model), "name": "model", "users": 1}]
     # Without a history, so that what is read fits a tokenizer of letters.
     page = ChatSuite(**{**PAGE, "seeds": [0], "turns": 1, "past": 0, "rows": rows, "pairs": [["model", "rules"]]})
-    files = run_chat(page, out=tmp_path / "out", results=tmp_path / "results")
+    files = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "results").files
     found = json.loads(files["results"].read_text(encoding="utf-8"))
     row = found["rows"][1]
-    assert (row["conversations"], row["parse_rate"]) == (1, 1) and row["tokens_a_turn"] > 100
-    assert found["pairs"][0]["conversations"] == 1 and "model: Exploratory" in files["page"].read_text(encoding="utf-8")
+    held = row["dialogues"]
+    assert (held["conversations"], row["tables"][TABLE]["parse_rate"]) == (1, 1) and held["tokens_a_turn"] > 100
+    assert found["pairs"][0]["n"] == 1 and "model: Exploratory" in files["page"].read_text(encoding="utf-8")
     before = conversations._model(str(model))
     os.utime(model / "config.json", ns=(1, 1))
     assert conversations._model(str(model)) != before and conversations._model("rules") == []

@@ -12,9 +12,9 @@ import yaml
 
 from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
 from llmrec.bench import suite as suites
-from llmrec.bench.leaderboard import leaderboard, suite_result
-from llmrec.bench.rows import SuiteModels
-from llmrec.bench.suite import run_suite
+from llmrec.bench.models import Models
+from llmrec.bench.pages import leaderboard, result_of
+from llmrec.bench.run import run_benchmark
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background, cold_figures
@@ -62,7 +62,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def ran(page: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("suite")
-    return folder, run_suite(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
+    return folder, run_benchmark(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
 
 
 def _data(page: dict[str, Any]) -> SplitDataset:
@@ -93,7 +93,7 @@ def test_weights_are_chosen_on_validation_and_a_weight_alone_is_that_row(
         values = [trial["values"][seen] for trial in both["trials"]]
         assert table["parameters"] == both["trials"][int(np.argmax(values))]["parameters"]
     data, suite = _data(page), Suite(**page)
-    contenders = SuiteModels(suite, folder / "out")
+    contenders = Models(suite, folder / "out")
     cases = ranking_cases(data)
     for row, trial in zip(suite.rows[1::-1], both["trials"], strict=False):
         for seen, value in trial["values"].items():
@@ -114,10 +114,10 @@ def test_a_second_run_trains_nothing_and_a_changed_recipe_its_rows_alone(
         return genuine(suite, row, *rest)
 
     monkeypatch.setattr(suites, "make_row", counted)
-    again = run_suite(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
+    again = run_benchmark(Suite(**page), out=folder / "out", results=folder / "results").results.as_json()
     assert made == [] and again["rows"] == first["rows"]
     rows = [page["rows"][0], page["rows"][1] | {"overrides": ["train.steps=2"]}, page["rows"][2]]
-    changed = run_suite(
+    changed = run_benchmark(
         Suite(**page | {"rows": rows}), out=folder / "out", results=folder / "results"
     ).results.as_json()
     assert made == ["small", "both"]
@@ -128,14 +128,14 @@ def test_a_row_whose_model_an_earlier_call_trained_has_the_seconds_of_that_train
     page: dict[str, Any], tmp_path: Path
 ) -> None:
     suite = Suite(**page | {"rows": page["rows"][1:2], "pairs": []})
-    run_suite(suite, out=tmp_path / "out", results=tmp_path / "results")
+    run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results")
     (train,) = (tmp_path / "out").rglob("train.json")
     spent = json.loads(train.read_text())
     spent["seconds"] = 5000.0
     train.write_text(json.dumps(spent))
     for row in (tmp_path / "out" / "rows").iterdir():
         row.unlink()
-    (again,) = run_suite(suite, out=tmp_path / "out", results=tmp_path / "results").results.rows
+    (again,) = run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results").results.rows
     assert 5000 < again.seconds["fit"] < 5300
 
 
@@ -144,17 +144,17 @@ def test_pairs_named_beforehand_and_targets_without_training_are_told_apart(
 ) -> None:
     _, results = ran
     rows = {row["name"]: row for row in results["rows"]}
-    assert [(pair["seen"], pair["a"], pair["b"]) for pair in results["pairs"]] == [
+    assert [(pair["table"], pair["a"], pair["b"]) for pair in results["pairs"]] == [
         (seen, "both", "markov-1") for seen in ("excluded", "included")
     ]
     for pair in results["pairs"]:
-        figures = [rows[pair[side]]["tables"][pair["seen"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
+        figures = [rows[pair[side]]["tables"][pair["table"]]["metrics"][pair["metric"]]["value"] for side in "ab"]
         assert pair["value"] == pytest.approx(figures[0] - figures[1])
     raw = [pair["p_raw"] for pair in results["pairs"]]
     assert [pair["p"] for pair in results["pairs"]] == holm(raw)  # one family over both tables
     assert all((pair["low"] <= 0 <= pair["high"]) == (pair["p"] > 0.05) for pair in results["pairs"])
-    assert all("2 planned comparisons" in line for line in results["detectable"].values())
-    assert "both less markov-1" in leaderboard([suite_result(results)], {})
+    assert all("2 planned comparisons" in line for line in (table["detectable"] for table in results["tables"]))
+    assert "both less markov-1" in leaderboard([result_of(results)], {})
     data = _data(page)
     known = set(data.train["item_id"].to_list())
     cold = sum(held.item_id not in known for held in data.holdouts("test"))
@@ -174,7 +174,7 @@ def test_cold_figures_are_means_over_cold_targets_alone() -> None:
 
 def test_what_a_search_does_not_find_ties_at_the_bottom(page: dict[str, Any], ran: tuple[Path, dict[str, Any]]) -> None:
     data, suite = _data(page), Suite(**page)
-    model = SuiteModels(suite, ran[0] / "out").fit(suite.rows[1], data, 0, "excluded", {})
+    model = Models(suite, ran[0] / "out").fit(suite.rows[1], data, 0, "excluded", {})
     cases = ranking_cases(data, 5)
     scores = model.scores([case.request for case in cases])
     assert scores.shape == (5, len(data.dataset.items)) and model.items == tuple(sorted(data.dataset.items))
@@ -207,7 +207,7 @@ def test_a_row_that_makes_no_sense_is_refused(page: dict[str, Any], row: dict[st
 def test_scores_that_are_no_probabilities_are_not_mixed(page: dict[str, Any], tmp_path: Path) -> None:
     rows = [{"baseline": "ease", "tune": False}, {"mix": ["ease"], "weights": [[1]], "name": "m"}]
     with raises(RecipeError, Facts("unsupported", "made", says=("ease", "choose from popularity"))):
-        run_suite(Suite(**page | {"rows": rows, "pairs": []}), out=tmp_path / "out", results=tmp_path / "results")
+        run_benchmark(Suite(**page | {"rows": rows, "pairs": []}), out=tmp_path / "out", results=tmp_path / "results")
 
 
 def test_results_name_no_folder_of_this_machine(ran: tuple[Path, dict[str, Any]]) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from llmrec.bench.leaderboard import leaderboard, load_reference, read_results, suite_result
+from llmrec.bench.pages import leaderboard, read_results, result_of
+from llmrec.bench.references import load_reference
 from llmrec.errors import DataError, LlmrecError
 from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
@@ -20,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def _page(*suites: dict[str, Any]) -> str:
-    return leaderboard([suite_result(suite) for suite in suites or (made_suite(),)], {"papers": made_reference()})
+    return leaderboard([result_of(suite) for suite in suites or (made_suite(),)], {"papers": made_reference()})
 
 
 def _tables(text: str) -> list[list[str]]:
@@ -64,7 +65,7 @@ def test_rows_that_read_texts_stand_apart_from_those_that_do_not() -> None:
 
 def test_several_suites_have_a_head_with_the_best_row_of_each_kind() -> None:
     assert "| suite |" not in _page()
-    films, odd = made_suite(), made_suite() | {"suite": "Odd (name)"}
+    films, odd = made_suite(), made_suite() | {"benchmark": "Odd (name)"}
     for row, reads in zip(films["rows"], ("events", "texts", "language model", "events"), strict=True):
         row["reads"] = reads
     odd["protocol"] = odd["protocol"] | {"seeds": [0]}
@@ -89,31 +90,20 @@ def test_planned_pairs_have_the_level_of_their_step_and_plain_words() -> None:
     assert "exploratory: unadjusted 95 % intervals, no p and no verdict" in text
 
 
-def test_pairs_of_earlier_versions_are_corrected_anew_over_the_file() -> None:
-    """Each table was corrected by itself: .03 alone in its table is .06 over the file, and its verdict falls."""
-    suite = made_suite()
-    for pair, p in zip(suite["pairs"], (0.03, 0.04), strict=True):
-        pair.update(p=p, verdict="shown", low=0.001)
-        del pair["p_raw"], pair["level"]
-    text = _page(suite)
-    assert text.count("(95 %), p 0.060, no significant difference") == 2 and "An earlier version wrote" in text
-    for pair, p in zip(suite["pairs"], (0.001, 0.04), strict=True):
-        pair.update(p=p)
-    text = _page(suite)
-    assert "p 0.002, significantly better" in text and "p 0.040, significantly better" in text
+def test_notes_of_a_result_are_before_its_tables() -> None:
+    text = _page(made_suite() | {"notes": ["Mind *this*."]})
+    assert "\n\nMind \\*this\\*.\n\n" in text and text.index("Mind") < text.index("### Seen")
 
 
 def test_a_section_says_how_its_parameters_came_about() -> None:
     suite = made_suite()
     row = suite["rows"][2]
-    assert "An earlier version" not in _page() and "Parameters are chosen" not in _page()
-    row |= {"baseline": "item-knn", "trials": [{"parameters": {"neighbours": k}, "value": 0.1} for k in (10, 20)]}
-    text = _page(suite)
-    assert "among at most 2 points a row and by the figures of the table excluded alone, for all tables" in text
-    for table in row["tables"].values():
-        table["parameters"] = {"neighbours": 20}
-    text = _page(suite)
-    assert "for each table by itself" in text and "An earlier version" not in text
+    assert "Parameters are chosen" not in _page()
+    values = {"excluded": 0.1, "included": 0.2}
+    row |= {"baseline": "item-knn", "trials": [{"parameters": {"neighbours": k}, "values": values} for k in (10, 20)]}
+    assert "Parameters are chosen on validation, for each table by itself." in _page(suite)
+    del values["included"]
+    assert "Parameters are chosen" not in _page(suite)
     suite["rows"][3]["baseline"] = "sasrec"
     assert "Not tuned in this suite, which names their parameters: sasrec." in _page(suite)
 
@@ -134,15 +124,11 @@ def test_few_users_or_seeds_make_a_section_exploratory(users: int, seeds: list[i
     assert said in text and ("Exploratory (" in text) == bool(said)
 
 
-def test_random_of_an_earlier_version_is_one_draw() -> None:
-    assert "drew `random` once" in _page(made_suite() | {"llmrec": "0.1.0"})
-    assert "drew `random` once" not in _page(made_suite() | {"llmrec": "0.2.0"})
-
-
 def test_lower_is_better_for_ratings() -> None:
     suite = made_suite()
-    suite["protocol"].update(seen=["rating"], metrics=["RMSE"], candidates=None)
-    suite["comparisons"] = []
+    suite["protocol"].update(candidates=None)
+    suite["tables"] = [suite["tables"][0] | {"name": "rating", "task": "rating", "metric": "RMSE", "metrics": ["RMSE"]}]
+    suite |= {"comparisons": [], "pairs": []}
     for row, value in zip(suite["rows"], (1.1, 0.9, 1.0, None), strict=True):
         figure = {"value": value, "low": value, "high": value, "signature": "RMSE|split:x|llmrec:0.1.0"}
         row["tables"] = {"rating": {"metrics": {"RMSE": figure}, "tie_rate": 0.0}}
@@ -153,7 +139,7 @@ def test_lower_is_better_for_ratings() -> None:
     assert "### Ratings" in _page(suite)
     for row in suite["rows"]:
         row["tables"]["yes-no"] = row["tables"].pop("rating")
-    suite["protocol"].update(seen=["yes-no"])
+    suite["tables"][0]["name"] = "yes-no"
     assert "### Yes or no to an item" in _page(suite)
 
 
@@ -171,16 +157,16 @@ def test_published_rows_stand_beside_the_protocol_that_they_share() -> None:
 def test_published_rows_on_other_interactions_stand_apart_with_their_counts() -> None:
     counts = {"users": 943, "items": 1682}
     other = made_reference().model_copy(update={"counts": counts, "data": "all films"})
-    text = leaderboard([suite_result(made_suite())], {"papers": made_reference(), "all": other})
+    text = leaderboard([result_of(made_suite())], {"papers": made_reference(), "all": other})
     assert text == _page()  # a suite prints the pages that it names
     suite = made_suite() | {"references": ["papers", "all"]}
-    text = leaderboard([suite_result(suite)], {"papers": made_reference(), "all": other})
+    text = leaderboard([result_of(suite)], {"papers": made_reference(), "all": other})
     apart = "but on other interactions (all films: 943 users, 1,682 items)"
     assert text.count(f"Published under the same protocol, {apart}:\n") == 2
     assert text.count(f"### Published, treatment of the history not stated, {apart}\n") == 1
     assert text.count("Published under the same protocol:\n") == 2
     suite["data"]["items"] = 1682
-    text = leaderboard([suite_result(suite)], {"papers": made_reference(), "all": other})
+    text = leaderboard([result_of(suite)], {"papers": made_reference(), "all": other})
     assert text.count("other interactions") == 0 and len(_tables(text)[1]) == 2 + 2 * 3
 
 
@@ -208,7 +194,7 @@ def test_only_suites_are_read_from_a_folder(tmp_path: Path) -> None:
     (tmp_path / "b.json").write_text(json.dumps(made_suite()))
     (tmp_path / "a.json").write_text('{"kind": "run"}')
     (tmp_path / "c.json").write_text("[1]")
-    assert [found.suite for found in read_results(tmp_path)] == ["films"]
+    assert [found.benchmark for found in read_results(tmp_path)] == ["films"]
     (tmp_path / "d.json").write_text("{")
     with raises(DataError, Facts("syntax", "d.json", says="`llmrec eval`")):
         read_results(tmp_path)
@@ -229,12 +215,12 @@ def test_every_page_of_published_figures_in_the_repository_can_be_read(tmp_path:
 def test_no_text_becomes_markup(texts: tuple[str, ...]) -> None:
     size = len(texts)
     expected = blocks(
-        leaderboard([suite_result(hostile_suite([f"x{k}" for k in range(size)]))], {"papers": made_reference()})
+        leaderboard([result_of(hostile_suite([f"x{k}" for k in range(size)]))], {"papers": made_reference()})
     )
     shown = set()
     for start in range(0, size, 8):
         turned = [*texts[start:], *texts[:start]]
-        text = leaderboard([suite_result(hostile_suite(turned))], {"papers": made_reference(turned[::-1])})
+        text = leaderboard([result_of(hostile_suite(turned))], {"papers": made_reference(turned[::-1])})
         assert blocks(text) == expected
         assert not re.search(r"<[A-Za-z!/?]", text)
         shown |= {table[0].count(" | ") for table in _tables(text)}

@@ -16,17 +16,17 @@ from llmrec.baselines.markov import Markov
 from llmrec.baselines.tuning import tune as tuning
 from llmrec.baselines.tuning.tune import tune
 from llmrec.bench import suite as suites
-from llmrec.bench.benchmark import points, recipe_of
-from llmrec.bench.leaderboard import leaderboard
-from llmrec.bench.rows import SuiteModels
-from llmrec.bench.slices_page import slices_page
-from llmrec.bench.suite import run_suite
-from llmrec.bench.suite_row import cases_of
+from llmrec.bench.engine import Ran
+from llmrec.bench.models import Models
+from llmrec.bench.pages import leaderboard, slices_page
+from llmrec.bench.recipes import points, recipe_of
+from llmrec.bench.references import reference
+from llmrec.bench.run import run_benchmark
+from llmrec.bench.suite import cases_of
 from llmrec.cli import main as cli
 from llmrec.cli.show.checking import check
 from llmrec.data.sets.table import load
 from llmrec.data.split import split
-from llmrec.durable import checked, write_checked
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
@@ -57,16 +57,16 @@ PAGE: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, suites.Ran]:
+def ran(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Ran]:
     folder = tmp_path_factory.mktemp("suite")
-    return folder, run_suite(Suite(**PAGE), out=folder / "out", results=folder / "eval" / "results")
+    return folder, run_benchmark(Suite(**PAGE), out=folder / "out", results=folder / "eval" / "results")
 
 
-def _again(folder: Path, **changed: Any) -> suites.Ran:
-    return run_suite(Suite(**PAGE | changed), out=folder / "out", results=folder / "eval" / "results")
+def _again(folder: Path, **changed: Any) -> Ran:
+    return run_benchmark(Suite(**PAGE | changed), out=folder / "out", results=folder / "eval" / "results")
 
 
-def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: tuple[Path, suites.Ran]) -> None:
+def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: tuple[Path, Ran]) -> None:
     rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     assert list(rows) == [row["baseline"] for row in PAGE["rows"]]
     for name, row in rows.items():
@@ -75,7 +75,7 @@ def test_every_row_has_both_treatments_of_the_history_seeds_and_tie_rules(ran: t
             figure = table["metrics"]["NDCG@10"]
             assert figure["range"][0] <= figure["range"][1] and "cand:full" in figure["signature"]
             assert ("sd" in figure) == (name == "als")
-        assert row["seeds"] == ([0, 1] if name == "als" else [0])
+        assert row["seeds"] == (2 if name == "als" else 1)
         assert row["memory_gb"] > 0 and {"tune", "fit", "answer"} <= set(row["seconds"])
 
 
@@ -84,14 +84,15 @@ def test_a_row_can_have_fewer_seeds_and_the_leaderboard_says_so(tmp_path: Path) 
     rows = [{"baseline": "markov-1"}, {**als, "name": "all seeds"}, {**als, "name": "one seed", "seeds": 1}]
     rows += [{"fuse": ["markov-1", one], "name": f"with {one}"} for one in ("all seeds", "one seed")]
     page = Suite(**PAGE | {"split_seeds": [0], "rows": rows})
-    ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
+    ran = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
     few = {"one seed", "with one seed"}
     assert {row.name: row.seeds for row in ran.results.rows if row.name != "markov-1"} == {
-        name: (0,) if name in few else (0, 1) for name in ("all seeds", "one seed", "with all seeds", "with one seed")
+        name: 1 if name in few else 2 for name in ("all seeds", "one seed", "with all seeds", "with one seed")
     }
     assert {row["name"] for row in ran.results.as_json()["rows"] if row.get("fewer_seeds")} == few
-    assert ran.leaderboard is not None
-    assert "whatever is said of them below: one seed (1), with one seed (1)." in ran.leaderboard.read_text("utf-8")
+    assert "whatever is said of them below: one seed (1), with one seed (1)." in ran.files["leaderboard"].read_text(
+        "utf-8"
+    )
 
 
 def test_users_are_counted_where_each_has_several_held_out_interactions() -> None:
@@ -105,14 +106,14 @@ def test_users_are_counted_where_each_has_several_held_out_interactions() -> Non
     assert [case.request.id for case in few] == [case.request.id for case in every if case.request.user_id in users]
 
 
-def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, suites.Ran]) -> None:
+def test_chance_has_neither_seed_nor_spread(ran: tuple[Path, Ran]) -> None:
     (chance,) = [row for row in ran[1].results.as_json()["rows"] if row["name"] == "random"]
     items = ran[1].results.as_json()["data"]["items"]
     assert chance["tables"]["included"]["metrics"]["HR@10"]["value"] == pytest.approx(10 / items)
-    assert chance["seeds"] == [0] and all("sd" not in table["metrics"]["HR@10"] for table in chance["tables"].values())
+    assert chance["seeds"] == 1 and all("sd" not in table["metrics"]["HR@10"] for table in chance["tables"].values())
 
 
-def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, suites.Ran]) -> None:
+def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tuple[Path, Ran]) -> None:
     rows = {row["name"]: row for row in ran[1].results.as_json()["rows"]}
     data = load_split(Suite(**PAGE).data, 0)
     grid = ItemKNN.GRID | {"history": (10,)}
@@ -129,12 +130,12 @@ def test_the_grid_is_tried_on_validation_and_the_rest_of_the_row_stays(ran: tupl
 def test_each_table_has_the_parameters_that_were_chosen_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page = PAGE | {"seeds": [0], "split_seeds": [0], "rows": [{"baseline": "item-knn"}, {"baseline": "markov-1"}]}
     monkeypatch.setattr(ItemKNN, "GRID", {"history": (1, 2, 5, 30), "decay": (0.2, 0.6, 1.0)})
-    row = run_suite(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results.rows[0]
-    chosen = {seen: row.parameters_of(seen) for seen in row.tables}
+    row = run_benchmark(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results.rows[0]
+    chosen = {seen: figures.parameters for seen, figures in row.tables.items()}
     assert chosen["excluded"] != chosen["included"]
     for seen, parameters in chosen.items():
         alone = page | {"seen": [seen], "rows": [{"baseline": "item-knn", "parameters": parameters}]}
-        found = run_suite(Suite(**alone), out=tmp_path / seen, results=tmp_path / "r").results.rows[0]
+        found = run_benchmark(Suite(**alone), out=tmp_path / seen, results=tmp_path / "r").results.rows[0]
         assert found.tables[seen].metrics == row.tables[seen].metrics
 
 
@@ -145,11 +146,11 @@ def test_requests_of_users_without_a_history_can_be_left_out(tmp_path: Path) -> 
     lengths = [len(data.history(held.user_id, "test")) for held in data.holdouts("test")]
     assert 0 in lengths
     for least in (0, 1):
-        found = run_suite(Suite(**page, min_history=least), out=tmp_path / "out", results=tmp_path / "r").results
+        found = run_benchmark(Suite(**page, min_history=least), out=tmp_path / "out", results=tmp_path / "r").results
         assert found.protocol.requests == sum(length >= least for length in lengths)
         assert found.protocol.min_history == least
     with raises(RecipeError, Facts("too-few", column="min_history")):
-        run_suite(Suite(**page, min_history=10_000), out=tmp_path / "out", results=tmp_path / "r")
+        run_benchmark(Suite(**page, min_history=10_000), out=tmp_path / "out", results=tmp_path / "r")
 
 
 def test_a_killed_row_does_not_fit_its_points_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,10 +168,10 @@ def test_a_killed_row_does_not_fit_its_points_again(tmp_path: Path, monkeypatch:
 
     monkeypatch.setattr(Markov, "fit", fit)
     with pytest.raises(KeyboardInterrupt):
-        run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
+        run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
     fits.clear()
     monkeypatch.setattr(Markov, "fit", lambda self, data: (fits.append(self.config.order), genuine(self, data))[1])
-    row = run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows[0]
+    row = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows[0]
     assert [trial.parameters["order"] for trial in row.trials] == [1, 2, 3, 5]
     # The points 1 and 2 are known; a chosen one of them is fitted once more for the test.
     assert fits[:2] == [3, 5] and fits.count(1) + fits.count(2) <= 2
@@ -196,22 +197,22 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(tuning, "ranking_cases", choosing)
     monkeypatch.setattr(Fusion, "fit", weighing)
-    ran = run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
+    ran = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
     assert chose and weighed and not chose & weighed
     board = leaderboard([ran.results], {})
     fused = ran.results.rows[-1]
     assert [row.reads for row in ran.results.rows] == ["events"] * 4
-    assert fused.seeds == (0, 1) and {pair.a for pair in ran.results.pairs} == {"all"}
+    assert fused.seeds == 2 and {pair.a for pair in ran.results.pairs} == {"all"}
     for seen in ("excluded", "included"):
         best = max(trial.values[seen] for trial in fused.trials if seen in trial.values)
         (kept,) = [trial for trial in fused.trials if trial.values.get(seen) == best][:1]
-        assert fused.parameters_of(seen)["form"] == kept.parameters["form"]
+        assert fused.tables[seen].parameters["form"] == kept.parameters["form"]
         weights = fused.tables[seen].fusion
         assert weights is not None and [part.name for part in weights.parts] == rows[-1]["fuse"]
         assert (weights.repeat is None) == (seen == "excluded") and "Weights of all (" in board
     # Nothing is reserved where nothing is fused, so that rows are chosen anew.
     chose.clear()
-    run_suite(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
+    run_benchmark(Suite(**page | {"rows": rows[:3], "pairs": []}), out=tmp_path / "out", results=tmp_path / "r")
     data = load_split(Suite(**PAGE).data, 0)
     assert chose == set(data.valid["user_id"])
 
@@ -219,7 +220,9 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
 def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
     common = {"suite": "s", "data": {"source": "made-reviews"}, "bootstrap": 60}
     rated = [{"baseline": "user-mean"}, {"baseline": "item-mean"}, {"name": "both", "fuse": ["user-mean", "item-mean"]}]
-    found = run_suite(Suite(**common, task="rating", rows=rated), out=tmp_path / "a", results=tmp_path / "r").results
+    found = run_benchmark(
+        Suite(**common, task="rating", rows=rated), out=tmp_path / "a", results=tmp_path / "r"
+    ).results
     weights = found.rows[-1].tables["rating"].fusion
     assert weights is not None and weights.form in ("ridge", "alone") and found.rows[-1].chosen_by == "RMSE"
     assert found.rows[-1].trials[0].values["rating"] > 0
@@ -230,7 +233,7 @@ def test_ratings_and_yes_no_are_fused_too(tmp_path: Path) -> None:
     ]
     split = {"data": {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.3, "test": 0.2}}}
     page = Suite(**common | split, task="ctr", liked=4, rows=judged)
-    found = run_suite(page, out=tmp_path / "b", results=tmp_path / "r").results
+    found = run_benchmark(page, out=tmp_path / "b", results=tmp_path / "r").results
     weights = found.rows[-1].tables["yes-no"].fusion
     assert weights is not None and weights.form in ("logit", "alone") and found.rows[-1].chosen_by == "LogLoss"
 
@@ -244,13 +247,13 @@ def test_a_fusion_names_rows_above_it() -> None:
         Suite(**PAGE | {"rows": [{"baseline": "ease"}, {"baseline": "popularity", "name": "ease"}]})
 
 
-def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, suites.Ran]) -> None:
+def test_the_best_row_is_compared_with_every_other(ran: tuple[Path, Ran]) -> None:
     results = ran[1].results.as_json()
     best = max(results["rows"], key=lambda row: row["tables"]["excluded"]["metrics"]["NDCG@10"]["value"])["name"]
-    found = [line for line in results["comparisons"] if line["seen"] == "excluded"]
+    found = [line for line in results["comparisons"] if line["table"] == "excluded"]
     assert {line["a"] for line in found} == {best} and len(found) == len(PAGE["rows"]) - 1
     assert all(line["value"] >= 0 and not {"p", "verdict"} & set(line) for line in found)  # picked on test
-    assert "an unadjusted 95 % interval" in results["detectable"]["excluded"]
+    assert "an unadjusted 95 % interval" in results["tables"][0]["detectable"]
 
 
 def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Path) -> None:
@@ -265,7 +268,7 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     rows = [{"baseline": "content", "tune": False}, {"baseline": "markov-1"}]
     pairs = [["content", "markov-1"], *({"rows": ["content", "markov-1"], "items": part} for part in ("cold", "warm"))]
     page = {"suite": "s", "data": data, "seen": ["included"], "bootstrap": 60, "rows": rows, "pairs": pairs}
-    found = run_suite(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
+    found = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
     every, cold, warm = found.pairs
     assert (every.items, every.n) == (None, None) and (cold.items, cold.n) == ("cold", 10) and warm.n == 30
     assert every.value is not None and cold.value is not None and warm.value is not None
@@ -287,13 +290,13 @@ def test_cold_and_warm_items_have_planned_comparisons_of_their_own(tmp_path: Pat
     assert f"| Targets without training interactions | 10 | 2 | {DASH} |" in shown
     # What was thought of later is described, and is no part of the family.
     later = Suite(**page | {"pairs": pairs[:1], "explored": pairs[1:]})
-    again = run_suite(later, out=tmp_path / "o", results=tmp_path / "r").results
+    again = run_benchmark(later, out=tmp_path / "o", results=tmp_path / "r").results
     assert len(again.pairs) == 1 and [pair.items for pair in again.explored] == ["cold", "warm"]
     assert all(pair.p is None and pair.verdict is None for pair in again.explored)
     assert again.explored[0].value == cold.value and "Thought of after the test split" in leaderboard([again], {})
     # Without a cold item there is no figure, and the page says so.
     table.write_text("\n".join(["user,item,time,title", *lines[:160]]) + "\n")
-    none = run_suite(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
+    none = run_benchmark(Suite(**page), out=tmp_path / "n", results=tmp_path / "r").results
     assert [(pair.items, pair.n) for pair in none.pairs] == [(None, None), ("cold", 0), ("warm", 40)]
     assert none.pairs[1].value is None and "content less markov-1: there is no such request" in leaderboard([none], {})
     with pytest.raises(ValueError, match="belongs to the task ranking"):
@@ -308,7 +311,7 @@ def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path:
     pairs = [["markov-1", "popularity"], ["markov", "popularity"], ["both", "markov-1"]]
     page = {"suite": "s", "data": {"source": "made-reviews"}, "seen": ["included"], "rows": rows, "pairs": pairs}
     page |= {"bootstrap": 60, "seeds": [0]}
-    some = run_suite(Suite(**page, skip=["markov"]), out=tmp_path / "o", results=tmp_path / "r").results
+    some = run_benchmark(Suite(**page, skip=["markov"]), out=tmp_path / "o", results=tmp_path / "r").results
     assert [row.name for row in some.rows] == ["popularity", "markov-1"] and some.skipped == ("markov", "both")
     (pair,) = some.pairs
     assert some.unrun == 2 and pair.p is not None and pair.p_raw is not None
@@ -316,7 +319,7 @@ def test_rows_that_are_skipped_are_named_and_their_comparisons_counted(tmp_path:
     board = leaderboard([some], {})
     assert "Not run: markov, both; 2 planned comparisons with them count in the correction" in board
     # The rest is run later, and what was run is not run again.
-    whole = run_suite(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
+    whole = run_benchmark(Suite(**page), out=tmp_path / "o", results=tmp_path / "r").results
     assert len(whole.pairs) == 3 and whole.unrun == 0 and not whole.skipped
     for wrong, said in (
         (["markof"], "there is no row 'markof'"),
@@ -331,20 +334,20 @@ def test_lists_are_measured_and_their_diversity_by_what_the_suite_says(tmp_path:
     listed = {f"{name}@5" for name in ("Precision", "MAP", "Coverage", "Novelty", "Gini", "PopularityLift")}
     signed = {}
     for diversity in (None, {"field": "category"}, {"encoder": "chance"}):
-        ran = run_suite(Suite(**page, diversity=diversity), out=tmp_path / "out", results=tmp_path / "results")
+        ran = run_benchmark(Suite(**page, diversity=diversity), out=tmp_path / "out", results=tmp_path / "results")
         metrics = ran.results.rows[0].tables["excluded"].metrics
         assert listed | {"Serendipity@5", "RankAUC"} <= metrics.keys()
         signed[str(diversity)] = metrics["ILD@5"].signature if "ILD@5" in metrics else ""
     plain, words, vectors = signed.values()
     assert plain == "" and "how:jaccard-category" in words and "how:cosine-chance" in vectors
     with raises(LlmrecError, Facts("unknown-name", "made-reviews", says="'colour'")):
-        run_suite(Suite(**page, diversity={"field": "colour"}), out=tmp_path / "out", results=tmp_path / "results")
+        run_benchmark(Suite(**page, diversity={"field": "colour"}), out=tmp_path / "out", results=tmp_path / "results")
     with pytest.raises(ValueError, match="write one of field and encoder"):
         Suite(**page, diversity={})
 
 
 def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
-    ran: tuple[Path, suites.Ran], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ran: tuple[Path, Ran], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder, first = ran
     made: list[str] = []
@@ -356,13 +359,10 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
 
     monkeypatch.setattr(suites, "make_row", counted)
     caplog.set_level("INFO")
-    # What a row knows items by is not measured: an earlier version may have named it otherwise.
-    (kept,) = (folder / "out").rglob("rows/*-popularity.json")
-    write_checked(kept, {**checked(kept.read_bytes()), "reads": "texts"})
     again = _again(folder)
     assert made == [] and again.results.rows == first.results.rows and "other settings" not in caplog.text
     rows = [*PAGE["rows"][:-1], {"baseline": "ease", "parameters": {"penalty": 500.0}, "tune": False}]
-    assert _again(folder, rows=rows).results.rows[-1].parameters_of("excluded") == {"penalty": 500.0}
+    assert _again(folder, rows=rows).results.rows[-1].tables["excluded"].parameters == {"penalty": 500.0}
     assert made == ["ease"] and "made.json holds results of other settings" in caplog.text
     made.clear()
     _again(folder, bootstrap=61)
@@ -372,8 +372,8 @@ def test_a_second_run_computes_nothing_and_a_changed_row_only_itself(
 def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
     common = {"suite": "s", "data": {"source": "made-reviews"}, "bootstrap": 60}
     rating = Suite(**common, task="rating", rows=[{"baseline": "user-mean"}, {"baseline": "user-item-bias"}])
-    found = run_suite(rating, out=tmp_path / "a", results=tmp_path / "r").results.as_json()
-    assert found["protocol"]["metrics"] == ["MAE", "RMSE"] and found["protocol"]["seen"] == ["rating"]
+    found = run_benchmark(rating, out=tmp_path / "a", results=tmp_path / "r").results.as_json()
+    assert [(table["name"], table["metrics"]) for table in found["tables"]] == [("rating", ["MAE", "RMSE"])]
     assert {line["metric"] for line in found["comparisons"]} == {"RMSE"}
     liked = Suite(
         **common | {"data": {"source": "made-reviews", "split": {"kind": "global_time", "valid": 0.2, "test": 0.2}}},
@@ -381,7 +381,7 @@ def test_ratings_and_yes_no_have_suites_of_their_own(tmp_path: Path) -> None:
         liked=4,
         rows=[{"baseline": "like-ratio"}, {"baseline": "logistic"}],
     )
-    found = run_suite(liked, out=tmp_path / "b", results=tmp_path / "r").results.as_json()
+    found = run_benchmark(liked, out=tmp_path / "b", results=tmp_path / "r").results.as_json()
     assert (
         found["rows"][1]["tables"]["yes-no"]["parameters"]["liked"] == 4 and found["rows"][1]["chosen_by"] == "LogLoss"
     )
@@ -404,7 +404,7 @@ def test_a_difference_in_auc_is_that_of_the_figures_and_not_of_an_ensemble(tmp_p
         "pairs": [["deepfm", "like-ratio"]],
     }
     for _ in ("made", "read back"):
-        found = run_suite(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results
+        found = run_benchmark(Suite(**page), out=tmp_path / "a", results=tmp_path / "r").results
         one, other = (row.tables["yes-no"].metrics["AUC"] for row in reversed(found.rows))
         assert one.sd and one.value is not None and other.value is not None
         assert found.pairs[0].value == pytest.approx(one.value - other.value, abs=1e-9)
@@ -425,7 +425,7 @@ def test_a_row_of_a_recipe_is_made_again_where_a_file_that_it_names_has_changed(
     seen = []
     for change in ("", " Please."):
         prompt.write_text(text.replace("target:", f"system: Rank.{change}\ntarget:"), encoding="utf-8")
-        seen.append(SuiteModels(suite, tmp_path).inputs(suite.rows[0]))
+        seen.append(Models(suite, tmp_path).inputs(suite.rows[0]))
     assert seen[0] != seen[1] and seen[0]["recipe"] == seen[1]["recipe"]
 
 
@@ -482,7 +482,7 @@ def test_check_refuses_the_rows_that_eval_refuses(tmp_path: Path, rows: list[dic
 def test_a_row_names_the_values_to_choose_among(tmp_path: Path) -> None:
     row = {"baseline": "item-knn", "grid": {"history": [20, 5], "decay": [1.0]}, "parameters": {"shrinkage": 0.0}}
     page = PAGE | {"split_seeds": [0], "rows": [*PAGE["rows"][:1], row]}
-    (_, found) = run_suite(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows
+    (_, found) = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r").results.rows
     assert {trial.parameters["history"] for trial in found.trials} <= {5, 20}
     assert {(trial.parameters["decay"], trial.parameters["shrinkage"]) for trial in found.trials} == {(1.0, 0.0)}
     for wrong, said in (
@@ -539,7 +539,7 @@ def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
     assert all(load_recipe(row.recipe, row.overrides).tasks.sequential for row in suite.rows if row.recipe)
     assert set(names) <= set(family_of(family).baselines) <= set(BASELINES)
     for name in suite.references:
-        assert suites._reference(name).rows
+        assert reference(name).rows
     if suite.task == "ranking":
         assert {"random", "popularity", "item-knn", "markov-1", "ease", "sasrec"} <= set(names)
 
@@ -549,7 +549,7 @@ def test_a_shipped_suite_can_be_read_and_names_what_exists(page: Path) -> None:
 def test_the_sequences_are_those_of_the_published_figures(name: str) -> None:
     suite = load_suite(str(resource("eval", "suites") / f"{name}.yaml"))
     data = split(load(suite.data, seed=0), suite.data.split, seed=0)
-    counts = suites._reference(name).counts
+    counts = reference(name).counts
     assert len(data.dataset.items) == counts["items"]
     assert data.dataset.interactions["user_id"].n_unique() == counts["users"]
     assert len(data.dataset.interactions) == counts["interactions"]

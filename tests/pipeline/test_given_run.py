@@ -10,7 +10,7 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from llmrec.bench.suite import run_suite
+from llmrec.bench.run import run_benchmark
 from llmrec.cli.main import app
 from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
@@ -93,7 +93,7 @@ def test_what_chooses_on_validation_says_that_there_is_none(page: Path, folder: 
     section = load_recipe(str(page), [bare]).data
     suite = Suite(suite="made", data=section, bootstrap=50, rows=[{"baseline": "item-knn"}])
     with raises(DataError, Facts("empty", column="data.split.valid", says="valid part")):
-        run_suite(suite, out=tmp_path / "out", results=tmp_path / "results")
+        run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results")
 
 
 # --------------------------------------------------------------------------- MovieLens-100K
@@ -128,7 +128,7 @@ def section(folder: Path) -> dict[str, Any]:
 def test_classic_baselines_on_a_published_split_of_ratings(movielens: Path, tmp_path: Path) -> None:
     rows = [{"baseline": name, "tune": False} for name in ("global-mean", "user-mean", "user-item-bias")]
     suite = Suite(suite="u1", task="rating", data=section(movielens), bootstrap=50, rows=rows)
-    found = run_suite(suite, out=tmp_path / "out", results=tmp_path / "results").results
+    found = run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results").results
     assert found.protocol.split == "given/test" and found.protocol.requests == found.data.test
     assert (found.data.users, found.data.items, found.data.interactions) == (943, 1682, 100_000)
     error = {row.name: row.tables["rating"].metrics["RMSE"].value or 0.0 for row in found.rows}
@@ -141,7 +141,7 @@ def test_classic_rankings_on_a_published_split(movielens: Path, tmp_path: Path) 
     rows = [{"baseline": name, "tune": False} for name in ("random", "popularity")]
     rows += [{"baseline": "item-knn", "parameters": whole, "tune": False}]
     suite = Suite(suite="u1", data=section(movielens), bootstrap=50, users=60, seeds=[0], rows=rows)
-    found = run_suite(suite, out=tmp_path / "out", results=tmp_path / "results").results
+    found = run_benchmark(suite, out=tmp_path / "out", results=tmp_path / "results").results
     gain = {row.name: row.tables["excluded"].metrics["NDCG@10"].value or 0.0 for row in found.rows}
     assert gain["item-knn"] > gain["popularity"] > 5 * gain["random"] > 0
     # A user has a fifth of all ratings held out: each is asked about.

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llmrec.bench.benchmark import points
+from llmrec.bench.recipes import points
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.exports.export import Options, export
 from llmrec.pipeline import run as pipeline

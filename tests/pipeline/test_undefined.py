@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from llmrec.bench.benchmark import run_benchmark
-from llmrec.bench.suite import run_suite
+from llmrec.bench.run import run_benchmark
 from llmrec.pipeline.run import run
 from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import load_benchmark, load_recipe
@@ -49,21 +48,19 @@ def suite(path: Path, **more: Any) -> Suite:
 def test_a_suite_says_that_no_user_has_both_classes(tmp_path: Path) -> None:
     page, lines = suite(table(tmp_path, (5.0, 1.0))), []
     for _ in range(2):  # the second time with stored rows
-        ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results", say=lines.append)
+        ran = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "eval" / "results", say=lines.append)
     assert len(lines) == 4 and all(f"GAUC undefined ({OF_USERS})" in line and "AUC 0." in line for line in lines)
     assert [line.metric for line in ran.results.comparisons] == ["AUC"]
-    assert ran.leaderboard is not None
-    board = ran.leaderboard.read_text(encoding="utf-8")
+    board = ran.files["leaderboard"].read_text(encoding="utf-8")
     assert f"GAUC is undefined: {OF_USERS}." in board and NOTHING not in board
     assert all(line.split(" | ")[2] == "undefined" for line in board.splitlines() if line.startswith("| l"))
 
 
 def test_a_suite_without_a_headline_compares_nothing_and_says_so(tmp_path: Path) -> None:
     page = suite(table(tmp_path, (5.0,)), pairs=[("like-ratio", "logistic")], split_seeds=[0, 1])
-    ran = run_suite(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
+    ran = run_benchmark(page, out=tmp_path / "out", results=tmp_path / "eval" / "results")
     assert ran.results.comparisons == () and ran.results.pairs == ()
-    assert ran.leaderboard is not None
-    board = ran.leaderboard.read_text(encoding="utf-8")
+    board = ran.files["leaderboard"].read_text(encoding="utf-8")
     assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in board and "best row is better" not in board
 
 
@@ -119,7 +116,6 @@ def test_a_benchmark_says_so_and_compares_nothing(folder: Path) -> None:
         load_benchmark(str(page)), out=folder / "bench", results=folder / "eval" / "results", say=str, quiet=True
     )
     results = json.loads((folder / "eval" / "results" / "small.json").read_text(encoding="utf-8"))
-    (judged,) = [each for each in results["tables"] if each["task"] == "ctr"]
-    assert judged["against_best_baseline"] == [] and judged["pairs"] == []
+    assert not [pair for pair in (*results["comparisons"], *results["pairs"]) if pair["table"] == "ctr"]
     text = (folder / "eval" / "small.md").read_text(encoding="utf-8")
     assert f"AUC is undefined: {ONE_CLASS}. {NOTHING}" in text and made

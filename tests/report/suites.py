@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from typing import Any
 
-from llmrec.bench.leaderboard import Reference
+from llmrec.bench.references import Reference
 
 METRICS = ("HR@5", "NDCG@5", "HR@10", "NDCG@10")
 LEVELS = {"random": 0.01, "popularity": 0.05, "item-knn": 0.09, "sasrec": 0.12}
@@ -28,35 +28,45 @@ def made_suite() -> dict[str, Any]:
     """Return the content of a suite's results file: four baselines, both treatments of the history."""
     seen = ("excluded", "included")
     return {
-        "kind": "suite", "suite": "films", "description": "Films, five tie rules.", "command": "llmrec eval films",
+        "kind": "suite", "benchmark": "films", "description": "Films, five tie rules.", "command": "llmrec eval films",
         "machine": {"cpu": "Xeon", "cores": 2}, "data": {"users": 943, "items": 1349, "interactions": 99_287},
         "protocol": {
-            "split": "leave_one_out/test", "task": "ranking", "candidates": "full", "seen": list(seen),
-            "metrics": list(METRICS), "seeds": [0, 1, 2], "users": 943,
+            "split": "leave_one_out/test", "candidates": "full", "seeds": [0, 1, 2], "users": 943,
         },
+        "tables": [
+            {
+                "name": s, "task": "ranking", "metric": METRICS[-1], "metrics": list(METRICS), "requests": 943,
+                "users": 943, "detectable": "With 943 users a true difference of 0.01 would be shown.",
+            }
+            for s in seen
+        ],
         "rows": [
             {
-                "name": name, "parameters": {"neighbours": 20}, "seconds": {"fit": 1.0, "answer": 2.0},
+                "name": name, "seconds": {"fit": 1.0, "answer": 2.0},
                 "memory_gb": 0.5,
-                "tables": {s: {"metrics": _figures(level, s), "tie_rate": 0.25, "n": 943} for s in seen},
+                "tables": {
+                    s: {
+                        "metrics": _figures(level, s), "parameters": {"neighbours": 20}, "tie_rate": 0.25, "n": 943,
+                    }
+                    for s in seen
+                },
             }
             for name, level in LEVELS.items()
         ],
         "comparisons": [
             {
-                "seen": s, "metric": "NDCG@10", "a": "sasrec", "b": name, "value": 0.12 - level, "low": 0.1 - level,
+                "table": s, "metric": "NDCG@10", "a": "sasrec", "b": name, "value": 0.12 - level, "low": 0.1 - level,
                 "high": 0.14 - level,
             }
             for s in seen for name, level in LEVELS.items() if name != "sasrec"
         ],
         "pairs": [
             {
-                "seen": s, "metric": "NDCG@10", "a": "sasrec", "b": "item-knn", "value": 0.03, "low": low, "high": 0.06,
-                "level": 0.975, "p": 2 * raw, "p_raw": raw, "verdict": verdict,
+                "table": s, "metric": "NDCG@10", "a": "sasrec", "b": "item-knn", "value": 0.03, "low": low,
+                "high": 0.06, "level": 0.975, "p": 2 * raw, "p_raw": raw, "verdict": verdict,
             }
             for s, low, raw, verdict in (("excluded", 0.0001, 0.02, "shown"), ("included", -0.01, 0.05, "not shown"))
         ],
-        "detectable": {s: "With 943 users a true difference of 0.01 would be shown." for s in seen},
         "references": ["papers"], "seconds": 130.0,
     }  # fmt: skip
 
@@ -84,16 +94,19 @@ def hostile_suite(texts: Sequence[str]) -> dict[str, Any]:
     metrics = {name: f"{next(stream)} {place}" for place, name in enumerate(METRICS)}
     seen = {name: f"{next(stream)} {name}" for name in ("excluded", "included")}
     for row in found["rows"]:
-        row.update(name=names[row["name"]], parameters={next(stream): next(stream)})
+        row.update(name=names[row["name"]])
         row["tables"] = {seen[name]: table for name, table in row["tables"].items()}
         for table in row["tables"].values():
+            table["parameters"] = {next(stream): next(stream)}
             table["metrics"] = {metrics[name]: figure for name, figure in table["metrics"].items()}
     for entry in (*found["comparisons"], *found["pairs"]):
-        entry.update(a=names[entry["a"]], b=names[entry["b"]], seen=seen[entry["seen"]])
-    found["protocol"].update(
-        split=f"leave_one_out {next(stream)}", metrics=list(metrics.values()), seen=list(seen.values())
-    )
-    found["detectable"] = {seen[name]: next(stream) for name in seen}
-    found.update({key: next(stream) for key in ("suite", "description", "command")})
+        entry.update(a=names[entry["a"]], b=names[entry["b"]], table=seen[entry["table"]])
+    found["protocol"].update(split=f"leave_one_out {next(stream)}")
+    for table in found["tables"]:
+        table.update(
+            name=seen[table["name"]], metric=metrics[METRICS[-1]], metrics=list(metrics.values()),
+            detectable=next(stream),
+        )  # fmt: skip
+    found.update({key: next(stream) for key in ("benchmark", "description", "command")}, notes=[next(stream)])
     found["machine"]["cpu"] = next(stream)
     return found

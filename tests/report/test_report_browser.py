@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from llmrec.bench.leaderboard import leaderboard, suite_result
+from llmrec.bench.pages import leaderboard, result_of
 from llmrec.report.page import write
 from tests.report.made import hostile_audit, hostile_results, made_results, save_run
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
@@ -131,7 +131,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     _without_policy(pages["html"], "open.html")
     _rendered(pages["markdown"].read_text("utf-8"), folder / "markdown.html")
     suites = [hostile_suite([*texts[start:], *texts[:start]]) for start in range(0, len(texts), 12)]
-    board = leaderboard([suite_result(suite) for suite in suites], {"papers": made_reference(texts)})
+    board = leaderboard([result_of(suite) for suite in suites], {"papers": made_reference(texts)})
     _rendered(board, folder / "leaderboard.html")
     for name, text in LIVELY.items():
         _rendered(text, folder / f"{name}.html")

@@ -134,13 +134,6 @@ def test_exploratory_comparisons_stand_apart_without_p_and_verdict(results: dict
     assert text.count("few-shot") == 4 and "significant" not in text and "no p and no verdict" in text
 
 
-def test_results_of_earlier_versions_say_how_they_were_tested(results: dict[str, Any], save: Save) -> None:
-    for entry in results["comparisons"]:
-        entry.pop("p_raw", None)
-    text = write(save(results))["markdown"].read_text("utf-8")
-    assert "Tested by an earlier version of llmrec" in text and "level of its own Holm step" not in text
-
-
 # --------------------------------------------------------------------------- templates
 
 

@@ -293,11 +293,7 @@ def test_what_only_markdown_would_run_is_inert_there(tmp_path: Path) -> None:
 def test_writing_twice_gives_the_same_bytes(run_dir: Path) -> None:
     pages = write(run_dir)
     before = {name: path.read_bytes() for name, path in pages.items()}
-    # Earlier versions put scripts beside the page.
-    for name in ("plotly.min.js", "report.js"):
-        (run_dir / "report" / name).write_text("old")
     assert {name: path.read_bytes() for name, path in write(run_dir).items()} == before
-    assert not list((run_dir / "report").glob("*.js"))
 
 
 def test_a_broken_write_leaves_the_old_report(

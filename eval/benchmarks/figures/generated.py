@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from eval.benchmarks import experiments, index_collisions, record, scaling, search_plots
-from llmrec.bench.leaderboard import leaderboard, load_reference, read_results
-from llmrec.bench.pages import own_pages
-from llmrec.bench.slices_page import slices_page
+from llmrec.bench.pages import own_pages, read_results, shared_pages
+from llmrec.bench.references import all_references
 
 TIMED = ("search", "search_vllm", "training")
 """Results that docs/performance.md shows."""
@@ -26,13 +25,13 @@ def wanted(root: Path) -> dict[str, str]:
         root: A checkout, whose results are read; around generated parts its pages are kept as they are.
     """
     results = root / "eval" / "results"
-    references = {path.stem: load_reference(path) for path in sorted((root / "eval" / "references").glob("*.yaml"))}
-    suites = read_results(results)
-    found = {"eval/LEADERBOARD.md": leaderboard(suites, references), "eval/SLICES.md": slices_page(suites)}
+    benchmarks = read_results(results)
+    pages = shared_pages(benchmarks, all_references(root / "eval" / "references"))
+    for result in benchmarks:
+        pages |= own_pages(result)
+    found = {f"eval/{name}": text for name, text in pages.items()}
     listed = experiments.read(root / "eval" / "experiments.yaml", results)
     found["eval/EXPERIMENTS.md"] = experiments.write(listed)
-    for path in sorted(results.glob("*.json")):
-        found |= {f"eval/{name}": text for name, text in own_pages(_read(path)).items()}
     files = [results / f"{name}.json" for name in TIMED]
     for file in files:
         found |= {f"docs/performance/{goal.picture}": search_plots.draw(goal) for goal in search_plots.goals(file)}

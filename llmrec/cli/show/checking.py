@@ -39,7 +39,7 @@ def check(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
         say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
         return
     if kind == "benchmark":
-        from llmrec.bench.benchmark import points, recipe_of
+        from llmrec.bench.recipes import points, recipe_of
 
         bench = load_benchmark(page, overrides)
         todo = list(points(bench))

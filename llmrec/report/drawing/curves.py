@@ -59,10 +59,11 @@ def _curve(canvas: Canvas, series: Series, along: Scale, rise: Scale, hue: str, 
 
 
 def cost(plot: CostPlot, width: float) -> Canvas:
-    """Draw figures against tokens a user; points have numbers, which the list below names."""
+    """Draw figures against tokens; named points have numbers, which the list below explains."""
     points = sorted(plot["points"], key=lambda point: point["tokens"])
+    named = [point for point in points if point["named"]]
     top, bottom = 30, 250
-    canvas = Canvas(width=width, height=bottom + 50 + 20 * len(points))
+    canvas = Canvas(width=width, height=bottom + 50 + 20 * len(named))
     tokens = [point["tokens"] for point in points]
     far = max(tokens) / min(tokens) > 30
     along = Scale(
@@ -72,24 +73,29 @@ def cost(plot: CostPlot, width: float) -> Canvas:
     ends = [point[end] for point in points for end in ("value", "low", "high")]
     rise = fitted([*ends, plot["reference"]], bottom, top)
     canvas.left(rise, _LEFT, along.end)
-    unit = "tokens a user, log scale" if far else "tokens a user"
+    unit = f"tokens {plot['unit']}{', log scale' if far else ''}"
     canvas.below(along, bottom, bottom, f"{plot['metric']} ({plot['better']} is better) by {unit}", ticks=5)
     if plot["reference"] is not None:
         level = rise(plot["reference"])
         canvas.line(_LEFT, level, along.end, level, "reference")
         canvas.text(_LEFT + 4, level - 5, plot["control"] or "", "tick halo", width=0.6 * width)
+    if len(named) < len(points):
+        canvas.path([(along(point["tokens"]), rise(point["value"])) for point in named], "curve text")
     taken: list[tuple[float, float]] = [(along(point["tokens"]), rise(point["value"])) for point in points]
-    for number, point in enumerate(points, 1):
+    for point in points:
         x, y = along(point["tokens"]), rise(point["value"])
         canvas.stem(rise, point["low"], point["high"], x, f"stroke {point['arm']}")
         canvas.mark(MARKS[point["arm"]], x, y, f"fill {point['arm']}", title=f"{point['label']}: {point['text']}")
+        if not point["named"]:
+            continue
+        number = named.index(point) + 1
         where = _free(x, y, taken, along.end, (top, bottom))
         taken.append(where)
         canvas.text(where[0], where[1] + 4, str(number), "name halo", anchor="middle")
         canvas.text(_LEFT, bottom + 60 + 20 * (number - 1), str(number), "name", anchor="end")
         room = width - _LEFT - 24 - text_width(point["short"], SMALL)
-        said = f"{cut(point['label'], room, SMALL)}: {point['short']}"
-        canvas.text(_LEFT + 8, bottom + 60 + 20 * (number - 1), said, "tick")
+        label = f"{cut(point['label'], room, SMALL)}: {point['short']}"
+        canvas.text(_LEFT + 8, bottom + 60 + 20 * (number - 1), label, "tick")
     settings(canvas, [point["arm"] for point in points])
     return canvas
 

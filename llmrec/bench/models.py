@@ -77,7 +77,7 @@ def family(suite: Suite) -> Family:
 
 
 @dataclass
-class SuiteModels:
+class Models:
     """Fits suite rows; what a mixture mixes is fitted once for a split and a seed, and kept until the suite is done.
 
     Attributes:

@@ -1,12 +1,10 @@
-"""Runs a benchmark: recipes beside each other on the same cases, with figures, comparisons and what each row costs."""
+"""Makes the rows of a benchmark of recipes: runs on the same cases, with what each row costs."""
 
 from __future__ import annotations
 
-import datetime as dt
 import itertools
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -14,19 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec import __version__
-from llmrec.bench.benchmark_page import pages
-from llmrec.bench.records import BenchmarkLine, BenchmarkResult, BenchmarkTable
-from llmrec.durable import write_json, write_text
+from llmrec.bench.engine import Made, MadeRow, Sample
+from llmrec.bench.records import BenchmarkRow, BenchmarkTable, RowFigures, place
 from llmrec.errors import RecipeError, did_you_mean
-from llmrec.evaluate.compare import Contrasts, Standing, exploratory, over_runs, planned, reach
-from llmrec.machine import command_line, machine, versions
+from llmrec.evaluate.compare import over_runs
 from llmrec.pipeline import run as pipeline
 from llmrec.recipe.comparisons import Benchmark, BenchmarkRun
-from llmrec.recipe.load import load_recipe, recipe_hash
-from llmrec.results import Figure, Pair, Results, Row, lower
-
-log = logging.getLogger(__name__)
+from llmrec.recipe.load import load_recipe
+from llmrec.results import Figure, Results, Row
 
 Shared = tuple[str, str, str, str | None]
 """What rows of one table share: family, headline metric, its signature, and the hash of the candidates, if any."""
@@ -35,6 +28,8 @@ _UNEQUAL = (
     "asked different users, or about different items of theirs; give them the same data, split, seed, eval.users and "
     "questions a user"
 )
+# Metrics that the page shows after the one that rows are compared by.
+_SHOWN = 3
 
 
 @dataclass(frozen=True)
@@ -76,7 +71,7 @@ class Line:
         table: Family and protocol: rows of one table may be compared.
         name: Unique in its table.
         label: Of the run that it is a row of; empty for a baseline, which every run may have.
-        run: Of the run that it was found in first.
+        run: Of the run whose results had it first.
         figures: Rows of results.json, one a seed.
         values: Per-request values by metric, one mapping a seed.
         users: The user of each request.
@@ -92,26 +87,19 @@ class Line:
     values: list[Mapping[str, NDArray[np.float64]]] = field(default_factory=list)
     users: list[str] = field(default_factory=list)
     requests: list[str] = field(default_factory=list)
-    members: Sequence[str] | None = None
+    members: Sequence[str] = ()
 
 
-def run_benchmark(
-    benchmark: Benchmark, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
-) -> dict[str, Path]:
-    """Make every run that is not there yet; after each of them write the figures, a page and a picture for each table.
+def recipe_rows(benchmark: Benchmark, out: Path, say: Callable[[str], None], *, quiet: bool = False) -> Iterator[Made]:
+    """Make every run that is not there yet, and yield the rows after each of them.
 
-    A killed benchmark resumes with the row that it was at: each run resumes as any run does. What is written before the
-    end says how many runs are missing.
+    A killed benchmark resumes with the row that it was at: each run resumes as any run does.
 
     Args:
         benchmark: From `llmrec.recipe.load.load_benchmark`.
         out: Where the run folders are.
-        results: Folder for ``<benchmark>.json``; the page and the pictures are written beside it.
-        say: Told of each run as it is done.
+        say: Receives a line on each run when it is done.
         quiet: Show no progress bars.
-
-    Returns:
-        The written files by what they are.
 
     Raises:
         RecipeError: If a recipe, a grid or a pair cannot be used.
@@ -120,16 +108,15 @@ def run_benchmark(
     _refuse_shared_folders(benchmark, todo)
     recipes = [recipe_of(benchmark, point, out) for point in todo]  # every mistake is found before the first hour
     lines: dict[tuple[Shared, str], Line] = {}
-    spent, made = 0.0, {}
+    spent = 0.0
     for number, (point, recipe) in enumerate(zip(todo, recipes, strict=True), start=1):
         done = pipeline.run(recipe, out / point.folder, quiet=quiet)
         spent += float(done.results["seconds"])
         for line in _lines(point, done):
             _add(lines, line)
-        made = _write(benchmark, lines, results, spent, missing=len(todo) - number)
+        yield made_of(lines.values(), benchmark.bootstrap, seconds=spent, missing=len(todo) - number)
         say(f"{point.folder}: {done.results['seconds']:.0f} s, {done.report}")
     _check_pairs(benchmark, lines)
-    return made
 
 
 def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line]) -> None:
@@ -138,10 +125,12 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line])
     Raises:
         RecipeError: If there is one; the message names the row that is missing and the closest one.
     """
-    tables = [{line.name for line in own} for own in _by_table(lines).values()]
-    rows = sorted(set().union(*tables))
+    tables: dict[Shared, set[str]] = {}
+    for table, name in lines:
+        tables.setdefault(table, set()).add(name)
+    rows = sorted(set().union(*tables.values()))
     for pair in benchmark.pairs:
-        if any(set(pair) <= names for names in tables):
+        if any(set(pair) <= names for names in tables.values()):
             continue
         unknown = next((name for name in pair if name not in rows), None)
         why = "its rows stand in no table together" if unknown is None else f"there is no row {unknown!r}"
@@ -152,39 +141,6 @@ def _check_pairs(benchmark: Benchmark, lines: Mapping[tuple[Shared, str], Line])
             kind="unknown-name",
             column="pairs",
         )
-
-
-def _write(
-    benchmark: Benchmark,
-    lines: Mapping[tuple[Shared, str], Line],
-    results: Path,
-    spent: float,
-    *,
-    missing: int,
-) -> dict[str, Path]:
-    """Write what there is so far, and return the files by what they are."""
-    written = BenchmarkResult(
-        kind="benchmark",
-        benchmark=benchmark.benchmark,
-        description=benchmark.description,
-        llmrec=__version__,
-        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
-        command=command_line(),
-        benchmark_hash=recipe_hash(benchmark),
-        versions=versions(),
-        machine=machine(),
-        seconds=spent,
-        missing=missing,
-        tables=_tables(benchmark, _by_table(lines), missing=missing),
-    )
-    file = results / f"{benchmark.benchmark}.json"
-    write_json(file, written.as_json())
-    made = {"results": file}
-    for name, text in pages(written).items():
-        path = results.parent / name
-        write_text(path, text)
-        made["page" if name.endswith(".md") else f"picture {path.stem}"] = path
-    return made
 
 
 def points(benchmark: Benchmark) -> Iterator[Point]:
@@ -264,7 +220,7 @@ def _lines(point: Point, done: pipeline.Run) -> Iterator[Line]:
             values=[made.values],
             users=[record.user_id for record in made.records],
             requests=[record.request_id for record in made.records],
-            members=[_name(member, point.label) for member in results.members(row)] if row.fusion else None,
+            members=[_name(member, point.label) for member in results.members(row)] if row.fusion else (),
         )
 
 
@@ -276,7 +232,7 @@ def _name(row: Row, label: str) -> str:
 
 
 def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
-    """Take a row in: another seed of one that is there, a baseline that every run has, or a new one."""
+    """Add a row: another seed of one that is there, a baseline that every run has, or a new one."""
     known = lines.setdefault((line.table, line.name), line)
     if known is line:
         return
@@ -286,7 +242,7 @@ def _add(lines: dict[tuple[Shared, str], Line], line: Line) -> None:
         known.figures += line.figures
         known.values += line.values
     elif known.run != line.run and not _alike(known, line):
-        # Such as a fusion of other parts.
+        # Such as an ensemble of other members.
         _add(lines, replace(line, name=f"{line.name} · {line.run}"))
 
 
@@ -296,80 +252,69 @@ def _alike(one: Line, other: Line) -> bool:
     return np.allclose(_values(one, metric), _values(other, metric), rtol=0, atol=1e-6, equal_nan=True)
 
 
-def _by_table(lines: Mapping[tuple[Shared, str], Line]) -> dict[Shared, list[Line]]:
-    found: dict[Shared, list[Line]] = {}
-    for (table, _), line in lines.items():
-        found.setdefault(table, []).append(line)
-    return found
+def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, missing: int = 0) -> Made:
+    """Return tables and rows; a row of several tables is one, and is called alike in them.
+
+    Raises:
+        RecipeError: If the runs of one table asked different users or items.
+    """
+    by_table: dict[Shared, list[Line]] = {}
+    for line in lines:
+        by_table.setdefault(line.table, []).append(line)
+    tables, rows = list[BenchmarkTable](), dict[str, MadeRow]()
+    for shared, own in by_table.items():
+        if any(line.requests != own[0].requests for line in own):
+            raise RecipeError(f"{shared[0]}: the runs of one table {_UNEQUAL}", kind="mismatch")
+        same = sum(table.task == shared[0] for table in tables)
+        name = f"{shared[0]}-{same + 1}" if same else shared[0]
+        figures = {line.name: _figures(line, resamples) for line in own}
+        tables.append(_table(name, shared, own, figures))
+        for line in own:
+            sample = Sample(_values(line, shared[1]), line.users, line.requests)
+            known = rows.get(line.name)
+            row = _row(line) if known is None else known.row
+            rows[line.name] = MadeRow(
+                row.model_copy(update={"tables": {**row.tables, name: figures[line.name]}}),
+                {**({} if known is None else known.samples), name: sample},
+            )
+    return Made(tables, list(rows.values()), missing=missing, seconds=seconds)
 
 
-# --------------------------------------------------------------------------- tables
-
-
-def _tables(
-    benchmark: Benchmark, lines: Mapping[Shared, Sequence[Line]], *, missing: int
-) -> tuple[BenchmarkTable, ...]:
-    """Return all tables; the planned pairs of all of them are tested as one family, those of missing runs with them."""
-    tables = [_table(name, own, benchmark.bootstrap) for name, own in lines.items()]
-    contrasts = [_contrasts(table, own) for table, own in zip(tables, lines.values(), strict=True)]
-    meant = [
-        (place, pair)
-        for place, own in enumerate(contrasts)
-        for pair in own.named([names for names in benchmark.pairs if {row.name for row in own.rows}.issuperset(names)])
-    ]
-    held = {(pair.a.name, pair.b.name) for _, pair in meant}
-    more = sum(names not in held for names in benchmark.pairs) if missing else 0
-    tested = planned([pair for _, pair in meant], resamples=benchmark.bootstrap, more=more)
-    found = []
-    for place, (table, own) in enumerate(zip(tables, contrasts, strict=True)):
-        pairs = [pair for (at, _), pair in zip(meant, tested, strict=True) if at == place]
-        against = _against(table, own, pairs, benchmark.bootstrap)
-        every = [*pairs, *(pair for pair in against if pair.verdict is None)]
-        line = reach(table.metric, every, users=table.users, comparisons=len(tested) + more)
-        update = {"against_best_baseline": tuple(against), "pairs": tuple(pairs), "detectable": line}
-        found.append(BenchmarkTable(**{**dict(table), **update}))
-    return tuple(found)
-
-
-def _against(table: BenchmarkTable, own: Contrasts, pairs: Sequence[Pair], resamples: int) -> list[Pair]:
-    """Compare every row of a language model with the best baseline, without a verdict unless the pair is planned."""
-    if table.best_baseline is None:
-        return []
-    known = {(pair.a, pair.b): pair for pair in pairs}
-    asked = own.named([(row.name, table.best_baseline) for row in table.rows if row.arm != "baseline"])
-    found = {pair.a: pair for pair in exploratory(asked, resamples=resamples)}
-    return [known.get((each.a.name, each.b.name), found[each.a.name]) for each in asked]
-
-
-def _contrasts(table: BenchmarkTable, lines: Sequence[Line]) -> Contrasts:
-    values = {line.name: _values(line, table.metric) for line in lines}
-    standings = [Standing(row.name, row.value(table.metric), values[row.name]) for row in table.rows]
-    return Contrasts(table.metric, standings, lines[0].users)
-
-
-def _table(name: Shared, lines: Sequence[Line], resamples: int) -> BenchmarkTable:
-    """Return a table without its comparisons."""
-    family, metric, signature, candidates = name
-    users = lines[0].users
-    if any(line.requests != lines[0].requests for line in lines):
-        raise RecipeError(f"{family}: the runs of one table {_UNEQUAL}", kind="mismatch")
-    sign = -1 if lower(metric) else 1
-    # A figure that is not defined, such as the AUC of answers that are all alike, stands last.
-    rows = sorted((_row(line, resamples) for line in lines), key=lambda row: -sign * (row.value(metric) or 0.0))
-    rows.sort(key=lambda row: row.value(metric) is None)
+def _table(name: str, shared: Shared, lines: Sequence[Line], figures: Mapping[str, RowFigures]) -> BenchmarkTable:
+    family, metric, signature, candidates = shared
+    ordered = sorted(lines, key=lambda line: place(figures[line.name].value(metric), metric))
+    others = [each for each in figures[ordered[0].name].metrics if each != metric]
+    baselines = (line.name for line in ordered if line.figures[0].arm == "baseline")
     return BenchmarkTable(
+        name=name,
         task=family,
         metric=metric,
+        metrics=(metric, *others[:_SHOWN]),
         signature=signature,
         candidates=candidates,
-        requests=len(users),
-        users=len(set(users)),
-        rows=tuple(rows),
-        best_baseline=next((row.name for row in rows if row.arm == "baseline"), None),
+        requests=len(lines[0].users),
+        users=len(set(lines[0].users)),
+        best_baseline=next(baselines, None),
     )
 
 
-def _row(line: Line, resamples: int) -> BenchmarkLine:
+def _row(line: Line) -> BenchmarkRow:
+    first = line.figures[0]
+    return BenchmarkRow(
+        name=line.name,
+        reads=first.reads,
+        seeds=len(line.figures),
+        arm=first.arm,
+        predictor=first.predictor,
+        template=first.template,
+        run=line.label,
+        shots=first.shots,
+        engine=first.engine,
+        tables={},
+    )
+
+
+def _figures(line: Line, resamples: int) -> RowFigures:
     first = line.figures[0]
     metrics = {
         name: over_runs(
@@ -384,18 +329,11 @@ def _row(line: Line, resamples: int) -> BenchmarkLine:
     costs = [row.cost for row in line.figures]
     tokens = _mean([cost.prompt_tokens for cost in costs]) + _mean([cost.completion_tokens for cost in costs])
     requests = max(1, first.n)
-    return BenchmarkLine(
-        name=line.name,
-        arm=first.arm,
-        predictor=first.predictor,
-        template=first.template,
-        run=line.label,
-        shots=first.shots,
-        engine=first.engine,
-        seeds=len(line.figures),
-        parse_rate=_mean([row.parse_rate for row in line.figures]),
+    return RowFigures(
         metrics=metrics,
-        **({} if line.members is None else {"members": tuple(line.members)}),
+        n=first.n,
+        parse_rate=_mean([row.parse_rate for row in line.figures]),
+        **({"members": tuple(line.members)} if line.members else {}),
         tokens_per_request=tokens / requests,
         forwards_per_request=_mean([cost.forwards for cost in costs]) / requests,
         seconds_per_request=_mean([cost.seconds for cost in costs]) / requests,

@@ -1,0 +1,340 @@
+"""Compares the rows of a benchmark, whatever they are, and writes one result and its pages.
+
+Rows are made in `llmrec.bench.models`, `llmrec.bench.recipes` and `llmrec.bench.conversations`.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec import __version__
+from llmrec.bench.pages import own_pages, read_results, shared_pages
+from llmrec.bench.records import BenchmarkPair, BenchmarkResult, BenchmarkRow, BenchmarkTable, PairSlice
+from llmrec.bench.references import all_references
+from llmrec.durable import write_checked, write_json, write_text
+from llmrec.evaluate.compare import Contrast, Plan, Standing, compare_tables, exploratory
+from llmrec.evaluate.slices import FEW
+from llmrec.machine import command_line, machine, versions
+from llmrec.pipeline.resume import read_stage
+from llmrec.recipe.comparisons import AnyPair, Benchmark, ChatSuite, PartialPair, Suite, names_of
+from llmrec.recipe.load import recipe_hash
+from llmrec.results import Pair, lower
+
+log = logging.getLogger(__name__)
+
+Page = Suite | Benchmark | ChatSuite
+T = TypeVar("T")
+
+# Slices of targets: requests for one item are drawn together.
+_OF_TARGETS = ("count:", "words:")
+# That of targets without training interactions.
+_COLD = "count:0-0"
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A row's values of the requests of a table, on the metric that its rows are compared by.
+
+    Attributes:
+        values: Shape (n,), or (seeds, n).
+        users: The user of each request.
+        requests: Their ids.
+    """
+
+    values: NDArray[np.float64]
+    users: Sequence[str]
+    requests: Sequence[object]
+
+
+@dataclass(frozen=True)
+class MadeRow:
+    """A row, and its values by table."""
+
+    row: BenchmarkRow
+    samples: Mapping[str, Sample]
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Parts of the requests of a table: a mask over them by name, and the item that each request is for."""
+
+    masks: Mapping[str, NDArray[np.bool_]] = field(default_factory=dict)
+    targets: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Made:
+    """All rows of a benchmark, or those that there are so far.
+
+    Attributes:
+        tables: Without what the comparisons could have detected.
+        rows: The rows.
+        facts: Further fields of the result.
+        parts: What planned comparisons are taken apart by.
+        missing: Runs that are still to come.
+        seconds: Spent on these rows in all calls.
+    """
+
+    tables: Sequence[BenchmarkTable]
+    rows: Sequence[MadeRow]
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    parts: Parts = field(default_factory=Parts)
+    missing: int = 0
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class Ran:
+    """A finished benchmark: its result, and the written files by what they are."""
+
+    results: BenchmarkResult
+    files: dict[str, Path]
+
+
+def name_of(page: Page) -> str:
+    """Return the name of a page."""
+    return page.suite if isinstance(page, Suite) else page.benchmark if isinstance(page, Benchmark) else page.chat
+
+
+def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
+    """Compare the rows that there are, and write the result with its pages.
+
+    Args:
+        page: The page.
+        made: The rows.
+        results: Folder for ``<name>.json``; pages and pictures are written beside it.
+        seconds: Spent in this call.
+    """
+    kind = "suite" if isinstance(page, Suite) else "benchmark" if isinstance(page, Benchmark) else "chat"
+    found = BenchmarkResult(
+        kind=kind,
+        benchmark=name_of(page),
+        description=page.description,
+        llmrec=__version__,
+        created=dt.datetime.now(dt.UTC).isoformat(timespec="seconds"),
+        command=command_line(),
+        hash=recipe_hash(page),
+        versions=versions(),
+        machine=machine(),
+        rows=tuple(row.row for row in made.rows),
+        missing=made.missing,
+        seconds=max(seconds, made.seconds),
+        **compared(page, made),
+        **made.facts,
+    )
+    file = results / f"{found.benchmark}.json"
+    write_json(file, found.as_json())
+    pages = own_pages(found)
+    # Only the folder of committed results has a leaderboard.
+    if found.kind == "suite" and results.name == "results":
+        pages |= shared_pages(read_results(results), all_references())
+    for name, text in pages.items():
+        write_text(results.parent / name, text)
+    return Ran(found, {"results": file} | {_title(name): results.parent / name for name in pages})
+
+
+def _title(name: str) -> str:
+    if name == "LEADERBOARD.md":
+        return "leaderboard"
+    return "slices" if name == "SLICES.md" else "page" if name.endswith(".md") else f"picture {Path(name).stem}"
+
+
+def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
+    """Return a stored row with the same key, or make it and store it.
+
+    Args:
+        path: Its file.
+        key: See `llmrec.pipeline.resume.key_of`.
+        read: Returns the row of what is stored.
+        make: Returns what is to be stored.
+    """
+    stored = read_stage(path, key, read)
+    if stored is None:
+        stored = {"key": key, **make()}
+        write_checked(path, stored)
+    else:
+        log.info("benchmark: reusing %s", path)
+    return read(stored)
+
+
+# --------------------------------------------------------------------------- comparisons
+
+
+def compared(page: Page, made: Made) -> dict[str, Any]:
+    """Compare the rows: planned comparisons of all tables as one family, then those that are exploratory.
+
+    Returns:
+        Fields of a result.
+    """
+    explored = page.explored if isinstance(page, Suite) else ()
+    asked = [_asked(table, made, page.pairs) for table in made.tables]
+    later = [_asked(table, made, explored) for table in made.tables]
+    unrun = _unrun(page, made)
+    described = [_described(page, table, made, planned) for table, planned in zip(made.tables, asked, strict=True)]
+    plans = [
+        Plan(
+            table.metric,
+            [contrast for frame, contrast in planned if contrast is not None and frame.items is None],
+            others,
+            [contrast for frame, contrast in planned if contrast is not None and frame.items is not None],
+        )
+        for table, planned, others in zip(made.tables, asked, described, strict=True)
+    ]
+    tested = compare_tables(plans, resamples=page.bootstrap, more=unrun)
+    pairs, comparisons, afterwards = list[BenchmarkPair](), list[BenchmarkPair](), list[BenchmarkPair]()
+    for table, planned, more, results in zip(made.tables, asked, later, tested, strict=True):
+        whole, partial = iter(results.planned), iter(results.partial)
+        numbers = [
+            None if contrast is None else next(whole if frame.items is None else partial) for frame, contrast in planned
+        ]
+        pairs += _filled(planned, numbers, made.parts, page.bootstrap)
+        comparisons += [
+            BenchmarkPair(table=table.name, metric=table.metric, **pair.as_json()) for pair in results.described
+        ]
+        able = exploratory([contrast for _, contrast in more if contrast is not None], resamples=page.bootstrap)
+        left = iter(able)
+        afterwards += _filled(
+            more, [None if contrast is None else next(left) for _, contrast in more], made.parts, page.bootstrap
+        )
+    found = zip(made.tables, tested, strict=True)
+    return {
+        "tables": tuple(table.model_copy(update={"detectable": results.detectable}) for table, results in found),
+        "pairs": tuple(pairs),
+        "comparisons": tuple(comparisons),
+        **({"explored": tuple(afterwards), "unrun": unrun} if isinstance(page, Suite) else {}),
+    }
+
+
+def _unrun(page: Page, made: Made) -> int:
+    """Return how many planned comparisons have rows that were not run, or not yet."""
+    tables = [{row.row.name for row in made.rows if table.name in row.samples} for table in made.tables]
+    absent = [pair for pair in page.pairs if not any(names.issuperset(names_of(pair)) for names in tables)]
+    if isinstance(page, Suite):
+        return len(absent) * len(tables)
+    return len(absent) if made.missing else 0
+
+
+def _standings(table: BenchmarkTable, made: Made) -> dict[str, tuple[Standing, Sample]]:
+    """Return the rows of a table that have a figure, by name."""
+    found = {}
+    for each in made.rows:
+        if (sample := each.samples.get(table.name)) is not None:
+            value = each.row.tables[table.name].value(table.metric)
+            if value is not None:
+                found[each.row.name] = Standing(each.row.name, value, sample.values), sample
+    return found
+
+
+def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample]) -> Contrast:
+    """Pair two rows on the requests that both have."""
+    (one, first), (other, second) = a, b
+    if first.requests == second.requests:
+        return Contrast(metric, one, other, first.users)
+    places = {request: index for index, request in enumerate(second.requests)}
+    both = [(index, places[request]) for index, request in enumerate(first.requests) if request in places]
+    left, right = ([pair[side] for pair in both] for side in (0, 1))
+    return Contrast(
+        metric,
+        replace(one, values=one.values[..., left]),
+        replace(other, values=other.values[..., right]),
+        [first.users[index] for index in left],
+    )
+
+
+def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[tuple[BenchmarkPair, Contrast | None]]:
+    """Return the comparisons of a page in one table, with None for one on requests of which there are none.
+
+    Rows that were not run, or have no figure, are compared with none.
+    """
+    rows, found = _standings(table, made), list[tuple[BenchmarkPair, Contrast | None]]()
+    for asked in pairs:
+        names = names_of(asked)
+        if not rows.keys() >= set(names):
+            continue
+        contrast = _contrast(table.metric, rows[names[0]], rows[names[1]])
+        frame = BenchmarkPair(table=table.name, metric=table.metric, a=names[0], b=names[1])
+        if isinstance(asked, PartialPair):
+            cold = asked.items == "cold"
+            places = np.flatnonzero(made.parts.masks[_COLD] == cold).tolist()
+            # Cold events are few and crowd on few items, so that the item is the unit.
+            owners = [(made.parts.targets if cold else contrast.users)[place] for place in places]
+            clusters = len(set(owners)) if cold else None
+            frame = frame.model_copy(update={"items": asked.items, "n": len(places), "clusters": clusters})
+            found.append((frame, _on(contrast, places, owners) if places else None))
+            continue
+        if len(contrast.users) < table.requests:
+            frame = frame.model_copy(update={"n": len(contrast.users), "users": len(set(contrast.users))})
+        found.append((frame, contrast))
+    return found
+
+
+def _described(
+    page: Page, table: BenchmarkTable, made: Made, planned: Sequence[tuple[BenchmarkPair, Contrast | None]]
+) -> list[Contrast]:
+    """Return what is described and not tested.
+
+    Of runs of recipes these are the language models compared with the best baseline, unless that is planned; of models
+    under one protocol the best one compared with every other.
+    """
+    rows = _standings(table, made)
+    if isinstance(page, ChatSuite):
+        return []
+    if isinstance(page, Benchmark):
+        tested = {(frame.a, frame.b) for frame, _ in planned}
+        best = rows.get(table.best_baseline or "")
+        arms = {each.row.name: each.row.arm for each in made.rows}
+        return [
+            _contrast(table.metric, row, best)
+            for name, row in rows.items()
+            if best is not None and arms[name] != "baseline" and (name, table.best_baseline) not in tested
+        ]
+    sign = -1 if lower(table.metric) else 1
+    first = max(rows.values(), key=lambda row: sign * (row[0].value or 0.0), default=None)
+    return [_contrast(table.metric, first, row) for row in rows.values() if first is not None and row is not first]
+
+
+def _filled(
+    asked: Sequence[tuple[BenchmarkPair, Contrast | None]],
+    numbers: Sequence[Pair | None],
+    parts: Parts,
+    resamples: int,
+) -> Iterator[BenchmarkPair]:
+    """Yield comparisons with their figures; those over all requests with where the difference comes from."""
+    for (frame, contrast), pair in zip(asked, numbers, strict=True):
+        if contrast is None or pair is None:
+            yield frame
+            continue
+        slices = _sliced(contrast, parts, resamples) if parts.masks and frame.items is None else None
+        update = dict(pair) | ({} if slices is None else {"slices": slices})
+        yield frame.model_copy(update=update)
+
+
+def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice, ...]:
+    """Return a comparison over some of its requests; without a figure where they are too few to say anything."""
+    found = []
+    for name, mask in parts.masks.items():
+        places = np.flatnonzero(mask).tolist()
+        if not places:
+            continue
+        by_target = name.startswith(_OF_TARGETS)
+        owners = [(parts.targets if by_target else contrast.users)[place] for place in places]
+        part = PairSlice(name=name, n=len(places), clusters=len(set(owners)) if by_target else None)
+        if len(places) >= FEW:
+            (pair,) = exploratory([_on(contrast, places, owners)], resamples=resamples)
+            part = part.model_copy(update={"value": pair.value, "low": pair.low, "high": pair.high})
+        found.append(part)
+    return tuple(found)
+
+
+def _on(contrast: Contrast, places: Sequence[int], owners: Sequence[str]) -> Contrast:
+    """Return a comparison on some of its requests, which ``owners`` are resampled by."""
+    one, other = (replace(row, values=row.values[..., list(places)]) for row in (contrast.a, contrast.b))
+    return Contrast(contrast.metric, one, other, owners)

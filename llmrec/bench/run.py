@@ -1,0 +1,77 @@
+"""Runs a benchmark of any kind: makes the rows of its page, compares them, and writes its result and pages."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Literal
+
+from llmrec.bench.conversations import conversation_rows
+from llmrec.bench.engine import Made, Page, Ran, name_of, write
+from llmrec.bench.recipes import recipe_rows
+from llmrec.bench.suite import suite_rows
+from llmrec.cli.show.console import say, tell, written
+from llmrec.pipeline.results import of_another
+from llmrec.recipe.comparisons import Benchmark, Suite
+from llmrec.recipe.load import load_benchmark, load_chat, load_suite, recipe_hash
+
+log = logging.getLogger(__name__)
+
+
+def run_benchmark(
+    page: Page, *, out: Path, results: Path, say: Callable[[str], None] = log.info, quiet: bool = False
+) -> Ran:
+    """Make every row that is not there yet, compare the rows, and write the result with its pages.
+
+    Args:
+        page: From `llmrec.recipe.load`.
+        out: Where finished rows are kept, so that a killed benchmark resumes.
+        results: Folder for ``<name>.json``; pages and pictures are written beside it.
+        say: Receives a line on each row when it is done.
+        quiet: Show no progress bars of runs.
+
+    Raises:
+        RecipeError: If a key of the page, or what it names, cannot be used.
+        DataError: If the data cannot be.
+    """
+    begin, ran = time.monotonic(), None
+    if note := of_another(results / f"{name_of(page)}.json", "hash", recipe_hash(page)):
+        say(note)
+    # What there is so far is written each time, so that a killed benchmark of recipes has a page.
+    for made in _rows(page, out, say, quiet=quiet):
+        ran = write(page, made, results, time.monotonic() - begin)
+    assert ran is not None
+    return ran
+
+
+def _rows(page: Page, out: Path, say: Callable[[str], None], *, quiet: bool) -> Iterator[Made]:
+    if isinstance(page, Suite):
+        return suite_rows(page, out, say)
+    if isinstance(page, Benchmark):
+        return recipe_rows(page, out, say, quiet=quiet)
+    return conversation_rows(page, out, say)
+
+
+def run_page(
+    kind: Literal["suite", "benchmark", "chat"], path: str, overrides: Sequence[str], out: Path | None, results: Path
+) -> None:
+    """Run the page of a benchmark, as ``llmrec eval`` does.
+
+    Args:
+        kind: From `llmrec.recipe.load.kind_of_page`.
+        path: Its file.
+        overrides: Changed keys.
+        out: Where finished rows are kept; None: below ``runs``.
+        results: Folder for its results.
+
+    Raises:
+        LlmrecError: If a key is wrong, or what it names cannot be used.
+    """
+    load: dict[str, Callable[..., Page]] = {"suite": load_suite, "benchmark": load_benchmark, "chat": load_chat}
+    page = load[kind](path, overrides)
+    folder = out or Path("runs") / ("benchmarks" if kind == "benchmark" else "suites") / name_of(page)
+    ran = run_benchmark(page, out=folder, results=results, say=say)
+    tell(benchmark=ran.results.benchmark, rows=ran.results.rows)
+    written(ran.files)
