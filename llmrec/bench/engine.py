@@ -138,13 +138,9 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
         pages |= shared_pages(read_results(results), all_references())
     for name, text in pages.items():
         write_text(results.parent / name, text)
-    return Ran(found, {"results": file} | {_title(name): results.parent / name for name in pages})
-
-
-def _title(name: str) -> str:
-    if name == "LEADERBOARD.md":
-        return "leaderboard"
-    return "slices" if name == "SLICES.md" else "page" if name.endswith(".md") else f"picture {Path(name).stem}"
+    titles = {"LEADERBOARD.md": "leaderboard", f"{found.benchmark}.md": "page"}
+    titles |= {name: f"picture {Path(name).stem}" for name in pages if name.endswith(".svg")}
+    return Ran(found, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
 
 
 def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:

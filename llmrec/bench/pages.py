@@ -440,7 +440,7 @@ def _columns(found: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     columns: list[Column] = [("predictor" if found.kind == "suite" else "row", _name)]
     for name in table.metrics:
         values = [each.metrics[name].value for each in figures if name in each.metrics]
-        best = min(values, key=lambda value, name=name: place(value, name), default=None)
+        best = min(values, key=functools.partial(place, metric=name), default=None)
         columns.append((name, functools.partial(_metric, name, best, headline=name == table.metric)))
     if any(each.metrics[table.metric].range for each in figures):
         columns.append(("over tie rules", lambda _, own: _range(own.metrics[table.metric])))

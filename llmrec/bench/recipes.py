@@ -302,7 +302,6 @@ def _row(line: Line) -> BenchmarkRow:
     first = line.figures[0]
     return BenchmarkRow(
         name=line.name,
-        reads=first.reads,
         seeds=len(line.figures),
         arm=first.arm,
         predictor=first.predictor,
