@@ -1,4 +1,4 @@
-"""Suite rows that are no baselines: models that a recipe tunes, and mixtures of rows."""
+"""Fits the rows of a suite that are not baselines: models that a recipe fine-tunes, mixtures and ensembles of rows."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Validation users by whom the weights of a mixture are chosen, an unbiased sample: each costs every part a search.
+# Validation users that choose the weights of a mixture, an unbiased sample: each costs every member a search.
 _CHOOSING = 5000
-# Scores of a part that fusions are fitted to, requests times items: 120 MB in single precision.
+# Scores of a member that ensembles are fitted to, requests times items: 120 MB in single precision.
 _WEIGHING = 30_000_000
 # How the scores of a baseline become probabilities of the next item.
 _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
@@ -56,7 +56,7 @@ _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
 
 
 def _read_by(recipe: Recipe) -> Mapping[str, Any]:
-    """Return a recipe, with hashes over what its keys name and over the code of plug-ins in it."""
+    """Return the inputs of a recipe's cache key: its keys, and hashes over the files and plug-ins that they name."""
     families = recipe.tasks.present()
     templates = {name: load_templates(name, family_of(name).prompts, *recipe.prompts) for name in families}
     index = recipe.index
@@ -72,18 +72,18 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
 
 
 def family(suite: Suite) -> Family:
-    """Return the family whose predictors a suite compares; what ranks the catalogue is asked as the next item is."""
+    """Return the family whose predictors a suite compares; a full ranking is of the next item."""
     return family_of("sequential" if suite.task == "ranking" else suite.task)
 
 
 @dataclass
 class Models:
-    """Fits suite rows; what a mixture mixes is fitted once for a split and a seed, and kept until the suite is done.
+    """Fits rows; members of ensembles are fitted once for a split and a seed, and kept until the suite is done.
 
     Attributes:
         suite: The suite.
         folder: Where models and their rankings are kept, so that a killed suite resumes.
-        chosen: Parameters of the rows that are done, by label and table.
+        chosen: Parameters of finished rows, by label and table.
         earlier: Seconds that earlier calls spent on the models and fits of this one.
     """
 
@@ -101,10 +101,10 @@ class Models:
         Args:
             row: The row.
             data: The split to fit it on.
-            seed: Of everything random in it; the parts of a mixture have the same.
-            table: For which its figures are; the parts of a mixture have what was chosen for that one.
-            parameters: What was chosen for it; of a mixture, its ``weights``, of a fusion the keys ``form``, ``of`` and
-                ``parts``, the table whose parameters its parts have.
+            seed: Of everything random in it, and in the members of a mixture.
+            table: The table of its figures; members of a mixture have the parameters that were chosen for it.
+            parameters: What was chosen for it; of a mixture, its ``weights``; of an ensemble the keys ``form``, ``of``
+                and ``parts``, the table whose parameters its members have.
         """
         if row.fuse:
             form = Tried(parameters["form"], parameters["of"], 0.0)
@@ -122,14 +122,14 @@ class Models:
         return model
 
     def keep(self, row: SuiteRow, data: SplitDataset, seed: int, model: Any) -> None:
-        """Remember a fitted row that a mixture will ask for; others would only take memory."""
+        """Keep a fitted row that a mixture or ensemble needs later; others would only take memory."""
         if any(row.label in other.parts for other in self.suite.rows):
             known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
             if not any(model is each for each in known):
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Choose the weights of a mixture on the validation split; a tuned model has nothing left to choose."""
+        """Choose the weights of a mixture or ensemble on validation; a fine-tuned model has nothing left to choose."""
         if row.fuse:
             return self._weighed(row, data, tables)
         if not row.mix:
@@ -149,7 +149,7 @@ class Models:
         return Tuned(choices=choices, trials=tuple(trials), metric=RANKED)
 
     def inputs(self, row: SuiteRow) -> Any:
-        """Return what a row's figures depend on beside its keys: the recipe, what it reads, or its parts and theirs."""
+        """Return the inputs of a row's cache key beyond its keys: the recipe, the files it reads, or its members."""
         if row.recipe:
             return _read_by(self._recipe(row)[0])
         if row.baseline is not None:
@@ -157,7 +157,7 @@ class Models:
         return [[self._row(label).model_dump(mode="json"), self.inputs(self._row(label))] for label in row.parts]
 
     def read(self, row: SuiteRow) -> list[Hashes]:
-        """Return hashes over what a baseline reads besides the data, also under the values of its grid."""
+        """Return hashes over the files that a baseline reads besides the data, also under the values of its grid."""
         values = [
             (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
         ]
@@ -165,7 +165,7 @@ class Models:
         return [found for each in every if (found := hashes_of(str(row.baseline), each))]
 
     def reads(self, row: SuiteRow) -> Reads:
-        """Return what a row knows items by; one that is joined knows what its parts know."""
+        """Return what a row knows items by; an ensemble knows what its members know."""
         if row.parts:
             return widest([self.reads(self._row(label)) for label in row.parts])
         if row.baseline is not None:
@@ -183,19 +183,19 @@ class Models:
         return not row.parts or any(self.stochastic(self._row(label)) for label in row.parts)
 
     def choosing(self, data: SplitDataset) -> SplitDataset:
-        """Return a split with the validation rows of the users that choose parameters and epochs."""
+        """Return a split whose validation rows are those of the users that choose parameters and epochs."""
         if not any(row.fuse for row in self.suite.rows):
             return data
         return self._halves(data)[0]
 
     def _halves(self, data: SplitDataset) -> tuple[SplitDataset, SplitDataset]:
-        """Return a split with the validation rows of the users that choose, and with those of users that weigh."""
+        """Return a split with the validation users that choose parameters, and one with those that weigh ensembles."""
         if data.fingerprint not in self._split:
             self._split[data.fingerprint] = halves(data, self.suite.reserved)
         return self._split[data.fingerprint]
 
     def background(self, data: SplitDataset) -> Background:
-        """Return what list metrics need of a split, made once.
+        """Return the counts and vectors that list metrics need of a split, made once.
 
         Raises:
             LlmrecError: If no item has the field of the suite's ``diversity``, or its text encoder is not there.
@@ -216,10 +216,10 @@ class Models:
         return next(row for row in self.suite.rows if row.label == label)
 
     def _weighed(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
-        """Fit a fusion for each table; its forms are what was tried.
+        """Fit an ensemble for each table; its trials are the forms.
 
-        Its parts have the parameters that were chosen for the table, or for another one: where items of the history
-        can be ranked, the fusion itself says what they add, and its parts need not.
+        Its members have the parameters that were chosen for the table, or for another one: where items of the history
+        can be ranked, the ensemble itself weighs them, and its members need not.
         """
         choices, trials = {}, []
         metric = {Ranking: RANKED, Rating: RATED, Probability: JUDGED}[family(self.suite).answer]
@@ -249,19 +249,19 @@ class Models:
         dissect: bool = False,
         only: Tried | None = None,
     ) -> Fusion | Blend:
-        """Return a fitted fusion of rows.
+        """Return a fitted ensemble of rows.
 
         Args:
-            row: The fusion.
+            row: The ensemble.
             data: The split.
-            seed: Of its parts.
-            table: What it is for.
-            of: The table for which the parameters of its parts were chosen.
+            seed: Of its members.
+            table: Its table.
+            of: The table for which the parameters of its members were chosen.
             dissect: See `Fusion.fit`.
             only: The form that was chosen; None: choose it.
 
         Raises:
-            RecipeError: If a part is itself joined.
+            RecipeError: If a member is itself an ensemble.
         """
         models = {}
         for label in row.fuse:
@@ -272,7 +272,7 @@ class Models:
                     kind="unsupported",
                     column="rows.fuse",
                 )
-            # What has no randomness is fitted once for all seeds.
+            # A deterministic member is fitted once for all seeds.
             fitted_with = seed if self.stochastic(part) else self.suite.seeds[0]
             models[label] = self.fit(part, data, fitted_with, of, self.chosen[label][of])
         weighing = self._halves(data)[1]
@@ -288,12 +288,12 @@ class Models:
         return found
 
     def _kind(self, label: str) -> Kind:
-        """Return how the scores of a row are read."""
+        """Return what the scores of a row mean to an ensemble."""
         name = self._row(label).baseline
         return "beams" if name is None else kind_of(name)
 
     def _rated(self, data: SplitDataset) -> list[Case]:
-        """Return the validation ratings as cases, with 1 or 0 for a yes or a no where that is asked."""
+        """Return the validation ratings as cases, for yes/no with 1 or 0 as truth."""
         cases = rating_cases(data)
         if family(self.suite).answer is Rating:
             return cases
@@ -301,7 +301,7 @@ class Models:
         return [replace(case, truth=float(float(case.truth) >= least)) for case in cases]
 
     def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
-        """Return tables, those together for which every part of a mixture has the same parameters."""
+        """Return tables in groups for which every member of a mixture has the same parameters."""
         found: dict[str, list[str]] = {}
         for table in tables:
             found.setdefault(str([self.chosen[label][table] for label in row.mix]), []).append(table)
@@ -310,15 +310,15 @@ class Models:
     def _probabilities(
         self, row: SuiteRow, data: SplitDataset, seed: int, table: str
     ) -> Callable[[Sequence[Request]], NDArray[np.float64]]:
-        """Return what turns requests into probabilities of items, shape (n, items).
+        """Return a function from requests to probabilities of items, shape (n, items).
 
         Raises:
             RecipeError: If the scores of a row cannot be read as such.
         """
         model = self.fit(row, data, seed, table, self.chosen[row.label][table])
         if row.baseline is None:
-            found: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
-            return found
+            scores: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
+            return scores
         if row.baseline not in _PROBABILITIES:
             raise RecipeError(
                 f"suite {self.suite.suite}: the scores of {row.baseline} are no probabilities, so it cannot be mixed; "
@@ -329,7 +329,7 @@ class Models:
         return lambda requests: _PROBABILITIES[str(row.baseline)](model.scores(requests))
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
-        """Return a row's recipe, and what of it tables show."""
+        """Return a row's recipe, and the keys of it that tables show."""
         recipe = load_recipe(str(row.recipe), row.overrides)
         if recipe.tasks.sequential is None:
             raise RecipeError(
@@ -346,7 +346,7 @@ class Models:
         return recipe, shown
 
     def _tuned(self, row: SuiteRow, data: SplitDataset, seed: int) -> CatalogueScorer:
-        """Tune a recipe's model on the suite's data, or reuse what an earlier run left, and open it for search."""
+        """Fine-tune a recipe's model on the suite's data, or reuse that of an earlier call, and open it for search."""
         recipe = self._recipe(row)[0].model_copy(update={"seed": seed, "data": self.suite.data})
         section = recipe.eval.model_copy(update={"arms": ("tuned",), "backend": "hf", "scorer": "hf"})
         recipe = recipe.model_copy(update={"eval": section})
