@@ -34,12 +34,12 @@ from llmrec.chat.opening import MANAGERS
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
+from llmrec.report.breakdowns import in_words
 from llmrec.report.drawing import draw
 from llmrec.report.drawing.canvas import WIDE
 from llmrec.report.escape import cell, code, flat, without_surrogates
 from llmrec.report.plots import CostPlot, Point
 from llmrec.report.render import markdown_engine, picture
-from llmrec.report.slices import in_words
 from llmrec.report.table import grid
 from llmrec.report.wording import (
     DASH,

@@ -20,7 +20,7 @@ from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.runs import finished, stored_row
 from llmrec.recipe.shared import RESAMPLES
 from llmrec.records import Record
-from llmrec.report.headline import headline
+from llmrec.report.summary import headline
 from llmrec.report.wording import difference, listed, number, title
 from llmrec.results import Compared, Pair, Results, Row, lower
 

@@ -8,11 +8,11 @@ from __future__ import annotations
 from typing import Literal, TypedDict
 
 from llmrec.records import Judged, Training
-from llmrec.report import headline as headlines
+from llmrec.report import summary
+from llmrec.report.breakdowns import bands, shown_rows
 from llmrec.report.costs import cost_by_row
 from llmrec.report.escape import flat
 from llmrec.report.marks import best_baseline
-from llmrec.report.positions import bands, shown_rows
 from llmrec.report.wording import (
     arm_label,
     duration,
@@ -249,7 +249,7 @@ def differences(results: Results) -> Differences:
 
     Families of one metric are drawn in its units; those of several as shares of the control's figure, in per cent.
     """
-    found = [headlines.headline(results, task) for task in results.tasks]
+    found = [summary.headline(results, task) for task in results.tasks]
     found = [each for each in found if each.difference is not None and each.difference.value is not None]
     metrics = {each.metric for each in found}
     unit = f"difference in {flat(*metrics)}" if len(metrics) == 1 else "difference, % of the control's figure"
@@ -259,7 +259,7 @@ def differences(results: Results) -> Differences:
     return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}
 
 
-def _difference(found: headlines.Headline, *, share: bool) -> Difference | None:
+def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
     """Return one family's gain, as a share of the control's figure or as it is; None where that is not defined."""
     entry, model, control = found.difference, found.model, found.control
     if entry is None or entry.value is None or model is None or control is None:
@@ -269,11 +269,11 @@ def _difference(found: headlines.Headline, *, share: bool) -> Difference | None:
         return None
     scale = 1.0 if whole is None else 100.0 / whole
     ends = [end for end in (entry.low, entry.high) if end is not None]
-    bounds = sorted(headlines.gain(found.metric, end) * scale for end in ends)
+    bounds = sorted(summary.gain(found.metric, end) * scale for end in ends)
     return {
         "label": flat(title(found.task)),
         "beside": flat(" − ".join(found.names)),
-        "value": headlines.gain(found.metric, entry.value) * scale,
+        "value": summary.gain(found.metric, entry.value) * scale,
         "low": bounds[0] if len(bounds) == 2 else None,
         "high": bounds[1] if len(bounds) == 2 else None,
         "detectable": None if entry.detectable is None else entry.detectable * scale,

@@ -17,7 +17,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from llmrec.index.diagnostics import Group
-from llmrec.report import costs, escape, headline, index_summary, marks, positions, slices, texts, wording
+from llmrec.report import breakdowns as slices
+from llmrec.report import costs, escape, index_summary, marks, texts, wording
 from llmrec.report import results as facts
 from llmrec.report import summary as summaries
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
@@ -103,11 +104,11 @@ def style() -> str:
 def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, fix: str) -> dict[str, object]:
     """Return what the HTML and the Markdown page are made from."""
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
-    headlines = {task: headline.headline(results, task) for task in results.tasks}
+    headlines = {task: summaries.headline(results, task) for task in results.tasks}
     return {
         "results": results, "reasons": reasons, "verdicts": verdicts, "summary": summaries.summary(results),
-        "headlines": headlines, "question": headline.question(results, headlines.values()),
-        "answers": {task: headline.sentence(found) for task, found in headlines.items()},
+        "headlines": headlines, "question": summaries.question(results, headlines.values()),
+        "answers": {task: summaries.sentence(found) for task, found in headlines.items()},
         "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
         "tuning": {task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
         "signatures": facts.signatures(results), "arms": costs.cost_by_arm(results), "made": facts.made_data(results),
@@ -184,8 +185,8 @@ def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironme
         rule_of=marks.rule, control_of=marks.best_baseline, planned_of=marks.planned,
         exploratory_of=marks.exploratory, exploratory_note=wording.EXPLORATORY,
         spreads=marks.spreads, singles=marks.singles, single=marks.SINGLE,
-        position_rows=positions.shown_rows, bands=positions.bands, position_says=positions.sentences,
-        bias_words=positions.bias_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
+        position_rows=slices.shown_rows, bands=slices.bands, position_says=slices.sentences,
+        bias_words=slices.bias_words, slice_table=slices.slice_table, cost_by_row=costs.cost_by_row,
         text_tasks=texts.text_tasks, samples=texts.samples, answered=texts.answered, asked_by=texts.asked_by,
         about_choice=texts.about_choice, who=texts.who, open_texts=texts.OPEN, undefined_of=wording.undefined,
         contribution_of=summaries.contribution, unweighed=summaries.unweighed, rank_words=texts.rank_words,

@@ -10,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from llmrec.report.escape import flat
-from llmrec.report.headline import Headline, headline
 from llmrec.report.marks import SIGNS
-from llmrec.report.summary import caution, first_sentence, tuning_tally
+from llmrec.report.summary import Headline, caution, first_sentence, headline, tuning_tally
 from llmrec.report.table import table_of
 from llmrec.report.wording import (
     DASH,
@@ -43,7 +42,7 @@ def metrics_table(results: Results) -> Table:
     """Return the table that a run ends with: for each task its headline metric by setting, and the best baseline.
 
     A setting has the best row of the model by itself. The last column is the difference that the report answers first
-    (`llmrec.report.headline`). A run without a language model has its best single recommender and its ensemble.
+    (`llmrec.report.summary`). A run without a language model has its best single recommender and its ensemble.
     """
     firsts = {task: headline(results, task) for task in results.tasks}
     asks = any(row.arm != "baseline" for row in results.rows)

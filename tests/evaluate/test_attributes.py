@@ -16,7 +16,7 @@ from llmrec.data.dataset import Dataset
 from llmrec.errors import RecipeError
 from llmrec.evaluate.attributes import attribute_slices, attributes_of
 from llmrec.metrics.signature import parse_signature
-from llmrec.report.slices import in_words
+from llmrec.report.breakdowns import in_words
 from llmrec.results import Results
 from llmrec.types import Item
 from tests.facts import Facts, raises

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from llmrec.report.headline import gain, headline, sentence
 from llmrec.report.page import write
 from llmrec.report.plots import differences
 from llmrec.report.results import results_of
+from llmrec.report.summary import gain, headline, sentence
 from llmrec.report.wording import verdict, winner_sentence
 from tests.report.test_verdicts import with_ensembles
 

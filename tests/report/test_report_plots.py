@@ -12,8 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.report.drawing import draw, pictures
-from llmrec.report.drawing.canvas import NARROW, WIDE, Canvas, Shape, cut, text_width
-from llmrec.report.drawing.scale import Scale, apart, fitted, spanning
+from llmrec.report.drawing.canvas import NARROW, WIDE, Canvas, Scale, Shape, apart, cut, fitted, spanning, text_width
 from llmrec.report.page import write
 from llmrec.report.plots import differences, losses, plots, quality_by_tokens, weights
 from llmrec.report.render import markdown_page

@@ -15,9 +15,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import t
 
+from llmrec.report.breakdowns import bands, bias_words, sentences, shown_rows, wilson
 from llmrec.report.page import write
 from llmrec.report.plots import by_position
-from llmrec.report.positions import bands, bias_words, sentences, shown_rows, wilson
 from llmrec.report.results import results_of
 from llmrec.results import AtPosition, PositionBias, Row
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from llmrec.errors import LlmrecError
+from llmrec.report.breakdowns import in_words, slice_table
 from llmrec.report.page import write
 from llmrec.report.results import results_of
-from llmrec.report.slices import in_words, slice_table
 from tests.facts import Facts, raises
 from tests.report.made import SLICES
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from llmrec.report.drawing import curves, rows
+from llmrec.report.drawing import charts as curves
 from llmrec.report.drawing.canvas import HALF, NARROW, WIDE, Canvas
 from llmrec.report.plots import Plot
 
@@ -23,13 +23,13 @@ def draw(plot: Plot, width: float) -> Canvas:
     """
     match plot["kind"]:
         case "differences":
-            return rows.differences(plot, width)
+            return curves.differences(plot, width)
         case "forest":
-            return rows.forest(plot, width)
+            return curves.forest(plot, width)
         case "weights":
-            return rows.weights(plot, width)
+            return curves.weights(plot, width)
         case "budget":
-            return rows.budget(plot, width)
+            return curves.budget(plot, width)
         case "lines":
             return curves.lines(plot, width)
         case "positions":
