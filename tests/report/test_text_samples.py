@@ -169,6 +169,7 @@ def test_two_tasks_have_their_own_cards(told: dict[str, Any], save: Save) -> Non
 
 def test_what_is_made_or_derived_is_said(told: dict[str, Any], save: Save) -> None:
     told["data"]["reviews"] = told["data"]["main"] | {"made": True, "derived": "titles from keyphrases"}
+    told["tables"] = {"explanation": "reviews"}
     page, _, _ = read(told, save)
     section = page.partition('<section id="texts"')[2].partition("</section>")[0]
     assert "nobody wrote the true texts" in section and "titles from keyphrases" in section
