@@ -6,11 +6,13 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import settings
+from jinja2 import Environment
 
 from llmrec.progress import QUIET
 
@@ -60,6 +62,18 @@ def pytest_collection_finish() -> None:
     """Leave what imports and collection made out of every later search for garbage: it is millions of objects."""
     gc.collect()
     gc.freeze()
+
+
+_compile = cache(Environment.compile)
+
+
+def _compiled(self: Environment, source: Any, *options: Any, **more: Any) -> Any:
+    """Compile a text once for all that ask: libraries write a model card with every checkpoint, half of its seconds."""
+    once = self.shared and isinstance(source, str)
+    return (_compile if once else _compile.__wrapped__)(self, source, *options, **more)
+
+
+Environment.compile = _compiled  # type: ignore[assignment]
 
 
 CHAT = (
