@@ -75,13 +75,13 @@ def test_the_outcome_of_the_small_recipe_is_worth_comparing(expected: dict[str, 
     assert expected["drafts"] == []
 
 
-RARE = ("between stages", "mid-report")
-"""Kinds of points that are all slow: what is lost there is made again in a moment."""
+SLOW = ("mid-step", "between stages", "mid-report")
+"""Kinds of points of which another one stands for all: a checkpoint is resumed, or what is lost is made in a moment."""
 
 
 def one_of_each(names: Sequence[str]) -> list[Any]:
     """Return points of kills: the first of each kind, and marked as slow the others."""
-    first = {name.partition(",")[0]: name for name in reversed(names) if name.partition(",")[0] not in RARE}
+    first = {name.partition(",")[0]: name for name in reversed(names) if name.partition(",")[0] not in SLOW}
     return [name if name in first.values() else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 

@@ -229,7 +229,8 @@ def test_a_model_that_searches_gives_one_list_of_the_catalogue(served: Served, t
 
 
 @pytest.mark.parametrize(
-    "model", ["tuned", "markov", "fusion", pytest.param("fusion with models", marks=pytest.mark.slow)]
+    "model",
+    ["markov", "fusion", *(pytest.param(each, marks=pytest.mark.slow) for each in ("tuned", "fusion with models"))],
 )
 def test_every_user_is_given_the_list_that_the_service_gives(
     url: str, rec: Loaded, run: Path, tmp_path: Path, model: str
