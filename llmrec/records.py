@@ -119,7 +119,7 @@ class LogLine(Record):
     """One logged optimiser step; losses are nats a target token, and NDCG@10 is that of `Judged`.
 
     ``figures`` are what else a loss says of its step, such as ``rewards/margins``.
-    Where training learns from reward, the loss is that of `llmrec.train.reward.loss` a question.
+    Where training learns from reward, the loss is that of `llmrec.train.reward.objective` a question.
     """
 
     step: int

@@ -25,8 +25,7 @@ import torch
 from numpy.typing import NDArray
 
 from eval.benchmarks.kar import table
-from llmrec.backends.answers import AnswerStore
-from llmrec.backends.cache import CachedBackend
+from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.hashing import hash64
@@ -35,8 +34,8 @@ from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.metrics.multiple import decide, enough
 from llmrec.metrics.stats import paired_of
-from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_model, load_tokenizer, resolve, weights_stamp
+from llmrec.models.text_encoder import text_embedder
 from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.schema import ModelSection
 from llmrec.types import Item, Prompt, Segment

@@ -20,7 +20,7 @@ from llmrec.durable import write_json, write_text
 from llmrec.index.diagnostics import diagnose
 from llmrec.index.table import ItemIndex, build
 from llmrec.machine import machine, versions
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.recipe.schema import DataSection, IndexSection, Split
 
 SCHEMES: dict[str, dict[str, Any]] = {

@@ -27,8 +27,7 @@ from numpy.typing import NDArray
 from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.durable import write_json
-from llmrec.index.kmeans import kmeans, perplexity, reconstructed, residual_kmeans
-from llmrec.index.rqvae import fit
+from llmrec.index.semantic import fit, kmeans, perplexity, reconstructed, residual_kmeans
 from llmrec.index.table import build
 from llmrec.machine import machine, versions
 from llmrec.models.text_encoder import encode_texts, find_encoder

@@ -63,7 +63,7 @@ from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.metrics.ranking import hit_rate
 from llmrec.metrics.stats import interval
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.strategies.fusion_cases import Known
 from llmrec.strategies.fusion_weights import FOLDS, Kind, Weights, folds_of
 from llmrec.types import Item

@@ -31,8 +31,7 @@ import torch
 
 from eval.benchmarks.search import made_model
 from eval.benchmarks.timing import faster, summary, within
-from llmrec.backends.vllm.backend import VLLMBackend, prepare_environment
-from llmrec.backends.vllm.tree import VLLMTree
+from llmrec.backends.vllm.backend import VLLMBackend, VLLMTree, prepare_environment
 from llmrec.decode.beam import beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.durable import write_json

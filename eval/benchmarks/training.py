@@ -49,9 +49,9 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import fit_row, plan
-from llmrec.train.line_rows import LineTable, RowStream
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
+from llmrec.train.rows import LineTable, RowStream
 from llmrec.train.steps import Step
 from llmrec.train.world import World
 

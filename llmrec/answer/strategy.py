@@ -14,7 +14,7 @@ from llmrec.pipeline.bundle import Bundle
 from llmrec.recipe.pages import value_of
 from llmrec.recipe.schema import EvalSection
 from llmrec.registry import STRATEGIES, is_plugin, keys_of, options_of
-from llmrec.tasks.direct_answers import fits, reader_of, refuse
+from llmrec.tasks.direct import fits, reader_of, refuse
 from llmrec.tasks.family import family_of, ranking_families
 
 TWO_STEP = "two-step"

@@ -31,7 +31,7 @@ from llmrec.data.read.table import read_table
 from llmrec.data.read.text import user_path
 from llmrec.data.read.typed import ids, texts
 from llmrec.errors import DataError
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 
 log = logging.getLogger(__name__)
 

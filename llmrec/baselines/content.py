@@ -13,7 +13,7 @@ from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline,
 from llmrec.baselines.item_texts import LSA, WHITENINGS, TextsConfig, Turned, WhitenedConfig, opened, text_vectors, unit
 from llmrec.data.features import FeatureStore
 from llmrec.errors import DataError
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.recipe.schema import Positive
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from llmrec.baselines.text import TfIdf
 from llmrec.data.features import PLURALS, FeatureKind, FeatureStore
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.semantic import item_fields, item_text, item_vectors
-from llmrec.models.embedder import fitting
+from llmrec.models.text_encoder import fitting
 from llmrec.recipe.schema import Section, SemanticIndex
 
 if TYPE_CHECKING:

@@ -12,8 +12,7 @@ from llmrec.baselines.item_texts import LSA, STORE
 from llmrec.data.features import FeatureStore
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ErrorKind, ModelError, RecipeError, did_you_mean
-from llmrec.models.embedder import CHANCE
-from llmrec.models.text_encoder import find_encoder
+from llmrec.models.text_encoder import CHANCE, find_encoder
 from llmrec.recipe.schema import Section
 from llmrec.registry import BASELINES, lookup
 

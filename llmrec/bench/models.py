@@ -20,7 +20,7 @@ from llmrec.durable import sha256_of
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.index.semantic import item_fields, item_vectors
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.fusion.parts import kind_of, reads_of, widest
 from llmrec.pipeline.run import open_session

@@ -41,7 +41,7 @@ from llmrec.evaluate.slices import target_slices
 from llmrec.fingerprint import fingerprint
 from llmrec.machine import versions
 from llmrec.metrics.significance import over_seeds
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.fusion.parts import weights_of
 from llmrec.pipeline.results import describe
 from llmrec.pipeline.resume import SUITE, locked, read_stage

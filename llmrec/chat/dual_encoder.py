@@ -19,7 +19,7 @@ import numpy as np
 from llmrec.baselines.ctr.align import contrast
 from llmrec.durable import read_json, replacing, write_json
 from llmrec.errors import DataError, require
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

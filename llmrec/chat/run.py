@@ -27,7 +27,7 @@ from llmrec.chat.tuning import refuse
 from llmrec.cli.show.console import say, tell
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.recipe.load import load_recipe
 
 _HELLO = "Say what you are looking for; an empty line ends."

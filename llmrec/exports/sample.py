@@ -18,7 +18,7 @@ from llmrec.recipe.schema import (
     TaskSection,
 )
 from llmrec.registry import family_names
-from llmrec.tasks.direct_answers import asks_for
+from llmrec.tasks.direct import asks_for
 from llmrec.tasks.family import family_of
 from llmrec.tasks.task import Task, TaskInputs
 from llmrec.types import Event, Item, Prompt, Request

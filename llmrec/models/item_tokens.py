@@ -19,7 +19,7 @@ from llmrec.errors import ModelError, require
 from llmrec.guard import control_tokens
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import dtype, load_model, load_tokenizer
-from llmrec.models.tables import named_tables
+from llmrec.models.tensors import named_tables
 from llmrec.models.whole_words import attach, kinds_of, save_words, words_of
 from llmrec.recipe.schema import ModelSection
 

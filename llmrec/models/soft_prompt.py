@@ -19,7 +19,7 @@ from llmrec.durable import loads, write_json
 from llmrec.errors import ModelError, require
 from llmrec.models.bottleneck import WEIGHTS as BOTTLENECKS
 from llmrec.models.item_tokens import grow
-from llmrec.models.tables import named_tables
+from llmrec.models.tensors import named_tables
 from llmrec.models.traits import is_paired, plain_head
 
 METHODS = ("prompt", "option", "option-adapter")

@@ -17,8 +17,7 @@ import numpy as np
 from llmrec import __version__
 from llmrec.augment.stores import of_texts
 from llmrec.augment.texts import Asked, about_items, about_users, kept, taste, template_of
-from llmrec.backends.answers import AnswerStore
-from llmrec.backends.cache import CachedBackend
+from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.encode import Encoder
 from llmrec.baselines.item_texts import texts_of
 from llmrec.data.derived import TITLES
@@ -38,8 +37,8 @@ from llmrec.data.split import SplitDataset, scale_of, threshold
 from llmrec.durable import write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.fingerprint import fingerprint
-from llmrec.models.embedder import text_embedder
 from llmrec.models.load import load_tokenizer, resolve, weights_stamp
+from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.engines import Engines
 from llmrec.pipeline.resume import Budget, locked
 from llmrec.pipeline.shards import SHARD, Finished, done_before, finish, gathered, shard_folder

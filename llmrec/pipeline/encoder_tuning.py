@@ -10,8 +10,7 @@ from llmrec.baselines.towers.pairs import TransitionsTuned, TransitionsTunedConf
 from llmrec.data.hashing import digest_frame
 from llmrec.data.split import halves
 from llmrec.durable import Json, replacing, write_json
-from llmrec.models.embedder import TUNED
-from llmrec.models.text_encoder import find_encoder
+from llmrec.models.text_encoder import TUNED, find_encoder
 from llmrec.pipeline.resume import refuse_foreign
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.schema import Recipe

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from llmrec.backends.cache import AnswerStore, CachedBackend, Offer, StoredLedger
 from llmrec.backends.encode import Encoder
-from llmrec.backends.vllm.sizing import Workload
+from llmrec.backends.vllm.backend import Workload
 from llmrec.durable import Json
 from llmrec.errors import EngineFailure, LlmrecError, MissingExtra, RecipeError, installed, require
 from llmrec.fingerprint import settings

@@ -21,7 +21,7 @@ from llmrec.index import table
 from llmrec.index.numbers import user_tokens
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.index.table import Embed, ItemIndex
-from llmrec.models.embedder import fitting, text_embedder
+from llmrec.models.text_encoder import fitting, text_embedder
 from llmrec.pipeline.resume import read_stage
 from llmrec.recipe.schema import IndexSection, ModelSection
 from llmrec.registry import BASELINES, INDEXES

@@ -35,12 +35,12 @@ from llmrec.pipeline.study import Study, build_task, sentence, told, users
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import BaselineSection
 from llmrec.registry import is_positional
-from llmrec.tasks.direct_answers import asks_for
+from llmrec.tasks.direct import asks_for
 from llmrec.tasks.family import Family, families, family_of
 from llmrec.tasks.pool import training_examples
 from llmrec.tasks.task import Task, Want
-from llmrec.train.branches import Branching
-from llmrec.train.reward.questions import question
+from llmrec.train.reward.rewards import question
+from llmrec.train.rows import Branching
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
 _SHOWN = 5

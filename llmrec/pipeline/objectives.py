@@ -40,9 +40,8 @@ from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.tasks.rows import Listwise
 from llmrec.tasks.task import Task
 from llmrec.train.batches import Classes, Labels, plan
-from llmrec.train.listwise import common
-from llmrec.train.reward.questions import question
-from llmrec.train.reward.rewards import Rewards, closing_of
+from llmrec.train.reward.rewards import Rewards, closing_of, question
+from llmrec.train.rows import common
 from llmrec.train.steps import Plan
 from llmrec.types import Case, CatalogueScorer, Predictor, Probability, Ranking, Rating, Request
 

@@ -9,7 +9,7 @@ from typing import Any
 from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.durable import Json
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.fusion.parts import FUSIONS, fusible, joins_model
 from llmrec.pipeline.study import Study
 from llmrec.prompts.template import Template

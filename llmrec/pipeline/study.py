@@ -23,9 +23,9 @@ from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.evaluate.attributes import attributes_of
 from llmrec.index.semantic import item_vectors
 from llmrec.index.table import ItemIndex
-from llmrec.models.embedder import text_embedder
 from llmrec.models.item_tokens import add_item_tokens
 from llmrec.models.load import load_tokenizer
+from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.indexing import build_index
 from llmrec.pipeline.rejecting import hard_of
 from llmrec.prompts.template import Template, load_templates

@@ -15,11 +15,11 @@ from llmrec.baselines.parameters import hashes_of
 from llmrec.durable import replacing, write_checked, write_text
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.fingerprint import code_digest, fingerprint, modules_of
-from llmrec.models.embedder import text_embedder
 from llmrec.models.load import device, load_config, release_memory, weights_stamp
 from llmrec.models.memory import TRAINING, told_of_full_memory
 from llmrec.models.rating_head import RatingHead, copy_head
 from llmrec.models.soft_prompt import METHODS, TIED, copy_soft
+from llmrec.models.text_encoder import text_embedder
 from llmrec.models.traits import is_paired
 from llmrec.models.whole_words import copy_words, refuse_words
 from llmrec.pipeline import bundle, indexing
@@ -286,7 +286,7 @@ def train_stage(
         # A record must never vouch for weights of another run that was killed half-way.
         (folder / "train.json").unlink(missing_ok=True)
     if study.recipe.train.method in METHODS:
-        from llmrec.train.heads.option import soft_encoder
+        from llmrec.train.heads import soft_encoder
 
         encoder = soft_encoder(encoder, study.recipe.train)
     with budget.stage("plan"):
@@ -352,9 +352,9 @@ def _train(
     judge: Judge | None,
     quiet: bool,
 ) -> Training:
+    from llmrec.train import heads as rating_head
     from llmrec.train import lora, sft
-    from llmrec.train.heads import option
-    from llmrec.train.heads.state_loss import open_teacher, tokens_of
+    from llmrec.train.heads import open_teacher, tokens_of
     from llmrec.train.world import here
 
     section = study.recipe.train
@@ -365,7 +365,7 @@ def _train(
     # Adapters and heads start from random weights.
     require("torch", "train").manual_seed(study.training_seed)
     if planned.soft is not None:
-        model = option.load_soft(base, study.recipe.model, section, encoder, planned.soft)
+        model = rating_head.load_soft(base, study.recipe.model, section, encoder, planned.soft)
     else:
         model = lora.load_trainable(base, study.recipe.model, section, tokens=tokens)
     if study.recipe.model.whole_words:
@@ -405,7 +405,7 @@ def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHe
     section = study.recipe.tasks.rating
     if classes is None or section is None or section.head is None:
         return None
-    from llmrec.train.heads.rating_head import attach
+    from llmrec.train.heads import attach
 
     counts = classes.counts(row for step in planned.steps for row in step.rows)
     return attach(model, classes.scale, alpha=section.head.alpha, counts=counts, frozen=section.head.frozen)

@@ -9,6 +9,6 @@ one:
 - its entry in ``STRATEGIES`` of `llmrec.registry`; in ``STRATEGY_KEYS`` if it takes keys of ``eval``, with a new key in
   `llmrec.recipe.schema.EvalSection`; in ``POSITIONAL`` if its answer depends on where a candidate stands
 - its name in the ``strategies`` of each `llmrec.tasks.family.Family` that it answers; which templates of the direct
-  family it reads is decided in `llmrec.tasks.direct_answers.fits`
+  family it reads is decided in `llmrec.tasks.direct.fits`
 - its number of questions in `llmrec.strategies.counting`, if it scores labels, and its row in docs/strategies.md
 """

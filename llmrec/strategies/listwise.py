@@ -8,7 +8,7 @@ from functools import partial
 
 from llmrec.strategies.asking import Prompting, generated
 from llmrec.strategies.rounds import Order, Question, Rounds, Said, Steps, by_score
-from llmrec.tasks.direct_answers import candidate_labels
+from llmrec.tasks.direct import candidate_labels
 from llmrec.types import Answer, Ranking, Request
 
 

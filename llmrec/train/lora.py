@@ -10,7 +10,7 @@ from typing import Any
 from llmrec.errors import RecipeError, require
 from llmrec.models import soft_prompt
 from llmrec.models.load import device, dtype, load_model
-from llmrec.models.tables import named_tables, told_as_tied
+from llmrec.models.tensors import named_tables, told_as_tied
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 
@@ -58,11 +58,11 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     """
     torch, peft = require("torch", "train"), require("peft", "train")
     if (prompt := soft_prompt.read(adapter)) is not None:
-        from llmrec.train.heads.option import assembled
+        from llmrec.train.heads import assembled
 
         assembled(folder, model, adapter, prompt).to(dtype(model)).save_pretrained(target)
         return
-    from llmrec.train.pruning import magnitude
+    from llmrec.train import pruning as magnitude
 
     base = load_model(folder, model, dtype=torch.float32)
     with told_as_tied(base):
@@ -81,7 +81,7 @@ def save_full(trained: Path, model: ModelSection, target: Path) -> None:
 
 
 def _full(trained: Path, model: ModelSection) -> Any:
-    from llmrec.train.pruning import magnitude
+    from llmrec.train import pruning as magnitude
 
     full = load_model(str(trained), model, dtype=require("torch", "train").float32)
     magnitude.zero(full, trained)
@@ -90,7 +90,7 @@ def _full(trained: Path, model: ModelSection) -> Any:
 
 def _pruned(model: Any, train: TrainSection) -> Any:
     if train.prune is not None:
-        from llmrec.train.pruning import magnitude
+        from llmrec.train import pruning as magnitude
 
         magnitude.attach(model)
     return model
@@ -109,14 +109,14 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
     if train.method == "full":
         return _full(adapter, model).eval()
     if (prompt := soft_prompt.read(adapter)) is not None:
-        from llmrec.train.heads.option import assembled
+        from llmrec.train.heads import assembled
 
         return assembled(folder, model, adapter, prompt).eval()
     if train.method in QUANTISED:
         base = _quantised(folder, model, train)
     else:
         base = load_model(folder, model, dtype=torch.float32)
-    from llmrec.train.pruning import magnitude
+    from llmrec.train import pruning as magnitude
 
     with told_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter).eval()

@@ -3,7 +3,7 @@
 The language-model head is the widest matrix of a small model; applying it to the rows that carry a label, a few
 hundred at a time, keeps both its cost and its memory proportional to the number of targets. Losses are summed here;
 `llmrec.train.sft` divides them by a step's targets. Of a rating head the loss is
-`llmrec.train.heads.rating_head.HeadLoss`.
+`llmrec.train.heads.HeadLoss`.
 """
 
 from __future__ import annotations

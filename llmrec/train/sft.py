@@ -29,17 +29,15 @@ from llmrec.models.traits import takes_block_mask
 from llmrec.models.whole_words import save_words, words_of
 from llmrec.recipe.schema import TrainSection
 from llmrec.tasks.rows import Listwise
+from llmrec.train import pruning as magnitude
 from llmrec.train.batches import laid_out, padded
-from llmrec.train.best import Best
 from llmrec.train.checkpoint import OF_FSDP, OnSave, keep_newest, newest
-from llmrec.train.follow import Follow
-from llmrec.train.heads.rating_head import detach, measure, restore
-from llmrec.train.heads.state_loss import state_loss
+from llmrec.train.follow import Best, Follow
+from llmrec.train.heads import detach, measure, restore, state_loss
 from llmrec.train.loss import StateLoss, TaughtLoss, label_loss, list_loss, packed_loss, rows_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.precision import adapters_as_they_are, mixed_precision, widen
-from llmrec.train.preference.loss import compare, without_dropout
-from llmrec.train.pruning import magnitude
+from llmrec.train.preference import compare, without_dropout
 from llmrec.train.steps import Step
 from llmrec.train.trackers import callbacks, chosen, trackio_project
 from llmrec.train.whole_words import restore_words

@@ -34,7 +34,7 @@ from llmrec.index.table import ItemIndex
 from llmrec.models.load import load_model, load_tokenizer, resolve
 from llmrec.pipeline import bundle, engines
 from llmrec.recipe.schema import ModelSection, RatingSection, TasksSection
-from llmrec.tasks.direct_answers import reader_of
+from llmrec.tasks.direct import reader_of
 from llmrec.types import Ranking, Unparsed
 from tests.answer.rank_cases import (
     TITLES,

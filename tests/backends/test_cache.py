@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 from llmrec.backends.cache import AnswerStore, CachedBackend
 from llmrec.backends.fake import FakeBackend
-from llmrec.backends.server.read import completion
+from llmrec.backends.server.probe import completion
 from llmrec.errors import BackendError
 from llmrec.types import Completion, Cost, Message, Prompt, Scores, Segment
 from tests.facts import Facts, raises

@@ -178,7 +178,7 @@ def test_vllm_is_told_how_gpus_share_a_model(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_keys_of_a_recipe_reach_vllm(monkeypatch: pytest.MonkeyPatch, llama_folder: Path) -> None:
-    from llmrec.backends.vllm.sizing import Workload
+    from llmrec.backends.vllm.backend import Workload
     from llmrec.pipeline.resume import Budget
 
     def made(section: EvalSection) -> engines.Engines:

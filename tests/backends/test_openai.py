@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.server import read as remote_read
+from llmrec.backends.server import probe
 from llmrec.backends.server.backend import OpenAIBackend
 from llmrec.errors import BackendError
 from llmrec.types import Message, Prompt, Segment
@@ -165,7 +165,7 @@ def test_thoughts_without_an_end_are_an_empty_answer() -> None:
     ],
 )
 def test_texts_without_thoughts(text: str, rest: str, ended: bool) -> None:
-    assert remote_read.without_thoughts(text) == (rest, ended)
+    assert probe.without_thoughts(text) == (rest, ended)
 
 
 def chat(message: dict[str, Any], **more: Any) -> dict[str, Any]:
@@ -173,7 +173,7 @@ def chat(message: dict[str, Any], **more: Any) -> dict[str, Any]:
 
 
 def test_messages_of_every_form() -> None:
-    read = partial(remote_read.completion, stop="\n", chat=True)
+    read = partial(probe.completion, stop="\n", chat=True)
     assert read(chat({"content": "\n\nHeat\nFargo"})).text == "Heat"
     assert read(chat({"content": None, "refusal": "No."})).text == "No."
     assert read(chat({"content": None, "reasoning_content": "..."}, finish_reason="length")).finish_reason == "length"
@@ -182,7 +182,7 @@ def test_messages_of_every_form() -> None:
         read({**chat({"content": "Heat"}), "usage": {"prompt_tokens": 7, "completion_tokens": None}}).prompt_tokens == 7
     )
     plain = {"choices": [{"text": " Heat\nFargo", "finish_reason": "length"}]}
-    found = remote_read.completion(plain, stop="\n", chat=False)
+    found = probe.completion(plain, stop="\n", chat=False)
     assert found.text == " Heat" and found.finish_reason == "stop", "what follows a given text begins where it ends"
 
 
@@ -205,7 +205,7 @@ MALFORMED: list[Any] = [
 @pytest.mark.parametrize("value", MALFORMED)
 def test_malformed_answers_are_told_from_answers(value: Any) -> None:
     with pytest.raises((ValueError, LookupError, TypeError, AttributeError)):
-        remote_read.completion(value, stop=None, chat=True)
+        probe.completion(value, stop=None, chat=True)
 
 
 # --------------------------------------------------------------------------- scores
@@ -241,7 +241,7 @@ def test_labels_outside_the_likeliest_get_the_floor(encoder: Encoder, caplog: py
         for label, value in zip(LABELS, scores.logprobs, strict=True):
             exactly = logprob(ids, encoder.piece(label)[0])
             floored += exactly not in likeliest
-            assert value == pytest.approx(exactly if exactly in likeliest else likeliest[-1] - remote_read.MARGIN)
+            assert value == pytest.approx(exactly if exactly in likeliest else likeliest[-1] - probe.MARGIN)
     assert 0 < floored < 100
     assert sum("20 likeliest tokens" in record.message for record in caplog.records) == 1
 
@@ -249,15 +249,15 @@ def test_labels_outside_the_likeliest_get_the_floor(encoder: Encoder, caplog: py
 def test_a_label_is_found_however_its_token_is_written() -> None:
     spellings = [("▁4", " 4", "4"), ("▁5", " 5", "5"), ("▁3", " 3", "3")]
     shown = {" 4": -0.5, "4": -3.0, "5": -1.0}
-    found = remote_read.top_labels({"choices": [{"index": 0, "logprobs": {"top_logprobs": [shown]}}]}, spellings)
-    assert found.logprobs == (-0.5, -1.0, -3.0 - remote_read.MARGIN) and found.floored == 1
+    found = probe.top_labels({"choices": [{"index": 0, "logprobs": {"top_logprobs": [shown]}}]}, spellings)
+    assert found.logprobs == (-0.5, -1.0, -3.0 - probe.MARGIN) and found.floored == 1
 
 
 def test_labels_of_a_chat_are_told_by_their_text() -> None:
     top = [{"token": " 4", "logprob": math.log(0.2)}, {"token": "4", "logprob": math.log(0.3)}]
     top += [{"token": "five", "logprob": math.log(0.1)}]
     value = chat({"content": "4"}, logprobs={"content": [{"token": "4", "logprob": -1.2, "top_logprobs": top}]})
-    found = remote_read.chat_labels(value, ["4", "5"])
+    found = probe.chat_labels(value, ["4", "5"])
     assert found.logprobs == pytest.approx((math.log(0.5), math.log(0.1) - 1.0))
     assert found.floored == 1
 
@@ -333,14 +333,14 @@ def test_titles_are_not_scored_by_first_tokens(encoder: Encoder) -> None:
 @pytest.mark.parametrize("value", [0.5, float("nan"), None, True, "-1"])
 def test_what_is_no_log_probability_is_malformed(value: Any) -> None:
     with pytest.raises(ValueError, match="no log-probability"):
-        remote_read.by_name({"4": value}, ["4"])
+        probe.by_name({"4": value}, ["4"])
 
 
 READERS: list[Callable[[Any], Any]] = [
-    partial(remote_read.named_labels, ids=[1]),
-    partial(remote_read.top_labels, spellings=[("4",)]),
-    partial(remote_read.chat_labels, texts=["4"]),
-    partial(remote_read.tail_sums, start=1, tails=[(1, 2)]),
+    partial(probe.named_labels, ids=[1]),
+    partial(probe.top_labels, spellings=[("4",)]),
+    partial(probe.chat_labels, texts=["4"]),
+    partial(probe.tail_sums, start=1, tails=[(1, 2)]),
 ]
 
 

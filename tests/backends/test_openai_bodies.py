@@ -15,10 +15,8 @@ from typing import Any
 import pytest
 
 from llmrec.backends.cache import AnswerStore
-from llmrec.backends.server import client, read
-from llmrec.backends.server.client import Wire
-from llmrec.backends.server.requests import completion_body, likelihood_body
-from llmrec.backends.server.spending import Spending, usage
+from llmrec.backends.server import client, probe
+from llmrec.backends.server.client import Spending, Wire, completion_body, likelihood_body, usage
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.facts import Facts, raises
@@ -186,4 +184,4 @@ def test_tokens_that_no_answer_has_used_are_not_booked(count: object) -> None:
 def test_a_log_probability_that_no_number_holds_is_malformed() -> None:
     found = {"choices": [{"index": 0, "logprobs": {"top_logprobs": [{"token_id:7": -(10**400)}]}}]}
     with raises(BackendError, Facts("unreachable", says="malformed answer")):
-        asked(lambda _: answer(json.dumps(found).encode()), lambda value: read.named_labels(value, [7]))
+        asked(lambda _: answer(json.dumps(found).encode()), lambda value: probe.named_labels(value, [7]))

@@ -12,8 +12,7 @@ import pytest
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.backends.server.client import Wire, retry_after
-from llmrec.backends.server.spending import Spending
+from llmrec.backends.server.client import Spending, Wire, retry_after
 from llmrec.errors import BackendError
 from llmrec.types import Cost
 from tests.conftest import make_tokenizer

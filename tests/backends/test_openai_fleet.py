@@ -18,7 +18,7 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.backends.cache import AnswerStore
 from llmrec.backends.encode import Encoder
 from llmrec.backends.server.backend import OpenAIBackend
-from llmrec.backends.server.fleet import FIRST_REST, Fleet
+from llmrec.backends.server.client import FIRST_REST, Fleet
 from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
 from tests.conftest import make_tokenizer

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.backends.hf.prefix import BLOCK, PrefixReader
+from llmrec.backends.hf.tree import BLOCK, PrefixReader
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import make_model
 

@@ -13,13 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.backends.vllm.spawned import without_main
+from llmrec.backends.vllm.supervise import without_main
 
 EXHAUSTIVE = bool(os.environ.get("LLMREC_EXHAUSTIVE"))
 # Without the guard that `multiprocessing` asks of scripts. `print` stands for whatever else they do.
 SCRIPT = """
 import multiprocessing, sys
-from llmrec.backends.vllm.spawned import without_main
+from llmrec.backends.vllm.supervise import without_main
 
 print("script", flush=True)
 with without_main():

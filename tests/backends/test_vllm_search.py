@@ -12,8 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.vllm.backend import VLLMBackend
-from llmrec.backends.vllm.tree import Answers, Ask, VLLMTree, answered
+from llmrec.backends.vllm.backend import Answers, Ask, VLLMBackend, VLLMTree, answered
 from llmrec.data.hashing import hash_one
 from llmrec.decode.beam import Fed, Wanted, beam
 from llmrec.decode.token_tree import Catalogue

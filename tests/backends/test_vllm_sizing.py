@@ -10,8 +10,7 @@ from typing import Any
 import pytest
 
 from llmrec.backends.vllm import backend, supervise
-from llmrec.backends.vllm.backend import VLLMBackend
-from llmrec.backends.vllm.sizing import Workload
+from llmrec.backends.vllm.backend import VLLMBackend, Workload
 from llmrec.errors import EngineFailure
 from llmrec.machine import Node
 from tests.facts import Facts, raises

@@ -12,8 +12,7 @@ import transformers as hub
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.backends.search import single_token_labels
-from llmrec.models.from_scratch import write
-from llmrec.models.load import load_model, load_tokenizer
+from llmrec.models.load import load_model, load_tokenizer, write
 from llmrec.recipe.schema import ModelSection, ShapeSection
 from llmrec.types import Message, Prompt, Segment
 from tests.conftest import make_tokenizer

@@ -13,7 +13,7 @@ from llmrec.baselines import neural  # noqa: E402
 from llmrec.baselines.gru4rec import GRU4Rec  # noqa: E402
 from llmrec.baselines.sasrec import SASRec  # noqa: E402
 from llmrec.errors import RecipeError  # noqa: E402
-from llmrec.index import rqvae  # noqa: E402
+from llmrec.index import semantic  # noqa: E402
 from llmrec.recipe.schema import RQVAEIndex  # noqa: E402
 from tests.backends.fake_cuda import FakeCuda, fake_cuda  # noqa: E402
 from tests.baselines.test_baselines_neural import _request, _ring  # noqa: E402
@@ -54,11 +54,11 @@ def test_an_rq_vae_learns_on_a_gpu_what_it_learns_on_a_cpu(monkeypatch: pytest.M
     x = np.random.default_rng(0).standard_normal((80, 6)).astype(np.float32)
     section = RQVAEIndex(hidden=(10,), dim=4, epochs=3, batch=32)
     # More codewords than vectors choose, so that some are moved.
-    expected = rqvae.fit(x, section, 2, 30, quiet=True)
+    expected = semantic.fit(x, section, 2, 30, quiet=True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     with fake_cuda():
-        found = rqvae.fit(x, section, 2, 30, quiet=True)
-        kept = rqvae.fit(x, section.model_copy(update={"device": "cpu"}), 2, 30, quiet=True)
+        found = semantic.fit(x, section, 2, 30, quiet=True)
+        kept = semantic.fit(x, section.model_copy(update={"device": "cpu"}), 2, 30, quiet=True)
     assert np.allclose(found.codebooks, expected.codebooks, atol=1e-4)
     assert np.array_equal(kept.codebooks, expected.codebooks)
     assert found.error == pytest.approx(expected.error, abs=1e-4)
@@ -70,4 +70,4 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
         scores(SASRec, "cuda")
     x = np.zeros((4, 2), dtype=np.float32)
     with raises(RecipeError, Facts("unsupported", column="index.semantic.rqvae.device")):
-        rqvae.fit(x, RQVAEIndex(device="cuda"), 2, 2)
+        semantic.fit(x, RQVAEIndex(device="cuda"), 2, 2)

@@ -15,7 +15,7 @@ from llmrec.chat.reading import title_of
 from llmrec.chat.simulator import dialogues, near, transcript
 from llmrec.chat.transcripts import Turn, differences, read, write
 from llmrec.errors import DataError
-from llmrec.models.embedder import text_embedder
+from llmrec.models.text_encoder import text_embedder
 from llmrec.types import Item
 from tests.chat.shelf import conversation, items
 from tests.encoders import tiny_encoder

@@ -14,8 +14,7 @@ from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.backends.hf.rows import PlainTree
-from llmrec.backends.hf.tree import MaskedTree
+from llmrec.backends.hf.tree import MaskedTree, PlainTree
 from llmrec.decode.beam import Fed, Wanted, beam
 from llmrec.decode.token_tree import Catalogue
 from llmrec.types import Found, Message, Prompt, Segment

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError
-from llmrec.index.kmeans import nearest
-from llmrec.index.rqvae import encode
+from llmrec.index.semantic import encode, nearest
 from llmrec.index.table import ItemIndex, build, own_token, token
 from llmrec.recipe.schema import IndexSection, Split
 from llmrec.types import Item

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
 
-from llmrec.index.kmeans import Floats, bounded, kmeans, nearest, perplexity, reconstructed, residual_kmeans
+from llmrec.index.semantic import Floats, bounded, kmeans, nearest, perplexity, reconstructed, residual_kmeans
 
 
 def mixture(
@@ -108,7 +108,7 @@ def test_a_tight_first_step_is_kept_where_it_ends_better(monkeypatch: pytest.Mon
         return float(np.square(x - reconstructed(found.codes, found.codebooks)).sum())
 
     opened = cost()
-    monkeypatch.setattr("llmrec.index.kmeans._OPENING", 64)
+    monkeypatch.setattr("llmrec.index.semantic._OPENING", 64)
     assert opened < 0.98 * cost()
 
 

@@ -7,8 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.index.kmeans import Floats, nearest, perplexity, residual_kmeans
-from llmrec.index.rqvae import Network, encode, fit, forward, made
+from llmrec.index.semantic import Floats, Network, encode, fit, forward, made, nearest, perplexity, residual_kmeans
 from llmrec.recipe.schema import RQVAEIndex
 
 torch = pytest.importorskip("torch")

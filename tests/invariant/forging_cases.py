@@ -33,8 +33,7 @@ from llmrec.recipe.schema import (
     StarsSection,
 )
 from llmrec.tasks.ctr import CtrTask
-from llmrec.tasks.direct import DirectTask
-from llmrec.tasks.direct_answers import asks_for
+from llmrec.tasks.direct import DirectTask, asks_for
 from llmrec.tasks.explanation import ExplanationTask
 from llmrec.tasks.rating import RatingTask, learned_only
 from llmrec.tasks.review import ReviewTask

@@ -343,11 +343,10 @@ def test_only_the_encoder_turns_text_into_tokens() -> None:
     for name, tree in _modules():
         # The second writes the example of a model card, from titles of its own, and compares it with the encoder's. The
         # next two read words for vectors and for rows of new tokens: nothing there is asked of a language model. The
-        # last but one makes a tokenizer, whose class is called like the call of one, and reads no text at all; the last
-        # tries a tokenizer that it has loaded on a letter of its own.
+        # last makes a tokenizer, whose class is called like the call of one, and tries one that it loaded.
         if name in (
             *("backends/encode.py", "exports/sample.py"),
-            *("models/text_encoder.py", "models/item_tokens.py", "models/from_scratch.py", "models/load.py"),
+            *("models/text_encoder.py", "models/item_tokens.py", "models/load.py"),
         ):
             continue
         for receiver, function, line in _calls(tree):
@@ -364,7 +363,7 @@ def test_prompts_are_made_of_rendered_templates_only() -> None:
     # prompt of a request with one of its continuations.
     makers = {"prompts/template.py", "prompts/values.py", "tasks/rows.py", "backends/encode.py"} | {
         *("pipeline/leaks.py", "strategies/rounds.py", "backends/server/probe.py"),
-        "train/reward/questions.py",
+        "train/reward/rewards.py",
     }
     found = {
         name

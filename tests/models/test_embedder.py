@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from llmrec.models import embedder
+from llmrec.models import text_encoder
 
 
 def test_a_set_of_texts_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -20,8 +20,8 @@ def test_a_set_of_texts_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         read.append(list(texts))
         return np.array([[len(text)] for text in texts], dtype=np.float32)
 
-    monkeypatch.setattr(embedder, "encode_texts", lengths)
-    embed = embedder.Embedder("folder", "stamp")
+    monkeypatch.setattr(text_encoder, "encode_texts", lengths)
+    embed = text_encoder.Embedder("folder", "stamp")
     assert embed(["bb", "a", "bb"]).tolist() == [[2.0], [1.0], [2.0]]
     assert embed(["a", "bb"]).tolist() == [[1.0], [2.0]]
     assert read == [["a", "bb"]]

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from llmrec.backends.encode import Encoder
-from llmrec.models.from_scratch import byte_tokenizer, made, write
-from llmrec.models.load import available, load_config, load_model, load_tokenizer, resolve
+from llmrec.models.load import available, byte_tokenizer, load_config, load_model, load_tokenizer, made, resolve, write
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import ModelSection, ShapeSection
 from llmrec.types import Message, Prompt, Segment

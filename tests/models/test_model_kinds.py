@@ -14,13 +14,12 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import RecipeError
 from llmrec.models.item_tokens import extended
 from llmrec.models.load import load_model, load_tokenizer
-from llmrec.models.tables import named_tables
+from llmrec.models.tensors import named_tables
 from llmrec.models.traits import takes_block_mask
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import plan
+from llmrec.train.batches import paired_inputs, plan, target_rows
 from llmrec.train.loss import paired_loss
-from llmrec.train.seq2seq import paired_inputs, target_rows
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.conftest import make_model, make_tokenizer
 from tests.facts import Facts, raises

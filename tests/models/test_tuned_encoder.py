@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 
 from llmrec.errors import ModelError
-from llmrec.models.text_encoder import encode_texts
-from llmrec.models.tuned_encoder import TunedEncoder
+from llmrec.models.text_encoder import TunedEncoder, encode_texts
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 

@@ -16,9 +16,8 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.errors import ModelError, RecipeError
 from llmrec.guard import control_tokens
 from llmrec.index.table import ItemIndex
-from llmrec.models.from_scratch import byte_tokenizer, write
 from llmrec.models.item_tokens import add_item_tokens, extended
-from llmrec.models.load import load_model, load_tokenizer, weights_stamp
+from llmrec.models.load import byte_tokenizer, load_model, load_tokenizer, weights_stamp, write
 from llmrec.models.whole_words import (
     CONTROL,
     INSIDE,
@@ -36,9 +35,8 @@ from llmrec.models.whole_words import (
 )
 from llmrec.recipe.schema import LoraSection, ModelSection, ShapeSection, TrainSection
 from llmrec.train import lora, sft
-from llmrec.train.batches import plan
+from llmrec.train.batches import paired_inputs, plan, target_rows
 from llmrec.train.loss import paired_loss
-from llmrec.train.seq2seq import paired_inputs, target_rows
 from llmrec.train.whole_words import put_on
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.conftest import make_model

@@ -210,7 +210,7 @@ def test_rows_see_what_reads_alike(llama_folder: Path) -> None:
 def test_a_row_costs_its_own_cases_alone_whether_or_not_it_was_killed(tmp_path: Path, llama_folder: Path) -> None:
     chosen = recipe(llama_folder, "tasks.ctr.calibrate=valid", "eval.arms=[zero-shot]", "tasks.ctr.strategies=[yes-no]")
     pipeline.run(chosen, tmp_path / "r", quiet=True)
-    from llmrec.backends.answers import _sum
+    from llmrec.backends.cache import _sum
 
     with closing(sqlite3.connect(tmp_path / "r" / "answers.sqlite")) as store, store:
         for key, value in store.execute("SELECT key, value FROM answers").fetchall():

@@ -16,8 +16,7 @@ from llmrec.baselines.parameters import hashes_of
 from llmrec.cli.main import app
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, LlmrecError
-from llmrec.models.embedder import TUNED, text_embedder
-from llmrec.models.text_encoder import encode_texts
+from llmrec.models.text_encoder import TUNED, encode_texts, text_embedder
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.fusion.parts import reads_of
 from llmrec.pipeline.resume import Budget

@@ -314,7 +314,7 @@ def test_an_export_carries_the_codes_and_answers_alike(done: tuple[Recipe, pipel
 
 
 def _embed(chosen: Recipe) -> Any:
-    from llmrec.models.embedder import text_embedder
+    from llmrec.models.text_encoder import text_embedder
 
     return text_embedder("all-MiniLM-L6-v2") if chosen.index and chosen.index.scheme == "semantic" else None
 

@@ -174,7 +174,7 @@ def test_results_of_other_settings_are_not_written_over_without_a_word(tmp_path:
 
 
 def test_a_changed_setting_is_no_stale_hit(done: tuple[Recipe, pipeline.Run]) -> None:
-    from llmrec.backends.answers import AnswerStore
+    from llmrec.backends.cache import AnswerStore
     from llmrec.backends.encode import Encoder
     from llmrec.models.load import load_tokenizer
     from llmrec.pipeline.engines import Engines

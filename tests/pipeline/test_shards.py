@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.backends.answers import AnswerStore, Stored
+from llmrec.backends.cache import AnswerStore, Stored
 from llmrec.cluster.merge.evaluation import evaluate_shard, merge_run
 from llmrec.data.features import FeatureStore
 from llmrec.errors import LlmrecError, RecipeError

@@ -15,7 +15,7 @@ from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection
 from llmrec.registry import POSITIONAL, STRATEGY_KEYS
-from llmrec.tasks.direct_answers import fits
+from llmrec.tasks.direct import fits
 from llmrec.tasks.family import family_of
 
 pytest.importorskip("trl", reason="the train extra is not installed")

@@ -13,8 +13,7 @@ from jinja2 import TemplateError
 
 from llmrec.errors import RecipeError
 from llmrec.guard import TEXT_LIMIT, TITLE_LIMIT, without_item_tokens
-from llmrec.prompts.grammar import compiled
-from llmrec.prompts.template import Template, clean, load_templates, neutralise
+from llmrec.prompts.template import Template, clean, compiled, load_templates, neutralise
 from llmrec.prompts.values import OUTPUT_LIMIT, Fields, Ledger
 from llmrec.types import Code, Segment
 from tests.facts import Facts, raises

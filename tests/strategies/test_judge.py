@@ -96,7 +96,7 @@ def model_of(tokenizer: Any) -> Any:
 
 def tokenizer_of(name: str) -> Any:
     if name == "bytes":
-        from llmrec.models.from_scratch import byte_tokenizer
+        from llmrec.models.load import byte_tokenizer
 
         return byte_tokenizer()
     from llmrec.models.load import load_tokenizer, resolve

@@ -29,8 +29,7 @@ from llmrec.recipe.schema import (
 )
 from llmrec.tasks.alignment import AlignmentTask
 from llmrec.tasks.ctr import CtrTask
-from llmrec.tasks.direct import DirectTask
-from llmrec.tasks.direct_answers import asks_for
+from llmrec.tasks.direct import DirectTask, asks_for
 from llmrec.tasks.explanation import ExplanationTask
 from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.mixture import interleave

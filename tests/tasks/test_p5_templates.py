@@ -28,7 +28,7 @@ from llmrec.prompts.template import Template
 from llmrec.prompts.template import load_templates as read_templates
 from llmrec.strategies.asking import Prompting
 from llmrec.strategies.pointwise import LikelihoodRanker, YesRanker
-from llmrec.tasks.direct_answers import asks_for, fits, reader_of
+from llmrec.tasks.direct import asks_for, fits, reader_of
 from llmrec.tasks.rating import learned_only
 from llmrec.types import Example, Probability, Ranking, Request
 from tests.facts import Facts, raises

@@ -19,7 +19,7 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.index.table import ItemIndex, token
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import CandidateSection, Split
-from llmrec.tasks.direct_answers import asks_for, reader_of
+from llmrec.tasks.direct import asks_for, reader_of
 from llmrec.tasks.held_items import draw_held, hold_out
 from llmrec.tasks.rating import learned_only
 from llmrec.types import Event, Item, Message, Prompt, Request, Segment

@@ -11,7 +11,7 @@ from task_data import HOSTILE, load_templates, make_dataset, make_split, make_ta
 from llmrec.data.dataset import Dataset
 from llmrec.errors import DataError
 from llmrec.index.titles import title_key
-from llmrec.tasks.direct_answers import candidate_labels
+from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.parsing import read_line, read_number, read_ranking
 from llmrec.tasks.rating import expected, find_scale
 from llmrec.types import Ranking, Rating, Request

@@ -19,9 +19,9 @@ from llmrec.prompts.template import Template, load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.tasks.base import Draw
 from llmrec.tasks.sequential import SequentialTask
-from llmrec.train import line_rows
+from llmrec.train import rows as line_rows
 from llmrec.train.batches import fit_row
-from llmrec.train.line_rows import Gathered, LineTable, RowStream, takes_pieces
+from llmrec.train.rows import Gathered, LineTable, RowStream, takes_pieces
 from llmrec.types import Event, Example
 from tests.conftest import make_tokenizer
 from tests.facts import Facts, raises

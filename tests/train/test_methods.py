@@ -17,7 +17,7 @@ from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train import follow, lora, precision, sft
 from llmrec.train.batches import plan
-from llmrec.train.heads.rating_head import HeadLoss, attach, measure
+from llmrec.train.heads import HeadLoss, attach, measure
 from llmrec.train.loss import label_loss
 from llmrec.train.steps import Step
 from tests.train.test_item_tokens import INDEX, TITLES

@@ -21,9 +21,9 @@ from llmrec.pipeline.study import Study, build_study
 from llmrec.pipeline.training import plan_training
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection, SoftSection, TrainSection
+from llmrec.train import heads as rating_head
 from llmrec.train import lora, sft
 from llmrec.train.batches import Labels, plan
-from llmrec.train.heads import option
 from llmrec.train.loss import label_loss
 from llmrec.types import Example, Message, Prompt, Segment
 from tests.facts import Facts, raises
@@ -63,11 +63,11 @@ class Case:
         self.folder = folder
         self.train = TrainSection(method=method, **values)
         plain = Encoder(load_tokenizer(str(folder), section(folder)), max_length=256)
-        self.encoder = option.soft_encoder(plain, self.train)
+        self.encoder = rating_head.soft_encoder(plain, self.train)
         self.labels = Labels(self.encoder, PROMPTS, tied=method in TIED)
         rows = [row for number in range(64) if (row := self.labels.row(self.encoder.row(example(number))))]
         self.soft = SoftPrompt(PROMPTS, tuple(self.labels.ids), tied=method in TIED)
-        self.model = option.load_soft(str(folder), section(folder), self.train, self.encoder, self.soft)
+        self.model = rating_head.load_soft(str(folder), section(folder), self.train, self.encoder, self.soft)
         self.rows = rows
         self.steps = plan(iter(rows), steps=8, batch_tokens=160, seed=0)
 
@@ -94,8 +94,8 @@ def test_soft_prompts_stand_before_every_prompt_and_no_text_spells_one(folder: P
 
 def test_a_class_vector_is_its_prompts_row_and_gets_both_gradients(folder: Path) -> None:
     case = Case("option", folder)
-    rows = option.rows_of(case.model)
-    loss = option.OptionLoss(rows, len(case.soft.labels))
+    rows = rating_head.rows_of(case.model)
+    loss = rating_head.OptionLoss(rows, len(case.soft.labels))
     assert loss.rows.data_ptr() == rows.data_ptr() and rows.requires_grad
     ids, labels = torch.tensor([case.rows[0].ids]), torch.tensor([case.rows[0].labels])
 
@@ -104,7 +104,7 @@ def test_a_class_vector_is_its_prompts_row_and_gets_both_gradients(folder: Path)
         label_loss(case.model, ids, labels, by)[0].backward()
         return rows.grad.clone()
 
-    class Apart(option.OptionLoss):
+    class Apart(rating_head.OptionLoss):
         """The same loss, whose class vectors are a copy."""
 
     copied = rows.detach().clone().requires_grad_(True)
@@ -145,7 +145,7 @@ def test_classes_start_with_the_odds_of_the_bases_words(folder: Path) -> None:
     row = replace(case.rows[0])
     states = case.model.get_base_model().get_decoder()(torch.tensor([row.ids])).last_hidden_state[0]
     place = max(n for n, label in enumerate(row.labels) if label >= 0) - 1
-    logits = states[place] @ option.rows_of(case.model)[-2:].T
+    logits = states[place] @ rating_head.rows_of(case.model)[-2:].T
     head = case.model.get_output_embeddings().weight[list(case.soft.labels)]
     assert torch.allclose(logits, states[place] @ head.T)
 
@@ -153,9 +153,9 @@ def test_classes_start_with_the_odds_of_the_bases_words(folder: Path) -> None:
 @pytest.mark.parametrize("method", METHODS)
 def test_what_is_merged_answers_as_what_was_trained(method: str, llama_folder: Path, tmp_path: Path) -> None:
     case = Case(method, llama_folder)
-    before = option.rows_of(case.model).detach().clone()
+    before = rating_head.rows_of(case.model).detach().clone()
     case.run(tmp_path / "run")
-    assert not torch.equal(before, option.rows_of(case.model))
+    assert not torch.equal(before, rating_head.rows_of(case.model))
     target = tmp_path / "merged"
     target.mkdir()
     lora.merge(str(llama_folder), section(llama_folder), tmp_path / "run" / "adapter", target)
@@ -171,7 +171,7 @@ def test_what_is_merged_answers_as_what_was_trained(method: str, llama_folder: P
         yes, no = backend.score([prompt], [("4", "2")], closed=False)[0].logprobs
         states = case.model.eval().get_base_model().get_decoder()(torch.tensor([again.prompt(prompt)]))
         state = states.last_hidden_state[0, -1]
-        vectors = option.rows_of(case.model)[-2:] if method in TIED else None
+        vectors = rating_head.rows_of(case.model)[-2:] if method in TIED else None
         head = case.model.get_output_embeddings().weight[list(case.soft.labels)] if vectors is None else vectors
         trained = dict(zip(case.soft.labels, (head @ state).tolist(), strict=True))
         labels = [again.piece(text)[0] for text in ("4", "2")]
@@ -221,7 +221,7 @@ def test_a_small_share_of_smollms_weights_is_trained() -> None:
         base = AutoModelForCausalLM.from_config(config)
     whole = sum(p.numel() for p in base.parameters())
     adapters = 30 * (2 * 576 * soft.rank + 576 + soft.rank + 1)
-    assert (soft.prompts * 576 + adapters) / whole <= option.LARGEST
+    assert (soft.prompts * 576 + adapters) / whole <= rating_head.LARGEST
     assert soft.prompts * 576 / whole < 1e-4
 
 
@@ -271,7 +271,7 @@ def test_validation_rows_of_families_that_are_left_out_say_nothing_of_labels(lla
         for tasks in (RATED, f"{RATED}, {LISTED}"):
             more = ["train.only=[rating]"] if LISTED in tasks else []
             study = study_of(llama_folder, f"{{{tasks}}}", f"train.method={method}", "train.soft={prompts: 6}", *more)
-            planned = plan_training(study, option.soft_encoder(plain, study.recipe.train))
+            planned = plan_training(study, rating_head.soft_encoder(plain, study.recipe.train))
             assert planned.soft is not None and len(planned.soft.labels) == 5
             found[method, tasks] = planned.soft
             # A loss over labels is the trained family's; tokens have one in every family.

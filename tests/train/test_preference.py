@@ -22,7 +22,7 @@ from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss, list_scores
 from llmrec.train.packing import stack, tree
-from llmrec.train.preference.loss import compare, preference_loss, reference, rewards_of
+from llmrec.train.preference import compare, preference_loss, reference, rewards_of
 from llmrec.types import Example, Message, Segment
 from tests.train.test_item_tokens import INDEX, TITLES
 

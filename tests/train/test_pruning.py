@@ -13,7 +13,7 @@ from llmrec.errors import LlmrecError, ModelError, RecipeError
 from llmrec.models.load import load_model
 from llmrec.recipe.schema import LoraSection, ModelSection, PruneSection, TrainSection
 from llmrec.train import lora
-from llmrec.train.pruning import magnitude
+from llmrec.train import pruning as magnitude
 from tests.conftest import make_model
 from tests.facts import Facts, raises
 from tests.train.test_training import run

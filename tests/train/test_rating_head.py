@@ -30,7 +30,7 @@ from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
 from llmrec.tasks.rating import Scale
 from llmrec.train import lora, sft
 from llmrec.train.batches import Classes, plan
-from llmrec.train.heads.rating_head import HeadLoss, attach
+from llmrec.train.heads import HeadLoss, attach
 from llmrec.train.loss import label_loss, packed_loss
 from llmrec.train.packing import stack, tree
 from llmrec.train.steps import Step

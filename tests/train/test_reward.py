@@ -23,8 +23,7 @@ from llmrec.tasks.base import ranking_reward
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
 from llmrec.train.loss import label_loss
-from llmrec.train.reward.loss import advantages, policy_loss
-from llmrec.train.reward.objective import RewardObjective
+from llmrec.train.reward.objective import RewardObjective, advantages, policy_loss
 from llmrec.train.reward.rewards import Rewards, closing_of
 from llmrec.types import Case, Example, Message, Request, Segment
 from tests.train.test_item_tokens import INDEX, TITLES, section

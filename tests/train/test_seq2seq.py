@@ -17,16 +17,14 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import RecipeError
 from llmrec.index.table import ItemIndex, token
-from llmrec.models.from_scratch import byte_tokenizer, write
 from llmrec.models.item_tokens import extended
-from llmrec.models.load import load_model, load_tokenizer
+from llmrec.models.load import byte_tokenizer, load_model, load_tokenizer, write
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.schema import LoraSection, ModelSection, SequentialSection, ShapeSection, Split, TrainSection
 from llmrec.tasks.sequential import SequentialTask
 from llmrec.train import lora, sft
-from llmrec.train.batches import plan
+from llmrec.train.batches import cut, paired_inputs, plan, target_rows
 from llmrec.train.loss import paired_loss
-from llmrec.train.seq2seq import cut, paired_inputs, target_rows
 from llmrec.types import Example, Item, Message, Prompt, Segment
 from tests.facts import Facts, raises
 from tests.tasks.making import make

@@ -14,7 +14,7 @@ from llmrec.models.load import load_model, load_tokenizer
 from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
 from llmrec.train import lora, sft
 from llmrec.train.batches import plan
-from llmrec.train.heads.state_loss import open_teacher
+from llmrec.train.heads import open_teacher
 from llmrec.train.loss import TaughtLoss, label_loss, related
 from tests.conftest import make_model
 from tests.facts import Facts, raises

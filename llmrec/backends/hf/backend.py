@@ -10,12 +10,18 @@ from typing import TYPE_CHECKING, Any, TypedDict
 import numpy as np
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.hf.bodies import reads_states, states_of, takes_trees
-from llmrec.backends.hf.candidates import Candidates, read_through, sums
-from llmrec.backends.hf.prefix import BLOCK, PrefixReader
-from llmrec.backends.hf.rows import PlainTree
-from llmrec.backends.hf.streaming import Counting, Listening
-from llmrec.backends.hf.tree import MaskedTree
+from llmrec.backends.hf.tree import (
+    BLOCK,
+    Candidates,
+    MaskedTree,
+    PlainTree,
+    PrefixReader,
+    read_through,
+    reads_states,
+    states_of,
+    sums,
+    takes_trees,
+)
 from llmrec.backends.search import search, single_token_labels
 from llmrec.errors import BackendError, require
 from llmrec.models.exits import Exits
@@ -27,6 +33,64 @@ from llmrec.types import Capability, Completion, Found, Prompt, Read, Scores
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
+
+# ----------------------------------------------------------------------------
+# What is known of texts while they are generated: their pieces, or how far they are.
+
+
+class Listening:
+    """What transformers hands tokens of one prompt to as they are chosen (its ``BaseStreamer``).
+
+    Args:
+        encoder: Reads tokens.
+        stop: The text that ends the answer; None: the end of turn does.
+        listener: Gets what was added to the text. A character whose bytes are not all there yet waits.
+    """
+
+    def __init__(self, encoder: Encoder, stop: str | None, listener: Callable[[str], None]) -> None:
+        self._encoder, self._stop, self._listener = encoder, stop, listener
+        self._ids: list[int] = []
+        self._said = 0
+        self._prompt = True
+
+    def put(self, value: Any) -> None:
+        """Take the prompt first, and then a token at a time."""
+        if self._prompt:
+            self._prompt = False
+            return
+        self._ids += value.flatten().tolist()
+        text = self._encoder.completion(self._ids, self._stop, 0).text
+        if len(text) > self._said and not text.endswith("\ufffd"):
+            self._listener(text[self._said :])
+            self._said = len(text)
+
+    def end(self) -> None:
+        """Take note that all is said."""
+
+
+class Counting:
+    """Notes how far the texts of several prompts are; transformers hands it one token of each at a time.
+
+    Args:
+        prompts: How many.
+        max_tokens: Of the longest text.
+    """
+
+    def __init__(self, prompts: int, max_tokens: int) -> None:
+        self._prompts, self._share = prompts, prompts / max_tokens
+        self._noted = -self._share
+
+    def put(self, value: Any) -> None:
+        """Take the prompts first, and then a token of each."""
+        self._noted += self._share
+        if self._noted:
+            count_answers(self._share)
+
+    def end(self) -> None:
+        """Note the tokens that were not needed."""
+        count_answers(self._prompts - self._noted)
+
 
 log = logging.getLogger(__name__)
 

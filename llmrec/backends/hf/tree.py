@@ -7,15 +7,169 @@ its own ancestors. The key-value cache only grows: nothing is copied for beams, 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.backends.hf.bodies import body_of
-from llmrec.decode.beam import Fed, Floats, Wanted
+from llmrec.decode.beam import Fed, Floats, TreeEngine, Wanted
 from llmrec.errors import require
-from llmrec.models.traits import chosen_logprobs
+from llmrec.models.traits import chosen_logprobs, is_paired, plain_head
+
+# ----------------------------------------------------------------------------
+# The part of a model that turns tokens into hidden states, as `llmrec.backends.hf.tree` runs it.
+#
+# A causal model's is its decoder. T5's is its decoder behind an encoder that reads the prompt, with two oddities:
+# places are told by a bias on attention that counts columns, and hidden states are scaled before the head.
+
+
+class Body(Protocol):
+    """Reads columns of tokens, whole prompts first."""
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """Take new prompts, and return the tokens that stand in the rows before anything is fed."""
+        ...
+
+    def run(self, ids: Any, mask: Any, places: Any, cache: Any) -> tuple[Any, Any]:
+        """Read columns behind those of the cache.
+
+        Args:
+            ids: Token ids, shape (rows, columns).
+            mask: What is seen: 1 or 0 of every column so far, shape (rows, all columns), or numbers to add to
+                attention, shape (rows, 1, columns, all columns).
+            places: How many tokens stand before each in its text, shape (rows, columns).
+            cache: What the call before returned; None at first.
+
+        Returns:
+            What the head is applied to, shape (rows, columns, d), and the grown cache.
+        """
+        ...
+
+
+def body_of(model: Any) -> Body:
+    """Return the body of a model that `takes_trees`."""
+    return PairedBody(model) if is_paired(model.config) else CausalBody(model)
+
+
+def takes_trees(model: Any) -> bool:
+    """Whether a model's logits can be had row by row from its body's hidden states, and its places be told."""
+    plain = plain_head(model.config, model.get_output_embeddings())
+    return plain and (not is_paired(model.config) or model.config.model_type in ("t5", "mt5"))
+
+
+def output_scale(config: Any) -> float:
+    """Return what an encoder-decoder's hidden states are multiplied by before the head; mT5 has no such key."""
+    return float(config.d_model**-0.5) if getattr(config, "scale_decoder_outputs", False) else 1.0
+
+
+def states_of(model: Any, ids: Any, **inputs: Any) -> Any:
+    """Return what the head of a model that `takes_trees` is applied to, shape (rows, columns, d).
+
+    Args:
+        model: The model.
+        ids: Token ids, of an encoder-decoder those of its decoder, shape (rows, columns).
+        inputs: What else its decoder is told, such as masks, or the encoder's states.
+    """
+    scale = output_scale(model.config) if is_paired(model.config) else 1.0
+    states = model.get_decoder()(input_ids=ids, use_cache=False, **inputs).last_hidden_state
+    return states if scale == 1.0 else states * scale
+
+
+def reads_states(model: Any) -> bool:
+    """Whether a model `takes_trees`, proven on a few tokens: its own logits are those that its head makes of states."""
+    if not takes_trees(model):
+        return False
+    torch = require("torch", "train")
+    ids = torch.tensor([[1, 2, 3]], device=model.device)
+    with torch.inference_mode():
+        if is_paired(model.config):
+            encoded = model.get_encoder()(input_ids=ids).last_hidden_state
+            logits = model(encoder_outputs=(encoded,), decoder_input_ids=ids, use_cache=False).logits
+            states = states_of(model, ids, encoder_hidden_states=encoded)
+        else:
+            logits, states = model(input_ids=ids, use_cache=False).logits, states_of(model, ids)
+        made = model.get_output_embeddings()(states)
+    return bool(torch.allclose(made.float(), logits.float(), atol=1e-4, rtol=0.02))
+
+
+class CausalBody:
+    """The decoder of a causal language model."""
+
+    def __init__(self, model: Any) -> None:
+        self._decoder = model.get_decoder()
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """Return the prompts; see `Body`."""
+        return prompts
+
+    def run(self, ids: Any, mask: Any, places: Any, cache: Any) -> tuple[Any, Any]:
+        """Read columns; see `Body`."""
+        out = self._decoder(
+            input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
+        )
+        return out.last_hidden_state, out.past_key_values
+
+
+class PairedBody:
+    """T5's decoder over what its encoder made of the prompts, which is turned into keys and values once."""
+
+    def __init__(self, model: Any) -> None:
+        self._torch = require("torch", "train")
+        self._model, config = model, model.config
+        self._start = int(config.decoder_start_token_id)
+        self._scale = output_scale(config)
+        self._bias = model.get_decoder().block[0].layer[0].SelfAttention
+        self._states: Any = None
+        self._seen: Any = None
+        self._places: Any = None
+
+    def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
+        """Read prompts with the encoder, padded on their right, and return the decoder's start token for each."""
+        torch, device = self._torch, self._model.device
+        longest = max(map(len, prompts))
+        ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+        self._seen = torch.zeros((len(prompts), longest), dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(list(prompt))
+            self._seen[row, : len(prompt)] = 1
+        out = self._model.get_encoder()(input_ids=ids.to(device), attention_mask=self._seen)
+        self._states, self._places = out.last_hidden_state, None
+        return [(self._start,)] * len(prompts)
+
+    def run(self, ids: Any, mask: Any, places: Any, cache: Any) -> tuple[Any, Any]:
+        """Read columns; see `Body`."""
+        known = places if self._places is None else self._torch.cat([self._places, places], dim=1)
+        self._places = known
+        out = self._model.get_decoder()(
+            input_ids=ids,
+            attention_mask=mask if mask.dim() == 2 else self._placed(mask, places, known),
+            encoder_hidden_states=self._states,
+            encoder_attention_mask=self._seen,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return out.last_hidden_state * self._scale, out.past_key_values
+
+    def _placed(self, mask: Any, places: Any, known: Any) -> Any:
+        """Return the mask with what the model's count of columns gets wrong, shape (rows, heads, columns, all columns).
+
+        The model adds a bias for how many columns two tokens stand apart. In a tree they stand apart by their depth,
+        so the difference of both biases is added with the mask, which takes part in the same sum.
+        """
+        bias, torch = self._bias, self._torch
+        columns, wide = places.shape[1], known.shape[1]
+        apart = bias._relative_position_bucket(
+            known[:, None, :] - places[:, :, None],
+            bidirectional=False,
+            num_buckets=bias.relative_attention_num_buckets,
+            max_distance=bias.relative_attention_max_distance,
+        )
+        right = bias.relative_attention_bias(apart).permute(0, 3, 1, 2)
+        wrong = bias.compute_bias(columns, wide, device=right.device, past_seen_tokens=wide - columns)
+        return torch.where(mask == 0, right - wrong, mask)
+
 
 # Rows of logits at a time: what a wide vocabulary takes stays within tens of megabytes.
 _ROWS = 256
@@ -169,3 +323,333 @@ def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
     ranks = np.empty(len(users), dtype=np.int64)
     ranks[order] = np.arange(len(users)) - np.repeat(np.cumsum(counts) - counts, counts)
     return ranks
+
+
+# ----------------------------------------------------------------------------
+# Reads trees of tokens with any transformers model: a whole row for every token that something is wanted after.
+#
+# Slower than `llmrec.backends.hf.tree`, and right for models that it cannot serve: sliding windows, recurrent
+# layers, logits that are more than a matrix product, and encoder-decoders, whose prompt is read by the encoder
+# once.
+
+
+_BLOCK = 64
+
+
+class PlainTree:
+    """A `TreeEngine` that keeps no cache.
+
+    Attributes:
+        tokens: Tokens that were computed, padding left out.
+        forwards: Passes through the model.
+        head_rows: Rows of logits that were wanted.
+    """
+
+    def __init__(self, model: Any, pad: int, *, states: bool = False) -> None:
+        """Set up.
+
+        Args:
+            model: A causal language model, or an encoder-decoder, in evaluation mode.
+            pad: Any token id.
+            states: The model `reads_states`: chosen logits are then computed in float32 whatever its dtype.
+        """
+        self._states = states
+        self._torch = require("torch", "train")
+        self._model, self._pad = model, pad
+        self._paired = bool(model.config.is_encoder_decoder)
+        self._texts: list[tuple[int, ...]] = []
+        self._users: list[int] = []
+        self._encoded: Any = None
+        self.tokens = self.forwards = self.head_rows = 0
+
+    def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
+        """Read prompts; see `TreeEngine`."""
+        self._users = list(range(len(prompts)))
+        if not self._paired:
+            self._texts = [tuple(prompt) for prompt in prompts]
+            return self._answers(wanted)
+        ids, mask = self._padded([tuple(prompt) for prompt in prompts])
+        with self._torch.inference_mode():
+            self._encoded = self._model.get_encoder()(input_ids=ids, attention_mask=mask).last_hidden_state
+        self._mask = mask
+        self.tokens += int(mask.sum())
+        self._texts = [(int(self._model.config.decoder_start_token_id),)] * len(prompts)
+        return self._answers(wanted)
+
+    def feed(self, fed: Fed, wanted: Wanted) -> Floats:
+        """Note tokens, and read the rows that something is wanted after; see `TreeEngine`."""
+        for user, parent, token in zip(fed.users.tolist(), fed.parents.tolist(), fed.tokens.tolist(), strict=True):
+            self._texts.append((*self._texts[parent], token))
+            self._users.append(user)
+        return self._answers(wanted)
+
+    def close(self) -> None:
+        """Forget everything."""
+        self._texts, self._users, self._encoded = [], [], None
+
+    def _answers(self, wanted: Wanted) -> Floats:
+        torch, found = self._torch, np.empty(len(wanted.tokens))
+        used, group = np.unique(wanted.after, return_inverse=True)
+        for start in range(0, len(used), _BLOCK):
+            part = used[start : start + _BLOCK].tolist()
+            here = np.flatnonzero((group >= start) & (group < start + len(part)))
+            last = self._last(part)
+            at = torch.from_numpy(group[here] - start).to(last.device)
+            ids = torch.from_numpy(wanted.tokens[here]).to(last.device)
+            if self._states:
+                with torch.inference_mode():
+                    values = chosen_logprobs(self._model.get_output_embeddings(), last, at, ids)
+            else:
+                logits = last.float()
+                values = (logits[at, ids] - logits.logsumexp(-1)[at]).double()
+            found[here] = values.cpu().numpy()
+            self.head_rows += len(part)
+        return found
+
+    def _last(self, numbers: Sequence[int]) -> Any:
+        """Return the states after the texts with these numbers, shape (n, d), or the logits, shape (n, vocabulary)."""
+        torch, texts = self._torch, [self._texts[n] for n in numbers]
+        ids, mask = self._padded(texts)
+        ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
+        rows = torch.arange(len(texts), device=ids.device)
+        self.tokens += sum(map(len, texts))
+        self.forwards += 1
+        with torch.inference_mode():
+            if self._paired:
+                owners = torch.tensor([self._users[n] for n in numbers], device=ids.device)
+                out = self._paired_last(ids, self._encoded[owners], self._mask[owners])
+            # Padded on the right: under causal attention no text sees what follows it.
+            elif self._states:
+                out = states_of(self._model, ids, attention_mask=mask)
+            else:
+                out = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return out[rows, ends]
+
+    def _paired_last(self, ids: Any, encoded: Any, seen: Any) -> Any:
+        if self._states:
+            return states_of(self._model, ids, encoder_hidden_states=encoded, encoder_attention_mask=seen)
+        out = self._model(encoder_outputs=(encoded,), attention_mask=seen, decoder_input_ids=ids, use_cache=False)
+        return out.logits
+
+    def _padded(self, texts: Sequence[tuple[int, ...]]) -> tuple[Any, Any]:
+        torch, longest = self._torch, max(map(len, texts))
+        ids = torch.tensor([[*text, *[self._pad] * (longest - len(text))] for text in texts])
+        mask = torch.tensor([[1] * len(text) + [0] * (longest - len(text)) for text in texts])
+        return ids.to(self._model.device), mask.to(self._model.device)
+
+
+# ----------------------------------------------------------------------------
+# Reads prompts up to their last token; what a prompt shares with one that was read lately is not read again.
+#
+# Strategies that ask many questions about one request repeat its history in each of them. A prompt is read in
+# blocks of fixed size and the cache is cut at their ends, so that a block has the same shape and the same cache
+# behind it whether or not it was read before: a score does not depend on which prompts were read before.
+
+
+BLOCK = 64
+"""Tokens of a block. Smaller ones share more and make more, smaller matrix products."""
+# Bytes of keys and values that are kept: all requests of a batch of a small model, a few of a large one.
+_KEPT = 768 << 20
+
+
+@dataclass(slots=True)
+class _Read:
+    """A prompt that was read, with its keys and values."""
+
+    ids: list[int]
+    cache: Any
+
+
+class PrefixReader:
+    """Reads prompts with the decoder of a causal model whose cache can be cut.
+
+    Attributes:
+        read: Tokens that were read, shared ones not counted.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self._torch, self._model = require("torch", "train"), model
+        config = model.config.get_text_config()
+        heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
+        width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        token = 2 * config.num_hidden_layers * heads * width * model.dtype.itemsize
+        self._room = max(1, _KEPT // token)
+        self._known: list[_Read] = []
+        self.read = 0
+
+    def last(self, ids: Sequence[int]) -> Any:
+        """Return the last hidden state of a prompt, shape (1, d)."""
+        return self._states(list(ids))[-1:]
+
+    def tree(
+        self, ids: Sequence[int], tokens: Sequence[int], sees: NDArray[np.bool_], depths: NDArray[np.int64]
+    ) -> Any:
+        """Return the last hidden states of a prompt's last token and of a tree of tokens behind it, shape (1 + t, d).
+
+        Args:
+            ids: The prompt.
+            tokens: The tree, t of them, parents before children.
+            sees: Which of them each sees, shape (t, t); all see the prompt.
+            depths: How many of them stand before each in its text, shape (t,).
+        """
+        torch, device = self._torch, self._model.device
+        first = self._states(list(ids))[-1:]
+        if not tokens:
+            return first
+        cache, dtype = self._known[-1].cache, self._model.dtype
+        mask = torch.zeros((len(tokens), len(ids) + len(tokens)), dtype=dtype, device=device)
+        mask[:, len(ids) :].masked_fill_(torch.from_numpy(~sees).to(device), torch.finfo(dtype).min)
+        with torch.inference_mode():
+            out = self._model.get_decoder()(
+                input_ids=torch.tensor([list(tokens)], device=device),
+                attention_mask=mask[None, None],
+                position_ids=torch.from_numpy(len(ids) + depths)[None].to(device),
+                past_key_values=cache,
+                use_cache=True,
+            )
+        shorten(out.past_key_values, len(ids))
+        self._known[-1].cache = out.past_key_values
+        self.read += len(tokens)
+        return torch.cat([first, out.last_hidden_state[0]])
+
+    def drop(self) -> None:
+        """Forget what was read."""
+        self._known.clear()
+
+    def _states(self, ids: list[int]) -> Any:
+        """Return the hidden states of a prompt's last block; the prompt is the newest of those known."""
+        torch = self._torch
+        known, kept = self._like(ids)
+        if kept:
+            shorten(known.cache, kept)
+        states: Any = None
+        with torch.inference_mode():
+            for start in range(kept, len(ids), BLOCK):
+                row = torch.tensor([ids[start : start + BLOCK]], device=self._model.device)
+                out = self._model.get_decoder()(input_ids=row, past_key_values=known.cache, use_cache=True)
+                states, known.cache = out.last_hidden_state, out.past_key_values
+        known.ids = ids
+        self.read += len(ids) - kept
+        self._known.append(known)
+        while len(self._known) > 1 and sum(len(each.ids) for each in self._known) > self._room:
+            self._known.pop(0)
+        return states[0]
+
+    def _like(self, ids: list[int]) -> tuple[_Read, int]:
+        """Take out what is known of a prompt, and say how many of its tokens need not be read.
+
+        A known prompt is used up by the one that continues from it. One of which it would use less than half stays:
+        that is another user's, and only the frame of the question is the same.
+        """
+        # The last token is read in any case: its state is what is asked for.
+        most = (len(ids) - 1) // BLOCK
+        shared = [min(most, _same(ids, each.ids) // BLOCK) for each in self._known]
+        best = max(range(len(shared)), key=lambda i: (shared[i], i), default=None)
+        if best is None or 2 * shared[best] * BLOCK < len(ids):
+            return _Read([], None), 0
+        return self._known.pop(best), shared[best] * BLOCK
+
+
+def _same(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return how many tokens two prompts begin with alike."""
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
+
+
+# ----------------------------------------------------------------------------
+# Scores candidates behind prompts: their common beginnings merged into one tree a prompt, many prompts at a time.
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """Candidates with common beginnings merged.
+
+    Attributes:
+        tokens: Every token that another follows, once, parents before their children.
+        parents: The token that each follows, counted from 1; 0 is the prompt.
+        depths: How many tokens come before each.
+        sees: Which tokens each sees: its ancestors and itself, shape (tokens, tokens).
+        owners: Of every token of every candidate, the candidate's number.
+        after: The token that it follows, counted from 1; 0 is the prompt.
+        wanted: The token itself.
+    """
+
+    tokens: list[int]
+    parents: list[int]
+    depths: NDArray[np.int64]
+    sees: NDArray[np.bool_]
+    owners: NDArray[np.int64]
+    after: NDArray[np.int64]
+    wanted: NDArray[np.int64]
+
+    @staticmethod
+    def of(tails: Sequence[tuple[int, ...]]) -> Candidates:
+        """Merge what candidates begin with alike."""
+        numbers: dict[tuple[int, ...], int] = {(): 0}
+        parents: list[int] = []
+        owners, after, wanted = [], [], []
+        # In the order of their tokens: half precision rounds by columns, and a score must not depend on the order.
+        for owner, tail in sorted(enumerate(tails), key=lambda pair: pair[1]):
+            for end, token in enumerate(tail):
+                before = tail[:end]
+                if before not in numbers:
+                    parents.append(numbers[before[:-1]])
+                    numbers[before] = len(numbers)
+                owners.append(owner)
+                after.append(numbers[before])
+                wanted.append(token)
+        prefixes = list(numbers)[1:]
+        sees = np.eye(len(prefixes), dtype=bool)
+        for number, parent in enumerate(parents):
+            if parent:
+                sees[number] |= sees[parent - 1]
+        return Candidates(
+            tokens=[prefix[-1] for prefix in prefixes],
+            parents=parents,
+            depths=np.array([len(prefix) - 1 for prefix in prefixes], dtype=np.int64),
+            sees=sees,
+            owners=np.array(owners, dtype=np.int64),
+            after=np.array(after, dtype=np.int64),
+            wanted=np.array(wanted, dtype=np.int64),
+        )
+
+
+def read_through(
+    engine: TreeEngine, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[tuple[int, ...]]]
+) -> list[list[float]]:
+    """Score candidates behind each prompt through an engine of searches: all trees are fed at once.
+
+    Args:
+        engine: Reads them.
+        prompts: Token ids, n of them.
+        candidates: The tokens of each prompt's candidates, n lists.
+
+    Returns:
+        The log-probability of each candidate, n lists.
+    """
+    trees = [Candidates.of(tails) for tails in candidates]
+    # Prompts are numbered from 0, and all fed tokens behind them.
+    begins = np.cumsum([len(prompts), *(len(tree.tokens) for tree in trees)])
+    after = [np.where(tree.after == 0, n, tree.after - 1 + begins[n]) for n, tree in enumerate(trees)]
+    parents = [
+        np.where(np.array(tree.parents) == 0, n, np.array(tree.parents) - 1 + begins[n]) for n, tree in enumerate(trees)
+    ]
+    every, wanted = np.concatenate(after), np.concatenate([tree.wanted for tree in trees])
+    order = np.argsort(every, kind="stable")
+    first, later = order[every[order] < len(prompts)], order[every[order] >= len(prompts)]
+    found = np.empty(len(order))
+    try:
+        found[first] = engine.open(prompts, Wanted(every[first], wanted[first]))
+        if len(later):
+            users = np.repeat(np.arange(len(prompts)), [len(tree.tokens) for tree in trees])
+            tokens = np.array([token for tree in trees for token in tree.tokens])
+            fed = Fed(users, np.concatenate(parents).astype(np.int64), tokens)
+            found[later] = engine.feed(fed, Wanted(every[later], wanted[later]))
+    finally:
+        engine.close()
+    parts = np.split(found, np.cumsum([len(tree.wanted) for tree in trees])[:-1])
+    return [sums(part, tree.owners, len(tails)) for part, tree, tails in zip(parts, trees, candidates, strict=True)]
+
+
+def sums(found: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
+    """Add up the tokens of each candidate."""
+    return [float(total) for total in np.bincount(owners, weights=found, minlength=count)]

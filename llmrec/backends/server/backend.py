@@ -22,12 +22,18 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from llmrec.backends.encode import Encoder
 from llmrec.backends.search import Labels, single_token_labels
-from llmrec.backends.server import read as remote_read
-from llmrec.backends.server.client import Loop, Wire
-from llmrec.backends.server.probe import Offers, probe_all
-from llmrec.backends.server.read import MARGIN, Labelled
-from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
-from llmrec.backends.server.spending import Ledger, Spending, usage
+from llmrec.backends.server import probe
+from llmrec.backends.server.client import (
+    Ledger,
+    Loop,
+    Spending,
+    Wire,
+    chat_body,
+    completion_body,
+    likelihood_body,
+    usage,
+)
+from llmrec.backends.server.probe import MARGIN, Labelled, Offers, probe_all
 from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.guard import clean
@@ -186,7 +192,7 @@ class OpenAIBackend:
             path, body = "/chat/completions", self._chat(prompt, most)
 
         def read(value: Any) -> Completion:
-            return remote_read.completion(value, stop=prompt.stop, chat=path != "/completions")
+            return probe.completion(value, stop=prompt.stop, chat=path != "/completions")
 
         return lambda: self.wire.ask(path, body, read, what=asked.named)
 
@@ -216,7 +222,7 @@ class OpenAIBackend:
             part = labels.distinct[start : start + _NAMED]
             keys = {"logprobs": 1, "logprob_token_ids": list(part), "return_tokens_as_token_ids": True}
             body = completion_body(self._section, [*ids, *labels.shared], room=1, **keys)
-            read = partial(remote_read.named_labels, ids=part)
+            read = partial(probe.named_labels, ids=part)
             found += await self.wire.ask("/completions", body, read, what=asked.named)
         return _scores(found, len(ids), "openai:one-token")
 
@@ -225,7 +231,7 @@ class OpenAIBackend:
         assert self._encoder is not None
         spellings = [_spellings(self._encoder, i) for i in labels.distinct]
         body = completion_body(self._section, [*ids, *labels.shared], room=1, logprobs=self.offers.top)
-        read = partial(remote_read.top_labels, spellings=spellings)
+        read = partial(probe.top_labels, spellings=spellings)
         found = await self.wire.ask("/completions", body, read, what=asked.named)
         self._note(found)
         return _scores(found.logprobs, len(ids), f"openai:top-{self.offers.top}")
@@ -236,7 +242,7 @@ class OpenAIBackend:
         for start in range(0, len(tails), _TOGETHER):
             part = tails[start : start + _TOGETHER]
             body = likelihood_body(self._section, [[*ids, *tail] for tail in part])
-            read = partial(remote_read.tail_sums, start=len(ids), tails=part)
+            read = partial(probe.tail_sums, start=len(ids), tails=part)
             sums += await self.wire.ask("/completions", body, read, what=asked.named)
         lengths = tuple(len(tail) for tail in tails)
         return Scores(logprobs=tuple(sums), tokens=lengths, prompt_tokens=len(ids), engine="openai:echo")
@@ -256,7 +262,7 @@ class OpenAIBackend:
         body = self._chat(asked.prompt, 1, logprobs=True, top_logprobs=self.offers.top)
 
         def read(value: Any) -> tuple[Labelled, int]:
-            return remote_read.chat_labels(value, labels), (usage(value) or Cost()).prompt_tokens
+            return probe.chat_labels(value, labels), (usage(value) or Cost()).prompt_tokens
 
         async def ask() -> Scores:
             found, length = await self.wire.ask("/chat/completions", body, read, what=asked.named)

@@ -28,14 +28,215 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from queue import SimpleQueue
-from typing import Any, Generic, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
-from llmrec.backends.server.fleet import Fleet, Server
-from llmrec.backends.server.spending import Spending, usage
+from llmrec.durable import Json
 from llmrec.errors import BackendError, EngineFailure, require
-from llmrec.guard import clean
+from llmrec.guard import clean, neutralise
 from llmrec.recipe.schema import ServerSection
+from llmrec.types import Cost, Prompt
+
+# ----------------------------------------------------------------------------
+# What was spent on a server, in tokens and money, and the caps that stop requests.
+
+
+_MILLION = 1_000_000
+# Tokens that no answer has used: a larger number is a fault, and no table of SQLite could add many of them up.
+_MOST = 2**32
+
+
+class Ledger(Protocol):
+    """Where what was spent outlives the process."""
+
+    def spent(self) -> Cost:
+        """Return all that was ever booked."""
+        ...
+
+    def spend(self, cost: Cost) -> None:
+        """Book some more."""
+        ...
+
+
+class Spending:
+    """What was spent on a server, by this process and those before it.
+
+    Requests under way when a cap is reached are finished and kept, so a cap can be passed by what they cost.
+
+    Args:
+        section: Caps and prices.
+        ledger: Where it is booked; None forgets it with the process.
+    """
+
+    def __init__(self, section: ServerSection, ledger: Ledger | None) -> None:
+        self._section, self._ledger = section, ledger
+        self._lock = threading.Lock()
+        self._total = ledger.spent() if ledger is not None else Cost()
+        self._unbooked = Cost()
+
+    @property
+    def capped(self) -> bool:
+        """Whether there is a cap, so that answers must say what they used."""
+        return self._section.max_tokens_budget is not None or self._section.max_cost is not None
+
+    @property
+    def total(self) -> Cost:
+        """All tokens so far."""
+        with self._lock:
+            return self._total
+
+    @property
+    def money(self) -> float:
+        """What they cost, in the currency of the prices."""
+        total, section = self.total, self._section
+        return (total.prompt_tokens * section.price_in + total.completion_tokens * section.price_out) / _MILLION
+
+    def check(self) -> None:
+        """Stop here once a cap is reached.
+
+        Raises:
+            EngineFailure: If it is; the message names the key.
+        """
+        section, total = self._section, self.total
+        used = total.prompt_tokens + total.completion_tokens
+        kept = "what was answered is kept; raise the cap and run the same command again to continue"
+        if section.max_tokens_budget is not None and used >= section.max_tokens_budget:
+            raise EngineFailure(
+                f"the budget eval.server.max_tokens_budget={section.max_tokens_budget:,} is used up: "
+                f"{total.prompt_tokens:,} tokens were read and {total.completion_tokens:,} written; {kept}",
+                kind="exhausted",
+                column="eval.server.max_tokens_budget",
+            )
+        if section.max_cost is not None and self.money >= section.max_cost:
+            raise EngineFailure(
+                f"the budget eval.server.max_cost={section.max_cost:g} is used up: {self.money:.4g} was spent on "
+                f"{total.prompt_tokens:,} tokens read and {total.completion_tokens:,} written; {kept}",
+                kind="exhausted",
+                column="eval.server.max_cost",
+            )
+
+    def count(self, cost: Cost) -> None:
+        """Count what one answer used, whether or not it could be read; from any thread."""
+        with self._lock:
+            self._total, self._unbooked = self._total + cost, self._unbooked + cost
+
+    def book(self) -> None:
+        """Write down what is not yet in the ledger; only from the thread that the ledger belongs to."""
+        with self._lock:
+            cost, self._unbooked = self._unbooked, Cost()
+        if self._ledger is not None and cost != Cost():
+            self._ledger.spend(cost)
+
+
+def usage(value: Any) -> Cost | None:
+    """Return the tokens that an answer says it used; None if it does not."""
+    found = value.get("usage") if isinstance(value, dict) else None
+    if not isinstance(found, dict):
+        return None
+    counts = [found.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    if not all(isinstance(count, int) and 0 <= count <= _MOST for count in counts):
+        return None
+    return Cost(prompt_tokens=counts[0], completion_tokens=counts[1])
+
+
+# ----------------------------------------------------------------------------
+# Servers of one model: each attempt goes to the next of them that answers, and one that fails rests for a while.
+
+
+FIRST_REST = 1.0
+"""Seconds that a server rests at first; doubled each time that it fails again."""
+# Faults in a row after which a server rests. A connection that is refused is one too many: nothing listens there.
+_PATIENCE = 3
+
+
+@dataclass(slots=True)
+class Server:
+    """One server.
+
+    Attributes:
+        url: As far as ``/v1``, without a slash at its end.
+        until: When it is asked again, by the clock; 0: it does not rest.
+        rest: Seconds of its next rest.
+        faults: Attempts in a row that failed.
+        tried: A request is its trial after a rest.
+    """
+
+    url: str
+    until: float = 0.0
+    rest: float = FIRST_REST
+    faults: int = 0
+    tried: bool = False
+
+
+class Fleet:
+    """Says which server is asked next, in turn.
+
+    A server that rests comes back with one request as its trial, and with all of its share once it answers. A single
+    server never rests: there is no other to ask.
+
+    Args:
+        urls: Addresses of the servers.
+        longest: Seconds of the longest rest, but for one that a server asks for.
+        clock: Seconds that only rise.
+    """
+
+    def __init__(self, urls: Sequence[str], longest: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._servers = [Server(url) for url in urls]
+        self._longest, self._clock = longest, clock
+        self._next = 0
+
+    def take(self, last: Server | None = None) -> Server:
+        """Return the server of an attempt.
+
+        Args:
+            last: The server that failed the attempt before, which is not taken while another one answers.
+        """
+        now = self._clock()
+        order = [*self._servers[self._next :], *self._servers[: self._next]]
+        awake = [server for server in order if server.until <= now]
+        chosen = next((server for server in awake if server is not last), None)
+        if chosen is None:
+            chosen = awake[0] if awake else min(order, key=lambda server: server.until)
+        self._next = (self._servers.index(chosen) + 1) % len(self._servers)
+        if chosen.until:
+            # Others wait for how its trial goes.
+            chosen.until, chosen.tried = now + chosen.rest, True
+        return chosen
+
+    def another(self, than: Server) -> bool:
+        """Whether a further server can be asked now."""
+        return any(server is not than and server.until <= self._clock() for server in self._servers)
+
+    def answered(self, server: Server) -> None:
+        """Note an answer, sound or a refusal: the server is there. What it took before its rest changes nothing."""
+        server.faults = 0
+        if server.until and not server.tried:
+            return
+        if server.tried:
+            log.warning("%s answers again and is asked as before", server.url)
+        server.until, server.rest, server.tried = 0.0, FIRST_REST, False
+
+    def failed(self, server: Server, fault: str, wait: float | None = None) -> None:
+        """Note a fault, and let the server rest where it is one too many.
+
+        Args:
+            server: The server.
+            fault: What it was, for the log.
+            wait: Seconds that the server asks for.
+        """
+        server.faults += 1
+        if len(self._servers) == 1 or (server.until and not server.tried):
+            return
+        gone = fault.startswith("no connection") or server.faults >= _PATIENCE or server.tried
+        if not (gone or wait):
+            return
+        rest = max(wait or 0.0, server.rest if gone else 0.0)
+        if not server.tried:
+            log.warning("%s is left out for %.0f s (%s); the other servers are asked", server.url, rest, fault)
+        if gone:
+            server.rest = min(self._longest, 2 * server.rest)
+        server.until, server.tried = self._clock() + rest, False
+
 
 log = logging.getLogger(__name__)
 
@@ -436,3 +637,49 @@ async def _all(
     finally:
         done.put(None)
     return failures[0] if failures else None
+
+
+# ----------------------------------------------------------------------------
+# Writes the requests that a server is sent.
+
+
+def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: int, **keys: Any) -> dict[str, Json]:
+    """Return a request to continue token ids, or a text, greedily."""
+    prompt = ids if isinstance(ids, str) else list(ids)
+    return _with_extra(section, {"prompt": prompt, "max_tokens": room, **keys})
+
+
+def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Json]:
+    """Return a request for the log-probabilities of whole rows of token ids."""
+    keys: dict[str, Json] = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
+    return _with_extra(section, keys)
+
+
+def chat_body(
+    section: ServerSection, prompt: Prompt, *, room: int, control: Sequence[str], continues: bool, **keys: Any
+) -> dict[str, Json]:
+    """Return a request to answer chat turns greedily.
+
+    The given part of the answer stands in an assistant turn of its own, at the end. A server that is known to go on
+    from there is told to; others may begin their turn anew.
+
+    Args:
+        section: Model, room for thinking, further keys.
+        prompt: The turns.
+        room: Tokens of the answer.
+        control: What no text may spell out, where the server's tokens are known.
+        continues: Whether the server can be told to go on from an assistant turn.
+        keys: Further keys of the request.
+    """
+    turns = [{"role": turn.role, "content": neutralise(turn.text, control)} for turn in prompt.messages]
+    given = neutralise("".join(segment.text for segment in prompt.answer_prefix), control)
+    if given:
+        turns.append({"role": "assistant", "content": given})
+        if continues:
+            keys |= {"continue_final_message": True, "add_generation_prompt": False}
+    return _with_extra(section, {"messages": turns, "max_tokens": room + section.thinking_tokens, **keys})
+
+
+def _with_extra(section: ServerSection, keys: dict[str, Json]) -> dict[str, Json]:
+    body = {"model": section.model, "temperature": 0, **keys, **section.extra}
+    return {name: value for name, value in body.items() if value is not None}

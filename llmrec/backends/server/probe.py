@@ -8,20 +8,202 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
-from dataclasses import dataclass
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
 from llmrec.backends.encode import Encoder
-from llmrec.backends.server import read as remote_read
-from llmrec.backends.server.client import MALFORMED, Refused, Wire
-from llmrec.backends.server.requests import chat_body, completion_body, likelihood_body
-from llmrec.backends.server.spending import usage
+from llmrec.backends.server.client import MALFORMED, Refused, Wire, chat_body, completion_body, likelihood_body, usage
 from llmrec.durable import Json
 from llmrec.errors import BackendError
 from llmrec.recipe.schema import ServerSection
-from llmrec.types import Message, Prompt, Segment
+from llmrec.types import Completion, Cost, Message, Prompt, Segment
+
+# ----------------------------------------------------------------------------
+# Reads what a server answers: texts without their thinking, choices by their index, log-probabilities.
+#
+# Every reader raises a ValueError, LookupError or TypeError at an answer that is not of the right form, and such
+# an answer is asked for again.
+
+
+MARGIN = 1.0
+"""Nats below the least likely token returned: what a label gets that is not among them."""
+
+_THOUGHT = re.compile(r"\A.*</think(?:ing)?>\s*", re.DOTALL)
+_THINKING = re.compile(r"<think(?:ing)?>")
+
+
+@dataclass(frozen=True, slots=True)
+class Labelled:
+    """Log-probabilities of labels, in nats, and how many of them were not returned and have the floor."""
+
+    logprobs: tuple[float, ...]
+    floored: int
+
+
+# --------------------------------------------------------------------------- texts
+
+
+def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
+    """Return the choices of an answer in the order of what was asked, whatever order they came in.
+
+    Raises:
+        ValueError: If one is missing or stands twice.
+    """
+    found = value["choices"]
+    places = [choice.get("index", 0 if len(found) == 1 else None) for choice in found]
+    if len(found) != count or set(places) != set(range(count)):
+        raise ValueError(f"{count} choices were asked for, those with index {places} came")
+    ordered: list[Mapping[str, Any]] = [choice for _, choice in sorted(zip(places, found, strict=True), key=_place)]
+    return ordered
+
+
+def _place(pair: tuple[int, Any]) -> int:
+    return pair[0]
+
+
+def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
+    """Read a generated text, up to its stop text and without what a model thought before it.
+
+    A block of thoughts that does not end is an empty answer of finish reason ``length``. Without usage, counts are 0.
+
+    Args:
+        value: The answer.
+        stop: The text that ends the answer; in a chat, line breaks before the answer do not.
+        chat: Whether the answer is a chat message.
+    """
+    (choice,) = choices(value, 1)
+    thought = False
+    if chat:
+        message = choice["message"]
+        thought = bool(message.get("reasoning_content") or message.get("reasoning"))
+        text = message.get("content") or message.get("refusal") or ""
+    else:
+        text = choice["text"]
+    if not isinstance(text, str):
+        raise ValueError("the text of the answer is no text")
+    # JSON can name half of a letter, which no file or table can hold.
+    text = text.encode("utf-8", "replace").decode("utf-8")
+    cost = usage(value) or Cost()
+    found = Completion(
+        text=text,
+        prompt_tokens=cost.prompt_tokens,
+        completion_tokens=cost.completion_tokens,
+        finish_reason="length" if choice.get("finish_reason") == "length" else "stop",
+    )
+    text, ended = without_thoughts(text)
+    if not ended:
+        return replace(found, text="", finish_reason="length")
+    if chat or thought or text != found.text:
+        text = text.lstrip()
+    if stop is not None and stop in text:
+        return replace(found, text=text[: text.index(stop)], finish_reason="stop")
+    return replace(found, text=text)
+
+
+def without_thoughts(text: str) -> tuple[str, bool]:
+    """Return what follows the last block of thoughts, and whether every block ends.
+
+    Some templates open the block in the prompt, so that the answer holds its end alone.
+    """
+    rest = _THOUGHT.sub("", text)
+    return rest, _THINKING.search(rest) is None
+
+
+# --------------------------------------------------------------------------- log-probabilities
+
+
+def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
+    """Read the log-probabilities of tokens that were asked for by their ids, first token of a completion.
+
+    Raises:
+        LookupError: If one of them was not returned.
+    """
+    found = first(value)
+    return tuple(_nats(found[f"token_id:{i}"]) for i in ids)
+
+
+def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
+    """Read the log-probabilities of labels among the likeliest first tokens of a completion.
+
+    Args:
+        value: The answer.
+        spellings: How servers may write each label's token, the surest first.
+    """
+    found = first(value)
+    return by_name(found, [next((name for name in names if name in found), names[0]) for names in spellings])
+
+
+def chat_labels(value: Any, texts: Sequence[str]) -> Labelled:
+    """Read the log-probabilities of labels among the likeliest first tokens of a chat answer.
+
+    White space around a token is no part of its label: a chat may begin with either form, so both are added up.
+    """
+    return by_name(chat_first(value), [text.strip() for text in texts])
+
+
+def chat_first(value: Any) -> dict[str, float]:
+    """Return the log-probabilities of the likeliest first tokens of a chat answer, by text without white space."""
+    (choice,) = choices(value, 1)
+    found: dict[str, list[float]] = {}
+    for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
+        found.setdefault(entry["token"].strip(), []).append(_nats(entry["logprob"]))
+    return {name: _log_sum(values) for name, values in found.items()}
+
+
+def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
+    """Give each name its log-probability, or the floor: `MARGIN` below the smallest one returned.
+
+    Raises:
+        ValueError: If nothing was returned.
+    """
+    if not found:
+        raise ValueError("no log-probability was returned")
+    values = {name: _nats(value) for name, value in found.items()}
+    floor = min(values.values()) - MARGIN
+    return Labelled(
+        tuple(values.get(name, floor) for name in names),
+        sum(name not in values for name in names),
+    )
+
+
+def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[float]:
+    """Sum the log-probabilities of each candidate's tokens behind the same prompt, from echoed prompts.
+
+    Args:
+        value: An answer with one choice a candidate.
+        start: Tokens of the prompt.
+        tails: Tokens of each candidate.
+    """
+    sums = []
+    for choice, tail in zip(choices(value, len(tails)), tails, strict=True):
+        rows = choice["logprobs"]["token_logprobs"]
+        if len(rows) < start + len(tail):
+            raise ValueError(f"{start + len(tail)} log-probabilities were asked for, {len(rows)} came")
+        sums.append(sum(_nats(each) for each in rows[start : start + len(tail)]))
+    return sums
+
+
+def first(value: Any) -> dict[str, float]:
+    """Return the log-probabilities of the likeliest first tokens of a completion, by their text."""
+    (choice,) = choices(value, 1)
+    return {name: _nats(nats) for name, nats in choice["logprobs"]["top_logprobs"][0].items()}
+
+
+def _nats(value: Any) -> float:
+    """Return a log-probability; servers write a large negative number for none."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value) or value > 1e-3:
+        raise ValueError(f"{value!r} is no log-probability")
+    return float(value)
+
+
+def _log_sum(values: Sequence[float]) -> float:
+    top = max(values)
+    return top + math.log(sum(math.exp(value - top) for value in values))
+
 
 log = logging.getLogger(__name__)
 
@@ -109,10 +291,10 @@ async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, off
         return _Told(known, {})
     if offers.exact and encoder is not None:
         body = completion_body(section, list(encoder.piece(_TEXT)), room=1, logprobs=offers.top)
-        return _Told(known, await _try(wire, "/completions", body, remote_read.first))
+        return _Told(known, await _try(wire, "/completions", body, first))
     keys = {"logprobs": True, "top_logprobs": offers.top}
     body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False) | keys
-    return _Told(known, await _try(wire, "/chat/completions", body, remote_read.chat_first))
+    return _Told(known, await _try(wire, "/chat/completions", body, chat_first))
 
 
 def _different(one: Offers, other: Offers) -> str:
@@ -182,18 +364,18 @@ async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[i
     """Return how many likeliest tokens a completion gives, and whether it gives named ones."""
     for top in _TOPS:
         body = completion_body(section, ids, room=1, logprobs=top)
-        if not await _offered(wire, "/completions", body, lambda value: remote_read.top_labels(value, [("",)])):
+        if not await _offered(wire, "/completions", body, lambda value: top_labels(value, [("",)])):
             continue
         wanted = ids[:2]
         keys: dict[str, Json] = {"logprob_token_ids": wanted, "return_tokens_as_token_ids": True}
-        read = partial(remote_read.named_labels, ids=wanted)
+        read = partial(named_labels, ids=wanted)
         return top, await _offered(wire, "/completions", body | {"logprobs": 1} | keys, read)
     return 0, False
 
 
 async def _echoes(wire: Wire, section: ServerSection, rows: list[list[int]]) -> bool:
     # The first token of a text has no log-probability.
-    read = partial(remote_read.tail_sums, start=1, tails=[row[1:] for row in rows])
+    read = partial(tail_sums, start=1, tails=[row[1:] for row in rows])
     return await _offered(wire, "/completions", likelihood_body(section, rows), read, count=len(rows))
 
 
@@ -201,12 +383,12 @@ async def _chat_top(wire: Wire, section: ServerSection) -> int:
     """Return how many likeliest first tokens of a chat answer the server gives; 0 where it thinks first."""
     body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False)
     # An answer of any form proves the address, the key and the model: what is refused from here on is not offered.
-    await _try(wire, "/chat/completions", body, lambda value: remote_read.completion(value, stop=None, chat=True))
+    await _try(wire, "/chat/completions", body, lambda value: completion(value, stop=None, chat=True))
     if section.thinking_tokens:
         return 0
     for top in _TOPS:
         keys = {"logprobs": True, "top_logprobs": top}
-        if await _offered(wire, "/chat/completions", body | keys, lambda value: remote_read.chat_labels(value, [""])):
+        if await _offered(wire, "/chat/completions", body | keys, lambda value: chat_labels(value, [""])):
             return top
     return 0
 
@@ -230,7 +412,7 @@ async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[
     """
 
     def kept(value: Any) -> bool:
-        remote_read.choices(value, count)
+        choices(value, count)
         try:
             read(value)
         except MALFORMED:
@@ -249,6 +431,6 @@ async def _try(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any
 
 def _read_tokens(value: Any) -> int | None:
     """Return the length of the prompt as the server counts it; None where it does not say."""
-    remote_read.choices(value, 1)
+    choices(value, 1)
     found = usage(value)
     return None if found is None else found.prompt_tokens

@@ -23,7 +23,7 @@ from llmrec.baselines.ctr.fields import Fields, Rows
 from llmrec.baselines.item_texts import LSA, STORE, TextsConfig, latent, texts_of
 from llmrec.errors import require
 from llmrec.guard import TEXT_LIMIT, clean
-from llmrec.models.embedder import fitting
+from llmrec.models.text_encoder import fitting
 from llmrec.recipe.schema import Positive
 
 if TYPE_CHECKING:

@@ -24,8 +24,7 @@ from llmrec.baselines.transitions import (
 )
 from llmrec.baselines.tuning.validation import mean_ndcgs
 from llmrec.errors import require
-from llmrec.models.text_encoder import batches_of, find_encoder
-from llmrec.models.tuned_encoder import TunedEncoder
+from llmrec.models.text_encoder import TunedEncoder, batches_of, find_encoder
 from llmrec.recipe.schema import Positive
 from llmrec.types import Request
 

@@ -22,8 +22,7 @@ from llmrec.baselines.neural import (
     weights_of,
 )
 from llmrec.errors import require
-from llmrec.models.text_encoder import find_encoder
-from llmrec.models.tuned_encoder import TunedEncoder
+from llmrec.models.text_encoder import TunedEncoder, find_encoder
 from llmrec.recipe.schema import Positive, Width
 from llmrec.results import Reads
 from llmrec.types import Case, Request

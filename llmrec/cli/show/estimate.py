@@ -16,7 +16,7 @@ from llmrec.models import bottleneck
 from llmrec.models.load import device, dtype, load_config
 from llmrec.models.memory import free_bytes
 from llmrec.models.soft_prompt import METHODS
-from llmrec.models.tables import named_tables
+from llmrec.models.tensors import named_tables
 from llmrec.models.traits import auto_class, is_paired
 from llmrec.pipeline.study import Study
 from llmrec.pipeline.training import plan_training

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from contextlib import closing
 from pathlib import Path
 
-from llmrec.backends.answers import AnswerStore
+from llmrec.backends.cache import AnswerStore
 from llmrec.errors import RecipeError
 from llmrec.pipeline.resume import RUN, locked
 from llmrec.pipeline.run import ANSWERS, Run, Session, Trained, open_session, run

@@ -17,7 +17,7 @@ from llmrec.baselines.parameters import config_of, stops_early, stores_of
 from llmrec.data.split import SplitDataset, halves
 from llmrec.durable import Json
 from llmrec.errors import DataError
-from llmrec.models.embedder import learned_from
+from llmrec.models.text_encoder import learned_from
 from llmrec.pipeline.fusion.retrieving import MOST
 from llmrec.pipeline.study import Study, build_task, draw_sets
 from llmrec.registry import BASELINES, lookup

@@ -13,7 +13,7 @@ from llmrec.baselines.parameters import stops_early
 from llmrec.baselines.retrieve import FUSED
 from llmrec.data.split import SplitDataset, halves, request_of
 from llmrec.errors import DataError, RecipeError
-from llmrec.models.embedder import learned_from
+from llmrec.models.text_encoder import learned_from
 from llmrec.recipe.schema import BaselineSection
 from llmrec.registry import BASELINES, lookup
 from llmrec.strategies.fusion import Fusion, Part

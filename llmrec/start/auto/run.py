@@ -239,7 +239,7 @@ def _encoder() -> str | None:
     """Return the text encoder, where its weights are at hand or can be fetched and there is something to run them."""
     if importlib.util.find_spec("transformers") is None:
         return None
-    from llmrec.models.embedder import text_embedder
+    from llmrec.models.text_encoder import text_embedder
 
     try:
         text_embedder(_ENCODER)

@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from llmrec.errors import DataError, require
-from llmrec.models.embedder import fitting
-from llmrec.models.text_encoder import OpenEncoder, find_encoder, open_encoder, states_of
+from llmrec.models.text_encoder import OpenEncoder, find_encoder, fitting, open_encoder, states_of
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray

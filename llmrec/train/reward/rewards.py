@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from llmrec.decode.token_tree import Catalogue
 from llmrec.recipe.schema import RewardKind
+from llmrec.tasks.base import pairs_of
 from llmrec.tasks.task import Task
-from llmrec.types import Case, CatalogueScorer, Ranking
+from llmrec.types import Case, CatalogueScorer, Event, Example, Ranking, Segment
 
 
 @dataclass(frozen=True)
@@ -113,3 +114,25 @@ def closing_of(catalogue: Catalogue) -> int:
     """
     paths = [catalogue.path(place) for place in range(len(catalogue))]
     return int(min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1)
+
+
+# ----------------------------------------------------------------------------
+# Training events as questions, asked as evaluation asks: the prompt of a request, and its answer as the target.
+
+
+def question(task: Task, case: Case, template: str) -> Example:
+    """Return a question with its answer as a row, whose target tokens are the answer's path in the catalogue."""
+    request, truth = case.request, str(case.truth)
+    prompt = task.prompt(request, template=template)
+    (text,) = task.continuations(replace(request, candidates=(truth,)), template=template)
+    stop = (Segment("target", prompt.stop),) if prompt.stop else ()
+    return Example(
+        id=request.id,
+        user_id=request.user_id,
+        task=task.family,
+        template=f"{task.family}/{template}",
+        messages=prompt.messages,
+        answer=(*prompt.answer_prefix, Segment("target", text), *stop),
+        ends_turn=prompt.stop is None,
+        pairs=pairs_of(request.user_id, (*request.history, Event(item_id=truth))),
+    )

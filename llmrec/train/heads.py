@@ -1,0 +1,290 @@
+"""Trains a rating head with what else is trainable of a model, through the trainer of token rows."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from llmrec.backends.encode import Encoder
+from llmrec.errors import ModelError, require
+from llmrec.models import bottleneck, soft_prompt
+from llmrec.models.exits import check as check_exits
+from llmrec.models.load import device, dtype, load_model
+from llmrec.models.rating_head import WEIGHTS, HeadShape, RatingHead, new_head, standardise
+from llmrec.models.soft_prompt import SoftPrompt
+from llmrec.models.traits import is_paired, plain_head
+from llmrec.recipe.schema import ModelSection, TeacherSection, TrainSection
+from llmrec.tasks.rating import Scale
+from llmrec.train.batches import padded
+from llmrec.train.loss import ExitLoss, ItemLoss, StateLoss, TaughtLoss, label_loss
+from llmrec.train.steps import Step
+
+_NAME = "rating_head"
+# States whose mean and deviation stand for all.
+_MEASURED = 512
+
+
+def attach(model: Any, scale: Scale, *, alpha: float, counts: Sequence[int], frozen: bool) -> RatingHead:
+    """Put a new head on a model, so that it is trained with what else is trainable.
+
+    Args:
+        model: From `llmrec.train.lora.load_trainable`.
+        scale: The rating scale.
+        alpha: Weight of the cross-entropy.
+        counts: How often each value of the scale is a target in training.
+        frozen: Train nothing but the head.
+    """
+    width = model.config.get_text_config().hidden_size
+    head = new_head(HeadShape(values=scale.values, alpha=alpha, width=width), counts)
+    if frozen:
+        for parameter in model.parameters():
+            parameter.requires_grad_(False)
+    setattr(model, _NAME, head.to(model.device).linear)
+    return head
+
+
+def measure(head: RatingHead, model: Any, steps: Sequence[Step], pad: int) -> None:
+    """Standardise a head's states by what they are before training, in the first planned steps.
+
+    Args:
+        head: The head.
+        model: The model that it is on.
+        steps: Planned steps, whose labels are classes.
+        pad: Any token id.
+    """
+    found: list[Any] = []
+
+    def keep(states: Any, classes: Any) -> Any:
+        found.append(states.float())
+        return states.new_zeros(())
+
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        for step in steps:
+            ids, labels = (torch.tensor(each, device=model.device) for each in padded(step.rows, pad))
+            label_loss(model, ids, labels, keep)
+            if sum(map(len, found)) >= _MEASURED:
+                break
+    model.train(was_training)
+    standardise(head, torch.cat(found))
+
+
+def detach(model: Any) -> None:
+    """Take a head off a model again, before its own weights are saved."""
+    delattr(model, _NAME)
+
+
+@dataclass(frozen=True, slots=True)
+class HeadLoss:
+    """The loss of a head: ``alpha * CE + (1 - alpha) * MSE`` over the scale.
+
+    The squared error is that of the expectation over classes, so that one number is trained and one is answered; a
+    head of one unit has no classes and the squared error of its number.
+    """
+
+    head: RatingHead
+
+    def __call__(self, states: Any, classes: Any) -> Any:
+        """Return the summed loss.
+
+        Args:
+            states: Hidden states before the ratings, shape (n, width).
+            classes: Places of the true ratings on the scale, shape (n,).
+        """
+        outputs, alpha = self.head.outputs(states), self.head.shape.alpha
+        total = outputs.new_zeros(())
+        if alpha > 0:
+            total = total + alpha * torch.nn.functional.cross_entropy(outputs, classes, reduction="sum")
+        if alpha < 1:
+            truth = outputs.new_tensor(self.head.shape.values)[classes]
+            total = total + (1 - alpha) * (self.head.expectation(outputs) - truth).square().sum()
+        return total
+
+
+def restore(head: RatingHead, checkpoint: Path) -> None:
+    """Go on with the head that a checkpoint holds."""
+    weights: Mapping[str, Any] = load_file(checkpoint / WEIGHTS)
+    head.linear.load_state_dict(weights)
+
+
+# ----------------------------------------------------------------------------
+# Soft prompts, option tuning and option-adapter tuning (M6-Rec, Cui et al., arXiv 2205.08084, as in its section
+# 3).
+#
+# ``prompt`` trains soft prompts with the language model's own loss. ``option`` trains them with a softmax over
+# the labels alone, and the last C of them are the class vectors of the C labels too: logit_c = h . p_c. One
+# tensor holds both, so it gets the gradient of either use. ``option-adapter`` also trains a bottleneck adapter in
+# every layer.
+
+
+log = logging.getLogger(__name__)
+
+LARGEST = 0.015
+"""The share of all weights that may be trained; M6-Rec trains about 1 %."""
+
+
+@dataclass(frozen=True, slots=True)
+class OptionLoss:
+    """The cross-entropy over labels, whose class vectors are the last soft prompts.
+
+    Attributes:
+        rows: All soft prompts, a trainable tensor of shape (count, width).
+        labels: How many labels there are.
+    """
+
+    rows: Any
+    labels: int
+
+    def __call__(self, states: Any, classes: Any) -> Any:
+        """Return the summed loss of states, shape (n, width), and their labels' numbers, shape (n,)."""
+        with torch.autocast(states.device.type, enabled=False):
+            logits = states.float() @ self.rows[-self.labels :].float().T
+            return torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
+
+
+def soft_encoder(encoder: Encoder, train: TrainSection) -> Encoder:
+    """Return what encodes prompts and rows with soft prompts before them."""
+    return Encoder(soft_prompt.softened(encoder.tokenizer, train.soft.prompts), max_length=encoder.max_length)
+
+
+def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: Encoder, prompt: SoftPrompt) -> Any:
+    """Load a base model with soft prompts that are trainable, and adapters where the method has them.
+
+    Args:
+        folder: The base model.
+        model: How to load it.
+        train: What is trained.
+        encoder: From `soft_encoder`.
+        prompt: How many there are, and the labels.
+    """
+    base = load_model(folder, model)
+    if train.gradient_checkpointing:
+        base.enable_input_require_grads()
+    ids = _ids(encoder, prompt)
+    soft_prompt.put_on(base, prompt, ids)
+    for parameter in base.parameters():
+        parameter.requires_grad_(False)
+    peft = require("peft", "train")
+    # Beside a base of another size PEFT would save whole embeddings, and not the rows alone that are trained.
+    base.name_or_path = ""
+    tuned = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=ids))
+    if train.method == "option-adapter":
+        bottleneck.attach(tuned, train.soft.rank, seed=prompt.seed)
+    tuned.llmrec_float32 = dtype(model) == torch.float32
+    share = sum(p.numel() for p in tuned.parameters() if p.requires_grad) / sum(p.numel() for p in tuned.parameters())
+    if share > LARGEST:
+        log.warning(
+            "training: %.1f %% of all weights are trained, more than the %.1f %% that make %s a small addition; lower "
+            "train.soft.rank or train.soft.prompts",
+            100 * share,
+            100 * LARGEST,
+            train.method,
+        )
+    return tuned
+
+
+def rows_of(model: Any) -> Any:
+    """Return the soft prompts of a model that is trained, shape (count, width)."""
+    return model.get_input_embeddings().trainable_tokens_delta["default"]
+
+
+def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
+    """Return base and adapter as one plain model in float32, with bottleneck adapters where there are any.
+
+    Args:
+        folder: The base model.
+        model: How to load it.
+        adapter: What training left.
+        prompt: What lies there of soft prompts.
+    """
+    peft, base = require("peft", "train"), load_model(folder, model, dtype=torch.float32)
+    ids = list(peft.PeftConfig.from_pretrained(str(adapter)).token_indices)
+    soft_prompt.put_on(base, prompt, ids)
+    merged = peft.PeftModel.from_pretrained(base, adapter).merge_and_unload()
+    soft_prompt.set_labels(merged, prompt, ids)
+    bottleneck.load(merged, adapter)
+    return merged
+
+
+def _ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
+    ids: Sequence[int] = encoder.tokenizer.convert_tokens_to_ids(soft_prompt.names(prompt.count))
+    return [int(each) for each in ids]
+
+
+# ----------------------------------------------------------------------------
+# Which loss stands behind a model's states: a head's, that of tied labels, one at every depth, or a teacher's.
+
+
+def state_loss(
+    model: Any,
+    section: TrainSection,
+    head: RatingHead | None,
+    soft: SoftPrompt | None,
+    taught: TaughtLoss | None,
+    items: Sequence[int] = (),
+) -> StateLoss | None:
+    """Return what stands in for the language-model head's loss; None: nothing does.
+
+    Args:
+        model: What is trained.
+        section: The recipe's ``train`` section.
+        head: A rating head on the model.
+        soft: Its soft prompts.
+        taught: A teacher beside it.
+        items: Ids of the item tokens.
+
+    Raises:
+        ModelError: If ``train.exits`` is set and answers cannot leave the model early.
+    """
+    by: StateLoss | None = taught if head is None else HeadLoss(head)
+    if soft is not None and soft.tied:
+        by = OptionLoss(rows_of(model), len(soft.labels))
+    if section.softmax == "items" and by is None:
+        by = ItemLoss(tuple(sorted(items)))
+    if section.exits:
+        check_exits(model.get_base_model() if hasattr(model, "get_base_model") else model, "train.exits")
+        by = ExitLoss(by, section.distill)
+    return by
+
+
+def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> TaughtLoss:
+    """Load a teacher as the loss of its pupil.
+
+    Args:
+        folder: The teacher's merged model, whose tokenizer is that of the pupil.
+        model: The recipe's section, for device and dtype.
+        section: How it teaches.
+        vocabulary: Tokens that the pupil's head has.
+
+    Raises:
+        ModelError: If it is an encoder-decoder, its head is more than one matrix product, or it has other tokens.
+    """
+    teacher = load_model(folder, model).to(device(model)).eval().requires_grad_(False)
+    if is_paired(teacher.config) or not plain_head(teacher.config, teacher.get_output_embeddings()):
+        raise ModelError(
+            f"train.teacher: a {teacher.config.model_type} has no plain head over the states of a decoder; name a run "
+            "of another model",
+            kind="unsupported",
+            column="train.teacher",
+        )
+    if (size := len(teacher.get_output_embeddings().weight)) != vocabulary:
+        raise ModelError(
+            f"train.teacher: the head of {folder} has {size} rows, and that of the model to be trained {vocabulary}; "
+            "heads of one tokenizer may be padded otherwise, so take a teacher whose head is as long",
+            kind="mismatch",
+            column="train.teacher",
+        )
+    return TaughtLoss(teacher, section.share, section.relations)
+
+
+def tokens_of(model: Any) -> int:
+    """Return how many tokens the head of a model that is trained knows."""
+    head = model.get_output_embeddings()
+    return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)
