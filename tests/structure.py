@@ -17,7 +17,6 @@ from pathlib import Path
 from llmrec.registry import TASKS
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "llmrec"
 
 ABOVE = {
     *("answer", "bench", "chat", "cli", "cluster", "exports", "pipeline", "report", "serve", "start", "systems"),
@@ -26,13 +25,13 @@ ABOVE = {
 """Where nobody compares names of families or types of their sections: what differs is asked of `Family` and `Task`."""
 
 
-def modules() -> dict[str, Path]:
-    """Return the package's modules by dotted name."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        name = ".".join(path.relative_to(ROOT).with_suffix("").parts)
-        found[name.removesuffix(".__init__")] = path
-    return found
+def modules(root: Path = ROOT) -> dict[str, Path]:
+    """Return the modules of a checkout's package by dotted name."""
+    known = {}
+    for path in sorted((root / "llmrec").rglob("*.py")):
+        name = ".".join(path.relative_to(root).with_suffix("").parts)
+        known[name.removesuffix(".__init__")] = path
+    return known
 
 
 def imported(tree: ast.AST, known: dict[str, Path]) -> Iterator[tuple[str, int]]:
@@ -73,6 +72,17 @@ def circles(graph: dict[str, set[str]]) -> list[list[str]]:
         if name not in index:
             visit(name)
     return found
+
+
+def folder_graph(graph: dict[str, set[str]], known: dict[str, Path]) -> dict[str, set[str]]:
+    """Return which folders of the package import which: a subfolder's modules are not those of its parent."""
+    folder = {name: name if path.name == "__init__.py" else name.rpartition(".")[0] for name, path in known.items()}
+    # The top of the package holds modules that every folder uses and those that compose folders.
+    folders = sorted(set(folder.values()) - {"llmrec"})
+    return {
+        each: {folder[other] for name in known if folder[name] == each for other in graph[name]} - {each, "llmrec"}
+        for each in folders
+    }
 
 
 def _words(node: ast.expr) -> set[str]:
