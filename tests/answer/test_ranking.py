@@ -16,7 +16,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.answer import recommender
@@ -257,7 +257,6 @@ def test_the_given_order_of_candidates_cannot_show(
 
 
 @given(st.permutations(list(TITLES.values())[:6]), st.sampled_from([CONTINUE, LABEL]))
-@settings(max_examples=40, deadline=None)
 def test_ties_and_favoured_labels_follow_the_seed(
     tools: tuple[bundle.Bundle, HFBackend, Encoder], pool: list[str], way: Asking
 ) -> None:

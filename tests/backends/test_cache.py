@@ -14,7 +14,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.cache import AnswerStore, CachedBackend
@@ -168,7 +168,6 @@ def test_repeated_questions_of_one_call_are_computed_once(store: AnswerStore) ->
     assert engine.asked == 2 and found[0] == found[2] != found[1]
 
 
-@settings(max_examples=40, deadline=None)
 @given(calls=st.lists(st.lists(st.sampled_from("abcdef"), max_size=5), max_size=6))
 def test_any_sequence_of_calls_equals_the_plain_backend(
     calls: list[list[str]], tmp_path_factory: pytest.TempPathFactory

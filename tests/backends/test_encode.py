@@ -49,7 +49,7 @@ def test_data_never_becomes_a_control_token(encoder: Encoder, payload: str) -> N
     assert not set(encoder.piece(payload)) & control
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.sampled_from(["<|", "|>", "im_end", "im_start", "<", ">", "|", " ", "a", "\u200b"]), max_size=12))
 def test_no_mixture_of_fragments_forges_one(encoder: Encoder, parts: list[str]) -> None:
     control = set(encoder.tokenizer.convert_tokens_to_ids(list(encoder.control)))

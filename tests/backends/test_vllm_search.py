@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
@@ -83,7 +83,6 @@ class PlainEngine:
 
 
 @given(PATHS, PROMPTS, st.integers(1, 6), st.integers(1, 4), st.booleans(), st.sets(st.integers(0, 39), max_size=5))
-@settings(max_examples=150)
 def test_answers_are_those_of_a_plain_engine(
     paths: list[tuple[int, ...]],
     prompts: list[list[int]],

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.baselines import neural
@@ -134,7 +134,6 @@ def test_only_the_last_items_are_seen(made: Any) -> None:
 # ------------------------------------------------------------------ batches
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     lengths=st.lists(st.integers(0, 23), min_size=1, max_size=12), longest=st.integers(1, 7), size=st.integers(1, 30)
 )

@@ -186,7 +186,6 @@ _SEQUENCES = st.dictionaries(
 )
 
 
-@settings(deadline=None, max_examples=60)
 @given(sequences=_SEQUENCES, history=st.text("abcdefz", max_size=10), window=st.integers(1, 6), decay=st.floats(0.1, 1))
 def test_knn_equals_dense_cosines(sequences: dict[str, list[str]], history: str, window: int, decay: float) -> None:
     model = ItemKNN(ItemKNN.Config(history=window, decay=decay))
@@ -206,7 +205,6 @@ def _matrix(sequences: dict[str, list[str]], catalogue: str) -> np.ndarray:
     return np.array([[float(item in items) for item in catalogue] for _, items in sorted(sequences.items())])
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     sequences=_SEQUENCES,
     history=st.text("abcdefz", max_size=10),
@@ -283,7 +281,6 @@ def test_walks_of_three_steps_by_hand() -> None:
     assert _scores(_ask(less, "a", "bcdz")) == pytest.approx({i: s / popular[i] for i, s in expected.items()}, abs=1e-6)
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     sequences=_SEQUENCES,
     history=st.text("abcdefz", max_size=10),
@@ -347,7 +344,6 @@ def test_popularity_fills_ties() -> None:
     assert _ask(model, "c", "dabz").items == ("a", "d", "b", "z")
 
 
-@settings(deadline=None, max_examples=60)
 @given(sequences=_SEQUENCES, history=st.text("abcdefz", max_size=10), order=st.integers(1, 6), decay=st.floats(0.1, 1))
 def test_markov_equals_counting_one_by_one(
     sequences: dict[str, list[str]], history: str, order: int, decay: float
@@ -387,7 +383,6 @@ def test_the_first_order_chain_is_markov_with_one_vote() -> None:
     assert np.array_equal(one.scores(requests), other.scores(requests))
 
 
-@settings(deadline=None, max_examples=60)
 @given(
     sequences=_SEQUENCES,
     history=st.text("abcdefz", max_size=10),
@@ -450,7 +445,7 @@ _COUNTING: dict[str, Any] = {
 
 
 @pytest.mark.parametrize("name", _COUNTING)
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     sequences=_SEQUENCES,
     history=st.text("abcdef", min_size=1, max_size=6),
@@ -473,7 +468,6 @@ def test_however_popular_no_item_passes_one_that_was_seen_to_follow(
         assert np.sign(scores[one] - scores[other]) == np.sign(popular[one] - popular[other])
 
 
-@settings(deadline=None)
 @given(
     least=st.floats(1e-30, 1e8),
     more=st.floats(1.0, 1e6),

@@ -466,7 +466,7 @@ names = st.one_of(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.builds(
         Columns,
@@ -505,7 +505,7 @@ def test_reasons_cannot_write_yaml() -> None:
     assert values["data"]["noun"] == "a\nb: c"
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1))
 def test_init_writes_a_recipe_that_check_takes_or_says_one_thing(folder: Path, seed: int) -> None:
     """On tables of all sorts: no traceback, one paragraph, and no recipe that does not load."""
@@ -552,7 +552,7 @@ def _ratings(dice: random.Random) -> list[Callable[[int], float]]:
     ]
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.booleans())
 def test_a_recipe_of_init_passes_its_own_check(folder: Path, seed: int, kind: int, named: bool) -> None:
     """On tables without a fault, of which a core filter drops rows with the lowest and the highest ratings.

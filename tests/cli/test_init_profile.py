@@ -14,7 +14,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.read.columns import NONE
@@ -144,7 +144,6 @@ def test_times(cells: list[str], form: str, first: str | None) -> None:
     assert (read.form, read.values[0]) == (form, first)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.sampled_from(["4", "4,5", "x", "", "1.5", "1,234", "nan", "2024-01-05", "05.01.2024"]), min_size=1))
 def test_a_readable_form_is_what_the_data_layer_reads(cells: list[str]) -> None:
     """Where a form is readable and every cell has a value, the column's own reader takes it, and the same values."""

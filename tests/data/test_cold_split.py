@@ -51,7 +51,7 @@ def pairs(frame: pl.DataFrame) -> set[tuple[str, str]]:
     return set(frame.select("user_id", "item_id").iter_rows())
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seeds, st.booleans(), st.booleans())
 def test_nothing_of_a_cold_item_is_learned_from_shown_or_counted(seed: int, repeats: bool, timed: bool) -> None:
     rows = many(seed, repeats=repeats)
@@ -71,7 +71,7 @@ def test_nothing_of_a_cold_item_is_learned_from_shown_or_counted(seed: int, repe
     assert data.cold <= set(data.dataset.items)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(seeds, st.booleans())
 def test_each_user_is_asked_about_a_cold_and_a_warm_item_after_all_that_stays(seed: int, repeats: bool) -> None:
     data = drawn(many(seed, repeats=repeats), seed)
@@ -88,7 +88,7 @@ def test_each_user_is_asked_about_a_cold_and_a_warm_item_after_all_that_stays(se
     assert of["valid"] and of["test"] and not of["valid"] & of["test"]
 
 
-@settings(max_examples=6, deadline=None)
+@settings(max_examples=6)
 @given(seeds)
 def test_the_seed_decides_and_the_order_of_rows_and_other_items_do_not(seed: int) -> None:
     rows = many(seed)

@@ -8,7 +8,7 @@ import polars as pl
 import pyarrow.parquet as pq
 import pytest
 from data_cases import Row, dataset, random_rows, seeds, shuffled
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.candidates import CandidateSets, _Numbers, _sets, draw
@@ -32,7 +32,6 @@ def many(users: int, items: int = 30) -> SplitDataset:
     return cut(rows)
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(2, 7), st.sampled_from(["uniform", "popularity"]), st.sampled_from(["valid", "test"]))
 def test_the_target_once_and_no_touched_negative(seed: int, count: int, kind: str, name: str) -> None:
     rows = random_rows(seed, items=20)
@@ -52,7 +51,6 @@ def test_the_target_once_and_no_touched_negative(seed: int, count: int, kind: st
         assert set(chosen) <= set(data.dataset.items)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds)
 def test_validation_sets_do_not_depend_on_what_is_tested(seed: int) -> None:
     data = cut(random_rows(seed, items=20), seed)
@@ -63,7 +61,6 @@ def test_validation_sets_do_not_depend_on_what_is_tested(seed: int) -> None:
     assert draw(other, "valid", section, seed=seed).sets == sets
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds, st.sampled_from(["uniform", "popularity"]))
 def test_sets_do_not_depend_on_the_order_of_rows(seed: int, kind: str) -> None:
     rows = random_rows(seed, items=20)
@@ -199,7 +196,6 @@ def test_numbers_are_splitmix64() -> None:
     assert drawn == [number % 2**63 for number in published]
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds, st.integers(1, 6), st.sampled_from(["uniform", "popularity"]), st.sampled_from(["valid", "test"]))
 def test_sets_of_some_users_are_those_that_are_drawn_for_all(seed: int, count: int, kind: str, name: str) -> None:
     data = cut(random_rows(seed, items=20), seed)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import polars as pl
 import pytest
 from data_cases import dataset, random_rows, seeds, shuffled
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import SCHEMA, Dataset, apply, core
@@ -13,7 +13,6 @@ from llmrec.types import Item
 from tests.facts import Facts, raises
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, st.integers(1, 5), st.integers(1, 5))
 def test_core_has_the_property_and_is_the_largest(seed: int, user_core: int, item_core: int) -> None:
     rows = dataset(random_rows(seed)).interactions

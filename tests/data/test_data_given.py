@@ -7,7 +7,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.sets.parts import SPELLED
@@ -83,7 +83,6 @@ def test_a_column_and_files_give_the_same_data(tmp_path: Path) -> None:
     assert cut(one(tmp_path, ROWS)).fingerprint == cut(several(tmp_path, ROWS)).fingerprint
 
 
-@settings(max_examples=30)
 @given(st.permutations(ROWS), st.integers(0, 99))
 def test_neither_the_order_of_rows_nor_the_seed_moves_a_given_split(
     tmp_path_factory: pytest.TempPathFactory, rows: list[Row], seed: int

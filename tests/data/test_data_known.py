@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
@@ -597,7 +597,6 @@ def as_csv(row: dict[str, str]) -> str:
     return ",".join('"' + value.replace('"', '""') + '"' for value in (row["a"], row["b"]))
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.fixed_dictionaries({"a": cells, "b": cells}), min_size=1, max_size=8),
     st.sampled_from(["json", "dicts", "python", "csv"]),

@@ -17,7 +17,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.assemble import digest_items, read_items
@@ -178,7 +178,6 @@ values = st.recursive(
 
 
 @given(st.fixed_dictionaries({}, optional=dict.fromkeys(("id", "user_id", "history", "candidates", "profile"), values)))
-@settings(max_examples=300, deadline=None)
 def test_any_json_object_is_a_request_or_a_refusal(record: dict[str, Any]) -> None:
     for items in (ITEMS, None):
         try:
@@ -286,7 +285,6 @@ def test_a_stray_quote_spoils_its_own_row_only(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.lists(st.text(st.sampled_from('ab|"\n,\r[]{} ü'), max_size=6), min_size=2, max_size=2), max_size=8))
-@settings(max_examples=100, deadline=None)
 def test_what_a_csv_writer_writes_is_read_back(
     tmp_path_factory: pytest.TempPathFactory, cells: list[list[str]]
 ) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from data_cases import dataset, random_rows, seeds
-from hypothesis import given, settings
+from hypothesis import given
 
 from llmrec.data.dataset import Dataset, GivenSplit
 from llmrec.data.read import pieces
@@ -309,7 +309,6 @@ def test_samples_that_are_not_there(tmp_path: Path) -> None:
 # --------------------------------------------------------------------------- the split that a source gives
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds)
 def test_a_given_split_holds_out_what_it_says_and_nothing_else(seed: int) -> None:
     dice = random.Random(seed)

@@ -5,7 +5,7 @@ from collections import Counter
 import polars as pl
 import pytest
 from data_cases import Row, dataset, random_rows, seeds, shuffled
-from hypothesis import given, reject, settings
+from hypothesis import given, reject
 from hypothesis import strategies as st
 
 from llmrec.data.hashing import hash_one
@@ -42,7 +42,6 @@ def pairs(frame: pl.DataFrame) -> list[tuple[str, str]]:
 # --------------------------------------------------------------------------- properties of every kind
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, kinds, st.booleans(), st.booleans())
 def test_parts_are_disjoint_and_held_out_pairs_are_nowhere_else(
     seed: int, kind: str, repeats: bool, timed: bool
@@ -59,7 +58,6 @@ def test_parts_are_disjoint_and_held_out_pairs_are_nowhere_else(
         assert len(valid) + len(test) + len(known) + len(train) == len(rows)
 
 
-@settings(max_examples=60, deadline=None)
 @given(seeds, kinds, st.booleans())
 def test_the_order_of_rows_does_not_matter(seed: int, kind: str, repeats: bool) -> None:
     rows = random_rows(seed, repeats=repeats)
@@ -71,7 +69,6 @@ def test_the_order_of_rows_does_not_matter(seed: int, kind: str, repeats: bool) 
     assert one.holdouts("test") == other.holdouts("test")
 
 
-@settings(max_examples=40, deadline=None)
 @given(seeds, kinds)
 def test_history_is_in_time_order_and_older_than_the_truth(seed: int, kind: str) -> None:
     data = cut_where_it_can_be(random_rows(seed), kind, seed)
@@ -130,7 +127,6 @@ def test_repeats_of_a_held_out_pair_are_dropped() -> None:
     assert pairs(data.train) == [("a", "y")]
 
 
-@settings(max_examples=80, deadline=None)
 @given(seeds, st.integers(3, 8))
 def test_ties_fall_by_the_seeded_hash(seed: int, size: int) -> None:
     rows = [("u", f"i{n}", 3.0, 7.0) for n in range(size)]
@@ -192,7 +188,6 @@ def test_last_share_leaves_every_user_something_to_train_on(valid: float, test: 
         assert len(parts[name]) <= max(1, size * share + 1e-6)
 
 
-@settings(max_examples=40, deadline=None)
 @given(seeds, st.booleans())
 def test_a_history_ends_before_the_first_event_of_its_part(seed: int, repeats: bool) -> None:
     data = cut(random_rows(seed, repeats=repeats), "last_share", seed, valid=0.3, test=0.3)
@@ -224,7 +219,6 @@ def test_global_time_by_hand_with_cold_ones_counted() -> None:
     assert (figures["cold_users_valid"], figures["cold_items_valid"]) == (0, 2)
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds)
 def test_global_time_has_one_border(seed: int) -> None:
     data = cut(random_rows(seed), "global_time", seed)
@@ -237,7 +231,6 @@ def test_global_time_has_one_border(seed: int) -> None:
     assert ends == sorted(ends)  # type: ignore[type-var]
 
 
-@settings(max_examples=30, deadline=None)
 @given(seeds)
 def test_disjoint_users_are_never_trained_on(seed: int) -> None:
     data = cut(random_rows(seed, users=20), "user_disjoint", seed)

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from data_cases import section
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
@@ -123,14 +123,12 @@ def test_another_separator_is_found(tmp_path: Path, separator: str) -> None:
 field = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(field, field, field), min_size=1, max_size=5))
 def test_quoted_fields_come_back_as_they_were(rows: list[tuple[str, str, str]]) -> None:
     frame = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "c": pl.String}, orient="row")
     assert delimited("x", frame.write_csv(quote_style="always").encode(), separator=",").frame.equals(frame)
 
 
-@settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(*[st.text("ab é映;", max_size=4)] * 3), min_size=1, max_size=5))
 def test_the_fast_reader_agrees_with_the_careful_one(rows: list[tuple[str, str, str]]) -> None:
     plain = "\n".join(["h,i,j", *[",".join(row) for row in rows]]) + "\n"

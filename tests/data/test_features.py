@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data import features as module
@@ -179,7 +179,6 @@ def test_features_that_do_not_go_together_are_refused(change: dict[str, object],
     assert caught.value.kind == kind
 
 
-@settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1), unique=True)
 )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.hashing import hash_one
@@ -113,7 +113,6 @@ def reference(
 PROMPTS = [(1, 2, 3), (4,), (5, 5)]
 
 
-@settings(max_examples=150)
 @given(paths=PATHS, seed=SEEDS, width=st.integers(1, 8), barred=st.sets(st.integers(0, 39)))
 def test_it_equals_a_plain_beam_of_the_same_pruning(
     paths: list[tuple[int, ...]], seed: int, width: int, barred: set[int]
@@ -127,7 +126,6 @@ def test_it_equals_a_plain_beam_of_the_same_pruning(
         assert result.scores == pytest.approx([value for value, _ in wanted])
 
 
-@settings(max_examples=150)
 @given(paths=PATHS, seed=SEEDS, k=st.integers(1, 6), width=st.integers(1, 6), barred=st.sets(st.integers(0, 39)))
 def test_a_certified_result_is_the_best_there_is(
     paths: list[tuple[int, ...]], seed: int, k: int, width: int, barred: set[int]
@@ -146,7 +144,6 @@ def test_a_certified_result_is_the_best_there_is(
         assert found.certified or not exact
 
 
-@settings(max_examples=50)
 @given(paths=PATHS, seed=SEEDS)
 def test_width_over_the_widest_level_finds_the_best(paths: list[tuple[int, ...]], seed: int) -> None:
     tree = Catalogue.of(paths)
@@ -156,7 +153,6 @@ def test_width_over_the_widest_level_finds_the_best(paths: list[tuple[int, ...]]
     assert found.certified and list(found.items) == everything(seed, (3,), paths)[:5]
 
 
-@settings(max_examples=100)
 @given(paths=PATHS, seed=SEEDS, width=st.integers(1, 8))
 def test_work_is_counted_in_branches(paths: list[tuple[int, ...]], seed: int, width: int) -> None:
     """The prompt is read once, every token of the tree at most once, and forced tokens cost no forward of their own."""
@@ -268,7 +264,6 @@ def test_an_exact_search_ends_at_the_widest(monkeypatch: pytest.MonkeyPatch) -> 
     assert {found.width for found in results if not found.certified} == {4}
 
 
-@settings(max_examples=50)
 @given(paths=PATHS, seed=SEEDS, exact=st.booleans())
 def test_tokens_are_told_by_request_whoever_else_is_searched(
     paths: list[tuple[int, ...]], seed: int, exact: bool

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
@@ -173,7 +173,6 @@ def test_a_wide_search_finds_the_best_there_is(kind: type, name: str, request: p
         assert_best(found, everything(model, prompt, FULL), 10)
 
 
-@settings(max_examples=50)
 @given(paths=PATHS, prompts=PROMPTS, k=st.integers(1, 6))
 @pytest.mark.parametrize("kind", [MaskedTree, PlainTree])
 def test_it_does_so_for_any_paths_and_prompts(
@@ -184,7 +183,6 @@ def test_it_does_so_for_any_paths_and_prompts(
         assert_best(found, everything(untied, prompt, paths), k)
 
 
-@settings(max_examples=50)
 @given(paths=PATHS, prompts=PROMPTS, width=st.integers(1, 6))
 def test_both_engines_search_alike(
     untied: Any, paths: list[tuple[int, ...]], prompts: list[list[int]], width: int

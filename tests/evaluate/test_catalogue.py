@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.stats import mannwhitneyu
@@ -87,7 +87,6 @@ def test_a_target_outside_the_catalogue_is_a_miss() -> None:
 _SCORES = st.lists(st.lists(st.integers(-2, 2), min_size=7, max_size=7), min_size=1, max_size=9)
 
 
-@settings(deadline=None, max_examples=60)
 @given(table=_SCORES, data=st.data(), batch=st.sampled_from([None, 1, 2, 5]), narrow=st.booleans())
 def test_a_slow_loop_gives_the_same(
     table: list[list[int]], data: st.DataObject, batch: int | None, narrow: bool

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
@@ -111,7 +111,6 @@ def test_held_out_rows_do_not_move_a_case() -> None:
     assert {name: each.tolist() for name, each in before.items()} == {n: each.tolist() for n, each in after.items()}
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.tuples(st.sampled_from(["u0", "u1", "u2"]), st.sampled_from("abcde"), st.integers(0, 8))),
     edges=st.sets(st.integers(1, 9), max_size=4).map(sorted),

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy import sparse
 from scipy.sparse.linalg import ArpackNoConvergence
@@ -326,7 +326,6 @@ def test_new_items_with_tokens_of_their_own_have_room_without_end() -> None:
     depth=st.integers(1, 8),
     item_token=st.booleans(),
 )
-@settings(max_examples=150, deadline=None)
 def test_any_table_gives_proper_codes(
     histories: dict[str, list[str]], clusters: int, leaf: int, depth: int, item_token: bool
 ) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from catalogues import embed, made, other_held_out
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.errors import DataError, ErrorKind
@@ -202,7 +202,6 @@ def test_a_stored_index_is_json_and_safetensors_only(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "index" / "index.json").read_text())["codes"] == {"i": ["<item_0>"]}
 
 
-@settings(max_examples=60)
 @given(
     titles=st.lists(
         st.one_of(st.sampled_from(["Alien", "alien!", "Alien (2)", "", "<a_1>", "\u202e"]), st.text(max_size=12)),

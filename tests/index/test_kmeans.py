@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from scipy.optimize import linear_sum_assignment
@@ -186,7 +186,6 @@ def test_bids_that_rounding_made_negative_or_lost_still_end(bid: float) -> None:
     assert np.bincount(codes).tolist() == [2, 2, 2]
 
 
-@settings(max_examples=100)
 @given(data=st.data(), n=st.integers(1, 12), k=st.integers(1, 5), values=st.integers(0, 4))
 def test_any_costs_are_assigned_within_the_bound(data: st.DataObject, n: int, k: int, values: int) -> None:
     cells = data.draw(st.lists(st.integers(0, values), min_size=n * k, max_size=n * k))
@@ -198,7 +197,6 @@ def test_any_costs_are_assigned_within_the_bound(data: st.DataObject, n: int, k:
     assert costs[np.arange(n), codes].sum() <= least(costs, most) + n * 0.3 * max(1, values)
 
 
-@settings(max_examples=60)
 @given(
     data=st.data(),
     n=st.integers(1, 25),

@@ -6,7 +6,7 @@ from typing import Any
 
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
@@ -60,7 +60,6 @@ def test_data_never_becomes_an_item_token(text: str, encoder: Encoder) -> None:
         assert not ids_of(encoder) & set(found), (first, text)
 
 
-@settings(max_examples=200)
 @given(
     st.lists(
         st.sampled_from([*SPELT, "<", ">", "_", "a", "1", "item", "user", " ", "\u0301", "\u200b", "｜"]), max_size=8

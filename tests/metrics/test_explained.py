@@ -10,7 +10,7 @@ from itertools import combinations
 import numpy as np
 import polars as pl
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset, Review
@@ -187,7 +187,6 @@ def test_likeness_by_hand() -> None:
 _TEXT = st.lists(st.sampled_from("abcdefg"), max_size=14).map(" ".join)
 
 
-@settings(max_examples=300)
 @given(
     training=st.lists(_TEXT, max_size=12),
     texts=st.lists(_TEXT, max_size=6),

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.metrics import beyond
@@ -106,7 +106,6 @@ _LISTS = st.integers(1, 5).flatmap(
 )
 
 
-@settings(deadline=None)
 @given(lists=_LISTS, seed=st.integers(0, 99), gone=st.booleans())
 def test_slow_loops_give_the_same(lists: list[list[int]], seed: int, gone: bool) -> None:
     rng = np.random.default_rng(seed)

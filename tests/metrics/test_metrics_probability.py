@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.metrics.probability import Bin, auc, auc_statistic, calibration_error, gauc, log_loss, reliability
@@ -143,7 +143,6 @@ def test_reliability_by_hand_and_as_what_the_error_sums() -> None:
 # ------------------------------------------------------------------ resampling and errors
 
 
-@settings(deadline=None, max_examples=30)
 @given(seed=st.integers(0, 99))
 def test_the_statistic_is_auc_on_every_resample(seed: int) -> None:
     rng = np.random.default_rng(seed)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -180,7 +180,6 @@ def test_moving_the_target_up_never_lowers_a_metric(scores: list[int], lift: flo
         assert _one(metric, high, k) >= _one(metric, low, k) - 1e-12
 
 
-@settings(deadline=None, max_examples=500)
 @given(scores=st.lists(st.integers(0, 3), min_size=1, max_size=6), k=st.integers(1, 7))
 def test_the_expectation_equals_all_orders_of_the_tied_blocks(scores: list[int], k: int) -> None:
     place = standing(_ranking({f"i{n}": float(score) for n, score in enumerate(scores)}), "i0", len(scores))

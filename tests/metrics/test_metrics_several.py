@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -175,7 +175,6 @@ def _by_hand(order: Sequence[int], gains: dict[int, float], k: int) -> dict[str,
     }
 
 
-@settings(deadline=None, max_examples=300)
 @given(data=st.data(), gains=_GAINS, k=st.integers(1, 7), missing=st.booleans())
 def test_the_expectation_equals_all_orders_of_the_tied_blocks(
     data: st.DataObject, gains: list[float], k: int, missing: bool
@@ -198,7 +197,6 @@ def test_the_expectation_equals_all_orders_of_the_tied_blocks(
     assert multi_target.reciprocal_rank(judged)[0] == pytest.approx(np.mean([one["mrr"] for one in whole]), abs=1e-12)
 
 
-@settings(deadline=None)
 @given(gains=_GAINS, data=st.data())
 def test_auc_equals_counting_pairs(gains: list[float], data: st.DataObject) -> None:
     scores = data.draw(st.lists(st.integers(0, 2), min_size=len(gains), max_size=len(gains)))
@@ -225,7 +223,6 @@ def _random(rng: np.random.Generator, n: int, *, levels: int) -> tuple[Pairs, Pa
 
 
 @given(seed=st.integers(0, 999), levels=st.sampled_from([0, 3]))
-@settings(deadline=None, max_examples=40)
 def test_users_items_and_rows_may_be_renamed_and_reordered(seed: int, levels: int) -> None:
     rng = np.random.default_rng(seed)
     ranked, relevant = _random(rng, 6, levels=levels)
@@ -245,7 +242,6 @@ def test_users_items_and_rows_may_be_renamed_and_reordered(seed: int, levels: in
 
 
 @given(scores=st.lists(st.integers(0, 4), min_size=3, max_size=10), k=st.integers(1, 10), data=st.data())
-@settings(deadline=None)
 def test_swapping_a_relevant_item_upwards_never_lowers_a_metric(scores: list[int], k: int, data: st.DataObject) -> None:
     wanted = {0: 1.0, 1: 1.0}
     other = data.draw(st.integers(2, len(scores) - 1))

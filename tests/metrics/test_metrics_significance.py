@@ -9,7 +9,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from eval.benchmarks.calibration import KINDS, MODELS, calibrate, familywise, keeps, run_like, swapped
@@ -81,7 +81,6 @@ def test_many_users_in_any_order_have_one_p() -> None:
     assert one == other
 
 
-@settings(deadline=None, max_examples=60)
 @given(differences=_DIFFERENCES)
 def test_the_attainable_level_is_the_largest_p_that_can_come_out(differences: list[float]) -> None:
     sums = _sums(differences)
@@ -118,7 +117,6 @@ def test_many_users_have_the_interval_of_the_bootstrap(statistic: Literal["mean"
     assert [flipped.low, flipped.high] == pytest.approx([resampled.low, resampled.high], abs=0.1 * half)
 
 
-@settings(deadline=None, max_examples=60)
 @given(differences=_DIFFERENCES, seed=st.integers(0, 9))
 def test_interval_and_p_agree_about_zero(differences: list[float], seed: int) -> None:
     found = signflip(differences, [0.0] * len(differences), resamples=4000, seed=seed).at()
@@ -152,7 +150,6 @@ def test_requests_of_one_user_are_swapped_together(statistic: Literal["mean", "r
 
 
 @given(pairs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=1, max_size=12))
-@settings(deadline=None)
 def test_swapping_the_arms_turns_the_difference_round(pairs: list[tuple[float, float]]) -> None:
     a, b = np.array(pairs).T
     for statistic in ("mean", "root_mean"):

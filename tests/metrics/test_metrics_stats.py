@@ -6,7 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.metrics.multiple import holm
@@ -68,7 +68,6 @@ def test_a_callable_gives_the_same_interval_as_the_mean_it_computes() -> None:
         assert [direct.value, direct.low, direct.high] == pytest.approx([called.value, called.low, called.high])
 
 
-@settings(deadline=None)
 @given(values=_VALUES, seed=st.integers(0, 9), method=st.sampled_from(["percentile", "bca"]))
 def test_bounds_are_ordered_repeatable_and_inside_the_data(
     values: list[float], seed: int, method: Literal["percentile", "bca"]
@@ -142,7 +141,6 @@ def test_equal_arms_differ_by_nothing() -> None:
         assert paired(values, values, resamples=300, seed=0, statistic=statistic) == Difference(0.0, 0.0, 0.0, 1.0)
 
 
-@settings(deadline=None, max_examples=50)
 @given(pairs=st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), min_size=2, max_size=30), seed=st.integers(0, 9))
 def test_swapping_the_arms_mirrors_the_difference(pairs: list[tuple[float, float]], seed: int) -> None:
     a, b = np.array(pairs).T

@@ -46,7 +46,7 @@ SETTINGS = (
     "tasks.direct.users=null",
     "tasks.explanation.users=null",
 )
-ROWS = 60
+ROWS = 30
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
@@ -65,7 +65,6 @@ def text_of(template: Template, **values: object) -> str:
 
 
 @given(HOSTILE)
-@settings(max_examples=500, deadline=None)
 def test_clean_gives_one_printable_line(text: str) -> None:
     line = clean(text)
     assert len(line) <= TITLE_LIMIT
@@ -160,7 +159,6 @@ def test_a_space_or_a_break_that_completes_another_token_is_seen() -> None:
 
 
 @given(HOSTILE, st.lists(st.sampled_from([*KNOWN, *CONTROL, "< |a|>", "<  s>", "a<", "<a▁b>"]), max_size=8))
-@settings(max_examples=1000, deadline=None)
 def test_neutralise_leaves_no_token_and_is_idempotent(text: str, control: list[str]) -> None:
     broken = neutralise(text, control)
     for token in (*KNOWN, *control):
@@ -171,7 +169,6 @@ def test_neutralise_leaves_no_token_and_is_idempotent(text: str, control: list[s
 
 
 @given(HOSTILE, HOSTILE)
-@settings(max_examples=500, deadline=None)
 def test_neighbours_cannot_complete_a_marker(left: str, right: str) -> None:
     joined = neutralise(left, CONTROL) + neutralise(right, CONTROL)
     for token in ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<｜User｜>"):
@@ -206,7 +203,6 @@ def test_ordinary_titles_stay(title: str) -> None:
 
 
 @given(HOSTILE, HOSTILE)
-@settings(max_examples=500, deadline=None)
 def test_data_stays_data(title: str, other: str) -> None:
     template = chat("Pick:\n{% for c in candidates %}{{ c.label }}. {{ c.title }}\n{% endfor %}{{ noun }}?")
     candidates = [{"label": "A", "title": title}, {"label": "B", "title": other}]
@@ -309,7 +305,6 @@ def test_names_of_jinja_itself_are_unknown_variables(source: str) -> None:
 
 
 @given(st.text(alphabet="{}%#'\"()[]|.~*+- \nabcnounifforendelsein", max_size=60))
-@settings(max_examples=1000, deadline=None)
 def test_any_source_is_a_template_or_a_recipe_error(source: str) -> None:
     try:
         template = chat(source)

@@ -668,7 +668,7 @@ JSONS = st.recursive(
 )
 
 
-@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(path=st.sampled_from(POSTED), body=JSONS)
 def test_no_json_is_a_defect(served: Served, path: str, body: Any) -> None:
     found = send(served, path, json.dumps(body).encode())
@@ -677,7 +677,7 @@ def test_no_json_is_a_defect(served: Served, path: str, body: Any) -> None:
         failure(found)
 
 
-@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(path=st.sampled_from(POSTED), body=st.binary(max_size=60))
 def test_no_bytes_are_a_defect(served: Served, path: str, body: bytes) -> None:
     found = send(served, path, body)
@@ -685,7 +685,7 @@ def test_no_bytes_are_a_defect(served: Served, path: str, body: bytes) -> None:
     failure(found)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.binary(max_size=12),
     st.sampled_from(["/v1/items/", "/v1/users/", "/v1/items?q=", "/v1/items?limit=", "/page/", "/"]),

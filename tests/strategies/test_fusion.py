@@ -190,7 +190,7 @@ def test_a_repeated_item_is_worth_what_validation_says() -> None:
 
 
 @given(seed=st.integers(0, 50), noise=st.floats(0.2, 4))
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 def test_on_validation_no_fusion_is_below_its_best_part(seed: int, noise: float) -> None:
     rng = np.random.default_rng(seed)
     logits = rng.normal(0, 1.5, (100, len(ITEMS)))

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from scipy.stats import spearmanr
 
@@ -126,7 +126,6 @@ def test_passes_over_neighbours_decide_the_places_that_they_are_asked_for() -> N
 # ------------------------------------------------------------------ permutations
 
 
-@settings(max_examples=60)
 @given(
     name=st.sampled_from(SCORED),
     size=st.integers(1, 12),

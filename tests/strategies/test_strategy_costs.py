@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.fake import FakeBackend
@@ -61,7 +61,6 @@ def test_windows_by_formula() -> None:
                 assert n == 1 or (places[-1][0] == 0 and places[0][1] == n)
 
 
-@settings(max_examples=60)
 @given(size=st.integers(1, 14), set_size=st.integers(2, 6), depth=st.integers(1, 16), seed=st.integers(0, 999))
 def test_a_heap_asks_at_least_once_a_place_and_at_most_what_is_counted(
     size: int, set_size: int, depth: int, seed: int
@@ -77,7 +76,6 @@ def test_a_heap_asks_at_least_once_a_place_and_at_most_what_is_counted(
     assert answer.cost.forwards == sum(backend.calls)
 
 
-@settings(max_examples=40)
 @given(name=st.sampled_from([n for n in SCORED if n != "setwise"]), size=st.integers(1, 12), depth=st.integers(1, 14))
 def test_other_strategies_ask_exactly_what_is_counted(name: str, size: int, depth: int) -> None:
     (case,) = cases(1, size)

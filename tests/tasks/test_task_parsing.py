@@ -4,7 +4,7 @@ import math
 import random
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from task_data import HOSTILE, load_templates, make_dataset, make_split, make_task
 
@@ -155,7 +155,6 @@ def test_rankings_in_other_scripts(text: str, read: str) -> None:
 
 
 @given(st.permutations(range(len(TITLES))), st.sampled_from([", ", "\n", " > ", "; ", " "]), st.booleans())
-@settings(max_examples=200, deadline=None)
 def test_every_order_of_labels_or_titles_is_read_back(order: list[int], between: str, as_title: bool) -> None:
     if as_title:
         # "M" alone is taken for a label, and where titles run together without marks a neighbour may join them.
@@ -166,7 +165,6 @@ def test_every_order_of_labels_or_titles_is_read_back(order: list[int], between:
 
 
 @given(NOISE)
-@settings(max_examples=2000, deadline=None)
 def test_no_text_breaks_a_reader(text: str) -> None:
     places = read_ranking(text, LABELS, TITLES)
     assert len(set(places)) == len(places) and all(0 <= place < len(TITLES) for place in places)
@@ -329,7 +327,6 @@ def test_parse_reads_every_label_back() -> None:
 
 
 @given(st.text(min_size=1, max_size=40))
-@settings(max_examples=300, deadline=None)
 def test_title_key_is_stable(title: str) -> None:
     key = title_key(title)
     assert title_key(key) == key or not any(c.isalnum() for c in title)

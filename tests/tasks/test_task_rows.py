@@ -4,7 +4,7 @@ import collections
 from itertools import islice
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from task_data import (
     EVERY,
@@ -422,7 +422,6 @@ def test_rewards_lie_between_0_and_1() -> None:
 
 
 @given(st.floats(-50, 50), st.integers(1, 5))
-@settings(max_examples=100, deadline=None)
 def test_rating_reward_bounds(value: float, truth: int) -> None:
     task = TASK_FOR_REWARD
     case = Case(request=Request(id="r", user_id="u00"), truth=float(truth))
