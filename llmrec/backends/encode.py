@@ -15,7 +15,7 @@ from bisect import bisect_left
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from llmrec import __version__
 from llmrec.decode.token_tree import Catalogue
@@ -23,6 +23,9 @@ from llmrec.errors import BackendError, DataError, ModelError
 from llmrec.guard import clean, control_tokens, neutralise
 from llmrec.resources import cache_dir
 from llmrec.types import Completion, Example, Message, Prompt, Segment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -65,7 +68,7 @@ class Encoder:
         max_length: Longest prompt in tokens; a longer one is an error, never silently cut.
     """
 
-    def __init__(self, tokenizer: Any, *, max_length: int) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> None:
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())

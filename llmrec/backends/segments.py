@@ -14,7 +14,7 @@ import hashlib
 import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -25,6 +25,9 @@ from llmrec.models.exits import check
 from llmrec.models.load import load_model, load_tokenizer, weights_stamp
 from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +111,7 @@ class Lower:
         """
         return list(self._encoder.piece(text or "\n"))
 
-    def _cut(self, layers: Sequence[Any], norm: Any) -> None:
+    def _cut(self, layers: Sequence[Any], norm: torch.nn.Module) -> None:
         self._body.layers, self._body.norm = self._torch.nn.ModuleList(layers), norm
         self._body.config.num_hidden_layers = len(layers)
 
@@ -190,7 +193,7 @@ def _row(text: str, number: int) -> str:
     return f"{hashlib.sha256(text.encode()).hexdigest()[:32]}:{number}"
 
 
-def _upper(body: Any, layers: Sequence[Any], place: slice, whole: int) -> Any:
+def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: int) -> Any:
     """Return a decoder of some layers, with copies of their weights, that reads states.
 
     Args:

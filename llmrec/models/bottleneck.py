@@ -10,16 +10,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import ModelError, require
 from llmrec.models.tensors import damaged
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "bottlenecks.safetensors"
 _NAME = "llmrec_bottleneck"
 
 
-def attach(model: Any, rank: int, *, seed: int) -> None:
+def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
     """Put a new adapter on every layer, in float32 and trainable.
 
     Args:
@@ -52,7 +55,7 @@ def size(width: int, rank: int) -> int:
     return 2 * width * rank + width + rank + 1
 
 
-def _add(part: Any, inputs: tuple[Any, ...], output: Any) -> Any:
+def _add(part: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
     adapter, states = getattr(part, _NAME), inputs[0]
     torch = require("torch", "train")
     with torch.autocast(states.device.type, enabled=False):
@@ -60,7 +63,7 @@ def _add(part: Any, inputs: tuple[Any, ...], output: Any) -> Any:
         return output + (adapter.scale * (inner @ adapter.up_weight + adapter.up_bias)).to(output.dtype)
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: torch.nn.Module, folder: Path) -> None:
     """Write a model's adapters into a folder, where it has any."""
     if tensors := _tensors(model):
         safetensors = require("safetensors.torch", "train")
@@ -69,7 +72,7 @@ def save(model: Any, folder: Path) -> None:
         )
 
 
-def load(model: Any, folder: Path) -> None:
+def load(model: torch.nn.Module, folder: Path) -> None:
     """Have a model use the adapters that lie in a folder, where there are any.
 
     Raises:
@@ -93,12 +96,12 @@ def load(model: Any, folder: Path) -> None:
         raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
 
 
-def _tensors(model: Any) -> dict[str, Any]:
+def _tensors(model: torch.nn.Module) -> dict[str, Any]:
     """Return the parameters of adapters, by name in the base model."""
     return {name: each for name, each in _base(model).named_parameters() if f".{_NAME}." in name}
 
 
-def _parts(model: Any) -> list[Any]:
+def _parts(model: torch.nn.Module) -> list[Any]:
     """Return the feed-forward part of every layer."""
     layers = getattr(_base(model).get_decoder(), "layers", None)
     parts = [getattr(layer, "mlp", None) for layer in layers or ()]
@@ -112,5 +115,5 @@ def _parts(model: Any) -> list[Any]:
     return parts
 
 
-def _base(model: Any) -> Any:
+def _base(model: torch.nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

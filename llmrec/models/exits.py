@@ -9,10 +9,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import ModelError, RecipeError, require
 from llmrec.models.traits import chosen_logprobs, is_paired, plain_head
+
+if TYPE_CHECKING:
+    import torch
 
 
 def weights(layers: int) -> list[float]:
@@ -20,7 +23,7 @@ def weights(layers: int) -> list[float]:
     return [2 * depth / (layers * (layers + 1)) for depth in range(1, layers + 1)]
 
 
-def check(model: Any, key: str) -> None:
+def check(model: torch.nn.Module, key: str) -> None:
     """Refuse a model whose states before the last layer cannot be put before its head.
 
     Raises:
@@ -40,7 +43,7 @@ def check(model: Any, key: str) -> None:
         )
 
 
-def depths(model: Any, **inputs: Any) -> list[Any]:
+def depths(model: torch.nn.Module, **inputs: Any) -> list[Any]:
     """Return the states after each layer, through the final norm, each of shape (rows, columns, d)."""
     body = model.get_decoder()
     out = body(**inputs, use_cache=False, output_hidden_states=True)
@@ -71,7 +74,7 @@ class Exits:
         ModelError: See `check`.
     """
 
-    def __init__(self, model: Any, exit: float) -> None:
+    def __init__(self, model: torch.nn.Module, exit: float) -> None:
         check(model, "eval.exit")
         self._torch, self._model, self._exit = require("torch", "train"), model, exit
         self._layers = list(model.get_decoder().layers)
@@ -104,7 +107,7 @@ class Exits:
                 hook.remove()
         return [float(each) for each in found]
 
-    def _look(self, depth: int, labels: Any, layer: Any, inputs: Any, output: Any) -> None:
+    def _look(self, depth: int, labels: torch.Tensor, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output
         state = self._model.get_decoder().norm(states[0, -1:])
         last = depth == len(self._layers) or self._exit >= 1

@@ -10,7 +10,7 @@ import hashlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,13 +24,15 @@ from llmrec.models.whole_words import attach, kinds_of, save_words, words_of
 from llmrec.recipe.schema import ModelSection
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
+    from transformers import PreTrainedTokenizerBase
 
 # Words of so many items are a fair sample of what a token stands for.
 _ITEMS = 256
 
 
-def add_item_tokens(tokenizer: Any, tokens: Sequence[str]) -> list[int]:
+def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -> list[int]:
     """Add tokens to a tokenizer, and return their ids in order.
 
     Raises:
@@ -110,7 +112,7 @@ def extended(
         tokenizer.save_pretrained(draft)
 
 
-def grow(model: Any, size: int) -> None:
+def grow(model: torch.nn.Module, size: int) -> None:
     """Give every table of a model's vocabulary more rows.
 
     Resizing alone ties the head of a model whose class can tie it and whose configuration says so. T5-v1.1, mT5 and
@@ -131,7 +133,7 @@ def grow(model: Any, size: int) -> None:
             model.set_submodule(name, module)
 
 
-def _tell_words(model: Any, tokenizer: Any) -> None:
+def _tell_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
     """Have the whole-word embeddings of a model, if it has any, count the words of a tokenizer that has grown."""
     embeddings = words_of(model)
     if embeddings is not None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from llmrec.durable import MANIFEST, replacing, sha256_of
 from llmrec.errors import LlmrecError, ModelError, did_you_mean, require
@@ -27,6 +27,9 @@ from llmrec.models.whole_words import load_words
 from llmrec.recipe.schema import ModelSection, ShapeSection
 from llmrec.resources import cache_dir
 from llmrec.setup_env import has_nvidia_gpu
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 # ----------------------------------------------------------------------------
 # Small models that start from random weights, for catalogues whose items are codes: no words have to be
@@ -89,7 +92,7 @@ def byte_tokenizer() -> Any:
     return tokenizer
 
 
-def _config(shape: ShapeSection, tokenizer: Any) -> Any:
+def _config(shape: ShapeSection, tokenizer: PreTrainedTokenizerBase) -> Any:
     """Return the configuration: a decoder with rotary positions, or T5's pair, both with dropout wherever they can."""
     transformers = require("transformers", "train")
     marks = {

@@ -7,10 +7,14 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import LlmrecError, require
 from llmrec.models.load import gpu_has_bf16
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 log = logging.getLogger(__name__)
 
@@ -58,7 +62,7 @@ def told_of_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
         ) from error
 
 
-def placed(model: Any, place: str) -> Any:
+def placed(model: torch.nn.Module, place: str) -> Any:
     """Put a model where it fits: on a GPU as it is, there in half precision, or on the CPU, with a warning each.
 
     Args:
@@ -82,7 +86,7 @@ def placed(model: Any, place: str) -> Any:
     return model
 
 
-def weights_size(folder: str, config: Any, itemsize: int) -> int:
+def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
     """Return the bytes of a model's weights once they are loaded; 0 where they are not on this machine.
 
     Args:

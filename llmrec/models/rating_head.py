@@ -12,11 +12,14 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.durable import loads, write_json
 from llmrec.errors import require
 from llmrec.models.tensors import damaged
+
+if TYPE_CHECKING:
+    import torch
 
 WEIGHTS = "rating_head.safetensors"
 CONFIG = "rating_head.json"
@@ -54,7 +57,7 @@ class RatingHead:
         self.linear.to(device)
         return self
 
-    def outputs(self, states: Any) -> Any:
+    def outputs(self, states: torch.Tensor) -> Any:
         """Return the outputs for hidden states of shape (n, width): logits of classes, or one number; float32.
 
         Every dimension of the states is standardised first.
@@ -70,7 +73,7 @@ class RatingHead:
             return outputs[:, 0]
         return outputs.softmax(-1) @ outputs.new_tensor(self.shape.values)
 
-    def ratings(self, states: Any) -> list[float]:
+    def ratings(self, states: torch.Tensor) -> list[float]:
         """Return a rating within the scale for each hidden state of shape (n, width)."""
         found = self.expectation(self.outputs(states).detach())
         return [float(value) for value in found.clamp(self.shape.values[0], self.shape.values[-1])]
@@ -99,7 +102,7 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
     return RatingHead(shape, linear)
 
 
-def standardise(head: RatingHead, states: Any) -> None:
+def standardise(head: RatingHead, states: torch.Tensor) -> None:
     """Have a head take off a mean and divide by a deviation in every dimension: those of some states, (n, width).
 
     A few dimensions of a language model's states are a hundred times the others and hardly vary. With one learning rate
@@ -168,7 +171,7 @@ def copy_head(source: Path, target: Path) -> None:
         write_json(target / f"{model.name}.index.json", index)
 
 
-def last_states(model: Any, ids: Any, mask: Any) -> Any:
+def last_states(model: torch.nn.Module, ids: Any, mask: torch.Tensor) -> Any:
     """Return the hidden state of the last token of each text, shape (rows, width).
 
     Args:

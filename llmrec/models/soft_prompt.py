@@ -13,7 +13,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.durable import loads, write_json
 from llmrec.errors import ModelError, require
@@ -21,6 +21,10 @@ from llmrec.models.bottleneck import WEIGHTS as BOTTLENECKS
 from llmrec.models.item_tokens import grow
 from llmrec.models.tensors import named_tables
 from llmrec.models.traits import is_paired, plain_head
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 METHODS = ("prompt", "option", "option-adapter")
 """Values of ``train.method`` that train soft prompts."""
@@ -86,7 +90,7 @@ def names(count: int) -> list[str]:
     return [f"<|soft_{number}|>" for number in range(count)]
 
 
-def softened(tokenizer: Any, count: int) -> Any:
+def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
     """Return a copy of a tokenizer that has the tokens and whose chat template writes them first.
 
     They are special tokens, so that no title can spell one and no answer shows one.
@@ -109,7 +113,7 @@ def softened(tokenizer: Any, count: int) -> Any:
     return made
 
 
-def put_on(model: Any, prompt: SoftPrompt, ids: Sequence[int]) -> None:
+def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
     """Give a model a row for every soft prompt, and a head of its own, in which these rows are the mean of the others.
 
     So a soft prompt's logit is the mean of all logits, and none is ever the most likely next token; with rows of 0 each
@@ -149,7 +153,7 @@ def put_on(model: Any, prompt: SoftPrompt, ids: Sequence[int]) -> None:
         weight[list(ids)] = mean.to(weight.dtype)
 
 
-def set_labels(model: Any, prompt: SoftPrompt, ids: Sequence[int]) -> None:
+def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
     """Write the last soft prompts into the head, as the rows of the labels' tokens, where they are tied."""
     if prompt.tied:
         with require("torch", "train").no_grad():
@@ -157,7 +161,7 @@ def set_labels(model: Any, prompt: SoftPrompt, ids: Sequence[int]) -> None:
             model.get_output_embeddings().weight[list(prompt.labels)] = vectors
 
 
-def _untie(model: Any) -> None:
+def _untie(model: torch.nn.Module) -> None:
     """Give a model a head of its own, equal to its input embeddings, where both are one table."""
     torch = require("torch", "train")
     for config in (model.config, model.config.get_text_config()):

@@ -10,10 +10,13 @@ import re
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import ModelError
 from llmrec.models.traits import is_paired
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +65,7 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
     return model
 
 
-def _left_over(model: Any, names: Collection[str]) -> tuple[list[str], list[str]]:
+def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
     """Return tensors that belong to parts beside the model, and those that belong to parts which it has.
 
     The first are other heads and towers that checkpoints carry along (``cls``, ``v_head``, ``mtp``, ``vision_tower``):
@@ -115,13 +118,13 @@ def _is_other(record: logging.LogRecord) -> bool:
 # their checkpoints hold a head of their own. Modules hold one table where their weights are one tensor.
 
 
-def named_tables(model: Any) -> list[tuple[str, Any]]:
+def named_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
     """Return a module for each table of vocabulary rows with its name, the input embeddings first."""
     return [modules[0] for modules in _groups(model)]
 
 
 @contextmanager
-def told_as_tied(model: Any) -> Iterator[None]:
+def told_as_tied(model: torch.nn.Module) -> Iterator[None]:
     """Have a model say of itself, for as long as PEFT asks, which modules share the table of its input embeddings."""
     (source, _), *others = _groups(model)[0]
     config, keys = model.config.get_text_config(), model._tied_weights_keys
@@ -134,7 +137,7 @@ def told_as_tied(model: Any) -> Iterator[None]:
         config.tie_word_embeddings, model._tied_weights_keys = said, keys
 
 
-def _groups(model: Any) -> list[list[tuple[str, Any]]]:
+def _groups(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:
     """Return the named modules that hold vocabulary rows, those that share a weight together."""
     first = model.get_input_embeddings()
     holders = [first, model.get_output_embeddings()]

@@ -25,6 +25,7 @@ from llmrec.recipe.schema import ModelSection
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -86,7 +87,7 @@ class OpenEncoder:
         """Return tokens and mask of some texts as the model takes them."""
         return self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(self.model.device)
 
-    def pooled(self, states: Any, mask: Any) -> Any:
+    def pooled(self, states: torch.Tensor, mask: torch.Tensor) -> Any:
         """Return what is kept of last hidden states, shape (n, tokens, d) -> (n, d)."""
         if self.first:
             return states[:, 0]
@@ -162,7 +163,7 @@ def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterato
             bar.advance(len(rows))
 
 
-def _longest(folder: str, model: Any) -> int:
+def _longest(folder: str, model: torch.nn.Module) -> int:
     said = _settings(folder, "sentence_bert_config.json").get("max_seq_length")
     if isinstance(said, int) and said:
         return said
@@ -411,7 +412,7 @@ class _Enough(Exception):
     """Ends a forward pass whose rest is not needed."""
 
 
-def _blocks_of(model: Any, folder: str) -> tuple[Any, str, list[Any]]:
+def _blocks_of(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]]:
     """Return the module that holds the blocks of an encoder, under which name, and the blocks.
 
     Raises:

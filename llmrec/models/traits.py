@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import require
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 # Rows of logits that are held in float32 at a time.
 _ROWS = 256
@@ -14,14 +18,14 @@ _LARGEST = 16
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
 
 
-def plain_head(config: Any, head: Any) -> bool:
+def plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
     """Whether logits are exactly ``hidden @ weight.T``: no soft cap, scale or bias, and a plain matrix."""
     text = config.get_text_config()
     shaped = any(getattr(text, name, None) for name in _SCALES)
     return not shaped and type(head) is require("torch", "train").nn.Linear and head.bias is None
 
 
-def chosen_logprobs(head: Any, states: Any, after: Any, wanted: Any) -> Any:
+def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wanted: Any) -> Any:
     """Return full-softmax log-probabilities of chosen tokens under a `plain_head`, in float64; shape (n,).
 
     Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen, and a token that is almost
@@ -55,12 +59,12 @@ def chosen_logprobs(head: Any, states: Any, after: Any, wanted: Any) -> Any:
     return (found - totals[after]).clamp(max=0.0)
 
 
-def is_paired(config: Any) -> bool:
+def is_paired(config: PretrainedConfig) -> bool:
     """Whether one half of the model reads the prompt and the other writes the answer: an encoder-decoder such as T5."""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
-def cache_bytes(config: Any, itemsize: int) -> int:
+def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
     """Return the bytes of keys and values that attention keeps of one token, in all layers.
 
     Where layers keep less, such as those with a window or a compressed state, it is an upper bound.
@@ -77,13 +81,13 @@ def cache_bytes(config: Any, itemsize: int) -> int:
     return int(2 * text.num_hidden_layers * kept * width * itemsize)
 
 
-def auto_class(config: Any) -> Any:
+def auto_class(config: PretrainedConfig) -> Any:
     """Return transformers' class that makes or loads the model of a configuration, head included."""
     transformers = require("transformers", "train")
     return transformers.AutoModelForSeq2SeqLM if is_paired(config) else transformers.AutoModelForCausalLM
 
 
-def takes_block_mask(config: Any) -> bool:
+def takes_block_mask(config: PretrainedConfig) -> bool:
     """Whether every layer is full attention in an implementation that reads a four-dimensional mask.
 
     An encoder-decoder reads prompt and answer in two halves, so no one mask holds both. Where positions are a bias on

@@ -15,12 +15,16 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from llmrec.errors import ModelError, RecipeError, require
 from llmrec.guard import is_item_token
 from llmrec.models.tensors import damaged
 from llmrec.models.traits import is_paired
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedTokenizerBase
 
 WEIGHTS = "whole_words.safetensors"
 
@@ -34,7 +38,7 @@ _PIECES = str.maketrans({"\u2581": " "})
 _BYTES = str.maketrans({"\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u010d": "\r"})
 
 
-def kinds_of(tokenizer: Any, control: Iterable[str], size: int) -> list[int]:
+def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: int) -> list[int]:
     """Say of every token of a vocabulary what it does to the count of words.
 
     Args:
@@ -85,7 +89,7 @@ def numbers(kinds: Any) -> Any:
     return begins.long().cumsum(-1) * (kinds != CONTROL)
 
 
-def attach(model: Any, table: Any, kinds: Sequence[int]) -> None:
+def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
     """Have a model's encoder add whole-word embeddings, from now on.
 
     Args:
@@ -125,7 +129,7 @@ def refuse_words(model: str) -> NoReturn:
     )
 
 
-def _keys(base: Any, words: Any) -> list[str]:
+def _keys(base: torch.nn.Module, words: Any) -> list[str]:
     return [f"{name}.weight" for name, module in base.named_modules() if module is words]
 
 
@@ -142,7 +146,7 @@ def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
     return args[1:], given
 
 
-def new_table(model: Any, size: int, *, seed: int) -> Any:
+def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
     """Draw a table of ``size`` rows, with the deviation from which the model's own embeddings were drawn.
 
     For T5 that is 1, as for P5's table. On weights that were trained before, it is small beside what tokens have come
@@ -154,13 +158,13 @@ def new_table(model: Any, size: int, *, seed: int) -> Any:
     return torch.randn((size, width), generator=torch.Generator().manual_seed(seed)) * spread
 
 
-def words_of(model: Any) -> Any:
+def words_of(model: torch.nn.Module) -> Any:
     """Return the embeddings of words that a model's encoder adds, a ``torch.nn.Embedding``; None where it adds none."""
     base = _base(model)
     return getattr(base.get_encoder(), _NAME, None) if is_paired(base.config) else None
 
 
-def save_words(model: Any, folder: Path) -> None:
+def save_words(model: torch.nn.Module, folder: Path) -> None:
     """Write a model's table into a folder, where it has one."""
     words = words_of(model)
     if words is None:
@@ -170,7 +174,7 @@ def save_words(model: Any, folder: Path) -> None:
     safetensors.save_file(tensors, folder / WEIGHTS)
 
 
-def load_words(model: Any, folder: Path) -> None:
+def load_words(model: torch.nn.Module, folder: Path) -> None:
     """Have a model add the whole-word embeddings that lie in its folder, where there are any.
 
     Raises:
@@ -201,5 +205,5 @@ def copy_words(source: Path, target: Path) -> None:
         shutil.copyfile(source / WEIGHTS, target / WEIGHTS)
 
 
-def _base(model: Any) -> Any:
+def _base(model: torch.nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate, islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.backends.encode import IGNORED, Encoder, TokenRow, pieces
 from llmrec.errors import RecipeError
@@ -21,6 +21,9 @@ from llmrec.tasks.rating import Scale
 from llmrec.train.packing import Bin, bins, one_bin
 from llmrec.train.steps import RowTable, Step, Steps
 from llmrec.types import Example
+
+if TYPE_CHECKING:
+    import torch
 
 # ----------------------------------------------------------------------------
 # Training rows of encoder-decoders: the encoder reads what stands before a target, the decoder learns the target.
@@ -180,7 +183,7 @@ def padded(rows: Sequence[TokenRow], pad: int) -> tuple[list[list[int]], list[li
     return ids, labels
 
 
-def laid_out(model: Any, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
+def laid_out(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict[str, Any]:
     """Return rows as `llmrec.train.loss.rows_loss` takes them for this model, as lists of equal length."""
     weighted = {"weights": [row.weight for row in rows]} if any(row.weight != 1.0 for row in rows) else {}
     if is_paired(model.config):

@@ -11,7 +11,7 @@ import re
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -19,6 +19,9 @@ from transformers.trainer_pt_utils import safe_globals
 
 from llmrec.durable import refuse_link, verifies
 from llmrec.train.world import World
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # What the Trainer continues from beside weights; it has torch load these, and nothing else of a checkpoint.
 _STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "optimizer.bin", "pytorch_model_fsdp.bin")
@@ -39,7 +42,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
     def __init__(self, works: Sequence[Callable[[Path], None]], world: World) -> None:
         self._works, self._world = works, world
 
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Do it, in one process of many."""
         self._world.wait()
         if self._world.first:

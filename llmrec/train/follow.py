@@ -9,7 +9,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainerCallback
@@ -24,6 +24,9 @@ from llmrec.train.checkpoint import steps_of
 from llmrec.train.loss import StateLoss, rows_loss
 from llmrec.train.precision import mixed_precision
 from llmrec.train.world import World, through
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 # ----------------------------------------------------------------------------
 # The best adapter so far by a figure of the validation split, and when it is time to stop.
@@ -73,7 +76,7 @@ class Best:
             self._found.pop()
         self._tidy()
 
-    def look(self, step: int, model: Any) -> float:
+    def look(self, step: int, model: torch.nn.Module) -> float:
         """Measure a model, and keep its adapter if it is the best so far."""
         value = self._measure(model)
         if self._count(step, value):
@@ -177,7 +180,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
         return self._tokens_timed / self._spent
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Drop what the log holds beyond the checkpoint, and measure the loss before the first step."""
         self.records = [record for record in self.records if record["step"] <= state.global_step]
         if self._world.first:
@@ -193,16 +198,20 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         if not self.records:
             self._record({"step": 0, "loss": None, "learning_rate": 0.0, **self._looks(0, kwargs["model"])})
 
-    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Start the clock."""
         self._step_start = _now()
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Stop the clock."""
         self._spent += _now() - self._step_start
         self._tokens_timed += self.told().get("tokens", self._mean_tokens)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
         """Write the line of a step, with validation losses where they are due.
 
         Raises:
@@ -240,7 +249,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             control.should_training_stop |= bool(self._world.agree(self._best is not None and self._best.done))
         self._bar.reach(step, f"loss {float(logs['loss']):.3f}  {self.speed():,.0f} tokens/s")
 
-    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Close the progress bar."""
         self._bar.stop()
 
@@ -253,7 +264,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         with self._file.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
 
-    def _looks(self, step: int, model: Any) -> dict[str, object]:
+    def _looks(self, step: int, model: torch.nn.Module) -> dict[str, object]:
         """Return what is measured on the validation split, by one process, for which the others wait."""
         if not (self._world.first or self.everybody):
             return dict(self._unlooked())
@@ -270,7 +281,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def _unlooked(self) -> dict[str, None]:
         return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})
 
-    def _losses(self, model: Any, bar: Bar) -> dict[str, float] | None:
+    def _losses(self, model: torch.nn.Module, bar: Bar) -> dict[str, float] | None:
         """Mean validation loss a target, by task: in nats a token, or a head's own loss a rating."""
         if not any(self._valid.values()):
             return None
@@ -291,7 +302,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         model.train(was_training)
         return losses
 
-    def _summed(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, float]:
+    def _summed(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, float]:
         with mixed_precision(model):
             return rows_loss(model, inputs, self._by)
 

@@ -30,7 +30,7 @@ _NAME = "rating_head"
 _MEASURED = 512
 
 
-def attach(model: Any, scale: Scale, *, alpha: float, counts: Sequence[int], frozen: bool) -> RatingHead:
+def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequence[int], frozen: bool) -> RatingHead:
     """Put a new head on a model, so that it is trained with what else is trainable.
 
     Args:
@@ -49,7 +49,7 @@ def attach(model: Any, scale: Scale, *, alpha: float, counts: Sequence[int], fro
     return head
 
 
-def measure(head: RatingHead, model: Any, steps: Sequence[Step], pad: int) -> None:
+def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad: int) -> None:
     """Standardise a head's states by what they are before training, in the first planned steps.
 
     Args:
@@ -60,7 +60,7 @@ def measure(head: RatingHead, model: Any, steps: Sequence[Step], pad: int) -> No
     """
     found: list[Any] = []
 
-    def keep(states: Any, classes: Any) -> Any:
+    def keep(states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         found.append(states.float())
         return states.new_zeros(())
 
@@ -76,7 +76,7 @@ def measure(head: RatingHead, model: Any, steps: Sequence[Step], pad: int) -> No
     standardise(head, torch.cat(found))
 
 
-def detach(model: Any) -> None:
+def detach(model: torch.nn.Module) -> None:
     """Take a head off a model again, before its own weights are saved."""
     delattr(model, _NAME)
 
@@ -91,7 +91,7 @@ class HeadLoss:
 
     head: RatingHead
 
-    def __call__(self, states: Any, classes: Any) -> Any:
+    def __call__(self, states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Return the summed loss.
 
         Args:
@@ -142,7 +142,7 @@ class OptionLoss:
     rows: Any
     labels: int
 
-    def __call__(self, states: Any, classes: Any) -> Any:
+    def __call__(self, states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
         """Return the summed loss of states, shape (n, width), and their labels' numbers, shape (n,)."""
         with torch.autocast(states.device.type, enabled=False):
             logits = states.float() @ self.rows[-self.labels :].float().T
@@ -190,7 +190,7 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
     return tuned
 
 
-def rows_of(model: Any) -> Any:
+def rows_of(model: torch.nn.Module) -> Any:
     """Return the soft prompts of a model that is trained, shape (count, width)."""
     return model.get_input_embeddings().trainable_tokens_delta["default"]
 
@@ -223,7 +223,7 @@ def _ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
 
 
 def state_loss(
-    model: Any,
+    model: torch.nn.Module,
     section: TrainSection,
     head: RatingHead | None,
     soft: SoftPrompt | None,
@@ -284,7 +284,7 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
     return TaughtLoss(teacher, section.share, section.relations)
 
 
-def tokens_of(model: Any) -> int:
+def tokens_of(model: torch.nn.Module) -> int:
     """Return how many tokens the head of a model that is trained knows."""
     head = model.get_output_embeddings()
     return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from llmrec.errors import RecipeError, require
 from llmrec.models import soft_prompt
@@ -13,6 +13,9 @@ from llmrec.models.load import device, dtype, load_model
 from llmrec.models.tensors import named_tables, told_as_tied
 from llmrec.models.traits import is_paired
 from llmrec.recipe.schema import LoraSection, ModelSection, TrainSection
+
+if TYPE_CHECKING:
+    import torch
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +91,7 @@ def _full(trained: Path, model: ModelSection) -> Any:
     return full
 
 
-def _pruned(model: Any, train: TrainSection) -> Any:
+def _pruned(model: torch.nn.Module, train: TrainSection) -> Any:
     if train.prune is not None:
         from llmrec.train import pruning as magnitude
 
@@ -124,7 +127,7 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
     return adapted
 
 
-def with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:
+def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:
     """Put new adapters on a base, whose own weights then no longer learn.
 
     Raises:
@@ -158,13 +161,13 @@ def with_adapter(base: Any, lora: LoraSection, tokens: Sequence[int] = ()) -> An
         ) from error
 
 
-def _block_weights(base: Any) -> int:
+def _block_weights(base: torch.nn.Module) -> int:
     """Return the number of a model's weights without its vocabulary."""
     tables = {id(module.weight) for _, module in named_tables(base)}
     return sum(weight.numel() for weight in base.parameters() if id(weight) not in tables)
 
 
-def _say_what_is_reached(adapted: Any, blocks: int) -> None:
+def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
     """Warn where the default targets are the smaller part of the blocks: experts that lie in one tensor are no layers.
 
     Their weights are then neither adapted nor known to be left out.
@@ -180,12 +183,12 @@ def _say_what_is_reached(adapted: Any, blocks: int) -> None:
         )
 
 
-def _trained_rows(base: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+def _trained_rows(base: torch.nn.Module, tokens: Sequence[int]) -> dict[str, list[int]] | None:
     """Return the rows to train by the name of a module of each table; PEFT has others with the same table follow it."""
     return {name: list(tokens) for name, _ in named_tables(base)} if tokens else None
 
 
-def _block_linears(base: Any) -> list[str]:
+def _block_linears(base: torch.nn.Module) -> list[str]:
     """Return the names of the linear layers inside the blocks, such as q_proj, without the head."""
     torch = require("torch", "train")
     head = base.get_output_embeddings()

@@ -41,7 +41,7 @@ class ExitLoss:
     inner: StateLoss | None
     distill: float = 0.0
 
-    def __call__(self, states: Any, labels: Any) -> Any:
+    def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Never: the states of one depth are not enough."""
         raise NotImplementedError
 
@@ -61,7 +61,7 @@ class TaughtLoss:
     share: float
     relations: float = 0.0
 
-    def __call__(self, states: Any, labels: Any) -> Any:
+    def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Never: the states of the pupil alone are not enough."""
         raise NotImplementedError
 
@@ -79,12 +79,12 @@ class ItemLoss:
 
     tokens: tuple[int, ...]
 
-    def __call__(self, states: Any, labels: Any) -> Any:
+    def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Never: the head is needed as well."""
         raise NotImplementedError
 
 
-def related(states: Any, teacher: Any) -> Any:
+def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
     """Return the mean squared distance between how states resemble each other and how a teacher's do, from 0 to 4.
 
     Of each state the products with all states, at length 1, are compared: similarity-preserving distillation (Tung and
@@ -113,8 +113,8 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Any, weight: Any, targets: Any, rows: Any = None, places: Any = None, counts: Any = None,
-        teacher: Any = None, share: float = 0.0, head: Any = None,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: Any = None, places: Any = None,
+        counts: Any = None, teacher: Any = None, share: float = 0.0, head: Any = None,
     ) -> Any:  # fmt: skip
         grad = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
@@ -158,7 +158,11 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
 
 
 def label_loss(
-    model: Any, input_ids: Any, labels: Any, by: StateLoss | None = None, weights: Any = None
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    labels: torch.Tensor,
+    by: StateLoss | None = None,
+    weights: Any = None,
 ) -> tuple[Any, float]:
     """Return the summed cross-entropy over labelled positions and their number, or what they count.
 
@@ -176,7 +180,13 @@ def label_loss(
     return _loss_at(model, {"input_ids": input_ids}, lambda states: states[:, :-1][wanted], targets, by, counts)
 
 
-def paired_loss(model: Any, input_ids: Any, attention_mask: Any, labels: Any, weights: Any = None) -> tuple[Any, float]:
+def paired_loss(
+    model: torch.nn.Module,
+    input_ids: torch.Tensor,
+    attention_mask: torch.Tensor,
+    labels: torch.Tensor,
+    weights: Any = None,
+) -> tuple[Any, float]:
     """Return the summed cross-entropy over targets and their number, or what they count.
 
     Args:
@@ -197,7 +207,7 @@ def paired_loss(model: Any, input_ids: Any, attention_mask: Any, labels: Any, we
     return total, int(wanted.sum()) if counts is None else float(counts.sum())
 
 
-def rows_loss(model: Any, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
+def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
     """Return the summed loss over the targets of rows and what they count, whichever kind the model is.
 
     ``by`` is that of `label_loss`; an encoder-decoder takes none.
@@ -205,7 +215,7 @@ def rows_loss(model: Any, inputs: Mapping[str, Any], by: StateLoss | None = None
     return paired_loss(model, **inputs) if is_paired(model.config) else label_loss(model, **inputs, by=by)
 
 
-def packed_loss(model: Any, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
+def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
     """Return the summed cross-entropy over the targets of masked rows and what they count, as `label_loss` does.
 
     Args:
@@ -246,7 +256,7 @@ class Legal:
                 path = (*path, token)
         return Legal(sets, torch.tensor(which, device=device))
 
-    def masked(self, logits: Any, which: Any) -> Any:
+    def masked(self, logits: torch.Tensor, which: Any) -> torch.Tensor:
         """Return logits, shape (n, vocabulary), that are -inf but for the tokens of the sets ``which``, shape (n,)."""
         used, rows = which.unique(return_inverse=True)
         barred = torch.ones((len(used), logits.shape[-1]), dtype=torch.bool, device=logits.device)
@@ -256,8 +266,8 @@ class Legal:
 
 
 def target_losses(
-    model: Any, packed: Mapping[str, Any], *, temperature: float = 1.0, legal: Legal | None = None
-) -> Any:
+    model: torch.nn.Module, packed: Mapping[str, Any], *, temperature: float = 1.0, legal: Legal | None = None
+) -> torch.Tensor:
     """Return the cross-entropy of every target of masked rows, float32, shape (targets,), through any head.
 
     Logits are made again in the backward pass, a few hundred targets at a time.
@@ -272,7 +282,7 @@ def target_losses(
     after, wanted, inputs = packed["after"], packed["wanted"], _masked(model, packed)
     which = wanted if legal is None else legal.which
 
-    def entropies(logits: Any, targets: Any, sets: Any) -> Any:
+    def entropies(logits: torch.Tensor, targets: torch.Tensor, sets: Any) -> torch.Tensor:
         logits = logits.float() / temperature
         if legal is not None:
             logits = legal.masked(logits, sets)
@@ -284,20 +294,20 @@ def target_losses(
     hidden = base.get_decoder()(**inputs, use_cache=False).last_hidden_state.flatten(0, 1)[after]
     weight = head.weight if rows is None else head.weight.index_copy(0, places, rows.to(head.weight.dtype))
 
-    def losses(states: Any, targets: Any, sets: Any) -> Any:
+    def losses(states: torch.Tensor, targets: torch.Tensor, sets: Any) -> torch.Tensor:
         return entropies(states.to(weight.dtype) @ weight.T, targets, sets)
 
     parts = zip(hidden.split(_CHUNK), wanted.split(_CHUNK), which.split(_CHUNK), strict=True)
     return torch.cat([checkpoint(losses, *part, use_reentrant=False) for part in parts])
 
 
-def _masked(model: Any, packed: Mapping[str, Any]) -> Mapping[str, Any]:
+def _masked(model: torch.nn.Module, packed: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return what a model reads of masked rows."""
     mask = block_mask(model, packed["ends"])
     return {"input_ids": packed["ids"], "position_ids": packed["places"], "attention_mask": mask}
 
 
-def block_mask(model: Any, ends: Any) -> Any:
+def block_mask(model: torch.nn.Module, ends: Any) -> torch.Tensor:
     """Return what every column sees, itself and its ancestors, shape (rows, 1, columns, columns).
 
     Args:
@@ -313,10 +323,10 @@ def block_mask(model: Any, ends: Any) -> Any:
 
 
 def _loss_at(
-    model: Any,
+    model: torch.nn.Module,
     inputs: Mapping[str, Any],
     pick: Callable[[Any], Any],
-    targets: Any,
+    targets: torch.Tensor,
     by: StateLoss | None,
     counts: Any = None,
 ) -> tuple[Any, float]:
@@ -326,7 +336,7 @@ def _loss_at(
         found = [pick(states) for states in exits.depths(base, **inputs)]
         scales, last = exits.weights(len(found)), found[-1].detach()
 
-        def loss(states: Any) -> Any:
+        def loss(states: torch.Tensor) -> torch.Tensor:
             if by.inner is not None:
                 return by.inner(states, targets)
             taught = (last, by.distill) if by.distill and states is not found[-1] else ()
@@ -352,7 +362,12 @@ def _loss_at(
 
 
 def _taught_loss(
-    base: Any, inputs: Mapping[str, Any], pick: Callable[[Any], Any], targets: Any, by: TaughtLoss, counts: Any
+    base: torch.nn.Module,
+    inputs: Mapping[str, Any],
+    pick: Callable[[Any], Any],
+    targets: torch.Tensor,
+    by: TaughtLoss,
+    counts: torch.Tensor,
 ) -> tuple[Any, float]:
     """Return the summed loss of targets beside a teacher, and what they count; relations weigh the whole."""
     states = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
@@ -365,7 +380,9 @@ def _taught_loss(
     return total, count
 
 
-def _item_loss(base: Any, hidden: Any, targets: Any, by: ItemLoss, counts: Any) -> tuple[Any, float]:
+def _item_loss(
+    base: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, by: ItemLoss, counts: torch.Tensor
+) -> tuple[Any, float]:
     """Return the summed loss of targets, item tokens among the item tokens, and what they count; see `ItemLoss`."""
     head, rows, places = _head(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
@@ -385,8 +402,14 @@ def _item_loss(base: Any, hidden: Any, targets: Any, by: ItemLoss, counts: Any) 
 
 
 def _vocabulary_loss(
-    base: Any, hidden: Any, targets: Any, counts: Any, teacher: Any = None, share: float = 0.0, by: Any = None
-) -> Any:
+    base: torch.nn.Module,
+    hidden: torch.Tensor,
+    targets: torch.Tensor,
+    counts: torch.Tensor,
+    teacher: Any = None,
+    share: float = 0.0,
+    by: Any = None,
+) -> torch.Tensor:
     """Return the summed cross-entropy of states, shape (n, d), through a plain head; see `_HeadLoss`."""
     head, rows, places = _head(base)
     kind = head.weight.dtype
@@ -394,7 +417,7 @@ def _vocabulary_loss(
     return _HeadLoss.apply(hidden.to(kind), head.weight, targets, rows, places, counts, taught, share, other)
 
 
-def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:
+def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counts: Any = None) -> torch.Tensor:
     """Return the summed cross-entropy in float32, each target counted as told; shapes (n, vocabulary), (n,), (n,)."""
     if counts is None:
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
@@ -402,7 +425,7 @@ def cross_entropy(logits: Any, targets: Any, counts: Any = None) -> Any:
 
 
 def list_loss(
-    model: Any, packed: Mapping[str, Any], size: int, kind: ListLoss, temperature: float = 1.0
+    model: torch.nn.Module, packed: Mapping[str, Any], size: int, kind: ListLoss, temperature: float = 1.0
 ) -> tuple[Any, float]:
     """Return the summed loss over lists of candidates, and how many lists there are.
 
@@ -419,28 +442,28 @@ def list_loss(
     return loss(scores / temperature, chosen_of(packed, size)), float(len(scores))
 
 
-def list_scores(model: Any, packed: Mapping[str, Any], size: int) -> Any:
+def list_scores(model: torch.nn.Module, packed: Mapping[str, Any], size: int) -> torch.Tensor:
     """Return the log-likelihoods of the candidates of lists, float32, shape (lists, size); see `list_loss`."""
     return of_rows(packed, -target_losses(model, packed)).view(-1, size)
 
 
-def chosen_of(packed: Mapping[str, Any], size: int) -> Any:
+def chosen_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
     """Return the place of each list's chosen candidate, shape (lists,); see `list_loss`."""
     return of_rows(packed, packed["weights"]).view(-1, size).argmax(1)
 
 
-def lengths_of(packed: Mapping[str, Any], size: int) -> Any:
+def lengths_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
     """Return how many targets each candidate has, shape (lists, size); see `list_loss`."""
     return of_rows(packed, torch.ones_like(packed["weights"])).view(-1, size)
 
 
-def of_rows(packed: Mapping[str, Any], values: Any) -> Any:
+def of_rows(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
     """Add up what the targets of packed rows have to what rows have, shape (rows,)."""
     owners = packed["owners"]
     return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values)
 
 
-def softmax_loss(scores: Any, chosen: Any) -> Any:
+def softmax_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return the summed cross-entropy of the chosen among the candidates.
 
     Args:
@@ -450,7 +473,7 @@ def softmax_loss(scores: Any, chosen: Any) -> Any:
     return torch.nn.functional.cross_entropy(scores, chosen, reduction="sum")
 
 
-def lambda_loss(scores: Any, chosen: Any) -> Any:
+def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return LambdaRank's loss (Wang et al., The LambdaLoss Framework, CIKM 2018, section 4), summed over lists.
 
     Every other candidate adds log2(1 + exp(s_other - s_chosen)), weighted by the difference in NDCG that their exchange
@@ -471,7 +494,7 @@ def lambda_loss(scores: Any, chosen: Any) -> Any:
     return (weights * torch.nn.functional.softplus(margins)).sum() / torch.log(torch.tensor(2.0))
 
 
-def _head(base: Any) -> tuple[Any, Any, Any]:
+def _head(base: torch.nn.Module) -> tuple[Any, Any, Any]:
     """Return the head, and of one with new tokens the trained rows and their places in it; else None and None."""
     head = base.get_output_embeddings()
     adapter = getattr(head, "token_adapter", None)

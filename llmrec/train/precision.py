@@ -14,7 +14,7 @@ from llmrec.models.load import cpu_has_bf16, gpu_has_bf16
 log = logging.getLogger(__name__)
 
 
-def mixed_precision(model: Any) -> Any:
+def mixed_precision(model: torch.nn.Module) -> Any:
     """Autocast to bfloat16 where base weights are bfloat16 or fully trained, and the hardware multiplies it natively.
 
     Adapters stay in float32 either way. A recipe that asks for a float32 model trains in float32 throughout.
@@ -27,7 +27,7 @@ def mixed_precision(model: Any) -> Any:
     return torch.autocast("cpu", dtype=torch.bfloat16) if cpu_has_bf16() else nullcontext()
 
 
-def widen(model: Any) -> None:
+def widen(model: torch.nn.Module) -> None:
     """Make a float16 model float32 where training cannot multiply in bfloat16: small gradients are 0 in float16."""
     if model.dtype != torch.float16 or not isinstance(mixed_precision(model), nullcontext):
         return
@@ -44,7 +44,7 @@ def widen(model: Any) -> None:
 
 
 @contextmanager
-def adapters_as_they_are(model: Any) -> Iterator[None]:
+def adapters_as_they_are(model: torch.nn.Module) -> Iterator[None]:
     """Keep adapters in float32 where the trainer is made: on a quantised base TRL rounds them to bfloat16.
 
     Small optimiser steps would be lost in them, and their gradients are rounded.

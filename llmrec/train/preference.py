@@ -27,13 +27,13 @@ from llmrec.train.loss import chosen_of, lengths_of, list_scores, softmax_loss
 
 
 @contextmanager
-def reference(model: Any) -> Iterator[None]:
+def reference(model: torch.nn.Module) -> Iterator[None]:
     """Have a model with an adapter be what it was before training, and read no gradient."""
     with torch.no_grad(), model.disable_adapter():
         yield
 
 
-def without_dropout(model: Any) -> None:
+def without_dropout(model: torch.nn.Module) -> None:
     """Switch dropout off for good: a model and its reference are to differ by what was learned alone."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -43,7 +43,9 @@ def without_dropout(model: Any) -> None:
             setattr(module, name, 0.0)
 
 
-def compare(model: Any, packed: Mapping[str, Any], section: PreferenceSection) -> tuple[Any, float, dict[str, float]]:
+def compare(
+    model: torch.nn.Module, packed: Mapping[str, Any], section: PreferenceSection
+) -> tuple[Any, float, dict[str, float]]:
     """Return the summed loss of lists of answers, how many there are, and sums of how far the chosen ones are ahead.
 
     The sums are those whose means TRL logs, under its names.
@@ -76,7 +78,9 @@ def compare(model: Any, packed: Mapping[str, Any], section: PreferenceSection) -
     return total, float(len(scores)), {name: float(values.sum()) for name, values in told.items()}
 
 
-def rewards_of(scores: Any, before: Any, lengths: Any, section: PreferenceSection) -> Any:
+def rewards_of(
+    scores: torch.Tensor, before: torch.Tensor, lengths: torch.Tensor, section: PreferenceSection
+) -> torch.Tensor:
     """Return the rewards of answers.
 
     Args:
@@ -89,7 +93,7 @@ def rewards_of(scores: Any, before: Any, lengths: Any, section: PreferenceSectio
     return section.beta * (ratios / lengths if section.loss in ("simpo", "ipo") else ratios)
 
 
-def preference_loss(rewards: Any, chosen: Any, section: PreferenceSection) -> Any:
+def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: PreferenceSection) -> torch.Tensor:
     """Return the summed loss of lists.
 
     Args:
@@ -107,7 +111,7 @@ def preference_loss(rewards: Any, chosen: Any, section: PreferenceSection) -> An
     return ((1 - swapped) * soft(-ahead) + swapped * soft(ahead)).mean(1).sum()
 
 
-def margins(rewards: Any, chosen: Any) -> Any:
+def margins(rewards: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     """Return by how much the chosen answer's reward is above each rejected one's, shape (lists, rejected)."""
     others = torch.ones_like(rewards, dtype=torch.bool).scatter(1, chosen[:, None], False)
     return rewards.gather(1, chosen[:, None]) - rewards[others].view(len(rewards), -1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -22,6 +22,9 @@ from transformers import TrainerCallback
 from llmrec.errors import RecipeError
 from llmrec.models.tensors import damaged
 from llmrec.recipe.schema import PruneSection
+
+if TYPE_CHECKING:
+    from transformers import TrainerControl, TrainerState, TrainingArguments
 
 WEIGHTS = "masks.safetensors"
 """Beside an adapter: which weights of each layer stay, one bit a weight, eight in a byte."""
@@ -52,21 +55,25 @@ def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
 class Prune(TrainerCallback):  # type: ignore[misc]
     """Makes the masks of a model when they are due; they change at no other time."""
 
-    def __init__(self, model: Any, section: PruneSection, steps: int) -> None:
+    def __init__(self, model: torch.nn.Module, section: PruneSection, steps: int) -> None:
         self._model, self._section, self._steps = model, section, steps
 
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
         """Make masks that are due before the first step; those of a resumed run were loaded."""
         if state.global_step == 0 and (share := self._at(0)) > 0:
             raise_to(self._model, share)
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Make masks after a step, before it is looked at and saved."""
         share = self._at(state.global_step)
         if share > self._at(state.global_step - 1):
             raise_to(self._model, share)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+    def on_log(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
+    ) -> None:
         """Tell trackers, which are called next with the same log."""
         if logs and "loss" in logs:
             logs["sparsity"] = self._at(state.global_step)
@@ -75,7 +82,7 @@ class Prune(TrainerCallback):  # type: ignore[misc]
         return sparsity_at(self._section, self._steps, step)
 
 
-def attach(model: Any) -> None:
+def attach(model: torch.nn.Module) -> None:
     """Give every linear layer of the blocks a place for a mask; until there is one, it does what it did.
 
     Args:
@@ -99,14 +106,14 @@ def attach(model: Any) -> None:
         layer.forward = partial(_forward, layer)
 
 
-def raise_to(model: Any, share: float) -> None:
+def raise_to(model: torch.nn.Module, share: float) -> None:
     """Mask the share of each layer's weights that has the least magnitude, to within one weight."""
     with torch.no_grad():
         for _, layer in _masked(model):
             setattr(layer, _MASK, kept(_effective(layer), share))
 
 
-def kept(weight: Any, share: float) -> Any:
+def kept(weight: torch.Tensor, share: float) -> Any:
     """Return which weights stay, of the shape of the weight; of equal ones the first fall away."""
     count = round(share * weight.numel())
     size = weight.detach().abs().float().flatten()
@@ -119,7 +126,7 @@ def kept(weight: Any, share: float) -> Any:
     return mask.view(weight.shape)
 
 
-def sparsity(model: Any) -> float | None:
+def sparsity(model: torch.nn.Module) -> float | None:
     """Return the share of the layers' weights that masks hide; None where there are no masks."""
     masks = [mask for _, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None]
     if not masks:
@@ -128,7 +135,7 @@ def sparsity(model: Any) -> float | None:
     return 1 - sum(int(mask.sum()) for mask in masks) / whole
 
 
-def save(model: Any, folder: Path) -> None:
+def save(model: torch.nn.Module, folder: Path) -> None:
     """Write a model's masks into a folder, where it has any."""
     masks = {name: mask for name, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None}
     if masks:
@@ -136,7 +143,7 @@ def save(model: Any, folder: Path) -> None:
         save_file({name: torch.from_numpy(each) for name, each in bits.items()}, folder / WEIGHTS)
 
 
-def load(model: Any, folder: Path) -> None:
+def load(model: torch.nn.Module, folder: Path) -> None:
     """Have a model train on with the masks that lie in a folder, where there are any.
 
     Raises:
@@ -151,7 +158,7 @@ def load(model: Any, folder: Path) -> None:
         setattr(layers[name], _MASK, mask)
 
 
-def zero(model: Any, folder: Path) -> None:
+def zero(model: torch.nn.Module, folder: Path) -> None:
     """Write zeros into a plain model's weights, where a folder holds masks.
 
     Raises:
@@ -182,7 +189,7 @@ def _read(folder: Path, weights: Mapping[str, Any]) -> Mapping[str, Any]:
         raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
 
 
-def _forward(layer: Any, states: Any, *args: Any, **kwargs: Any) -> Any:
+def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
     """Return what a layer makes of states with its masked weight; without a mask what its own forward does."""
     mask = getattr(layer, _MASK)
     if mask is None:
@@ -192,7 +199,7 @@ def _forward(layer: Any, states: Any, *args: Any, **kwargs: Any) -> Any:
     return torch.nn.functional.linear(states, weight.to(states.dtype), bias)
 
 
-def _effective(layer: Any) -> Any:
+def _effective(layer: torch.nn.Module) -> Any:
     """Return the weight that a layer has once its adapters are merged, shape (out, in)."""
     weight = _weight(layer)
     if not hasattr(layer, "base_layer"):
@@ -201,21 +208,21 @@ def _effective(layer: Any) -> Any:
         return sum((layer.get_delta_weight(name).float() for name in layer.active_adapters), weight.float())
 
 
-def _weight(layer: Any) -> Any:
+def _weight(layer: torch.nn.Module) -> Any:
     return _own(layer).weight
 
 
-def _own(layer: Any) -> Any:
+def _own(layer: torch.nn.Module) -> Any:
     """Return the layer itself, or the one below its adapters."""
     return getattr(layer, "base_layer", layer)
 
 
-def _masked(model: Any) -> Iterator[tuple[str, Any]]:
+def _masked(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the layers that `attach` was given, by name in the base model."""
     yield from ((name, layer) for name, layer in _base(model).named_modules() if hasattr(layer, _MASK))
 
 
-def _linears(base: Any) -> Iterator[tuple[str, Any]]:
+def _linears(base: torch.nn.Module) -> Iterator[tuple[str, Any]]:
     """Yield the linear layers of a model's blocks, adapted or not, by name; blocks are numbered in lists."""
     inside = "\0"
     for name, module in base.named_modules():
@@ -227,5 +234,5 @@ def _linears(base: Any) -> Iterator[tuple[str, Any]]:
             yield name, module
 
 
-def _base(model: Any) -> Any:
+def _base(model: torch.nn.Module) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model

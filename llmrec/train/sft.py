@@ -85,7 +85,7 @@ class Objective(Protocol):
 
     updates: int
 
-    def loss(self, model: Any, number: int) -> tuple[Any, float]:
+    def loss(self, model: torch.nn.Module, number: int) -> tuple[Any, float]:
         """Return the summed loss of a planned step, and what it is divided by."""
         ...
 
@@ -131,7 +131,11 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return self.lr_scheduler
 
     def compute_loss(
-        self, model: Any, inputs: Mapping[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+        self,
+        model: torch.nn.Module,
+        inputs: Mapping[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
     ) -> Any:
         """Return the mean loss over the step's targets, each counted as its row says, or over its lists.
 
@@ -155,7 +159,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         """Log a step's figures with its loss."""
         super().log({**logs, **self.figures} if "loss" in logs else logs, *args, **kwargs)
 
-    def _summed(self, model: Any, inputs: Mapping[str, Any]) -> tuple[Any, float]:
+    def _summed(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, float]:
         """Return the summed loss and what its targets, or lists, count."""
         with mixed_precision(model):
             if self.listwise is not None:
@@ -168,7 +172,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
 
 
 def train(
-    model: Any,
+    model: torch.nn.Module,
     encoder: Encoder,
     steps: Sequence[Step],
     valid: Mapping[str, Sequence[TokenRow]],
@@ -229,7 +233,7 @@ def train(
     sizes = [(step.tokens, step.targets) for step in map(steps.__getitem__, order)]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
 
-    def write(tuned: Any, draft: Path, **weights: Any) -> None:
+    def write(tuned: torch.nn.Module, draft: Path, **weights: Any) -> None:
         tuned.save_pretrained(draft, **weights)
         for save in kept:
             save(draft)
@@ -319,7 +323,7 @@ def _no_lists(listwise: Listwise) -> str:
     return "tasks.direct.loss=answer" if listwise.preference is None else "train.preference=null"
 
 
-def check_packing(model: Any, instead: str = "train.packing=none") -> None:
+def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -> None:
     """Compute made rows packed and plain, and refuse a model that gives them another loss.
 
     Args:
@@ -390,7 +394,7 @@ def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
 
 
 def _batch(
-    model: Any, steps: Sequence[Step], pad: int, world: World, items: Sequence[Mapping[str, int]]
+    model: torch.nn.Module, steps: Sequence[Step], pad: int, world: World, items: Sequence[Mapping[str, int]]
 ) -> dict[str, torch.Tensor]:
     """Lay out one optimiser step, or the share of it that this process has."""
     (item,) = items
@@ -405,7 +409,7 @@ def _batch(
     return _laid(model, shortest, pad) | {_IDLE: torch.ones(())}
 
 
-def _laid(model: Any, step: Step, pad: int) -> dict[str, torch.Tensor]:
+def _laid(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tensor]:
     if step.bins:
         laid = asdict(stack([tree(each.rows, each.band) for each in step.bins], pad))
     else:

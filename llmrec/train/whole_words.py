@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -12,7 +11,7 @@ from llmrec.backends.encode import Encoder
 from llmrec.models.whole_words import WEIGHTS, attach, kinds_of, new_table, words_of
 
 
-def put_on(model: Any, encoder: Encoder, *, size: int, seed: int) -> None:
+def put_on(model: torch.nn.Module, encoder: Encoder, *, size: int, seed: int) -> None:
     """Have a model add whole-word embeddings that are trained: its own, or new ones where it has none.
 
     Args:
@@ -30,7 +29,7 @@ def put_on(model: Any, encoder: Encoder, *, size: int, seed: int) -> None:
     attach(model, table, kinds_of(encoder.tokenizer, encoder.control, rows))
 
 
-def restore_words(model: Any, checkpoint: Path) -> None:
+def restore_words(model: torch.nn.Module, checkpoint: Path) -> None:
     """Go on with the table that a checkpoint holds, where the model has one."""
     words = words_of(model)
     if words is not None:

@@ -253,7 +253,7 @@ def refuse_different(world: World, digest: str, what: str) -> None:
         )
 
 
-def through(model: Any, compute: Callable[[Any, Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
+def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
     """Return what is computed with a model, as a forward pass of whatever is around it.
 
     DDP begins to sum gradients in its forward pass, and FSDP2 gathers the weights in that of the outermost module.

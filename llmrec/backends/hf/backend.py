@@ -32,7 +32,9 @@ from llmrec.progress import count_answers
 from llmrec.types import Capability, Completion, Found, Prompt, Read, Scores
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
+    from transformers import PretrainedConfig
 
 
 # ----------------------------------------------------------------------------
@@ -136,7 +138,7 @@ class HFBackend:
 
     def __init__(
         self,
-        model: Any,
+        model: torch.nn.Module,
         encoder: Encoder,
         *,
         batch_tokens: int | None = None,
@@ -467,7 +469,7 @@ class HFBackend:
         return PlainTree(self.model, self.encoder.tokenizer.pad_token_id, states=self._states)
 
 
-def _say_what_scales(config: Any, longest: int) -> None:
+def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
     """Warn where the places of all rows of a batch are scaled by its longest one."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
@@ -489,7 +491,7 @@ def _scores(logprobs: Sequence[float], ids: Sequence[int], tails: Sequence[tuple
     return Scores(logprobs=tuple(logprobs), tokens=lengths, prompt_tokens=len(ids), engine=engine)
 
 
-def _picked(logits: Any, ids: Any) -> Any:
+def _picked(logits: torch.Tensor, ids: Any) -> Any:
     """Full-softmax log-probability of each chosen id, in float32; shape (n,)."""
     logits = logits.float()
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,6 +17,10 @@ from numpy.typing import NDArray
 from llmrec.decode.beam import Fed, Floats, TreeEngine, Wanted
 from llmrec.errors import require
 from llmrec.models.traits import chosen_logprobs, is_paired, plain_head
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
 
 # ----------------------------------------------------------------------------
 # The part of a model that turns tokens into hidden states, as `llmrec.backends.hf.tree` runs it.
@@ -32,7 +36,7 @@ class Body(Protocol):
         """Take new prompts, and return the tokens that stand in the rows before anything is fed."""
         ...
 
-    def run(self, ids: Any, mask: Any, places: Any, cache: Any) -> tuple[Any, Any]:
+    def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
         """Read columns behind those of the cache.
 
         Args:
@@ -48,23 +52,23 @@ class Body(Protocol):
         ...
 
 
-def body_of(model: Any) -> Body:
+def body_of(model: torch.nn.Module) -> Body:
     """Return the body of a model that `takes_trees`."""
     return PairedBody(model) if is_paired(model.config) else CausalBody(model)
 
 
-def takes_trees(model: Any) -> bool:
+def takes_trees(model: torch.nn.Module) -> bool:
     """Whether a model's logits can be had row by row from its body's hidden states, and its places be told."""
     plain = plain_head(model.config, model.get_output_embeddings())
     return plain and (not is_paired(model.config) or model.config.model_type in ("t5", "mt5"))
 
 
-def output_scale(config: Any) -> float:
+def output_scale(config: PretrainedConfig) -> float:
     """Return what an encoder-decoder's hidden states are multiplied by before the head; mT5 has no such key."""
     return float(config.d_model**-0.5) if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
-def states_of(model: Any, ids: Any, **inputs: Any) -> Any:
+def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
     """Return what the head of a model that `takes_trees` is applied to, shape (rows, columns, d).
 
     Args:
@@ -77,7 +81,7 @@ def states_of(model: Any, ids: Any, **inputs: Any) -> Any:
     return states if scale == 1.0 else states * scale
 
 
-def reads_states(model: Any) -> bool:
+def reads_states(model: torch.nn.Module) -> bool:
     """Whether a model `takes_trees`, proven on a few tokens: its own logits are those that its head makes of states."""
     if not takes_trees(model):
         return False
@@ -97,14 +101,14 @@ def reads_states(model: Any) -> bool:
 class CausalBody:
     """The decoder of a causal language model."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self._decoder = model.get_decoder()
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
         """Return the prompts; see `Body`."""
         return prompts
 
-    def run(self, ids: Any, mask: Any, places: Any, cache: Any) -> tuple[Any, Any]:
+    def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
         """Read columns; see `Body`."""
         out = self._decoder(
             input_ids=ids, attention_mask=mask, position_ids=places, past_key_values=cache, use_cache=True
@@ -115,7 +119,7 @@ class CausalBody:
 class PairedBody:
     """T5's decoder over what its encoder made of the prompts, which is turned into keys and values once."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self._torch = require("torch", "train")
         self._model, config = model, model.config
         self._start = int(config.decoder_start_token_id)
@@ -138,7 +142,7 @@ class PairedBody:
         self._states, self._places = out.last_hidden_state, None
         return [(self._start,)] * len(prompts)
 
-    def run(self, ids: Any, mask: Any, places: Any, cache: Any) -> tuple[Any, Any]:
+    def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
         """Read columns; see `Body`."""
         known = places if self._places is None else self._torch.cat([self._places, places], dim=1)
         self._places = known
@@ -152,7 +156,7 @@ class PairedBody:
         )
         return out.last_hidden_state * self._scale, out.past_key_values
 
-    def _placed(self, mask: Any, places: Any, known: Any) -> Any:
+    def _placed(self, mask: torch.Tensor, places: torch.Tensor, known: Any) -> Any:
         """Return the mask with what the model's count of columns gets wrong, shape (rows, heads, columns, all columns).
 
         The model adds a bias for how many columns two tokens stand apart. In a tree they stand apart by their depth,
@@ -184,7 +188,7 @@ class MaskedTree:
         head_rows: Rows of logits that were computed.
     """
 
-    def __init__(self, model: Any, pad: int, *, warm: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, pad: int, *, warm: bool = False) -> None:
         """Set up.
 
         Args:
@@ -283,7 +287,7 @@ class MaskedTree:
             sees[n, before + slot] = True
         self._positions, self._sees = positions, sees
 
-    def _forward(self, ids: NDArray[np.int64], mask: Any, places: NDArray[np.int64]) -> Any:
+    def _forward(self, ids: NDArray[np.int64], mask: torch.Tensor, places: NDArray[np.int64]) -> Any:
         """Run the body over new columns, and return the last hidden states, shape (users, columns, d)."""
         torch, device = self._torch, self._model.device
         with torch.inference_mode():
@@ -293,7 +297,7 @@ class MaskedTree:
         self.forwards += 1
         return hidden
 
-    def _logprobs(self, hidden: Any, wanted: Wanted, rows: NDArray[np.int64]) -> Floats:
+    def _logprobs(self, hidden: torch.Tensor, wanted: Wanted, rows: NDArray[np.int64]) -> Floats:
         """Return full-softmax log-probabilities of wanted tokens; ``rows`` are the hidden states they stand after."""
         torch, head = self._torch, self._model.get_output_embeddings()
         found = np.empty(len(rows))
@@ -345,7 +349,7 @@ class PlainTree:
         head_rows: Rows of logits that were wanted.
     """
 
-    def __init__(self, model: Any, pad: int, *, states: bool = False) -> None:
+    def __init__(self, model: torch.nn.Module, pad: int, *, states: bool = False) -> None:
         """Set up.
 
         Args:
@@ -425,7 +429,7 @@ class PlainTree:
                 out = self._model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             return out[rows, ends]
 
-    def _paired_last(self, ids: Any, encoded: Any, seen: Any) -> Any:
+    def _paired_last(self, ids: torch.Tensor, encoded: Any, seen: Any) -> Any:
         if self._states:
             return states_of(self._model, ids, encoder_hidden_states=encoded, encoder_attention_mask=seen)
         out = self._model(encoder_outputs=(encoded,), attention_mask=seen, decoder_input_ids=ids, use_cache=False)
@@ -467,7 +471,7 @@ class PrefixReader:
         read: Tokens that were read, shared ones not counted.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: torch.nn.Module) -> None:
         self._torch, self._model = require("torch", "train"), model
         config = model.config.get_text_config()
         heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads

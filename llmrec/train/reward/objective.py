@@ -141,7 +141,7 @@ class RewardObjective:
         self._pad, self._seed = pad, seed
         self._drawn: _Drawn | None = None
 
-    def loss(self, model: Any, number: int) -> tuple[Any, float]:
+    def loss(self, model: torch.nn.Module, number: int) -> tuple[Any, float]:
         """Return the summed loss of a planned step and how many questions it has; the model is left without dropout.
 
         Args:
@@ -167,7 +167,7 @@ class RewardObjective:
         """Return what the last step's rollouts were like; see `llmrec.records.RewardLine`."""
         return dict(self._drawn.told) if self._drawn is not None else {}
 
-    def _draw(self, model: Any, number: int) -> _Drawn:
+    def _draw(self, model: torch.nn.Module, number: int) -> _Drawn:
         """Draw a step's rollouts, reward them, and ask the model below the adapter for their likelihood."""
         section, catalogue = self._section, self._rewards.catalogue
         cases = [self._cases[row] for row in self._numbers[number]]
@@ -208,7 +208,7 @@ class RewardObjective:
         weights = tensor([group.weights for group in groups])
         return _Drawn(number, packed, legal, weights, tensor(gains), reference, None, told)
 
-    def _logprobs(self, model: Any, packed: Mapping[str, Any], legal: Legal | None) -> Any:
+    def _logprobs(self, model: torch.nn.Module, packed: Mapping[str, Any], legal: Legal | None) -> Any:
         """Return the log-probability of every rollout at the recipe's temperature, float32, shape (rollouts,)."""
         with mixed_precision(model):
             losses = target_losses(model, packed, temperature=self._section.temperature, legal=legal)
