@@ -113,8 +113,8 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: Any = None, places: Any = None,
-        counts: Any = None, teacher: Any = None, share: float = 0.0, head: Any = None,
+        ctx: Any, hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, rows: Any = None,
+        places: Any = None, counts: Any = None, teacher: Any = None, share: float = 0.0, head: Any = None,
     ) -> Any:  # fmt: skip
         grad = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
