@@ -14,7 +14,6 @@ And what was tuned answers in two more::
 
 from __future__ import annotations
 
-import importlib as _importlib
 import typing as _typing
 
 __version__ = "0.2.0"
@@ -37,47 +36,49 @@ __all__ = [
 
 if _typing.TYPE_CHECKING:
     from llmrec.answer.loaded import load as load
-    from llmrec.cli.functions import auto as auto
-    from llmrec.cli.functions import compare as compare
-    from llmrec.cli.functions import export as export
-    from llmrec.cli.functions import fuse as fuse
-    from llmrec.cli.functions import tune as tune
-    from llmrec.cli.score.run import score as score
+    from llmrec.bench.runs import compare_runs as compare
+    from llmrec.cli.score import score as score
     from llmrec.errors import LlmrecError as LlmrecError
+    from llmrec.exports.export import export as export
     from llmrec.pipeline.run import check as check
+    from llmrec.pipeline.run import fuse as fuse
     from llmrec.pipeline.run import run as run
     from llmrec.recipe.load import load_recipe as load_recipe
     from llmrec.recipe.schema import Recipe as Recipe
-    from llmrec.start.init.frame import init as init
+    from llmrec.start.functions import auto as auto
+    from llmrec.start.functions import init as init
+    from llmrec.start.functions import tune as tune
 
-_HOMES = {
-    "LlmrecError": "llmrec.errors",
-    "Recipe": "llmrec.recipe.schema",
-    "auto": "llmrec.cli.functions",
-    "check": "llmrec.pipeline.run",
-    "compare": "llmrec.cli.functions",
-    "export": "llmrec.cli.functions",
-    "fuse": "llmrec.cli.functions",
-    "init": "llmrec.start.init.frame",
-    "load": "llmrec.answer.loaded",
-    "load_recipe": "llmrec.recipe.load",
-    "run": "llmrec.pipeline.run",
-    "score": "llmrec.cli.score.run",
-    "tune": "llmrec.cli.functions",
+# Those of extensions are in the registry.
+_FUNCTIONS = {
+    "LlmrecError": "llmrec.errors:LlmrecError",
+    "Recipe": "llmrec.recipe.schema:Recipe",
+    "check": "llmrec.pipeline.run:check",
+    "export": "llmrec.exports.export:export",
+    "fuse": "llmrec.pipeline.run:fuse",
+    "load": "llmrec.answer.loaded:load",
+    "load_recipe": "llmrec.recipe.load:load_recipe",
+    "run": "llmrec.pipeline.run:run",
+    "score": "llmrec.cli.score:score",
 }
 
 
 def __getattr__(name: str) -> _typing.Any:
     """Import the public names on first use, so that ``import llmrec`` stays quick."""
-    if name not in _HOMES:
+    if name not in __all__:
         raise AttributeError(f"module 'llmrec' has no attribute {name!r}")
-    found = getattr(_importlib.import_module(_HOMES[name]), name)
+    from llmrec.registry import FUNCTIONS, attribute
+
+    target = _FUNCTIONS.get(name) or FUNCTIONS.get(name)
+    if target is None:
+        raise AttributeError(f"llmrec.{name} belongs to an extension that is not installed")
+    found = attribute(target)
     if not isinstance(found, type):
         from llmrec.keywords import speaks_python
 
         # The command line calls the functions themselves, whose errors name its options.
         found = speaks_python(found)
-        found.__module__ = __name__
+        found.__module__, found.__name__, found.__qualname__ = __name__, name, name
     globals()[name] = found
     return found
 

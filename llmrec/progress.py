@@ -293,6 +293,10 @@ def span(seconds: float) -> str:
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
+def silent(line: str) -> None:
+    """Discard a line; in place of `note`."""
+
+
 def note(line: str) -> None:
     """Tell how far a long piece of work is, which has no bar of its own."""
     log.info("%s", line)

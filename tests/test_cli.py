@@ -13,6 +13,7 @@ from typer.main import get_command
 from typer.testing import CliRunner
 
 from llmrec.cli import main as cli
+from llmrec.registry import COMMANDS, PANELS
 from tests.command import Done, llmrec
 
 RECIPE = """\
@@ -75,25 +76,28 @@ def test_ids_become_codes_without_pandas() -> None:
 
 def test_help_groups_the_commands_and_says_each_in_one_line() -> None:
     group: Any = get_command(cli.app)
-    placed = [name for names in cli.PANELS.values() for name in names]
-    assert sorted(placed) == sorted(group.commands) == sorted(set(placed))
-    assert next(iter(cli.PANELS)) == "Start" and cli.PANELS["Start"][:2] == ("init", "auto")
-    every = {**group.commands, **group.commands["features"].commands}
+    commands = {name: group.get_command(None, name) for name in COMMANDS}
+    every = {**commands, **commands["features"].commands}
     summaries = {name: (command.help or "").strip().split("\n\n")[0] for name, command in every.items()}
     assert not {name: text for name, text in summaries.items() if not text or len(text) > 60}
+    assert {name: command.help for name, command in COMMANDS.items()} == {name: summaries[name] for name in COMMANDS}
+    assert {command.panel for command in COMMANDS.values()} == set(PANELS)
     text = CliRunner().invoke(cli.app, ["--help"], env={"COLUMNS": "80", "TERMINAL_WIDTH": "80"}).stdout
-    for panel, names in cli.PANELS.items():
-        own = text.split(f"{panel}:\n")[1].split("\n\n")[0].splitlines()
-        assert [line.split()[0] for line in own] == list(names)
-        assert [line.split(maxsplit=1)[1] for line in own] == [summaries[name] for name in names]
+    for panel in PANELS:
+        listed = [line.split(maxsplit=1) for line in text.split(f"{panel}:\n")[1].split("\n\n")[0].splitlines()]
+        assert listed == [[name, summaries[name]] for name in COMMANDS if COMMANDS[name].panel == panel]
+
+
+def test_a_misspelt_command_is_suggested() -> None:
+    done = CliRunner().invoke(cli.app, ["rnak"])
+    assert done.exit_code == 2 and "Did you mean 'rank'" in done.output
 
 
 def test_every_command_has_help() -> None:
-    for names in cli.PANELS.values():
-        for command in names:
-            done = llmrec(command, "--help")
-            assert done.returncode == 0
-            assert done.stdout.startswith(f"Usage: llmrec {command} ")
+    for command in COMMANDS:
+        done = llmrec(command, "--help")
+        assert done.returncode == 0
+        assert done.stdout.startswith(f"Usage: llmrec {command} ")
 
 
 def test_a_process_ends_with_the_exit_code_and_the_error(tmp_path: Path) -> None:

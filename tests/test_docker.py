@@ -18,7 +18,7 @@ import yaml
 from typer.main import get_command
 
 from llmrec import setup_env
-from llmrec.cli.doctor.checks import _DRIVERS
+from llmrec.cli.doctor import _DRIVERS
 from llmrec.cli.main import app
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -162,7 +162,7 @@ def test_the_set_up_comes_before_the_sources_and_finds_what_it_reads(file: Path,
         "from llmrec import setup_env\n"
         "from llmrec.resources import resource\n"
         "for name in ('prompts', 'recipes', 'eval'): resource(name)\n"
-        "print(setup_env.place_for(setup_env.ROOT, 'none').key)\n"
+        "print(setup_env.environment_for(setup_env.ROOT, 'none').key)\n"
     )
     done = subprocess.run([sys.executable, "-I", "-c", code], capture_output=True, text=True, check=False)
     assert re.fullmatch(r"[0-9a-f]{64}", done.stdout.strip()), done.stderr

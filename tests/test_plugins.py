@@ -16,7 +16,7 @@ from llmrec import plugins, registry
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.parameters import hashes_of
-from llmrec.cli.doctor.checks import check_plugins
+from llmrec.cli.doctor import check_plugins
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.audit import audit

@@ -18,8 +18,11 @@ from llmrec.exports import export as exports
 from llmrec.keywords import in_python, keywords_of
 from llmrec.recipe.load import as_recipe
 from llmrec.results import Results
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
 from llmrec.start.auto import run as autos
-from llmrec.start.auto.parts import Part
+from llmrec.start.auto.run import Part
 from llmrec.start.auto.trial import Done
 
 FRAME = pl.DataFrame(
@@ -161,10 +164,10 @@ def test_export_hands_its_keywords_on(run: Any, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(llmrec.LlmrecError, match="classic recommenders alone"):
         llmrec.export(run, tmp_path / "out")
     asked: list[Any] = []
-    monkeypatch.setattr(exports, "export", lambda *given, say: asked.append(given))
+    monkeypatch.setattr(exports, "write_export", lambda options, say: asked.append(options))
     llmrec.export(run, tmp_path / "out", check_users=3, adapter_only=True)
-    ((folder, options),) = asked
-    assert folder == run.folder and (options.users, options.adapter_only) == (3, True)
+    (options,) = asked
+    assert (options.run, options.check_users, options.adapter_only) == (run.folder, 3, True)
 
 
 @pytest.mark.parametrize(
@@ -193,7 +196,7 @@ def test_messages_name_keywords(text: str, spoken: str) -> None:
 
 
 def test_the_command_line_still_names_its_options() -> None:
-    from llmrec.cli.score.run import score
+    from llmrec.cli.score import score
 
     for asked, column in ((llmrec.score, "k"), (score, "--k")):
         with pytest.raises(llmrec.LlmrecError) as caught:

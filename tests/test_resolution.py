@@ -1,6 +1,6 @@
 """What pip would install for a GPU, and whether the lowest allowed versions go together, asked of the package index.
 
-`make check-resolution` and `make check-lowest` start it.
+``LLMREC_NETWORK=1 pytest tests/test_resolution.py`` starts it.
 
 It needs the network and minutes, and downloads little: pip reads the metadata of wheels.
 """

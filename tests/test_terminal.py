@@ -16,19 +16,26 @@ from llmrec.terminal import logger, noted, once
 NOISE = ("a library's line", "a line of C", "a child's line", "old thing", "another's note")
 PROGRAM = """
 import logging, os, subprocess, sys, warnings
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from llmrec import terminal
-from llmrec.cli.common import App, main
-from llmrec.cli.show.console import say
+from llmrec.answer.options import About
+from llmrec.cli.console import say
+from llmrec.cli.main import app_of, main
 from llmrec.errors import EngineFailure, LlmrecError
-app = App()
-@app.command()
-def one(folder: str = "", kind: str = "", silent: bool = False) -> None:
-    if not silent:
+@dataclass
+class Options:
+    folder: Annotated[str, About(help="")] = ""
+    kind: Annotated[str, About(help="")] = ""
+    silent: Annotated[bool, About(help="")] = False
+def one(options: Options) -> None:
+    folder, kind = options.folder, options.kind
+    if not options.silent:
         print("a library's line")
     if folder:
         terminal.works_in(Path(folder))
-    if not silent:
+    if not options.silent:
         os.write(1, b"a line of C\\n")
         subprocess.run(["echo", "a child's line"], check=True)
         warnings.warn("old thing", FutureWarning)
@@ -42,10 +49,9 @@ def one(folder: str = "", kind: str = "", silent: bool = False) -> None:
         raise EngineFailure(f"it did not start: {terminal.last_error()}", kind="failed")
     if kind:
         raise LlmrecError("it broke", kind=kind)
-@app.command()
-def serve() -> None:
+def serve(options: Options) -> None:
     print("a library's line")
-main(app)
+main(app_of({"one": one, "serve": serve}))
 """
 
 
@@ -115,10 +121,12 @@ def test_from_python_nothing_is_turned(tmp_path: Path, capfd: pytest.CaptureFixt
 def test_a_bar_on_a_terminal_vanishes_and_lines_stand_above_it() -> None:
     pty = pytest.importorskip("pty")
     code = (
-        "import time; from llmrec import progress; progress.FIRST = 0.2\n"
-        "from llmrec.cli import common; common._heed({})\n"
+        "import os, sys, time; from llmrec import progress; progress.FIRST = 0.2\n"
+        "from llmrec import terminal\n"
+        "from llmrec.cli.main import main; sys.argv = ['llmrec', 'schema', '--out', os.devnull]\n"
+        "try:\n    main()\nexcept SystemExit:\n    pass\n"
         "with progress.Bar('baselines', None), progress.Bar('train', 8, unit='steps') as bar:\n"
-        "    bar.advance(2, 'loss 1.0'); progress.say('a line', common.terminal.err()); time.sleep(0.3)\n"
+        "    bar.advance(2, 'loss 1.0'); progress.say('a line', terminal.err()); time.sleep(0.3)\n"
     )
     parent, child = pty.openpty()
     with subprocess.Popen(

@@ -1,8 +1,8 @@
 """What `llmrec auto` reached: figures of finished run folders, as one committed file.
 
-``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench-auto``.
-``--peer FOLDER``, for the first run, the second and so on, adds what another library reached on the same data
-(`auto_peer.py`), measured as `llmrec score` does; for a run without one what an earlier call measured stays.
+``python -m eval.benchmarks.auto RUN... --target eval/results/auto.json``; the runs are made by ``make bench
+NAME=auto``. ``--peer FOLDER``, for the first run, the second and so on, adds what another library reached on the same
+data (`auto_peer.py`), measured as `llmrec score` does; for a run without one what an earlier call measured stays.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--peer", type=Path, action="append", default=[], help="of the data of a run, in their order")
     parser.add_argument("--note", default="")
     parser.add_argument("--target", type=Path, default=Path("eval/results/auto.json"))
-    parser.add_argument("--command", default="make bench-auto")
+    parser.add_argument("--command", default="make bench NAME=auto")
     asked = parser.parse_args(arguments)
     if len(asked.peer) > len(asked.runs):
         parser.error(

@@ -1,6 +1,6 @@
 """How far a tuned manager of conversations calls what rules call, on MovieLens-100K.
 
-``python -m eval.benchmarks.chat_tuning eval/results/chat_tuning.json`` (`make bench-chat-models`, which also holds
+``python -m eval.benchmarks.chat_tuning eval/results/chat_tuning.json`` (`make bench NAME=chat-models`, which also holds
 conversations with the tuned model) tunes SmolLM2-135M-Instruct on 300 simulated conversations over the run
 ``runs/demo``, and keeps what the command prints: the share of held-out calls, and of calls in wordings that no row has,
 that the model makes too, before and after tuning, beside the control that calls what usually follows. A call that was

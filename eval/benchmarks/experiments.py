@@ -25,7 +25,7 @@ from llmrec.report.wording import DASH, SEEDS, USERS
 
 _HEAD = f"""# Experiments
 
-Written by `make experiments` from `eval/experiments.yaml` and `eval/results/`; do not edit. *Seeds* are those of the
+Written by `make figures` from `eval/experiments.yaml` and `eval/results/`; do not edit. *Seeds* are those of the
 rows that learn with any randomness; of a benchmark, of its tuned rows. What has fewer than {USERS} users or
 {SEEDS} seeds is exploratory: its figures describe a run, and nothing is claimed from them; *in part*: some rows have
 fewer, which their own page marks. Hours are those of two CPU cores.

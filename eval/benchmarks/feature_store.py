@@ -1,6 +1,6 @@
 """Times stores of features: build, size and look-ups, beside making a vector of a text when it is asked for.
 
-``make bench-features`` writes ``eval/results/feature_store.json``. Ids and vectors are drawn.
+``make bench NAME=features`` writes ``eval/results/feature_store.json``. Ids and vectors are drawn.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def online(count: int = 20) -> dict[str, float]:
 def main(target: Path) -> None:
     """Measure and write."""
     result = {
-        "command": "make bench-features",
+        "command": "make bench NAME=features",
         "stores": [store(*size) for size in SIZES],
         "encoder": {"name": ENCODER, **online()},
         "machine": machine(),

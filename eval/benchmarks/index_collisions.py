@@ -80,7 +80,7 @@ def main(target: Path, page: Path) -> None:
             rows[name][scheme] = row(index, time.perf_counter() - begin)
             sys.stdout.write(f"{name} {scheme}: {rows[name][scheme]}\n")
     result = {
-        "command": "LLMREC_DATA=FOLDER make bench-index-leak",
+        "command": "LLMREC_DATA=FOLDER make bench NAME=index-leak",
         "what": "every scheme on three catalogues: items that share a code, and codes that begin another",
         "rows": rows,
         "machine": machine(),

@@ -1,8 +1,8 @@
 """Ranks requests for real: how many a second, and does every faulty line fail where it stands, and no other?
 
-Run by ``make bench-rank``. Requests of 20 films each are made from MovieLens-100K: a stretch of a user's history, the
-film that came next, and 19 that the user never rated. One line in 20 is faulty in a known way. The command line ranks
-the file twice, whole and with ``--top 10``; figures and checks are written to ``eval/results/rank.json``.
+Run by ``make bench NAME=rank``. Requests of 20 films each are made from MovieLens-100K: a stretch of a user's history,
+the film that came next, and 19 that the user never rated. One line in 20 is faulty in a known way. The command line
+ranks the file twice, whole and with ``--top 10``; figures and checks are written to ``eval/results/rank.json``.
 
 ``--beside-engine`` measures something else, and leaves the rest of that file as it stands: what processor time ranking
 takes beyond that of the engine's own calls, of the same run.
@@ -88,7 +88,7 @@ def main() -> None:
             sys.stdout.write(f"{run}: {json.dumps(runs[run])}\n")
             check(out, good, faults, None if run == "all" else 10)
     result = {
-        "command": "make bench-rank",
+        "command": "make bench NAME=rank",
         "what": f"requests of {CANDIDATES} films from MovieLens-100K, histories of {HISTORY}, ranked by llmrec rank",
         "model": chosen.model,
         "requests": chosen.requests,

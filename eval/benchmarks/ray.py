@@ -1,8 +1,8 @@
 """Two nodes of Ray on one machine: the bytes of one process, whatever is killed, and what the cluster costs.
 
-Run by ``make bench-ray``; it needs the extra ``ray``, and is small: a random model of two blocks, some hundred requests
-and two actors, since what is shown is that nothing is lost, doubled or in the wrong place. Each node is a ``ray start``
-of its own. Results are written after each case, so that what a broken-off run has found stays.
+Run by ``make bench NAME=ray``; it needs the extra ``ray``, and is small: a random model of two blocks, some hundred
+requests and two actors, since what is shown is that nothing is lost, doubled or in the wrong place. Each node is a
+``ray start`` of its own. Results are written after each case, so that what a broken-off run has found stays.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ import typer
 from eval.benchmarks.faults.works import augmented
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
-from llmrec.cli.show.console import facts
+from llmrec.cli.console import facts
 from llmrec.cluster.actors import finish_on, rank_on
 from llmrec.data.features import FeatureStore
 from llmrec.durable import read_json, sha256_of
@@ -304,7 +304,7 @@ class Bench:
 
     def results(self) -> dict[str, Any]:
         return {
-            "command": "make bench-ray",
+            "command": "make bench NAME=ray",
             "what": f"{REQUESTS} requests, 12 users and 40 texts on a random model of two blocks, hf in float32, "
             f"{SHARDS} shards on {ACTORS} actors of two nodes of Ray on one machine",
             "cases": self.cases,

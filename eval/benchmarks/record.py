@@ -1,4 +1,4 @@
-"""Keeps a run's results in the repository: ``make record`` after ``make quickstart``.
+"""Keeps a run's results in the repository: ``make bench NAME=record`` after ``make quickstart``.
 
 ``python -m eval.benchmarks.record RUN TARGET`` writes them without prompts, texts and raw answers, which hold other
 people's data; with a README as third argument its table of the quickstart too, and with the recipe's page as fourth
@@ -17,7 +17,7 @@ from typing import Any
 
 import yaml
 
-from llmrec.cli.show.console import finish
+from llmrec.cli.console import finish
 from llmrec.durable import CHECKSUM
 from llmrec.pipeline.run import Run
 from llmrec.recipe.load import load_recipe, recipe_hash

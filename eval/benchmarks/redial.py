@@ -371,7 +371,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     write_json(
         given.target,
         {
-            "command": "LLMREC_DATA=FOLDER make bench-redial",
+            "command": "LLMREC_DATA=FOLDER make bench NAME=redial",
             "dialogues": len(set(cases.clusters)),
             "cases": len(cases.rows),
             "seeds": [],

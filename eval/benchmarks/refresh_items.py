@@ -38,9 +38,8 @@ from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import DataSection
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
-from llmrec.serve.options import ServeOptions
+from llmrec.serve.options import RefreshOptions, ServeOptions
 from llmrec.serve.refresh import refresh
-from llmrec.serve.refresh_options import RefreshOptions
 from llmrec.serve.run import make_service
 from llmrec.types import Case, Request
 

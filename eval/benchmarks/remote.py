@@ -1,6 +1,7 @@
 """Asks a server that fails at 30 % of all attempts, and kills the client again and again.
 
-Run by ``make bench-remote``; the server is `tests/servers/faulty.py`, whose answers show which question they belong to.
+Run by ``make bench NAME=remote``; the server is `tests/servers/faulty.py`, whose answers show which question they
+belong to.
 
 - faults: 10,000 questions, each attempt of which may meet 429 with or without Retry-After, 500, a stall or a trickle of
   bytes beyond the client's time-out, a body that ends early, one that is no JSON, and too few or doubled choices.
@@ -55,7 +56,7 @@ def main() -> None:
             "kills": kills(Path(name) / "kills.sqlite", chosen.requests, chosen.kills),
         }
     result = {
-        "command": "make bench-remote",
+        "command": "make bench NAME=remote",
         "what": "a client of an OpenAI-compatible server that fails on purpose; answers compared with their questions",
         "share_of_faults": SHARE,
         "settings": SETTINGS,

@@ -99,7 +99,7 @@ def main(target: Path, drawn: Path, folder: Path, steps: int) -> None:
         runs.append(measured(*size, steps, folder))
         print(json.dumps(runs[-1]), flush=True)  # noqa: T201
     result = {
-        "command": "make bench-scaling",
+        "command": "make bench NAME=scaling",
         "what": "validation loss in nats an item by tokens read, for decoders of growing width from chance",
         "recipe": RECIPE,
         "recipe_hash": recipe_hash(load_recipe(RECIPE)),

@@ -1,7 +1,7 @@
 """Which engine scores title likelihoods faster here: one masked forward a user (hf), or vLLM's forced tokens?
 
-Run by ``make bench``. Both engines score the same prompts and candidates of the quickstart, alternately in one
-process; the minimum and the median of each are written to ``eval/results/scoring.json`` with the machine's load.
+Run by ``make bench NAME=scoring``. Both engines score the same prompts and candidates of the quickstart, alternately in
+one process; the minimum and the median of each are written to ``eval/results/scoring.json`` with the machine's load.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def main(target: Path) -> None:
         for a, b in zip(*found.values(), strict=True):
             largest = max(largest, *(abs(x - y) for x, y in zip(a.logprobs, b.logprobs, strict=True)))
     result = {
-        "command": "make bench",
+        "command": "make bench NAME=scoring",
         "what": "seconds a user for the exact likelihood of 20 titles after the quickstart's sequential prompt",
         "users": USERS * ROUNDS,
         "prompt_tokens": statistics.mean(len(encoder.prompt(prompt)) for prompt in prompts),

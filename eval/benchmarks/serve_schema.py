@@ -1,4 +1,4 @@
-"""Asks a service whatever its OpenAPI document allows, and what it does not: ``make bench-schema``.
+"""Asks a service whatever its OpenAPI document allows, and what it does not: ``make bench NAME=schema``.
 
 schemathesis (an executable of its own environment, ``SCHEMATHESIS=/path/to/schemathesis``) makes cases of every
 endpoint: examples, bounds, fuzzed bodies that fit the schema and bodies that do not, methods, keys left out, calls that
@@ -100,7 +100,7 @@ def main() -> None:
     for (_, status), count in answers.items():
         statuses[status] += count
     result = {
-        "command": f"make bench-schema{' RUN=...' if chosen.run else ''}",
+        "command": f"make bench NAME=schema{' RUN=...' if chosen.run else ''}",
         "what": "a service asked by schemathesis whatever its OpenAPI document allows and does not",
         "model": Path(chosen.run).name if chosen.run else "toy, two layers",
         **found,

@@ -1,9 +1,9 @@
 """Processor time of commands that do little: what a user waits for before anything is computed.
 
-`make bench-commands` writes eval/results/small_commands.json. Seconds are user time of the process and its threads, the
-least of some rounds: a busy machine stretches it far less than time on the clock, and still by half or more where
-cores are shared. So in every round stands beside each command what importing other projects' libraries takes that it
-cannot do without: below that it could not come, whatever llmrec did.
+`make bench NAME=commands` writes eval/results/small_commands.json. Seconds are user time of the process and its
+threads, the least of some rounds: a busy machine stretches it far less than time on the clock, and still by half or
+more where cores are shared. So in every round stands beside each command what importing other projects' libraries takes
+that it cannot do without: below that it could not come, whatever llmrec did.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def main() -> None:
     write_json(
         given.out,
         {
-            "command": "make bench-commands",
+            "command": "make bench NAME=commands",
             "rounds": given.rounds,
             "commands": found,
             "machine": machine(),

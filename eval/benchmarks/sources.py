@@ -4,8 +4,8 @@
 set-up. FOLDER holds what else is at hand, each under the name given below; what is missing is written down as missing,
 and what cannot be read with the reason.
 
-``make check-sources DATA=FOLDER`` looks for files of any published set in a folder of yours and those inside it, reads
-each and prints the same; nothing is written unless ARGS names a file.
+``make bench NAME=sources DATA=FOLDER`` looks for files of any published set in a folder of yours and those inside it,
+reads each and prints the same; nothing is written unless ARGS names a file.
 """
 
 from __future__ import annotations
@@ -134,7 +134,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if given.check is not None:
         found = check(given.check)
         if given.target is not None:
-            write_json(given.target, {"command": "make check-sources DATA=FOLDER", "files": found})
+            write_json(given.target, {"command": "make bench NAME=sources DATA=FOLDER", "files": found})
         return
     if given.target is None:
         parser.error("name the file to write, or a folder after --check")

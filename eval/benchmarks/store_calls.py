@@ -1,7 +1,7 @@
 """Make random calls of a service's store on SQLite and PostgreSQL, and compare each with lists and sets.
 
-``make bench-store`` makes some sequences of each database. The clock jumps by ten years, stores are closed and opened,
-other programs hold the events, and processes that add events are killed. The model is that of the tests.
+``make bench NAME=store`` makes some sequences of each database. The clock jumps by ten years, stores are closed and
+opened, other programs hold the events, and processes that add events are killed. The model is that of the tests.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def main() -> None:
         chosen.target,
         {
             "kind": "faults",
-            "command": "make bench-store",
+            "command": "make bench NAME=store",
             "what": "random calls of two connections to one store, with jumps of the clock, locks of other programs "
             "and killed processes, each compared with a model in memory",
             "date": date.today().isoformat(),

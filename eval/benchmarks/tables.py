@@ -1,4 +1,4 @@
-"""Seconds and memory of the data layer by rows, over made-up tables: ``make bench-tables``.
+"""Seconds and memory of the data layer by rows, over made-up tables: ``make bench NAME=tables``.
 
 A table has fifty rows a user; the share of an item falls by a power of its rank; ids are short texts. Each stage runs
 in the process that did those before it, and its peak is that of the whole process, less what an empty one takes. Beside
@@ -201,7 +201,7 @@ def main(target: Path, folder: Path, sizes: tuple[int, ...]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     before = json.loads(target.read_text(encoding="utf-8"))["tables"] if target.is_file() else []
     result: dict[str, Any] = {
-        "command": "make bench-tables",
+        "command": "make bench NAME=tables",
         "what": "seconds of each stage, and the peak memory of the process in it, by rows of a made-up CSV table",
         "rows_a_user": ROWS_A_USER,
         "machine": machine(),

@@ -151,21 +151,18 @@ def _check_table(found: BenchmarkResult, table: BenchmarkTable) -> None:
             )
 
 
-def holds_results(folder: Path) -> bool:
-    """Whether a folder holds results of benchmarks, and none of a run."""
-    return folder.is_dir() and not (folder / "results.json").is_file() and bool(read_results(folder))
-
-
 def rewrite(folder: Path) -> list[Path]:
     """Write the leaderboard and the benchmarks' pages beside a folder of results, and return them.
 
     Args:
-        folder: Such as ``eval/results``.
+        folder: Such as ``eval/results``; no page is written for any other folder, such as that of a run.
 
     Raises:
         DataError: If a file is not JSON, or lacks something.
         LlmrecError: If the rows of one table were measured under different protocols.
     """
+    if not folder.is_dir() or (folder / "results.json").is_file():
+        return []
     results = read_results(folder)
     written = shared_pages(results, all_references())
     for found in results:

@@ -1,4 +1,4 @@
-"""Runs a benchmark of any kind: makes the rows of its page, compares them, and writes its result and pages."""
+"""Runs or checks a benchmark of any kind: makes its rows, compares them, and writes its result and pages."""
 
 from __future__ import annotations
 
@@ -8,14 +8,15 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+from llmrec.baselines.retrieve import check_retriever
 from llmrec.bench.conversations import conversation_rows
 from llmrec.bench.engine import Made, Page, Ran, name_of, write
-from llmrec.bench.recipes import recipe_rows
-from llmrec.bench.suite import suite_rows
-from llmrec.cli.show.console import say, tell, written
+from llmrec.bench.recipes import points, recipe_of, recipe_rows
+from llmrec.bench.suite import check_rows, suite_rows
+from llmrec.cli.console import say, tell, written
 from llmrec.pipeline.results import of_another
 from llmrec.recipe.comparisons import Benchmark, Suite
-from llmrec.recipe.load import load_benchmark, load_chat, load_suite, recipe_hash
+from llmrec.recipe.load import load_benchmark, load_chat, load_recipe, load_suite, recipe_hash
 
 log = logging.getLogger(__name__)
 
@@ -75,3 +76,32 @@ def run_page(
     ran = run_benchmark(page, out=folder, results=results, say=say)
     tell(benchmark=ran.results.benchmark, rows=ran.results.rows)
     written(ran.files)
+
+
+def check_page(kind: Literal["suite", "benchmark", "chat"], page: str, overrides: Sequence[str]) -> None:
+    """Check a suite, a benchmark or a suite of conversations, and the recipes that it names.
+
+    Raises:
+        RecipeError: If a key or a value is wrong, of the page or of one that it names.
+    """
+    if kind == "suite":
+        suite = load_suite(page, overrides)
+        check_rows(suite)
+        for row in suite.rows:
+            if row.recipe:
+                load_recipe(row.recipe, row.overrides)
+        tell(name=suite.suite, rows=[row.label for row in suite.rows], pairs=suite.pairs)
+        say(f"suite {suite.suite} is valid: {len(suite.rows)} rows, {len(suite.pairs)} planned comparisons")
+    elif kind == "benchmark":
+        bench = load_benchmark(page, overrides)
+        todo = list(points(bench))
+        for point in todo:
+            recipe_of(bench, point, Path("runs"))
+        tell(name=bench.benchmark, runs=[run.name for run in bench.runs], models=len(todo))
+        say(f"benchmark {bench.benchmark} is valid: {len(bench.runs)} runs, {len(todo)} models")
+    else:
+        talks = load_chat(page, overrides)
+        load_recipe(talks.recipe, talks.overrides)
+        check_retriever(talks.recommender, "recommender")
+        tell(name=talks.chat, rows=[row.label for row in talks.rows], pairs=talks.pairs)
+        say(f"conversations {talks.chat} are valid: {len(talks.rows)} rows, {len(talks.pairs)} planned comparisons")

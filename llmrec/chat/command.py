@@ -5,14 +5,8 @@ from __future__ import annotations
 import typer
 
 from llmrec.chat.options import ChatOptions
-from llmrec.cli.common import App
-from llmrec.cli.options import takes
-
-app = App()
 
 
-@app.command()
-@takes(ChatOptions)
 def chat(options: ChatOptions) -> None:
     """Talk with a recommender about its catalogue.
 

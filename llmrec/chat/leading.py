@@ -12,7 +12,7 @@ from llmrec.chat.options import ChatOptions
 from llmrec.chat.simulator import OTHER, USUAL, Wordings, dialogues, transcript
 from llmrec.chat.transcripts import Turn
 from llmrec.chat.tuning import Agreement, Taught, UsualManager, agreement, known, parted, taught
-from llmrec.cli.show.console import say, tell
+from llmrec.cli.console import say, tell
 from llmrec.models.load import resolve
 from llmrec.pipeline.study import folder_of
 from llmrec.recipe.schema import Recipe

@@ -24,7 +24,7 @@ from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.state import State
 from llmrec.chat.tools import ModelLists, Tools, asking
 from llmrec.chat.tuning import refuse
-from llmrec.cli.show.console import say, tell
+from llmrec.cli.console import say, tell
 from llmrec.errors import DataError
 from llmrec.guard import TEXT_LIMIT, clean
 from llmrec.models.text_encoder import text_embedder

@@ -2,62 +2,88 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
-import typer
+from llmrec.answer.options import About
+from llmrec.cli.console import say, show, show_shard, tell
+from llmrec.cli.options import Ray, RecipeOptions, Shard, refuse_both
+from llmrec.errors import RecipeError
+from llmrec.registry import hook
 
-from llmrec.cli.common import App, Overrides, RecipePath
-from llmrec.cli.show.console import show_shard
-from llmrec.cluster.merge.options import Cluster, Piece, refuse_both
+if TYPE_CHECKING:
+    from llmrec.pipeline.augmenting import Augmented
+    from llmrec.recipe.schema import Recipe
 
-app = App()
+_SHOWN = 3
 
 
-@app.command()
-def augment(
-    recipe: RecipePath,
-    overrides: Overrides = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The store; <run folder>/features by default.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print what it would cost, and a prompt.")] = False,
-    without_model: Annotated[
-        bool,
-        typer.Option("--without-model", help="The control: the same events and items; <run folder>/control."),
-    ] = False,
-    shard: Piece = None,
-    ray: Cluster = None,
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class AugmentOptions(RecipeOptions):
+    """A recipe, its store of texts, and which of them are written."""
+
+    out: Annotated[Path | None, About(help="The store; <run folder>/features by default.")] = None
+    dry_run: Annotated[bool, About(help="Print what it would cost, and a prompt.")] = False
+    without_model: Annotated[bool, About(help="The control: the same events and items; <run folder>/control.")] = False
+    shard: Shard = None
+    ray: Ray = None
+
+
+def augment(options: AugmentOptions) -> None:
     """Have a language model write texts of users and items.
 
     They are stored with their vectors as features. A killed call resumes where it was. Texts on users are written from
     what nothing else learns from, where data.split.kind=prefix keeps it apart.
     """
-    from llmrec.cli.augment_show import show_plan, show_texts
-    from llmrec.errors import RecipeError
+    from llmrec import records
     from llmrec.pipeline import augmenting
     from llmrec.pipeline.study import folder_of
     from llmrec.recipe.load import load_recipe
-    from llmrec.records import Shard
 
-    refuse_both(shard, ray)
-    if without_model and (shard, ray) != (None, None):
+    refuse_both(options.shard, options.ray)
+    if options.without_model and (options.shard, options.ray) != (None, None):
         raise RecipeError(
             "--shard and --ray share out questions, and --without-model asks none; drop one of them",
             kind="contradiction",
             column="--without-model",
         )
-    asked = load_recipe(recipe, overrides or ())
-    folder = folder_of(asked, None)
-    target = out or folder / augmenting.FEATURES
-    if dry_run:
-        show_plan(asked)
-    elif without_model:
-        show_texts(augmenting.without_model(asked, out or folder / augmenting.CONTROL))
-    elif ray is not None:
-        from llmrec.cluster.actors import finish_on
-
-        finish_on(ray, "augment", target, asked)
-    elif shard is not None:
-        show_shard(augmenting.augment_shard(asked, target, Shard.parse(shard)), target)
+    recipe = load_recipe(options.recipe, options.overrides)
+    folder = folder_of(recipe, None)
+    target = options.out or folder / augmenting.FEATURES
+    if options.dry_run:
+        _show_plan(recipe)
+    elif options.without_model:
+        show_texts(augmenting.without_model(recipe, options.out or folder / augmenting.CONTROL))
+    elif options.ray is not None:
+        hook("recipe-on-ray")(options.ray, "augment", target, recipe)
+    elif options.shard is not None:
+        show_shard(augmenting.augment_shard(recipe, target, records.Shard.parse(options.shard)), target)
     else:
-        show_texts(augmenting.augment(asked, target))
+        show_texts(augmenting.augment(recipe, target))
+
+
+def _show_plan(recipe: Recipe) -> None:
+    """Print what texts would cost, and a prompt of each kind."""
+    from llmrec.pipeline import augmenting
+
+    planned = augmenting.plan(recipe)
+    for questions in planned.asked.values():
+        for question in questions[:1]:
+            say("\n".join(message.text for message in question.prompt.messages) + "\n")
+    assert recipe.augment is not None
+    show("augment", augmenting.estimate(planned, recipe.augment))
+
+
+def show_texts(done: Augmented) -> None:
+    """Print some texts of a new store, and what they cost."""
+    from llmrec.data.features import PLURALS, FeatureStore
+
+    store = FeatureStore.open(done.folder)
+    for kind in store.kinds:
+        for name, text in list(store.texts(kind, store.ids(kind)[:_SHOWN]).items()):
+            say(f"{kind} {name}: {text}")
+    tell(texts=done.texts, cost=done.cost, seconds=done.seconds, store=done.folder)
+    facts = {PLURALS[kind]: f"{count:,}" for kind, count in done.texts.items()}
+    tokens = f"{done.cost.prompt_tokens:,} tokens read, {done.cost.completion_tokens:,} written"
+    show("augment", {**facts, "cost": tokens, "seconds": f"{done.seconds:.0f}", "store": str(done.folder)})

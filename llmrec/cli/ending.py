@@ -1,4 +1,4 @@
-"""How the command line ends where it does not end well: a paragraph for what a user can fix, a line at a signal."""
+"""How the command line ends: a paragraph for what a user can fix, a line at a signal, or JSON in place of words."""
 
 from __future__ import annotations
 
@@ -9,15 +9,21 @@ import shlex
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Mapping
+import traceback
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any, TextIO
 
-from llmrec import processes, terminal
+import typer
+
+from llmrec import __version__, processes, terminal
+from llmrec.cli.console import as_json, facts
 from llmrec.durable import WRITING
-from llmrec.errors import ErrorKind, LlmrecError
+from llmrec.errors import EngineFailure, ErrorKind, LlmrecError
 from llmrec.progress import under_way
+from llmrec.registry import COMMANDS
 from llmrec.report.escape import visible
 
 # What a user can fix: no space, no permission, a file system that is full or read-only, too many open files.
@@ -31,11 +37,86 @@ _TOLD = re.compile(
     r"|database or disk is full|^\d+ requested and \d+ written"
 )
 _MOST_CAUSES = 10
-# Commands that go on where they were.
-_RESUMED = frozenset(
-    {"run", "train", "eval", "export", "rank", "predict", "augment", "refresh", "fuse", "auto", "tune", "merge"}
-)
+# Errors that may be due to a library that failed, so that its last output is shown.
+_BROKEN: frozenset[ErrorKind | None] = frozenset({None, "failed", "exhausted", "defect"})
+# The base of what is wrong with a command line, whichever click it is that typer brings.
+_UsageError: type[typer.BadParameter] = typer.BadParameter.__mro__[1]
 _CHECKPOINT = "checkpoint-"
+
+
+def run_and_exit(program: Callable[..., Any]) -> None:
+    """Run a program; expected failures are one paragraph, or an ``error`` in JSON, and exit with 2.
+
+    Args:
+        program: A `typer.Typer`, which takes ``standalone_mode``.
+    """
+    with told_of_signals():
+        if _asks_for_json(sys.argv[1:]):
+            with _aside() as out:
+                answer, code = _answer(program)
+                out.write(as_json(answer) + "\n")
+            sys.exit(code)
+        try:
+            program()
+        except Exception as error:
+            wrong = fix_of(error)
+            if not processes.begins_to_tell():
+                sys.exit(2 if wrong else 1)
+            _last_output(error, wrong.kind if wrong else "defect")
+            if wrong is None:
+                raise
+            sys.stderr.write(f"error: {wrong}\n")
+            sys.exit(2)
+
+
+def _last_output(error: Exception, kind: ErrorKind | None) -> None:
+    """Show what libraries printed last, where they may have caused the error; an engine's error says it itself."""
+    if kind in _BROKEN and not isinstance(error, EngineFailure):
+        sys.stderr.writelines(f"{line}\n" for line in terminal.last_words())
+
+
+def _answer(program: Callable[..., Any]) -> tuple[Mapping[str, Any], int]:
+    """Run a program and return its facts, or its error, and its exit status."""
+    try:
+        code = program(standalone_mode=False)
+        return {"llmrec": __version__, **facts}, code if isinstance(code, int) else 0
+    except _UsageError as error:
+        wrong = _error("usage", error.format_message())
+    except typer.Abort:
+        return {"error": _error("closed", "it was broken off")}, 1
+    except Exception as error:
+        fix = fix_of(error)
+        _last_output(error, fix.kind if fix else "defect")
+        if fix is None:
+            traceback.print_exc()
+            return {"error": _error("defect", f"{type(error).__name__}: {error}")}, 1
+        wrong = _error(fix.kind, str(fix), file=fix.file, row=fix.row, line=fix.line, column=fix.column)
+    sys.stderr.write(f"error: {wrong['message']}\n")
+    return {"error": wrong}, 2
+
+
+def _error(kind: ErrorKind | None, message: str, **facts: Any) -> Mapping[str, Any]:
+    return {"kind": kind, "message": message, "file": None, "row": None, "line": None, "column": None, **facts}
+
+
+def _asks_for_json(line: Sequence[str]) -> bool:
+    # Looked for before the line is read: what is wrong with it is told in JSON too.
+    return "--json" in line[: line.index("--") if "--" in line else len(line)]
+
+
+@contextmanager
+def _aside() -> Iterator[TextIO]:
+    """Hand out the standard output, and send whatever else is written there to the error stream.
+
+    Libraries and the processes that they start write to it as well, so the descriptor itself is moved.
+    """
+    sys.stdout.flush()
+    with os.fdopen(os.dup(1), "w", encoding="utf-8") as out:
+        os.dup2(2, 1)
+        yield out
+
+
+# --------------------------------------------------------------------------- what a user can fix
 
 
 def fix_of(error: BaseException) -> LlmrecError | None:
@@ -126,7 +207,7 @@ def last_line(words: list[str], *, ended: bool = True) -> str:
     if command == "auto" and not ended:
         return "\n"
     said = " ".join(filter(None, ("stopped", _at())))
-    if command not in _RESUMED:
+    if command not in COMMANDS or not COMMANDS[command].resumes:
         return f"\n{said}\n"
     folder = terminal.folder()
     kept = _kept(folder) if folder is not None else []
@@ -136,10 +217,10 @@ def last_line(words: list[str], *, ended: bool = True) -> str:
 
 def _at() -> str:
     """Return which pieces of work were under way, and how far the innermost was."""
-    found = under_way()
-    names = " / ".join(dict.fromkeys(bar.name for bar in found))
-    reached = found[-1].reached() if found else ""
-    return visible(f"at {names}{f', {reached}' if reached else ''}") if found else ""
+    result = under_way()
+    names = " / ".join(dict.fromkeys(bar.name for bar in result))
+    reached = result[-1].reached() if result else ""
+    return visible(f"at {names}{f', {reached}' if reached else ''}") if result else ""
 
 
 def _kept(folder: Path) -> list[str]:
@@ -147,9 +228,9 @@ def _kept(folder: Path) -> list[str]:
     trained = (folder / "train.json").is_file()
     steps = [int(path.name.removeprefix(_CHECKPOINT)) for path in folder.glob(f"checkpoints/{_CHECKPOINT}*[0-9]")]
     rows = sum(1 for _ in folder.glob("rows/*.json"))
-    found = ["the tuned model"] if trained else [f"training up to step {max(steps)}"] if steps else []
-    found += [f"{rows} finished {'row' if rows == 1 else 'rows'}"] if rows else []
-    return found + (["every answer so far"] if (folder / "answers.sqlite").is_file() else [])
+    result = ["the tuned model"] if trained else [f"training up to step {max(steps)}"] if steps else []
+    result += [f"{rows} finished {'row' if rows == 1 else 'rows'}"] if rows else []
+    return result + (["every answer so far"] if (folder / "answers.sqlite").is_file() else [])
 
 
 def _error_stream() -> int:

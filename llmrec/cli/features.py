@@ -1,34 +1,44 @@
-"""`llmrec features`: makes, shows, compares, corrects and times stores of features."""
+"""The commands `llmrec features`: make, show, compare, correct and time stores of features."""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
-from llmrec.cli.common import App
-from llmrec.cli.show.console import say, short, show, tell
+from llmrec.answer.options import About
+from llmrec.cli.console import say, short, show, tell
 
-app = App(no_args_is_help=True)
-
-Store = Annotated[Path, typer.Argument(metavar="STORE", help="A folder of features; docs/features.md.")]
-Kind = Annotated[Literal["user", "item", "synthetic"], typer.Option("--kind", help="What the ids name.")]
+Store = Annotated[Path, About(argument=True, metavar="STORE", help="A folder of features; docs/features.md.")]
+Kind = Annotated[Literal["user", "item", "synthetic"], About(help="What the ids name.")]
 
 
-@app.command("import")
-def bring(
-    texts: Annotated[str, typer.Argument(metavar="TEXTS", help="A table with user_id or item_id, and a text.")],
-    out: Annotated[Path, typer.Option("--out", help="The store; a new version of it is published.")],
-    kind: Kind = "item",
-    text: Annotated[str, typer.Option("--text", help="Column of the texts.")] = "text",
+@dataclass(frozen=True, kw_only=True)
+class StoreOptions:
+    """A store of features."""
+
+    store: Store
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportOptions:
+    """A table of texts, and the store that they are written to."""
+
+    texts: Annotated[str, About(argument=True, metavar="TEXTS", help="A table with user_id or item_id, and a text.")]
+    out: Annotated[Path, About(help="The store; a new version of it is published.")]
+    kind: Kind = "item"
+    text: Annotated[str, About(help="Column of the texts.")] = "text"
     seen: Annotated[
-        str | None,
-        typer.Option("--seen", help="A table with user_id and item_id: the interactions that texts were written from."),
-    ] = None,
-    encoder: Annotated[str, typer.Option("--encoder", help="A text encoder, a name or a folder.")] = "all-MiniLM-L6-v2",
-) -> None:
+        str | None, About(help="A table with user_id and item_id: the interactions that texts were written from.")
+    ] = None
+    encoder: Annotated[str, About(help="A text encoder, a name or a folder.")] = "all-MiniLM-L6-v2"
+
+
+def import_texts(options: ImportOptions) -> None:
     """Make features of texts that somebody else wrote.
 
     Those of the other kind stay as they are.
@@ -36,40 +46,50 @@ def bring(
     from llmrec.augment.stores import from_table, whole
     from llmrec.data.features import FeatureStore, write_version, writing
 
-    made = [from_table(texts, kind, column=text, seen=seen, encoder=encoder)]
-    with writing(out) as place:
-        if (place / "current").is_file():
-            store = FeatureStore.open(place)
-            made += [whole(store, other) for other in store.kinds if other != kind]
-        write_version(place, made)
-    show("features", _facts(out))
+    made = [from_table(options.texts, options.kind, column=options.text, seen=options.seen, encoder=options.encoder)]
+    with writing(options.out) as folder:
+        if (folder / "current").is_file():
+            store = FeatureStore.open(folder)
+            made += [whole(store, other) for other in store.kinds if other != options.kind]
+        write_version(folder, made)
+    show("features", _facts(options.out))
 
 
-@app.command("show")
-def what(
-    store: Store,
+@dataclass(frozen=True, kw_only=True)
+class ShowOptions(StoreOptions):
+    """A store of features, and whose texts are shown."""
+
     ids: Annotated[
-        list[str] | None, typer.Argument(metavar="[ID]...", help="Whose texts; none: what is in it.")
-    ] = None,
-    kind: Kind = "user",
-) -> None:
+        tuple[str, ...], About(argument=True, metavar="[ID]...", help="Whose texts; none: what is in it.")
+    ] = ()
+    kind: Kind = "user"
+
+
+def show_store(options: ShowOptions) -> None:
     """Print what a store holds, or some of its texts."""
     from llmrec.data.features import FeatureStore
 
-    if not ids:
-        show("features", _facts(store))
+    if not options.ids:
+        show("features", _facts(options.store))
         return
-    opened = FeatureStore.open(store)
-    texts, seen = opened.texts(kind, ids), opened.seen_by(kind)
-    tell(texts={each: {"text": texts.get(each), "seen": len(seen.get(each, ()))} for each in ids})
-    for each in ids:
-        say(f"{each}: {texts.get(each, 'no text')}")
-        if each in seen:
-            say(f"    written from {len(seen[each])} interactions")
+    store = FeatureStore.open(options.store)
+    texts, seen = store.texts(options.kind, options.ids), store.seen_by(options.kind)
+    tell(texts={name: {"text": texts.get(name), "seen": len(seen.get(name, ()))} for name in options.ids})
+    for name in options.ids:
+        say(f"{name}: {texts.get(name, 'no text')}")
+        if name in seen:
+            say(f"    written from {len(seen[name])} interactions")
 
 
-@app.command()
-def diff(old: Store, new: Annotated[Path, typer.Argument(metavar="STORE", help="The newer one.")]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class DiffOptions:
+    """Two stores of features."""
+
+    old: Store
+    new: Annotated[Path, About(argument=True, metavar="STORE", help="The newer one.")]
+
+
+def diff(options: DiffOptions) -> None:
     """Print what two stores say differently.
 
     Exit code 1 if they do.
@@ -77,53 +97,62 @@ def diff(old: Store, new: Annotated[Path, typer.Argument(metavar="STORE", help="
     from llmrec.augment.stores import compare
     from llmrec.data.features import PLURALS, FeatureStore
 
-    found = compare(FeatureStore.open(old), FeatureStore.open(new))
-    tell(differences=found)
-    for each in found:
-        counted = f"{len(each.added)} added, {len(each.removed)} removed, {len(each.changed)} texts changed"
-        say(f"{PLURALS[each.kind]}: {counted}")
-        for name, before, after in each.changed[:20]:
+    differences = compare(FeatureStore.open(options.old), FeatureStore.open(options.new))
+    tell(differences=differences)
+    for kind in differences:
+        counted = f"{len(kind.added)} added, {len(kind.removed)} removed, {len(kind.changed)} texts changed"
+        say(f"{PLURALS[kind.kind]}: {counted}")
+        for name, before, after in kind.changed[:20]:
             say(f"  {name}\n    - {before}\n    + {after}")
-    if any(each.added or each.removed or each.changed for each in found):
+    if any(kind.added or kind.removed or kind.changed for kind in differences):
         raise typer.Exit(1)
 
 
-@app.command()
-def edit(
-    store: Store,
-    name: Annotated[str, typer.Argument(metavar="ID", help="Whose text.")],
-    text: Annotated[str, typer.Option("--text", help="What it should say.")],
-    kind: Kind = "user",
-) -> None:
+@dataclass(frozen=True, kw_only=True)
+class EditOptions(StoreOptions):
+    """A text of a store, and its correction."""
+
+    name: Annotated[str, About(argument=True, metavar="ID", help="Whose text.")]
+    text: Annotated[str, About(help="What it should say.")]
+    kind: Kind = "user"
+
+
+def edit(options: EditOptions) -> None:
     """Correct a text.
 
     Its vector is computed again by the encoder of the store.
     """
     from llmrec.augment import stores
 
-    made = stores.edit(store, kind, name, text)
+    name, text, kind = options.name, options.text, options.kind
+    made = stores.edit(options.store, kind, name, text)
     tell(kind=kind, id=name, text=text, made_from_it=made)
     for other in made:
         say(f"written from it, and unchanged: the text of {other} {name}; correct it with edit --kind {other}")
 
 
-@app.command()
-def forget(store: Store, user: Annotated[str, typer.Argument(metavar="USER", help="Who is erased.")]) -> None:
+@dataclass(frozen=True, kw_only=True)
+class ForgetOptions(StoreOptions):
+    """A store of features, and a user of it."""
+
+    user: Annotated[str, About(argument=True, metavar="USER", help="Who is erased.")]
+
+
+def forget(options: ForgetOptions) -> None:
     """Erase a person: text, vector and interactions.
 
     Texts on others that had seen some of them are named.
     """
     from llmrec.augment import stores
 
-    gone = stores.forget(store, user)
+    gone = stores.forget(options.store, options.user)
     tell(erased=gone)
     say(f"erased: {'a text, ' if gone.text else ''}{gone.pairs} interactions; versions before are removed")
     if gone.others:
         say(f"written from them too, and to be written anew: {', '.join(gone.others)}")
 
 
-@app.command()
-def bench(store: Store) -> None:
+def bench(options: StoreOptions) -> None:
     """Time look-ups of one id and of a hundred.
 
     Half of them are unknown.
@@ -131,9 +160,19 @@ def bench(store: Store) -> None:
     from llmrec.augment.stores import timed
     from llmrec.data.features import PLURALS, FeatureStore
 
-    opened = FeatureStore.open(store)
-    for kind in opened.kinds:
-        show(f"look-ups of {PLURALS[kind]}", timed(opened, kind), short)
+    store = FeatureStore.open(options.store)
+    for kind in store.kinds:
+        show(f"look-ups of {PLURALS[kind]}", timed(store, kind), short)
+
+
+COMMANDS: Mapping[str, Callable[[Any], None]] = {
+    "import": import_texts,
+    "show": show_store,
+    "diff": diff,
+    "edit": edit,
+    "forget": forget,
+    "bench": bench,
+}
 
 
 def _facts(folder: Path) -> dict[str, str]:

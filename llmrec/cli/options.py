@@ -1,49 +1,78 @@
-"""A command's options, made of the fields of a frozen record: names, words and defaults stand there alone."""
+"""Options of commands: the fields of a frozen record, with their names, help and defaults."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field, dataclass, fields
 from inspect import Parameter, Signature
-from typing import Annotated, Any, TypeVar, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_origin, get_type_hints
 
 import typer
 
 from llmrec.answer.options import About
+from llmrec.errors import RecipeError
 
-_Record = TypeVar("_Record")
+Out = Annotated[Path | None, About(help="Run folder; runs/<name> by default.")]
+Shard = Annotated[
+    str | None, About(metavar="I/N", help="Do the I-th of N pieces alone; llmrec merge puts them together.")
+]
+Ray = Annotated[
+    str | None,
+    About(
+        metavar="local|HOST:PORT",
+        help="Have a Ray cluster work all pieces, and put them together; ray.* of the recipe says how.",
+    ),
+]
 
 
-def takes(record: type[_Record]) -> Callable[[Callable[[_Record], None]], Callable[..., None]]:
-    """Turn a function of a record into a command that takes the record's fields as options, required ones first.
+@dataclass(frozen=True, kw_only=True)
+class RecipeOptions:
+    """A recipe, and keys that are changed."""
+
+    recipe: Annotated[
+        str, About(argument=True, metavar="RECIPE", help="Path of a recipe, such as recipes/quickstart.yaml.")
+    ]
+    overrides: Annotated[
+        tuple[str, ...],
+        About(argument=True, metavar="[KEY=VALUE]...", help="Overrides, such as train.steps=20 eval.users=100."),
+    ] = ()
+
+
+def refuse_both(shard: str | None, ray: str | None) -> None:
+    """Reject one shard where Ray works all."""
+    if shard is not None and ray is not None:
+        raise RecipeError(
+            "--ray works all shards, and --shard one; drop one of them", kind="contradiction", column="--shard"
+        )
+
+
+def takes(function: Callable[[Any], None]) -> Callable[..., None]:
+    """Return a function of one record as a callback that takes the record's fields, required ones first.
 
     Args:
-        record: A dataclass whose fields are `Annotated` with an `About` each.
+        function: It has one parameter, annotated with a dataclass whose fields are `Annotated` with an `About` each.
     """
+    record = next(iter(get_type_hints(function).values()))
     hints = get_type_hints(record, include_extras=True)
-    parameters = [_parameter(field, hints[field.name]) for field in fields(record)]  # type: ignore[arg-type]
+    parameters = [_parameter(field, hints[field.name]) for field in fields(record)]
     parameters.sort(key=lambda parameter: parameter.default is not Parameter.empty)
 
-    def decorate(command: Callable[[_Record], None]) -> Callable[..., None]:
-        def called(**given: Any) -> None:
-            command(
-                record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
-            )
+    def called(**given: Any) -> None:
+        function(record(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}))
 
-        called.__name__, called.__doc__ = command.__name__, command.__doc__
-        called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
-        return called
-
-    return decorate
+    called.__name__, called.__doc__ = function.__name__, function.__doc__
+    called.__signature__ = Signature(parameters)  # type: ignore[attr-defined]
+    return called
 
 
 def _parameter(field: Field[Any], hint: Any) -> Parameter:
     kind, about = get_args(hint)
     assert isinstance(about, About)
     default: Any = Parameter.empty if field.default is MISSING else field.default
-    if get_origin(kind) is tuple:
-        # An option that may be given several times.
-        kind, default = list[str], default if field.default is MISSING else list(default)
+    if get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis:
+        # It may be given several times.
+        kind, default = list[get_args(kind)[0]], default if field.default is MISSING else list(default)  # type: ignore[misc]
     if about.argument:
         given = typer.Argument(metavar=about.metavar, help=about.help)
         return Parameter(field.name, Parameter.KEYWORD_ONLY, default=default, annotation=Annotated[kind, given])

@@ -6,16 +6,11 @@ import typer
 
 from llmrec import terminal
 from llmrec.answer.rank.options import RankOptions, check_cluster
-from llmrec.cli.common import App
-from llmrec.cli.options import takes
-from llmrec.cli.show.console import short, show, show_shard
-from llmrec.cluster.merge.options import refuse_both
-
-app = App()
+from llmrec.cli.console import short, show, show_shard
+from llmrec.cli.options import refuse_both
+from llmrec.registry import hook
 
 
-@app.command()
-@takes(RankOptions)
 def rank(options: RankOptions) -> None:
     """Rank items for a file of requests, or for every user.
 
@@ -26,25 +21,20 @@ def rank(options: RankOptions) -> None:
     from llmrec.answer.rank.run import STDOUT, rank_file
     from llmrec.answer.rank.sharded import rank_shard
     from llmrec.answer.rank.users import rank_users
+    from llmrec.records import Shard
 
     refuse_both(options.shard, options.ray)
     check_cluster(options)
-    if options.all_users:
-        told = rank_users(options)
-        show("lists", told, short)
-        raise typer.Exit(int(told["failed"] != 0))
-    if options.shard is not None:
-        from llmrec.records import Shard
-
-        done = show_shard(rank_shard(options, Shard.parse(options.shard)), options.target)
-        raise typer.Exit(int(done["failed"] != 0))
-    if options.ray is not None:
-        from llmrec.cluster.actors import rank_on
-
-        rank_on(options, options.ray)
+    if options.ray is not None and not options.all_users:
+        hook("rank-on-ray")(options, options.ray)
         return
-    summary = rank_file(options)
-    where = terminal.err() if options.target == STDOUT else None
-    show("ranking", console_rows(summary), told={"ranking": summary}, file=where)
-    if summary["failed"]:
-        raise typer.Exit(1)
+    if options.all_users:
+        summary = rank_users(options)
+        show("lists", summary, short)
+    elif options.shard is not None:
+        summary = show_shard(rank_shard(options, Shard.parse(options.shard)), options.target)
+    else:
+        summary = rank_file(options)
+        file = terminal.err() if options.target == STDOUT else None
+        show("ranking", console_rows(summary), record={"ranking": summary}, file=file)
+    raise typer.Exit(int(summary["failed"] != 0))

@@ -25,10 +25,11 @@ from llmrec.answer.rank.options import OF_CLUSTERS, RankOptions
 from llmrec.answer.rank.ranker import resolved
 from llmrec.answer.rank.run import STDOUT, part_sizes
 from llmrec.answer.rank.sharded import drop_shards
-from llmrec.cli.show.console import finish, show
+from llmrec.cli.console import finish, show, show_shard
+from llmrec.cli.options import refuse_both
+from llmrec.cluster.command import merge_shards
+from llmrec.cluster.evaluation import evaluate_shard, merge_run
 from llmrec.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
-from llmrec.cluster.merge.app import put_together
-from llmrec.cluster.merge.evaluation import merge_run
 from llmrec.data.read.request_file import open_requests
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, RecipeError, require
@@ -36,8 +37,11 @@ from llmrec.machine import processor
 from llmrec.pipeline.augmenting import merge_augment
 from llmrec.pipeline.run import Run
 from llmrec.pipeline.shards import Command, shards_of
+from llmrec.pipeline.study import folder_of
 from llmrec.progress import QUIET
+from llmrec.recipe.load import kind_of_page, load_recipe
 from llmrec.recipe.schema import RaySection, Recipe
+from llmrec.records import Shard
 from llmrec.report.page import PAGES
 
 log = logging.getLogger(__name__)
@@ -199,9 +203,9 @@ def spread(ray: Any, told: Mapping[str, Any], asked: RaySection, numbers: Sequen
     # A process that died is started again where it was; what it was at is not asked of it again, since its node may
     # be gone for good and the shard would wait for it.
     lasting = {"max_restarts": -1, "max_task_retries": 0, "num_cpus": here.cpus, "num_gpus": here.gpus}
-    found = rows.map(Actor, fn_constructor_kwargs=dict(told), compute=pool, **lasting)
+    result = rows.map(Actor, fn_constructor_kwargs=dict(told), compute=pool, **lasting)
     try:
-        for row in found.iter_rows():
+        for row in result.iter_rows():
             yield Worked.parse(row["worked"])
     except ray.exceptions.RayError as error:
         log.warning("a pass over the shards broke off: %s", str(error).splitlines()[0])
@@ -242,7 +246,7 @@ def work_on(
         told = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
         done = work_all(job, count, partial(spread, ray, told, asked))
         nodes, processes, tokens = facts_of(done)
-        spent = sum(each.seconds for each in done)
+        spent = sum(entry.seconds for entry in done)
         cost = {"tokens": f"{tokens:,}"} if tokens else {}
         rows = {
             "shards": str(count),
@@ -251,7 +255,7 @@ def work_on(
             "actor seconds": f"{spent:.1f}",
         }
         facts = {"shards": count, "actors": processes, "nodes": nodes, "tokens": tokens, "actor_seconds": spent}
-        show("ray", rows, told={"ray": facts})
+        show("ray", rows, record={"ray": facts})
         if here.gpus and job.command != "rank":
             # What was answered belongs to the device that answered: it is put together on one like it.
             merge = ray.remote(num_cpus=here.cpus, num_gpus=here.gpus, max_retries=0)(_merge)
@@ -287,7 +291,7 @@ def rank_on(options: RankOptions, address: str) -> None:
     job = Job("rank", options.target, replace(options, restart=False))
     drop = partial(drop_shards, options.target) if options.restart else lambda: None
     work_on(address, job, asked, -(-total // size), drop)
-    put_together(options.target)
+    merge_shards(options.target)
 
 
 def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> None:
@@ -299,7 +303,37 @@ def finish_on(address: str, command: Command, target: Path, recipe: Recipe) -> N
     made = work_on(address, Job(command, target, recipe), recipe.ray)
     if command != "eval" or not made:
         # A store of texts that is made already stays as it is.
-        put_together(target)
+        merge_shards(target)
         return
     results = read_json(target / "results.json", "run the command again")
     finish(Run(target, results, (), target / "report" / PAGES["html"]))
+
+
+def ask_shards(page: str, overrides: Sequence[str], out: Path | None, piece: str | None, address: str | None) -> None:
+    """Evaluate one shard of a recipe's cases, or have a cluster evaluate all, for `llmrec run` and `llmrec eval`.
+
+    Args:
+        page: The recipe.
+        overrides: Changed keys.
+        out: The run folder.
+        piece: Which shard; None: all.
+        address: Of a Ray cluster; None: the shard is evaluated here.
+
+    Raises:
+        RecipeError: If the page is no recipe.
+    """
+    option = "--shard" if address is None else "--ray"
+    shard = None if piece is None else Shard.parse(piece)
+    refuse_both(piece, address)
+    if (kind := kind_of_page(page)) != "recipe":
+        raise RecipeError(
+            f"{option}: {page} is a {kind}; evaluate its recipes in shards, and then the {kind}",
+            kind="unsupported",
+            column=option,
+        )
+    recipe = load_recipe(page, overrides)
+    home = folder_of(recipe, out)
+    if address is not None:
+        finish_on(address, "eval", home, recipe)
+    elif shard is not None:
+        show_shard(evaluate_shard(recipe, out, shard), home)

@@ -28,7 +28,7 @@ from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.ranker import open_ranker
 from llmrec.answer.rank.sharded import rank_shard
 from llmrec.cli.ending import fix_of
-from llmrec.cluster.merge.evaluation import evaluate_shard
+from llmrec.cluster.evaluation import evaluate_shard
 from llmrec.durable import read_json, write_checked
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.augmenting import augment_shard
@@ -263,10 +263,10 @@ def work_all(job: Job, count: int, spread: Spread) -> list[Worked]:
     with Bar(job.command, count, unit="shards") as bar:
         while left := [number for number in range(1, count + 1) if number not in done]:
             before = len(done)
-            for each in spread(left):
-                if each.error:
-                    raise LlmrecError(f"shard {each.shard}/{count}, on {each.node}: {each.error}", kind="failed")
-                done[each.shard] = each
+            for entry in spread(left):
+                if entry.error:
+                    raise LlmrecError(f"shard {entry.shard}/{count}, on {entry.node}: {entry.error}", kind="failed")
+                done[entry.shard] = entry
                 bar.reach(len(done), _said(done.values()))
             lost = [number for number in left if number not in done]
             fruitless = 0 if len(done) > before else fruitless + bool(lost)
@@ -291,5 +291,5 @@ def _said(done: Any) -> str:
 
 def facts_of(done: Sequence[Worked]) -> tuple[int, int, int]:
     """Return how many machines and processes worked shards, and the tokens of all."""
-    processes = {(each.node, each.process) for each in done}
-    return len({node for node, _ in processes}), len(processes), sum(each.tokens for each in done)
+    processes = {(entry.node, entry.process) for entry in done}
+    return len({node for node, _ in processes}), len(processes), sum(entry.tokens for entry in done)

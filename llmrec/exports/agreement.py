@@ -127,9 +127,9 @@ def measure(
     after = _figures(written, study, encoder, rows, scored)
     del written
     release_memory()
-    found = [_family(study, family, rows[family], before, after) for family in families]
+    result = [_family(study, family, rows[family], before, after) for family in families]
     logit = float(np.abs(before.logits - after.logits).max())
-    if not math.isfinite(sum((logit, *(number for entry in found for number in entry.loss)))):
+    if not math.isfinite(sum((logit, *(number for entry in result for number in entry.loss)))):
         raise LlmrecError(
             f"the weights give figures that are not numbers as {dtype}; export with --dtype bfloat16",
             kind="bad-value",
@@ -141,7 +141,7 @@ def measure(
     return Agreement(
         before=what,
         after=f"the exported weights, {dtype}",
-        families=tuple(found),
+        families=tuple(result),
         prompts=len(before.logits),
         logit=logit,
     )
@@ -149,8 +149,8 @@ def measure(
 
 def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[TokenRow]:
     limit = study.recipe.model.max_length
-    found = [fit_row(example, encoder, limit) for example in study.tasks[family].examples("valid", count)]
-    rows = [row for row in found if row is not None]
+    result = [fit_row(example, encoder, limit) for example in study.tasks[family].examples("valid", count)]
+    rows = [row for row in result if row is not None]
     if not rows:
         raise DataError(
             f"tasks.{family}: the validation split of {study.task_data(family).dataset.name} gives no row to measure "
@@ -182,11 +182,11 @@ def _figures(
         predictor = strategy_of(strategy, asker)
         protocol = protocols.protocol(family)
         kind = family_of(family).answer
-        found = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
+        result = evaluate(predictor, study.cases(family), name=family, kind=kind, protocol=protocol)
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
         # Where all truths are of one class, the area is not defined, and there is nothing to compare.
-        if (value := found.figures.metrics[metric].value) is not None:
-            values[family], headlines[family] = found.values[metric], float(value)
+        if (value := result.figures.metrics[metric].value) is not None:
+            values[family], headlines[family] = result.values[metric], float(value)
     return _Figures(losses, values, headlines, logits)
 
 
@@ -220,11 +220,11 @@ def _loss(model: Any, rows: list[TokenRow], pad: int) -> float:
 def _logits(model: Any, rows: list[TokenRow]) -> NDArray[np.float32]:
     """Return the logits after the last token of each row, shape (rows, vocabulary)."""
     torch = require("torch", "train")
-    found = [
+    result = [
         model(input_ids=torch.tensor([row.ids], device=model.device), logits_to_keep=1, use_cache=False).logits[0, -1]
         for row in rows
     ]
-    return np.stack([each.float().cpu().numpy() for each in found])
+    return np.stack([entry.float().cpu().numpy() for entry in result])
 
 
 def _family(study: Study, family: str, rows: list[TokenRow], before: _Figures, after: _Figures) -> FamilyAgreement:

@@ -6,7 +6,9 @@ untrusted text here: it is escaped wherever it is put, so it can open neither ma
 
 from __future__ import annotations
 
+import json
 import re
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +18,6 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmrec.durable import Json
-from llmrec.exports import snippets
 from llmrec.report import escape
 from llmrec.report.escape import cell, flat
 from llmrec.report.table import grid
@@ -42,6 +43,10 @@ _HERE = Path(__file__).resolve().parent
 _HUB_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*/[A-Za-z0-9][A-Za-z0-9._-]*")
 _LICENCE_ID = re.compile(r"[a-z0-9][a-z0-9.+-]*")
 _LONGEST_LINE = 4000
+# What could end a fence or a shell quote, or start HTML.
+_UNSAFE = frozenset("<>&`'")
+# The ranks that vLLM knows as a limit.
+_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -65,6 +70,11 @@ class BaseFacts:
     languages: tuple[str, ...] = ()
     digest: str | None = None
     note: str = ""
+
+    @property
+    def known_as(self) -> str:
+        """Its name on the hub, or the recipe's."""
+        return self.hub or self.name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -130,6 +140,33 @@ class Agreement:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Example:
+    """A prompt with invented titles, for the snippets.
+
+    Attributes:
+        family: The family that it belongs to.
+        messages: Chat turns as role and content; empty if the model has no chat template that takes them.
+        given: The part of the answer that already stands, such as the history in a list.
+        text: The whole prompt as the model reads it.
+        stop: What ends the answer, besides the end of turn.
+        max_tokens: Longest answer.
+        thinking: Whether the chat template has a switch for thinking, which must be off.
+        history: Titles of the past, oldest first.
+        candidates: Titles to choose from; empty if the model was not tuned to choose.
+    """
+
+    family: str
+    messages: tuple[tuple[str, str], ...]
+    given: str
+    text: str
+    stop: str | None
+    max_tokens: int
+    thinking: bool = False
+    history: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Card:
     """Everything that the card says."""
 
@@ -149,7 +186,7 @@ class Card:
     training: Mapping[str, Any]
     data: tuple[DataFacts, ...]
     asked: tuple[Asked, ...]
-    example: snippets.Example
+    example: Example
     results: Results | None
     measured_dtype: str | None
     agreement: Agreement | None
@@ -182,10 +219,10 @@ def render(card: Card) -> str:
         code=code,
         unknown=UNKNOWN,
         families=listed([title(entry.family).lower() for entry in card.asked]),
-        rank=Raw(snippets.rank(asking(card))),
-        python=Raw(snippets.python(asking(card))),
-        shell=Raw(snippets.serve(asking(card))),
-        request=Raw(snippets.request(asking(card))),
+        rank=Raw(rank_snippet(card)),
+        python=Raw(python_snippet(card)),
+        shell=Raw(serve_snippet(card)),
+        request=Raw(request_snippet(card)),
         training=Raw(_training(card)),
         scores=[] if card.results is None else _scores(card.results),
         results=card.results,
@@ -196,42 +233,30 @@ def render(card: Card) -> str:
     return f"---\n{header}---\n\n{body}"
 
 
-def asking(card: Card) -> snippets.Asking:
-    """Return what the card's snippets are about."""
-    return snippets.Asking(
-        example=card.example,
-        address=card.address,
-        base=card.base.hub or card.base.name,
-        adapter_only=card.adapter_only,
-        rank=int((card.lora or {}).get("rank", 0)),
-        max_length=card.max_length,
-    )
-
-
 def metadata(card: Card) -> dict[str, Json]:
     """Return the front matter.
 
     It names no metrics: figures without their protocol and their baselines are what the card is there to prevent.
     """
-    found: dict[str, Json] = {}
+    result: dict[str, Json] = {}
     licence = card.licence or card.base.licence
     if licence is None:
-        found["license"] = "unknown"
+        result["license"] = "unknown"
     elif _LICENCE_ID.fullmatch(licence):
-        found["license"] = licence
+        result["license"] = licence
     else:
-        found |= {"license": "other", "license_name": flat(licence)}
+        result |= {"license": "other", "license_name": flat(licence)}
     if card.base.hub and _HUB_NAME.fullmatch(card.base.hub):
-        found |= {"base_model": card.base.hub, "base_model_relation": "adapter" if card.adapter_only else "finetune"}
-    found["library_name"] = "peft" if card.adapter_only else "transformers"
-    found["pipeline_tag"] = "text-generation"
+        result |= {"base_model": card.base.hub, "base_model_relation": "adapter" if card.adapter_only else "finetune"}
+    result["library_name"] = "peft" if card.adapter_only else "transformers"
+    result["pipeline_tag"] = "text-generation"
     if card.base.languages:
-        found["language"] = list(card.base.languages)
+        result["language"] = list(card.base.languages)
     hubs = [data.hub for data in card.data if data.hub and _HUB_NAME.fullmatch(data.hub)]
     if hubs:
-        found["datasets"] = hubs
-    found["tags"] = ["llmrec", "recommendation", "recommender-system", card.method, *(a.family for a in card.asked)]
-    return found
+        result["datasets"] = hubs
+    result["tags"] = ["llmrec", "recommendation", "recommender-system", card.method, *(a.family for a in card.asked)]
+    return result
 
 
 def code(text: object) -> Raw:
@@ -249,7 +274,7 @@ def _escaped(value: object) -> str:
 def _training(card: Card) -> str:
     """Return the table of how the weights were made."""
     record, base = card.training, card.base
-    rows = [["Base model", cell(base.hub or base.name)], ["Base revision", cell(base.revision or "not recorded")]]
+    rows = [["Base model", cell(base.known_as)], ["Base revision", cell(base.revision or "not recorded")]]
     if base.digest:
         rows.append(["Digest of the base as used", f"`{base.digest}`"])
     rows.append(["Method", cell(card.method)])
@@ -281,13 +306,13 @@ class _Score:
 
 
 def _scores(results: Results) -> list[_Score]:
-    found = []
+    result = []
     for task in results.tasks:
         judged = verdict(results, task)
         signature = next(row.metrics[judged.metric].signature for row in results.rows if judged.metric in row.metrics)
         sentence = tuning_sentence(judged, results.rows)
-        found.append(_Score(task, winner_sentence(judged), sentence, Raw(_score_table(results, task)), signature))
-    return found
+        result.append(_Score(task, winner_sentence(judged), sentence, Raw(_score_table(results, task)), signature))
+    return result
 
 
 def _score_table(results: Results, task: str) -> str:
@@ -309,10 +334,10 @@ def _score(row: Row, name: str, *, full: bool) -> str:
     return with_interval(metric.value, metric.low, metric.high) if full else number(metric.value)
 
 
-def _agreement(found: Agreement) -> str:
+def _agreement(agreement: Agreement) -> str:
     """Return the table of what was measured before and after the export."""
     rows = []
-    for entry in found.families:
+    for entry in agreement.families:
         before, after = entry.loss
         rows.append(_line(entry.family, "loss, nats a target token", entry.rows, before, after, after - before, ""))
         if entry.metric and entry.values and entry.difference:
@@ -322,10 +347,10 @@ def _agreement(found: Agreement) -> str:
     return grid(["Family", "Figure", "Cases", "Before", "After", "After − before"], rows, numeric_from=2)
 
 
-def agreement_lines(found: Agreement) -> dict[str, str]:
+def agreement_lines(agreement: Agreement) -> dict[str, str]:
     """Return what `Agreement` holds as names and values, for a terminal."""
     lines = {}
-    for entry in found.families:
+    for entry in agreement.families:
         before, after = entry.loss
         change = f"{before:.4f} → {after:.4f} ({_signed(after - before)}) nats a token, {entry.rows} rows"
         lines[f"{entry.family}: validation loss"] = change
@@ -334,7 +359,7 @@ def agreement_lines(found: Agreement) -> dict[str, str]:
             bounds = interval(low, high, sign=True)
             change = f"{first:.4f} → {second:.4f} ({_signed(value)} {bounds}), {entry.cases} cases"
             lines[f"{entry.family}: {entry.metric}"] = change
-    return lines | {"largest difference of a logit": f"{found.logit:.2g}, {found.prompts} prompts"}
+    return lines | {"largest difference of a logit": f"{agreement.logit:.2g}, {agreement.prompts} prompts"}
 
 
 def _line(family: str, what: str, n: int, before: float, after: float, change: float, bounds: str) -> list[str]:
@@ -344,3 +369,101 @@ def _line(family: str, what: str, n: int, before: float, after: float, change: f
 
 def _signed(change: float) -> str:
     return f"{round(change, 4) + 0.0:+.4f}".replace("-", "−")
+
+
+# --------------------------------------------------------------------------- what a reader types
+# The words of templates are untrusted. They enter as literals that can end neither a code fence nor a quote.
+
+
+def literal(value: object) -> str:
+    """Return strings, alone or in lists and mappings, as JSON that is a Python literal too, and safe in a fence."""
+    text = json.dumps(value, ensure_ascii=False)
+    return "".join(f"\\u{ord(entry):04x}" if entry in _UNSAFE or _hidden(entry) else entry for entry in text)
+
+
+def _hidden(character: str) -> bool:
+    # Beyond this plane JSON and Python write escapes differently.
+    return not character.isprintable() and ord(character) < 0x10000
+
+
+def rank_snippet(card: Card) -> str:
+    """Return the commands that rank the example's candidates with llmrec; nothing if it was not tuned to rank."""
+    example = card.example
+    if card.adapter_only or not example.candidates:
+        return ""
+    request = {
+        "history": [{"title": title} for title in example.history],
+        "candidates": [{"title": title} for title in example.candidates],
+    }
+    command = f"llmrec rank --model {shlex.quote(card.address)} --in requests.jsonl --out ranked.jsonl"
+    return f"echo '{literal(request)}' > requests.jsonl\n{command}"
+
+
+def python_snippet(card: Card) -> str:
+    """Return a script that asks the example with transformers and prints the answer."""
+    example, name = card.example, literal(card.address)
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if card.adapter_only:
+        base = literal(card.base.known_as)
+        lines[0:1] = ["from peft import PeftModel", lines[0]]
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({base})"]
+        lines += [
+            f"base = AutoModelForCausalLM.from_pretrained({base})",
+            f"model = PeftModel.from_pretrained(base, {name})",
+        ]
+    else:
+        lines += [f"tokenizer = AutoTokenizer.from_pretrained({name})"]
+        lines += [f"model = AutoModelForCausalLM.from_pretrained({name})"]
+    if example.messages:
+        thinking = ", enable_thinking=False" if example.thinking else ""
+        lines += ["messages = ["]
+        lines += [f"    {literal({'role': role, 'content': content})}," for role, content in example.messages]
+        lines += ["]"]
+        lines += [
+            f"text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True{thinking})"
+        ]
+        if example.given:
+            lines += [f"text += {literal(example.given)}"]
+    else:
+        lines += [f"text = {literal(example.text)}"]
+    stop = f", stop_strings=[{literal(example.stop)}], tokenizer=tokenizer" if example.stop else ""
+    lines += [
+        'inputs = tokenizer(text, return_tensors="pt", add_special_tokens=False)',
+        f"output = model.generate(**inputs, max_new_tokens={example.max_tokens}, do_sample=False{stop})",
+        'answer = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)',
+        f"print(answer{f'.split({literal(example.stop)})[0]' if example.stop else ''})",
+    ]
+    return "\n".join(lines)
+
+
+def serve_snippet(card: Card) -> str:
+    """Return the command that serves the folder."""
+    place = shlex.quote(card.address)
+    if card.adapter_only:
+        base = shlex.quote(card.base.known_as)
+        rank = int((card.lora or {}).get("rank", 0))
+        rank = next((known for known in _RANKS if known >= rank), rank)
+        return f"vllm serve {base} --enable-lora --max-lora-rank {rank} --lora-modules tuned={place}"
+    return f"vllm serve {place} --max-model-len {card.max_length}"
+
+
+def request_snippet(card: Card) -> str:
+    """Return the command that asks a server the example."""
+    path, body = body_of(card)
+    return f"curl http://localhost:8000{path} -H 'Content-Type: application/json' \\\n  -d '{literal(body)}'"
+
+
+def body_of(card: Card) -> tuple[str, dict[str, Json]]:
+    """Return path and body of the request that asks a server the example."""
+    example = card.example
+    body: dict[str, Json] = {"model": "tuned" if card.adapter_only else card.address, "temperature": 0}
+    body["max_tokens"] = example.max_tokens
+    if example.stop:
+        body["stop"] = [example.stop]
+    if not example.messages or example.given:
+        # A server may trim the end of a turn that it is to continue, so a list goes as plain text.
+        return "/v1/completions", body | {"prompt": example.text, "add_special_tokens": False}
+    body["messages"] = [{"role": role, "content": content} for role, content in example.messages]
+    if example.thinking:
+        body["chat_template_kwargs"] = {"enable_thinking": False}
+    return "/v1/chat/completions", body

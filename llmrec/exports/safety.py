@@ -60,10 +60,10 @@ def inspect(folder: Path, places: Iterable[Path], *, own_code: bool) -> None:
 
 def _paths(places: Iterable[Path]) -> list[str]:
     """Return absolute paths that say something about a machine; a root folder says nothing."""
-    found: set[str] = set()
+    result: set[str] = set()
     for place in (Path.home(), Path.cwd(), cache_dir(), *places):
-        found |= {str(each) for each in (place.expanduser().absolute(), place.expanduser().resolve())}
-    return sorted(path for path in found if len(Path(path).parts) > 2 or path == str(Path.home()))
+        result |= {str(entry) for entry in (place.expanduser().absolute(), place.expanduser().resolve())}
+    return sorted(path for path in result if len(Path(path).parts) > 2 or path == str(Path.home()))
 
 
 def _secrets() -> list[str]:

@@ -233,10 +233,24 @@ def _train_together(recipe: Recipe, folder: Path, *, quiet: bool, data: SplitDat
             return session.train()
 
 
-def fuse(runs: Sequence[Path], out: Path) -> Run:
-    """Join the rows of finished runs, and write results and report as a run has them; see `fuse_runs`."""
-    made = fuse_runs(runs, out)
-    return Run(out, StoredResults(made.written.results), made.rows, page.write(out)["html"])
+def as_folder(run: Run | str | Path) -> Path:
+    """Return the folder of a run."""
+    return Path(run) if isinstance(run, str | Path) else run.folder
+
+
+def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
+    """Join the rows of finished runs over the same cases, with weights from users of the validation split.
+
+    Args:
+        runs: Finished runs, or their folders.
+        out: The folder to write.
+
+    Raises:
+        DataError: If a run is not finished, is about other data or cases, or no rows can be joined.
+    """
+    folder = Path(out)
+    made = fuse_runs([as_folder(run) for run in runs], folder)
+    return Run(folder, StoredResults(made.written.results), made.rows, page.write(folder)["html"])
 
 
 def report(folder: Path) -> Path:

@@ -2,22 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import typer
-
-from llmrec.cli.common import App
-from llmrec.cli.options import takes
-from llmrec.cli.show.console import say, short, show, tell
-from llmrec.serve.options import ServeOptions
-from llmrec.serve.refresh_options import RefreshOptions
-
-app = App()
+from llmrec.answer.options import About
+from llmrec.cli.console import say, short, show, tell
+from llmrec.serve.options import RefreshOptions, ServeOptions
 
 
-@app.command()
-@takes(ServeOptions)
 def serve(options: ServeOptions) -> None:
     """Serve a model over HTTP, with a page to look at.
 
@@ -29,8 +22,6 @@ def serve(options: ServeOptions) -> None:
     serve(options)
 
 
-@app.command()
-@takes(RefreshOptions)
 def refresh(options: RefreshOptions) -> None:
     """Add new events and items to a folder that is served.
 
@@ -41,26 +32,30 @@ def refresh(options: RefreshOptions) -> None:
     show("refreshed", refresh(options), short)
 
 
-@app.command("serve-key")
-def serve_key(
+@dataclass(frozen=True, kw_only=True)
+class KeyOptions:
+    """A file of keys, and one of them."""
+
     file: Annotated[
-        Path, typer.Argument(metavar="FILE", help="The file of keys, which is made where it is not there.")
-    ],
-    name: Annotated[str, typer.Argument(metavar="NAME", help="What the key is called in logs and limits.")],
-    admin: Annotated[bool, typer.Option("--admin", help="It may change the catalogue and erase users.")] = False,
-    revoke: Annotated[bool, typer.Option("--revoke", help="Take the key of this name back.")] = False,
-) -> None:
+        Path, About(argument=True, metavar="FILE", help="The file of keys, which is made where it is not there.")
+    ]
+    name: Annotated[str, About(argument=True, metavar="NAME", help="What the key is called in logs and limits.")]
+    admin: Annotated[bool, About(help="It may change the catalogue and erase users.")] = False
+    revoke: Annotated[bool, About(help="Take the key of this name back.")] = False
+
+
+def serve_key(options: KeyOptions) -> None:
     """Make an API key for `llmrec serve`, or revoke one.
 
     They are in the file of `llmrec serve --keys FILE`; a running service notices.
     """
     from llmrec.serve import keys
 
-    if revoke:
-        keys.revoke(file, name)
-        tell(name=name, revoked=True)
-        say(f"{name}: taken back")
+    if options.revoke:
+        keys.revoke(options.file, options.name)
+        tell(name=options.name, revoked=True)
+        say(f"{options.name}: taken back")
         return
-    key = keys.new_key(file, name, admin=admin)
-    tell(name=name, key=key)
+    key = keys.new_key(options.file, options.name, admin=options.admin)
+    tell(name=options.name, key=key)
     say(key)

@@ -32,7 +32,7 @@ from llmrec.pipeline.bundle import Bundle
 from llmrec.pipeline.fusion import stored
 from llmrec.pipeline.fusion.carried import FILE, carried
 from llmrec.recipe.load import STORED, load_stored
-from llmrec.serve.refresh_options import RefreshOptions
+from llmrec.serve.options import RefreshOptions
 from llmrec.serve.store import ServiceStore
 from llmrec.types import Item
 

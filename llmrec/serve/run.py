@@ -11,7 +11,7 @@ from typing import Any
 from llmrec.answer.checks import check_choices
 from llmrec.answer.opening import told_default
 from llmrec.answer.rules import Rules
-from llmrec.cli.show.console import say
+from llmrec.cli.console import say
 from llmrec.errors import DataError, LlmrecError, require
 from llmrec.recipe.pages import parsed
 from llmrec.serve.options import ServeOptions

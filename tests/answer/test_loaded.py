@@ -34,12 +34,15 @@ from llmrec.pipeline.study import Study, build_study, load_tables
 from llmrec.pipeline.training import train_stage
 from llmrec.recipe.load import dump, load_recipe, load_stored
 from llmrec.resources import resource
-from llmrec.serve.refresh import refresh
-from llmrec.serve.refresh_options import RefreshOptions
 from llmrec.types import Item
 from tests.answer.rank_cases import jsonl, lines, options
 from tests.facts import Facts, raises
 from tests.serve.served import toy_run
+
+pytest.importorskip("llmrec.serve", reason="the extension is not there")
+
+from llmrec.serve.options import RefreshOptions
+from llmrec.serve.refresh import refresh
 
 torch = pytest.importorskip("torch", reason="the train extra is not installed")
 

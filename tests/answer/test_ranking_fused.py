@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.tuning.validation import ranking_cases
 from llmrec.data.split import halves
 from llmrec.errors import DataError, RecipeError
-from llmrec.exports.export import Options, export
+from llmrec.exports.export import export
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.fusion.carried import NUMBERED
 from llmrec.pipeline.fusion.carried import carried as read_carried
@@ -94,11 +93,11 @@ def test_an_item_that_no_part_knows_is_last(run: pipeline.Run, tmp_path: Path) -
 
 def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run, tmp_path: Path) -> None:
     asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
-    bare = Options(out=tmp_path / "bare", dtype="float32", users=0, licence="mit", base_licence="mit")
+    bare: dict[str, Any] = {"dtype": "float32", "check_users": 0, "licence": "mit", "base_licence": "mit"}
     with raises(RecipeError, Facts(kind="missing-value", column="--fuse")):
-        export(run.folder, bare)
+        export(run.folder, tmp_path / "bare", **bare)
         rank_file(options(bare.out, asked, tmp_path / "o.jsonl", fuse="baselines"))
-    export(run.folder, replace(bare, out=tmp_path / "whole", with_interactions=True))
+    export(run.folder, tmp_path / "whole", with_interactions=True, **bare)
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
     # Users go out under numbers, which are nobody's id; who chooses an epoch is drawn by the names that they had.
     recipe = load_stored(run.folder)

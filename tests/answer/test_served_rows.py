@@ -26,13 +26,15 @@ from llmrec.pipeline.fusion.parts import Weighing
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
-from llmrec.serve.options import ServeOptions
-from llmrec.serve.refresh import refresh
-from llmrec.serve.refresh_options import RefreshOptions
-from llmrec.serve.run import make_service
 from llmrec.types import Ranking
 from tests.answer.rank_cases import jsonl, lines
 from tests.facts import Facts, raises
+
+pytest.importorskip("llmrec.serve", reason="the extension is not there")
+
+from llmrec.serve.options import RefreshOptions, ServeOptions
+from llmrec.serve.refresh import refresh
+from llmrec.serve.run import make_service
 
 CLASSIC = (
     *("data={source: made-reviews, noun: products}", "reviews=null", "eval.arms=[]", "eval.bootstrap=20", "seed=2"),

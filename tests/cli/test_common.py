@@ -8,18 +8,20 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pytest
 import typer
 from typer.main import get_command
 from typer.testing import CliRunner
 
+from llmrec.answer.options import About
+from llmrec.cli import console
 from llmrec.cli import main as cli
-from llmrec.cli.common import App
-from llmrec.cli.show import console
-from llmrec.cli.show.audits import leaks
+from llmrec.cli.audit import AuditOptions, audit
+from llmrec.cli.main import app_of
 from llmrec.pipeline import run as pipeline
 from llmrec.progress import QUIET, Bar
 from llmrec.recipe.load import load_recipe
@@ -58,24 +60,23 @@ def test_every_command_has_them_once() -> None:
             assert names.count(option) == 1, (name, option)
 
 
+@dataclass(frozen=True)
+class Word:
+    word: Annotated[str, About(help="Anything.")] = ""
+
+
 @pytest.fixture
-def levels(monkeypatch: pytest.MonkeyPatch) -> App:
+def levels(monkeypatch: pytest.MonkeyPatch) -> typer.Typer:
     """A program that prints the levels it runs with."""
     monkeypatch.setattr(os, "environ", dict(os.environ))
     for logger in (logging.getLogger(), logging.getLogger("llmrec")):
         monkeypatch.setattr(logger, "level", logger.level)
-    app = App()
 
-    @app.command()
-    def level(word: str = "") -> None:
+    def level(options: Word) -> None:
         names = [logging.getLevelName(logging.getLogger(name).level) for name in ("llmrec", "")]
         typer.echo(" ".join([*names, "quiet" if QUIET in os.environ else "bars"]))
 
-    @app.command()
-    def other() -> None:
-        """Make a group of it."""
-
-    return app
+    return app_of({"level": level, "other": level})
 
 
 @pytest.mark.parametrize(
@@ -90,7 +91,7 @@ def levels(monkeypatch: pytest.MonkeyPatch) -> App:
         ("--log-level info level -q", "INFO ERROR quiet"),
     ],
 )
-def test_they_count_before_and_after_the_command(levels: App, line: str, said: str) -> None:
+def test_they_count_before_and_after_the_command(levels: typer.Typer, line: str, said: str) -> None:
     done = CliRunner().invoke(levels, line.split())
     assert done.output == f"{said}\n"
 
@@ -120,7 +121,7 @@ def test_a_run_and_its_audit(tmp_path: Path, llama_folder: Path, monkeypatch: py
     monkeypatch.setattr(console, "facts", {})
     done = pipeline.run(load_recipe(page), tmp_path / "r", quiet=True)
     console.finish(done)
-    assert not leaks(done.folder, memory=False)
+    audit(AuditOptions(folder=done.folder))
     found = json.loads(console.as_json(console.facts))
     assert found["results"] == str(tmp_path / "r" / "results.json") and Path(found["report"]).is_file()
     stored = json.loads(Path(found["results"]).read_text(encoding="utf-8"))
@@ -148,11 +149,16 @@ def test_a_line_that_cannot_be_read(line: tuple[str, ...]) -> None:
 
 PROGRAM = """
 import os, subprocess, sys
-from llmrec.cli.common import App, main
-from llmrec.cli.show.console import say, tell
-app = App()
-@app.command()
-def one(fault: str = "") -> None:
+from dataclasses import dataclass
+from typing import Annotated
+from llmrec.answer.options import About
+from llmrec.cli.console import say, tell
+from llmrec.cli.main import app_of, main
+@dataclass
+class Options:
+    fault: Annotated[str, About(help="")] = ""
+def one(options: Options) -> None:
+    fault = options.fault
     print("a library's line")
     os.write(1, b"a line of C\\n")
     subprocess.run(["echo", "a child's line"], check=True)
@@ -162,7 +168,7 @@ def one(fault: str = "") -> None:
         raise OSError(28, "No space left on device", "results.json")
     if fault:
         raise ValueError(fault)
-main(app)
+main(app_of({"one": one}))
 """
 
 

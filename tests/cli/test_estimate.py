@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from llmrec.cli import estimate
+from llmrec.cli.estimate import Seen, Speed, eval_work, measured
 from llmrec.cli.main import app
-from llmrec.cli.show import estimate, probe
-from llmrec.cli.show.probe import Speed, measured
-from llmrec.cli.show.work import Seen, eval_work
 from llmrec.models import bottleneck
 from llmrec.models.load import load_config, load_model
 from llmrec.pipeline.study import build_study, encoder_of
@@ -46,10 +45,10 @@ def section(folder: Path, **more: Any) -> ModelSection:
     return ModelSection(name=str(folder), dtype="float32", **more)
 
 
-@pytest.mark.parametrize(("until", "calls"), [(float("-inf"), 1), (float("inf"), probe._REPEATS)])
+@pytest.mark.parametrize(("until", "calls"), [(float("-inf"), 1), (float("inf"), estimate._REPEATS)])
 def test_a_probe_whose_time_is_up_makes_each_measurement_once(until: float, calls: int) -> None:
     made: list[int] = []
-    assert probe._Clock("cpu", until)(lambda: made.append(1)) > 0
+    assert estimate._Clock("cpu", until)(lambda: made.append(1)) > 0
     assert len(made) == calls
 
 
@@ -65,7 +64,7 @@ def test_a_probe_orders_its_figures(llama_folder: Path) -> None:
 def test_layers_without_adapters_are_only_read(llama_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = section(llama_folder)
     times = iter([2.0 * 384, 1.0 * 32, 1.0 * 64, 6.0 * 384] * 3)
-    monkeypatch.setattr(probe._Clock, "__call__", lambda self, call: next(times))
+    monkeypatch.setattr(estimate._Clock, "__call__", lambda self, call: next(times))
     config = load_config(str(llama_folder), model)
     config.num_hidden_layers = 8
     every = measured(config, model, TrainSection())
@@ -133,6 +132,6 @@ def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch
     monkeypatch.setattr("llmrec.pipeline.run.train_stage", stop)
     monkeypatch.setattr("llmrec.pipeline.run.Session.evaluate", stop)
     assert "estimate" not in CliRunner().invoke(app, ["run", "shop.yaml", "--out", "small"]).output
-    monkeypatch.setattr("llmrec.cli.show.console.LARGE", 40)
+    monkeypatch.setattr("llmrec.cli.estimate.LARGE", 40)
     said = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output
     assert "training: about" in said and "memory: about" in said, said

@@ -5,11 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import typer
 from typer.testing import CliRunner
 
 from llmrec.answer.rank.options import RankOptions
-from llmrec.cli.options import takes
+from llmrec.cli.main import app_of
 
 NEEDED = ["--model", "m", "--in", "a.jsonl", "--out", "b.csv"]
 FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}
@@ -18,9 +17,11 @@ FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}
 def handed(*arguments: str) -> RankOptions | str:
     """Return the record that a command is handed, or what the command line says instead."""
     found: list[RankOptions] = []
-    app = typer.Typer(rich_markup_mode=None)
-    app.command()(takes(RankOptions)(found.append))
-    done = CliRunner().invoke(app, arguments)
+
+    def rank(options: RankOptions) -> None:
+        found.append(options)
+
+    done = CliRunner().invoke(app_of({"rank": rank}), arguments)
     return found[0] if found else done.output
 
 

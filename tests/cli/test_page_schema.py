@@ -11,11 +11,14 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from llmrec.cli.show.page_schema import PageKind, schema_text
+from llmrec.cli.schema import PageKind, schema_text
 from llmrec.recipe.load import load_recipe
 from llmrec.resources import resource
-from llmrec.start.init.start import init
 from tests.test_cli import HEADER, rows
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
+from llmrec.start.init.start import init
 
 RECIPES, SUITES = resource("recipes").rglob("*.yaml"), resource("eval", "suites").glob("*.yaml")
 PAGES = {"recipe": sorted(RECIPES), "suite": sorted(SUITES)}

@@ -11,9 +11,9 @@ import pytest
 from typer.testing import CliRunner
 
 from llmrec.backends.encode import Encoder
+from llmrec.cli import prompts
 from llmrec.cli.main import app
-from llmrec.cli.show import prompts
-from llmrec.cli.show.prompts import WIDTH, fields, find, lines, named, rendered, rows
+from llmrec.cli.prompts import WIDTH, fields, find, lines, named, rendered, rows
 from llmrec.errors import RecipeError
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import Study, build_study
@@ -125,7 +125,7 @@ def test_a_template_that_is_trained_on_is_rendered_as_it_trains(study: Study) ->
 
 def test_rows_of_templates_that_are_not_trained_on(study: Study, encoder: Encoder) -> None:
     templates = [find(study, name) for name in ("m6-rate", "judge-one", "next-code", "m6-choose", "whether-name-title")]
-    named_one, unseen, coded, labelled, learned = rendered(study, encoder, templates, 1)
+    named_one, unseen, coded, labelled, learned = (rendered(study, encoder, template) for template in templates)
     assert named_one.startswith("[rating/m6-rate, not trained on here]\n") and "«" in named_one
     assert unseen.startswith("[rating/judge-one, unseen in training]\n") and "«" in unseen
     assert coded.startswith("[sequential/next-code, not trained on here] cannot be used here: it writes items\n")
@@ -133,14 +133,13 @@ def test_rows_of_templates_that_are_not_trained_on(study: Study, encoder: Encode
     assert labelled.startswith("[direct/m6-choose, not trained on here]\n") and "On offer:" in labelled
     # It is learned and never asked with.
     assert learned.startswith("[rating/whether-name-title, not trained on here]\n") and "«" in learned
-    assert len(list(rendered(study, encoder, templates[:1], 3))) == 3
 
 
 def test_a_template_that_does_not_fit_the_recipe_says_why(encoder: Encoder) -> None:
     summary = build_study(
         load_recipe("recipes/movielens-100k/four-tasks.yaml", [*SETTINGS[:-1], "tasks.rating.past=summary"])
     )
-    (text,) = rendered(summary, encoder, [find(summary, "score-one")], 1)
+    text = rendered(summary, encoder, find(summary, "score-one"))
     assert "cannot be rendered here: tasks: past=summary" in " ".join(text.split())
 
 
@@ -219,10 +218,10 @@ def command(*arguments: str) -> str:
 
 def test_the_command_lists_renders_and_compares(llama_folder: Path) -> None:
     recipe = ["recipes/movielens-100k/four-tasks.yaml", *SETTINGS, f"model.name={llama_folder}", "model.dtype=float32"]
-    whole = command(*recipe, "-n", "1")
+    whole = command(*recipe)
     assert "direct templates\n" in whole and whole.count("\n[") == 4 and "\x1b" not in whole
-    alone = command(*recipe, "--template", "rate-next", "--set", "m6", "-n", "2")
-    assert alone.count("[rating/m6-rate, not trained on here]\n") == alone.count("[rating/rate-next]\n") == 2
+    alone = command(*recipe, "--template", "rate-next", "--set", "m6")
+    assert alone.count("[rating/m6-rate, not trained on here]\n") == alone.count("[rating/rate-next]\n") == 1
     assert "rating/list-ratings" not in alone
     compared = command(*recipe, "--diff", "rate-next", "m6-rate")
     assert compared.startswith("- rating/rate-next\n+ rating/m6-rate\n")

@@ -24,7 +24,7 @@ from llmrec.bench.references import reference
 from llmrec.bench.run import run_benchmark
 from llmrec.bench.suite import cases_of
 from llmrec.cli import main as cli
-from llmrec.cli.show.checking import check
+from llmrec.cli.check import CheckOptions, check
 from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.errors import LlmrecError, RecipeError
@@ -476,7 +476,7 @@ def test_check_refuses_the_rows_that_eval_refuses(tmp_path: Path, rows: list[dic
     controls += [] if rows[0]["baseline"] == "ease" else [{"baseline": "ease"}]
     page.write_text(yaml.safe_dump({"suite": "s", "data": {"source": "made"}, "rows": [*controls, *rows]}))
     with raises(RecipeError, facts):
-        check(str(page), (), dry_run=False)
+        check(CheckOptions(recipe=str(page)))
 
 
 def test_a_row_names_the_values_to_choose_among(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 import yaml
 
 from llmrec.data.assemble import read_items
@@ -19,8 +20,11 @@ from llmrec.data.requests import read_request
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Columns, DataSection, Split
-from llmrec.start.init.start import init
 from llmrec.types import Item
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
+from llmrec.start.init.start import init
 
 Files = dict[str, bytes]
 

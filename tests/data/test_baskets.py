@@ -13,9 +13,12 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.data.stats import baskets, moments_shared, statistics
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
-from llmrec.start.init import start
 from llmrec.types import Item
 from tests.facts import Facts, raises
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
+from llmrec.start.init import start
 
 USERS, MOMENTS, EACH = 12, 4, 3
 

@@ -28,10 +28,13 @@ from llmrec.data.split import scale_of, split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import Columns, DataSection, Filter, Split
-from llmrec.start.init.start import init
 from llmrec.tasks.rating import find_scale
 from llmrec.types import Message, Prompt, Segment
 from tests.facts import Facts, raises
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
+from llmrec.start.init.start import init
 
 HEAD = "user_id,item_id,rating,timestamp\n"
 GOOD = HEAD + "a,x,5,1\na,y,4,2\na,z,3,3\nb,x,2,4\n"

@@ -25,9 +25,12 @@ from llmrec.errors import DataError
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
-from llmrec.start.init import profile, start
-from llmrec.start.init.roles import Asked
 from tests.facts import Facts, raises
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
+from llmrec.start.init import profile, start
+from llmrec.start.init.columns import Asked
 
 ROWS = pl.DataFrame(
     [

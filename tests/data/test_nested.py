@@ -21,10 +21,13 @@ from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns, Filter
-from llmrec.start.init.profile import peek
-from llmrec.start.init.roles import Asked
-from llmrec.start.init.start import init
 from tests.facts import Facts, raises
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
+from llmrec.start.init.columns import Asked
+from llmrec.start.init.profile import peek
+from llmrec.start.init.start import init
 
 ITEMS = [f"A{n:02}" for n in range(30)]
 ORDERS: list[dict[str, Any]] = [

@@ -15,8 +15,11 @@ from llmrec.errors import DataError
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.registry import SOURCES
-from llmrec.start.init import start
 from tests.facts import Facts, raises
+
+pytest.importorskip("llmrec.start", reason="the extension is not there")
+
+from llmrec.start.init import start
 
 
 @pytest.mark.parametrize(

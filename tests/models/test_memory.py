@@ -8,8 +8,7 @@ import pytest
 import torch
 import transformers as hub
 
-from llmrec.cli.show.console import _of_gpu
-from llmrec.cli.show.estimate import memory_of
+from llmrec.cli.estimate import _of_gpu, memory_of
 from llmrec.errors import LlmrecError
 from llmrec.models import memory
 from llmrec.models.memory import ASKING, TRAINING, placed, told_of_full_memory

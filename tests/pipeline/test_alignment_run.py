@@ -307,7 +307,7 @@ def test_training_depends_on_the_share_and_evaluation_too(study: Study) -> None:
 
 def test_a_model_card_can_show_a_question(done: tuple[Recipe, pipeline.Run]) -> None:
     """Cards show a prompt about invented items, also where a model was tuned on nothing but alignment."""
-    from llmrec.exports.sample import sample_prompt
+    from llmrec.exports.card_facts import sample_prompt
     from llmrec.pipeline import bundle
 
     found = bundle.read(str(done[1].folder))

@@ -166,14 +166,16 @@ def test_calibration_moves_probabilities_and_no_order(
 
 def test_a_dry_run_counts_both_strategies(llama_folder: Path) -> None:
     from llmrec.backends.encode import Encoder
-    from llmrec.cli.show.estimate import eval_tokens
+    from llmrec.cli.estimate import eval_work
     from llmrec.models.load import load_tokenizer
     from llmrec.recipe.schema import ModelSection
 
     encoder = Encoder(load_tokenizer(str(llama_folder), ModelSection(name=str(llama_folder))), max_length=9999)
-    one = eval_tokens(build_study(recipe(llama_folder, "tasks.ctr.strategies=[yes-no]")), encoder)
-    both = eval_tokens(build_study(recipe(llama_folder)), encoder)
-    assert all(0 < one[arm] < both[arm] < 3 * one[arm] for arm in ("zero-shot", "few-shot", "tuned"))
+    one = eval_work(build_study(recipe(llama_folder, "tasks.ctr.strategies=[yes-no]")), encoder)
+    both = eval_work(build_study(recipe(llama_folder)), encoder)
+    assert all(
+        0 < one[arm].tokens < both[arm].tokens < 3 * one[arm].tokens for arm in ("zero-shot", "few-shot", "tuned")
+    )
 
 
 def test_keys_see_what_changes_the_rows(llama_folder: Path) -> None:

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
-from typer.testing import CliRunner
 
 from llmrec.baselines.content import Content
 from llmrec.baselines.parameters import hashes_of
-from llmrec.cli.main import app
+from llmrec.baselines.towers.pairs import TransitionsTunedConfig
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError, LlmrecError
 from llmrec.models.text_encoder import TUNED, encode_texts, text_embedder
+from llmrec.pipeline.encoder_tuning import tune_encoder
 from llmrec.pipeline.evaluation import Evaluation
 from llmrec.pipeline.fusion.parts import reads_of
 from llmrec.pipeline.resume import Budget
@@ -52,19 +54,15 @@ def table(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tuned(table: Path) -> Path:
-    assert _tune(table, table.parent / "encoder").startswith(f"encoder: {table.parent / 'encoder'}, tuned on 240 ")
+    assert _tune(table, table.parent / "encoder")["interactions"] == 240
     return table.parent / "encoder"
 
 
-def _tune(table: Path, out: Path) -> str:
+def _tune(table: Path, out: Path) -> Mapping[str, Any]:
     data = [f"data.path={table}", "data.source=table", "data.columns={title: title}", "data.rating_scale=null"]
-    options = ["--encoder", tiny_encoder(), "--blocks", "2", "--epochs", "2", "--learning-rate", "5e-3"]
-    found = CliRunner().invoke(
-        app,
-        ["tune-encoder", "recipes/movielens-100k/four-tasks.yaml", *data, *options, "--out", str(out)],
-        catch_exceptions=False,
-    )
-    return found.stdout
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", data)
+    config = TransitionsTunedConfig(encoder=tiny_encoder(), blocks=2, epochs=2, learning_rate=5e-3)
+    return tune_encoder(recipe, out, config)
 
 
 def _split(table: Path, seed: int = 0, **more: object) -> SplitDataset:
@@ -141,7 +139,7 @@ def test_it_serves_the_split_that_it_learned_from_and_no_other(table: Path, tune
 
 
 def test_it_is_written_anew_and_nobody_elses_files_are_replaced(table: Path, tuned: Path, tmp_path: Path) -> None:
-    assert _tune(table, tuned).startswith("encoder: ")
+    assert _tune(table, tuned)["interactions"] == 240
     (tmp_path / "notes.txt").write_text("mine", encoding="utf-8")
     with raises(LlmrecError, Facts("exists", tmp_path)):
         _tune(table, tmp_path)

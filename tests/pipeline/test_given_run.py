@@ -10,7 +10,6 @@ import polars as pl
 import pytest
 from typer.testing import CliRunner
 
-from llmrec.bench.run import run_benchmark
 from llmrec.cli.main import app
 from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
@@ -23,6 +22,10 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import DataSection, Recipe
 from tests.facts import Facts, raises
 from tests.pipeline.given_table import PAGE, write
+
+pytest.importorskip("llmrec.bench", reason="the extension is not there")
+
+from llmrec.bench.run import run_benchmark
 
 FAMILIES = ("rating", "ctr", "sequential", "direct", "explanation")
 

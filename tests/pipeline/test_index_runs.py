@@ -13,7 +13,7 @@ import pytest
 from llmrec.answer.rank.run import rank_file
 from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.exports import export
+from llmrec.exports.export import export
 from llmrec.index.numbers import SequentialNumbers
 from llmrec.index.table import ItemIndex, build
 from llmrec.pipeline import audit, leaks
@@ -295,8 +295,7 @@ def test_the_whole_catalogue_is_ranked_for_a_history(done: tuple[Recipe, pipelin
 def test_an_export_carries_the_codes_and_answers_alike(done: tuple[Recipe, pipeline.Run], tmp_path: Path) -> None:
     chosen, run = done
     assert chosen.index is not None
-    options = export.Options(out=tmp_path / "model", with_items=False, users=2)
-    made = export.export(run.folder, options)
+    made = export(run.folder, tmp_path / "model", with_items=False, check_users=2)
     assert made.agreement is not None and made.agreement.logit < 1e-3
     carried = (tmp_path / "model" / "index").is_dir()
     assert carried == (chosen.index.scheme != "title")
@@ -310,7 +309,7 @@ def test_an_export_carries_the_codes_and_answers_alike(done: tuple[Recipe, pipel
     assert one[0]["items"] == two[0]["items"] and one[0]["scores"] == pytest.approx(two[0]["scores"], abs=1e-3)
     if build(chosen.index, build_study(chosen).data, seed=0, embed=_embed(chosen)).tokens:
         with raises(LlmrecError, Facts("unsupported", column="--adapter-only")):
-            export.export(run.folder, export.Options(out=tmp_path / "adapter", users=0, adapter_only=True))
+            export(run.folder, tmp_path / "adapter", check_users=0, adapter_only=True)
 
 
 def _embed(chosen: Recipe) -> Any:

@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from llmrec.bench.recipes import points
 from llmrec.errors import LlmrecError, RecipeError
-from llmrec.exports.export import Options, export
+from llmrec.exports.export import export
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline import runs
 from llmrec.pipeline.study import Study, build_study, encoder_of
@@ -26,6 +25,10 @@ from llmrec.train.steps import Plan
 from tests.conftest import make_model
 from tests.facts import Facts, raises
 from tests.review_files import records, write
+
+pytest.importorskip("llmrec.bench", reason="the extension is not there")
+
+from llmrec.bench.recipes import points
 
 pytest.importorskip("trl", reason="the train extra is not installed")
 
@@ -242,11 +245,11 @@ def test_training_goes_on_from_another_run(stage_one: Path, llama_folder: Path, 
     zero = "rating/zero-shot/expected/list-ratings"
     one_row, other = (next(row for row in run.results["rows"] if row["id"] == zero) for run in (done, alone))
     assert one_row["metrics"] == other["metrics"]
-    exported = export(done.folder, Options(out=tmp_path / "out", users=0))
+    exported = export(done.folder, tmp_path / "out", check_users=0)
     weights = load_file(exported.folder / "model.safetensors")
     assert all(weights[name].allclose(two[name], atol=1e-6) for name in two)
     with raises(LlmrecError, Facts("unsupported", column="--adapter-only", says="train.start")):
-        export(done.folder, Options(out=tmp_path / "adapter", users=0, adapter_only=True))
+        export(done.folder, tmp_path / "adapter", check_users=0, adapter_only=True)
 
 
 def test_the_key_holds_what_training_starts_from_and_not_where_it_lies(

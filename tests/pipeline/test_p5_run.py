@@ -12,10 +12,10 @@ from llmrec.answer.requests import rank_requests
 from llmrec.answer.strategy import choose_way
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.cli.show.estimate import eval_tokens
+from llmrec.cli.estimate import eval_work
 from llmrec.data.requests import read_request
 from llmrec.errors import RecipeError
-from llmrec.exports.sample import sample_prompt
+from llmrec.exports.card_facts import sample_prompt
 from llmrec.models.load import load_model, load_tokenizer
 from llmrec.pipeline import bundle
 from llmrec.pipeline import run as pipeline
@@ -113,7 +113,7 @@ def test_the_audit_reads_the_rows_and_questions_of_the_set(study: Study) -> None
 
 
 def test_a_dry_run_counts_what_is_asked(study: Study, llama_folder: Path) -> None:
-    assert eval_tokens(study, encoder_of(study, str(llama_folder)))["tuned"] > 1000
+    assert eval_work(study, encoder_of(study, str(llama_folder)))["tuned"].tokens > 1000
 
 
 def test_requests_are_ranked_by_the_strategy_that_reads_the_template(done: pipeline.Run) -> None:

@@ -63,7 +63,7 @@ def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
 
 def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
     from llmrec.backends.encode import Encoder
-    from llmrec.cli.show.estimate import eval_tokens
+    from llmrec.cli.estimate import eval_work
     from llmrec.models.load import load_tokenizer
     from llmrec.recipe.schema import ModelSection
 
@@ -82,7 +82,7 @@ def test_a_dry_run_counts_every_strategy(llama_folder: Path) -> None:
                 "eval": recipe.eval.model_copy(update={"permutations": permutations}),
             }
         )
-        return eval_tokens(build_study(chosen), encoder)["few-shot"]
+        return eval_work(build_study(chosen), encoder)["few-shot"].tokens
 
     words = load_templates("direct")["with-profile"]
     counted = {strategy: tokens(strategy) for strategy in family_of("direct").strategies if fits(words, strategy)}

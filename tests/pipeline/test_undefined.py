@@ -11,11 +11,14 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from llmrec.bench.run import run_benchmark
 from llmrec.pipeline.run import run
 from llmrec.recipe.comparisons import Suite
 from llmrec.recipe.load import load_benchmark, load_recipe
 from llmrec.report.table import console_tables
+
+pytest.importorskip("llmrec.bench", reason="the extension is not there")
+
+from llmrec.bench.run import run_benchmark
 
 ONE_CLASS = "all truths are of one class, so there is no pair of a yes and a no"
 OF_USERS = "no user has both a yes and a no"

@@ -272,7 +272,7 @@ def main(target: Path) -> None:
                     moments += 1
                     rows.append(row)
     record = {
-        "command": "make bench-recovery",
+        "command": "make bench NAME=recovery",
         "what": "SIGKILL, then the same command and those after it. Compared: adapter sha256, results.json without "
         "times, predictions, log and report of the run; every file of the export; every line of the ranking; leftovers",
         "adapter_sha256": expected["run"]["results"]["training"]["adapter_sha256"],

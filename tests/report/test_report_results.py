@@ -60,7 +60,7 @@ RUNS = ("four-tasks", "book-explanations", "p5-ids", "p5-t5-small")
 def test_results_of_earlier_versions_are_read_and_nothing_of_them_is_lost(name: str) -> None:
     content = json.loads((ROOT / "eval" / "results" / f"{name}.json").read_text("utf-8"))
     found = results_of(content).as_json()
-    # `recipe_page` is what `make record` adds, for the test of the README's table.
+    # `recipe_page` is what `make bench NAME=record` adds, for the test of the README's table.
     assert {key for key in content if key not in found} <= {"kind", "recipe_page"}
     # The former test of position bias saw monotone trends only, and is not shown any more.
     rows = [{key: value for key, value in row.items() if key != "position_trend"} for row in content["rows"]]

@@ -227,7 +227,7 @@ def test_a_small_share_of_smollms_weights_is_trained() -> None:
 
 @pytest.mark.slow
 def test_a_run_trains_asks_and_exports_it(llama_folder: Path, tmp_path: Path) -> None:
-    from llmrec.exports.export import Options, export
+    from llmrec.exports.export import export
     from llmrec.pipeline import run as pipeline
     from tests.pipeline.test_ctr_run import SMALL
 
@@ -242,7 +242,7 @@ def test_a_run_trains_asks_and_exports_it(llama_folder: Path, tmp_path: Path) ->
     done = pipeline.run(chosen, tmp_path / "run", quiet=True)
     row = next(row for row in done.results["rows"] if row["id"].startswith("rating/tuned/expected/"))
     assert row["parse_rate"] == 1.0 and done.results["training"]["method"] == "option-adapter"
-    made = export(tmp_path / "run", Options(out=tmp_path / "out", users=4))
+    made = export(tmp_path / "run", tmp_path / "out", check_users=4)
     assert made.agreement is not None and made.agreement.logit < 1e-3
     assert {"bottlenecks.safetensors", "soft_prompt.json", "model.safetensors"} <= {
         file.name for file in (tmp_path / "out").iterdir()

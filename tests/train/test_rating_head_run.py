@@ -14,7 +14,7 @@ pytest.importorskip("trl", reason="the train extra is not installed")
 from llmrec.errors import ErrorKind, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
-from llmrec.exports import export
+from llmrec.exports.export import export
 from llmrec.models.load import weights_stamp
 from llmrec.models.rating_head import CONFIG, WEIGHTS, load_head
 from llmrec.pipeline import run as pipeline
@@ -97,12 +97,12 @@ def test_a_second_run_trains_nothing_and_a_changed_head_is_noticed(
 @pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_an_export_has_the_head(ran: pipeline.Run, llama_folder: Path, tmp_path: Path, dtype: str) -> None:
     pipeline.run(recipe(llama_folder), ran.folder, quiet=True)
-    export.export(ran.folder, export.Options(out=tmp_path / "model", users=0, dtype=dtype))
+    export(ran.folder, tmp_path / "model", check_users=0, dtype=dtype)
     assert (tmp_path / "model" / WEIGHTS).read_bytes() == (ran.folder / "merged" / WEIGHTS).read_bytes()
     index = json.loads((tmp_path / "model" / "model.safetensors.index.json").read_text(encoding="utf-8"))
     assert set(index["weight_map"].values()) == {"model.safetensors"}
     assert f"  {WEIGHTS}\n" in (tmp_path / "model" / "SHA256SUMS").read_text(encoding="utf-8")
-    export.export(ran.folder, export.Options(out=tmp_path / "adapter", users=0, adapter_only=True))
+    export(ran.folder, tmp_path / "adapter", check_users=0, adapter_only=True)
     assert (tmp_path / "adapter" / CONFIG).is_file()
 
 

@@ -65,7 +65,7 @@ def main() -> None:
         return
     head = {
         "kind": "campaign",
-        "command": "make campaign",
+        "command": "make bench NAME=campaign",
         "what": "malformed inputs of ten surfaces, each handed to what a user calls; how each call ended",
         "cpu_seconds": SECONDS,
         "machine": machine(),

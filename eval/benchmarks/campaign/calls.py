@@ -64,12 +64,13 @@ def suite(folder: Path, given: Given) -> None:
     """``llmrec check`` of a suite or a benchmark; older ones load it, which ``eval`` begins with."""
     page = str(folder / "page.yaml")
     try:
-        check = named("llmrec.cli.show.checking:check")
+        check = named("llmrec.cli.check:check")
     except LookupError:
         kind = named("llmrec.recipe_file:kind_of_page")(page)
         named(f"llmrec.recipe_file:load_{kind}")(page, given.get("overrides", []))
     else:
-        check(page, given.get("overrides", []), dry_run=False)
+        options = named("llmrec.cli.check:CheckOptions")
+        check(options(recipe=page, overrides=tuple(given.get("overrides", ()))))
 
 
 _EVENTS = [{"title": "Heat", "rating": "4", "item_id": "i1", "fields": [{"name": "genre", "value": "Drama"}]}] * 3
@@ -202,9 +203,8 @@ def run(folder: Path, given: Given) -> None:
         again = named("llmrec.pipeline.run:run", "llmrec.build.pipeline:run")
         again(_load_recipe(folder / "page.yaml", given["overrides"]), home, may_train=False)
     else:
-        options = named("llmrec.exports.export:Options", "llmrec.build.export:Options")
-        export = named("llmrec.exports.export:export", "llmrec.build.export:export")
-        export(home, options(out=folder / "out", users=0, licence="mit", base_licence="mit"))
+        export = named("llmrec.exports.export:export")
+        export(home, folder / "out", check_users=0, licence="mit", base_licence="mit", quiet=True)
 
 
 def _load(home: Path) -> None:

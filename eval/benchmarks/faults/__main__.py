@@ -123,7 +123,7 @@ def _record(found: Sequence[Mapping[str, Any]], planned: Sequence[Case], chosen:
         }
     return {
         "kind": "faults",
-        "command": "make bench-faults",
+        "command": "make bench NAME=faults",
         "what": "SIGKILL, a full disk, damaged files, links, a second process and read-only folders; then the same "
         "command, and all that it left compared with what a process left that nothing disturbed",
         "date": date.today().isoformat(),

@@ -20,7 +20,7 @@ import torch
 import transformers
 
 from llmrec.backends.encode import IGNORED, TokenRow
-from llmrec.cli.show.estimate import CONTEXT, memory_of
+from llmrec.cli.estimate import CONTEXT, memory_of
 from llmrec.durable import replacing
 from llmrec.models.load import load_tokenizer, resolve
 from llmrec.models.memory import free_bytes

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.answer.opening import default_of
+from llmrec.data.dataset import Dataset
 from llmrec.data.frames import FOLDER as FRAMES
 from llmrec.data.frames import calling_frames, write_frame
 from llmrec.data.split import SplitDataset, halves
@@ -25,19 +26,226 @@ from llmrec.pipeline.resume import LOCK, locked
 from llmrec.pipeline.run import Run, run
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import as_recipe, dump, load_recipe
-from llmrec.recipe.schema import FusionSection, Recipe
+from llmrec.recipe.schema import AUTO, FusionSection, Recipe
 from llmrec.report.summary import brought
 from llmrec.report.verdicts import wrapped
-from llmrec.report.wording import duration
+from llmrec.report.wording import duration, with_interval
 from llmrec.results import Choice, Results
-from llmrec.start.auto.model import MODEL, NONE, judged, plan, with_model
-from llmrec.start.auto.options import AutoOptions
-from llmrec.start.auto.parts import Part, has_texts, parts_for
-from llmrec.start.auto.table import FIXED, PAGE, PAGES, data_page
 from llmrec.start.auto.trial import Asked, Done, Tuning, done, trial_key
+from llmrec.start.init.columns import asked
 from llmrec.start.init.page import SCHEMA
-from llmrec.start.init.start import name_of
+from llmrec.start.init.plan import BATCH_TOKENS, TRAIN_SPEED
+from llmrec.start.init.start import init, name_of
+from llmrec.start.options import AutoOptions
 from llmrec.tasks.family import missing_controls
+
+# --------------------------------------------------------------------------- the language model
+
+
+MODEL = "with-model"
+"""Folder, inside that of the run, of the run with a tuned language model."""
+
+# Users of validation and of test that the language model is asked about.
+_USERS = 200
+# Tokens below which a tuned model of 135 M parameters did not reach a Markov chain on any data set of docs/log.md.
+_LEAST_TOKENS = 1_000_000
+# Tokens a second in training, and seconds that a search of the catalogue takes, by device: two cores; one H100.
+_TRAINS = {"cpu": TRAIN_SPEED, "cuda": 20_000.0}
+_ASKS = {"cpu": 1.5, "cuda": 0.1}
+_START = 60.0
+# Of the budget, the most that the language model may have.
+_SHARE = 0.5
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether a language model is tuned.
+
+    Attributes:
+        steps: Of training; 0: none is tuned.
+        seconds: What tuning and asking it takes.
+        told: A line that says so, and why.
+    """
+
+    steps: int
+    seconds: float
+    told: str
+
+
+NONE = Plan(0, 0.0, "no language model: --classic")
+"""What is planned where none is wanted."""
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What validation users say of a fusion with the tuned model: ``kept`` where they lose without it."""
+
+    kept: bool
+    sentence: str
+
+
+def plan(budget: float, *, titles: bool, device: str | None) -> Plan:
+    """Return the training that a budget allows.
+
+    Args:
+        budget: Seconds in all.
+        titles: Items have titles, which the model reads and writes.
+        device: What it runs on; None: nothing to train it with is installed.
+    """
+    if not titles:
+        return Plan(0, 0.0, "no language model: the items have no titles that it could read")
+    if device not in _TRAINS:
+        return Plan(0, 0.0, "no language model: nothing to train one with is installed (pip install 'llmrec[train]')")
+    asking = _START + 2 * _USERS * _ASKS[device]
+    least = asking + _LEAST_TOKENS / _TRAINS[device]
+    allowed = budget * _SHARE
+    if allowed < least:
+        need = duration(least / _SHARE)
+        return Plan(0, 0.0, f"no language model: to tune one until it could help takes a budget of {need} here")
+    steps = int((allowed - asking) * _TRAINS[device] / BATCH_TOKENS)
+    return Plan(steps, allowed, f"a language model has the last {duration(allowed)} of the budget")
+
+
+def with_model(recipe: Recipe, planned: Plan) -> Recipe:
+    """Return a recipe of classic recommenders with a language model that is tuned and joined with them."""
+    page = recipe.model_dump(mode="json")
+    page["train"] = {
+        "steps": planned.steps,
+        "batch_tokens": BATCH_TOKENS,
+        "learning_rate": 1e-3,
+        "valid_every": max(1, planned.steps // 8),
+        "save_every": max(1, planned.steps // 8),
+    }
+    page["eval"] |= {
+        "arms": ["tuned"],
+        "users": _USERS,
+        "backend": AUTO,
+        "fusion": page["eval"]["fusion"] | {"model_users": _USERS, "arms": ["tuned"]},
+    }
+    return as_recipe(page)
+
+
+def judged(results: Results) -> Judged:
+    """Say whether the fusion of classic recommenders gains from the tuned model, by validation users alone."""
+    joined = [row for row in results.rows if row.arm == "tuned" and row.fusion is not None]
+    models = {row.predictor for row in results.rows if row.arm == "tuned" and row.fusion is None}
+    parts = [part for row in joined if row.fusion for part in row.fusion.parts if part.name in models]
+    if not parts or parts[0].loss is None:
+        return Judged(False, "The tuned language model is not kept: the fusion gives it no weight.")
+    part = parts[0]
+    figure = with_interval(part.loss, part.loss_low, part.loss_high, sign=True)
+    if (part.loss_low or 0.0) > 0:
+        return Judged(True, f"The tuned language model is kept: it brings {figure} on validation users.")
+    return Judged(False, f"The tuned language model is not kept: it brings {figure} on validation users.")
+
+
+# --------------------------------------------------------------------------- the parts of the ensemble
+
+
+# Items beyond which EASE, which inverts a matrix of items by items, takes minutes and gigabytes.
+_MOST_SQUARE = 20_000
+# Seconds of a budget from which on a text encoder is tuned: on two cores a fit takes minutes.
+_LONG_BUDGET = 3600.0
+# Share of items with a title from which on texts are worth reading.
+_TITLED = 0.5
+
+
+@dataclass(frozen=True)
+class Part:
+    """A recommender that may become a part of the fusion.
+
+    Attributes:
+        label: What it is called in files and lines.
+        baseline: Its name in the registry.
+        fixed: Parameters that are not tuned.
+    """
+
+    label: str
+    baseline: str
+    fixed: Mapping[str, Json] = field(default_factory=dict)
+
+
+def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool, budget: float) -> list[Part]:
+    """Return what is tried on a data set.
+
+    Tuned alone, recommenders forget what is more than a few events old and then say much the same: those with the
+    whole history stand beside them, since parts of a fusion are to differ.
+
+    Args:
+        dataset: The data.
+        encoder: The text encoder that is at hand; None: latent semantic analysis of the texts themselves.
+        texts: Items have texts; see `has_texts`.
+        torch: Networks can be trained here.
+        budget: Seconds of the whole search.
+    """
+    parts = [Part(name, name) for name in ("popularity", "recent-popularity", "markov-1", "markov", "item-knn")]
+    parts += [Part(name, name) for name in ("transitions", "markov-cooccurrence", "rp3beta")]
+    parts.append(Part("item-knn, whole history", "item-knn", {"history": 200, "decay": 1.0}))
+    if texts:
+        read: Mapping[str, Json] = {"encoder": encoder} if encoder else {}
+        parts += [Part("transitions-text", "transitions-text", read), Part("content", "content", read)]
+    if len(dataset.items) <= _MOST_SQUARE:
+        parts += [Part("ease", "ease"), Part("ease, whole history", "ease", {"decay": 1.0})]
+    parts += [Part("als", "als"), Part("als, whole history", "als", {"decay": 1.0}), Part("bpr", "bpr")]
+    if torch:
+        parts.append(Part("sasrec", "sasrec", {"quiet": True}))
+        if texts and encoder and budget >= _LONG_BUDGET:
+            parts.append(Part("transitions-tuned", "transitions-tuned", {"encoder": encoder, "quiet": True}))
+    return parts
+
+
+def has_texts(dataset: Dataset) -> bool:
+    """Whether most items have a title that is not their id."""
+    titled = sum(item.title not in ("", name) for name, item in dataset.items.items())
+    return titled > _TITLED * len(dataset.items)
+
+
+# --------------------------------------------------------------------------- the data
+
+
+PAGE, FIXED = "table.yaml", "fixed"
+"""What is written into the folder of trials: what `init` made, and a folder of a copy without faults."""
+PAGES = (".yaml", ".yml")
+
+
+def data_page(options: AutoOptions, name: str, state: Path, say: Callable[[str], None]) -> Recipe:
+    """Return a recipe of the data alone."""
+    page = options.table.endswith(PAGES)
+    given = load_recipe(options.table) if page else _looked_at(options, state, say)
+    data = given.data.model_dump(mode="json")
+    if not page:
+        # Whoever has few interactions is to be served too.
+        data["filter"] |= {"user_core": 1, "item_core": 1}
+    return as_recipe(
+        {
+            "name": name,
+            "seed": given.seed,
+            "data": data,
+            "tasks": {"sequential": {"strategies": ["search"]}},
+            "eval": {"arms": [], "backend": "hf", "users": options.users, "candidates": {"kind": "catalogue"}},
+        }
+    )
+
+
+def _looked_at(options: AutoOptions, state: Path, say: Callable[[str], None]) -> Recipe:
+    """Return what `init` makes of a table; where faults can be fixed, of a fixed copy, and say what that lacks."""
+    page = state / PAGE
+    made = init(
+        options.table,
+        items=options.items,
+        out=page,
+        name=options.name,
+        # A row without a rating is an interaction all the same.
+        asked=asked(replace(options, rating=options.rating or "none")),
+        mend=state / FIXED / f"{name_of(options.name, options.table)}.csv",
+        force=True,
+        backend="hf",
+        query=options.query,
+    )
+    for note in made.fixes:
+        say(note)
+    return load_recipe(page)
+
 
 STATE = "auto"
 """Folder of a run that holds trials, the best recipe so far, and what became of each part."""
@@ -108,14 +316,19 @@ class Auto(Displayed):
     def _summary(self) -> Summary:
         facts = {"folder": str(self.folder), "report": str(self.run.report), "time": duration(self.seconds)}
         rows = [
-            (each.part.label, "–" if each.best is None else f"{each.best.value:.4f}", str(len(each.trials)), each.note)
-            for each in self.tried
+            (
+                entry.part.label,
+                "–" if entry.best is None else f"{entry.best.value:.4f}",
+                str(len(entry.trials)),
+                entry.note,
+            )
+            for entry in self.tried
         ]
         header = ("model", "validation NDCG@10", "settings tried", "note")
         return Summary("Recommender made by llmrec.auto", facts, header, rows, "\n".join(wrapped(self.sentence)))
 
 
-def auto(
+def build(
     options: AutoOptions, say: Callable[[str], None] = lambda line: None, *, data: Any = None, items: Any = None
 ) -> Auto:
     """Make a recommender from a table, as good as the budget allows, and measure it on users held out for that.
@@ -169,8 +382,8 @@ def auto(
         best = search.best(chosen, split)
         count = len(chosen.tasks.present()["sequential"].baselines)
         say(f"fitting and measuring {count} recommenders and their fusions")
-        found = run(chosen, folder, choice=best)
-        results = Results.model_validate(found.results)
+        result = run(chosen, folder, choice=best)
+        results = Results.model_validate(result.results)
         sentence = brought(results, "sequential")
         if planned.steps:
             say(f"tuning a language model for {planned.steps} steps")
@@ -183,11 +396,11 @@ def auto(
                 with_it = Results.model_validate(joined.results)
                 verdict = judged(with_it)
                 if verdict.kept:
-                    folder, found, sentence = folder / MODEL, joined, brought(with_it, "sequential")
+                    folder, result, sentence = folder / MODEL, joined, brought(with_it, "sequential")
                 sentence += f" {verdict.sentence}"
     default = default_of(bundles.read(str(folder)))
     assert default is not None
-    made = Auto(folder, found, tuple(search.tried.values()), sentence, default.name, time.monotonic() - began)
+    made = Auto(folder, result, tuple(search.tried.values()), sentence, default.name, time.monotonic() - began)
     write_json(state / "auto.json", record(made, options))
     return made
 
@@ -295,14 +508,14 @@ class _Search:
         for tried in self.tried.values():
             # An interrupted part has more than was told of it.
             tried.trials = done(self._file(tried.part), self._key(tried.part))
-        found = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
-        if not found:
+        result = {tried.part.label: tried for tried in self.tried.values() if tried.best is not None}
+        if not result:
             notes = "; ".join(f"{tried.part.label}: {tried.note}" for tried in self.tried.values() if tried.note)
             raise DataError(
                 f"nothing could be fitted in the time ({notes or 'there was none'}); give --budget more", kind="too-few"
             )
-        baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(found))]
-        for tried in found.values():
+        baselines: list[dict[str, Json]] = [{"name": name} for name in missing_controls("sequential", list(result))]
+        for tried in result.values():
             assert tried.best is not None
             # A parameter of the display is none of the recommender.
             named = {key: value for key, value in tried.best.parameters.items() if key != "quiet"}
@@ -317,10 +530,10 @@ class _Search:
     def best(self, made: Recipe, data: SplitDataset) -> Choice:
         """Return the row of the best trial among the parts of a recipe, which `chosen` made."""
         baselines = made.tasks.present()["sequential"].baselines
-        found = [tried.best.value for tried in self.tried.values() if tried.best is not None]
+        result = [tried.best.value for tried in self.tried.values() if tried.best is not None]
         figures = {
-            f"sequential/baseline/{each.label}": value
-            for each, value in zip(baselines[len(baselines) - len(found) :], found, strict=True)
+            f"sequential/baseline/{entry.label}": value
+            for entry, value in zip(baselines[len(baselines) - len(result) :], result, strict=True)
         }
         row = max(figures, key=lambda name: figures[name])
         users = {one.user_id for one in halves(data, _RESERVED)[0].holdouts("valid")}
@@ -341,7 +554,9 @@ class _Search:
         at = self.state / "trials" / "at.json"
         wanted = Asked(
             recipe=str(self.state / "data.yaml"),
-            parts=[Tuning(each.part.baseline, dict(each.part.fixed), str(self._file(each.part))) for each in waiting],
+            parts=[
+                Tuning(entry.part.baseline, dict(entry.part.fixed), str(self._file(entry.part))) for entry in waiting
+            ],
             first=first,
             within=allowed(waiting[-1:]),
             reserved=_RESERVED,
@@ -405,9 +620,9 @@ class _Places:
 
     def passed(self, *, done: bool = False) -> range:
         """Return the parts that it has left behind since the last call; all of them where it is done."""
-        found = self.count if done else json.loads(self.file.read_text()) if self.file.is_file() else 0
-        before, self.now = self.now, found
-        return range(before, found)
+        result = self.count if done else json.loads(self.file.read_text()) if self.file.is_file() else 0
+        before, self.now = self.now, result
+        return range(before, result)
 
 
 @contextmanager

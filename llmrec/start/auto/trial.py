@@ -85,7 +85,7 @@ def done(out: Path, key: str) -> list[Done]:
 
 
 def _trials(stored: Mapping[str, Any]) -> list[Done]:
-    return [Done(**each) for each in stored["trials"]]
+    return [Done(**entry) for entry in stored["trials"]]
 
 
 def trial_key(data: str, baseline: str, fixed: dict[str, Json], reserved: float) -> str:
@@ -158,9 +158,9 @@ def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Don
         for trial in trials[len(known) :]:
             known.append(Done(dict(trial.parameters), trial.values[TABLE], now - before))
         before = now
-        write_checked(Path(part.out), {"key": key, "trials": [asdict(each) for each in known]})
+        write_checked(Path(part.out), {"key": key, "trials": [asdict(entry) for entry in known]})
 
-    earlier = [Trial(each.parameters, {TABLE: each.value}) for each in known]
+    earlier = [Trial(entry.parameters, {TABLE: entry.value}) for entry in known]
     tune(part.baseline, data, seed=seed, tables=(TABLE,), grid=grid | fixed, known=earlier, kept=keep)
 
 

@@ -8,16 +8,17 @@ guess ends in a question, never in a coin toss.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 from llmrec.data.read.columns import NONE, check_usable
+from llmrec.data.read.dates import ORDERS, DateOrder
 from llmrec.data.read.nested import LISTS, OBJECTS, leaf, paths
 from llmrec.data.read.text import Table
 from llmrec.data.read.words import about_orders, named
 from llmrec.data.sets.parts import SPELLED, part_of
-from llmrec.errors import DataError
-from llmrec.start.init.forms import READABLE
+from llmrec.errors import DataError, did_you_mean
 from llmrec.start.init.profile import (
+    READABLE,
     UNIX,
     Profile,
     goes_with,
@@ -33,7 +34,156 @@ from llmrec.start.init.profile import (
     shown,
     when,
 )
-from llmrec.start.init.roles import ROLES, Asked, Roles, check_asked
+from llmrec.start.options import TableOptions
+
+# --------------------------------------------------------------------------- roles
+
+
+ROLES = ("user", "item", "rating", "time", "title", "text", "split")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the user said: column names, `NONE` to leave a role out, None where it is to be guessed."""
+
+    user: str | None = None
+    item: str | None = None
+    rating: str | None = None
+    time: str | None = None
+    title: str | None = None
+    text: str | None = None
+    fields: tuple[str, ...] | None = None
+    dates: DateOrder | None = None
+    split: str | None = None
+
+    def of(self, role: str) -> str | None:
+        """Return what was said of a role."""
+        value: str | None = getattr(self, role)
+        return value
+
+
+def asked(options: TableOptions) -> Asked:
+    """Return what options say of columns: ``fields`` have commas between them, ``dates`` is one of two words.
+
+    Raises:
+        DataError: If ``dates`` is another word.
+    """
+    dates = options.dates
+    order = next((known for known in ORDERS if known == dates), None)
+    if dates is not None and order is None:
+        raise DataError(
+            f"--dates {dates!r}{did_you_mean(dates, ORDERS)}: say {' or '.join(ORDERS)}",
+            kind="unknown-name",
+            column="dates",
+        )
+    fields = None if options.fields is None else tuple(filter(None, map(str.strip, options.fields.split(","))))
+    roles = {role: getattr(options, role, None) for role in ROLES}
+    return Asked(**roles, fields=fields, dates=order)
+
+
+@dataclass(frozen=True)
+class Roles:
+    """Which column is what.
+
+    Attributes:
+        user: The user's column.
+        item: The item's column.
+        rating: Column of ratings, if any; so are the next three.
+        time: Of times.
+        title: Of item titles, in this table or in that of the items.
+        text: Of what the user wrote.
+        fields: Further columns about items.
+        why: A reason for every column of both tables, used or not.
+        profiles: Every column of the table of interactions by name.
+        items: Every column of the table of items by name; empty where there is none.
+        split: The column that says train, valid or test, if any.
+        dates: What was said of the order in dates of the column of times.
+    """
+
+    user: str
+    item: str
+    rating: str | None
+    time: str | None
+    title: str | None
+    text: str | None
+    fields: tuple[str, ...]
+    why: Mapping[str, str]
+    profiles: Mapping[str, Profile] = field(repr=False)
+    items: Mapping[str, Profile] = field(repr=False, default_factory=dict)
+    split: str | None = None
+    dates: DateOrder | None = None
+
+    def named(self, role: str, own: str) -> str | None:
+        """Return a role's column as recipes say it: `NONE` where there is none, and a column has llmrec's own name."""
+        result: str | None = getattr(self, role)
+        return result or (NONE if own in self.profiles else None)
+
+    def again(self, item: str) -> Asked:
+        """Return the roles as something asked for, of a copy of the table that calls the item so."""
+        return Asked(
+            user=self.user,
+            item=item,
+            rating=self.rating or NONE,
+            time=self.time or NONE,
+            title=(item if self.title == self.item else self.title) or NONE,
+            text=self.text or NONE,
+            fields=self.fields,
+            split=self.split or NONE,
+            dates=self.dates,
+        )
+
+    def uses(self, column: str) -> bool:
+        """Whether a recipe names a column."""
+        return column in self.fields or any(getattr(self, role) == column for role in ROLES)
+
+    def taken_for(self, column: str) -> str:
+        """Return what a column was taken for, in the words of a recipe; ``-`` for one that is not used."""
+        result = [role for role in ROLES if getattr(self, role) == column]
+        return ", ".join(result) or ("field" if column in self.fields else "-")
+
+
+def check_asked(
+    name: str,
+    asked: Asked,
+    profiles: Mapping[str, Profile],
+    items: Mapping[str, Profile],
+    inner: Sequence[str] = (),
+) -> None:
+    """Check that every column that was named exists, and is named once.
+
+    Args:
+        name: Of the table.
+        asked: What the user said.
+        profiles: Every column of the table of interactions.
+        items: Every column of the table of items.
+        inner: Further columns, in lists.
+
+    Raises:
+        DataError: If not; the message suggests the closest name.
+    """
+    for role in (*ROLES, "fields"):
+        named = (asked.fields or ()) if role == "fields" else (asked.of(role),)
+        known = [*profiles, *(c for c in items if c not in profiles and role in ("title", "fields"))]
+        for column in named:
+            if column is None or column in known or (column == NONE and role not in ("user", "item")):
+                continue
+            raise DataError.at(
+                name,
+                "missing-column",
+                f" has no column {column!r}{did_you_mean(column, [*known, *inner])}, named by --{role}; its columns "
+                f"are: {', '.join(map(shown, [*known, *inner]))}",
+                column,
+            )
+    taken = [column for role in ROLES if role != "title" and (column := asked.of(role)) not in (None, NONE)]
+    twice = next((column for column in taken if taken.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(
+            f"the column {twice!r} is named for two things: "
+            f"{', '.join(f'--{role}' for role in ROLES if asked.of(role) == twice)}; give each a column of its own",
+            kind="contradiction",
+            column=twice,
+        )
+
 
 _GOES = 0.95
 _CLOSE = 0.1
@@ -98,8 +248,8 @@ class _Guess:
         title = self._one("title", self._title)
         text = self._one("text", lambda: self._text(rating))
         fields = self._fields(title)
-        idle = {c: self._idle(held) for c, held in self._profiles.items() if c not in self._why}
-        listed = {c: self._idle_item(held) for c, held in self._items.items() if c not in {**self._why, **idle}}
+        idle = {c: self._idle(col) for c, col in self._profiles.items() if c not in self._why}
+        listed = {c: self._idle_item(col) for c, col in self._items.items() if c not in {**self._why, **idle}}
         why = {**idle, **listed, **self._why}
         roles = Roles(
             self._user, self._item, rating, time, title, text, fields, why, self._profiles, self._items, split
@@ -111,13 +261,13 @@ class _Guess:
         said = self._asked.of(role)
         if said is not None:
             return None if said == NONE else said
-        found = find()
-        if found is not None and role != "title":
-            self._used.add(found)
-        return found
+        result = find()
+        if result is not None and role != "title":
+            self._used.add(result)
+        return result
 
     def _free(self) -> list[Profile]:
-        return [held for name, held in self._profiles.items() if name not in self._used]
+        return [col for name, col in self._profiles.items() if name not in self._used]
 
     def _tie(self, one: str, other: str) -> float | None:
         """Return how far ``other`` follows from ``one``; None where the table cannot show it."""
@@ -150,7 +300,7 @@ class _Guess:
             item = self._item_by_content(user)
         if item is not None and user is None:
             user = self._user_by_content(item)
-        missing = [role for role, found in (("user", user), ("item", item)) if found is None]
+        missing = [role for role, result in (("user", user), ("item", item)) if result is None]
         if missing or user is None or item is None:
             raise DataError(self._nothing_fits(missing), kind="missing-column", at=self._name)
         self._user, self._item = user, item
@@ -158,14 +308,14 @@ class _Guess:
 
     def _by_name(self, role: str, other: str | None) -> str | None:
         scored = []
-        for held in self._free():
-            weight = held.named.weight(role)
-            if held.name == other or not weight:
+        for col in self._free():
+            weight = col.named.weight(role)
+            if col.name == other or not weight:
                 continue
-            if fault := no_id(held):
-                self._why[held.name] = f"called like the {role}, but {fault}"
+            if fault := no_id(col):
+                self._why[col.name] = f"called like the {role}, but {fault}"
                 continue
-            scored.append((self._score(held, role, weight), held))
+            scored.append((self._score(col, role, weight), col))
         if not scored:
             return None
         # Of columns that stand for each other, such as an id and a number of the same product, the first will do.
@@ -182,22 +332,22 @@ class _Guess:
                 f": {' and '.join(map(repr, both))} could each be the {role}; say which with "
                 + " or ".join(f"--{role} {shell(h)}" for h in (best.name, *(h.name for h in rivals))),
             )
-        for score, held in scored[1:]:
-            same = self._same(best.name, held.name)
+        for score, col in scored[1:]:
+            same = self._same(best.name, col.name)
             if not same and score < 0.7:
                 continue
-            self._why[held.name] = (
+            self._why[col.name] = (
                 f"stands for the same as {shown(best.name)}"
                 if same
-                else (f"could be the {role} too; --{role} {shell(held.name)} takes it")
+                else (f"could be the {role} too; --{role} {shell(col.name)} takes it")
             )
         self._why[best.name] = f"its name; {repeats(best)}"
         return best.name
 
-    def _score(self, held: Profile, role: str, weight: float) -> float:
-        listed = self._items.get(leaf(held.name))
+    def _score(self, col: Profile, role: str, weight: float) -> float:
+        listed = self._items.get(leaf(col.name))
         known = role == "item" and listed is not None and listed.unique
-        return weight + 0.05 * held.named.is_id + 0.15 * ("parent" in held.name.casefold()) + 0.5 * known
+        return weight + 0.05 * col.named.is_id + 0.15 * ("parent" in col.name.casefold()) + 0.5 * known
 
     def _same(self, one: str, other: str) -> bool:
         return self._goes(one, other) and self._goes(other, one)
@@ -205,12 +355,12 @@ class _Guess:
     def _id_like(self, *others: str) -> list[Profile]:
         """Columns that could be ids by their values; those that follow from ``others`` describe these."""
         return [
-            held
-            for held in self._free()
-            if held.name not in others
-            and not no_id(held)
-            and looks_like_ids(held)
-            and not any(self._goes(other, held.name) for other in others)
+            col
+            for col in self._free()
+            if col.name not in others
+            and not no_id(col)
+            and looks_like_ids(col)
+            and not any(self._goes(other, col.name) for other in others)
         ]
 
     def _item_by_content(self, user: str) -> str | None:
@@ -222,25 +372,28 @@ class _Guess:
         listed = [h for h in ids if (other := self._items.get(leaf(h.name))) is not None and other.unique]
         tied = [h for h in ids if any(h is not t and self._same(h.name, t.name) for t in titles)]
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
-        for found, reason in (
+        for result, reason in (
             (listed, "the table of items has it too"),
             (tied, f"goes with {shown(titles[0].name)}" if titles else ""),
             (marked, "the only id left"),
             (titles, "titles, which stand in for an id"),
             (ids, "the only column left whose values repeat like ids"),
         ):
-            if len(found) == 1:
-                self._why[found[0].name] = f"{reason}; {repeats(found[0])}"
-                return found[0].name
+            if len(result) == 1:
+                self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
+                return result[0].name
         return None
 
     def _user_by_content(self, item: str) -> str | None:
         ids = self._id_like(item)
         marked = [h for h in ids if h.named.is_id and not h.named.weight("row")]
-        for found, reason in ((marked, "the only id left"), (ids, "the only column left whose values repeat like ids")):
-            if len(found) == 1:
-                self._why[found[0].name] = f"{reason}; {repeats(found[0])}"
-                return found[0].name
+        for result, reason in (
+            (marked, "the only id left"),
+            (ids, "the only column left whose values repeat like ids"),
+        ):
+            if len(result) == 1:
+                self._why[result[0].name] = f"{reason}; {repeats(result[0])}"
+                return result[0].name
         return None
 
     def _nothing_fits(self, missing: Sequence[str]) -> str:
@@ -253,9 +406,9 @@ class _Guess:
             f"{self._rows()} rows are: {columns}"
             + (f"; those in lists are: {', '.join(map(shown, self._inner))}" if self._inner else "")
             + "".join(
-                f"; {shown(c)} holds {held}, which cannot be used"
-                for c, held in self._unusable.items()
-                if held not in (OBJECTS, LISTS)
+                f"; {shown(c)} holds {col}, which cannot be used"
+                for c, col in self._unusable.items()
+                if col not in (OBJECTS, LISTS)
             )
         )
 
@@ -266,24 +419,24 @@ class _Guess:
 
     def _split(self) -> str | None:
         """The column, if there is just one, whose every row names a part of a split, train and test among them."""
-        found = {}
-        for held in self._free():
-            sizes = parts_in(held)
-            if sum(sizes.values()) == held.rows and sizes["train"] and sizes["test"]:
-                found[held.name] = ", ".join(f"{part} {n}" for part, n in sizes.items() if n)
-        for name, counted in found.items():
+        result = {}
+        for col in self._free():
+            sizes = parts_in(col)
+            if sum(sizes.values()) == col.rows and sizes["train"] and sizes["test"]:
+                result[col.name] = ", ".join(f"{part} {n}" for part, n in sizes.items() if n)
+        for name, counted in result.items():
             self._why[name] = (
-                f"its values; {counted}" if len(found) == 1 else f"could be the split; --split {shell(name)}"
+                f"its values; {counted}" if len(result) == 1 else f"could be the split; --split {shell(name)}"
             )
-        return next(iter(found)) if len(found) == 1 else None
+        return next(iter(result)) if len(result) == 1 else None
 
     def _check_split(self, column: str | None) -> None:
         """Refuse a column that was named and says something else."""
         if column is None:
             return
-        held = self._profiles[column]
-        if sum(parts_in(held).values()) < held.rows:
-            other = next(cell for cell in held.cells.unique(maintain_order=True) if part_of(cell) is None)
+        col = self._profiles[column]
+        if sum(parts_in(col).values()) < col.rows:
+            other = next(cell for cell in col.cells.unique(maintain_order=True) if part_of(cell) is None)
             raise DataError.at(
                 self._name,
                 "bad-value",
@@ -294,88 +447,88 @@ class _Guess:
 
     def _time(self) -> str | None:
         scored = []
-        for held in self._free():
-            weight = held.named.weight("time")
-            times = held.times
-            if times.form == "no times" or held.distinct < 2 or held.named.weight("count"):
-                if weight and held.filled and held.distinct > 1:
-                    self._why[held.name] = "called like a time, but holds neither numbers nor dates"
+        for col in self._free():
+            weight = col.named.weight("time")
+            times = col.times
+            if times.form == "no times" or col.distinct < 2 or col.named.weight("count"):
+                if weight and col.filled and col.distinct > 1:
+                    self._why[col.name] = "called like a time, but holds neither numbers nor dates"
                 continue
             unix = times.low is not None and any(low <= times.low and (times.high or 0) < high for low, high in UNIX)
-            if not weight and ((times.form == "numbers" and not unix) or held.filled < held.rows):
+            if not weight and ((times.form == "numbers" and not unix) or col.filled < col.rows):
                 continue
-            if self._owned(held):
+            if self._owned(col):
                 continue
-            scored.append((max(weight, 0.3) + 0.3 * (times.form in READABLE) + 1e-9 * held.distinct, held))
+            scored.append((max(weight, 0.3) + 0.3 * (times.form in READABLE) + 1e-9 * col.distinct, col))
         return self._first(scored, "time", when)
 
     def _rating(self) -> str | None:
         named, others = [], []
-        for held in self._free():
-            weight = held.named.weight("rating")
-            if not held.numeric or held.distinct < 2 or held.named.weight("count") or self._owned(held):
-                if weight and held.filled and not held.numeric:
-                    self._why[held.name] = "called like a rating, but holds no numbers"
+        for col in self._free():
+            weight = col.named.weight("rating")
+            if not col.numeric or col.distinct < 2 or col.named.weight("count") or self._owned(col):
+                if weight and col.filled and not col.numeric:
+                    self._why[col.name] = "called like a rating, but holds no numbers"
                 continue
-            if held.counts:
+            if col.counts:
                 if weight:
-                    self._why[held.name] = (
-                        f"called like a rating, but its numbers look like {self._amounts(held)}, from "
-                        f"{held.levels[0]:g} to {held.levels[-1]:g}; --rating {shell(held.name)} takes it all the same"
+                    self._why[col.name] = (
+                        f"called like a rating, but its numbers look like {self._amounts(col)}, from "
+                        f"{col.levels[0]:g} to {col.levels[-1]:g}; --rating {shell(col.name)} takes it all the same"
                     )
                 continue
             if weight:
-                overall = "overall" in held.name.casefold()
-                named.append((weight + 0.2 * overall + 0.01 * (len(held.levels) <= _MOST_LEVELS), held))
-            elif looks_like_ratings(held) and held.filled == held.rows:
-                others.append((0.1, held))
+                overall = "overall" in col.name.casefold()
+                named.append((weight + 0.2 * overall + 0.01 * (len(col.levels) <= _MOST_LEVELS), col))
+            elif looks_like_ratings(col) and col.filled == col.rows:
+                others.append((0.1, col))
         if not named and len(others) > 1:
-            for _, held in others:
-                self._why[held.name] = f"could be a rating; --rating {shell(held.name)} takes it"
+            for _, col in others:
+                self._why[col.name] = f"could be a rating; --rating {shell(col.name)} takes it"
             return None
         return self._first(named or others, "rating", levels)
 
-    def _amounts(self, held: Profile) -> str:
-        return "counts" if held.whole else "amounts"
+    def _amounts(self, col: Profile) -> str:
+        return "counts" if col.whole else "amounts"
 
     def _title(self) -> str | None:
         if self._items:
-            found = self._title_of_items()
-            if found is not None:
-                return found
+            result = self._title_of_items()
+            if result is not None:
+                return result
         scored = []
-        for held in self._free():
-            weight = held.named.weight("title")
+        for col in self._free():
+            weight = col.named.weight("title")
             if (
-                held.distinct < 2
-                or held.letters < 0.3
-                or held.length > 300
-                or held.named.weight("field")
-                or held.named.weight("text")
+                col.distinct < 2
+                or col.letters < 0.3
+                or col.length > 300
+                or col.named.weight("field")
+                or col.named.weight("text")
             ):
                 continue
-            goes = self._goes(self._item, held.name)
-            many = held.distinct >= 0.7 * self._profiles[self._item].distinct
-            if weight and not self._may_go(self._item, held.name):
-                if not self._goes(self._user, held.name):
-                    self._why[held.name] = f"called like a title, but one {shown(self._item)} has several"
+            goes = self._goes(self._item, col.name)
+            many = col.distinct >= 0.7 * self._profiles[self._item].distinct
+            if weight and not self._may_go(self._item, col.name):
+                if not self._goes(self._user, col.name):
+                    self._why[col.name] = f"called like a title, but one {shown(self._item)} has several"
                 continue
-            if weight or (goes and many and held.words >= 1.5):
-                scored.append((weight + 0.1, held))
-        found = self._first(scored, "title", lambda held: f"goes with {shown(self._item)}")
+            if weight or (goes and many and col.words >= 1.5):
+                scored.append((weight + 0.1, col))
+        result = self._first(scored, "title", lambda col: f"goes with {shown(self._item)}")
         item = self._profiles[self._item]
-        if found is None and item.letters >= 0.5 and (item.words >= 1.5 or item.named.weight("title")):
+        if result is None and item.letters >= 0.5 and (item.words >= 1.5 or item.named.weight("title")):
             return self._item
-        return found
+        return result
 
     def _title_of_items(self) -> str | None:
         scored = []
-        for held in self._items.values():
-            weight = held.named.weight("title")
-            if held.name == leaf(self._item) or held.letters < 0.3 or held.length > 300 or held.distinct < 2:
+        for col in self._items.values():
+            weight = col.named.weight("title")
+            if col.name == leaf(self._item) or col.letters < 0.3 or col.length > 300 or col.distinct < 2:
                 continue
-            if weight or (held.words >= 1.5 and held.unique and held.length <= 100):
-                scored.append((weight + 0.1 * held.unique, held))
+            if weight or (col.words >= 1.5 and col.unique and col.length <= 100):
+                scored.append((weight + 0.1 * col.unique, col))
         if not scored:
             return None
         _, best = max(scored, key=lambda pair: pair[0])
@@ -384,40 +537,40 @@ class _Guess:
 
     def _text(self, rating: str | None) -> str | None:
         scored = []
-        for held in self._free():
-            weight = held.named.weight("text")
-            review = held.named.weight("review") or held.name == "text"
-            if held.letters < 0.5 or held.distinct < 2 or held.named.weight("field") or held.named.weight("headline"):
+        for col in self._free():
+            weight = col.named.weight("text")
+            review = col.named.weight("review") or col.name == "text"
+            if col.letters < 0.5 or col.distinct < 2 or col.named.weight("field") or col.named.weight("headline"):
                 continue
-            if held.words < 2 or (not weight and (held.words < 5 or held.distinct < 0.5 * held.filled)):
+            if col.words < 2 or (not weight and (col.words < 5 or col.distinct < 0.5 * col.filled)):
                 if weight:
-                    self._why[held.name] = f"called like a text, but has {held.words:.1f} words on average"
+                    self._why[col.name] = f"called like a text, but has {col.words:.1f} words on average"
                 continue
-            if self._owned(held):
+            if self._owned(col):
                 continue
-            if not review and (rating is None or about_orders(held.name)):
-                self._why[held.name] = (
+            if not review and (rating is None or about_orders(col.name)):
+                self._why[col.name] = (
                     f"a text, but nothing says that it is about {shown(self._item)}; if it is a review, --text "
-                    f"{shell(held.name)} takes it"
+                    f"{shell(col.name)} takes it"
                 )
                 continue
-            scored.append((weight + min(held.words, 100) / 1000, held))
+            scored.append((weight + min(col.words, 100) / 1000, col))
         share = self._rows()
         return self._first(
-            scored, "text", lambda held: f"{held.words:.0f} words each; in {held.filled / share:.0%} of the rows"
+            scored, "text", lambda col: f"{col.words:.0f} words each; in {col.filled / share:.0%} of the rows"
         )
 
-    def _owned(self, held: Profile) -> bool:
+    def _owned(self, col: Profile) -> bool:
         """Whether a column describes the user or the item, and not what happened between them."""
-        return self._goes(self._item, held.name) or self._goes(self._user, held.name)
+        return self._goes(self._item, col.name) or self._goes(self._user, col.name)
 
     def _first(self, scored: list[tuple[float, Profile]], role: str, say: Callable[[Profile], str]) -> str | None:
         if not scored:
             return None
         scored.sort(key=lambda pair: -pair[0])
         best = scored[0][1]
-        for _, held in scored[1:]:
-            self._why[held.name] = f"could be the {role} too; --{role} {shell(held.name)} takes it"
+        for _, col in scored[1:]:
+            self._why[col.name] = f"could be the {role} too; --{role} {shell(col.name)} takes it"
         self._why[best.name] = f"{'its name' if best.named.weight(role) else 'its values'}; {say(best)}"
         return best.name
 
@@ -427,21 +580,21 @@ class _Guess:
             self._why |= dict.fromkeys(chosen, "you named it")
             return chosen
         scored: list[tuple[float, str]] = []
-        for table, held in [("items", h) for h in self._items.values()] + [("", h) for h in self._free()]:
+        for table, col in [("items", h) for h in self._items.values()] + [("", h) for h in self._free()]:
             own = leaf(self._item) if table else self._item
-            if held.name in (title, own) or held.name in (name for _, name in scored):
+            if col.name in (title, own) or col.name in (name for _, name in scored):
                 continue
-            weight = held.named.weight("field")
-            plain = held.letters >= 0.5 and not held.named.roles and not held.named.is_id
-            few = held.distinct <= 0.5 * (held.rows if table else self._profiles[self._item].distinct)
-            if held.distinct < 2 or held.length > 80 or held.filled < 0.5 * held.rows:
+            weight = col.named.weight("field")
+            plain = col.letters >= 0.5 and not col.named.roles and not col.named.is_id
+            few = col.distinct <= 0.5 * (col.rows if table else self._profiles[self._item].distinct)
+            if col.distinct < 2 or col.length > 80 or col.filled < 0.5 * col.rows:
                 continue
-            if not (weight or (plain and few and held.length <= 40)):
+            if not (weight or (plain and few and col.length <= 40)):
                 continue
-            if table or self._goes(self._item, held.name) or (weight and self._may_go(self._item, held.name)):
-                scored.append((weight, held.name))
-                self._why[held.name] = ("in the table of items" if table else f"goes with {shown(self._item)}") + (
-                    f"; {held.distinct} values"
+            if table or self._goes(self._item, col.name) or (weight and self._may_go(self._item, col.name)):
+                scored.append((weight, col.name))
+                self._why[col.name] = ("in the table of items" if table else f"goes with {shown(self._item)}") + (
+                    f"; {col.distinct} values"
                 )
         kept: list[str] = []
         for _, name in sorted(scored, key=lambda pair: -pair[0]):
@@ -463,30 +616,30 @@ class _Guess:
             return first.numbers.values.equals(second.numbers.values, check_names=False)
         return first.cells.equals(second.cells, check_names=False)
 
-    def _idle(self, held: Profile) -> str:
-        if not held.filled:
+    def _idle(self, col: Profile) -> str:
+        if not col.filled:
             return "it is empty"
-        if held.distinct == 1:
+        if col.distinct == 1:
             return "the same value in every row"
-        if held.unique and held.words < 3:
+        if col.unique and col.words < 3:
             return "a different value in every row: an id of rows"
-        if held.named.weight("row"):
+        if col.named.weight("row"):
             return "an id of orders or rows, by its name"
-        if self._goes(self._item, held.name):
-            return f"goes with {shown(self._item)}; --fields {shell(held.name)} lets templates show it"
-        if self._goes(self._user, held.name):
+        if self._goes(self._item, col.name):
+            return f"goes with {shown(self._item)}; --fields {shell(col.name)} lets templates show it"
+        if self._goes(self._user, col.name):
             return f"goes with {shown(self._user)}; a table has no columns about users"
-        if held.named.weight("count"):
+        if col.named.weight("count"):
             return "a count or an amount, by its name"
-        if kinds_of_events(held):
+        if kinds_of_events(col):
             return "kinds of events, by its values; see the note"
-        if held.numeric and held.counts:
-            return f"looks like {self._amounts(held)}, not like ratings"
+        if col.numeric and col.counts:
+            return f"looks like {self._amounts(col)}, not like ratings"
         return "nothing that llmrec uses"
 
-    def _idle_item(self, held: Profile) -> str:
-        if held.name == leaf(self._item):
+    def _idle_item(self, col: Profile) -> str:
+        if col.name == leaf(self._item):
             return f"the same as {shown(self._item)}"
-        if not held.filled or held.distinct == 1:
-            return "it is empty" if not held.filled else "the same value in every row"
-        return f"--fields {shell(held.name)} lets templates show it"
+        if not col.filled or col.distinct == 1:
+            return "it is empty" if not col.filled else "the same value in every row"
+        return f"--fields {shell(col.name)} lets templates show it"

@@ -13,9 +13,8 @@ from llmrec.data.read.text import Table
 from llmrec.data.read.typed import texts
 from llmrec.durable import replacing
 from llmrec.errors import DataError, ErrorKind, Place
-from llmrec.start.init.forms import READABLE
-from llmrec.start.init.profile import Peek, Profile, shell, shown
-from llmrec.start.init.roles import Roles
+from llmrec.start.init.columns import Roles
+from llmrec.start.init.profile import READABLE, Peek, Profile, shell, shown
 
 COPY_ENDINGS = (".csv", ".parquet")
 
@@ -41,98 +40,98 @@ class Fault:
     kind: ErrorKind = "bad-value"
 
 
-def faults(found: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
+def faults(peek: Peek, roles: Roles, items: Table | None, item_column: str) -> list[Fault]:
     """Return what the recipe could not read, in the order of rating, time and ids.
 
     Args:
-        found: The interactions, or a part of them.
+        peek: The interactions, or a part of them.
         roles: Which column is what.
         items: The table of items, if there is one.
         item_column: The item's column in the table of items.
     """
     listed = [
-        _numbers(found, roles),
-        _times(found, roles),
-        *_ids(found, roles),
-        *_items(found, roles, items, item_column),
+        _numbers(peek, roles),
+        _times(peek, roles),
+        *_ids(peek, roles),
+        *_items(peek, roles, items, item_column),
     ]
     return [fault for fault in listed if fault is not None]
 
 
-def _bad(held: Profile, values: pl.Series) -> tuple[int, int]:
+def _bad(col: Profile, values: pl.Series) -> tuple[int, int]:
     """Return how many rows have no value, and the first of them."""
     gone = values.is_null()
     return int(gone.sum()), int(gone.arg_max() or 0)
 
 
-def _unused(found: Peek, held: Profile, role: str, values: pl.Series) -> Fault | None:
+def _unused(peek: Peek, col: Profile, role: str, values: pl.Series) -> Fault | None:
     """A column with llmrec's own name for a role is read although nobody named it, so it must be readable too."""
-    rows, row = _bad(held, values)
+    rows, row = _bad(col, values)
     if not rows:
         return None
     return Fault(
-        held.name,
-        found.place(row),
-        f"{_place(found, held, row, role)}, which is no {role}, and a column of this name would be taken for one",
-        f"{held.name} is not in it",
-        f"rename the column {held.name}",
+        col.name,
+        peek.place(row),
+        f"{_place(peek, col, row, role)}, which is no {role}, and a column of this name would be taken for one",
+        f"{col.name} is not in it",
+        f"rename the column {col.name}",
     )
 
 
-def _numbers(found: Peek, roles: Roles) -> Fault | None:
+def _numbers(peek: Peek, roles: Roles) -> Fault | None:
     if roles.rating is None:
-        held = roles.profiles.get("rating")
-        plain = held is None or held.numbers.form in READABLE
-        return None if held is None else _unused(found, held, "rating", _read(held.numbers.values, plain))
-    held = roles.profiles[roles.rating]
-    form, values = held.numbers.form, held.numbers.values
-    rows, row = _bad(held, values)
-    name, place = shown(held.name), "--rating none leaves ratings out"
+        col = roles.profiles.get("rating")
+        plain = col is None or col.numbers.form in READABLE
+        return None if col is None else _unused(peek, col, "rating", _read(col.numbers.values, plain))
+    col = roles.profiles[roles.rating]
+    form, values = col.numbers.form, col.numbers.values
+    rows, row = _bad(col, values)
+    name, place = shown(col.name), "--rating none leaves ratings out"
     if form == "no numbers":
-        said = f"{_place(found, held, row, 'rating')}, which is not a number"
-        return Fault(held.name, found.place(row), said, "", place)
+        said = f"{_place(peek, col, row, 'rating')}, which is not a number"
+        return Fault(col.name, peek.place(row), said, "", place)
     if form not in READABLE:
-        commas = held.cells.str.contains(",", literal=True)
+        commas = col.cells.str.contains(",", literal=True)
         kind = "a decimal comma" if form == "decimal commas" else "a thousands separator"
         first = int(commas.arg_max() or 0)
-        said = f"{_place(found, held, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
+        said = f"{_place(peek, col, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
         said += ", where llmrec reads 4.5"
         return Fault(
-            held.name, found.place(first), said, f"{name} is written with decimal points{_left_out(rows)}", place
+            col.name, peek.place(first), said, f"{name} is written with decimal points{_left_out(rows)}", place
         )
     if not rows:
         return None
-    said = f"{_place(found, held, row, 'rating')}, which is no number ({rows} of {held.rows} rows)"
+    said = f"{_place(peek, col, row, 'rating')}, which is no number ({rows} of {col.rows} rows)"
     said += "; ratings stand in every row or in none"
-    return Fault(held.name, found.place(row), said, f"rows without a number in {name} are left out", place)
+    return Fault(col.name, peek.place(row), said, f"rows without a number in {name} are left out", place)
 
 
-def _times(found: Peek, roles: Roles) -> Fault | None:
+def _times(peek: Peek, roles: Roles) -> Fault | None:
     if roles.time is None:
-        held = roles.profiles.get("timestamp")
-        plain = held is None or held.times.form in READABLE
-        return None if held is None else _unused(found, held, "time", _read(held.times.values, plain))
-    held = roles.profiles[roles.time]
-    form, values = held.times.form, held.times.values
-    rows, row = _bad(held, values)
-    first = int((held.cells != "").arg_max() or 0)
-    filled = _place(found, held, first, "time")
+        col = roles.profiles.get("timestamp")
+        plain = col is None or col.times.form in READABLE
+        return None if col is None else _unused(peek, col, "time", _read(col.times.values, plain))
+    col = roles.profiles[roles.time]
+    form, values = col.times.form, col.times.values
+    rows, row = _bad(col, values)
+    first = int((col.cells != "").arg_max() or 0)
+    filled = _place(peek, col, first, "time")
     place = "--time none takes the order of the rows"
     if form == "no times":
-        return Fault(held.name, found.place(first), f"{filled}, which is neither a number nor a date", "", place)
+        return Fault(col.name, peek.place(first), f"{filled}, which is neither a number nor a date", "", place)
     if form == "dates whose day and month cannot be told apart":
         said = f"{filled}, in which day and month cannot be told apart, here as in all others"
         return Fault(
-            held.name,
-            found.place(first),
+            col.name,
+            peek.place(first),
             said,
             "",
             f"--dates day-first or --dates month-first says which stands first. {place}",
         )
     if not rows:
         return None
-    said = f"{_place(found, held, row, 'time')}, which is no time like the others ({rows} of {held.rows} rows)"
-    return Fault(held.name, found.place(row), said, f"rows without a time in {shown(held.name)} are left out", place)
+    said = f"{_place(peek, col, row, 'time')}, which is no time like the others ({rows} of {col.rows} rows)"
+    return Fault(col.name, peek.place(row), said, f"rows without a time in {shown(col.name)} are left out", place)
 
 
 def _read(values: pl.Series, plain: bool) -> pl.Series:
@@ -143,18 +142,18 @@ def _left_out(rows: int) -> str:
     return f", {rows} rows without one are left out" if rows else ""
 
 
-def _ids(found: Peek, roles: Roles) -> list[Fault]:
+def _ids(peek: Peek, roles: Roles) -> list[Fault]:
     listed = []
     for role in ("user", "item"):
-        held = roles.profiles[getattr(roles, role)]
-        if held.filled < held.rows:
-            row = int((held.cells == "").arg_max() or 0)
+        col = roles.profiles[getattr(roles, role)]
+        if col.filled < col.rows:
+            row = int((col.cells == "").arg_max() or 0)
             listed.append(
                 Fault(
-                    held.name,
-                    found.place(row),
-                    f"{found.where(row)}: the {role} in column {shown(held.name)!r} is missing "
-                    f"({held.rows - held.filled} of {held.rows} rows)",
+                    col.name,
+                    peek.place(row),
+                    f"{peek.where(row)}: the {role} in column {shown(col.name)!r} is missing "
+                    f"({col.rows - col.filled} of {col.rows} rows)",
                     f"rows without {_a(role)} are left out",
                     kind="missing-value",
                 )
@@ -162,7 +161,7 @@ def _ids(found: Peek, roles: Roles) -> list[Fault]:
     return listed
 
 
-def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[Fault]:
+def _items(peek: Peek, roles: Roles, items: Table | None, column: str) -> list[Fault]:
     listed = []
     mains = roles.profiles[roles.item].cells
     kept = pl.Series(mains.filter(mains != "").unique())
@@ -171,8 +170,8 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
             listed.append(
                 Fault(
                     roles.item,
-                    Place(found.table.name),
-                    f"{items.name} calls the item {shown(column)!r} and {found.table.name} calls it "
+                    Place(peek.table.name),
+                    f"{items.name} calls the item {shown(column)!r} and {peek.table.name} calls it "
                     f"{shown(roles.item)!r}; the two are joined on one name",
                     f"the item is called {shown(column)}",
                     kind="missing-column",
@@ -184,8 +183,8 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
             listed.append(
                 Fault(
                     roles.item,
-                    found.place(first),
-                    f"{found.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
+                    peek.place(first),
+                    f"{peek.where(first)}: item {shown(absent[0])!r} is not in {items.name} ({len(absent)} of "
                     f"{len(kept)} items are not)",
                     f"rows whose item is not in {items.name} are left out",
                     kind="unknown-name",
@@ -194,8 +193,8 @@ def _items(found: Peek, roles: Roles, items: Table | None, column: str) -> list[
     return listed
 
 
-def _place(found: Peek, held: Profile, row: int, what: str) -> str:
-    return f"{found.where(row)}: the {what} in column {shown(held.name)!r} is {shown(held.cells[row])!r}"
+def _place(peek: Peek, col: Profile, row: int, what: str) -> str:
+    return f"{peek.where(row)}: the {what} in column {shown(col.name)!r} is {shown(col.cells[row])!r}"
 
 
 def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
@@ -251,8 +250,8 @@ def mended(table: Table, roles: Roles, items: Table | None, item_column: str) ->
     columns = {roles.user: profiles[roles.user].cells, item_column: profiles[roles.item].cells}
     done: list[str] = []
     if roles.rating is not None:
-        held = profiles[roles.rating]
-        columns[roles.rating] = held.numbers.values.cast(pl.Int64) if held.whole else held.numbers.values
+        col = profiles[roles.rating]
+        columns[roles.rating] = col.numbers.values.cast(pl.Int64) if col.whole else col.numbers.values
     if roles.time is not None:
         columns[roles.time] = profiles[roles.time].times.values
     for name in (roles.title, roles.text, roles.split, *roles.fields):

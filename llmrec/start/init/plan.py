@@ -11,7 +11,7 @@ import polars as pl
 from llmrec.data.dataset import Dataset, core
 from llmrec.data.read.words import noun_of
 from llmrec.data.stats import BASKETS
-from llmrec.start.init.roles import Roles
+from llmrec.start.init.columns import Roles
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
 _CORE_ROWS = 50_000
@@ -176,8 +176,8 @@ def events_in(dataset: Dataset) -> Events:
     names = dict.fromkeys(name for item in items for name in item.fields)
     parts = None
     if (given := dataset.given) is not None:
-        held = {**dict.fromkeys(given.valid, "valid"), **dict.fromkeys(given.test, "test")}
-        parts = pl.Series([held.get(pair, "train") for pair in rows.select("user_id", "item_id").iter_rows()])
+        col = {**dict.fromkeys(given.valid, "valid"), **dict.fromkeys(given.test, "test")}
+        parts = pl.Series([col.get(pair, "train") for pair in rows.select("user_id", "item_id").iter_rows()])
     return Events(
         pairs=rows.select("user_id", "item_id", pl.col("timestamp").alias("time")),
         titles=pl.Series([item.title for item in items], dtype=pl.String),
@@ -353,36 +353,36 @@ def _tasks(events: Events, facts: Facts, count: int) -> dict[str, tuple[bool, st
     if events.parts is not None:
         few = f"{facts.able} of {facts.users} users have test rows and training rows"
         short = "needs users with 2 or more training rows, which show an order"
-    found: dict[str, tuple[bool, str]] = {}
+    result: dict[str, tuple[bool, str]] = {}
     if events.ratings is None:
-        found["rating"] = (False, "needs a column of ratings")
+        result["rating"] = (False, "needs a column of ratings")
     elif len(facts.levels) < 2:
-        found["rating"] = (False, f"needs ratings with at least 2 values, and {events.rating} has {len(facts.levels)}")
+        result["rating"] = (False, f"needs ratings with at least 2 values, and {events.rating} has {len(facts.levels)}")
     elif labels(facts.levels) > _MOST_LABELS:
         many = labels(facts.levels)
-        found["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, and {events.rating} has {many}")
+        result["rating"] = (False, f"needs a scale of at most {_MOST_LABELS} steps, and {events.rating} has {many}")
     else:
         low, high = facts.levels[0], facts.levels[-1]
-        found["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {events.rating}")
+        result["rating"] = (True, f"{len(facts.levels)} values from {low:g} to {high:g} in {events.rating}")
     if not facts.able:
-        found["sequential"] = found["direct"] = (False, f"needs users with a history: {few}")
+        result["sequential"] = result["direct"] = (False, f"needs users with a history: {few}")
     elif not facts.teachable:
-        found["sequential"] = (False, short)
+        result["sequential"] = (False, short)
     else:
-        found["sequential"] = (True, f"{few}, {order}")
+        result["sequential"] = (True, f"{few}, {order}")
     if facts.able:
-        found["direct"] = (True, f"{facts.items} items, {count} candidates a request")
+        result["direct"] = (True, f"{facts.items} items, {count} candidates a request")
         if count < 2:
             why = f"needs items that a user has not had, and one user has {facts.history[2]} of {facts.items}"
-            found["direct"] = found["sequential"] = (False, why)
+            result["direct"] = result["sequential"] = (False, why)
     if events.texts is None:
-        found["explanation"] = (False, "needs a column of texts that users wrote")
+        result["explanation"] = (False, "needs a column of texts that users wrote")
     elif facts.with_texts < _LEAST_TEXTS:
         why = f"needs at least {_LEAST_TEXTS} texts, and {events.text} has {facts.with_texts}"
-        found["explanation"] = (False, why)
+        result["explanation"] = (False, why)
     else:
-        found["explanation"] = (True, f"{facts.with_texts} texts in {events.text}")
-    return found
+        result["explanation"] = (True, f"{facts.with_texts} texts in {events.text}")
+    return result
 
 
 # --------------------------------------------------------------------------- sizes and seconds

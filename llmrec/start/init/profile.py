@@ -9,17 +9,18 @@ import codecs
 import gzip
 import json
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Literal
 
 import polars as pl
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.dataset import PARTS
-from llmrec.data.read.dates import DateOrder
+from llmrec.data.read.dates import DateOrder, Dates, read_dates
 from llmrec.data.read.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.read.objects import json_lines
 from llmrec.data.read.packed import PACKED
@@ -31,7 +32,146 @@ from llmrec.data.read.words import Named, event_rank, named
 from llmrec.data.sets.parts import SPELLED, part_of
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean
-from llmrec.start.init.forms import READABLE, Numbers, Times, numbers, times
+
+# --------------------------------------------------------------------------- numbers
+
+
+NumberForm = Literal["plain numbers", "decimal commas", "thousands separators", "no numbers"]
+TimeForm = Literal[
+    "times",
+    "numbers",
+    "ISO dates",
+    "day-first dates",
+    "month-first dates",
+    "dates",
+    "dates whose day and month cannot be told apart",
+    "no times",
+]
+
+READABLE: frozenset[str] = frozenset(
+    {"plain numbers", "times", "numbers", "ISO dates", "day-first dates", "month-first dates", "dates"}
+)
+"""Forms that a recipe can use as they stand."""
+# A column is of a form if so large a share of its values is; the rest is named row by row.
+_MOST = 0.8
+_TRIED = 200
+
+_ISO = r"^\d{4}-?\d{2}-?\d{2}"
+_COMMA = r"^[+-]?(?:\d{1,3}(?:[. ]\d{3})+|\d+)(?:,\d+)?$"
+_THOUSANDS = r"^[+-]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?$"
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """A column read as numbers.
+
+    Attributes:
+        form: How they are written.
+        values: Null where a cell holds none.
+    """
+
+    form: NumberForm
+    values: pl.Series
+
+    @property
+    def share(self) -> float:
+        """Share of all rows that hold a number."""
+        return 1 - self.values.null_count() / max(len(self.values), 1)
+
+
+@dataclass(frozen=True)
+class Times:
+    """A column read as times.
+
+    Attributes:
+        form: How they are written.
+        values: The cells, null where one holds no time.
+        low: Smallest, where the times are numbers.
+        high: Largest, where they are numbers.
+        seconds: Since 1970, where they are dates.
+    """
+
+    form: TimeForm
+    values: pl.Series
+    low: float | None = None
+    high: float | None = None
+    seconds: pl.Series | None = None
+
+    @property
+    def sortable(self) -> pl.Series:
+        """What sorts as the times do, null where a cell holds none: numbers, or texts of times that have a type."""
+        if self.seconds is not None:
+            return self.seconds
+        return self.values.cast(pl.Float64, strict=False) if self.form == "numbers" else self.values
+
+
+def numbers(texts: pl.Series) -> Numbers:
+    """Read a column of texts as numbers, in the form that most of its values are written in."""
+    cells = texts.str.strip_chars()
+    filled = max(int((cells != "").sum()), 1)
+    plain = _finite(cells)
+    if filled - (len(plain) - plain.null_count()) == 0:
+        return Numbers("plain numbers", plain)
+    best = Numbers("plain numbers", plain)
+    commas = cells.str.contains(",", literal=True)
+    if commas.any():
+        decimal = _masked(cells, _COMMA, lambda c: c.str.replace_all(r"[. ]", "").str.replace(",", ".", literal=True))
+        grouped = _masked(cells, _THOUSANDS, lambda c: c.str.replace_all(",", "", literal=True))
+        # What reads both ways, such as 4,500, is a decimal comma only if nothing shows groups of three.
+        only_groups = bool(cells.filter(commas).str.contains(r"^[+-]?\d{1,3}(,\d{3})+(\.\d+)?$").all())
+        order = (("thousands separators", grouped), ("decimal commas", decimal))
+        for form, values in order if only_groups else order[::-1]:
+            if values.null_count() < best.values.null_count():
+                best = Numbers(form, values)  # type: ignore[arg-type]
+    share = (len(plain) - best.values.null_count()) / filled
+    return best if share >= _MOST else Numbers("no numbers", best.values)
+
+
+def _masked(cells: pl.Series, pattern: str, change: Callable[[pl.Series], pl.Series]) -> pl.Series:
+    return _finite(change(cells).set(~cells.str.contains(pattern), None))
+
+
+def _finite(cells: pl.Series) -> pl.Series:
+    result = cells.cast(pl.Float64, strict=False)
+    return result.set(~result.is_finite().fill_null(True), None)
+
+
+# --------------------------------------------------------------------------- times
+
+
+def times(series: pl.Series, texts: pl.Series, order: DateOrder | None = None) -> Times:
+    """Read a column as times.
+
+    Args:
+        series: The column as it was read.
+        texts: The same column as text.
+        order: Whether the day or the month stands first in dates such as 03/04/2024; None: as the column shows.
+    """
+    if isinstance(series.dtype, pl.Datetime | pl.Date):
+        return Times("times", texts.set(texts == "", None))
+    cells = texts.str.strip_chars()
+    plain = _finite(cells)
+    filled = int((cells != "").sum())
+    if filled == 0:
+        return Times("no times", plain.cast(pl.String))
+    if len(plain) - plain.null_count() >= _MOST * filled:
+        low, high = (float(v) if isinstance(v, int | float) else None for v in (plain.min(), plain.max()))
+        return Times("numbers", cells.set(plain.is_null(), None), low, high)
+    some = cells.filter(cells != "")
+    if not _mostly_dates(read_dates(some.gather_every(max(1, filled // _TRIED)), order)):
+        return Times("no times", pl.Series([None] * len(cells), dtype=pl.String))
+    result = read_dates(cells, order)
+    if not result.unsure.any():
+        iso = cells.str.contains(_ISO).sum() >= _MOST * filled
+        form: TimeForm = "ISO dates" if iso else "dates"
+    else:
+        form = f"{result.order} dates" if result.order else "dates whose day and month cannot be told apart"  # type: ignore[assignment]
+    return Times(form, cells.set(result.seconds.is_null(), None), seconds=result.seconds)
+
+
+def _mostly_dates(dates: Dates) -> bool:
+    return int((dates.seconds.is_not_null() | dates.unsure).sum()) >= _MOST * len(dates.unsure)
+
 
 _TIE_ROWS, _TIE_LEAST, _ALWAYS = 300_000, 12, 0.95
 UNIX = ((1e8, 4e9), (1e11, 4e12), (1e14, 4e15), (1e17, 4e18))
@@ -130,10 +270,10 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
             f" has one column, {shown(columns[0], 80)!r}; a table needs a user and an item, and commas, "
             "semicolons or tabs between its columns",
         )
-    found = {name: _profile(table, name, dates) for name in columns}
+    result = {name: _profile(table, name, dates) for name in columns}
     values = [not name.strip() or _is_value(name) for name in columns]
     # A name that stands among the values of its own column is one of them.
-    alike = [value or bool((found[name].cells == name).any()) for value, name in zip(values, columns, strict=True)]
+    alike = [value or bool((result[name].cells == name).any()) for value, name in zip(values, columns, strict=True)]
     if all(values) or (sum(alike) > 1 and 2 * sum(alike) >= len(alike)):
         raise DataError.at(
             table.name,
@@ -141,7 +281,7 @@ def profile(table: Table, dates: DateOrder | None = None) -> dict[str, Profile]:
             f" seems to have no header: its first line is {shown(', '.join(columns), 80)!r}; write the "
             "names of the columns above it",
         )
-    return found
+    return result
 
 
 def _is_value(name: str) -> bool:
@@ -197,54 +337,54 @@ def goes_with(one: pl.Series, other: pl.Series) -> float | None:
 # --------------------------------------------------------------------------- what values look like
 
 
-def no_id(held: Profile, *, named: bool = False) -> str:
+def no_id(col: Profile, *, named: bool = False) -> str:
     """Return why a column cannot be the user or the item; an empty text if it can.
 
     Args:
-        held: The column.
+        col: The column.
         named: Whether the user named it; then only what would leave nobody a history stands against it.
     """
-    if not held.filled:
+    if not col.filled:
         return "it is empty"
-    if held.distinct < 2:
+    if col.distinct < 2:
         return "it has the same value in every row"
-    if held.unique:
-        return f"it has a different value in every row ({held.distinct} in {held.filled})"
+    if col.unique:
+        return f"it has a different value in every row ({col.distinct} in {col.filled})"
     if named:
         return ""
-    if held.filled < 0.5 * held.rows:
-        return f"it is empty in {held.rows - held.filled} of {held.rows} rows"
-    if held.times.form not in ("no times", "numbers"):
+    if col.filled < 0.5 * col.rows:
+        return f"it is empty in {col.rows - col.filled} of {col.rows} rows"
+    if col.times.form not in ("no times", "numbers"):
         return "it holds dates"
-    if held.numeric and not held.whole:
+    if col.numeric and not col.whole:
         return "it holds numbers with fractions"
-    if held.words > 12:
+    if col.words > 12:
         return "it holds long texts"
     return ""
 
 
-def looks_like_ids(held: Profile) -> bool:
+def looks_like_ids(col: Profile) -> bool:
     """Whether values repeat as ids do and mean nothing else."""
-    said = held.named
+    said = col.named
     if any(said.weight(role) for role in ("rating", "time", "text", "field", "count", "headline")):
         return False
-    unix = held.times.low is not None and any(low <= held.times.low for low, _ in UNIX[1:])
-    few = held.numeric and held.distinct <= 21
-    return held.distinct >= 3 and held.words <= 1.5 and not unix and not few
+    unix = col.times.low is not None and any(low <= col.times.low for low, _ in UNIX[1:])
+    few = col.numeric and col.distinct <= 21
+    return col.distinct >= 3 and col.words <= 1.5 and not unix and not few
 
 
-def looks_like_ratings(held: Profile) -> bool:
+def looks_like_ratings(col: Profile) -> bool:
     """Whether the numbers lie on a usual scale: up to 21 levels in whole or half points, the best from 3 to 10."""
-    levels = held.levels
+    levels = col.levels
     halves = all(float(2 * level).is_integer() for level in levels)
     return 3 <= len(levels) <= 21 and halves and levels[0] >= 0 and 3 <= levels[-1] <= 10
 
 
-def parts_in(held: Profile) -> dict[str, int]:
+def parts_in(col: Profile) -> dict[str, int]:
     """Count the rows that name each part of a split, in any of its spellings."""
     sizes = dict.fromkeys(PARTS, 0)
     # A column of many values is none of parts, and need not be looked at.
-    for cell, count in held.cells.value_counts().iter_rows() if held.distinct <= 3 * len(SPELLED) else ():
+    for cell, count in col.cells.value_counts().iter_rows() if col.distinct <= 3 * len(SPELLED) else ():
         if (part := part_of(cell)) is not None:
             sizes[part] += count
     return sizes
@@ -253,32 +393,32 @@ def parts_in(held: Profile) -> dict[str, int]:
 _MOST_KINDS = 20
 
 
-def kinds_of_events(held: Profile) -> dict[str, int]:
+def kinds_of_events(col: Profile) -> dict[str, int]:
     """Count the rows of each kind of event, the strongest sign of interest first; empty where it holds none."""
-    if not 2 <= held.distinct <= _MOST_KINDS:
+    if not 2 <= col.distinct <= _MOST_KINDS:
         return {}
-    sizes = dict(held.cells.filter(held.cells != "").value_counts().iter_rows())
+    sizes = dict(col.cells.filter(col.cells != "").value_counts().iter_rows())
     ranks = {kind: rank for kind in sizes if (rank := event_rank(kind)) is not None}
-    if len(ranks) < 2 or 2 * sum(sizes[kind] for kind in ranks) < held.filled:
+    if len(ranks) < 2 or 2 * sum(sizes[kind] for kind in ranks) < col.filled:
         return {}
     return {kind: sizes[kind] for kind in sorted(sizes, key=lambda kind: (ranks.get(kind, _MOST_KINDS), -sizes[kind]))}
 
 
-def repeats(held: Profile) -> str:
+def repeats(col: Profile) -> str:
     """Say how often values repeat."""
-    return f"{held.distinct} values, {held.per_value:.1f} rows each"
+    return f"{col.distinct} values, {col.per_value:.1f} rows each"
 
 
-def levels(held: Profile) -> str:
+def levels(col: Profile) -> str:
     """Say which numbers there are."""
-    return f"{len(held.levels)} values from {held.levels[0]:g} to {held.levels[-1]:g}" + (
-        "" if held.numbers.form in READABLE else f", written with {held.numbers.form}"
+    return f"{len(col.levels)} values from {col.levels[0]:g} to {col.levels[-1]:g}" + (
+        "" if col.numbers.form in READABLE else f", written with {col.numbers.form}"
     )
 
 
-def when(held: Profile) -> str:
+def when(col: Profile) -> str:
     """Say how times are written."""
-    times = held.times
+    times = col.times
     if times.form != "numbers" or times.low is None or times.high is None:
         return times.form
     units = ("seconds", "milliseconds", "microseconds", "nanoseconds")

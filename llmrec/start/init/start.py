@@ -27,14 +27,12 @@ from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe.schema import AUTO, Columns, DataSection, Recipe, Split
 from llmrec.resources import resource
-from llmrec.start.init.columns import guess, in_lists
-from llmrec.start.init.companion import companion_of
-from llmrec.start.init.database import no_query, suggested
+from llmrec.start.init.columns import ROLES, Asked, Roles, guess, in_lists
 from llmrec.start.init.faults import faults, mended, refusal, write_copy
 from llmrec.start.init.page import SCHEMA, Page, expected, render, where_line
 from llmrec.start.init.plan import FAMILIES, Events, Plan, decide, events_in, events_of
 from llmrec.start.init.profile import Peek, Profile, kinds_of_events, peek, shown
-from llmrec.start.init.roles import ROLES, Asked, Roles
+from llmrec.start.init.suggestions import companion_of, no_query, suggested
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What a schema begins with that llmrec wrote.
@@ -111,22 +109,22 @@ def init(
     backend = backend or AUTO
     if path is not None and asked == Asked() and items is None and (source := source_of(path)) is not None:
         return _from_source(source, path, name, target, backend)
-    found = peek(path, whole=mend is not None) if path is not None else _elsewhere(table, query)
-    found = found.along(in_lists(found.table, asked))
+    read = peek(path, whole=mend is not None) if path is not None else _elsewhere(table, query)
+    read = read.along(in_lists(read.table, asked))
     listed = None
     if items_path is not None:
         listed = rows_of(peek(items_path, whole=True).table, (asked.item, asked.title, *(asked.fields or ())))
-    roles = guess(found.table, asked, listed)
-    seen, used, notes = roles, found, list[str]()
+    roles = guess(read.table, asked, listed)
+    seen, used, notes = roles, read, list[str]()
     column = _item_column(roles, listed)
-    wrong = faults(found, roles, listed, column)
+    wrong = faults(read, roles, listed, column)
     if wrong:
         if mend is None or not all(fault.mend for fault in wrong):
             copy = None if in_memory else mend or Path(f"{name}-mended.csv")
             raise DataError(
                 refusal(str(path or table), wrong, copy), kind=wrong[0].kind, at=wrong[0].at, column=wrong[0].column
             )
-        frame, notes = mended(found.table, roles, listed, column)
+        frame, notes = mended(read.table, roles, listed, column)
         write_copy(frame, mend, force=force)
         notes = [
             f"{mend} is a copy of {path or table} that llmrec can read",
@@ -142,10 +140,10 @@ def init(
     plan = decide(events, names, whole=used.whole, backend=backend)
     written = _written(path, target) if path is not None else table
     page = _page(name, called, written, items_path, target, roles, plan, used, listed)
-    page = replace(page, query=query, where=next((_where(held, kinds, plan) for held, kinds in _events(roles)), ""))
+    page = replace(page, query=query, where=next((_where(col, kinds, plan) for col, kinds in _events(roles)), ""))
     check = used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check)
-    told = [*_columns(found, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
+    told = [*_columns(read, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
     told += [*_told_tasks(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
     return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)), tuple(notes))
 
@@ -205,10 +203,10 @@ def _is_elsewhere(text: str) -> bool:
 def _elsewhere(text: str, query: str | None) -> Peek:
     """Read what a database or the hub has; what is asked of a database must be said."""
     if is_hub(text):
-        return Peek(found := read_hub(text), True, found.frame.height)
+        return Peek(result := read_hub(text), True, result.frame.height)
     if query is None:
         raise no_query(text)
-    return Peek(found := read_query(text, query), True, found.frame.height)
+    return Peek(result := read_query(text, query), True, result.frame.height)
 
 
 def _file(text: str) -> Path:
@@ -264,8 +262,8 @@ def _item_column(roles: Roles, items: Table | None) -> str:
             return name
     known = roles.profiles[roles.item].cells.unique()
     shares = {
-        column: int(known.is_in(held.cells.unique().implode()).sum()) / max(len(known), 1)
-        for column, held in roles.items.items()
+        column: int(known.is_in(col.cells.unique().implode()).sum()) / max(len(known), 1)
+        for column, col in roles.items.items()
     }
     best = max(shares, key=lambda column: (shares[column], roles.items[column].unique))
     if shares[best] < 0.5:
@@ -380,13 +378,13 @@ def _write_schema(file: Path) -> None:
 # --------------------------------------------------------------------------- what is printed
 
 
-def _columns(found: Peek, roles: Roles, items: Table | None) -> list[str]:
-    frame = found.table.frame
-    size = f"{frame.height} rows, {frame.width} columns" if found.whole else f"a part of it, {frame.height} rows"
+def _columns(read: Peek, roles: Roles, items: Table | None) -> list[str]:
+    frame = read.table.frame
+    size = f"{frame.height} rows, {frame.width} columns" if read.whole else f"a part of it, {frame.height} rows"
     if lists := max((lists_in(column) for column in frame.columns), key=len):
         size += f"; each element of {lists[-1]} is a row"
     rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in frame.columns]
-    lines = [f"{found.table.name}: {size}", *_aligned([("column", "taken for", "why"), *rows])]
+    lines = [f"{read.table.name}: {size}", *_aligned([("column", "taken for", "why"), *rows])]
     if items is not None:
         both = [c for c in items.frame.columns if c not in frame.columns or c in (roles.title, *roles.fields)]
         rows = [(shown(c, 30), roles.taken_for(c), roles.why.get(c, "")) for c in both]
@@ -462,7 +460,7 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
             f"its columns are those of {', '.join(known)}: `llmrec init FOLDER` with the folder of such a set, or the "
             "name as data.source, reads the files as they were published, with titles and terms (docs/data.md)"
         )
-    hints += [_events_hint(held, kinds, plan) for held, kinds in _events(roles)]
+    hints += [_events_hint(col, kinds, plan) for col, kinds in _events(roles)]
     if roles.title not in (None, roles.item) and plan.facts.with_title < 1:
         hints.append(
             f"{1 - plan.facts.with_title:.1%} of the titles are missing: the ids of these items stand in for them"
@@ -488,21 +486,21 @@ def _hints(path: Path | None, roles: Roles, items: Path | None, used: Peek, plan
 
 def _events(roles: Roles) -> Iterator[tuple[Profile, Mapping[str, int]]]:
     """Yield the columns that say what kind of event a row is, with the rows of each kind."""
-    for held in roles.profiles.values():
-        if not roles.uses(held.name) and (kinds := kinds_of_events(held)):
-            yield held, kinds
+    for col in roles.profiles.values():
+        if not roles.uses(col.name) and (kinds := kinds_of_events(col)):
+            yield col, kinds
 
 
-def _where(held: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
-    return where_line(held.name, next(iter(kinds)), plan.core)
+def _where(col: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
+    return where_line(col.name, next(iter(kinds)), plan.core)
 
 
-def _events_hint(held: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
+def _events_hint(col: Profile, kinds: Mapping[str, int], plan: Plan) -> str:
     """Say how to keep one kind of event."""
     counted = ", ".join(f"{shown(kind, 20)} {count}" for kind, count in list(kinds.items())[:5])
     return (
-        f"{shown(held.name)} says what kind of event a row is ({counted}), and the recipe takes all alike; to keep one "
-        f"kind, write below data:  {_where(held, kinds, plan)}"
+        f"{shown(col.name)} says what kind of event a row is ({counted}), and the recipe takes all alike; to keep one "
+        f"kind, write below data:  {_where(col, kinds, plan)}"
     )
 
 

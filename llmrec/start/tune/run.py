@@ -8,6 +8,7 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,17 +22,147 @@ from llmrec.fingerprint import digest_of
 from llmrec.pipeline.resume import LOCK, locked
 from llmrec.pipeline.run import run
 from llmrec.recipe.load import as_recipe, dump, in_words, recipe_hash
+from llmrec.recipe.pages import flow, value_of
 from llmrec.recipe.schema import Recipe
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration
 from llmrec.results import lower
-from llmrec.start.auto.options import budget_seconds
-from llmrec.start.tune.options import TuneOptions
-from llmrec.start.tune.space import Space, grid, spaces
+from llmrec.start.options import TuneOptions, budget_seconds
 from llmrec.tasks.family import family_of
 
 if TYPE_CHECKING:
     import optuna
+
+
+# --------------------------------------------------------------------------- the space, such as KEY=1e-4..1e-3
+
+
+# A range whose ends differ by this factor is searched on a log scale.
+_DECADE = 10
+
+
+@dataclass(frozen=True)
+class Space:
+    """A key and its values.
+
+    Attributes:
+        key: Dotted, as overrides write it.
+        values: Those of a list; empty for a range.
+        low: The lower end of a range, whole where both ends are.
+        high: The upper end.
+    """
+
+    key: str
+    values: tuple[Json, ...] = ()
+    low: float = 0.0
+    high: float = 0.0
+
+    @property
+    def start(self) -> Json:
+        """A value, to check the key by."""
+        return self.values[0] if self.values else self.low
+
+    @property
+    def log(self) -> bool:
+        """Whether a range is searched on a log scale."""
+        return self.low > 0 and self.high / self.low >= _DECADE
+
+    def suggest(self, trial: optuna.Trial) -> Json:
+        """Ask for a value."""
+        if self.values:
+            return self.value(trial.suggest_categorical(self.key, [flow(value) for value in self.values]))
+        if isinstance(self.low, int) and isinstance(self.high, int):
+            return trial.suggest_int(self.key, self.low, self.high, log=self.log)
+        return trial.suggest_float(self.key, self.low, self.high, log=self.log)
+
+    def parameter(self, value: Json) -> Json | None:
+        """Return a value as trials hold it, None where it is not one of this space."""
+        if self.values:
+            # Texts, since Optuna takes no lists and tells 1 from True by neither value nor hash.
+            return flow(value) if value in self.values else None
+        able = isinstance(value, int | float) and not isinstance(value, bool) and self.low <= value <= self.high
+        return value if able else None
+
+    def value(self, parameter: Json) -> Json:
+        """Return what a trial holds as a value of the key."""
+        result: Json = value_of(str(parameter), self.key) if self.values else parameter
+        return result
+
+
+def spaces(texts: Sequence[str]) -> tuple[Space, ...]:
+    """Read what ``--over`` says.
+
+    Raises:
+        RecipeError: If one is not of the form, or a key stands twice.
+    """
+    result = tuple(map(_space, texts))
+    if not result:
+        raise RecipeError(
+            "nothing to search: name a key and its values, such as --over train.learning_rate=1e-4..1e-3",
+            kind="missing-key",
+            column="--over",
+        )
+    keys = [space.key for space in result]
+    if len(set(keys)) < len(keys):
+        raise RecipeError(f"--over: a key stands twice in {', '.join(keys)}", kind="duplicate", column="--over")
+    return result
+
+
+def grid(searched: Sequence[Space]) -> list[dict[str, Json]] | None:
+    """Return every point where all spaces are lists, else None."""
+    if any(not space.values for space in searched):
+        return None
+    return [
+        dict(zip((space.key for space in searched), point, strict=True))
+        for point in product(*(space.values for space in searched))
+    ]
+
+
+def _space(text: str) -> Space:
+    key, sign, values = text.partition("=")
+    key, values = key.strip(), values.strip()
+    if not sign or not key or not values:
+        raise _refused(text)
+    low, dots, high = values.partition("..")
+    if dots:
+        ends = _number(low, key), _number(high, key)
+        if ends[0] is None or ends[1] is None or not ends[0] < ends[1]:
+            raise _refused(text)
+        if isinstance(ends[0], int) and isinstance(ends[1], int):
+            return Space(key, (), ends[0], ends[1])
+        return Space(key, (), float(ends[0]), float(ends[1]))
+    listed = value_of(f"[{values}]", key)
+    if not isinstance(listed, list) or not listed or any(isinstance(value, dict) for value in listed):
+        raise _refused(text)
+    return Space(key, tuple(dict.fromkeys(map(_number_or, listed))) if _flat(listed) else tuple(listed))
+
+
+def _flat(values: Sequence[Json]) -> bool:
+    return not any(isinstance(value, list) for value in values)
+
+
+def _number(text: str, key: str) -> int | float | None:
+    result = _number_or(value_of(text, key))
+    return result if isinstance(result, int | float) and not isinstance(result, bool) else None
+
+
+def _number_or(value: Json) -> Json:
+    """Return a number that YAML takes for a text, such as 1e-4, as a number."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return float(value)
+    except ValueError:
+        return value
+
+
+def _refused(text: str) -> RecipeError:
+    return RecipeError(
+        f"--over {text!r} is not of the form KEY=LOW..HIGH or KEY=A,B,C, such as train.learning_rate=1e-4..1e-3",
+        kind="bad-value",
+        column="--over",
+    )
+
 
 log = logging.getLogger(__name__)
 
@@ -81,7 +212,7 @@ class Found(Displayed):
         return Summary("Best recipe found by llmrec.tune", known, ("key", "value"), values)
 
 
-def tune(
+def search(
     options: TuneOptions,
     say: Callable[[str], None] = log.info,
     *,
@@ -110,10 +241,10 @@ def tune(
     require("optuna", "tune")
     began = time.monotonic()
     budget = budget_seconds(options.budget, "--budget")
-    found = spaces(options.over)
+    result = spaces(options.over)
     page: Recipe | str = recipe or options.recipe
     base = as_recipe(page, options.overrides)
-    for space in found:
+    for space in result:
         as_recipe(page, [*options.overrides, *in_words({space.key: space.start})])
     family, metric = _metric(base, options.metric)
     out = options.out or Path("runs") / f"{base.name}-tune"
@@ -121,25 +252,25 @@ def tune(
         if data is not None or items is not None:
             page = with_frames(as_recipe(page), out, data, items)
             base = as_recipe(page, options.overrides)
-        study = _study(out, base, found, f"{family}/{metric}")
-        _resume(study, found, base)
-        search = _Search(options, page, out, found, family, metric, say)
+        study = _study(out, base, result, f"{family}/{metric}")
+        _resume(study, result, base)
+        search = _Search(options, page, out, result, family, metric, say)
         while (reason := search.over(study, began, budget)) is None:
             search.trial(study)
         say(reason)
         return search.written(study, base, time.monotonic() - began)
 
 
-def told(found: Found) -> str:
+def told(result: Found) -> str:
     """Return what to print."""
-    values = ", ".join(in_words(found.chosen))
-    first = "" if found.first is None else f"; the recipe as it is: {found.first:.4f}"
-    broken = f", {found.failed} of them broke" if found.failed else ""
+    values = ", ".join(in_words(result.chosen))
+    first = "" if result.first is None else f"; the recipe as it is: {result.first:.4f}"
+    broken = f", {result.failed} of them broke" if result.failed else ""
     verdict = (
-        f"best of {found.trials} trials{broken}: {found.metric} {found.best:.4f} on validation users with {values}"
+        f"best of {result.trials} trials{broken}: {result.metric} {result.best:.4f} on validation users with {values}"
         f"{first}"
     )
-    last = f"{duration(found.seconds)}. Its recipe, with the test split again: llmrec run {found.recipe}"
+    last = f"{duration(result.seconds)}. Its recipe, with the test split again: llmrec run {result.recipe}"
     return "\n".join([*wrapped(verdict), last])
 
 
@@ -155,7 +286,7 @@ def _metric(recipe: Recipe, asked: str | None) -> tuple[str, str]:
     return family, metric or family_of(family).headline_at(recipe.eval.cutoffs)
 
 
-def _study(out: Path, base: Recipe, found: Sequence[Space], metric: str) -> optuna.Study:
+def _study(out: Path, base: Recipe, searched: Sequence[Space], metric: str) -> optuna.Study:
     import optuna
     from optuna.storages import JournalStorage
     from optuna.storages.journal import JournalFileBackend
@@ -168,7 +299,7 @@ def _study(out: Path, base: Recipe, found: Sequence[Space], metric: str) -> optu
         direction="minimize" if lower(metric.partition("/")[2]) else "maximize",
         load_if_exists=True,
     )
-    mark = digest_of(recipe=recipe_hash(base), spaces=[repr(space) for space in found], metric=metric)
+    mark = digest_of(recipe=recipe_hash(base), spaces=[repr(space) for space in searched], metric=metric)
     known = study.user_attrs.get("of")
     if known is None:
         study.set_user_attr("of", mark)
@@ -183,7 +314,7 @@ def _study(out: Path, base: Recipe, found: Sequence[Space], metric: str) -> optu
     return study
 
 
-def _resume(study: optuna.Study, found: Sequence[Space], base: Recipe) -> None:
+def _resume(study: optuna.Study, searched: Sequence[Space], base: Recipe) -> None:
     """Queue what a killed call was at; of a new search every point of lists, or the recipe's own values."""
     from optuna.trial import TrialState
 
@@ -192,9 +323,9 @@ def _resume(study: optuna.Study, found: Sequence[Space], base: Recipe) -> None:
         study.enqueue_trial(trial.params, user_attrs={"again": True})
     if study.trials:
         return
-    own = {space.key: space.parameter(_at(base, space.key)) for space in found}
+    own = {space.key: space.parameter(_at(base, space.key)) for space in searched}
     known = [] if None in own.values() else [own]
-    points = [{space.key: space.parameter(point[space.key]) for space in found} for point in grid(found) or ()]
+    points = [{space.key: space.parameter(point[space.key]) for space in searched} for point in grid(searched) or ()]
     for point in [*known, *(point for point in points if point not in known)]:
         study.enqueue_trial(point)
 
@@ -203,8 +334,8 @@ def _at(recipe: Recipe, key: str) -> Json:
     value: Any = recipe.model_dump(mode="json")
     for part in key.split("."):
         value = value.get(part) if isinstance(value, dict) else None
-    found: Json = value
-    return found
+    result: Json = value
+    return result
 
 
 @dataclass(frozen=True)

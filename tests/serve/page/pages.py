@@ -1,6 +1,6 @@
 """Serve a made shop with hostile titles, and drive the pages of the service through it.
 
-``python -m tests.serve.page.pages SHOTS`` (`make pages-check`) needs ``pip install playwright`` and an installed
+``python -m tests.serve.page.pages SHOTS`` needs ``pip install playwright`` and an installed
 Chromium; it takes two minutes. Pictures of every step are in SHOTS.
 """
 

@@ -23,10 +23,11 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.durable import write_json, write_text
 from llmrec.errors import LlmrecError, ModelError, require
 from llmrec.evaluate.predictor import evaluate
-from llmrec.exports import export as exports
 from llmrec.exports import safety
 from llmrec.exports.agreement import on_validation
+from llmrec.exports.export import write_export
 from llmrec.exports.files import drop_places, ours, refuse
+from llmrec.exports.options import ExportOptions
 from llmrec.machine import machine
 from llmrec.models import bottleneck
 from llmrec.models.load import device, load_config, load_model, load_tokenizer, quiet_libraries, release_memory
@@ -118,7 +119,8 @@ def compress(
                 )
 
         wide: Dtype = "bfloat16" if best.dtype == "int8" else best.dtype
-        exports.export(run, exports.Options(out=out, dtype=wide, users=0, force=force, change=change))
+        options = ExportOptions(run=run, out=out, dtype=wide, check_users=0, force=force)
+        write_export(options, change=change)
     return made
 
 

@@ -1,0 +1,15 @@
+"""What benchmarks add to the registry."""
+
+from llmrec.command import Command
+
+COMMANDS = {
+    "compare": Command(
+        "llmrec.bench.command:compare", "Train and evaluate", "Compare two finished runs over the same cases."
+    ),
+}
+FUNCTIONS = {"compare": "llmrec.bench.runs:compare_runs"}
+HOOKS = {
+    "run-page": "llmrec.bench.run:run_page",
+    "check-page": "llmrec.bench.run:check_page",
+    "rewrite-pages": "llmrec.bench.pages:rewrite",
+}

@@ -1,0 +1,7 @@
+"""What conversations add to the registry."""
+
+from llmrec.command import Command
+
+COMMANDS = {
+    "chat": Command("llmrec.chat.command:chat", "Serve", "Talk with a recommender about its catalogue."),
+}

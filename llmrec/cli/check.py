@@ -1,0 +1,84 @@
+"""The command `llmrec check`: a recipe with its data, or the pages that a suite or a benchmark names."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
+
+from llmrec.answer.options import About
+from llmrec.cli.console import detail, say, tell
+from llmrec.cli.options import RecipeOptions
+from llmrec.errors import RecipeError
+from llmrec.registry import hook
+
+if TYPE_CHECKING:
+    from llmrec.pipeline.study import Study
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckOptions(RecipeOptions):
+    """A page, and whether its run is estimated."""
+
+    recipe: Annotated[str, About(argument=True, metavar="PAGE", help="A recipe, or a suite or benchmark.")]
+    dry_run: Annotated[bool, About(help="Also count rows and tokens, render prompts, estimate time and memory.")] = (
+        False
+    )
+
+
+def check(options: CheckOptions) -> None:
+    """Check a recipe, its data and its model without weights.
+
+    It refuses what a run would refuse, also of a suite or a benchmark and the recipes that it names.
+    """
+    from llmrec.recipe.load import kind_of_page
+
+    page, kind = options.recipe, kind_of_page(options.recipe)
+    tell(page=page, kind=kind)
+    if kind == "recipe":
+        _check_recipe(page, options.overrides, dry_run=options.dry_run)
+        return
+    if options.dry_run:
+        raise RecipeError(f"--dry-run estimates a recipe, and {page} is a {kind}; leave it out", kind="contradiction")
+    hook("check-page")(kind, page, options.overrides)
+
+
+def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None:
+    from llmrec.data.stats import baskets
+    from llmrec.pipeline.preflight import checked_study
+    from llmrec.pipeline.results import too_wide
+    from llmrec.pipeline.study import sentence, users
+    from llmrec.recipe.load import load_recipe
+
+    loaded = load_recipe(page, overrides)
+    study = checked_study(loaded)
+    asked = {family: [template.id for template in study.eval_templates(family)] for family in study.tasks}
+    cases = {family: len(study.cases(family)) for family in asked}
+    tell(name=loaded.name, split=loaded.eval.split, cases=cases, templates=asked, warnings=(warned := list[str]()))
+    for family, templates in asked.items():
+        detail(f"{family}: {cases[family]} {loaded.eval.split} cases, evaluated with {', '.join(templates)}")
+    for table in study.tables:
+        if cut := baskets(table):
+            warned.append(cut)
+            say(cut)
+        if result := study.told(table):
+            warned.append(sentence(table, result))
+            say(f"{warned[-1]}; write profiles from training interactions alone")
+            say(f"    users: {', '.join(users(result))}")
+    if wide := too_wide(study):
+        warned.append(wide)
+        say(wide)
+    if dry_run:
+        from llmrec.cli.estimate import show_dry_run
+
+        show_dry_run(study)
+    say(f"recipe {loaded.name} is valid: {_facts(study, cases)}")
+
+
+def _facts(study: Study, cases: Mapping[str, int]) -> str:
+    """Return what a run would read, ask and measure, in one line."""
+    recipe, data = study.recipe, study.data.dataset
+    size = f"{data.interactions['user_id'].n_unique():,} users, {len(data.items):,} items"
+    models = f"{recipe.model.name} {', '.join(recipe.eval.arms)}" if recipe.eval.arms else "no language model"
+    asked = ", ".join(f"{family} {count:,}" for family, count in cases.items())
+    return f"{data.name} ({size}); {models}; {recipe.eval.split} cases: {asked}"

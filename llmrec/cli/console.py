@@ -1,0 +1,181 @@
+"""What commands print: tables of names and values, prompts, and a run's results.
+
+Words go to the standard output. What they say is kept as facts beside them, which `--json` prints in their place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TextIO
+
+from llmrec import progress, terminal
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+facts: dict[str, object] = {}
+"""What the command of this process has told so far, by name."""
+given: list[str] = []
+"""The options of every command that this one was given, for the same command in another process; not ``--json``."""
+
+
+# Of a row: they stand in results.json, which is named.
+_DETAILS = {"slices", "by_position", "position_bias"}
+
+
+def finish(done: Any) -> None:
+    """Print the headline figures of a run, how long it took, where its report lies, and what to do next."""
+    from rich.text import Text
+
+    from llmrec.report.results import results_of
+    from llmrec.report.summary import first_sentence
+    from llmrec.report.verdicts import coloured, metrics_table, screen, spent
+
+    result = results_of(done.results)
+    sentence = first_sentence(result)
+    console().print(metrics_table(result))
+    say("")
+    verdicts = Text("\n".join(screen(result)))
+    for pattern, style in coloured():
+        verdicts.highlight_regex(pattern, style)
+    console().print(verdicts, soft_wrap=True)
+    say("")
+    budget = {entry["stage"]: entry["seconds"] for entry in done.results["budget"]}
+    tell(
+        name=result.name,
+        budget={**budget, "total": done.results["seconds"]},
+        headline=result.headline,
+        rows=[{key: row[key] for key in row if key not in _DETAILS} for row in done.results["rows"]],
+        comparisons=done.results["comparisons"],
+        notes=[sentence] if sentence else [],
+    )
+    say(f"time: {spent(result)}")
+    written({"results": done.folder / "results.json", "report": done.report})
+    say(f"all tables: llmrec report {shlex.quote(str(done.folder))} --table")
+    if (done.folder / "merged").is_dir() or any(row.fusion for row in result.rows):
+        say(f"serve it: llmrec serve {shlex.quote(str(done.folder))}")
+
+
+def show_shard(folder: Path, target: Path) -> Mapping[str, Any]:
+    """Print what became of a shard, and how its job is put together; return what it says of itself."""
+    from llmrec.pipeline.shards import read
+
+    done = read(folder)
+    counts = {name: f"{done.told[name]:,}" for name in ("lines", "failed", "answers", "texts") if name in done.told}
+    seconds = ", ".join(f"{name} {spent:.1f}" for name, spent in done.told["seconds"].items())
+    rows = {**counts, "seconds": seconds, "folder": str(folder)}
+    last = f"when all {done.shard.count} are done: llmrec merge {shlex.quote(str(target))}"
+    show(f"shard {done.shard}", rows, record={"shard": {**done.told, "of": str(done.shard), "folder": folder}})
+    say(last)
+    return done.told
+
+
+def show_tables(folder: Path) -> None:
+    """Print the tables of a run folder."""
+    from llmrec.report.results import content_of
+    from llmrec.report.table import console_tables
+
+    for table in console_tables(content_of(folder)):
+        console().print(table, "")
+
+
+def console() -> Console:
+    """Return what prints tables and colours where a command answers."""
+    from rich.console import Console
+
+    # What is piped has no width of its own.
+    stream = terminal.out()
+    return Console(file=stream, width=None if stream.isatty() else 80, highlight=False)
+
+
+def show_prompts(prompts: Mapping[str, Sequence[str]]) -> None:
+    """Print rendered prompts, by what they are of."""
+    tell(prompts=prompts)
+    for texts in prompts.values():
+        for text in texts:
+            say(text + "\n")
+
+
+def tell(**found: Any) -> None:
+    """Keep facts: what a program reads where a person reads words."""
+    facts.update(found)
+
+
+def as_json(value: Any) -> str:
+    """Return facts as JSON: records as objects, paths and dates as texts, and no NaN."""
+    return json.dumps(_plain(value), ensure_ascii=False, indent=1, allow_nan=False)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(name): _plain(entry) for name, entry in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [_plain(entry) for entry in value]
+    if hasattr(value, "model_dump"):
+        return _plain(value.model_dump(mode="json"))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, date):
+        return value.isoformat()
+    return value if isinstance(value, str | int | None) else str(value)
+
+
+def show(
+    title: str,
+    rows: Mapping[str, Any],
+    form: Callable[[Any], str] = str,
+    record: Mapping[str, Any] | None = None,
+    file: TextIO | None = None,
+) -> None:
+    """Print a title, and names with their values below it.
+
+    Args:
+        title: The title.
+        rows: Values by name.
+        form: How a value is written.
+        record: The facts that are kept; None: the rows, under their title.
+        file: Where it is printed; None: the standard output.
+    """
+    tell(**({title: rows} if record is None else record))
+    width = max((len(name) for name in rows), default=0)
+    for line in (title, *(f"  {name:<{width}}  {form(value)}" for name, value in rows.items())):
+        progress.say(line, file or terminal.out())
+
+
+def written(files: Mapping[str, Any]) -> None:
+    """Say which files were written, by what each is."""
+    tell(**files)
+    say("\n".join(f"{name}: {path}" for name, path in files.items()))
+
+
+def short(value: Any) -> str:
+    """Return a figure with its thousands apart."""
+    return f"{value:,.1f}" if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def minutes(seconds: float) -> str:
+    """Return seconds as minutes, one at least."""
+    count = max(1, round(seconds / 60))
+    return f"{count} minute{'s' if count > 1 else ''}"
+
+
+def detail(text: str) -> None:
+    """Print a line that only ``-v`` asks for."""
+    if logging.getLogger("llmrec").isEnabledFor(logging.INFO):
+        say(text)
+
+
+def say(text: str) -> None:
+    """Print a line."""
+    progress.say(text, terminal.out())

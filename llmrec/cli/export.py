@@ -1,0 +1,21 @@
+"""The command `llmrec export`."""
+
+from __future__ import annotations
+
+from llmrec.cli.console import say, show, tell
+from llmrec.exports.options import ExportOptions, refuse_untuned
+
+
+def export(options: ExportOptions) -> None:
+    """Write a tuned model as a folder that stands alone.
+
+    llmrec, transformers and vLLM load it; it has a model card and checksums.
+    """
+    # Before any library of models is imported.
+    refuse_untuned(options.run)
+    from llmrec.exports import export as exports
+
+    done = exports.write_export(options, say=say)
+    tell(exported=done)
+    for title, rows in exports.summary(done):
+        show(title, rows, record={})

@@ -1,0 +1,463 @@
+"""The command `llmrec prompts`: a recipe's templates, training rows of each, and two templates compared."""
+
+from __future__ import annotations
+
+import difflib
+import json
+import textwrap
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import Annotated
+
+from jinja2 import Environment, nodes
+
+from llmrec.answer.options import About
+from llmrec.backends.encode import Encoder
+from llmrec.cli.console import say, show_prompts, tell
+from llmrec.cli.options import RecipeOptions
+from llmrec.errors import LlmrecError, RecipeError, did_you_mean
+from llmrec.models.load import resolve
+from llmrec.pipeline.bundle import FILE
+from llmrec.pipeline.study import Study, build_study, build_task, encoder_of
+from llmrec.prompts.template import Template
+from llmrec.prompts.words import ENGLISH
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Recipe
+from llmrec.tasks.templates import Chosen, choose
+from llmrec.types import Example
+
+WIDTH = 80
+SHOWN = 3
+"""Prompts that are shown of a task."""
+_READER = Environment(autoescape=True)  # parses alone; what is parsed was checked against the grammar
+
+
+_FILES = (".yaml", ".yml")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptsOptions(RecipeOptions):
+    """A recipe, and which of its templates are shown."""
+
+    template: Annotated[
+        tuple[str, ...],
+        About(
+            names=("--template", "-t"),
+            metavar="NAME|FILE",
+            help="Show this template alone, trained on or not; repeatable.",
+        ),
+    ] = ()
+    sets: Annotated[
+        tuple[str, ...],
+        About(names=("--set",), metavar="NAME", help="Show the templates of this set alone, such as m6; repeatable."),
+    ] = ()
+    every: Annotated[
+        bool,
+        About(names=("--all",), help="Say of every template what it shows and writes, and show three prompts a task."),
+    ] = False
+    diff: Annotated[
+        tuple[str, str] | None,
+        About(metavar="A B", help="Compare two templates, or template A with how run folder B had it."),
+    ] = None
+
+
+def prompts(options: PromptsOptions) -> None:
+    """Show the prompts of a recipe as a model reads them.
+
+    The templates that it uses, and one rendered training prompt a task. What is learned stands in «these marks». A
+    template that the recipe does not train on is rendered where it is named.
+    """
+    recipe = load_recipe(options.recipe, options.overrides)
+    recipe, wanted = with_files(recipe, options.template, Path(options.recipe).parent)
+    study = build_study(recipe)
+    chosen = named(study, wanted, options.sets)
+    alone = bool(options.template or options.sets)
+    if options.diff is None:
+        tell(templates=chosen)
+        detailed = options.every or alone
+        for line in lines(study, chosen) if detailed else names(study):
+            say(line)
+        if not detailed:
+            say("--all says what each shows and writes; --template NAME renders any of them\n")
+    encoder = encoder_of(study, resolve(recipe.model, seed=recipe.seed))
+    if options.diff is not None:
+        differences = list(compare(study, encoder, *options.diff))
+        tell(differences=differences)
+        say("\n".join(differences))
+    elif alone:
+        show_prompts({template.id: [rendered(study, encoder, template)] for template in chosen})
+    else:
+        show_prompts(by_task(study, encoder, SHOWN if options.every else 1))
+
+
+def with_files(recipe: Recipe, names: Sequence[str], beside: Path) -> tuple[Recipe, list[str]]:
+    """Return a recipe that reads the files among names of templates, and the names with their stems in place of paths.
+
+    Args:
+        recipe: The recipe.
+        names: Names of templates, or paths of their files in the working folder or ``beside`` the recipe's page.
+        beside: The folder of that page.
+
+    Raises:
+        RecipeError: If there is no such file.
+    """
+    known, result = [Path(entry).resolve() for entry in recipe.prompts], list[str]()
+    for name in names:
+        if not name.lower().endswith(_FILES):
+            result.append(name)
+            continue
+        file = next((entry for entry in (Path(name).expanduser(), beside / name) if entry.is_file()), None)
+        if file is None:
+            raise RecipeError(
+                f"template {name!r}: there is no such file in the working folder or beside the recipe; check the path",
+                kind="missing-file",
+                at=name,
+            )
+        file = file.resolve()
+        if not any(entry == file or entry in file.parents for entry in known):
+            known.append(file)
+        result.append(file.stem)
+    return recipe.model_copy(update={"prompts": tuple(map(str, known))}), result
+
+
+def named(study: Study, names: Sequence[str] = (), sets: Sequence[str] = ()) -> list[Template]:
+    """Return the templates of these names and sets, in the order of the families; all where none is named.
+
+    Raises:
+        RecipeError: If a name or a set is unknown, or two families have a template of the name.
+    """
+    every = [template for known in study.templates.values() for template in known.values()]
+    if not names and not sets:
+        return every
+    wanted = {find(study, name).id for name in names}
+    known_sets = sorted({name for template in every for name in template.sets})
+    for name in sets:
+        if name not in known_sets:
+            raise RecipeError(
+                f"unknown template set {name!r}{did_you_mean(name, known_sets)}; this recipe's families have "
+                f"{', '.join(known_sets) or 'none'}",
+                kind="unknown-name",
+            )
+    return [template for template in every if template.id in wanted or not template.sets.keys().isdisjoint(sets)]
+
+
+def find(study: Study, name: str) -> Template:
+    """Return a template of the recipe's families by ``family/name``, or by its name where only one has it.
+
+    Raises:
+        RecipeError: If there is none, or several.
+    """
+    every = {template.id: template for known in study.templates.values() for template in known.values()}
+    result = [template for template in every.values() if name in (template.id, template.name)]
+    if len(result) > 1:
+        raise RecipeError(
+            f"template {name!r}: say which of {', '.join(template.id for template in result)}",
+            kind="ambiguous",
+            at=name,
+        )
+    if not result:
+        family = name.rpartition("/")[0]
+        if family and family not in study.templates:
+            raise RecipeError(
+                f"template {name!r}: this recipe has no family {family!r}{did_you_mean(family, study.templates)}; its "
+                f"families are {', '.join(study.templates)}",
+                kind="unknown-name",
+            )
+        close = did_you_mean(name, [*every, *(template.name for template in every.values())])
+        raise RecipeError(
+            f"unknown template {name!r}{close}; `llmrec prompts RECIPE` lists those of its families",
+            kind="unknown-name",
+            at=name,
+        )
+    return result[0]
+
+
+# --------------------------------------------------------------------------- the list
+
+
+def lines(study: Study, templates: Sequence[Template]) -> Iterator[str]:
+    """Yield what there is to know of templates, family by family, in lines of at most `WIDTH` columns."""
+    for family in dict.fromkeys(template.family for template in templates):
+        chosen = chosen_of(study, family)
+        yield f"{family} templates"
+        for template in templates:
+            if template.family == family:
+                yield from _about(template, chosen)
+        yield ""
+
+
+def names(study: Study) -> Iterator[str]:
+    """Yield the templates of each family that a recipe uses, a line each, and the names of the others."""
+    for family, known in study.templates.items():
+        chosen = chosen_of(study, family)
+        used = {template.id: _roles(template, chosen) for template in known.values()}
+        width = max((len(name) for name, roles in used.items() if roles), default=0)
+        yield f"{family} templates"
+        yield from (f"  {name:{width}}  {', '.join(roles)}" for name, roles in used.items() if roles)
+        if others := [template.name for template in known.values() if not used[template.id]]:
+            yield from _wrapped("  not used: ", ", ".join(others), hang=4)
+        yield ""
+
+
+def _roles(template: Template, chosen: Chosen) -> list[str]:
+    roles = ["trained on"] if template in chosen.train else []
+    return [*roles, "evaluated with"] if template.name in chosen.evaluate else roles
+
+
+def chosen_of(study: Study, family: str) -> Chosen:
+    """Return the templates that a recipe trains a family on and evaluates it with."""
+    templates, reviews = study.templates[family], bool(study.task_data(family).dataset.reviews)
+    return choose(study.tasks[family].family, study.section(family), templates, study.codes(family), reviews=reviews)
+
+
+def _about(template: Template, chosen: Chosen) -> Iterator[str]:
+    facts = [
+        f"version {template.version}",
+        template.use,
+        template.shape,
+        f"in {template.language}" if template.language != ENGLISH else "",
+        *(f"set {name} {number}".rstrip() for name, number in template.sets.items()),
+        f"needs {template.needs}" if template.needs else "",
+        *_roles(template, chosen),
+    ]
+    yield from _wrapped(f"  {template.id}  ", ", ".join(filter(None, facts)), hang=6)
+    yield from _wrapped("      shows   ", ", ".join(fields(template, "system", "user", "lead")) or "nothing")
+    yield from _wrapped("      writes  ", ", ".join(fields(template, "target")) or "always the same")
+    if template.leak:
+        yield from _wrapped("      leak    ", template.leak)
+    if lacking := chosen.lacks(template):
+        yield from _wrapped("      cannot be used here: it ", lacking, hang=14)
+
+
+def fields(template: Template, *parts: str) -> list[str]:
+    """Return the variables that parts of a template print or ask for, in order, such as ``history.title``."""
+    result: dict[str, None] = {}
+    for part in parts:
+        for path in _paths(_READER.parse(getattr(template, part)), {}):
+            result.setdefault(path)
+    return [path for path in result if not any(other.startswith(f"{path}.") for other in result)]
+
+
+def _paths(node: nodes.Node, bound: Mapping[str, str]) -> Iterator[str]:
+    """Yield paths in the order of the text; ``bound`` names the list that a loop's own variable stands for."""
+    if isinstance(node, nodes.Getattr) and isinstance(node.node, nodes.Name):
+        owner = node.node.name
+        if owner != "loop":
+            yield f"{bound.get(owner, owner)}.{node.attr}"
+    elif isinstance(node, nodes.Name):
+        if node.name not in bound:
+            yield node.name
+    elif isinstance(node, nodes.For) and isinstance(node.iter, nodes.Name) and isinstance(node.target, nodes.Name):
+        yield node.iter.name
+        for child in (*node.body, *node.else_):
+            yield from _paths(child, {**bound, node.target.name: node.iter.name})
+    else:
+        for child in node.iter_child_nodes():
+            yield from _paths(child, bound)
+
+
+def _wrapped(first: str, text: str, *, hang: int | None = None) -> list[str]:
+    indent = " " * (len(first) if hang is None else hang)
+    return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+
+
+# --------------------------------------------------------------------------- the rows
+
+
+def rows(study: Study, template: Template) -> Iterator[Example]:
+    """Yield training rows of one template, without end, whether or not the recipe trains on it.
+
+    Raises:
+        RecipeError: If the template does not fit the recipe.
+    """
+    # Evaluation stays as it is: some templates are learned and never asked with.
+    asked = study.tasks[template.family].eval_templates
+    section = study.section(template.family).model_copy(update={"templates": (template.name,), "eval_templates": asked})
+    # The row is only shown: nothing learns from an unseen template.
+    shown = replace(template, use="named") if template.use == "unseen" else template
+    known = {**study.templates[template.family], template.name: shown}
+    yield from build_task(study, template.family, section, known, study.training_seed).examples("train")
+
+
+def by_task(study: Study, encoder: Encoder, count: int = SHOWN) -> dict[str, list[str]]:
+    """Return rendered training prompts with answers per task, one of each template first."""
+    shown: dict[str, list[str]] = {}
+    for family in study.tasks:
+        first: dict[str, str] = {}
+        more: list[str] = []
+        for example in islice(study.training_examples(family), 64):
+            text = f"[{example.template}]\n{marked(example, encoder)}"
+            if example.template in first:
+                more.append(text)
+            else:
+                first[example.template] = text
+        shown[family] = [*first.values(), *more][:count]
+    return shown
+
+
+def marked(example: Example, encoder: Encoder) -> str:
+    """Return a row as the model reads it, with what is learned in «these marks»."""
+    answer = "".join(f"«{s.text}»" if s.kind == "target" else s.text for s in example.answer)
+    return encoder.turns_text(example.messages) + answer
+
+
+def rendered(study: Study, encoder: Encoder, template: Template) -> str:
+    """Return a training row of a template as the model reads it, or why there is none."""
+    chosen = chosen_of(study, template.family)
+    note = "" if template in chosen.train else ", not trained on here"
+    head = f"[{template.id}{', unseen in training' if template.use == 'unseen' else note}]"
+    if lacking := chosen.lacks(template):
+        return "\n".join(_wrapped(f"{head} ", f"cannot be used here: it {lacking}", hang=4))
+    try:
+        return f"{head}\n{marked(next(rows(study, template)), encoder)}"
+    except RecipeError as error:
+        return "\n".join(_wrapped(f"{head} ", f"cannot be rendered here: {error}", hang=4))
+
+
+_FACTS = ("version", "use", "shape")
+# A run folder records what makes a prompt, and not what is said about the template.
+_NOTES = ("set", "number", "also", "leak", "needs")
+_PARTS = ("system", "user", "lead", "target", "tail")
+# Rows of each template among which one event is looked for: a few passes over the users of MovieLens-100K.
+_SEARCHED = 4000
+
+
+def compare(study: Study, encoder: Encoder, first: str, second: str) -> Iterator[str]:
+    """Yield the differences of two templates of a family, in lines of at most `WIDTH` columns.
+
+    Args:
+        study: Names the templates, and has the data for the prompts.
+        encoder: Renders them.
+        first: A template's name.
+        second: Another one's, or the folder of a run that trained with an earlier version of the first.
+
+    Raises:
+        RecipeError: If a name is unknown, the two are of different families, or the folder records no such template.
+    """
+    one, folder = find(study, first), Path(second).expanduser()
+    stored = folder.is_dir()
+    other = recorded(folder, one) if stored else find(study, second)
+    if one.family != other.family:
+        raise RecipeError(
+            f"{one.id} and {other.id} answer different questions; compare templates of one family", kind="contradiction"
+        )
+    # Read from the older to the newer.
+    left, right = (other, one) if stored else (one, other)
+    yield f"- {left.id}{f', as trained in {second}' if stored else ''}"
+    yield f"+ {right.id}{', as it is now' if stored else ''}"
+    yield ""
+    yield from sources(left, right, notes=not stored)
+    yield from _prompts(study, encoder, left, right)
+
+
+def recorded(folder: Path, template: Template) -> Template:
+    """Return a template as a run or an exported folder was trained with it.
+
+    Raises:
+        RecipeError: If the folder holds no record of it.
+    """
+    files = [file for file in (folder / "merged" / FILE, folder / FILE) if file.is_file()]
+    if not files:
+        raise RecipeError(
+            f"{folder} holds no {FILE}, which says what templates a model was trained with; give a run folder whose "
+            "training is finished, or an exported one",
+            kind="missing-file",
+            at=folder,
+        )
+    try:
+        entries = {
+            entry["name"]: entry for entry in json.loads(files[0].read_text("utf-8"))["templates"][template.family]
+        }
+        if template.name not in entries:
+            raise RecipeError(
+                f"{files[0]} records no template {template.id}{did_you_mean(template.name, entries)}; it has "
+                f"{', '.join(entries)}",
+                kind="missing-key",
+                at=files[0],
+            )
+        return Template.of_stored(entries[template.name])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RecipeError(
+            f"{files[0]} records no templates of {template.family} that can be read ({type(error).__name__}: {error}); "
+            "give the folder of a run that trained this family",
+            kind="damaged",
+            at=files[0],
+        ) from error
+
+
+# --------------------------------------------------------------------------- sources
+
+
+def sources(left: Template, right: Template, *, notes: bool = True) -> Iterator[str]:
+    """Yield the parts that differ, each as a unified diff, and the names of those that do not."""
+    same = []
+    for key in (*_FACTS, *(_NOTES if notes else ()), *_PARTS):
+        one, other = (str(getattr(template, key)) for template in (left, right))
+        if one == other:
+            same += [key] if one else []
+        elif key in _PARTS:
+            yield key
+            yield from _unified(one.splitlines(), other.splitlines())
+        else:
+            yield f"{key}: {one or 'none'} -> {other or 'none'}"
+    if same:
+        yield from textwrap.wrap(f"the same in both: {', '.join(same)}", WIDTH, subsequent_indent="  ")
+    yield ""
+
+
+def _unified(left: Sequence[str], right: Sequence[str], context: int = 3) -> Iterator[str]:
+    """Yield a unified diff without its heads; a long line goes on below its mark."""
+    for line in islice(difflib.unified_diff(left, right, n=context, lineterm=""), 2, None):
+        if line.startswith("@@"):
+            continue
+        mark, text = line[0], line[1:]
+        pieces = textwrap.wrap(text, WIDTH - 4, drop_whitespace=False, break_on_hyphens=False) or [""]
+        yield f"  {mark} {pieces[0]}".rstrip()
+        yield from (f"  {mark}   {piece}".rstrip() for piece in pieces[1:])
+
+
+# --------------------------------------------------------------------------- prompts
+
+
+def _prompts(study: Study, encoder: Encoder, left: Template, right: Template) -> Iterator[str]:
+    chosen = chosen_of(study, left.family)
+    lacking = next((f"{entry.id} {chosen.lacks(entry)}" for entry in (left, right) if chosen.lacks(entry)), "")
+    try:
+        pair = None if lacking else _same_event(study, left, right)
+    except LlmrecError as error:
+        lacking, pair = str(error), None
+    if pair is None:
+        why = lacking or f"no training event was drawn for both among {_SEARCHED} rows of each"
+        yield from textwrap.wrap(f"The prompts are not compared: {why}", WIDTH, subsequent_indent="  ")
+        return
+    one, other = pair
+    user, item = one.pairs[-1] if one.pairs else (one.user_id, "")
+    about = "".join(f", {name} {value}" for name, value in (("user", user), ("item", item)) if value)
+    yield f"The prompt of a training event{about}"
+    before, after = (marked(example, encoder).split("\n") for example in (one, other))
+    if before == after:
+        yield "  the same in both"
+    yield from _unified(before, after, context=max(len(before), len(after)))
+
+
+def _same_event(study: Study, left: Template, right: Template) -> tuple[Example, Example] | None:
+    """Return a row of each whose last target is one event; None where there is none among the first rows.
+
+    Templates of one shape draw the same events in the same order. A list and a chat meet where they may.
+    """
+    first: dict[tuple[str, ...], Example] = {}
+    second: dict[tuple[str, ...], Example] = {}
+    for one, other in islice(zip(rows(study, left), rows(study, right), strict=False), _SEARCHED):
+        first.setdefault(_event(one), one)
+        second.setdefault(_event(other), other)
+        for key in (_event(one), _event(other)):
+            if key in first and key in second:
+                return first[key], second[key]
+    return None
+
+
+def _event(example: Example) -> tuple[str, ...]:
+    """Return what a row's last target is about; alignment has no events, and there it is the row itself."""
+    return example.pairs[-1] if example.pairs else (example.id,)

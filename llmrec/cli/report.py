@@ -1,0 +1,43 @@
+"""The command `llmrec report`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from llmrec.answer.options import About
+from llmrec.cli.console import say, show_tables, tell, written
+from llmrec.registry import HOOKS, hook
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportOptions:
+    """A run folder, or a folder of results of benchmarks."""
+
+    folder: Annotated[
+        Path,
+        About(
+            argument=True,
+            metavar="RUN",
+            help="A run folder, such as runs/quickstart, or a folder such as eval/results.",
+        ),
+    ]
+    table: Annotated[bool, About(help="Of a run folder: also print its tables.")] = False
+
+
+def report(options: ReportOptions) -> None:
+    """Write the report of a run again from its results.
+
+    Of a folder of results such as eval/results: the leaderboard and the benchmarks' pages.
+    """
+    from llmrec.pipeline import run as pipeline
+
+    if "rewrite-pages" in HOOKS and (pages := hook("rewrite-pages")(options.folder)):
+        tell(pages=pages)
+        say("\n".join(f"page: {path}" for path in pages))
+        return
+    page = pipeline.report(options.folder)
+    if options.table:
+        show_tables(options.folder)
+    written({"report": page})

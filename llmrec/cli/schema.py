@@ -1,0 +1,181 @@
+"""The command `llmrec schema`: JSON schemas of recipes and suites, for editors.
+
+Keys, bounds and words are those of `llmrec.recipe`; names are those that this installation knows. A schema sees a page
+alone: what a ``base`` brings, and whether keys go together, `llmrec check` says.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator, Mapping, MutableMapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeAlias
+
+from pydantic import BaseModel
+
+from llmrec.answer.options import About
+from llmrec.cli.console import say, tell, written
+from llmrec.durable import write_text
+from llmrec.prompts.template import load_templates
+from llmrec.recipe.comparisons import Benchmark, ChatSuite, Suite
+from llmrec.recipe.schema import Recipe, TasksSection
+from llmrec.registry import BASELINES, SOURCES, TASKS, lookup
+from llmrec.tasks.family import families
+
+Schema: TypeAlias = MutableMapping[str, Any]
+PageKind = Literal["recipe", "suite"]
+
+_DIALECT = "http://json-schema.org/draft-07/schema#"
+# A name of somebody's own is a path or module:attribute, which no list can hold.
+_OWN = {"type": "string", "pattern": r"[:/.\\]"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class SchemaOptions:
+    """The kind of page, and the file of its schema."""
+
+    kind: Annotated[PageKind, About(argument=True, help="Of which pages; suites and benchmarks have one.")] = "recipe"
+    out: Annotated[Path | None, About(metavar="FILE", help="The file to write; by default it is printed.")] = None
+
+
+def schema(options: SchemaOptions) -> None:
+    """Write the JSON schema of recipes or of suites.
+
+    Editors complete keys and names by it, and mark mistakes.
+    """
+    text = schema_text(options.kind)
+    if options.out is None:
+        tell(schema=json.loads(text))
+        say(text.rstrip())
+        return
+    write_text(options.out, text)
+    written({"schema": options.out})
+
+
+def schema_text(kind: PageKind) -> str:
+    """Return the schema of a kind of page as a file holds it; that of suites is one for all that compare."""
+    return json.dumps({"recipe": _recipe, "suite": _suite}[kind](), ensure_ascii=False, indent=1) + "\n"
+
+
+def _recipe() -> Schema:
+    made = _plain(Recipe)
+    defs = made["$defs"]
+    for name, family in families().items():
+        section = _section(family.section, defs)
+        section["strategies"]["items"] = _named(family.strategies)
+        section["baselines"]["items"] = {"$ref": "#/$defs/Baseline"}
+        templates = load_templates(name, family.prompts)
+        sets = dict.fromkeys(entry for template in templates.values() for entry in template.sets)
+        for key in ("templates", "eval_templates"):
+            section[key]["items"] = _named([*templates, *sets])
+    tasks = defs["TasksSection"]
+    tasks["additionalProperties"] = False
+    further = {name: {"type": "object"} for name in TASKS if name not in TasksSection.model_fields}
+    tasks["properties"] |= further
+    defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
+    defs["Baseline"] = _baseline(defs)
+    del defs["BaselineSection"]
+    base = {"type": "string", "description": "a page beside this one whose keys stand wherever this one has none"}
+    made["properties"] = {"base": base} | made["properties"]
+    needed = made.pop("required")
+    made["anyOf"] = [{"required": ["base"]}, {"required": needed}]
+    for section in defs.values():
+        # The base may have it.
+        section.pop("required", None)
+    return {"$schema": _DIALECT, "title": "llmrec recipe", **made}
+
+
+def _suite() -> Schema:
+    suite, benchmark, chat = _plain(Suite), _plain(Benchmark), _plain(ChatSuite)
+    defs = suite.pop("$defs") | benchmark.pop("$defs") | chat.pop("$defs")
+    defs["SuiteRow"]["properties"]["baseline"]["anyOf"][0] = _named(BASELINES)
+    defs["DataSection"]["properties"]["source"] |= _named(SOURCES)
+    return {
+        "$schema": _DIALECT,
+        "title": "llmrec suite, benchmark or suite of conversations",
+        "if": {"required": ["benchmark"]},
+        "then": {"$ref": "#/$defs/Benchmark"},
+        "else": {
+            "if": {"required": ["chat"]},
+            "then": {"$ref": "#/$defs/ChatSuite"},
+            "else": {"$ref": "#/$defs/Suite"},
+        },
+        "$defs": defs | {"Suite": suite, "Benchmark": benchmark, "ChatSuite": chat},
+    }
+
+
+def _baseline(defs: Schema) -> Schema:
+    """Return a baseline as its name, or as a mapping of its name and its own parameters."""
+    rules = []
+    for name in BASELINES:
+        config: type[BaseModel] = lookup(BASELINES, name, "baseline").Config
+        made = _plain(config)
+        defs |= made.pop("$defs", {})
+        parameters = made["properties"]
+        rules.append(
+            {
+                "if": {"properties": {"name": {"const": name}}},
+                "then": {
+                    "properties": {"name": {}, "parameters": {"type": "object"}} | parameters,
+                    "additionalProperties": False,
+                },
+            }
+        )
+    return {
+        "description": "A classic predictor, written as its name, or as a mapping of its name and parameters.",
+        "anyOf": [
+            _named(BASELINES),
+            {"type": "object", "properties": {"name": _named(BASELINES)}, "required": ["name"]},
+        ],
+        "if": {"type": "object"},
+        "then": {"allOf": rules},
+    }
+
+
+# --------------------------------------------------------------------------- parts
+
+
+def _section(section: type[BaseModel], defs: Schema) -> Schema:
+    """Return the keys of a family's section; one from outside is added."""
+    if section.__name__ not in defs:
+        made = _plain(section)
+        defs |= made.pop("$defs", {})
+        defs[section.__name__] = made
+    properties: Schema = defs[section.__name__]["properties"]
+    return properties
+
+
+def _named(names: Iterable[str]) -> Schema:
+    return {"anyOf": [{"type": "string", "enum": list(names)}, _OWN]}
+
+
+def _plain(model: type[BaseModel]) -> Schema:
+    """Return pydantic's schema with words in place of titles that repeat a key."""
+    made = model.model_json_schema()
+    for entry in _objects(made):
+        if isinstance(entry.get("title"), str):
+            del entry["title"]
+    for owner in (made, *made.get("$defs", {}).values()):
+        if "description" in owner:
+            owner["description"] = " ".join(owner["description"].split())
+        for key in owner.get("properties", {}).values():
+            if "description" not in key and (said := _said_of(key, made.get("$defs", {}))):
+                key["description"] = said
+    return made
+
+
+def _objects(value: Any) -> Iterator[Schema]:
+    if isinstance(value, dict):
+        yield value
+    for entry in value.values() if isinstance(value, dict) else value if isinstance(value, list) else ():
+        yield from _objects(entry)
+
+
+def _said_of(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:
+    """Return what the docstring of a key's section says first."""
+    for option in (key, *key.get("anyOf", ())):
+        if "$ref" in option:
+            said: str = defs[option["$ref"].rpartition("/")[2]].get("description", "")
+            return said.split("\n\n")[0]
+    return ""

@@ -1,0 +1,183 @@
+"""The command `llmrec score`, and `llmrec.score`: ranked lists of any system against what is relevant."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from llmrec.answer.options import About
+from llmrec.cli.console import say, tell
+from llmrec.data.lists import Entities, read_lists, read_truth
+from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.evaluate.scoring import Judging, ScoredLists, Scores, score_lists
+from llmrec.recipe.schema import EvalSection
+from llmrec.results import Pair
+
+_EVAL = EvalSection()
+_UNITS = {"user": "users", "request": "requests"}
+_ORDERS = {
+    "rank": "there is no score, so the column of ranks orders the lists",
+    "order": "there is neither a score nor a rank, so the order of the rows is that of the lists",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreOptions:
+    """One or two files of ranked lists, and what is relevant."""
+
+    ranked: Annotated[
+        tuple[Path, ...], About(argument=True, metavar="RANKED [OTHER]", help="Ranked lists; of two, how they differ.")
+    ] = ()
+    truth: Annotated[Path, About(help="What is relevant: a table with a user and an item a row, or TREC qrels.")]
+    user: Annotated[str | None, About(metavar="COLUMN", help="Column of the user; default: known by its name.")] = None
+    item: Annotated[str | None, About(metavar="COLUMN", help="Column of the item; default: known by its name.")] = None
+    k: Annotated[str, About(metavar="K,K", help="Ranks at which metrics are cut.")] = ",".join(map(str, _EVAL.cutoffs))
+    graded: Annotated[bool, About(help="NDCG takes the truth's relevance for its gain, as trec_eval does.")] = False
+    planned: Annotated[
+        str | None, About(metavar="METRIC", help="Of two: the metric that they were to be compared on; it is tested.")
+    ] = None
+    resamples: Annotated[int, About(least=1, help="Of the bootstrap over users.")] = _EVAL.bootstrap
+    seed: Annotated[int, About(help="Of the resamples.")] = 0
+
+
+def score_files(options: ScoreOptions) -> None:
+    """Measure ranked lists of any system.
+
+    Every ranking metric against what is relevant, with a 95 % interval. Lists are those of `llmrec rank`, a table with
+    a row a ranked item, or a TREC run. Two files are compared, by user.
+    """
+    if len(options.ranked) not in (1, 2):
+        raise RecipeError(
+            f"{len(options.ranked)} files of lists: give one, or two to compare", kind="missing-key", column="RANKED"
+        )
+    scores = score(
+        options.ranked[0],
+        options.truth,
+        against=options.ranked[1] if len(options.ranked) > 1 else None,
+        k=cutoffs(options.k),
+        graded=options.graded,
+        planned=options.planned,
+        resamples=options.resamples,
+        seed=options.seed,
+        user=options.user,
+        item=options.item,
+    )
+    tell(**scores.as_json())
+    for line in lines(scores):
+        say(line)
+
+
+def score(
+    ranked: Any,
+    truth: Any,
+    *,
+    against: Any = None,
+    k: Sequence[int] = _EVAL.cutoffs,
+    graded: bool = False,
+    planned: str | None = None,
+    resamples: int = _EVAL.bootstrap,
+    seed: int = 0,
+    user: str | None = None,
+    item: str | None = None,
+) -> Scores:
+    """Measure ranked lists of any system, with a 95 % interval for every metric.
+
+    Args:
+        ranked: A path or a frame: llmrec's own lists, a row a ranked item, or a TREC run; see docs/score.md.
+        truth: A path or a frame: what is relevant, one row per item, or TREC qrels.
+        against: Other lists over the same truth, whose figures are taken from those of ``ranked``, paired by user.
+        k: Ranks at which metrics are cut.
+        graded: NDCG takes the truth's relevance for its gain; else every relevant item has a gain of 1.
+        planned: The metric that two lists were to be compared on; it is tested, and the others are described.
+        resamples: Of the bootstrap over users.
+        seed: Of the resamples.
+        user: Column of the user, in every file that has it; by default what is called like one, as ``userId``.
+        item: Column of the item, in the same way.
+
+    Returns:
+        Figures in [0, 1], by metric, with what was counted.
+
+    Raises:
+        DataError: If a file or frame cannot be read; it names the file and the row.
+        RecipeError: If a cut-off is less than 1, or the planned metric is none of those that are taken.
+    """
+    if not k or any(isinstance(entry, bool) or not isinstance(entry, int) or entry < 1 for entry in k):
+        raise RecipeError("k: give ranks of at least 1, such as 5,10", kind="bad-value", column="--k")
+    how = Judging(tuple(dict.fromkeys(k)), resamples, seed, graded, planned)
+    if planned is not None and (against is None or planned not in how.names):
+        what = "it is tested on two lists; give another" if against is None else f"choose from {', '.join(how.names)}"
+        raise RecipeError(
+            f"planned: {planned!r} cannot be tested{did_you_mean(planned, how.names) if against is not None else ''}; "
+            f"{what}",
+            kind="contradiction" if against is None else "unknown-name",
+            column="--planned",
+        )
+    asked = Entities(user, item)
+    relevant = read_truth(truth, asked)
+    lists = [read_lists(entry, relevant.unit, asked) for entry in (ranked, against) if entry is not None]
+    known = [*relevant.columns, *(name for entry in lists for name in entry.columns)]
+    for option, column in (("--user", user), ("--item", item)):
+        if column is not None and column not in known:
+            raise DataError(
+                f"{option} {column}: no file has this column{did_you_mean(column, known)}; their columns are: "
+                f"{', '.join(dict.fromkeys(known))}",
+                kind="missing-column",
+                column=option,
+            )
+    return score_lists(lists, relevant, how)
+
+
+def cutoffs(text: str) -> tuple[int, ...]:
+    """Read ``5,10``.
+
+    Raises:
+        RecipeError: If a part is no whole number.
+    """
+    try:
+        return tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        raise RecipeError(f"--k {text}: give whole numbers, such as 5,10", kind="bad-value", column="--k") from None
+
+
+def lines(scores: Scores) -> Iterator[str]:
+    """Yield what the console says: what was counted, and a line a metric."""
+    units = _UNITS[scores.unit]
+    yield f"{scores.relevant:,} relevant items of {scores.lists[0].judged:,} {units} in {scores.truth}"
+    if scores.barren:
+        yield f"  {scores.barren:,} {units} of the truth have nothing relevant and are left out"
+    for entry in scores.lists:
+        yield from _counted(entry, units)
+    wide = max(map(len, scores.metrics))
+    names = ("A", "B") if len(scores.lists) > 1 else ("value",)
+    head = f"{'metric':<{wide}}" + "".join(f"  {name:<23}" for name in names)
+    yield (head + ("  A - B" if scores.comparisons else "")).rstrip()
+    for metric in scores.metrics:
+        cells = [
+            _cell(entry.metrics[metric].value, entry.metrics[metric].low, entry.metrics[metric].high)
+            for entry in scores.lists
+        ]
+        if (pair := scores.comparisons.get(metric)) is not None:
+            cells.append(_difference(pair))
+        yield f"{metric:<{wide}}" + "".join(f"  {cell:<23}" for cell in cells).rstrip()
+
+
+def _counted(entry: ScoredLists, units: str) -> Iterator[str]:
+    yield entry.name
+    yield f"  without a list, counted as 0: {entry.without_list:,} of {entry.judged:,} {units}"
+    yield f"  ranked without truth, left out: {entry.without_truth:,} {units}"
+    if entry.short:
+        yield f"  lists shorter than the largest cut-off: {entry.short:,}"
+    yield f"  relevant items in ties, expected over their orders: {100 * entry.tied:.1f} % of {units}"
+    if entry.order in _ORDERS:
+        yield f"  {_ORDERS[entry.order]}"
+
+
+def _cell(value: float | None, low: float | None, high: float | None) -> str:
+    return f"{value:.4f} [{low:.4f}, {high:.4f}]"
+
+
+def _difference(pair: Pair) -> str:
+    told = f"{pair.value:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
+    return told if pair.verdict is None else f"{told}  p {pair.p:.3g}, {pair.verdict}"

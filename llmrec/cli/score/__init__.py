@@ -1,1 +1,0 @@
-"""The command score: ranked lists of any system against what is relevant."""

@@ -1,0 +1,264 @@
+"""What is unsafe here, as far as it can be known without a network: `llmrec doctor --security`.
+
+Every check is a function from facts to findings; `examine` gathers the facts. No secret is repeated: what is found is
+named by its place.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from llmrec.errors import RecipeError
+from llmrec.pipeline.resume import LOCK
+from llmrec.recipe.pages import read_page
+
+# Endings of files that hold pickled objects, which run code when they are loaded.
+_PICKLED = frozenset({".bin", ".pt", ".pth", ".pkl", ".pickle", ".ckpt"})
+# Files that may hold keys, by their names.
+_KEY_FILE = re.compile(r"(^|[._-])(keys?|tokens?|secrets?|credentials)([._-]|$)|^\.env(\.|$)", re.IGNORECASE)
+_KEY_ENDINGS = frozenset({"", ".json", ".env", ".txt", ".yaml", ".yml", ".key"})
+_SECRET_NAME = re.compile(r"(^|_)(TOKEN|SECRET|PASSWORD|PASSWD|API_?KEY|ACCESS_KEY)$", re.IGNORECASE)
+# Keys by the forms that their issuers give them, and values of keys that are called so.
+_SECRET = re.compile(
+    r"\b(?:sk-[A-Za-z0-9_-]{16,}|hf_[A-Za-z0-9]{16,}|llmrec_[A-Za-z0-9_-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}"
+    r"|AKIA[A-Z0-9]{16}|xox[abp]-[A-Za-z0-9-]{10,}|AIza[A-Za-z0-9_-]{30,})"
+    r"|://[^/\s:@]+:[^/\s@]+@"
+    r"|\b(?:api_?key|secret|password|token)['\"]?\s*[:=]\s*['\"]?[A-Za-z0-9_+/=-]{16,}",
+    re.IGNORECASE,
+)
+_LOOPBACK = frozenset({"127.0.0.1", "localhost", "::1"})
+_MOST_PAGES = 500
+_LARGEST_PAGE = 2**20
+_SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One line of the doctor.
+
+    Attributes:
+        name: What was looked at.
+        found: What was found.
+        fix: What to do about a fault; empty where nothing is wrong.
+        note: Advice about something that is not wrong, but worth knowing.
+    """
+
+    name: str
+    found: str
+    fix: str = ""
+    note: str = ""
+
+    @property
+    def level(self) -> Literal["ok", "notice", "fault"]:
+        """``fault`` where there is something to fix, ``notice`` where there is advice."""
+        return "fault" if self.fix else "notice" if self.note else "ok"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Page:
+    """A recipe or suite: where it stands, its text, and what of it could be read."""
+
+    path: Path
+    text: str
+    remote_code: bool
+    model: str | None
+
+
+def examine(folder: Path = Path()) -> Iterator[Finding]:
+    """Yield findings on pages, runs and key files below a folder and its ``runs``, and on services that run here."""
+    runs = _runs(folder)
+    pages = _pages(folder, runs)
+    yield from check_pickles(_model_folders(folder, runs, pages))
+    yield from check_modes("run folders", [run for run in runs if _open_to_others(run)], len(runs), "700")
+    keys = _key_files(folder)
+    yield from check_modes("key files", [file for file in keys if _open_to_others(file)], len(keys), "600")
+    yield from check_environment(os.environ)
+    yield from check_pages(pages)
+    yield from check_services(_commands())
+
+
+def check_pickles(folders: Iterable[Path]) -> Iterator[Finding]:
+    """Pickled files in model folders."""
+    files = [file for folder in folders for file in sorted(folder.iterdir()) if file.suffix.lower() in _PICKLED]
+    if not files:
+        yield Finding("pickled weights", "none in the model folders")
+        return
+    yield Finding(
+        "pickled weights",
+        _listed(files),
+        "llmrec loads none of them, other programs may, and run what is in them: convert what you need to safetensors, "
+        "and remove them",
+    )
+
+
+def check_modes(what: str, exposed: Sequence[Path], count: int, mode: str) -> Iterator[Finding]:
+    """Files or folders that others than their owner may read."""
+    if exposed:
+        names = " ".join(map(str, exposed[:_SHOWN])) + (" ..." if len(exposed) > _SHOWN else "")
+        yield Finding(what, f"others may read {_listed(exposed)}", f"chmod {mode} {names}")
+    else:
+        yield Finding(what, f"{count} looked at, none readable for others" if count else "none here")
+
+
+def check_environment(environment: Mapping[str, str]) -> Iterator[Finding]:
+    """Secrets in the environment, by their names."""
+    names = sorted(name for name, value in environment.items() if value and _SECRET_NAME.search(name))
+    if names:
+        yield Finding(
+            "environment",
+            f"{', '.join(names)} set",
+            note="every program that is started from here can read them; set a key for the one command that needs it",
+        )
+    else:
+        yield Finding("environment", "no keys")
+
+
+def check_pages(pages: Sequence[Page]) -> Iterator[Finding]:
+    """Recipes and suites that hold keys, or let a model's own code run."""
+    holding = [page.path for page in pages if _SECRET.search(page.text)]
+    if holding:
+        yield Finding(
+            "keys in recipes",
+            _listed(holding),
+            "take the key out and have it replaced by whoever gave it; a recipe names an environment variable "
+            "(eval.server.key_env)",
+        )
+    else:
+        yield Finding("keys in recipes", f"none in {len(pages)} pages")
+    trusting = [page.path for page in pages if page.remote_code]
+    if trusting:
+        yield Finding(
+            "trust_remote_code",
+            f"on in {_listed(trusting)}",
+            "code that comes with the model runs with your rights: read it, pin model.revision, or leave the key out",
+        )
+    else:
+        yield Finding("trust_remote_code", "off everywhere")
+
+
+def check_services(commands: Iterable[Sequence[str]]) -> Iterator[Finding]:
+    """Services that run here and answer others without asking for a key."""
+    exposed = []
+    for words in commands:
+        host, serves = _option(words, "--host"), "serve" in words
+        engine = next((Path(word).name for word in words[:3] if Path(word).name in ("llmrec", "vllm")), "")
+        if not engine or not serves:
+            continue
+        # vLLM listens on every address unless it is told one.
+        reached = host not in _LOOPBACK if host is not None else engine == "vllm"
+        if reached and _option(words, "--keys" if engine == "llmrec" else "--api-key") is None:
+            exposed.append(f"{engine} serve on {host or 'every address'}")
+    if exposed:
+        yield Finding(
+            "services",
+            f"without keys: {', '.join(exposed)}",
+            "whoever reaches this machine may ask: give it --keys (llmrec) or --api-key (vllm), or --host 127.0.0.1",
+        )
+    else:
+        yield Finding("services", "none here answers others without keys")
+
+
+def _option(words: Sequence[str], name: str) -> str | None:
+    for word, following in zip(words, [*words[1:], ""], strict=True):
+        if word == name:
+            return following
+        if word.startswith(name + "="):
+            return word.partition("=")[2]
+    return None
+
+
+def _listed(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - _SHOWN} more" if len(paths) > _SHOWN else ""
+    return ", ".join(map(str, paths[:_SHOWN])) + more
+
+
+# --------------------------------------------------------------------------- facts
+
+
+def _runs(folder: Path) -> list[Path]:
+    """Return the run folders below ``runs``, by their locks or recipes."""
+    home = folder / "runs"
+    candidates = [*home.glob("*"), *home.glob("*/*")] if home.is_dir() else []
+    return sorted(c for c in candidates if c.is_dir() and ((c / LOCK).is_file() or (c / "recipe.yaml").is_file()))
+
+
+def _pages(folder: Path, runs: Sequence[Path]) -> list[Page]:
+    """Return recipes and suites: of the folder itself, of ``recipes`` and ``eval/suites``, and of runs."""
+    paths = [*folder.glob("*.y*ml"), *(run / "recipe.yaml" for run in runs)]
+    for home in (folder / "recipes", folder / "eval" / "suites"):
+        paths += home.rglob("*.yaml")
+    return [page for path in sorted(set(paths))[:_MOST_PAGES] if (page := _page(path)) is not None]
+
+
+def _page(path: Path) -> Page | None:
+    try:
+        if not path.is_file() or path.stat().st_size > _LARGEST_PAGE:
+            return None
+        text = path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return None
+    model: object = None
+    with suppress(RecipeError):
+        model = read_page(path)[0].get("model")
+    section = model if isinstance(model, dict) else {}
+    name = section.get("name")
+    return Page(
+        path=path,
+        text=text,
+        remote_code=section.get("trust_remote_code") is True or bool(_REMOTE.search(text)),
+        model=name if isinstance(name, str) else None,
+    )
+
+
+# In overrides of suites, where it is no key of its own.
+_REMOTE = re.compile(r"model\.trust_remote_code\s*=\s*true", re.IGNORECASE)
+
+
+def _model_folders(folder: Path, runs: Sequence[Path], pages: Sequence[Page]) -> list[Path]:
+    """Return the local model folders that runs hold and pages name."""
+    result = {run / name for run in runs for name in ("merged", "adapter", "base")}
+    for page in pages:
+        if page.model is not None and len(page.model) < 1000:
+            result.add(folder / Path(page.model).expanduser())
+    kept = []
+    for place in sorted(result):
+        with suppress(OSError):
+            if (place / "config.json").is_file() or (place / "adapter_config.json").is_file():
+                kept.append(place)
+    return kept
+
+
+def _key_files(folder: Path) -> list[Path]:
+    """Return files in the folder that are called like keys, and the hub's token."""
+    result = [
+        file
+        for file in folder.glob("*")
+        if _KEY_FILE.search(file.name) and file.suffix.lower() in _KEY_ENDINGS and file.is_file()
+    ]
+    hub = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser() / "token"
+    return [*sorted(result), *([hub] if hub.is_file() else [])]
+
+
+def _open_to_others(path: Path) -> bool:
+    """Whether others than its owner may read a file, or look into a folder."""
+    try:
+        return bool(stat.S_IMODE(path.stat().st_mode) & 0o077)
+    except OSError:
+        return False
+
+
+def _commands() -> Iterator[Sequence[str]]:
+    """Yield the command lines of running processes, as far as they may be read."""
+    for process in psutil.process_iter():
+        with suppress(psutil.Error, OSError):
+            if words := process.cmdline():
+                yield words

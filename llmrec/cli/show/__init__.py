@@ -1,1 +1,0 @@
-"""What commands print: estimates, prompts, differences."""

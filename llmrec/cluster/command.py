@@ -1,0 +1,61 @@
+"""The command `llmrec merge`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from llmrec.answer.options import About
+from llmrec.cli.console import finish, show
+
+
+@dataclass(frozen=True, kw_only=True)
+class MergeOptions:
+    """What shards are of, and their folders."""
+
+    target: Annotated[
+        Path,
+        About(
+            argument=True, metavar="TARGET", help="What the shards are of: the --out of rank, a run folder, a store."
+        ),
+    ]
+    shards: Annotated[
+        tuple[Path, ...],
+        About(argument=True, metavar="[SHARD]...", help="Folders of shards; by default TARGET.shards/*."),
+    ] = ()
+
+
+def merge(options: MergeOptions) -> None:
+    """Put the shards of a job together.
+
+    Of `rank`, `eval`, `run` or `augment`, as one process writes it; no model is asked again. Missing, damaged or
+    doubled shards, and those of other inputs, are refused. Exit code of rank: 1 if lines failed.
+    """
+    merge_shards(options.target, options.shards)
+
+
+def merge_shards(target: Path, folders: Sequence[Path] = ()) -> None:
+    """Merge the shards of a job, and print the result."""
+    from llmrec.pipeline.shards import folders_of, read
+
+    command = read(folders_of(target, folders)[0]).command
+    if command == "eval":
+        from llmrec.cluster.evaluation import merge_run
+
+        finish(merge_run(target, folders))
+    elif command == "augment":
+        from llmrec.cli.augment import show_texts
+        from llmrec.pipeline.augmenting import merge_augment
+
+        show_texts(merge_augment(target, folders))
+    else:
+        from llmrec.answer.rank.progress import console_rows
+        from llmrec.answer.rank.sharded import merge_rank
+
+        summary = merge_rank(target, folders)
+        show("ranking", console_rows(summary), record={"ranking": summary})
+        raise typer.Exit(int(summary["failed"] != 0))

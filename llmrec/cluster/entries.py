@@ -1,0 +1,12 @@
+"""What the work of many machines adds to the registry."""
+
+from llmrec.command import Command
+
+COMMANDS = {
+    "merge": Command("llmrec.cluster.command:merge", "Advanced", "Put the shards of a job together.", resumes=True),
+}
+HOOKS = {
+    "shards": "llmrec.cluster.actors:ask_shards",
+    "rank-on-ray": "llmrec.cluster.actors:rank_on",
+    "recipe-on-ray": "llmrec.cluster.actors:finish_on",
+}

@@ -1,0 +1,112 @@
+"""An evaluation in shards: each asks its share of the cases, and the answers of all give the figures of one process.
+
+A shard trains nothing, fits no baseline and computes no figure. `merge_run` joins the stores of answers and then does
+what `llmrec eval` does, which finds every answer: intervals and comparisons are those of all cases together.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Sequence
+from contextlib import closing
+from pathlib import Path
+
+from llmrec.backends.cache import AnswerStore
+from llmrec.errors import RecipeError
+from llmrec.pipeline.resume import RUN, locked
+from llmrec.pipeline.run import ANSWERS, Run, Session, Trained, open_session, run
+from llmrec.pipeline.shards import SHARD, answers_key, ask, done_before, finish, gathered, shard_folder
+from llmrec.pipeline.study import folder_of
+from llmrec.recipe.load import STORED, Overrides, as_recipe, load_stored
+from llmrec.recipe.schema import Recipe
+from llmrec.records import Shard
+from llmrec.terminal import works_in
+
+log = logging.getLogger(__name__)
+
+# What a shard needs while it works and nobody after it.
+_SPARE = ("base", "base.json", "candidates", "index", "data")
+
+
+def evaluate_shard(
+    recipe: Recipe | str | Path, out: Path | None, shard: Shard, *, overrides: Overrides = (), quiet: bool = False
+) -> Path:
+    """Ask the language models of a recipe one shard of its cases, into a folder beside the run's; never train.
+
+    Args:
+        recipe: As of `llmrec.pipeline.run.run`.
+        out: The run folder, which holds the tuned model where the recipe asks one; ``runs/<name>`` by default.
+        shard: Which piece: whole batches of the cases of each row.
+        overrides: Changed keys.
+        quiet: Show no progress bars.
+
+    Returns:
+        The shard's folder.
+
+    Raises:
+        LlmrecError: If the recipe asks no language model, its tuned model is missing, or an engine fails.
+    """
+    recipe = as_recipe(recipe, overrides)
+    home = folder_of(recipe, out)
+    if not recipe.eval.arms:
+        raise RecipeError(
+            "--shard: this recipe asks no language model (eval.arms is empty), so that there is nothing to share out; "
+            "run it in one process",
+            kind="unsupported",
+            column="eval.arms",
+        )
+    folder = shard_folder(home, shard)
+    with locked(folder, (*RUN, SHARD)):
+        works_in(folder)
+        session = open_session(recipe, folder, quiet=quiet)
+        training = session.tuned(home)
+        evaluation, batch, budget = session.evaluation(), recipe.eval.batch, session.budget
+        key = _key_of(session, training, home)
+        if done_before(folder, key):
+            log.warning("shard %s is complete already", shard)
+        else:
+            if training is not None:
+                log.warning("a shard trains nothing: the tuned model is that of %s", home)
+            with session.asking(training, home) as (weights, engines):
+                ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet)
+            with closing(AnswerStore(folder / ANSWERS)) as store:
+                told = {"answers": len(store), "seconds": dict(budget.stages)}
+            finish(folder, "eval", shard, key, [STORED, ANSWERS], told)
+        for name in _SPARE:
+            path = folder / name
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+    return folder
+
+
+def merge_run(home: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Run:
+    """Join the answers of all shards in a run folder, and evaluate as one process does.
+
+    Args:
+        home: The run folder, as the shards were told.
+        folders: The shards' folders; by default those beside the run folder.
+        quiet: Show no progress bars.
+
+    Raises:
+        LlmrecError: If shards are missing, damaged, doubled or of other inputs; or as `llmrec.pipeline.run.run`.
+    """
+    result = gathered(home, folders)
+
+    def join(session: Session) -> None:
+        key = _key_of(session, session.tuned(home), home)
+        for entry in result:
+            entry.refuse_other(key)
+        with closing(AnswerStore(home / ANSWERS)) as store:
+            for entry in result:
+                store.join(entry.folder / ANSWERS)
+                for stage, spent in entry.told["seconds"].items():
+                    # What answers took is stored with them; starting engines is not.
+                    if stage.startswith("start "):
+                        session.budget.add(stage, spent)
+
+    return run(load_stored(result[0].folder), home, quiet=quiet, may_train=False, before=join)
+
+
+def _key_of(session: Session, training: Trained | None, home: Path) -> str:
+    with session.asking(training, home, remembers=False) as (weights, engines):
+        return answers_key(session.evaluation(), weights, engines, session.study.recipe)

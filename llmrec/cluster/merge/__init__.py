@@ -1,1 +1,0 @@
-"""Shards of an evaluation, and the command merge, which puts shards of any command together."""

@@ -1,0 +1,75 @@
+"""Options of an export, and the check of its run, without any library of models."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+from llmrec.answer.options import About
+from llmrec.errors import LlmrecError
+from llmrec.recipe.load import STORED, load_stored
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportOptions:
+    """A run, and what of it is exported where."""
+
+    run: Annotated[Path, About(argument=True, metavar="RUN", help="A finished run folder, such as runs/quickstart.")]
+    out: Annotated[Path, About(metavar="FOLDER", help="The folder to write.")]
+    dtype: Annotated[
+        str,
+        About(
+            metavar="auto|float32|bfloat16|float16", help="Of the weights; auto: the one that the run was evaluated in."
+        ),
+    ] = "auto"
+    adapter_only: Annotated[bool, About(help="Write the adapter, not a whole model.")] = False
+    with_items: Annotated[
+        bool,
+        About(names=("--with-items/--no-items",), help="Whether the catalogue goes in; it may have an owner."),
+    ] = True
+    with_interactions: Annotated[bool, About(help="Training interactions too, so that `rank --fuse` works there.")] = (
+        False
+    )
+    check_users: Annotated[int, About(least=0, help="Validation cases a task on which the export is checked.")] = 50
+    licence: Annotated[str | None, About(help="Of the tuned weights and the card.")] = None
+    base_licence: Annotated[str | None, About(help="Of the base model, where it does not say itself.")] = None
+    push: Annotated[str | None, About(metavar="USER/NAME", help="Upload to the model hub.")] = None
+    private: Annotated[bool, About(names=("--private/--public",), help="Whether what is uploaded is private.")] = True
+    force: Annotated[bool, About(help="Replace an earlier export.")] = False
+
+    @property
+    def address(self) -> str:
+        """What loads the model: its name on the hub, or the folder."""
+        return self.push or self.out.name
+
+    @property
+    def model_name(self) -> str:
+        """What the card calls the model."""
+        return self.address.rpartition("/")[2]
+
+
+def refuse_untuned(run: Path) -> None:
+    """Refuse a run folder that tuned no language model, which is what an export holds.
+
+    Raises:
+        LlmrecError: With what can be done with such a run instead.
+    """
+    if (run / "train.json").is_file() or not (run / STORED).is_file():
+        return
+    arms = load_stored(run).eval.arms
+    if not arms:
+        raise LlmrecError(
+            f"{run} has classic recommenders alone, and an export holds a tuned language model; they answer from the "
+            f"run folder: llmrec serve {run}",
+            kind="unsupported",
+            at=run,
+        )
+    if "tuned" not in arms:
+        raise LlmrecError(
+            f"{run} measured a language model without tuning it (eval.arms={', '.join(arms)}), so there is nothing to "
+            "export; add tuned to eval.arms and run it again",
+            kind="unsupported",
+            at=run,
+            column="eval.arms",
+        )

@@ -1,0 +1,25 @@
+"""The OpenAPI document of the HTTP interface; ``python -m llmrec.serve.openapi FILE`` writes it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import cast
+
+from llmrec.serve.app import make_app
+from llmrec.serve.gates import Auth
+from llmrec.serve.keys import Keys
+from llmrec.serve.service import Service
+
+
+def openapi() -> str:
+    """Return the OpenAPI document of the application as JSON."""
+    # No request is made, so no service is needed. With keys, so that the document describes how one is sent.
+    keys = Keys(Path("keys.json"), (0, 0, 0, 0), ())
+    document = make_app(cast(Service, object()), Auth(keys)).openapi()
+    return json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(openapi(), encoding="utf-8")

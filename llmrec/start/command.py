@@ -1,0 +1,53 @@
+"""The commands `llmrec init`, `llmrec auto` and `llmrec tune`."""
+
+from __future__ import annotations
+
+from llmrec.cli.console import say, tell
+from llmrec.progress import note
+from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
+
+
+def init(options: InitOptions) -> None:
+    """Write a recipe for a table of interactions.
+
+    It says which column was taken for what, and why.
+    """
+    from llmrec.start.init import start
+    from llmrec.start.init.columns import asked
+
+    made = start.init(
+        options.table,
+        items=options.items,
+        query=options.query,
+        out=options.out,
+        name=options.name,
+        asked=asked(options),
+        mend=options.mend,
+        force=options.force,
+    )
+    tell(recipe=made.recipe, found=made.found, then=made.then)
+    say(made.told)
+
+
+def auto(options: AutoOptions) -> None:
+    """Build a recommender from a table within a time budget.
+
+    Recommenders are tuned, joined and measured; the best one is ready to serve.
+    """
+    from llmrec.start.auto import run as autos
+
+    made = autos.build(options, say=note)
+    tell(**autos.record(made, options))
+    say(autos.told(made))
+
+
+def tune(options: TuneOptions) -> None:
+    """Search a recipe's settings on the validation split.
+
+    Within a budget of time; the best settings are written as a recipe.
+    """
+    from llmrec.start.tune.run import search, told
+
+    best = search(options, say=note)
+    tell(**vars(best))
+    say(told(best))

@@ -1,0 +1,21 @@
+"""What the first steps add to the registry: a recipe or a recommender from a table, and tuning."""
+
+from llmrec.command import Command
+
+COMMANDS = {
+    "init": Command("llmrec.start.command:init", "Start", "Write a recipe for a table of interactions."),
+    "auto": Command(
+        "llmrec.start.command:auto", "Start", "Build a recommender from a table within a time budget.", resumes=True
+    ),
+    "tune": Command(
+        "llmrec.start.command:tune",
+        "Train and evaluate",
+        "Search a recipe's settings on the validation split.",
+        resumes=True,
+    ),
+}
+FUNCTIONS = {
+    "auto": "llmrec.start.functions:auto",
+    "init": "llmrec.start.functions:init",
+    "tune": "llmrec.start.functions:tune",
+}

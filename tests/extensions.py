@@ -1,0 +1,95 @@
+"""Removes each extension with its tests from a copy of the checkout, and checks the rest: ``make check-extensions``.
+
+``python -m tests.extensions [NAME...]`` checks these. What is left must import nothing of what is gone, keep the import
+contracts, print its help, and pass the tests of the command line; the other tests must be collected without an error.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+ROOT = Path(__file__).resolve().parent.parent
+EXTENSIONS = ("systems", "serve", "chat", "start", "bench", "cluster")
+TESTS = ("tests/test_cli.py", "tests/cli/test_common.py", "tests/cli/test_options.py")
+# Tests of the checkout as a whole, whose pages name every extension.
+WHOLE = ("tests/test_packaging.py", "tests/test_site.py")
+IMPORTS = """
+import importlib, pkgutil, sys
+import llmrec
+from llmrec.errors import MissingExtra
+for module in pkgutil.walk_packages(llmrec.__path__, "llmrec."):
+    if module.name == "llmrec.__main__":
+        continue
+    try:
+        importlib.import_module(module.name)
+    except MissingExtra:
+        pass
+    except ImportError as error:
+        # A library of an extra that is not installed.
+        if (error.name or "llmrec").startswith("llmrec"):
+            raise
+"""
+
+
+def copied(folder: Path) -> None:
+    """Copy the files of the checkout that git knows or does not ignore."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    for name in filter(None, listed.split("\0")):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(ROOT / name, folder / name)
+
+
+def checked(extension: str, folder: Path) -> str | None:
+    """Remove an extension from a copy, and return the command that then fails, if any."""
+    for home in ("llmrec", "tests"):
+        shutil.rmtree(folder / home / extension, ignore_errors=True)
+    python = [sys.executable, "-m"]
+    ignored = [f"--ignore={name}" for name in WHOLE]
+    commands = (
+        [sys.executable, "-c", IMPORTS],
+        [*python, "llmrec", "--help"],
+        [str(Path(sys.executable).with_name("lint-imports"))],
+        [*python, "pytest", "-q", "--collect-only", *ignored],
+        [*python, "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", "not reference"],
+    )
+    for command in commands:
+        done = subprocess.run(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(folder)},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if done.returncode:
+            return f"{' '.join(command)}\n{done.stdout[-3000:]}{done.stderr[-3000:]}"
+    return None
+
+
+def main(names: list[str]) -> int:
+    """Check extensions, all of them where none is named, and return an exit status."""
+    failed = 0
+    for extension in names or EXTENSIONS:
+        with TemporaryDirectory() as made:
+            copied(Path(made))
+            problem = checked(extension, Path(made))
+        sys.stdout.write(f"without {extension}: {problem or 'all is well'}\n")
+        sys.stdout.flush()
+        failed += problem is not None
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,645 @@
+"""`llmrec init` on a made shop: the recipe that it writes, the walk through docs/own-data.md, and hostile names."""
+
+from __future__ import annotations
+
+import json
+import random
+import re
+import shlex
+import sqlite3
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from dataclasses import replace
+from datetime import UTC, datetime
+from pathlib import Path
+
+import polars as pl
+import pytest
+import yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from typer.testing import CliRunner
+
+from llmrec.cli.main import app
+from llmrec.data import stats
+from llmrec.data.read.text import Table
+from llmrec.data.sets.table import load
+from llmrec.errors import LlmrecError
+from llmrec.pipeline.leaks import questions
+from llmrec.pipeline.study import build_study
+from llmrec.recipe.load import load_recipe
+from llmrec.recipe.schema import Columns
+from llmrec.start.init.columns import Asked, asked, guess
+from llmrec.start.init.page import Page, render, scalar, where_line
+from llmrec.start.init.plan import BUDGET_SECONDS, Plan, decide, events_of
+from llmrec.start.init.start import init
+from llmrec.start.options import InitOptions
+from tests import shop
+
+PAGE = Path(__file__).parent.parent.parent / "docs" / "own-data.md"
+
+
+def llmrec(*arguments: str) -> str:
+    """Run a command in this process; what it would print, errors included."""
+    done = CliRunner().invoke(app, list(arguments))
+    if done.exception is not None and not isinstance(done.exception, SystemExit):
+        if not isinstance(done.exception, LlmrecError):
+            raise done.exception
+        return f"error: {done.exception}"
+    return done.output
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty folder to work in, with the shop's tables."""
+    shop.write_all(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+# --------------------------------------------------------------------------- the page
+
+
+def blocks(page: str) -> list[tuple[str, str]]:
+    return [(kind, body) for kind, body in re.findall(r"^```(\w*)\n(.*?)^```$", page, re.DOTALL | re.MULTILINE)]
+
+
+def squeezed(line: str) -> str:
+    return " ".join(line.split())
+
+
+def assert_in_order(shown: str, real: str) -> None:
+    """Every line that the page shows is printed, in this order; `...` stands for lines left out."""
+    lines = iter([squeezed(line) for line in real.splitlines()])
+    for line in shown.splitlines():
+        if line.strip() not in ("...", ""):
+            assert any(other == squeezed(line) for other in lines), f"not printed, or not here: {line!r} in\n{real}"
+
+
+RUN = ("eval.backend=fake", "eval.scorer=fake", "eval.users=4", "eval.bootstrap=20", "train.steps=2", "-q")
+SMALL = ("train.batch_tokens=512", "train.valid_rows=0", "train.lora.top_layers=1", "model.dtype=float32")
+
+
+def test_every_command_of_the_page_prints_what_the_page_shows(folder: Path, llama_folder: Path) -> None:
+    pytest.importorskip("trl", reason="the train extra is not installed")
+    pytest.importorskip("rouge_score", reason="the text extra is not installed")
+    printed, ran = "", []
+    for kind, body in blocks(PAGE.read_text(encoding="utf-8")):
+        if kind == "sh":
+            assert len(body.splitlines()) == 1
+            name, *arguments = shlex.split(body)
+            printed = ""
+            if name == "head":
+                printed = "\n".join(
+                    (folder / arguments[1]).read_text(encoding="utf-8").splitlines()[: int(arguments[0][1:])]
+                )
+            elif arguments[0] == "run":
+                printed = llmrec(*arguments, f"model.name={llama_folder}", *SMALL, *RUN)
+            elif arguments[0] in ("init", "check", "data"):
+                printed = llmrec(*arguments)
+            ran.append(arguments[0])
+        elif kind == "text":
+            assert printed
+            assert_in_order(body, printed)
+        elif kind == "yaml":
+            assert_in_order(body, (folder / "shop.yaml").read_text(encoding="utf-8"))
+    assert ran.count("init") >= 7 and {"check", "data", "run", "export", "rank"} < set(ran)
+    results = json.loads((folder / "runs" / "shop" / "results.json").read_text(encoding="utf-8"))
+    rows = {(row["task"], row["arm"]) for row in results["rows"]}
+    families = ("rating", "sequential", "direct", "explanation")
+    assert {(task, arm) for task in families for arm in ("baseline", "zero-shot", "few-shot", "tuned")} == rows
+    assert (folder / "runs" / "shop" / "report" / "index.html").is_file()
+
+
+# --------------------------------------------------------------------------- the three shops
+
+
+def test_the_written_recipe_is_what_check_reads(folder: Path) -> None:
+    made = init("orders.csv")
+    recipe = load_recipe(made.recipe)
+    assert made.recipe == Path("orders.yaml") and recipe.name == "orders"
+    assert recipe.data.columns == Columns(
+        user="customer_id",
+        item="product_id",
+        rating="stars",
+        time="ordered_at",
+        title="product_name",
+        text="comment",
+        fields=("category", "price"),
+    )
+    assert recipe.data.duplicates == "keep_last" and recipe.data.noun == "products"
+    assert recipe.data.rating_scale == (1.0, 5.0)
+    assert set(recipe.tasks.present()) == {"rating", "sequential", "direct", "explanation"}
+    study = build_study(recipe)
+    assert study.data.dataset.interactions["timestamp"].null_count() == 0
+    assert "valid" in llmrec("check", "orders.yaml")
+
+
+@pytest.mark.parametrize("name", ["bestellungen.csv", "clicks.csv"])
+def test_other_shapes_walk_from_table_to_results(folder: Path, llama_folder: Path, name: str) -> None:
+    more = ["--mend", "mended.parquet"] if name == "bestellungen.csv" else ["--items", "products.csv"]
+    assert "wrote mine.yaml" in llmrec("init", name, "--name", "mine", *more)
+    assert "recipe mine is valid" in llmrec("check", "mine.yaml")
+    out = llmrec("run", "mine.yaml", f"model.name={llama_folder}", "eval.arms=[zero-shot]", *RUN)
+    assert "error" not in out.splitlines()[0]
+    results = json.loads(Path("runs/mine/results.json").read_text(encoding="utf-8"))
+    tasks = {row["task"] for row in results["rows"]}
+    assert tasks == ({"rating", "sequential", "direct", "explanation"} if name[0] == "b" else {"sequential", "direct"})
+    titles = {item.title for item in build_study(load_recipe("mine.yaml")).data.dataset.items.values()}
+    assert titles == {product.name for product in shop.products()}
+
+
+def test_the_mended_shop_is_the_plain_shop(folder: Path) -> None:
+    init("orders.csv")
+    init("bestellungen.csv", mend=Path("mended.csv"))
+    plain, mended = (build_study(load_recipe(name)).data.dataset for name in ("orders.yaml", "bestellungen.yaml"))
+    assert plain.interactions.equals(mended.interactions)
+    before = Path("bestellungen.csv").read_bytes()
+    shop.write_european(Path("again.csv"))
+    assert Path("again.csv").read_bytes() == before
+
+
+def test_nothing_is_written_over_without_force(folder: Path) -> None:
+    init("orders.csv")
+    Path("orders.yaml").write_text("mine\n", encoding="utf-8")
+    assert llmrec("init", "orders.csv").startswith("error: orders.yaml exists")
+    assert Path("orders.yaml").read_text(encoding="utf-8") == "mine\n"
+    assert "wrote" in llmrec("init", "orders.csv", "--force")
+    assert load_recipe("orders.yaml").name == "orders"
+    Path("copy.csv").write_text("mine\n", encoding="utf-8")
+    options = ("--name", "eu", "--mend", "copy.csv")
+    assert "copy.csv exists" in llmrec("init", "bestellungen.csv", *options)
+    assert Path("copy.csv").read_text(encoding="utf-8") == "mine\n" and not Path("eu.yaml").exists()
+    before = Path("bestellungen.csv").read_bytes()
+    assert "never written over" in llmrec("init", "bestellungen.csv", "--mend", "bestellungen.csv", "--force")
+    assert Path("bestellungen.csv").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["orders.csv", "--out", "orders.csv"], ["orders.csv", ".yaml"]),
+        (["orders.csv", "--name", "a b"], ["'a b'", "letters"]),
+        (["orders.csv", "--dates", "dayfirst"], ["did you mean 'day-first'"]),
+        (["ordrs.csv"], ["did you mean 'orders.csv'"]),
+        (["sqlite:///gone.db"], ["gone.db"]),
+        (["orders.csv", "--query", "SELECT 1"], ["--query", "no database"]),
+        (["orders.csv", "--items", "sqlite:///shop.db"], ["sqlite:///shop.db", "Parquet"]),
+        (["orders.xlsx"], ["orders.xlsx"]),
+        (["bestellungen.csv", "--mend", "x.txt"], ["x.txt", ".parquet"]),
+        (["clicks.csv", "--items", "orders.csv"], ["orders.csv", "'sku'"]),
+    ],
+)
+def test_refusals_are_one_paragraph_and_write_nothing(folder: Path, arguments: list[str], parts: list[str]) -> None:
+    before = sorted(folder.iterdir())
+    said = llmrec("init", *arguments)
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    for part in parts:
+        assert part in said
+    assert sorted(folder.iterdir()) == before
+
+
+def test_a_database_is_a_table_once_its_rows_are_named(folder: Path) -> None:
+    with closing(sqlite3.connect(folder / "shop.db")) as shop:
+        frame = pl.read_csv(folder / "clicks.csv")
+        shop.execute(f"CREATE TABLE clicks ({', '.join(frame.columns)})")
+        shop.executemany(f"INSERT INTO clicks VALUES ({', '.join('?' * frame.width)})", frame.rows())
+        shop.commit()
+    said = llmrec("init", "sqlite:///shop.db")
+    assert said.startswith("error: ") and "SELECT * FROM clicks" in said and not (folder / "shop.yaml").exists()
+    llmrec("init", "sqlite:///shop.db", "--query", "SELECT * FROM clicks", "--items", "products.csv")
+    llmrec("init", "clicks.csv", "--items", "products.csv")
+    made, plain = load_recipe(folder / "shop.yaml"), load_recipe(folder / "clicks.yaml")
+    assert made.data.path == "sqlite:///shop.db" and made.data.query == "SELECT * FROM clicks"
+    assert made.data.columns == plain.data.columns
+    assert load(made.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    assert "is valid" in llmrec("check", "shop.yaml")
+
+
+def test_a_recipe_elsewhere_still_finds_the_table(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    llmrec("init", "clicks.csv", "--items", "products.csv", "--out", "recipes/mine.yaml")
+    recipe = load_recipe(folder / "recipes" / "mine.yaml")
+    assert Path(str(recipe.data.path)).is_absolute() and Path(str(recipe.data.items)).is_absolute()
+    (folder / "elsewhere").mkdir()
+    monkeypatch.chdir(folder / "elsewhere")
+    assert "is valid" in llmrec("check", "../recipes/mine.yaml")
+    assert "wrote near.yaml" in llmrec("init", "../orders.csv", "--name", "near")
+    assert load_recipe("near.yaml").data.path == "../orders.csv"
+    assert "is valid" in llmrec("check", "near.yaml")
+
+
+def test_titles_in_a_table_beside_are_pointed_out(folder: Path) -> None:
+    said = llmrec("init", "clicks.csv")
+    assert "--items products.csv" in said and "no titles" in said
+    assert load_recipe("clicks.yaml").data.columns.title is None
+
+
+def test_nothing_is_said_of_a_file_that_nobody_asked_for(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (folder / "other.csv").write_bytes(("who,what\n" + "u,é\n" * 40).encode("latin-1"))
+    llmrec("init", "clicks.csv")
+    assert "other.csv" not in caplog.text
+    llmrec("init", "other.csv")
+    assert "other.csv" in caplog.text and "Windows-1252" in caplog.text
+
+
+def test_a_command_says_each_warning_once(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for name in ("clicks.csv", "products.csv"):
+        text = Path(name).read_text(encoding="utf-8").replace("e", "\u00e9").replace("\u00e9v", "ev")
+        head, _, body = text.partition("\n")
+        Path(name).write_bytes(f"{head.replace(chr(233), 'e')}\n{body}".encode("cp1252"))
+    for command in (
+        ["init", "clicks.csv", "--items", "products.csv"],
+        ["check", "clicks.yaml"],
+        ["data", "clicks.yaml"],
+    ):
+        caplog.clear()
+        assert "error" not in llmrec(*command)
+        notes = [record.getMessage().split()[0] for record in caplog.records if "Windows-1252" in record.getMessage()]
+        assert sorted(notes) == ["clicks.csv", "products.csv"]
+
+
+def test_a_column_of_parts_becomes_the_split(folder: Path) -> None:
+    said = llmrec("init", "published.csv")
+    assert "part split its values; train 612, valid 88, test 174" in squeezed(said)
+    recipe = load_recipe("published.yaml")
+    assert recipe.data.split.kind == "given" and recipe.data.columns.split == "part"
+    data = build_study(recipe).data
+    assert (data.train.height, data.valid.height, data.test.height) == (612, 88, 174)
+    # Not taken: a split is drawn anew, and the column is no field of products.
+    assert "leave_one_out" not in llmrec("init", "published.csv", "--name", "drawn", "--split", "none")
+    drawn = load_recipe("drawn.yaml")
+    assert drawn.data.split.kind == "leave_one_out" and drawn.data.columns.split is None
+    assert drawn.data.columns.fields == ()
+    error = llmrec("init", "published.csv", "--name", "wrong", "--split", "stars")
+    assert error.startswith("error: published.csv: column 'stars' cannot be the split") and "train, valid" in error
+
+
+def test_words_that_are_no_parts_are_no_split(folder: Path) -> None:
+    frame = pl.read_csv("published.csv")
+    for name, words in {
+        "blank.csv": pl.when(pl.int_range(pl.len()) == 3).then(None).otherwise(pl.col("part")),
+        "other.csv": pl.when(pl.int_range(pl.len()) == 3).then(pl.lit("holdout")).otherwise(pl.col("part")),
+        "untested.csv": pl.when(pl.col("part") == "test").then(pl.lit("valid")).otherwise(pl.col("part")),
+    }.items():
+        frame.with_columns(words.alias("part")).write_csv(name)
+        init(name)
+        assert load_recipe(f"{name.removesuffix('.csv')}.yaml").data.split.kind == "leave_one_out"
+
+
+def test_a_mended_copy_keeps_the_parts(folder: Path) -> None:
+    frame = pl.read_csv("published.csv")
+    frame.with_columns(pl.col("stars").cast(pl.String) + ",0").write_csv("commas.csv")
+    assert "--mend" in llmrec("init", "commas.csv")
+    init("commas.csv", mend=Path("copy.csv"))
+    assert build_study(load_recipe("commas.yaml")).data.test.height == 174
+
+
+def test_a_file_of_tests_beside_a_file_of_training_is_pointed_out(folder: Path) -> None:
+    frame = pl.read_csv("published.csv")
+    for part in ("train", "test"):
+        frame.filter(pl.col("part") == part).drop("part").write_csv(f"shop-{part}.csv")
+    assert "shop-test.csv lies beside it" in llmrec("init", "shop-train.csv")
+    assert "lies beside it" not in llmrec("init", "shop-test.csv")
+
+
+def test_a_headline_is_not_taken_for_a_title(folder: Path) -> None:
+    """A column called title that differs within an item must not be read as one, which an unset title would do."""
+    frame = pl.read_csv("orders.csv").rename({"comment": "title"}).drop("product_name")
+    frame.write_csv("t.csv")
+    init("t.csv")
+    recipe = load_recipe("t.yaml")
+    assert recipe.data.columns.title == "product_id"
+    assert {item.title for item in build_study(recipe).data.dataset.items.values()} == set(frame["product_id"])
+
+
+def test_files_of_every_format(folder: Path) -> None:
+    frame = pl.read_csv("orders.csv", infer_schema=False)
+    frame.write_parquet("a.parquet")
+    Path("b.jsonl").write_text(frame.write_ndjson(), encoding="utf-8")
+    frame.write_csv("c.tsv", separator="\t")
+    init("orders.csv")
+    expected = load_recipe("orders.yaml").data
+    for name in ("a.parquet", "b.jsonl", "c.tsv"):
+        recipe = load_recipe(init(name).recipe)
+        assert recipe.data.model_copy(update={"path": "orders.csv"}) == expected
+
+
+# --------------------------------------------------------------------------- decisions
+
+
+def plan_of(rows: list[tuple[object, ...]], names: tuple[str, ...], **said: str) -> Plan:
+    frame = pl.DataFrame([[str(value) for value in row] for row in rows], schema=list(names), orient="row")
+    return decide(
+        events_of(guess(Table("t.csv", frame), asked(InitOptions(table="t", **said)))),
+        ("item",),
+        whole=True,
+        backend="hf",
+    )
+
+
+def some(users: int, items: int, rows: int) -> list[tuple[object, ...]]:
+    dice = random.Random(1)
+    return [(f"u{dice.randrange(users)}", f"i{dice.randrange(items)}", dice.randint(2, 5)) for _ in range(rows)]
+
+
+def test_a_small_catalogue_has_fewer_candidates() -> None:
+    plan = plan_of(some(30, 12, 150), ("user", "item", "stars"))
+    assert 2 <= plan.candidates < 12
+    assert plan.candidates == 12 - plan.facts.history[2] + 1
+    assert plan.scale == (1.0, 5.0)
+
+
+def test_tasks_are_off_for_a_reason() -> None:
+    pairs = [row[:2] for row in some(30, 60, 300)]
+    plan = plan_of(pairs, ("user", "item"))
+    assert plan.on == ("sequential", "direct")
+    assert "column of ratings" in plan.tasks["rating"][1] and "texts" in plan.tasks["explanation"][1]
+    assert "order of the rows" in plan.tasks["sequential"][1]
+    same = [(*pair, 5) for pair in pairs]
+    assert "at least 2 values" in plan_of(same, ("user", "item", "stars"), rating="stars").tasks["rating"][1]
+    wide = [(*pair, n) for n, pair in enumerate(pairs)]
+    assert "101 steps" in plan_of(wide, ("user", "item", "points"), rating="points").tasks["rating"][1]
+    short = [(f"u{n // 2}", item, stars) for n, (_, item, stars) in enumerate(some(30, 60, 300))]
+    plan = plan_of(short, ("user", "item", "stars"))
+    assert plan.on == ("rating",) and plan.split == "global_time"
+    assert "0 of 150 users" in plan.tasks["sequential"][1]
+
+
+def test_a_large_sparse_table_is_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.start.init.plan._CORE_ROWS", 1000)
+    monkeypatch.setattr("llmrec.start.init.plan._CORE_LEFT", 20)
+    dice = random.Random(2)
+    rows = [(f"u{int(dice.paretovariate(0.4))}", f"i{int(dice.paretovariate(0.6))}") for _ in range(6000)]
+    plan = plan_of(rows, ("user", "item"))
+    assert plan.core == 5 and plan.facts.history[0] >= 5
+    assert "filter: {user_core: 5, item_core: 5}" in render(page(Columns(user="user", item="item"), plan))
+
+
+def test_the_estimate_fits_the_budget_even_for_long_titles() -> None:
+    title = "A very long title of a thing that goes on and on and on " * 3
+    rows = [(user, item, f"{title} {item}") for user, item, _ in some(200, 90, 4000)]
+    plan = plan_of(rows, ("user", "item", "title"))
+    assert plan.facts.title_tokens > 40
+    assert sum(plan.seconds.values()) <= BUDGET_SECONDS
+    assert plan.users < 100 or "few-shot" not in plan.arms
+
+
+def baskets(users: int, moments: int, each: int) -> list[tuple[object, ...]]:
+    return [
+        (f"u{user}", f"i{(7 * user + moment * each + place) % 40}", f"2024-01-{1 + moment:02d}")
+        for user in range(users)
+        for moment in range(moments)
+        for place in range(each)
+    ]
+
+
+def test_whole_orders_are_held_out_where_orders_have_several_items(folder: Path) -> None:
+    pl.DataFrame(baskets(30, 4, 3), schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
+    said = llmrec("init", "t.csv")
+    (note,) = [line for line in said.splitlines() if "last_basket" in line]
+    assert "100% of the users took several products at their last time" in note and "whole orders" in note
+    recipe = load_recipe("t.yaml")
+    assert recipe.data.split.kind == "last_basket"
+    study = build_study(recipe)
+    assert (study.data.test.height, study.data.valid.height) == (90, 90) and not stats.baskets(study.data)
+    plan = plan_of(baskets(30, 4, 3), ("user", "item", "date"))
+    assert (plan.facts.able, plan.facts.teachable, plan.facts.asked) == (30, 30, 3.0)
+    # Every item of a basket is asked about, which takes time.
+    single = plan_of(baskets(30, 12, 1), ("user", "item", "date"))
+    assert single.split == "leave_one_out" and single.facts.asked == 1.0 and single.facts.tied == 0.0
+    assert plan.seconds["evaluation"] / plan.users > 2 * single.seconds["evaluation"] / single.users
+
+
+@pytest.mark.parametrize("form", ["%Y-%m-%d", "%d.%m.%Y", "%m/%d/%Y", "%s"])
+def test_the_last_order_is_the_last_however_dates_are_written(form: str) -> None:
+    """The last of three orders has one item, the first ones three: by their texts another would be the last."""
+    days = [datetime(2023, 12, 30, tzinfo=UTC), datetime(2024, 1, 16, tzinfo=UTC), datetime(2024, 11, 2, tzinfo=UTC)]
+    written = [str(int(day.timestamp())) if form == "%s" else day.strftime(form) for day in days]
+    rows = [
+        (f"u{user}", f"i{(user + 5 * order + place) % 40}", day)
+        for user in range(20)
+        for order, day in enumerate(written)
+        for place in range(1 if order == 2 else 3)
+    ]
+    assert plan_of(rows, ("user", "item", "date")).split == "leave_one_out"
+
+
+def test_orders_are_cut_where_too_few_users_have_three(folder: Path) -> None:
+    rows = [*baskets(9, 3, 2), *((f"v{row[0]}", *row[1:]) for row in baskets(40, 2, 3))]
+    assert plan_of(rows, ("user", "item", "date")).split == "leave_one_out"
+    pl.DataFrame(rows, schema=["client", "sku", "date"], orient="row").write_csv("t.csv")
+    assert "have the same time as one in the history" in llmrec("init", "t.csv")
+
+
+def test_zeros_that_may_mean_no_rating_are_pointed_out(folder: Path) -> None:
+    dice = random.Random(3)
+    rows = [(f"u{dice.randrange(40)}", f"i{dice.randrange(60)}", dice.choice((0, 0, 6, 8, 10))) for _ in range(600)]
+    pl.DataFrame(rows, schema=["user", "item", "stars"], orient="row").write_csv("t.csv")
+    assert "min_rating" in llmrec("init", "t.csv")
+    assert "filter: {min_rating: 1}" in Path("t.yaml").read_text(encoding="utf-8")
+    assert load_recipe("t.yaml").data.filter.min_rating is None
+
+
+# --------------------------------------------------------------------------- any name at all
+
+
+def page(columns: Columns, plan: Plan, *, path: str = "t.csv", items: str | None = None) -> Page:
+    return Page(
+        name="mine",
+        made_from=path,
+        path=path,
+        items=items,
+        columns=columns,
+        why={key: f"why {value}" for key, value in columns.model_dump().items() if isinstance(value, str)},
+        duplicates="",
+        plan=plan,
+    )
+
+
+PLAN = plan_of(some(30, 60, 400), ("user", "item", "stars"))
+names = st.one_of(
+    st.text(min_size=1, max_size=12),
+    st.sampled_from(
+        ["no", "yes", "null", "~", "1.0", "1e3", "0x1f", "2024-01-01", "a: b", " x", "x ", "# c", "'", '"']
+    ),
+    st.sampled_from(
+        ["- a", "{a}", "[a]", "a, b", "&a", "*a", "!a", "|", ">", "%a", "@a", "`a", "a\nb", "a\r\nb", "\ufeff"]
+    ),
+    st.sampled_from(
+        ["=", "<<", "\u2028", "\x85", "\x1b[31m", "true", "none", "NaN", "用户", "😀", "on", "12:30:45", "?"]
+    ),
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.builds(
+        Columns,
+        user=names,
+        item=names,
+        rating=st.none() | names,
+        time=st.none() | names,
+        title=st.none() | names,
+        text=st.none() | names,
+        fields=st.lists(names, max_size=3).map(tuple),
+    ),
+    names,
+    st.none() | names,
+)
+def test_any_column_names_come_back_as_they_were(
+    tmp_path: Path, columns: Columns, path: str, items: str | None
+) -> None:
+    (tmp_path / "r.yaml").write_text(render(page(columns, PLAN, path=path, items=items)), encoding="utf-8")
+    recipe = load_recipe(tmp_path / "r.yaml")
+    assert recipe.data.columns == columns
+    assert (recipe.data.path, recipe.data.items) == (path, items)
+    assert set(recipe.tasks.present()) == set(PLAN.on)
+
+
+@given(st.text(max_size=30))
+def test_a_scalar_is_one_line_of_yaml(text: str) -> None:
+    line = scalar(text)
+    assert len(line.splitlines()) == 1
+    assert yaml.safe_load(f"a: {line}  # remark") == {"a": text}
+
+
+def test_reasons_cannot_write_yaml() -> None:
+    plan = replace(PLAN, tasks={**PLAN.tasks, "explanation": (False, "a\ntrain: {steps: 1}")}, noun="a\nb: c")
+    values = yaml.safe_load(render(page(Columns(user="a\nb", item="c"), plan)))
+    assert values["train"]["steps"] == plan.steps
+    assert values["data"]["noun"] == "a\nb: c"
+
+
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1))
+def test_init_writes_a_recipe_that_check_takes_or_says_one_thing(folder: Path, seed: int) -> None:
+    """On tables of all sorts: no traceback, one paragraph, and no recipe that does not load."""
+    dice = random.Random(seed)
+    size = dice.choice((4, 40, 150))
+    kinds = (
+        lambda: f"u{dice.randrange(12)}",
+        lambda: str(dice.randrange(30)),
+        lambda: dice.choice(("", "1", "2", "3.5")),
+        lambda: str(dice.randint(1, 5)),
+        lambda: f"2024-01-{dice.randint(1, 28):02d}",
+        lambda: f"{dice.randint(1, 28)}/{dice.randint(1, 12)}/2024",
+        lambda: " ".join(dice.choices(("good", "bad", "very", "nice"), k=dice.randint(0, 9))),
+        lambda: f"{dice.randint(0, 5)},{dice.randint(0, 9)}",
+        lambda: dice.choice(("Ä b\tc", "x,y", 'q"q', "\u2028z", "  ", " u1", "u1")),
+        lambda: "",
+    )
+    columns = {"customer": [f"c{dice.randrange(9)}" for _ in range(size)]}
+    columns["sku"] = [f"p{dice.randrange(40)}" for _ in range(size)]
+    for name in dice.sample(("rating", "title", "text", "timestamp", "date", "no", "stars", "price", "a: b", "#"), 5):
+        kind = dice.choice(kinds)
+        columns[name] = [kind() for _ in range(size)]
+    pl.DataFrame(columns).write_csv("fuzz.csv")
+    Path("fuzz.yaml").unlink(missing_ok=True)
+    try:
+        init("fuzz.csv", asked=Asked(), mend=Path("copy.csv") if dice.random() < 0.6 else None, force=True)
+    except LlmrecError as error:
+        assert "\n" not in str(error)
+        assert not Path("fuzz.yaml").exists()
+    else:
+        build_study(load_recipe("fuzz.yaml"))
+
+
+def _ratings(dice: random.Random) -> list[Callable[[int], float]]:
+    """Ways to rate the n-th row; rare users, whom a core filter drops, rate outside of what the others do."""
+    return [
+        lambda user: dice.randint(1, 5) if user < 30 else dice.choice((0, 7)),
+        lambda user: round(dice.paretovariate(0.7) - 0.9, 1),
+        lambda user: dice.choice((0.5, 1, 4.5)) if user < 30 else 123456.789,
+        lambda user: dice.random() if user < 30 else -1e-7 * dice.random(),
+        lambda user: dice.choice((1e6, 1e7, 1e16)) if user < 30 else 1e17,
+        lambda user: dice.randint(-10, 10),
+        lambda user: 3,
+    ]
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.integers(0, 2**32 - 1), st.integers(0, 6), st.booleans())
+def test_a_recipe_of_init_passes_its_own_check(folder: Path, seed: int, kind: int, named: bool) -> None:
+    """On tables without a fault, of which a core filter drops rows with the lowest and the highest ratings.
+
+    The page is written unseen, as for a table that is too large to be checked on the way.
+    """
+    dice = random.Random(seed)
+    rate = _ratings(dice)[kind]
+    pairs = {(dice.randrange(30), dice.randrange(60)) for _ in range(700)}
+    pairs |= {(user, dice.randrange(60)) for user in range(30, 200)}
+    rows = [(f"u{user}", f"i{item}", f"{rate(user)}") for user, item in sorted(pairs)]
+    pl.DataFrame(rows, schema=["customer", "sku", "stars"], orient="row").write_csv("sparse.csv")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("llmrec.start.init.plan._CORE_ROWS", 100)
+        patch.setattr("llmrec.start.init.plan._CORE_LEFT", 5)
+        patch.setattr("llmrec.start.init.start._CHECKED_ROWS", 0)
+        init("sparse.csv", asked=Asked(rating="stars") if named else Asked(), force=True)
+    recipe = load_recipe("sparse.yaml")
+    assert recipe.data.filter.user_core == 5
+    study = build_study(recipe)
+    if kind in (0, 5) and named:
+        scale = study.data.dataset.rating_scale
+        assert scale == recipe.data.rating_scale == ((0, 7) if kind == 0 else (-10, 10))
+
+
+def test_a_kind_of_event_can_be_kept_by_the_line_that_is_shown(folder: Path) -> None:
+    clicks = pl.read_csv("clicks.csv")
+    for name, quoted in (("event", "event"), ("what happened", "col('what happened')")):
+        kinds = pl.Series(name, [("view", "view", "purchase")[row % 3] for row in range(clicks.height)])
+        clicks.with_columns(kinds).write_csv("events.csv")
+        said = llmrec("init", "events.csv", "--force")
+        line = f"""filter: {{where: "{quoted} == 'purchase'"}}"""
+        assert line in said and f"  # {line}  # keeps one kind of event" in Path("events.yaml").read_text(
+            encoding="utf-8"
+        )
+        text = Path("events.yaml").read_text(encoding="utf-8").replace(f"  # {line}", f"  {line}")
+        Path("kept.yaml").write_text(text, encoding="utf-8")
+        assert load(load_recipe("kept.yaml").data, seed=0).interactions.height <= clicks.height / 3
+    # A core filter stands in the same line, since a recipe has one filter.
+    assert yaml.safe_load(where_line("event", "buy", 5)) == {
+        "filter": {"where": "event == 'buy'", "user_core": 5, "item_core": 5}
+    }
+
+
+def test_hours_played_are_no_rating(folder: Path) -> None:
+    """Purchases and hours of play in one column of values, as in the published log of Steam."""
+    dice = random.Random(4)
+    pairs = {(dice.randrange(30), dice.randrange(40)) for _ in range(600)}
+    rows = [(f"p{player}", f"g{game}", max(1.0, round(dice.paretovariate(0.6), 1))) for player, game in sorted(pairs)]
+    pl.DataFrame(rows, schema=["player", "game", "value"], orient="row").write_csv("log.csv")
+    told = llmrec("init", "log.csv")
+    assert "look like amounts" in told
+    recipe = load_recipe("log.yaml")
+    assert recipe.data.columns.rating is None and recipe.data.rating_scale is None
+    build_study(recipe)
+
+
+def test_the_shop_is_seeded(tmp_path: Path) -> None:
+    shop.write_all(tmp_path / "a")
+    shop.write_all(tmp_path / "b")
+    for one in sorted((tmp_path / "a").iterdir()):
+        assert one.read_bytes() == (tmp_path / "b" / one.name).read_bytes()
+    assert shop.write_orders(tmp_path / "c.csv", seed=1).read_bytes() != (tmp_path / "a" / "orders.csv").read_bytes()
+    assert len({product.name for product in shop.products()}) == 60
+    assert len({order.customer_id for order in shop.orders()}) == shop.CUSTOMERS
+
+
+def test_a_table_that_is_not_there_is_named(folder: Path) -> None:
+    assert llmrec("init", "order.csv") == (
+        "error: order.csv: there is no such file (did you mean 'orders.csv'?); give the path of a table"
+    )
+    assert "nowhere/x.csv: there is no such file; give" in llmrec("init", "nowhere/x.csv")
+
+
+def test_words_that_a_customer_used_before_are_no_leak(folder: Path) -> None:
+    """The shop's customers repeat themselves, as people do: the audit must not stop the walk's run for that."""
+    llmrec("init", "orders.csv", "--name", "shop")
+    study = build_study(load_recipe("shop.yaml"))
+    assert questions(study, "explanation").verdict == "clean"
+    repeated = [
+        case
+        for case in study.cases("explanation")
+        if any(str(case.truth) == event.text for event in case.request.history)
+    ]
+    assert repeated, "nobody repeats a text, so this test shows nothing"

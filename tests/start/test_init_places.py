@@ -1,0 +1,139 @@
+"""`llmrec init` on sheets of a spreadsheet and on databases."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+
+import polars as pl
+import pytest
+
+from llmrec.data.sets.table import load
+from llmrec.errors import DataError
+from llmrec.recipe.load import load_recipe
+from llmrec.start.init.start import init
+from tests import shop
+from tests.facts import Facts, raises
+from tests.workbook import workbook
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    shop.write_all(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    yield tmp_path
+
+
+def rows_of(name: str) -> list[tuple[object, ...]]:
+    frame = pl.read_csv(name, infer_schema=False).fill_null("")
+    return [tuple(frame.columns), *frame.rows()]
+
+
+# --------------------------------------------------------------------------- spreadsheets
+
+
+@pytest.fixture
+def book(folder: Path) -> Path:
+    pytest.importorskip("fastexcel")
+    sheets = {
+        "Notes": [("Notes",), ("exported",)],
+        "Clicks 2024": rows_of("clicks.csv"),
+        "Items": rows_of("products.csv"),
+    }
+    return workbook(folder / "book.xlsx", sheets)
+
+
+@pytest.mark.parametrize("absolute", [False, True])
+def test_a_sheet_is_named_behind_a_hash(book: Path, absolute: bool) -> None:
+    name = str(book) if absolute else book.name
+    made = init(f"{name}#Clicks 2024", items=f"{name}#Items", backend="hf")
+    recipe = load_recipe(made.recipe)
+    assert recipe.data.path == f"{name}#Clicks 2024" and recipe.data.items == f"{name}#Items"
+    init("clicks.csv", items="products.csv", backend="hf")
+    plain = load_recipe("clicks.yaml")
+    assert recipe.data.columns == plain.data.columns
+    assert load(recipe.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+
+
+def test_a_sheet_of_items_is_pointed_out(book: Path) -> None:
+    assert "--items 'book.xlsx#Items' reads titles from it" in init("book.xlsx#Clicks 2024", backend="hf").found
+
+
+def test_a_wrong_sheet_or_book_is_named(book: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with raises(DataError, Facts("unknown-name", "book.xlsx", says="'Clicks 2024'")):
+        init("book.xlsx#Clicks 2023")
+    with raises(DataError, Facts("missing-file", says="did you mean 'book.xlsx'")):
+        init("bok.xlsx#Items")
+    with raises(DataError, Facts("missing-column", "book.xlsx#Notes")):
+        init("book.xlsx")
+    assert "name another as book.xlsx#SHEET: Clicks 2024, Items" in caplog.text
+    with raises(DataError, Facts("exists", says="never written over")):
+        init("book.xlsx#Clicks 2024", mend=book, force=True)
+
+
+# --------------------------------------------------------------------------- databases
+
+
+def database(path: Path, **tables: list[tuple[object, ...]]) -> str:
+    with closing(sqlite3.connect(path)) as connection:
+        for name, (head, *rows) in tables.items():
+            connection.execute(f"CREATE TABLE {name} ({', '.join(map(str, head))})")
+            connection.executemany(f"INSERT INTO {name} VALUES ({', '.join('?' * len(head))})", rows)
+        connection.commit()
+    return f"sqlite:///{path.name}"
+
+
+def people(events: list[tuple[object, ...]]) -> list[tuple[object, ...]]:
+    users = sorted({str(row[0]) for row in events[1:]})
+    return [("id", "email", "city"), *((number, f"{user}@example.org", "Ulm") for number, user in enumerate(users))]
+
+
+def suggestion(said: str) -> str:
+    (found,) = re.findall(r"--query ('[^']*')", said)
+    return shlex.split(found)[0]
+
+
+def test_the_query_is_of_the_table_with_a_user_and_an_item_and_has_titles(folder: Path) -> None:
+    events = rows_of("clicks.csv")
+    url = database(folder / "shop.db", customers=people(events), events=events, products=rows_of("products.csv"))
+    with pytest.raises(DataError) as error:
+        init(url)
+    query = suggestion(str(error.value))
+    init(url, query=query, backend="hf")
+    init("clicks.csv", items="products.csv", backend="hf")
+    made, plain = load_recipe("shop.yaml"), load_recipe("clicks.yaml")
+    assert made.data.columns.title == "name"
+    assert load(made.data, seed=0).fingerprint == load(plain.data, seed=0).fingerprint
+    # The file alone, and the table of items as a database, lead to the same query.
+    for table, items in (("shop.db", None), (url, url)):
+        with raises(DataError, Facts("wrong-format", says=query)):
+            init(table, items=items, force=True)
+    with raises(DataError, Facts("wrong-format", says=f"name it as sqlite:///{folder / 'shop.db'}")):
+        init(str(folder / "shop.db"), force=True)
+
+
+def test_two_tables_with_a_user_and_an_item_each_are_joined(folder: Path) -> None:
+    events = rows_of("clicks.csv")
+    orders = [("order_id", "customer_id", "ts"), *((n, row[0], row[2]) for n, row in enumerate(events[1:]))]
+    lines = [("order_id", "sku", "qty"), *((n, row[1], 1) for n, row in enumerate(events[1:]))]
+    url = database(folder / "shop.db", customers=people(events), order_lines=lines, orders=orders)
+    with pytest.raises(DataError) as error:
+        init(url)
+    query = suggestion(str(error.value))
+    assert "JOIN orders USING (order_id)" in query
+    init(url, query=query, backend="hf")
+    columns = load_recipe("shop.yaml").data.columns
+    assert (columns.user, columns.item, columns.time) == ("customer_id", "sku", "ts")
+
+
+def test_a_recipe_that_names_a_database_as_a_file_is_told_the_form(folder: Path) -> None:
+    database(folder / "shop.db", events=rows_of("clicks.csv"))
+    Path("r.yaml").write_text(
+        "name: r\ndata: {source: table, path: shop.db}\ntasks: {sequential: {}}\n", encoding="utf-8"
+    )
+    with raises(DataError, Facts("wrong-format", says="data.path=sqlite:///shop.db")):
+        load(load_recipe("r.yaml").data, seed=0)

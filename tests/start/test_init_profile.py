@@ -1,0 +1,512 @@
+"""What `llmrec init` reads out of names and values: roles, forms of numbers and dates, parts of large files."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmrec.data.read.columns import NONE
+from llmrec.data.read.table import read_table
+from llmrec.data.read.text import Table
+from llmrec.data.read.typed import numbers as read_numbers
+from llmrec.data.read.typed import times as read_times
+from llmrec.data.read.words import named, noun_of
+from llmrec.errors import DataError
+from llmrec.start.init.columns import Asked, Roles, asked, guess
+from llmrec.start.init.faults import faults, mended
+from llmrec.start.init.profile import READABLE, kinds_of_events, numbers, peek, profile, shown, times
+from llmrec.start.options import InitOptions
+from tests.facts import Facts, raises
+
+dice = random.Random(0)
+PAIRS = [(dice.randrange(40), dice.randrange(70)) for _ in range(700)]
+USERS, ITEMS = [f"u{u}" for u, _ in PAIRS], [f"B0{i:03d}" for _, i in PAIRS]
+TITLES = [f"The {i} Thing" for _, i in PAIRS]
+STARS = [dice.randint(1, 5) for _ in PAIRS]
+DAYS = [f"2024-03-{dice.randint(1, 28):02d}" for _ in PAIRS]
+SECONDS = [1_600_000_000 + dice.randrange(10**7) for _ in PAIRS]
+LINES = list(range(len(PAIRS)))
+WORDS = ["good", "bad", "fine", "great", "nice", "thing", "really", "works", "well", "for", "me", "and", "my", "dog"]
+TEXTS = [" ".join(dice.choices(WORDS, k=dice.randint(4, 15))) for _ in PAIRS]
+COUNTS = [int(dice.expovariate(0.1)) + 1 for _ in PAIRS]
+
+
+def table(columns: dict[str, Sequence[object]]) -> Table:
+    frame = pl.DataFrame({name: [str(value) for value in values] for name, values in columns.items()})
+    return Table("t.csv", frame, header=1)
+
+
+def roles(columns: dict[str, Sequence[object]], **said: str) -> Roles:
+    return guess(table(columns), asked(InitOptions(table="t", **said)))
+
+
+def found(answer: Roles) -> tuple[str | None, ...]:
+    return (answer.user, answer.item, answer.rating, answer.time, answer.title, answer.text)
+
+
+# --------------------------------------------------------------------------- names
+
+
+@pytest.mark.parametrize(
+    ("role", "names"),
+    [
+        (
+            "user",
+            "customer_id userId member reviewerID User-ID Kundennummer id_client usuario 用户ID ユーザーID userid "
+            "email e-mail customer customer_email client Kunde",
+        ),
+        (
+            "item",
+            "product_id asin parent_asin sku isbn13 movieId business_id Artikelnr id_produit 商品编号 товар itemid",
+        ),
+        ("rating", "stars score overall rate Book-Rating product_rating Bewertung puntuación avaliação 评分 note"),
+        ("time", "ts ordered_at unixReviewTime timestamp created_at Bestelldatum fecha дата 时间 date_commande"),
+        ("title", "title product_name name Bezeichnung headline nom_produit título 商品名 book_title"),
+        ("text", "review_text reviewText comment Kommentar avis reseña отзыв review/text"),
+        ("field", "genre genres category brand price Kategorie marque precio category_name"),
+        ("row", "order_id review_id Bestellnr Unnamed:0 invoice_no"),
+        ("count", "play_count qty quantity helpful_vote num_ratings Anzahl"),
+    ],
+)
+def test_names_in_many_languages(role: str, names: str) -> None:
+    for name in names.split(" "):
+        said = named(name)
+        assert said.weight(role) == max(said.roles.values()) > 0, (name, said)
+
+
+def test_what_belongs_to_something_is_not_that_thing() -> None:
+    assert not named("product_rating").weight("item")
+    assert not named("review_title").weight("title")
+    assert not named("review_id").weight("text")
+    assert named("customer_city").weight("user") < named("customer").weight("user")
+    assert named("artist").weight("item") > 0 and not named("product_category").weight("item")
+
+
+@pytest.mark.parametrize(
+    ("word", "noun"),
+    [("product_id", "products"), ("movieId", "movies"), ("isbn", "books"), ("stories.csv", "stories"), ("xyz", None)],
+)
+def test_nouns(word: str, noun: str | None) -> None:
+    assert noun_of(word) == noun
+
+
+# --------------------------------------------------------------------------- forms
+
+
+@pytest.mark.parametrize(
+    ("cells", "form", "values"),
+    [
+        (["4.5", "3", " 5 "], "plain numbers", [4.5, 3.0, 5.0]),
+        (["4,5", "3", "5,0"], "decimal commas", [4.5, 3.0, 5.0]),
+        (["1.234,5", "2"], "decimal commas", [1234.5, 2.0]),
+        (["1,234", "2,000", "7"], "thousands separators", [1234.0, 2000.0, 7.0]),
+        (["5", "", "n/a", "4", "3", "2", "1", "5"], "plain numbers", [5.0, None, None, 4.0, 3.0, 2.0, 1.0, 5.0]),
+        (["five", "nan", "inf"], "no numbers", [None, None, None]),
+    ],
+)
+def test_numbers(cells: list[str], form: str, values: list[float | None]) -> None:
+    read = numbers(pl.Series(cells))
+    assert (read.form, read.values.to_list()) == (form, values)
+
+
+@pytest.mark.parametrize(
+    ("cells", "form", "first"),
+    [
+        (["2024-05-31", "2024-06-01T08:15:00Z"], "ISO dates", "2024-05-31"),
+        (["1717140000000", "1717150000000"], "numbers", "1717140000000"),
+        (["31.05.2024 08:15", "01.06.2024 09:00"], "day-first dates", "31.05.2024 08:15"),
+        (["01.06.2024", "02.06.2024", "soon", "", "", "1.6.2024", "2.6.2024"], "day-first dates", "01.06.2024"),
+        (["01/06/2024", "31/05/2024"], "day-first dates", "01/06/2024"),
+        (["6/1/2024 3:04 PM", "5/31/2024 1:00 AM"], "month-first dates", "6/1/2024 3:04 PM"),
+        (["01/06/2024", "02/06/2024"], "dates whose day and month cannot be told apart", None),
+        (["2024/05/31", "2024/06/01"], "dates", "2024/05/31"),
+        (["Sep 17, 2014", "Oct 1, 2014"], "dates", "Sep 17, 2014"),
+        (["2019-11-01 00:00:05 UTC", "2019-11-01 00:00:06 UTC"], "ISO dates", "2019-11-01 00:00:05 UTC"),
+        (["yesterday", "soon"], "no times", None),
+    ],
+)
+def test_times(cells: list[str], form: str, first: str | None) -> None:
+    series = pl.Series(cells)
+    read = times(series, series)
+    assert (read.form, read.values[0]) == (form, first)
+
+
+@given(st.lists(st.sampled_from(["4", "4,5", "x", "", "1.5", "1,234", "nan", "2024-01-05", "05.01.2024"]), min_size=1))
+def test_a_readable_form_is_what_the_data_layer_reads(cells: list[str]) -> None:
+    """Where a form is readable and every cell has a value, the column's own reader takes it, and the same values."""
+    series = pl.Series(cells)
+    whole = Table("t.csv", pl.DataFrame({"c": cells}), header=1)
+    read = numbers(series)
+    if read.form == "plain numbers" and read.values.null_count() == 0:
+        assert read_numbers(whole, "c", "rating").to_list() == read.values.to_list()
+    when = times(series, series)
+    if when.form in READABLE and when.form != "numbers" and when.values.null_count() == 0:
+        assert len(read_times(whole, "c")) == len(cells)
+
+
+# --------------------------------------------------------------------------- roles
+
+
+def test_well_known_layouts() -> None:
+    assert found(roles({"userId": USERS, "movieId": ITEMS, "rating": STARS, "timestamp": SECONDS})) == (
+        "userId",
+        "movieId",
+        "rating",
+        "timestamp",
+        None,
+        None,
+    )
+    amazon = {
+        "rating": STARS,
+        "title": [text[:20] for text in TEXTS],
+        "text": TEXTS,
+        "asin": [f"{item}{dice.choice('AB')}" for item in ITEMS],
+        "parent_asin": ITEMS,
+        "user_id": USERS,
+        "timestamp": [1000 * second for second in SECONDS],
+        "helpful_vote": COUNTS,
+    }
+    answer = roles(amazon)
+    assert found(answer) == ("user_id", "parent_asin", "rating", "timestamp", None, "text")
+    assert "--item asin" in answer.why["asin"] and "milliseconds" in answer.why["timestamp"]
+    yelp = {"review_id": LINES, "user_id": USERS, "business_id": ITEMS, "stars": STARS, "useful": COUNTS, "date": DAYS}
+    assert found(roles(yelp)) == ("user_id", "business_id", "stars", "date", None, None)
+    books = {"User-ID": USERS, "ISBN": ITEMS, "Book-Rating": [dice.choice((0, 0, 7, 9)) for _ in PAIRS]}
+    assert found(roles(books))[:3] == ("User-ID", "ISBN", "Book-Rating")
+    assert found(roles({"user": USERS, "artist": TITLES, "plays": COUNTS})) == (
+        "user",
+        "artist",
+        None,
+        None,
+        "artist",
+        None,
+    )
+
+
+def test_an_order_line_table() -> None:
+    answer = roles(
+        {
+            "order_id": [line // 3 for line in LINES],
+            "line_id": LINES,
+            "customer_id": USERS,
+            "customer_city": [f"city {user}" for user, _ in PAIRS],
+            "sku": ITEMS,
+            "product": TITLES,
+            "unit_price": [1 + item / 10 for _, item in PAIRS],
+            "colour": [f"c{item % 4}" for _, item in PAIRS],
+            "quantity": COUNTS,
+            "currency": ["EUR"] * len(PAIRS),
+            "order_date": DAYS,
+        }
+    )
+    assert found(answer) == ("customer_id", "sku", None, "order_date", "product", None)
+    assert set(answer.fields) == {"unit_price", "colour"}
+    assert "orders or rows" in answer.why["order_id"]
+    assert "every row" in answer.why["line_id"]
+    assert "same value" in answer.why["currency"]
+    assert "count" in answer.why["quantity"]
+    assert answer.taken_for("currency") == "-"
+    assert answer.taken_for("colour") == "field"
+
+
+def test_values_decide_where_names_do_not() -> None:
+    answer = roles({"a": USERS, "b": ITEMS, "c": STARS, "d": DAYS, "e": TEXTS}, user="a")
+    assert found(answer) == ("a", "b", "c", "d", None, "e")
+    counts = roles({"user": USERS, "item": ITEMS, "score": COUNTS})
+    assert counts.rating is None
+    assert "look like counts" in counts.why["score"] and "--rating score" in counts.why["score"]
+    assert roles({"user": USERS, "item": ITEMS, "score": COUNTS}, rating="score").rating == "score"
+    hours = roles({"user": USERS, "item": ITEMS, "value": [f"{count * 1.3 - 1.2:.1f}" for count in COUNTS]})
+    assert hours.rating is None
+    assert "look like amounts" in hours.why["value"] and "--rating value" in hours.why["value"]
+    assert roles({"user": USERS, "item": ITEMS, "stars": STARS, "note": TEXTS}).text == "note"
+    assert roles({"user": USERS, "item": ITEMS, "note": STARS}).rating == "note"
+    birth = [f"19{10 + user}-01-01" for user, _ in PAIRS]
+    assert roles({"user": USERS, "item": ITEMS, "date_of_birth": birth, "day": DAYS}).time == "day"
+    about = [f"a long and true description of thing number {item}" for _, item in PAIRS]
+    assert roles({"user": USERS, "item": ITEMS, "text": about}).text is None
+
+
+def test_an_address_is_a_user() -> None:
+    addresses = [f"{user}@example.org" for user in USERS]
+    assert roles({"event": ["view"] * len(PAIRS), "email": addresses, "sku": ITEMS, "ts": SECONDS}).user == "email"
+    assert roles({"customer_id": USERS, "customer_email": addresses, "sku": ITEMS}).user == "customer_id"
+    assert roles({"client": USERS, "mail": addresses, "sku": ITEMS}).user == "client"
+
+
+@pytest.mark.parametrize("name", ["Kommentar", "comment", "notes", "delivery_note"])
+def test_a_text_is_a_review_only_if_something_says_so(name: str) -> None:
+    orders = {"Kunde": USERS, "Artikelnr": ITEMS, name: TEXTS}
+    answer = roles(orders)
+    assert answer.text is None and f"--text {name}" in answer.why[name]
+    assert roles(orders, text=name).text == name
+    # A rating in the same row is evidence, but not for what its name says is about the order.
+    assert roles({**orders, "Sterne": STARS}).text == (None if name == "delivery_note" else name)
+
+
+@pytest.mark.parametrize("name", ["reviewText", "Rezension", "review", "text", "opinion"])
+def test_a_text_may_be_a_review_by_its_name(name: str) -> None:
+    assert roles({"user": USERS, "item": ITEMS, name: TEXTS}).text == name
+
+
+def test_of_two_columns_of_the_same_prices_one_is_shown() -> None:
+    prices = [f"{10 + item},50" for _, item in PAIRS]
+    answer = roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": prices, "Marke": TITLES})
+    assert answer.fields == ("Preis", "Marke") and answer.why["Einzelpreis"] == "holds the same values as Preis"
+    pointed = [price.replace(",", ".") for price in prices]
+    assert (
+        "Einzelpreis" not in roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": pointed}).fields
+    )
+    other = [f"{11 + item},50" for _, item in PAIRS]
+    assert "Einzelpreis" in roles({"Kunde": USERS, "Artikelnr": ITEMS, "Preis": prices, "Einzelpreis": other}).fields
+
+
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (("view", "cart", "purchase"), "purchase"),
+        (("pv", "fav", "cart", "buy"), "buy"),
+        (("page_view", "add_to_cart", "Remove from cart"), "add_to_cart"),
+        (("click", "impression"), "click"),
+        (("red", "blue", "green"), None),
+        (("view",), None),
+    ],
+)
+def test_kinds_of_events(values: tuple[str, ...], kept: str | None) -> None:
+    held = profile(table({"event": [values[line % len(values)] for line in LINES], "sku": ITEMS}))["event"]
+    assert next(iter(kinds_of_events(held)), None) == kept
+
+
+def test_a_sparse_table_is_judged_by_the_values_that_repeat() -> None:
+    items = [n if n > 40 else n // 2 for n in range(600)]
+    columns = {
+        "buyer": [f"b{n % 90}" for n in range(600)],
+        "sku": [f"s{item}" for item in items],
+        "name": [f"The {item} Thing" for item in items],
+        "brand": [f"brand {item % 7}" for item in items],
+        "headline": [f"My {dice.random()} words" for _ in items],
+    }
+    answer = roles(columns)
+    assert (answer.user, answer.item, answer.title, answer.fields) == ("buyer", "sku", "name", ("brand",))
+    assert "several" in answer.why["headline"]
+
+
+def test_no_column_becomes_two_things_by_a_guess() -> None:
+    answer = roles({"user": USERS, "item": ITEMS, "stars": STARS, "score": STARS, "date": DAYS, "time": DAYS})
+    assert answer.rating == "stars" and "--rating score" in answer.why["score"]
+    assert {answer.time} < {"date", "time"}
+
+
+@pytest.mark.parametrize(
+    ("columns", "said", "facts"),
+    [
+        ({"a": USERS, "b": ITEMS}, {}, Facts("missing-column", says=("--user COLUMN --item COLUMN", "a (40 values)"))),
+        (
+            {"user_id": LINES, "item": ITEMS},
+            {},
+            Facts("missing-column", says=("'user_id'", "different value in every row")),
+        ),
+        (
+            {"customer": USERS, "member": USERS[::-1], "item": ITEMS},
+            {},
+            Facts("ambiguous", says="--user customer or --user member"),
+        ),
+        (
+            {"user": USERS, "item": ITEMS},
+            {"user": "uzer"},
+            Facts("missing-column", column="uzer", says=("did you mean 'user'", "--user")),
+        ),
+        (
+            {"user": USERS, "item": ITEMS},
+            {"fields": "itm"},
+            Facts("missing-column", column="itm", says=("did you mean 'item'", "--fields")),
+        ),
+        (
+            {"user": USERS, "item": ITEMS, "n": LINES},
+            {"user": "n"},
+            Facts("bad-value", column="n", says=("every row", "--user")),
+        ),
+        (
+            {"user": USERS, "item": ITEMS},
+            {"user": "item", "item": "item"},
+            Facts("contradiction", column="item", says="--user, --item"),
+        ),
+        ({"196": USERS, "242": ITEMS, "3.5": STARS}, {}, Facts("wrong-format", says="196, 242, 3.5")),
+        ({"user|item|rating": ["a|b|3"]}, {}, Facts("missing-column", says="user|item|rating")),
+    ],
+)
+def test_questions_are_one_paragraph(columns: dict[str, list[object]], said: dict[str, str], facts: Facts) -> None:
+    with raises(DataError, facts if facts.kind == "contradiction" else replace(facts, file="t.csv")):
+        roles(columns, **said)
+
+
+def test_the_order_of_dates_is_one_of_two() -> None:
+    with raises(DataError, Facts("unknown-name", column="dates", says="did you mean 'day-first'")):
+        asked(InitOptions(table="t", dates="day_first"))
+
+
+def test_names_from_a_file_cannot_write_lines() -> None:
+    assert shown("a\n# b\x1b[31m") == "a # b[31m"
+    answer = roles({"user\n": USERS, "item": ITEMS})
+    assert answer.user == "user\n"
+    assert all("\n" not in why for why in answer.why.values())
+
+
+# --------------------------------------------------------------------------- parts of files
+
+
+def write_csv(path: Path, rows: int) -> Path:
+    body = "".join(f"u{n % 50},i{n % 31},{n * n % 7 % 5 + 1},{n}\n" for n in range(rows))
+    path.write_text("user,item,stars,ts\n" + body, encoding="utf-8")
+    return path
+
+
+def test_a_small_file_is_read_whole(tmp_path: Path) -> None:
+    part = peek(write_csv(tmp_path / "t.csv", 100))
+    assert part.whole and part.table.frame.height == part.first == 100
+    assert part.where(1).endswith("row 2 (line 3)")
+
+
+@pytest.mark.parametrize("ending", ["csv", "csv.gz", "jsonl"])
+def test_of_a_large_file_a_part_is_read(tmp_path: Path, ending: str) -> None:
+    plain = write_csv(tmp_path / "t.csv", 20_000)
+    whole = read_table(plain).frame
+    path = tmp_path / f"large.{ending}"
+    if ending == "csv":
+        path.write_bytes(plain.read_bytes())
+    elif ending == "csv.gz":
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+    else:
+        path.write_text(whole.write_ndjson(), encoding="utf-8")
+    part = peek(path, limit=60_000, part=30_000)
+    assert not part.whole
+    assert 0 < part.first <= part.table.frame.height < 20_000
+    assert part.table.frame.join(whole, on=whole.columns, how="anti").is_empty()
+    last = part.table.frame["ts"].cast(pl.Int64).max()
+    assert last is not None and (int(last) > 15_000) == (ending != "csv.gz")  # type: ignore[call-overload]
+    assert part.where(part.first).endswith("a row further down") or part.first == part.table.frame.height
+    assert guess(part.table, Asked()).rating == "stars"
+
+
+def test_a_part_ends_after_a_whole_quoted_row(tmp_path: Path) -> None:
+    body = "".join(f'u{n % 50},i{n % 31},"one\ntwo, ""three"" {n}"\n' for n in range(5_000))
+    (tmp_path / "t.csv").write_text("user,item,text\n" + body, encoding="utf-8")
+    part = peek(tmp_path / "t.csv", limit=20_000, part=20_000)
+    assert not part.whole
+    assert part.table.frame["text"][-1].startswith('one\ntwo, "three" ')
+
+
+def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmrec.start.init.profile.WHOLE_ROWS", 1000)
+    monkeypatch.setattr("llmrec.start.init.profile.PART_ROWS", 600)
+    frame = read_table(write_csv(tmp_path / "t.csv", 5000)).frame
+    frame.write_parquet(tmp_path / "t.parquet", row_group_size=500)
+    part = peek(tmp_path / "t.parquet")
+    assert not part.whole and part.table.frame.height < 5000
+    assert part.table.frame["ts"].cast(pl.Int64).max() > 4000  # type: ignore[operator]
+    assert peek(tmp_path / "t.parquet", whole=True).table.frame.height == 5000
+
+
+def test_damage_is_one_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "t.csv.gz").write_bytes(b"\x1f\x8bnothing")
+    for facts in (Facts("damaged", "t.csv.gz"), Facts("missing-file", "gone.csv")):
+        with raises(DataError, facts):
+            peek(tmp_path / str(facts.file))
+
+
+# --------------------------------------------------------------------------- faults and their mend
+
+SPOILERS: dict[str, tuple[str, Callable[[list[str]], list[str]], str]] = {
+    "decimal commas": ("stars", lambda cells: [f"{cell},5" for cell in cells], "decimal comma"),
+    "no stars in a row": ("stars", lambda cells: ["", *cells[1:]], "no number"),
+    "no day in a row": ("day", lambda cells: [cells[0], "", *cells[2:]], "no time"),
+    "no user in a row": ("user", lambda cells: ["", *cells[1:]], "the user"),
+    "a timestamp of words": ("timestamp", lambda cells: ["at noon"] * len(cells), "no time"),
+}
+
+
+@pytest.mark.parametrize("spoiler", SPOILERS)
+def test_what_cannot_be_read_is_named_and_mended(spoiler: str, tmp_path: Path) -> None:
+    columns = {"user": USERS, "item": ITEMS, "stars": list(map(str, STARS)), "day": DAYS, "title": TITLES}
+    name, spoil, said = SPOILERS[spoiler]
+    columns[name] = spoil(columns.get(name, DAYS))
+    if name == "timestamp":
+        del columns["day"]  # a column of llmrec's own name is read where no other one is named
+    pl.DataFrame(columns).write_csv(tmp_path / "t.csv")
+    part = peek(tmp_path / "t.csv")
+    answer = guess(part.table, asked(InitOptions(table="t", title="title")))
+    wrong = faults(part, answer, None, answer.item)
+    assert [fault.column for fault in wrong] == [name]
+    assert said in wrong[0].said and "row " in wrong[0].said and wrong[0].mend
+    frame, done = mended(part.table, answer, None, answer.item)
+    frame.write_csv(tmp_path / "mended.csv")
+    again = peek(tmp_path / "mended.csv")
+    assert faults(again, guess(again.table, asked(InitOptions(table="t", title="title"))), None, answer.item) == []
+    assert (frame.height < len(PAIRS)) == bool(done)
+    if name == "stars" and not done:
+        assert frame["stars"].to_list() == [star + 0.5 for star in STARS]
+    if name == "day" and not done:
+        assert [text[:10] for text in frame["day"]] == DAYS
+
+
+def test_a_column_of_a_type_that_cannot_be_used_is_named(tmp_path: Path) -> None:
+    arrow = pa.table({"item": ITEMS, "stars": STARS, "user": pa.array([{"a": b"x"}] * len(ITEMS))})
+    pq.write_table(arrow, tmp_path / "t.parquet")
+    part = peek(tmp_path / "t.parquet")
+    for wanted, kind in ((Asked(), "missing-column"), (Asked(user="user"), "bad-value")):
+        with raises(DataError, Facts(kind, says=("'user'" if wanted.user else "user", "cannot be used"))):
+            guess(part.table, wanted)
+
+
+def test_a_second_table_is_joined_on_one_name(tmp_path: Path) -> None:
+    kept = sorted(set(ITEMS))[1:]
+    listed = table({"id": kept, "name": [f"Name {item}" for item in kept]})
+    pl.DataFrame({"user": USERS, "item": ITEMS}).write_csv(tmp_path / "t.csv")
+    part = peek(tmp_path / "t.csv")
+    answer = guess(part.table, Asked(), listed)
+    assert answer.title == "name"
+    said = [fault.said for fault in faults(part, answer, listed, "id")]
+    assert "'id'" in said[0] and "'item'" in said[0]
+    assert f"1 of {len(kept) + 1} items" in said[1]
+    frame, done = mended(part.table, answer, listed, "id")
+    assert frame.columns == ["user", "id"]
+    assert set(frame["id"]) == set(kept)
+    assert len(done) == 1
+
+
+def test_leaving_out_is_said_with_none() -> None:
+    columns = {"user": USERS, "item": ITEMS, "stars": STARS, "day": DAYS, "name": TITLES, "comment": TEXTS}
+    answer = roles(columns, rating=NONE, time=NONE, title=NONE, text=NONE, fields=NONE)
+    assert found(answer) == ("user", "item", None, None, None, None)
+    assert answer.fields == ()
+
+
+def test_profiles_of_parquet_types(tmp_path: Path) -> None:
+    frame = pl.DataFrame(
+        {
+            "user": [1.0, 2.0, 1.0],
+            "item": [7, 8, 8],
+            "liked": [True, False, True],
+            "at": [datetime(2024, 1, 1), datetime(2024, 1, 2), datetime(2024, 1, 3)],
+            "tags": [["a", "b"], ["c"], []],
+        }
+    )
+    frame.write_parquet(tmp_path / "t.parquet")
+    held = profile(read_table(tmp_path / "t.parquet"))
+    assert held["user"].cells.to_list() == ["1", "2", "1"]
+    assert held["liked"].levels == (0.0, 1.0)
+    assert held["at"].times.form == "times"
+    assert held["tags"].cells.to_list() == ["a, b", "c", ""]
+    assert json.dumps([p.distinct for p in held.values()]) == "[2, 2, 2, 3, 2]"

@@ -1,0 +1,156 @@
+"""`llmrec tune`: what a space is, what is tried, what a killed call leaves, and what comes out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from llmrec.errors import LlmrecError, RecipeError
+from llmrec.recipe.load import load_recipe
+from llmrec.start.options import TuneOptions
+from llmrec.start.tune import run as tuning
+from llmrec.start.tune.run import Space, grid, spaces
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """Write a recipe of classic recommenders on a small table, whose item-knn has a parameter to find."""
+    rows = ["user,item,time"]
+    rows += [f"u{user},i{(user + step) % 12},{10 * user + step}" for user in range(40) for step in range(6)]
+    (tmp_path / "walks.csv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    recipe = {
+        "name": "walks",
+        "data": {
+            "source": "table",
+            "path": str(tmp_path / "walks.csv"),
+            "columns": {"user": "user", "item": "item", "time": "time"},
+        },
+        "tasks": {"sequential": {"strategies": ["search"], "history": 5}},
+        "eval": {"arms": [], "users": 40, "candidates": {"kind": "catalogue"}, "bootstrap": 50},
+    }
+    path = tmp_path / "walks.yaml"
+    path.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return path
+
+
+def options(page: Path, tmp_path: Path, *over: str, **more: object) -> TuneOptions:
+    return TuneOptions(recipe=str(page), over=over, out=tmp_path / "search", **more)  # type: ignore[arg-type]
+
+
+def test_spaces_are_ranges_and_lists() -> None:
+    rate, rank, kinds = spaces(["train.learning_rate=1e-4..1e-3", "train.lora.rank=8..64", "train.method=lora,full"])
+    assert (rate.low, rate.high, rate.log) == (1e-4, 1e-3, True)
+    assert (rank.low, rank.high, rank.log) == (8, 64, False) and isinstance(rank.low, int)
+    assert kinds.values == ("lora", "full") and grid([kinds]) == [{"train.method": "lora"}, {"train.method": "full"}]
+    assert grid([rate, kinds]) is None
+    assert spaces(["a=1e-4,0.1,true"])[0].values == (1e-4, 0.1, True)
+    assert rate.parameter(5e-4) == 5e-4 and rate.parameter(1.0) is None and kinds.parameter("qlora") is None
+
+
+@pytest.mark.parametrize("text", ["", "a", "a=", "=1..2", "a=2..1", "a=x..y", "a={b: 1}", "a=1..", "a=[", "a=true..2"])
+def test_what_is_no_space(text: str) -> None:
+    with pytest.raises(RecipeError) as caught:
+        spaces([text])
+    assert caught.value.column == "--over" and caught.value.kind == "bad-value"
+
+
+def test_a_list_is_tried_whole_and_the_best_is_a_recipe(page: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    asked = options(page, tmp_path, "tasks.sequential.history=1,5,8", metric="sequential/NDCG@5")
+    found = tuning.search(asked, lines.append)
+    assert found.trials == 3 and found.first is not None and found.best >= found.first
+    made = load_recipe(found.recipe)
+    assert (
+        made.eval.split == "test"
+        and made.tasks.present()["sequential"].history
+        == found.chosen[  # type: ignore[attr-defined]
+            "tasks.sequential.history"
+        ]
+    )
+    table = (tmp_path / "search" / "trials.csv").read_text().splitlines()
+    assert table[0] == "trial,tasks.sequential.history,value,seconds,error" and len(table) == 4
+    assert table[1].split(",")[1] == "5"  # the recipe's own value first
+    record = json.loads((tmp_path / "search" / "tune.json").read_text())
+    assert record["metric"] == "sequential/NDCG@5" and len(record["trials"]) == 3
+    assert "best of 3 trials" in tuning.told(found)
+
+    again: list[str] = []
+    assert tuning.search(asked, again.append).best == found.best and again == ["every point was tried"]
+    with pytest.raises(RecipeError) as caught:
+        tuning.search(options(page, tmp_path, "tasks.sequential.history=1,2"))
+    assert caught.value.kind == "mismatch"
+
+
+def test_a_killed_trial_is_tried_again(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = options(page, tmp_path, "tasks.sequential.history=1,5")
+    real = tuning.run
+
+    def killed(*given: object, **named: object) -> object:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tuning, "run", killed)
+    with pytest.raises(KeyboardInterrupt):
+        tuning.search(asked)
+    monkeypatch.setattr(tuning, "run", real)
+    assert tuning.search(asked).trials == 2
+
+
+def test_trials_that_break_are_kept_and_do_not_end_the_search(
+    page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = tuning.run
+
+    def breaking(recipe: object, *given: object, **named: object) -> object:
+        if recipe.tasks.present()["sequential"].history == 1:  # type: ignore[attr-defined]
+            raise LlmrecError("no memory", kind="exhausted")
+        return real(recipe, *given, **named)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(tuning, "run", breaking)
+    found = tuning.search(options(page, tmp_path, "tasks.sequential.history=1,5"))
+    assert (found.trials, found.failed, found.chosen) == (2, 1, {"tasks.sequential.history": 5})
+    assert "no memory" in (tmp_path / "search" / "trials.csv").read_text()
+
+
+def test_a_range_is_searched_until_the_trials_are_done(page: Path, tmp_path: Path) -> None:
+    lines: list[str] = []
+    found = tuning.search(options(page, tmp_path, "tasks.sequential.history=1..9", trials=2), lines.append)
+    assert found.trials == 2 and lines[-1] == "2 trials are done" and found.first is not None
+
+
+def test_trials_that_answer_other_questions_are_no_search(page: Path, tmp_path: Path) -> None:
+    with pytest.raises(RecipeError) as caught:
+        tuning.search(options(page, tmp_path, "eval.users=20,40"))
+    assert (caught.value.kind, caught.value.column) == ("mismatch", "--over")
+    assert "another number of cases" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("over", "more", "column"),
+    [
+        (("tasks.sequential.histroy=1,2",), {}, "tasks.sequential.histroy"),
+        (("tasks.sequential.history=1,2", "tasks.sequential.history=3,4"), {}, "--over"),
+        ((), {}, "--over"),
+        (("tasks.sequential.history=1,2",), {"metric": "rating"}, "--metric"),
+        (("tasks.sequential.history=5,2",), {"metric": "sequential/RMSE"}, "--metric"),
+        (("tasks.sequential.history=1,2",), {"budget": "soon"}, "--budget"),
+    ],
+)
+def test_what_cannot_be_searched(
+    over: tuple[str, ...], more: dict[str, str], column: str, page: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(LlmrecError) as caught:
+        tuning.search(options(page, tmp_path, *over, **more))
+    assert column in (caught.value.column, str(caught.value)) or column in str(caught.value)
+
+
+def test_a_space_suggests_what_it_holds() -> None:
+    import optuna
+
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    trial = study.ask()
+    assert Space("a", (True, None, 1.5)).suggest(trial) in (True, None, 1.5)
+    assert 1e-4 <= Space("b", (), 1e-4, 1e-3).suggest(trial) <= 1e-3  # type: ignore[operator]
+    assert isinstance(Space("c", (), 2, 9).suggest(trial), int)
