@@ -26,12 +26,14 @@ from llmrec.pipeline import run as pipeline
 from llmrec.progress import QUIET, Bar
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Cost
-from tests.test_cli import HEADER, llmrec, rows, write
+from tests.test_cli import HEADER, rows, write
 
 
 def told(*args: str, code: int = 0) -> dict[str, Any]:
     """Run a command with --json and return the one object that it prints."""
-    done = llmrec(*args, "--json")
+    # In a process of its own: the descriptor of the standard output is moved.
+    command = [sys.executable, "-m", "llmrec", *args, "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == code, done.stderr
     found: dict[str, Any] = json.loads(done.stdout)
     return found

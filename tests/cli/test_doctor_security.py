@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from llmrec.cli import security
 from llmrec.cli.security import Finding
-from tests.test_cli import llmrec
 
 SECRET = "sk-abcdefghijklmnop1234567890"
 
@@ -96,7 +97,8 @@ def test_once_mended_nothing_is_left(shop: Path) -> None:
 
 def test_the_command_exits_with_1_where_something_is_wrong(shop: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(shop)
-    done = llmrec("doctor", "--security", "--json")
+    command = [sys.executable, "-m", "llmrec", "doctor", "--security", "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 1
     rows = json.loads(done.stdout)["findings"]
     assert {"pickled weights", "key files", "services"} <= {row["name"] for row in rows}
