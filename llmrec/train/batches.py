@@ -1,8 +1,8 @@
-"""Cuts a stream of rows into optimiser steps of about equal work; rows of a rating head have classes for targets.
+"""Groups training rows into optimiser steps of about equal cost; the rows of a rating head have classes as targets.
 
-A target's class stands where its first token stood, and the other tokens of a target bear no loss. So a row is planned,
-counted, packed and resumed as before, and what is read is the state before each rating: in a chat row that of the
-prompt's last token, in a list row every point at which evaluation would ask.
+The class of a target takes the position of its first token; the target's other tokens have no loss. Planning, counting,
+packing and resuming are therefore the same as for token targets. The rating head reads the hidden state before each
+rating: in a chat row that of the prompt's last token, in a list row one at every point at which evaluation asks.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ def paired_inputs(rows: Sequence[TokenRow], pad: int) -> dict[str, list[list[int
     }
 
 
-# Rows sorted together: larger means less padding, smaller means better mixed steps.
+# Rows that are sorted by length together: more means less padding, fewer means better mixed steps.
 _BUFFER_STEPS = 8
 
 
@@ -142,7 +142,7 @@ def _cut_packed(made: Sequence[Bin], batch_tokens: int) -> list[Step]:
 
 
 def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
-    """Cut ascending lengths into stretches that take at most ``batch_tokens`` once padded."""
+    """Cut ascending lengths into spans of at most ``batch_tokens`` padded tokens."""
     spans, start = [], 0
     for n, length in enumerate(lengths):
         if n > start and (n + 1 - start) * length > batch_tokens:
@@ -165,7 +165,7 @@ def fit_row(example: Example, encoder: Encoder, limit: int, *, lines: bool = Fal
 
 
 def _lines(example: Example, encoder: Encoder, length: int) -> list[int]:
-    """Return where the lines of a list row begin; a piece of nothing but line breaks belongs to the line before it."""
+    """Return the first token of each line of a list row; pieces of line breaks belong to the line before them."""
     if example.ends_turn:
         return []
     texts = pieces(example.answer)
@@ -194,16 +194,16 @@ def laid_out(model: torch.nn.Module, rows: Sequence[TokenRow], pad: int) -> dict
 
 @dataclass(frozen=True)
 class Classes:
-    """Reads off a training row which value of the scale each of its targets is."""
+    """Maps each target of a training row to its value on the rating scale."""
 
     encoder: Encoder
     scale: Scale
     _texts: dict[tuple[int, ...], str] = field(default_factory=dict)
 
     def row(self, row: TokenRow) -> TokenRow | None:
-        """Return the row with places on the scale as labels; None if no target is left.
+        """Return the row with indices on the scale as labels; None if it has no target left.
 
-        A target that was cut with its row, so that it might be another one, bears no loss: the 1 of a 10.
+        A truncated target that could be another value, such as the 1 of a 10, has no loss.
         """
         labels = [IGNORED] * len(row.ids)
         for start, end in runs(row.labels):
@@ -223,7 +223,7 @@ class Classes:
         return found
 
     def _place(self, run: tuple[int, ...], *, last: bool) -> int | None:
-        """Return the place of a target's tokens on the scale; None where they are no value, or may be half of one."""
+        """Return the index of a target's tokens on the scale; None if they are not a value or may be half of one."""
         if run not in self._texts:
             self._texts[run] = self.encoder.tokenizer.decode(list(run), skip_special_tokens=True)
         text = self._texts[run]
@@ -239,9 +239,9 @@ class Classes:
 
 @dataclass(slots=True)
 class Labels:
-    """Reads off training rows which label each target is: the first token of an answer, which no two labels share.
+    """Maps each target of a training row to its label, which the first token of an answer identifies.
 
-    Labels are numbered in the order in which they are added: those that a family says it has, then as rows show them.
+    Labels are numbered in the order of addition: first those that a family declares, then as rows show them.
 
     Attributes:
         encoder: The tokenizer with the soft prompts.
@@ -259,7 +259,7 @@ class Labels:
     _open: bool = False
 
     def row(self, row: TokenRow) -> TokenRow | None:
-        """Return the row with numbers of labels where targets begin and no other loss, or as it is if not ``tied``.
+        """Return the row with label numbers where targets begin and no other loss; unchanged if not ``tied``.
 
         None if no target is left: once labels are ``closed``, an answer that is none of them bears no loss.
 
@@ -278,7 +278,7 @@ class Labels:
         return made if made.targets else None
 
     def add(self, answer: tuple[int, ...]) -> bool:
-        """Take the tokens of an answer as those of a label; whether answers are labels at all.
+        """Add the tokens of an answer as a label, and return whether answers are labels at all.
 
         Raises:
             RecipeError: If they must be and this one is more than one token, or one label too many.
@@ -298,7 +298,7 @@ class Labels:
         return not self._open
 
     def _read(self, answer: tuple[int, ...]) -> str:
-        """Remember the label of an answer, and say why it is none."""
+        """Add the label of an answer, or return why it is not one."""
         rest = [token for token in answer[1:] if token != self.encoder.end_id]
         if self.encoder.tokenizer.decode(rest).strip():
             return f"the answer {self.encoder.tokenizer.decode(list(answer))!r} is more than one token"
@@ -310,7 +310,7 @@ class Labels:
 
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
-    """Return where stretches of labels begin and end: one a target, since a list names an item before each."""
+    """Return the spans of labels: one for each target, since a list names an item before each."""
     found: list[tuple[int, int]] = []
     for place, label in enumerate(labels):
         if label == IGNORED:

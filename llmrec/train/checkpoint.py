@@ -1,4 +1,4 @@
-"""Checkpoints that can be trusted: sealed by a manifest once saving is over, and gone on from only if that verifies.
+"""Verified checkpoints: a manifest seals each when it is complete, and training resumes only from one that verifies.
 
 The Trainer writes a checkpoint file by file under its final name, so a kill in the middle leaves a folder that looks
 newest and cannot be loaded.
@@ -23,7 +23,7 @@ from llmrec.train.world import World
 if TYPE_CHECKING:
     from transformers import TrainerControl, TrainerState, TrainingArguments
 
-# What the Trainer continues from beside weights; it has torch load these, and nothing else of a checkpoint.
+# What the Trainer resumes from in addition to the weights: torch loads these files, and no others of a checkpoint.
 _STATES = ("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth", "optimizer.bin", "pytorch_model_fsdp.bin")
 OF_FSDP = "pytorch_model_fsdp.bin"
 """What the Trainer's checkpoints have under FSDP alone."""
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 class OnSave(TrainerCallback):  # type: ignore[misc]
-    """Does something with each checkpoint that was just saved: writes more into it, and seals it after its last file.
+    """Completes each saved checkpoint: writes further files into it and seals it after the last one.
 
     Args:
         works: Each is handed the checkpoint's folder, one after the other.
@@ -43,7 +43,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
         self._works, self._world = works, world
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Do it, in one process of many."""
+        """Complete the checkpoint, in the first process only."""
         self._world.wait()
         if self._world.first:
             for work in self._works:
@@ -51,7 +51,7 @@ class OnSave(TrainerCallback):  # type: ignore[misc]
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints that the Trainer saved, newest first; what else lies there is somebody's own.
+    """Return the checkpoints that the Trainer saved, newest first; other files in the folder belong to the user.
 
     Raises:
         LlmrecError: If one is a link, through which the Trainer would write.
@@ -75,16 +75,16 @@ def _step(checkpoint: Path) -> int:
 def keep_newest(count: int, checkpoint: Path) -> None:
     """Remove all but the newest checkpoints, after one was sealed.
 
-    The Trainer's own limit counts every folder whose name begins like a checkpoint's, and removes it.
+    The Trainer's own limit would remove every folder whose name begins like that of a checkpoint.
     """
     for old in checkpoints(checkpoint.parent)[count:]:
         shutil.rmtree(old)
 
 
 def _unloadable(checkpoint: Path) -> str:
-    """Say which file of a checkpoint torch would not load, without running anything in it; empty: none.
+    """Return the file of a checkpoint that torch would refuse to load, without running any code in it; empty if none.
 
-    Whoever can seal a folder can put pickled objects into it. The Trainer refuses them too, by ending.
+    A sealed folder may still contain pickled objects. The Trainer refuses them too, by ending the run.
     """
     for file in sorted(file for name in _STATES for file in checkpoint.glob(name)):
         try:

@@ -1,4 +1,4 @@
-"""Follows a training: its progress, its speed, what the validation split says, and one line of the log a step."""
+"""Monitors training: progress, speed, validation figures, and one log line per step."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ if TYPE_CHECKING:
 
 
 class Best:
-    """Keeps the adapter of the best look, and those that were the best at a checkpoint that training may resume from.
+    """Keeps the adapter of the best validation so far, and the best at each checkpoint that can be resumed.
 
-    A look that is repeated after a kill may find another figure, as sums on a GPU are not the same twice. So the
-    adapter that was the best at a checkpoint must outlive every better one that was found after this checkpoint.
+    A validation that is repeated after a kill may give another figure, since sums on a GPU are not deterministic. So
+    the adapter that was best at a checkpoint must outlive every better one that was found after that checkpoint.
     """
 
     def __init__(
@@ -51,24 +51,24 @@ class Best:
 
         Args:
             folder: Where adapters are kept, each in a folder named by its step.
-            patience: Looks without a better figure after which `done` is true; None: never.
-            measure: A model -> its figure, higher is better.
-            save: Writes a model's adapter into a folder that is there.
+            patience: Validations without improvement after which `done` is true; None: never.
+            measure: Returns the figure of a model; higher is better.
+            save: Writes a model's adapter into an existing folder.
             checkpoints: Where the checkpoints are.
         """
         self._folder, self._patience, self._measure, self._save = folder, patience, measure, save
         self._checkpoints = checkpoints
-        # Step and figure of each look that was the best so far.
+        # Step and figure of each validation that was the best so far.
         self._found: list[tuple[int, float]] = []
         self._since = 0
 
     @property
     def step(self) -> int:
-        """The step of the best look."""
+        """The step of the best validation."""
         return self._found[-1][0] if self._found else 0
 
     def resume(self, looks: Iterable[tuple[int, float]]) -> None:
-        """Count the looks of the part of a killed run that is gone on from; of these an adapter must be there."""
+        """Read back the validations of a killed run up to the checkpoint; the best adapter among them must exist."""
         self._found, self._since = [], 0
         for step, value in looks:
             self._count(step, value)
@@ -77,7 +77,7 @@ class Best:
         self._tidy()
 
     def look(self, step: int, model: torch.nn.Module) -> float:
-        """Measure a model, and keep its adapter if it is the best so far."""
+        """Validate a model, and keep its adapter if it is the best so far."""
         value = self._measure(model)
         if self._count(step, value):
             with replacing(self._folder / str(step)) as draft:
@@ -87,7 +87,7 @@ class Best:
         return value
 
     def saved(self, checkpoint: Path) -> None:
-        """Forget adapters that are no longer needed, after a checkpoint was sealed and old ones were removed."""
+        """Remove adapters that are no longer needed, after a checkpoint was sealed and old ones were removed."""
         self._tidy()
 
     @property
@@ -96,7 +96,7 @@ class Best:
         return self._patience is not None and self._since >= self._patience
 
     def copy_to(self, folder: Path) -> None:
-        """Copy the kept adapter into a folder that is not there yet.
+        """Copy the best adapter into a new folder.
 
         Raises:
             LlmrecError: If it was removed.
@@ -120,7 +120,7 @@ class Best:
         return better
 
     def _tidy(self) -> None:
-        """Remove what no checkpoint that is there can be resumed with, and what a kill left half-written."""
+        """Remove adapters that no existing checkpoint needs, and files that a kill left incomplete."""
         steps = [step for step, _ in self._found]
         needed = {next((step for step in reversed(steps) if step <= at), 0) for at in steps_of(self._checkpoints)}
         kept = {str(step) for step in {*needed, self.step}} if steps else set()
@@ -148,9 +148,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         world: World,
     ) -> None:
         self._world = world
-        # Where weights are divided among processes, none can ask the model alone.
+        # Where weights are sharded, no process can call the model alone.
         self.everybody = False
-        # What the log says of a step that makes its own rows.
+        # Log fields of a step that makes its own rows.
         self.told: Callable[[], Mapping[str, float]] = dict
         self._mean_tokens = tokens / max(steps, 1)
         self._valid, self._section, self._file, self._pad, self._by = valid, section, log_file, pad, by
@@ -175,7 +175,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             write_text(self._file, "")
 
     def speed(self) -> float:
-        """Tokens a second over the steps timed so far, validation excluded; as last noted where none was timed."""
+        """Tokens per second over the timed steps, validation excluded; the last logged value if none was timed."""
         if not self._spent:
             return float(self.records[-1].get("tokens_per_second", 0.0)) if self.records else 0.0
         return self._tokens_timed / self._spent
@@ -183,7 +183,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Drop what the log holds beyond the checkpoint, and measure the loss before the first step."""
+        """Remove log lines after the checkpoint, and measure the validation loss before the first step."""
         self.records = [record for record in self.records if record["step"] <= state.global_step]
         if self._world.first:
             write_text(self._file, "".join(json.dumps(record) + "\n" for record in self.records))
@@ -215,7 +215,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         """Write the line of a step, with validation losses where they are due.
 
         Raises:
-            LlmrecError: If the loss is no number.
+            LlmrecError: If the loss is not a number.
         """
         if not logs or "loss" not in logs:
             return
@@ -244,7 +244,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 **({"reward": told} if told else {}),
             }
         )
-        # What one process alone has measured decides for all.
+        # The measurement of one process decides for all.
         if self._section.judge is not None:
             control.should_training_stop |= bool(self._world.agree(self._best is not None and self._best.done))
         self._bar.reach(step, f"loss {float(logs['loss']):.3f}  {self.speed():,.0f} tokens/s")
@@ -265,7 +265,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             file.write(json.dumps(record) + "\n")
 
     def _looks(self, step: int, model: torch.nn.Module) -> dict[str, object]:
-        """Return what is measured on the validation split, by one process, for which the others wait."""
+        """Return the validation figures, which one process measures while the others wait."""
         if not (self._world.first or self.everybody):
             return dict(self._unlooked())
         when = f"at step {step}" if step else "before step 1"
@@ -282,7 +282,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})
 
     def _losses(self, model: torch.nn.Module, bar: Bar) -> dict[str, float] | None:
-        """Mean validation loss a target, by task: in nats a token, or a head's own loss a rating."""
+        """Mean validation loss per target, by task: in nats per token, or the head's own loss per rating."""
         if not any(self._valid.values()):
             return None
         was_training = model.training
@@ -317,14 +317,14 @@ def _read(line: str) -> dict[str, Any] | None:
 
 
 def _as_logged(looks: Mapping[str, Any]) -> dict[str, float]:
-    """Return what a look at the validation split found, under the names that trainers give it."""
+    """Return validation figures under the names that trainers give them."""
     losses = {f"eval_loss/{task}": loss for task, loss in (looks.get("valid_loss") or {}).items()}
     ndcg = looks.get("valid_ndcg")
     return losses if ndcg is None else {**losses, "eval_NDCG@10": ndcg}
 
 
 def _now() -> float:
-    """Return the time when everything asked of a GPU is done: it works on after its calls have returned."""
+    """Return the time after all queued GPU work is done: kernels run on after their calls have returned."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
     return time.monotonic()

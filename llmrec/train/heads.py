@@ -1,4 +1,4 @@
-"""Trains a rating head with what else is trainable of a model, through the trainer of token rows."""
+"""Trains rating heads and soft prompts together with a model's other trainable weights, on token rows."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from llmrec.train.loss import ExitLoss, ItemLoss, StateLoss, TaughtLoss, label_l
 from llmrec.train.steps import Step
 
 _NAME = "rating_head"
-# States whose mean and deviation stand for all.
+# States that estimate the mean and standard deviation.
 _MEASURED = 512
 
 
 def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequence[int], frozen: bool) -> RatingHead:
-    """Put a new head on a model, so that it is trained with what else is trainable.
+    """Attach a new head to a model, so that it is trained together with the other trainable weights.
 
     Args:
         model: From `llmrec.train.lora.load_trainable`.
@@ -50,7 +50,7 @@ def attach(model: torch.nn.Module, scale: Scale, *, alpha: float, counts: Sequen
 
 
 def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad: int) -> None:
-    """Standardise a head's states by what they are before training, in the first planned steps.
+    """Set the mean and scale by which a head standardises states, from the first planned steps before training.
 
     Args:
         head: The head.
@@ -77,7 +77,7 @@ def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad
 
 
 def detach(model: torch.nn.Module) -> None:
-    """Take a head off a model again, before its own weights are saved."""
+    """Detach a head from a model, before the model's own weights are saved."""
     delattr(model, _NAME)
 
 
@@ -85,8 +85,8 @@ def detach(model: torch.nn.Module) -> None:
 class HeadLoss:
     """The loss of a head: ``alpha * CE + (1 - alpha) * MSE`` over the scale.
 
-    The squared error is that of the expectation over classes, so that one number is trained and one is answered; a
-    head of one unit has no classes and the squared error of its number.
+    The squared error is that of the expectation over classes, the number that is answered. A head with one unit has no
+    classes and only the squared error of its output.
     """
 
     head: RatingHead
@@ -96,7 +96,7 @@ class HeadLoss:
 
         Args:
             states: Hidden states before the ratings, shape (n, width).
-            classes: Places of the true ratings on the scale, shape (n,).
+            classes: Indices of the true ratings on the scale, shape (n,).
         """
         outputs, alpha = self.head.outputs(states), self.head.shape.alpha
         total = outputs.new_zeros(())
@@ -109,7 +109,7 @@ class HeadLoss:
 
 
 def restore(head: RatingHead, checkpoint: Path) -> None:
-    """Go on with the head that a checkpoint holds."""
+    """Load the head of a checkpoint."""
     weights: Mapping[str, Any] = load_file(checkpoint / WEIGHTS)
     head.linear.load_state_dict(weights)
 
@@ -143,19 +143,19 @@ class OptionLoss:
     labels: int
 
     def __call__(self, states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        """Return the summed loss of states, shape (n, width), and their labels' numbers, shape (n,)."""
+        """Return the summed loss of states, shape (n, width), with label numbers, shape (n,)."""
         with torch.autocast(states.device.type, enabled=False):
             logits = states.float() @ self.rows[-self.labels :].float().T
             return torch.nn.functional.cross_entropy(logits, classes, reduction="sum")
 
 
 def soft_encoder(encoder: Encoder, train: TrainSection) -> Encoder:
-    """Return what encodes prompts and rows with soft prompts before them."""
+    """Return an encoder that puts soft prompts before prompts and rows."""
     return Encoder(soft_prompt.softened(encoder.tokenizer, train.soft.prompts), max_length=encoder.max_length)
 
 
 def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: Encoder, prompt: SoftPrompt) -> Any:
-    """Load a base model with soft prompts that are trainable, and adapters where the method has them.
+    """Load a base model with trainable soft prompts, and adapters where the method has them.
 
     Args:
         folder: The base model.
@@ -172,7 +172,7 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
     for parameter in base.parameters():
         parameter.requires_grad_(False)
     peft = require("peft", "train")
-    # Beside a base of another size PEFT would save whole embeddings, and not the rows alone that are trained.
+    # With a base of another size PEFT would save whole embeddings instead of the trained rows.
     base.name_or_path = ""
     tuned = peft.get_peft_model(base, peft.TrainableTokensConfig(token_indices=ids))
     if train.method == "option-adapter":
@@ -191,12 +191,12 @@ def load_soft(folder: str, model: ModelSection, train: TrainSection, encoder: En
 
 
 def rows_of(model: torch.nn.Module) -> Any:
-    """Return the soft prompts of a model that is trained, shape (count, width)."""
+    """Return the soft prompts of a model in training, shape (count, width)."""
     return model.get_input_embeddings().trainable_tokens_delta["default"]
 
 
 def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPrompt) -> Any:
-    """Return base and adapter as one plain model in float32, with bottleneck adapters where there are any.
+    """Return base and adapter merged into one plain model in float32, with its bottleneck adapters if any.
 
     Args:
         folder: The base model.
@@ -230,7 +230,7 @@ def state_loss(
     taught: TaughtLoss | None,
     items: Sequence[int] = (),
 ) -> StateLoss | None:
-    """Return what stands in for the language-model head's loss; None: nothing does.
+    """Return the loss that replaces that of the language-model head; None if none does.
 
     Args:
         model: What is trained.
@@ -255,7 +255,7 @@ def state_loss(
 
 
 def open_teacher(folder: str, model: ModelSection, section: TeacherSection, vocabulary: int) -> TaughtLoss:
-    """Load a teacher as the loss of its pupil.
+    """Load a teacher model for the distillation loss of its student.
 
     Args:
         folder: The teacher's merged model, whose tokenizer is that of the pupil.
@@ -285,6 +285,6 @@ def open_teacher(folder: str, model: ModelSection, section: TeacherSection, voca
 
 
 def tokens_of(model: torch.nn.Module) -> int:
-    """Return how many tokens the head of a model that is trained knows."""
+    """Return the vocabulary size of the head of a model in training."""
     head = model.get_output_embeddings()
     return len(getattr(getattr(head, "token_adapter", None), "base_layer", head).weight)

@@ -1,4 +1,4 @@
-"""Puts adapters on a base model, and merges them back into unquantised weights."""
+"""Adds LoRA adapters to a base model, and merges them into unquantised weights."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     base = load_model(folder, model, dtype=torch.float32)
     with told_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
-    # PEFT would write into the configuration that a head of its own is not tied; T5's kinds read other things from it.
+    # PEFT would mark an untied head in the configuration, which T5 models use for other decisions.
     said, base.config.tie_word_embeddings = base.config.tie_word_embeddings, False
     merged = adapted.merge_and_unload()
     merged.config.tie_word_embeddings = said
@@ -100,9 +100,9 @@ def _pruned(model: torch.nn.Module, train: TrainSection) -> Any:
 
 
 def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter: Path) -> Any:
-    """Load what training left: a saved adapter live on the base that it was trained on, or fully tuned weights.
+    """Load the result of training: the base model with the saved adapter, or fully fine-tuned weights.
 
-    It is what merged weights are measured against. The base is quantised as ``train.method`` says, or in float32.
+    Merged weights are compared with it. The base is quantised as ``train.method`` says, or in float32.
 
     Raises:
         RecipeError: If the method needs CUDA and there is none.
@@ -128,7 +128,7 @@ def load_adapted(folder: str, model: ModelSection, train: TrainSection, adapter:
 
 
 def with_adapter(base: torch.nn.Module, lora: LoraSection, tokens: Sequence[int] = ()) -> Any:
-    """Put new adapters on a base, whose own weights then no longer learn.
+    """Add new adapters to a base model and freeze its own weights.
 
     Raises:
         RecipeError: If no module matches ``train.lora.targets``.
@@ -168,9 +168,9 @@ def _block_weights(base: torch.nn.Module) -> int:
 
 
 def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
-    """Warn where the default targets are the smaller part of the blocks: experts that lie in one tensor are no layers.
+    """Warn if the default targets cover less than half of the blocks, as with experts stored in one tensor.
 
-    Their weights are then neither adapted nor known to be left out.
+    Their weights would silently not be adapted.
     """
     base = adapted.get_base_model()
     reached = sum(m.base_layer.weight.numel() for m in base.modules() if hasattr(m, "lora_A") and len(m.lora_A))
@@ -184,7 +184,7 @@ def _say_what_is_reached(adapted: torch.nn.Module, blocks: int) -> None:
 
 
 def _trained_rows(base: torch.nn.Module, tokens: Sequence[int]) -> dict[str, list[int]] | None:
-    """Return the rows to train by the name of a module of each table; PEFT has others with the same table follow it."""
+    """Return the token rows to train, by the name of one module of each embedding table."""
     return {name: list(tokens) for name, _ in named_tables(base)} if tokens else None
 
 
@@ -201,11 +201,11 @@ def _block_linears(base: torch.nn.Module) -> list[str]:
 
 
 def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
-    """Load a base in 8 or 4 bits that gradients pass, in training and in evaluation mode alike.
+    """Load a base model in 8 or 4 bits through which gradients flow, in training and in evaluation mode.
 
-    On processors with AVX512-BF16, bitsandbytes 0.50 lays the 4-bit weights of a layer out anew at its first forward
-    pass in evaluation mode, for a product that has no gradient. It never lays them back, so one validation before the
-    first step would cut every gradient that runs through the layer, with a warning and no error.
+    On CPUs with AVX512-BF16, bitsandbytes 0.50 changes the layout of a layer's 4-bit weights at its first forward pass
+    in evaluation mode, for a kernel without gradient, and never changes it back. One validation before the first step
+    would stop every gradient through the layer, with a warning and no error.
     """
     base = load_model(folder, model, quantization_config=_quantization(model, train))
     for module in base.modules():
@@ -215,7 +215,7 @@ def _quantised(folder: str, model: ModelSection, train: TrainSection) -> Any:
 
 
 def refuse_method(model: ModelSection, train: TrainSection) -> None:
-    """Refuse a method that does not run here.
+    """Reject a training method that this machine does not support.
 
     Raises:
         RecipeError: If 8-bit training is asked for without CUDA.

@@ -21,7 +21,7 @@ from llmrec.models import exits
 from llmrec.models.traits import is_paired, plain_head
 from llmrec.tasks.rows import ListLoss
 
-# Rows of logits at a time, and states of a step whose likenesses are compared: all of them would be a matrix of n by n.
+# Rows of logits at a time, and the states of a step whose similarities are compared (n by n).
 _CHUNK, _RELATED = 256, 1024
 
 StateLoss = Callable[[Any, Any], Any]
@@ -30,31 +30,31 @@ StateLoss = Callable[[Any, Any], Any]
 
 @dataclass(frozen=True, slots=True)
 class ExitLoss:
-    """The loss of the states after every layer, the deeper the heavier; see `llmrec.models.exits`.
+    """A loss on the hidden states after every layer, weighted by depth; see `llmrec.models.exits`.
 
     Attributes:
         inner: The loss of the states of one depth; None: the language-model head's.
-        distill: Of the head's loss before the last layer, the share in which the target is what the last layer says of
-            every token, held fixed, and not the answer alone (Hinton et al., arXiv 1503.02531, at temperature 1).
+        distill: Before the last layer, the share of the loss whose target is the last layer's distribution over tokens,
+            without gradient, instead of the answer (Hinton et al., arXiv 1503.02531, at temperature 1).
     """
 
     inner: StateLoss | None
     distill: float = 0.0
 
     def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Never: the states of one depth are not enough."""
+        """Not supported: this loss needs the states of all depths."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class TaughtLoss:
-    """The loss of a model beside a teacher of whatever shape, which reads the same tokens and stays as it is.
+    """Distillation from a frozen teacher of any size, which reads the same tokens.
 
     Attributes:
         teacher: A causal language model with a plain head over the same vocabulary.
-        share: Of the loss, the part in which the target is what the teacher says of every token (Hinton et al., arXiv
+        share: The share of the loss whose target is the teacher's distribution over tokens (Hinton et al., arXiv
             1503.02531, at temperature 1).
-        relations: Weight of how the likenesses of states differ from the teacher's; see `related`.
+        relations: Weight of the difference between the similarities of states and the teacher's; see `related`.
     """
 
     teacher: Any
@@ -62,16 +62,16 @@ class TaughtLoss:
     relations: float = 0.0
 
     def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Never: the states of the pupil alone are not enough."""
+        """Not supported: this loss also needs the teacher's states."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class ItemLoss:
-    """The head's loss, in which a target that is an item token competes with the item tokens only.
+    """Cross-entropy in which the softmax of an item-token target runs over the item tokens only.
 
-    As a sequential recommender has it (SASRec, arXiv 1808.09781, section III-E, with a softmax over all items): the
-    model does not first have to learn that no word of its vocabulary follows.
+    Sequential recommenders use the same loss (SASRec, arXiv 1808.09781, section III-E, with a softmax over all items).
+    The model need not learn first that no word of its vocabulary can follow.
 
     Attributes:
         tokens: Ids of the item tokens, ascending.
@@ -80,14 +80,14 @@ class ItemLoss:
     tokens: tuple[int, ...]
 
     def __call__(self, states: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Never: the head is needed as well."""
+        """Not supported: this loss also needs the head."""
         raise NotImplementedError
 
 
 def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
-    """Return the mean squared distance between how states resemble each other and how a teacher's do, from 0 to 4.
+    """Return the mean squared difference between the pairwise similarities of states and of a teacher's, from 0 to 4.
 
-    Of each state the products with all states, at length 1, are compared: similarity-preserving distillation (Tung and
+    Rows of the similarity matrices, normalised to length 1, are compared: similarity-preserving distillation (Tung and
     Mori, arXiv 1907.09682, equations 1 to 3), times the number of states. Widths may differ.
 
     Args:
@@ -103,12 +103,12 @@ def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
 class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     """Sum of cross-entropies through a head; the gradients are formed in the forward pass.
 
-    Every chunk of logits is turned into d(loss)/d(hidden) = (softmax - target) W while it is still at hand, so no
-    logits outlive their chunk and none are computed twice. What is trained of the head gets its gradient from the same
-    chunk, (softmax - target)' hidden: all of it, or the rows of new tokens in the columns of these tokens.
+    Each chunk of logits is turned into d(loss)/d(hidden) = (softmax - target) W at once, so logits never outlive their
+    chunk and are never recomputed. The trained part of the head gets its gradient from the same chunk,
+    (softmax - target)' hidden: the whole head, or the rows of new tokens in the columns of these tokens.
 
-    The target is 1 at the answer; where a teacher's states are given, ``share`` of it is what they say instead, through
-    the same head or the teacher's own.
+    The target is 1 at the answer. With a teacher's states, ``share`` of it is their distribution instead, through the
+    same head or the teacher's own.
     """
 
     @staticmethod
@@ -164,7 +164,7 @@ def label_loss(
     by: StateLoss | None = None,
     weights: Any = None,
 ) -> tuple[Any, float]:
-    """Return the summed cross-entropy over labelled positions and their number, or what they count.
+    """Return the summed cross-entropy over labelled positions, and their number or total weight.
 
     Args:
         model: A causal language model, with or without PEFT adapters.
@@ -187,7 +187,7 @@ def paired_loss(
     labels: torch.Tensor,
     weights: Any = None,
 ) -> tuple[Any, float]:
-    """Return the summed cross-entropy over targets and their number, or what they count.
+    """Return the summed cross-entropy over targets, and their number or total weight.
 
     Args:
         model: An encoder-decoder, with or without PEFT adapters.
@@ -198,7 +198,7 @@ def paired_loss(
         weights: What each target of a row counts, shape (rows,); None: 1.
     """
     before = labels.new_full(labels.shape, int(model.config.decoder_start_token_id))
-    # Any id will do behind the ends; that of the start token is one.
+    # Padding may be any id; the start token is one.
     before[:, 1:] = torch.where(labels[:, :-1] == IGNORED, before[:, 1:], labels[:, :-1])
     logits = model(input_ids=input_ids, attention_mask=attention_mask, decoder_input_ids=before, use_cache=False).logits
     wanted = labels != IGNORED
@@ -208,7 +208,7 @@ def paired_loss(
 
 
 def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
-    """Return the summed loss over the targets of rows and what they count, whichever kind the model is.
+    """Return the summed loss over the targets of rows and their total weight, for a model of any kind.
 
     ``by`` is that of `label_loss`; an encoder-decoder takes none.
     """
@@ -216,7 +216,7 @@ def rows_loss(model: torch.nn.Module, inputs: Mapping[str, Any], by: StateLoss |
 
 
 def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss | None = None) -> tuple[Any, float]:
-    """Return the summed cross-entropy over the targets of masked rows and what they count, as `label_loss` does.
+    """Return the summed cross-entropy over the targets of packed rows and their total weight; see `label_loss`.
 
     Args:
         model: A causal language model that takes block masks, with or without PEFT adapters.
@@ -231,10 +231,10 @@ def packed_loss(model: torch.nn.Module, packed: Mapping[str, Any], by: StateLoss
 
 @dataclass(frozen=True)
 class Legal:
-    """What may stand where each target of masked rows does, under the tree of a catalogue.
+    """The tokens that may occur at each target of packed rows, given the token tree of a catalogue.
 
     Attributes:
-        sets: Tokens that may stand somewhere, as tensors.
+        sets: Sets of legal tokens, as tensors.
         which: The number of the set of each target, shape (targets,).
     """
 
@@ -243,7 +243,7 @@ class Legal:
 
     @staticmethod
     def of(catalogue: Catalogue, items: Sequence[int], device: Any) -> Legal:
-        """Return what is legal along the paths of items, whose rows lie in this order; targets are whole paths."""
+        """Return the legal tokens along the paths of items, in the order of their rows; targets are whole paths."""
         numbers: dict[tuple[int, ...], int] = {}
         sets, which = [], []  # type: list[Any], list[int]
         for item in items:
@@ -257,7 +257,7 @@ class Legal:
         return Legal(sets, torch.tensor(which, device=device))
 
     def masked(self, logits: torch.Tensor, which: Any) -> torch.Tensor:
-        """Return logits, shape (n, vocabulary), that are -inf but for the tokens of the sets ``which``, shape (n,)."""
+        """Return logits, shape (n, vocabulary), set to -inf except for the tokens of the sets ``which``, shape (n,)."""
         used, rows = which.unique(return_inverse=True)
         barred = torch.ones((len(used), logits.shape[-1]), dtype=torch.bool, device=logits.device)
         for row, number in enumerate(used.tolist()):
@@ -268,9 +268,9 @@ class Legal:
 def target_losses(
     model: torch.nn.Module, packed: Mapping[str, Any], *, temperature: float = 1.0, legal: Legal | None = None
 ) -> torch.Tensor:
-    """Return the cross-entropy of every target of masked rows, float32, shape (targets,), through any head.
+    """Return the cross-entropy of every target of packed rows, float32, shape (targets,).
 
-    Logits are made again in the backward pass, a few hundred targets at a time.
+    Logits are recomputed in the backward pass, a few hundred targets at a time.
 
     Args:
         model: See `packed_loss`.
@@ -302,16 +302,16 @@ def target_losses(
 
 
 def _masked(model: torch.nn.Module, packed: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return what a model reads of masked rows."""
+    """Return the model inputs of packed rows."""
     mask = block_mask(model, packed["ends"])
     return {"input_ids": packed["ids"], "position_ids": packed["places"], "attention_mask": mask}
 
 
 def block_mask(model: torch.nn.Module, ends: Any) -> torch.Tensor:
-    """Return what every column sees, itself and its ancestors, shape (rows, 1, columns, columns).
+    """Return the attention mask: each column sees itself and its ancestors, shape (rows, 1, columns, columns).
 
     Args:
-        model: What the mask is for; its attention decides whether truths or numbers to add are wanted.
+        model: The model; its attention implementation decides between a boolean and an additive mask.
         ends: Where the subtree of each column ends, shape (rows, columns).
     """
     columns = torch.arange(ends.shape[1], device=ends.device)
@@ -330,7 +330,7 @@ def _loss_at(
     by: StateLoss | None,
     counts: Any = None,
 ) -> tuple[Any, float]:
-    """Return the summed loss of targets, and what they count; ``pick`` takes the states that they follow."""
+    """Return the summed loss of targets and their total weight; ``pick`` selects the states that they follow."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(by, ExitLoss):
         found = [pick(states) for states in exits.depths(base, **inputs)]
@@ -369,7 +369,7 @@ def _taught_loss(
     by: TaughtLoss,
     counts: torch.Tensor,
 ) -> tuple[Any, float]:
-    """Return the summed loss of targets beside a teacher, and what they count; relations weigh the whole."""
+    """Return the summed distillation loss of targets and their total weight."""
     states = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
     with torch.no_grad():
         said = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
@@ -383,7 +383,7 @@ def _taught_loss(
 def _item_loss(
     base: torch.nn.Module, hidden: torch.Tensor, targets: torch.Tensor, by: ItemLoss, counts: torch.Tensor
 ) -> tuple[Any, float]:
-    """Return the summed loss of targets, item tokens among the item tokens, and what they count; see `ItemLoss`."""
+    """Return the summed loss of targets and their total weight; item tokens as in `ItemLoss`."""
     head, rows, places = _head(base)
     tokens = torch.tensor(by.tokens, device=targets.device)
     # Adapters train the rows of item tokens alone, in ascending order; otherwise they are rows of the head.
@@ -418,7 +418,7 @@ def _vocabulary_loss(
 
 
 def cross_entropy(logits: torch.Tensor, targets: torch.Tensor, counts: Any = None) -> torch.Tensor:
-    """Return the summed cross-entropy in float32, each target counted as told; shapes (n, vocabulary), (n,), (n,)."""
+    """Return the summed, weighted cross-entropy in float32; shapes (n, vocabulary), (n,), (n,)."""
     if counts is None:
         return torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
     return (torch.nn.functional.cross_entropy(logits.float(), targets, reduction="none") * counts).sum()
@@ -448,17 +448,17 @@ def list_scores(model: torch.nn.Module, packed: Mapping[str, Any], size: int) ->
 
 
 def chosen_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
-    """Return the place of each list's chosen candidate, shape (lists,); see `list_loss`."""
+    """Return the index of each list's chosen candidate, shape (lists,); see `list_loss`."""
     return of_rows(packed, packed["weights"]).view(-1, size).argmax(1)
 
 
 def lengths_of(packed: Mapping[str, Any], size: int) -> torch.Tensor:
-    """Return how many targets each candidate has, shape (lists, size); see `list_loss`."""
+    """Return the number of targets of each candidate, shape (lists, size); see `list_loss`."""
     return of_rows(packed, torch.ones_like(packed["weights"])).view(-1, size)
 
 
 def of_rows(packed: Mapping[str, Any], values: Any) -> torch.Tensor:
-    """Add up what the targets of packed rows have to what rows have, shape (rows,)."""
+    """Sum the values of the targets of packed rows by row, shape (rows,)."""
     owners = packed["owners"]
     return values.new_zeros(int(owners.max()) + 1).index_add(0, owners, values)
 
@@ -490,12 +490,12 @@ def lambda_loss(scores: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
     place = chosen[:, None]
     weights = (discounts - discounts.gather(1, place)).abs()
     margins = scores - scores.gather(1, place)
-    # The chosen one has weight 0 beside itself.
+    # The chosen candidate has weight 0 against itself.
     return (weights * torch.nn.functional.softplus(margins)).sum() / torch.log(torch.tensor(2.0))
 
 
 def _head(base: torch.nn.Module) -> tuple[Any, Any, Any]:
-    """Return the head, and of one with new tokens the trained rows and their places in it; else None and None."""
+    """Return the head and, if it has new tokens, its trained rows and their indices; otherwise None and None."""
     head = base.get_output_embeddings()
     adapter = getattr(head, "token_adapter", None)
     if adapter is None or adapter.disable_adapters:

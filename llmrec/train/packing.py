@@ -1,7 +1,7 @@
-"""Packs rows side by side into masked rows, with common beginnings read once.
+"""Packs rows into masked rows in which common prefixes are computed once.
 
-Rows of one masked row form a trie, laid out depth first: a token's descendants stand right behind it. So one number
-a column, where its subtree ends, says what every token sees: column k is an ancestor of column q, or q itself, where
+The rows of one masked row form a trie in depth-first order: a token's descendants follow it directly. So one number
+per column, the end of its subtree, defines the mask: column k is an ancestor of column q, or q itself, where
 k <= q < end of k. Nothing else is stored of the mask; it is built from these numbers when a step is computed, and
 rows that begin differently see nothing of each other. The token after a column is not the next column where rows
 part, so targets are pairs of a column and the token that is wanted after it, one for each label of each row: a
@@ -32,7 +32,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Rows of one masked row, how many columns it has, and how many lines before its own a token of a list sees."""
+    """The rows of one masked row, its number of columns, and how many earlier lines a token of a list sees."""
 
     rows: tuple[TokenRow, ...]
     columns: int
@@ -45,11 +45,11 @@ class Packed:
 
     Attributes:
         ids: Token of each column, shape (columns,).
-        places: How many ancestors each column has: its position id, shape (columns,).
+        places: The position id of each column, its number of ancestors; shape (columns,).
         ends: Where the subtree of each column ends, or the part of it that sees the column; shape (columns,).
         after: The column that each target follows, shape (targets,).
         wanted: The target token, shape (targets,).
-        weights: What each target counts, float32, shape (targets,).
+        weights: The weight of each target, float32, shape (targets,).
         owners: The number of each target's row, in the order of the rows' tokens, shape (targets,).
     """
 
@@ -72,7 +72,7 @@ class Stacked:
         ends: Where subtrees end, counted in the own row; padding sees itself alone. Shape (rows, columns).
         after: Columns that targets follow, counted over all rows one behind the other, shape (targets,).
         wanted: Target tokens, shape (targets,).
-        weights: What each target counts, float32, shape (targets,).
+        weights: The weight of each target, float32, shape (targets,).
         owners: The number of each target's row, counted over all masked rows one behind the other, shape (targets,).
     """
 
@@ -88,7 +88,7 @@ class Stacked:
 def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
     """Lay rows out as one masked row.
 
-    What stands behind a row's last target but one token is not read: nothing is asked after it.
+    Tokens after the one that a row's last target follows are left out: nothing is predicted from them.
 
     Args:
         rows: Rows with targets.
@@ -108,7 +108,7 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
         path = np.concatenate([path[:shared], np.arange(columns, grown)])
         ends[path] = grown
         if len(body.until):
-            # Nobody else's columns stand behind the question, so a place in the row is a column.
+            # No other row has columns after the question, so a position in the row is a column.
             ends[path[body.alone :]] = np.append(path, grown)[body.until]
         after.append(path[body.targets - 1])
         wanted.append(body.labels[body.targets])
@@ -119,7 +119,7 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
 
 
 def stack(packed: Sequence[Packed], pad: int) -> Stacked:
-    """Put masked rows under one another."""
+    """Stack masked rows into one padded batch."""
     longest = max(len(each.ids) for each in packed)
     shape = (len(packed), longest)
     ids, places = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
@@ -135,10 +135,10 @@ def stack(packed: Sequence[Packed], pad: int) -> Stacked:
 
 
 def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[Bin]:
-    """Distribute rows over masked rows of at most ``width`` columns: first-fit decreasing, over trees of rows.
+    """Distribute rows over masked rows of at most ``width`` columns, first-fit decreasing over tries of rows.
 
-    Rows that share half of the shorter one or more stay together as far as ``width`` allows. A row that is longer
-    than ``width`` has a masked row of its own. ``band`` is that of `tree`.
+    Rows that share at least half of the shorter one stay together as far as ``width`` allows. A row longer than
+    ``width`` gets a masked row alone. ``band`` is that of `tree`.
     """
     groups = sorted(_groups(rows, width, band), key=lambda group: -group.columns)
     filled: list[list[_Group]] = []
@@ -146,7 +146,7 @@ def bins(rows: Sequence[TokenRow], width: int, band: int | None = None) -> list[
     for group in groups:
         first = group.bodies[0]
         for n, others in enumerate(filled):
-            # A beginning that the masked row holds already, such as a system turn, takes no room again.
+            # A prefix that the masked row already has, such as a system turn, takes no further columns.
             shared = max(_shared(first, other.bodies[0]) for other in others)
             if group.columns - shared <= room[n]:
                 others.append(group)
@@ -164,7 +164,7 @@ def one_bin(rows: Sequence[TokenRow]) -> Bin:
 
 
 def alike(one: Ints, two: Ints) -> int:
-    """Return how many tokens two rows share at their beginning."""
+    """Return the length of the common prefix of two rows."""
     both = min(len(one), len(two))
     parts = one[:both] != two[:both]
     at = int(parts.argmax()) if both else 0
@@ -179,8 +179,8 @@ class _Body(NamedTuple):
         ids: The tokens that are read.
         labels: All labels.
         targets: Where targets are; the first token is never one.
-        alone: How much of its beginning it may share: up to its first line, if a band cuts what its lines see.
-        until: Of every token from there on, the first place in the row that does not see it; empty without a cut.
+        alone: The length of the prefix that it may share: up to its first line if a band limits what its lines see.
+        until: For each later token, the first position in the row that does not see it; empty without a band.
     """
 
     row: TokenRow
@@ -212,9 +212,9 @@ def _sorted_bodies(rows: Sequence[TokenRow], band: int | None) -> list[_Body]:
 
 
 def _until(row: TokenRow, read: int, band: int | None) -> Ints:
-    """Return for every token of the lines the first place that does not see it; empty where all see all.
+    """Return for every token of the lines the first position that does not see it; empty if all do.
 
-    The last token of a line stands before the first of the next one, so its window is that of the next line.
+    The last token of a line predicts the first of the next one, so its window is that of the next line.
     """
     if band is None or len(row.lines) <= band + 1:
         return np.zeros(0, dtype=np.int64)
@@ -226,7 +226,7 @@ def _until(row: TokenRow, read: int, band: int | None) -> Ints:
 
 
 def _shared(one: _Body, two: _Body) -> int:
-    """Return how many columns two rows share; those with a cut window stand apart from those without."""
+    """Return the number of columns that two rows share; rows with a band share none with rows without."""
     if bool(len(one.until)) != bool(len(two.until)):
         return 0
     return min(alike(one.ids, two.ids), one.alone, two.alone)

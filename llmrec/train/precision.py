@@ -1,4 +1,4 @@
-"""In what precision training multiplies and adds up: bfloat16 where the hardware does, adapters always in float32."""
+"""The precision of training: bfloat16 products where the hardware supports them, adapters always in float32."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def mixed_precision(model: torch.nn.Module) -> Any:
 
 
 def widen(model: torch.nn.Module) -> None:
-    """Make a float16 model float32 where training cannot multiply in bfloat16: small gradients are 0 in float16."""
+    """Convert a float16 model to float32 where bfloat16 is not available: small gradients underflow in float16."""
     if model.dtype != torch.float16 or not isinstance(mixed_precision(model), nullcontext):
         return
     for parameter in model.parameters():
@@ -45,7 +45,7 @@ def widen(model: torch.nn.Module) -> None:
 
 @contextmanager
 def adapters_as_they_are(model: torch.nn.Module) -> Iterator[None]:
-    """Keep adapters in float32 where the trainer is made: on a quantised base TRL rounds them to bfloat16.
+    """Keep adapters in float32 while the trainer is created: on a quantised base TRL converts them to bfloat16.
 
     Small optimiser steps would be lost in them, and their gradients are rounded.
     """

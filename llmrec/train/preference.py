@@ -1,7 +1,8 @@
 """Losses over a chosen answer and rejected ones: DPO, S-DPO, SimPO and IPO.
 
-The reward of an answer is beta times its log-likelihood less that of the reference, the model that training started
-from; SimPO's is beta times the mean log-likelihood of its tokens. With r of the chosen and r_i of the rejected answers:
+The reward of an answer is beta times the difference between its log-likelihood and that of the reference, the model
+that training started from; SimPO's is beta times the mean log-likelihood of its tokens. With r of the chosen and r_i of
+the rejected answers:
 
 - ``dpo`` (Rafailov et al., NeurIPS 2023, eq. 7): the mean over i of -log sigmoid(r - r_i), with one rejected answer the
   paper's; with label smoothing e the mean of (1 - e) times that and e times -log sigmoid(r_i - r).
@@ -28,17 +29,17 @@ from llmrec.train.loss import chosen_of, lengths_of, list_scores, softmax_loss
 
 @contextmanager
 def reference(model: torch.nn.Module) -> Iterator[None]:
-    """Have a model with an adapter be what it was before training, and read no gradient."""
+    """Disable a model's adapter, so that it is the reference model, and compute no gradients."""
     with torch.no_grad(), model.disable_adapter():
         yield
 
 
 def without_dropout(model: torch.nn.Module) -> None:
-    """Switch dropout off for good: a model and its reference are to differ by what was learned alone."""
+    """Disable dropout permanently: a model and its reference must differ only by what was learned."""
     for module in model.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
-        # Some blocks keep a share of their own and call the function.
+        # Some blocks store the dropout probability and call the function.
         for name in [name for name, value in vars(module).items() if "dropout" in name and isinstance(value, float)]:
             setattr(module, name, 0.0)
 
@@ -46,7 +47,7 @@ def without_dropout(model: torch.nn.Module) -> None:
 def compare(
     model: torch.nn.Module, packed: Mapping[str, Any], section: PreferenceSection
 ) -> tuple[Any, float, dict[str, float]]:
-    """Return the summed loss of lists of answers, how many there are, and sums of how far the chosen ones are ahead.
+    """Return the summed loss of lists of answers, the number of lists, and sums of the reward margins.
 
     The sums are those whose means TRL logs, under its names.
 
@@ -112,6 +113,6 @@ def preference_loss(rewards: torch.Tensor, chosen: torch.Tensor, section: Prefer
 
 
 def margins(rewards: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
-    """Return by how much the chosen answer's reward is above each rejected one's, shape (lists, rejected)."""
+    """Return the difference between the chosen answer's reward and each rejected one's, shape (lists, rejected)."""
     others = torch.ones_like(rewards, dtype=torch.bool).scatter(1, chosen[:, None], False)
     return rewards.gather(1, chosen[:, None]) - rewards[others].view(len(rewards), -1)

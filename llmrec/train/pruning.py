@@ -1,9 +1,9 @@
 """Magnitude pruning while training: gradual on a cubic schedule (Zhu and Gupta, arXiv 1710.01878), or all at once.
 
-Every linear layer of the blocks has a mask of its own, which hides the weights of least magnitude. Under an adapter
-what counts is the weight that a merged model has, ``W + BA``: that one is masked in the forward pass, so that only
-factors learn and the export still has the zeros of training. Hidden weights keep their value and get no gradient; as
-long as the schedule runs, a later mask may show them again. Embeddings, the head, norms and biases stay whole.
+Every linear layer of the blocks has a mask, which sets the weights of least magnitude to 0. With an adapter, the merged
+weight ``W + BA`` is masked in the forward pass, so that only the factors are trained and the exported model has the
+zeros of training. Masked weights keep their value and get no gradient; while the schedule runs, a later mask may use
+them again. Embeddings, the head, norms and biases are not pruned.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _MASK = "llmrec_mask"
 
 
 def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
-    """Return the share of weights that is hidden once so many optimiser steps are done.
+    """Return the share of masked weights after a number of optimiser steps.
 
     Between ``begin`` (t0) and ``end`` (t1) it is equation 1, ``s_f (1 - (1 - (t - t0) / (t1 - t0))^3)``, of the last
     step t at which masks were made anew.
@@ -53,7 +53,7 @@ def sparsity_at(section: PruneSection, steps: int, step: int) -> float:
 
 
 class Prune(TrainerCallback):  # type: ignore[misc]
-    """Makes the masks of a model when they are due; they change at no other time."""
+    """Updates the masks of a model on schedule."""
 
     def __init__(self, model: torch.nn.Module, section: PruneSection, steps: int) -> None:
         self._model, self._section, self._steps = model, section, steps
@@ -61,12 +61,12 @@ class Prune(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Make masks that are due before the first step; those of a resumed run were loaded."""
+        """Update masks that are due before the first step; a resumed run has loaded its own."""
         if state.global_step == 0 and (share := self._at(0)) > 0:
             raise_to(self._model, share)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Make masks after a step, before it is looked at and saved."""
+        """Update masks after a step, before validation and saving."""
         share = self._at(state.global_step)
         if share > self._at(state.global_step - 1):
             raise_to(self._model, share)
@@ -74,7 +74,7 @@ class Prune(TrainerCallback):  # type: ignore[misc]
     def on_log(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, logs: Any = None, **kwargs: Any
     ) -> None:
-        """Tell trackers, which are called next with the same log."""
+        """Add the sparsity to the log that trackers get next."""
         if logs and "loss" in logs:
             logs["sparsity"] = self._at(state.global_step)
 
@@ -83,7 +83,7 @@ class Prune(TrainerCallback):  # type: ignore[misc]
 
 
 def attach(model: torch.nn.Module) -> None:
-    """Give every linear layer of the blocks a place for a mask; until there is one, it does what it did.
+    """Prepare every linear layer of the blocks for a mask; without one a layer is unchanged.
 
     Args:
         model: A model, with or without LoRA.
@@ -101,7 +101,7 @@ def attach(model: torch.nn.Module) -> None:
             column="train.prune",
         )
     for _, layer in found:
-        # No part of saved weights, but it moves with the layer to another device.
+        # Not part of the saved weights, but moved with the layer to another device.
         layer.register_buffer(_MASK, None, persistent=False)
         layer.forward = partial(_forward, layer)
 
@@ -114,7 +114,7 @@ def raise_to(model: torch.nn.Module, share: float) -> None:
 
 
 def kept(weight: torch.Tensor, share: float) -> Any:
-    """Return which weights stay, of the shape of the weight; of equal ones the first fall away."""
+    """Return a mask of the weights to keep, in the shape of the weight; of equal ones the first are pruned."""
     count = round(share * weight.numel())
     size = weight.detach().abs().float().flatten()
     if not count:
@@ -144,7 +144,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load(model: torch.nn.Module, folder: Path) -> None:
-    """Have a model train on with the masks that lie in a folder, where there are any.
+    """Load the masks of a folder into a model, if there are any.
 
     Raises:
         ModelError: If they cannot be read, or are of another model.
@@ -159,7 +159,7 @@ def load(model: torch.nn.Module, folder: Path) -> None:
 
 
 def zero(model: torch.nn.Module, folder: Path) -> None:
-    """Write zeros into a plain model's weights, where a folder holds masks.
+    """Set masked weights of a plain model to 0, if a folder has masks.
 
     Raises:
         ModelError: If they cannot be read, or are of another model.
@@ -190,7 +190,7 @@ def _read(folder: Path, weights: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _forward(layer: torch.nn.Module, states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Return what a layer makes of states with its masked weight; without a mask what its own forward does."""
+    """Return a layer's output with its masked weight; without a mask that of its own forward."""
     mask = getattr(layer, _MASK)
     if mask is None:
         return type(layer).forward(layer, states, *args, **kwargs)
@@ -213,12 +213,12 @@ def _weight(layer: torch.nn.Module) -> Any:
 
 
 def _own(layer: torch.nn.Module) -> Any:
-    """Return the layer itself, or the one below its adapters."""
+    """Return the layer, or the base layer of its adapters."""
     return getattr(layer, "base_layer", layer)
 
 
 def _masked(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the layers that `attach` was given, by name in the base model."""
+    """Yield the layers that `attach` prepared, by name in the base model."""
     yield from ((name, layer) for name, layer in _base(model).named_modules() if hasattr(layer, _MASK))
 
 

@@ -1,8 +1,8 @@
-"""Chooses how the training rows of families are made.
+"""Makes the training rows of the task families.
 
-An encoder-decoder has a row a target. Packed rows of families that ask after the history branch off one history. Rows
-of a task that can be drawn before they are put into words are put together from lines that are tokenised once. All
-others are encoded from their words.
+An encoder-decoder has one row per target. Packed rows of families whose question follows the history share one history.
+Rows of tasks that can be drawn before they are written as text are assembled from lines that are tokenised once. All
+other rows are encoded from their text.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from llmrec.train.batches import fit_row, target_rows
 from llmrec.types import Event, Example
 
 # ----------------------------------------------------------------------------
-# Draws the rows of one user together, so that tasks whose question follows the history branch off one history.
+# Draws the rows of one user together, so that tasks whose question follows the history share one history.
 
 
 @runtime_checkable
 class Branching(Protocol):
-    """A task that can give its row of a user with the history that other tasks show at the same time."""
+    """A task that can make a row of a user with the same history as other tasks."""
 
     @property
     def branches(self) -> bool:
-        """Whether some template asks its question after the history."""
+        """Whether a template asks its question after the history."""
         ...
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return the user's row of a pass; None if there is none."""
+        """Return the user's row in a pass over the users; None if there is none."""
         ...
 
 
@@ -56,15 +56,15 @@ def branching_rows(
     seed: int,
     lines: bool = False,
 ) -> Iterator[tuple[str, TokenRow | None]]:
-    """Yield families and rows without end, the rows of a user one after the other, pass after pass over the users.
+    """Yield families and rows endlessly, in passes over the users, the rows of each user together.
 
-    The family that is furthest behind its share of tokens gives a row of every user, and another one does unless it is
-    ahead of the first even then. So after any number of users each family is within two rows of its share.
+    For each user, the family furthest behind its share of tokens gives a row, and so does every other family unless it
+    would be ahead. So after any number of users each family is within two rows of its share.
 
     Args:
         tasks: Families by name.
         weights: Their shares.
-        users: Everybody.
+        users: All users.
         encoder: What counts tokens.
         limit: Longest row; a longer one is cut, or None where no target is left.
         seed: The run's seed.
@@ -111,7 +111,7 @@ def branching_rows(
 
 
 def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -> Listwise | None:
-    """Return how the rows of all tasks are learned as lists; None: by their own tokens.
+    """Return the listwise setting that the rows of all tasks share; None if they are trained on tokens.
 
     Args:
         tasks: The families that are trained, by name.
@@ -145,9 +145,9 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
 def list_rows(
     listwise: Listwise, examples: Iterable[Example], encoder: Encoder, limit: int
 ) -> Iterator[TokenRow | None]:
-    """Yield the rows of a question's answers one behind the other, the chosen one first; None if one is too long.
+    """Yield the rows of a question's answers, the chosen one first; None if one is too long.
 
-    A text that was cut would have another likelihood.
+    A truncated text would have another likelihood.
 
     Args:
         listwise: How many answers a list has.
@@ -187,34 +187,34 @@ def list_rows(
 
 log = logging.getLogger(__name__)
 
-# Rows read ahead: few at first, since a short run takes few, then as many as make numpy worth its calls.
+# Rows read ahead: few at first, since a short run needs few, then enough to make numpy worth its calls.
 _FIRST_CHUNK, _LARGEST_CHUNK = 64, 4096
-# Of every chunk, one row in so many is also encoded from its words, and at least so many.
+# Of every chunk, one row in this number is also encoded from its text, and at least this many.
 _ONE_IN, _LEAST_CHECKED = 128, 8
 
 
 @runtime_checkable
 class Drawing(Protocol):
-    """A task whose training rows can be had before they are put into words."""
+    """A task whose training rows can be drawn before they are written as text."""
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
         """Yield drawn rows in the order of ``examples("train")``."""
         ...
 
     def example(self, draw: Draw) -> Example:
-        """Put a drawn row into words."""
+        """Write a drawn row as text."""
         ...
 
 
 def takes_pieces(template: Template) -> bool:
-    """Whether every line of a template depends on its item alone, and none runs into the next."""
+    """Whether every line of a template depends only on its item and is tokenised independently of the next."""
     closed = template.tail.endswith("\n") or template.bare
     return template.shape == "list" and closed and template.names("lead", "target") <= {"item", "noun"}
 
 
 @dataclass(frozen=True, slots=True)
 class Gathered:
-    """Rows one after the other.
+    """Concatenated rows.
 
     Attributes:
         ids: Token ids, shape (tokens,).
@@ -231,7 +231,7 @@ class Gathered:
         starts, stops = self.ends[:-1], np.minimum(self.ends[1:], self.ends[:-1] + limit)
         seen = np.concatenate([[0], np.cumsum(self.labels != IGNORED)])
         kept = (seen[stops] > seen[starts]).tolist()
-        # One tuple of all rows, whose slices are tuples again: no Python number is made twice.
+        # Slices of one tuple share its Python numbers.
         ids, labels = tuple(self.ids.tolist()), tuple(self.labels.tolist())
         spans = zip(starts.tolist(), stops.tolist(), kept, strict=True)
         return [TokenRow(ids[start:stop], labels[start:stop]) if keep else None for start, stop, keep in spans]
@@ -240,8 +240,8 @@ class Gathered:
 class LineTable:
     """The questions and lines of one template as token ids.
 
-    An entry is a stretch of two flat arrays, of ids and of labels. Every item has two, one after the other: its line as
-    context, and as something to learn.
+    An entry is a span of two flat arrays, of ids and of labels. Every item has two consecutive entries: its line as
+    context and as a target.
     """
 
     def __init__(self, task: Drawing, template: Template, encoder: Encoder) -> None:
@@ -254,7 +254,7 @@ class LineTable:
         self._arrays: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]] | None = None
 
     def gather(self, draws: Sequence[Draw]) -> Gathered:
-        """Put rows together.
+        """Assemble rows from the table.
 
         Raises:
             BackendError: If a text would become a control token.
@@ -268,20 +268,20 @@ class LineTable:
         counts = np.array([1 + len(draw.events) for draw in draws])
         first = np.array([draw.first_target for draw in draws])
         bounds = np.concatenate([[0], np.cumsum(counts)])
-        # The question stands at 0, the first event at 1; a learned line is the entry after the line as context.
+        # The question has index 0, the first event 1; a target line is the entry after the same line as context.
         place = np.arange(len(entries)) - np.repeat(bounds[:-1], counts)
         entries += place > np.repeat(first, counts)
         ids, labels, bounds_of = self._tables()
         starts = bounds_of[entries]
         lengths = bounds_of[entries + 1] - starts
         ends = np.cumsum(lengths)
-        # Where every token of the rows lies in the table.
+        # The index of every token of the rows in the table.
         source = np.arange(int(ends[-1]))
         source += np.repeat(starts - ends + lengths, lengths)
         return Gathered(ids.take(source), labels.take(source), np.concatenate([[0], ends[bounds[1:] - 1]]))
 
     def _numbers(self, draws: Sequence[Draw]) -> Iterator[int]:
-        """Return the entries of all rows, lines as context.
+        """Return the entries of all rows, with lines as context.
 
         Raises:
             KeyError: If a question or line is not in the table yet.
@@ -295,7 +295,7 @@ class LineTable:
         )
 
     def _learn(self, draws: Sequence[Draw]) -> None:
-        """Tokenise the questions and lines that are new; the task puts each into words, in a row of its own."""
+        """Tokenise new questions and lines; the task writes each as a row."""
         for draw in draws:
             asked = None if self._one_question else draw.user_id
             if asked not in self._questions:
@@ -332,14 +332,14 @@ class LineTable:
 
 
 class RowStream:
-    """The training rows of a task that can be drawn before they are put into words.
+    """The training rows of a task that can be drawn before they are written as text.
 
-    Iterating gives what ``fit_row(example, encoder, limit)`` gives for each of the task's examples, in order: what a
-    row shows is drawn by the task either way, and reading ahead changes no draw.
+    Iterating gives the same as ``fit_row(example, encoder, limit)`` for each of the task's examples, in order: the task
+    draws the content of a row either way, and reading ahead does not change it.
 
     Attributes:
-        gathered: Rows that were put together from lines.
-        encoded: Rows that were encoded from their words, those for comparison left out.
+        gathered: The number of rows assembled from lines.
+        encoded: The number of rows encoded from their text, without those encoded for comparison.
     """
 
     def __init__(self, task: Drawing, encoder: Encoder, *, limit: int, seed: int) -> None:
@@ -354,7 +354,7 @@ class RowStream:
             size, number = min(2 * size, _LARGEST_CHUNK), number + 1
 
     def encode(self, draws: Sequence[Draw], number: int = 0) -> Iterator[TokenRow | None]:
-        """Yield the rows of drawn ones; ``number`` seeds which of them are compared."""
+        """Yield the rows of a drawn chunk; ``number`` seeds which of them are compared."""
         found: dict[int, TokenRow | None] = {}
         for template in {draw.template.id: draw.template for draw in draws}.values():
             places = [n for n, draw in enumerate(draws) if draw.template.id == template.id]
@@ -370,7 +370,7 @@ class RowStream:
         return fit_row(self._task.example(draw), self._encoder, self._limit)
 
     def _gather(self, template: Template, draws: Sequence[Draw], number: int) -> list[TokenRow | None] | None:
-        """Return gathered rows that a sample proves, or None: then they are to be encoded from their words."""
+        """Return assembled rows if a sample agrees with encoding their text; None otherwise."""
         if template.id not in self._tables:
             fits = takes_pieces(template)
             self._tables[template.id] = LineTable(self._task, template, self._encoder) if fits else None
@@ -380,7 +380,7 @@ class RowStream:
         try:
             rows = table.gather(draws).rows(self._limit)
         except BackendError:
-            # A text cannot be tokenised. Its own row says so, if it is ever reached.
+            # A text cannot be tokenised; its own row raises the error if it is reached.
             self._tables[template.id] = None
             return None
         count = min(len(draws), max(_LEAST_CHECKED, len(draws) // _ONE_IN))
@@ -398,10 +398,10 @@ class Sources:
 
     Attributes:
         tasks: The trained families by name.
-        examples: Gives the rows of a family in words, without end.
-        users: Everybody.
+        examples: Yields the rows of a family as text, endlessly.
+        users: All users.
         section: The recipe's ``train`` section.
-        seed: Of training.
+        seed: The training seed.
         paired: Whether the model is an encoder-decoder.
     """
 
@@ -416,7 +416,7 @@ class Sources:
 def streams(
     sources: Sources, shares: Mapping[str, float], encoder: Encoder
 ) -> tuple[dict[str, Iterator[tuple[str, TokenRow | None]]], dict[str, float]]:
-    """Return streams of families and their rows, with weights; where rows are packed, families branch off together.
+    """Return weighted streams of families and their rows; packed families that can share a history form one stream.
 
     A row is None where no target of it fits ``train.max_row_tokens``.
 
@@ -438,7 +438,7 @@ def streams(
         )
     tasks = {family: task for family in shares if isinstance(task := sources.tasks[family], Branching)}
     tasks = {family: task for family, task in tasks.items() if packing and task.branches}
-    # A pool's rows are chosen for each family, before it is known which could share what they show.
+    # The rows of a pool are selected per family, before it is known which could share a history.
     together = len(tasks) > 1 and section.examples is None
     alone = [family for family in shares if not together or family not in tasks]
     found: dict[str, Iterator[tuple[str, TokenRow | None]]]
@@ -454,7 +454,7 @@ def streams(
 
 
 def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow | None]:
-    """Return a family's training rows, without end."""
+    """Return a family's training rows, endlessly."""
     task, section = sources.tasks[family], sources.section
     limit = section.max_row_tokens
     if task.listwise is not None:
@@ -462,7 +462,7 @@ def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow |
     if sources.paired:
         made = (target_rows(example, encoder, limit) for example in sources.examples(family))
         return (row for rows in made for row in (*rows, *([] if rows else [None])))
-    # Only words tell where lines begin, and only they are in a pool.
+    # Only text shows where lines begin, and a pool contains only text.
     if isinstance(task, Drawing) and section.band is None and section.examples is None:
         return iter(RowStream(task, encoder, limit=limit, seed=sources.seed))
     lines = section.band is not None
@@ -470,7 +470,7 @@ def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow |
 
 
 def followed(examples: Iterable[Example], encoder: Encoder, limit: int, *, paired: bool) -> list[TokenRow]:
-    """Return the rows of held-out examples, to follow their loss; one without a target within ``limit`` is left out."""
+    """Return the rows of held-out examples for the validation loss, without those with no target in ``limit``."""
     if paired:
         return [row for example in examples for row in target_rows(example, encoder, limit)]
     return [row for example in examples if (row := fit_row(example, encoder, limit)) is not None]

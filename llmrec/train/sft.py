@@ -46,7 +46,7 @@ from llmrec.train.world import told as tell_world
 
 log = logging.getLogger(__name__)
 
-# Marks what is laid out for a process that has nothing to do: its loss counts nothing.
+# Marks the batch of a process without rows: its loss has weight 0.
 _IDLE = "idle"
 
 
@@ -54,9 +54,9 @@ _IDLE = "idle"
 class Training:
     """What a training run did.
 
-    ``seconds`` counts what killed invocations spent up to the checkpoint that was gone on from, ``seconds_before``.
-    ``kept_step`` is the step whose adapter was kept, where validation decided that. ``processes`` is how many trained,
-    and ``distributed`` as what, in accelerate's words. ``sparsity`` is the share of zeros of layers that are pruned.
+    ``seconds`` includes ``seconds_before``, what killed invocations spent up to the checkpoint that was resumed.
+    ``kept_step`` is the step whose adapter validation selected. ``processes`` is the number of processes, and
+    ``distributed`` their kind, as accelerate names it. ``sparsity`` is the share of zeros in pruned layers.
     """
 
     method: str
@@ -77,51 +77,52 @@ class Training:
 
 
 class Objective(Protocol):
-    """Makes the loss of a planned step when its turn comes, from what the model is by then.
+    """Computes the loss of a planned step when it is reached, with the current model.
 
     Attributes:
-        updates: How many optimiser steps each planned step is for, one after the other.
+        updates: The number of consecutive optimiser steps per planned step.
     """
 
     updates: int
 
     def loss(self, model: torch.nn.Module, number: int) -> tuple[Any, float]:
-        """Return the summed loss of a planned step, and what it is divided by."""
+        """Return the summed loss of a planned step and its divisor."""
         ...
 
     def told(self) -> Mapping[str, float]:
-        """Return what the log says of the last step, its ``tokens`` and ``targets`` among it."""
+        """Return the log fields of the last step, including ``tokens`` and ``targets``."""
         ...
 
 
 class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
-    """SFTTrainer whose dataset rows are whole planned steps and whose head sees label rows only."""
+    """An SFTTrainer whose dataset rows are whole planned steps and whose head is applied to label positions only."""
 
     by: StateLoss | None = None
     listwise: Listwise | None = None
     objective: Objective | None = None
     world: World = World()
-    # What is logged of a step beside its loss, by name: its sum over what counts, and then its mean.
+    # Further log fields of a step by name: first sums, then means.
     figures: Mapping[str, float] = {}
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
-        """Return the planned order where a step is taken several times, else a seeded one."""
+        """Return the planned order if a step is used several times, otherwise a seeded one."""
         if self.objective is not None:
             return torch.utils.data.SequentialSampler(train_dataset or self.train_dataset)
         return super()._get_train_sampler(train_dataset)
 
     def get_train_dataloader(self) -> Any:
-        """Return the planned steps in an order that does not depend on processes: each takes its share of every one."""
+        """Return the planned steps in an order that does not depend on processes: each takes a share of every step."""
         loader = super().get_train_dataloader()
         if self.world.size > 1:
-            # accelerate hands out whole batches in turn; transformers undoes that in the same way for its own sampler.
+            # accelerate would distribute whole batches; transformers undoes that in the same way for its own sampler.
             loader.batch_sampler.num_processes, loader.batch_sampler.process_index = 1, 0
         return loader
 
     def create_scheduler(self, num_training_steps: int, optimizer: Any = None) -> Any:
-        """Return the schedule of the recipe, whose warm-up ends at the full learning rate and does not begin at 0.
+        """Return the recipe's learning-rate schedule, whose warm-up ends at the full rate and does not begin at 0.
 
-        As the Trainer has it, the first step of a warm-up changes nothing, and one over all steps never gets there.
+        With the Trainer's schedule the first warm-up step has rate 0, and a warm-up over all steps never reaches the
+        full rate.
         """
         schedule = super().create_scheduler(num_training_steps, optimizer)
         after, warm = schedule.lr_lambdas[0], self.args.warmup_steps
@@ -137,17 +138,17 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """Return the mean loss over the step's targets, each counted as its row says, or over its lists.
+        """Return the mean loss over the step's weighted targets, or over its lists.
 
-        Of several processes each returns its part times their number, since gradients and logged losses are then
-        averaged over them: the mean of these is the loss of one process that has the whole step.
+        With several processes each returns its part times their number, since gradients and logged losses are averaged
+        over processes: the mean is the loss of a single process with the whole step.
         """
         if self.objective is not None:
             total, count = self.objective.loss(model, int(inputs["step"]))
             return (total / count, {}) if return_outputs else total / count
         share = {name: value for name, value in inputs.items() if name != _IDLE}
         total, count = through(model, self._summed, share)
-        if _IDLE in inputs:  # a step too small for all
+        if _IDLE in inputs:  # a step with fewer rows than processes
             total, count = total * 0.0, 0.0
             self.figures = dict.fromkeys(self.figures, 0.0)
         whole = self.world.total(count, total.device) or 1
@@ -160,7 +161,7 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
         super().log({**logs, **self.figures} if "loss" in logs else logs, *args, **kwargs)
 
     def _summed(self, model: torch.nn.Module, inputs: Mapping[str, Any]) -> tuple[Any, float]:
-        """Return the summed loss and what its targets, or lists, count."""
+        """Return the summed loss and the total weight of its targets or lists."""
         with mixed_precision(model):
             if self.listwise is not None:
                 lists = self.listwise
@@ -192,8 +193,8 @@ def train(
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
-    A run that was killed continues from its newest checkpoint in ``folder/checkpoints`` that verifies, and ends with
-    the same weights.
+    A killed run resumes from the newest checkpoint in ``folder/checkpoints`` that verifies, and ends with the same
+    weights.
 
     Args:
         model: From `llmrec.train.lora.load_trainable`.
@@ -225,10 +226,10 @@ def train(
     pad = encoder.tokenizer.pad_token_id
     by = state_loss(model, section, head, soft, taught, items)
     seen = None if by is taught else by
-    # What a checkpoint holds beside the Trainer's own files.
+    # Further files of a checkpoint.
     kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]
     kept += ([] if head is None else [partial(save_head, head)]) + ([] if soft is None else [soft.save])
-    # Which planned step each optimiser step takes.
+    # The planned step of each optimiser step.
     order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
     sizes = [(step.tokens, step.targets) for step in map(steps.__getitem__, order)]
     tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
@@ -258,7 +259,7 @@ def train(
             train_dataset=Dataset.from_dict({"step": order}),
             processing_class=encoder.tokenizer,
             data_collator=partial(_batch, model, steps, pad, world) if objective is None else _number,
-            # Trackers come after what adds validation losses to a step's log.
+            # Trackers follow the callback that adds validation losses to a step's log.
             callbacks=[*pruning, follow, *(callbacks(chosen(section), folder) if world.first else ()), saving],
         )
     kind = trainer.accelerator.distributed_type.value
@@ -293,7 +294,7 @@ def train(
             else:
                 write(model, draft, **whole)
     world.wait()
-    # Where validation ended it, the rest of the planned steps were not taken.
+    # After early stopping the remaining planned steps were not used.
     sizes = sizes[: follow.records[-1]["step"]]
     if objective is not None:
         made = [record["reward"] for record in follow.records if "reward" in record]
@@ -324,7 +325,7 @@ def _no_lists(listwise: Listwise) -> str:
 
 
 def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -> None:
-    """Compute made rows packed and plain, and refuse a model that gives them another loss.
+    """Compute the loss of synthetic rows packed and unpacked, and reject a model where they differ.
 
     Args:
         model: The model.
@@ -346,7 +347,7 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
         with torch.no_grad(), mixed_precision(model):
             one, two = float(label_loss(model, ids, labels)[0]), float(packed_loss(model, packed)[0])
         model.train(was_training)
-        # Half precision rounds otherwise in another order; what a row sees of its neighbours is far more.
+        # Half precision rounds differently in another order; leakage between rows would be far larger.
         exact = isinstance(mixed_precision(model), nullcontext) and model.dtype == torch.float32
         reads = abs(one - two) <= (1e-3 + 1e-5 * abs(one) if exact else 0.3 + 0.005 * abs(one))
     if not reads:
@@ -359,7 +360,7 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
 
 
 def weights_sha256(folder: Path) -> str:
-    """Return the sha256 over a folder's safetensors files, in name order."""
+    """Return the SHA-256 over a folder's safetensors files, in name order."""
     digest = hashlib.sha256()
     for file in sorted(folder.glob("*.safetensors")):
         digest.update(file.read_bytes())
@@ -367,7 +368,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
-    """Return the checkpoint that all processes go on from; the first one looks, and removes what is torn.
+    """Return the checkpoint that all processes resume from; the first process selects it and removes incomplete ones.
 
     Raises:
         LlmrecError: If it is one of FSDP and this training is not, or the other way round.
@@ -388,7 +389,7 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
 
 
 def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
-    """Hand on the number of a planned step: the trainer fetches ahead, so that rows of the model's own come later."""
+    """Return the number of a planned step: the trainer prefetches, so rows that the model makes itself come later."""
     (item,) = items
     return {"step": torch.tensor(item["step"])}
 
@@ -396,7 +397,7 @@ def _number(items: Sequence[Mapping[str, int]]) -> dict[str, torch.Tensor]:
 def _batch(
     model: torch.nn.Module, steps: Sequence[Step], pad: int, world: World, items: Sequence[Mapping[str, int]]
 ) -> dict[str, torch.Tensor]:
-    """Lay out one optimiser step, or the share of it that this process has."""
+    """Return the batch of one optimiser step, or this process's share of it."""
     (item,) = items
     step = steps[item["step"]]
     if world.size == 1:
@@ -404,7 +405,7 @@ def _batch(
     parts = step.split(world.size)
     if parts[world.rank].rows:
         return _laid(model, parts[world.rank], pad)
-    # Every process computes something: gradients are summed once all have theirs.
+    # Every process computes something, since gradients are summed over all.
     shortest = min((part for part in parts if part.rows), key=lambda part: part.tokens)
     return _laid(model, shortest, pad) | {_IDLE: torch.ones(())}
 
@@ -429,7 +430,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         weight_decay=section.weight_decay,
         max_grad_norm=section.max_grad_norm,
         gradient_checkpointing=section.gradient_checkpointing,
-        # Autocast is entered around the loss, whose head is called outside the model's own forward.
+        # Autocast surrounds the loss, whose head is called outside the model's own forward.
         bf16=False,
         fp16=False,
         logging_steps=1,
@@ -438,7 +439,7 @@ def _config(section: TrainSection, folder: Path, steps: int, seed: int, device: 
         save_strategy="steps",
         save_steps=section.save_every,
         eval_strategy="no",
-        # Trackers are callbacks of `trackers`; these two are what trackio's reads of its run.
+        # Trackers are callbacks made by `trackers`; trackio's callback reads these two settings.
         report_to="none",
         project=trackio_project(),
         run_name=folder.name,

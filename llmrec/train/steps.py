@@ -1,7 +1,7 @@
-"""Planned steps, whose rows lie in flat arrays until a step is asked for.
+"""Planned steps, whose rows are stored in flat arrays until a step is read.
 
-A row as a `TokenRow` takes about fifty bytes a token, since every number in it is an object. Here a token takes five:
-its id, and whether it bears loss. Rows and steps are made from that when they are read, a step at a time.
+A `TokenRow` takes about fifty bytes per token, since every number in it is an object. Here a token takes five: its id
+and whether it has loss. Rows and steps are created from the arrays when they are read.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """The rows of one optimiser step; with ``bins``, how they are packed into masked rows."""
+    """The rows of one optimiser step and, with ``bins``, their packing into masked rows."""
 
     rows: tuple[TokenRow, ...]
     bins: tuple[Bin, ...] = ()
@@ -41,7 +41,7 @@ class Step:
 
     @property
     def tokens(self) -> int:
-        """Tokens computed without padding; what masked rows share counts once."""
+        """Tokens computed without padding; shared prefixes of masked rows count once."""
         if self.bins:
             return sum(each.columns for each in self.bins)
         return sum(len(row.ids) for row in self.rows)
@@ -52,10 +52,10 @@ class Step:
         return sum(row.targets for row in self.rows)
 
     def split(self, count: int) -> list[Step]:
-        """Return the step in parts of about equal tokens, the longest first to whoever has least.
+        """Split the step into parts with about equal tokens, assigning the longest rows first.
 
         Args:
-            count: How many parts. Where there are fewer rows, or masked rows, some are empty.
+            count: The number of parts. If there are fewer rows, or masked rows, some parts are empty.
         """
         sizes = [each.columns for each in self.bins] or [len(row.ids) for row in self.rows]
         loads, parts = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
@@ -70,12 +70,12 @@ class Step:
 
 
 class RowTable:
-    """Rows in the order in which they were added, all of weight 1."""
+    """Rows in the order in which they were added, with weight 1."""
 
     def __init__(self) -> None:
         self._ids, self._learned = array("i"), bytearray()
         self._ends = array("q", [0])
-        # Of the few that have any: labels that are not the tokens themselves, and where lines begin.
+        # Only for rows that have them: labels that differ from the tokens, and the beginnings of lines.
         self._labels: dict[int, array[int]] = {}
         self._lines: dict[int, array[int]] = {}
 
@@ -83,7 +83,7 @@ class RowTable:
         return len(self._ends) - 1
 
     def add(self, row: TokenRow) -> None:
-        """Put a row behind the others."""
+        """Append a row."""
         ids, labels = array("i", row.ids), array("i", row.labels)
         there = np.frombuffer(labels, dtype=np.int32)
         learned = there != IGNORED
@@ -106,21 +106,20 @@ class RowTable:
         return TokenRow(tuple(ids), tuple(labels), tuple(self._lines.get(number, ())), weight)
 
     def tokens(self, number: int) -> int:
-        """Return how many tokens a row has."""
+        """Return the number of tokens of a row."""
         return self._ends[number + 1] - self._ends[number]
 
     def targets(self, number: int) -> int:
-        """Return how many of them bear loss."""
+        """Return the number of tokens of a row with loss."""
         return self._learned.count(1, self._ends[number], self._ends[number + 1])
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Planned steps, how many rows of each task they hold, and validation rows by task.
+    """Planned steps, the number of rows per task, and validation rows by task.
 
-    ``dropped`` counts rows whose only target lay beyond ``train.max_row_tokens``; ``loss_shares`` is what part of the
-    loss each task has; ``cases`` are the questions of rows that rollouts answer, by the rows' numbers; ``soft`` what
-    soft prompts there are.
+    ``dropped`` counts rows without a target within ``train.max_row_tokens``; ``loss_shares`` is the share of the loss
+    by task; ``cases`` are the questions that rollouts answer, by row number; ``soft`` describes the soft prompts.
     """
 
     steps: Steps
@@ -133,22 +132,22 @@ class Plan:
 
 
 class Steps(Sequence[Step]):
-    """Planned steps in their order; a step is made when it is asked for.
+    """Planned steps in order; a step is created when it is read.
 
     Attributes:
-        table: All rows that were drawn, in the order in which they were: a few more than the steps have.
+        table: All rows in the order in which they were drawn: a few more than the steps use.
     """
 
     def __init__(self, table: RowTable, band: int | None = None) -> None:
-        """Set up without steps; ``band`` is that of `llmrec.train.packing.tree`."""
+        """Start without steps; ``band`` is that of `llmrec.train.packing.tree`."""
         self.table, self._band = table, band
         self._weights: Sequence[float] = ()
-        # Numbers of rows, step after step; of bins, how many rows and columns they have; where steps end in both.
+        # Row numbers of consecutive steps; rows and columns of each bin; where steps end in both.
         self._order, self._ends = array("i"), array("q", [0])
         self._sizes, self._columns, self._bin_ends = array("i"), array("i"), array("q", [0])
 
     def add(self, step: Step, numbers: Mapping[int, int]) -> None:
-        """Put a step behind the others; ``numbers`` are those of its rows, by `id`."""
+        """Append a step; ``numbers`` are those of its rows, by `id`."""
         self._order.extend([numbers[id(row)] for row in step.rows])
         self._ends.append(len(self._order))
         self._sizes.extend([len(each.rows) for each in step.bins])
@@ -156,7 +155,7 @@ class Steps(Sequence[Step]):
         self._bin_ends.append(len(self._sizes))
 
     def weighing(self, weights: Sequence[float]) -> Steps:
-        """Return the same steps with what each target of a row counts, by the row's number."""
+        """Return the same steps with the weight of each target of a row, by row number."""
         made = copy(self)
         made._weights = weights
         return made
@@ -166,7 +165,7 @@ class Steps(Sequence[Step]):
         return (self._order[start:end] for start, end in pairwise(self._ends))
 
     def digest(self) -> str:
-        """Return 32 hex digits over the rows' tokens and how they are divided into steps."""
+        """Return 32 hex digits over the rows' tokens and their division into steps."""
         table = self.table
         arrays = (table._ids, table._ends, self._order, self._ends, self._sizes, array("d", self._weights))
         return checksum(b"".join(each.tobytes() for each in arrays) + bytes(table._learned))
@@ -192,21 +191,20 @@ class Steps(Sequence[Step]):
 
 @dataclass(frozen=True)
 class Weighted:
-    """Steps whose rows are weighted, and what part of the loss each family has in them: the mean over steps."""
+    """Steps with weighted rows, and the mean share of the loss of each family."""
 
     steps: Steps
     shares: Mapping[str, float]
 
 
 def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
-    """Weight rows so that each family's part of a step's loss is its part of the step's tokens, on average.
+    """Weight rows so that each family's share of a step's loss is its share of the step's tokens, on average.
 
-    Shares are shares of tokens when rows are drawn. The loss of a step is a mean over its targets, and a row of a list
-    has many of them where a question with one answer has few: in a step that holds both, the list would have nearly all
-    of it. So a family's targets count as many times more as they stand apart: tokens over targets, one number for each
-    family.
+    Families are drawn by shares of tokens. The loss of a step is a mean over its targets, and a list row has many
+    targets where a question with one answer has few: in a step with both, the list would have nearly all of the loss.
+    So a family's targets are weighted by tokens / targets, one number per family.
 
-    The mean target counts 1, and rows of a single family are left as they are.
+    The mean weight is 1, and the rows of a single family are unchanged.
 
     Args:
         steps: Planned steps.
@@ -228,5 +226,5 @@ def weighted(steps: Steps, families: Sequence[str]) -> Weighted:
             mass[families[n]] += weights[families[n]] * table.targets(n)
         for family, held in mass.items():
             parts[family] += held / sum(mass.values()) / len(steps)
-    # Of a family that no step has, rows may have been drawn.
+    # Rows may have been drawn from a family that no step has.
     return Weighted(steps.weighing([weights.get(family, 1.0) for family in families]), dict(parts))

@@ -1,7 +1,7 @@
 """Experiment trackers, ``train.report_to``: losses while training, through transformers, and figures of the evaluation.
 
-Both go into one run of a tracker, whose id the run folder keeps. Evaluation figures go to those of `_TRACKED`; the
-others that transformers knows have the losses alone.
+Both go into one run of a tracker, whose id is stored in the run folder. The trackers in `_TRACKED` also get evaluation
+figures; the others that transformers supports get losses only.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _REPORTED = "reported"
 
 
 def chosen(section: TrainSection) -> tuple[str, ...]:
-    """Return the trackers of a recipe: without a word TensorBoard's files, where it is installed."""
+    """Return the trackers of a recipe; by default TensorBoard, if it is installed."""
     if section.report_to is not None:
         return section.report_to
     there = all(importlib.util.find_spec(name) is not None for name in ("tensorboard", "torch"))
@@ -39,10 +39,10 @@ def chosen(section: TrainSection) -> tuple[str, ...]:
 
 
 def refuse_trackers(names: Sequence[str]) -> None:
-    """Refuse trackers that do not exist, or are not installed.
+    """Reject unknown trackers and those that are not installed.
 
     Raises:
-        RecipeError: If the trainer does not know a name.
+        RecipeError: If transformers does not support a tracker.
         MissingExtra: If the package of one is not installed.
     """
     if not names:
@@ -66,17 +66,17 @@ def refuse_trackers(names: Sequence[str]) -> None:
 
 
 def forget(folder: Path) -> None:
-    """Drop what another training left in a run folder: this one has runs of its own."""
+    """Remove the tracker runs of an earlier training from a run folder."""
     ids, events = (folder / name for name in FILES)
     ids.unlink(missing_ok=True)
     shutil.rmtree(events, ignore_errors=True)
 
 
 def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
-    """Begin a run of each tracker, or go on with that of the folder, and return what logs each training step to it.
+    """Start a run of each tracker, or resume that of the folder, and return the callbacks that log training steps.
 
     Raises:
-        RecipeError: If one cannot begin.
+        RecipeError: If a tracker cannot start a run.
     """
     refuse_trackers(names)
     known, made = _transformers().INTEGRATION_TO_CALLBACK, []
@@ -98,7 +98,7 @@ def callbacks(names: Sequence[str], folder: Path) -> list[Any]:
 
 
 def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, step: int) -> None:
-    """Log the figures of an evaluation, once; a tracker that fails is a warning, since the results are written.
+    """Log the figures of an evaluation once; a failing tracker is only a warning, since results are written.
 
     Args:
         names: Trackers; those that take no figures are passed over.
@@ -125,7 +125,7 @@ def report(names: Sequence[str], figures: Mapping[str, float], folder: Path, *, 
 
 
 def _begin(name: str, folder: Path) -> None:
-    """Open a run, or that which the folder began, for all that is logged until it is closed."""
+    """Open a tracker run, or resume that of the folder."""
     if name in _OPENED:
         known = _kept(folder).get(name)
         write_json(folder / FILES[0], {**_kept(folder), name: _OPENED[name](folder.name, known)})
@@ -182,7 +182,7 @@ _TRACKED: Mapping[str, Callable[[Mapping[str, float], Path, int], None]] = {
 
 
 def trackio_project() -> str:
-    """Return trackio's project, which transformers' own callback is told too."""
+    """Return trackio's project name, which transformers' callback uses too."""
     return os.getenv("TRACKIO_PROJECT", PROJECT)
 
 

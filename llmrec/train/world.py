@@ -1,7 +1,8 @@
-"""The processes that train one model together: what kind of group they are, what they wait for and agree on.
+"""The processes that train one model together: their kind of parallelism, synchronisation and agreement.
 
 Each optimiser step is divided among them (`llmrec.train.steps.Step.split`), and its loss by the targets of the whole
-step, so that a gradient is that of one process. The first process alone writes: run folder, logs and trackers.
+step, so that the gradient equals that of a single process. Only the first process writes the run folder, logs and
+trackers.
 """
 
 from __future__ import annotations
@@ -24,9 +25,9 @@ from llmrec.recipe.schema import TrainSection
 
 SHARDED = "FSDP"
 """accelerate's word for weights that are divided among processes."""
-# One process reads data, judges and merges while the others wait for it; the launcher ends all when one dies.
+# One process reads data, validates and merges while the others wait; the launcher ends all when one dies.
 _PATIENCE = timedelta(days=1)
-# What gloo and NCCL say when the other side of a connection is gone.
+# Messages of gloo and NCCL when the other side of a connection is gone.
 _GONE = re.compile(r"gloo|NCCL|[Cc]onnection (closed|reset|refused)|Broken pipe|Socket")
 
 
@@ -44,19 +45,19 @@ class World:
 
     @property
     def first(self) -> bool:
-        """Whether this process writes and speaks for all."""
+        """Whether this process writes and prints for all."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Return when every process has come here."""
+        """Wait until every process has reached this point."""
         self.agree(0)
 
     def agree(self, value: int) -> int:
-        """Return the number that the first process has; those of the others do not count."""
+        """Return the value of the first process in all processes."""
         if self.size == 1:
             return value
         held = torch.tensor([value], dtype=torch.int64, device=PartialState().device)
-        # A sum is complete only when everybody has taken part; a broadcast would not make the first one wait.
+        # A sum completes only when all processes take part; a broadcast would not make the first one wait.
         torch.distributed.all_reduce(held.mul_(self.first))
         return int(held)
 
@@ -70,10 +71,10 @@ class World:
 
 
 def here() -> World:
-    """Return the processes that `joined` put together; one, where it did not.
+    """Return the processes that `joined` connected; a single one otherwise.
 
     Raises:
-        RecipeError: If a launcher started several and they were not: gradients would not be summed.
+        RecipeError: If a launcher started several that are not connected: gradients would not be summed.
     """
     if torch.distributed.is_initialized():
         return World(torch.distributed.get_rank(), torch.distributed.get_world_size())
@@ -83,7 +84,7 @@ def here() -> World:
 
 @contextmanager
 def joined(device: str) -> Iterator[World]:
-    """Put the processes that a launcher started together, through accelerate.
+    """Connect the processes that a launcher started, through accelerate.
 
     Args:
         device: Where they train, ``"cpu"`` or ``"cuda"``.
@@ -98,7 +99,7 @@ def joined(device: str) -> Iterator[World]:
         return
     try:
         if not torch.distributed.is_initialized():
-            PartialState._reset_state()  # what a training before this one left in the process
+            PartialState._reset_state()  # state that an earlier training left in the process
         state = PartialState(cpu=device == "cpu", timeout=_PATIENCE)
         if state.num_processes != processes.size():
             raise _other(f"{processes.size()} processes", f"{state.num_processes}")
@@ -113,7 +114,7 @@ def joined(device: str) -> Iterator[World]:
 
 
 def kind_asked(device: str) -> str:
-    """Return what the launcher asks for, in accelerate's words; ``"no"``: nothing but this process.
+    """Return the kind of parallelism that the launcher asks for, as accelerate names it; ``"no"``: a single process.
 
     Args:
         device: Where the recipe trains, ``"cpu"`` or ``"cuda"``.
@@ -156,7 +157,7 @@ def kind_asked(device: str) -> str:
 
 
 def _refuse_settings() -> None:
-    """Refuse what accelerate can be told and llmrec does not do."""
+    """Reject accelerate settings that llmrec does not support."""
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("", "no"):
         raise RecipeError(
@@ -178,7 +179,7 @@ def _set(name: str) -> bool:
 
 
 def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool) -> None:
-    """Refuse what does not go with FSDP.
+    """Reject settings incompatible with FSDP.
 
     Args:
         plugin: accelerate's settings of it.
@@ -205,7 +206,7 @@ def refuse_sharding(plugin: Any, section: TrainSection, *, plain: bool) -> None:
 
 
 def refuse_other(asked: str, obtained: str) -> None:
-    """Refuse a group of another kind than the one that was asked for.
+    """Reject a process group of another kind than requested.
 
     Args:
         asked: From `kind_asked`.
@@ -227,14 +228,14 @@ def _other(asked: str, obtained: str) -> RecipeError:
 
 
 def told(world: World, kind: str) -> None:
-    """Say how many processes train, and as what."""
+    """Return a message with the number of processes and their kind."""
     if world.size > 1:
         backend = torch.distributed.get_backend()
         note(f"training: {world.size} processes, {kind} ({backend})")
 
 
 def refuse_different(world: World, digest: str, what: str) -> None:
-    """Refuse to train with a process that has something else than the first.
+    """Reject training with processes whose inputs differ from the first one's.
 
     Args:
         world: The processes.
@@ -254,10 +255,10 @@ def refuse_different(world: World, digest: str, what: str) -> None:
 
 
 def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], Any], inputs: Mapping[str, Any]) -> Any:
-    """Return what is computed with a model, as a forward pass of whatever is around it.
+    """Run a computation with a model as a forward pass of the wrapper around it.
 
-    DDP begins to sum gradients in its forward pass, and FSDP2 gathers the weights in that of the outermost module.
-    Losses here ask parts of a model, decoder and head, so for one call they stand in for the model's own forward.
+    DDP prepares the sum of gradients in its forward pass, and FSDP2 gathers weights in that of the outermost module.
+    Losses here call parts of a model, decoder and head, so for one call they replace the model's own forward.
 
     Args:
         model: A model, or DDP around one.
@@ -275,7 +276,7 @@ def through(model: torch.nn.Module, compute: Callable[[Any, Mapping[str, Any]], 
             inner.forward = before
 
     def once(**given: Any) -> Any:
-        put_back()  # what is computed may ask the whole model
+        put_back()  # the computation may call the whole model
         return compute(inner, given)
 
     inner.forward = once

@@ -1,9 +1,9 @@
-"""The loss of a step that makes its own rows: rollouts of the model as it is, their rewards, and a policy gradient.
+"""Policy-gradient training: rollouts of the current model, their rewards, and the loss of a step.
 
-Rollouts depend on the seed, the id of their question and the weights alone, so that a resumed training draws the same.
-The rollouts of a question lie in one masked row, as the candidates of a list do (`llmrec.train.rows`). The model
-that training started from is what lies below the adapter, which is switched off to ask it. Dropout is off throughout:
-what is learned is the policy that was asked.
+Rollouts depend only on the seed, the id of their question and the weights, so that a resumed training draws the same.
+The rollouts of a question share one masked row, as the candidates of a list do (`llmrec.train.rows`). The reference
+model is the one below the adapter, which is disabled to evaluate it. Dropout is off, so that the trained policy is the
+one that was sampled.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from llmrec.types import Case
 # a Baseline for Free!, 2019).
 
 
-# Below this a standard deviation is noise: TRL adds as much.
+# A smaller standard deviation is noise; TRL adds the same constant.
 _LEAST = 1e-4
 
 
 def advantages(rewards: Sequence[float], weights: Floats, *, normalise: bool) -> Floats:
-    """Return how much better each rollout is than the group's mean; their sum, as weighted, is 0.
+    """Return the advantage of each rollout over the group's mean; their weighted sum is 0.
 
     Args:
         rewards: Of each rollout, shape (n,).
@@ -58,7 +58,7 @@ def advantages(rewards: Sequence[float], weights: Floats, *, normalise: bool) ->
 
 
 class PolicyLoss(NamedTuple):
-    """The summed loss, and of each rollout its divergence and whether its ratio was clipped, shape (n,)."""
+    """The summed loss and, for each rollout, its divergence and whether its ratio was clipped; shape (n,)."""
 
     total: Any
     divergence: Any
@@ -92,17 +92,17 @@ def policy_loss(
 
 @dataclass
 class _Drawn:
-    """The rollouts of a planned step, all groups one behind the other.
+    """The rollouts of a planned step, groups concatenated.
 
     Attributes:
         number: Of the step.
         packed: Their masked rows as tensors.
-        legal: What may stand where each target does; None where log-probabilities are those of the full vocabulary.
-        weights: What each rollout counts, shape (n,).
+        legal: The legal tokens at each target; None where log-probabilities are those of the full vocabulary.
+        weights: The weight of each rollout, shape (n,).
         gains: Advantages, shape (n,).
         reference: Log-probabilities under the model that training started from.
         old: The same under the model that drew them; None before their first update.
-        told: What is said of them.
+        told: Their log figures.
     """
 
     number: int
@@ -116,7 +116,7 @@ class _Drawn:
 
 
 class RewardObjective:
-    """Makes the loss of a step from rollouts of its questions.
+    """Computes the loss of a step from rollouts of its questions.
 
     Attributes:
         updates: Optimiser steps that take the same rollouts.
@@ -131,7 +131,7 @@ class RewardObjective:
             steps: Planned steps, whose rows are questions with their answers.
             cases: The questions, by the number of their row.
             section: The recipe's ``train.reward``.
-            rewards: What rollouts earn.
+            rewards: The reward terms.
             pad: Any token id.
             seed: Of the rollouts.
         """
@@ -142,7 +142,7 @@ class RewardObjective:
         self._drawn: _Drawn | None = None
 
     def loss(self, model: torch.nn.Module, number: int) -> tuple[Any, float]:
-        """Return the summed loss of a planned step and how many questions it has; the model is left without dropout.
+        """Return the summed loss of a planned step and its number of questions; dropout stays disabled.
 
         Args:
             model: With a PEFT adapter.
@@ -164,11 +164,11 @@ class RewardObjective:
         return found.total, float(questions)
 
     def told(self) -> Mapping[str, float]:
-        """Return what the last step's rollouts were like; see `llmrec.records.RewardLine`."""
+        """Return the log figures of the last step's rollouts; see `llmrec.records.RewardLine`."""
         return dict(self._drawn.told) if self._drawn is not None else {}
 
     def _draw(self, model: torch.nn.Module, number: int) -> _Drawn:
-        """Draw a step's rollouts, reward them, and ask the model below the adapter for their likelihood."""
+        """Draw a step's rollouts, compute their rewards, and their likelihood under the reference model."""
         section, catalogue = self._section, self._rewards.catalogue
         cases = [self._cases[row] for row in self._numbers[number]]
         prompts = [_prompt(row) for row in self._steps[number].rows]
@@ -222,7 +222,7 @@ class RewardObjective:
 
 
 def _prompt(row: TokenRow) -> tuple[int, ...]:
-    """Return what a question's row reads before its answer."""
+    """Return the prompt tokens of a question's row."""
     return row.ids[: next(n for n, label in enumerate(row.labels) if label != IGNORED)]
 
 

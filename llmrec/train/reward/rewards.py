@@ -1,4 +1,4 @@
-"""What rollouts of a question earn: terms with weights, each read off one group of items and the true one."""
+"""The reward of rollouts: a weighted sum of terms, each computed from a group of items and the true one."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from llmrec.types import Case, CatalogueScorer, Event, Example, Ranking, Segment
 
 @dataclass(frozen=True)
 class Rewards:
-    """Rewards the items of a group, which stand in the order of their likelihood.
+    """Computes the rewards of a group of items, which are ordered by likelihood.
 
     Attributes:
         kinds: Terms and their weights.
-        task: Whose `Task.reward` says what a list earns.
+        task: The task whose `Task.reward` rates a list.
         items: The catalogue's items, as its paths were given.
         catalogue: Their paths.
-        closing: How many tokens end every path and are none of its code, such as a line break.
+        closing: The number of tokens that end every path and are not part of its code, such as a line break.
         scorer: For `percentile`: a classic recommender.
     """
 
@@ -40,7 +40,7 @@ class Rewards:
 
         Args:
             case: The question and its true item.
-            places: The items' numbers in the catalogue, the most likely first, all different.
+            places: Distinct catalogue indices of the items, the most likely first.
         """
         terms: dict[RewardKind, Callable[[Case, Sequence[int]], Sequence[float]]] = {
             "hit": self._hit,
@@ -60,13 +60,13 @@ class Rewards:
         return self.task.reward(Ranking(request_id=case.request.id, items=items, scores=scores), case)
 
     def _hit(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the reward of each item as a list of its own: 1 for the true one."""
+        """Return the reward of each item as a list of one: 1 for the true item."""
         return [self._listed(case, [place]) for place in places]
 
     def _ndcg(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return what the list's NDCG would lose without each item: below 0 for what stands above the true one.
+        """Return what the list's NDCG would lose without each item: negative for items ranked above the true one.
 
-        The NDCG itself is the same for the whole group, so that it would say nothing of its members.
+        The NDCG itself is the same for the whole group, so it could not tell its members apart.
         """
         whole = self._listed(case, places)
         return [whole - self._listed(case, [*places[:n], *places[n + 1 :]]) for n in range(len(places))]
@@ -74,7 +74,7 @@ class Rewards:
     def _rank_penalty(self, case: Case, places: Sequence[int]) -> list[float]:
         """Return 0 for the true item, and shares of -1 for the others, by 1 / log2(1 + rank); MiniOneRec's, 2510.24431.
 
-        A group without the true item says nothing of the order of the others, and has 0 throughout.
+        A group without the true item gives no information on the order of the others; all rewards are 0.
         """
         hits = self._hit(case, places)
         if max(hits) <= 0:
@@ -83,7 +83,7 @@ class Rewards:
         return [0.0 if hit > 0 else -each / sum(discounts) for hit, each in zip(hits, discounts, strict=True)]
 
     def _prefix(self, case: Case, places: Sequence[int]) -> list[float]:
-        """Return the common beginning of each code and the true one as a share of the longer; 1 for the true item."""
+        """Return the length of the common prefix of each code and the true one, as a share of the longer code."""
         wanted = self._code(self.items.index(str(case.truth)))
         found = []
         for place in places:
@@ -110,7 +110,7 @@ class Rewards:
 def closing_of(catalogue: Catalogue) -> int:
     """Return 1 if all paths of a catalogue end with one token, such as a line break, else 0.
 
-    What else they have in common before it may be a level of the codes on which all items agree.
+    Other tokens that they share may be a level of the codes on which all items agree.
     """
     paths = [catalogue.path(place) for place in range(len(catalogue))]
     return int(min(map(len, paths)) > 1 and len({path[-1] for path in paths}) == 1)
