@@ -21,7 +21,7 @@ ROOT_PAGES = {"README.md": "overview.md", "CHANGELOG.md": "CHANGELOG.md", "CONTR
 IMAGES = {".svg", ".png"}
 LONGEST = 60_000
 """Bytes of a file that is shown as code; a longer one is handed out as it is."""
-LANGUAGES = {".ts": "typescript", ".yml": "yaml"}
+LANGUAGES = {".yml": "yaml"}
 """Names of languages that are not those of the file's ending."""
 
 REPORT = "example/report/index.html"

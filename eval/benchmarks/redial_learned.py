@@ -11,8 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.answer.checks import decided
+from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import Recommender
 from llmrec.answer.rules import Rules
 from llmrec.chat.conversation import Conversation
 from llmrec.chat.dual_encoder import ENCODER, Asked, DualEncoder, learn, mapped, of_transcript
@@ -153,7 +153,7 @@ def named(cases: Cases, names: Sequence[str], chosen: NDArray[np.int64]) -> Floa
         had = set(cases.named[row])
         out.append(sorted({place[each] for each in had if had.issuperset(columns[titles[place[each]]])}))
     options = decided(RecommenderOptions(model=MODEL, backend="hf"))
-    with Recommender.open(options, ranks=False) as model, model.asked("search") as backend:
+    with LanguageModel.open(options, ranks=False) as model, model.backend("search") as backend:
         for at, (prompt, without) in enumerate(zip(prompts, out, strict=True)):
             (found,) = backend.search([prompt], titles, k=BEAMS, width=BEAMS, excluded=[without])
             for title, score in zip(found.items, found.scores, strict=True):

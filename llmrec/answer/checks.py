@@ -1,4 +1,4 @@
-"""What can be told of a recommender's options before a model is opened, and the engine that they ask for."""
+"""Checks of a recommender's options before a model is opened, and the engine that they ask for."""
 
 from __future__ import annotations
 
@@ -64,11 +64,7 @@ def check_choices(options: RecommenderOptions) -> None:
 
 
 def strategy_of(options: RecommenderOptions) -> str:
-    """Return the strategy that is asked for; the whole catalogue is answered by a search.
-
-    Raises:
-        DataError: If the strategy does not answer what is asked.
-    """
+    """Return the strategy that is asked for; the whole catalogue is answered by a search."""
     if options.whole and options.strategy not in ("auto", "search"):
         raise DataError(
             f"--candidates all is answered by a search; --strategy {options.strategy} ranks given candidates",
@@ -137,18 +133,18 @@ def decided(options: RecommenderOptions) -> RecommenderOptions:
     """
     if options.backend != "auto":
         return options
-    found = bundles.read(options.model)
-    on_gpu = bool(found.folder) and device(found.model) == "cuda"
+    bundle = bundles.read(options.model)
+    on_gpu = bool(bundle.folder) and device(bundle.model) == "cuda"
     return options if on_gpu else replace(options, backend="hf")
 
 
 def bundle_of(options: RecommenderOptions) -> Bundle:
     """Open the model that is asked for, as it is asked for."""
-    found = bundles.read(options.model)
+    bundle = bundles.read(options.model)
     changes: dict[str, Any] = {"dtype": options.dtype}
     if options.max_length is not None:
         changes["max_length"] = options.max_length
-    return replace(found, model=found.model.model_copy(update=changes), noun=options.noun or found.noun)
+    return replace(bundle, model=bundle.model.model_copy(update=changes), noun=options.noun or bundle.noun)
 
 
 def window_of(options: RecommenderOptions, bundle: Bundle) -> int:

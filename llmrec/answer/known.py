@@ -1,6 +1,6 @@
-"""What is known without asking a model: its catalogue, and what users did.
+"""The catalogue of a model and the histories of its users, which are read without opening the model.
 
-Items and past events come from the run's data or the exported folder, and from what a service was sent since.
+Items and events come from the run's data or the exported folder, and from what a service received since.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.answer.requests import catalogue_of, data_of_run
 from llmrec.answer.rules import Rules
 from llmrec.baselines.parameters import config_of
+from llmrec.data.assemble import read_items
 from llmrec.data.codes import codes
 from llmrec.data.dataset import Dataset, conform
-from llmrec.data.described import profile_of
+from llmrec.data.described import described_items, profile_of
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
 from llmrec.data.read.limits import shown
@@ -41,6 +41,9 @@ Users = Mapping[str, Mapping[str, str]]
 Profile = str | Mapping[str, str]
 """What prompts show of a user: a text, or fields by name."""
 
+ITEMS = "items.parquet"
+"""The catalogue that an exported folder may carry."""
+
 # Rule sets whose allowed items are remembered for one state of the catalogue.
 _REMEMBERED = 8
 
@@ -48,19 +51,19 @@ _REMEMBERED = 8
 class Catalogue:
     """Items by id, which can be added, replaced and removed while other threads look them up.
 
-    A change makes a new mapping, so that whoever is reading goes on with the one that he has.
+    A change makes a new mapping, so that readers continue with the one they have.
 
     Args:
         items: To begin with.
 
     Attributes:
-        changes: How often items changed, for those who remember something of them.
+        changes: How often items changed, for callers that cache something derived from them.
     """
 
     def __init__(self, items: Mapping[str, Item]) -> None:
         self.items = dict(items)
         self.changes = 0
-        # What is made of one mapping stands beside it: it may be ready when the next one has come.
+        # Each is stored with the mapping that it was derived from, which may have been replaced meanwhile.
         self._search: tuple[Mapping[str, Item], pl.Series, pl.Series] | None = None
         self._allowed: tuple[Mapping[str, Item], dict[Rules, frozenset[str]]] = (self.items, {})
 
@@ -74,11 +77,7 @@ class Catalogue:
         self.changes += 1
 
     def get(self, item_id: str) -> Item:
-        """Return an item.
-
-        Raises:
-            DataError: If there is none of this id.
-        """
+        """Return an item."""
         if item_id not in self.items:
             raise DataError(
                 f"there is no item {item_id[:60]!r}; look it up among the items of the run, by its title too",
@@ -94,12 +93,12 @@ class Catalogue:
             DataError: If a rule names a field that no item has.
         """
         items, known = self._allowed
-        if (found := known.get(rules)) is None:
+        if (result := known.get(rules)) is None:
             rules.check(items)
             if len(known) >= _REMEMBERED:
                 known.clear()
-            found = known[rules] = rules.allowed(items)
-        return found
+            result = known[rules] = rules.allowed(items)
+        return result
 
     def search(self, words: str, *, limit: int, offset: int) -> tuple[list[Item], int]:
         """Find items whose title or id holds some text: first those that begin with it, then words, then the rest.
@@ -117,9 +116,9 @@ class Catalogue:
         if sought:
             inside = texts.str.contains(sought, literal=True) | ids.str.contains(words.strip(), literal=True)
             places = np.flatnonzero(inside.to_numpy())
-            found = texts.gather(places)
-            begins = found.str.starts_with(sought) | (ids.gather(places) == words.strip())
-            word = found.str.contains(f" {sought}", literal=True)
+            result = texts.gather(places)
+            begins = result.str.starts_with(sought) | (ids.gather(places) == words.strip())
+            word = result.str.contains(f" {sought}", literal=True)
             order = np.where(begins.to_numpy(), 0, np.where(word.to_numpy(), 1, 2))
             places = places[np.argsort(order, kind="stable")]
         else:
@@ -127,12 +126,12 @@ class Catalogue:
         return [items[name] for name in ids.gather(places[offset : offset + limit])], len(places)
 
     def _texts(self) -> tuple[Mapping[str, Item], pl.Series, pl.Series]:
-        found, items = self._search, self.items
-        if found is None or found[0] is not items:
+        result, items = self._search, self.items
+        if result is None or result[0] is not items:
             titles = [item.title.casefold() for item in items.values()]
-            found = items, pl.Series(list(items), dtype=pl.String), pl.Series(titles, dtype=pl.String)
-            self._search = found
-        return found
+            result = items, pl.Series(list(items), dtype=pl.String), pl.Series(titles, dtype=pl.String)
+            self._search = result
+        return result
 
 
 @dataclass(frozen=True)
@@ -169,17 +168,17 @@ class Histories:
 
     @classmethod
     def none(cls) -> Histories:
-        """Return those of nobody."""
+        """Return histories of no user."""
         empty = pl.Series(dtype=pl.String)
         return cls(empty, np.zeros(1, dtype=np.int64), empty, np.empty(0), np.empty(0))
 
     @cached_property
     def digest(self) -> str:
         """A hash over all of them."""
-        found = hashlib.sha256(digest_strings([*self.users.to_list(), *self.items.cast(pl.String).to_list()]).encode())
+        result = hashlib.sha256(digest_strings([*self.users.to_list(), *self.items.cast(pl.String).to_list()]).encode())
         for numbers in (self.starts, self.ratings, self.times):
-            found.update(numbers.tobytes())
-        return found.hexdigest()[:32]
+            result.update(numbers.tobytes())
+        return result.hexdigest()[:32]
 
     @property
     def per_second(self) -> float:
@@ -190,10 +189,10 @@ class Histories:
         """Return a user's events; none of a user who is not known."""
         if not len(self.users):
             return []
-        place = int(self.users.search_sorted(user_id))
-        if place >= len(self.users) or self.users[place] != user_id:
+        position = int(self.users.search_sorted(user_id))
+        if position >= len(self.users) or self.users[position] != user_id:
             return []
-        rows = range(int(self.starts[place]), int(self.starts[place + 1]))
+        rows = range(int(self.starts[position]), int(self.starts[position + 1]))
         return [
             Event(
                 item_id=str(self.items[row]),
@@ -206,11 +205,11 @@ class Histories:
 
 @dataclass(frozen=True)
 class Known:
-    """What is known of a run or an exported folder without opening its weights.
+    """The items and users of a run or an exported folder.
 
     Attributes:
         items: The catalogue.
-        histories: What its users did: all interactions of its data, whichever part of the split they are in.
+        histories: All interactions of its data, whichever part of the split they are in.
         features: Stores of features that hold something about users.
         profiles: See `profiles_of`.
         users: Fields of the users of a run's data.
@@ -224,10 +223,10 @@ class Known:
 
     @property
     def digest(self) -> str:
-        """A hash over all that requests are told of users: what they did, and what prompts show of them."""
-        stores = [FeatureStore.open(each).stamp for each in self.features]
+        """A hash over everything that requests get of users: their histories, and what prompts show of them."""
+        stores = [FeatureStore.open(folder).stamp for folder in self.features]
         users = sorted(self.users.items()) if self.profiles else []
-        shown = [repr((user, sorted(told.items()))) for user, told in users]
+        shown = [repr((user, sorted(values.items()))) for user, values in users]
         return digest_strings([self.histories.digest, *stores, *shown])
 
     def profile(self, user: str | None, erased: Callable[[str], bool] = lambda user: False) -> Profile | None:
@@ -235,6 +234,41 @@ class Known:
         if self.profiles is None or user is None or erased(user):
             return None
         return self.profiles(user) or None
+
+
+def catalogue_of(bundle: Bundle, items: Path | None) -> tuple[Mapping[str, Item] | None, Dataset | None]:
+    """Return the items that requests may name by id, and the data of a run where they were read for that.
+
+    The items are those of a table, of the run's own data, or what the folder carries. Of a tuned model that carries
+    none no id is known: the items that it was tuned on have titles, and an id is none. A plain pretrained model has no
+    items, and None says that what requests name are titles.
+
+    Raises:
+        DataError: If a table or the run's data cannot be read.
+    """
+    if items is not None:
+        return read_items(items), None
+    if bundle.run is not None:
+        recipe = load_stored(bundle.run)
+        data = _data_of_run(bundle, recipe)
+        return described_items(data.items, recipe.data.texts), data
+    carried = Path(bundle.folder) / ITEMS
+    if carried.is_file():
+        return read_items(carried), None
+    return ({} if bundle.tuned else None), None
+
+
+def _data_of_run(bundle: Bundle, recipe: Recipe) -> Dataset:
+    """Read the data of a run."""
+    try:
+        return load(recipe.data, seed=recipe.seed)
+    except DataError as error:
+        raise DataError(
+            f"{error}. This is the data of the run {bundle.run}; or name a table with --items",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from None
 
 
 def known_of(folder: str, items: Path | None) -> Known:
@@ -248,12 +282,12 @@ def known_of(folder: str, items: Path | None) -> Known:
         LlmrecError: If they cannot be read.
     """
     bundle = bundles.read(folder)
-    found, data = catalogue_of(bundle, items)
-    return known_from(bundle, found or {}, data)
+    catalogue, data = catalogue_of(bundle, items)
+    return known_from(bundle, catalogue or {}, data)
 
 
 def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None = None) -> Known:
-    """Return what is known of a model that is opened.
+    """Return the items and users of an open model.
 
     Args:
         bundle: The model.
@@ -264,17 +298,17 @@ def known_from(bundle: Bundle, items: Mapping[str, Item], data: Dataset | None =
         LlmrecError: If something cannot be read.
     """
     if bundle.run is None:
-        brought = carried(Path(bundle.folder), seed=bundle.seed)
-        past = Histories.none() if brought is None else Histories.of(_of_named(brought.dataset), bundle.seed)
+        exported = carried(Path(bundle.folder), seed=bundle.seed)
+        past = Histories.none() if exported is None else Histories.of(_of_named(exported.dataset), bundle.seed)
         return Known(items, past)
     recipe = load_stored(bundle.run)
-    found = data_of_run(bundle, recipe) if data is None else data
-    said = profiles_of(str(bundle.run), lambda: found.users)
-    return Known(items, Histories.of(found, recipe.seed), _stores(bundle.run, recipe), said, found.users)
+    dataset = _data_of_run(bundle, recipe) if data is None else data
+    profiles = profiles_of(str(bundle.run), lambda: dataset.users)
+    return Known(items, Histories.of(dataset, recipe.seed), _stores(bundle.run, recipe), profiles, dataset.users)
 
 
 def _of_named(dataset: Dataset) -> Dataset:
-    """Return what users did whose names went along; an export numbers all, and nobody is meant by a number."""
+    """Return the interactions of users whose names were exported; the others are numbered, and not known by that."""
     rows = dataset.interactions.with_columns(pl.col("user_id").cast(pl.String))
     return replace(dataset, interactions=conform(rows.filter(~pl.col("user_id").str.starts_with(NUMBERED))))
 
@@ -284,44 +318,41 @@ def _stores(run: Path, recipe: Recipe) -> list[Path]:
     tables = filter(None, (recipe.data, recipe.reviews))
     named = [table.texts.path for table in tables if table.texts is not None]
     for section in recipe.tasks.present().values():
-        for each in section.baselines:
-            named += getattr(config_of(each.name, each.parameters, "parameters"), "folders", ())
-    found = dict.fromkeys([run / "features", *(Path(path).expanduser() for path in named)])
-    return [store for store in found if (store / "current").is_file()]
-
-
-def known_in(dataset: Dataset, items: Mapping[str, Item], seed: int) -> Known:
-    """Return what is known of data that are at hand, with the catalogue that goes before theirs."""
-    return Known(items, Histories.of(dataset, seed))
+        for baseline in section.baselines:
+            named += getattr(config_of(baseline.name, baseline.parameters, "parameters"), "folders", ())
+    folders = dict.fromkeys([run / "features", *(Path(path).expanduser() for path in named)])
+    return [store for store in folders if (store / "current").is_file()]
 
 
 def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callable[[str], Profile] | None:
-    """Return what says what a run's prompts show of a user: a text (``data.texts``), or the fields of its data.
+    """Return a function from a user to what a run's prompts show of the user: a text (``data.texts``), or fields.
 
     None where they show nothing of users.
 
     Args:
         folder: As `llmrec.pipeline.bundle.read` takes it.
-        users: Gives the fields of the run's data where these are at hand; else they are read when first asked for.
+        users: Returns the fields of the run's users; by default they are read at the first call.
     """
     bundle = bundles.read(folder)
     shown = [each for known in bundle.templates.values() for each in known.values()]
-    if bundle.run is None or not any({"profile", "user_name"} & each.names("system", "user", "lead") for each in shown):
+    if bundle.run is None or not any(
+        {"profile", "user_name"} & template.names("system", "user", "lead") for template in shown
+    ):
         return None
     recipe = load_stored(bundle.run)
     section = recipe.data.texts
     fields = users or cache(lambda: load(recipe.data, seed=recipe.seed).users)
 
-    def said(user: str) -> Profile:
+    def profile(user: str) -> Profile:
         text = profile_of(user, section) if section is not None else ""
-        # In the control everybody has the text of somebody else, and no fields.
+        # In the control every user has the text of another, and no fields.
         return text or ({} if section is not None and section.shuffled else fields().get(user, {}))
 
-    return said
+    return profile
 
 
 def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
-    """Return a user's events of the data and those since, oldest first; one that is in both stands there once.
+    """Return a user's events of the data and those since, oldest first, without duplicates.
 
     Events without a time are older than all that have one.
     """
@@ -330,68 +361,67 @@ def merged(past: Sequence[Event], since: Sequence[Event]) -> list[Event]:
     return sorted(every, key=lambda event: -math.inf if event.timestamp is None else event.timestamp)
 
 
-def history_of(events: Sequence[Event], items: Mapping[str, Item]) -> list[dict[str, object]]:
-    """Return a known user's history as a request has it; items that the catalogue has no more are left out."""
-    return [told_event(event) for event in events if event.item_id in items]
-
-
 def with_history(
     record: Mapping[str, object],
-    histories: Callable[[], Histories],
+    events: Callable[[str], Sequence[Event]],
     items: Mapping[str, Item],
-    profiles: Callable[[str], Profile] | None = None,
-) -> Mapping[str, object]:
-    """Return a request with what is known of its user and what it does not bring itself.
+    profile: Callable[[str], Profile | None] | None = None,
+) -> tuple[Mapping[str, object], bool]:
+    """Return a request completed by what is stored of its user, and whether anything is.
+
+    Every interface looks up users here.
 
     Args:
         record: A request as it was given.
-        histories: What users did; it is called where a request brings a user and no history.
-        items: The catalogue; items that it has no more are left out.
-        profiles: See `profiles_of`.
+        events: Returns what a user did, oldest first; it is called where a request names a user and has no history.
+        items: The catalogue; events of items that it lacks are left out.
+        profile: Returns what prompts show of a user; see `profiles_of`.
     """
     # As the request is read: 1.0 is the user 1.
-    user, found = identity(record, 1)[1], dict[str, object]()
+    user, looked_up, stored = identity(record, 1)[1], dict[str, object](), False
     if user is not None and record.get("history") is None:
-        found["history"] = history_of(histories().of_user(user), items)
-    if user is not None and not record.get("profile") and profiles is not None and (said := profiles(user)):
-        found["profile"] = said
-    return {**record, **found} if found else record
+        past = events(user)
+        stored = bool(past)
+        looked_up["history"] = [told_event(event) for event in past if event.item_id in items]
+    if user is not None and not record.get("profile") and profile is not None and (shown := profile(user)):
+        stored = True
+        looked_up["profile"] = shown
+    return ({**record, **looked_up} if looked_up else record), stored
 
 
 def read_known(
     record: Mapping[str, object],
     row: int,
-    histories: Callable[[], Histories],
+    events: Callable[[str], Sequence[Event]],
     items: Mapping[str, Item] | None,
-    profiles: Callable[[str], Profile] | None = None,
+    profile: Callable[[str], Profile | None] | None = None,
     *,
     whole: bool = False,
     retrieves: bool = False,
 ) -> RankRequest:
-    """Read a request; what it does not bring of a known user is taken from what is stored, and a note says so.
+    """Read a request; what it lacks of a known user is looked up, and a note says so.
 
     Args:
         record: As `read_request` takes it.
         row: See there.
-        histories: What users did; it is called where a request names a user and brings no history.
+        events: See `with_history`.
         items: The catalogue, as `read_request` takes it.
-        profiles: See `profiles_of`.
+        profile: See `with_history`.
         whole: See `read_request`.
         retrieves: See there.
 
     Raises:
         DataError: If it cannot be ranked.
     """
-    told = with_history(record, histories, items or {}, profiles)
-    request = read_request(told, row, items, whole=whole, retrieves=retrieves)
+    given, stored = with_history(record, events, items or {}, profile)
+    request = read_request(given, row, items, whole=whole, retrieves=retrieves)
     if request.user_id is None or record.get("history") is not None:
         return request
-    stored = bool(told.get("profile")) and not record.get("profile")
-    return of_user(request, known=stored or bool(histories().of_user(request.user_id)))
+    return of_user(request, known=stored)
 
 
 def of_user(request: RankRequest, *, known: bool) -> RankRequest:
-    """Return a request whose history is what is stored of its user, with a note that says how much that is.
+    """Return a request with the stored history of its user, with a note on its length.
 
     Args:
         request: It names a user, and brought no history itself.
@@ -406,5 +436,5 @@ def of_user(request: RankRequest, *, known: bool) -> RankRequest:
 
 
 def unknown(what: str, name: str, known: Iterable[str]) -> DataError:
-    """Return an error about a name that is not there."""
+    """Return an error about an unknown name."""
     return DataError(f"there is no {what} {name[:60]!r}{did_you_mean(name, known)}", kind="unknown-name", column=what)

@@ -1,20 +1,23 @@
-"""Lists under business rules: what may be ranked, how deep is asked, and what is made of the answer.
+"""Lists under business rules: what may be ranked, how deep a model is asked, and what becomes of its ranking.
 
-A service waits for an engine where Python calls a model, so that the steps between are here, and neither asks by
-itself: `listing` says how deep to ask, is sent what came of it, and returns the list.
+A service waits for an engine where Python calls a model, so `listing` asks nothing itself: it yields what to ask, is
+sent the answer, and returns the list. Every interface gets its lists from it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping
-from dataclasses import replace
+import operator
+from collections.abc import Generator
+from dataclasses import dataclass, field, replace
 
-from llmrec.answer.recommender import Answered
+from llmrec.answer.known import Catalogue
+from llmrec.answer.recommender import POPULAR, RANK, Answered, Question, ranking_of
 from llmrec.answer.rules import Rules, deep_enough
 from llmrec.data.requests import USER_FIELDS, RankRequest
 from llmrec.errors import DataError
-from llmrec.types import Item, Ranking, Unparsed
 
+WHOLE = 20
+"""Items of a list over the whole catalogue, where their number is not given."""
 COLD = "nothing is known of the user: the most popular items"
 """The note on a list of a request that `is_cold`."""
 # What is looked through where a list is to be diverse or keeps quotas, before more is asked for.
@@ -22,61 +25,69 @@ _DEEP = 50
 _DEEPER = 4
 
 
-def ruled(
-    request: RankRequest,
-    rules: Rules,
-    items: Mapping[str, Item],
-    allowed: Callable[[Rules], frozenset[str]],
-    *,
-    exclude_seen: bool,
-) -> RankRequest:
-    """Take out what rules forbid, before anything is ranked.
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What a list is to be.
 
-    Args:
-        request: A question; without candidates it is one about the catalogue.
+    Attributes:
+        k: Items of a list, at most; None: all candidates, or `WHOLE` items of a catalogue.
+        model: The name of a model; None: the default. For similar items, ``interactions`` or ``text``.
+        strategy: How a language model orders candidates.
+        exclude_seen: Seen items are left out, where the catalogue is ranked.
         rules: What a list may hold.
-        items: The catalogue.
-        allowed: What rules leave of the catalogue; a caller may remember it.
-        exclude_seen: Seen items are not ranked, where the catalogue is.
 
     Raises:
-        DataError: If nothing is left.
+        DataError: If ``k`` is no whole number of at least 1.
     """
-    request = replace(request, keep_seen=not exclude_seen)
-    if not rules:
-        return request
-    # What the catalogue says of an item holds, whatever a request says of it.
-    own = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
-    left = rules.allowed(own) if own else allowed(rules)
-    kept = tuple(item for item in request.candidates if item.item_id in left)
-    if not (kept if own else left):
-        raise DataError("the rules leave no item; loosen them, or give other candidates", kind="empty", column="rules")
-    return replace(request, candidates=kept, barred=frozenset() if own else frozenset(items.keys() - left))
+
+    k: int | None = None
+    model: str | None = None
+    strategy: str = "auto"
+    exclude_seen: bool = True
+    rules: Rules = field(default_factory=Rules)
+
+    def __post_init__(self) -> None:
+        """Check the number of items."""
+        try:
+            able = self.k is None or operator.index(self.k) >= 1
+        except TypeError:
+            able = False
+        if not able:
+            raise DataError(f"k: {self.k!r} is no whole number of at least 1", kind="bad-value", column="k")
+
+
+Asked = tuple[Question, RankRequest]
 
 
 def listing(
-    request: RankRequest, rules: Rules, items: Mapping[str, Item], k: int
-) -> Generator[int, Answered, Answered]:
-    """Yield how many items to ask for, be sent what was answered, and return the list of at most ``k``.
+    request: RankRequest, wanted: Wanted, catalogue: Catalogue, verb: str = RANK
+) -> Generator[Asked, Answered, Answered]:
+    """Yield what to ask, be sent the answer, and return the list.
 
-    It asks deeper as long as quotas leave too few, until the whole catalogue has been looked through.
+    It asks deeper as long as quotas leave too few items, until the whole catalogue has been looked through.
 
     Args:
-        request: From `ruled`.
-        rules: What a list may hold.
-        items: The catalogue.
-        k: Items of the list.
+        request: Without candidates it is about the catalogue.
+        wanted: What the list is to be.
+        catalogue: The items that there are.
+        verb: What a model is asked; the popular items answer where nothing is known of the user.
 
     Raises:
-        DataError: If there is no ranking; it says why.
+        DataError: If the rules leave no item, or there is no ranking; it says why.
     """
+    rules, items = wanted.rules, catalogue.items
+    k = wanted.k or len(request.candidates) or WHOLE
+    request = _allowed(request, wanted, catalogue)
+    question = Question(model=wanted.model, verb=verb, strategy=wanted.strategy)
+    if is_cold(request):
+        question = replace(question, verb=POPULAR, strategy="auto")
     most = len(items) - len(request.barred)
     depth = deep_enough(rules, k) or min(most, max(_DEEP, 5 * k))
     while True:
-        found = yield depth
-        ranking = ranking_of(found)
+        answer = yield replace(question, depth=depth), request
+        ranking = ranking_of(answer)
         given = {item.item_id: item for item in request.candidates}
-        # An engine may know an item that was put or removed a moment ago, about which nobody has asked the rules.
+        # An engine may know an item that was put or removed a moment ago, to which the rules were not applied.
         pairs = [
             (name, score)
             for name, score in zip(ranking.items, ranking.scores, strict=True)
@@ -87,9 +98,9 @@ def listing(
         if len(chosen) >= k or request.candidates or len(ranking.items) < depth or depth >= most:
             break
         depth = min(most, depth * _DEEPER)
-    titles = dict(zip(ranking.items, found.titles, strict=True))
-    answer = replace(ranking, items=tuple(name for name, _ in chosen), scores=tuple(score for _, score in chosen))
-    return replace(found, answer=answer, titles=tuple(titles[name] for name, _ in chosen))
+    titles = dict(zip(ranking.items, answer.titles, strict=True))
+    ranking = replace(ranking, items=tuple(name for name, _ in chosen), scores=tuple(score for _, score in chosen))
+    return replace(answer, answer=ranking, titles=tuple(titles[name] for name, _ in chosen))
 
 
 def is_cold(request: RankRequest) -> bool:
@@ -97,17 +108,15 @@ def is_cold(request: RankRequest) -> bool:
     return not request.history and not request.profile and USER_FIELDS not in request.context
 
 
-def told_cold(found: Answered) -> Answered:
-    """Return the list of a request that `is_cold`, which the most popular items answer, with a note that says so."""
-    return replace(found, cold=True, notes=(*found.notes, COLD))
-
-
-def ranking_of(found: Answered) -> Ranking:
-    """Return the ranking of a list.
-
-    Raises:
-        DataError: If there is none; it says why.
-    """
-    if isinstance(found.answer, Unparsed):
-        raise DataError(found.answer.reason, kind="failed")
-    return found.answer
+def _allowed(request: RankRequest, wanted: Wanted, catalogue: Catalogue) -> RankRequest:
+    """Return a request without what rules forbid, before anything is ranked."""
+    request, items = replace(request, keep_seen=not wanted.exclude_seen), catalogue.items
+    if not wanted.rules:
+        return request
+    # Catalogue values override the request's.
+    own = {item.item_id: items.get(item.item_id, item) for item in request.candidates}
+    left = wanted.rules.allowed(own) if own else catalogue.allowed(wanted.rules)
+    kept = tuple(item for item in request.candidates if item.item_id in left)
+    if not (kept if own else left):
+        raise DataError("the rules leave no item; loosen them, or give other candidates", kind="empty", column="rules")
+    return replace(request, candidates=kept, barred=frozenset() if own else frozenset(items.keys() - left))

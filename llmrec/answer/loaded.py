@@ -10,23 +10,22 @@
 from __future__ import annotations
 
 import logging
-import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from types import TracebackType
 from typing import Any, ParamSpec, TypeVar
 
 import pyarrow as pa
 
-from llmrec.answer.about import value_of
 from llmrec.answer.checks import decided
 from llmrec.answer.known import Catalogue, Known, Profile, known_of, profiles_of, read_known
-from llmrec.answer.listing import is_cold, listing, ranking_of, ruled, told_cold
-from llmrec.answer.models import RANK, AnsweringModel, LanguageModel, check_verb
+from llmrec.answer.language_model import LanguageModel
+from llmrec.answer.listing import Wanted, listing
 from llmrec.answer.opening import Models, open_models
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import Answered
+from llmrec.answer.prompting import value_of
+from llmrec.answer.recommender import RANK, Answered, Question, check_verb, ranking_of
 from llmrec.answer.rules import Rules
 from llmrec.data.frames import as_arrow, like
 from llmrec.data.read.limits import shown
@@ -40,11 +39,8 @@ log = logging.getLogger(__name__)
 
 __all__ = ["Loaded", "Scored", "Wanted", "load"]
 
-WHOLE = 20
-"""Items of a list over the whole catalogue, where nobody says how many."""
-
 _KEYS = ("id", "user_id", "history", "candidates", "profile")
-# Requests that are asked together, where a frame has many.
+# Requests that are answered together, where a frame has many.
 _TOGETHER = 64
 
 
@@ -52,9 +48,9 @@ _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 
-def _spoken(function: Callable[_P, _T]) -> Callable[_P, _T]:
+def _named_in_python(function: Callable[_P, _T]) -> Callable[_P, _T]:
     """Let the errors of a function name the options of `load` as keywords."""
-    return speaks_python(function, [each.name for each in fields(RecommenderOptions)])
+    return speaks_python(function, [option.name for option in fields(RecommenderOptions)])
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,38 +68,7 @@ class Scored:
     score: float
 
 
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """How lists are asked for; see `Loaded.rank`.
-
-    Attributes:
-        k: Items of a list, at most; None: all candidates, or `WHOLE` items of a catalogue.
-        model: One of `Loaded.models`; None: the default.
-        strategy: How a language model orders candidates.
-        exclude_seen: Seen items are left out, where the catalogue is ranked.
-        rules: What a list may hold.
-
-    Raises:
-        DataError: If ``k`` is no whole number of at least 1.
-    """
-
-    k: int | None = None
-    model: str | None = None
-    strategy: str = "auto"
-    exclude_seen: bool = True
-    rules: Rules = field(default_factory=Rules)
-
-    def __post_init__(self) -> None:
-        """Check how many items are asked for."""
-        try:
-            able = self.k is None or operator.index(self.k) >= 1
-        except TypeError:
-            able = False
-        if not able:
-            raise DataError(f"k: {self.k!r} is no whole number of at least 1", kind="bad-value", column="k")
-
-
-@_spoken
+@_named_in_python
 def load(folder: str, *, models: Sequence[str] = (), **options: Any) -> Loaded:
     """Open a run, an exported folder or a model, to be asked as often as there are questions.
 
@@ -152,7 +117,7 @@ class Loaded(Displayed):
         """The names of what answers, the default first."""
         return tuple(self._models.opened)
 
-    @_spoken
+    @_named_in_python
     def rank(
         self,
         frame: Any = None,
@@ -196,23 +161,23 @@ class Loaded(Displayed):
             LlmrecError: If one question cannot be answered; of a frame, if it cannot be read, or no column says whom
                 or what it asks about.
         """
-        asked = Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
+        wanted = Wanted(k, model, strategy, exclude_seen, Rules.read(rules or {}))
         if frame is not None:
             if not (history is None and user is None and candidates is None and not profile):
                 raise DataError("rank takes a frame, or one user's history; give one of them", kind="contradiction")
-            return like(frame, self._frame(as_arrow(frame, "requests frame").to_pylist(), asked))
+            return like(frame, self._frame(as_arrow(frame, "requests frame").to_pylist(), wanted))
         record = {"id": id, "user_id": user, "history": history, "candidates": candidates, "profile": profile}
-        (found,) = self.lists([self._request(record, 1)], asked)
-        if isinstance(found, LlmrecError):
-            raise found
-        self._warn(found, user)
-        return _scored(found)
+        (answer,) = self.lists([self._request(record, 1)], wanted)
+        if isinstance(answer, LlmrecError):
+            raise answer
+        self._warn(answer, user)
+        return _scored(answer)
 
     @property
     def users(self) -> list[str]:
         """The users of the run's data, sorted."""
-        found: list[str] = self.known.histories.users.to_list()
-        return found
+        users: list[str] = self.known.histories.users.to_list()
+        return users
 
     @property
     def items(self) -> Mapping[str, Item]:
@@ -221,16 +186,16 @@ class Loaded(Displayed):
 
     @property
     def data_name(self) -> str | None:
-        """What the data are called that classic recommenders learned from; None where there are none."""
+        """The name of the data that classic recommenders learned from; None without data."""
         return None if self._models.data is None else self._models.data.dataset.name
 
     @property
     def histories(self) -> str:
-        """A hash over what the users of the run's data did, and what prompts show of them."""
+        """A hash over the histories of users, and what prompts show of them."""
         return self.known.digest
 
     def signature(self, model: str | None = None) -> str:
-        """Return what changes with everything that can change an answer, but for the question."""
+        """Return a hash of everything that can change an answer, except the question."""
         return self._models.get(model).signature
 
     def read(self, record: Mapping[str, object], row: int, *, whole: bool) -> RankRequest:
@@ -240,42 +205,38 @@ class Loaded(Displayed):
             DataError: If it cannot be ranked.
         """
         items = self._models.items or None
-        return read_known(record, row, lambda: self.known.histories, items, self._profiles, whole=whole)
+        return read_known(
+            record, row, lambda user: self.known.histories.of_user(user), items, self._profiles, whole=whole
+        )
 
-    def lists(self, requests: Sequence[RankRequest], asked: Wanted) -> list[Answered | LlmrecError]:
-        """Return a list, or why there is none, for every request; those that need the same depth are asked together."""
-        model = self._models.get(asked.model)
-        check_verb(model, RANK)
-        items, allowed = self._models.items, self._catalogue.allowed
-        found: dict[int, Answered | LlmrecError] = {}
-        steps, depths, posed = {}, {}, {}
-        for n, request in enumerate(requests):
+    def lists(self, requests: Sequence[RankRequest], wanted: Wanted) -> list[Answered | LlmrecError]:
+        """Return a list, or why there is none, for every request; those of the same question are answered together."""
+        check_verb(self._models.get(wanted.model), RANK)
+        lists: dict[int, Answered | LlmrecError] = {}
+        steps = {n: listing(request, wanted, self._catalogue) for n, request in enumerate(requests)}
+        asked: dict[int, tuple[Question, RankRequest]] = {}
+
+        def go_on(n: int, answer: Answered | None) -> None:
             try:
-                posed[n] = ruled(request, asked.rules, items, allowed, exclude_seen=asked.exclude_seen)
+                asked[n] = next(steps[n]) if answer is None else steps[n].send(answer)
+                return
+            except StopIteration as done:
+                lists[n] = done.value
             except LlmrecError as error:
-                found[n] = error
-                continue
-            k = asked.k or len(request.candidates) or WHOLE
-            steps[n] = listing(posed[n], asked.rules, items, k)
-            depths[n] = next(steps[n])
-        while depths:
-            depth = next(iter(depths.values()))
-            cold = is_cold(posed[next(iter(depths))])
-            group = [n for n, own in depths.items() if own == depth and is_cold(posed[n]) == cold]
-            asker, strategy = (self._models.popular or model, "auto") if cold else (model, asked.strategy)
-            answers = asker.rank([posed[n] for n in group], depth=depth, strategy=strategy)
-            for n, answer in zip(group, answers, strict=True):
-                try:
-                    depths[n] = steps[n].send(answer)
-                except StopIteration as done:
-                    found[n] = told_cold(done.value) if cold and self._models.popular is not None else done.value
-                    del depths[n]
-                except LlmrecError as error:
-                    found[n] = error
-                    del depths[n]
-        return [found[n] for n in range(len(requests))]
+                lists[n] = error
+            asked.pop(n, None)
 
-    @_spoken
+        for n in steps:
+            go_on(n, None)
+        while asked:
+            question = next(iter(asked.values()))[0]
+            group = {n: request for n, (own, request) in asked.items() if own == question}
+            answers = self._models.answer(question, list(group.values()))
+            for n, answer in zip(group, answers, strict=True):
+                go_on(n, answer)
+        return [lists[n] for n in range(len(requests))]
+
+    @_named_in_python
     def similar(self, items: Sequence[str], *, k: int = 10, by: str = "interactions") -> list[Scored]:
         """Find items that are chosen together with others (``interactions``), or described like them (``text``).
 
@@ -288,21 +249,21 @@ class Loaded(Displayed):
         for item in items:
             self._catalogue.get(item)
         request = read_request({"history": list(items)}, 1, self._models.items, whole=True)
-        return _scored(self._models.similar(by).rank([request], depth=k)[0])
+        return _scored(self._models.similar(by).answer([request], Question(depth=k))[0])
 
-    @_spoken
+    @_named_in_python
     def rate(self, item: Any, **who: Any) -> float:
         """Predict a rating; ``who`` as in `rank`: ``history``, ``user``, ``model``, ``profile``."""
         return float(self._about("rating", item, **who))
 
-    @_spoken
+    @_named_in_python
     def predict(self, item: Any, **who: Any) -> float:
         """Predict how likely a user likes or chooses an item; ``who`` as in `rank`."""
         return float(self._about("ctr", item, **who))
 
-    @_spoken
+    @_named_in_python
     def explain(self, item: Any, **who: Any) -> str:
-        """Say why an item suits a user; ``who`` as in `rank`."""
+        """Explain why an item suits a user; ``who`` as in `rank`."""
         return str(self._about("explanation", item, **who))
 
     def close(self) -> None:
@@ -317,11 +278,11 @@ class Loaded(Displayed):
     ) -> None:
         self.close()
 
-    # ------------------------------------------------------------------- behind them
+    # ------------------------------------------------------------------- internals
 
     @cached_property
     def known(self) -> Known:
-        """Items, and what users did."""
+        """The catalogue and the histories of users."""
         return self._given or known_of(self._options.model, self._options.items)
 
     @cached_property
@@ -336,83 +297,74 @@ class Loaded(Displayed):
         known = {key: value for key, value in record.items() if value is not None}
         return self.read(known, row, whole="candidates" not in known)
 
-    def _frame(self, rows: Sequence[Mapping[str, Any]], asked: Wanted) -> pa.Table:
+    def _frame(self, rows: Sequence[Mapping[str, Any]], wanted: Wanted) -> pa.Table:
         columns: dict[str, list[Any]] = {name: [] for name in _SCHEMA.names}
         rows = _read(rows)
 
-        def add(row: Mapping[str, Any], number: int, **rest: Any) -> None:
+        def add(row: Mapping[str, Any], number: int, notes: Sequence[str], **rest: Any) -> None:
             named, user = identity(row, number)
-            answer = answers[number]
-            notes = "; ".join(
-                answer.notes if isinstance(answer, Answered) else posed[number].notes if number in posed else ()
-            )
-            told = {"id": named or str(number), "user_id": user} | rest
-            told["notes"] = notes or None
+            cells = {"id": named or str(number), "user_id": user, "notes": "; ".join(notes) or None, **rest}
             for name, values in columns.items():
-                values.append(told.get(name))
+                values.append(cells.get(name))
 
         for start in range(0, len(rows), _TOGETHER):
             part = list(enumerate(rows[start : start + _TOGETHER], start=start + 1))
-            posed: dict[int, RankRequest] = {}
+            requests: dict[int, RankRequest] = {}
             answers: dict[int, Answered | LlmrecError] = {}
             for number, row in part:
                 try:
-                    posed[number] = self._request(row, number)
+                    requests[number] = self._request(row, number)
                 except LlmrecError as error:
                     answers[number] = error
-            answers.update(zip(posed, self.lists(list(posed.values()), asked), strict=True))
+            answers.update(zip(requests, self.lists(list(requests.values()), wanted), strict=True))
             for number, row in part:
                 answer = answers[number]
                 if isinstance(answer, LlmrecError):
-                    add(row, number, error=str(answer))
+                    add(row, number, requests[number].notes if number in requests else (), error=str(answer))
                     continue
-                for place, each in enumerate(_scored(answer), start=1):
-                    add(row, number, rank=place, item_id=each.item_id, title=each.title, score=each.score)
+                for rank, each in enumerate(_scored(answer), start=1):
+                    add(row, number, answer.notes, rank=rank, item_id=each.item_id, title=each.title, score=each.score)
         return pa.table(columns, schema=_SCHEMA)
 
     def _about(self, family: str, item: Any, *, model: str | None = None, **who: Any) -> float | str:
-        asked = self._answering(family, model)
+        question = Question(model=model, verb=family)
+        self._models.asked(question)
         record = {"history": who.pop("history", None), "user_id": who.pop("user", None)}
         record["profile"] = who.pop("profile", None)
         if who:
             raise DataError(f"unknown: {', '.join(who)}; give history, user, profile or model", kind="unknown-key")
         request = self._request({**record, "candidates": [item]}, 1)
         self._warn(request, request.user_id)
-        (answer,) = asked.about(family, [request])
+        answer = self._models.answer(question, [request])[0].answer
         value = value_of(answer)
         if value is None:
             reason = answer.reason if isinstance(answer, Unparsed) else "there is no answer"
             raise DataError(f"{family}: {reason}", kind="failed")
         return value
 
-    def _warn(self, found: Answered | RankRequest, user: object) -> None:
-        """Say what of a question is unknown, once for each user and item."""
-        said = []
-        if found.unknown_user:
-            said.append(f"the user {shown(str(user))} is not known")
-        if found.unknown_items:
-            said.append(f"items of a history are unknown and left out: {some(found.unknown_items)}")
-        cold = isinstance(found, Answered) and found.cold
-        for text in said:
+    def _warn(self, asked: Answered | RankRequest, user: object) -> None:
+        """Log what of a question is unknown, once for each user and item."""
+        messages = []
+        if asked.unknown_user:
+            messages.append(f"the user {shown(str(user))} is not known")
+        if asked.unknown_items:
+            messages.append(f"items of a history are unknown and left out: {some(asked.unknown_items)}")
+        cold = isinstance(asked, Answered) and asked.cold
+        for text in messages:
             if text not in self._warned:
                 self._warned.add(text)
                 log.warning("%s%s", text, "; the most popular items are listed" if cold else "")
 
-    def _answering(self, family: str, name: str | None) -> AnsweringModel:
-        model = self._models.get(name)
-        check_verb(model, family)
-        return model
-
-    @_spoken
+    @_named_in_python
     def prompt(self, *, verb: str = RANK, model: str | None = None, **who: Any) -> str:
         """Return what a language model reads of a question to rank, or of a family (``verb``) with an ``item``."""
-        asked = self._models.get(model)
-        if not isinstance(asked, LanguageModel):
-            raise DataError(f"{asked.name} is no language model, and reads no prompt", kind="unsupported")
+        reader = self._models.get(model)
+        if not isinstance(reader, LanguageModel):
+            raise DataError(f"{reader.name} is no language model, and reads no prompt", kind="unsupported")
         record = {key: who.get({"user_id": "user"}.get(key, key)) for key in _KEYS}
         if "item" in who:
             record["candidates"] = [who["item"]]
-        return asked.prompt(self._request(record, 1), verb)
+        return reader.prompt(self._request(record, 1), Question(verb=verb))
 
 
 _SCHEMA = pa.schema(
@@ -430,11 +382,7 @@ _SCHEMA = pa.schema(
 
 
 def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
-    """Return the rows of a frame, a column ``user`` under its other name.
-
-    Raises:
-        DataError: If no column says whom or what a row asks about.
-    """
+    """Return the rows of a frame, a column ``user`` under its other name."""
     names = list(rows[0]) if rows else []
     if "user" in names and "user_id" not in names:
         rows = [{("user_id" if key == "user" else key): value for key, value in row.items()} for row in rows]
@@ -450,6 +398,6 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
     return rows
 
 
-def _scored(found: Answered) -> list[Scored]:
-    ranking = ranking_of(found)
-    return [Scored(*each) for each in zip(ranking.items, found.titles, ranking.scores, strict=True)]
+def _scored(answer: Answered) -> list[Scored]:
+    ranking = ranking_of(answer)
+    return [Scored(*each) for each in zip(ranking.items, answer.titles, ranking.scores, strict=True)]

@@ -2,25 +2,37 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from llmrec.answer.checks import bundle_of
-from llmrec.answer.fused import Fuser
-from llmrec.answer.models import AnsweringModel, Classic, Fused, LanguageModel, meant
+from llmrec.answer.classic import Classic, training_data
+from llmrec.answer.ensemble import Ensemble
+from llmrec.answer.known import catalogue_of
+from llmrec.answer.language_model import LanguageModel
+from llmrec.answer.listing import COLD
 from llmrec.answer.options import PLAIN, TUNED, UNTUNED, RecommenderOptions
-from llmrec.answer.recommender import Recommender
-from llmrec.answer.requests import catalogue
-from llmrec.answer.retrieval import training_data
-from llmrec.answer.strategy import ranking_families_of
-from llmrec.answer.task import data_of
+from llmrec.answer.recommender import (
+    POPULAR,
+    RANK,
+    SIMILAR,
+    Answered,
+    Card,
+    Question,
+    Reasons,
+    Recommender,
+    check_verb,
+    meant,
+)
+from llmrec.answer.strategy import data_of, ranking_families_of
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import hashes_of
 from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import read_items
+from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
-from llmrec.errors import DataError, RecipeError, did_you_mean
+from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.models.load import resolve
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
@@ -35,67 +47,58 @@ from llmrec.results import Choice
 from llmrec.tasks.family import RANKERS, RATERS, answers, families
 from llmrec.types import Item
 
-POPULAR = "popularity"
-"""What answers for a user of whom nothing is known."""
+POPULARITY = "popularity"
+"""The model that answers for a user of whom nothing is known."""
 _SIMILAR: Mapping[str, str] = {"interactions": "item-knn", "text": "content"}
 
 
 @dataclass
 class Models:
-    """What answers, by name, over one catalogue that may change.
+    """Open models by name, over one catalogue that may change.
 
     Attributes:
         opened: By name, the default first.
         items: The catalogue; `change_items` changes it.
         data: What classic recommenders learn from; None: there is none.
         scale: Lowest and highest rating, where ratings are predicted.
-        blank: Data of no interaction.
+        blank: Data without interactions.
     """
 
-    opened: dict[str, AnsweringModel]
+    opened: dict[str, Recommender]
     items: dict[str, Item]
     data: SplitDataset | None
     scale: tuple[float, float] | None
     blank: SplitDataset
-    _similar: dict[str, AnsweringModel] = field(default_factory=dict)
-    _bases: list[Recommender] = field(default_factory=list)
+    _similar: dict[str, Recommender] = field(default_factory=dict)
+    _bases: list[LanguageModel] = field(default_factory=list)
+    # A signature hashes the whole catalogue, so it is computed once for each state of that.
+    _cards: dict[str, Card] = field(default_factory=dict)
 
-    def get(self, name: str | None = None) -> AnsweringModel:
-        """Return a model by its name; None: the default.
-
-        Raises:
-            RecipeError: If there is none of that name.
-        """
+    def get(self, name: str | None = None) -> Recommender:
+        """Return a model by its name; None: the default."""
         if name is None:
             return next(iter(self.opened.values()))
-        found = meant(name, self.opened)
-        if found is None:
+        known = meant(name, self.opened)
+        if known is None:
             raise RecipeError(
                 f"there is no model {name!r}{did_you_mean(name, self.opened)}; there are {', '.join(self.opened)}",
                 kind="unknown-name",
                 column="model",
             )
-        return self.opened[found]
+        return self.opened[known]
 
     @property
-    def popular(self) -> AnsweringModel | None:
-        """What answers for a user of whom nothing is known; None where there is no data."""
-        if self.data is None:
-            return None
-        return self._kept(POPULAR)
+    def popular(self) -> Recommender | None:
+        """The model that answers for a user of whom nothing is known; None where there is no data."""
+        return None if self.data is None else self._kept(POPULARITY)
 
-    def similar(self, by: str) -> AnsweringModel:
-        """Return what finds items that are like others.
+    def similar(self, by: str) -> Recommender:
+        """Return the model that finds similar items.
 
         Args:
             by: ``interactions`` or ``text``.
-
-        Raises:
-            DataError: If there are no interactions to learn it from, or no items.
         """
-        if by == "text" and self.items:
-            return self._kept(_SIMILAR[by])
-        if self.data is None:
+        if self.data is None and not (by == "text" and self.items):
             raise DataError(
                 f"similar by {by}: this model carries no interactions or items; serve the run, or an export made with "
                 "--with-interactions, or name a table with --items and ask by text",
@@ -104,27 +107,97 @@ class Models:
             )
         return self._kept(_SIMILAR[by])
 
-    def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> None:
-        """Add, replace and remove items of the catalogue; nothing is loaded or trained again."""
+    def asked(self, question: Question) -> Recommender:
+        """Return the model that answers a question.
+
+        Raises:
+            LlmrecError: If there is none of that name, or it does not answer the verb.
+        """
+        if question.verb == SIMILAR:
+            return self.similar(str(question.model))
+        if question.verb == POPULAR and (popular := self.popular) is not None:
+            return popular
+        model = self.get(question.model)
+        check_verb(model, RANK if question.verb == POPULAR else question.verb)
+        return model
+
+    def answer(
+        self,
+        question: Question,
+        requests: Sequence[RankRequest],
+        listener: Callable[[str], None] | None = None,
+    ) -> list[Answered]:
+        """Answer one question about several requests, in order; see `Recommender.answer`.
+
+        Raises:
+            LlmrecError: If no model answers the question.
+        """
+        model = self.asked(question)
+        lists = question.verb in (SIMILAR, POPULAR)
+        answers = model.answer(requests, replace(question, verb=RANK) if lists else question, listener)
+        if question.verb == POPULAR and self.popular is not None:
+            return [replace(each, cold=True, notes=(*each.notes, COLD)) for each in answers]
+        return answers
+
+    def prompt(self, question: Question, request: RankRequest) -> str | None:
+        """Return what a language model reads of a request; None of other models, and of what cannot be put."""
+        model = self.get(question.model)
+        try:
+            return model.prompt(request, question) if isinstance(model, LanguageModel) else None
+        except LlmrecError:
+            return None
+
+    def reasons(
+        self, name: str | None, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int
+    ) -> list[Reasons]:
+        """Write rationales for the first items of lists; a note says where there can be none."""
+        model = self.get(name)
+        if not isinstance(model, LanguageModel):
+            return [Reasons(notes=[f"{model.name} is no language model, and writes no rationales"]) for _ in requests]
+        try:
+            return model.reasons(requests, lists, first)
+        except LlmrecError as error:
+            return [Reasons(notes=[str(error)]) for _ in requests]
+
+    def cards(self) -> tuple[Card, ...]:
+        """Return the descriptions of all models, the default first."""
+        return tuple(self.card(model) for model in self.opened.values())
+
+    def card(self, model: Recommender) -> Card:
+        """Return the description of a model."""
+        if model.name not in self._cards:
+            self._cards[model.name] = Card(
+                name=model.name,
+                kind=model.kind,
+                signature=model.signature,
+                verbs=tuple(model.verbs),
+                strategies=tuple(model.strategies),
+            )
+        return self._cards[model.name]
+
+    def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> tuple[Card, ...]:
+        """Add, replace and remove items of the catalogue, and return what `cards` does then; nothing is trained."""
         for name in removed:
             self.items.pop(name, None)
         self.items.update(put)
         for model in self.opened.values():
             model.changed()
-        # Texts are compared anew, so that a new item is found at once.
+        # Texts are compared again, so that a new item is found at once.
         self._similar.pop(_SIMILAR["text"], None)
+        self._cards.clear()
+        return self.cards()
 
     def close(self) -> None:
         """Stop the engines."""
         for base in self._bases:
             base.close()
 
-    def _kept(self, name: str) -> AnsweringModel:
+    def _kept(self, name: str) -> Recommender:
         known = meant(name, self.opened)
         if known is not None and name != _SIMILAR["text"]:
             return self.opened[known]
         if name not in self._similar:
-            # Texts are compared where nobody has chosen anything, too.
+            # Texts are compared where there are no interactions, too.
             data = self.data or self.blank
             self._similar[name] = _classic(BaselineSection(name=name), data, self.items, seed=data.seed)
         return self._similar[name]
@@ -145,14 +218,12 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
     """
     asked = replace(options, candidates="file", top=None, rationale=0, fuse="none")
     bundle = bundle_of(asked)
-    base = Recommender.open(asked, bundle=bundle, ranks=False) if bundle.weights else None
-    items = dict((base.items if base else catalogue(bundle, options.items)) or {})
+    base = LanguageModel.open(asked, bundle=bundle, ranks=False) if bundle.weights else None
+    items = dict((base.items if base else catalogue_of(bundle, options.items)[0]) or {})
     if base is not None:
         base.items = items
-    data = _data(bundle)
-    known = _fusions(bundle)
-    own = own_name(bundle)
-    chosen = names or offered(bundle, items)
+    data = training_data(bundle, "--models") if _learns(bundle) else None
+    fusions = _fusions(bundle)
     models = Models(
         opened={},
         items=items,
@@ -161,16 +232,17 @@ def open_models(options: RecommenderOptions, names: Sequence[str] = ()) -> Model
         blank=data_of(bundle, items),
         _bases=[base] if base else [],
     )
-    finder = _finder(models, known)
-    opener = _Opener(bundle, own, base, models, known, finder, options)
-    for name in dict.fromkeys(chosen):
-        model = opener.opened(name)
+    finder = _finder(models, fusions)
+    if base is not None:
+        base.name, base.finder = own_name(bundle), finder
+    for name in dict.fromkeys(names or offered(bundle, items)):
+        model = _opened(name, options, models, bundle, fusions, base, finder)
         models.opened[model.name] = model
     return models
 
 
 def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str]:
-    """Return the names of what answers where nobody names any, the default first; nothing is opened.
+    """Return the names of the models that answer by default, the first being the default; nothing is opened.
 
     Args:
         bundle: The model.
@@ -181,7 +253,7 @@ def offered(bundle: Bundle, items: Mapping[str, Item] | None = None) -> list[str
     return list(dict.fromkeys([*filter(None, first), *_fusions(bundle), *_cheap(bundle, items or {})]))
 
 
-def told_default(folder: str, names: Sequence[str] = ()) -> str:
+def default_sentence(folder: str, names: Sequence[str] = ()) -> str:
     """Return a sentence on which model answers where a question names none.
 
     Args:
@@ -191,13 +263,13 @@ def told_default(folder: str, names: Sequence[str] = ()) -> str:
     bundle = bundles.read(folder)
     default = default_of(bundle)
     if default is not None and not names:
-        return default.told
+        return default.sentence
     return f"the default is {(names or offered(bundle))[0]}"
 
 
 @dataclass(frozen=True)
 class Default:
-    """The model that the validation users of a run chose, and that answers where nobody says which.
+    """The model that the validation users of a run chose, which answers by default.
 
     Attributes:
         name: Under which it answers.
@@ -208,8 +280,8 @@ class Default:
     choice: Choice
 
     @property
-    def told(self) -> str:
-        """A sentence that says so."""
+    def sentence(self) -> str:
+        """A sentence on the choice."""
         choice = self.choice
         return (
             f"the default is {self.name}, the best of {len(choice.figures)} on {choice.users:,} validation users "
@@ -242,46 +314,40 @@ def _fusions(bundle: Bundle) -> dict[str, stored.Fused]:
     return stored.named(stored.read(_folder(bundle)).fusions, ranking_families_of(bundle), arm)
 
 
-@dataclass(frozen=True)
-class _Opener:
-    """What models are opened from; ``own`` is what the language model ``base`` is called, if there is one."""
-
-    bundle: Bundle
-    own: str
-    base: Recommender | None
-    models: Models
-    fusions: Mapping[str, stored.Fused]
-    finder: AnsweringModel | None
-    options: RecommenderOptions
-
-    def opened(self, name: str) -> AnsweringModel:
-        models, base, bundle = self.models, self.base, self.bundle
-        if base is not None and name == self.own:
-            return LanguageModel(name, base, self.finder)
-        if base is not None and name == UNTUNED:
-            other = Recommender.open(base.options, bundle=_untuned(bundle), ranks=False)
-            other.items = models.items
-            models._bases.append(other)
-            return LanguageModel(name, other, self.finder)
-        if (joined := self._fusion(name)) is not None and models.data is not None:
-            fuser = Fuser(self.fusions[joined], models.data)
-            asked = LanguageModel(self.own, base, self.finder) if fuser.asks_model and base is not None else None
-            return Fused(joined, fuser, models.items, asked, self.finder)
-        found = _section(bundle.tasks, name)
-        if (found.name in (*RANKERS, *RATERS) or is_plugin(BASELINES, found.name)) and models.data is not None:
-            return _classic(found, models.data, models.items, seed=bundle.seed, reserved=_reserved(bundle))
-        has = [*filter(None, [self.own]), *([UNTUNED] if base is not None and bundle.run else []), *self.fusions]
-        more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
-        raise RecipeError(
-            f"{self.options.model} has no model {name!r}{did_you_mean(name, [*has, *RANKERS, *RATERS])}; it has "
-            f"{', '.join(has)}{more}",
-            kind="unknown-name",
-            column="--models",
-        )
-
-    def _fusion(self, name: str) -> str | None:
-        """Return the name of the fusion that is meant, by its name or the id of its row; None where it is none."""
-        return next((each for each, fused in self.fusions.items() if name in (each, fused.id)), None)
+def _opened(
+    name: str,
+    options: RecommenderOptions,
+    models: Models,
+    bundle: Bundle,
+    fusions: Mapping[str, stored.Fused],
+    base: LanguageModel | None,
+    finder: Recommender | None,
+) -> Recommender:
+    """Open one model of a folder; ``base`` is its language model, if there is one."""
+    if base is not None and name == base.name:
+        return base
+    if base is not None and name == UNTUNED:
+        other = LanguageModel.open(base.options, bundle=_untuned(bundle), ranks=False)
+        other.items, other.name, other.finder = models.items, name, finder
+        models._bases.append(other)
+        return other
+    # An ensemble is called by its name, or by the id of its row.
+    joined = next((key for key, fused in fusions.items() if name in (key, fused.id)), None)
+    if joined is not None and models.data is not None:
+        asks_model = any(part.baseline is None for part in fusions[joined].parts)
+        return Ensemble(fusions[joined], models.data, models.items, joined, base if asks_model else None, finder)
+    section = _section(bundle.tasks, name)
+    if (section.name in (*RANKERS, *RATERS) or is_plugin(BASELINES, section.name)) and models.data is not None:
+        return _classic(section, models.data, models.items, seed=bundle.seed, reserved=_reserved(bundle))
+    own = [base.name, *([UNTUNED] if bundle.run else [])] if base is not None else []
+    has = [*own, *fusions]
+    more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
+    raise RecipeError(
+        f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *RANKERS, *RATERS])}; it has "
+        f"{', '.join(has)}{more}",
+        kind="unknown-name",
+        column="--models",
+    )
 
 
 def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = None) -> Models:
@@ -321,10 +387,6 @@ def _learns(bundle: Bundle) -> bool:
     return bundle.run is not None or (Path(bundle.folder) / INTERACTIONS).is_file()
 
 
-def _data(bundle: Bundle) -> SplitDataset | None:
-    return training_data(bundle, "--models") if _learns(bundle) else None
-
-
 def _reserved(bundle: Bundle) -> float:
     """Return the share of validation users that weigh the fusions of a run, and choose no epoch of its baselines."""
     if bundle.run is None:
@@ -338,22 +400,24 @@ def _cheap(bundle: Bundle, items: Mapping[str, Item]) -> list[str]:
     """Return the rows of classic recommenders that are fitted in seconds; of each method those of its first family."""
     if not _learns(bundle):
         return []
-    found: list[BaselineSection] = []
+    results: list[BaselineSection] = []
     for family in ranking_families_of(bundle):
-        methods = {each.name for each in found}
+        methods = {result.name for result in results}
         baselines = with_texts(bundle.tasks.present()[family].baselines, items)
-        found += [each for each in baselines if each.name not in methods]
-    trained = {each.name for each in found if "epochs" in lookup(BASELINES, each.name, "baseline").Config.model_fields}
-    cheap = [each.label for each in found if each.name != "random" and each.name not in trained]
-    return list(dict.fromkeys([meant(POPULAR, cheap) or POPULAR, *cheap]))
+        results += [baseline for baseline in baselines if baseline.name not in methods]
+    trained = {
+        result.name for result in results if "epochs" in lookup(BASELINES, result.name, "baseline").Config.model_fields
+    }
+    cheap = [result.label for result in results if result.name != "random" and result.name not in trained]
+    return list(dict.fromkeys([meant(POPULARITY, cheap) or POPULARITY, *cheap]))
 
 
 def _section(tasks: TasksSection, name: str) -> BaselineSection:
     """Return the baseline of a name, as the first family has it that names its method."""
     for section in tasks.present().values():
-        labels = {each.label: each for each in section.baselines}
-        if (found := meant(name, labels)) is not None:
-            return labels[found]
+        labels = {baseline.label: baseline for baseline in section.baselines}
+        if (result := meant(name, labels)) is not None:
+            return labels[result]
     return BaselineSection(name=name)
 
 
@@ -376,11 +440,11 @@ def _classic(
     model = fitted(name, parameters, choosing(name, data, reserved) if reserved else data, seed=seed)
     about = (each for each in families().values() if not each.answers_with_items)
     family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
-    told = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}
-    return Classic(section.label, model, data, items, family, told)
+    known = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}
+    return Classic(section.label, model, data, items, family, known)
 
 
-def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> AnsweringModel | None:
+def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> Recommender | None:
     """Return what finds candidates for language models that cannot search: the fusion, or else item neighbours.
 
     Of several fusions without a language model it is the one that joins the most.
@@ -390,16 +454,12 @@ def _finder(models: Models, fusions: Mapping[str, stored.Fused]) -> AnsweringMod
     alone = {name: fused for name, fused in fusions.items() if fused.arm == "baseline"}
     if alone:
         name, widest = max(alone.items(), key=lambda each: len(each[1].parts))
-        return Fused(name, Fuser(widest, models.data), models.items)
+        return Ensemble(widest, models.data, models.items, name)
     return models.similar("interactions")
 
 
 def _untuned(bundle: Bundle) -> Bundle:
-    """Return the model that a run began from, asked as the tuned one is.
-
-    Raises:
-        RecipeError: If there is no run to tell.
-    """
+    """Return the model that a run began from, asked as the tuned one is."""
     if bundle.run is None:
         raise RecipeError(
             f"--models {UNTUNED}: {bundle.folder} does not say what it was tuned from; name the run folder",
@@ -407,7 +467,7 @@ def _untuned(bundle: Bundle) -> Bundle:
             column="--models",
         )
     recipe = load_stored(bundle.run)
-    # A base with more tokens lies in the run.
+    # A base model with added tokens is in the run.
     resized = bundle.run / "base"
     folder = str(resized) if resized.is_dir() else resolve(recipe.model, seed=recipe.seed)
     model = bundle.model.model_copy(update={"name": folder})

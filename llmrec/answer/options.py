@@ -19,16 +19,16 @@ Classic recommenders and fusions have the names of their rows in the report."""
 
 @dataclass(frozen=True, kw_only=True)
 class About:
-    """What is said of an option where its value is given, and what the value may be.
+    """The help of an option, and what its value may be.
 
     Attributes:
         help: One line.
         names: On the command line; by default the field's.
         metavar: Stands for a value.
-        choices: All values that there are; they stand for themselves.
+        choices: All values that there are.
         least: The smallest number allowed.
         most: The largest.
-        argument: It stands by itself, without a name before it.
+        argument: It is positional.
     """
 
     help: str

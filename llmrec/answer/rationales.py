@@ -1,17 +1,16 @@
 """One generated sentence on each of the first items of a ranking: why it suits the user.
 
 The sentence is asked for after the ranking and moves nothing in it. What a model writes is data like any other: it is
-cleaned to one line, stands in a column of its own, and is never put into another prompt.
+cleaned to one line, has a column of its own, and is never put into another prompt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 
-from llmrec.answer.questions import NOBODY
-from llmrec.answer.strategy import TWO_STEP, Asking
-from llmrec.answer.task import data_of
+from llmrec.answer.prompting import NOBODY
+from llmrec.answer.recommender import Reasons
+from llmrec.answer.strategy import TWO_STEP, Asking, data_of
 from llmrec.backends.encode import Encoder
 from llmrec.data.knowledge import FIELD, cited
 from llmrec.data.requests import RankRequest
@@ -20,7 +19,7 @@ from llmrec.pipeline.bundle import Bundle
 from llmrec.prompts.template import Template, clean, load_templates
 from llmrec.strategies.asking import cost_of
 from llmrec.tasks.base import View
-from llmrec.types import Backend, Cost, Event, Item, Prompt, Ranking, Unparsed
+from llmrec.types import Answer, Backend, Event, Item, Prompt, Ranking
 
 FAMILY = "rationale"
 TOKENS = 40
@@ -29,27 +28,8 @@ TOKENS = 40
 _VARIABLES = frozenset({"noun", "profile", "history", "item", "fields"})
 
 
-@dataclass
-class Reasons:
-    """What was written about one ranking.
-
-    Attributes:
-        texts: One an item, from the first on; empty where nothing could be written.
-        cost: Of the texts alone.
-        notes: Why a text is missing.
-    """
-
-    texts: list[str] = field(default_factory=list)
-    cost: Cost = field(default_factory=Cost)
-    notes: list[str] = field(default_factory=list)
-
-
 def rationale_template() -> Template:
-    """Return the words that ask for a rationale.
-
-    Raises:
-        RecipeError: If there are none under ``prompts/rationale``, or they name something that is not known.
-    """
+    """Return the words that ask for a rationale."""
     known = load_templates(FAMILY)
     if not known:
         raise RecipeError(
@@ -84,7 +64,7 @@ class Reasoner:
     def write(
         self,
         requests: Sequence[RankRequest],
-        answers: Sequence[Ranking | Unparsed],
+        answers: Sequence[Answer],
         items: Mapping[str, Item] | None,
         backend: Backend,
     ) -> list[Reasons]:
@@ -96,48 +76,44 @@ class Reasoner:
             items: The catalogue, where it was ranked whole; None: the requests' own candidates were.
             backend: An engine that generates.
         """
-        found = [Reasons() for _ in requests]
+        results = [Reasons() for _ in requests]
         prompts: list[Prompt] = []
         owners: list[tuple[int, int]] = []
         facts: dict[tuple[int, int], str] = {}
         for n, (request, answer) in enumerate(zip(requests, answers, strict=True)):
-            if isinstance(answer, Unparsed):
+            if not isinstance(answer, Ranking):
                 continue
             for item in self._best(request, answer, items):
-                place = len(found[n].texts)
-                found[n].texts.append("")
+                position = len(results[n].texts)
+                results[n].texts.append("")
                 try:
                     prompts.append(self._prompt(request, answer, item))
-                    owners.append((n, place))
-                    facts[n, place] = item.fields.get(FIELD, "")
+                    owners.append((n, position))
+                    facts[n, position] = item.fields.get(FIELD, "")
                 except LlmrecError as error:
-                    found[n].notes.append(f"rationale of {item.item_id[:60]!r}: {error}")
+                    results[n].notes.append(f"rationale of {item.item_id[:60]!r}: {error}")
         for start in range(0, len(prompts), self._batch):
             part = slice(start, start + self._batch)
-            said = backend.generate(prompts[part], max_tokens=TOKENS)
-            for (n, place), done in zip(owners[part], said, strict=True):
-                line, shown = _first_line(done.text), facts[n, place]
-                found[n].texts[place] = cited(line, shown)[0] if shown else line
-                found[n].cost += cost_of(done)
-        return found
+            completions = backend.generate(prompts[part], max_tokens=TOKENS)
+            for (n, position), done in zip(owners[part], completions, strict=True):
+                line, shown = _first_line(done.text), facts[n, position]
+                results[n].texts[position] = cited(line, shown)[0] if shown else line
+                results[n].cost += cost_of(done)
+        return results
 
     def _best(self, request: RankRequest, answer: Ranking, items: Mapping[str, Item] | None) -> list[Item]:
         pool = items if items is not None else {item.item_id: item for item in request.candidates}
         return [pool[item] for item in answer.items[: self.first]]
 
     def _prompt(self, request: RankRequest, answer: Ranking, item: Item) -> Prompt:
-        """Ask about one item.
-
-        Raises:
-            LlmrecError: If the prompt forges a control token, or leaves no room for the answer.
-        """
+        """Ask about one item."""
         past = request.history[-self._shown :]
-        known = {f"history/{place}": event.item for place, event in enumerate(past)} | {"item": item}
+        known = {f"history/{position}": event.item for position, event in enumerate(past)} | {"item": item}
         view = View(data_of(self._bundle, known))
         # What two-step wrote of the user was part of the ranking, so it is part of the reason.
         profile = request.profile or ((answer.raw or "") if self._way.strategy == TWO_STEP else "")
         values = view.user(request.user_id or NOBODY, {**request.context, "profile": profile}) | view.about("item")
-        values["history"] = view.events([Event(item_id=f"history/{place}") for place in range(len(past))])
+        values["history"] = view.events([Event(item_id=f"history/{position}") for position in range(len(past))])
         prompt = Prompt(messages=self.template.turns(values))
         length = len(self._encoder.prompt(prompt))
         if length + TOKENS > self._encoder.max_length:

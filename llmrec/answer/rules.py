@@ -108,9 +108,6 @@ class Rules:
             record: A mapping with the keys ``only``, ``without`` (fields with lists of values), ``block`` (a list of
                 ids), ``quotas`` (a list of ``{"field": ..., "most": ...}``) and ``diversity``; all may be left out.
                 Values and ids are texts or whole numbers.
-
-        Raises:
-            DataError: If a key is unknown or its value is of another form; the message names the key, not the file.
         """
         given = _mapping("", record, _KEYS)
         only = _conditions("only", given.get("only", {}))
@@ -125,13 +122,14 @@ class Rules:
             without=_conditions("without", given.get("without", {})),
             block=_texts("block", given.get("block", [])),
             quotas=tuple(
-                _quota(f"quotas.{place}", entry) for place, entry in enumerate(_list("quotas", given.get("quotas", [])))
+                _quota(f"quotas.{position}", entry)
+                for position, entry in enumerate(_list("quotas", given.get("quotas", [])))
             ),
             diversity=diversity,
         )
 
     def joined(self, other: Rules) -> Rules:
-        """Return rules that forbid what either forbids: those that always stand, and those of one request.
+        """Return rules that forbid what either forbids, such as a service's own and those of a request.
 
         Of two quotas on a field the stricter holds, and of two diversities the larger. The order does not matter.
         """
@@ -152,9 +150,6 @@ class Rules:
 
         Args:
             items: The catalogue.
-
-        Raises:
-            DataError: If no item has a field; the message suggests one.
         """
         missing = {name for _, name in self._named()}
         for item in items.values():
@@ -221,18 +216,15 @@ class Rules:
 
         Returns:
             Entries of ``ranked``, with their own scores.
-
-        Raises:
-            DataError: If there are quotas or diversity, and ``items`` lacks an item.
         """
         if not self.quotas and not self.diversity:
             return list(ranked[: max(k, 0)])
         try:
-            found = [items[key].fields for key, _ in ranked]
+            results = [items[key].fields for key, _ in ranked]
         except KeyError as error:
             raise DataError(f"item {error} is ranked, but rules do not know its fields", kind="unknown-name") from None
         room = _Room(self.quotas)
-        rows = _diverse(found, room, self.diversity, k) if self.diversity else _in_order(found, room, k)
+        rows = _diverse(results, room, self.diversity, k) if self.diversity else _in_order(results, room, k)
         return [ranked[row] for row in rows]
 
     def _named(self) -> Iterator[tuple[str, str]]:
@@ -278,7 +270,7 @@ def _sharing(values: frozenset[str]) -> Callable[[str], bool]:
 
 def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], tuple[OneOf, ...]]:
     """Return the first condition on each field, and the others; one that another implies is left out."""
-    known = {OneOf(each.field, _folded(each.values)) for each in conditions}
+    known = {OneOf(condition.field, _folded(condition.values)) for condition in conditions}
     needed = [one for one in known if not any(one.field == by.field and by.values < one.values for by in known)]
     only: dict[str, frozenset[str]] = {}
     more: list[OneOf] = []
@@ -292,7 +284,7 @@ def _simplest(conditions: Iterable[OneOf]) -> tuple[dict[str, frozenset[str]], t
 
 
 class _Room:
-    """What quotas leave as items are chosen."""
+    """The remaining capacity of quotas while a list is built."""
 
     def __init__(self, quotas: Sequence[Quota]) -> None:
         self._quotas = quotas

@@ -6,16 +6,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import polars as pl
 from pydantic import ValidationError
 
-from llmrec.answer.task import task_of
+from llmrec.data.dataset import SCHEMA, Dataset
+from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.pipeline.bundle import Bundle
 from llmrec.recipe.pages import value_of
 from llmrec.recipe.schema import EvalSection
 from llmrec.registry import STRATEGIES, is_plugin, keys_of, options_of
 from llmrec.tasks.direct import fits, reader_of, refuse
-from llmrec.tasks.family import family_of, ranking_families
+from llmrec.tasks.family import Family, family_of, ranking_families
+from llmrec.tasks.task import Task, TaskInputs
+from llmrec.types import Item, ItemCodes, Ranking
 
 TWO_STEP = "two-step"
 """The strategy whose first step writes a profile, so that its template must show one."""
@@ -78,9 +82,6 @@ def choose_way(
         template: ``family/name`` or the bare name; None chooses.
         strategy: A strategy, or ``auto``.
         settings: What the strategy takes, such as ``eval.permutations=3``.
-
-    Raises:
-        RecipeError: If something asked for is unknown, or nothing fits.
     """
     ranking = ranking_families()
     here = ranking_families_of(bundle)
@@ -124,11 +125,7 @@ def _strategies(bundle: Bundle, family: str) -> tuple[str, ...]:
 
 
 def _strategy(bundle: Bundle, family: str, asked: str, template: str) -> str:
-    """Return the strategy that was asked for, or the first that reads what the template asks for.
-
-    Raises:
-        RecipeError: If the one that was asked for does not.
-    """
+    """Return the strategy that was asked for, or the first that reads what the template asks for."""
     own = family_of(family)
     if not own.lists:
         return own.strategies[0] if asked == "auto" else asked
@@ -146,9 +143,6 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
     Args:
         strategy: Its name.
         settings: ``key=value``; the key may begin with ``eval.``.
-
-    Raises:
-        RecipeError: If a key is not one of the strategy's, or a value breaks its rule.
     """
     known = [key for key in keys_of(strategy) if key not in _OWN_OPTIONS]
     values: dict[str, Any] = {}
@@ -195,20 +189,16 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
 
 def explained(error: ValidationError, prefix: str) -> list[str]:
     """Say what is wrong with the values of a section, repeating none of them: one may be a secret."""
-    found = []
+    results = []
     for detail in error.errors(include_input=False, include_url=False):
         message = str(detail["msg"]).removeprefix("Value error, ")
         where = ".".join(map(str, detail["loc"]))
-        found.append(f"{prefix}{where}: {message[:1].lower()}{message[1:]}" if where else message)
-    return found
+        results.append(f"{prefix}{where}: {message[:1].lower()}{message[1:]}" if where else message)
+    return results
 
 
 def one_of(what: str, name: str, known: Sequence[str]) -> None:
-    """Check an option's value.
-
-    Raises:
-        RecipeError: If it is not known; the message lists those that are.
-    """
+    """Check an option's value."""
     if name not in known:
         names = ", ".join(dict.fromkeys(known))
         raise RecipeError(
@@ -219,11 +209,7 @@ def one_of(what: str, name: str, known: Sequence[str]) -> None:
 
 
 def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> str:
-    """Return the name of the template that was asked for, or the one that fits the strategy.
-
-    Raises:
-        RecipeError: If the strategy takes a profile, and the template shows none.
-    """
+    """Return the name of the template that was asked for, or the one that fits the strategy."""
     known = bundle.templates[family]
     names: list[str] = [] if asked is None else [asked.rpartition("/")[2]]
     if asked is None:
@@ -247,3 +233,69 @@ def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> 
 def _named(template: str, family: str, known: Mapping[str, object]) -> bool:
     named, _, name = template.rpartition("/")
     return named in ("", family) and name in known
+
+
+# --------------------------------------------------------------------------- one item
+
+
+def about_families(bundle: Bundle) -> dict[str, Family]:
+    """Return the families that a model was tuned on and that ask about one item, by name."""
+    results = {name: family_of(name) for name in bundle.tasks.present()}
+    return {name: family for name, family in results.items() if family.answer is not Ranking}
+
+
+def way_about(bundle: Bundle, family: str, *, template: str | None = None, strategy: str = "auto") -> Asking:
+    """Choose how a family is asked: by default with the template and the strategy that its evaluation begins with.
+
+    Args:
+        bundle: The model and how it was asked in training.
+        family: One of `about_families`.
+        template: A bare name, or ``family/name``; None chooses.
+        strategy: A strategy of the family, or ``auto``.
+    """
+    known = about_families(bundle)
+    if family not in known:
+        has = ", ".join(known) or "none"
+        raise RecipeError(
+            f"{bundle.folder} was not tuned on {family}; of the families that ask about one item it has: {has}. Tune "
+            f"it with tasks.{family}",
+            kind="unsupported",
+            at=bundle.folder,
+            column="family",
+        )
+    task = task_of(bundle, family, {}, bundle.index)
+    templates = bundle.templates[family]
+    name = task.eval_templates[0] if template is None else template.rpartition("/")[2]
+    one_of("template", name, list(templates))
+    section = bundle.tasks.present()[family]
+    asked = task.asked_by(templates[name], section.strategies, tuned=bundle.tuned)
+    one_of("strategy", strategy, ("auto", *known[family].strategies))
+    return Asking(family, name, asked[0] if strategy == "auto" else strategy)
+
+
+# --------------------------------------------------------------------------- tasks
+
+
+def task_of(bundle: Bundle, family: str, items: Mapping[str, Item], codes: ItemCodes | None = None) -> Task:
+    """Build a family's task over these items alone: no interactions, so it can only ask."""
+    section = bundle.tasks.present()[family]
+    data = data_of(bundle, items)
+    inputs = TaskInputs(data=data, templates=bundle.templates[family], seed=bundle.seed, index=codes, learns=False)
+    return family_of(family).task(section, inputs)
+
+
+def data_of(bundle: Bundle, items: Mapping[str, Item]) -> SplitDataset:
+    """Return data of these items and of no interaction."""
+    nothing = pl.DataFrame(schema=dict(SCHEMA))
+    dataset = Dataset(
+        name="requests", noun=bundle.noun, interactions=nothing, items=items, rating_scale=bundle.rating_scale
+    )
+    return SplitDataset(
+        dataset=dataset,
+        kind="requests",
+        seed=bundle.seed,
+        train=nothing,
+        valid=nothing,
+        test=nothing,
+        held_out=frozenset(),
+    )

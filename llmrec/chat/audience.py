@@ -61,9 +61,6 @@ def guests(
         split: Whose first held-out item each of them wants; who knows that item already wants nothing.
         past: Last items that the profile begins with.
         liked: Lowest rating of a liked item; None: three quarters up the scale. Items without a rating are liked.
-
-    Raises:
-        DataError: If there is no such user, or nothing that a user could say of an item.
     """
     if not any(facts.told(name) for name in facts.items):
         raise DataError(

@@ -123,11 +123,7 @@ def written(call: Call) -> str:
 
 
 def read_call(text: str) -> Call:
-    """Read a call.
-
-    Raises:
-        DataError: If it is none of the schema.
-    """
+    """Read a call."""
     try:
         return _READER.validate_json(text)
     except ValidationError as error:

@@ -104,11 +104,7 @@ class DualEncoder:
 
     @staticmethod
     def load(folder: Path) -> DualEncoder:
-        """Read what `save` wrote.
-
-        Raises:
-            DataError: If it cannot be read.
-        """
+        """Read what `save` wrote."""
         about = read_json(folder / _ABOUT, "learn it again with `llmrec chat --learn`")
         try:
             return DualEncoder(str(about["encoder"]), **require("safetensors.numpy", "train").load_file(folder / _MAPS))

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from llmrec.answer.checks import decided
+from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import Recommender
 from llmrec.chat.fit import FitJudge
 from llmrec.chat.managers import HistoryManager, Manager, ModelManager, RandomManager, RuleManager
 from llmrec.chat.tuning import leading
@@ -57,5 +57,5 @@ def grader(name: str | None, *, dtype: str = DTYPE) -> Iterator[FitJudge | None]
 @contextmanager
 def _backend(name: str, dtype: str, strategy: str) -> Iterator[Backend]:
     asked = RecommenderOptions(model=name, backend="hf", dtype=dtype)
-    with Recommender.open(decided(asked), ranks=False) as model, model.asked(strategy) as backend:
+    with LanguageModel.open(decided(asked), ranks=False) as model, model.backend(strategy) as backend:
         yield backend

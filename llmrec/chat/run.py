@@ -73,11 +73,7 @@ def chat(options: ChatOptions) -> int:
 
 
 def _check(options: ChatOptions) -> None:
-    """Refuse options that do not go together.
-
-    Raises:
-        DataError: Naming the option; or if another file would be overwritten.
-    """
+    """Refuse options that do not go together."""
     if options.save is not None:
         if options.replay is not None:
             raise DataError(
@@ -114,11 +110,7 @@ def _check(options: ChatOptions) -> None:
 def talking(
     models: Models, manager: Manager, encoder: str | None = None, judge: FitJudge | None = None
 ) -> Conversation:
-    """Return a conversation over the models of a folder; see `Tools` for ``judge``.
-
-    Raises:
-        DataError: If there is no catalogue to talk about.
-    """
+    """Return a conversation over the models of a folder; see `Tools` for ``judge``."""
     if not models.items:
         raise DataError(
             "chat: this model knows no item to talk about; name a table with --items", kind="empty", column="--items"

@@ -255,9 +255,6 @@ def dialogues(
 
     Yields:
         The wanted item and the conversation.
-
-    Raises:
-        DataError: If no item has an attribute that somebody could ask for.
     """
     facts, drawn = conversation.tools.facts, random.Random(seed)
     names = [name for name in facts.items if facts.told(name)]

@@ -130,11 +130,7 @@ class State(BaseModel):
 
 
 def read_state(record: object) -> State:
-    """Read a state that somebody sent.
-
-    Raises:
-        DataError: If it is none; the message names the key.
-    """
+    """Read a state that somebody sent."""
     try:
         return State.model_validate(record)
     except ValidationError as error:

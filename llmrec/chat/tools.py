@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Literal, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from llmrec.answer.known import Catalogue
-from llmrec.answer.listing import is_cold, listing, ranking_of, ruled
+from llmrec.answer.listing import Wanted, listing
 from llmrec.answer.opening import Models
-from llmrec.answer.recommender import Answered
+from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, ranking_of
 from llmrec.answer.rules import Rules
 from llmrec.chat.calls import (
     Ask,
@@ -57,34 +57,30 @@ class Lists(Protocol):
         ...
 
 
-Verb = Literal["rank", "similar", "popular"]
-"""What a recommender is asked: to order, for items like those of the history, and for a user who is not known."""
-
-
 @dataclass(frozen=True)
 class ModelLists:
     """Lists of models, here or in another process.
 
     Attributes:
         catalogue: What may be listed.
-        ask: Answers a verb for a request, as deep as it is told.
+        ask: Answers a question about a request.
         rules: Rules that always stand.
     """
 
     catalogue: Catalogue
-    ask: Callable[[Verb, RankRequest, int], Answered]
+    ask: Callable[[Question, RankRequest], Answered]
     rules: Rules = field(default_factory=Rules)
 
     def rank(self, liked: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()) -> list[str]:
         """See `Lists`."""
-        return self._asked("rank", liked, rules, k, candidates)
+        return self._asked(RANK, liked, rules, k, candidates)
 
     def similar(self, items: Sequence[str], rules: Rules, k: int) -> list[str]:
         """See `Lists`."""
-        return self._asked("similar", items, rules, k)
+        return self._asked(SIMILAR, items, rules, k)
 
     def _asked(
-        self, verb: Verb, history: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()
+        self, verb: str, history: Sequence[str], rules: Rules, k: int, candidates: Sequence[str] = ()
     ) -> list[str]:
         items = self.catalogue.items
         request = RankRequest(
@@ -92,23 +88,25 @@ class ModelLists:
             candidates=tuple(items[name] for name in candidates if name in items),
             history=tuple(Past(item=items[name]) for name in history if name in items),
         )
-        every = self.rules.joined(rules)
-        request = ruled(request, every, items, self.catalogue.allowed, exclude_seen=True)
-        verb = "popular" if is_cold(request) else verb
-        steps = listing(request, every, items, k)
-        depth = next(steps)
+        steps = listing(request, Wanted(k, rules=self.rules.joined(rules)), self.catalogue, verb)
+        asked = next(steps)
         while True:
             try:
-                depth = steps.send(self.ask(verb, request, depth))
+                asked = steps.send(self.ask(*asked))
             except StopIteration as done:
                 return list(ranking_of(done.value).items)
 
 
-def asking(models: Models) -> Callable[[Verb, RankRequest, int], Answered]:
+def asking(models: Models) -> Callable[[Question, RankRequest], Answered]:
     """Return what asks models that are open in this process."""
-    neighbours = models.similar("text" if models.data is None else "interactions")
-    by = {"rank": models.get(), "similar": neighbours, "popular": models.popular or models.get()}
-    return lambda verb, request, depth: by[verb].rank([request], depth=depth)[0]
+    by = "text" if models.data is None else "interactions"
+    models.similar(by)
+
+    def ask(question: Question, request: RankRequest) -> Answered:
+        asked = replace(question, model=by if question.verb == SIMILAR else None)
+        return models.answer(asked, [request])[0]
+
+    return ask
 
 
 @dataclass(frozen=True)

@@ -48,11 +48,7 @@ def write(file: Path, turns: Sequence[Turn]) -> None:
 
 
 def refuse_other(file: Path) -> None:
-    """Refuse to write a transcript over anything else.
-
-    Raises:
-        DataError: If there is a file that is no transcript.
-    """
+    """Refuse to write a transcript over anything else."""
     if not file.exists():
         return
     try:
@@ -68,11 +64,7 @@ def refuse_other(file: Path) -> None:
 
 
 def read(file: Path) -> list[Turn]:
-    """Read a transcript.
-
-    Raises:
-        DataError: If a line is none of a transcript.
-    """
+    """Read a transcript."""
     try:
         # Line feeds alone: JSON leaves other ends of lines, such as U+2028, as they are.
         lines = file.read_text(encoding="utf-8").split("\n")

@@ -99,9 +99,6 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
     """Return every moment of a transcript with its call, in their order.
 
     The calls are those of the transcript, so that one that was corrected by hand teaches what it says now.
-
-    Raises:
-        DataError: If the calls of a turn do not end it, or go on after it has ended.
     """
     follower = _Follower()
     held, state = replace(conversation, manager=follower), State()
@@ -123,11 +120,7 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
 
 
 def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
-    """Return the moments to train on, and those of a tenth of the conversations, which are held out.
-
-    Raises:
-        DataError: If there are too few conversations.
-    """
+    """Return the moments to train on, and those of a tenth of the conversations, which are held out."""
     names = sorted({each.conversation for each in moments})
     if len(names) < FEWEST:
         raise DataError(
@@ -231,11 +224,7 @@ def _text(prompt: Prompt) -> str:
 
 
 def refuse(page: Recipe) -> None:
-    """Refuse a page whose model or training cannot lead a conversation.
-
-    Raises:
-        RecipeError: Naming the key.
-    """
+    """Refuse a page whose model or training cannot lead a conversation."""
     if page.train.method not in (*ADAPTED, "full"):
         raise RecipeError(
             f"train.method={page.train.method} has no weights of its own to lead a conversation with; set "
@@ -261,9 +250,6 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
         held: Moments whose loss is followed, as many as ``train.valid_rows``.
         folder: Of the run.
         quiet: Show no progress bar.
-
-    Raises:
-        RecipeError: If no row fits ``train.max_row_tokens``, or as `refuse`.
     """
     from llmrec.train.batches import plan
     from llmrec.train.rows import followed

@@ -17,8 +17,7 @@ def rank(options: RankOptions) -> None:
     By a language model or a classic recommender: candidate sets, or the whole catalogue. A killed run resumes where it
     was. Exit code 0: every line ranked; 1: some failed, and say why; 2: nothing done.
     """
-    from llmrec.answer.rank.progress import console_rows
-    from llmrec.answer.rank.run import STDOUT, rank_file
+    from llmrec.answer.rank.run import STDOUT, console_rows, rank_file
     from llmrec.answer.rank.sharded import rank_shard
     from llmrec.answer.rank.users import rank_users
     from llmrec.records import Shard

@@ -53,7 +53,7 @@ def merge_shards(target: Path, folders: Sequence[Path] = ()) -> None:
 
         show_texts(merge_augment(target, folders))
     else:
-        from llmrec.answer.rank.progress import console_rows
+        from llmrec.answer.rank.run import console_rows
         from llmrec.answer.rank.sharded import merge_rank
 
         summary = merge_rank(target, folders)

@@ -1,1 +1,1 @@
-"""A recommender that answers over HTTP: `app` makes it, `service` decides, `worker` holds the models."""
+"""A recommender that answers over HTTP: `app` makes it, `service` decides, `engine` holds the models."""

@@ -1,11 +1,11 @@
-"""The HTTP side: routes, statuses and OpenAPI over a `Service`. What each does is in `llmrec.serve.service`."""
+"""The HTTP side: routes, statuses and OpenAPI over a `Service`; those of questions are derived from its verbs."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from importlib.resources import files
 from typing import Annotated, Any, TypeVar
@@ -18,15 +18,11 @@ from llmrec import __version__
 from llmrec.data.read.limits import ID_LIMIT
 from llmrec.errors import LlmrecError
 from llmrec.serve import schema
-from llmrec.serve.failures import answer_failures, failure, said
-from llmrec.serve.forms import document_text, told
-from llmrec.serve.gates import Auth, Authenticated, BodyLimit, Measured, Plain, SameOrigin, StrictRoute
-from llmrec.serve.metrics import Metrics
-from llmrec.serve.schema_chat import ChatAnswer, ChatBody
-from llmrec.serve.schema_rerank import RerankAnswer, RerankBody, RerankResult
+from llmrec.serve.failures import answer_failures, failure, failures
+from llmrec.serve.gates import Auth, Authenticated, BodyLimit, Measured, Metrics, Plain, SameOrigin, StrictRoute
 from llmrec.serve.service import Service
-from llmrec.serve.talking import Talking
-from llmrec.types import Item
+from llmrec.serve.verbs import VERBS, Verb, answers_of, batch_of, card_of
+from llmrec.types import Event, Item
 
 _T = TypeVar("_T")
 
@@ -69,13 +65,11 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
         auth: Who may ask.
         body_limit: Bytes of a body.
     """
-    talking = Talking(service)
 
     @asynccontextmanager
     async def lifespan(_: FastAPI) -> AsyncIterator[None]:
         service.start()
         yield
-        talking.close()
         await service.close()
 
     app = FastAPI(
@@ -95,7 +89,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
     # `Authenticated` asks for the key; this only describes it.
     bearer = HTTPBearer(auto_error=False, description="An API key, made by `llmrec serve-key`.")
     needed = [Depends(bearer)] if auth.keyed else []
-    app.include_router(_questions(service, talking), dependencies=needed)
+    app.include_router(_questions(service), dependencies=needed)
     app.include_router(_knowledge(service, auth), dependencies=needed)
     # The last is the first that a request meets.
     app.add_middleware(BodyLimit, most=body_limit)
@@ -110,12 +104,7 @@ def make_app(service: Service, auth: Auth, *, body_limit: int = 1 << 20) -> Fast
 
 
 async def _while_there(service: Service, request: Request, work: Awaitable[_T]) -> _T:
-    """Wait for an answer as long as the client does; what it no longer waits for leaves the queue.
-
-    Raises:
-        TooLate: If all that the answer takes lasts longer than a request may.
-        HTTPException: If the client left; nobody reads that.
-    """
+    """Wait for an answer as long as the client does; what it no longer waits for leaves the queue."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -185,102 +174,69 @@ def _open_routes(service: Service, metrics: Metrics) -> APIRouter:
 
 
 def _asset(package: str, folder: str, name: str, kind: str) -> Response:
-    found = files(package).joinpath(folder, name).read_bytes()
-    return Response(found, media_type=f"{kind}; charset=utf-8", headers=_HEADERS)
+    result = files(package).joinpath(folder, name).read_bytes()
+    return Response(result, media_type=f"{kind}; charset=utf-8", headers=_HEADERS)
 
 
-def _questions(service: Service, talking: Talking) -> APIRouter:
-    router = APIRouter(tags=["questions"], route_class=StrictRoute, responses=said(*_ASKED))
+def _questions(service: Service) -> APIRouter:
+    router = APIRouter(tags=["questions"], route_class=StrictRoute, responses=failures(*_ASKED))
 
-    @router.post("/v1/rank")
-    async def rank(request: Request, body: schema.RankBody) -> schema.RankAnswer:
-        """Rank candidates, or the whole catalogue, for a user."""
-        return await _while_there(service, request, service.rank(body))
-
-    @router.post("/v1/rank/batch")
-    async def rank_batch(request: Request, body: schema.RankBatch) -> schema.RankAnswers:
-        """Rank for several users."""
-        return schema.RankAnswers(answers=await _batch(request, service, service.rank, body.requests))
-
-    @router.post("/v1/rate")
-    async def rate(request: Request, body: schema.ItemBody) -> schema.RateAnswer:
-        """Predict a user's rating of an item."""
-        return await _while_there(service, request, service.rate(body))
-
-    @router.post("/v1/rate/batch")
-    async def rate_batch(request: Request, body: schema.ItemBatch) -> schema.RateAnswers:
-        """Predict several ratings."""
-        return schema.RateAnswers(answers=await _batch(request, service, service.rate, body.requests))
-
-    @router.post("/v1/predict")
-    async def predict(request: Request, body: schema.ItemBody) -> schema.PredictAnswer:
-        """Predict whether a user likes or chooses an item."""
-        return await _while_there(service, request, service.predict(body))
-
-    @router.post("/v1/predict/batch")
-    async def predict_batch(request: Request, body: schema.ItemBatch) -> schema.PredictAnswers:
-        """Predict several yes or no."""
-        return schema.PredictAnswers(answers=await _batch(request, service, service.predict, body.requests))
-
-    @router.post(
-        "/v1/explain",
-        response_model=schema.ExplainAnswer,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
-    )
-    async def explain(request: Request, body: schema.ItemBody) -> Any:
-        """Say why an item suits a user; with ``Accept: text/event-stream`` as a stream of events."""
-        if "text/event-stream" in request.headers.get("accept", ""):
-            events = service.streamed(body)
-            # What fails before the first of them has a status.
-            first = await _while_there(service, request, anext(events))
-            return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
-        return await _while_there(service, request, service.explain(body))
-
-    @router.post("/v1/explain/batch")
-    async def explain_batch(request: Request, body: schema.ItemBatch) -> schema.ExplainAnswers:
-        """Explain several items."""
-        return schema.ExplainAnswers(answers=await _batch(request, service, service.explain, body.requests))
-
-    @router.post("/v1/ask")
-    async def ask(request: Request, body: schema.AskBody) -> schema.AskAnswer:
-        """Answer a question of any family that a model was tuned on, such as a review's headline or its stars."""
-        return await _while_there(service, request, service.ask(body))
-
-    @router.post("/v1/similar")
-    async def similar(request: Request, body: schema.SimilarBody) -> schema.SimilarAnswer:
-        """Find items like others."""
-        return await _while_there(service, request, service.similar(body))
-
-    @router.post(
-        "/v1/chat",
-        response_model=ChatAnswer,
-        responses={200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}},
-    )
-    async def chat(request: Request, body: ChatBody) -> Any:
-        """Answer one line of a conversation; with ``Accept: text/event-stream`` calls come as events before it."""
-        if "text/event-stream" in request.headers.get("accept", ""):
-            events = talking.streamed(body)
-            first = await _while_there(service, request, anext(events))
-            return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
-        return await _while_there(service, request, talking.answer(body))
-
-    # Cohere's client of its second version asks the one, its first version and Jina's the other.
-    @router.post("/v2/rerank", operation_id="rerank_v2")
-    @router.post("/v1/rerank", operation_id="rerank_v1")
-    async def rerank(request: Request, body: RerankBody) -> RerankAnswer:
-        """Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history."""
-        return await _while_there(service, request, _reranked(service, body))
-
+    for verb in VERBS.values():
+        stream: dict[int | str, dict[str, Any]] = {
+            200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}}
+        }
+        for version in verb.versions:
+            router.add_api_route(
+                f"/{version}/{verb.name}",
+                _route(service, verb),
+                methods=["POST"],
+                name=verb.name,
+                operation_id=f"{verb.name}_{version}" if len(verb.versions) > 1 else None,
+                description=verb.about,
+                response_model=verb.answer,
+                responses=stream if verb.event else None,
+            )
+        if verb.batch:
+            router.add_api_route(
+                f"/v1/{verb.name}/batch",
+                _batch_route(service, verb),
+                methods=["POST"],
+                name=f"{verb.name}_batch",
+                description=verb.batch,
+                response_model=answers_of(verb.answer),
+            )
     return router
 
 
+def _route(service: Service, verb: Verb) -> Callable[..., Any]:
+    async def answer(request: Request, body: Any) -> Any:
+        if verb.event and "text/event-stream" in request.headers.get("accept", ""):
+            events = verb.stream(service, body)
+            # What fails before the first of them has a status.
+            first = await _while_there(service, request, anext(events))
+            return StreamingResponse(_streamed(first, events), media_type="text/event-stream")
+        return await _while_there(service, request, verb.ask(service, body))
+
+    answer.__annotations__ = {"request": Request, "body": verb.body}
+    return answer
+
+
+def _batch_route(service: Service, verb: Verb) -> Callable[..., Any]:
+    async def answer(request: Request, body: Any) -> Any:
+        asking = asyncio.gather(*(verb.ask(service, each) for each in body.requests), return_exceptions=True)
+        return answers_of(verb.answer)(answers=_each(await _while_there(service, request, asking)))
+
+    answer.__annotations__ = {"request": Request, "body": batch_of(verb.body)}
+    return answer
+
+
 def _knowledge(service: Service, auth: Auth) -> APIRouter:
-    router = APIRouter(tags=["knowledge"], route_class=StrictRoute, responses=said(*_ALWAYS))
+    router = APIRouter(tags=["knowledge"], route_class=StrictRoute, responses=failures(*_ALWAYS))
 
     @router.get("/v1/models")
     async def models() -> schema.Models:
         """List the models, the default first; none while the engine starts for the first time."""
-        return schema.Models(models=service.cards())
+        return schema.Models(models=[card_of(card) for card in service.engine.cards])
 
     @router.get("/v1/items")
     async def items(
@@ -289,37 +245,37 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
         offset: Annotated[int, Query(ge=0, le=1 << 31)] = 0,
     ) -> schema.FoundItems:
         """Look for items by title or id."""
-        found, total = service.catalogue.search(q, limit=limit, offset=offset)
-        return schema.FoundItems(items=[_item(item) for item in found], total=total)
+        results, total = service.catalogue.search(q, limit=limit, offset=offset)
+        return schema.FoundItems(items=[_item(item) for item in results], total=total)
 
-    @router.get("/v1/items/{item_id:path}", responses=said(404))
+    @router.get("/v1/items/{item_id:path}", responses=failures(404))
     async def item(item_id: _Id) -> schema.CatalogueItem:
         """Return an item."""
         return _item(service.catalogue.get(item_id))
 
-    @router.put("/v1/items", responses=said(*_POSTED), dependencies=[Depends(auth.admin)])
+    @router.put("/v1/items", responses=failures(*_POSTED), dependencies=[Depends(auth.admin)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
         """Add or replace items; questions from then on know them."""
-        found = [Item(item_id=each.item_id, title=each.title, fields=dict(each.fields)) for each in body.items]
-        return schema.Stored(stored=await service.put_items(found))
+        results = [Item(item_id=each.item_id, title=each.title, fields=dict(each.fields)) for each in body.items]
+        return schema.Stored(stored=await service.put_items(results))
 
-    @router.delete("/v1/items/{item_id:path}", responses=said(404), dependencies=[Depends(auth.admin)])
+    @router.delete("/v1/items/{item_id:path}", responses=failures(404), dependencies=[Depends(auth.admin)])
     async def remove_item(item_id: _Id) -> schema.Removed:
         """Remove an item; no list holds it from then on."""
         await service.remove_item(item_id)
         return schema.Removed(removed=1)
 
-    @router.get("/v1/users/{user_id:path}", responses=said(404))
+    @router.get("/v1/users/{user_id:path}", responses=failures(404))
     async def user(user_id: _Id) -> schema.KnownUser:
         """Return what a user did, oldest first."""
-        return told(user_id, await service.user(user_id), service.catalogue.items)
+        return _known_user(user_id, await service.user(user_id), service.catalogue.items)
 
     @router.delete("/v1/users/{user_id:path}", dependencies=[Depends(auth.admin)])
     async def erase(user_id: _Id) -> schema.Erased:
         """Erase a person: events, and texts about the person."""
         return await service.erase(user_id)
 
-    @router.post("/v1/events", responses=said(*_POSTED, 404))
+    @router.post("/v1/events", responses=failures(*_POSTED, 404))
     async def events(body: schema.EventsBody) -> schema.Stored:
         """Extend the histories of users; it is stored once this is answered."""
         return schema.Stored(stored=await service.add_events(body))
@@ -328,38 +284,33 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
     async def reload() -> schema.Models:
         """Read the models anew and put them in the place of those that answer meanwhile."""
         await service.reload()
-        return schema.Models(models=service.cards())
+        return schema.Models(models=[card_of(card) for card in service.engine.cards])
 
     return router
 
 
-async def _batch(request: Request, service: Service, ask: Callable[[Any], Any], bodies: Any) -> list[Any]:
-    """Answer several questions.
-
-    Raises:
-        LlmrecError: If none could be asked, because of the service and not because of the questions.
-    """
-    found = await _while_there(service, request, service.each(ask, bodies))
-    if all(isinstance(each, LlmrecError) and failure(each)[0] in _NOT_NOW for each in found):
+def _each(found: Sequence[Any]) -> list[Any]:
+    """Return the answers to several questions, each of which may have failed."""
+    if all(isinstance(result, LlmrecError) and failure(result)[0] in _NOT_NOW for result in found):
         raise found[0]
     answers: list[Any] = []
-    for each in found:
-        if isinstance(each, LlmrecError):
-            answers.append(schema.Failed(error=failure(each)[1]))
-        elif isinstance(each, Exception):
-            log.error("a question of a batch failed that should not have", exc_info=each)
+    for result in found:
+        if isinstance(result, LlmrecError):
+            answers.append(schema.Failed(error=failure(result)[1]))
+        elif isinstance(result, Exception):
+            log.error("a question of a batch failed that should not have", exc_info=result)
             defect = schema.Failure(kind="defect", message="this failed inside the service; its log says where")
             answers.append(schema.Failed(error=defect))
         else:
-            answers.append(each)
+            answers.append(result)
     return answers
 
 
 async def _streamed(first: tuple[str, Any], events: AsyncIterator[tuple[str, Any]]) -> AsyncIterator[str]:
     yield _event(*first)
     try:
-        async for each in events:
-            yield _event(*each)
+        async for event in events:
+            yield _event(*event)
     except LlmrecError as error:
         yield _event("error", schema.Failed(error=failure(error)[1]).model_dump())
 
@@ -368,22 +319,18 @@ def _event(name: str, data: Any) -> str:
     return f"event: {name}\ndata: {json.dumps(data, ensure_ascii=False)}\n\n"
 
 
-async def _reranked(service: Service, body: RerankBody) -> RerankAnswer:
-    model, places, usage, notes = await service.rerank(body)
-    texts = [document_text(each) for each in body.documents]
-    results = [
-        RerankResult(
-            index=place, relevance_score=score, document={"text": texts[place]} if body.return_documents else None
+def _known_user(user_id: str, events: Sequence[Event], items: Mapping[str, Item]) -> schema.KnownUser:
+    """Return a user's events with the titles of their items."""
+    history = [
+        schema.KnownEvent(
+            item_id=event.item_id,
+            title=items[event.item_id].title if event.item_id in items else None,
+            rating=event.rating,
+            timestamp=event.timestamp,
         )
-        for place, score in places[: body.top_n]
+        for event in events
     ]
-    return RerankAnswer(
-        id=service.next_id(),
-        model=model,
-        results=results,
-        usage={"total_tokens": usage.prompt_tokens + usage.completion_tokens},
-        meta={"api_version": {"version": "2"}, "billed_units": {"search_units": 1}, "warnings": list(notes)},
-    )
+    return schema.KnownUser(user_id=user_id, history=history)
 
 
 def _item(item: Item) -> schema.CatalogueItem:

@@ -1,7 +1,7 @@
-"""Questions of many clients in, batches for one engine out: a bounded queue and a moment of waiting.
+"""Batches of the questions of many clients for one engine: a bounded queue with a short wait.
 
-Questions that differ in nothing but their request go together, so that an engine which answers many prompts at once
-is asked so. A queue that is full refuses at once and says when to come again.
+Requests with the same question are answered together, since an engine answers many prompts at once. A full queue
+rejects at once and says when to ask again.
 """
 
 from __future__ import annotations
@@ -15,15 +15,16 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TypeVar
 
+from llmrec.answer.recommender import Answered, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError
-from llmrec.serve.worker import EngineLost, Question, Reply
+from llmrec.serve.engine import EngineLost, Reply
 
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
-# An engine that works on one thing for so many times as long as anybody waits hangs.
+# An engine hangs if it works on one call for this many times the patience of a request.
 _HANGS = 5.0
 
 
@@ -34,7 +35,7 @@ class Full(LlmrecError):
 
     @classmethod
     def for_now(cls, after: float) -> Full:
-        """Return what is said to somebody who is to ask again in some seconds."""
+        """Return an error that says to ask again in some seconds."""
         made = cls(f"too many questions are waiting; ask again in {after:.0f} s", kind="busy")
         made.after = after
         return made
@@ -47,13 +48,13 @@ class TooLate(LlmrecError):
 @dataclass(eq=False)
 class _Waiting:
     request: RankRequest
-    future: asyncio.Future[Reply]
+    future: asyncio.Future[Answered]
     ends: float
 
 
 @dataclass
 class Load:
-    """What goes on in a queue, for metrics.
+    """The state of a queue, for metrics.
 
     Attributes:
         waiting: Questions in the queue.
@@ -127,13 +128,14 @@ class Batcher:
         # Nobody waits for what it may still be doing.
         self._thread.shutdown(wait=False, cancel_futures=True)
 
-    async def ask(self, question: Question, request: RankRequest) -> Reply:
+    async def ask(self, question: Question, request: RankRequest) -> Answered:
         """Wait for the answer to a request; a caller that is cancelled takes it out of the queue.
 
         Raises:
             Full: If the queue is full, or so long that the answer would come too late.
             TooLate: If it was not answered in time.
             EngineLost: If the engine ended, or the service does.
+            LlmrecError: If the question cannot be put.
         """
         self._admit(self.load.waiting)
         waiting = _Waiting(request, asyncio.get_running_loop().create_future(), time.monotonic() + self._patience)
@@ -180,12 +182,7 @@ class Batcher:
             self._others -= 1
 
     def _admit(self, waiting: int) -> None:
-        """Let a question in.
-
-        Raises:
-            Full: If too many wait.
-            EngineLost: If the service ends.
-        """
+        """Let a question in."""
         if self._closed:
             raise _stopping()
         ahead = waiting * self._each
@@ -194,7 +191,7 @@ class Batcher:
             raise Full.for_now(max(1.0, min(ahead, self._patience)))
 
     def late(self) -> TooLate:
-        """Count a question that is given up, and return what its client is told."""
+        """Count a question that is given up, and return its error."""
         self.load.late += 1
         return TooLate(
             f"not answered within {self._patience:.0f} s; ask for less, or raise --timeout", kind="exhausted"
@@ -237,7 +234,7 @@ class Batcher:
 
     async def _answer(self, question: Question, batch: Sequence[_Waiting]) -> None:
         begun = time.monotonic()
-        requests = [each.request for each in batch]
+        requests = [waiting.request for waiting in batch]
         try:
             answers = await self._called(lambda: self._engine(question, requests))
             for each, answer in zip(batch, answers, strict=True):
@@ -277,10 +274,10 @@ class Batcher:
             running.cancel()
 
     def _fail(self, error: EngineLost) -> None:
-        """Give up all that waits: nobody is left to answer it."""
+        """Give up all waiting questions: there is no engine to answer them."""
         for queue in self._queues.values():
-            for each in queue:
-                _settle(each.future, error)
+            for waiting in queue:
+                _settle(waiting.future, error)
         self._queues.clear()
         self.load.waiting = 0
 
@@ -289,7 +286,7 @@ def _stopping() -> EngineLost:
     return EngineLost("the service is stopping; ask again in a moment", kind="failed")
 
 
-def _settle(future: asyncio.Future[Reply], found: Reply | LlmrecError) -> None:
+def _settle(future: asyncio.Future[Answered], found: Reply) -> None:
     # Whoever asked may have gone meanwhile.
     if future.done():
         return

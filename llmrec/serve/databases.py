@@ -38,9 +38,9 @@ _READ_THROUGH = 256 * 2**20
 """Largest SQLite file, in bytes, that is checked as a whole when it is opened."""
 _TABLES = (
     "CREATE TABLE llmrec_service (name TEXT PRIMARY KEY, value TEXT NOT NULL)",
-    # An event is JSON: one text, which can be overwritten where it stands.
+    # An event is JSON: one text, which can be overwritten in place.
     "CREATE TABLE llmrec_events (seq {serial}, user_key TEXT NOT NULL, event TEXT NOT NULL)",
-    # By a hash: an index of PostgreSQL takes no ids of some thousand bytes, and no id stands in a second place.
+    # By a hash: an index of PostgreSQL takes no ids of some thousand bytes, and no id is stored twice.
     "CREATE INDEX llmrec_events_of ON llmrec_events (user_key, seq)",
     "CREATE TABLE llmrec_erased (user_key TEXT PRIMARY KEY)",
     # An item without a title was removed.
@@ -182,9 +182,9 @@ class SQLite:
     def prepare(self, raw: sqlite3.Connection) -> None:
         """Look for damage; the tables came with the file."""
         if self._path.stat().st_size <= _READ_THROUGH:
-            found = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
-            if found != "ok":
-                raise self.error("damaged", f" is damaged ({shown(found)}); {MOVE}")
+            result = raw.execute("PRAGMA quick_check(1)").fetchone()[0]
+            if result != "ok":
+                raise self.error("damaged", f" is damaged ({shown(result)}); {MOVE}")
 
     def check(self) -> None:
         """See `Database.check`: a file that was moved can still be written to, and no restart would find it."""
@@ -247,7 +247,7 @@ class SQLite:
             raise self.error("wrong-format", f" is a database of another program; {_OTHER}")
 
     def _make(self) -> None:
-        """Make the file beside its place and link it there, so that nobody finds half of one or replaces another's."""
+        """Make the file under another name and link it, so that no process finds half a file or replaces another's."""
         folder = self._path.parent
         folder.mkdir(parents=True, exist_ok=True)
         # Nobody but its owner may read it.
@@ -270,8 +270,8 @@ class SQLite:
 
 def _connect(path: Path, wait: float = WAIT) -> sqlite3.Connection:
     # It makes no file. A connection goes from thread to thread, but never serves two at once.
-    place = f"file:{quote(str(path.resolve()))}?mode=rw"
-    raw = sqlite3.connect(place, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
+    uri = f"file:{quote(str(path.resolve()))}?mode=rw"
+    raw = sqlite3.connect(uri, uri=True, timeout=wait, isolation_level=None, check_same_thread=False)
     try:
         # What is deleted is overwritten, and what is committed is on the disk.
         for pragma in ("secure_delete=ON", "journal_mode=WAL", "synchronous=FULL"):
@@ -301,8 +301,8 @@ def _fill(draft: Path) -> None:
         with _transaction(raw):
             for table in _TABLES:
                 raw.execute(table.format(serial="INTEGER PRIMARY KEY"))
-            told = [("version", str(VERSION)), ("salt", secrets.token_hex(16))]
-            raw.executemany("INSERT INTO llmrec_service VALUES (?, ?)", told)
+            rows = [("version", str(VERSION)), ("salt", secrets.token_hex(16))]
+            raw.executemany("INSERT INTO llmrec_service VALUES (?, ?)", rows)
             raw.execute(f"PRAGMA application_id={_APPLICATION}")
         # Closing would do it too, but say nothing of a full disk.
         raw.execute("PRAGMA wal_checkpoint(TRUNCATE)")
@@ -375,11 +375,11 @@ class Postgres:
         state = getattr(error, "sqlstate", None) or "08"
         kind, fix = next((_POSTGRES_MENDS[n] for n in _POSTGRES_MENDS if state.startswith(n)), _UNKNOWN)
         # One line of it: the others repeat the query, or values.
-        said = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
-        said = re.split(r"(?:ERROR|FATAL): +", said, maxsplit=1)[-1].partition("\n")[0]
+        message = re.sub(r"^[A-Z_]+: (\[libpq\] )?", "", str(error))
+        message = re.split(r"(?:ERROR|FATAL): +", message, maxsplit=1)[-1].partition("\n")[0]
         for word in reversed(self._secrets):
-            said = said.replace(word, "***")
-        return self.error(kind, f" cannot be used ({reason(ValueError(said))}); {fix}")
+            message = message.replace(word, "***")
+        return self.error(kind, f" cannot be used ({reason(ValueError(message))}); {fix}")
 
     def connect(self) -> Any:
         """See `Database.connect`; each statement is a transaction."""
@@ -448,7 +448,7 @@ class Postgres:
 
 
 def _no_url() -> DataError:
-    # It is not shown: a password may stand anywhere in it.
+    # It is not shown: a password may be anywhere in it.
     return DataError(
         "the address of the store is no URL; write postgresql://USER:PASSWORD@HOST:PORT/NAME, and @ : / ? # % in a "
         "password as %40 %3A %2F %3F %23 %25",

@@ -1,4 +1,4 @@
-"""What is answered where there is no answer: the status, the one body that all failures have, and when to ask again."""
+"""Errors over HTTP: the status, the body that all failures have, and when to ask again."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmrec.errors import LlmrecError, did_you_mean
 from llmrec.serve import schema
 from llmrec.serve.batching import Full, TooLate
 from llmrec.serve.databases import StoreError
-from llmrec.serve.worker import EngineLost
+from llmrec.serve.engine import EngineLost
 
 log = logging.getLogger("llmrec.serve")
 
@@ -52,20 +52,20 @@ _KINDS = {
 _RETRY = 5.0
 # Characters of a client's own words that an answer repeats.
 _REPEATED = 200
-# What pydantic puts into the place of a fault beside keys and numbers: the form that a value was tried as.
+# What pydantic adds to the location of an error besides keys and numbers: the type that a value was tried as.
 _FORMS = {"constrained-str", "str", "float", "datetime"} | {
     name for name, kind in vars(schema).items() if isinstance(kind, type) and issubclass(kind, BaseModel)
 }
 _OTHER_FORM = {"string_type", "model_type", "model_attributes_type", "dict_type"}
 # In place of pydantic's words.
-_SAID = {
+_MESSAGES = {
     "string_pattern_mismatch": "Input should be text without control characters, and not only space",
     "extra_forbidden": "unknown key",
 }
 
 
-def said(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """Return what OpenAPI says of the failures of an endpoint."""
+def failures(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """Return the failures of an endpoint for OpenAPI."""
     return {status: {"model": schema.Failed, "description": _WORDS[status]} for status in statuses}
 
 
@@ -74,11 +74,11 @@ def fault(error: ValidationError, *forms: type[BaseModel]) -> tuple[str, str]:
 
     Args:
         error: What is wrong.
-        forms: Models beside those of `llmrec.serve.schema` that a value may have.
+        forms: Further models that a value may have, in addition to those of `llmrec.serve.schema`.
     """
     worst = _closest(error.errors())
     names = {form.__name__ for form in forms}
-    return ".".join(part for part in _parts(worst["loc"]) if part not in names)[:_REPEATED], _said(worst)
+    return ".".join(part for part in _parts(worst["loc"]) if part not in names)[:_REPEATED], _message(worst)
 
 
 def failed(status: int, kind: str, message: str, at: str | None = None, after: float | None = None) -> JSONResponse:
@@ -92,7 +92,7 @@ def failure(error: LlmrecError) -> tuple[int, schema.Failure, float | None]:
     """Return the status, the body and the seconds to wait that an error stands for."""
     kind, message = error.kind or "failed", str(error)
     if isinstance(error, StoreError):
-        # Where it lies and what is wrong with it is for its owner.
+        # Its place and its error are for the owner alone.
         log.error("%s", error)
         status, message = 503, "the store of this service cannot be used; its log says why"
     elif isinstance(error, EngineLost):
@@ -123,10 +123,10 @@ def answer_failures(app: FastAPI) -> None:
         # The first part says that it is the body, or a parameter of the address.
         parts = _parts(worst["loc"][1:])
         where = ".".join(parts)[:_REPEATED]
-        said = _said(worst)
+        message = _message(worst)
         if worst["type"] == "extra_forbidden":
-            said += did_you_mean(parts[-1], _keys(request))
-        return failed(422, "bad-value", f"{where or 'the body'}: {said}", where or None)
+            message += did_you_mean(parts[-1], _keys(request))
+        return failed(422, "bad-value", f"{where or 'the body'}: {message}", where or None)
 
     @app.exception_handler(HTTPException)
     async def _(request: Request, error: HTTPException) -> JSONResponse:
@@ -161,9 +161,9 @@ def _parts(place: Sequence[int | str]) -> list[str]:
     return [str(part) for part in place if not (isinstance(part, str) and _is_form(part))]
 
 
-def _said(fault: Mapping[str, Any]) -> str:
+def _message(fault: Mapping[str, Any]) -> str:
     # The value itself may be a secret or hostile; it is not repeated.
-    return _SAID.get(fault["type"]) or str(fault["msg"])[:_REPEATED]
+    return _MESSAGES.get(fault["type"]) or str(fault["msg"])[:_REPEATED]
 
 
 def _is_form(part: str) -> bool:
@@ -171,9 +171,9 @@ def _is_form(part: str) -> bool:
 
 
 def _allowed(request: Request) -> set[str]:
-    """Return the methods of an address: several routes may stand at one."""
-    found: set[str] = set()
+    """Return the methods of an address, which may have several routes."""
+    results: set[str] = set()
     for route in request.app.routes:
         if route.matches(request.scope)[0] is not Match.NONE:
-            found |= set(getattr(route, "methods", None) or ())
-    return found | ({"HEAD"} if "GET" in found else set())
+            results |= set(getattr(route, "methods", None) or ())
+    return results | ({"HEAD"} if "GET" in results else set())

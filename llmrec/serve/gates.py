@@ -1,4 +1,4 @@
-"""What every request passes before it is answered: the limit of its body, its origin, its API key, and a clock."""
+"""Middleware: the limit of a body, the origin of a request, its API key, and metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fastapi import HTTPException, Request, Response
 from fastapi.routing import APIRoute
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from llmrec.data.read.limits import shown
@@ -19,7 +21,11 @@ from llmrec.serve.failures import failed
 from llmrec.serve.keys import Key, Keys, RateLimit
 
 if TYPE_CHECKING:
-    from llmrec.serve.metrics import Metrics
+    from collections.abc import Iterator
+
+    from prometheus_client.metrics_core import Metric
+
+    from llmrec.serve.service import Service
 
 log = logging.getLogger("llmrec.serve")
 
@@ -29,15 +35,16 @@ PAGE = "/page/"
 _LOCAL = frozenset({"localhost", "127.0.0.1", "[::1]", "::1"})
 _THIS = re.compile(r"(localhost|127\.0\.0\.1|::1|\[::1\])(:[0-9]{1,5})?")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
-# Of a number of bytes; Python itself refuses to read thousands.
+# Most digits of Content-Length: int() rejects huge strings.
 _DIGITS = 18
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 # Seconds after which to ask again if the keys cannot be read.
 _RETRY = 5.0
 _SHOWN = 60
 
 
 class Auth:
-    """Who may ask.
+    """Authentication by API keys, and rate limits.
 
     Args:
         keys: The API keys; None: whoever reaches the service may ask.
@@ -54,39 +61,35 @@ class Auth:
 
     def refusal(self, scope: Scope) -> ASGIApp | None:
         """Return the answer to a request without a key, or to one that comes too often; None if it may go on."""
-        found = None
+        key = None
         if self._keys is not None:
             scheme, _, word = (_header(scope, b"authorization") or "").partition(" ")
             try:
-                found = self._keys.find(word) if scheme.lower() == "bearer" else None
+                key = self._keys.find(word) if scheme.lower() == "bearer" else None
             except LlmrecError as error:
-                # A file of keys that cannot be read lets nobody in, and its owner reads why in the log.
+                # A file of keys that cannot be read rejects every request; the log says why.
                 log.error("%s", error)
                 return failed(503, "unreadable", "the keys of this service cannot be read", after=_RETRY)
-            if found is None:
+            if key is None:
                 answer = failed(401, "missing-key", "give an API key: 'Authorization: Bearer llmrec_...'")
                 answer.headers["WWW-Authenticate"] = "Bearer"
                 return answer
         if self._limit is not None:
-            wait = self._limit.take(found.name if found else (scope.get("client") or ("",))[0])
+            wait = self._limit.take(key.name if key else (scope.get("client") or ("",))[0])
             if wait > 0:
                 return failed(429, "busy", f"too many requests; ask again in {wait:.0f} s", after=wait)
-        scope.setdefault("state", {})["key"] = found
+        scope.setdefault("state", {})["key"] = key
         return None
 
     async def admin(self, request: Request) -> None:
-        """Let in those alone that may change the catalogue and erase users: every caller where there are no keys.
-
-        Raises:
-            HTTPException: If the key may not.
-        """
-        found: Key | None = getattr(request.state, "key", None)
-        if self.keyed and not (found is not None and found.admin):
+        """Let in only keys that may change the catalogue and erase users; without keys, every caller."""
+        key: Key | None = getattr(request.state, "key", None)
+        if self.keyed and not (key is not None and key.admin):
             raise HTTPException(403, "this needs a key made with --admin")
 
 
 class Authenticated:
-    """Asks for the key, and counts requests, before anything of a body is read."""
+    """Middleware that checks the key and the rate limit before the body is read."""
 
     def __init__(self, app: ASGIApp, auth: Auth) -> None:
         self._app, self._auth = app, auth
@@ -99,7 +102,7 @@ class Authenticated:
 
 
 class StrictRoute(APIRoute):
-    """A route that refuses unknown parameters, bodies that are not said to be JSON, and objects that repeat a key."""
+    """A route that rejects unknown parameters, bodies that are not declared as JSON, and objects that repeat a key."""
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See `APIRoute.get_route_handler`."""
@@ -130,12 +133,12 @@ class _StrictRequest(Request):
 
 
 def _unrepeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for name, value in pairs:
-        if name in found:
+        if name in results:
             raise HTTPException(422, f"an object has the key {shown(name)} twice; leave one out")
-        found[name] = value
-    return found
+        results[name] = value
+    return results
 
 
 class Plain:
@@ -171,9 +174,9 @@ class BodyLimit:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        said = _header(scope, b"content-length")
+        length = _header(scope, b"content-length")
         refused = failed(413, "too-large", f"the body is larger than {self._most} bytes")
-        if said is not None and (not said.isdecimal() or len(said) > _DIGITS or int(said) > self._most):
+        if length is not None and (not length.isdecimal() or len(length) > _DIGITS or int(length) > self._most):
             await refused(scope, receive, send)
             return
         body, more = bytearray(), True
@@ -227,8 +230,58 @@ class SameOrigin:
         return None
 
 
+class Metrics:
+    """The metrics of one service.
+
+    Args:
+        service: Whose queue and engine are measured.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._registry = CollectorRegistry()
+        self._requests = Counter(
+            "llmrec_requests", "Requests by endpoint and status", ("endpoint", "status"), registry=self._registry
+        )
+        self._seconds = Histogram(
+            "llmrec_request_seconds",
+            "Seconds to the end of an answer",
+            ("endpoint",),
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self._registry.register(_Load(service))
+
+    def request(self, endpoint: str, status: int, seconds: float) -> None:
+        """Count a request; ``endpoint`` is the path of a route, never one that a client wrote."""
+        self._requests.labels(endpoint, str(status)).inc()
+        self._seconds.labels(endpoint).observe(seconds)
+
+    def text(self) -> bytes:
+        """Return all figures as Prometheus reads them."""
+        return generate_latest(self._registry)
+
+
+class _Load:
+    """A collector of the state of the queue and the engine."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def collect(self) -> Iterator[Metric]:
+        load, engine = self._service.batcher.load, self._service.engine
+        yield GaugeMetricFamily("llmrec_queue", "Questions that wait", load.waiting)
+        yield GaugeMetricFamily("llmrec_engine_up", "Whether the engine answers", float(engine.ready))
+        yield CounterMetricFamily("llmrec_engine_starts", "Times that an engine was started", engine.starts)
+        yield CounterMetricFamily("llmrec_refused", "Questions that found the queue full", load.refused)
+        yield CounterMetricFamily("llmrec_late", "Questions that were given up", load.late)
+        yield CounterMetricFamily("llmrec_batches", "Batches that the engine was asked", sum(load.batches.values()))
+        asked = sum(size * times for size, times in load.batches.items())
+        yield CounterMetricFamily("llmrec_asked", "Questions that the engine was asked", asked)
+        yield CounterMetricFamily("llmrec_engine_seconds", "Seconds that the engine worked", load.seconds)
+
+
 class Measured:
-    """Counts requests and writes one line on each: no query, no body, no text of anybody's."""
+    """Middleware that counts requests and logs one line on each, without query, body or other text of a client."""
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -238,7 +291,7 @@ class Measured:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        # As long as nothing is sent: whoever asked is gone.
+        # Until an answer is sent: the client left.
         begun, status = time.monotonic(), 499
 
         async def noted(message: Message) -> None:

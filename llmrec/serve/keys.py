@@ -1,7 +1,7 @@
 """API keys of a service: who may ask, and how often.
 
-A key has 256 random bits and stands nowhere: its file holds SHA-256 digests. Passwords need a slow hash because people
-choose them and others can guess them; to guess 256 random bits there is not enough time, however fast the hash.
+A key has 256 random bits and is not stored: its file holds SHA-256 digests. A slow hash, as for passwords, is not
+needed: 256 random bits cannot be guessed, however fast the hash.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -31,7 +30,7 @@ from llmrec.errors import DataError, LlmrecError, did_you_mean
 from llmrec.machine import NO_LINK, lock
 
 PREFIX = "llmrec_"
-"""How every key begins, so that it is known where it should not stand: in a log, in a repository."""
+"""The beginning of every key, by which it is found where it should not be: in a log, in a repository."""
 FORMAT = 1
 
 _NAME = r"^[A-Za-z0-9][A-Za-z0-9._@-]{0,63}$"
@@ -42,28 +41,20 @@ _LOOK = 1.0
 _NAMES = 65_536
 """Names whose requests are counted at a time."""
 _HAIR = 1e-6
-"""Of a token: who waits as long as was said is not refused for a rounding."""
+"""Part of a token by which rounding may err: who waits as long as requested is let in."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Key:
-    """A key that is known.
+class Key(BaseModel):
+    """A known key.
 
     Attributes:
-        name: Whose it is; logs show it.
+        name: Its owner, whom logs show.
         sha256: Digest of the key, in hexadecimal.
         admin: Whether it may change what the service knows, and not only ask.
         created: Day and time, UTC, as ISO 8601.
     """
 
-    name: str
-    sha256: str
-    admin: bool
-    created: str
-
-
-class _Entry(BaseModel):
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     name: Annotated[str, StringConstraints(pattern=_NAME)]
     sha256: Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
@@ -75,7 +66,7 @@ class _File(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
     format: Literal[1]
-    keys: Annotated[list[_Entry], Field(max_length=100_000)]
+    keys: Annotated[list[Key], Field(max_length=100_000)]
 
 
 # What changes with every change of a file: time, size, inode, and who may read it.
@@ -95,10 +86,6 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
 
     Returns:
         The key. It is nowhere else, and cannot be shown again.
-
-    Raises:
-        DataError: If the name is no such name.
-        LlmrecError: If a key has this name, another process writes to the file, or it cannot be read or written.
     """
     if not re.fullmatch(_NAME, name):
         raise DataError(
@@ -121,11 +108,7 @@ def new_key(file: Path, name: str, *, admin: bool = False) -> str:
 
 
 def revoke(file: Path, name: str) -> None:
-    """Take a key out of a file; a service that runs refuses it from the next second on.
-
-    Raises:
-        LlmrecError: If no key has this name, another process writes to the file, or it cannot be read or written.
-    """
+    """Take a key out of a file; a service that runs refuses it from the next second on."""
     with _writing(file, make=False) as known:
         kept = [key for key in known if key.name != name]
         if len(kept) == len(known):
@@ -167,9 +150,9 @@ def _writing(file: Path, *, make: bool) -> Iterator[tuple[Key, ...]]:
 
 
 def _write(file: Path, keys: Sequence[Key]) -> None:
-    text = json.dumps({"format": FORMAT, "keys": [asdict(key) for key in keys]}, indent=1) + "\n"
+    text = json.dumps({"format": FORMAT, "keys": [key.model_dump() for key in keys]}, indent=1) + "\n"
     with replacing(file) as draft:
-        # From its first byte nobody else may read it.
+        # No other user may read it, from its first byte on.
         handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(handle, "w", encoding="utf-8") as stream:
             stream.write(text)
@@ -178,11 +161,7 @@ def _write(file: Path, keys: Sequence[Key]) -> None:
 
 
 def _read(file: Path) -> tuple[_Stamp, tuple[Key, ...]]:
-    """Read a file of keys, with the stamp of what was read.
-
-    Raises:
-        LlmrecError: If it is no such file, or others than its owner may read or write it.
-    """
+    """Read a file of keys, with the stamp of what was read."""
     require_file(file, "make a key in it first, or name another", "the file of keys")
     try:
         with file.open("rb") as stream:
@@ -208,15 +187,15 @@ def _parsed(file: Path, raw: bytes) -> tuple[Key, ...]:
         raise LlmrecError(f"{file} is too large for a file of keys; name another", kind="too-large", at=file)
     fix = "restore a copy, or move it away and make keys anew"
     try:
-        found = json.loads(raw)
-        if isinstance(found, dict) and type(found.get("format")) is int and found["format"] > FORMAT:
+        result = json.loads(raw)
+        if isinstance(result, dict) and type(result.get("format")) is int and result["format"] > FORMAT:
             raise LlmrecError(
-                f"{file} was written by a newer llmrec (format {found['format']}, this one knows {FORMAT}); install "
+                f"{file} was written by a newer llmrec (format {result['format']}, this one knows {FORMAT}); install "
                 "that llmrec: pip install -U llmrec",
                 kind="unsupported",
                 at=file,
             )
-        keys = tuple(Key(**dict(entry)) for entry in _File.model_validate(found).keys)
+        keys = tuple(_File.model_validate(result).keys)
     except ValidationError as error:
         first = error.errors(include_input=False, include_url=False)[0]
         where = ".".join(map(str, first["loc"]))
@@ -269,10 +248,10 @@ class Keys:
         return len(self._keys)
 
     def find(self, presented: str, now: float | None = None) -> Key | None:
-        """Return the key that somebody presents; None if it is not known.
+        """Return the key with a given secret; None if it is unknown.
 
         Args:
-            presented: What stands in a request.
+            presented: The secret in a request.
             now: Seconds of a clock that only goes forward; by default the machine's.
 
         Raises:
@@ -280,12 +259,12 @@ class Keys:
                 so nobody does until it is fixed.
         """
         given = _digest(presented)
-        found = None
+        result = None
         # Every key is compared, and each in the same time: how long this takes tells nothing.
         for key in self._current(time.monotonic() if now is None else now):
             if hmac.compare_digest(key.sha256, given):
-                found = key
-        return found
+                result = key
+        return result
 
     def _current(self, now: float) -> tuple[Key, ...]:
         with self._lock:
@@ -340,9 +319,6 @@ class RateLimit:
 
         Returns:
             0.0 where the request may go on; else seconds to wait, and nothing was taken.
-
-        Raises:
-            DataError: If the cost is negative or not finite.
         """
         if not (math.isfinite(cost) and cost >= 0):
             raise DataError(f"a request cannot cost {cost}; give a number from 0", kind="bad-value", column="cost")

@@ -43,7 +43,7 @@ def mount(app: FastAPI, service: Service) -> None:
 
     @asynccontextmanager
     async def lifespan(given: FastAPI) -> AsyncIterator[Any]:
-        # Each request stands for itself, so that nothing is kept of a client, and any process can answer the next one.
+        # Stateless: nothing is kept of a client, and any process can answer its next request.
         manager = StreamableHTTPSessionManager(server, stateless=True)
         async with within(given) as state, manager.run():
             given.state.mcp = manager
@@ -70,7 +70,7 @@ class _HandedOn(Response):
 
 def _server(service: Service) -> Server[Any]:
     async def tools(_: Any, __: protocol.PaginatedRequestParams | None) -> protocol.ListToolsResult:
-        return protocol.ListToolsResult(tools=[_told(tool) for tool in offered(service)])
+        return protocol.ListToolsResult(tools=[_described(tool) for tool in offered(service)])
 
     async def call(_: Any, given: protocol.CallToolRequestParams) -> protocol.CallToolResult:
         if given.name not in TOOLS:
@@ -80,8 +80,8 @@ def _server(service: Service) -> Server[Any]:
     return Server("llmrec", version=__version__, instructions=_ABOUT, on_list_tools=tools, on_call_tool=call)
 
 
-def _told(tool: Tool) -> protocol.Tool:
-    """Return what a client is told of a tool."""
+def _described(tool: Tool) -> protocol.Tool:
+    """Return the description of a tool."""
     return protocol.Tool(
         name=tool.name,
         description=f"{tool.about} {DATA}",
@@ -96,17 +96,17 @@ async def called(service: Service, tool: Tool, arguments: Mapping[str, Any]) -> 
     try:
         asked = tool.asked.model_validate(arguments)
         check_items(service, asked)
-        found = (await tool.run(service, asked)).model_dump(mode="json", exclude_none=True)
+        result = (await tool.call(service, asked)).model_dump(mode="json", exclude_none=True)
     except ValidationError as error:
-        where, said = fault(error, Past)
-        return _refused(f"{where or 'the arguments'}: {said}")
+        where, message = fault(error, Past)
+        return _refused(f"{where or 'the arguments'}: {message}")
     except LlmrecError as error:
         return _refused(str(error))
     except Exception:
         log.exception("a tool failed that should not have")
         return _refused("this call failed inside the service; its log says where")
-    text = json.dumps(found, ensure_ascii=False)
-    return protocol.CallToolResult(content=[protocol.TextContent(text=text)], structured_content=found)
+    text = json.dumps(result, ensure_ascii=False)
+    return protocol.CallToolResult(content=[protocol.TextContent(text=text)], structured_content=result)
 
 
 def _refused(why: str) -> protocol.CallToolResult:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, get_args
 
@@ -61,17 +61,8 @@ class ServeOptions:
 
     def recommender(self) -> RecommenderOptions:
         """Return how the language model is asked."""
-        return RecommenderOptions(
-            model=self.model,
-            items=self.items,
-            backend=self.backend,
-            server_url=self.server_url,
-            server_model=self.server_model,
-            server_key_env=self.server_key_env,
-            dtype=self.dtype,
-            noun=self.noun,
-            batch=self.batch,
-        )
+        shared = {option.name for option in fields(RecommenderOptions)} & {option.name for option in fields(self)}
+        return RecommenderOptions(**{name: getattr(self, name) for name in shared})
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from tempfile import mkdtemp
 
 import polars as pl
 
-from llmrec.answer.requests import ITEMS
+from llmrec.answer.known import ITEMS
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.assemble import read_items, write_items
 from llmrec.data.dataset import SCHEMA, Dataset, conform
@@ -55,7 +55,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
     """Write the folder and return what to print.
 
     Raises:
-        LlmrecError: If a file cannot be read or written, an event names an item that nobody describes, or a service
+        LlmrecError: If a file cannot be read or written, an event names an item without a description, or a service
             does not take the folder.
     """
     if options.events is None and options.items is None:
@@ -99,11 +99,7 @@ def refresh(options: RefreshOptions) -> Mapping[str, str | int]:
 
 
 def _target(options: RefreshOptions, bundle: Bundle) -> Path:
-    """Return the folder to write.
-
-    Raises:
-        DataError: If there is none, or it is somebody else's.
-    """
+    """Return the folder to write."""
     refreshed = bool(bundle.folder) and (Path(bundle.folder) / MARK).is_file()
     if options.out is None and not refreshed:
         raise DataError(
@@ -134,10 +130,7 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
     Args:
         bundle: Of either.
         reserved: Share of a run's validation users that weighed its fusions; the interactions of the others stay
-            validation. None: nobody chooses an epoch by them.
-
-    Raises:
-        DataError: If it knows no interactions.
+            validation. None: no epoch is chosen by them.
     """
     if bundle.run is not None:
         recipe = load_stored(bundle.run)
@@ -147,35 +140,31 @@ def _before(bundle: Bundle, reserved: float | None) -> _State:
             cut = split(data, recipe.data.split, seed=recipe.seed)
             rows = _choosing(rows[time_order(data, recipe.seed)], halves(cut, reserved)[0].valid)
         return _State(rows.select(_KEPT), dict(described_items(data.items, recipe.data.texts)), data.users)
-    found = carried(Path(bundle.folder), seed=bundle.seed)
-    if found is None:
+    result = carried(Path(bundle.folder), seed=bundle.seed)
+    if result is None:
         raise DataError(
             f"{bundle.folder} holds no interactions to go on from; name the run folder",
             kind="unsupported",
             at=bundle.folder,
         )
-    parts = [(name, frame) for name, frame in (("train", found.train), ("valid", found.valid)) if frame.height]
+    parts = [(name, frame) for name, frame in (("train", result.train), ("valid", result.valid)) if frame.height]
     rows = pl.concat([frame.with_columns(part=pl.lit(name)) for name, frame in parts])
-    return _State(rows.select(_KEPT), dict(found.dataset.items))
+    return _State(rows.select(_KEPT), dict(result.dataset.items))
 
 
 def _choosing(rows: pl.DataFrame, valid: pl.DataFrame) -> pl.DataFrame:
     """Mark validation interactions of rows in order of time; as the split does, leave out earlier ones of a pair."""
     pairs = valid.select(pl.col("user_id", "item_id").cast(pl.String)).unique().with_columns(held=pl.lit(True))
-    found = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
+    result = rows.join(pairs, on=["user_id", "item_id"], how="left", maintain_order="left")
     last = pl.int_range(pl.len()).over("user_id", "item_id") == pl.len().over("user_id", "item_id") - 1
-    found = found.filter(pl.col("held").is_null() | last)
-    return found.with_columns(part=pl.when(pl.col("held")).then(pl.lit("valid")).otherwise(pl.lit("train"))).drop(
+    result = result.filter(pl.col("held").is_null() | last)
+    return result.with_columns(part=pl.when(pl.col("held")).then(pl.lit("valid")).otherwise(pl.lit("train"))).drop(
         "held"
     )
 
 
 def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State, int]:
-    """Add new events and items; an event that is known already is not added again.
-
-    Raises:
-        DataError: If an event names an item that nobody describes.
-    """
+    """Add new events and items; an event that is known already is not added again."""
     rows, items = before.rows, dict(before.items)
     if options.items is not None:
         items.update(read_items(options.items))
@@ -189,11 +178,11 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
             erased = [user for user in rows["user_id"].unique().to_list() if store.erased(user)]
             rows = rows.filter(~pl.col("user_id").is_in(erased) & ~pl.col("item_id").is_in(list(removed)))
             items = {name: item for name, item in items.items() if name not in removed}
-            found = [(each.user_id, each.item_id, each.rating, each.timestamp) for each in store.all_events()]
+            events = [(event.user_id, event.item_id, event.rating, event.timestamp) for event in store.all_events()]
         finally:
             store.close()
         schema = {name: SCHEMA[name] for name in ("user_id", "item_id", "rating", "timestamp")}
-        new = pl.DataFrame(found, schema=schema, orient="row").filter(~pl.col("item_id").is_in(list(removed)))
+        new = pl.DataFrame(events, schema=schema, orient="row").filter(~pl.col("item_id").is_in(list(removed)))
     else:
         new = _later(_events(options.events), rows)
     strange = new.filter(~pl.col("item_id").is_in(list(items)))["item_id"].unique().sort().to_list()
@@ -215,11 +204,7 @@ def _joined(before: _State, options: RefreshOptions, seed: int) -> tuple[_State,
 
 
 def _events(path: str) -> pl.DataFrame:
-    """Read a table of events: user_id, item_id and, where they are known, rating and timestamp.
-
-    Raises:
-        DataError: If it cannot be read, or a column or a value is missing.
-    """
+    """Read a table of events: user_id, item_id and, where they are known, rating and timestamp."""
     read = read_table(Path(path))
     for name in ("user_id", "item_id"):
         if name not in read.frame.columns:
@@ -300,12 +285,12 @@ def _link(model: Path, draft: Path) -> None:
     for file in sorted(model.rglob("*")):
         if not file.is_file() or file.name in (FILE, MARK, stored.FILE, ITEMS):
             continue
-        place = draft / file.relative_to(model)
-        place.parent.mkdir(parents=True, exist_ok=True)
+        target = draft / file.relative_to(model)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            os.link(file, place)
+            os.link(file, target)
         except OSError:
-            shutil.copyfile(file, place)
+            shutil.copyfile(file, target)
 
 
 @contextmanager
@@ -319,22 +304,18 @@ def _draft(out: Path) -> Iterator[Path]:
 
 
 def _publish(draft: Path, out: Path) -> None:
-    """Put a folder in its place; one that stands there is renewed file by file, the catalogue before the events."""
+    """Put a folder in its place; an existing one is replaced file by file, the catalogue before the events."""
     if not out.exists():
         draft.rename(out)
         return
     for file in sorted(draft.rglob("*"), key=lambda each: (each.name == MARK, each.name == FILE, str(each))):
         if file.is_file():
-            with replacing(out / file.relative_to(draft)) as place:
-                shutil.move(file, place)
+            with replacing(out / file.relative_to(draft)) as target:
+                shutil.move(file, target)
 
 
 def _tell(url: str, key_env: str | None) -> None:
-    """Have a service read its folder anew.
-
-    Raises:
-        LlmrecError: If it does not.
-    """
+    """Have a service read its folder again."""
     httpx = require("httpx", "openai")
     key = None if key_env is None else os.environ.get(key_env)
     if key_env is not None and not key:
@@ -349,5 +330,5 @@ def _tell(url: str, key_env: str | None) -> None:
             column="--server",
         ) from None
     if answer.status_code != 200:
-        said = answer.json().get("error", {}).get("message", "") if answer.content else ""
-        raise LlmrecError(f"--server {url} says {answer.status_code}: {said}", kind="failed", column="--server")
+        message = answer.json().get("error", {}).get("message", "") if answer.content else ""
+        raise LlmrecError(f"--server {url} says {answer.status_code}: {message}", kind="failed", column="--server")

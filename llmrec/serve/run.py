@@ -1,4 +1,4 @@
-"""Starts a service: reads what it knows, opens its store, and listens until it is told to stop."""
+"""Starts a service: reads its catalogue and users, opens its store, and listens until it is stopped."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llmrec.answer.checks import check_choices
-from llmrec.answer.opening import told_default
+from llmrec.answer.opening import default_sentence
 from llmrec.answer.rules import Rules
 from llmrec.cli.console import say
 from llmrec.errors import DataError, LlmrecError, require
@@ -53,7 +53,7 @@ def serve(options: ServeOptions) -> None:
     host, port = listening.getsockname()[:2]
     url = f"http://{'localhost' if host in _LOOPBACK else host}:{port}"
     say(f"llmrec serves {options.model} at {url} (API documentation: {url}/docs)")
-    say(told_default(options.model, options.models))
+    say(default_sentence(options.model, options.models))
     server = make_server(app, timeout=options.timeout)
     hopeless: list[LlmrecError] = []
 
@@ -94,11 +94,7 @@ def _default_store(model: str) -> str:
 
 
 def _check_open(options: ServeOptions) -> None:
-    """Refuse to listen where others can reach it without keys.
-
-    Raises:
-        DataError: If it would.
-    """
+    """Refuse to listen where others can reach it without keys."""
     if options.host not in _LOOPBACK and options.keys is None:
         raise DataError(
             f"--host {options.host} lets others reach this service, and without --keys whoever does may ask it and "
@@ -109,42 +105,34 @@ def _check_open(options: ServeOptions) -> None:
 
 
 def _listen(options: ServeOptions) -> socket.socket:
-    """Return a socket that listens, before anything is loaded.
-
-    Raises:
-        DataError: If the port is taken.
-    """
+    """Return a socket that listens, before anything is loaded."""
     family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
-    found = socket.socket(family, socket.SOCK_STREAM)
-    found.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        found.bind((options.host, options.port))
+        listening.bind((options.host, options.port))
     except OSError as error:
-        found.close()
+        listening.close()
         raise DataError(
             f"--host {options.host} --port {options.port}: {error.strerror}; name another --port, or 0 for a free one",
             kind="busy",
             column="--port",
         ) from None
-    return found
+    return listening
 
 
 def _rules(file: Path | None) -> Rules:
-    """Read a file of rules.
-
-    Raises:
-        DataError: If it cannot be read.
-    """
+    """Read a file of rules."""
     if file is None:
         return Rules()
     try:
         text = file.read_text(encoding="utf-8")
-        found = json.loads(text) if file.suffix == ".json" else parsed(text, file)[0]
+        result = json.loads(text) if file.suffix == ".json" else parsed(text, file)[0]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"--rules {file} cannot be read: {error}", kind="unreadable", at=file) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"--rules {file} is no JSON: {error}", kind="syntax", at=file) from None
     try:
-        return Rules.read(found or {})
+        return Rules.read(result or {})
     except LlmrecError as error:
         raise DataError(f"{file}: {error}", kind=error.kind, at=file, column=error.column) from None

@@ -1,4 +1,4 @@
-"""What clients send and get: every endpoint's bodies, with their limits and examples. OpenAPI is made of these.
+"""The bodies of endpoints, with their limits and examples; OpenAPI is made of these. Those of verbs are in `verbs`.
 
 Bodies are strict: a key that is not known is refused, so that a misspelt option does not pass in silence.
 """
@@ -6,12 +6,15 @@ Bodies are strict: a key that is not known is refused, so that a misspelt option
 from __future__ import annotations
 
 import re
+import time
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal, Self, TypeAlias
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, StringConstraints, model_validator
 from pydantic_core import PydanticCustomError
 
+from llmrec.chat.calls import Call
+from llmrec.chat.state import State
 from llmrec.data.read.limits import ID_LIMIT
 from llmrec.data.requests import whole
 
@@ -23,10 +26,9 @@ MOST_ITEMS = 1000
 """Items put, events added or found in one call."""
 LONGEST_TEXT = 4000
 
-# Characters that are no text (NUL, halves of surrogate pairs) and control characters are refused where ids stand, and
-# so is what nobody sees.
+# Ids may not hold NUL, halves of surrogate pairs or control characters, nor be invisible.
 _C = r"\x00-\x1f\x7f-\x9f"
-# Spelled out: what \s stands for differs between languages.
+# Spelled out: \s differs between languages.
 _SPACE = r"\x20\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000\ufeff"
 NAME = rf"^[^{_C}]*[^{_C}{_SPACE}][^{_C}]*$"
 _VISIBLE = re.compile(rf"[^{_C}{_SPACE}]")
@@ -70,7 +72,7 @@ _DAY = re.compile(r"\d{4}-\d\d-\d\d")
 
 
 def _no_number_as_text(value: object) -> object:
-    """Refuse what pydantic reads as a time and nobody writes as one."""
+    """Reject values that pydantic reads as a time although they are none."""
     if isinstance(value, bool) or (isinstance(value, str) and not _DAY.match(value)):
         raise PydanticCustomError("moment", "Input should be a number, or a time such as 2024-01-06T13:28:00Z")
     return value
@@ -93,6 +95,11 @@ def number_of(moment: float | datetime, per_second: float) -> float:
     if not isinstance(moment, datetime):
         return moment
     return (moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp() * per_second
+
+
+def since(begun: float) -> float:
+    """Return the milliseconds since a moment of the monotonic clock."""
+    return round(1000 * (time.monotonic() - begun), 3)
 
 
 class Body(BaseModel):
@@ -153,107 +160,6 @@ class Rules(Body):
     block: Annotated[list[DataId], Field(max_length=MOST_ITEMS)] = []
     quotas: Annotated[list[Quota], Field(max_length=10)] = []
     diversity: Annotated[float, Field(ge=0.0, le=1.0), NUMBER] = 0.0
-
-
-class _About(Body):
-    """Whom a question is about: a known user, a history, or both (then the history goes before the known one)."""
-
-    model: Annotated[Id, Field(description="One of GET /v1/models; by default the first of them.")] | None = None
-    id: Annotated[Id, Field(description="Of the question: it decides the order of equal scores, and of labels.")] = "1"
-    user_id: DataId | None = None
-    history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
-    profile: Prose = ""
-    show_prompt: Annotated[Bool, Field(description="Return what the model read, too.")] = False
-
-
-class RankBody(_About):
-    """Items in order; without ``candidates`` the whole catalogue is ranked."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"history": ["1", "2"], "k": 5}, {"user_id": "42", "candidates": ["7", "9"]}]}
-    )
-
-    candidates: Annotated[list[DataId | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
-    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
-    strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
-    exclude_seen: Bool = True
-    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items."), NUMBER] = 0
-    rules: Rules = Rules()
-
-
-_ONE_ITEM: Any = {
-    "anyOf": [
-        {"required": ["item_id"], "properties": {"item_id": {"type": ["string", "integer"]}}},
-        {"required": ["item"], "properties": {"item": {"type": "object"}}},
-    ]
-}
-
-
-def _no_id(value: object) -> object:
-    """Refuse an id where an item is described."""
-    if isinstance(value, str | int | float):
-        raise PydanticCustomError("id", "Input should be an object with a title; give an id as item_id")
-    return value
-
-
-class ItemBody(_About):
-    """A question about one item: its rating, whether it will be liked, an explanation."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item_id": "7"}], **_ONE_ITEM})
-
-    item_id: Annotated[DataId, Field(description="An item of the catalogue.")] | None = None
-    item: Annotated[
-        ItemText | None, BeforeValidator(_no_id), Field(description="In place of item_id: an item with its own title.")
-    ] = None
-    context: Annotated[Fields, Field(description="What else is told: review, feature, headline, rating.")] = {}
-
-    @model_validator(mode="after")
-    def _about_one(self) -> Self:
-        if (self.item_id is None) is (self.item is None):
-            raise PydanticCustomError("one-item", "give either item_id or item")
-        return self
-
-    @property
-    def asked(self) -> str | ItemText:
-        """The item that it is about."""
-        found = self.item_id if self.item is None else self.item
-        assert found is not None
-        return found
-
-
-class AskBody(ItemBody):
-    """A question of any family that a model was tuned on."""
-
-    model_config = ConfigDict(
-        json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM}
-    )
-
-    family: Annotated[Id, Field(description="rating, ctr, explanation, review or stars; a model's card says which.")]
-
-
-class SimilarBody(Body):
-    """Items like these."""
-
-    model_config = ConfigDict(json_schema_extra={"examples": [{"item_ids": ["1"], "k": 5}]})
-
-    item_ids: Annotated[list[DataId], Field(min_length=1, max_length=20)]
-    by: Annotated[
-        Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
-    ] = "interactions"
-    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
-    rules: Rules = Rules()
-
-
-class RankBatch(Body):
-    """Several questions; each is answered, or fails, by itself."""
-
-    requests: Annotated[list[RankBody], Field(min_length=1, max_length=MOST_BATCH)]
-
-
-class ItemBatch(Body):
-    """Several questions; each is answered, or fails, by itself."""
-
-    requests: Annotated[list[ItemBody], Field(min_length=1, max_length=MOST_BATCH)]
 
 
 class NewItem(Body):
@@ -320,105 +226,6 @@ class ModelCard(BaseModel):
     strategies: list[str] = []
 
 
-class Usage(BaseModel):
-    """Work of a language model."""
-
-    prompt_tokens: int = 0
-    completion_tokens: int = 0
-    forwards: int = 0
-
-
-class _Answer(BaseModel):
-    model: ModelCard
-    notes: list[str] = []
-    prompt: str | None = None
-    usage: Usage = Usage()
-    milliseconds: float = Field(description="From the request's arrival to its answer.")
-
-
-class RankedItem(BaseModel):
-    """One item of a list."""
-
-    item_id: str
-    title: str
-    rank: int
-    score: float = Field(description="On the model's own scale; higher is better.")
-    rationale: str | None = None
-    fields: dict[str, str] = {}
-
-
-class RankAnswer(_Answer):
-    """Items, best first."""
-
-    items: list[RankedItem]
-    cold: bool = Field(description="Nothing was known of the user, and the popular list was given.")
-
-
-class RateAnswer(_Answer):
-    """A predicted rating on the data's own scale."""
-
-    item_id: str
-    rating: float
-    scale: tuple[float, float] | None
-
-
-class PredictAnswer(_Answer):
-    """How likely the user is to like or choose the item."""
-
-    item_id: str
-    probability: float
-
-
-class ExplainAnswer(_Answer):
-    """Why the item suits the user, or what the user may write of it, in the model's words."""
-
-    item_id: str
-    text: str
-
-
-class AskAnswer(_Answer):
-    """What the family answers; the others are null."""
-
-    item_id: str
-    family: str
-    rating: float | None = None
-    probability: float | None = None
-    text: str | None = None
-
-
-class SimilarAnswer(BaseModel):
-    """Items, most alike first."""
-
-    model: ModelCard
-    items: list[RankedItem]
-    notes: list[str] = []
-    milliseconds: float
-
-
-class RankAnswers(BaseModel):
-    """One an asked question, in order."""
-
-    answers: list[RankAnswer | Failed]
-
-
-class RateAnswers(BaseModel):
-    """One an asked question, in order."""
-
-    answers: list[RateAnswer | Failed]
-
-
-class PredictAnswers(BaseModel):
-    """One an asked question, in order."""
-
-    answers: list[PredictAnswer | Failed]
-
-
-class ExplainAnswers(BaseModel):
-    """One an asked question, in order."""
-
-    answers: list[ExplainAnswer | Failed]
-
-
 class Models(BaseModel):
     """All that answer, the default first."""
 
@@ -431,6 +238,26 @@ class CatalogueItem(BaseModel):
     item_id: str
     title: str
     fields: dict[str, str] = {}
+
+
+class ChatBody(Body):
+    """One line of the user; ``state`` is that of the last answer, and is left out at the beginning."""
+
+    text: Words = Field(examples=["a comedy, but not horror"])
+    state: State = State()
+    model: Id | None = Field(None, description="What ranks; the default without one.")
+    k: Annotated[int, Field(ge=1, le=50), NUMBER] = 5
+
+
+class ChatAnswer(BaseModel):
+    """The answer, and the state to send with the next line; its profile may be edited before."""
+
+    text: str
+    items: list[CatalogueItem]
+    calls: list[Call]
+    profile: list[str] = Field(description="The profile in words, in the order of the state's.")
+    state: State
+    milliseconds: float
 
 
 class FoundItems(BaseModel):

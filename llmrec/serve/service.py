@@ -1,6 +1,6 @@
-"""What each endpoint does, apart from HTTP: questions resolved, asked in batches, arranged by rules, and answered.
+"""A service apart from HTTP: one engine process, a catalogue, and a store of what was sent to it.
 
-One `Service` stands over one engine process, a catalogue, and a store of what was sent to it.
+`llmrec.serve.verbs` has the questions that it answers.
 """
 
 from __future__ import annotations
@@ -9,40 +9,44 @@ import asyncio
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
-from uuid import uuid4
 
-from llmrec.answer.about import CONTEXT
-from llmrec.answer.known import Catalogue, Known, history_of, known_of, merged, of_user, unknown
-from llmrec.answer.listing import COLD, is_cold, listing, ranking_of, ruled
-from llmrec.answer.models import RANK, meant
+from llmrec.answer.known import Catalogue, Known, Profile, known_of, merged, of_user, unknown, with_history
+from llmrec.answer.listing import Wanted, listing
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import Answered
+from llmrec.answer.recommender import RANK, SIMILAR, Answered, Question, meant
 from llmrec.answer.rules import Rules
 from llmrec.augment.stores import forget
+from llmrec.chat.calls import Call
+from llmrec.chat.conversation import Conversation
+from llmrec.chat.facts import Facts
+from llmrec.chat.managers import RuleManager
+from llmrec.chat.reading import Reader
+from llmrec.chat.tools import ModelLists, Tools
 from llmrec.data.read.limits import shown
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError, LlmrecError, did_you_mean
-from llmrec.guard import clean
 from llmrec.serve import schema
-from llmrec.serve.batching import Batcher, TooLate
+from llmrec.serve.batching import Batcher, Full, TooLate
 from llmrec.serve.databases import StoreError
-from llmrec.serve.forms import card_of, document_text, entry_of, ranked, shares, since, usage_of
-from llmrec.serve.schema_rerank import RerankBody
+from llmrec.serve.engine import EngineLost, Supervisor
 from llmrec.serve.store import ServiceStore, StoredEvent
-from llmrec.serve.supervising import Supervisor
-from llmrec.serve.worker import POPULAR, SIMILAR, Card, EngineLost, Question, Reply
-from llmrec.types import Answer, Event, Item, Probability, Rating, Text, Unparsed
+from llmrec.types import Event, Item
 
 _T = TypeVar("_T")
 
 log = logging.getLogger(__name__)
 
 _READERS = 4
+_THREADS = 8
+"""Threads in which turns of conversations wait for the engine."""
+# Seconds beyond the patience of a question, which ends by itself as long as its event loop runs.
+_GRACE = 5.0
 _AGAIN = 10.0
 """Seconds after which an erasure that could not be finished is tried again."""
 WAITS = 0.4
@@ -59,7 +63,7 @@ class Settings:
     Attributes:
         options: Which model, and how it is asked.
         models: Names, the default first; none: see `llmrec.answer.opening.open_models`.
-        rules: Rules that always stand.
+        rules: Rules that apply to every list.
         window: Seconds that a question waits for others.
         batch: Questions of one batch.
         room: Questions that may wait.
@@ -76,7 +80,7 @@ class Settings:
 
 
 class Service:
-    """Answers questions; `start` it inside an event loop, and `close` it there.
+    """A running service; `start` it inside an event loop, and `close` it there.
 
     Args:
         settings: How it runs.
@@ -97,13 +101,14 @@ class Service:
         self.catalogue.change(*_changes(store))
         self.engine = Supervisor(settings.options, settings.models, lambda: _changes(store))
         self.batcher = Batcher(
-            self.engine.ask,
+            partial(self.engine.call, "answer"),
             window=settings.window,
             most=settings.batch,
             room=settings.room,
             patience=settings.patience,
             hangs=self.engine.kill,
         )
+        self.conversations = Conversations(self)
 
     def start(self) -> None:
         """Start the engine, which is ready a while later."""
@@ -113,6 +118,7 @@ class Service:
 
     async def close(self) -> None:
         """Answer what was asked, and stop."""
+        self.conversations.close()
         await self.batcher.close()
         if self._finishing is not None:
             self._finishing.cancel()
@@ -120,144 +126,6 @@ class Service:
         for threads in (self._writer, self._readers):
             threads.shutdown(wait=False, cancel_futures=True)
         await asyncio.to_thread(self.store.close)
-
-    # ------------------------------------------------------------------- questions
-
-    async def rank(self, body: schema.RankBody) -> schema.RankAnswer:
-        """Rank candidates, or the catalogue.
-
-        Raises:
-            LlmrecError: If it cannot be answered; see `llmrec.serve.app` for the status of each.
-        """
-        begun = time.monotonic()
-        rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
-        self._check_strategy(body)
-        request = await self._request(body, candidates=body.candidates)
-        request = replace(request, notes=(*request.notes, *self._unknown(body.rules.block)))
-        request = self._ruled(request, rules, exclude_seen=body.exclude_seen)
-        cold = is_cold(request)
-        question = Question(model=body.model, verb=POPULAR if cold else RANK, strategy=body.strategy)
-        if cold:
-            question = replace(question, strategy="auto")
-        card, found = await self._listed(question, request, rules, body.k)
-        # A model without data has no popular items, and answers by itself.
-        cold = cold and card.kind != "language model"
-        reasons = None
-        if body.rationale:
-            first = min(body.rationale, body.k)
-            written = await self.batcher.between(lambda: self.engine.reasons(body.model, [request], [found], first))
-            reasons = written[0]
-        texts = list(reasons.texts) if reasons else []
-        notes = [*found.notes, *(reasons.notes if reasons else [])]
-        if cold:
-            notes.append(COLD)
-        took = since(begun)
-        cost = ranking_of(found).cost + reasons.cost if reasons else ranking_of(found).cost
-        return schema.RankAnswer(
-            model=card_of(card),
-            items=ranked(found, self.catalogue.items, texts),
-            notes=notes,
-            prompt=await self._prompt(question, request) if body.show_prompt and not cold else None,
-            usage=usage_of(cost),
-            cold=cold,
-            milliseconds=took,
-        )
-
-    async def similar(self, body: schema.SimilarBody) -> schema.SimilarAnswer:
-        """Find items that are like others."""
-        begun = time.monotonic()
-        rules = self.settings.rules.joined(Rules.read(body.rules.model_dump()))
-        for item in body.item_ids:
-            self.catalogue.get(item)
-        request = read_request({"history": list(body.item_ids)}, 1, self.catalogue.items, whole=True)
-        question = Question(model=body.by, verb=SIMILAR)
-        card, found = await self._listed(question, self._ruled(request, rules, exclude_seen=True), rules, body.k)
-        return schema.SimilarAnswer(
-            model=card_of(card),
-            items=ranked(found, self.catalogue.items),
-            notes=[*found.notes, *self._unknown(body.rules.block)],
-            milliseconds=since(begun),
-        )
-
-    async def rate(self, body: schema.ItemBody) -> schema.RateAnswer:
-        """Predict a rating."""
-        answer, common = await self._about("rating", body)
-        assert isinstance(answer, Rating)
-        return schema.RateAnswer(**common, rating=answer.value, scale=self.engine.scale)
-
-    async def predict(self, body: schema.ItemBody) -> schema.PredictAnswer:
-        """Predict whether a user likes or chooses an item."""
-        answer, common = await self._about("ctr", body)
-        assert isinstance(answer, Probability)
-        return schema.PredictAnswer(**common, probability=answer.value)
-
-    async def explain(self, body: schema.ItemBody) -> schema.ExplainAnswer:
-        """Explain an item to a user."""
-        answer, common = await self._about("explanation", body)
-        assert isinstance(answer, Text)
-        return schema.ExplainAnswer(**common, text=answer.text)
-
-    async def ask(self, body: schema.AskBody) -> schema.AskAnswer:
-        """Answer a question of any family about an item."""
-        answer, common = await self._about(body.family, body)
-        return schema.AskAnswer(
-            **common,
-            family=body.family,
-            rating=answer.value if isinstance(answer, Rating) else None,
-            probability=answer.value if isinstance(answer, Probability) else None,
-            text=answer.text if isinstance(answer, Text) else None,
-        )
-
-    async def streamed(self, body: schema.ItemBody) -> AsyncIterator[tuple[str, Any]]:
-        """Explain an item in events: ``text`` as it is written, then ``done`` with the whole answer."""
-        pieces: asyncio.Queue[str | None] = asyncio.Queue()
-        loop = asyncio.get_running_loop()
-
-        def heard(piece: str) -> None:
-            loop.call_soon_threadsafe(pieces.put_nowait, piece)
-
-        asking = asyncio.ensure_future(self._about("explanation", body, heard))
-        asking.add_done_callback(lambda _: pieces.put_nowait(None))
-        try:
-            while (piece := await pieces.get()) is not None:
-                yield "text", {"text": piece}
-            answer, common = await asking
-            assert isinstance(answer, Text)
-            yield "done", schema.ExplainAnswer(**common, text=answer.text).model_dump(mode="json")
-        finally:
-            asking.cancel()
-
-    async def rerank(self, body: RerankBody) -> tuple[str, list[tuple[int, float]], schema.Usage, Sequence[str]]:
-        """Order texts by what a model expects after a query: its lines are the titles of a history.
-
-        Returns:
-            The model's name; places and relevances, best first; the work of it; notes.
-
-        Raises:
-            DataError: If a document is too long, or the query has too many lines.
-        """
-        texts = [document_text(document) for document in body.documents]
-        history = [{"title": line} for line in body.query.splitlines() if line.strip()]
-        if len(history) > schema.MOST_EVENTS:
-            said = f"the query has {len(history)} lines, more than {schema.MOST_EVENTS}; send the last of them"
-            raise DataError(said, kind="too-large", column="query")
-        # Texts are no items of the catalogue, whatever it calls its own: they go by their titles, and equal ones once.
-        candidates = [{"title": text} for text in dict.fromkeys(texts)]
-        request = read_request({"history": history, "candidates": candidates}, 1, None)
-        model = meant(body.model or "", [card.name for card in self.engine.cards])
-        reply = await self._ask(Question(model=model, verb=RANK), request)
-        assert reply.card is not None and isinstance(reply.answer, Answered)
-        ranking = ranking_of(reply.answer)
-        share = dict(zip(ranking.items, shares(ranking.scores, reply.card), strict=True))
-        order = sorted(range(len(texts)), key=lambda place: (-share[clean(texts[place])], place))
-        scores = [(place, share[clean(texts[place])]) for place in order]
-        total = sum(score for _, score in scores) or 1.0
-        relevances = [(place, score / total) for place, score in scores]
-        return reply.card.name, relevances, usage_of(ranking.cost), reply.answer.notes
-
-    async def each(self, ask: Callable[[Any], Any], bodies: Sequence[Any]) -> list[Any]:
-        """Answer several questions at once; one that fails is an error in its place."""
-        return await asyncio.gather(*(ask(body) for body in bodies), return_exceptions=True)
 
     # ------------------------------------------------------------------- what is known
 
@@ -267,10 +135,10 @@ class Service:
         Raises:
             DataError: If nothing is known of the user.
         """
-        found = await self._read(lambda: self._events(user_id))
-        if not found:
+        result = await self._read(lambda: self._events(user_id))
+        if not result:
             raise unknown("user", user_id, ())
-        return found[-most:]
+        return result[-most:]
 
     async def add_events(self, body: schema.EventsBody) -> int:
         """Store what users did; it is safe once this returns.
@@ -322,12 +190,7 @@ class Service:
         await self._change(lambda: self.store.remove_items([item_id]), (), [item_id])
 
     async def reload(self) -> None:
-        """Start an engine that reads everything anew, and let it answer in the place of the one before.
-
-        Raises:
-            LlmrecError: If that is under way already.
-            EngineLost: If it cannot be started; the one before answers on.
-        """
+        """Replace the engine by one that reads everything again."""
         if self._reloading.locked():
             raise LlmrecError("the models are being read anew already; wait for that", kind="busy")
         async with self._reloading:
@@ -343,32 +206,23 @@ class Service:
                 self._known, self.catalogue = known, catalogue
 
     async def _change(self, store: Callable[[], int], put: Sequence[Item], removed: Sequence[str]) -> int:
-        """Store a change of the catalogue, and let the engine know of it.
-
-        Raises:
-            StoreError: If it could not be stored.
-            TooLate: If it was stored, and the engine has not learned of it in time.
-        """
+        """Store a change of the catalogue, and let the engine know of it."""
         ends = time.monotonic() + self.settings.patience
         async with _in_time(self._changing, _TURN * self.settings.patience):
             stored = await self._write(store, ends)
             self.catalogue.change(put, removed)
             changed = {item.item_id: item for item in put}
-            told = asyncio.ensure_future(self.batcher.tell(lambda: self.engine.change_items(changed, removed)))
-            await asyncio.wait({told}, timeout=max(0.0, ends - time.monotonic()))
-        if not told.done():
+            telling = asyncio.ensure_future(self.batcher.tell(lambda: self.engine.change_items(changed, removed)))
+            await asyncio.wait({telling}, timeout=max(0.0, ends - time.monotonic()))
+        if not telling.done():
             raise TooLate("this is stored; the models know of it after what they do now", kind="exhausted")
-        await told
+        await telling
         return stored
 
     # ------------------------------------------------------------------- the store
 
     async def _read(self, call: Callable[[], _T]) -> _T:
-        """Run a read of the store.
-
-        Raises:
-            StoreError: If it fails, or takes longer than a request may.
-        """
+        """Run a read of the store."""
         running = asyncio.get_running_loop().run_in_executor(self._readers, call)
         try:
             return await asyncio.wait_for(running, self.settings.patience)
@@ -381,10 +235,6 @@ class Service:
         Args:
             call: The write. It waits for other processes by itself, for the share `WAITS` of a request's time.
             ends: When the request has to be answered.
-
-        Raises:
-            StoreError: If it fails, or its turn does not come; then nothing is stored.
-            TooLate: If it takes longer than it should; then it may be stored or not.
         """
         patience = self.settings.patience
         ends = time.monotonic() + patience if ends is None else ends
@@ -408,38 +258,36 @@ class Service:
                 with suppress(LlmrecError):
                     await self._write(self.store.finish_erasures)
 
-    def cards(self) -> list[schema.ModelCard]:
-        """Return what is said of the models, the default first."""
-        return [card_of(card) for card in self.engine.cards]
+    # ------------------------------------------------------------------- questions
 
-    def next_id(self) -> str:
-        """Return an id for an answer that has to have one."""
-        return str(uuid4())
-
-    # ------------------------------------------------------------------- from bodies to requests and back
-
-    async def _request(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
+    async def request_of(self, body: Any, *, candidates: Sequence[str | schema.ItemText] | None) -> RankRequest:
         """Give a question its history, and every item its text."""
         self.check_model(body.model)
-        user, per_second = body.user_id, self._known.histories.per_second
-        record: dict[str, object] = {"id": body.id, "user_id": user, "profile": body.profile}
-        record["history"] = [entry_of(each, per_second) for each in body.history or ()]
-        missing = False
-        if user is not None and body.history is None:
-            events = await self._read(lambda: self._events(user))
-            record["history"], missing = history_of(events, self.catalogue.items), not events
-        if user is not None and not body.profile and self._known.profiles is not None:
-            record["profile"] = await self._read(lambda: self._known.profile(user, self.store.erased))
+        user, per_second, items = body.user_id, self._known.histories.per_second, self.catalogue.items
+        record: Mapping[str, object] = {
+            "id": body.id,
+            "user_id": user,
+            "profile": body.profile,
+            "history": None if body.history is None else [_entry_of(event, per_second) for event in body.history],
+        }
+        stored = True
+        if user is not None and (body.history is None or (not body.profile and self._known.profiles is not None)):
+            lookup = partial(with_history, record, self._events, items, self._profile)
+            record, stored = await self._read(lookup)
         if candidates is not None:
-            record["candidates"] = [entry_of(each) for each in candidates]
-        request = read_request(record, 1, self.catalogue.items, whole=candidates is None)
-        return of_user(request, known=False) if missing and not record["profile"] else request
+            record = {**record, "candidates": [_entry_of(candidate) for candidate in candidates]}
+        request = read_request(record, 1, items, whole=candidates is None)
+        missing = body.history is None and not stored and not body.profile
+        return of_user(request, known=False) if missing else request
 
-    def _unknown(self, names: Iterable[str]) -> list[str]:
+    def _profile(self, user_id: str) -> Profile | None:
+        return self._known.profile(user_id, self.store.erased)
+
+    def unknown_note(self, names: Iterable[str]) -> list[str]:
         """Return a note on items that are not in the catalogue, if there are any."""
-        found = [name for name in names if name not in self.catalogue.items]
-        some = ", ".join(shown(name) for name in found[:_NAMED]) + (" and others" if len(found) > _NAMED else "")
-        return [f"rules.block: not in the catalogue: {some}"] if found else []
+        missing = [name for name in names if name not in self.catalogue.items]
+        some = ", ".join(shown(name) for name in missing[:_NAMED]) + (" and others" if len(missing) > _NAMED else "")
+        return [f"rules.block: not in the catalogue: {some}"] if missing else []
 
     def _events(self, user_id: str) -> list[Event]:
         """Return what a user did, oldest first: of the run's data, and the last that were sent since."""
@@ -459,87 +307,161 @@ class Service:
         if name is not None and names and meant(name, names) is None:
             raise unknown("model", name, names)
 
-    def _check_strategy(self, body: schema.RankBody) -> None:
-        """Refuse a way of asking that there is not; what it costs to try is not little."""
+    def check_strategy(self, model: str | None, strategy: str) -> None:
+        """Refuse an unknown strategy before it is tried, which is expensive."""
         cards = {card.name: card for card in self.engine.cards}
-        name = next(iter(cards), None) if body.model is None else meant(body.model, cards)
+        name = next(iter(cards), None) if model is None else meant(model, cards)
         known = () if name is None else cards[name].strategies
-        if known and body.strategy not in ("auto", "search", *known):
+        if known and strategy not in ("auto", "search", *known):
             raise DataError(
-                f"there is no strategy {body.strategy[:60]!r}{did_you_mean(body.strategy, known)}; there are auto, "
+                f"there is no strategy {strategy[:60]!r}{did_you_mean(strategy, known)}; there are auto, "
                 f"{', '.join(known)}",
                 kind="unknown-name",
                 column="strategy",
             )
 
-    def _ruled(self, request: RankRequest, rules: Rules, *, exclude_seen: bool) -> RankRequest:
-        items, allowed = self.catalogue.items, self.catalogue.allowed
-        return ruled(request, rules, items, allowed, exclude_seen=exclude_seen)
-
-    async def _listed(self, question: Question, request: RankRequest, rules: Rules, k: int) -> tuple[Card, Answered]:
-        """Ask for a list, as deep as its rules need."""
-        steps = listing(request, rules, self.catalogue.items, k)
-        depth = next(steps)
+    async def listed(
+        self, request: RankRequest, wanted: Wanted, verb: str = RANK
+    ) -> tuple[tuple[Question, RankRequest], Answered]:
+        """Return a list, as deep as its rules need, with the last question that was asked for it."""
+        steps = listing(request, wanted, self.catalogue, verb)
+        asked = next(steps)
         while True:
-            reply = await self._ask(replace(question, depth=depth), request)
-            assert reply.card is not None and isinstance(reply.answer, Answered)
+            answer = await self.batcher.ask(*asked)
             try:
-                depth = steps.send(reply.answer)
+                asked = steps.send(answer)
             except StopIteration as done:
-                return reply.card, done.value
+                return asked, done.value
 
-    async def _about(
-        self, family: str, body: schema.ItemBody, heard: Callable[[str], None] | None = None
-    ) -> tuple[Answer, Mapping[str, Any]]:
-        begun = time.monotonic()
-        item = body.asked
-        if isinstance(item, str) and self.catalogue.items:
-            self.catalogue.get(item)
-        if strange := sorted(body.context.keys() - CONTEXT):
-            raise DataError(
-                f"context: {strange[0]!r} is nothing that a family is told; it may have {', '.join(sorted(CONTEXT))}",
-                kind="unknown-key",
-                column="context",
+    async def between(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
+        """Call a method of the engine's models between batches."""
+        return await self.batcher.between(partial(self.engine.call, name, *arguments, listener=listener))
+
+
+def _entry_of(given: str | schema.ItemText, per_second: float = 1.0) -> str | Mapping[str, object]:
+    """Return an entry of a history or of candidates as requests have it.
+
+    Args:
+        given: As it was sent.
+        per_second: Units of time of the data in a second.
+    """
+    if isinstance(given, str):
+        return given
+    entry = given.model_dump(exclude={"fields"}, exclude_none=True)
+    if "timestamp" in entry:
+        entry["timestamp"] = schema.number_of(entry["timestamp"], per_second)
+    return {**given.fields, **entry}
+
+
+class Conversations:
+    """The conversations over a service: rules choose the tools, and the engine's models rank.
+
+    The client holds the state: nothing is kept of a person. A turn waits for the engine in one of a few threads, which
+    are not those in which the engine is asked. As many turns as questions may wait are accepted; more are refused.
+
+    Args:
+        service: Whose catalogue and models they are about.
+    """
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="chat")
+        self._turns: set[Future[schema.ChatAnswer]] = set()
+        self._closed = False
+        self._known: tuple[Catalogue, int, Facts, Reader] | None = None
+
+    def close(self) -> None:
+        """Take no more turns; those that have not begun are given up."""
+        self._closed = True
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def answer(
+        self, body: schema.ChatBody, called: Callable[[Call], None] = lambda call: None
+    ) -> schema.ChatAnswer:
+        """Answer one line.
+
+        Args:
+            body: The line, and the state so far.
+            called: Told of every call, in another thread.
+
+        Raises:
+            DataError: If there is no such model, or no item to talk about.
+            Full: If as many turns are open as questions may wait.
+            LlmrecError: If the engine cannot answer.
+        """
+        begun, loop = time.monotonic(), asyncio.get_running_loop()
+        self._service.check_model(body.model)
+
+        def turn() -> schema.ChatAnswer:
+            talk = self._conversation(body, loop)
+            reply = talk.answer(body.state, body.text, called)
+            # Items may have come or gone since the conversation read them.
+            known = {**self._service.catalogue.items, **talk.tools.facts.items}
+            shown = [known[name] for name in reply.items if name in known]
+            return schema.ChatAnswer(
+                text=reply.text,
+                items=[
+                    schema.CatalogueItem(item_id=item.item_id, title=item.title, fields=dict(item.fields))
+                    for item in shown
+                ],
+                calls=list(reply.calls),
+                profile=list(talk.tools.profile(reply.state)),
+                state=reply.state,
+                milliseconds=schema.since(begun),
             )
-        request = await self._request(body, candidates=[item])
-        request = replace(request, context={**request.context, **body.context})
-        question = Question(model=body.model, verb=family)
-        if heard is None:
-            reply = await self._ask(question, request)
-        else:
-            reply = await self.batcher.between(lambda: self.engine.written(question, request, heard))
-            if reply.fault is not None:
-                raise reply.fault
-        answer = reply.answer
-        assert reply.card is not None and answer is not None and not isinstance(answer, Answered)
-        if isinstance(answer, Unparsed):
-            raise DataError(f"{family}: {answer.reason}", kind="failed")
-        return answer, {
-            "model": card_of(reply.card),
-            "item_id": request.candidates[0].item_id,
-            "notes": list(request.notes),
-            "prompt": await self._prompt(question, request) if body.show_prompt else None,
-            "usage": usage_of(answer.cost),
-            "milliseconds": since(begun),
-        }
 
-    async def _ask(self, question: Question, request: RankRequest) -> Reply:
-        reply = await self.batcher.ask(question, request)
-        if reply.fault is not None:
-            raise reply.fault
-        return reply
+        if self._closed:
+            raise EngineLost("the service is stopping; ask again in a moment", kind="failed")
+        # A turn is over not when its client leaves, but when its thread is free again.
+        self._turns = {each for each in self._turns if not each.done()}
+        if len(self._turns) >= self._service.settings.room:
+            self._service.batcher.load.refused += 1
+            raise Full.for_now(1.0)
+        running = self._threads.submit(turn)
+        self._turns.add(running)
+        return await asyncio.wrap_future(running)
 
-    async def _prompt(self, question: Question, request: RankRequest) -> str | None:
-        return await self.batcher.between(lambda: self.engine.prompt(question, request))
+    def _conversation(self, body: schema.ChatBody, loop: asyncio.AbstractEventLoop) -> Conversation:
+        service, facts, reader = self._service, *self._facts()
+
+        def ask(question: Question, request: RankRequest) -> Answered:
+            if question.verb != SIMILAR:
+                return self._asked(replace(question, model=body.model), request, loop)
+            try:
+                return self._asked(replace(question, model="interactions"), request, loop)
+            except DataError as error:
+                if error.kind != "unsupported":
+                    raise
+                # A model without its interactions compares texts, as in a terminal.
+                return self._asked(replace(question, model="text"), request, loop)
+
+        lists = ModelLists(service.catalogue, ask, service.settings.rules)
+        return Conversation(Tools(facts, lists), RuleManager(k=body.k), reader)
+
+    def _asked(self, question: Question, request: RankRequest, loop: asyncio.AbstractEventLoop) -> Answered:
+        """Wait in a turn's thread for the engine."""
+        waiting = asyncio.run_coroutine_threadsafe(self._service.batcher.ask(question, request), loop)
+        try:
+            return waiting.result(self._service.settings.patience + _GRACE)
+        except (TimeoutError, CancelledError) as error:
+            waiting.cancel()
+            raise TooLate("the service did not answer in time; ask again", kind="exhausted") from error
+
+    def _facts(self) -> tuple[Facts, Reader]:
+        """Return facts of the catalogue as it is now."""
+        catalogue = self._service.catalogue
+        if not catalogue.items:
+            raise DataError("there is no item to talk about; put some with PUT /v1/items", kind="empty")
+        known, changes = self._known, catalogue.changes
+        if known is None or known[0] is not catalogue or known[1] != changes:
+            facts = Facts(catalogue.items)
+            known = self._known = catalogue, changes, facts, Reader(facts)
+        return known[2], known[3]
 
 
 @asynccontextmanager
 async def _in_time(lock: asyncio.Lock, seconds: float) -> AsyncIterator[None]:
-    """Hold a lock, for which a request waits this long.
-
-    Raises:
-        StoreError: If others hold it for longer.
-    """
+    """Hold a lock, for which a request waits this long."""
     try:
         await asyncio.wait_for(lock.acquire(), seconds)
     except TimeoutError:

@@ -25,7 +25,7 @@ from llmrec.types import Item
 _MOST = 8
 """Connections of one store; a server of PostgreSQL has 100 by default, for all processes together."""
 _IDLE = 1.0
-"""Seconds after which a connection is tried before it is used: its server may have been started anew."""
+"""Seconds after which a connection is tried before it is used: its server may have been restarted."""
 _BATCH = 10_000
 _EVERY = 2**62
 IN_LOG = (
@@ -56,7 +56,8 @@ class StoredEvent:
 class ServiceStore:
     """Events, erased users and changed items, kept in a database; use `open`. Several threads may call it at once.
 
-    Every call is one transaction. What a call has stored when it returns outlives a kill of the process.
+    Every call is one transaction, and raises an `LlmrecError` if the database refuses. What a call has stored when it
+    returns outlives a kill of the process.
     """
 
     def __init__(self, database: Database) -> None:
@@ -67,8 +68,8 @@ class ServiceStore:
         try:
             with self._connection() as raw:
                 database.prepare(raw)
-                told = dict(database.read(raw, "SELECT name, value FROM llmrec_service"))
-            self._salt = _salt(told, database)
+                facts = dict(database.read(raw, "SELECT name, value FROM llmrec_service"))
+            self._salt = _salt(facts, database)
             # The log may still hold what was erased before this process began. One that may only be read stays so.
             with suppress(LlmrecError):
                 self.finish_erasures()
@@ -92,7 +93,7 @@ class ServiceStore:
         if where.startswith(("postgresql://", "postgres://")):
             return cls(Postgres(where, wait))
         if "://" in where:
-            # Not shown: a password may stand in it.
+            # Not shown: it may hold a password.
             raise DataError(
                 "a store is a file of SQLite or a database of PostgreSQL, and this address is neither; give the path "
                 "of a file, or postgresql://USER@HOST/NAME",
@@ -108,7 +109,6 @@ class ServiceStore:
 
         Raises:
             DataError: If an id is no text, or a number is not finite.
-            LlmrecError: If the database refuses.
         """
         return self._insert(_ADD, [(self._key(event.user_id), _json(event)) for event in events])
 
@@ -118,9 +118,6 @@ class ServiceStore:
         Args:
             user_id: Whose.
             most: Only this many, those that came last.
-
-        Raises:
-            LlmrecError: If the database refuses.
         """
         query = "SELECT event FROM llmrec_events WHERE user_key = ?1 ORDER BY seq DESC LIMIT ?2"
         rows = self._read(query, self._key(user_id), _EVERY if most is None else most)
@@ -131,14 +128,11 @@ class ServiceStore:
 
         In an SQLite file the bytes are overwritten, and their room stays taken; `remains` says whether its log still
         holds them. PostgreSQL frees them with its next vacuum; its log and backups keep them as long as it is set to.
-        The salt lies beside the hash: this hides the id from who reads the table, not from who can try all ids that
-        there are.
+        The salt is stored with the hash: this hides the id from readers of the table, not from an attacker who tries
+        all ids.
 
         Returns:
             How many events there were.
-
-        Raises:
-            LlmrecError: If the database refuses.
         """
         with self._connection() as raw:
             erased = self._database.erase(raw, self._key(user_id))
@@ -153,9 +147,6 @@ class ServiceStore:
 
         Returns:
             Whether it is done.
-
-        Raises:
-            LlmrecError: If the database refuses.
         """
         self._unfinished = True
         with self._connection() as raw:
@@ -170,15 +161,11 @@ class ServiceStore:
     @property
     def remains(self) -> list[str]:
         """What is left of an erased user's events for now."""
-        found = [] if self._database.keeps is None else [self._database.keeps]
-        return [*found, IN_LOG] if self._unfinished else found
+        remains = [] if self._database.keeps is None else [self._database.keeps]
+        return [*remains, IN_LOG] if self._unfinished else remains
 
     def erased(self, user_id: str) -> bool:
-        """Whether a user was ever erased, whatever came later.
-
-        Raises:
-            LlmrecError: If the database refuses.
-        """
+        """Whether a user was ever erased, whatever came later."""
         return bool(self._read("SELECT 1 FROM llmrec_erased WHERE user_key = ?1", self._key(user_id)))
 
     def put_items(self, items: Sequence[Item]) -> int:
@@ -189,7 +176,6 @@ class ServiceStore:
 
         Raises:
             DataError: If an id, a title or a field is no text.
-            LlmrecError: If the database refuses.
         """
         rows = {
             item.item_id: (
@@ -211,27 +197,18 @@ class ServiceStore:
 
         Raises:
             DataError: If an id is no text.
-            LlmrecError: If the database refuses.
         """
         rows = {name: (self._key(name), _text(name, "item_id"), None, None) for name in ids}
         return self._insert(_REMOVE, sorted(rows.values()))
 
     def item_changes(self) -> tuple[dict[str, Item], frozenset[str]]:
-        """Return the items that were put, by id, and the ids that were removed.
-
-        Raises:
-            LlmrecError: If the database refuses.
-        """
-        found = self._read("SELECT item_id, title, fields FROM llmrec_items ORDER BY item_id")
-        put = {row[0]: self._item(*row) for row in found if row[1] is not None}
-        return put, frozenset(row[0] for row in found if row[1] is None)
+        """Return the items that were put, by id, and the ids that were removed."""
+        rows = self._read("SELECT item_id, title, fields FROM llmrec_items ORDER BY item_id")
+        put = {row[0]: self._item(*row) for row in rows if row[1] is not None}
+        return put, frozenset(row[0] for row in rows if row[1] is None)
 
     def all_events(self) -> Iterator[StoredEvent]:
-        """Yield all events in the order in which they came; what comes meanwhile may be among them.
-
-        Raises:
-            LlmrecError: If the database refuses.
-        """
+        """Yield all events in the order in which they came; what comes meanwhile may be among them."""
         last = -1
         query = "SELECT seq, event FROM llmrec_events WHERE seq > ?1 AND user_key <> ?2 ORDER BY seq LIMIT ?3"
         while rows := self._read(query, last, NOBODY, _BATCH):
@@ -269,11 +246,7 @@ class ServiceStore:
 
     @contextmanager
     def _connection(self) -> Iterator[Any]:
-        """Lend a connection; one that failed is not used again.
-
-        Raises:
-            LlmrecError: If the store is closed, or the database refuses.
-        """
+        """Lend a connection; one that failed is not used again."""
         raw = None
         with self._room:
             self._database.check()
@@ -321,13 +294,9 @@ class ServiceStore:
             _close(raw)
 
 
-def _salt(told: Mapping[str, str], database: Database) -> bytes:
-    """Return the salt of a store's hashes.
-
-    Raises:
-        LlmrecError: If its tables are of another version.
-    """
-    version, salt = told.get("version", ""), told.get("salt", "")
+def _salt(facts: Mapping[str, str], database: Database) -> bytes:
+    """Return the salt of a store's hashes."""
+    version, salt = facts.get("version", ""), facts.get("salt", "")
     if not version.isdecimal() or not salt or int(version) < VERSION:
         raise database.error("damaged", f" does not say which version its tables are of; {MOVE}")
     if int(version) > VERSION:

@@ -16,9 +16,9 @@ import pytest
 
 import llmrec
 from llmrec.answer.known import Histories, profiles_of, with_history
+from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.listing import is_cold
 from llmrec.answer.loaded import Loaded
-from llmrec.answer.models import LanguageModel
 from llmrec.answer.predict.options import PredictOptions
 from llmrec.answer.predict.run import predict_file
 from llmrec.answer.rank.options import RankOptions
@@ -122,8 +122,8 @@ def test_a_user_is_known_by_whole_numbers_that_became_floats() -> None:
     items = {"x": Item(item_id="x", title="X")}
     past = Histories.of(Dataset(name="toy", noun="items", interactions=conform(rows), items=items), 0)
     for user in (1.0, 1, "1"):
-        told = with_history({"user_id": user}, lambda: past, items, lambda user: f"it is {user}")
-        assert told["history"] and told["profile"] == "it is 1"
+        told, known = with_history({"user_id": user}, past.of_user, items, lambda user: f"it is {user}")
+        assert told["history"] and told["profile"] == "it is 1" and known
 
 
 def test_prompts_of_a_known_user_show_the_fields_that_the_evaluation_shows(llama_folder: Path, tmp_path: Path) -> None:

@@ -19,11 +19,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.answer import recommender
-from llmrec.answer import requests as ranking
+from llmrec.answer import language_model
+from llmrec.answer import prompting as ranking
+from llmrec.answer.known import ITEMS, catalogue_of
+from llmrec.answer.prompting import rank_requests
 from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.requests import Asking, catalogue, choose_way, rank_requests
+from llmrec.answer.strategy import Asking, choose_way
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.backends.hf.backend import HFBackend
@@ -382,7 +384,7 @@ def tuned(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_run_brings_its_items_words_and_templates(tuned: Path, tmp_path: Path) -> None:
     found = bundle.read(str(tuned))
-    known = catalogue(found, None)
+    known = catalogue_of(found, None)[0]
     assert known is not None
     ids = sorted(known)
     assert choose_way(found, task="direct").template == "shortlist"
@@ -396,9 +398,9 @@ def test_a_run_brings_its_items_words_and_templates(tuned: Path, tmp_path: Path)
     merged.mkdir()
     for file in (tuned / "merged").iterdir():
         (merged / file.name).write_bytes(file.read_bytes())
-    assert catalogue(bundle.read(str(merged)), None) == {}
-    pl.DataFrame({"item_id": ["a"], "title": ["Heat"]}).write_parquet(merged / ranking.ITEMS)
-    carried = catalogue(bundle.read(str(merged)), None)
+    assert catalogue_of(bundle.read(str(merged)), None)[0] == {}
+    pl.DataFrame({"item_id": ["a"], "title": ["Heat"]}).write_parquet(merged / ITEMS)
+    carried = catalogue_of(bundle.read(str(merged)), None)[0]
     assert carried is not None and carried["a"].title == "Heat"
 
 
@@ -511,13 +513,13 @@ def test_a_complete_output_is_not_made_again(
     chosen = options(llama_folder, path, tmp_path / "out.jsonl", items=items_csv(tmp_path))
     first = rank_file(chosen)
     calls: list[int] = []
-    real = recommender.rank_requests
+    real = language_model.rank_requests
 
     def counting(*args: Any, **options: Any) -> Any:
         calls.append(1)
         return real(*args, **options)
 
-    monkeypatch.setattr(recommender, "rank_requests", counting)
+    monkeypatch.setattr(language_model, "rank_requests", counting)
     assert rank_file(chosen) == first and not calls
     # What somebody has changed is not written over unasked.
     chosen.out.write_text("mine by now", encoding="utf-8")

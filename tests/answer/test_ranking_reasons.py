@@ -13,8 +13,9 @@ import pytest
 
 from llmrec.answer.rank import run
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.rationales import TOKENS, Reasoner, Reasons, rationale_template
-from llmrec.answer.requests import Asking
+from llmrec.answer.rationales import TOKENS, Reasoner, rationale_template
+from llmrec.answer.recommender import Reasons
+from llmrec.answer.strategy import Asking
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.requests import read_request

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
+from llmrec.answer.classic import Retriever, training_data
 from llmrec.answer.rank import run as rank_files
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.retrieval import Retriever, training_data
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.popular import Popularity
 from llmrec.data.requests import RankRequest, read_request

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from llmrec.answer.prompting import notes_of, rank_requests
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.requests import Asking, choose_way, notes_of, rank_requests
-from llmrec.answer.strategy import settings_of
+from llmrec.answer.strategy import Asking, choose_way, settings_of
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.requests import RankRequest, read_request

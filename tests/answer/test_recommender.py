@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 
+from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.run import rank_file
-from llmrec.answer.recommender import Answered, Recommender
+from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline import engines
@@ -40,7 +41,7 @@ def plain(model: Path, folder: Path, **changes: Any) -> RecommenderOptions:
     return RecommenderOptions(model=str(model), **values | changes)
 
 
-def read(recommender: Recommender, found: Sequence[dict[str, Any]]) -> list[RankRequest | Unparsed]:
+def read(recommender: LanguageModel, found: Sequence[dict[str, Any]]) -> list[RankRequest | Unparsed]:
     return [recommender.read(each, row) for row, each in enumerate(found, start=1)]
 
 
@@ -69,8 +70,8 @@ def test_a_file_and_a_call_give_the_same(llama_folder: Path, tmp_path: Path, cha
         llama_folder, jsonl(tmp_path / "in.jsonl", asked), tmp_path / "o.jsonl", items=items_csv(tmp_path), **changes
     )
     rank_file(chosen)
-    with Recommender.open(chosen) as recommender:
-        answers = recommender.answer(read(recommender, asked))
+    with LanguageModel.open(chosen) as recommender:
+        answers = recommender.rank(read(recommender, asked))
     for row, found in zip(lines(chosen.out), answers, strict=True):
         answer = found.answer
         assert row["error"] == (answer.reason if isinstance(answer, Unparsed) else None)
@@ -85,10 +86,10 @@ def test_candidates_are_retrieved_in_a_call_too(run: Path) -> None:
     asked = RecommenderOptions(
         model=str(run), retrieve="item-knn", k=4, task="direct", backend="hf", dtype="float32", top=3
     )
-    with Recommender.open(asked) as recommender:
+    with LanguageModel.open(asked) as recommender:
         assert recommender.items is not None
         every = sorted(recommender.items)
-        known, own, none, bad = recommender.answer(
+        known, own, none, bad = recommender.rank(
             read(recommender, [{"history": every[:2]}, {"candidates": every[:3]}, {"history": every}, {"history": 1}])
         )
     assert (known.retrieved, own.retrieved) == (4, 0)
@@ -104,14 +105,14 @@ def test_candidates_are_retrieved_in_a_call_too(run: Path) -> None:
 def test_batches_of_any_size_and_bad_neighbours_change_nothing(llama_folder: Path, tmp_path: Path) -> None:
     asked: list[dict[str, Any]] = [*records(5), {"id": "long", "history": [{"title": "x y " * 70}] * 20}]
     asked[5]["candidates"] = ["1", "2"]
-    with Recommender.open(plain(llama_folder, tmp_path, max_length=400)) as recommender:
+    with LanguageModel.open(plain(llama_folder, tmp_path, max_length=400)) as recommender:
         requests = read(recommender, [*asked, {"candidates": []}, {"candidates": ["nowhere"]}, {"id": 1.5}])
         bare = RankRequest(id="bare", candidates=())
-        together = recommender.answer([*requests, bare, requests[0]])
-        alone = [recommender.answer([request])[0] for request in requests[:6]]
+        together = recommender.rank([*requests, bare, requests[0]])
+        alone = [recommender.rank([request])[0] for request in requests[:6]]
         counted: list[int] = []
-        assert recommender.answer([], advance=counted.append) == [] and sum(counted) == 0
-        recommender.answer([*requests, bare], advance=counted.append)
+        assert recommender.rank([], advance=counted.append) == [] and sum(counted) == 0
+        recommender.rank([*requests, bare], advance=counted.append)
         assert sum(counted) == len(requests) + 1
     reasons = [found.answer.reason for found in together if isinstance(found.answer, Unparsed)]
     assert [isinstance(found.answer, Unparsed) for found in together] == [False] * 5 + [True] * 5 + [False]
@@ -126,24 +127,24 @@ def test_batches_of_any_size_and_bad_neighbours_change_nothing(llama_folder: Pat
 
 def test_candidates_where_the_catalogue_is_ranked_are_left_aside(llama_folder: Path, tmp_path: Path) -> None:
     given = plain(llama_folder, tmp_path)
-    with Recommender.open(given) as recommender:
+    with LanguageModel.open(given) as recommender:
         request = recommender.read({"history": ["1"], "candidates": ["2", "3"]})
     assert isinstance(request, RankRequest)
-    with Recommender.open(replace(given, candidates="all", beams=5)) as recommender:
+    with LanguageModel.open(replace(given, candidates="all", beams=5)) as recommender:
         bare = recommender.read({"history": ["1"]})
-        first, second = recommender.answer([request, bare])
+        first, second = recommender.rank([request, bare])
     assert kept(first)[:2] == kept(second)[:2] and len(kept(first)[0]) == 5
     assert first.notes == ("candidates: left aside, since all items are ranked",) and second.notes == ()
 
 
 def test_ids_fail_where_no_item_is_known(run: Path) -> None:
     asked = RecommenderOptions(model=str(run / "merged"), backend="hf", dtype="float32", task="direct")
-    with Recommender.open(asked) as recommender:
+    with LanguageModel.open(asked) as recommender:
         named, titled = read(
             recommender, [{"id": "a", "history": ["17"], "candidates": [{"title": "Heat"}]},
                           {"id": "b", "history": [{"title": "Jaws"}], "candidates": [{"title": "Heat"}]}]
         )  # fmt: skip
-        first, second = recommender.answer([named, titled])
+        first, second = recommender.rank([named, titled])
     assert isinstance(first.answer, Unparsed) and first.answer.request_id == "a"
     assert first.answer.reason.startswith("the request names the item '17', and ")
     assert kept(second)[0] == ("Heat",)
@@ -158,8 +159,8 @@ def test_answers_are_remembered_only_where_told(llama_folder: Path, tmp_path: Pa
     answers, stages = [], []
     for place in (None, store, store):
         budget = Budget()
-        with Recommender.open(given, store=place, budget=budget) as recommender:
-            answers.append([kept(found) for found in recommender.answer(read(recommender, records(3)))])
+        with LanguageModel.open(given, store=place, budget=budget) as recommender:
+            answers.append([kept(found) for found in recommender.rank(read(recommender, records(3)))])
         stages.append("start hf" in budget.stages)
         assert store.exists() == (place is not None)
         assert place is not None or sorted(tmp_path.rglob("*")) == before
@@ -168,20 +169,20 @@ def test_answers_are_remembered_only_where_told(llama_folder: Path, tmp_path: Pa
 
 
 def test_threads_are_answered_one_after_another(llama_folder: Path, tmp_path: Path) -> None:
-    with Recommender.open(plain(llama_folder, tmp_path), store=tmp_path / "a.sqlite") as recommender:
+    with LanguageModel.open(plain(llama_folder, tmp_path), store=tmp_path / "a.sqlite") as recommender:
         requests = read(recommender, records(8))
         with ThreadPoolExecutor(4) as pool:
-            threaded = list(pool.map(lambda request: kept(recommender.answer([request])[0]), requests))
-        assert threaded == [kept(found) for found in recommender.answer(requests)]
+            threaded = list(pool.map(lambda request: kept(recommender.rank([request])[0]), requests))
+        assert threaded == [kept(found) for found in recommender.rank(requests)]
 
 
 def test_a_closed_recommender_loads_nothing_anew(llama_folder: Path, tmp_path: Path) -> None:
-    recommender = Recommender.open(plain(llama_folder, tmp_path))
+    recommender = LanguageModel.open(plain(llama_folder, tmp_path))
     request = recommender.read({"candidates": ["1", "2"]})
     recommender.close()
     recommender.close()
     with raises(LlmrecError, Facts("closed")):
-        recommender.answer([request])
+        recommender.rank([request])
 
 
 @pytest.mark.parametrize(
@@ -196,13 +197,13 @@ def test_a_closed_recommender_loads_nothing_anew(llama_folder: Path, tmp_path: P
 )
 def test_options_are_checked_without_a_command_line(changes: dict[str, Any], facts: Facts) -> None:
     with raises(RecipeError, facts):
-        Recommender.open(RecommenderOptions(model="nowhere", **changes))
+        LanguageModel.open(RecommenderOptions(model="nowhere", **changes))
 
 
 def test_a_recommender_that_fails_to_open_leaves_nothing(llama_folder: Path, tmp_path: Path) -> None:
     copied = shutil.copytree(llama_folder, tmp_path / "model")
     with raises(LlmrecError, Facts("missing-key", column="--items")):
-        Recommender.open(
+        LanguageModel.open(
             RecommenderOptions(model=str(copied), candidates="all", backend="hf"), store=tmp_path / "a.sqlite"
         )
     assert not (tmp_path / "a.sqlite").exists()

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.answer.requests import Asking, choose_way, notes_of, rank_requests
+from llmrec.answer.prompting import notes_of, rank_requests
+from llmrec.answer.strategy import Asking, choose_way
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend
 from llmrec.data.requests import RankRequest, read_request

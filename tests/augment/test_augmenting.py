@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from llmrec.answer.known import known_of, profiles_of, with_history
-from llmrec.answer.requests import catalogue
+from llmrec.answer.known import catalogue_of, known_of, profiles_of, with_history
 from llmrec.augment import stores
 from llmrec.augment.texts import about_items, about_users, template_of
 from llmrec.backends.cache import CachedBackend
@@ -308,14 +307,15 @@ def test_what_answers_shows_what_prompts_showed(llama_folder: Path, tmp_path: Pa
     run = pipeline.run(as_recipe(made.model_dump(), changes), tmp_path / "run", quiet=True).folder
     known = known_of(str(run), None)
     assert known.items[item].fields["about"] == "a quiet thing" and store in known.features
-    assert catalogue(bundles.read(str(run)), None) == known.items
+    assert catalogue_of(bundles.read(str(run)), None)[0] == known.items
     profiles = profiles_of(str(run))
     asked = {"user_id": user, "history": []}
-    told = with_history(asked, lambda: known.histories, known.items, profiles)
-    assert told["profile"] == "likes quiet things" == known.profile(user) and told["history"] == []
-    assert with_history({**asked, "profile": ""}, lambda: known.histories, known.items, profiles) == told
+    stored = known.histories.of_user
+    told, is_known = with_history(asked, stored, known.items, profiles)
+    assert told["profile"] == "likes quiet things" == known.profile(user) and told["history"] == [] and is_known
+    assert with_history({**asked, "profile": ""}, stored, known.items, profiles) == (told, True)
     for own in ({**asked, "profile": "mine"}, {**asked, "user_id": "nobody"}, {"history": []}):
-        assert with_history(own, lambda: known.histories, known.items, profiles) == own
+        assert with_history(own, stored, known.items, profiles) == (own, False)
     # Who is erased is so at once, for what is open too.
     stores.forget(store, user)
     assert known.profile(user) is None and known.profile(other) and known.profile(None) is None

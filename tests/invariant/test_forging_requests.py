@@ -13,7 +13,8 @@ from forging_cases import COUNT, halves, harmless, payloads
 from test_role_forging import encoder, every_tokenizer, marks
 from tokenizer_families import tokenizer_of
 
-from llmrec.answer.requests import Asking, rank_requests
+from llmrec.answer.prompting import rank_requests
+from llmrec.answer.strategy import Asking
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
 from llmrec.data.read.request_file import open_requests

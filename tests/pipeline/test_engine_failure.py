@@ -13,7 +13,7 @@ import pytest
 from typer.testing import CliRunner
 
 from llmrec.answer.checks import decided
-from llmrec.answer.models import LanguageModel
+from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.opening import open_models
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.run import rank_file
@@ -231,7 +231,7 @@ def test_a_service_on_a_gpu_answers_through_transformers(
     model = models.get(None)
     assert isinstance(model, LanguageModel)
     model.warm()
-    assert (Failing.starts, model.base.engine) == (1, "hf")
+    assert (Failing.starts, model.described["engine"]) == (1, "hf")
     models.close()
     with raises(EngineFailure, Facts("exhausted", says="0.1 GiB are free")):
         models = open_models(decided(replace(asked, backend="vllm")), ())

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmrec.answer.requests import rank_requests
+from llmrec.answer.prompting import rank_requests
 from llmrec.answer.strategy import choose_way
 from llmrec.backends.encode import Encoder
 from llmrec.backends.hf.backend import HFBackend

@@ -73,7 +73,7 @@ def test_rank_asks_the_model_with_them(ran: Run, tmp_path: Path, monkeypatch: py
     try:
         with pytest.raises(AssertionError, match="not as training left it"):
             scores("refused.jsonl")
-        monkeypatch.setattr("llmrec.answer.recommender.refuse_changed", lambda *told: None)
+        monkeypatch.setattr("llmrec.answer.language_model.refuse_changed", lambda *told: None)
         without = scores("without.jsonl")
     finally:
         away.rename(table)

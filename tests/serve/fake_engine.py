@@ -12,25 +12,26 @@ import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.connection import Connection
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import polars as pl
 import pytest
 
 from llmrec.answer.known import Histories, Known
+from llmrec.answer.opening import Models
 from llmrec.answer.options import RecommenderOptions
-from llmrec.answer.recommender import Answered
+from llmrec.answer.recommender import Answered, Kind, Question, Recommender
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, ModelError
+from llmrec.serve import engine
 from llmrec.serve import service as serving
-from llmrec.serve import worker
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
@@ -55,7 +56,7 @@ class Model:
 
     items: dict[str, Item]
     name: str = "fake"
-    kind: str = "classic"
+    kind: Kind = "classic"
     verbs: tuple[str, ...] = ("rank",)
     strategies: tuple[str, ...] = ()
 
@@ -63,7 +64,7 @@ class Model:
     def signature(self) -> str:
         return ",".join(self.items)
 
-    def rank(self, requests: Sequence[RankRequest], *, depth: int, strategy: str = "auto") -> list[Answered]:
+    def answer(self, requests: Sequence[RankRequest], question: Question, listener: object = None) -> list[Answered]:
         for request in requests:
             if request.profile.startswith("sleep "):
                 time.sleep(float(request.profile.split()[1]))
@@ -76,7 +77,10 @@ class Model:
                 raise ValueError("made up")
             elif request.profile == "refuse":
                 raise DataError("made up", kind="bad-value")
-        return [self._ranked(request, depth) for request in requests]
+        return [self._ranked(request, question.depth) for request in requests]
+
+    def changed(self) -> None:
+        pass
 
     def _ranked(self, request: RankRequest, depth: int) -> Answered:
         pool = request.candidates or tuple(self.items.values())
@@ -88,30 +92,15 @@ class Model:
         return Answered(answer=answer, titles=tuple(item.title for item in found), notes=request.notes)
 
 
-@dataclass
-class Models:
-    """What `llmrec.answer.opening.Models` is to a worker."""
+class FakeModels(Models):
+    """One model, which answers for similar items and for unknown users too."""
 
-    items: dict[str, Item] = field(default_factory=lambda: dict(ITEMS))
-    scale: None = None
-    popular: None = None
-
-    def __post_init__(self) -> None:
-        self.opened = {"fake": Model(self.items)}
-
-    def get(self, name: str | None = None) -> Model:
-        return self.opened[name or "fake"]
-
-    def similar(self, by: str) -> Model:
+    @property
+    def popular(self) -> Recommender:
         return self.get()
 
-    def change_items(self, put: Mapping[str, Item], removed: Sequence[str] = ()) -> None:
-        for name in removed:
-            self.items.pop(name, None)
-        self.items.update(put)
-
-    def close(self) -> None:
-        pass
+    def similar(self, by: str) -> Recommender:
+        return self.get()
 
 
 def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
@@ -121,13 +110,14 @@ def open_fake(options: RecommenderOptions, names: Sequence[str] = ()) -> Models:
         raise ModelError("this model is made up", kind="damaged")
     if told.get("dies"):
         os.kill(os.getpid(), signal.SIGKILL)
-    return Models()
+    items = dict(ITEMS)
+    return FakeModels(opened={"fake": Model(items)}, items=items, data=None, scale=None, blank=cast(Any, None))
 
 
 def work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: Noted) -> None:
     """What runs in the engine's process."""
-    vars(worker).update(open_models=open_fake, decided=lambda options: options)
-    worker._work(line, options, names, noted)
+    vars(engine).update(open_models=open_fake, decided=lambda options: options)
+    engine._work(line, options, names, noted)
 
 
 # Engines are forked from a process that has imported everything: each of their own would take seconds to start.
@@ -137,8 +127,8 @@ _FORKING.set_forkserver_preload([__name__])
 
 def fake_engines(patch: pytest.MonkeyPatch) -> None:
     """Let services start fake engines."""
-    patch.setattr(worker, "_work", work)
-    patch.setattr(worker, "multiprocessing", SimpleNamespace(get_context=lambda _: _FORKING))
+    patch.setattr(engine, "_work", work)
+    patch.setattr(engine, "multiprocessing", SimpleNamespace(get_context=lambda _: _FORKING))
 
 
 def told(folder: Path, **told: Any) -> RecommenderOptions:

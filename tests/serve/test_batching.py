@@ -17,11 +17,11 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the serve extra is not installed")
 
-from llmrec.answer.recommender import Answered
+from llmrec.answer.recommender import Answered, Question
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve.batching import Batcher, Full, TooLate
-from llmrec.serve.worker import EngineLost, Question, Reply
+from llmrec.serve.engine import EngineLost, Reply
 from llmrec.types import Unparsed
 
 RANK = Question(model=None, verb="rank")
@@ -32,13 +32,13 @@ def request(name: object) -> RankRequest:
     return RankRequest(id=str(name), candidates=())
 
 
-def reply(name: str) -> Reply:
-    return Reply(answer=Answered(answer=Unparsed(request_id=name, reason="made up")))
+def reply(name: str) -> Answered:
+    return Answered(answer=Unparsed(request_id=name, reason="made up"))
 
 
 def named(found: Reply) -> str:
-    assert isinstance(found.answer, Answered)
-    return found.answer.answer.request_id
+    assert isinstance(found, Answered)
+    return found.answer.request_id
 
 
 @dataclass
@@ -94,7 +94,7 @@ def within(seconds: float, work: Callable[[], Awaitable[Any]]) -> Any:
 
 
 def outcomes(found: Sequence[Any]) -> list[str]:
-    return [named(each) if isinstance(each, Reply) else type(each).__name__ for each in found]
+    return [named(each) if isinstance(each, Answered) else type(each).__name__ for each in found]
 
 
 async def until(condition: Callable[[], bool]) -> None:
@@ -120,7 +120,7 @@ def test_questions_go_together_and_each_gets_its_own_answer(engine: FakeEngine) 
 def test_questions_of_different_kinds_do_not_go_together(engine: FakeEngine) -> None:
     kinds = [RANK, RATE, Question(model="other", verb="rank"), Question(model=None, verb="rank", depth=3)]
 
-    async def work() -> list[Reply]:
+    async def work() -> list[Answered]:
         async with running(engine, window=0.1) as batcher:
             asked = [(kinds[n % 4], request(n)) for n in range(12)]
             return list(await asyncio.gather(*(batcher.ask(*each) for each in asked)))

@@ -17,13 +17,14 @@ pytest.importorskip("fastapi", reason="the serve extra is not installed")
 pytest.importorskip("uvicorn", reason="the serve extra is not installed")
 pytest.importorskip("prometheus_client", reason="the serve extra is not installed")
 
+from llmrec.answer.recommender import SIMILAR, Answered, Question
 from llmrec.answer.rules import Rules
 from llmrec.data.requests import RankRequest
 from llmrec.errors import DataError, LlmrecError
 from llmrec.serve.batching import Full, TooLate
-from llmrec.serve.schema_chat import ChatBody
-from llmrec.serve.talking import Talking
-from llmrec.serve.worker import SIMILAR, EngineLost, Question, Reply
+from llmrec.serve.engine import EngineLost
+from llmrec.serve.schema import ChatBody
+from llmrec.serve.service import Conversations
 from tests.serve.fake_engine import Faked, faking
 from tests.serve.served import Served
 
@@ -146,9 +147,7 @@ def says(faked: Faked, text: str, **more: Any) -> httpx.Response:
 def test_an_engine_that_fails_is_an_error_and_not_an_empty_list(
     faked: Faked, error: LlmrecError, status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def fails(*_: object) -> Reply:
-        if status == 500:
-            return Reply(fault=error)
+    async def fails(*_: object) -> Answered:
         raise error
 
     monkeypatch.setattr(faked.service.batcher, "ask", fails)
@@ -160,7 +159,7 @@ def test_an_engine_that_fails_is_an_error_and_not_an_empty_list(
 def test_as_many_turns_are_open_as_questions_may_wait(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
     ask, let, begun = faked.service.batcher.ask, threading.Event(), threading.Semaphore(0)
 
-    async def slow(question: Question, request: RankRequest) -> Reply:
+    async def slow(question: Question, request: RankRequest) -> Answered:
         begun.release()
         await asyncio.to_thread(let.wait)
         return await ask(question, request)
@@ -179,11 +178,11 @@ def test_as_many_turns_are_open_as_questions_may_wait(faked: Faked, monkeypatch:
 def test_a_model_without_interactions_compares_texts(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
     ask, by = faked.service.batcher.ask, []
 
-    async def without(question: Question, request: RankRequest) -> Reply:
+    async def without(question: Question, request: RankRequest) -> Answered:
         if question.verb == SIMILAR:
             by.append(question.model)
             if question.model == "interactions":
-                return Reply(fault=DataError("made up", kind="unsupported", column="by"))
+                raise DataError("made up", kind="unsupported", column="by")
         return await ask(question, request)
 
     monkeypatch.setattr(faked.service.batcher, "ask", without)
@@ -194,7 +193,7 @@ def test_a_model_without_interactions_compares_texts(faked: Faked, monkeypatch: 
 
 def test_turns_that_have_not_begun_are_given_up_with_the_service(faked: Faked) -> None:
     async def ends() -> tuple[Any, int]:
-        talking, let = Talking(faked.service), threading.Event()
+        talking, let = Conversations(faked.service), threading.Event()
         talking._threads = ThreadPoolExecutor(1)
         talking._threads.submit(let.wait, 30)
         waits = asyncio.ensure_future(talking.answer(ChatBody(text="hello")))

@@ -23,13 +23,13 @@ pytest.importorskip("prometheus_client", reason="the serve extra is not installe
 
 from llmrec.answer.known import Histories, Known
 from llmrec.errors import LlmrecError
-from llmrec.serve import supervising, worker
+from llmrec.serve import engine
 from llmrec.serve.app import make_app
 from llmrec.serve.batching import Full, TooLate
+from llmrec.serve.engine import EngineLost
 from llmrec.serve.gates import Auth
 from llmrec.serve.service import Service, Settings
 from llmrec.serve.store import ServiceStore
-from llmrec.serve.worker import EngineLost
 from tests.serve.fake_engine import ITEMS, Faked, fake_engines, faking, told
 from tests.serve.served import listening, wait_ready
 
@@ -40,7 +40,7 @@ _LONG = 600.0
 @pytest.fixture(scope="module")
 def patch() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(worker, "_PATIENCE", 1.0)
+        patch.setattr(engine, "_PATIENCE", 1.0)
         yield patch
 
 
@@ -178,7 +178,7 @@ def test_what_all_processes_are_sent_does_not_end_the_engine(
 def test_what_fails_beside_questions_leaves_the_engine_alive(faked: Faked, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = faked.service.engine.pid
     with pytest.raises(LlmrecError) as caught:
-        faked.service.engine._with(lambda engine: engine._call(("prompt", "no question", None)))
+        faked.service.engine.call("prompt", "no question", None)
     assert caught.value.kind == "defect" and faked.service.engine.pid == pid
     assert listed(ask(faked)) == list(ITEMS)
 
@@ -395,7 +395,7 @@ def test_a_service_whose_engine_starts_can_be_stopped(
     tmp_path: Path, patch: pytest.MonkeyPatch, monkeypatch: pytest.MonkeyPatch, starts: dict[str, Any]
 ) -> None:
     fake_engines(patch)
-    monkeypatch.setattr(supervising, "_SHORTEST", 1000.0)
+    monkeypatch.setattr(engine, "_SHORTEST", 1000.0)
     options = told(tmp_path, **starts)
     service = made(tmp_path, options)
     with listening(make_app(service, Auth())) as (url,):

@@ -7,6 +7,7 @@ import json
 import socket
 import threading
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -23,12 +24,14 @@ from mcp import Client
 from mcp.client.streamable_http import streamable_http_client
 from mcp.shared.exceptions import MCPError
 
+from llmrec.answer.recommender import Card
 from llmrec.serve.app import make_app
+from llmrec.serve.engine import EngineLost
 from llmrec.serve.gates import Auth
 from llmrec.serve.keys import RateLimit
 from llmrec.serve.mcp import called, mount
 from llmrec.serve.tools import TOOLS, offered
-from llmrec.serve.worker import Card, EngineLost
+from llmrec.serve.verbs import VERBS
 from llmrec.types import Item
 from tests.serve.served import Served, Unmanaged, listening
 
@@ -216,15 +219,15 @@ def test_what_cannot_be_answered_is_said(served: Served) -> None:
     talk(served.url, erase)
 
 
-def test_an_engine_that_is_not_there_and_a_defect_are_told_apart() -> None:
+def test_an_engine_that_is_not_there_and_a_defect_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
     service = made_up()
     service.catalogue = SimpleNamespace(items={"a": Item(item_id="a", title="A")})
 
     def failing(error: Exception) -> str:
-        async def rank(_: Any) -> None:
+        async def rank(*_: Any) -> None:
             raise error
 
-        service.rank = rank
+        monkeypatch.setitem(cast(Any, VERBS), "rank", replace(VERBS["rank"], ask=rank))
         found = asyncio.run(called(service, TOOLS["recommend"], {"history": ["a"]}))
         assert found.is_error
         return str(cast(Any, found.content[0]).text)
@@ -299,17 +302,17 @@ def test_nothing_is_kept_of_a_client(served: Served) -> None:
 
 
 @pytest.mark.parametrize("version", ["2025-06-18", "2026-07-28"])
-def test_a_question_ends_when_its_client_leaves(version: str) -> None:
+def test_a_question_ends_when_its_client_leaves(version: str, monkeypatch: pytest.MonkeyPatch) -> None:
     service, begun, ended = made_up("rank"), threading.Event(), threading.Event()
 
-    async def rank(_: Any) -> None:
+    async def rank(*_: Any) -> None:
         begun.set()
         try:
             await asyncio.sleep(1000)
         finally:
             ended.set()
 
-    service.rank = rank
+    monkeypatch.setitem(cast(Any, VERBS), "rank", replace(VERBS["rank"], ask=rank))
     app = make_app(service, Auth())
     mount(app, service)
     about = {

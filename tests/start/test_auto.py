@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from llmrec.answer.loaded import load
-from llmrec.answer.opening import told_default
+from llmrec.answer.opening import default_sentence
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.durable import Json
@@ -146,7 +146,7 @@ def test_what_is_best_on_validation_is_served_and_named_everywhere(whole: Whole)
     name = rows[choice["row"]]["predictor"]
     with load(str(made.folder)) as rec:
         assert made.served == rec.models[0] == name
-    line = told_default(str(made.folder))
+    line = default_sentence(str(made.folder))
     assert line.startswith(
         f"the default is {name}, the best of {len(choice['figures'])} on {choice['users']} validation users"
     )

@@ -6,14 +6,15 @@ from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 
-from llmrec.answer.about import CONTEXT, about_families, answer_about, value_of, way_about
 from llmrec.answer.checks import decided
 from llmrec.answer.known import read_known
+from llmrec.answer.language_model import LanguageModel
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.predict.options import PredictOptions
+from llmrec.answer.prompting import CONTEXT, value_of
 from llmrec.answer.rank.outputs import check_out, write_summary
-from llmrec.answer.rank.progress import RankBar
-from llmrec.answer.recommender import Recommender
+from llmrec.answer.rank.run import RankBar
+from llmrec.answer.strategy import about_families, way_about
 from llmrec.data.read.ranked import Predicted, write_records
 from llmrec.data.read.request_file import Raw, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
@@ -24,7 +25,7 @@ from llmrec.types import Answer, Text, Unparsed
 def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
     """Answer a file of questions and return what to print.
 
-    What was asked is remembered beside the output until that is written, so that a killed call resumes where it was.
+    Answers are kept next to the output until that is written, so that a killed call resumes where it was.
 
     Raises:
         LlmrecError: If nothing can be answered, because a file, a model or an option cannot be used.
@@ -39,7 +40,7 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
     failed = 0
     total = source.rows if options.limit is None else min(source.rows, options.limit)
     with (
-        Recommender.open(decided(asked), store=stored, ranks=False) as recommender,
+        LanguageModel.open(decided(asked), store=stored, ranks=False) as recommender,
         RankBar(total) as bar,
     ):
         family = _family(recommender, options.family)
@@ -49,19 +50,17 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
         while raws := list(islice(rows, options.batch)):
             read = [_read(raw, len(records) + n, recommender) for n, raw in enumerate(raws, start=1)]
             able = [request for request in read if isinstance(request, RankRequest)]
-            with recommender.asked(way.strategy) as backend:
-                encoder = recommender.encoder
-                answers = iter(answer_about(recommender.bundle, able, way=way, backend=backend, encoder=encoder))
+            answers = iter(recommender.about(able, way))
             for raw, request in zip(raws, read, strict=True):
-                found: Answer = next(answers) if isinstance(request, RankRequest) else request
-                records.append(_record(raw, len(records) + 1, request, found))
+                result: Answer = next(answers) if isinstance(request, RankRequest) else request
+                records.append(_record(raw, len(records) + 1, request, result))
                 failed += records[-1].error is not None
             bar.advance(len(raws))
         write_records(options.out, records, Predicted)
         digest = recommender.weights[:12]
     for ending in ("", "-wal", "-shm", "-journal"):
         stored.with_name(stored.name + ending).unlink(missing_ok=True)
-    told: dict[str, str | int] = {
+    summary: dict[str, str | int] = {
         "family": family,
         "template": way.template,
         "strategy": way.strategy,
@@ -70,16 +69,12 @@ def predict_file(options: PredictOptions) -> Mapping[str, str | int]:
         "failed": failed,
         "file": str(options.out),
     }
-    write_summary(options.out, dict(told))
-    return told
+    write_summary(options.out, dict(summary))
+    return summary
 
 
-def _family(recommender: Recommender, asked: str) -> str:
-    """Return the family that is asked for, or the only one.
-
-    Raises:
-        DataError: If there is none, or several.
-    """
+def _family(recommender: LanguageModel, asked: str) -> str:
+    """Return the family that is asked for, or the only one."""
     known = list(about_families(recommender.bundle))
     if asked != "auto":
         return asked
@@ -93,7 +88,7 @@ def _family(recommender: Recommender, asked: str) -> str:
     return known[0]
 
 
-def _read(raw: Raw, number: int, recommender: Recommender) -> RankRequest | Unparsed:
+def _read(raw: Raw, number: int, recommender: LanguageModel) -> RankRequest | Unparsed:
     """Read a question; a user of the run's data who comes without a history has the one that the data knows."""
     request_id = identity(raw.record, number)[0] or ""
     if raw.error or raw.record is None:
@@ -106,7 +101,7 @@ def _read(raw: Raw, number: int, recommender: Recommender) -> RankRequest | Unpa
         request = read_known(
             {**record, "candidates": [raw.record["item"]]},
             number,
-            lambda: recommender.known().histories,
+            lambda user: recommender.known().histories.of_user(user),
             recommender.items,
             recommender.profiles,
         )

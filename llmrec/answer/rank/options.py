@@ -116,11 +116,7 @@ OF_CLUSTERS = ("actors", "cpus", "gpus", "shards")
 
 
 def check_cluster(options: RankOptions) -> None:
-    """Refuse options of a cluster where none is asked for.
-
-    Raises:
-        RecipeError: If there is one.
-    """
+    """Refuse options of a cluster where none is asked for."""
     plain = RankOptions()
     for name in OF_CLUSTERS:
         if options.ray is None and getattr(options, name) != getattr(plain, name):

@@ -1,4 +1,4 @@
-"""What an output of `rank` and `predict` may stand in the place of."""
+"""What an output of `rank` and `predict` may replace."""
 
 from __future__ import annotations
 
@@ -32,9 +32,6 @@ def check_out(
         by: The command.
         parts: Where parts of a killed call wait.
         restart: Write over an output that was changed since.
-
-    Raises:
-        DataError: If the output cannot be written there.
     """
     if out.is_dir():
         raise DataError(f"{option} {out} is a folder; name a file", kind="unreadable", at=out, column=option)
@@ -76,6 +73,6 @@ def _recorded(out: Path) -> str | None:
         return None
 
 
-def write_summary(out: Path, told: Mapping[str, Json]) -> None:
-    """Say how an output was made, beside it."""
-    write_json(summary_beside(out), {**told, "sha256": sha256_of(out)})
+def write_summary(out: Path, summary: Mapping[str, Json]) -> None:
+    """Write how an output was made into the file next to it."""
+    write_json(summary_beside(out), {**summary, "sha256": sha256_of(out)})

@@ -3,72 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
 
 from llmrec.answer.checks import decided
-from llmrec.answer.known import known_in
-from llmrec.answer.loaded import Loaded, Wanted
+from llmrec.answer.known import Histories, Known
+from llmrec.answer.language_model import LanguageModel
+from llmrec.answer.listing import Wanted
+from llmrec.answer.loaded import Loaded
 from llmrec.answer.opening import Models, offered, open_classics, open_models, own_name
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
-from llmrec.answer.recommender import Answered, Recommender
+from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest, identity
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.pipeline import bundle as bundles
-from llmrec.pipeline.engines import dtype_name
 from llmrec.pipeline.fusion.parts import FUSIONS
 from llmrec.pipeline.resume import Budget
 from llmrec.recipe.load import load_recipe, load_stored
 from llmrec.types import Item, Unparsed
 
-# What a classic recommender is told too; the other options say how a language model is asked.
+# Options of a classic recommender too; the others say how a language model is asked.
 _SHARED = ("items", "candidates", "settings", "top", "batch")
 # How the language model of a folder is asked to rank, and how it is opened.
 _ASKED = ("task", "template", "strategy", "beams", "exact", "settings", "retrieve", "k", "fuse", "rationale")
 _OPENED = ("backend", "server_url", "server_model", "server_key_env", "noun", "max_length", "dtype")
-
-
-class Ranker(AbstractContextManager["Ranker"], Protocol):
-    """Answers requests, whatever it is; `llmrec.answer.recommender.Recommender` says what its members are."""
-
-    budget: Budget
-
-    @property
-    def items(self) -> Mapping[str, Item] | None:
-        """What requests may name by id."""
-        ...
-
-    @property
-    def identity(self) -> Mapping[str, object]:
-        """Everything besides the requests that can change an answer, by name."""
-        ...
-
-    @property
-    def stored(self) -> str:
-        """A hash over what is known of users, which requests may go by."""
-        ...
-
-    def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
-        """Read one request; what is wrong with it is a failure of its own."""
-        ...
-
-    def untitled(self, record: Mapping[str, object]) -> str:
-        """Return what is wrong with a request that names an item by id where no item is known."""
-        ...
-
-    def answer(
-        self,
-        requests: Sequence[RankRequest | Unparsed],
-        *,
-        advance: Callable[[int], None] = lambda done: None,
-        part: int | None = None,
-    ) -> list[Answered]:
-        """Answer every request, in order; see `Recommender.answer`."""
-        ...
 
 
 def resolved(options: RankOptions) -> RankOptions:
@@ -87,7 +47,7 @@ def resolved(options: RankOptions) -> RankOptions:
                 column="--by",
             )
         return options
-    check_named(options)
+    _check_named(options)
     bundle = bundles.read(options.model)
     own = own_name(bundle)
     asked = _changed(options, _ASKED)
@@ -116,20 +76,24 @@ def open_ranker(options: RankOptions, *, store: Path | None, budget: Budget) -> 
         LlmrecError: If an option, a file or the model cannot be used.
     """
     options = resolved(options)
-    if options.baseline is not None:
-        return NamedRanker(options, loaded_classic(options, open_classic(options)), budget)
-    if options.named is not None:
-        return NamedRanker(options, loaded_named(options), budget)
-    return Recommender.open(options, store=store, budget=budget)
+    if options.baseline is not None or options.named is not None:
+        return _NamedRanker(options, open_loaded(options), budget)
+    return LanguageModel.open(options, store=store, budget=budget)
 
 
-def loaded_named(options: RankOptions) -> Loaded:
-    """Open the model of a folder that ``by`` names, or else its default, as Python and a service ask it.
+def open_loaded(options: RankOptions) -> Loaded:
+    """Open what ranks as Python asks it: a classic recommender over the data of a recipe, or a model of a folder.
 
     Raises:
         LlmrecError: If it cannot be opened.
     """
-    given = RecommenderOptions(**{each.name: getattr(options, each.name) for each in fields(RecommenderOptions)})
+    if options.baseline is not None:
+        models = _open_classic(options)
+        assert models.data is not None
+        known = Known(models.items, Histories.of(models.data.dataset, models.data.seed))
+        return Loaded(RecommenderOptions(model=str(options.recipe)), models, known)
+    _check_named(options)
+    given = RecommenderOptions(**{option.name: getattr(options, option.name) for option in fields(RecommenderOptions)})
     asked = decided(given)
     return Loaded(asked, open_models(asked, [options.by or offered(bundles.read(options.model))[0]]))
 
@@ -141,34 +105,8 @@ def _changed(options: RankOptions, names: Sequence[str]) -> list[str]:
     return ["--set" if name == "settings" else f"--{name.replace('_', '-')}" for name in changed]
 
 
-def told_of(ranker: Ranker) -> Mapping[str, object]:
-    """Return what a summary says of what ranked, and how it was asked."""
-    if isinstance(ranker, NamedRanker):
-        return ranker.told
-    assert isinstance(ranker, Recommender)
-    way, options = ranker.way, ranker.options
-    return {
-        "model": options.model,
-        "task": way.family,
-        "template": way.template,
-        "strategy": way.strategy,
-        "options": way.options,
-        "engine": ranker.engine,
-        "server": options.server_model if ranker.engine == "openai" else None,
-        "dtype": dtype_name(ranker.bundle.model),
-        "window": ranker.encoder.max_length,
-        "history": ranker.bundle.tasks.present()[way.family].history,
-        "retriever": ranker.retriever.identity if ranker.retriever else None,
-        "rationales": ranker.reasoner is not None,
-    }
-
-
-def check_named(options: RankOptions) -> None:
-    """Refuse options that name no model, or a recipe beside one.
-
-    Raises:
-        RecipeError: If they do.
-    """
+def _check_named(options: RankOptions) -> None:
+    """Reject options that name no model, or a recipe in addition to one."""
     if options.recipe is not None:
         way = "and --model names the run itself; drop one of them" if options.model else "so name that too"
         raise RecipeError(
@@ -184,16 +122,12 @@ def check_named(options: RankOptions) -> None:
         )
 
 
-def open_classic(options: RankOptions) -> Models:
-    """Fit the classic recommender that options name to the data of their recipe.
-
-    Raises:
-        LlmrecError: If an option is one of language models, or the recipe or its data cannot be used.
-    """
+def _open_classic(options: RankOptions) -> Models:
+    """Fit the classic recommender that options name to the data of their recipe."""
     plain = RecommenderOptions(model="")
-    for each in fields(RecommenderOptions):
-        if each.name not in _SHARED and getattr(options, each.name) != getattr(plain, each.name):
-            option = f"--{each.name.replace('_', '-')}"
+    for name in (field.name for field in fields(RecommenderOptions)):
+        if name not in _SHARED and getattr(options, name) != getattr(plain, name):
+            option = f"--{name.replace('_', '-')}"
             more = "; --top says how many items are listed" if option == "--k" else ""
             raise RecipeError(
                 f"{option} says how a language model is opened or asked, and --baseline ranks without one; drop one "
@@ -221,18 +155,11 @@ def open_classic(options: RankOptions) -> Models:
     return open_classics(recipe, [str(options.baseline)], options.items)
 
 
-def loaded_classic(options: RankOptions, models: Models) -> Loaded:
-    """Return a fitted recommender as Python and a service ask it."""
-    assert models.data is not None
-    known = known_in(models.data.dataset, models.items, models.data.seed)
-    return Loaded(RecommenderOptions(model=str(options.recipe)), models, known)
+class _NamedRanker:
+    """A model under its name: it ranks candidates, or the whole catalogue where a request has none.
 
-
-class NamedRanker:
-    """Ranks for requests with one model under its name: candidates, or the whole catalogue where a request has none.
-
-    A request that names a user of the data and brings no history has the one that the data know, and one about whom
-    nothing is known gets the most popular items, as a service does it.
+    A request that names a user of the data and has no history gets the one that is stored, and one of whose user
+    nothing is known gets the most popular items, as in a service.
 
     Args:
         options: What was asked for.
@@ -245,36 +172,26 @@ class NamedRanker:
 
     @property
     def items(self) -> Mapping[str, Item]:
-        """See `Ranker`."""
         return self._loaded.items
 
     @property
     def identity(self) -> dict[str, object]:
-        """See `Ranker`."""
-        options = self._options
-        return {
-            "signature": self._loaded.signature(),
-            "whole": options.whole,
-            "top": options.top,
-            "batch": options.batch,
-        }
+        options, signature = self._options, self._loaded.signature()
+        return {"signature": signature, "whole": options.whole, "top": options.top, "batch": options.batch}
 
     @property
-    def stored(self) -> str:
-        """See `Ranker`."""
-        return self._loaded.histories
-
-    @property
-    def told(self) -> Mapping[str, object]:
-        """See `told_of`."""
+    def described(self) -> Mapping[str, object]:
         options, signature = self._options, self._loaded.signature()
         if options.baseline is None:
             return {"model": options.model, "by": self._loaded.models[0], "signature": signature}
         named = {"baseline": options.baseline, "signature": signature, "recipe": options.recipe}
         return {**named, "data": self._loaded.data_name}
 
+    @property
+    def histories(self) -> str:
+        return self._loaded.histories
+
     def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
-        """See `Ranker`."""
         whole = self._options.whole or record.get("candidates") is None
         try:
             return self._loaded.read(record, row, whole=whole)
@@ -282,26 +199,25 @@ class NamedRanker:
             return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
 
     def untitled(self, record: Mapping[str, object]) -> str:
-        """See `Ranker`: data have a text for every item."""
+        # Data have a text for every item.
         return ""
 
-    def answer(
+    def rank(
         self,
         requests: Sequence[RankRequest | Unparsed],
         *,
         advance: Callable[[int], None] = lambda done: None,
         part: int | None = None,
     ) -> list[Answered]:
-        """See `Ranker`."""
-        able = [each for each in requests if isinstance(each, RankRequest)]
-        found = iter(self._loaded.lists(able, Wanted(k=self._options.top)))
+        able = [request for request in requests if isinstance(request, RankRequest)]
+        lists = iter(self._loaded.lists(able, Wanted(k=self._options.top)))
         answers = [
-            Answered(answer=each) if isinstance(each, Unparsed) else _answered(each, next(found)) for each in requests
+            _answered(request, next(lists) if isinstance(request, RankRequest) else None) for request in requests
         ]
         advance(len(requests))
         return answers
 
-    def __enter__(self) -> NamedRanker:
+    def __enter__(self) -> _NamedRanker:
         return self
 
     def __exit__(
@@ -310,8 +226,14 @@ class NamedRanker:
         self._loaded.close()
 
 
-def _answered(request: RankRequest, found: Any) -> Answered:
-    if isinstance(found, LlmrecError):
-        return Answered(answer=Unparsed(request_id=request.id, reason=str(found)), notes=request.notes)
-    assert isinstance(found, Answered)
-    return found
+def _answered(request: RankRequest | Unparsed, answer: Answered | LlmrecError | None) -> Answered:
+    if isinstance(request, Unparsed):
+        return Answered(answer=request)
+    if isinstance(answer, LlmrecError):
+        return Answered(answer=Unparsed(request_id=request.id, reason=str(answer)), notes=request.notes)
+    assert answer is not None
+    return answer
+
+
+Ranker = LanguageModel | _NamedRanker
+"""A model that ranks a file of requests: a language model as the options say, or a model under its name."""

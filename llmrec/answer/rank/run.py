@@ -5,20 +5,21 @@ from __future__ import annotations
 import logging
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from hashlib import blake2b
 from itertools import islice
 from operator import itemgetter
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import TracebackType
 from typing import Any
 
 from llmrec import terminal
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.outputs import check_out, summary_beside
-from llmrec.answer.rank.progress import RankBar, Tally, asked_of, summary_of
 from llmrec.answer.rank.ranker import Ranker, open_ranker, resolved
 from llmrec.answer.recommender import Answered
 from llmrec.data.read.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
@@ -27,10 +28,12 @@ from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Place
 from llmrec.fingerprint import digest_of
+from llmrec.machine import machine, versions
 from llmrec.pipeline.resume import LOCK, Budget, locked, read_stage
+from llmrec.progress import Bar
 from llmrec.recipe.shared import Form
 from llmrec.records import Shard
-from llmrec.types import Ranking, Unparsed
+from llmrec.types import Cost, Ranking, Unparsed
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +42,10 @@ STDOUT = Path("-")
 
 PART = 64
 """Requests of one part; more where the backend is handed more at a time."""
+
+_SHOWN = 5
+# Texts that a request brought can make a note long; the output has it whole.
+_LONGEST = 160
 
 
 @dataclass(frozen=True)
@@ -96,7 +103,7 @@ class Row:
 
 
 def rank_file(options: RankOptions) -> Mapping[str, Any]:
-    """Rank a file of requests and return the summary, which also lies beside the output.
+    """Rank a file of requests and return the summary, which is also written next to the output.
 
     Where the output is the standard output, nothing else is written there, and nothing is kept for another call.
 
@@ -109,8 +116,8 @@ def rank_file(options: RankOptions) -> Mapping[str, Any]:
     with TemporaryDirectory(prefix="llmrec-rank-") as folder:
         target = Path(folder) / ("lists.trec" if options.form == "trec" else "lists.jsonl")
         summary = _rank_into(replace(options, out=target))
-        with target.open("rb") as found:
-            shutil.copyfileobj(found, terminal.out().buffer)
+        with target.open("rb") as stream:
+            shutil.copyfileobj(stream, terminal.out().buffer)
         terminal.out().flush()
     return {**summary, "out": str(STDOUT)}
 
@@ -164,15 +171,11 @@ def opening(options: RankOptions, source: RequestFile, folder: Path, budget: Bud
 
 def rank_key(options: RankOptions, source: RequestFile, recommender: Ranker) -> str:
     """Return the hash of every input that can change a ranking."""
-    return digest_of(requests=source.sha256, limit=options.limit, users=recommender.stored, **recommender.identity)
+    return digest_of(requests=source.sha256, limit=options.limit, users=recommender.histories, **recommender.identity)
 
 
 def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker) -> None:
-    """Refuse the whole file where a request names an item by its id alone, and no item is known.
-
-    Raises:
-        DataError: If one does.
-    """
+    """Refuse the whole file where a request names an item by its id alone, and no item is known."""
     for raw in islice(source, options.limit) if recommender.items == {} else ():
         if raw.record is not None and (fault := recommender.untitled(raw.record)):
             raise DataError(
@@ -184,7 +187,7 @@ def check_titled(options: RankOptions, source: RequestFile, recommender: Ranker)
 
 
 def finished(target: Path, form: Form, key: str) -> Mapping[str, Any] | None:
-    """Return the summary of an output that the same inputs gave, if it still lies there as it was written."""
+    """Return the summary of an output of the same inputs, if the output is unchanged since."""
     done = read_stage(summary_beside(target), key, itemgetter("sha256"))
     same = done is not None and done.get("form") == form and target.is_file() and sha256_of(target) == done["sha256"]
     return done if same else None
@@ -227,7 +230,7 @@ def empty(folder: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Remove a folder of parts; what somebody else put there since stays, and the folder with it."""
+    """Remove a folder of parts; files of others stay, and the folder with them."""
     empty(folder)
     others = [path.name for path in folder.iterdir() if path.name != LOCK]
     if others:
@@ -246,7 +249,7 @@ def rank_parts(
     tally: Tally,
     shard: Shard | None = None,
 ) -> Iterator[list[Ranked]]:
-    """Rank part after part, and keep each in a folder; one that lies there already is not ranked again.
+    """Rank part after part, and keep each in a folder; one that is there already is not ranked again.
 
     Args:
         options: What is asked for.
@@ -255,7 +258,7 @@ def rank_parts(
         folder: Where parts are kept.
         key: Hash of every input; parts that others gave are dropped.
         tally: Where records are counted.
-        shard: Rank the parts of one shard alone; ids of the rows before it are read, since one may stand twice.
+        shard: Rank the parts of one shard alone; ids of the rows before it are read, to find duplicates.
     """
     _claim(folder, key)
     budget, earlier = recommender.budget, dict[bytes, int]()
@@ -278,7 +281,7 @@ def rank_parts(
                 before = budget.stages.get("ranking", 0.0)
                 with budget.stage("ranking"):
                     asked = [row.asked(recommender) for row in lines]
-                    answers = recommender.answer(asked, advance=bar.advance, part=number)
+                    answers = recommender.rank(asked, advance=bar.advance, part=number)
                     records = [row.record(answer) for row, answer in zip(lines, answers, strict=True)]
                 write_part(path, records)
                 tally.add(records, seconds=budget.stages["ranking"] - before)
@@ -307,11 +310,7 @@ def _work(options: RankOptions, source: RequestFile, recommender: Ranker, key: s
 
 
 def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int]) -> None:
-    """Refuse a second list of a user where a row of the output names the user alone.
-
-    Raises:
-        DataError: If there is one; what was ranked is kept, for a call that writes another form.
-    """
+    """Refuse a second list of a user where a row of the output names the user alone."""
     for record in records:
         if record.error is None and (first := earlier.setdefault(listed(record), record.line)) != record.line:
             raise DataError(
@@ -325,11 +324,7 @@ def check_owners(source: Path, records: Sequence[Ranked], earlier: dict[str, int
 
 
 def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
-    """Yield the records of finished parts.
-
-    Raises:
-        LlmrecError: If one was changed since.
-    """
+    """Yield the records of finished parts."""
     for path in paths:
         records = read_part(path)
         if records is None:
@@ -337,3 +332,236 @@ def stored(paths: Iterable[Path]) -> Iterator[Ranked]:
                 f"{path} was changed while it waited; run the same command again", kind="damaged", at=path
             )
         yield from records
+
+
+# --------------------------------------------------------------------------- progress and summary
+
+
+@dataclass(frozen=True)
+class Part:
+    """What ranking one part took, engine start, retrieval and rationales left out."""
+
+    lines: int
+    seconds: float
+
+
+@dataclass
+class Tally:
+    """Counts over all records, and what was ranked in this invocation."""
+
+    lines: int = 0
+    failed: int = 0
+    noted: int = 0
+    retrieved: int = 0
+    cost: Cost = field(default_factory=Cost)
+    rationale: Cost = field(default_factory=Cost)
+    written: int = 0
+    failures: list[dict[str, Any]] = field(default_factory=list)
+    notes: list[dict[str, Any]] = field(default_factory=list)
+    fresh: int = 0
+    fresh_ranked: int = 0
+    fresh_tokens: int = 0
+    parts: list[Part] = field(default_factory=list)
+
+    def add(self, records: Sequence[Ranked], *, seconds: float | None = None) -> None:
+        """Count the records of a part.
+
+        Args:
+            records: One a line.
+            seconds: What ranking them took; None: an earlier invocation ranked them.
+        """
+        for record in records:
+            self._add(record)
+            if seconds is not None:
+                self.fresh += 1
+                self.fresh_ranked += record.error is None
+                self.fresh_tokens += record.prompt_tokens + record.completion_tokens
+        if seconds is not None:
+            self.parts.append(Part(len(records), seconds))
+
+    def _add(self, record: Ranked) -> None:
+        self.lines += 1
+        self.retrieved += record.retrieved > 0
+        self.written += sum(bool(text) for text in record.rationale)
+        self.cost += Cost(
+            prompt_tokens=record.prompt_tokens,
+            completion_tokens=record.completion_tokens,
+            forwards=record.forwards,
+        )
+        self.rationale += Cost(
+            prompt_tokens=record.rationale_prompt_tokens,
+            completion_tokens=record.rationale_completion_tokens,
+            forwards=record.rationale_forwards,
+        )
+        if record.error is not None:
+            self.failed += 1
+            if len(self.failures) < _SHOWN:
+                self.failures.append({"line": record.line, "request_id": record.request_id, "error": record.error})
+        if record.notes:
+            self.noted += 1
+            if len(self.notes) < _SHOWN:
+                self.notes.append({"line": record.line, "request_id": record.request_id, "notes": list(record.notes)})
+
+
+class RankBar:
+    """The progress of a ranking, with the rate of this invocation."""
+
+    def __init__(self, total: int) -> None:
+        self._bar = Bar("ranking", total, unit="requests")
+        self._done = 0
+        self._begin: float | None = None
+
+    def __enter__(self) -> RankBar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop(failed=error is not None)
+
+    def skip(self, count: int) -> None:
+        """Show requests that an earlier run ranked."""
+        self._bar.skip(count)
+
+    def advance(self, count: int) -> None:
+        """Show requests that were just ranked."""
+        rate = ""
+        if self._begin is None:
+            # The first answers took the start of the engine with them.
+            self._begin = time.monotonic()
+        else:
+            self._done += count
+            rate = f"{self._done / max(time.monotonic() - self._begin, 0.001):.1f} requests/s"
+        self._bar.advance(count, rate)
+
+
+def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
+    """Return a summary as the console shows it: counts first, then the first failures and notes, costs last."""
+    rows = {
+        "ranked": f"{summary['ranked']:,} of {summary['lines']:,} lines",
+        "failed": f"{summary['failed']:,}",
+    }
+    for each in summary["failures"]:
+        rows[f"  line {each['line']}"] = each["error"]
+    if summary["failed"] > len(summary["failures"]):
+        rows["  and more"] = f"see the column 'error' of {summary['out']}"
+    rows["with notes"] = f"{summary['with_notes']:,}"
+    for each in summary["notes"]:
+        note = "; ".join(each["notes"])
+        rows[f"  note on line {each['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
+    if summary["requests_per_second"] is not None:
+        tokens = "" if "signature" in summary else f", {summary['tokens_per_second']:,.0f} tokens/s"
+        rows["speed"] = f"{summary['requests_per_second']:,.2f} requests/s{tokens}"
+    if summary["seconds_per_request"] is not None:
+        each = summary["seconds_per_request"]
+        rows["seconds a request"] = (
+            f"{each['mean']:.3f}, from {each['fastest_part']:.3f} in the fastest part to {each['slowest_part']:.3f}"
+        )
+    if "signature" not in summary:
+        rows["cost"] = _cost(summary)
+    if summary["rationale"] is not None:
+        rows["cost of rationales"] = f"{summary['rationale']['written']:,} written: {_cost(summary['rationale'])}"
+    if summary.get("retriever") is not None:
+        result = summary["retriever"]
+        rows["retrieved"] = f"{result['k']} by {result['retriever']}, for {summary['with_retrieved']:,} lines"
+    if "baseline" in summary:
+        rows["asked"] = f"{summary['baseline']}, fitted to {summary['data']}"
+    elif "by" in summary:
+        rows["asked"] = f"{summary['by']} of {summary['model']}"
+    else:
+        rows["asked"] = f"{summary['task']}/{summary['template']}, {summary['strategy']}, {summary['engine']}"
+    rows["seconds"] = ", ".join(f"{name} {spent:.1f}" for name, spent in summary["seconds"].items())
+    if summary["from_earlier_run"]:
+        rows["from an earlier run"] = f"{summary['from_earlier_run']:,} lines"
+    rows["output"] = str(summary["out"])
+    return rows
+
+
+def _cost(spent: Mapping[str, Any]) -> str:
+    """Write a cost in words: its sums, and its tokens and forward passes a ranked line."""
+    prompts, answers, each = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
+    text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forward passes"
+    if each is None:
+        return text
+    tokens = each["prompt_tokens"] + each["completion_tokens"]
+    return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forward passes a ranked line"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was asked, by what, as a summary says it.
+
+    Attributes:
+        requests: The file of requests.
+        out: The file of rankings.
+        form: How they lie in it.
+        blank_lines: Lines between the requests.
+        model: What ranked, and how it was asked; see `LanguageModel.described`.
+        key: Hash of every input.
+    """
+
+    requests: str
+    out: Path
+    form: Form
+    blank_lines: int
+    model: Mapping[str, object]
+    key: str
+
+
+def asked_of(options: RankOptions, source: RequestFile, recommender: Ranker, key: str) -> Asked:
+    """Return what was asked of a recommender."""
+    return Asked(str(options.source), options.target, options.layout, source.blank, recommender.described, key)
+
+
+def summary_of(asked: Asked, tally: Tally, seconds: Mapping[str, float]) -> dict[str, Any]:
+    """Return what the console and the JSON file say.
+
+    Args:
+        asked: What was asked.
+        tally: What became of it.
+        seconds: Spent, by stage.
+    """
+    ranking = seconds.get("ranking", 0.0)
+    model = dict(asked.model)
+    reasons = bool(model.pop("rationales", False))
+    return {
+        "key": asked.key,
+        "requests": asked.requests,
+        "out": str(asked.out),
+        "form": asked.form,
+        "sha256": sha256_of(asked.out),
+        **model,
+        "lines": tally.lines,
+        "blank_lines": asked.blank_lines,
+        "ranked": tally.lines - tally.failed,
+        "failed": tally.failed,
+        "failures": tally.failures,
+        "with_notes": tally.noted,
+        "notes": tally.notes,
+        "with_retrieved": tally.retrieved,
+        **_costs(tally, tally.cost),
+        "rationale": {"written": tally.written, **_costs(tally, tally.rationale)} if reasons else None,
+        "from_earlier_run": tally.lines - tally.fresh,
+        "requests_per_second": round(tally.fresh_ranked / ranking, 3) if tally.fresh_ranked else None,
+        "tokens_per_second": round(tally.fresh_tokens / ranking, 1) if tally.fresh_ranked else None,
+        "seconds_per_request": _seconds(tally),
+        "seconds": {name: round(spent, 3) for name, spent in seconds.items()},
+        "versions": versions(),
+        "machine": machine(),
+    }
+
+
+def _costs(tally: Tally, cost: Cost) -> dict[str, Any]:
+    """Return the sums of a cost, and its means over the lines that were ranked; no means if none was."""
+    sums, ranked = asdict(cost), tally.lines - tally.failed
+    return {**sums, "per_request": {name: round(sum_ / ranked, 2) for name, sum_ in sums.items()} if ranked else None}
+
+
+def _seconds(tally: Tally) -> dict[str, float] | None:
+    """Return seconds a request in the parts that this invocation ranked: over all of them, the fastest, the slowest."""
+    if not tally.parts:
+        return None
+    each = [part.seconds / part.lines for part in tally.parts]
+    whole = sum(part.seconds for part in tally.parts) / sum(part.lines for part in tally.parts)
+    return {"mean": round(whole, 4), "fastest_part": round(min(each), 4), "slowest_part": round(max(each), 4)}

@@ -12,10 +12,13 @@ from typing import Any
 
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.outputs import check_out, outdate, summary_beside
-from llmrec.answer.rank.progress import Asked, Part, Tally, asked_of, summary_of
 from llmrec.answer.rank.ranker import Ranker, resolved
 from llmrec.answer.rank.run import (
     STDOUT,
+    Asked,
+    Part,
+    Tally,
+    asked_of,
     check_owners,
     check_titled,
     empty,
@@ -28,6 +31,7 @@ from llmrec.answer.rank.run import (
     rank_parts,
     remove,
     stored,
+    summary_of,
 )
 from llmrec.data.read.ranked import form_of, write_lists
 from llmrec.data.read.request_file import open_requests
@@ -44,7 +48,7 @@ _FRESH = ("fresh", "fresh_ranked", "fresh_tokens")
 
 
 def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = None) -> Path:
-    """Rank one shard of a file of requests into a folder beside the output; a killed call resumes.
+    """Rank one shard of a file of requests into a folder next to the output; a killed call resumes.
 
     Args:
         options: As for the whole file; ``out`` is the file that `merge_rank` writes.
@@ -89,8 +93,8 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
                     deque(rank_parts(options, source, recommender, folder, key, tally, shard), maxlen=0)
                     names = [part_name(number) for number in shard.chunks(*part_sizes(options, source))]
                     seconds = {name: spent - before.get(name, 0.0) for name, spent in budget.stages.items()}
-                    told = _told(asked_of(options, source, recommender, key), options, tally, seconds)
-                    finish(folder, "rank", shard, key, names, told)
+                    summary = _summary(asked_of(options, source, recommender, key), options, tally, seconds)
+                    finish(folder, "rank", shard, key, names, summary)
             # What a part was answered with is in the part.
             for path in folder.glob("answers.sqlite*"):
                 path.unlink()
@@ -101,7 +105,7 @@ def rank_shard(options: RankOptions, shard: Shard, *, ranker: Ranker | None = No
 
 
 def drop_shards(target: Path) -> None:
-    """Remove what earlier calls left of all shards of a file, so that each is ranked anew, however often it is tried.
+    """Remove what earlier calls left of all shards of a file, so that each is ranked again, however often it is tried.
 
     Raises:
         LlmrecError: If a shard is being worked.
@@ -116,15 +120,15 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
     """Write the rankings of all shards as one process writes them, and return the summary.
 
     Args:
-        target: The file of rankings, as the shards were told.
-        folders: The shards' folders; by default those beside the file.
+        target: The file of rankings, as given to the shards.
+        folders: The shards' folders; by default those next to the file.
 
     Raises:
         LlmrecError: If shards are missing, damaged, doubled or of other inputs, or the file cannot be written.
     """
-    found = gathered(target, folders)
-    told = found[0].told
-    asked = Asked(told["requests"], target, told["form"], told["blank_lines"], told["told"], found[0].key)
+    result = gathered(target, folders)
+    first = result[0].told
+    asked = Asked(first["requests"], target, first["form"], first["blank_lines"], first["told"], result[0].key)
     form_of(target, asked.form)
     parts = target.with_name(target.name + ".parts")
     check_out(target, (Path(asked.requests),), option="the file to merge into", by="rank", parts=parts)
@@ -132,7 +136,7 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
         done = finished(target, asked.form, asked.key)
         if done is not None:
             log.warning("%s is complete already", target)
-        summary = done or _merged(found, asked)
+        summary = done or _merged(result, asked)
         remove(parts)
     return summary
 
@@ -148,27 +152,27 @@ def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
             check_owners(Path(asked.requests), records, owners)
     write_lists(asked.out, stored(paths), asked.form, found[0].told["tag"])
     seconds: Counter[str] = Counter()
-    for each in found:
-        seconds.update(each.told["seconds"])
-        tally.parts += [Part(**part) for part in each.told["parts"]]
+    for result in found:
+        seconds.update(result.told["seconds"])
+        tally.parts += [Part(**part) for part in result.told["parts"]]
         for name in _FRESH:
-            setattr(tally, name, getattr(tally, name) + each.told[name])
+            setattr(tally, name, getattr(tally, name) + result.told[name])
     summary = summary_of(asked, tally, seconds)
     summary["shards"] = [
-        {"shard": str(each.shard), **{name: each.told[name] for name in ("seconds", "versions", "machine")}}
-        for each in found
+        {"shard": str(result.shard), **{name: result.told[name] for name in ("seconds", "versions", "machine")}}
+        for result in found
     ]
     write_checked(summary_beside(asked.out), summary)
     return summary
 
 
-def _told(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
-    """Return what a shard says of itself: what its summary needs besides the records."""
+def _summary(asked: Asked, options: RankOptions, tally: Tally, seconds: Mapping[str, float]) -> Mapping[str, Any]:
+    """Return what the summary of all shards needs of one besides its records."""
     return {
         "requests": asked.requests,
         "form": asked.form,
         "blank_lines": asked.blank_lines,
-        "told": dict(asked.told),
+        "told": dict(asked.model),
         "tag": options.tag,
         "lines": tally.lines,
         "failed": tally.failed,

@@ -20,8 +20,8 @@ from llmrec.answer.loaded import Loaded
 from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.outputs import check_out, write_summary
-from llmrec.answer.rank.progress import RankBar
-from llmrec.answer.rank.ranker import check_named, loaded_classic, loaded_named, open_classic
+from llmrec.answer.rank.ranker import open_loaded
+from llmrec.answer.rank.run import RankBar
 from llmrec.data.read.cells import write_rows
 from llmrec.data.read.databases import file_of
 from llmrec.durable import replacing
@@ -30,7 +30,7 @@ from llmrec.fingerprint import digest_of
 from llmrec.pipeline.resume import LOCK, locked
 
 TABLE = "recommendations"
-"""Of a database: it is written anew, in one transaction."""
+"""The table of a database, which is replaced in one transaction."""
 
 _PART = 256
 _DATABASES = (".db", ".sqlite", ".sqlite3")
@@ -58,7 +58,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         check_out(Path(to), (options.items,), option="--to", by=by, parts=_parts(to), restart=options.restart)
     k = options.top or 10
     with ExitStack() as opened:
-        rec = opened.enter_context(_opened(options))
+        rec = opened.enter_context(open_loaded(options))
         if not rec.users:
             raise DataError(
                 f"--all-users: {options.model} knows no users; name a run folder, whose data has them",
@@ -81,7 +81,7 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
         for path in paths:
             path.unlink()
     _parts(to).joinpath(LOCK).unlink(missing_ok=True)
-    # What somebody else put there stays, and the folder with it.
+    # Files of others stay, and the folder with them.
     with suppress(OSError):
         _parts(to).rmdir()
     return {
@@ -93,20 +93,8 @@ def rank_users(options: RankOptions) -> Mapping[str, str | int]:
     }
 
 
-def _opened(options: RankOptions) -> Loaded:
-    """Open what ranks: a classic recommender over the data of a recipe, or a model of a folder."""
-    if options.baseline is not None:
-        return loaded_classic(options, open_classic(options))
-    check_named(options)
-    return loaded_named(options)
-
-
 def _refuse_others(options: RankOptions) -> None:
-    """Refuse options that say nothing about lists for every user.
-
-    Raises:
-        DataError: If there is one.
-    """
+    """Refuse options that say nothing about lists for every user."""
     plain = RankOptions()
     named = ("requests", "out", "form", "fuse", "retrieve", "rationale", "candidates", "template", "task")
     for name in (*named, "shard", "ray", *(("by",) if options.baseline is not None else ("settings",))):
@@ -128,19 +116,15 @@ def _ranked(rec: Loaded, users: Sequence[str], folder: Path, key: str, k: int, s
             if path.is_file():
                 bar.skip(len(part))
             else:
-                found = rec.rank(pa.table({"id": part, "user_id": part}), k=k, strategy=strategy)
+                result = rec.rank(pa.table({"id": part, "user_id": part}), k=k, strategy=strategy)
                 with replacing(path) as draft:
-                    pq.write_table(found.select(_COLUMNS), draft)
+                    pq.write_table(result.select(_COLUMNS), draft)
                 bar.advance(len(part))
             yield path
 
 
 def _target(to: str) -> tuple[str, str]:
-    """Return what is written, a file's suffix, ``sqlite`` or ``postgresql``, and the file or the address.
-
-    Raises:
-        DataError: If it is nothing that is known.
-    """
+    """Return what is written, a file's suffix, ``sqlite`` or ``postgresql``, and the file or the address."""
     if to.startswith(("postgresql://", "postgres://")):
         require("adbc_driver_postgresql", "tables")
         return "postgresql", to
@@ -178,7 +162,7 @@ def _write(kind: str, to: str, table: pa.Table) -> None:
 
 
 def _write_sqlite(path: Path, table: pa.Table) -> None:
-    """Write a table of an SQLite file anew; other tables in it stay."""
+    """Replace a table of an SQLite file; other tables in it stay."""
     rows = [tuple(row[name] for name in _COLUMNS) for row in table.to_pylist()]
     try:
         with closing(sqlite3.connect(path)) as database, database:
@@ -206,11 +190,7 @@ def _check_sqlite(path: Path) -> None:
 
 
 def _check_table(path: Path, database: sqlite3.Connection) -> None:
-    """Refuse a file that another program marked as its own, and a table that is not one of these lists.
-
-    Raises:
-        DataError: If it is somebody else's.
-    """
+    """Refuse a file that another program marked as its own, and a table that is not one of these lists."""
     owner = database.execute("PRAGMA application_id").fetchone()[0]
     columns = tuple(row[1] for row in database.execute(f"PRAGMA table_info({TABLE})"))
     if owner or columns not in ((), _COLUMNS):
@@ -236,8 +216,8 @@ def _write_postgres(url: str, table: pa.Table) -> None:
         raise
     except Exception as error:
         # The driver's message may hold the address, and with it a password.
-        said = str(error).replace(url, _shown(url)).splitlines()[0]
-        raise LlmrecError(f"--to {_shown(url)}: {said}", kind="failed", column="--to") from None
+        message = str(error).replace(url, _shown(url)).splitlines()[0]
+        raise LlmrecError(f"--to {_shown(url)}: {message}", kind="failed", column="--to") from None
 
 
 def _shown(to: str) -> str:
@@ -249,7 +229,7 @@ def _shown(to: str) -> str:
 
 
 def _parts(to: str) -> Path:
-    """Return where parts wait: beside a file, and for a database in the working folder."""
+    """Return the folder of parts: next to a file, and for a database in the working folder."""
     path = Path(f"{TABLE}-{digest_of(to=to)[:8]}") if "://" in to else Path(to)
     return path.with_name(path.name + ".parts")
 

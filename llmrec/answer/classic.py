@@ -1,0 +1,344 @@
+"""Classic recommenders over the interactions of a run: as models that answer, and to retrieve candidates for others."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmrec.answer.prompting import NOBODY
+from llmrec.answer.recommender import RANK, Answered, Kind, Question, Recommender, check_only_auto, signed
+from llmrec.baselines.fits import fitted
+from llmrec.baselines.retrieve import best, shuffled
+from llmrec.data.assemble import digest_items
+from llmrec.data.requests import RankRequest, some
+from llmrec.data.split import SplitDataset
+from llmrec.errors import DataError
+from llmrec.pipeline.bundle import Bundle
+from llmrec.pipeline.fusion.carried import carried
+from llmrec.pipeline.study import load_tables
+from llmrec.prompts.template import clean
+from llmrec.recipe.load import load_stored
+from llmrec.report.results import content_of
+from llmrec.types import Answer, CatalogueScorer, Event, Item, Predictor, Ranking, Request, Unparsed
+
+log = logging.getLogger(__name__)
+
+MOST_ORDERED = 200
+"""Candidates that a language model orders in one question."""
+NOTHING_LEFT = "no item of the catalogue is left to rank"
+# Least candidates of two-step retrieval.
+_RETRIEVED = 50
+# The retriever of requests without a known item in the history.
+_FALLBACK = "popularity"
+_NAMED = 3
+
+
+class Naming:
+    """Translation between requests as people write them and the ids of a data set.
+
+    An item is found by its id, or by its title where only one item has that.
+
+    Args:
+        data: Whose ids classic recommenders know.
+    """
+
+    def __init__(self, data: SplitDataset) -> None:
+        self._items = data.dataset.items
+
+    def known(self, request: RankRequest) -> tuple[tuple[Event, ...], list[str]]:
+        """Return the events of a history whose items the data has, under its ids, and the names of the others."""
+        events: list[Event] = []
+        unknown: dict[str, None] = {}
+        for past in request.history:
+            item = self._id_of(past.item, request)
+            if item is None:
+                unknown.setdefault(past.item.item_id)
+            else:
+                events.append(Event(item_id=item, rating=past.rating, timestamp=past.timestamp))
+        return tuple(events), list(unknown)
+
+    def request(self, request: RankRequest) -> Request:
+        """Return a request with its candidates; one that the data does not have keeps its name, behind a mark."""
+        return Request(
+            id=request.id,
+            user_id=NOBODY if request.user_id is None else request.user_id,
+            history=self.known(request)[0],
+            candidates=tuple(self._names(request)),
+        )
+
+    def has(self, item: Item) -> bool:
+        """Whether the data has an item, under its id or its title."""
+        return item.item_id in self._items or self._by_title.get(item.title) is not None
+
+    def renamed(self, ranking: Ranking, request: RankRequest) -> Ranking:
+        """Return a ranking of a request's candidates under the names that `request` gives them."""
+        names = dict(zip((item.item_id for item in request.candidates), self._names(request), strict=True))
+        return replace(ranking, items=tuple(names[item] for item in ranking.items))
+
+    def back(self, ranking: Ranking, request: RankRequest) -> Ranking:
+        """Return a ranking under the ids of the request."""
+        ids = dict(zip(self._names(request), (item.item_id for item in request.candidates), strict=True))
+        return replace(ranking, request_id=request.id, items=tuple(ids[item] for item in ranking.items))
+
+    def _names(self, request: RankRequest) -> Sequence[str]:
+        ids = [self._id_of(item, request) for item in request.candidates]
+        # Two titles may lead to one item, and then neither does.
+        times = Counter(ids)
+        return [
+            name if name is not None and times[name] == 1 else f"\0{item.item_id}"
+            for name, item in zip(ids, request.candidates, strict=True)
+        ]
+
+    def _id_of(self, item: Item, request: RankRequest) -> str | None:
+        if item.item_id not in request.titled and item.item_id in self._items:
+            return item.item_id
+        return self._by_title.get(item.title)
+
+    @cached_property
+    def _by_title(self) -> Mapping[str, str | None]:
+        ids: dict[str, str | None] = {}
+        for item_id, item in self._items.items():
+            title = clean(item.title)
+            ids[title] = None if title in ids else item_id
+        return ids
+
+
+def training_data(bundle: Bundle, option: str = "--retrieve") -> SplitDataset:
+    """Return a run's data as its training saw it, or the interactions that an exported folder carries.
+
+    A warning says so where the data have changed since the run was measured.
+
+    Args:
+        bundle: The model.
+        option: What learns from them, for messages.
+    """
+    if bundle.run is None:
+        if (result := carried(Path(bundle.folder), seed=bundle.seed)) is not None:
+            return result
+        raise DataError(
+            f"{option} learns from the interactions of a run, and {bundle.folder} carries none; name the run folder "
+            "with --model, or export it with --with-interactions",
+            kind="unsupported",
+            at=bundle.folder,
+            column=option,
+        )
+    recipe = load_stored(bundle.run)
+    try:
+        data = load_tables(recipe)[0]
+    except DataError as error:
+        raise DataError(
+            f"{error}. This is the data of the run {bundle.run}, which {option} learns from",
+            kind=error.kind,
+            at=error.place,
+            column=error.column,
+        ) from None
+    _warn_of_change(bundle.run, data)
+    return data
+
+
+def _warn_of_change(run: Path, data: SplitDataset) -> None:
+    if not (run / "results.json").is_file():
+        return
+    measured = content_of(run).get("data", {}).get("main", {})
+    if measured.get("split_fingerprint") not in (None, data.fingerprint):
+        log.warning(
+            "the data of %s have changed since it was measured (%s interactions then, %s now): its figures and "
+            "the weights of its fusion are those of the former; run its recipe again, or add what is new with llmrec "
+            "refresh",
+            run,
+            f"{measured['interactions']:,}",
+            f"{data.dataset.interactions.height:,}",
+        )
+
+
+@dataclass
+class Classic:
+    """A classic recommender, fitted to the training interactions of a run.
+
+    Attributes:
+        name: Under which it answers.
+        model: The baseline.
+        data: What it learned from.
+        items: The catalogue, which may be changed in place.
+        family: The family that it answers; None: it ranks.
+        fingerprint: Of the baseline with its parameters.
+    """
+
+    name: str
+    model: Predictor
+    data: SplitDataset
+    items: Mapping[str, Item]
+    family: str | None
+    fingerprint: object
+    kind: Kind = "classic"
+    strategies: tuple[str, ...] = ()
+    _naming: Naming = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._naming = Naming(self.data)
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """See `Recommender`."""
+        return (RANK,) if self.family is None else (self.family,)
+
+    @property
+    def signature(self) -> str:
+        """See `Recommender`."""
+        return signed(model=self.fingerprint, data=self.data.fingerprint, items=digest_items(self.items))
+
+    def answer(
+        self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None
+    ) -> list[Answered]:
+        """See `Recommender`."""
+        translated = [self._naming.request(request) for request in requests]
+        if question.verb != RANK:
+            pairs = [
+                replace(each, candidates=None, item=each.candidates[0] if each.candidates else None)
+                for each in translated
+            ]
+            return [Answered(answer=answer) for answer in self.model.answer(pairs)]
+        check_only_auto(self, question)
+        answers: dict[int, Ranking | Unparsed] = {}
+        given = [n for n, request in enumerate(requests) if request.candidates]
+        for n, answer in zip(given, self.model.answer([translated[n] for n in given]), strict=True):
+            answers[n] = (
+                self._naming.back(answer, requests[n]) if isinstance(answer, Ranking) else _unread(answer, requests[n])
+            )
+        rest = [n for n in range(len(requests)) if n not in answers]
+        if rest:
+            assert isinstance(self.model, CatalogueScorer)
+            whole = [replace(translated[n], candidates=None) for n in rest]
+            for n, row in zip(rest, np.array(self.model.scores(whole), dtype=np.float64), strict=True):
+                answers[n] = self._best(requests[n], translated[n], row, question.depth)
+        return [
+            answered(answers[n], request, self.items, self._naming.known(request)[1])
+            for n, request in enumerate(requests)
+        ]
+
+    def changed(self) -> None:
+        """See `Recommender`; an item that was not there when it was fitted is last among candidates."""
+
+    def _best(self, request: RankRequest, translated: Request, scores: NDArray[np.float64], depth: int) -> Ranking:
+        assert isinstance(self.model, CatalogueScorer)
+        names = self.model.items
+        out = request.barred if request.keep_seen else request.barred | {event.item_id for event in translated.history}
+        open_ = np.fromiter((name not in out and name in self.items for name in names), dtype=bool, count=len(names))
+        scores[~open_] = -np.inf
+        order = np.argsort(-scores, kind="stable")[: min(depth, int(open_.sum()))]
+        return Ranking(
+            request_id=request.id,
+            items=tuple(names[row] for row in order),
+            scores=tuple(float(scores[row]) for row in order),
+        )
+
+
+class Retriever:
+    """Retrieval of candidates from a request's history, by a recommender that is fitted when it is first needed.
+
+    Args:
+        name: A baseline that ranks; see `llmrec.baselines.retrieve.check_retriever`.
+        data: What it learns from; held-out interactions stay out.
+        items: The catalogue that requests name items of, whose texts go before those of the data.
+        count: Candidates a request; fewer where the history leaves fewer.
+        seed: Of the baseline, and of the order of the candidates.
+    """
+
+    def __init__(self, name: str, data: SplitDataset, items: Mapping[str, Item], *, count: int, seed: int) -> None:
+        self.name, self.count = name, count
+        self._data, self._items, self._seed = data, items, seed
+        self._naming = Naming(data)
+        self._models: dict[str, CatalogueScorer] = {}
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Everything that decides what is retrieved from a history."""
+        return {"retriever": self.name, "k": self.count, "data": self._data.fingerprint, "seed": self._seed}
+
+    def fill(self, requests: Sequence[RankRequest]) -> list[RankRequest]:
+        """Give candidates to the requests that have none, in order; one whose history holds every item stays empty.
+
+        Seen items are left out, and the order is a shuffle by a hash of the request's id, so that it does not reveal
+        the retriever's.
+        """
+        known = {n: self._naming.known(request) for n, request in enumerate(requests) if not request.candidates}
+        filled = list(requests)
+        for cold, name in ((False, self.name), (True, _FALLBACK)):
+            rows = [n for n, (events, _) in known.items() if cold == (not events)]
+            if not rows:
+                continue
+            histories = [Request(id=requests[n].id, user_id=NOBODY, history=known[n][0]) for n in rows]
+            for n, retrieved in zip(rows, best(self._fitted(name), histories, self.count), strict=True):
+                filled[n] = self._filled(requests[n], retrieved, known[n][1], cold=cold)
+        return filled
+
+    def _filled(
+        self, request: RankRequest, retrieved: Sequence[str], unknown: Sequence[str], *, cold: bool
+    ) -> RankRequest:
+        order = shuffled(retrieved, request.id, self._seed)
+        notes = list(request.notes)
+        if unknown:
+            notes.append(f"retrieval: left aside, unknown to the run's data: {_some(unknown)}")
+        if cold:
+            notes.append("retrieval: no known item in the history, so the most popular items are the candidates")
+        items = tuple(self._items.get(item) or self._data.dataset.items[item] for item in order)
+        return replace(request, candidates=items, retrieved=len(items), notes=tuple(notes))
+
+    def _fitted(self, name: str) -> CatalogueScorer:
+        if name not in self._models:
+            self._models[name] = fitted(name, {}, self._data, seed=self._seed)
+        return self._models[name]
+
+
+def retrieved(
+    requests: Sequence[RankRequest], finder: Recommender, depth: int, items: Mapping[str, Item] | None
+) -> list[RankRequest]:
+    """Return requests about the catalogue with candidates that another model retrieves, to be ranked in a second step.
+
+    Args:
+        requests: Without candidates; those for which none is left keep none.
+        finder: Retrieves the candidates.
+        depth: Items that are wanted of the second step.
+        items: The catalogue.
+    """
+    question = Question(depth=min(MOST_ORDERED, max(depth, _RETRIEVED)))
+    filled = []
+    for request, found in zip(requests, finder.answer(requests, question), strict=True):
+        names = found.answer.items if isinstance(found.answer, Ranking) else ()
+        candidates = tuple((items or {})[name] for name in names)
+        filled.append(replace(request, candidates=candidates, retrieved=len(names)))
+    return filled
+
+
+def answered(
+    answer: Ranking | Unparsed, request: RankRequest, items: Mapping[str, Item], unknown: Sequence[str] = ()
+) -> Answered:
+    """Return the answer to a request; ``unknown`` are items of its history that the model has not learned from."""
+    ignored = (f"history: ignored, since the model has not learned from it: {some(unknown)}",) if unknown else ()
+    given = {item.item_id: item for item in request.candidates}
+    titles = () if isinstance(answer, Unparsed) else ((given.get(name) or items[name]).title for name in answer.items)
+    return Answered(
+        answer=answer,
+        titles=tuple(titles),
+        notes=(*request.notes, *ignored),
+        retrieved=request.retrieved,
+        unknown_user=request.unknown_user,
+        unknown_items=tuple(dict.fromkeys((*request.unknown_items, *unknown))),
+    )
+
+
+def _unread(answer: Answer, request: RankRequest) -> Unparsed:
+    reason = answer.reason if isinstance(answer, Unparsed) else f"there is no ranking but a {type(answer).__name__}"
+    return Unparsed(request_id=request.id, reason=reason)
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name[:60]) for name in names[:_NAMED])
+    return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"

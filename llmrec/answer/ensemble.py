@@ -1,0 +1,181 @@
+"""Ensembles that a run weighed: of its classic recommenders, or of these with its language model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from llmrec.answer.classic import NOTHING_LEFT, Naming, answered, retrieved
+from llmrec.answer.recommender import RANK, Answered, Kind, Question, Recommender, check_only_auto, signed
+from llmrec.answer.strategy import Asking
+from llmrec.baselines.fits import fitted
+from llmrec.baselines.parameters import hashes_of
+from llmrec.data.assemble import digest_items
+from llmrec.data.requests import RankRequest
+from llmrec.data.split import SplitDataset
+from llmrec.errors import RecipeError
+from llmrec.pipeline.bundle import Bundle
+from llmrec.pipeline.fusion.parts import Recalled, choosing
+from llmrec.pipeline.fusion.stored import Fused, FusedPart, read
+from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
+from llmrec.types import Answer, Item, Predictor, Ranking, Unparsed
+
+
+def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
+    """Return the fusion that a run weighed for a way of asking.
+
+    Args:
+        bundle: The model.
+        way: How requests are put.
+        joined: ``model``: the fusion with the language model's row; ``baselines``: that of the baselines alone.
+    """
+    folder = bundle.run or Path(bundle.folder)
+    own = [fusion for fusion in read(folder).fusions if fusion.family == way.family]
+    results = [fusion for fusion in own if (fusion.arm == "baseline") == (joined == "baselines")]
+    if joined == "model":
+        name = bundle.templates[way.family][way.template].id
+        asked = [result for result in results if result.template == name and result.parts[-1].name == way.strategy]
+        results = [each for each in asked if each.arm == ("tuned" if bundle.tuned else "zero-shot")]
+    if results:
+        # Of the fusions of baselines the last one joins the most.
+        return results[-1]
+    known = ", ".join(fusion.id for fusion in own) or "none"
+    more = "eval.fusion.model_users=200 and " if joined == "model" else ""
+    raise RecipeError(
+        f"--fuse {joined}: {folder} holds no such fusion of {way.family} under {way.strategy} (it holds: {known}); "
+        f"evaluate its recipe with {more}eval.fusion.controls=true",
+        kind="missing-value",
+        at=folder,
+        column="--fuse",
+    )
+
+
+class Ensemble:
+    """Rankings of members joined as a run weighed them; its baselines are fitted when they are first needed.
+
+    Args:
+        fused: What a run weighed.
+        data: What its baselines learn from; held-out interactions stay out.
+        items: The catalogue, which may be changed in place.
+        name: Under which it answers.
+        model: The language model among its members; None: there is none, or its rankings are handed to `join`.
+        finder: What retrieves candidates for an ensemble with a language model.
+    """
+
+    kind: Kind = "fusion"
+    strategies: tuple[str, ...] = ()
+    verbs: tuple[str, ...] = (RANK,)
+
+    def __init__(
+        self,
+        fused: Fused,
+        data: SplitDataset,
+        items: Mapping[str, Item],
+        name: str = "",
+        model: Recommender | None = None,
+        finder: Recommender | None = None,
+    ) -> None:
+        self.name, self._items, self._model, self._finder = name, items, model, finder
+        self._fused, self._data, self._naming = fused, data, Naming(data)
+        self._baselines: dict[str, Predictor] = {}
+
+    @property
+    def asks_model(self) -> bool:
+        """Whether a language model is one of the members."""
+        return any(part.baseline is None for part in self._fused.parts)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Everything that decides how rankings are joined."""
+        parts = [part for part in self._fused.parts if part.baseline is not None]
+        hashes = [hashes_of(str(part.baseline), part.parameters) for part in parts]
+        return {"fused": self._fused.model_dump(mode="json"), "data": self._data.fingerprint, "read": hashes}
+
+    @property
+    def signature(self) -> str:
+        """See `Recommender`."""
+        model = None if self._model is None else self._model.signature
+        return signed(fused=self.identity, model=model, items=digest_items(self._items))
+
+    def answer(
+        self, requests: Sequence[RankRequest], question: Question, listener: Callable[[str], None] | None = None
+    ) -> list[Answered]:
+        """See `Recommender`."""
+        check_only_auto(self, question)
+        depth = question.depth
+        filled = [request if request.candidates else self._filled(request, depth) for request in requests]
+        able = [request for request in filled if request.candidates]
+        ranked = None
+        if self._model is not None and able:
+            ranked = [each.answer for each in self._model.answer(able, Question(depth=depth))]
+        joined = iter(self.join(able, ranked))
+        answers: list[Answered] = []
+        for request, given in zip(filled, requests, strict=True):
+            if not request.candidates:
+                answers.append(Answered(answer=Unparsed(request_id=request.id, reason=NOTHING_LEFT)))
+                continue
+            answer = next(joined)
+            if isinstance(answer, Ranking) and not given.candidates:
+                answer = replace(answer, items=answer.items[:depth], scores=answer.scores[:depth])
+            # A language model reads the title of an item that no other member knows.
+            unknown = self._naming.known(request)[1] if self._model is None else ()
+            answers.append(answered(answer, request, self._items, unknown))
+        return answers
+
+    def changed(self) -> None:
+        """See `Recommender`."""
+
+    def join(self, requests: Sequence[RankRequest], ranked: Sequence[Answer] | None) -> list[Ranking | Unparsed]:
+        """Return the joined rankings, with the cost of the language model's.
+
+        Args:
+            requests: Each with its candidates.
+            ranked: What the language model answered; None where it is no member.
+        """
+        translated = [self._naming.request(request) for request in requests]
+        answers: dict[str, Answer] = {}
+        for n, each in enumerate(ranked or ()):
+            answers[str(n)] = self._naming.renamed(each, requests[n]) if isinstance(each, Ranking) else each
+        # A language model reads the title of an item that no table has.
+        parts = [
+            Voice(
+                part.name,
+                self._predictor(part, answers),
+                part.kind,
+                self._data.dataset.items if part.baseline else None,
+            )
+            for part in self._fused.parts
+        ]
+        fusion = CandidateFusion(self._fused.id, parts, self._fused.weights())
+        numbered = [replace(request, id=str(n)) for n, request in enumerate(translated)]
+        joined: list[Ranking | Unparsed] = []
+        for n, answer in enumerate(fusion.answer(numbered)):
+            given = ranked[n] if ranked else None
+            if isinstance(given, Unparsed):
+                joined.append(given)
+            elif isinstance(answer, Ranking):
+                back = self._naming.back(answer, requests[n])
+                joined.append(back if given is None else replace(back, raw=given.raw, cost=given.cost))
+            else:
+                joined.append(Unparsed(request_id=requests[n].id, reason="there is nothing to rank"))
+        return joined
+
+    def _predictor(self, part: FusedPart, answers: dict[str, Answer]) -> Predictor:
+        if part.baseline is None:
+            return Recalled(part.name, "language model", part.kind, answers)
+        if part.name not in self._baselines:
+            data = choosing(part.baseline, self._data, self._fused.reserved)
+            self._baselines[part.name] = fitted(part.baseline, part.parameters, data, seed=self._fused.seed)
+        return self._baselines[part.name]
+
+    def _filled(self, request: RankRequest, depth: int) -> RankRequest:
+        """Give candidates to a request about the whole catalogue."""
+        if self._model is not None and self._finder is not None:
+            return retrieved([request], self._finder, depth, self._items)[0]
+        history = [] if request.keep_seen else self._naming.known(request)[0]
+        seen = {event.item_id for event in history}
+        out = request.barred | seen | {past.item.item_id for past in request.history if not request.keep_seen}
+        # What no member knows is last among candidates, and in no list of the catalogue.
+        left = (item for name, item in self._items.items() if name not in out and self._naming.has(item))
+        return replace(request, candidates=tuple(left))

@@ -1,0 +1,651 @@
+"""A language model that answers requests: it is opened once, with its engine, and asked as often as there are requests.
+
+It ranks given candidates, retrieved ones or a whole catalogue, alone or in an ensemble with the baselines of its run,
+explains its rankings, and answers questions about one item. `llmrec rank` asks it in the way that its options say
+(`rank`); Python and a service ask by name (`answer`), and get the same lists to the last digit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from itertools import islice
+from pathlib import Path
+from threading import Lock
+from types import TracebackType
+from typing import Any
+
+from llmrec.answer.checks import bundle_of, check_choices, engine_section, strategy_of, window_of
+from llmrec.answer.classic import MOST_ORDERED, NOTHING_LEFT, Retriever, retrieved, training_data
+from llmrec.answer.ensemble import Ensemble, fusion_of
+from llmrec.answer.known import Known, Profile, catalogue_of, known_from, profiles_of, read_known
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.prompting import (
+    CatalogueRanking,
+    answer_about,
+    first_prompt,
+    notes_of,
+    prompt_about,
+    rank_requests,
+)
+from llmrec.answer.rationales import TOKENS, Reasoner, rationale_template
+from llmrec.answer.recommender import RANK, Answered, Kind, Question, Reasons, Recommender, signed
+from llmrec.answer.strategy import (
+    TWO_STEP,
+    Asking,
+    about_families,
+    choose_way,
+    ranking_families_of,
+    way_about,
+)
+from llmrec.backends.cache import AnswerStore, CachedBackend
+from llmrec.backends.encode import Encoder
+from llmrec.backends.vllm.backend import prepare_environment
+from llmrec.baselines.retrieve import check_retriever
+from llmrec.data.assemble import digest_items, read_items
+from llmrec.data.dataset import Dataset
+from llmrec.data.read.limits import shortened
+from llmrec.data.requests import LEFT_ASIDE, Past, RankRequest, identity, unknown_id
+from llmrec.errors import DataError, LlmrecError, ModelError, RecipeError
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.models.load import load_tokenizer, quiet_libraries, weights_stamp
+from llmrec.pipeline.bundle import Bundle, refuse_changed
+from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
+from llmrec.pipeline.resume import Budget
+from llmrec.tasks.family import family_of
+from llmrec.types import Answer, Item, Ranking, Unparsed
+
+MOST_SEARCHED = 160
+"""Items of a catalogue that a language model returns at most: a search takes seconds, and grows with them."""
+_LEAST_BEAMS = 20
+# hf scores requests one by one, so that handing it few at a time costs nothing and keeps a progress bar moving.
+_FEW = 4
+# Strategies that generate or search, which hf does for many prompts at once.
+_TOGETHER = ("list", TWO_STEP, "search")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """A way of ranking with the model, with what works before and after it.
+
+    Attributes:
+        options: What was asked for.
+        asking: How requests are put.
+        search: Ranks the whole catalogue, where that is asked.
+        ensemble: Joins the model with the baselines of its run, where that is asked.
+        reasoner: Writes rationales, where they are asked for.
+    """
+
+    options: RecommenderOptions
+    asking: Asking
+    search: CatalogueRanking | None = None
+    ensemble: Ensemble | None = None
+    reasoner: Reasoner | None = None
+
+
+@dataclass
+class LanguageModel:
+    """A tuned or plain language model, open; use it as a context manager, or close it.
+
+    It may be asked from several threads, which then wait for each other: an engine serves one call at a time.
+
+    Attributes:
+        options: What was asked for.
+        bundle: The model and how it was asked in training.
+        items: What requests may name by id, which may be changed in place; None: nothing.
+        known: Gives what is stored of users, which is looked up when a request first names one.
+        retriever: Finds candidates for requests without, where that is asked.
+        encoder: The model's tokenizer and its longest prompt.
+        engines: Where the backend comes from.
+        weights: A digest of the model's weights; empty where a server has its own.
+        store: Where answers are remembered; None: nowhere.
+        budget: Where seconds are booked, by stage.
+        default: The way that the options say.
+        name: Under which it answers.
+        finder: Retrieves candidates where the model can search no catalogue; None: nothing does.
+    """
+
+    options: RecommenderOptions
+    bundle: Bundle
+    items: Mapping[str, Item] | None
+    known: Callable[[], Known]
+    retriever: Retriever | None
+    encoder: Encoder
+    engines: Engines
+    weights: str
+    store: AnswerStore | None
+    budget: Budget
+    default: Way = field(init=False)
+    name: str = ""
+    finder: Recommender | None = None
+    kind: Kind = "language model"
+    _ways: dict[tuple[object, ...], Way] = field(default_factory=dict)
+    _lock: Lock = field(default_factory=Lock)
+    _closed: bool = False
+
+    @classmethod
+    def open(
+        cls,
+        options: RecommenderOptions,
+        *,
+        store: Path | None = None,
+        budget: Budget | None = None,
+        bundle: Bundle | None = None,
+        ranks: bool = True,
+    ) -> LanguageModel:
+        """Open a model with what it is asked about; weights are loaded when the first question is asked.
+
+        Args:
+            options: What is asked for.
+            store: A database of answers, which is made if it is missing: what it holds is not asked again. By default
+                nothing is remembered.
+            budget: Where seconds are booked, by stage.
+            bundle: The model, where it is not the one that ``options.model`` names.
+            ranks: It must rank; a model that was tuned on questions about single items alone can be opened without.
+
+        Raises:
+            LlmrecError: If an option, a file or the model cannot be used.
+        """
+        check_choices(options)
+        if options.retrieve is not None:
+            check_retriever(options.retrieve, "--retrieve")
+        prepare_environment()
+        quiet_libraries()
+        budget = budget or Budget()
+        bundle = bundle or bundle_of(options)
+        if not bundle.weights:
+            raise ModelError(
+                f"{bundle.called} asked no language model (eval.arms is empty), so there is none to ask; its classic "
+                f"recommenders answer `llmrec rank --model {bundle.called}`, `llmrec.load` and `llmrec serve`",
+                kind="unsupported",
+                at=bundle.called,
+            )
+        items, data, retriever = _items(options, bundle)
+        encoder = Encoder(load_tokenizer(bundle.folder, bundle.model), max_length=window_of(options, bundle))
+        section = engine_section(options)
+        refuse_paired(bundle.folder, bundle.model, section)
+        answers = None if store is None else AnswerStore(store)
+        # A server answers with weights of its own; the folder gives the tokenizer alone.
+        weights = "" if options.backend == "openai" else weights_stamp(bundle.folder)
+        if weights:
+            refuse_changed(bundle, weights)
+        model = cls(
+            options=options,
+            bundle=bundle,
+            items=items,
+            known=cache(lambda: known_from(bundle, items or {}, data)),
+            retriever=retriever,
+            encoder=encoder,
+            engines=Engines(bundle.model, section, encoder, bundle.seed, budget, answers),
+            weights=weights,
+            store=answers,
+            budget=budget,
+        )
+        only = not ranks and not ranking_families_of(bundle)
+        asking = way_about(bundle, next(iter(about_families(bundle)), "rating")) if only else None
+        model.default = model._made(options, asking)
+        return model
+
+    def close(self) -> None:
+        """Stop the engine and close the store."""
+        with self._lock:
+            self._closed = True
+            self.engines.close()
+            if self.store is not None:
+                self.store.close()
+
+    def __enter__(self) -> LanguageModel:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    # ------------------------------------------------------------------- what it is
+
+    @property
+    def verbs(self) -> tuple[str, ...]:
+        """See `Recommender`."""
+        return (*((RANK,) if ranking_families_of(self.bundle) else ()), *about_families(self.bundle))
+
+    @property
+    def strategies(self) -> tuple[str, ...]:
+        """See `Recommender`."""
+        names = [family_of(family).strategies for family in ranking_families_of(self.bundle)]
+        return tuple(dict.fromkeys(name for strategies in names for name in strategies if name != "search"))
+
+    @property
+    def signature(self) -> str:
+        """See `Recommender`."""
+        finder = None if self.finder is None else self.finder.signature
+        return signed(finder=finder, **self.identity)
+
+    @property
+    def identity(self) -> dict[str, object]:
+        """Everything except the requests that can change an answer, by name."""
+        bundle, way, options = self.bundle, self.default, self.options
+        asking, reasoner = way.asking, way.reasoner
+        return {
+            "asked": self.engines.identity(self._engine(way), self.weights),
+            "window": self.encoder.max_length,
+            "section": bundle.tasks.present()[asking.family].model_dump(),
+            "template": bundle.templates[asking.family][asking.template].sha,
+            "way": (asking.family, asking.template, asking.strategy, asking.options),
+            "index": bundle.index.digest if bundle.index else None,
+            "noun": bundle.noun,
+            "seed": bundle.seed,
+            "items": None if self.items is None else digest_items(self.items),
+            "top": options.top,
+            "batch": options.batch,
+            "whole": (options.beams, options.exact) if options.whole else None,
+            "fused": way.ensemble.identity if way.ensemble else None,
+            "retrieved": self.retriever.identity if self.retriever else None,
+            "rationale": (reasoner.template.sha, reasoner.first, TOKENS) if reasoner else None,
+        }
+
+    @property
+    def described(self) -> Mapping[str, object]:
+        """What a summary says of the model, and how it was asked."""
+        way, options, engine = self.default.asking, self.options, self._engine(self.default)
+        return {
+            "model": options.model,
+            "task": way.family,
+            "template": way.template,
+            "strategy": way.strategy,
+            "options": way.options,
+            "engine": engine,
+            "server": options.server_model if engine == "openai" else None,
+            "dtype": dtype_name(self.bundle.model),
+            "window": self.encoder.max_length,
+            "history": self.bundle.tasks.present()[way.family].history,
+            "retriever": self.retriever.identity if self.retriever else None,
+            "rationales": self.default.reasoner is not None,
+        }
+
+    @property
+    def histories(self) -> str:
+        """A hash over what is known of users, which requests may use; empty where it cannot be read."""
+        try:
+            return self.known().digest
+        except DataError:
+            return ""
+
+    @cached_property
+    def profiles(self) -> Callable[[str], Profile] | None:
+        """Returns the text or fields that prompts show of a user of the run's data; None where they show nothing."""
+        run = self.bundle.run
+        return None if run is None else profiles_of(str(run), lambda: self.known().users)
+
+    def changed(self) -> None:
+        """See `Recommender`."""
+        self._ways.clear()
+
+    # ------------------------------------------------------------------- as its options say
+
+    def read(self, record: Mapping[str, object], row: int = 1) -> RankRequest | Unparsed:
+        """Read one request, as docs/rank.md describes it; what is wrong with it is a failure of its own.
+
+        What it does not bring of a user of the run's data is taken from there.
+
+        Args:
+            record: Its keys are `llmrec.data.requests.KEYS`.
+            row: Counted from 1; stands in for a missing id.
+        """
+        try:
+            if fault := self.untitled(record):
+                raise DataError(f"the request {fault}", kind="unknown-name", column="item_id")
+            return read_known(
+                record,
+                row,
+                lambda user: self.known().histories.of_user(user),
+                self.items,
+                self.profiles,
+                whole=self.default.search is not None,
+                retrieves=self.retriever is not None,
+            )
+        except DataError as error:
+            return Unparsed(request_id=identity(record, row)[0] or str(row), reason=str(error))
+
+    def untitled(self, record: Mapping[str, object]) -> str:
+        """Return what is wrong with a request that names an item by id where no item is known; empty: nothing is.
+
+        Without its titles a model would rank what it was never tuned on.
+        """
+        name = unknown_id(record) if self.items == {} else None
+        if name is None:
+            return ""
+        return (
+            f"names the item {shortened(name, 60)!r}, and {self.options.model} carries no table of items that says "
+            'what it is; name one with --items, or give each item its title: {"item_id": ..., "title": ...}'
+        )
+
+    def rank(
+        self,
+        requests: Sequence[RankRequest | Unparsed],
+        *,
+        advance: Callable[[int], None] = lambda done: None,
+        part: int | None = None,
+    ) -> list[Answered]:
+        """Rank for every request as the options say, in order; one that cannot be ranked does not touch the others.
+
+        Args:
+            requests: From `read`; what could not be read comes back as it is.
+            advance: Called with the number of requests just answered.
+            part: Of a job: its answers do not depend on other parts.
+
+        Raises:
+            LlmrecError: If the engine does not start or breaks down, or the model is closed.
+        """
+        return self._ranked(self.default, requests, advance, part)
+
+    # ------------------------------------------------------------------- by name
+
+    def answer(
+        self,
+        requests: Sequence[RankRequest],
+        question: Question,
+        listener: Callable[[str], None] | None = None,
+    ) -> list[Answered]:
+        """See `Recommender`."""
+        if question.verb != RANK:
+            return [
+                Answered(answer=each) for each in self.about(requests, way_about(self.bundle, question.verb), listener)
+            ]
+        answers: dict[int, Answered] = {}
+        for n, request in enumerate(requests):
+            if len(request.candidates) > MOST_ORDERED:
+                reason = (
+                    f"{len(request.candidates)} candidates are more than the {MOST_ORDERED} that a language model "
+                    "orders at once; let a classic recommender or a fusion choose among them first"
+                )
+                answers[n] = Answered(answer=Unparsed(request_id=request.id, reason=reason), notes=request.notes)
+        given = [n for n, request in enumerate(requests) if request.candidates and n not in answers]
+        if given:
+            strategy = self.options.strategy if question.strategy == "auto" else question.strategy
+            asked = self._way(candidates="file", strategy=strategy)
+            answers.update(zip(given, self._ranked(asked, [requests[n] for n in given]), strict=True))
+        rest = [n for n in range(len(requests)) if n not in answers]
+        if rest:
+            answers.update(zip(rest, self._whole([requests[n] for n in rest], question), strict=True))
+        return [answers[n] for n in range(len(requests))]
+
+    def about(
+        self, requests: Sequence[RankRequest], way: Asking, listener: Callable[[str], None] | None = None
+    ) -> list[Answer]:
+        """Answer questions about the one candidate of each request; ``listener`` gets a text while it is generated."""
+        with self.backend(way.strategy) as backend:
+            if listener is None:
+                return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
+            with backend.heard(_cleaned(listener)):
+                return answer_about(self.bundle, requests, way=way, backend=backend, encoder=self.encoder)
+
+    def reasons(self, requests: Sequence[RankRequest], lists: Sequence[Answered], first: int) -> list[Reasons]:
+        """Write a sentence on each of the first items of every list; failed lists get none."""
+        reasoner = Reasoner(self.bundle, self.default.asking, rationale_template(), self.encoder, first=first, batch=16)
+        pools = [
+            replace(request, candidates=self._items_of(answer)) for request, answer in zip(requests, lists, strict=True)
+        ]
+        with self.backend("list") as backend:
+            return reasoner.write(pools, [each.answer for each in lists], None, backend)
+
+    def prompt(self, request: RankRequest, question: Question) -> str:
+        """Return the first prompt of a request, as the model's tokenizer gets it.
+
+        Raises:
+            LlmrecError: If the request cannot be put.
+        """
+        bundle, encoder = self.bundle, self.encoder
+        if question.verb != RANK:
+            return encoder.text(prompt_about(bundle, request, way_about(bundle, question.verb)))
+        way = None if request.candidates else self._searching(_LEAST_BEAMS)
+        way = way or self._way(candidates="file", strategy=question.strategy)
+        return encoder.text(first_prompt(bundle, request, way.asking, encoder))
+
+    def warm(self) -> None:
+        """Load the weights, which otherwise the first question waits for.
+
+        Raises:
+            LlmrecError: If the engine does not start.
+        """
+        if self.options.backend != "openai":
+            # A model that was tuned on codes knows no others.
+            made = (Item(item_id="1", title="One"), Item(item_id="2", title="Another"))
+            items = tuple(islice((self.items or {}).values(), 2)) or made
+            self.answer([RankRequest(id="1", candidates=items, history=(Past(item=items[0]),))], Question(depth=1))
+
+    @contextmanager
+    def backend(self, strategy: str) -> Iterator[CachedBackend]:
+        """Hand out the engine that a strategy asks; nothing else uses it meanwhile."""
+        with self._lock:
+            if self._closed:
+                raise LlmrecError("this recommender is closed; open another", kind="closed")
+            engine = self.engines.engine_for(strategy, self.bundle.folder)
+            yield self.engines.get(engine, self.bundle.folder, self.weights)
+
+    # ------------------------------------------------------------------- ways of ranking
+
+    def _way(self, **changes: Any) -> Way:
+        """Return the way of other options; none of them decides which model, items or engine there are."""
+        key = tuple(sorted(changes.items()))
+        if key not in self._ways:
+            options = replace(self.options, **changes)
+            check_choices(options)
+            self._ways[key] = self._made(options)
+        return self._ways[key]
+
+    def _made(self, options: RecommenderOptions, asking: Asking | None = None) -> Way:
+        bundle, encoder = self.bundle, self.encoder
+        asking = asking or choose_way(
+            bundle,
+            task=options.task,
+            template=options.template,
+            strategy=strategy_of(options),
+            settings=options.settings,
+        )
+        ensemble = search = reasoner = None
+        if options.fuse != "none":
+            fused = fusion_of(bundle, asking, options.fuse)
+            ensemble = Ensemble(fused, training_data(bundle, "--fuse"), self.items or {})
+        if options.rationale:
+            first = options.rationale if options.top is None else min(options.rationale, options.top)
+            reasoner = Reasoner(bundle, asking, rationale_template(), encoder, first=first, batch=options.batch)
+        if options.whole and self.items:
+            search = CatalogueRanking(
+                bundle, self.items, asking, encoder, beams=max(options.beams, options.top or 1), exact=options.exact
+            )
+        return Way(options=options, asking=asking, search=search, ensemble=ensemble, reasoner=reasoner)
+
+    def _engine(self, way: Way) -> str:
+        """Return the engine that answers: another one once it has failed, where that is left to llmrec."""
+        return self.engines.engine_for(way.asking.strategy, self.bundle.folder)
+
+    @property
+    def _searches(self) -> bool:
+        """Whether the model can search the whole catalogue."""
+        if self.options.backend == "openai":
+            return False
+        try:
+            choose_way(self.bundle, strategy="search")
+        except RecipeError:
+            return False
+        return True
+
+    def _searching(self, depth: int) -> Way | None:
+        """Return the way that searches the catalogue; None where the model was not tuned to."""
+        if not self.items or not self._searches:
+            return None
+        # Few widths, so that few searches are set up: powers of two times the least.
+        wanted = max(min(depth, MOST_SEARCHED), self.options.beams)
+        beams = _LEAST_BEAMS * 2 ** max(0, math.ceil(math.log2(wanted / _LEAST_BEAMS)))
+        return self._way(candidates="all", beams=beams)
+
+    def _whole(self, requests: Sequence[RankRequest], question: Question) -> list[Answered]:
+        """Rank the whole catalogue: by a search, or of retrieved candidates."""
+        searching = self._searching(question.depth) if question.strategy in ("auto", "search") else None
+        if searching is not None:
+            return self._ranked(searching, requests)
+        if self.finder is None:
+            reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run, whose data finds them"
+            return [Answered(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
+        filled = retrieved(requests, self.finder, question.depth, self.items)
+        ranked = iter(self.answer([each for each in filled if each.candidates], question))
+        return [
+            next(ranked) if each.candidates else Answered(answer=Unparsed(request_id=each.id, reason=NOTHING_LEFT))
+            for each in filled
+        ]
+
+    def _items_of(self, answer: Answered) -> tuple[Item, ...]:
+        """Return the items of a list, with the titles under which they were ranked where they are unknown."""
+        if not isinstance(answer.answer, Ranking):
+            return ()
+        known, titled = self.items or {}, zip(answer.answer.items, answer.titles, strict=True)
+        return tuple(known.get(name) or Item(item_id=name, title=title) for name, title in titled)
+
+    # ------------------------------------------------------------------- one ranking
+
+    def _ranked(
+        self,
+        way: Way,
+        requests: Sequence[RankRequest | Unparsed],
+        advance: Callable[[int], None] = lambda done: None,
+        part: int | None = None,
+    ) -> list[Answered]:
+        """Retrieve candidates, rank, join with an ensemble, explain, and cut."""
+        with self._lock:
+            if self._closed:
+                raise LlmrecError("this recommender is closed; open another", kind="closed")
+            ready = [self._ready(way, request) for request in self._retrieved(way, requests)]
+            able = [request for request in ready if isinstance(request, RankRequest)]
+            advance(len(ready) - len(able))
+            if way.ensemble is not None and not way.ensemble.asks_model and way.reasoner is None:
+                joined = way.ensemble.join(able, None)
+                advance(len(able))
+                ranked = iter([(ranking, Reasons()) for ranking in joined])
+            else:
+                ranked = iter(self._with_model(way, able, advance, part))
+        return [
+            Answered(answer=each) if isinstance(each, Unparsed) else self._answered(way, each, *next(ranked))
+            for each in ready
+        ]
+
+    def _retrieved(self, way: Way, requests: Sequence[RankRequest | Unparsed]) -> Sequence[RankRequest | Unparsed]:
+        """Retrieve candidates for the requests that bring none."""
+        if self.retriever is None or way is not self.default:
+            return requests
+        with self.budget.stage("retrieving"):
+            filled = iter(self.retriever.fill([request for request in requests if isinstance(request, RankRequest)]))
+        return [next(filled) if isinstance(request, RankRequest) else request for request in requests]
+
+    def _ready(self, way: Way, request: RankRequest | Unparsed) -> RankRequest | Unparsed:
+        """Return a request as it can be ranked here, or why it cannot."""
+        if isinstance(request, Unparsed):
+            return request
+        if way.search is not None and request.candidates:
+            return replace(request, candidates=(), notes=(*request.notes, LEFT_ASIDE))
+        if way.search is not None or request.candidates:
+            return request
+        reason = "there are no 'candidates'; give a list of items to rank"
+        if self.retriever is not None and way is self.default:
+            reason = "the history holds every item of the run's data, so that none is left to retrieve"
+        return Unparsed(request_id=request.id, reason=reason)
+
+    def _with_model(
+        self, way: Way, requests: Sequence[RankRequest], advance: Callable[[int], None], part: int | None
+    ) -> list[tuple[Ranking | Unparsed, Reasons]]:
+        engine, options = self._engine(way), way.options
+        backend = self.engines.get(engine, self.bundle.folder, self.weights)
+        backend.part = part
+        # What a killed run had asked already costs what it cost then.
+        before = backend.recalled_seconds
+        one_by_one = engine == "hf" and way.asking.strategy not in _TOGETHER
+        batch = min(_FEW, options.batch) if one_by_one else options.batch
+        if way.search is not None:
+            ranked = way.search.rank(requests, backend, batch=batch, advance=advance)
+        else:
+            ranked = rank_requests(
+                self.bundle,
+                requests,
+                way=way.asking,
+                backend=backend,
+                encoder=self.encoder,
+                batch=batch,
+                advance=advance,
+            )
+        self.budget.add("ranking", backend.recalled_seconds - before)
+        if way.ensemble is not None:
+            with self.budget.stage("fusing"):
+                ranked = way.ensemble.join(requests, ranked)
+        return list(zip(ranked, self._reasons(way, requests, ranked, backend), strict=True))
+
+    def _reasons(
+        self, way: Way, requests: Sequence[RankRequest], ranked: Sequence[Ranking | Unparsed], backend: CachedBackend
+    ) -> list[Reasons]:
+        if way.reasoner is None:
+            return [Reasons() for _ in requests]
+        before = backend.recalled_seconds
+        with self.budget.stage("rationales"):
+            reasons = way.reasoner.write(requests, ranked, self.items if way.search is not None else None, backend)
+        self.budget.add("rationales", backend.recalled_seconds - before)
+        return reasons
+
+    def _answered(self, way: Way, request: RankRequest, answer: Ranking | Unparsed, reasons: Reasons) -> Answered:
+        notes = (*request.notes, *notes_of(way.asking, request, answer), *reasons.notes)
+        common = Answered(
+            answer=answer,
+            notes=notes,
+            retrieved=request.retrieved,
+            unknown_user=request.unknown_user,
+            unknown_items=request.unknown_items,
+        )
+        if isinstance(answer, Unparsed):
+            return common
+        top = way.options.top
+        items = answer.items[:top]
+        whole = self.items if way.search is not None else None
+        known = whole or {item.item_id: item for item in request.candidates}
+        return replace(
+            common,
+            answer=replace(answer, items=items, scores=answer.scores[:top]),
+            titles=tuple(known[item].title for item in items),
+            profile=(answer.raw or None) if way.asking.strategy == TWO_STEP else None,
+            reasons=reasons,
+        )
+
+
+def _items(
+    options: RecommenderOptions, bundle: Bundle
+) -> tuple[Mapping[str, Item] | None, Dataset | None, Retriever | None]:
+    """Return what requests may name by id, the data of a run, and what retrieves among its items."""
+    if options.retrieve is not None:
+        # The run's data is read once: what it learns from and what it calls its items.
+        data = training_data(bundle)
+        items = data.dataset.items if options.items is None else read_items(options.items)
+        retriever = Retriever(options.retrieve, data, items, count=options.k, seed=bundle.seed)
+        return items, None if bundle.run is None else data.dataset, retriever
+    known, dataset = catalogue_of(bundle, options.items)
+    if options.whole and not known:
+        raise DataError(
+            "--candidates all ranks a catalogue, and none is known; name a table of items with --items",
+            kind="missing-key",
+            column="--items",
+        )
+    return known, dataset, None
+
+
+def _cleaned(listener: Callable[[str], None]) -> Callable[[str], None]:
+    """Return a listener to the pieces of a text that hands on what is added to the cleaned text."""
+    raw = sent = ""
+
+    def listen(piece: str) -> None:
+        nonlocal raw, sent
+        raw += piece
+        now = clean(raw, TEXT_LIMIT)
+        if len(now) > len(sent) and now.startswith(sent):
+            listener(now[len(sent) :])
+            sent = now
+
+    return listen

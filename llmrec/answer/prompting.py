@@ -1,0 +1,640 @@
+"""Requests as a language model reads them: prompts of a task in, rankings, ratings, probabilities or texts out.
+
+`rank_requests` orders the candidates of requests, `CatalogueRanking` searches a whole catalogue, and `answer_about`
+asks about one item. None keeps anything between requests; how these are put is in `llmrec.answer.strategy`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import Any
+
+from llmrec.answer.strategy import TWO_STEP, Asking, task_of
+from llmrec.backends.encode import Encoder, pieces
+from llmrec.data.hashing import hash64
+from llmrec.data.requests import RankRequest
+from llmrec.errors import BackendError, DataError, LlmrecError, RecipeError
+from llmrec.index.table import ItemIndex
+from llmrec.index.titles import title_key
+from llmrec.pipeline.bundle import Bundle
+from llmrec.pipeline.indexing import placed
+from llmrec.registry import options_of
+from llmrec.strategies.asking import Prompting, strategy_of
+from llmrec.strategies.catalogue import CatalogueRanker
+from llmrec.strategies.counting import questions_of
+from llmrec.strategies.listwise import list_room
+from llmrec.tasks.task import Task, Want
+from llmrec.types import (
+    Answer,
+    Backend,
+    Cost,
+    Event,
+    Item,
+    Probability,
+    Prompt,
+    Ranking,
+    Rating,
+    Request,
+    Text,
+    Unparsed,
+)
+
+NOBODY = "unknown"
+"""The name of a user in prompts where a request has none."""
+CONTEXT = frozenset({"review", "feature", "headline", "rating"})
+"""What a question may tell a family besides a history, by name."""
+
+# Candidate tokens of one forward: its mask and its logits grow with them, so a large set is scored in slices.
+_SLICE = 1024
+# Tokens of one generated label, and of a label or number about one item, with the text around it.
+_LABEL, _VALUE = 4, 8
+_QUOTED = 200
+# No id of a catalogue holds such a character, so these are never taken for one of its items.
+_OWN = "\x1f"
+
+
+# --------------------------------------------------------------------------- from requests to tasks
+
+
+@dataclass(frozen=True)
+class TaskRequests:
+    """Requests in a task's terms, with the original ones.
+
+    Every mention of an item has its own id, so that two requests can give one item two titles. ``places`` are the
+    positions of candidates in the seeded order of their request.
+    """
+
+    way: Asking
+    task: Task
+    asked: Sequence[RankRequest]
+    requests: Sequence[Request]
+    items: Mapping[str, Item]
+    places: Mapping[str, int]
+
+
+def pose(bundle: Bundle, requests: Sequence[RankRequest], way: Asking, index: ItemIndex | None = None) -> TaskRequests:
+    """Convert requests to a task's terms, with an id for every mention of an item.
+
+    ``index`` replaces the bundle's, where more items were placed in it.
+    """
+    index = index or bundle.index
+    items: dict[str, Item] = {}
+    texts: dict[str, Item] = {}
+    places: dict[str, int] = {}
+
+    def register(key: str, item: Item) -> str:
+        items[key] = item
+        texts[key] = Item(item_id=key, title=item.title, fields=item.fields)
+        return key
+
+    posed = []
+    for n, request in enumerate(requests):
+        past = [
+            Event(
+                item_id=register(f"{n}/history/{position}", event.item),
+                rating=event.rating,
+                timestamp=event.timestamp,
+                text=event.text,
+            )
+            for position, event in enumerate(request.history)
+        ]
+        pool = []
+        for position, given in enumerate(_seeded_order(request, bundle.seed)):
+            pool.append(register(f"{n}/candidates/{position}", request.candidates[given]))
+            places[pool[-1]] = position
+        if way.by_title:
+            # Rounding depends on a title's position in a forward pass: sorted, a set always gives the same scores.
+            pool.sort(key=lambda key: (items[key].title, items[key].item_id))
+        posed.append(
+            Request(
+                id=request.id,
+                user_id=NOBODY if request.user_id is None else request.user_id,
+                history=tuple(past),
+                # A request without candidates is one about the whole catalogue.
+                candidates=tuple(pool) or None,
+                context={**request.context, **({"profile": request.profile} if request.profile else {})},
+            )
+        )
+    codes = CodesByMention(index, items, requests) if index else None
+    return TaskRequests(way, task_of(bundle, way.family, texts, codes), requests, posed, items, places)
+
+
+def _seeded_order(request: RankRequest, seed: int) -> list[int]:
+    ids = [item.item_id for item in request.candidates]
+    keys = hash64("rank candidates", seed, [request.id] * len(ids), ids)
+    return sorted(range(len(ids)), key=lambda place: (int(keys[place]), ids[place]))
+
+
+class CodesByMention:
+    """Item codes by mention: those of the index, and new ones for items that it lacks.
+
+    An item that a request gives by its title alone is new, whatever the index calls its items; so is one whose title
+    differs from that in an index of titles. Each request's new items are placed separately, so that no request moves
+    another's codes, or fails with it.
+    """
+
+    def __init__(self, index: ItemIndex, items: Mapping[str, Item], requests: Sequence[RankRequest]) -> None:
+        self._index, self._items, self._requests = index, items, requests
+        self._extended: dict[int, ItemIndex] = {}
+
+    @property
+    def users(self) -> Mapping[str, str]:
+        """Tokens of the users of training; see `ItemCodes`."""
+        return self._index.users
+
+    @property
+    def writes_ids(self) -> bool:
+        """Whether templates show codes as ids; see `ItemCodes`."""
+        return self._index.writes_ids
+
+    def encode(self, item: str) -> str:
+        """Return the code of a mention; see `ItemCodes`.
+
+        Raises:
+            DataError: If the model knows no token for an item.
+        """
+        n = int(item.partition("/")[0])
+        name = self._name(self._items[item], self._requests[n])
+        if name in self._index.codes:
+            return self._index.encode(name)
+        if n not in self._extended:
+            self._extended[n] = self._with_new(self._requests[n])
+        return self._extended[n].encode(name)
+
+    def _name(self, item: Item, request: RankRequest) -> str:
+        """Return the name of an item in the index, or one that the index does not have."""
+        if item.item_id in request.titled:
+            return _OWN + item.item_id
+        if self._index.scheme == "title" and item.item_id in self._index.codes:
+            (written,) = self._index.codes[item.item_id]
+            # A suffix after the title tells items of the same title apart.
+            if not title_key(written).startswith(title_key(item.title)):
+                return _OWN + item.item_id
+        return item.item_id
+
+    def _with_new(self, request: RankRequest) -> ItemIndex:
+        mentioned = (*(event.item for event in request.history), *request.candidates)
+        named = {self._name(item, request): item for item in mentioned}
+        return _extended(self._index, {name: replace(item, item_id=name) for name, item in named.items()})
+
+
+def _extended(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
+    """Return an index with further items placed in it; one that needs a new token is rejected."""
+    extended = placed(index, items)
+    if extended.tokens != index.tokens:
+        raise DataError(
+            f"the model was tuned on one token an item (index scheme {index.scheme!r}), and an item that it was not "
+            "tuned on has none; leave new items out, or tune on codes that items share",
+            kind="unsupported",
+            column="index.scheme",
+        )
+    return extended
+
+
+# --------------------------------------------------------------------------- candidates
+
+
+def rank_requests(
+    bundle: Bundle,
+    requests: Sequence[RankRequest],
+    *,
+    way: Asking,
+    backend: Backend,
+    encoder: Encoder,
+    batch: int,
+    advance: Callable[[int], None] = lambda done: None,
+) -> list[Ranking | Unparsed]:
+    """Rank every request's candidates, in order; a request that cannot be ranked does not touch the others.
+
+    Candidates are ordered by a hash of the request's id and each item's id. Labels follow this order and ties keep it,
+    so the order in which they were given cannot affect the result.
+
+    Args:
+        bundle: The model and how it was asked in training.
+        requests: From `llmrec.data.requests.read_request`.
+        way: From `choose_way`.
+        backend: An engine over the bundle's model.
+        encoder: Its tokenizer and its longest prompt.
+        batch: Requests handed to the backend at a time.
+        advance: Called with the number of requests just answered.
+
+    Returns:
+        Rankings of all candidates, with the ids of the request's items, or the reason why there is none.
+    """
+    posed = pose(bundle, requests, way)
+    answers: list[Ranking | Unparsed] = []
+    for start in range(0, len(posed.requests), batch):
+        part = range(start, min(start + batch, len(posed.requests)))
+        answers += _answers(posed, part, backend, encoder)
+        advance(len(part))
+    return answers
+
+
+def first_prompt(bundle: Bundle, request: RankRequest, way: Asking, encoder: Encoder) -> Prompt:
+    """Return the prompt of a request; of several, the longest.
+
+    Raises:
+        LlmrecError: If it cannot be rendered.
+    """
+    posed = pose(bundle, [request], way)
+    if not request.candidates:
+        return posed.task.prompt(posed.requests[0], template=way.template)
+    prompt, _ = next(_longest(posed, posed.requests[0], encoder))
+    return prompt
+
+
+def notes_of(way: Asking, request: RankRequest, answer: Ranking | Unparsed) -> tuple[str, ...]:
+    """Return notes on a ranking, in addition to the request's own."""
+    if isinstance(answer, Unparsed):
+        return ()
+    if not way.by_title and len(request.candidates) == 1:
+        return ("one candidate: ranked without asking the model",)
+    if way.strategy == TWO_STEP and not request.history and answer.raw:
+        return ("two-step: the profile was written without a history to go by",)
+    left_out = sum(score == 0.0 for score in answer.scores) if way.strategy == "list" else 0
+    return (f"the answer left out {left_out} candidates: they share the last place",) if left_out else ()
+
+
+@dataclass
+class _Outcome:
+    """The result of one request so far, from one answer or from those of its slices."""
+
+    scores: dict[str, float] = field(default_factory=dict)
+    cost: Cost = field(default_factory=Cost)
+    raw: str | None = None
+    prompt_hash: str | None = None
+    failure: str = ""
+
+
+def _answers(posed: TaskRequests, part: range, backend: Backend, encoder: Encoder) -> Iterator[Ranking | Unparsed]:
+    outcomes = {n: _Outcome() for n in part}
+    # Lists are asked for by size: how long an answer may be is one number a call.
+    calls: dict[int, list[Request]] = defaultdict(list)
+    owners: dict[int, list[int]] = defaultdict(list)
+    for n in part:
+        request = posed.requests[n]
+        pool = request.candidates or ()
+        if len(pool) == 1 and not posed.way.by_title:
+            outcomes[n].scores[pool[0]] = 0.0
+            continue
+        try:
+            slices = _slices(posed, request, encoder)
+        except LlmrecError as error:
+            outcomes[n].failure = str(error)
+            continue
+        size = len(pool) if posed.way.strategy == "list" else 0
+        calls[size] += slices
+        owners[size] += [n] * len(slices)
+    for size, asked in calls.items():
+        asker = Prompting(backend=backend, task=posed.task, template=posed.way.template, batch=len(asked))
+        strategy: Any = strategy_of(posed.way.strategy, asker, **posed.way.options)
+        answers = (
+            _two_steps(strategy, asked, encoder) if posed.way.strategy == TWO_STEP else _in_halves(strategy, asked)
+        )
+        for n, answer in zip(owners[size], answers, strict=True):
+            _add(outcomes[n], answer)
+    for n in part:
+        yield _result(posed, n, outcomes[n])
+
+
+def _in_halves(strategy: Any, asked: Sequence[Request]) -> list[Ranking | Unparsed]:
+    """Ask; a question that is too long although `_longest` found it to fit fails its own request alone."""
+    try:
+        answers: list[Ranking | Unparsed] = strategy.answer(asked)
+        return answers
+    except BackendError as error:
+        if error.kind != "too-large":
+            raise
+        if len(asked) == 1:
+            return [Unparsed(request_id=asked[0].id, reason=str(error))]
+        half = len(asked) // 2
+        return [*_in_halves(strategy, asked[:half]), *_in_halves(strategy, asked[half:])]
+
+
+def _two_steps(strategy: Any, asked: Sequence[Request], encoder: Encoder) -> list[Ranking | Unparsed]:
+    """Ask in two steps; a profile that cannot be put into the second prompt fails its own request alone.
+
+    The generated profile is known only between the steps, so the second prompts are checked when one is rejected.
+    """
+    try:
+        answers: list[Ranking | Unparsed] = strategy.answer(asked)
+        return answers
+    except BackendError:
+        faults = {n: fault for n, request in enumerate(asked) if (fault := _fault(strategy, request, encoder))}
+        if not faults:
+            raise
+        rest = iter(strategy.answer([request for n, request in enumerate(asked) if n not in faults]))
+        return [
+            Unparsed(request_id=request.id, reason=f"two-step, second prompt: {faults[n]}")
+            if n in faults
+            else next(rest)
+            for n, request in enumerate(asked)
+        ]
+
+
+def _fault(strategy: Any, request: Request, encoder: Encoder) -> str:
+    """Return why the prompt that holds the profile cannot be asked; empty if it can."""
+    try:
+        prompt = strategy.first_prompt(request)
+        texts = strategy.asker.task.continuations(request, template=strategy.asker.template)
+        encoder.continuations(prompt, encoder.prompt(prompt), texts, closed=True)
+    except LlmrecError as error:
+        return str(error)
+    return ""
+
+
+def _longest(posed: TaskRequests, request: Request, encoder: Encoder) -> Iterator[tuple[Prompt, list[int]]]:
+    """Yield the longest prompts of a request, each with the tokens of what can follow it."""
+    way, task = posed.way, posed.task
+    pool = request.candidates or ()
+    if way.strategy == "list":
+        yield task.prompt(request, template=way.template, want="ranking"), [list_room(len(pool))]
+        return
+    if (count := questions_of(way.strategy, len(pool), way.asking)) is not None:
+        # The longest titles in one question, by letters: one with more tokens is found when it is asked.
+        longest = sorted(pool, key=lambda item: -len(posed.items[item].title))[: count.size]
+        prompt = task.prompt(replace(request, candidates=tuple(longest)), template=way.template, want=count.want)
+        yield prompt, [list_room(len(pool)) if count.want == "ranking" else _LABEL]
+        return
+    if way.strategy == TWO_STEP and "profile" not in request.context:
+        # The second prompt holds what the first one wrote.
+        yield task.profile_prompt(request), [task.profile_tokens]
+        yield task.prompt(request, template=way.template), [task.profile_tokens + _LABEL]
+        return
+    prompt = task.prompt(request, template=way.template)
+    texts = task.continuations(request, template=way.template)
+    yield prompt, [len(encoder.continuation(prompt, text, closed=True)) for text in texts]
+
+
+def _slices(posed: TaskRequests, request: Request, encoder: Encoder) -> list[Request]:
+    """Cut a request so that each part fits one forward; scores do not depend on what else is scored."""
+    tails: list[int] = []
+    for prompt, tails in _longest(posed, request, encoder):
+        given = sum(len(encoder.piece(text)) for text in pieces(prompt.answer_prefix))
+        length = len(encoder.chat(prompt.messages)) + given
+        if length + max(tails) > encoder.max_length:
+            raise DataError(
+                f"the prompt has {length} tokens and its longest answer {max(tails)}, together more than the "
+                f"{encoder.max_length} that fit; shorten its texts, give fewer candidates, or raise --max-length",
+                kind="too-large",
+                column="--max-length",
+            )
+    if not posed.way.by_title or sum(tails) <= _SLICE:
+        return [request]
+    slices: list[list[str]] = [[]]
+    size = 0
+    for item, tail in zip(request.candidates or (), tails, strict=True):
+        if slices[-1] and size + tail > _SLICE:
+            slices.append([])
+            size = 0
+        slices[-1].append(item)
+        size += tail
+    return [replace(request, candidates=tuple(items)) for items in slices]
+
+
+def _add(outcome: _Outcome, answer: Ranking | Unparsed) -> None:
+    outcome.raw, outcome.prompt_hash = answer.raw, answer.prompt_hash
+    outcome.cost += answer.cost
+    if isinstance(answer, Ranking):
+        outcome.scores.update(zip(answer.items, answer.scores, strict=True))
+    else:
+        outcome.failure = answer.reason if answer.raw is None else f"{answer.reason}: {answer.raw[:_QUOTED]!r}"
+
+
+def _result(posed: TaskRequests, n: int, outcome: _Outcome) -> Ranking | Unparsed:
+    request_id = posed.asked[n].id
+    if not outcome.failure and not all(math.isfinite(score) for score in outcome.scores.values()):
+        outcome.failure = "the model gave a score that is no finite number; try --dtype float32"
+    if outcome.failure:
+        return Unparsed(request_id=request_id, reason=outcome.failure, raw=outcome.raw, cost=outcome.cost)
+    # What a generated list leaves out comes last.
+    pool = sorted(
+        posed.requests[n].candidates or (), key=lambda item: (-outcome.scores.get(item, 0.0), posed.places[item])
+    )
+    return Ranking(
+        request_id=request_id,
+        items=tuple(posed.items[item].item_id for item in pool),
+        scores=tuple(outcome.scores.get(item, 0.0) for item in pool),
+        raw=outcome.raw,
+        prompt_hash=outcome.prompt_hash,
+        cost=outcome.cost,
+    )
+
+
+# --------------------------------------------------------------------------- the whole catalogue
+
+
+class CatalogueRanking:
+    """Constrained search over a whole catalogue, for requests with a history alone.
+
+    Args:
+        bundle: The model and how it was asked in training.
+        items: The catalogue; items that the model's index does not hold are placed in it once.
+        way: Its strategy is ``search``.
+        encoder: The model's tokenizer and its longest prompt.
+        beams: Prefixes that are kept of each request, and items in its answer.
+        exact: Widen a search until no other item can be better.
+    """
+
+    def __init__(
+        self, bundle: Bundle, items: Mapping[str, Item], way: Asking, encoder: Encoder, *, beams: int, exact: bool
+    ) -> None:
+        self._bundle, self._items, self._way, self._encoder = bundle, items, way, encoder
+        self._beams, self._exact = beams, exact
+        self._index = _extended(bundle.index, items) if bundle.index is not None else None
+
+    @cached_property
+    def _outputs(self) -> Any:
+        """The task over the catalogue's own ids, which writes its texts."""
+        return task_of(self._bundle, self._way.family, self._items, self._index)
+
+    @cached_property
+    def _longest(self) -> int:
+        ask = Request(id="longest", user_id="nobody")
+        prompt = self._outputs.prompt(ask, template=self._way.template)
+        texts = set(self._outputs.continuations(ask, template=self._way.template))
+        return max(len(self._encoder.continuation(prompt, text, closed=True)) for text in texts)
+
+    def rank(
+        self, requests: Sequence[RankRequest], backend: Backend, *, batch: int, advance: Callable[[int], None]
+    ) -> list[Ranking | Unparsed]:
+        """Rank the catalogue for every request, in order; one that cannot be asked does not touch the others.
+
+        Args:
+            requests: From `llmrec.data.requests.read_request`.
+            backend: An engine over the bundle's model.
+            batch: Requests handed to the backend at a time.
+            advance: Called with the number of requests just answered.
+        """
+        posed = pose(self._bundle, requests, self._way, self._index)
+        failures = {n: reason for n, request in enumerate(posed.requests) if (reason := self._fault(posed, request))}
+        # Numbers replace ids here, since two requests may share one.
+        numbered = [replace(request, id=str(n)) for n, request in enumerate(posed.requests)]
+        able = [request for n, request in enumerate(numbered) if n not in failures]
+        apart = {request.id: self._apart(posed, request, requests[int(request.id)]) for request in able}
+        ranker = CatalogueRanker(
+            Prompting(
+                backend=backend,
+                task=_CatalogueTask(posed, self._outputs),  # type: ignore[arg-type]
+                template=self._way.template,
+                batch=batch,
+                advance=advance,
+            ),
+            beams=self._beams,
+            exact=self._exact,
+            apart=lambda request: apart[request.id],
+        )
+        outcome = iter(ranker.answer(able))
+        advance(len(failures))
+        return [
+            Unparsed(request_id=request.id, reason=failures[n]) if n in failures else _named(request, next(outcome))
+            for n, request in enumerate(requests)
+        ]
+
+    def _apart(self, posed: TaskRequests, request: Request, asked: RankRequest) -> frozenset[str]:
+        """Return the items of the catalogue that are excluded from a request's answer."""
+        if asked.keep_seen:
+            return asked.barred
+        return asked.barred | {self._known_as(posed.items[event.item_id], asked) for event in request.history}
+
+    def _known_as(self, item: Item, request: RankRequest) -> str:
+        """Return the catalogue's id of an item of a history; a title is looked up if only one item has it."""
+        if item.item_id not in request.titled:
+            return item.item_id
+        named = self._by_title.get(title_key(item.title), [])
+        return named[0] if len(named) == 1 else item.title
+
+    @cached_property
+    def _by_title(self) -> Mapping[str, list[str]]:
+        outcome: dict[str, list[str]] = {}
+        for item_id, item in self._items.items():
+            outcome.setdefault(title_key(item.title), []).append(item_id)
+        return outcome
+
+    def _fault(self, posed: TaskRequests, request: Request) -> str:
+        """Return why a request cannot be answered; empty if it can."""
+        try:
+            prompt = posed.task.prompt(request, template=self._way.template)
+            length = len(self._encoder.prompt(prompt))
+        except LlmrecError as error:
+            return str(error)
+        if length + self._longest > self._encoder.max_length:
+            return (
+                f"the prompt has {length} tokens and the longest answer {self._longest}, together more than the "
+                f"{self._encoder.max_length} that fit; shorten its texts, or raise --max-length"
+            )
+        return ""
+
+
+class _CatalogueTask:
+    """A task with the prompts of requests and the continuations of a catalogue."""
+
+    def __init__(self, posed: TaskRequests, outputs: Any) -> None:
+        self._posed, self._outputs = posed, outputs
+        self.catalogue: tuple[str, ...] = outputs.catalogue
+
+    def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
+        outcome: Prompt = self._posed.task.prompt(request, template=template, shots=shots, want=want)
+        return outcome
+
+    def writes_alike(self, template: str) -> bool:
+        return bool(self._outputs.writes_alike(template))
+
+    def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
+        ask = Request(id=request.id, user_id=request.user_id)
+        outcome: tuple[str, ...] = self._outputs.continuations(ask, template=template)
+        return outcome
+
+
+def _named(request: RankRequest, answer: Any) -> Ranking | Unparsed:
+    if isinstance(answer, Ranking) and not all(map(math.isfinite, answer.scores)):
+        reason = "the model gave a score that is no finite number; try --dtype float32"
+        return Unparsed(request_id=request.id, reason=reason, cost=answer.cost)
+    if not isinstance(answer, Ranking):
+        raise DataError(f"request {request.id}: the search gave {type(answer).__name__}", kind="defect")
+    return Ranking(
+        request_id=request.id,
+        items=answer.items,
+        scores=answer.scores,
+        prompt_hash=answer.prompt_hash,
+        cost=answer.cost,
+    )
+
+
+# --------------------------------------------------------------------------- one item
+
+
+def answer_about(
+    bundle: Bundle, requests: Sequence[RankRequest], *, way: Asking, backend: Backend, encoder: Encoder
+) -> list[Answer]:
+    """Answer every request, in order; one that cannot be asked does not touch the others.
+
+    Args:
+        bundle: The model and how it was asked in training.
+        requests: Each with one candidate: the item that it asks about.
+        way: From `way_about`.
+        backend: An engine over the bundle's model.
+        encoder: Its tokenizer and its longest prompt.
+
+    Returns:
+        Ratings, probabilities or texts, as the family answers; an `Unparsed` with the reason where there is none.
+    """
+    posed = pose(bundle, requests, way)
+    asked: dict[int, Request] = {}
+    failures: dict[int, str] = {}
+    for n, request in enumerate(posed.requests):
+        if request.candidates is None or len(request.candidates) != 1:
+            failures[n] = f"{way.family} asks about one item; name it as 'item'"
+            continue
+        asked[n] = _of_item(request)
+        try:
+            _check_length(posed.task.prompt(asked[n], template=way.template), way, posed.task.strategy_options, encoder)
+        except LlmrecError as error:
+            failures[n] = str(error)
+    able = [n for n in asked if n not in failures]
+    options = {**posed.task.strategy_options, **options_of(way.strategy, way.asking)}
+    asker = Prompting(backend=backend, task=posed.task, template=way.template)
+    strategy = strategy_of(way.strategy, asker, **options)
+    result = dict(zip(able, strategy.answer([asked[n] for n in able]), strict=True)) if able else {}
+    return [
+        Unparsed(request_id=request.id, reason=failures[n])
+        if n in failures
+        else replace(result[n], request_id=request.id)
+        for n, request in enumerate(requests)
+    ]
+
+
+def prompt_about(bundle: Bundle, request: RankRequest, way: Asking) -> Prompt:
+    """Return what a model reads of a request."""
+    posed = pose(bundle, [request], way)
+    return posed.task.prompt(_of_item(posed.requests[0]), template=way.template)
+
+
+def _of_item(request: Request) -> Request:
+    """Return a request about its only candidate."""
+    assert request.candidates is not None
+    return replace(request, item=request.candidates[0], candidates=None)
+
+
+def value_of(answer: Answer) -> float | str | None:
+    """Return a rating, a probability or a text as it is; None where there is none."""
+    if isinstance(answer, Rating | Probability):
+        return answer.value
+    return answer.text if isinstance(answer, Text) else None
+
+
+def _check_length(prompt: Prompt, way: Asking, options: Mapping[str, int], encoder: Encoder) -> None:
+    """Reject a prompt that leaves no room for its answer."""
+    room = options.get("max_tokens", _VALUE)
+    length = len(encoder.prompt(prompt))
+    if length + room > encoder.max_length:
+        raise RecipeError(
+            f"the prompt has {length} tokens and its answer up to {room}, together more than the {encoder.max_length} "
+            "that fit; shorten its texts, or raise --max-length",
+            kind="too-large",
+            column="--max-length",
+        )

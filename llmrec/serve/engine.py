@@ -1,0 +1,412 @@
+"""The process that holds the models, and the handle on it, which is started, called, lost and replaced.
+
+Models live in a process of their own, so that the one that answers HTTP stays quick while a model computes, goes on
+when the engine is killed, and can take a new engine in while the old one still answers.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import signal
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from llmrec import terminal
+from llmrec.answer.checks import decided
+from llmrec.answer.language_model import LanguageModel
+from llmrec.answer.opening import Models, open_models
+from llmrec.answer.options import RecommenderOptions
+from llmrec.answer.recommender import Answered, Card, Question
+from llmrec.data.requests import RankRequest
+from llmrec.errors import LlmrecError
+from llmrec.machine import step_back
+from llmrec.types import Item
+
+log = logging.getLogger(__name__)
+
+# How long an engine that is to end may take before it is killed, in seconds.
+_PATIENCE = 10.0
+# Seconds until an engine that ends again and again is started again: less and less often.
+_SHORTEST, _LONGEST = 0.5, 60.0
+# How much the engine lets others go first, as `nice` counts it.
+_NICE = 5
+
+Reply = Answered | LlmrecError
+"""The answer to one request, with the model that gave it, or why the question could not be put at all."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """The first message of an engine, once it is ready."""
+
+    cards: tuple[Card, ...]
+    scale: tuple[float, float] | None
+
+
+class EngineLost(LlmrecError):
+    """The engine ended while it was asked, or does not run."""
+
+
+class Engine:
+    """A running engine, seen from the process that serves; one call at a time.
+
+    Args:
+        options: Which models, and how a language model is asked.
+        names: Which of them, the default first; see `llmrec.answer.opening.open_models`.
+    """
+
+    def __init__(self, options: RecommenderOptions, names: Sequence[str]) -> None:
+        spawning = multiprocessing.get_context("spawn")
+        self._line, theirs = spawning.Pipe()
+        given = (theirs, options, tuple(names), terminal.noted())
+        self._process = spawning.Process(target=_work, args=given, name="llmrec-engine")
+        self._process.start()
+        # With this end closed here, a read ends as soon as the engine does.
+        theirs.close()
+        self._lock = threading.Lock()
+
+    @property
+    def pid(self) -> int:
+        """Of the process."""
+        return int(self._process.pid or 0)
+
+    def started(self) -> Started:
+        """Wait until the models are open.
+
+        Raises:
+            LlmrecError: If they cannot be opened; it says why.
+            EngineLost: If the engine ended.
+        """
+        with self._lock:
+            result = self._receive()
+        if isinstance(result, LlmrecError):
+            raise result
+        assert isinstance(result, Started)
+        return result
+
+    def call(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
+        """Call a method of the engine's models, and return what it returns.
+
+        Args:
+            name: ``answer`` (which returns a `Reply` for each request), ``prompt``, ``reasons`` or ``change_items``;
+                see `llmrec.answer.opening.Models`.
+            arguments: Of the method.
+            listener: Called with the pieces of a text while it is generated.
+
+        Raises:
+            LlmrecError: If the method raises one.
+            EngineLost: If the engine ended; what it was asked is not answered.
+        """
+        with self._lock:
+            try:
+                self._line.send((name, arguments, listener is not None))
+            except OSError as error:
+                raise _lost() from error
+            while (message := self._receive())[0] == "piece":
+                try:
+                    if listener is not None:
+                        listener(message[1])
+                except Exception:
+                    # What is left on the line would be taken for the answer to the next question.
+                    log.exception("the listener to a generated text failed")
+        if isinstance(message[1], LlmrecError):
+            raise message[1]
+        return message[1]
+
+    def close(self) -> None:
+        """End the engine after what it is doing now; one that does not end in time is killed."""
+        if self._lock.acquire(timeout=_PATIENCE):
+            try:
+                with suppress(OSError):
+                    self._line.send(None)
+                self._line.close()
+            finally:
+                self._lock.release()
+            self._process.join(_PATIENCE)
+        self.kill()
+
+    def wait(self) -> None:
+        """Return when the engine has ended."""
+        wait([self._process.sentinel])
+
+    def kill(self) -> None:
+        """End the engine now."""
+        if self._process.is_alive():
+            self._process.kill()
+            self._process.join()
+
+    def _receive(self) -> Any:
+        try:
+            # The end of the process is enough: what it started may hold the line open.
+            wait([self._line, self._process.sentinel])
+            if not self._line.poll():
+                raise EOFError
+            return self._line.recv()
+        except (EOFError, OSError) as error:
+            raise _lost() from error
+
+
+def _lost() -> EngineLost:
+    return EngineLost("the engine ended; it is started again, so ask again in a moment", kind="failed")
+
+
+# --------------------------------------------------------------------------- kept running
+
+
+class Supervisor:
+    """A supervised engine: started, started again when it is lost, and replaced.
+
+    Args:
+        options: Which models, and how a language model is asked.
+        names: Which of them, the default first.
+        changes: Returns the items put and the ids removed since; a new engine gets them before it answers.
+
+    Attributes:
+        hopeless: Called with the reason if the first engine cannot start by its own account; then none is tried again.
+    """
+
+    def __init__(
+        self,
+        options: RecommenderOptions,
+        names: Sequence[str],
+        changes: Callable[[], tuple[Sequence[Item], Sequence[str]]],
+    ) -> None:
+        self.hopeless: Callable[[LlmrecError], None] | None = None
+        self._options, self._names, self._changes = options, names, changes
+        self._engine: Engine | None = None
+        self._opening: set[Engine] = set()
+        self._closed = threading.Event()
+        self._starting: threading.Thread | None = None
+        # The first guards which engine answers. Who holds the second changes what an engine's catalogue is.
+        self._lock, self._changing = threading.Lock(), threading.Lock()
+        self.cards: tuple[Card, ...] = ()
+        self.scale: tuple[float, float] | None = None
+        self.fault: LlmrecError | None = None
+        self.starts = 0
+
+    @property
+    def ready(self) -> bool:
+        """Whether questions are answered now."""
+        return self._engine is not None
+
+    @property
+    def pid(self) -> int | None:
+        """Of the engine's process; None while there is none."""
+        engine = self._engine
+        return None if engine is None else engine.pid
+
+    def start(self) -> None:
+        """Start an engine in the background."""
+        with self._lock:
+            if not self._closed.is_set():
+                self._starting = threading.Thread(target=self._begin, name="llmrec-starting", daemon=True)
+                self._starting.start()
+
+    def replace(self) -> None:
+        """Replace the engine by a new one that reads everything again; the old one answers until then.
+
+        Raises:
+            LlmrecError: If the new one cannot be started; the old one answers on.
+        """
+        old = self._put()
+        if old is not None:
+            old.close()
+
+    def call(self, name: str, *arguments: Any, listener: Callable[[str], None] | None = None) -> Any:
+        """Call a method of the engine's models; see `Engine.call`."""
+        begun = threading.Event()
+
+        def noted(piece: str) -> None:
+            begun.set()
+            if listener is not None:
+                listener(piece)
+
+        while True:
+            engine = self._engine
+            if engine is None:
+                why = f": {self.fault}" if self.fault else ""
+                raise EngineLost(f"the engine is starting{why}; ask again in a moment", kind="failed")
+            try:
+                return engine.call(name, *arguments, listener=None if listener is None else noted)
+            except EngineLost:
+                # One that was replaced meanwhile is not lost, and its successor answers.
+                if self._gone(engine) or begun.is_set():
+                    raise
+
+    def change_items(self, put: dict[str, Item], removed: Sequence[str]) -> None:
+        """Tell the engine of a changed catalogue, which is stored already: one that starts reads it there."""
+        with self._changing:
+            if self._engine is not None:
+                with suppress(EngineLost):
+                    self.cards = self.call("change_items", put, removed)
+
+    def kill(self) -> None:
+        """End the engine, whatever it does; another is started."""
+        engine = self._engine
+        if engine is not None:
+            engine.kill()
+
+    def close(self) -> None:
+        """End the engine after what it does now, and one that is starting at once."""
+        with self._lock:
+            self._closed.set()
+            engine, self._engine = self._engine, None
+            opening = list(self._opening)
+        for each in opening:
+            each.kill()
+        if self._starting is not None:
+            self._starting.join()
+        if engine is not None:
+            engine.close()
+
+    def _follow(self, engine: Engine) -> None:
+        threading.Thread(target=self._watch, args=(engine,), name="llmrec-watching", daemon=True).start()
+
+    def _watch(self, engine: Engine) -> None:
+        """Notice the end of an idle engine."""
+        engine.wait()
+        self._gone(engine)
+
+    def _gone(self, engine: Engine) -> bool:
+        """Start another engine in the place of one that ended; False if it did not answer any more."""
+        with self._lock:
+            if self._engine is not engine:
+                return False
+            self._engine = None
+        engine.kill()
+        log.error("the engine ended; another is started")
+        self.start()
+        return True
+
+    def _begin(self) -> None:
+        """Start until one runs."""
+        wait = _SHORTEST
+        while not self._closed.is_set():
+            try:
+                old = self._put()
+            except Exception as problem:
+                # Memory or processes may be short for a moment, which is no reason to give up either.
+                error = problem if isinstance(problem, LlmrecError) else EngineLost(str(problem), kind="exhausted")
+                self.fault = error
+                if self.hopeless is not None and self.starts == 1 and not isinstance(error, EngineLost):
+                    # A model, a file or an option cannot be used: waiting does not change that.
+                    self.hopeless(error)
+                    return
+                log.error("the engine does not start: %s", error)
+                self._closed.wait(wait)
+                wait = min(2 * wait, _LONGEST)
+                continue
+            if old is not None:
+                old.close()
+            return
+
+    def _put(self) -> Engine | None:
+        """Start an engine, let it answer, and return the one that answered before."""
+        engine, started = self._opened()
+        try:
+            with self._changing:
+                # Changes that are stored after this read go to the engine that answers then: this one.
+                put, removed = self._changes()
+                cards = started.cards
+                if put or removed:
+                    cards = engine.call("change_items", {item.item_id: item for item in put}, removed)
+                with self._lock:
+                    if self._closed.is_set():
+                        raise EngineLost("the service is stopping", kind="failed")
+                    old, self._engine = self._engine, engine
+                    self.cards, self.scale, self.fault = cards, started.scale, None
+        except BaseException:
+            engine.kill()
+            raise
+        self._follow(engine)
+        return old
+
+    def _opened(self) -> tuple[Engine, Started]:
+        self.starts += 1
+        engine = Engine(self._options, self._names)
+        with self._lock:
+            self._opening.add(engine)
+            closed = self._closed.is_set()
+        try:
+            if closed:
+                raise EngineLost("the service is stopping", kind="failed")
+            return engine, engine.started()
+        except BaseException:
+            engine.kill()
+            raise
+        finally:
+            with self._lock:
+                self._opening.discard(engine)
+
+
+# --------------------------------------------------------------------------- inside the engine's process
+
+
+def _work(line: Connection, options: RecommenderOptions, names: Sequence[str], noted: terminal.Noted) -> None:
+    """Open the models, and answer until the serving process is gone."""
+    with terminal.once(noted):
+        _answer(line, options, names)
+
+
+def _answer(line: Connection, options: RecommenderOptions, names: Sequence[str]) -> None:
+    # An interrupt at the terminal goes to all processes, as does what systemd sends at the end, and the one that serves
+    # decides when this one ends. What this one starts hears the latter as ever: handlers are not inherited.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    # A model that computes leaves a refusal, and the health of the service, their moment of the processor.
+    step_back(_NICE)
+    try:
+        models = open_models(decided(options), names)
+        for model in models.opened.values():
+            if isinstance(model, LanguageModel):
+                model.warm()
+    except LlmrecError as error:
+        line.send(error)
+        return
+    line.send(Started(cards=models.cards(), scale=models.scale))
+    try:
+        while (message := line.recv()) is not None:
+            name, arguments, streams = message
+            listener = (lambda piece: line.send(("piece", piece))) if streams else None
+            line.send(("result", _called(models, name, arguments, listener)))
+    except (EOFError, OSError):
+        # The serving process is gone.
+        pass
+    finally:
+        models.close()
+
+
+def _called(models: Models, name: str, arguments: tuple[Any, ...], listener: Callable[[str], None] | None) -> Any:
+    """Return the result of a call; a defect is one too, since an engine that ended takes other questions with it."""
+    try:
+        if name == "answer":
+            question, requests = arguments
+            return _answered(models, question, requests, listener)
+        return getattr(models, name)(*arguments)
+    except LlmrecError as error:
+        return error
+    except Exception:
+        log.exception("%s failed that should not have", name)
+        return LlmrecError("this failed inside the engine; its log says where", kind="defect")
+
+
+def _answered(
+    models: Models, question: Question, requests: Sequence[RankRequest], listener: Callable[[str], None] | None
+) -> list[Reply]:
+    """Answer all requests at once, and one by one where that fails, so that no request takes others with it."""
+    try:
+        card = models.card(models.asked(question))
+        return [replace(answer, card=card) for answer in models.answer(question, requests, listener)]
+    except LlmrecError as fault:
+        error = fault
+    except Exception:
+        log.exception("a question failed that should not have")
+        error = LlmrecError("this question failed inside the engine; its log says where", kind="defect")
+    if len(requests) == 1:
+        return [error]
+    return [_answered(models, question, [request], listener)[0] for request in requests]

@@ -1,0 +1,607 @@
+"""The verbs of a service: each with its request, its answer, its documentation and its implementation.
+
+HTTP routes, batch routes (`llmrec.serve.app`) and tools for agents (`llmrec.serve.tools`) are derived from `VERBS`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self
+from uuid import uuid4
+
+import numpy as np
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, JsonValue, create_model, model_validator
+from pydantic_core import PydanticCustomError
+
+from llmrec.answer.listing import COLD, Wanted
+from llmrec.answer.prompting import CONTEXT
+from llmrec.answer.recommender import RANK, SIMILAR, Answered, Card, Question, Reasons, meant, ranking_of
+from llmrec.answer.rules import Rules as AppliedRules
+from llmrec.data.requests import read_request
+from llmrec.errors import DataError, LlmrecError
+from llmrec.guard import clean
+from llmrec.serve.schema import (
+    LONGEST_TEXT,
+    MOST_BATCH,
+    MOST_CANDIDATES,
+    MOST_EVENTS,
+    NUMBER,
+    Body,
+    Bool,
+    ChatAnswer,
+    ChatBody,
+    DataId,
+    Failed,
+    Fields,
+    Id,
+    ItemText,
+    ModelCard,
+    PastEvent,
+    Prose,
+    Rules,
+    Words,
+    since,
+)
+from llmrec.types import Answer, Cost, Item, Probability, Rating, Text, Unparsed
+
+if TYPE_CHECKING:
+    from llmrec.serve.service import Service
+
+MOST_DOCUMENTS = 1000
+
+
+# --------------------------------------------------------------------------- what verbs share
+
+
+class _About(Body):
+    """Whom a question is about: a known user, a history, or both (then the history goes before the known one)."""
+
+    model: Annotated[Id, Field(description="One of GET /v1/models; by default the first of them.")] | None = None
+    id: Annotated[Id, Field(description="Of the question: it decides the order of equal scores, and of labels.")] = "1"
+    user_id: DataId | None = None
+    history: Annotated[list[DataId | PastEvent], Field(max_length=MOST_EVENTS)] | None = None
+    profile: Prose = ""
+    show_prompt: Annotated[Bool, Field(description="Return what the model read, too.")] = False
+
+
+class Usage(BaseModel):
+    """Work of a language model."""
+
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    forwards: int = 0
+
+
+class _Answer(BaseModel):
+    model: ModelCard
+    notes: list[str] = []
+    prompt: str | None = None
+    usage: Usage = Usage()
+    milliseconds: float = Field(description="From the request's arrival to its answer.")
+
+
+class RankedItem(BaseModel):
+    """One item of a list."""
+
+    item_id: str
+    title: str
+    rank: int
+    score: float = Field(description="On the model's own scale; higher is better.")
+    rationale: str | None = None
+    fields: dict[str, str] = {}
+
+
+def card_of(card: Card | None) -> ModelCard:
+    """Return the description of a model."""
+    assert card is not None
+    return ModelCard(
+        name=card.name,
+        kind=card.kind,
+        signature=card.signature,
+        answers=list(card.verbs),
+        strategies=list(card.strategies),
+    )
+
+
+def usage_of(cost: Cost) -> Usage:
+    """Return a language model's work."""
+    return Usage(prompt_tokens=cost.prompt_tokens, completion_tokens=cost.completion_tokens, forwards=cost.forwards)
+
+
+def ranked_items(found: Answered, items: Mapping[str, Item], reasons: Sequence[str] = ()) -> list[RankedItem]:
+    """Return the items of a list, with the sentences on the first of them."""
+    ranking = ranking_of(found)
+    rows = zip(ranking.items, found.titles, ranking.scores, strict=True)
+    return [
+        RankedItem(
+            item_id=name,
+            title=title,
+            rank=position,
+            score=score,
+            rationale=(reasons[position - 1] or None) if position <= len(reasons) else None,
+            fields=dict(items[name].fields) if name in items else {},
+        )
+        for position, (name, title, score) in enumerate(rows, start=1)
+    ]
+
+
+# --------------------------------------------------------------------------- rank
+
+
+class RankBody(_About):
+    """Items in order; without ``candidates`` the whole catalogue is ranked."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"history": ["1", "2"], "k": 5}, {"user_id": "42", "candidates": ["7", "9"]}]}
+    )
+
+    candidates: Annotated[list[DataId | ItemText], Field(min_length=1, max_length=MOST_CANDIDATES)] | None = None
+    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
+    strategy: Annotated[Id, Field(description="How a language model orders candidates; docs/strategies.md.")] = "auto"
+    exclude_seen: Bool = True
+    rationale: Annotated[int, Field(ge=0, le=20, description="A sentence on each of so many first items."), NUMBER] = 0
+    rules: Rules = Rules()
+
+
+class RankAnswer(_Answer):
+    """Items, best first."""
+
+    items: list[RankedItem]
+    cold: bool = Field(description="Nothing was known of the user, and the popular list was given.")
+
+
+async def rank(service: Service, body: RankBody) -> RankAnswer:
+    """Rank candidates, or the catalogue."""
+    begun = time.monotonic()
+    rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
+    service.check_strategy(body.model, body.strategy)
+    request = await service.request_of(body, candidates=body.candidates)
+    request = replace(request, notes=(*request.notes, *service.unknown_note(body.rules.block)))
+    wanted = Wanted(body.k, body.model, body.strategy, body.exclude_seen, rules)
+    (question, request), answer = await service.listed(request, wanted)
+    reasons = Reasons()
+    if body.rationale:
+        first = min(body.rationale, body.k)
+        reasons = (await service.between("reasons", body.model, [request], [answer], first))[0]
+    notes = [*(note for note in answer.notes if note != COLD), *reasons.notes, *([COLD] if answer.cold else [])]
+    took = since(begun)
+    shows = body.show_prompt and not answer.cold
+    return RankAnswer(
+        model=card_of(answer.card),
+        items=ranked_items(answer, service.catalogue.items, reasons.texts),
+        notes=notes,
+        prompt=await service.between("prompt", question, request) if shows else None,
+        usage=usage_of(ranking_of(answer).cost + reasons.cost),
+        cold=answer.cold,
+        milliseconds=took,
+    )
+
+
+# --------------------------------------------------------------------------- one item
+
+
+_ONE_ITEM: Any = {
+    "anyOf": [
+        {"required": ["item_id"], "properties": {"item_id": {"type": ["string", "integer"]}}},
+        {"required": ["item"], "properties": {"item": {"type": "object"}}},
+    ]
+}
+
+
+def _no_id(value: object) -> object:
+    """Refuse an id where an item is described."""
+    if isinstance(value, str | int | float):
+        raise PydanticCustomError("id", "Input should be an object with a title; give an id as item_id")
+    return value
+
+
+class ItemBody(_About):
+    """A question about one item: its rating, whether it will be liked, an explanation."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"history": ["1", "2"], "item_id": "7"}], **_ONE_ITEM})
+
+    item_id: Annotated[DataId, Field(description="An item of the catalogue.")] | None = None
+    item: Annotated[
+        ItemText | None, BeforeValidator(_no_id), Field(description="In place of item_id: an item with its own title.")
+    ] = None
+    context: Fields = Field({}, description="What else is told: review, feature, headline, rating.")
+
+    @model_validator(mode="after")
+    def _about_one(self) -> Self:
+        if (self.item_id is None) is (self.item is None):
+            raise PydanticCustomError("one-item", "give either item_id or item")
+        return self
+
+    @property
+    def named(self) -> str | ItemText:
+        """The item that it is about."""
+        item = self.item_id if self.item is None else self.item
+        assert item is not None
+        return item
+
+
+async def about(
+    service: Service, family: str, body: ItemBody, listener: Callable[[str], None] | None = None
+) -> tuple[Answer, Mapping[str, Any]]:
+    """Answer a question of a family about an item; return the answer, and what the answers of all families hold."""
+    begun = time.monotonic()
+    item = body.named
+    if isinstance(item, str) and service.catalogue.items:
+        service.catalogue.get(item)
+    if unknown := sorted(body.context.keys() - CONTEXT):
+        raise DataError(
+            f"context: {unknown[0]!r} is nothing that a family is told; it may have {', '.join(sorted(CONTEXT))}",
+            kind="unknown-key",
+            column="context",
+        )
+    request = await service.request_of(body, candidates=[item])
+    request = replace(request, context={**request.context, **body.context})
+    question = Question(model=body.model, verb=family)
+    if listener is None:
+        result = await service.batcher.ask(question, request)
+    else:
+        (result,) = await service.between("answer", question, [request], listener=listener)
+        if isinstance(result, LlmrecError):
+            raise result
+    answer = result.answer
+    if isinstance(answer, Unparsed):
+        raise DataError(f"{family}: {answer.reason}", kind="failed")
+    return answer, {
+        "model": card_of(result.card),
+        "item_id": request.candidates[0].item_id,
+        "notes": list(request.notes),
+        "prompt": await service.between("prompt", question, request) if body.show_prompt else None,
+        "usage": usage_of(answer.cost),
+        "milliseconds": since(begun),
+    }
+
+
+class RateAnswer(_Answer):
+    """A predicted rating on the data's own scale."""
+
+    item_id: str
+    rating: float
+    scale: tuple[float, float] | None
+
+
+async def rate(service: Service, body: ItemBody) -> RateAnswer:
+    """Predict a rating."""
+    answer, common = await about(service, "rating", body)
+    assert isinstance(answer, Rating)
+    return RateAnswer(**common, rating=answer.value, scale=service.engine.scale)
+
+
+class PredictAnswer(_Answer):
+    """How likely the user is to like or choose the item."""
+
+    item_id: str
+    probability: float
+
+
+async def predict(service: Service, body: ItemBody) -> PredictAnswer:
+    """Predict whether a user likes or chooses an item."""
+    answer, common = await about(service, "ctr", body)
+    assert isinstance(answer, Probability)
+    return PredictAnswer(**common, probability=answer.value)
+
+
+class ExplainAnswer(_Answer):
+    """Why the item suits the user, or what the user may write of it, in the model's words."""
+
+    item_id: str
+    text: str
+
+
+async def explain(service: Service, body: ItemBody, listener: Callable[[str], None] | None = None) -> ExplainAnswer:
+    """Explain an item to a user; ``listener`` gets the text while it is generated."""
+    answer, common = await about(service, "explanation", body, listener)
+    assert isinstance(answer, Text)
+    return ExplainAnswer(**common, text=answer.text)
+
+
+class AskBody(ItemBody):
+    """A question of any family that a model was tuned on."""
+
+    model_config = ConfigDict(
+        json_schema_extra={"examples": [{"family": "rating", "history": ["1"], "item_id": "7"}], **_ONE_ITEM}
+    )
+
+    family: Annotated[Id, Field(description="rating, ctr, explanation, review or stars; a model's card says which.")]
+
+
+class AskAnswer(_Answer):
+    """What the family answers; the others are null."""
+
+    item_id: str
+    family: str
+    rating: float | None = None
+    probability: float | None = None
+    text: str | None = None
+
+
+async def ask(service: Service, body: AskBody) -> AskAnswer:
+    """Answer a question of any family about an item."""
+    answer, common = await about(service, body.family, body)
+    return AskAnswer(
+        **common,
+        family=body.family,
+        rating=answer.value if isinstance(answer, Rating) else None,
+        probability=answer.value if isinstance(answer, Probability) else None,
+        text=answer.text if isinstance(answer, Text) else None,
+    )
+
+
+# --------------------------------------------------------------------------- similar
+
+
+class SimilarBody(Body):
+    """Items like these."""
+
+    model_config = ConfigDict(json_schema_extra={"examples": [{"item_ids": ["1"], "k": 5}]})
+
+    item_ids: Annotated[list[DataId], Field(min_length=1, max_length=20)]
+    by: Annotated[
+        Literal["interactions", "text"], Field(description="Chosen together, or described in like words.")
+    ] = "interactions"
+    k: Annotated[int, Field(ge=1, le=1000), NUMBER] = 10
+    rules: Rules = Rules()
+
+
+class SimilarAnswer(BaseModel):
+    """Items, most alike first."""
+
+    model: ModelCard
+    items: list[RankedItem]
+    notes: list[str] = []
+    milliseconds: float
+
+
+async def similar(service: Service, body: SimilarBody) -> SimilarAnswer:
+    """Find items that are like others."""
+    begun = time.monotonic()
+    rules = service.settings.rules.joined(AppliedRules.read(body.rules.model_dump()))
+    for item in body.item_ids:
+        service.catalogue.get(item)
+    request = read_request({"history": list(body.item_ids)}, 1, service.catalogue.items, whole=True)
+    _, answer = await service.listed(request, Wanted(body.k, body.by, rules=rules), SIMILAR)
+    return SimilarAnswer(
+        model=card_of(answer.card),
+        items=ranked_items(answer, service.catalogue.items),
+        notes=[*answer.notes, *service.unknown_note(body.rules.block)],
+        milliseconds=since(begun),
+    )
+
+
+# --------------------------------------------------------------------------- rerank
+
+
+class RerankBody(BaseModel):
+    """Texts in, order out: the form of Cohere (v2) and of Jina.
+
+    Keys that these have and llmrec does not are passed by.
+    """
+
+    model_config = ConfigDict(
+        extra="ignore",
+        json_schema_extra={"examples": [{"query": "Toy Story (1995)", "documents": ["Aladdin (1992)", "Heat (1995)"]}]},
+    )
+
+    model: str | None = None
+    query: Words
+    documents: Annotated[list[Words | dict[str, JsonValue]], Field(min_length=1, max_length=MOST_DOCUMENTS)]
+    top_n: Annotated[int, Field(ge=1), NUMBER] | None = None
+    return_documents: Bool = False
+
+
+class RerankResult(BaseModel):
+    """One text."""
+
+    index: int
+    relevance_score: float = Field(description="In [0, 1]; the scores of all texts add to 1.")
+    document: dict[str, str] | None = None
+
+
+class RerankAnswer(BaseModel):
+    """Texts, best first."""
+
+    id: str
+    model: str
+    results: list[RerankResult]
+    usage: dict[str, int]
+    meta: dict[str, JsonValue]
+
+
+async def rerank(service: Service, body: RerankBody) -> RerankAnswer:
+    """Order texts by what a model expects after a query: its lines are the titles of a history."""
+    texts = [_text_of(document) for document in body.documents]
+    history = [{"title": line} for line in body.query.splitlines() if line.strip()]
+    if len(history) > MOST_EVENTS:
+        reason = f"the query has {len(history)} lines, more than {MOST_EVENTS}; send the last of them"
+        raise DataError(reason, kind="too-large", column="query")
+    # Texts are no items of the catalogue, whatever it calls its own: they go by their titles, and equal ones once.
+    candidates = [{"title": text} for text in dict.fromkeys(texts)]
+    request = read_request({"history": history, "candidates": candidates}, 1, None)
+    model = meant(body.model or "", [card.name for card in service.engine.cards])
+    answer = await service.batcher.ask(Question(model=model), request)
+    assert answer.card is not None
+    ranking = ranking_of(answer)
+    share = dict(zip(ranking.items, _shares(ranking.scores, answer.card), strict=True))
+    order = sorted(range(len(texts)), key=lambda place: (-share[clean(texts[place])], place))
+    total = sum(share[clean(texts[place])] for place in order) or 1.0
+    return RerankAnswer(
+        id=str(uuid4()),
+        model=answer.card.name,
+        results=[
+            RerankResult(
+                index=place,
+                relevance_score=share[clean(texts[place])] / total,
+                document={"text": texts[place]} if body.return_documents else None,
+            )
+            for place in order[: body.top_n]
+        ],
+        usage={"total_tokens": ranking.cost.prompt_tokens + ranking.cost.completion_tokens},
+        meta={
+            "api_version": {"version": "2"},
+            "billed_units": {"search_units": 1},
+            "warnings": list(answer.notes),
+        },
+    )
+
+
+def _shares(scores: Sequence[float], card: Card) -> list[float]:
+    """Return scores as shares that add to 1: probabilities of a language model, and ranks' worth of other models."""
+    if card.kind == "language model":
+        weights = np.exp(np.array(scores) - max(scores))
+    else:
+        weights = 1.0 / np.arange(1, len(scores) + 1)
+    shares: list[float] = (weights / weights.sum()).tolist()
+    return shares
+
+
+def _text_of(given: str | Mapping[str, object]) -> str:
+    """Return the text of a document."""
+    text = given if isinstance(given, str) else given.get("text", next(iter(given.values()), ""))
+    if not isinstance(text, str) or not text.strip():
+        raise DataError("a document has no text; leave it out", kind="empty", column="documents")
+    if len(text) > LONGEST_TEXT:
+        reason = f"a document has {len(text)} characters, more than {LONGEST_TEXT}; shorten it"
+        raise DataError(reason, kind="too-large", column="documents")
+    return text
+
+
+# --------------------------------------------------------------------------- the table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Verb:
+    """A question that a service answers.
+
+    Attributes:
+        name: The path of its route is ``/v1/NAME``.
+        about: What it does, for the documentation of HTTP.
+        body: What is sent.
+        answer: What is answered.
+        ask: Answers.
+        asks: What a model must answer for it, `RANK` or a family; None: every service answers it.
+        batch: What its batch route does, for the documentation; empty: there is none.
+        event: The name of the events that it sends before its answer, where a client asks for a stream; then ``ask``
+            takes a listener too. Empty: it sends none.
+        versions: Of its routes.
+    """
+
+    name: str
+    about: str
+    body: type[BaseModel]
+    answer: type[BaseModel]
+    ask: Callable[..., Awaitable[Any]]
+    asks: str | None = None
+    batch: str = ""
+    event: str = ""
+    versions: tuple[str, ...] = ("v1",)
+
+    async def stream(self, service: Service, body: Any) -> AsyncIterator[tuple[str, Any]]:
+        """Answer in events: those that come before the answer, then ``done`` with the whole answer."""
+        pieces: asyncio.Queue[Any] = asyncio.Queue()
+        loop = asyncio.get_running_loop()
+
+        def listener(piece: Any) -> None:
+            loop.call_soon_threadsafe(pieces.put_nowait, piece)
+
+        asking = asyncio.ensure_future(self.ask(service, body, listener))
+        asking.add_done_callback(lambda _: pieces.put_nowait(None))
+        try:
+            while (piece := await pieces.get()) is not None:
+                yield self.event, {"text": piece} if isinstance(piece, str) else piece.model_dump(mode="json")
+            yield "done", (await asking).model_dump(mode="json")
+        finally:
+            asking.cancel()
+
+
+VERBS: Mapping[str, Verb] = {
+    verb.name: verb
+    for verb in (
+        Verb(
+            name="rank",
+            about="Rank candidates, or the whole catalogue, for a user.",
+            body=RankBody,
+            answer=RankAnswer,
+            ask=rank,
+            asks=RANK,
+            batch="Rank for several users.",
+        ),
+        Verb(
+            name="rate",
+            about="Predict a user's rating of an item.",
+            body=ItemBody,
+            answer=RateAnswer,
+            ask=rate,
+            asks="rating",
+            batch="Predict several ratings.",
+        ),
+        Verb(
+            name="predict",
+            about="Predict whether a user likes or chooses an item.",
+            body=ItemBody,
+            answer=PredictAnswer,
+            ask=predict,
+            asks="ctr",
+            batch="Predict several yes or no.",
+        ),
+        Verb(
+            name="explain",
+            about="Say why an item suits a user; with ``Accept: text/event-stream`` as a stream of events.",
+            body=ItemBody,
+            answer=ExplainAnswer,
+            ask=explain,
+            asks="explanation",
+            batch="Explain several items.",
+            event="text",
+        ),
+        Verb(
+            name="ask",
+            about="Answer a question of any family that a model was tuned on, such as a review's headline or its "
+            "stars.",
+            body=AskBody,
+            answer=AskAnswer,
+            ask=ask,
+        ),
+        Verb(name="similar", about="Find items like others.", body=SimilarBody, answer=SimilarAnswer, ask=similar),
+        Verb(
+            name="chat",
+            about="Answer one line of a conversation; with ``Accept: text/event-stream`` calls come as events before "
+            "it.",
+            body=ChatBody,
+            answer=ChatAnswer,
+            ask=lambda service, body, *listener: service.conversations.answer(body, *listener),
+            event="call",
+        ),
+        Verb(
+            name="rerank",
+            about="Order texts, in the form of Cohere and Jina; each line of ``query`` is a title of the history.",
+            body=RerankBody,
+            answer=RerankAnswer,
+            ask=rerank,
+            # Cohere's client of its second version asks the one, its first version and Jina's the other.
+            versions=("v1", "v2"),
+        ),
+    )
+}
+
+
+@cache
+def batch_of(body: type[BaseModel]) -> type[BaseModel]:
+    """Return the body of several questions."""
+    several = Annotated[list[body], Field(min_length=1, max_length=MOST_BATCH)]  # type: ignore[valid-type]
+    doc = "Several questions; each is answered, or fails, by itself."
+    return create_model(body.__name__.replace("Body", "Batch"), __base__=Body, __doc__=doc, requests=(several, ...))
+
+
+@cache
+def answers_of(answer: type[BaseModel]) -> type[BaseModel]:
+    """Return the answers to several questions."""
+    several = list[answer | Failed]  # type: ignore[valid-type]
+    return create_model(f"{answer.__name__}s", __doc__="One an asked question, in order.", answers=(several, ...))
