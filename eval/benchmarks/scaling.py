@@ -13,18 +13,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.index_pictures import Canvas
 from llmrec.durable import write_json, write_text
 from llmrec.machine import machine, versions
 from llmrec.pipeline.run import train
 from llmrec.recipe.load import load_recipe, recipe_hash
+from llmrec.report.drawing.canvas import WIDE, Canvas, Scale, fitted
+from llmrec.report.render import picture as drawn
 
 RECIPE = "recipes/sequences/generative-items.yaml"
 # Width of the hidden states; blocks and heads grow with it.
 SIZES = ((16, 1, 1), (32, 1, 2), (64, 2, 2))
-_LEFT, _RIGHT, _TOP, _BOTTOM = 90, 760, 100, 420
-_INKS = ("#b9c4d2", "#7fa6c4", "#2f6f9f", "#123a5a")
-_SOFT = "#5b6375"
+_HUES = ("zero-shot", "few-shot", "tuned")
 
 
 def overrides(width: int, layers: int, heads: int, steps: int) -> list[str]:
@@ -64,35 +63,22 @@ def measured(width: int, layers: int, heads: int, steps: int, folder: Path) -> d
 
 def picture(result: dict[str, Any]) -> str:
     """Return loss by tokens, a line a size."""
-    canvas = Canvas()
+    canvas, bottom = Canvas(width=WIDE, height=440), 360
     curves = [[point for point in run["curve"] if point["tokens"]] for run in result["runs"]]
+    rise = fitted([point["valid_loss"] for curve in curves for point in curve], bottom, 24)
     most = max(point["tokens"] for curve in curves for point in curve)
-    losses = [point["valid_loss"] for curve in curves for point in curve]
-    low, high = min(losses), max(losses)
-    canvas.text(26, 28, "Amazon 2014 Beauty, one token an item", size=13, ink=_SOFT)
-    canvas.text(26, 54, "Validation loss by tokens read, and by size", size=19)
-    for n, (run, curve) in enumerate(zip(result["runs"], curves, strict=True)):
-        places = [
-            (
-                _LEFT + (_RIGHT - _LEFT) * point["tokens"] / most,
-                _BOTTOM - (_BOTTOM - _TOP) * (point["valid_loss"] - low) / max(high - low, 1e-9),
-            )
-            for point in curve
-        ]
-        path = " ".join(f"{'L' if k else 'M'}{x:.1f} {y:.1f}" for k, (x, y) in enumerate(places))
-        canvas.parts.append(f'<path d="{path}" fill="none" stroke="{_INKS[n]}" stroke-width="3"/>')
-        x, y = places[-1]
-        canvas.text(x + 8, y + 5, f"width {run['width']}", size=13, ink=_INKS[max(n, 1)])
-    for value in (low, high):
-        y = _BOTTOM - (_BOTTOM - _TOP) * (value - low) / max(high - low, 1e-9)
-        canvas.text(26, y + 5, f"{value:.2f}", size=13, ink=_SOFT)
-    canvas.text(_LEFT, _BOTTOM + 26, "0", size=13, ink=_SOFT)
-    canvas.text(_RIGHT - 60, _BOTTOM + 26, f"{most / 1e6:.1f} M tokens", size=13, ink=_SOFT)
-    canvas.text(26, _BOTTOM + 50, result["command"], size=13, ink=_SOFT, mono=True)
-    return canvas.svg(_BOTTOM + 66, "Validation loss falls with tokens read and with the width of the model")
+    along = Scale(low=0.0, high=most / 1e6, start=54, end=WIDE - 90)
+    canvas.left(rise, along.start, along.end)
+    canvas.below(along, bottom, bottom, "validation loss, nats an item, by million tokens read")
+    for run, curve, hue in zip(result["runs"], curves, _HUES, strict=False):
+        points = [(along(point["tokens"] / 1e6), rise(point["valid_loss"])) for point in curve]
+        canvas.path(points, f"curve {hue}")
+        canvas.text(points[-1][0] + 8, points[-1][1] + 4, f"width {run['width']}", "tick")
+    canvas.text(along.start, canvas.height - 10, f"Amazon 2014 Beauty, one token an item; {result['command']}", "tick")
+    return drawn(canvas, "Validation loss falls with tokens read and with the width of the model")
 
 
-def main(target: Path, drawn: Path, folder: Path, steps: int) -> None:
+def main(target: Path, image: Path, folder: Path, steps: int) -> None:
     """Train every size, write the curves and draw them."""
     runs = []
     for size in SIZES:
@@ -109,7 +95,7 @@ def main(target: Path, drawn: Path, folder: Path, steps: int) -> None:
         "versions": versions(),
     }
     write_json(target, result)
-    write_text(drawn, picture(result))
+    write_text(image, picture(result))
 
 
 if __name__ == "__main__":

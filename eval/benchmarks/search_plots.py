@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.benchmarks.index_pictures import Canvas
+from llmrec.report.drawing.canvas import WIDE, Canvas, Scale
+from llmrec.report.render import picture
 
 START, END = "<!-- performance:figures -->", "<!-- /performance:figures -->"
 _LEFT, _RIGHT, _TOP, _ROW = 290, 740, 104, 40
-_INK, _SOFT, _OURS, _THEIRS, _GOAL = "#1f2430", "#5b6375", "#2f6f9f", "#b9c4d2", "#c2571a"
 FILES = {"search": "With transformers", "search_vllm": "With vLLM", "training": "Training"}
 HEADINGS = {
     "beam": "Search of a batch",
@@ -136,33 +136,28 @@ def conditions(result: dict[str, Any]) -> str:
 
 
 def draw(goal: Goal) -> str:
-    """Return the picture: a bar a way, and where the goal begins."""
-    canvas, bars, line = Canvas(), goal.goal["bars"], goal.goal["line"]
-    scale = (_RIGHT - _LEFT) / max(*bars.values(), line)
-    canvas.text(26, 28, goal.subject, size=13, ink=_SOFT)
-    canvas.text(26, 54, goal.sentence, size=19)
-    x, bottom = _LEFT + line * scale, _TOP + _ROW * len(bars)
-    for n, (name, value) in enumerate(bars.items()):
-        y, width = _TOP + _ROW * n, max(2.0, value * scale)
-        canvas.text(26, y + 18, plain(name), ink=_INK if n == 0 else _SOFT)
-        canvas.parts.append(
-            f'<rect x="{_LEFT}" y="{y}" width="{width:.1f}" height="26" rx="3" fill="{_THEIRS if n else _OURS}"/>'
-        )
-        # The figure stands behind its bar, or behind the line where that would go through it.
-        end = _LEFT + width
+    """Return the picture: a bar for each implementation, and where the goal begins."""
+    bars, line = goal.goal["bars"], goal.goal["line"]
+    bottom = _TOP + _ROW * len(bars)
+    canvas = Canvas(width=WIDE, height=bottom + 76)
+    along = Scale(low=0.0, high=max(*bars.values(), line), start=_LEFT, end=_RIGHT)
+    canvas.text(26, 28, goal.subject, "tick")
+    canvas.text(26, 50, goal.sentence, "name")
+    x = along(line)
+    for number, (name, value) in enumerate(bars.items()):
+        y, end = _TOP + _ROW * number, max(along(value), _LEFT + 2.0)
+        canvas.text(26, y + 18, plain(name), "" if number else "name")
+        canvas.box(_LEFT, y, end - _LEFT, 26, "band" if number else "bar")
+        # The figure is behind its bar, or behind the line where that would go through it.
         canvas.text((x if end - 8 < x < end + 76 else end) + 8, y + 18, amount(value, goal.goal["unit"]))
-    canvas.parts.append(
-        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{_TOP - 10}" y2="{bottom - 6}" stroke="{_GOAL}" stroke-width="2" '
-        'stroke-dasharray="5 4"/>'
-    )
+    canvas.line(x, _TOP - 10, x, bottom - 6, "reference")
     label = f"goal: {goal.wanted}, {goal.verdict}"
-    canvas.text(x - 6 if x < 700 else x - 7.2 * len(label), _TOP - 16, label, size=14, ink=_GOAL)
+    canvas.text(x, _TOP - 16, label, "tick", anchor="start" if x < 700 else "end")
     load = goal.around.get("load", {}).get("after", goal.result["machine"]["load"])
-    canvas.text(26, bottom + 22, goal.result["command"], size=13, ink=_SOFT, mono=True)
     where, _, what = conditions(goal.measured).partition("; ")
-    canvas.text(26, bottom + 42, f"{where}; load {load}; fastest round", size=13, ink=_SOFT)
-    canvas.text(26, bottom + 60, what, size=13, ink=_SOFT)
-    return canvas.svg(bottom + 76, f"{goal.sentence}; goal {goal.wanted}, {goal.verdict}")
+    for number, note in enumerate((goal.result["command"], f"{where}; load {load}; fastest round", what)):
+        canvas.text(26, bottom + 22 + 19 * number, note, "tick")
+    return picture(canvas, f"{goal.sentence}; goal {goal.wanted}, {goal.verdict}")
 
 
 # --------------------------------------------------------------------------- words

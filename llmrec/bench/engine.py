@@ -221,11 +221,11 @@ def _unrun(page: Page, made: Made) -> int:
 def _standings(table: BenchmarkTable, made: Made) -> dict[str, tuple[Standing, Sample]]:
     """Return the rows of a table that have a figure, by name."""
     found = {}
-    for each in made.rows:
-        if (sample := each.samples.get(table.name)) is not None:
-            value = each.row.tables[table.name].value(table.metric)
+    for entry in made.rows:
+        if (sample := entry.samples.get(table.name)) is not None:
+            value = entry.row.tables[table.name].value(table.metric)
             if value is not None:
-                found[each.row.name] = Standing(each.row.name, value, sample.values), sample
+                found[entry.row.name] = Standing(entry.row.name, value, sample.values), sample
     return found
 
 
@@ -286,7 +286,7 @@ def _described(
     if isinstance(page, Benchmark):
         tested = {(frame.a, frame.b) for frame, _ in planned}
         best = rows.get(table.best_baseline or "")
-        arms = {each.row.name: each.row.arm for each in made.rows}
+        arms = {entry.row.name: entry.row.arm for entry in made.rows}
         return [
             _contrast(table.metric, row, best)
             for name, row in rows.items()

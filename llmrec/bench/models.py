@@ -63,7 +63,7 @@ def _read_by(recipe: Recipe) -> Mapping[str, Any]:
     path = Path(index.path) if index is not None and index.path else None
     return {
         "recipe": recipe.model_dump(mode="json"),
-        "templates": {name: sorted(each.sha for each in own.values()) for name, own in templates.items()},
+        "templates": {name: sorted(entry.sha for entry in own.values()) for name, own in templates.items()},
         "model": weights_of(recipe.model.name) if recipe.model.shape is None else None,
         "encoders": [weights_of(recipe.encoder), weights_of(index.semantic.encoder) if index is not None else None],
         "index": sha256_of(path) if path is not None and path.is_file() else None,
@@ -125,7 +125,7 @@ class Models:
         """Keep a fitted row that a mixture or ensemble needs later; others would only take memory."""
         if any(row.label in other.parts for other in self.suite.rows):
             known = self._fitted.setdefault((row.label, data.fingerprint, seed), [])
-            if not any(model is each for each in known):
+            if not any(model is entry for entry in known):
                 known.append(model)
 
     def choose(self, row: SuiteRow, data: SplitDataset, tables: Sequence[str]) -> Tuned:
@@ -162,7 +162,7 @@ class Models:
             (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
         ]
         every = [row.parameters, *({**row.parameters, name: value} for name, value in values)]
-        return [found for each in every if (found := hashes_of(str(row.baseline), each))]
+        return [found for entry in every if (found := hashes_of(str(row.baseline), entry))]
 
     def reads(self, row: SuiteRow) -> Reads:
         """Return what a row knows items by; an ensemble knows what its members know."""
@@ -230,9 +230,9 @@ class Models:
             found: list[tuple[Tried, str]] = []
             for of in sorted(differing.values(), key=(table, *tables).index):
                 tried = self._fused(row, data, seed, table, of).tried
-                found += [(each, of) for each in tried]
-            names = [{"form": each.form, "of": each.name, "parts": of} for each, of in found]
-            trials += [Trial(name, {table: abs(each.value)}) for name, (each, _) in zip(names, found, strict=True)]
+                found += [(entry, of) for entry in tried]
+            names = [{"form": entry.form, "of": entry.name, "parts": of} for entry, of in found]
+            trials += [Trial(name, {table: abs(entry.value)}) for name, (entry, _) in zip(names, found, strict=True)]
             best = max(range(len(found)), key=lambda place: found[place][0].value)
             model = self._fused(row, data, seed, table, found[best][1], dissect=True, only=found[best][0])
             choices[table] = Choice(names[best], model=model)

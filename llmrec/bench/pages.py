@@ -406,8 +406,8 @@ def _dialogues(found: BenchmarkResult) -> list[str]:
             models.append(f"{name}: {used}.")
         if held.lines_with_a_wanted_title:
             named.append(f"{name}: {held.lines_with_a_wanted_title:,} lines of users name what is wanted.")
-        if said := _exploratory(held.users, SEEDS):
-            few.append(f"{name}: {cell(said)}")
+        if note := _exploratory(held.users, SEEDS):
+            few.append(f"{name}: {cell(note)}")
     return [Markup(line) for line in (*models, *named, *few)]
 
 
@@ -433,27 +433,27 @@ def _grid(found: BenchmarkResult, table: BenchmarkTable) -> str:
 def _columns(found: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     """Return the columns of a table: those of which some row has something to show."""
     entries = found.standings(table)
-    rows, figures = [row for row, _ in entries], [each for _, each in entries]
+    rows, figures = [row for row, _ in entries], [entry for _, entry in entries]
     columns: list[Column] = [("predictor" if found.kind == "suite" else "row", _name)]
     for name in table.metrics:
-        values = [each.metrics[name].value for each in figures if name in each.metrics]
+        values = [entry.metrics[name].value for entry in figures if name in entry.metrics]
         best = min(values, key=functools.partial(place, metric=name), default=None)
         columns.append((name, functools.partial(_metric, name, best, headline=name == table.metric)))
-    if any(each.metrics[table.metric].range for each in figures):
+    if any(entry.metrics[table.metric].range for entry in figures):
         columns.append(("over tie rules", lambda _, own: _range(own.metrics[table.metric])))
     if less := _less(found, table):
         head = "best row less this one" if found.kind == "suite" else "less the best baseline"
         columns.append((head, lambda row, _: less.get(row.name, DASH)))
-    if any(each.tie_rate is not None for each in figures):
+    if any(entry.tie_rate is not None for entry in figures):
         columns.append(("ties", lambda _, own: DASH if own.tie_rate is None else f"{own.tie_rate:.1%}"))
-    if any(each.parameters for each in figures):
+    if any(entry.parameters for entry in figures):
         columns.append(("parameters", lambda _, own: _parameters(own)))
-    if any(each.tokens_per_request for each in figures):
+    if any(entry.tokens_per_request for entry in figures):
         columns += [
             ("tokens", lambda row, own: _cost(entries, row, own, "tokens_per_request", ",.0f")),
             ("calls", lambda row, own: _cost(entries, row, own, "forwards_per_request", ",.1f")),
         ]
-    if any(each.seconds_per_request for each in figures):
+    if any(entry.seconds_per_request for entry in figures):
         columns.append(("seconds", lambda row, own: _cost(entries, row, own, "seconds_per_request", ".3f")))
     if any(row.seconds for row in rows):
         columns.append(("seconds", lambda row, _: f"{sum(row.seconds.values()):.0f}"))

@@ -283,7 +283,7 @@ def made_of(lines: Iterable[Line], resamples: int, *, seconds: float = 0.0, miss
 def _table(name: str, shared: Shared, lines: Sequence[Line], figures: Mapping[str, RowFigures]) -> BenchmarkTable:
     family, metric, signature, candidates = shared
     ordered = sorted(lines, key=lambda line: place(figures[line.name].value(metric), metric))
-    others = [each for each in figures[ordered[0].name].metrics if each != metric]
+    others = [entry for entry in figures[ordered[0].name].metrics if entry != metric]
     baselines = (line.name for line in ordered if line.figures[0].arm == "baseline")
     return BenchmarkTable(
         name=name,

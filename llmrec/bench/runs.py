@@ -164,7 +164,7 @@ def _value(row: ResultRow, metric: str) -> float | None:
 
 
 def _refuse_other_data(task: str, runs: Sequence[Path], results: tuple[Results, Results]) -> None:
-    data = [each.data_of(task) for each in results]
+    data = [entry.data_of(task) for entry in results]
     if data[0] is None or data[1] is None or data[0].split_fingerprint != data[1].split_fingerprint:
         raise _mismatch(
             runs, task, "on another table or split of it", "run both with the same data, data.split and seed", "data"

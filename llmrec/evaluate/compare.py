@@ -134,7 +134,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
         more: Further planned comparisons whose rows have not been run.
     """
     size = len(contrasts) + more
-    found = [each.sampled(resamples=enough(resamples, size), seed=seed) for each in contrasts]
+    found = [contrast.sampled(resamples=enough(resamples, size), seed=seed) for contrast in contrasts]
     return [
         Pair(
             a=contrast.a.name,
@@ -252,7 +252,7 @@ def _means(
         return first, np.where(np.abs(first - second) < _DUST, first, second), users
     truth = _truth(metric, left, right)
     first, second = (
-        np.mean([probability.gauc(np.abs(each), truth, users).values for each in seeds], axis=0)
+        np.mean([probability.gauc(np.abs(values), truth, users).values for values in seeds], axis=0)
         for seeds in (left, right)
     )
     both = np.isfinite(first)
@@ -270,13 +270,13 @@ def _sampled_auc(
 
 
 def _mean_auc(seeds: Iterable[NDArray[np.float64]], truth: NDArray[np.bool_], users: Sequence[str]) -> Statistic:
-    return mean_of([probability.auc_statistic(np.abs(each), truth, users) for each in seeds])
+    return mean_of([probability.auc_statistic(np.abs(values), truth, users) for values in seeds])
 
 
 def _truth(metric: str, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
     """Return the truths that both rows hold in the signs of their values."""
     truth: NDArray[np.bool_] = ~np.signbit(a[0])
-    if any(not np.array_equal(truth, ~np.signbit(each)) for each in (*a, *b)):
+    if any(not np.array_equal(truth, ~np.signbit(values)) for values in (*a, *b)):
         raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired", kind="mismatch")
     return truth
 
@@ -311,17 +311,17 @@ def over_runs(
         known = [end for end in ends if end is not None]
         return float(np.mean(known)) if len(known) == len(ends) else None
 
-    each = [figure.value for figure in figures]
+    by_seed = [figure.value for figure in figures]
     low, high = mean([figure.low for figure in figures]), mean([figure.high for figure in figures])
-    if len(values) == len(figures) and None not in each:
+    if len(values) == len(figures) and None not in by_seed:
         spread = _interval(metric, values, users, resamples)
         low, high = spread.low, spread.high
     return found.model_copy(
         update={
-            "value": mean(each),
+            "value": mean(by_seed),
             "low": low,
             "high": high,
-            "sd": None if None in each else float(np.std(np.array(each, dtype=np.float64), ddof=1)),
+            "sd": None if None in by_seed else float(np.std(np.array(by_seed, dtype=np.float64), ddof=1)),
         }
     )
 
@@ -333,9 +333,9 @@ def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence
         auc = _mean_auc(values, _truth(metric, values, values), users)
         return interval_of(auc, len(set(users)), resamples=resamples, seed=0)
     if metric == "GAUC":
-        within = [probability.gauc(np.abs(each), _truth(metric, values, values), users) for each in values]
+        within = [probability.gauc(np.abs(entry), _truth(metric, values, values), users) for entry in values]
         both = within[0].weights > 0
-        values = np.array([each.values[both] for each in within])
+        values = np.array([entry.values[both] for entry in within])
         owners = [name for name, kept in zip(within[0].users, both, strict=True) if kept]
     return interval(
         values,

@@ -114,7 +114,7 @@ def _added(family: str, metric: str, own: Sequence[ResultRow]) -> Iterator[Versu
     joined = [row for row in own if row.figures.fusion is not None]
     for row in joined:
         if row.figures.arm == "tuned":
-            yield from (Versus(family, metric, row, each) for each in joined if each.figures.arm == "baseline")
+            yield from (Versus(family, metric, row, entry) for entry in joined if entry.figures.arm == "baseline")
             return
 
 
@@ -142,7 +142,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
                     yield Versus(family, metric, served, facing)
         for row in own:
             if row.figures.arm in ("tuned", "few-shot"):
-                zero = [each for each in own if each.figures.arm == "zero-shot" and _asked_alike(study, row, each)]
+                zero = [entry for entry in own if entry.figures.arm == "zero-shot" and _asked_alike(study, row, entry)]
                 yield from (Versus(family, metric, row, other) for other in zero)
             if row.figures.arm == "tuned" and row.figures.predictor in ("head", study.section(family).strategies[0]):
                 yield from (Versus(family, metric, row, control) for control in controls)

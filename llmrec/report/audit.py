@@ -77,8 +77,8 @@ def audit_sentence(lines: Sequence[AuditLine]) -> str:
         return f"no {what}" if not count else f"1 {what}" if count == 1 else f"{count} {what}s"
 
     leaks, notices = (sum(line.verdict == verdict for line in lines) for verdict in ("leak", "notice"))
-    said = f"{many(len(lines), 'check')}, {many(leaks, 'leak')}, {many(notices, 'notice')}"
-    return f"{said}. Held-out data was looked for wherever it could enter training or prompts."
+    counts = f"{many(len(lines), 'check')}, {many(leaks, 'leak')}, {many(notices, 'notice')}"
+    return f"{counts}. Held-out data was looked for wherever it could enter training or prompts."
 
 
 def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
@@ -87,8 +87,10 @@ def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
     Raises:
         LeakError: If there is a leak.
     """
-    if said := refusal(lines):
-        raise LeakError(f"{run_dir / AUDIT}: {VERDICT[0].lower()}{VERDICT[1:]} {said}", kind="leak", at=run_dir / AUDIT)
+    if reason := refusal(lines):
+        raise LeakError(
+            f"{run_dir / AUDIT}: {VERDICT[0].lower()}{VERDICT[1:]} {reason}", kind="leak", at=run_dir / AUDIT
+        )
 
 
 def refusal(lines: Sequence[AuditLine]) -> str:

@@ -280,8 +280,8 @@ def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
         of = sum((row.arm, row.predictor) == (arm, predictor) for row in tested)
         share = ("both" if of == 2 else f"all {of}") if len(own) == of else f"{len(own)} of {of}"
         name = label(own[0]) if of == 1 else f"{arm_label(arm, predictor)} with {share} templates"
-        said = _explained([row.position_bias for row in own if row.position_bias])
-        found.append(f"{name} ({said})" if _is_biased(own[0]) else name)
+        explained = _explained([row.position_bias for row in own if row.position_bias])
+        found.append(f"{name} ({explained})" if _is_biased(own[0]) else name)
     return listed(found)
 
 

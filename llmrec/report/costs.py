@@ -57,7 +57,7 @@ def cost_of(row: Row, members: Sequence[Row] = ()) -> RowCost:
         row: The row.
         members: What it joins, if it is an ensemble; they answered the same requests.
     """
-    costs = [each.cost for each in (row, *members)]
+    costs = [entry.cost for entry in (row, *members)]
     read, written = sum(cost.prompt_tokens for cost in costs), sum(cost.completion_tokens for cost in costs)
     tokens, seconds = read + written, sum(cost.seconds or 0.0 for cost in costs)
     forwards, users = sum(cost.forwards for cost in costs), row.users or row.n

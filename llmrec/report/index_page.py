@@ -71,5 +71,5 @@ def html_page(content: IndexPage) -> str:
         page=content, found=found, nonce=nonce, plotted=codes.pictures(found), style=style(),
         sentence=index_summary.sentence(found), figures=index_summary.key_figures(found),
         level_title=index_summary.level_title,
-        groups={length: tuple(each) for length, each in groupby(content.groups, key=lambda group: group.length)},
+        groups={length: tuple(entry) for length, entry in groupby(content.groups, key=lambda group: group.length)},
     )  # fmt: skip

@@ -58,8 +58,8 @@ _FIGURES = {
 
 def sentence(found: Diagnostics) -> str:
     """Say what the scheme is."""
-    said = SCHEMES.get(found.scheme, "")
-    return f"{said} {HYBRID}".strip() if found.hybrid else said
+    text = SCHEMES.get(found.scheme, "")
+    return f"{text} {HYBRID}".strip() if found.hybrid else text
 
 
 def level_title(level: Level) -> str:

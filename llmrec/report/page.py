@@ -50,7 +50,7 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
         raise
     results = results_of(content, source=str(run_dir / "results.json"), fix=fix_for(run_dir))
     reasons, fix = failure_reasons(run_dir, results, predictions), how_to_audit(run_dir)
-    told = index_summary.line(run_dir) if made is None or made.item_index is None else made.item_index
+    index_line = index_summary.line(run_dir) if made is None or made.item_index is None else made.item_index
     folder = run_dir / "report"
     refuse_link(folder)
     folder.mkdir(exist_ok=True)
@@ -58,8 +58,8 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
     _put(pages["csv"], csv_text(results).encode())
     _put(pages["latex"], latex(results).encode())
     _put(pages["markdown"], markdown_page(results, reasons, audit, fix=fix).encode())
-    near = index_summary.neighbours(run_dir) if told else ()
-    page = html_page(results, reasons, audit, fix=fix, item_index=told, neighbours=near)
+    near = index_summary.neighbours(run_dir) if index_line else ()
+    page = html_page(results, reasons, audit, fix=fix, item_index=index_line, neighbours=near)
     _put(pages["html"], page.encode())
     return pages
 

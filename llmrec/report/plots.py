@@ -250,10 +250,10 @@ def differences(results: Results) -> Differences:
     Families of one metric are drawn in its units; those of several as shares of the control's figure, in per cent.
     """
     found = [summary.headline(results, task) for task in results.tasks]
-    found = [each for each in found if each.difference is not None and each.difference.value is not None]
-    metrics = {each.metric for each in found}
+    found = [entry for entry in found if entry.difference is not None and entry.difference.value is not None]
+    metrics = {entry.metric for entry in found}
     unit = f"difference in {flat(*metrics)}" if len(metrics) == 1 else "difference, % of the control's figure"
-    rows = [_difference(each, share=len(metrics) > 1) for each in found]
+    rows = [_difference(entry, share=len(metrics) > 1) for entry in found]
     turned = sorted(flat(metric) for metric in metrics if lower(metric))
     sides = f"better → ({listed(turned)} turned: lower is better)" if turned else "better →"
     return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}
@@ -345,7 +345,7 @@ def rewards(training: Training) -> Lines:
     }
     made = [(line.step, line.reward) for line in training.log if line.reward is not None]
     series = [
-        _series(label, "train" if name == "reward" else "valid", [(step, getattr(each, name)) for step, each in made])
+        _series(label, "train" if name == "reward" else "valid", [(step, getattr(entry, name)) for step, entry in made])
         for label, name in names.items()
     ]
     return {"kind": "lines", "unit": "a step's rollouts", "series": series}

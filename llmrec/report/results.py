@@ -165,9 +165,9 @@ def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
     may lack one of them. A field that a signature leaves out, such as ``users`` or ``slice``, counts as one value.
     """
     parts = {row.id: [_fields(metric.signature) for metric in row.metrics.values()] for row in rows if row.metrics}
-    names = sorted({key for fields in parts.values() for each in fields for key in each})
+    names = sorted({key for fields in parts.values() for entry in fields for key in entry})
     for key in names:
-        values = {row_id: {each.get(key, _UNSAID) for each in fields} for row_id, fields in parts.items()}
+        values = {row_id: {entry.get(key, _UNSAID) for entry in fields} for row_id, fields in parts.items()}
         kinds: dict[frozenset[str], str] = {}
         for row_id, own in values.items():
             for other, first in kinds.items():

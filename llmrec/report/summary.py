@@ -116,7 +116,7 @@ def question(results: Results, found: Iterable[Headline]) -> str:
     """Return the question that a report answers first."""
     if any(row.arm != "baseline" for row in results.rows):
         return "Is the model better than the best baseline?"
-    if any(each.served and each.model is not None and each.model.fusion is None for each in found):
+    if any(entry.served and entry.model is not None and entry.model.fusion is None for entry in found):
         return "Is the recommender that is served better than the best other one?"
     return "Is the fusion better than the best single recommender?"
 
@@ -178,7 +178,7 @@ def contribution(results: Results, task: str) -> Comparison | None:
 def unweighed(results: Results, ensemble: str) -> bool:
     """Say whether an ensemble gives the language model among its members no weight."""
     row = results.row(ensemble)
-    classic = {each.predictor for each in results.rows if each.task == row.task and each.arm == "baseline"}
+    classic = {entry.predictor for entry in results.rows if entry.task == row.task and entry.arm == "baseline"}
     weights = [part.weight for part in row.fusion.parts if part.name not in classic] if row.fusion else []
     return bool(weights) and not any(weights)
 
@@ -217,8 +217,8 @@ def caution(results: Results, name: Callable[[str], str] = title) -> str:
         "one training seed" if results.training else "",
         f"fewer than {USERS} users for {listed(few)}" if few else "",
     ]
-    said = ", and ".join(filter(None, short))
-    return f"Exploratory, with {said}." if said else ""
+    reasons = ", and ".join(filter(None, short))
+    return f"Exploratory, with {reasons}." if reasons else ""
 
 
 def few_users(results: Results, task: str) -> bool:
@@ -261,7 +261,7 @@ def _choice(results: Results, task: str) -> str:
     if choice is None or row is None:
         return ""
     short = short_names(with_figures(results, task))
-    figures = sorted(choice.figures.items(), key=lambda each: -each[1])
+    figures = sorted(choice.figures.items(), key=lambda entry: -entry[1])
     beside = next(((name, value) for name, value in figures if name != choice.row), None)
     after = f"; next is {short.get(beside[0], beside[0])}, {beside[1]:.4f}" if beside else ""
     return (
@@ -274,27 +274,27 @@ def _parts(row: Row, results: Results) -> str:
     """Say what a fusion loses without each of its parts."""
     if row.fusion is None:
         return ""
-    short = {each.predictor: name for each, name in _short_parts(row, results)}
-    told = sorted((part for part in row.fusion.parts if part.loss is not None), key=lambda part: -(part.loss or 0.0))
+    short = {entry.predictor: name for entry, name in _short_parts(row, results)}
+    parts = sorted((part for part in row.fusion.parts if part.loss is not None), key=lambda part: -(part.loss or 0.0))
     gains = [
         f"{short.get(part.name, flat(part.name))} {number(part.loss, sign=True)}"
-        for part in told
+        for part in parts
         if (part.loss_low or 0.0) > 0
     ]
-    rest = len(told) - len(gains)
-    if not told:
+    rest = len(parts) - len(gains)
+    if not parts:
         return ""
     what = f"What it loses without a part, on validation users: {listed(gains)}" if gains else ""
     several = "one part could" if rest == 1 else f"{rest} parts could each"
     others = f"{several} be left out without a loss that shows" if rest else ""
-    said = "; ".join(filter(None, (what, others)))
-    return f"{said[:1].upper()}{said[1:]}."
+    text = "; ".join(filter(None, (what, others)))
+    return f"{text[:1].upper()}{text[1:]}."
 
 
 def _short_parts(row: Row, results: Results) -> list[tuple[Row, str]]:
-    rows = [each for each in results.rows if each.task == row.task]
+    rows = [entry for entry in results.rows if entry.task == row.task]
     names = short_names(rows)
-    return [(each, names[each.id]) for each in rows if each.fusion is None]
+    return [(entry, names[entry.id]) for entry in rows if entry.fusion is None]
 
 
 def _what_ran(results: Results) -> str:

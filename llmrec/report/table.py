@@ -125,8 +125,8 @@ def _csv_undefined(metric: Metric) -> str | None:
 def _csv_marks(mark: Mark | None, control: Row | None) -> tuple[object, ...]:
     zero, base = (mark.zero_shot, mark.baseline) if mark else (None, None)
     name = control.id if base and control else None
-    said = [outcome(entry.verdict) if entry else None for entry in (zero, base)]
-    return (said[0], zero and zero.p, name, said[1], base and base.p)
+    outcomes = [outcome(entry.verdict) if entry else None for entry in (zero, base)]
+    return (outcomes[0], zero and zero.p, name, outcomes[1], base and base.p)
 
 
 def _csv_costs(row: Row, members: Sequence[Row]) -> tuple[object, ...]:

@@ -28,12 +28,12 @@ def answered(results: Results, sample: Sample) -> list[tuple[Row, Written]]:
     return [(row, sample.answers[row.id]) for row in rows if row.id in sample.answers]
 
 
-def asked_by(results: Results, sample: Sample, told: Told) -> str:
+def asked_by(results: Results, sample: Sample, fact: Told) -> str:
     """Say which questions show something; nothing where all do."""
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
-    if not told.by:
+    if not fact.by:
         return "shown by no question"
-    return "" if set(templates) <= set(told.by) else f"shown by {listed([_bare(name) for name in told.by])}"
+    return "" if set(templates) <= set(fact.by) else f"shown by {listed([_bare(name) for name in fact.by])}"
 
 
 def about_choice(results: Results, found: Sequence[Sample]) -> str:

@@ -95,10 +95,10 @@ def screen(results: Results) -> list[str]:
     the run exploratory.
     """
     found = [verdict(results, task) for task in results.tasks]
-    lines = [line for task in results.tasks for told in undefined(results, task) for line in wrapped(told)]
-    if told := first_sentence(results):
-        lines += wrapped(told)
-    if any(each.tuned for each in found):
+    lines = [line for task in results.tasks for text in undefined(results, task) for line in wrapped(text)]
+    if text := first_sentence(results):
+        lines += wrapped(text)
+    if any(entry.tuned for entry in found):
         lines += wrapped(tuning_tally(found))
     if warning := caution(results):
         lines += wrapped(warning)

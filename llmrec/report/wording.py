@@ -76,7 +76,10 @@ def undefined(results: Results, task: str) -> list[str]:
     """Say which figures of a task are not defined, of which rows and why."""
     rows = [row for row in results.rows if row.task == task]
     found = [
-        (label(row), name, each.undefined) for row in rows for name, each in row.metrics.items() if each.value is None
+        (label(row), name, entry.undefined)
+        for row in rows
+        for name, entry in row.metrics.items()
+        if entry.value is None
     ]
     return undefined_lines(found, len(rows), results.headline[task])
 
@@ -143,14 +146,14 @@ def in_words(entry: Comparison, a: str, b: str) -> str:
         a: What the first row is called.
         b: The second.
     """
-    said = outcome_of(entry)
-    if said.startswith("no "):
-        return f"There is {said.replace(' difference', f' difference between {a} and {b}')}"
+    text = outcome_of(entry)
+    if text.startswith("no "):
+        return f"There is {text.replace(' difference', f' difference between {a} and {b}')}"
     if entry.verdict is not None:
-        return f"{a} is {said} than {b}"
-    place, _, rest = said.partition(" ")
+        return f"{a} is {text} than {b}"
+    side, _, rest = text.partition(" ")
     where = {"ahead": "ahead of", "behind": "behind"}
-    return f"{a} is {where[place]} {b} on these users {rest}" if rest else f"{a} was compared with {b}, {said}"
+    return f"{a} is {where[side]} {b} on these users {rest}" if rest else f"{a} was compared with {b}, {text}"
 
 
 def coverage(level: float | None) -> str:
@@ -239,18 +242,18 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for row in rows:
-        alike = [each for each in rows if (each.arm, each.method) == (row.arm, row.method)]
+        alike = [entry for entry in rows if (entry.arm, entry.method) == (row.arm, row.method)]
         if row.arm != "baseline":
             found[row.id] = label(row)
         elif len(alike) == 1:
             found[row.id] = flat(row.method)
         else:
-            settings = [dict.fromkeys(_settings(each)) for each in alike]
-            names = sorted({one.partition("=")[0] for each in settings for one in each})
-            told = [
-                [next((one for one in each if one.startswith(f"{name}=")), "") for each in settings] for name in names
+            settings = [dict.fromkeys(_settings(entry)) for entry in alike]
+            names = sorted({one.partition("=")[0] for entry in settings for one in entry})
+            columns = [
+                [next((one for one in entry if one.startswith(f"{name}=")), "") for entry in settings] for name in names
             ]
-            apart = next((each for each in told if len({*each}) == len(alike)), None)
+            apart = next((entry for entry in columns if len({*entry}) == len(alike)), None)
             own = "" if apart is None else apart[alike.index(row)]
             found[row.id] = flat(row.predictor if apart is None else f"{row.method}({own})" if own else row.method)
     return found

@@ -241,7 +241,7 @@ def _outline(form: str, x: float, y: float, size: float) -> str:
 
 def text_width(text: str, size: float = NORMAL) -> float:
     """Return about how many pixels a line of text takes; a browser's font may differ by a tenth."""
-    wide = sum(1.0 if unicodedata.east_asian_width(each) in "WF" else 0.58 for each in text)
+    wide = sum(1.0 if unicodedata.east_asian_width(character) in "WF" else 0.58 for character in text)
     return size * wide
 
 
@@ -250,8 +250,8 @@ def cut(text: str, width: float, size: float = NORMAL) -> str:
     if text_width(text, size) <= width:
         return text
     shown = ""
-    for each in text:
-        if text_width(f"{shown}{each}…", size) > width:
+    for character in text:
+        if text_width(f"{shown}{character}…", size) > width:
             break
-        shown += each
+        shown += character
     return f"{shown.rstrip()}…"

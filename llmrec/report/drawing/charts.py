@@ -37,12 +37,12 @@ def differences(plot: Differences, width: float) -> Canvas:
         middle = upper + 36
         if row["detectable"]:
             left, right = scale(-row["detectable"]), scale(row["detectable"])
-            said = "Shaded: a true difference this small would often be missed"
-            canvas.box(left, middle - 11, right - left, 22, "band", title=said)
+            title = "Shaded: a true difference this small would often be missed"
+            canvas.box(left, middle - 11, right - left, 22, "band", title=title)
         canvas.text(_MARGIN, upper + 15, row["label"], "name halo", width=width - 2 * _MARGIN)
-        look, said = _LOOKS[row["verdict"]], f"{row['label']}: {row['beside']}: {row['text']}"
+        look, title = _LOOKS[row["verdict"]], f"{row['label']}: {row['beside']}: {row['text']}"
         canvas.whisker(scale, row["low"], row["high"], middle, f"stroke {look}")
-        canvas.mark(_FORMS[row["verdict"]], scale(row["value"]), middle, f"mark-{look}", size=6, title=said)
+        canvas.mark(_FORMS[row["verdict"]], scale(row["value"]), middle, f"mark-{look}", size=6, title=title)
     canvas.line(scale(0.0), top - 6, scale(0.0), bottom, "zero")
     _verdicts(canvas, list(dict.fromkeys(row["verdict"] for row in rows)))
     return canvas
@@ -75,8 +75,8 @@ def forest(plot: Forest, width: float) -> Canvas:
         else:
             canvas.text(names, middle + 4, row["label"], anchor="end", width=names)
         canvas.whisker(scale, row["low"], row["high"], middle, f"stroke {row['arm']}")
-        said = f"{row['label']}: {row['text']}"
-        canvas.mark(MARKS[row["arm"]], scale(row["value"]), middle, f"fill {row['arm']}", title=said)
+        title = f"{row['label']}: {row['text']}"
+        canvas.mark(MARKS[row["arm"]], scale(row["value"]), middle, f"fill {row['arm']}", title=title)
     settings(canvas, [row["arm"] for row in rows])
     return canvas
 
@@ -122,8 +122,8 @@ def _bars(
     bottom = top + step * len(entries)
     canvas = Canvas(width=width, height=bottom + 46)
     names = 0.0 if narrow else _names([entry[0] for entry in entries], width)
-    said = max((text_width(entry[1], SMALL) for entry in entries), default=0.0)
-    end = width - _MARGIN if narrow else max(width - _MARGIN - said - 8, names + _MARGIN + 80)
+    room = max((text_width(entry[1], SMALL) for entry in entries), default=0.0)
+    end = width - _MARGIN if narrow else max(width - _MARGIN - room - 8, names + _MARGIN + 80)
     scale: Scale = fitted(values, names + _MARGIN, end, holds=(0.0,) if min(v or 0.0 for v in values) >= 0 else ())
     canvas.below(scale, top, bottom, unit, ticks=4 if narrow else 6)
     for place, (name, text, value, low, high) in enumerate(entries):
@@ -153,35 +153,35 @@ _LEFT, _RIGHT = 54, 12
 
 def lines(plot: Lines, width: float) -> Canvas:
     """Draw lines by optimiser step, each with its name at its end; no single point flattens the others."""
-    series = [each for each in plot["series"] if each["x"]]
+    series = [entry for entry in plot["series"] if entry["x"]]
     narrow = width <= NARROW
-    named = [each for each in series if len(series) > 1]
+    named = [entry for entry in series if len(series) > 1]
     room = 0.0 if narrow or not named else min(0.4 * width, 36 + max(text_width(s["name"], SMALL) for s in named))
     top, below = 10, 20 * len(named) if narrow else 0
     bottom = top + 240
     canvas = Canvas(width=width, height=bottom + 46 + below)
-    values = [value for each in series for value in each["y"]] or [0.0, 1.0]
+    values = [value for entry in series for value in entry["y"]] or [0.0, 1.0]
     rise = spanning(values, bottom, top)
-    steps = [step for each in series for step in each["x"]] or [0, 1]
+    steps = [step for entry in series for step in entry["x"]] or [0, 1]
     along = Scale(low=0.0, high=float(max(1, *steps)), start=_LEFT, end=width - _RIGHT - room)
     canvas.left(rise, _LEFT, along.end, ticks=6)
     unit = f"{plot['unit']}{', log scale' if rise.log else ''}"
     canvas.below(along, bottom, bottom, f"{unit}, by optimiser step", ticks=4 if narrow else 6)
-    ends = apart([rise(each["y"][-1]) for each in named], 16, top, bottom)
+    ends = apart([rise(entry["y"][-1]) for entry in named], 16, top, bottom)
     held = 0
-    for place, each in enumerate(series):
-        valid = each["kind"] == "valid"
+    for place, entry in enumerate(series):
+        valid = entry["kind"] == "valid"
         hue, form = (
             (_HUES[held % len(_HUES)], _SERIES_FORMS[held % len(_SERIES_FORMS)]) if valid else ("tuned", "triangle")
         )
         held += valid
-        _curve(canvas, each, along, rise, hue, form)
+        _curve(canvas, entry, along, rise, hue, form)
         if not named:
             continue
         y = bottom + 58 + 20 * place if narrow else ends[place]
         x = _LEFT if narrow else along.end + 12
         canvas.mark(form, x, y, f"fill {hue}", size=4)
-        canvas.text(x + 9, y + 4, each["name"], "tick", width=width - x - 12)
+        canvas.text(x + 9, y + 4, entry["name"], "tick", width=width - x - 12)
     return canvas
 
 
@@ -289,5 +289,5 @@ def _panel(canvas: Canvas, panel: Panel, key: Literal["hit", "rank"], measure: s
     canvas.path(points, f"curve {hue}")
     for at, (x, y) in enumerate(points):
         canvas.stem(rise, own["low"][at], own["high"][at], x, f"stroke {hue}")
-        said = f"{panel['label']}, target at {panel['names'][at]}: {measure} {own['y'][at]:.3g}, n = {panel['n'][at]}"
-        canvas.mark(MARKS[hue], x, y, f"fill {hue}", size=3.5, title=said)
+        title = f"{panel['label']}, target at {panel['names'][at]}: {measure} {own['y'][at]:.3g}, n = {panel['n'][at]}"
+        canvas.mark(MARKS[hue], x, y, f"fill {hue}", size=3.5, title=title)

@@ -110,9 +110,9 @@ def _steps(canvas: Canvas, panel: Usage, along: Scale, rise: Scale) -> None:
     for place, count in enumerate(panel["counts"], 1):
         if place == len(panel["counts"]) or panel["counts"][place] != count:
             ranks = f"rank {start + 1}" if place == start + 1 else f"ranks {start + 1} to {place}"
-            said = f"{ranks}: {count} items each, {100 * count / panel['items']:.2g} %"
+            title = f"{ranks}: {count} items each, {100 * count / panel['items']:.2g} %"
             left, right = along(start + 0.5), along(place + 0.5)
-            canvas.box(left, rise(count), right - left, rise(0.0) - rise(count), "bar", title=said)
+            canvas.box(left, rise(count), right - left, rise(0.0) - rise(count), "bar", title=title)
             start = place
 
 
