@@ -114,7 +114,7 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
         seconds: Spent in this call.
     """
     kind = "suite" if isinstance(page, Suite) else "benchmark" if isinstance(page, Benchmark) else "chat"
-    found = BenchmarkResult(
+    result = BenchmarkResult(
         kind=kind,
         benchmark=name_of(page),
         description=page.description,
@@ -130,17 +130,17 @@ def write(page: Page, made: Made, results: Path, seconds: float) -> Ran:
         **compared(page, made),
         **made.facts,
     )
-    file = results / f"{found.benchmark}.json"
-    write_json(file, found.as_json())
-    pages = own_pages(found)
+    file = results / f"{result.benchmark}.json"
+    write_json(file, result.as_json())
+    pages = own_pages(result)
     # Only the folder of committed results has a leaderboard.
-    if found.kind == "suite" and results.name == "results":
+    if result.kind == "suite" and results.name == "results":
         pages |= shared_pages(read_results(results), all_references())
     for name, text in pages.items():
         write_text(results.parent / name, text)
-    titles = {"LEADERBOARD.md": "leaderboard", f"{found.benchmark}.md": "page"}
+    titles = {"LEADERBOARD.md": "leaderboard", f"{result.benchmark}.md": "page"}
     titles |= {name: f"picture {Path(name).stem}" for name in pages if name.endswith(".svg")}
-    return Ran(found, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
+    return Ran(result, {"results": file} | {titles[name]: results.parent / name for name in pages if name in titles})
 
 
 def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Callable[[], Mapping[str, Any]]) -> T:
@@ -200,9 +200,9 @@ def compared(page: Page, made: Made) -> dict[str, Any]:
         afterwards += _filled(
             more, [None if contrast is None else next(left) for _, contrast in more], made.parts, page.bootstrap
         )
-    found = zip(made.tables, tested, strict=True)
+    detectable = zip(made.tables, (results.detectable for results in tested), strict=True)
     return {
-        "tables": tuple(table.model_copy(update={"detectable": results.detectable}) for table, results in found),
+        "tables": tuple(table.model_copy(update={"detectable": text}) for table, text in detectable),
         "pairs": tuple(pairs),
         "comparisons": tuple(comparisons),
         **({"explored": tuple(afterwards), "unrun": unrun} if isinstance(page, Suite) else {}),
@@ -220,13 +220,13 @@ def _unrun(page: Page, made: Made) -> int:
 
 def _standings(table: BenchmarkTable, made: Made) -> dict[str, tuple[Standing, Sample]]:
     """Return the rows of a table that have a figure, by name."""
-    found = {}
+    standings = {}
     for entry in made.rows:
         if (sample := entry.samples.get(table.name)) is not None:
             value = entry.row.tables[table.name].value(table.metric)
             if value is not None:
-                found[entry.row.name] = Standing(entry.row.name, value, sample.values), sample
-    return found
+                standings[entry.row.name] = Standing(entry.row.name, value, sample.values), sample
+    return standings
 
 
 def _contrast(metric: str, a: tuple[Standing, Sample], b: tuple[Standing, Sample]) -> Contrast:
@@ -250,7 +250,7 @@ def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
 
     Rows that were not run, or have no figure, are compared with none.
     """
-    rows, found = _standings(table, made), list[tuple[BenchmarkPair, Contrast | None]]()
+    rows, comparisons = _standings(table, made), list[tuple[BenchmarkPair, Contrast | None]]()
     for asked in pairs:
         names = names_of(asked)
         if not rows.keys() >= set(names):
@@ -264,12 +264,12 @@ def _asked(table: BenchmarkTable, made: Made, pairs: Sequence[AnyPair]) -> list[
             owners = [(made.parts.targets if cold else contrast.users)[place] for place in places]
             clusters = len(set(owners)) if cold else None
             frame = frame.model_copy(update={"items": asked.items, "n": len(places), "clusters": clusters})
-            found.append((frame, _on(contrast, places, owners) if places else None))
+            comparisons.append((frame, _on(contrast, places, owners) if places else None))
             continue
         if len(contrast.users) < table.requests:
             frame = frame.model_copy(update={"n": len(contrast.users), "users": len(set(contrast.users))})
-        found.append((frame, contrast))
-    return found
+        comparisons.append((frame, contrast))
+    return comparisons
 
 
 def _described(
@@ -315,7 +315,7 @@ def _filled(
 
 def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice, ...]:
     """Return a comparison over some of its requests; without a figure where they are too few to say anything."""
-    found = []
+    slices = []
     for name, mask in parts.masks.items():
         places = np.flatnonzero(mask).tolist()
         if not places:
@@ -326,8 +326,8 @@ def _sliced(contrast: Contrast, parts: Parts, resamples: int) -> tuple[PairSlice
         if len(places) >= FEW:
             (pair,) = exploratory([_on(contrast, places, owners)], resamples=resamples)
             part = part.model_copy(update={"value": pair.value, "low": pair.low, "high": pair.high})
-        found.append(part)
-    return tuple(found)
+        slices.append(part)
+    return tuple(slices)
 
 
 def _on(contrast: Contrast, places: Sequence[int], owners: Sequence[str]) -> Contrast:

@@ -81,7 +81,7 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
         DataError: If a file is not JSON, or a result lacks something.
         LlmrecError: If the rows of one table were measured under different protocols.
     """
-    found = []
+    results = []
     for file in sorted(folder.glob("*.json")):
         try:
             content = json.loads(file.read_text(encoding="utf-8"))
@@ -90,8 +90,8 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
                 f"{file}: is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
             ) from error
         if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
-            found.append(result_of(content))
-    return found
+            results.append(result_of(content))
+    return results
 
 
 def result_of(content: Mapping[str, object]) -> BenchmarkResult:
@@ -111,7 +111,7 @@ def result_of(content: Mapping[str, object]) -> BenchmarkResult:
                 column=key,
             )
     try:
-        found = BenchmarkResult.model_validate(without_surrogates(dict(content)))
+        result = BenchmarkResult.model_validate(without_surrogates(dict(content)))
     except ValidationError as error:
         problem = error.errors(include_url=False, include_context=False)[0]
         key = flat(".".join(map(str, problem["loc"])))
@@ -121,33 +121,33 @@ def result_of(content: Mapping[str, object]) -> BenchmarkResult:
             at=name,
             column=key,
         ) from error
-    for table in found.tables:
-        _check_table(found, table)
-    return found
+    for table in result.tables:
+        _check_table(result, table)
+    return result
 
 
-def _check_table(found: BenchmarkResult, table: BenchmarkTable) -> None:
+def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
     """Refuse a table whose rows lack its metric or were measured under different protocols."""
-    rows = [(row, row.tables[table.name]) for row in found.rows if table.name in row.tables]
+    rows = [(row, row.tables[table.name]) for row in result.rows if table.name in row.tables]
     # A row of a recipe may have other metrics beside the one that all are compared by.
-    names = table.metrics if found.kind == "suite" else (table.metric,)
-    whole = found.kind == "benchmark" or len(rows) == len(found.rows)
+    names = table.metrics if result.kind == "suite" else (table.metric,)
+    whole = result.kind == "benchmark" or len(rows) == len(result.rows)
     if not rows or not whole or any(name not in figures.metrics for _, figures in rows for name in names):
         raise DataError(
-            f"benchmark {found.benchmark!r}: a row of table {table.name!r} lacks figures; write it again with "
+            f"benchmark {result.benchmark!r}: a row of table {table.name!r} lacks figures; write it again with "
             "`llmrec eval`",
             kind="missing-value",
-            at=found.benchmark,
+            at=result.benchmark,
         )
     for name in names:
         signatures = {figures.metrics[name].signature: row.name for row, figures in rows}
         if len(signatures) > 1:
             (one, first), (two, second) = list(signatures.items())[:2]
             raise LlmrecError(
-                f"benchmark {found.benchmark!r}: rows of table {table.name!r} were measured under different protocols, "
-                f"{first!r} ({one}) and {second!r} ({two}), so they cannot share it; run the benchmark again",
+                f"benchmark {result.benchmark!r}: rows of table {table.name!r} were measured under different "
+                f"protocols, {first!r} ({one}) and {second!r} ({two}), so they cannot share it; run the benchmark again",
                 kind="mismatch",
-                at=found.benchmark,
+                at=result.benchmark,
             )
 
 
@@ -165,8 +165,8 @@ def rewrite(folder: Path) -> list[Path]:
         return []
     results = read_results(folder)
     written = shared_pages(results, all_references())
-    for found in results:
-        written |= own_pages(found)
+    for result in results:
+        written |= own_pages(result)
     for name, text in written.items():
         write_text(folder.parent / name, text)
     return [folder.parent / name for name in written]
@@ -174,17 +174,17 @@ def rewrite(folder: Path) -> list[Path]:
 
 def shared_pages(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> dict[str, str]:
     """Return the pages that all suites share, by file name; nothing without a suite."""
-    if not any(found.kind == "suite" for found in results):
+    if not any(result.kind == "suite" for result in results):
         return {}
     return {_LEADERBOARD: leaderboard(results, references), _SLICES: slices_page(results)}
 
 
-def own_pages(found: BenchmarkResult) -> dict[str, str]:
+def own_pages(result: BenchmarkResult) -> dict[str, str]:
     """Return a benchmark's page and pictures, by file name; a suite has none."""
-    if found.kind == "suite":
+    if result.kind == "suite":
         return {}
-    pictures = {_picture(found, table): _drawn(found, table) for table in found.tables if _plot(found, table)}
-    return {f"{found.benchmark}.md": _engine().get_template("benchmark.md.j2").render(view=_view(found)), **pictures}
+    pictures = {_picture(result, table): _drawn(result, table) for table in result.tables if _plot(result, table)}
+    return {f"{result.benchmark}.md": _engine().get_template("benchmark.md.j2").render(view=_view(result)), **pictures}
 
 
 def leaderboard(results: Sequence[BenchmarkResult], references: Mapping[str, Reference]) -> str:
@@ -194,8 +194,8 @@ def leaderboard(results: Sequence[BenchmarkResult], references: Mapping[str, Ref
         results: From `read_results`.
         references: Pages of published figures by name.
     """
-    suites = sorted((found for found in results if found.kind == "suite"), key=lambda found: found.benchmark)
-    views = [_view(found, [references[name] for name in found.references if name in references]) for found in suites]
+    suites = sorted((result for result in results if result.kind == "suite"), key=lambda result: result.benchmark)
+    views = [_view(result, [references[name] for name in result.references if name in references]) for result in suites]
     head = Markup(_glance(suites)) if len(suites) > 1 else ""
     return _engine().get_template("leaderboard.md.j2").render(glance=head, views=views, users=USERS, seeds=SEEDS)
 
@@ -236,7 +236,7 @@ class View:
     """What the page shows of a benchmark.
 
     Attributes:
-        found: The result.
+        result: The result.
         minutes: That it took.
         where: The machine.
         notes: Paragraphs before its tables.
@@ -244,7 +244,7 @@ class View:
         after: Paragraphs after them.
     """
 
-    found: BenchmarkResult
+    result: BenchmarkResult
     minutes: str
     where: str
     notes: Sequence[str]
@@ -254,24 +254,24 @@ class View:
     @property
     def ensembles(self) -> bool:
         """Whether a row is an ensemble of other rows."""
-        return any(figures.members for row in self.found.rows for figures in row.tables.values())
+        return any(figures.members for row in self.result.rows for figures in row.tables.values())
 
 
-def _view(found: BenchmarkResult, references: Sequence[Reference] = ()) -> View:
-    machine = found.machine
+def _view(result: BenchmarkResult, references: Sequence[Reference] = ()) -> View:
+    machine = result.machine
     return View(
-        found,
-        f"{found.seconds / 60:.0f}",
+        result,
+        f"{result.seconds / 60:.0f}",
         f"{machine.get('cpu') or 'an unknown processor'}, {machine.get('cores') or 'unknown'} cores",
-        [*_standing(found), *found.notes, *_planned_note(found)],
-        [_table(found, table, references) for table in found.tables],
-        _beside(found, references, "unknown", "### Published, treatment of the history not stated", ""),
+        [*_standing(result), *result.notes, *_planned_note(result)],
+        [_table(result, table, references) for table in result.tables],
+        _beside(result, references, "unknown", "### Published, treatment of the history not stated", ""),
     )
 
 
-def _table(found: BenchmarkResult, table: BenchmarkTable, references: Sequence[Reference]) -> TableView:
+def _table(result: BenchmarkResult, table: BenchmarkTable, references: Sequence[Reference]) -> TableView:
     planned, explored = (
-        [pair for pair in pairs if pair.table == table.name] for pairs in (found.pairs, found.explored)
+        [pair for pair in pairs if pair.table == table.name] for pairs in (result.pairs, result.explored)
     )
     lists = {
         "Planned comparisons:": [*map(_planned_line, sorted(planned, key=lambda pair: pair.n == 0))],
@@ -280,42 +280,42 @@ def _table(found: BenchmarkResult, table: BenchmarkTable, references: Sequence[R
         ],
     }
     notes: list[str] = []
-    if found.kind == "suite" and _less(found, table):
+    if result.kind == "suite" and _less(result, table):
         notes.append(
             Markup(
                 "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these "
                 "differences are exploratory: unadjusted 95 % intervals, no p and no verdict."
             )
         )
-    notes += [*_undefined(found, table), *([table.detectable] if table.detectable else [])]
-    notes += [*_fusions(found, table), *_cold(found, table)]
-    if found.kind == "chat":
-        notes += _dialogues(found)
-    drawn = _plot(found, table) is not None
+    notes += [*_undefined(result, table), *([table.detectable] if table.detectable else [])]
+    notes += [*_fusions(result, table), *_cold(result, table)]
+    if result.kind == "chat":
+        notes += _dialogues(result)
+    drawn = _plot(result, table) is not None
     return TableView(
-        heading=_heading(found, table),
-        about=_about(found, table),
-        grid=Markup(_grid(found, table)),
+        heading=_heading(result, table),
+        about=_about(result, table),
+        grid=Markup(_grid(result, table)),
         notes=notes,
         lists={head: lines for head, lines in lists.items() if lines},
-        published=_beside(found, references, table.name, "Published under the same protocol", ":"),
-        picture=(f"{table.metric} by tokens a request", _picture(found, table)) if drawn else None,
+        published=_beside(result, references, table.name, "Published under the same protocol", ":"),
+        picture=(f"{table.metric} by tokens a request", _picture(result, table)) if drawn else None,
     )
 
 
-def _heading(found: BenchmarkResult, table: BenchmarkTable) -> str:
-    if found.kind == "chat":
+def _heading(result: BenchmarkResult, table: BenchmarkTable) -> str:
+    if result.kind == "chat":
         return ""
-    if found.kind == "suite":
+    if result.kind == "suite":
         return _HEADINGS.get(table.name, f"Seen items {table.name}")
     return f"{title(table.task)}: {table.metric}"
 
 
-def _about(found: BenchmarkResult, table: BenchmarkTable) -> str:
+def _about(result: BenchmarkResult, table: BenchmarkTable) -> str:
     """Return the size and the protocol of a table of recipes; other tables share those of the page."""
-    if found.kind != "benchmark":
+    if result.kind != "benchmark":
         return ""
-    seeds = min((row.seeds for row in found.rows if row.arm == "tuned" and table.name in row.tables), default=SEEDS)
+    seeds = min((row.seeds for row in result.rows if row.arm == "tuned" and table.name in row.tables), default=SEEDS)
     about = (
         f"{table.requests:,} requests of {table.users:,} users, {better(table.metric)} is better; "
         f"{code(table.signature)}."
@@ -324,23 +324,23 @@ def _about(found: BenchmarkResult, table: BenchmarkTable) -> str:
     return Markup(f"{about}\n\n{cell(few)}" if few else about)
 
 
-def _standing(found: BenchmarkResult) -> list[str]:
+def _standing(result: BenchmarkResult) -> list[str]:
     """Say what a reader has to know before the tables: what was tuned, what is exploratory, what is missing."""
     lines = []
-    if found.kind == "suite" and found.protocol is not None:
-        few = [row for row in found.rows if row.fewer_seeds and row.seeds < SEEDS]
-        lines += [*_chosen(found), _exploratory(found.protocol.users, len(found.protocol.seeds))]
+    if result.kind == "suite" and result.protocol is not None:
+        few = [row for row in result.rows if row.fewer_seeds and row.seeds < SEEDS]
+        lines += [*_chosen(result), _exploratory(result.protocol.users, len(result.protocol.seeds))]
         if few:
             names = ", ".join(f"{row.name} ({row.seeds})" for row in few)
             lines.append(
                 f"Exploratory, with fewer than {SEEDS} training seeds, whatever is said of them below: {names}."
             )
-    if found.skipped:
-        many = f"{found.unrun} planned comparison{'' if found.unrun == 1 else 's'}"
-        counted = f"; {many} with them count in the correction as if they had been tested" if found.unrun else ""
-        lines.append(f"Not run: {', '.join(found.skipped)}{counted}.")
-    if found.missing:
-        lines.append(Markup(f"**{found.missing} runs are missing**: the same command resumes."))
+    if result.skipped:
+        many = f"{result.unrun} planned comparison{'' if result.unrun == 1 else 's'}"
+        counted = f"; {many} with them count in the correction as if they had been tested" if result.unrun else ""
+        lines.append(f"Not run: {', '.join(result.skipped)}{counted}.")
+    if result.missing:
+        lines.append(Markup(f"**{result.missing} runs are missing**: the same command resumes."))
     return [line for line in lines if line]
 
 
@@ -358,10 +358,10 @@ def _exploratory(users: int, seeds: int) -> str:
     return f"Exploratory ({'; '.join(few)}): figures and verdicts describe this run; nothing is claimed from them."
 
 
-def _chosen(found: BenchmarkResult) -> list[str]:
+def _chosen(result: BenchmarkResult) -> list[str]:
     """Say how the parameters of a suite's rows came about."""
-    names = [table.name for table in found.tables]
-    tuned = [row for row in found.rows if row.trials]
+    names = [table.name for table in result.tables]
+    tuned = [row for row in result.rows if row.trials]
     lines = []
     # Ensembles have trials of each table by itself.
     if tuned and all(
@@ -370,7 +370,7 @@ def _chosen(found: BenchmarkResult) -> list[str]:
         lines.append("Parameters are chosen on validation, for each table by itself.")
     given = [
         row.name
-        for row in found.rows
+        for row in result.rows
         if row.baseline and not row.trials and set(row.tables[names[0]].parameters) - {"liked"}
     ]
     if given:
@@ -378,9 +378,9 @@ def _chosen(found: BenchmarkResult) -> list[str]:
     return lines
 
 
-def _planned_note(found: BenchmarkResult) -> list[str]:
+def _planned_note(result: BenchmarkResult) -> list[str]:
     """Say how the planned comparisons of a file were tested, over all its tables."""
-    tested = [pair for pair in found.pairs if pair.p is not None]
+    tested = [pair for pair in result.pairs if pair.p is not None]
     if not tested:
         return []
     over = "The one planned comparison has" if len(tested) == 1 else f"The {len(tested)} planned comparisons have"
@@ -393,10 +393,10 @@ def _planned_note(found: BenchmarkResult) -> list[str]:
     return [Markup(note)]
 
 
-def _dialogues(found: BenchmarkResult) -> list[str]:
+def _dialogues(result: BenchmarkResult) -> list[str]:
     """Say which language models rows of conversations use, what their users named, and which have few users."""
     models, named, few = list[str](), list[str](), list[str]()
-    for row in found.rows:
+    for row in result.rows:
         if (held := row.dialogues) is None:
             continue
         name = cell(row.name)
@@ -416,9 +416,9 @@ def _dialogues(found: BenchmarkResult) -> list[str]:
 Column = tuple[str, Callable[[BenchmarkRow, RowFigures], str]]
 
 
-def _grid(found: BenchmarkResult, table: BenchmarkTable) -> str:
+def _grid(result: BenchmarkResult, table: BenchmarkTable) -> str:
     """Return the rows of a table, best first; kinds of rows are apart where there are several."""
-    rows, columns = found.standings(table), _columns(found, table)
+    rows, columns = result.standings(table), _columns(result, table)
     kinds = [kind for kind in get_args(Reads) if any(row.reads == kind for row, _ in rows)]
     if len(kinds) > 1:
         rows.sort(key=lambda entry: kinds.index(entry[0].reads or kinds[0]))
@@ -430,19 +430,19 @@ def _grid(found: BenchmarkResult, table: BenchmarkTable) -> str:
     return _left([head for head, _ in columns], lines)
 
 
-def _columns(found: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
+def _columns(result: BenchmarkResult, table: BenchmarkTable) -> list[Column]:
     """Return the columns of a table: those of which some row has something to show."""
-    entries = found.standings(table)
+    entries = result.standings(table)
     rows, figures = [row for row, _ in entries], [entry for _, entry in entries]
-    columns: list[Column] = [("predictor" if found.kind == "suite" else "row", _name)]
+    columns: list[Column] = [("predictor" if result.kind == "suite" else "row", _name)]
     for name in table.metrics:
         values = [entry.metrics[name].value for entry in figures if name in entry.metrics]
         best = min(values, key=functools.partial(place, metric=name), default=None)
         columns.append((name, functools.partial(_metric, name, best, headline=name == table.metric)))
     if any(entry.metrics[table.metric].range for entry in figures):
         columns.append(("over tie rules", lambda _, own: _range(own.metrics[table.metric])))
-    if less := _less(found, table):
-        head = "best row less this one" if found.kind == "suite" else "less the best baseline"
+    if less := _less(result, table):
+        head = "best row less this one" if result.kind == "suite" else "less the best baseline"
         columns.append((head, lambda row, _: less.get(row.name, DASH)))
     if any(entry.tie_rate is not None for entry in figures):
         columns.append(("ties", lambda _, own: DASH if own.tie_rate is None else f"{own.tie_rate:.1%}"))
@@ -496,19 +496,19 @@ def _range(figure: Figure) -> str:
     return DASH if figure.range is None else "{:.4f} to {:.4f}".format(*figure.range)
 
 
-def _less(found: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
+def _less(result: BenchmarkResult, table: BenchmarkTable) -> dict[str, str]:
     """Return by row the best row less the row, or of language models the row less the best baseline.
 
     Nothing where two rows have one name.
     """
-    names = [row.name for row in found.rows]
+    names = [row.name for row in result.rows]
     if len(set(names)) < len(names):
         return {}
-    own = [pair for pair in found.comparisons if pair.table == table.name]
-    if found.kind == "benchmark":
-        own += [pair for pair in found.pairs if pair.table == table.name and pair.b == table.best_baseline]
+    own = [pair for pair in result.comparisons if pair.table == table.name]
+    if result.kind == "benchmark":
+        own += [pair for pair in result.pairs if pair.table == table.name and pair.b == table.best_baseline]
     return {
-        pair.a if found.kind == "benchmark" else pair.b: difference(pair.value, pair.low, pair.high, 4) for pair in own
+        pair.a if result.kind == "benchmark" else pair.b: difference(pair.value, pair.low, pair.high, 4) for pair in own
     }
 
 
@@ -541,9 +541,9 @@ def _dialogue(name: str, form: str, row: BenchmarkRow, _: RowFigures) -> str:
     return f"{value:{form}}" if value else DASH
 
 
-def _undefined(found: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+def _undefined(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     """Say which figures of a table are not defined, of which rows and why."""
-    rows = found.standings(table)
+    rows = result.standings(table)
     figures = [
         (row.name, name, own.metrics[name]) for row, own in rows for name in table.metrics if name in own.metrics
     ]
@@ -551,10 +551,10 @@ def _undefined(found: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     return undefined_lines(missing, len(rows), table.metric)
 
 
-def _fusions(found: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+def _fusions(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     """Show the weights of every ensemble of a table, what each member contributes, and what the ensemble costs."""
-    rows, blocks = {row.name: row for row in found.rows}, list[str]()
-    for row in found.rows:
+    rows, blocks = {row.name: row for row in result.rows}, list[str]()
+    for row in result.rows:
         fusion = row.tables[table.name].fusion if table.name in row.tables else None
         if fusion is None:
             continue
@@ -587,10 +587,10 @@ def _limited(value: float | None, low: float | None, high: float | None, digits:
     return shown if low is None or high is None else f"{shown} [{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _cold(found: BenchmarkResult, table: BenchmarkTable) -> list[str]:
+def _cold(result: BenchmarkResult, table: BenchmarkTable) -> list[str]:
     """Show rows that find items without training interactions, and their figures on all other requests."""
     metrics, rows = table.metrics, list[tuple[float, list[str]]]()
-    entries = found.standings(table)
+    entries = result.standings(table)
     shown = [name for name in entries[0][1].metrics if name.startswith(("Exposure@", "ColdItems@"))]
     for row, figures in entries:
         cold, whole = figures.cold or {}, figures.value(table.metric)
@@ -620,13 +620,13 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 def _planned_line(pair: BenchmarkPair) -> str:
     if pair.n == 0:
         return _explored_line(pair)
-    found = f"{difference(pair.value, pair.low, pair.high, 4)} ({coverage(pair.level)})"
-    return Markup(f"{_ends(pair)}: {found}, p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
+    interval = f"{difference(pair.value, pair.low, pair.high, 4)} ({coverage(pair.level)})"
+    return Markup(f"{_ends(pair)}: {interval}, p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
 
 
 def _explored_line(pair: BenchmarkPair) -> str:
-    found = difference(pair.value, pair.low, pair.high, 4) if pair.n != 0 else "there is no such request"
-    return Markup(f"{_ends(pair)}: {found}")
+    interval = difference(pair.value, pair.low, pair.high, 4) if pair.n != 0 else "there is no such request"
+    return Markup(f"{_ends(pair)}: {interval}")
 
 
 def _ends(pair: BenchmarkPair) -> str:
@@ -649,22 +649,22 @@ def _where(pair: BenchmarkPair) -> str:
 # --------------------------------------------------------------------------- quality and cost
 
 
-def _picture(found: BenchmarkResult, table: BenchmarkTable) -> str:
-    return f"{found.benchmark}-{table.name}.svg"
+def _picture(result: BenchmarkResult, table: BenchmarkTable) -> str:
+    return f"{result.benchmark}-{table.name}.svg"
 
 
-def _drawn(found: BenchmarkResult, table: BenchmarkTable) -> str:
-    plot = _plot(found, table)
+def _drawn(result: BenchmarkResult, table: BenchmarkTable) -> str:
+    plot = _plot(result, table)
     assert plot is not None
     return picture(draw(plot, WIDE), f"{title(table.task)}: {table.metric} by tokens a request")
 
 
-def _plot(found: BenchmarkResult, table: BenchmarkTable) -> CostPlot | None:
+def _plot(result: BenchmarkResult, table: BenchmarkTable) -> CostPlot | None:
     """Return quality by tokens a request; None where fewer than two rows read any.
 
     The line joins rows that no other row beats at the same or a lower cost, which alone are named.
     """
-    entries, metric = found.standings(table), table.metric
+    entries, metric = result.standings(table), table.metric
     costs = [
         (_with_members(entries, figures, "tokens_per_request"), row, figures.metrics[metric])
         for row, figures in entries
@@ -707,44 +707,44 @@ def frontier(rows: Sequence[tuple[float, str, float]], metric: str) -> list[str]
         rows: Cost, name and value of each.
         metric: Says which values are better.
     """
-    sign, best, found = -1 if lower(metric) else 1, -math.inf, []
+    sign, best, front = -1 if lower(metric) else 1, -math.inf, []
     for _, name, value in sorted(rows, key=lambda row: (row[0], -sign * row[2])):
         if sign * value > best:
             best = sign * value
-            found.append(name)
-    return found
+            front.append(name)
+    return front
 
 
 # --------------------------------------------------------------------------- published figures
 
 
-def _beside(found: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
+def _beside(result: BenchmarkResult, references: Sequence[Reference], seen: str, heading: str, end: str) -> list[str]:
     """Show published rows of one treatment of the history; those on other interactions are apart, page by page."""
-    metrics = found.tables[0].metrics
-    fitting = [page for page in references if _fits(page, found)]
-    same = [row for page in fitting if _same_data(page, found) for row in page.rows if row.seen == seen]
+    metrics = result.tables[0].metrics
+    fitting = [page for page in references if _fits(page, result)]
+    same = [row for page in fitting if _same_data(page, result) for row in page.rows if row.seen == seen]
     blocks = [f"{heading}{end}", _published(same, metrics)] if same else []
     for page in fitting:
         rows = [row for row in page.rows if row.seen == seen]
-        if rows and not _same_data(page, found):
+        if rows and not _same_data(page, result):
             counts = ", ".join(f"{count:,} {cell(what)}" for what, count in page.counts.items())
             blocks += [f"{heading}, but on other interactions ({cell(page.data)}: {counts}){end}"]
             blocks += [_published(rows, metrics)]
     return [Markup(block) for block in blocks]
 
 
-def _fits(page: Reference, found: BenchmarkResult) -> bool:
+def _fits(page: Reference, result: BenchmarkResult) -> bool:
     # A suite without candidates has one table, and its references name that.
-    protocol = found.protocol
+    protocol = result.protocol
     if protocol is None:
         return False
-    kind = protocol.candidates or found.tables[0].name
+    kind = protocol.candidates or result.tables[0].name
     return page.protocol.candidates == kind and page.protocol.split in protocol.split
 
 
-def _same_data(page: Reference, found: BenchmarkResult) -> bool:
+def _same_data(page: Reference, result: BenchmarkResult) -> bool:
     """Whether a page counts as many users, items and interactions as the suite read."""
-    return all(getattr(found.data, what) == count for what, count in page.counts.items())
+    return all(getattr(result.data, what) == count for what, count in page.counts.items())
 
 
 def _published(rows: Sequence[Published], metrics: Sequence[str]) -> str:
@@ -774,25 +774,26 @@ def _glance(suites: Sequence[BenchmarkResult]) -> str:
     """Return a table of suites in the order given: of each the best row of each kind, with links to its section."""
     kinds = [kind for kind in (*get_args(Reads), None) if any(row.reads == kind for s in suites for row in s.rows)]
     lines = []
-    for found in suites:
-        name = cell(found.benchmark)
-        linked = f"[{name}](#{found.benchmark})" if _ANCHOR.fullmatch(found.benchmark) else name
-        protocol = found.protocol
+    for result in suites:
+        name = cell(result.benchmark)
+        linked = f"[{name}](#{result.benchmark})" if _ANCHOR.fullmatch(result.benchmark) else name
+        protocol = result.protocol
         users, seeds = (protocol.users, len(protocol.seeds)) if protocol else (0, 0)
-        table = next((table for table in found.tables if table.name == "excluded"), found.tables[0])
+        table = next((table for table in result.tables if table.name == "excluded"), result.tables[0])
         best = (
-            _best([entry for entry in found.standings(table) if entry[0].reads == kind], found, table) for kind in kinds
+            _best([entry for entry in result.standings(table) if entry[0].reads == kind], result, table)
+            for kind in kinds
         )
         standing = ", *exploratory*" if _exploratory(users, seeds) else ""
         lines.append([f"{linked}{standing}", f"{users:,}", cell(table.metric), *best])
     return grid(["suite", "users", "metric", *(_KINDS[kind] for kind in kinds)], lines, numeric_to=2)
 
 
-def _best(entries: Sequence[tuple[BenchmarkRow, RowFigures]], found: BenchmarkResult, table: BenchmarkTable) -> str:
+def _best(entries: Sequence[tuple[BenchmarkRow, RowFigures]], result: BenchmarkResult, table: BenchmarkTable) -> str:
     """Return the best row's name and figure, and whether it has too few seeds where its suite has enough."""
     if not entries or (value := entries[0][1].value(table.metric)) is None:
         return DASH
-    row, protocol = entries[0][0], found.protocol
+    row, protocol = entries[0][0], result.protocol
     few = row.fewer_seeds and row.seeds < SEEDS and protocol is not None and len(protocol.seeds) >= SEEDS
     return f"{cell(row.name)} {value:.4f}" + (", *exploratory*" if few else "")
 
@@ -801,22 +802,22 @@ def _best(entries: Sequence[tuple[BenchmarkRow, RowFigures]], found: BenchmarkRe
 class SliceView:
     """Planned comparisons of a suite between rows that read different things, each with its table of slices."""
 
-    found: BenchmarkResult
+    result: BenchmarkResult
     comparisons: Mapping[str, str]
 
 
 def slices_page(results: Sequence[BenchmarkResult]) -> str:
     """Return the Markdown page; suites of which no planned comparison joins two kinds of rows are not on it."""
-    suites = sorted((found for found in results if found.kind == "suite"), key=lambda found: found.benchmark)
-    views = [SliceView(found, tables) for found in suites if (tables := _slices(found))]
+    suites = sorted((result for result in results if result.kind == "suite"), key=lambda result: result.benchmark)
+    views = [SliceView(result, tables) for result in suites if (tables := _slices(result))]
     return _engine().get_template("slices.md.j2").render(views=views)
 
 
-def _slices(found: BenchmarkResult) -> dict[str, str]:
-    reads = {row.name: row.reads for row in found.rows}
+def _slices(result: BenchmarkResult) -> dict[str, str]:
+    reads = {row.name: row.reads for row in result.rows}
     order = get_args(Reads)
     kinds: dict[tuple[str, str], list[BenchmarkPair]] = {}
-    for pair in found.pairs:
+    for pair in result.pairs:
         one, other = reads.get(pair.a), reads.get(pair.b)
         if pair.slices and one is not None and other is not None and order.index(one) > order.index(other):
             kinds.setdefault((pair.a, pair.b), []).append(pair)
@@ -839,8 +840,8 @@ def _slice_table(pairs: Sequence[BenchmarkPair]) -> str:
     return grid(header, rows, numeric_from=1)
 
 
-def _slice(found: BenchmarkPair | PairSlice) -> str:
-    if found.value is None or found.low is None or found.high is None:
+def _slice(result: BenchmarkPair | PairSlice) -> str:
+    if result.value is None or result.low is None or result.high is None:
         return DASH
-    text = difference(found.value, found.low, found.high, 4)
-    return f"**{text}**" if found.low > 0 or found.high < 0 else text
+    text = difference(result.value, result.low, result.high, 4)
+    return f"**{text}**" if result.low > 0 or result.high < 0 else text
