@@ -35,8 +35,8 @@ from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
 from llmrec.report.breakdowns import in_words
-from llmrec.report.drawing import draw
 from llmrec.report.drawing.canvas import WIDE
+from llmrec.report.drawing.charts import draw
 from llmrec.report.escape import cell, code, flat, without_surrogates
 from llmrec.report.plots import CostPlot, Point
 from llmrec.report.render import markdown_engine, picture
@@ -145,7 +145,7 @@ def _check_table(result: BenchmarkResult, table: BenchmarkTable) -> None:
             (one, first), (two, second) = list(signatures.items())[:2]
             raise LlmrecError(
                 f"benchmark {result.benchmark!r}: rows of table {table.name!r} were measured under different "
-                f"protocols, {first!r} ({one}) and {second!r} ({two}), so they cannot share it; run the benchmark again",
+                f"protocols, {first!r} ({one}) and {second!r} ({two}), so they cannot share it; run it again",
                 kind="mismatch",
                 at=result.benchmark,
             )

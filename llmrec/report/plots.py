@@ -31,14 +31,19 @@ from llmrec.results import Better, Results, Row, Verdict, better, lower
 
 
 class Bar(TypedDict):
-    """One row with its interval."""
+    """A value with its interval, if it has one, and both in words."""
 
     label: str
-    arm: str
     value: float
     low: float | None
     high: float | None
     text: str
+
+
+class RowBar(Bar):
+    """A row with its interval."""
+
+    arm: str
 
 
 class Forest(TypedDict):
@@ -47,21 +52,16 @@ class Forest(TypedDict):
     kind: Literal["forest"]
     metric: str
     better: Better
-    rows: list[Bar]
+    rows: list[RowBar]
     reference: float | None
 
 
-class Difference(TypedDict):
+class Difference(Bar):
     """The model of one family less its control; above 0 is better."""
 
-    label: str
     beside: str
-    value: float
-    low: float | None
-    high: float | None
     detectable: float | None
     verdict: Verdict | None
-    text: str
 
 
 class Differences(TypedDict):
@@ -73,22 +73,12 @@ class Differences(TypedDict):
     rows: list[Difference]
 
 
-class Weight(TypedDict):
-    """The weight of one part of a fusion, with its limits."""
+class Bars(TypedDict):
+    """Bars from zero: the weights of an ensemble, the heaviest first, or the seconds of stages in their order."""
 
-    label: str
-    value: float
-    low: float | None
-    high: float | None
-    text: str
-
-
-class Weights(TypedDict):
-    """The parts of a fusion, the heaviest first."""
-
-    kind: Literal["weights"]
+    kind: Literal["bars"]
     unit: str
-    parts: list[Weight]
+    bars: list[Bar]
 
 
 class Series(TypedDict):
@@ -106,21 +96,6 @@ class Lines(TypedDict):
     kind: Literal["lines"]
     unit: str
     series: list[Series]
-
-
-class StageBar(TypedDict):
-    """Seconds of one stage."""
-
-    label: str
-    seconds: float
-    text: str
-
-
-class BudgetPlot(TypedDict):
-    """Stages in the order in which they ran."""
-
-    kind: Literal["budget"]
-    stages: list[StageBar]
 
 
 class Curve(TypedDict):
@@ -160,7 +135,7 @@ class Positions(TypedDict):
     measures: list[Measure]
 
 
-class Point(Bar):
+class Point(RowBar):
     """One row with the tokens that it cost, both numbers in few characters, and whether it is named."""
 
     tokens: float
@@ -183,7 +158,7 @@ class CostPlot(TypedDict):
     control: str | None
 
 
-Plot = Differences | Forest | Weights | Lines | BudgetPlot | Positions | CostPlot
+Plot = Differences | Forest | Bars | Lines | Positions | CostPlot
 
 
 def plots(results: Results) -> dict[str, Plot]:
@@ -218,7 +193,7 @@ def plots(results: Results) -> dict[str, Plot]:
 def forest(results: Results, task: str) -> Forest:
     """Return a task's headline values with intervals, best first, and the best baseline as reference line."""
     metric = results.headline[task]
-    rows: list[Bar] = []
+    rows: list[RowBar] = []
     for row in results.standings(task):
         score = row.metrics.get(metric)
         if score is None or score.value is None:
@@ -282,10 +257,9 @@ def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
     }
 
 
-def weights(row: Row) -> Weights:
-    """Return the weights of a fusion, the heaviest first."""
-    fusion = row.fusion
-    parts: list[Weight] = [
+def weights(row: Row) -> Bars:
+    """Return the weights of an ensemble, the heaviest first."""
+    bars: list[Bar] = [
         {
             "label": flat(part.name),
             "value": part.weight or 0.0,
@@ -293,10 +267,10 @@ def weights(row: Row) -> Weights:
             "high": part.high,
             "text": with_interval(part.weight or 0.0, part.low, part.high),
         }
-        for part in (fusion.parts if fusion else ())
+        for part in (row.fusion.parts if row.fusion else ())
     ]
-    parts.sort(key=lambda part: -abs(part["value"]))
-    return {"kind": "weights", "unit": "weight", "parts": parts}
+    bars.sort(key=lambda bar: -abs(bar["value"]))
+    return {"kind": "bars", "unit": "weight", "bars": bars}
 
 
 def losses(results: Results) -> Lines:
@@ -364,17 +338,19 @@ def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Ser
     return {"name": flat(name), "kind": kind, "x": [step for step, _ in kept], "y": [value for _, value in kept]}
 
 
-def budget(results: Results) -> BudgetPlot:
+def budget(results: Results) -> Bars:
     """Return seconds a stage, in the order in which the stages ran."""
-    stages: list[StageBar] = [
+    bars: list[Bar] = [
         {
             "label": flat(entry.stage),
-            "seconds": entry.seconds,
+            "value": entry.seconds,
+            "low": None,
+            "high": None,
             "text": duration(entry.seconds),
         }
         for entry in results.budget
     ]
-    return {"kind": "budget", "stages": stages}
+    return {"kind": "bars", "unit": "seconds", "bars": bars}
 
 
 def by_position(results: Results, task: str) -> Positions:

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.report.drawing import draw, pictures
+from llmrec.report.drawing.charts import draw, pictures
 from llmrec.report.drawing.canvas import NARROW, WIDE, Canvas, Scale, Shape, apart, cut, fitted, spanning, text_width
 from llmrec.report.page import write
 from llmrec.report.plots import differences, losses, plots, quality_by_tokens, weights
@@ -157,7 +157,7 @@ def test_weights_are_bars_from_0_the_heaviest_first(results: dict[str, Any]) -> 
     ]
     row = next(row for row in results["rows"] if row["arm"] == "baseline")
     plot = weights(Row.model_validate({**row, "fusion": {"form": "logit", "parts": parts}}))
-    assert [part["label"] for part in plot["parts"]] == ["<b>popularity</b>", "markov"]
+    assert [part["label"] for part in plot["bars"]] == ["<b>popularity</b>", "markov"]
     canvas = draw(plot, WIDE)
     bars = [dict(shape.at) for shape in canvas.shapes if shape.look == "bar"]
     ends = [(float(bar["x"]), float(bar["x"]) + float(bar["width"])) for bar in bars]

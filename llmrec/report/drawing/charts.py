@@ -6,9 +6,52 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from llmrec.report.drawing.canvas import MARKS, NARROW, SMALL, Canvas, Scale, apart, cut, fitted, spanning, text_width
-from llmrec.report.plots import BudgetPlot, CostPlot, Differences, Forest, Lines, Panel, Positions, Series, Weights
+from llmrec.report.drawing.canvas import (
+    HALF,
+    MARKS,
+    NARROW,
+    SMALL,
+    WIDE,
+    Canvas,
+    Scale,
+    apart,
+    cut,
+    fitted,
+    spanning,
+    text_width,
+)
+from llmrec.report.plots import Bars, CostPlot, Differences, Forest, Lines, Panel, Plot, Positions, Series
 from llmrec.results import Verdict
+
+
+def pictures(plot: Plot) -> tuple[Canvas, Canvas]:
+    """Return a plot as it is drawn on a wide page and on a telephone; the page shows one of them."""
+    one_line = plot["kind"] == "lines" and len(plot["series"]) == 1
+    wide = HALF if one_line or plot["kind"] in ("differences", "cost") else WIDE
+    return draw(plot, wide), draw(plot, NARROW)
+
+
+def draw(plot: Plot, width: float) -> Canvas:
+    """Draw a plot.
+
+    Args:
+        plot: Its numbers and texts.
+        width: Pixels.
+    """
+    match plot["kind"]:
+        case "differences":
+            return differences(plot, width)
+        case "forest":
+            return forest(plot, width)
+        case "bars":
+            return bars(plot, width)
+        case "lines":
+            return lines(plot, width)
+        case "positions":
+            return positions(plot, width)
+        case "cost":
+            return cost(plot, width)
+
 
 # --------------------------------------------------------------------------- a row for each thing
 
@@ -95,47 +138,29 @@ def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) 
         x += 34 + text_width(name, SMALL)
 
 
-def weights(plot: Weights, width: float) -> Canvas:
-    """Draw the weights of a fusion's parts as bars from zero, with their limits."""
-    parts = plot["parts"]
-    values = [part[end] for part in parts for end in ("value", "low", "high")]
-    entries = [(part["label"], part["text"], part["value"], part["low"], part["high"]) for part in parts]
-    return _bars(entries, [*values, 0.0], plot["unit"], width)
-
-
-def budget(plot: BudgetPlot, width: float) -> Canvas:
-    """Draw the seconds of each stage, in the order in which the stages ran."""
-    stages = plot["stages"]
-    entries = [(stage["label"], stage["text"], stage["seconds"], None, None) for stage in stages]
-    return _bars(entries, [0.0, *(stage["seconds"] for stage in stages)], "seconds", width)
-
-
-def _bars(
-    entries: Sequence[tuple[str, str, float, float | None, float | None]],
-    values: Sequence[float | None],
-    unit: str,
-    width: float,
-) -> Canvas:
+def bars(plot: Bars, width: float) -> Canvas:
     """Draw bars from zero, each with its name at the left and its value in words at the right."""
     narrow = width <= NARROW
     step, top = 40 if narrow else 26, 4
+    entries, values = plot["bars"], [0.0, *(bar[end] for bar in plot["bars"] for end in ("value", "low", "high"))]
     bottom = top + step * len(entries)
     canvas = Canvas(width=width, height=bottom + 46)
-    names = 0.0 if narrow else _names([entry[0] for entry in entries], width)
-    room = max((text_width(entry[1], SMALL) for entry in entries), default=0.0)
+    names = 0.0 if narrow else _names([bar["label"] for bar in entries], width)
+    room = max((text_width(bar["text"], SMALL) for bar in entries), default=0.0)
     end = width - _MARGIN if narrow else max(width - _MARGIN - room - 8, names + _MARGIN + 80)
     scale: Scale = fitted(values, names + _MARGIN, end, holds=(0.0,) if min(v or 0.0 for v in values) >= 0 else ())
-    canvas.below(scale, top, bottom, unit, ticks=4 if narrow else 6)
-    for place, (name, text, value, low, high) in enumerate(entries):
+    canvas.below(scale, top, bottom, plot["unit"], ticks=4 if narrow else 6)
+    for place, bar in enumerate(entries):
+        name, text = bar["label"], bar["text"]
         middle = top + place * step + (28 if narrow else step / 2)
         if narrow:
             canvas.text(_MARGIN, middle - 12, f"{name}: {text}", "halo", width=width - 2 * _MARGIN)
         else:
             canvas.text(names, middle + 4, name, anchor="end", width=names)
             canvas.text(end + 8, middle + 4, text, "tick")
-        left, right = sorted((scale(0.0), scale(value)))
+        left, right = sorted((scale(0.0), scale(bar["value"])))
         canvas.box(left, middle - 7, right - left, 14, "bar", title=f"{name}: {text}")
-        canvas.whisker(scale, low, high, middle, "stroke text")
+        canvas.whisker(scale, bar["low"], bar["high"], middle, "stroke text")
     canvas.line(scale(0.0), top, scale(0.0), bottom, "zero")
     return canvas
 
