@@ -14,7 +14,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
@@ -37,7 +37,7 @@ from llmrec.recipe.schema import settings
 from llmrec.report.breakdowns import in_words
 from llmrec.report.drawing.canvas import WIDE
 from llmrec.report.drawing.charts import draw
-from llmrec.report.escape import cell, code, flat, without_surrogates
+from llmrec.report.escape import cell, flat, without_surrogates
 from llmrec.report.plots import CostPlot, Point
 from llmrec.report.render import markdown_engine, picture
 from llmrec.report.table import grid
@@ -202,146 +202,47 @@ def leaderboard(results: Sequence[BenchmarkResult], references: Mapping[str, Ref
 
 @functools.cache
 def _engine() -> ImmutableSandboxedEnvironment:
-    return markdown_engine(Path(__file__).resolve().parent)
+    engine = markdown_engine(Path(__file__).resolve().parent)
+    engine.globals.update(exploratory=_exploratory, compared=_compared, managers=MANAGERS, least=SEEDS)
+    return engine
 
 
 # --------------------------------------------------------------------------- a benchmark
 
 
-@dataclass(frozen=True)
-class TableView:
-    """What the page shows of a table.
-
-    Attributes:
-        heading: Its heading; empty where it is the only one.
-        about: A line before the table.
-        grid: The table.
-        notes: Paragraphs after it.
-        lists: Comparisons, by what is said before them.
-        published: Paragraphs and tables of published figures.
-        picture: The alternative text of the picture and its file, if there is one.
-    """
-
-    heading: str
-    about: str
-    grid: str
-    notes: Sequence[str]
-    lists: Mapping[str, Sequence[str]]
-    published: Sequence[str]
-    picture: tuple[str, str] | None
-
-
-@dataclass(frozen=True)
-class View:
-    """What the page shows of a benchmark.
-
-    Attributes:
-        result: The result.
-        minutes: That it took.
-        where: The machine.
-        notes: Paragraphs before its tables.
-        tables: Its tables.
-        after: Paragraphs after them.
-    """
-
-    result: BenchmarkResult
-    minutes: str
-    where: str
-    notes: Sequence[str]
-    tables: Sequence[TableView]
-    after: Sequence[str]
-
-    @property
-    def ensembles(self) -> bool:
-        """Whether a row is an ensemble of other rows."""
-        return any(figures.members for row in self.result.rows for figures in row.tables.values())
-
-
-def _view(result: BenchmarkResult, references: Sequence[Reference] = ()) -> View:
-    machine = result.machine
-    return View(
-        result,
-        f"{result.seconds / 60:.0f}",
-        f"{machine.get('cpu') or 'an unknown processor'}, {machine.get('cores') or 'unknown'} cores",
-        [*_standing(result), *result.notes, *_planned_note(result)],
-        [_table(result, table, references) for table in result.tables],
-        _beside(result, references, "unknown", "### Published, treatment of the history not stated", ""),
-    )
-
-
-def _table(result: BenchmarkResult, table: BenchmarkTable, references: Sequence[Reference]) -> TableView:
-    planned, explored = (
-        [pair for pair in pairs if pair.table == table.name] for pairs in (result.pairs, result.explored)
-    )
-    lists = {
-        "Planned comparisons:": [*map(_planned_line, sorted(planned, key=lambda pair: pair.n == 0))],
-        "Thought of after the test split was seen, so that they are exploratory (95 %, no p and no verdict):": [
-            *map(_explored_line, explored)
+def _view(result: BenchmarkResult, references: Sequence[Reference] = ()) -> dict[str, Any]:
+    """Return what the template shows of a benchmark."""
+    tuned = [row for row in result.rows if row.arm == "tuned"]
+    return {
+        "result": result,
+        "tables": [
+            {
+                "table": table,
+                "heading": _heading(result, table),
+                "seeds": min((row.seeds for row in tuned if table.name in row.tables), default=SEEDS),
+                "grid": Markup(_grid(result, table)),
+                "less": bool(_less(result, table)),
+                "undefined": _undefined(result, table),
+                "blocks": [*_fusions(result, table), *_cold(result, table)],
+                "planned": [pair for pair in result.pairs if pair.table == table.name],
+                "explored": [pair for pair in result.explored if pair.table == table.name],
+                "published": _beside(result, references, table.name, "Published under the same protocol", ":"),
+                "picture": _picture(result, table) if _plot(result, table) else "",
+            }
+            for table in result.tables
         ],
+        "chosen": _chosen(result) if result.kind == "suite" else [],
+        "fewer": [row for row in result.rows if row.fewer_seeds and row.seeds < SEEDS],
+        "tested": [pair for pair in result.pairs if pair.p is not None],
+        "ensembles": any(figures.members for row in result.rows for figures in row.tables.values()),
+        "unknown": _beside(result, references, "unknown", "### Published, treatment of the history not stated", ""),
     }
-    notes: list[str] = []
-    if result.kind == "suite" and _less(result, table):
-        notes.append(
-            Markup(
-                "*Best row less this one*: the best row is picked on the very figures that it is compared by, so these "
-                "differences are exploratory: unadjusted 95 % intervals, no p and no verdict."
-            )
-        )
-    notes += [*_undefined(result, table), *([table.detectable] if table.detectable else [])]
-    notes += [*_fusions(result, table), *_cold(result, table)]
-    if result.kind == "chat":
-        notes += _dialogues(result)
-    drawn = _plot(result, table) is not None
-    return TableView(
-        heading=_heading(result, table),
-        about=_about(result, table),
-        grid=Markup(_grid(result, table)),
-        notes=notes,
-        lists={head: lines for head, lines in lists.items() if lines},
-        published=_beside(result, references, table.name, "Published under the same protocol", ":"),
-        picture=(f"{table.metric} by tokens a request", _picture(result, table)) if drawn else None,
-    )
 
 
 def _heading(result: BenchmarkResult, table: BenchmarkTable) -> str:
-    if result.kind == "chat":
-        return ""
     if result.kind == "suite":
         return _HEADINGS.get(table.name, f"Seen items {table.name}")
-    return f"{title(table.task)}: {table.metric}"
-
-
-def _about(result: BenchmarkResult, table: BenchmarkTable) -> str:
-    """Return the size and the protocol of a table of recipes; other tables share those of the page."""
-    if result.kind != "benchmark":
-        return ""
-    seeds = min((row.seeds for row in result.rows if row.arm == "tuned" and table.name in row.tables), default=SEEDS)
-    about = (
-        f"{table.requests:,} requests of {table.users:,} users, {better(table.metric)} is better; "
-        f"{code(table.signature)}."
-    )
-    few = _exploratory(table.users, seeds)
-    return Markup(f"{about}\n\n{cell(few)}" if few else about)
-
-
-def _standing(result: BenchmarkResult) -> list[str]:
-    """Say what a reader has to know before the tables: what was tuned, what is exploratory, what is missing."""
-    lines = []
-    if result.kind == "suite" and result.protocol is not None:
-        few = [row for row in result.rows if row.fewer_seeds and row.seeds < SEEDS]
-        lines += [*_chosen(result), _exploratory(result.protocol.users, len(result.protocol.seeds))]
-        if few:
-            names = ", ".join(f"{row.name} ({row.seeds})" for row in few)
-            lines.append(
-                f"Exploratory, with fewer than {SEEDS} training seeds, whatever is said of them below: {names}."
-            )
-    if result.skipped:
-        many = f"{result.unrun} planned comparison{'' if result.unrun == 1 else 's'}"
-        counted = f"; {many} with them count in the correction as if they had been tested" if result.unrun else ""
-        lines.append(f"Not run: {', '.join(result.skipped)}{counted}.")
-    if result.missing:
-        lines.append(Markup(f"**{result.missing} runs are missing**: the same command resumes."))
-    return [line for line in lines if line]
+    return "" if result.kind == "chat" else f"{title(table.task)}: {table.metric}"
 
 
 def _exploratory(users: int, seeds: int) -> str:
@@ -376,39 +277,6 @@ def _chosen(result: BenchmarkResult) -> list[str]:
     if given:
         lines.append(f"Not tuned in this suite, which names their parameters: {', '.join(given)}.")
     return lines
-
-
-def _planned_note(result: BenchmarkResult) -> list[str]:
-    """Say how the planned comparisons of a file were tested, over all its tables."""
-    tested = [pair for pair in result.pairs if pair.p is not None]
-    if not tested:
-        return []
-    over = "The one planned comparison has" if len(tested) == 1 else f"The {len(tested)} planned comparisons have"
-    note = (
-        f"{over} p Holm-adjusted over all tables of the file, and the row named first is *significantly better* or "
-        "*worse* where it is at most .05."
-    )
-    if all(pair.level is not None for pair in tested):
-        note += " Each interval is at the level of its own Holm step, and leaves out 0 exactly there."
-    return [Markup(note)]
-
-
-def _dialogues(result: BenchmarkResult) -> list[str]:
-    """Say which language models rows of conversations use, what their users named, and which have few users."""
-    models, named, few = list[str](), list[str](), list[str]()
-    for row in result.rows:
-        if (held := row.dialogues) is None:
-            continue
-        name = cell(row.name)
-        leads = f"{code(held.manager)} chooses the tools" if held.manager not in (*MANAGERS, row.name) else ""
-        grades = f"{code(held.ranker)} grades the first items of each list" if held.ranker else ""
-        if used := ", and ".join(filter(None, (leads, grades))):
-            models.append(f"{name}: {used}.")
-        if held.lines_with_a_wanted_title:
-            named.append(f"{name}: {held.lines_with_a_wanted_title:,} lines of users name what is wanted.")
-        if note := _exploratory(held.users, SEEDS):
-            few.append(f"{name}: {cell(note)}")
-    return [Markup(line) for line in (*models, *named, *few)]
 
 
 # --------------------------------------------------------------------------- its table
@@ -617,20 +485,15 @@ def _left(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 # --------------------------------------------------------------------------- comparisons
 
 
-def _planned_line(pair: BenchmarkPair) -> str:
+def _compared(pair: BenchmarkPair) -> str:
+    """Return a comparison in one line; one that was not planned has no p and verdict."""
+    ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} less {cell(pair.b)}"
     if pair.n == 0:
-        return _explored_line(pair)
-    interval = f"{difference(pair.value, pair.low, pair.high, 4)} ({coverage(pair.level)})"
-    return Markup(f"{_ends(pair)}: {interval}, p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
-
-
-def _explored_line(pair: BenchmarkPair) -> str:
-    interval = difference(pair.value, pair.low, pair.high, 4) if pair.n != 0 else "there is no such request"
-    return Markup(f"{_ends(pair)}: {interval}")
-
-
-def _ends(pair: BenchmarkPair) -> str:
-    return f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} less {cell(pair.b)}"
+        return Markup(f"{ends}: there is no such request")
+    found = difference(pair.value, pair.low, pair.high, 4)
+    if pair.verdict is None:
+        return Markup(f"{ends}: {found}")
+    return Markup(f"{ends}: {found} ({coverage(pair.level)}), p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
 
 
 def _where(pair: BenchmarkPair) -> str:
