@@ -1,9 +1,9 @@
-"""Bottleneck adapters beside the feed-forward part of every layer, as M6-Rec has them (arXiv 2205.08084).
+"""Bottleneck adapters parallel to the feed-forward part of every layer, as in M6-Rec (arXiv 2205.08084).
 
-A layer's FFN(Z) becomes FFN(Z) + lambda * (act(Z W1 + b1) W2 + b2). Lambda is trained with the rest and starts at 0,
-where the model is the base to the bit. What activation the paper has was not to be found; here it is GELU. No plain
-architecture has these parts, so they cannot be merged: they lie beside a model's weights as
-``bottlenecks.safetensors``, and only models that `llmrec.models.load` loads have them.
+A layer's FFN(Z) becomes FFN(Z) + lambda * (act(Z W1 + b1) W2 + b2). Lambda is trained too and starts at 0,
+where the model equals the base to the bit. The paper does not name its activation; here it is GELU. Plain architectures
+have no such parts, so the adapters cannot be merged: they are stored with a model's weights as
+``bottlenecks.safetensors``, and only `llmrec.models.load` loads them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _NAME = "llmrec_bottleneck"
 
 
 def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
-    """Put a new adapter on every layer, in float32 and trainable.
+    """Add a new trainable adapter to every layer, in float32.
 
     Args:
         model: A decoder, with or without PEFT adapters.
@@ -46,12 +46,12 @@ def attach(model: torch.nn.Module, rank: int, *, seed: int) -> None:
         setattr(part, _NAME, adapter.to(next(part.parameters()).device))
         part.register_forward_hook(_add)
     base = _base(model)
-    # The model's own files stay as any transformers program expects them.
+    # The model's own files stay readable for other programs that use transformers.
     base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_tensors(base)}
 
 
 def size(width: int, rank: int) -> int:
-    """Return how many weights `attach` puts on a layer of a width."""
+    """Return the number of weights that `attach` adds to a layer of a given width."""
     return 2 * width * rank + width + rank + 1
 
 
@@ -64,7 +64,7 @@ def _add(part: torch.nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
 
 
 def save(model: torch.nn.Module, folder: Path) -> None:
-    """Write a model's adapters into a folder, where it has any."""
+    """Write a model's adapters into a folder, if it has any."""
     if tensors := _tensors(model):
         safetensors = require("safetensors.torch", "train")
         safetensors.save_file(
@@ -73,7 +73,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load(model: torch.nn.Module, folder: Path) -> None:
-    """Have a model use the adapters that lie in a folder, where there are any.
+    """Attach the adapters of a folder to a model, if there are any.
 
     Raises:
         ModelError: If they cannot be read, or do not belong to the model.

@@ -1,7 +1,7 @@
-"""Answers from a depth of a model's layers: what stands before the head if the last layers are left out.
+"""Early exits: answers from the hidden states of a layer before the last.
 
-M6-Rec (arXiv 2205.08084) has the task's loss at every depth k of L, with weights 2k / (L (L + 1)), which sum to 1, so
-that answering may stop at any of them.
+M6-Rec (arXiv 2205.08084) applies the task's loss at every depth k of L, with weights 2k / (L (L + 1)), which sum to 1,
+so that inference may stop at any of them.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ if TYPE_CHECKING:
 
 
 def weights(layers: int) -> list[float]:
-    """Return what the loss after each layer counts, first to last."""
+    """Return the weight of the loss after each layer, first to last."""
     return [2 * depth / (layers * (layers + 1)) for depth in range(1, layers + 1)]
 
 
 def check(model: torch.nn.Module, key: str) -> None:
-    """Refuse a model whose states before the last layer cannot be put before its head.
+    """Reject a model whose head cannot be applied to the states of earlier layers.
 
     Raises:
         ModelError: If it is an encoder-decoder, its logits are more than one matrix product, or it has no final norm.
@@ -32,7 +32,7 @@ def check(model: torch.nn.Module, key: str) -> None:
     body = None if is_paired(model.config) else model.get_decoder()
     layered = hasattr(body, "layers") and hasattr(body, "norm")
     head = model.get_output_embeddings()
-    # Around the head of a model with item tokens stand the trained rows of these tokens, which its loss reads too.
+    # The head of a model with item tokens is wrapped by the trained rows of these tokens, which its loss reads too.
     wrapper = getattr(head, "token_adapter", None)
     if not (layered and plain_head(model.config, head if wrapper is None else wrapper.base_layer)):
         raise ModelError(
@@ -51,14 +51,14 @@ def depths(model: torch.nn.Module, **inputs: Any) -> list[Any]:
 
 
 class _Reached(Exception):
-    """The state that is answered from was computed."""
+    """Raised to end a forward pass at the exit."""
 
     def __init__(self, state: Any, depth: int) -> None:
         self.state, self.depth = state, depth
 
 
 class Exits:
-    """Scores labels of one token each and leaves the model early.
+    """Scores labels of one token each and exits the model early.
 
     Args:
         model: A decoder.

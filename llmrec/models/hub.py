@@ -1,4 +1,4 @@
-"""Models of the hub: what its cache holds whole, what is fetched, and a sentence for each way in which that fails."""
+"""Models of the Hugging Face hub: the local cache, downloads, and a clear error for each way in which they fail."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from llmrec.errors import ErrorKind, ModelError, require
 
 _DESCRIBING = ("*.json", "*.jinja", "*.txt", "*.model")
 _WEIGHTS = "*.safetensors"
-# Seconds that the hub has to say whether it has a model.
+# Seconds to wait for the hub to answer whether it has a model.
 _PATIENCE = 5
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _UNREACHED = {"ConnectError", "ConnectionError", "TimeoutException", "TimeoutError", "Timeout", "TransportError"}
 
 
 def cached(name: str, revision: str | None, *, code: bool) -> str | None:
-    """Return the folder of a model that the hub's cache holds whole, weights included; None where it does not."""
+    """Return the folder of a model that the hub's cache has completely, weights included; otherwise None."""
     hub = require("huggingface_hub", "train")
     if not Path(_cache(), f"models--{name.replace('/', '--')}").is_dir():
-        return None  # said without what fetches, which takes long to import
+        return None  # without the download library, which takes long to import
     try:
         found = hub.snapshot_download(
             name, revision=revision, allow_patterns=_patterns(weights=True, code=code), local_files_only=True
@@ -39,7 +39,7 @@ def cached(name: str, revision: str | None, *, code: bool) -> str | None:
 
 
 def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True) -> str:
-    """Fetch a model into the hub's cache and return its folder.
+    """Download a model into the hub's cache and return its folder.
 
     Args:
         name: Of the hub, such as ``org/model``.
@@ -72,7 +72,7 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether all safetensors files of a model are there: a download that broke off left some of them out."""
+    """Whether all safetensors files of a model exist: an interrupted download leaves some out."""
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         return any(folder.glob(_WEIGHTS))
@@ -88,11 +88,11 @@ def _patterns(*, weights: bool, code: bool) -> list[str]:
 
 
 def _refused(name: str, revision: str | None, error: Exception) -> ModelError:
-    """Return what kept the hub from giving out a model, with what to do."""
+    """Return the error of a failed download, with the fix."""
     chain = list(_chain(error))
     kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
     status = next((code for each in chain if (code := _status(each)) is not None), None)
-    # A proxy's address may hold a password.
+    # A proxy's address may contain a password.
     said = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
     kind, sentence = _disk(name, chain, said) or _answered(name, revision, kinds, status, said) or _unasked(kinds, said)
     key = "model.revision" if "RevisionNotFoundError" in kinds else "model.name"
@@ -111,7 +111,7 @@ def _status(error: BaseException) -> int | None:
 
 
 def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, str] | None:
-    """Say that the download cannot be stored."""
+    """Return the error of a download that cannot be stored, if it is one."""
     place = _cache()
     numbers = {each.errno for each in chain if isinstance(each, OSError)}
     if numbers & set(_FULL) or "No space left on device" in said:
@@ -131,7 +131,7 @@ def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, 
 def _answered(
     name: str, revision: str | None, kinds: set[str], status: int | None, said: str
 ) -> tuple[ErrorKind, str] | None:
-    """Say what the hub answered, if it did."""
+    """Return the error of a response of the hub, if there was one."""
     page = f"{_endpoint()}/{name}"
     token = "the token in HF_TOKEN or of `hf auth login`" if _token() else "there is no token (HF_TOKEN)"
     if "HFValidationError" in kinds:
@@ -165,7 +165,7 @@ def _answered(
 
 
 def _unasked(kinds: set[str], said: str) -> tuple[ErrorKind, str]:
-    """Say why the hub could not be asked, or broke off."""
+    """Return the error of a failed connection to the hub."""
     if "OfflineModeIsEnabled" in kinds:
         return "unreachable", (
             f"the hub is not asked, since HF_HUB_OFFLINE is set, and its cache {_cache()} does not hold the model "
@@ -209,7 +209,7 @@ def _token() -> bool:
 
 
 def _free(place: str) -> float:
-    """Return the GiB that are free where a folder is, or will be."""
+    """Return the free GiB on the disk of a folder that need not exist yet."""
     there = Path(place)
     while not there.exists() and there != there.parent:
         there = there.parent

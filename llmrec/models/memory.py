@@ -1,4 +1,4 @@
-"""Memory of models: what weights take, what is free on a GPU, and one line where it was not enough."""
+"""Memory of models: the size of weights, free GPU memory, and a one-line error where it is not enough."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ LOADING = (
 )
 """What lets a model be loaded."""
 
-# What torch says of it, without advice for its allocator.
+# torch's message, without its advice on the allocator.
 _TOLD = re.compile(
     r"Tried to allocate [\d.]+ \w+\.(?: GPU \d+ has a total capacity of [\d.]+ \w+ of which [\d.]+ \w+ is free\.)?"
 )
@@ -38,7 +38,7 @@ _TOLD = re.compile(
 
 @contextmanager
 def told_of_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
-    """Turn torch's error of a full GPU into one line.
+    """Turn torch's out-of-memory error into a one-line error.
 
     Args:
         what: What was going on.
@@ -51,7 +51,7 @@ def told_of_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        # By its name: torch is not imported to catch what it alone could raise.
+        # By name, so that torch need not be imported.
         if type(error).__name__ != "OutOfMemoryError":
             raise
         told = _TOLD.search(str(error))
@@ -63,7 +63,7 @@ def told_of_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
 
 
 def placed(model: torch.nn.Module, place: str) -> Any:
-    """Put a model where it fits: on a GPU as it is, there in half precision, or on the CPU, with a warning each.
+    """Place a model where it fits: on the GPU, on the GPU in half precision, or on the CPU.
 
     Args:
         model: An unquantised model on the CPU.
@@ -87,7 +87,7 @@ def placed(model: torch.nn.Module, place: str) -> Any:
 
 
 def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
-    """Return the bytes of a model's weights once they are loaded; 0 where they are not on this machine.
+    """Return the bytes of a model's loaded weights; 0 if they are not on this machine.
 
     Args:
         folder: The model folder.
@@ -99,12 +99,12 @@ def weights_size(folder: str, config: PretrainedConfig, itemsize: int) -> int:
 
 
 def _with_room(size: int) -> float:
-    """Return what a model of ``size`` bytes takes while it is asked a few rows at a time."""
+    """Return the memory of a model of ``size`` bytes during inference on a few rows."""
     return 1.05 * size + 1.5 * 2**30
 
 
 def free_bytes() -> int:
-    """Return the free memory of the GPU in use, what torch keeps for later included."""
+    """Return the free memory of the GPU in use, including torch's cache."""
     cuda = require("torch", "train").cuda
     free, _ = cuda.mem_get_info()
     return int(free) + int(cuda.memory_reserved()) - int(cuda.memory_allocated())

@@ -1,6 +1,6 @@
-"""Opens configuration and tokenizer of a common decoder without transformers and torch, which take seconds to import.
+"""Reads configuration and tokenizer of common decoders without transformers and torch, which take seconds to import.
 
-It is for checks. What is uncommon, or looks damaged, is left to transformers, which has the last word and says why.
+For checks only. Uncommon or damaged models are left to transformers, which decides and gives the reason.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from llmrec.recipe.schema import ModelSection
 
-# Decoders that every version of transformers in use knows, and their sizes, of which none is 0.
+# Decoders that every supported version of transformers has, and their sizes, none of which may be 0.
 _DECODERS = frozenset(
     ("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi3", "olmo2", "granite", "smollm3")
 )
 _SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "vocab_size", "max_position_embeddings")
-# Keys that say that loading takes more than an architecture.
+# Keys of models whose loading needs more than an architecture.
 _UNCOMMON = ("auto_map", "quantization_config")
-# Classes that read tokenizer.json as it stands.
+# Tokenizer classes that use tokenizer.json unchanged.
 _TOKENIZERS = frozenset(
     (
         *("TokenizersBackend", "PreTrainedTokenizerFast", "GPT2Tokenizer", "GPT2TokenizerFast"),
@@ -34,7 +34,7 @@ _NAMED = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_
 
 
 def is_plain_decoder(folder: str, section: ModelSection) -> bool:
-    """Whether a folder's configuration is that of a common decoder, with nothing wrong; False: ask transformers."""
+    """Whether a folder has the valid configuration of a common decoder; False: use transformers."""
     config = _object(Path(folder) / "config.json")
     if config is None or section.trust_remote_code or any(config.get(key) for key in _UNCOMMON):
         return False
@@ -53,7 +53,7 @@ def _installed() -> bool:
 
 
 class PlainTokenizer:
-    """A tokenizer of ``tokenizer.json`` alone, with what `llmrec.backends.encode.Encoder` asks of one.
+    """A tokenizer read from ``tokenizer.json`` only, with the methods that `llmrec.backends.encode.Encoder` uses.
 
     Args:
         folder: Where it lies.
@@ -89,7 +89,7 @@ class PlainTokenizer:
         self._core.add_tokens(list(tokens))
 
     def convert_tokens_to_ids(self, tokens: Any) -> Any:
-        """Return the id of a token or those of many; one that is not known has that of the unknown token."""
+        """Return the id of a token or of several; unknown tokens get that of the unknown token."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
         found = self._core.token_to_id(tokens)
@@ -116,7 +116,7 @@ def _refuse(message: str) -> None:
 
 
 def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None:
-    """Return the tokenizer of a folder, where its files say all there is to it; None: ask transformers."""
+    """Return the tokenizer of a folder if its files define it completely; None: use transformers."""
     place = Path(folder)
     settings, core = _object(place / "tokenizer_config.json"), None
     if settings is None or settings.get("tokenizer_class") not in _TOKENIZERS or section.trust_remote_code:
@@ -125,7 +125,7 @@ def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None
         from tokenizers import Tokenizer
 
         core = Tokenizer.from_file(str(place / "tokenizer.json"))
-    except Exception:  # the library raises bare exceptions; transformers says what is wrong
+    except Exception:  # the library raises bare exceptions; transformers reports the error
         return None
     core.no_truncation()
     core.no_padding()

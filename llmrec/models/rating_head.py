@@ -1,8 +1,8 @@
-"""A head that reads a rating off a hidden state: the last layer's, after the final norm, of a prompt's last token.
+"""A head that predicts a rating from a hidden state: the last layer's, after the final norm, at a prompt's last token.
 
 Two formulations (Kang et al., arXiv 2305.06474, section 4): one class for each value of the scale, whose expectation is
-the rating, or one unit whose number is the rating. Its weights lie beside a model's as ``rating_head.safetensors``,
-what they mean in ``rating_head.json``.
+the rating, or one unit whose number is the rating. Its weights are stored with a model's as
+``rating_head.safetensors``, their meaning in ``rating_head.json``.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ CONFIG = "rating_head.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HeadShape:
-    """What a head's outputs mean.
+    """The meaning of a head's outputs.
 
     Attributes:
         values: The rating scale, lowest first.
@@ -47,7 +47,7 @@ class HeadShape:
 
 @dataclass(frozen=True, slots=True)
 class RatingHead:
-    """A head: its shape, and a ``torch.nn.Linear`` in float32 with two buffers more, see `standardise`."""
+    """A head: its shape, and a float32 ``torch.nn.Linear`` with two further buffers, see `standardise`."""
 
     shape: HeadShape
     linear: Any
@@ -63,12 +63,12 @@ class RatingHead:
         Every dimension of the states is standardised first.
         """
         torch = require("torch", "train")
-        # In bfloat16 a rating of 4 is off by up to .016: the head is computed in full, whatever stands around it.
+        # In bfloat16 a rating of 4 is off by up to .016, so the head is always computed in float32.
         with torch.autocast(states.device.type, enabled=False):
             return self.linear((states.float() - self.linear.center) / self.linear.spread)
 
     def expectation(self, outputs: Any) -> Any:
-        """Return ratings of shape (n,): the mean of the values under softmax(outputs), or the one unit as it is."""
+        """Return ratings of shape (n,): the mean of the values under softmax(outputs), or the single unit's output."""
         if self.shape.outputs == 1:
             return outputs[:, 0]
         return outputs.softmax(-1) @ outputs.new_tensor(self.shape.values)
@@ -80,10 +80,10 @@ class RatingHead:
 
 
 def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
-    """Make a head that says of every state what the training rows say on average.
+    """Create a head that predicts the average of the training rows for every state.
 
-    Its weights are 0 and its biases the log shares of the classes, each as if seen once more, or the mean rating. So
-    the first steps do not wander, and nothing is drawn.
+    Its weights are 0 and its biases the log shares of the classes with add-one smoothing, or the mean rating. So
+    training starts at the mean and nothing is random.
 
     Args:
         shape: Of the head.
@@ -103,15 +103,15 @@ def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
 
 
 def standardise(head: RatingHead, states: torch.Tensor) -> None:
-    """Have a head take off a mean and divide by a deviation in every dimension: those of some states, (n, width).
+    """Set the mean and deviation by which a head standardises each dimension, from sample states of shape (n, width).
 
-    A few dimensions of a language model's states are a hundred times the others and hardly vary. With one learning rate
-    for all weights, what the others say would be learned too slowly.
+    A few dimensions of a language model's states are a hundred times larger than the others and hardly vary. With one
+    learning rate for all weights, the other dimensions would be learned too slowly.
     """
     found = states.float()
     spread = found.std(dim=0, correction=0)
     head.linear.center.copy_(found.mean(dim=0))
-    # What never varies says nothing, and must not be blown up.
+    # Constant dimensions carry no information and must not be scaled up.
     head.linear.spread.copy_(spread.clamp(min=max(1e-3 * float(spread.mean()), 1e-6)))
 
 
@@ -132,10 +132,10 @@ def save_head(head: RatingHead, folder: Path) -> None:
 
 
 def load_head(folder: Path) -> RatingHead | None:
-    """Read a head from a model folder; None where there is none.
+    """Read the head of a model folder; None if it has none.
 
     Raises:
-        ModelError: If its files cannot be read, or do not belong together.
+        ModelError: If its files cannot be read or are inconsistent.
     """
     if not (folder / WEIGHTS).is_file():
         return None
@@ -153,10 +153,10 @@ def load_head(folder: Path) -> RatingHead | None:
 
 
 def copy_head(source: Path, target: Path) -> None:
-    """Copy the files of a head, if there is one; a model in the target folder is then found through an index.
+    """Copy the files of a head, if there is one, and index the model's weights in the target folder.
 
-    Some engines, vLLM among them, take every safetensors file of a folder for a part of the model, unless an index says
-    which ones are.
+    Some engines, vLLM among them, load every safetensors file of a folder as part of the model unless an index names
+    the right ones.
     """
     if not (source / WEIGHTS).is_file():
         return
@@ -181,7 +181,7 @@ def last_states(model: torch.nn.Module, ids: Any, mask: torch.Tensor) -> Any:
     """
     torch = require("torch", "train")
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    # Places are counted from a text's own beginning, which padding on the left moves.
+    # Positions start at the beginning of the text, after the padding on the left.
     places = (mask.cumsum(-1) - 1).clamp(min=0)
     states = base.get_decoder()(
         input_ids=ids, attention_mask=mask, position_ids=places, use_cache=False

@@ -1,9 +1,9 @@
-"""Soft prompts: trained vectors that stand before every prompt (Lester et al., EMNLP 2021), as tokens of their own.
+"""Soft prompts: trained vectors before every prompt (Lester et al., EMNLP 2021), stored as new tokens.
 
-The tokenizer gets a token for each, which its chat template writes first, and the model rows for them. So a folder with
-soft prompts is a plain model: every engine reads it as it reads the base. Under option tuning (M6-Rec, arXiv
-2205.08084) the last of them are also the class vectors of the labels. A head of its own then holds these vectors in
-the rows of the labels' tokens, which gives ``h . p`` as their logits, and the same odds as the classes had in training.
+The tokenizer gets a token for each, which its chat template writes first, and the model an embedding row. So a folder
+with soft prompts is an ordinary model for every engine. With option tuning (M6-Rec, arXiv 2205.08084) the last soft
+prompts are also the class vectors of the labels. A separate head then has these vectors in the rows of the label
+tokens, so that their logits are ``h . p``, with the same odds as the classes in training.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _PLAIN = "{{ bos_token or '' }}{% for m in messages %}{{ m['content'] }}\n\n{% e
 
 @dataclass(frozen=True, slots=True)
 class SoftPrompt:
-    """What a model's soft prompts are.
+    """Description of a model's soft prompts.
 
     Attributes:
-        count: How many there are.
-        labels: Token ids of the labels that the last soft prompts start from, in their order; none: answers are no
-            labels.
+        count: The number of soft prompts.
+        labels: Token ids of the labels that the last soft prompts are initialised from, in order; empty if answers are
+            not labels.
         tied: The last soft prompts are the labels' class vectors too.
-        seed: Of their first rows.
+        seed: The seed of their initialisation.
     """
 
     count: int
@@ -59,7 +59,7 @@ class SoftPrompt:
 
 
 def read(folder: Path) -> SoftPrompt | None:
-    """Return what a folder says of soft prompts; None where it has none.
+    """Return the description of a folder's soft prompts; None if it has none.
 
     Raises:
         ModelError: If its file is damaged.
@@ -79,21 +79,21 @@ def read(folder: Path) -> SoftPrompt | None:
 
 
 def copy_soft(source: Path, target: Path) -> None:
-    """Copy what a folder says of soft prompts, and its bottleneck adapters, where it has any."""
+    """Copy the soft-prompt description and the bottleneck adapters of a folder, if any."""
     for name in (CONFIG, BOTTLENECKS):
         if (source / name).is_file():
             shutil.copyfile(source / name, target / name)
 
 
 def names(count: int) -> list[str]:
-    """Return the names of the tokens, first to last."""
+    """Return the tokens of the soft prompts in order."""
     return [f"<|soft_{number}|>" for number in range(count)]
 
 
 def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
-    """Return a copy of a tokenizer that has the tokens and whose chat template writes them first.
+    """Return a copy of a tokenizer with the soft-prompt tokens, whose chat template writes them first.
 
-    They are special tokens, so that no title can spell one and no answer shows one.
+    They are special tokens, so titles cannot contain them and answers do not show them.
 
     Raises:
         ModelError: If the tokenizer has several chat templates.
@@ -114,13 +114,13 @@ def softened(tokenizer: PreTrainedTokenizerBase, count: int) -> Any:
 
 
 def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
-    """Give a model a row for every soft prompt, and a head of its own, in which these rows are the mean of the others.
+    """Add an embedding row for every soft prompt, and an untied head in which these rows are the mean of the others.
 
-    So a soft prompt's logit is the mean of all logits, and none is ever the most likely next token; with rows of 0 each
-    would be, in models whose logits are all below 0 (GPT-2).
+    So a soft prompt's logit is the mean of all logits and never the largest; with rows of 0 it would be in models whose
+    logits are all negative (GPT-2).
 
-    The last rows start as the head's vectors of the labels, so that classes start with the odds of their words; the
-    others start as rows of words that are drawn from the vocabulary.
+    The last rows start as the head's vectors of the labels, so classes start with the odds of their words; the others
+    start as rows of tokens sampled from the vocabulary.
 
     Args:
         model: A causal language model.
@@ -154,7 +154,7 @@ def put_on(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> No
 
 
 def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -> None:
-    """Write the last soft prompts into the head, as the rows of the labels' tokens, where they are tied."""
+    """Copy the last soft prompts into the head's rows of the label tokens, if they are tied."""
     if prompt.tied:
         with require("torch", "train").no_grad():
             vectors = model.get_input_embeddings().weight[list(ids)[-len(prompt.labels) :]]
@@ -162,7 +162,7 @@ def set_labels(model: torch.nn.Module, prompt: SoftPrompt, ids: Sequence[int]) -
 
 
 def _untie(model: torch.nn.Module) -> None:
-    """Give a model a head of its own, equal to its input embeddings, where both are one table."""
+    """Untie a model's head from its input embeddings by copying the table."""
     torch = require("torch", "train")
     for config in (model.config, model.config.get_text_config()):
         config.tie_word_embeddings = False

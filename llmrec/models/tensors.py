@@ -1,6 +1,6 @@
-"""Weights that fit their configuration: a folder that leaves a model with weights it does not hold is refused.
+"""Checks that weights match their configuration: a folder without some of the model's weights is rejected.
 
-transformers fills a tensor that it misses with random numbers, leaves out one that it has no place for, and goes on.
+transformers initialises missing tensors at random and ignores unexpected ones.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHOWN = 3
-# Causal masks, places and rotary frequencies, which older versions of transformers wrote down beside the weights.
+# Causal masks, positions and rotary frequencies, which older versions of transformers stored with the weights.
 _COMPUTED = re.compile(r"\.(attn|attention)\.(masked_)?bias$|(^|\.)position_ids$|\brotary_emb\.inv_freq$")
 
 
 def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **options: Any) -> Any:
-    """Load a model with ``auto.from_pretrained``, and refuse weights that do not fit its configuration.
+    """Load a model with ``auto.from_pretrained``, and reject weights that do not match its configuration.
 
-    What transformers itself knows to be made anew is no fault: a head that is tied to the embeddings, a buffer that is
-    computed, and what a model class names in ``_keys_to_ignore_on_load_missing`` and ``..._unexpected``.
+    Tensors that transformers is meant to recreate are not errors: a head tied to the embeddings, computed buffers, and
+    those that a model class names in ``_keys_to_ignore_on_load_missing`` and ``..._unexpected``.
 
     Args:
         auto: One of transformers' auto classes.
@@ -66,11 +66,11 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
 
 
 def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str], list[str]]:
-    """Return tensors that belong to parts beside the model, and those that belong to parts which it has.
+    """Return unexpected tensors of parts outside the model, and those of parts inside it.
 
-    The first are other heads and towers that checkpoints carry along (``cls``, ``v_head``, ``mtp``, ``vision_tower``):
-    what the model computes does not depend on them. One more layer, or one more norm within a layer, is no such thing:
-    the model was trained with it, and without it computes something else.
+    The first are further heads and towers in checkpoints (``cls``, ``v_head``, ``mtp``, ``vision_tower``), which the
+    model does not use. An additional layer, or a norm within a layer, is different: the model was trained with it and
+    computes something else without it.
     """
     own = model.base_model_prefix
     body = getattr(model, own, model)
@@ -90,7 +90,7 @@ def _named(names: Sequence[str]) -> str:
 
 
 def damaged(what: str, at: Path, error: Exception) -> ModelError:
-    """Return the error of what lies beside trained weights and does not suit them: what, where, and why."""
+    """Return the error of a file next to trained weights that does not match them."""
     reason = " ".join(str(error).split())[:200]
     told = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
     return ModelError(told, kind="damaged", at=at)
@@ -98,7 +98,7 @@ def damaged(what: str, at: Path, error: Exception) -> ModelError:
 
 @contextmanager
 def _no_report() -> Iterator[None]:
-    """Leave out transformers' table of these same tensors, and nothing else that it says."""
+    """Suppress transformers' own table of these tensors, and no other message."""
     logger = logging.getLogger("transformers.modeling_utils")
     logger.addFilter(_is_other)
     try:
@@ -112,10 +112,10 @@ def _is_other(record: logging.LogRecord) -> bool:
 
 
 # ----------------------------------------------------------------------------
-# Which modules of a model hold rows of its vocabulary, and which of these are one table.
+# Vocabulary tables of a model: the modules with one row per token, and which of them share weights.
 #
-# What a configuration says of tied embeddings does not decide it: T5-v1.1, mT5 and umT5 are said to be tied, and
-# their checkpoints hold a head of their own. Modules hold one table where their weights are one tensor.
+# The configuration's flag for tied embeddings is not reliable: T5-v1.1, mT5 and umT5 are marked as tied, but their
+# checkpoints have a separate head. Modules share a table if their weights are the same tensor.
 
 
 def named_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -125,7 +125,7 @@ def named_tables(model: torch.nn.Module) -> list[tuple[str, Any]]:
 
 @contextmanager
 def told_as_tied(model: torch.nn.Module) -> Iterator[None]:
-    """Have a model say of itself, for as long as PEFT asks, which modules share the table of its input embeddings."""
+    """Set, while PEFT reads it, which modules of a model share the table of its input embeddings."""
     (source, _), *others = _groups(model)[0]
     config, keys = model.config.get_text_config(), model._tied_weights_keys
     said = config.tie_word_embeddings
@@ -138,7 +138,7 @@ def told_as_tied(model: torch.nn.Module) -> Iterator[None]:
 
 
 def _groups(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:
-    """Return the named modules that hold vocabulary rows, those that share a weight together."""
+    """Return the named modules with vocabulary rows, grouped by shared weight."""
     first = model.get_input_embeddings()
     holders = [first, model.get_output_embeddings()]
     if is_paired(model.config):

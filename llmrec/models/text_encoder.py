@@ -36,12 +36,12 @@ BATCH_TOKENS = 4096
 DTYPE = "float32"
 """Of weights and vectors."""
 
-# What fewer texts take is over before a bar could be read.
+# Fewer texts need no progress bar.
 _MANY = 2000
 
 
 def find_encoder(name: str) -> tuple[str, str]:
-    """Return the folder of a text encoder, found as models are, and a hash over its weights and tokenizer.
+    """Return the folder of a text encoder, resolved like a model, and a hash over its weights and tokenizer.
 
     Raises:
         ModelError: If there is none of this name.
@@ -52,7 +52,7 @@ def find_encoder(name: str) -> tuple[str, str]:
 
 @lru_cache(maxsize=16)
 def _of_name(name: str) -> str:
-    """Return the folder of a model that is named; where the hub cannot be reached, it is asked once."""
+    """Return the folder of a named model, cached per process."""
     return resolve(ModelSection(name=name))
 
 
@@ -61,10 +61,10 @@ class OpenEncoder:
     """A text encoder in memory.
 
     Attributes:
-        model: Of transformers, in evaluation mode.
+        model: The transformers model, in evaluation mode.
         tokenizer: Its tokenizer.
-        limit: Tokens of the longest text.
-        first: Texts are the first token's state, not the mean of all.
+        limit: The maximum number of tokens of a text.
+        first: Whether a text's vector is the first token's state instead of the mean.
     """
 
     model: Any
@@ -73,22 +73,22 @@ class OpenEncoder:
     first: bool
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the tokens of each text, cut at the length that the encoder was trained with."""
+        """Return the tokens of each text, truncated to the length that the encoder was trained with."""
         found = self.tokenizer(list(texts), truncation=True, max_length=self.limit)["input_ids"]
         return [list(ids) for ids in found]
 
     def spans(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
-        """Return the tokens of each text, at most so many, and which characters each stands for; a frame for none."""
+        """Return the tokens of each text, truncated, and the character span of each; a frame for none."""
         found = self.tokenizer(list(texts), truncation=True, max_length=most, return_offsets_mapping=True)
         places = [[(int(start), int(end)) for start, end in each] for each in found["offset_mapping"]]
         return [list(ids) for ids in found["input_ids"]], places
 
     def padded(self, encoded: Sequence[Sequence[int]]) -> Any:
-        """Return tokens and mask of some texts as the model takes them."""
+        """Return the padded model inputs of some texts."""
         return self.tokenizer.pad({"input_ids": encoded}, return_tensors="pt").to(self.model.device)
 
     def pooled(self, states: torch.Tensor, mask: torch.Tensor) -> Any:
-        """Return what is kept of last hidden states, shape (n, tokens, d) -> (n, d)."""
+        """Pool last hidden states, shape (n, tokens, d) -> (n, d)."""
         if self.first:
             return states[:, 0]
         weights = mask[:, :, None].to(states.dtype)
@@ -109,13 +109,13 @@ def open_encoder(folder: str) -> OpenEncoder:
     quiet_libraries()
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        # Hidden states are pooled here: the encoder's own pooler, which many folders leave out, is never asked.
+        # Hidden states are pooled here: the encoder's own pooler, which many folders lack, is never used.
         auto, unread = transformers.AutoModel, ("pooler",)
         model = load_whole(auto, folder, unread=unread, use_safetensors=True, dtype=torch.float32).eval()
     except (ModelError, MemoryError):
         raise
     except Exception as error:
-        # A damaged folder can end in any of them; see `llmrec.models.load`.
+        # A damaged folder can raise any exception; see `llmrec.models.load`.
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ModelError(
             f"the text encoder in {folder} cannot be loaded: {reason}; name a folder or hub "
@@ -147,7 +147,7 @@ def encode_texts(folder: str, texts: Sequence[str]) -> NDArray[np.float32]:
 
 
 def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterator[tuple[list[int], Any, Any]]:
-    """Yield some of the texts at a time: their places, last hidden states and mask, shapes (n, tokens, d), (n, tokens).
+    """Yield batches of texts: their indices, last hidden states and mask, shapes (n, tokens, d), (n, tokens).
 
     Args:
         encoder: Open.
@@ -193,7 +193,7 @@ def batches_of(lengths: Sequence[int]) -> list[list[int]]:
 
 
 # ----------------------------------------------------------------------------
-# A text encoder by name that remembers on disk what it has read.
+# Text encoders by name, with a cache of vectors on disk.
 
 
 log = logging.getLogger(__name__)
@@ -205,17 +205,17 @@ TUNED = "llmrec-encoder.json"
 
 
 def text_embedder(name: str) -> Embedder:
-    """Return what turns texts into vectors by a text encoder of this name."""
+    """Return the embedder of a named text encoder."""
     if name == CHANCE:
         return Embedder(CHANCE, CHANCE)
     return Embedder(*find_encoder(name))
 
 
 def fitting(name: str, data: SplitDataset) -> Embedder:
-    """Return what turns texts into vectors for a split.
+    """Return the embedder of a text encoder for a split.
 
     Raises:
-        DataError: If the encoder was tuned on other training interactions, which may hold what this split holds out.
+        DataError: If the encoder was fine-tuned on other training interactions, which may include held-out ones.
     """
     if learned_from(name) not in (None, digest_frame(data.train)):
         raise DataError(
@@ -230,8 +230,8 @@ def fitting(name: str, data: SplitDataset) -> Embedder:
 
 
 def learned_from(name: str) -> str | None:
-    """Return a digest of the training interactions that an encoder was tuned on; None if llmrec did not tune it."""
-    # A store of features is no encoder; what its texts have seen stands in it.
+    """Return a digest of the interactions that an encoder was fine-tuned on; None if llmrec did not fine-tune it."""
+    # A feature store is not an encoder; it records what its texts have seen.
     if name == CHANCE or name.startswith("store:"):
         return None
     file = Path(find_encoder(name)[0]) / TUNED
@@ -239,7 +239,7 @@ def learned_from(name: str) -> str | None:
 
 
 class Embedder:
-    """An `Embed` that remembers on disk the vectors of sets of texts."""
+    """An `Embed` that caches the vectors of sets of texts on disk."""
 
     def __init__(self, folder: str, stamp: str) -> None:
         """Set up.
@@ -255,7 +255,7 @@ class Embedder:
         """Return one vector of length 1 for each text, shape (n, d)."""
         if self._folder == CHANCE:
             return _by_chance(texts)
-        # Whatever order texts come in, and however often: those of a catalogue are read once.
+        # Sorted and distinct, so that the texts of a catalogue are encoded once.
         distinct = sorted(set(texts))
         rows = {text: row for row, text in enumerate(distinct)}
         return self._read(distinct)[[rows[text] for text in texts]]
@@ -278,12 +278,12 @@ class Embedder:
 
     @property
     def record(self) -> dict[str, str]:
-        """How vectors are made: a hash over the encoder's weights and tokenizer, numbers, and tokens read together."""
+        """The cache key: a hash over weights and tokenizer, the precision, and the batch size in tokens."""
         return {"stamp": self.stamp, "dtype": DTYPE, "batch_tokens": str(BATCH_TOKENS)}
 
 
 def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
-    """Return a direction for each text that depends on nothing but its hash, shape (n, width)."""
+    """Return a pseudo-random direction for each text, derived from its hash, shape (n, width)."""
     hashed = hash64("chance", 0, texts)
     rows = np.stack([np.random.default_rng(int(seed)).standard_normal(width) for seed in hashed])
     found: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
@@ -291,21 +291,21 @@ def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
 
 
 # ----------------------------------------------------------------------------
-# A text encoder whose last blocks are tuned, over texts whose states below those blocks are computed once.
+# A text encoder whose last blocks are fine-tuned; the states below those blocks are computed once.
 
 
-# What folders of sentence-transformers say beside the model: its parts, how states are pooled, the longest text.
+# Files of sentence-transformers next to the model: its modules, the pooling, the maximum length.
 _BESIDE = ("modules.json", "1_Pooling/config.json", "sentence_bert_config.json", "config_sentence_transformers.json")
 
 
 class TunedEncoder:
-    """The vectors of fixed texts by an encoder whose last blocks learn.
+    """The vectors of fixed texts from an encoder whose last blocks are trainable.
 
-    Blocks below those stay as they are, so that what they make of each text is computed once and kept: 2 bytes times
-    hidden size times tokens. Vectors have length 1.
+    The blocks below are frozen, so their output for each text is computed once and stored: 2 bytes times hidden size
+    times tokens. Vectors have length 1.
 
     Attributes:
-        blocks: What is tuned, a torch module.
+        blocks: The trainable blocks, a torch module.
     """
 
     def __init__(self, folder: str, texts: Sequence[str], *, blocks: int) -> None:
@@ -314,10 +314,10 @@ class TunedEncoder:
         Args:
             folder: The text encoder.
             texts: The texts.
-            blocks: How many of its last blocks are tuned, 1 or more.
+            blocks: The number of last blocks to train, at least 1.
 
         Raises:
-            ModelError: If it cannot be loaded, or has not so many blocks.
+            ModelError: If it cannot be loaded or has fewer blocks.
         """
         self._torch = require("torch", "train")
         self._folder = Path(folder)
@@ -334,14 +334,14 @@ class TunedEncoder:
         self._tokens = self._encoder.tokens(texts)
         self._states = self._below()
         self._given: Any = None
-        # Takes the place of all blocks below: it gives what they have made, and else looks like the first of them.
+        # Replaces all blocks below: it returns their stored output and otherwise looks like the first of them.
         recall = copy.copy(layers[0])
         recall.forward = lambda *given, **named: self._given
         setattr(holder, name, self._torch.nn.ModuleList([recall, *self.blocks]))
         self._whole = holder, name, layers
 
     def __call__(self, rows: Sequence[int]) -> Any:
-        """Return the vectors of some texts, with gradients for the blocks where they are asked, shape (n, d)."""
+        """Return the vectors of some texts, with gradients for the blocks if enabled, shape (n, d)."""
         torch, encoder = self._torch, self._encoder
         batch = encoder.padded([self._tokens[row] for row in rows])
         kept = torch.nn.utils.rnn.pad_sequence(
@@ -354,11 +354,11 @@ class TunedEncoder:
         return torch.nn.functional.normalize(encoder.pooled(states.float(), batch["attention_mask"]), dim=1)
 
     def length(self, row: int) -> int:
-        """Return how many tokens a text has."""
+        """Return the number of tokens of a text."""
         return len(self._tokens[row])
 
     def every(self) -> Any:
-        """Return the vectors of all texts as the blocks now stand, without gradients, shape (texts, d)."""
+        """Return the vectors of all texts with the current blocks, without gradients, shape (texts, d)."""
         torch = self._torch
         training = self.blocks.training
         self.blocks.eval()
@@ -370,10 +370,10 @@ class TunedEncoder:
         return found
 
     def save(self, folder: Path) -> None:
-        """Write the encoder, as its blocks now stand, in the form of the one that it was; it learns no more after that.
+        """Write the encoder with the current blocks, in the format of the original; it cannot be trained after that.
 
         Args:
-            folder: Of weights in safetensors, the tokenizer, and how states are pooled; made where it is not there.
+            folder: The folder for weights (safetensors), tokenizer and pooling; created if missing.
         """
         holder, name, layers = self._whole
         setattr(holder, name, self._torch.nn.ModuleList(layers))
@@ -385,7 +385,7 @@ class TunedEncoder:
                 shutil.copyfile(self._folder / beside, folder / beside)
 
     def _below(self) -> list[NDArray[np.float16]]:
-        """Return what the first of the tuned blocks is given for each text, shape (tokens, d) each."""
+        """Return the input of the first trainable block for each text, shape (tokens, d) each."""
         torch, encoder = self._torch, self._encoder
         found: list[Any] = [None] * len(self._tokens)
         caught: list[Any] = []
@@ -409,14 +409,14 @@ class TunedEncoder:
 
 
 class _Enough(Exception):
-    """Ends a forward pass whose rest is not needed."""
+    """Raised to end a forward pass whose remainder is not needed."""
 
 
 def _blocks_of(model: torch.nn.Module, folder: str) -> tuple[Any, str, list[Any]]:
-    """Return the module that holds the blocks of an encoder, under which name, and the blocks.
+    """Return the parent module of an encoder's blocks, their attribute name, and the blocks.
 
     Raises:
-        ModelError: If there is no list of as many modules as the configuration has blocks.
+        ModelError: If no module list has as many modules as the configuration has blocks.
     """
     torch = require("torch", "train")
     wanted = getattr(model.config, "num_hidden_layers", None)

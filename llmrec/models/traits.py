@@ -1,4 +1,4 @@
-"""What a configuration says of a model: its kind, whether its head is plain, and the masks that it reads."""
+"""Properties of a model from its configuration: its kind, whether its head is plain, and the masks that it supports."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-# Rows of logits that are held in float32 at a time.
+# The number of rows of logits in float32 at a time.
 _ROWS = 256
-# Logits of a row that are computed in float32 for its total.
+# The number of logits per row that are computed in float32 for the normaliser.
 _LARGEST = 16
 # Configuration keys of models whose logits are more than one matrix product.
 _SCALES = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
@@ -28,9 +28,9 @@ def plain_head(config: PretrainedConfig, head: torch.nn.Module) -> bool:
 def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wanted: Any) -> Any:
     """Return full-softmax log-probabilities of chosen tokens under a `plain_head`, in float64; shape (n,).
 
-    Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen, and a token that is almost
-    certain would have a log-probability above 0, which no search may meet. So the chosen logits are computed in
-    float32, and in each row the largest ones too, which make up its total; the errors of others average out in it.
+    Logits of a bfloat16 head are 1/8 apart from 16 on: many labels would tie, and an almost certain token would have a
+    log-probability above 0, which breaks the search. So the chosen logits are computed in float32, and so are the
+    largest ones of each row, which dominate its normaliser; the errors of the others average out.
 
     Args:
         head: The output layer.
@@ -60,21 +60,21 @@ def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wan
 
 
 def is_paired(config: PretrainedConfig) -> bool:
-    """Whether one half of the model reads the prompt and the other writes the answer: an encoder-decoder such as T5."""
+    """Whether the model is an encoder-decoder, such as T5."""
     return bool(getattr(config, "is_encoder_decoder", False))
 
 
 def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
-    """Return the bytes of keys and values that attention keeps of one token, in all layers.
+    """Return the bytes of the KV cache per token, over all layers.
 
-    Where layers keep less, such as those with a window or a compressed state, it is an upper bound.
+    An upper bound for layers with a window or a compressed state.
 
     Args:
         config: A configuration of transformers.
         itemsize: Bytes of a number.
     """
     text = config.get_text_config()
-    # A recurrent model has no heads.
+    # A recurrent model has no attention heads.
     heads = getattr(text, "num_attention_heads", None) or 1
     kept = getattr(text, "num_key_value_heads", None) or heads
     width = getattr(text, "head_dim", None) or text.hidden_size // heads
@@ -82,16 +82,16 @@ def cache_bytes(config: PretrainedConfig, itemsize: int) -> int:
 
 
 def auto_class(config: PretrainedConfig) -> Any:
-    """Return transformers' class that makes or loads the model of a configuration, head included."""
+    """Return the transformers Auto class of a configuration's model, head included."""
     transformers = require("transformers", "train")
     return transformers.AutoModelForSeq2SeqLM if is_paired(config) else transformers.AutoModelForCausalLM
 
 
 def takes_block_mask(config: PretrainedConfig) -> bool:
-    """Whether every layer is full attention in an implementation that reads a four-dimensional mask.
+    """Whether every layer is full attention in an implementation that supports a four-dimensional mask.
 
-    An encoder-decoder reads prompt and answer in two halves, so no one mask holds both. Where positions are a bias on
-    attention (ALiBi), it counts columns, and those of a tree are not the places in a text.
+    An encoder-decoder reads prompt and answer separately, so one mask cannot cover both. Where positions are an
+    attention bias (ALiBi), the bias counts columns, which differ from positions in a packed tree.
     """
     if is_paired(config):
         return False
@@ -99,7 +99,7 @@ def takes_block_mask(config: PretrainedConfig) -> bool:
     window = getattr(text, "sliding_window", None) if getattr(text, "use_sliding_window", True) else None
     kinds = getattr(text, "layer_types", None)
     full = all(kind == "full_attention" for kind in kinds) if kinds else window is None
-    # GPT-Neo alternates between global layers and a window, under names of its own.
+    # GPT-Neo alternates between global and windowed layers, under its own key names.
     local = "local" in (getattr(text, "attention_layers", None) or ())
     attention = getattr(text, "attn_config", None)
     biased = text.model_type == "bloom" or any(getattr(each, "alibi", False) for each in (text, attention))

