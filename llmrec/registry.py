@@ -46,11 +46,10 @@ SETS: Mapping[str, Path] = {
 
 SOURCES: Mapping[str, str] = {
     **dict.fromkeys(SETS, "llmrec.data.sets.published:published"),
-    "movielens-100k": "llmrec.data.sets.table:movielens_100k",
     "mind": "llmrec.data.sets.mind:mind",
     "sequences": "llmrec.data.sets.sequences:sequences",
     "samples": "llmrec.data.sets.samples:samples",
-    "made-reviews": "llmrec.data.sets.made:made_reviews",
+    "made-reviews": "llmrec.data.sets.table:made_reviews",
     "amazon-reviews": "llmrec.data.sets.reviews:amazon_reviews",
     "explanations": "llmrec.data.sets.table:explanations",
     "table": "llmrec.data.sets.table:table",

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from llmrec.data.features import Features, FeatureStore, Provenance, publish
-from llmrec.data.read.ranked import Ranked, read_part, write_part
+from llmrec.data.ranked import Ranked, read_part, write_part
 from llmrec.durable import checked, sha256_of, unchanged, write_checked
 from llmrec.errors import DataError, ModelError
 from llmrec.index.table import ItemIndex

@@ -67,7 +67,7 @@ def test_help_loads_none_of_the_large_libraries() -> None:
 
 def test_ids_become_codes_without_pandas() -> None:
     code = (
-        "import sys, polars; from llmrec.data.codes import coded\n"
+        "import sys, polars; from llmrec.data.read.codes import coded\n"
         "print(coded(polars.Series(['b', 'a', 'b'])).to_physical().to_list(), 'pandas' in sys.modules)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)

@@ -34,7 +34,7 @@ from pathlib import Path
 
 from llmrec.backends.fake import FakeBackend
 from llmrec.baselines.popular import RecentPopularity
-from llmrec.data.sets.made import made_reviews
+from llmrec.data.sets.table import made_reviews
 from llmrec.index.numbers import RandomNumbers
 from llmrec.strategies.raters import YesNoJudge
 from llmrec.strategies.pointwise import LikelihoodRanker

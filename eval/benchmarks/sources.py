@@ -22,9 +22,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from llmrec.data.read.files import captured, fits, plain_name
-from llmrec.data.sets.pages import published
-from llmrec.data.sets.spec import Known
+from llmrec.data.read.files import plain_name
+from llmrec.data.sets.locate import captured, fits
+from llmrec.data.sets.pages import Known, published
 from llmrec.data.sets.table import load
 from llmrec.durable import write_json
 from llmrec.errors import LlmrecError

@@ -19,11 +19,11 @@ from numpy.typing import NDArray
 from llmrec.answer.rules import Rules
 from llmrec.baselines.parameters import config_of
 from llmrec.data.assemble import read_items
-from llmrec.data.codes import codes
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.described import described_items, profile_of
 from llmrec.data.features import FeatureStore
 from llmrec.data.hashing import digest_strings
+from llmrec.data.read.codes import codes
 from llmrec.data.read.limits import shown
 from llmrec.data.read.typed import per_second
 from llmrec.data.requests import RankRequest, identity, read_request, told_event

@@ -26,9 +26,9 @@ from llmrec.data.features import (
     write_version,
     writing,
 )
-from llmrec.data.read.columns import find
+from llmrec.data.read.files import user_path
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import user_path
+from llmrec.data.read.tables import find
 from llmrec.data.read.typed import ids, texts
 from llmrec.errors import DataError
 from llmrec.models.text_encoder import text_embedder

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.data.codes import codes, in_numbers
+from llmrec.data.read.codes import codes, in_numbers
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import Section
 from llmrec.results import Reads

@@ -11,7 +11,7 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.answer.rank.outputs import check_out, write_summary
-from llmrec.data.read.ranked import write_records
+from llmrec.data.ranked import write_records
 from llmrec.display import Displayed, Summary
 from llmrec.errors import DataError
 from llmrec.evaluate.compare import Contrast, Standing, exploratory

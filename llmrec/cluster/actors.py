@@ -30,7 +30,7 @@ from llmrec.cli.options import refuse_both
 from llmrec.cluster.command import merge_shards
 from llmrec.cluster.evaluation import evaluate_shard, merge_run
 from llmrec.cluster.jobs import EACH, Job, Worked, Worker, count_of, facts_of, published, read_job, work_all
-from llmrec.data.read.request_file import open_requests
+from llmrec.data.request_file import open_requests
 from llmrec.durable import read_json
 from llmrec.errors import LlmrecError, RecipeError, require
 from llmrec.machine import processor

@@ -10,15 +10,14 @@ from typing import Literal
 import numpy as np
 import polars as pl
 
-from llmrec.data.codes import codes, pairs, repeated
 from llmrec.data.dataset import PARTS, Dataset, GivenSplit, conform
 from llmrec.data.hashing import digest_strings
-from llmrec.data.read.columns import check_matched, check_usable, find
+from llmrec.data.read.codes import codes, pairs, repeated
 from llmrec.data.read.limits import ID_LIMIT, enumerated, require_file, shown
 from llmrec.data.read.markup import has_markup, plain
 from llmrec.data.read.nested import leaf
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import Table, check_matched, check_usable, find
 from llmrec.data.read.typed import ids, one_per_item, texts
 from llmrec.errors import DataError, did_you_mean
 from llmrec.recipe.schema import DataSection

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from llmrec.data.codes import Runs, codes, in_numbers
 from llmrec.data.hashing import digest_strings, hash_one
+from llmrec.data.read.codes import Runs, codes, in_numbers
 from llmrec.data.read.limits import reason
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import loads
@@ -186,7 +186,7 @@ def touched(data: SplitDataset, split: SplitName) -> Touched:
     validation would else depend on which items are tested, an item that is never a negative.
     """
     frames = (data.train, data.known, data.valid) if split == "valid" else (data.dataset.interactions,)
-    return Touched(pl.concat([each.select("user_id", "item_id") for each in frames if each.height] or [frames[0]]))
+    return Touched(pl.concat([frame.select("user_id", "item_id") for frame in frames if frame.height] or [frames[0]]))
 
 
 def draw_among(

@@ -10,8 +10,8 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from llmrec.data.codes import coded, codes, pairs
 from llmrec.data.hashing import digest_frame, digest_strings
+from llmrec.data.read.codes import coded, codes, pairs
 from llmrec.data.read.limits import reason
 from llmrec.errors import DataError
 from llmrec.guard import clean
@@ -27,7 +27,8 @@ SCHEMA: Mapping[str, pl.DataType] = {
 }
 """The interaction columns. The last three may hold nulls; a column that is null throughout was not in the source.
 
-In a `Dataset` and its split ids are coded (see `llmrec.data.codes`), and texts that are null throughout take no room.
+In a `Dataset` and its split ids are coded (see `llmrec.data.read.codes`), and texts that are null throughout take no
+room.
 """
 
 PARTS = ("train", "valid", "test")

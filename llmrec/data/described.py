@@ -13,8 +13,8 @@ from dataclasses import replace
 import numpy as np
 import polars as pl
 
-from llmrec.data.codes import in_codes_of
 from llmrec.data.features import PLURALS, FeatureKind, FeatureStore, Pair
+from llmrec.data.read.codes import in_codes_of
 from llmrec.data.split import SplitDataset
 from llmrec.data.split_kinds import PAIR
 from llmrec.errors import DataError
@@ -57,7 +57,7 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
     if section.sides in ("both", "user") and "user" in store.kinds:
         refuse_seen(section.path, store, data, held=held)
         said = _texts(store, "user", data.users(), shuffled=section.shuffled)
-        _refuse_field(section.path, USER_FIELD, (each for user in said if (each := users.get(user))))
+        _refuse_field(section.path, USER_FIELD, (text for user in said if (text := users.get(user))))
         titles = held_titles(data, said)
         silent = {user for user, text in said.items() if any(names(text, title) for title in titles.get(user, ()))}
         shown = {user: Profile(text) for user, text in said.items() if user not in silent}
@@ -68,7 +68,7 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
         refuse_seen(section.path, store, data, kind="item", held=held)
         items = described_items(items, section)
         counted.append(f"{sum(ITEM_FIELD in item.fields for item in items.values())} of {len(items)} items")
-    if all(each.startswith("0 ") for each in counted):
+    if all(count.startswith("0 ") for count in counted):
         raise DataError.at(
             section.path,
             "missing-value",
@@ -163,10 +163,10 @@ def refuse_seen(
 
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
     """Return the texts on these ids, or, dealt out anew, those of others of the store."""
-    of = dealt_anew(sorted(store.ids(kind))) if shuffled else {each: each for each in store.ids(kind)}
-    asked = [each for each in ids if each in of]
-    found = store.texts(kind, {of[each] for each in asked})
-    return {each: text for each in asked if (text := found.get(of[each], "").strip())}
+    of = dealt_anew(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
+    asked = [name for name in ids if name in of]
+    found = store.texts(kind, {of[name] for name in asked})
+    return {name: text for name in asked if (text := found.get(of[name], "").strip())}
 
 
 def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:

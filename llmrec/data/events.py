@@ -9,7 +9,7 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.codes import Runs, codes
+from llmrec.data.read.codes import Runs, codes
 from llmrec.types import Event
 
 # Events that are kept as objects, some 130 bytes each, since they are asked for again and again.
@@ -71,8 +71,8 @@ class Events:
             return ()
         nothing = [None] * count
         ratings, times = (
-            nothing if each is None else [None if np.isnan(value) else value for value in each[part].tolist()]
-            for each in (self._ratings, self._times)
+            nothing if values is None else [None if np.isnan(value) else value for value in values[part].tolist()]
+            for values in (self._ratings, self._times)
         )
         texts = nothing if self._texts is None else self._texts[part].to_list()
         names = self._names

@@ -119,7 +119,7 @@ class Features:
         if self.texts and len(self.texts) != len(self.ids):
             told = f"{len(self.texts)} texts stand beside {len(self.ids)} ids; give one an id"
             raise DataError(told, kind="mismatch")
-        if twice := [each for each, times in Counter(self.ids).items() if times > 1]:
+        if twice := [name for name, times in Counter(self.ids).items() if times > 1]:
             told = f"the {self.kind} {twice[0]!r} stands twice among the features; keep one"
             raise DataError(told, kind="duplicate")
         if stray := self.seen.keys() - set(self.ids):
@@ -133,10 +133,10 @@ class Features:
             row = int(np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))[0])
             told = f"the vector of the {self.kind} {self.ids[row]!r} holds NaN or infinity; make it again"
             raise DataError(told, kind="bad-value")
-        for each in self.ids:
-            if not each or "\0" in each or len(each.encode()) > _WIDEST:
+        for name in self.ids:
+            if not name or "\0" in name or len(name.encode()) > _WIDEST:
                 told = f"it is empty, holds NUL or is longer than {_WIDEST} bytes"
-                raise DataError(f"the id {each[:40]!r} cannot name features: {told}", kind="bad-value")
+                raise DataError(f"the id {name[:40]!r} cannot name features: {told}", kind="bad-value")
 
 
 @dataclass(frozen=True)
@@ -238,7 +238,7 @@ class FeatureStore:
 
     def ids(self, kind: FeatureKind) -> list[str]:
         """Return all ids of a kind, sorted by their bytes."""
-        return [each.decode() for each in self._tables[kind].ids.tolist()]
+        return [name.decode() for name in self._tables[kind].ids.tolist()]
 
     def get(self, kind: FeatureKind, ids: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
         """Look vectors up.
@@ -258,13 +258,13 @@ class FeatureStore:
         table = self._tables[kind]
         if not ids or not len(table.ids):
             return np.tile(table.fallback.astype(np.float32), (len(ids), 1)), np.zeros(len(ids), dtype=bool)
-        asked = np.array([each.encode() for each in ids], dtype=np.bytes_)
+        asked = np.array([name.encode() for name in ids], dtype=np.bytes_)
         # In fields of another width all stored ids would be copied; what is longer than all of them is none of them.
         short = np.char.str_len(asked) <= table.ids.dtype.itemsize
         asked = asked.astype(table.ids.dtype)
         places = np.minimum(np.searchsorted(table.ids, asked), len(table.ids) - 1)
         # An id that ends in NUL would equal the one without: such ids are never stored, and none is found.
-        whole = np.array([not each.endswith("\0") for each in ids])
+        whole = np.array([not name.endswith("\0") for name in ids])
         known = short & whole & (table.ids[places] == asked)
         vectors = np.asarray(table.vectors[places], dtype=np.float32)
         vectors[~known] = table.fallback
@@ -274,10 +274,10 @@ class FeatureStore:
         """Return the texts of some ids, those that have one."""
         with closing(self._database()) as base:
             found = (
-                base.execute("SELECT text FROM texts WHERE kind = ? AND id = ?", (kind, each)).fetchone()
-                for each in ids
+                base.execute("SELECT text FROM texts WHERE kind = ? AND id = ?", (kind, name)).fetchone()
+                for name in ids
             )
-            return {each: row[0] for each, row in zip(ids, found, strict=False) if row is not None}
+            return {name: row[0] for name, row in zip(ids, found, strict=False) if row is not None}
 
     @property
     def dtype(self) -> Literal["float32", "float16"]:
@@ -288,9 +288,9 @@ class FeatureStore:
         """Return the (user, item) pairs that each text of a kind has seen, by id."""
         found: dict[str, set[Pair]] = {}
         with closing(self._database()) as base:
-            for each, user, item in base.execute("SELECT id, user, item FROM seen WHERE kind = ?", (kind,)):
-                found.setdefault(each, set()).add((user, item))
-        return {each: frozenset(known) for each, known in found.items()}
+            for name, user, item in base.execute("SELECT id, user, item FROM seen WHERE kind = ?", (kind,)):
+                found.setdefault(name, set()).add((user, item))
+        return {name: frozenset(known) for name, known in found.items()}
 
     def seen(self, kind: FeatureKind | None = None) -> frozenset[Pair]:
         """Return every (user, item) pair that some text has seen."""
@@ -411,7 +411,7 @@ def drop_older(place: Path, *, keep: int = 1) -> None:
 
 
 def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
-    ids = np.array([each.encode() for each in table.ids], dtype=np.bytes_)
+    ids = np.array([name.encode() for name in table.ids], dtype=np.bytes_)
     order = np.argsort(ids, kind="stable")
     fallback = table.fallback
     if fallback is None:
@@ -426,7 +426,7 @@ def _written(folder: Path, table: Features, dtype: str) -> Mapping[str, Json]:
     np.save(folder / f"{table.kind}-vectors.npy", stored, allow_pickle=False)
     np.save(folder / f"{table.kind}-fallback.npy", instead, allow_pickle=False)
     digest = hashlib.sha256(b"\0".join(ids[order].tolist()) + stored.tobytes() + instead.tobytes())
-    seen = sorted((each, *pair) for each, pairs in table.seen.items() for pair in pairs)
+    seen = sorted((name, *pair) for name, pairs in table.seen.items() for pair in pairs)
     digest.update(json.dumps([seen, list(table.texts)]).encode())
     return {
         "rows": len(ids),
@@ -443,8 +443,8 @@ def _write_texts(path: Path, tables: Sequence[Features]) -> None:
         base.execute("CREATE TABLE seen (kind TEXT, id TEXT, user TEXT, item TEXT)")
         for table in tables:
             named = zip(table.ids, table.texts, strict=False)
-            base.executemany("INSERT INTO texts VALUES (?, ?, ?)", ((table.kind, each, text) for each, text in named))
-            rows = ((table.kind, each, *pair) for each in table.ids for pair in sorted(table.seen.get(each, ())))
+            base.executemany("INSERT INTO texts VALUES (?, ?, ?)", ((table.kind, name, text) for name, text in named))
+            rows = ((table.kind, name, *pair) for name in table.ids for pair in sorted(table.seen.get(name, ())))
             base.executemany("INSERT INTO seen VALUES (?, ?, ?, ?)", rows)
         base.execute("CREATE INDEX pairs ON seen (user, item)")
         base.commit()

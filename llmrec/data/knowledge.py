@@ -19,9 +19,9 @@ from scipy import sparse
 
 from llmrec.data.dataset import Dataset
 from llmrec.data.derived import sentences
-from llmrec.data.read.columns import find
+from llmrec.data.read.files import user_path
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import user_path
+from llmrec.data.read.tables import find
 from llmrec.data.read.typed import ids, unescaped
 from llmrec.errors import DataError
 from llmrec.recipe.schema import FactsSection
@@ -111,7 +111,7 @@ class Documents:
         if key is None or said is None:
             raise DataError.at(table.name, "missing-column", ": documents need a column item_id or title", "data.facts")
         by_title = key == "title"
-        names = unescaped(table, key).fill_null("") if by_title else [str(each) for each in ids(table, key)]
+        names = unescaped(table, key).fill_null("") if by_title else [str(name) for name in ids(table, key)]
         twice = {name for name, times in Counter(names).items() if times > 1 and name}
         if twice and not by_title:
             raise DataError.at(table.name, "duplicate", f": {min(twice)!r} has several documents; join them", key)
@@ -131,7 +131,7 @@ class Documents:
     def _passages(self) -> tuple[tuple[str, ...], NDArray[np.int64], BM25]:
         """All passages, the first one of each document, and their weights."""
         cut = [sentences(text) for text in self.written]
-        flat = tuple(passage for each in cut for passage in each)
+        flat = tuple(passage for document in cut for passage in document)
         return flat, np.cumsum([0, *map(len, cut)]), BM25.of(flat)
 
     def about(self, item: Item) -> int | None:
@@ -161,15 +161,15 @@ class Documents:
         flat, begins, weights = self._passages
         part = slice(int(begins[place]), int(begins[place + 1]))
         own, room, kept = flat[part], tokens, dict[int, str]()
-        for each in _order(own, weights.scores(question, part), question, embed).tolist():
-            marks = list(_MARKS.finditer(own[each]))
+        for place in _order(own, weights.scores(question, part), question, embed).tolist():
+            marks = list(_MARKS.finditer(own[place]))
             if len(marks) <= room:
-                kept[each] = own[each]
+                kept[place] = own[place]
                 room -= len(marks)
             elif not kept:
-                kept[each] = own[each][: marks[room - 1].end()]
+                kept[place] = own[place][: marks[room - 1].end()]
                 break
-        return [kept[each] for each in sorted(kept)]
+        return [kept[place] for place in sorted(kept)]
 
 
 def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
@@ -222,8 +222,8 @@ def _order(
         return told if len(told) else order
     vectors = embed([question, *passages])
     joined = np.zeros(len(passages))
-    for each in (told, np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")):
-        joined[each] += 1 / (_RANK + np.arange(len(each)))
+    for order in (told, np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")):
+        joined[order] += 1 / (_RANK + np.arange(len(order)))
     return np.argsort(-joined, kind="stable")
 
 

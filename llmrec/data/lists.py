@@ -6,29 +6,31 @@ table or TREC's qrels. Tables are frames in memory or files that `llmrec.data.re
 
 from __future__ import annotations
 
-import io
 import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
 import polars as pl
-import pyarrow.parquet as pq
 
+from llmrec.data.cells import unguarded
 from llmrec.data.frames import as_arrow
+from llmrec.data.ranked import TREC
 from llmrec.data.read import typed
-from llmrec.data.read.cells import unguarded
+from llmrec.data.read.delimited import fields
+from llmrec.data.read.files import read_bytes
 from llmrec.data.read.limits import enumerated, reason, require_file, shown
-from llmrec.data.read.objects import json_object
-from llmrec.data.read.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.read.ranked import TREC
-from llmrec.data.read.request_file import JSON_LINES, PARQUET
+from llmrec.data.read.objects import json_records
+from llmrec.data.read.parquet import from_arrow, parquet_file
 from llmrec.data.read.table import is_pattern, read_table, without_kinds
-from llmrec.data.read.text import Table, decode, read_bytes
+from llmrec.data.read.tables import Table
+from llmrec.data.read.text import decode
 from llmrec.data.read.words import named
+from llmrec.data.request_file import JSON_LINES, PARQUET
 from llmrec.errors import DataError, Place, did_you_mean
 
 Unit = Literal["user", "request"]
@@ -234,8 +236,8 @@ def _called(columns: Sequence[str], names: Sequence[str]) -> str | None:
 def _meaning(columns: tuple[str, ...], what: str) -> str | None:
     """Return the only column whose name says that it is the user or the item, an id before others."""
     said = {column: named(column) for column in columns}
-    best = max((each.weight(what) for each in said.values()), default=0.0)
-    found = [column for column, each in said.items() if each.weight(what) == best]
+    best = max((meaning.weight(what) for meaning in said.values()), default=0.0)
+    found = [column for column, meaning in said.items() if meaning.weight(what) == best]
     ids = [column for column in found if said[column].is_id] or found
     return ids[0] if best >= _SURE and len(ids) == 1 else None
 
@@ -384,29 +386,18 @@ def _opened(
     ending = Path(path.stem).suffix.lower() if path.suffix.lower() == ".gz" else path.suffix.lower()
     if ending in endings or (ending in ("", ".txt", *TREC, *_QRELS) and _is_trec(path, columns)):
         raw, sha256 = read_bytes(path)
-        return _blanks(name, decode(name, raw, header=0), columns, sha256)
+        return _blanks(name, decode(name, raw), columns, sha256)
     if ending in PARQUET:
-        return _of_parquet(name, read_bytes(path, text=False)[0], asked)
+        with parquet_file(name, read_bytes(path, text=False)[0]) as file:
+            return _of_arrow(name, file.read(), asked)
     if ending in JSON_LINES:
-        text = decode(name, read_bytes(path)[0], header=0)
-        head = next((line for line in text.split("\n") if line.strip()), "")
-        first = json_object(Place(name, 1, 1), head)
-        if isinstance(first.get("items"), list):
-            return _Records(name, _lines(name, text), tuple(first))
+        rows = json_records(name, read_bytes(path)[0])
+        first = next(rows, None)
+        if first is not None and isinstance(first[1].get("items"), list):
+            return _Records(name, chain([first], rows), tuple(first[1]))
     table = without_kinds(read_table(path))
     single = _found(table, ITEMS) or asked.item in table.frame.columns
     return _with_lists(table, asked) if _found(table, ("items",)) and not single else table
-
-
-def _of_parquet(name: str, raw: bytes, asked: Entities) -> Table | _Records:
-    try:
-        file = pq.ParquetFile(io.BytesIO(raw))
-        check_size(name, file, len(raw))
-        return _of_arrow(name, file.read(), asked)
-    except FAULTS as error:
-        raise DataError.at(
-            name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
-        ) from error
 
 
 def _of_arrow(name: str, table: Any, asked: Entities) -> Table | _Records:
@@ -438,14 +429,6 @@ def _with_lists(table: Table, asked: Entities) -> _Records:
     return _Records(table.name, ((table.where(n), row) for n, row in rows), table.frame.columns)
 
 
-def _lines(name: str, text: str) -> Iterator[tuple[Place, Mapping[str, Any]]]:
-    row = 0
-    for line, each in enumerate(text.split("\n"), start=1):
-        if each.strip():
-            row += 1
-            yield (place := Place(name, row, line)), json_object(place, each)
-
-
 def _is_trec(path: Path, columns: Sequence[str]) -> bool:
     """Whether a file without a telling ending begins as a TREC run or qrels do."""
     if path.suffix.lower() == ".gz":
@@ -458,23 +441,21 @@ def _is_trec(path: Path, columns: Sequence[str]) -> bool:
 
 
 def _blanks(name: str, text: str, columns: Sequence[str], sha256: str) -> Table:
-    """Read lines whose fields are parted by blanks."""
+    """Read lines whose fields are separated by white space."""
     rows: list[list[str]] = []
     lines: list[int] = []
-    for line, each in enumerate(text.split("\n"), start=1):
-        fields = each.split()
-        if not fields:
+    for line, cells in fields(text, None, quoted=False):
+        if not cells:
             continue
-        if len(fields) != len(columns):
+        if len(cells) != len(columns):
             raise DataError.at(
-                Place(name, len(rows) + 1, line),
+                Place(name, len(rows) + 1, line + 1),
                 "ragged-row",
-                f" has {len(fields)} fields where it should have {len(columns)}: {' '.join(columns)}",
+                f" has {len(cells)} fields where it should have {len(columns)}: {' '.join(columns)}",
             )
-        rows.append(fields)
-        lines.append(line)
+        rows.append(cells)
+        lines.append(line + 1)
     if not rows:
         raise DataError.at(name, "empty", " is empty; write the file again")
-    values = zip(*rows, strict=True)
-    frame = pl.DataFrame([pl.Series(n, v, pl.String) for n, v in zip(columns, values, strict=True)])
+    frame = pl.DataFrame(rows, schema=dict.fromkeys(columns, pl.String), orient="row")
     return Table(name, frame, sha256, lines)

@@ -15,11 +15,11 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.codes import codes, in_codes_of
 from llmrec.data.dataset import SCHEMA, Dataset
 from llmrec.data.derived import derived
 from llmrec.data.events import Events
 from llmrec.data.hashing import digest_frame, digest_strings, hash64
+from llmrec.data.read.codes import codes, in_codes_of
 from llmrec.data.split_kinds import KINDS, KNOWN, PAIR, TEST, TRAIN, VALID, Rows, cold_parts
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split

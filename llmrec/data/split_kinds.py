@@ -12,9 +12,9 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-from llmrec.data.codes import Names, all_different, codes, in_codes_of, pairs
 from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
+from llmrec.data.read.codes import Names, all_different, codes, in_codes_of, pairs
 from llmrec.errors import DataError
 from llmrec.recipe.schema import Split
 
@@ -162,7 +162,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     # Moments are counted over all users; a user's own are those up to that of the last row.
     moment = np.cumsum(begins)
     counts = np.bincount(users, minlength=len(rows.names))
-    ends, starts = (np.repeat(moment[each], counts[counts > 0]) for each in _bounds(counts))
+    ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _bounds(counts))
     able = ends - starts + 1 >= _LEAST
     if not able.any():
         raise DataError.at(

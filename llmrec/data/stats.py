@@ -15,7 +15,7 @@ from functools import cached_property
 import numpy as np
 import polars as pl
 
-from llmrec.data.codes import codes, different, pairs
+from llmrec.data.read.codes import codes, different, pairs
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.types import Event
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import polars as pl
 
-from llmrec.data.codes import in_codes_of
+from llmrec.data.read.codes import in_codes_of
 from llmrec.data.split_kinds import PAIR
 from llmrec.errors import LlmrecError
 from llmrec.evaluate.attributes import attribute_slices, attributes_of

@@ -17,7 +17,7 @@ from scipy import linalg, sparse
 from scipy.sparse import csgraph
 from scipy.sparse.linalg import ArpackError, LinearOperator, eigsh
 
-from llmrec.data.codes import codes, in_numbers
+from llmrec.data.read.codes import codes, in_numbers
 from llmrec.errors import DataError, RecipeError
 from llmrec.index.numbers import shuffled
 from llmrec.index.table import Embed, ItemIndex, own_token, token

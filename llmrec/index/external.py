@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+from llmrec.data.read.files import read_bytes, user_path
 from llmrec.data.read.limits import enumerated, reason, require_file, shown
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import decode, read_bytes, user_path
+from llmrec.data.read.text import decode
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean, is_item_token, without_item_tokens
 from llmrec.index.table import LETTERS, Embed, ItemIndex, token
@@ -135,7 +136,7 @@ def _object(path: Path) -> tuple[list[_Row], str]:
         return dict(pairs)
 
     try:
-        found = json.loads(decode(str(path), raw, header=0), object_pairs_hook=collect)
+        found = json.loads(decode(str(path), raw), object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not JSON ({reason(error)}); write one object of lists by item id", kind="syntax", at=path

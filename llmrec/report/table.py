@@ -10,7 +10,7 @@ from rich.box import SIMPLE_HEAD
 from rich.table import Table
 from rich.text import Text
 
-from llmrec.data.read.cells import write_rows
+from llmrec.data.cells import write_rows
 from llmrec.report.costs import cost_of
 from llmrec.report.escape import flat
 from llmrec.report.marks import (

@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from llmrec.answer.rank import run
 from llmrec.answer.rank.options import RankOptions
-from llmrec.data.read.ranked import Ranked, write_part
+from llmrec.data.ranked import Ranked, write_part
 from llmrec.pipeline import bundle
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe

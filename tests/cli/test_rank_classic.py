@@ -17,7 +17,7 @@ from llmrec.answer.rank.run import STDOUT, rank_file
 from llmrec.answer.rank.users import rank_users
 from llmrec.baselines.parameters import make
 from llmrec.cli import main as cli
-from llmrec.data.read.cells import unguarded
+from llmrec.data.cells import unguarded
 from llmrec.data.requests import told_event
 from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.study import build_study

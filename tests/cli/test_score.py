@@ -18,7 +18,7 @@ from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.popular import Popularity
 from llmrec.cli import main as cli
-from llmrec.data.read.ranked import Ranked, write_lists, write_records
+from llmrec.data.ranked import Ranked, write_lists, write_records
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate

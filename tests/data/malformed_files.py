@@ -168,10 +168,9 @@ def _flag(raw: bytes, old: bytes, new: bytes) -> bytes:
 def archives(reader: Reader) -> Iterator[Case]:
     """Return zip archives of the files, damaged or full of tricks."""
     files = {**reader.others, reader.file: reader.good()}
-    folder = "ml-100k/" if reader.name.startswith("ml-100k") else "ml-latest-small/" if "small" in reader.name else ""
-    entries = [(folder + name, raw) for name, raw in files.items()]
+    entries = list(files.items())
     good = _zip(*entries)
-    target = folder + reader.file
+    target = reader.file
     first = [entry for entry in entries if entry[0] != target]
     link = zipfile.ZipInfo(target)
     link.create_system, link.external_attr = 3, 0o120777 << 16

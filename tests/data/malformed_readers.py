@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from llmrec.data.assemble import read_items
-from llmrec.data.read.request_file import open_requests
+from llmrec.data.request_file import open_requests
 from llmrec.data.requests import read_request
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError
@@ -251,24 +251,19 @@ _FOUR = ("u=user_id", "i=item_id", "r=rating", "t=timestamp", "x=title")
 
 
 def tables() -> list[Reader]:
-    comma, tab = cells(*_FOUR, separator=","), cells(*_FOUR, separator="\t")
+    comma = cells(*_FOUR, separator=",")
     records = tuple(dict(zip(comma.names, row, strict=True)) for row in comma.rows)
     things = items_of("item_id", "title", "genres", separator=",")
-    rows = tuple(dict(zip(things.names, row, strict=True)) for row in things.rows)
     names = {"item": "item_id", "title": "title"}
     plain = cells(*_FOUR[:4], separator=",").bytes()
     return [
         Reader("table-csv", "events.csv", comma, _ROLES, _table),
-        Reader("table-tsv", "events.tsv", tab, _ROLES, _table),
         Reader("table-jsonl", "events.jsonl", records, _ROLES, _table),
         Reader("table-parquet", "events.parquet", "parquet", _ROLES, _table),
         Reader("table-items", "items.csv", things, names, _table_of_items, {"e.csv": plain}),
         Reader("init-csv", "events.csv", comma, _ROLES, _init),
         Reader("init-jsonl", "events.jsonl", records, _ROLES, _init),
-        Reader("init-parquet", "events.parquet", "parquet", _ROLES, _init),
         Reader("rank-items-csv", "items.csv", things, names, _rank_items),
-        Reader("rank-items-jsonl", "items.jsonl", rows, names, _rank_items),
-        Reader("rank-items-parquet", "items.parquet", "parquet", names, _rank_items),
     ]
 
 
@@ -281,7 +276,6 @@ def ready_made() -> list[Reader]:
     )
     held = Grid(train.names, (("u0", "i0 i1 i2", "i3"), ("u1", "i1 i2 i3", "i4")), "\t")
     last = Grid(train.names, (("u0", "i0 i1 i2 i3", "i4"), ("u1", "i1 i2 i3 i4", "i5")), "\t")
-    names = {"item": "item_id", "title": "title"}
     files = {
         "train.tsv": train.bytes(), "valid.tsv": held.bytes(), "test.tsv": last.bytes(), "items.tsv": things.bytes(),
     }  # fmt: skip
@@ -294,9 +288,7 @@ def ready_made() -> list[Reader]:
     asked = {"requests": True}
     return [
         Reader("sequences", "sequences.txt", "lines", {}, loads("sequences"), {"items.tsv": things.bytes()}),
-        Reader("sequences-items", "items.tsv", things, names, loads("sequences"), {"sequences.txt": sequence_lines()}),
         Reader("samples-train", "train.tsv", train, {}, given, files),
-        Reader("samples-valid", "valid.tsv", held, {}, given, files),
         Reader("requests-jsonl", "asked.jsonl", REQUESTS, {}, _requests, **asked),
         Reader("requests-csv", "asked.csv", csv, {}, _requests, **asked),
         Reader("requests-parquet", "asked.parquet", "parquet", {}, _requests, **asked),

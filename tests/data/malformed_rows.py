@@ -37,8 +37,6 @@ def _spots(grid: Grid) -> list[int]:
     return sorted({0, len(grid.rows) // 2, len(grid.rows) - 1})
 
 
-READ_OLD_MACS = ("table", "init", "rank-items", "ml-100k")
-"""Readers that take a carriage return for the end of a line."""
 _BESIDE = ("an object with a deep list", "an endless number")
 """Faults of values that readers leave out unread that read a block at a time."""
 _BLOCKS = ("table-jsonl",)
@@ -113,7 +111,7 @@ def headers(reader: Reader) -> Iterator[Case]:
     text = grid.bytes()
     wrong = "#" if grid.separator != "#" else "%"
     yield case_of(reader, "every line has another separator", replace(grid, separator=wrong).bytes())
-    if not reader.name.startswith(READ_OLD_MACS):
+    if reader.requests:
         yield case_of(reader, "lines end as they did on old Macs", text.replace(b"\n", b"\r"))
     yield case_of(reader, "it is one line", text.replace(b"\n", b" "))
     if not grid.header:

@@ -262,7 +262,7 @@ def test_broken_reviews(beauty: Path, old: bytes, new: bytes, facts: Facts) -> N
 
 def test_broken_metadata_names_the_line(beauty: Path) -> None:
     write(beauty / "meta_Beauty.json.gz", dicts(META) + b"\n{'asin': 'B1', 'title': 'open")
-    with raises(DataError, Facts("syntax", "meta_Beauty.json.gz", 5)):
+    with raises(DataError, Facts("syntax", "meta_Beauty.json.gz", 4, line=5)):
         read(2014, beauty)
 
 

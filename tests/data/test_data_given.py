@@ -10,8 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.sets.parts import SPELLED
-from llmrec.data.sets.table import load
+from llmrec.data.sets.table import SPELLED, load
 from llmrec.data.split import SplitDataset, request_of, split
 from llmrec.data.stats import statistics
 from llmrec.errors import DataError, LlmrecError, RecipeError

@@ -17,12 +17,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset
-from llmrec.data.read import blocks as streams
-from llmrec.data.read import pieces
-from llmrec.data.read.files import Member, captured, plain_name
+from llmrec.data.read.files import Member, plain_name
+from llmrec.data.read.table import blocks
+from llmrec.data.read.text import Form
 from llmrec.data.sets import pages as sets
-from llmrec.data.sets.counts import Counts
-from llmrec.data.sets.spec import Form
+from llmrec.data.sets.locate import captured
+from llmrec.data.sets.pages import Counts
 from llmrec.data.sets.table import load
 from llmrec.data.split import split
 from llmrec.errors import DataError, ErrorKind, RecipeError
@@ -564,8 +564,8 @@ def test_damaged_files(tmp_path: Path, damage: str) -> None:
 
 
 def test_an_endless_line_stops_early(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "BLOCK", 64)
-    monkeypatch.setattr(pieces, "LONGEST", 200)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", 64)
+    monkeypatch.setattr("llmrec.data.read.text.LONGEST", 200)
     path = folder(tmp_path, {**YELP, "yelp_academic_dataset_review.json": b'{"user_id": "' + b"x" * 1000})
     with raises(DataError, Facts("too-large", REVIEWS, says="200 bytes")):
         read("yelp", path)
@@ -580,8 +580,7 @@ def test_the_size_of_blocks_does_not_matter(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, source: str, size: int
 ) -> None:
     data = read(source, folder(tmp_path, SETS[source]))
-    monkeypatch.setattr(pieces, "BLOCK", size)
-    monkeypatch.setattr(streams, "BLOCK", size)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", size)
     again = read(source, tmp_path)
     assert again.interactions.equals(data.interactions) and again.items == data.items and again.users == data.users
 
@@ -612,18 +611,18 @@ def test_what_is_written_is_read(
     path.write_bytes((head + ("\n\n" if gaps else "\n").join(write(row) for row in values)).encode())
     form = Form(kind={"csv": "delimited", "python": "dicts"}.get(kind, kind), quoted=True)  # type: ignore[arg-type]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pieces, "BLOCK", size)
-        blocks = list(streams.blocks(Member("x", path), form, {"b": "text", "a": "text"}))
-    found = [row for block in blocks for row in block.frame.iter_rows(named=True)]
+        patch.setattr("llmrec.data.read.text.BLOCK", size)
+        found_blocks = list(blocks(Member("x", path), form, {"b": "text", "a": "text"}))
+    found = [row for block in found_blocks for row in block.frame.iter_rows(named=True)]
     assert found == values
     if kind != "csv":
         step = 2 if gaps else 1
-        assert [line for block in blocks for line in block.lines] == list(range(1, step * len(values) + 1, step))
-        assert blocks[-1].where(blocks[-1].frame.height - 1).row == len(values)
+        assert [line for block in found_blocks for line in block.lines] == list(range(1, step * len(values) + 1, step))
+        assert found_blocks[-1].where(found_blocks[-1].frame.height - 1).row == len(values)
 
 
 def test_rows_are_named_across_blocks_and_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pieces, "BLOCK", 40)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", 40)
     body = b"\n".join(b"1::%d::3::978300760" % number for number in range(10)) + b"\n\n1::77::x::978300760\n"
     with raises(DataError, Facts("bad-value", "ratings.dat", 11, "rating", line=12)):
         read("movielens-1m", folder(tmp_path, {**ML_1M, "ratings.dat": body}))
@@ -772,5 +771,9 @@ def test_every_map_is_a_source_and_reads_columns_that_its_files_have() -> None:
             if events.form.columns:
                 assert {column for column in named if column} <= set(events.form.columns), name
             if layout.items is not None and layout.items.form.columns:
-                columns = {layout.items.item, *layout.items.titles, *(each.column for each in layout.items.attributes)}
+                columns = {
+                    layout.items.item,
+                    *layout.items.titles,
+                    *(column for each in layout.items.attributes for column in each.columns),
+                }
                 assert columns <= set(layout.items.form.columns), name

@@ -14,7 +14,6 @@ from data_cases import dataset, random_rows, seeds
 from hypothesis import given
 
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.read import pieces
 from llmrec.data.sets.table import load, located
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError
@@ -96,7 +95,7 @@ def test_the_order_of_lines_does_not_matter_and_that_of_items_does(tmp_path: Pat
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_every_way_to_sequences(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     data = read("sequences", folder(tmp_path / "a", SEQUENCES))
-    monkeypatch.setattr(pieces, "BLOCK", size)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", size)
     folder(tmp_path / "b", SEQUENCES, packed=True)
     ways = [tmp_path / "a" / "sequences.txt", tmp_path / "b", archive(tmp_path / "z.zip", SEQUENCES)]
     renamed = folder(tmp_path / "c", {"beauty.txt": SEQUENCES["sequences.txt"], "items.tsv": SEQUENCES["items.tsv"]})

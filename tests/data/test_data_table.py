@@ -21,8 +21,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.backends.encode import Encoder
+from llmrec.data.read.delimited import Delimited, delimited
+from llmrec.data.read.files import Given
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import delimited
+from llmrec.data.read.text import Form
 from llmrec.data.sets.table import load
 from llmrec.data.split import scale_of, split
 from llmrec.data.stats import statistics
@@ -123,21 +125,24 @@ def test_another_separator_is_found(tmp_path: Path, separator: str) -> None:
     assert data.interactions.height == 4
 
 
+CSV = Form(kind="delimited", quoted=True)
 field = st.text(st.characters(exclude_categories=("Cs",), exclude_characters="\0"), max_size=6)
 
 
 @given(st.lists(st.tuples(field, field, field), min_size=1, max_size=5))
 def test_quoted_fields_come_back_as_they_were(rows: list[tuple[str, str, str]]) -> None:
     frame = pl.DataFrame(rows, schema={"a": pl.String, "b": pl.String, "c": pl.String}, orient="row")
-    assert delimited("x", frame.write_csv(quote_style="always").encode(), separator=",").frame.equals(frame)
+    raw = frame.write_csv(quote_style="always").encode()
+    assert delimited(Given("x", raw), CSV).frame.equals(frame)
 
 
 @given(st.lists(st.tuples(*[st.text("ab é映;", max_size=4)] * 3), min_size=1, max_size=5))
 def test_the_fast_reader_agrees_with_the_careful_one(rows: list[tuple[str, str, str]]) -> None:
     plain = "\n".join(["h,i,j", *[",".join(row) for row in rows]]) + "\n"
-    quoted = plain.replace("h,i,j", '"h",i,j', 1)  # one quote in the file asks for care
-    one = delimited("x", plain.encode(), separator=",")
-    other = delimited("x", quoted.encode(), separator=",")
+    one = delimited(Given("x", plain.encode()), CSV)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Delimited, "_fast", lambda *_: None)
+        other = delimited(Given("x", plain.encode()), CSV)
     assert one.lines is None and other.lines is not None
     assert one.frame.equals(other.frame)
     assert [one.where(n) for n in range(len(rows))] == [other.where(n) for n in range(len(rows))]
@@ -484,7 +489,8 @@ def test_damaged_files(tmp_path: Path) -> None:
 
 
 def test_a_gzip_bomb_ends_at_the_cap(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.data.read.limits.MAX_BYTES", 1000)
+    monkeypatch.setattr("llmrec.data.read.limits.FREE_BYTES", 1000)
+    monkeypatch.setattr("llmrec.data.read.limits.MAX_RATIO", 1)
     fails(write(tmp_path, b"a" * 100_000, "data.csv.gz"), Facts("too-large", says="1000 bytes"))
 
 

@@ -12,7 +12,7 @@ from data_cases import section
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.read.dates import DateOrder, read_dates
+from llmrec.data.read.typed import DateOrder, read_dates
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe

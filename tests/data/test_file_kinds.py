@@ -17,9 +17,9 @@ import pyarrow as pa
 import pytest
 from data_cases import section
 
-from llmrec.data.read import packed
+from llmrec.data.read import files
+from llmrec.data.read.delimited import preamble
 from llmrec.data.read.table import of_atomic, read_table
-from llmrec.data.read.text import preamble
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.pipeline.study import load_split
@@ -90,7 +90,7 @@ def test_every_kind_is_the_same_table(kind: str, tmp_path: Path) -> None:
     assert "user_id" in made.found and f"{ROWS.height} rows" in made.found
 
 
-def test_a_file_of_the_greatest_size_is_not_asked_for_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_of_the_greatest_size_is_not_asked_for_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
 
     class Stream(io.BytesIO):
@@ -98,8 +98,10 @@ def test_a_file_of_the_greatest_size_is_not_asked_for_at_once(monkeypatch: pytes
             asked.append(size)
             return super().read(size)
 
-    monkeypatch.setitem(packed.STREAMS, ".gz", lambda stored: Stream(TEXT))
-    assert packed.unpack("rows.csv.gz", b"x" * 10**6) == TEXT
+    monkeypatch.setitem(files.STREAMS, ".gz", lambda stored: Stream(TEXT))
+    path = tmp_path / "rows.csv.gz"
+    path.write_bytes(b"x" * 10**6)
+    assert files.read_bytes(path)[0] == TEXT
     assert all(0 < (size or 0) <= 4 * 2**20 for size in asked)
 
 

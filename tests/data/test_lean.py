@@ -14,17 +14,19 @@ import polars as pl
 import pyarrow as pa
 import pytest
 
-from llmrec.data.codes import Names, all_different, coded, codes, in_codes_of, pairs, stacked
-from llmrec.data.read import lean
+from llmrec.data.read import table as reader
+from llmrec.data.read.codes import Names, all_different, coded, codes, in_codes_of, pairs, stacked
+from llmrec.data.read.columns import Kind, Unusual
+from llmrec.data.read.delimited import Delimited
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import ids, numbers, one_per_item, texts, times
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.schema import DataSection
 from tests.facts import Facts, raises
 
-WANTED: dict[str, lean.Kind] = {"user_id": "id", "item_id": "id", "rating": "number", "time": "number", "title": "id"}
+WANTED: dict[str, Kind] = {"user_id": "id", "item_id": "id", "rating": "number", "time": "number", "title": "id"}
 ROWS = [
     (f"u{n % 7}", f"i{n * n % 11}", n % 5 + 1, 100 + n, f"Film {n * n % 11}, the", "x" * (n % 3)) for n in range(200)
 ]
@@ -41,7 +43,7 @@ def same(found: pl.Series, wanted: pl.Series) -> bool:
 
 @pytest.mark.parametrize("block", [1, 64, 1000, 1 << 20])
 def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
-    monkeypatch.setattr(lean, "_BLOCK", block)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", block)
     path = tmp_path / "rows.tsv"
     path.write_bytes(written(ROWS))
     found, whole = read_table(path, WANTED), read_table(path)
@@ -94,7 +96,7 @@ def objects(rows: list[tuple[object, ...]]) -> bytes:
 def test_objects_are_read_a_block_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int, numbered: bool
 ) -> None:
-    monkeypatch.setattr(lean, "_BLOCK", block)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", block)
     path = tmp_path / "rows.jsonl"
     rows = [(int(str(row[0])[1:]), *row[1:]) for row in ROWS] if numbered else ROWS
     path.write_bytes(objects(rows))
@@ -115,14 +117,14 @@ def nested(rows: list[tuple[object, ...]]) -> bytes:
     return "\n".join(lines).encode() + b"\n"
 
 
-PATHS: dict[str, lean.Kind] = {"user.id": "id", "at.item.sku": "id", "rating": "number", "time": "number"}
+PATHS: dict[str, Kind] = {"user.id": "id", "at.item.sku": "id", "rating": "number", "time": "number"}
 
 
 @pytest.mark.parametrize("block", [1, 1 << 20])
 def test_what_is_within_objects_is_read_a_block_at_a_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
 ) -> None:
-    monkeypatch.setattr(lean, "_BLOCK", block)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", block)
     path = tmp_path / "rows.jsonl"
     path.write_bytes(nested(ROWS))
     found, whole = read_table(path, PATHS), read_table(path)
@@ -155,8 +157,12 @@ def test_odd_objects_within_others_are_what_they_are_to_the_careful_reader(
     columns = {"user": "user.id", "item": "at.item.sku", "time": "time"}
     section = DataSection(source="table", path=str(path), columns=columns, duplicates="keep_last")
     found = _outcome(section)
-    monkeypatch.setattr(lean, "json_lines", lambda *_: None)
+    monkeypatch.setattr("llmrec.data.read.objects._gathered", careful)
     assert found == _outcome(section)
+
+
+def careful(*_: object) -> None:
+    raise Unusual
 
 
 def _outcome(section: DataSection) -> str:
@@ -198,7 +204,7 @@ def test_odd_objects_are_what_they_are_to_the_careful_reader(
     columns = {"time": "time", "fields": ["título"]} if "título".encode() in path.read_bytes() else {"time": "time"}
     section = DataSection(source="table", path=str(path), columns=columns, duplicates="keep_last")
     found = _outcome(section)
-    monkeypatch.setattr(lean, "json_lines", lambda *_: None)
+    monkeypatch.setattr("llmrec.data.read.objects._gathered", careful)
     assert found == _outcome(section)
 
 
@@ -224,7 +230,7 @@ def test_odd_files_are_what_they_are_to_the_careful_reader(
     path.write_bytes(change(written(ROWS)))
     section = DataSection(source="table", path=str(path), columns={"time": "time"}, duplicates="keep_last")
     found = _outcome(section)
-    monkeypatch.setattr(lean, "delimited", lambda *_: None)
+    monkeypatch.setattr(Delimited, "_fast", lambda *_: None)
     assert found == _outcome(section)
 
 
@@ -233,7 +239,7 @@ def test_what_will_not_fit_the_memory_is_said_before_it_is_read(
 ) -> None:
     path = tmp_path / "rows.tsv"
     path.write_bytes(written(ROWS))
-    monkeypatch.setattr(lean, "_ROW", 2**40)
+    monkeypatch.setattr(reader, "_ROW", 2**40)
     with raises(DataError, Facts("too-large", "rows.tsv", column="data.path", says="GiB are free")):
         read_table(path, WANTED)
 

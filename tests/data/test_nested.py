@@ -15,7 +15,8 @@ from data_cases import section
 
 from llmrec.data.frames import as_arrow
 from llmrec.data.read import limits
-from llmrec.data.read.table import read_table, rows_of
+from llmrec.data.read.table import read_table
+from llmrec.data.read.tables import rows_of
 from llmrec.data.read.words import named
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError

@@ -11,8 +11,7 @@ import pytest
 
 from llmrec.data import derived
 from llmrec.data.dataset import Dataset
-from llmrec.data.derived import pseudonyms, sentences
-from llmrec.data.keyphrases import extract
+from llmrec.data.derived import extract, pseudonyms, sentences
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, split, written
 from llmrec.errors import DataError

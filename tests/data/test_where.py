@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import Table
 from llmrec.data.read.where import kept
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError, LlmrecError, RecipeError

@@ -17,7 +17,7 @@ from llmrec.answer.prompting import rank_requests
 from llmrec.answer.strategy import Asking
 from llmrec.backends.encode import Encoder
 from llmrec.backends.fake import FakeBackend
-from llmrec.data.read.request_file import open_requests
+from llmrec.data.request_file import open_requests
 from llmrec.data.requests import RankRequest, read_request
 from llmrec.errors import DataError
 from llmrec.guard import clean

@@ -47,7 +47,7 @@ RANK: dict[str, Point] = {
     "mid-rank, after a part is stored": ("llmrec.answer.rank.run", "write_part", 2, "after"),
     # Each record becomes a line twice: in its part, and then in the output.
     "mid-rank, while the output is written": (
-        "llmrec.data.read.ranked",
+        "llmrec.data.ranked",
         "_line",
         REQUESTS + REQUESTS // 2,
         "before",

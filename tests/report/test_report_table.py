@@ -15,8 +15,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from llmrec.data.read.cells import cell as csv_cell
-from llmrec.data.read.cells import unguarded
+from llmrec.data.cells import cell as csv_cell
+from llmrec.data.cells import unguarded
 from llmrec.errors import LlmrecError
 from llmrec.report.escape import cell
 from llmrec.report.page import PAGES, write

@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from llmrec.cli.main import app
 from llmrec.data import stats
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import Table
 from llmrec.data.sets.table import load
 from llmrec.errors import LlmrecError
 from llmrec.pipeline.leaks import questions

@@ -17,9 +17,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.data.read.columns import NONE
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import NONE, Table
 from llmrec.data.read.typed import numbers as read_numbers
 from llmrec.data.read.typed import times as read_times
 from llmrec.data.read.words import named, noun_of

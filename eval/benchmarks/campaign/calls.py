@@ -114,7 +114,7 @@ def _resolved(folder: Path, section: Given) -> dict[str, Any]:
 
 def requests(folder: Path, given: Given) -> Lines | None:
     """Read requests as ``llmrec rank`` does before it asks a model."""
-    opened = named("llmrec.data.read.request_file:open_requests", "llmrec.data.request_files:open_requests")
+    opened = named("llmrec.data.request_file:open_requests", "llmrec.data.request_files:open_requests")
     read = named("llmrec.data.requests:read_request")
     error = named("llmrec.errors:DataError")
     item = named("llmrec.types:Item")

@@ -15,8 +15,8 @@ from llmrec.answer.prompting import CONTEXT, value_of
 from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.answer.rank.run import RankBar
 from llmrec.answer.strategy import about_families, way_about
-from llmrec.data.read.ranked import Predicted, write_records
-from llmrec.data.read.request_file import Raw, kind_of, open_requests
+from llmrec.data.ranked import Predicted, write_records
+from llmrec.data.request_file import Raw, kind_of, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.errors import DataError
 from llmrec.types import Answer, Text, Unparsed

@@ -81,7 +81,7 @@ class RankOptions(RecommenderOptions):
     @property
     def layout(self) -> Form:
         """How rankings are laid out in their file."""
-        from llmrec.data.read.ranked import form_of
+        from llmrec.data.ranked import form_of
 
         return form_of(self.target, self.form)
 

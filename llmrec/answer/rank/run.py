@@ -22,8 +22,8 @@ from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.outputs import check_out, summary_beside
 from llmrec.answer.rank.ranker import Ranker, open_ranker, resolved
 from llmrec.answer.recommender import Answered
-from llmrec.data.read.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
-from llmrec.data.read.request_file import Raw, RequestFile, open_requests
+from llmrec.data.ranked import Ranked, form_of, listed, read_part, write_lists, write_part
+from llmrec.data.request_file import Raw, RequestFile, open_requests
 from llmrec.data.requests import RankRequest, identity
 from llmrec.durable import sha256_of, write_checked, write_text
 from llmrec.errors import DataError, LlmrecError, Place

@@ -33,8 +33,8 @@ from llmrec.answer.rank.run import (
     stored,
     summary_of,
 )
-from llmrec.data.read.ranked import form_of, write_lists
-from llmrec.data.read.request_file import open_requests
+from llmrec.data.ranked import form_of, write_lists
+from llmrec.data.request_file import open_requests
 from llmrec.durable import write_checked
 from llmrec.errors import RecipeError
 from llmrec.machine import machine, versions

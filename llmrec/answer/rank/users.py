@@ -22,7 +22,7 @@ from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.outputs import check_out, write_summary
 from llmrec.answer.rank.ranker import open_loaded
 from llmrec.answer.rank.run import RankBar
-from llmrec.data.read.cells import write_rows
+from llmrec.data.cells import write_rows
 from llmrec.data.read.databases import file_of
 from llmrec.durable import replacing
 from llmrec.errors import DataError, LlmrecError, require

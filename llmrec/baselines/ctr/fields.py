@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 
 from llmrec.baselines.ctr.counted import Counted
-from llmrec.data.codes import codes
+from llmrec.data.read.codes import codes
 from llmrec.data.split import others
 from llmrec.types import Request
 

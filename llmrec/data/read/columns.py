@@ -1,88 +1,156 @@
-"""Finds the columns of a table that a recipe means."""
+"""Columns of a table that is read a block at a time, in few bytes a row: ids as codes, numbers as numbers."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal
+
+import numpy as np
 import polars as pl
+import pyarrow as pa
+from numpy.typing import NDArray
 
-from llmrec.data.read.limits import enumerated, shown
-from llmrec.data.read.nested import EACH, paths
-from llmrec.data.read.text import Table
-from llmrec.errors import DataError, did_you_mean
-from llmrec.terminal import logger
+from llmrec.data.read.codes import from_dictionary
+from llmrec.data.read.tables import Table
+from llmrec.data.read.typed import floats
 
-log = logger(__name__)
+Kind = Literal["id", "number", "text", "maybe"]
+"""What a column holds: values that stand in many rows, numbers, or texts that are all different.
 
-NONE = "none"
-"""What a key of ``data.columns`` says where no column is meant, though one has the name that llmrec looks for."""
-_COMPULSORY = ("data.columns.user", "data.columns.item")
+``maybe`` are texts that an object may lack.
+"""
+
+_TEXTS = (pl.String, pl.Categorical, pl.Enum)
 
 
-def find(table: Table, name: str | None, default: str, key: str) -> str | None:
-    """Return the column that a recipe means.
+class Unusual(Exception):
+    """Values that a fast reader leaves to the careful one."""
+
+
+class NoNumbers(Exception):
+    """A column that should hold numbers and holds something else, such as dates.
+
+    Attributes:
+        name: The column.
+    """
+
+    def __init__(self, name: str) -> None:
+        super().__init__(name)
+        self.name = name
+
+
+class Column:
+    """The values of a column, block by block."""
+
+    def __init__(self, name: str, kind: Kind) -> None:
+        self.name, self.kind = name, kind
+        self._categories = pl.Categorical(pl.Categories.random())
+        # The library forgets what numbers stand for as soon as no series has them.
+        self._alive = pl.Series([""], dtype=self._categories)
+        self._blocks: list[NDArray[Any] | pl.Series] = []
+
+    def add(self, values: pl.Series) -> None:
+        """Append rows.
+
+        Raises:
+            NoNumbers: If some are no finite numbers, and should be.
+        """
+        if self.kind == "id" and (values.dtype in _TEXTS or values.dtype.is_integer()):
+            values = values.cast(pl.String).fill_null("").cast(self._categories)
+            self._blocks.append(values.to_physical().to_numpy())
+        elif self.kind == "number" and (values.dtype.is_float() or values.dtype == pl.String):
+            values = floats(values)
+            if values.null_count() or not values.is_finite().all():
+                raise NoNumbers(self.name)
+            self._blocks.append(values.to_numpy())
+        else:
+            self._blocks.append(values)
+
+    def add_coded(self, values: pa.Array, numbers: pa.Array) -> None:
+        """Append rows of an id, as places in a list of values; nothing counts as an empty text."""
+        known = pl.concat([pl.Series(values).cast(pl.String), pl.Series([""])]).cast(self._categories)
+        places = numbers.fill_null(len(values)).to_numpy(zero_copy_only=False)
+        self._blocks.append(known.to_physical().to_numpy()[places])
+
+    def whole(self) -> pl.Series:
+        """Return all rows; of ids their codes.
+
+        Raises:
+            Unusual: If there are none, or blocks are of different types.
+        """
+        blocks, self._blocks = self._blocks, []
+        if not blocks:
+            raise Unusual
+        arrays = [block for block in blocks if isinstance(block, np.ndarray)]
+        if len(arrays) < len(blocks):
+            series = [block for block in blocks if isinstance(block, pl.Series)]
+            if arrays or len({block.dtype for block in series}) > 1:
+                raise Unusual
+            return pl.concat(series, rechunk=True).alias(self.name)
+        if self.kind == "number":
+            return pl.Series(self.name, np.concatenate(arrays))
+        present = np.zeros(max((int(block.max(initial=0)) for block in arrays), default=0) + 1, dtype=bool)
+        for block in arrays:
+            present[block] = True
+        values = pl.Series(np.flatnonzero(present).astype(np.uint32)).cat.to(self._alive.dtype).cast(pl.String)
+        code = (np.cumsum(present) - 1).astype(np.uint32)
+        return from_dictionary(self.name, values, (code[block] for block in arrays))
+
+
+def table_of(
+    name: str,
+    names: Sequence[str],
+    columns: Iterable[Column],
+    sha256: str = "",
+    *,
+    lines: Sequence[Sequence[int]] = (),
+    unusable: Mapping[str, str] | None = None,
+) -> Table:
+    """Return a table in which the columns that were not read are there by name alone.
 
     Args:
-        table: Where to look.
-        name: The recipe's value; None means ``default``, if there is such a column, and `NONE` none at all.
-        default: llmrec's own name.
-        key: The recipe's key, for the error.
+        name: The file.
+        names: All its columns.
+        columns: Those that were read.
+        sha256: Of the file.
+        lines: The line of each row, block by block; none: row n is in line n.
+        unusable: See `Table`.
 
     Raises:
-        DataError: If the recipe names a column that is not there.
+        Unusual: If there are no rows, or blocks of a column are of different types.
     """
-    columns = table.frame.columns
-    if name == NONE and name not in columns and key not in _COMPULSORY:
-        return None
-    check_usable(table, name or default, key)
-    if name is None:
-        return default if default in columns else None
-    if name not in columns:
-        known = [*columns, *paths(table)]
-        raise DataError.at(
-            table.name,
-            "missing-column",
-            f" has no column {name!r}{did_you_mean(name, known)}; its columns are: "
-            f"{enumerated(known)}. Name the right one in the recipe as {key}=...",
-            name,
-        )
-    return name
+    read = {column.name: column.whole() for column in columns}
+    rows = len(next(iter(read.values()), ()))
+    if not rows:
+        raise Unusual
+    nothing = pl.repeat(None, rows, dtype=pl.Null, eager=True)
+    frame = pl.DataFrame([read[column] if column in read else nothing.alias(column) for column in names])
+    places = numbered(name, lines)
+    unread = frozenset(names) - read.keys()
+    return Table(name, frame, sha256, places.lines, places.header, unusable=unusable or {}, unread=unread)
 
 
-def check_usable(table: Table, column: str, key: str) -> None:
-    """Refuse a column that is there and was left out, since nobody would notice.
-
-    Raises:
-        DataError: Naming what it holds.
-    """
-    if column not in table.unusable:
-        return
-    within = [path for path in (*table.frame.columns, *paths(table)) if path.startswith((f"{column}.", column + EACH))]
-    what = f"holds {table.unusable[column]}, which cannot be used; write it as texts, numbers or dates"
-    if within:
-        what = f"holds {table.unusable[column]}; name a column within it, such as {enumerated(within[:4])}"
-    raise DataError.at(
-        table.name, "bad-value", f": column {column!r} {what}, or name another column as {key}=...", column
-    )
-
-
-def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
-    """Refuse a table of users none of whom has interactions: its ids must be written otherwise.
+def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
+    """Return a table without columns that names a row of the whole file in errors.
 
     Args:
-        name: Of the table.
-        own: Its users.
-        known: Users of the interactions.
-
-    Raises:
-        DataError: If it is one.
+        name: The file.
+        lines: The line of each row, block by block.
     """
-    own, known = (each.cast(pl.String).unique() for each in (own, known))
-    found = int(known.is_in(own.implode()).sum())
-    if not found:
-        raise DataError.at(
-            name,
-            "mismatch",
-            f" (data.users): none of its {len(own)} users, such as {shown(str(own.sort()[0]))}, has an interaction; "
-            f"there users are called such as {shown(str(known.sort()[0]))}, so write their ids alike in both tables",
-        )
-    if 2 * found < len(known):
-        log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - found, len(known))
+    rows = 0
+    gaps: set[int | None] = set()
+    for block in lines:
+        gaps.add(block.start - 1 - rows if isinstance(block, range) else None)
+        rows += len(block)
+    gap = next(iter(gaps), 0)
+    if len(gaps) < 2 and gap is not None:
+        return Table(name, pl.DataFrame(), header=gap)
+    return Table(name, pl.DataFrame(), lines=array("q", (line for block in lines for line in block)))
+
+
+def add_all(columns: Iterable[Column], frame: pl.DataFrame, run: Callable[..., Iterable[None]] = map) -> None:
+    """Append the rows of a block to columns, one after another or as ``run`` runs them."""
+    columns = list(columns)
+    for _ in run(Column.add, columns, [frame[column.name] for column in columns]):
+        pass

@@ -1,33 +1,272 @@
-"""Files of a published set in a folder, in a zip archive or beside a file, opened as streams; downloads are kept.
-
-Nothing is ever unpacked to disk: members are read by name, with a cap on their size.
-"""
+"""Files as they are stored: plain, packed or members of an archive, opened as streams and never unpacked to disk."""
 
 from __future__ import annotations
 
+import bz2
 import gzip
 import hashlib
-import os
-import re
-import tempfile
-import urllib.request
+import io
+import lzma
 import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
-from http.client import HTTPException
+from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
-from urllib.parse import urlsplit
+from typing import Any, BinaryIO, Protocol, cast
 
-from llmrec.data.read.limits import BROKEN, Capped, archived, no_file, printable, reason, require_file, stands
-from llmrec.data.read.text import user_path
-from llmrec.data.sets.spec import Known, Layout
-from llmrec.errors import DataError, did_you_mean
-from llmrec.resources import cache_dir
+import pyarrow as pa
 
+from llmrec.data.read import limits
+from llmrec.data.read.limits import (
+    BROKEN,
+    Capped,
+    archived,
+    enumerated,
+    no_file,
+    printable,
+    reason,
+    require_file,
+    shown,
+    stranger,
+)
+from llmrec.errors import DataError, Place, did_you_mean
+
+STREAMS: Mapping[str, Callable[[Any], Any]] = {
+    ".gz": lambda stored: gzip.GzipFile(fileobj=stored),
+    ".bz2": lambda stored: bz2.BZ2File(stored),
+    ".xz": lambda stored: lzma.LZMAFile(stored),  # noqa: SIM115 - who opens it closes it
+    ".zst": lambda stored: pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd"),
+}
+"""How files that are packed by themselves are opened, by ending."""
+PACKED = (*STREAMS, ".zip")
+"""Endings of packed files."""
+_KINDS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
+_BLOCK = 4 * 2**20
+_HEAD = 2**16
+_MEND = "check data.path, data.items and data.users"
 _JSON = (".json", ".jsonl", ".ndjson")
+
+
+class Source(Protocol):
+    """A file that can be opened several times."""
+
+    @property
+    def name(self) -> str:
+        """As errors call it."""
+        ...
+
+    @property
+    def published(self) -> bool:
+        """Whether errors advise to fetch the file again, rather than to correct it."""
+        ...
+
+    def open(self) -> AbstractContextManager[Any]:
+        """Open it for reading, unpacked."""
+        ...
+
+
+# --------------------------------------------------------------------------- paths
+
+
+def check_path(path: Path) -> None:
+    """Check that a table is a file.
+
+    Raises:
+        DataError: If it is missing, or no file.
+    """
+    if no_file(path) == "does not exist":
+        raise DataError.at(path, "missing-file", f": there is no such file{_near(path)}; {_MEND}")
+    require_file(path, _MEND)
+
+
+def user_path(text: str) -> Path:
+    """Return a path from a recipe, with ``~`` for the home folder.
+
+    Raises:
+        DataError: If it can be the path of no file.
+    """
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError:  # no such user: the file of that name will be reported as missing
+        path = Path(text)
+    try:
+        path.exists()
+    except OSError as error:
+        raise DataError(
+            f"{shown(text)} cannot be a path ({reason(error)}); check data.path, data.items and data.users",
+            kind="bad-value",
+            at=text,
+        ) from error
+    return path
+
+
+def _near(path: Path) -> str:
+    try:
+        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return f" (nor a folder {str(path.parent)!r} that can be read)"
+
+
+# --------------------------------------------------------------------------- files of the user
+
+
+class Stored:
+    """A file of the user, unpacked and hashed while it is read.
+
+    Attributes:
+        name: The path, as errors call it.
+        sha256: Of the file as it is stored, once it was read to its end.
+    """
+
+    published = False
+
+    def __init__(self, path: Path, packing: str = "", *, limit: int | None = None, fix: str = _MEND) -> None:
+        """Take a file.
+
+        Args:
+            path: The file.
+            packing: How it is packed, as an ending; empty: not at all.
+            limit: Most bytes of it, unpacked.
+            fix: What to do where it cannot be read, for the error.
+        """
+        self.name, self.sha256 = str(path), ""
+        self._path, self._packing, self._limit, self._fix = path, packing, limit, fix
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Open it for reading, unpacked.
+
+        Raises:
+            DataError: If it is unreadable, damaged or too large.
+        """
+        packing = self._packing
+        try:
+            size = self._path.stat().st_size
+            if self._limit is not None and size > self._limit:
+                raise DataError.at(self.name, "too-large", f" has {size} bytes, more than {self._limit}; split it")
+            with self._path.open("rb") as file:
+                hashed = _Hashed(file)
+                if packing and not size:
+                    raise DataError.at(self.name, "empty", " is empty; write the table again")
+                if packing:
+                    with STREAMS[packing](hashed) as stream:
+                        yield Capped(self.name, stream, size, self._limit)
+                else:
+                    yield hashed
+                while hashed.read(_HEAD):
+                    pass
+                self.sha256 = hashed.digest.hexdigest()
+        except (*BROKEN, pa.ArrowException) as error:
+            if packing and getattr(error, "errno", None) is None:
+                raise _damaged(self.name, packing, error) from error
+            raise DataError.at(self.name, "unreadable", f" cannot be read ({reason(error)}); {self._fix}") from error
+
+
+@dataclass(frozen=True)
+class Given:
+    """Bytes that were read already, or that stand for a file."""
+
+    name: str
+    raw: bytes
+    published: bool = False
+
+    @contextmanager
+    def open(self) -> Iterator[Any]:
+        """Open them for reading."""
+        yield io.BytesIO(self.raw)
+
+
+class _Hashed:
+    """A file that is hashed while it is read."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self.digest = file, hashlib.sha256()
+        self.closed = False
+
+    def read(self, size: int = -1) -> bytes:
+        """Read bytes."""
+        raw = self._file.read(size)
+        self.digest.update(raw)
+        return raw
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+    def close(self) -> None:
+        """Do nothing: who opened the file closes it."""
+
+
+def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
+    """Return a file's bytes, unpacked if it is packed by itself, and the SHA-256 of the file as it is stored.
+
+    Args:
+        path: The file.
+        text: Whether it must be text; one that is none is then refused before it is read.
+
+    Raises:
+        DataError: If it is missing, no file, unreadable, empty, damaged or too large.
+    """
+    check_path(path)
+    packing = path.suffix.lower() if path.suffix.lower() in STREAMS else ""
+    stored = Stored(path, packing, limit=limits.MAX_BYTES)
+    with stored.open() as stream:
+        head = stream.read(_HEAD)
+        if text and not packing and (problem := stranger(head)):
+            raise DataError.at(Place(stored.name, 1, 1), "wrong-format", f": {problem}")
+        raw = head + _all_of(stream)
+    if not raw:
+        raise DataError.at(path, "empty", " is empty; write the table again")
+    return raw, stored.sha256
+
+
+# --------------------------------------------------------------------------- packed files
+
+
+def _damaged(name: str, packing: str, error: BaseException) -> DataError:
+    return DataError.at(name, "damaged", f" is damaged {_KINDS[packing]} ({reason(error)}); pack it again")
+
+
+def _all_of(stream: Any) -> bytes:
+    """Read a stream to its end, a block at a time: room for all that might come is never asked for."""
+    return b"".join(iter(partial(stream.read, _BLOCK), b""))
+
+
+def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[str, bytes]:
+    """Return the name and the bytes of the only table in a zip archive.
+
+    Args:
+        path: The archive, for errors.
+        stored: Its bytes.
+        endings: Of tables.
+
+    Raises:
+        DataError: If there is no table or several, or the archive is damaged or plays tricks.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+            entries = [entry for entry in archived(path, archive) if not entry.filename.startswith("__MACOSX/")]
+            tables = [entry for entry in entries if Path(entry.filename).suffix.lower() in endings]
+            if len(tables) != 1:
+                names = enumerated([entry.filename for entry in (tables or entries)]) or "nothing"
+                raise DataError.at(
+                    path,
+                    "ambiguous" if tables else "missing-file",
+                    f" holds {'several tables' if tables else 'no table'} ({names}); unpack it and name the file as "
+                    "data.path",
+                )
+            (entry,) = tables
+            with archive.open(entry) as stream:
+                capped = Capped(f"{path}/{printable(entry.filename)}", stream, entry.compress_size, limits.MAX_BYTES)  # type: ignore[arg-type]
+                return entry.filename, _all_of(capped)
+    except (*BROKEN, ValueError) as error:
+        raise DataError.at(
+            path, "damaged", f" is no zip archive that can be read ({reason(error)}); pack it again"
+        ) from error
+
+
+# --------------------------------------------------------------------------- files of published sets
 
 
 @dataclass(frozen=True)
@@ -43,6 +282,7 @@ class Member:
     name: str
     path: Path
     inner: str | None = None
+    published = True
 
     @property
     def plain(self) -> str:
@@ -109,108 +349,6 @@ def plain_name(name: str) -> str:
     return name
 
 
-@dataclass(frozen=True)
-class Found:
-    """The files of one variant of a set.
-
-    Attributes:
-        where: The folder or archive.
-        layout: Which variant.
-        category: What ``*`` stands for in the pattern of the file of interactions.
-        events: The file of interactions.
-        items: The file of items.
-        people: The file of user profiles.
-        renames: The file of item ids.
-    """
-
-    where: str
-    layout: Layout
-    category: str
-    events: Member
-    items: Member | None
-    people: Member | None
-    renames: Member | None
-
-
-def locate(known: Known, path: str | None, items: str | None) -> Found:
-    """Find the files of a set.
-
-    Args:
-        known: What is looked for.
-        path: ``data.path``: a folder, an archive, or the file of interactions. None: llmrec's cache folder.
-        items: ``data.items``: the file of items, where it lies elsewhere.
-
-    Raises:
-        DataError: If a file is missing, or several could be meant.
-    """
-    chosen = user_path(path) if path is not None else _cached(known)
-    if stands(chosen) and not chosen.is_dir():
-        require_file(chosen, _ways(known))
-    named = chosen.is_file() and chosen.suffix.lower() != ".zip"
-    if named:
-        events = Member(str(chosen), chosen)
-        layout, category = _layout_of(known, events)
-        return _complete(known, str(chosen.parent), layout, category, events, listing(chosen.parent), items)
-    for place in (chosen, *(chosen / folder for folder in known.folders)):
-        members = listing(place) if place.exists() else []
-        fitting = _fitting(known, members)
-        if fitting:
-            layout, category, events = _only(known, str(place), fitting)
-            return _complete(known, str(place), layout, category, events, members, items)
-    if not chosen.exists():
-        raise DataError(
-            f"data.path={path}: there is no such file or folder{_near(chosen)}; {_ways(known)}",
-            kind="missing-file",
-            at=chosen,
-            column="data.path",
-        )
-    wanted = " or ".join(dict.fromkeys(pattern for layout in known.layouts for pattern in layout.events.files))
-    raise DataError(
-        f"data.path={path or chosen} holds no file {wanted} of {known.name} (each may end in .gz); {_ways(known)}",
-        kind="missing-file",
-        at=chosen,
-        column="data.path",
-    )
-
-
-def _ways(known: Known) -> str:
-    return (
-        f"fetch {known.fetch} from {known.page} (terms: {known.licence}) and set data.path to the folder, "
-        "the zip or the file"
-    )
-
-
-def _near(path: Path) -> str:
-    try:
-        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
-    except OSError:
-        return ""
-
-
-def _cached(known: Known) -> Path:
-    home = cache_dir() / "data"
-    # A page of somebody's own is named by its path.
-    for folder in (*known.folders, *((known.name,) if known.shipped else ())):
-        for place in (home / folder, home / f"{folder}.zip"):
-            if place.exists():
-                return place
-    if known.download is None:
-        raise DataError(
-            f"source {known.name!r} needs data.path: {_ways(known)}", kind="missing-key", column="data.path"
-        )
-    archive = home / f"{known.folders[0] if known.folders else known.name}.zip"
-    try:
-        fetch(known.download, archive, md5=None)
-    except DataError as error:
-        raise DataError(
-            f"{known.name} is not on this machine: {error}. There are these ways to it: {_ways(known)}, or use a "
-            f"network that reaches {urlsplit(known.download).hostname}",
-            kind=error.kind,
-            at=error.place,
-        ) from error
-    return archive
-
-
 def listing(place: Path) -> list[Member]:
     """Return the files of a folder, or of a zip archive with all its folders, by name.
 
@@ -229,180 +367,3 @@ def listing(place: Path) -> list[Member]:
         ) from error
     shown = [name for name in sorted(names) if not name.startswith("__MACOSX/")]
     return [Member(f"{place}/{printable(name)}", place, name) for name in shown]
-
-
-def captured(pattern: str, name: str) -> str | None:
-    """Return what ``*`` stands for where a name fits a pattern with at most one; None where it does not fit."""
-    found = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
-    return None if found is None else (found[1] if found.groups() else "")
-
-
-def fits(layout: Layout, name: str) -> str | None:
-    """Return the category of a file of interactions, by its plain name, or None if it is another file."""
-    if any(fnmatchcase(name.lower(), pattern) for pattern in layout.events.skip):
-        return None
-    tried = (captured(pattern, name) for pattern in layout.events.files)
-    return next((category for category in tried if category is not None), None)
-
-
-def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str, Member]]:
-    found: dict[tuple[str, str], tuple[Layout, str, Member]] = {}
-    for layout in known.layouts:
-        for member in members:
-            category = fits(layout, member.plain)
-            if category is not None:
-                # A file that lies there packed and unpacked is one file; the unpacked one sorts first.
-                found.setdefault((member.folder, member.plain), (layout, category, member))
-    return list(found.values())
-
-
-def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -> tuple[Layout, str, Member]:
-    if len(fitting) == 1:
-        return fitting[0]
-    names = ", ".join(member.name.removeprefix(f"{where}/") for _, _, member in fitting[:6])
-    way = "" if fitting[0][2].inner is None else "; unpack the archive first"
-    raise DataError.at(
-        where,
-        "ambiguous",
-        f" holds several files of interactions of {known.name} ({names}); name one of them as data.path{way}",
-        "data.path",
-    )
-
-
-def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
-    """Return the variant that a file named by the user belongs to: by its name, or else by its ending."""
-    for layout in known.layouts:
-        category = fits(layout, events.plain)
-        if category is not None:
-            return layout, category
-    json = events.plain.lower().endswith(".json")
-    for layout in known.layouts:
-        if json == (layout.events.form.kind != "delimited"):
-            return layout, ""
-    wanted = " or ".join(layout.events.files[0] for layout in known.layouts)
-    raise DataError.at(
-        events.name,
-        "wrong-format",
-        f": a file of this ending is not in {known.name}, which has {wanted}; {_ways(known)}",
-    )
-
-
-def _complete(
-    known: Known,
-    where: str,
-    layout: Layout,
-    category: str,
-    events: Member,
-    members: Sequence[Member],
-    items: str | None,
-) -> Found:
-    """Add the other files of the set, from beside the file of interactions."""
-    near = [member for member in members if member.folder == events.folder]
-
-    def beside(patterns: Sequence[str]) -> Member | None:
-        for pattern in patterns:
-            name = pattern.replace("{}", category) if category else pattern.replace("{}", "*")
-            fitting = [member for member in near if captured(name, member.plain) is not None and member != events]
-            if len({member.plain for member in fitting}) == 1:
-                return fitting[0]
-        return None
-
-    entries: Member | None = None
-    if layout.items is not None:
-        entries = Member(items, user_path(items)) if items is not None else beside(layout.items.files)
-        if entries is None and layout.items.complete:
-            raise _missing(known, where, layout.items.files[0], "the file of items")
-    elif items is not None:
-        raise DataError(
-            f"data.items: source {known.name!r} has no file of items; leave the key out",
-            kind="contradiction",
-            column="data.items",
-        )
-    renames = beside(layout.renames.files) if layout.renames is not None else None
-    if renames is None and layout.renames is not None and entries is not None:
-        raise _missing(known, where, layout.renames.files[0], "which says which item id is which")
-    people = beside(layout.people.files) if layout.people is not None else None
-    return Found(where, layout, category, events, entries, people, renames)
-
-
-def _missing(known: Known, where: str, name: str, what: str) -> DataError:
-    return DataError.at(where, "missing-file", f" lacks {name} (or {name}.gz), {what}; {_ways(known)}")
-
-
-_TIMEOUT = 30
-_MAX_ARCHIVE = 64 * 2**20
-_MAX_MEMBER = 256 * 2**20
-_CHUNK = 2**20
-
-
-def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
-    """Download a file under a temporary name, check it, then move it to its place.
-
-    Args:
-        url: Where it is published.
-        target: Where it goes.
-        md5: Its published checksum, if there is one.
-
-    Raises:
-        DataError: If it cannot be fetched or written, is too large, or is not the published file.
-    """
-    digest = hashlib.md5(usedforsecurity=False)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
-    except OSError as error:
-        raise DataError(
-            f"the download folder {target.parent} cannot be written ({reason(error)}); set LLMREC_CACHE",
-            kind="unreadable",
-            at=target.parent,
-        ) from error
-    part = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
-            size = 0
-            while chunk := answer.read(_CHUNK):
-                size += len(chunk)
-                if size > _MAX_ARCHIVE:
-                    raise DataError.at(
-                        url, "too-large", f" is larger than {_MAX_ARCHIVE} bytes, so it is not the published file"
-                    )
-                digest.update(chunk)
-                out.write(chunk)
-        if md5 is not None and digest.hexdigest() != md5:
-            raise DataError.at(
-                url, "damaged", f" has the MD5 {digest.hexdigest()} and not the published {md5}; try again later"
-            )
-        part.replace(target)
-    except (OSError, HTTPException, ValueError) as error:
-        raise DataError.at(url, "unreachable", f" cannot be fetched ({reason(error)})") from error
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def members(archive: Path, names: Sequence[str]) -> dict[str, bytes]:
-    """Read named members of a zip file; those it lacks are left out.
-
-    Args:
-        archive: The zip file.
-        names: Full names inside it, such as ``ml-100k/u.data``.
-
-    Returns:
-        The members' bytes by their last name part, such as ``u.data``.
-
-    Raises:
-        DataError: If the archive is damaged or a member is too large.
-    """
-    found: dict[str, bytes] = {}
-    try:
-        with zipfile.ZipFile(archive) as pack:
-            held = {entry.filename: entry for entry in archived(archive, pack)}
-            for name in names:
-                if name in held:
-                    with pack.open(name) as stream:
-                        capped = Capped(f"{archive}: {name}", stream, held[name].compress_size, _MAX_MEMBER)  # type: ignore[arg-type]
-                        found[name.rsplit("/", 1)[-1]] = capped.read()
-    except (*BROKEN, ValueError) as error:
-        raise DataError.at(
-            archive, "damaged", f" is not a readable zip archive ({reason(error)}); delete it and try again"
-        ) from error
-    return found

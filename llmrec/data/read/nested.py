@@ -12,7 +12,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from llmrec.data.read.limits import shortened
-from llmrec.data.read.text import Table
 from llmrec.errors import DataError
 
 EACH = "[]"
@@ -46,19 +45,13 @@ def lists_in(name: str) -> list[str]:
     return [name[: found.end()] for found in _EACH.finditer(name)]
 
 
-def paths(table: Table) -> list[str]:
-    """Return the names of the columns in the lists of a table."""
-    first = table.parts[0] if table.parts else table
-    return [path for name, column in first.lists.items() for path in _paths(name, column.type.value_type)]
-
-
-def _paths(name: str, kind: Any) -> Iterator[str]:
-    """Yield the paths of the values of a type that can be read."""
+def paths_within(name: str, kind: Any) -> Iterator[str]:
+    """Yield the paths of the values that can be read within a column of a type."""
     if pa.types.is_struct(kind):
         for inner in kind:
-            yield from _paths(f"{name}.{inner.name}", inner.type)
+            yield from paths_within(f"{name}.{inner.name}", inner.type)
     elif _is_list(kind):
-        yield from _paths(name + EACH, kind.value_type)
+        yield from paths_within(name + EACH, kind.value_type)
     elif is_plain(kind):
         yield name
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import math
+import warnings
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from decimal import Decimal
 from typing import Any
 
 import polars as pl
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.json as pa_json
 
+from llmrec.data.read.columns import Column, Kind, NoNumbers, Unusual, table_of
+from llmrec.data.read.files import Source
 from llmrec.data.read.limits import WHOLE, is_no_text, reason, shown
-from llmrec.data.read.nested import DEEPEST, LISTS, MOST_KEYS, Opened, in_polars
-from llmrec.data.read.text import MAX_COLUMNS, Table, column_names, decode
-from llmrec.errors import DataError, Place
+from llmrec.data.read.nested import DEEPEST, LISTS, MOST_KEYS, Opened, in_polars, is_path
+from llmrec.data.read.tables import MAX_COLUMNS, Table, check_columns, column_names
+from llmrec.data.read.text import Form, Piece, Pieces, decode, decoded, in_any_encoding, in_arrow, numbered_lines, whole
+from llmrec.errors import DataError, LlmrecError, Place
 from llmrec.terminal import logger
 
 log = logger(__name__)
@@ -25,45 +31,72 @@ log = logger(__name__)
 _ODD = "nested values"
 # The type of what can be no column.
 _NOTHING = pa.binary()
+# Reading a literal takes some 500 times its memory and seconds a megabyte; real ones have a few thousand characters.
+_LONGEST_LITERAL = 2**20
 
 
-def json_lines(name: str, raw: bytes, sha256: str = "") -> Table:
+def json_lines(source: Source, wanted: Mapping[str, Kind] | None = None) -> Table:
     """Read one JSON object a line. Numbers become text again; lists of texts are joined by commas.
+
+    Args:
+        source: The file.
+        wanted: The columns to keep, see `llmrec.data.read.delimited.delimited`. None: all of them.
 
     Raises:
         DataError: If a line is no JSON object, a key stands twice in it, or a value is nested.
     """
+    if wanted is not None:
+        try:
+            return _gathered(source, wanted)
+        except (Unusual, NoNumbers, LlmrecError, pa.ArrowException):
+            pass  # the careful path understands it, or says what is wrong
+    return in_any_encoding(source, _lines_with_care)
+
+
+def _lines_with_care(source: Source) -> Table:
     lines: list[int] = []
 
     def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
-        for number, line in enumerate(decode(name, raw, header=0).split("\n"), start=1):
-            if line.strip():
-                place = Place(name, len(lines) + 1, number)
-                lines.append(number)
-                yield place, json_object(place, line)
+        for place, record in json_records(source.name, whole(source)):
+            lines.append(place.line or 0)
+            yield place, record
 
-    return replace(_of_objects(name, records(), lines), sha256=sha256)
+    return _of_objects(source.name, records(), lines)
 
 
-def json_file(name: str, raw: bytes, sha256: str = "") -> Table:
+def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, object]]]:
+    """Yield the objects of lines with their places; blank lines are no rows.
+
+    Raises:
+        DataError: If a line is no JSON object, or a key stands twice in it.
+    """
+    row = 0
+    for line, text in numbered_lines(decode(name, raw)):
+        if text.strip():
+            row += 1
+            place = Place(name, row, line + 1)
+            yield place, json_object(place, text)
+
+
+def json_file(source: Source) -> Table:
     """Read a JSON file that is one array of objects, or has an object a line.
 
     Raises:
-        DataError: As `json_array` and `json_lines`.
+        DataError: As `json_lines`; of an array without the line.
     """
-    # In another encoding the reader refuses it, and it is looked at again as UTF-8.
-    read = json_array if raw.removeprefix(BOM_UTF8).lstrip()[:1] == b"[" else json_lines
-    return read(name, raw, sha256)
+
+    def read(source: Source) -> Table:
+        # In another encoding the reader refuses it, and it is looked at again as UTF-8.
+        is_array = whole(source).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
+        return (_array if is_array else _lines_with_care)(source)
+
+    return in_any_encoding(source, read)
 
 
-def json_array(name: str, raw: bytes, sha256: str = "") -> Table:
-    """Read a JSON file that is one array of objects, as `json_lines` reads theirs.
-
-    Raises:
-        DataError: As there, without a line.
-    """
+def _array(source: Source) -> Table:
+    name = source.name
     try:
-        found = json.loads(decode(name, raw, header=0), object_pairs_hook=_once, parse_float=as_written)
+        found = json.loads(decode(name, whole(source)), object_pairs_hook=_once, parse_float=as_written)
     except _Twice as twice:
         raise _twice(name, twice) from None
     except (ValueError, RecursionError) as error:
@@ -76,7 +109,7 @@ def json_array(name: str, raw: bytes, sha256: str = "") -> Table:
                 raise DataError.at(place, "wrong-format", " is not a JSON object; write an array of objects")
             yield place, record
 
-    return replace(_of_objects(name, records(), [0] * len(found)), sha256=sha256)
+    return _of_objects(name, records(), [0] * len(found))
 
 
 def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]], lines: list[int]) -> Table:
@@ -234,7 +267,7 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
     """
     shape = _Shape()
 
-    def each(read: Callable[[object], object]) -> list[object]:
+    def all_values(read: Callable[[object], object]) -> list[object]:
         found = []
         for row, value in enumerate(values):
             try:
@@ -243,9 +276,9 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
                 raise _no_text(Place(name, row + 1, lines[row] or None), f", column {shown(key)}", key) from None
         return found
 
-    each(shape.see)
+    all_values(shape.see)
     kind = shape.kind()
-    return pa.chunked_array([pa.array(each(lambda value: shape.value(value, kind)), kind)])
+    return pa.chunked_array([pa.array(all_values(lambda value: shape.value(value, kind)), kind)])
 
 
 def is_nested(value: object) -> bool:
@@ -309,3 +342,229 @@ def _text(place: Place, what: str, column: str, value: object) -> str:
             raise _no_text(place, what, column)
         return text
     raise DataError.at(place, "bad-value", f"{what} is a nested value; flatten it or leave it out", column)
+
+
+# --------------------------------------------------------------------------- plain objects, a block at a time
+
+
+def _fast(piece: Piece, schema: pa.Schema) -> pa.Table | None:
+    """Return the columns of lines; None if some line is not JSON, or a value is of another type."""
+    try:
+        table = pa_json.read_json(
+            in_arrow(piece.raw),
+            read_options=pa_json.ReadOptions(block_size=len(piece.raw) + 1),
+            parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
+        )
+        table.validate(full=True)  # its parser does not look whether texts are UTF-8
+    except pa.ArrowException:
+        return None
+    return table if table.num_rows == piece.height else None  # blank lines, or two objects in one line
+
+
+def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
+    """Read a table; the first line says which columns there are, and whether ids are texts or whole numbers.
+
+    Raises:
+        Unusual: If some line is unlike the first one.
+    """
+    names: list[str] = []
+    columns: dict[tuple[str, ...], Column] = {}
+    schema, absent = pa.schema([]), [b""]
+    with source.open() as stream:
+        for piece in Pieces(source, stream):
+            if not names:
+                names, columns, schema = _first_object(piece.raw, wanted)
+                # A key that begins further down belongs to a table whose rows are not alike.
+                lacking = wanted.keys() - {column.name for column in columns.values()}
+                absent = [json.dumps(name, ensure_ascii=plain).encode() for name in lacking for plain in (True, False)]
+            table = None if any(key in piece.raw for key in absent) else _fast(piece, schema)
+            if table is None:
+                raise Unusual
+            for (first, *inner), column in columns.items():
+                values = table.column(first)
+                for key in inner:
+                    values = pc.struct_field(values, key)
+                column.add(pl.Series(values))
+    pa.default_memory_pool().release_unused()
+    return table_of(source.name, names, columns.values())
+
+
+def _first_object(
+    piece: bytes, wanted: Mapping[str, Kind]
+) -> tuple[list[str], dict[tuple[str, ...], Column], pa.Schema]:
+    """Return the columns, those of them that are kept by their keys within each other, and the types of these."""
+    try:
+        record = json.loads(piece[: piece.find(b"\n") + 1 or len(piece)])
+    except (ValueError, RecursionError):
+        raise Unusual from None
+    if not isinstance(record, dict):
+        raise Unusual
+    plain = dict(_plain_values(record))
+    names = {".".join(keys): keys for keys in plain}
+    if not 0 < len(names) == len(plain) <= MAX_COLUMNS:
+        raise Unusual
+    # Lists, and objects that are empty here, are read with care.
+    if any(name not in names and (name in record or is_path(name)) for name in wanted):
+        raise Unusual
+    columns: dict[tuple[str, ...], Column] = {}
+    types: dict[str, Any] = {}
+    for name, keys in names.items():
+        if name in wanted:
+            kind = _type_of(plain[keys], wanted[name])
+            columns[keys] = Column(name, "text" if wanted[name] == "number" and kind == pa.string() else wanted[name])
+            *outer, last = keys
+            within = types
+            for key in outer:
+                within = within.setdefault(key, {})
+            within[last] = kind
+    if not columns:
+        raise Unusual
+    return list(names), columns, pa.schema(_typed(types))
+
+
+def _plain_values(
+    record: Mapping[str, object], above: tuple[str, ...] = ()
+) -> Iterator[tuple[tuple[str, ...], object]]:
+    """Yield the values of an object and of those within it, with the keys that lead to them."""
+    for key, value in record.items():
+        if isinstance(value, dict) and len(above) < DEEPEST and len(value) <= MOST_KEYS:
+            yield from _plain_values(value, (*above, key))
+        elif not is_nested(value):
+            yield (*above, key), value
+
+
+def _type_of(value: object, kind: Kind) -> pa.DataType:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if kind == "number" and number:
+        return pa.float64()
+    if isinstance(value, str):
+        return pa.string()
+    if number and isinstance(value, int) and kind == "id":
+        return pa.int64()
+    raise Unusual
+
+
+def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
+    """Return the types of columns, of objects those of what is in them."""
+    return [(key, pa.struct(_typed(held)) if isinstance(held, dict) else held) for key, held in types.items()]
+
+
+# --------------------------------------------------------------------------- objects of published sets
+
+
+def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:
+    """Read columns of a published file of objects, whose missing values are nulls.
+
+    Raises:
+        DataError: If the file is damaged, lacks a column, or has a line that cannot be read.
+    """
+    schema = pa.schema([(name, pa.float64() if kind == "number" else pa.string()) for name, kind in wanted.items()])
+    row = 0
+    with source.open() as stream:
+        for piece in Pieces(source, stream):
+            if not piece.line:
+                head = piece.raw[: piece.raw.find(b"\n") + 1 or len(piece.raw)]
+                first = next((record for _, record in _objects(Piece(source, head, 0), form, 0)), {})
+                must = [name for name, kind in wanted.items() if kind != "maybe"]
+                check_columns(source.name, list(first), must if first else ())
+            table = _fast(piece, schema)
+            lines: Sequence[int] = range(piece.line + 1, piece.line + 1 + piece.height)
+            if table is not None:
+                frame = pl.DataFrame(pl.from_arrow(table))
+            else:
+                records = list(_objects(piece, form, row))
+                lines = [place.line or 0 for place, _ in records]
+                frame = pl.DataFrame(
+                    [
+                        pl.Series(name, [_cell(place, name, record.get(name)) for place, record in records], pl.String)
+                        for name in wanted
+                    ]
+                )
+            yield Table(source.name, frame, lines=lines, rows=range(row, row + frame.height))
+            row += frame.height
+
+
+def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[str, object]]]:
+    """Read a published file of objects one by one.
+
+    Raises:
+        DataError: If the file is damaged, or has a line that cannot be read.
+    """
+    row = 0
+    with source.open() as stream:
+        for piece in Pieces(source, stream):
+            for place, record in _objects(piece, form, row):
+                row += 1
+                yield place, record
+
+
+def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mapping[str, object]]]:
+    """Yield the objects of lines with their places; blank lines are no rows."""
+    for line, text in numbered_lines(decoded(piece)):
+        if text.strip():
+            row += 1
+            place = Place(piece.source.name, row, piece.line + line + 1)
+            yield place, _object(place, text, form)
+
+
+def _cell(place: Place, name: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        raise DataError.at(
+            place, "bad-value", f": column {name!r} holds no text or number; the file is not of this data set", name
+        )
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    return checked(place, name, str(value))
+
+
+def checked(place: Place, name: str, text: str) -> str:
+    """Return a text that can be stored as UTF-8.
+
+    Raises:
+        DataError: If it holds half of a surrogate pair, or NUL.
+    """
+    if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
+        raise DataError.at(
+            place,
+            "encoding",
+            f": column {name!r} holds half of a surrogate pair, which is no text; correct the line",
+            name,
+        )
+    if "\0" in text:
+        raise DataError.at(place, "encoding", f": column {name!r} holds a NUL character; remove it", name)
+    return text
+
+
+def _object(place: Place, text: str, form: Form) -> Mapping[str, object]:
+    try:
+        value = json.loads(text, parse_float=as_written)
+    except (ValueError, RecursionError) as error:
+        if form.kind == "json":
+            raise DataError.at(place, "syntax", f" is not JSON ({reason(error)}); fetch the file again") from error
+        value = _literal(place, text)
+    if not isinstance(value, dict):
+        raise DataError.at(
+            place, "wrong-format", " is not an object with named values; the file is not of this data set"
+        )
+    return value
+
+
+def _literal(place: Place, text: str) -> object:
+    """Read a Python literal; `ast.literal_eval` builds values and runs nothing."""
+    if len(text) > _LONGEST_LITERAL:
+        raise DataError.at(
+            place,
+            "too-large",
+            f" is not JSON and has {len(text)} characters, more than {_LONGEST_LITERAL} of a Python literal; "
+            "write it as JSON, or fetch the file again",
+        )
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # unknown escapes in old files
+            return ast.literal_eval(text.strip())
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError) as error:
+        raise DataError.at(
+            place, "syntax", f" is neither JSON nor a Python literal ({reason(error)}); fetch the file again"
+        ) from error

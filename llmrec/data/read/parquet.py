@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import polars as pl
@@ -12,11 +16,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from llmrec.data.read import limits
+from llmrec.data.read.columns import Column, Kind, NoNumbers, Unusual, table_of
 from llmrec.data.read.limits import reason, shown
-from llmrec.data.read.nested import held, in_polars, is_read, opened
-from llmrec.data.read.text import Table, column_names
+from llmrec.data.read.nested import head, held, in_polars, is_path, is_plain, is_read, is_text, opened
+from llmrec.data.read.tables import Table, column_names
 from llmrec.data.read.typed import off_calendar
-from llmrec.errors import DataError
+from llmrec.errors import DataError, LlmrecError
 from llmrec.terminal import logger
 
 log = logger(__name__)
@@ -31,6 +36,7 @@ FREE_BYTES = 2**30
 """A table may take so many bytes of memory however small its file is: repeated texts are stored once."""
 # Rows that are decoded at a time: few enough that one long text in all of them ends before the memory does.
 _BATCH, _FEW = 2048, 64
+_ROWS = 2**20
 _LONG_ROW = 4096
 _MANY_ROWS = 10_000_000
 _ROWS_A_BYTE = 20
@@ -42,16 +48,31 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
     Raises:
         DataError: If it is not Parquet, is damaged, unpacks to far more than it holds, or has no rows.
     """
-    try:
-        file = pq.ParquetFile(io.BytesIO(raw))
-        check_size(name, file, len(raw))
+    with parquet_file(name, raw) as file:
         table = _read(name, file, len(raw))
+    found = from_arrow(name, table, sha256)
+    return replace(found, unusable={**unread(file.schema_arrow), **found.unusable})
+
+
+@contextmanager
+def parquet_file(name: str, source: Path | bytes) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file.
+
+    Args:
+        name: What errors call it.
+        source: Its path, or its bytes.
+
+    Raises:
+        DataError: If it is not Parquet or is damaged, here or while it is read, or says that it holds far too much.
+    """
+    try:
+        file = pq.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source)
+        check_size(name, file, len(source) if isinstance(source, bytes) else source.stat().st_size)
+        yield file
     except FAULTS as error:
         raise DataError.at(
             name, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
         ) from error
-    found = from_arrow(name, table, sha256)
-    return replace(found, unusable={**unread(file.schema_arrow), **found.unusable})
 
 
 def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
@@ -101,6 +122,49 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
     return pa.Table.from_batches(batches, batches[0].schema if batches else schema)
 
 
+def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
+    """Read plain columns of a Parquet file, batch by batch; None if it has to be read with care.
+
+    Args:
+        path: The file.
+        wanted: The columns to keep, see `llmrec.data.read.delimited.delimited`.
+    """
+    try:
+        with path.open("rb") as stored:
+            digest = hashlib.file_digest(stored, "sha256").hexdigest()
+        file = pq.ParquetFile(path)
+        check_size(str(path), file, path.stat().st_size)
+        schema = file.schema_arrow
+        # What is asked for may be within a column that is not plain.
+        if any(is_path(name) and head(name) in schema.names and name not in schema.names for name in wanted):
+            return None
+        # Texts that stand in many rows are stored once; spelled out, a long one would fill the memory.
+        coded = [field.name for field in schema if wanted.get(field.name) == "id" and is_text(field.type)]
+        if any(is_text(field.type) for field in schema if wanted.get(field.name, "id") != "id"):
+            return None
+        file = pq.ParquetFile(path, read_dictionary=coded)
+        columns = [Column(field.name, wanted[field.name]) for field in schema if field.name in wanted]
+        if not columns or not all(is_plain(schema.field(column.name).type) for column in columns):
+            return None
+        size, most = 0, room(path.stat().st_size)
+        for batch in file.iter_batches(batch_size=_ROWS, columns=[column.name for column in columns]):
+            size += batch.nbytes
+            for column in columns:
+                values = batch.column(batch.schema.names.index(column.name))
+                values.validate(full=True)
+                size += spelled_out(values)
+                if pa.types.is_dictionary(values.type) and column.kind == "id":
+                    column.add_coded(values.dictionary, values.indices)
+                else:
+                    column.add(pl.Series(values))
+            if size > most:
+                return None
+        plain = [field.name for field in schema if is_plain(field.type)]
+        return table_of(str(path), plain, columns, digest, unusable=unread(schema, is_plain))
+    except (Unusual, NoNumbers, LlmrecError, *FAULTS):
+        return None
+
+
 def spelled_out(column: Any) -> int:
     """Return the bytes that texts take once each row has its own; 0 where they have that already."""
     if not pa.types.is_dictionary(column.type):
@@ -140,6 +204,6 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
     return Table(name, frame.drop(odd), sha256, unusable=left, lists=found.lists)
 
 
-def unread(schema: pa.Schema) -> dict[str, str]:
-    """Return the columns that hold nothing that can be read, with what they hold."""
-    return {field.name: held(field.type) for field in schema if not is_read(field.type)}
+def unread(schema: pa.Schema, reads: Callable[[Any], bool] = is_read) -> dict[str, str]:
+    """Return the columns of types that are not read, with what they hold."""
+    return {field.name: held(field.type) for field in schema if not reads(field.type)}

@@ -13,7 +13,7 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data.read.limits import BROKEN, FREE_BYTES, MAX_RATIO, archived, enumerated, reason, shown
-from llmrec.data.read.text import MAX_COLUMNS, Table, column_names
+from llmrec.data.read.tables import MAX_COLUMNS, Table, column_names
 from llmrec.errors import DataError, did_you_mean, require
 from llmrec.terminal import logger
 

@@ -3,17 +3,188 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from datetime import date
-from typing import Literal, Protocol
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, date, datetime
+from typing import Literal, Protocol, TypeVar
 
 import polars as pl
 
-from llmrec.data.codes import codes
-from llmrec.data.read.dates import ORDERS, DateOrder, in_seconds, read_dates
+from llmrec.data.read.codes import codes
 from llmrec.data.read.limits import WHOLE, shown
 from llmrec.data.read.markup import plain
 from llmrec.errors import DataError, Place
+
+# --------------------------------------------------------------------------- dates, as people and programs write them
+
+# Where 03/04/2024 may be in March or in April, the whole column decides: 31/05/2024 in another row shows that the day
+# comes first. With dots it does by convention.
+
+
+DateOrder = Literal["day-first", "month-first"]
+ORDERS: tuple[DateOrder, ...] = ("day-first", "month-first")
+
+Found = TypeVar("Found")
+
+# What polars and Python read alike, from the year 1 on; whatever else Python takes for a date is rare, and read by it.
+_ISO = r"^(?:[1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])-\d{2}-\d{2}([T ]\d{2}:\d{2}:[0-5]\d(\.\d{1,6})?Z?)?$"
+# Where the clock begins. A column has few different days and few different times of a day, so each is read once.
+_APART = r"[ T,]+(\d{1,2}[:.h]\d{2}(?:[^\d].*)?)$"
+_CLOCK = re.compile(
+    r"(\d{1,2})[:.h](\d{2})(?:[:.](\d{2}))?(?:[.,](\d+))?\s*([ap]\.?m\.?)?\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})?",
+    re.IGNORECASE,
+)
+_DIGITS = re.compile(r"(\d{1,4})([./-])(\d{1,2})\2\s?(\d{2,4})")
+_MONTH = r"([^\W\d_]{3,12})\.?"
+_NAMED = re.compile(
+    rf"(?:[a-z]{{2,9}}\.?,? )??(?:(\d{{1,2}})\.?[ -]{_MONTH}|{_MONTH} (\d{{1,2}})),?[ -](\d{{4}})", re.IGNORECASE
+)
+_SPACED = re.compile(r"(\d{1,2})( )(\d{1,2}), (\d{4})")
+_GERMAN = {"mär": 3, "mrz": 3, "mai": 5, "okt": 10, "dez": 12}
+_ENGLISH = "jan feb mar apr may jun jul aug sep oct nov dec"
+_MONTHS = {name: number for number, name in enumerate(_ENGLISH.split(), start=1)} | _GERMAN
+# The year 69 is 2069, and 70 is 1970.
+_THIS_CENTURY = 70
+_SECOND = 1_000_000
+_DAY = 86_400 * _SECOND
+
+
+@dataclass(frozen=True)
+class Dates:
+    """A column of dates.
+
+    Attributes:
+        seconds: Since 1970, UTC unless the text says otherwise; null where a text is no date, or nothing shows which.
+        unsure: Rows in which day and month could change places.
+        order: Which of the two stands first in these; None where there are none, or where nothing shows it.
+    """
+
+    seconds: pl.Series
+    unsure: pl.Series
+    order: DateOrder | None
+
+
+@dataclass(frozen=True)
+class _Day:
+    """A day: its year and two numbers. If ``sure``, the first one is the month; otherwise it may be the day."""
+
+    year: int
+    one: int
+    two: int
+    sure: bool
+    dotted: bool = False
+
+    def number(self, order: DateOrder | None) -> int | None:
+        """Return the days since 1970; None if there is no such day, or nothing says which number is the month."""
+        if not self.sure and order is None:
+            return None
+        month, day = (self.two, self.one) if not self.sure and order == "day-first" else (self.one, self.two)
+        try:
+            return (date(self.year, month, day) - date(1970, 1, 1)).days
+        except ValueError:
+            return None
+
+
+def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
+    """Read a column of dates, without blanks around them.
+
+    Args:
+        texts: The column.
+        order: What stands first in dates such as 03/04/2024; None: as the column shows.
+    """
+    seconds = _iso(texts)
+    others = seconds.is_null().arg_true()
+    unsure = pl.Series([False], dtype=pl.Boolean).new_from_index(0, len(texts))
+    if not len(others):
+        return Dates(seconds, unsure, None)
+    rest = texts.gather(others).fill_null("")
+    parts = pl.DataFrame({"day": rest.str.replace(_APART, ""), "clock": rest.str.extract(_APART, 1)})
+    days = _each(parts["day"], _day)
+    open_days = [text for text, day in days.items() if not day.sure]
+    found = order or _order([days[text] for text in open_days])
+    numbers = {text: number for text, day in days.items() if (number := day.number(found)) is not None}
+    clock = _read(parts["clock"], _each(parts["clock"], _clock)).set(parts["clock"].is_null(), 0)
+    read = in_seconds(_read(parts["day"], numbers) * _DAY + clock)
+    open_rows = parts["day"].is_in(open_days)
+    # Python knows further forms of ISO 8601.
+    further = _each(rest.filter(read.is_null() & ~open_rows), _by_python)
+    read = read.fill_null(in_seconds(_read(rest, further))) if further else read
+    return Dates(seconds.scatter(others, read), unsure.scatter(others, open_rows), found if open_days else None)
+
+
+def in_seconds(micro: pl.Series) -> pl.Series:
+    """Return microseconds as seconds; numpy rounds as Python does, polars multiplies by the inverse."""
+    seconds = pl.Series(micro.name, micro.fill_null(0).to_numpy() / _SECOND)
+    return seconds.set(micro.is_null(), None)
+
+
+def _each(texts: pl.Series, read: Callable[[str], Found | None]) -> dict[str, Found]:
+    """Return what the different texts of a column mean; those without a meaning are left out."""
+    return {text: found for text in texts.drop_nulls().unique() if (found := read(text)) is not None}
+
+
+def _read(texts: pl.Series, known: Mapping[str, int]) -> pl.Series:
+    return texts.replace_strict(known, default=None, return_dtype=pl.Int64)
+
+
+def _iso(texts: pl.Series) -> pl.Series:
+    """Return the seconds of plain ISO dates, and nulls for all else."""
+    plain = texts.set(~texts.str.contains(_ISO), None).str.strip_suffix("Z").str.replace("T", " ", literal=True)
+    found = pl.Series(texts.name, [None], dtype=pl.Float64).new_from_index(0, len(texts))
+    for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"):
+        found = found.fill_null(in_seconds(plain.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
+    return found
+
+
+def _by_python(text: str) -> int | None:
+    """Return the microseconds of what Python takes for ISO 8601."""
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    since = (moment if moment.tzinfo else moment.replace(tzinfo=UTC)) - datetime(1970, 1, 1, tzinfo=UTC)
+    return (since.days * 86_400 + since.seconds) * _SECOND + since.microseconds
+
+
+def _day(text: str) -> _Day | None:
+    found = _DIGITS.fullmatch(text) or _SPACED.fullmatch(text)
+    if found is not None:
+        first, mark, second, last = found.groups()
+        if len(first) == 4:
+            return _Day(int(first), int(second), int(last), sure=True) if len(last) == 2 else None
+        if 3 in (len(first), len(last)):
+            return None
+        year = int(last) + (0 if len(last) == 4 else 2000 if int(last) < _THIS_CENTURY else 1900)
+        return _Day(year, int(first), int(second), sure=False, dotted=mark == ".")
+    found = _NAMED.fullmatch(text)
+    month = _MONTHS.get((found[2] or found[3])[:3].lower()) if found is not None else None
+    return None if found is None or month is None else _Day(int(found[5]), month, int(found[1] or found[4]), sure=True)
+
+
+def _clock(text: str) -> int | None:
+    """Return the microseconds since midnight, in UTC."""
+    found = _CLOCK.fullmatch(text)
+    if found is None:
+        return None
+    hour, minute, second, fraction, half, zone = found.groups()
+    hours = int(hour) if not half else int(hour) % 12 + (12 if half[0].lower() == "p" else 0)
+    if hours > 23 or int(minute) > 59 or int(second or 0) > 59:
+        return None
+    shift = 0
+    if zone and zone[0] in "+-":
+        shift = (int(zone[1:3]) * 60 + int(zone[-2:])) * (-1 if zone[0] == "-" else 1)
+    micro = int((fraction or "0")[:6].ljust(6, "0"))
+    return ((hours * 60 + int(minute) - shift) * 60 + int(second or 0)) * _SECOND + micro
+
+
+def _order(days: Sequence[_Day]) -> DateOrder | None:
+    """Return what stands first: a number above 12 is a day, and so is the first one before a dot."""
+    first, second = sum(day.one > 12 for day in days), sum(day.two > 12 for day in days)
+    if first or second:
+        return "day-first" if first >= second else "month-first"
+    return "day-first" if days and all(day.dotted or day.one == day.two for day in days) else None
+
 
 Unit = Literal["seconds", "milliseconds"]
 
@@ -148,7 +319,7 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
     Raises:
         DataError: If a value is missing, not a number, NaN or infinite.
     """
-    found = _floats(rows.column(column))
+    found = floats(rows.column(column))
     row = _first(~found.is_finite().fill_null(False))
     if row is not None:
         raise DataError.at(
@@ -193,7 +364,7 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
                 column,
             )
         return seconds
-    if series.dtype != pl.String or _floats(series[:1])[0] is not None:
+    if series.dtype != pl.String or floats(series[:1])[0] is not None:
         return _one_unit(rows, column, numbers(rows, column, "time"))
     text = series.fill_null("").str.strip_chars()
     found = read_dates(text, order)
@@ -208,7 +379,7 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
         )
     elif found.order is None:
         said += ", in which day and month cannot be told apart, here as in all other rows; set "
-        said += " or ".join(f"data.columns.dates={each}" for each in ORDERS)
+        said += " or ".join(f"data.columns.dates={option}" for option in ORDERS)
     else:
         shows = "data.columns.dates says" if order else "other rows show"
         said += f", which is no date with the {found.order.removesuffix('-first')} first, as {shows}; correct the row"
@@ -216,9 +387,9 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
     raise DataError.at(rows.where(row), "ambiguous" if undecided else "bad-value", said, column)
 
 
-_DAY = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
+_DAY_UNITS = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
 # Days since 1970 of the first and the last day that dates are written with.
-_FIRST_DAY, _LAST_DAY = (each.toordinal() - date(1970, 1, 1).toordinal() for each in (date.min, date.max))
+_FIRST_DAY, _LAST_DAY = (day.toordinal() - date(1970, 1, 1).toordinal() for day in (date.min, date.max))
 
 
 def off_calendar(series: pl.Series) -> int | None:
@@ -228,7 +399,7 @@ def off_calendar(series: pl.Series) -> int | None:
     """
     if not isinstance(series.dtype, pl.Date | pl.Datetime):
         return None
-    unit = 1 if isinstance(series.dtype, pl.Date) else _DAY[series.dtype.time_unit]
+    unit = 1 if isinstance(series.dtype, pl.Date) else _DAY_UNITS[series.dtype.time_unit]
     number = series.to_physical()
     return _first(((number < _FIRST_DAY * unit) | (number >= (_LAST_DAY + 1) * unit)).fill_null(False))
 
@@ -276,7 +447,7 @@ def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
     }
     if len(place) < 2:
         return found
-    (first, _), (other, at) = sorted(place.items(), key=lambda each: each[1])[:2]
+    (first, _), (other, at) = sorted(place.items(), key=lambda item: item[1])[:2]
     raise DataError.at(
         rows.where(at),
         "bad-value",
@@ -337,7 +508,8 @@ def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
     return found
 
 
-def _floats(series: pl.Series) -> pl.Series:
+def floats(series: pl.Series) -> pl.Series:
+    """Return values as numbers; null or NaN where one is none."""
     if series.dtype == pl.String:
         series = series.str.strip_chars()
     if series.dtype.is_temporal():

@@ -16,10 +16,8 @@ from typing import Any
 import polars as pl
 from polars import selectors
 
-from llmrec.data.read.columns import check_usable
 from llmrec.data.read.limits import enumerated, shown
-from llmrec.data.read.table import joined
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import Table, check_usable, joined
 from llmrec.data.read.typed import texts
 from llmrec.errors import DataError, RecipeError, did_you_mean
 
@@ -62,7 +60,7 @@ def kept(table: Table, where: str) -> Table:
         RecipeError: If the expression is of another grammar.
         DataError: If there is no such column, a cell that is compared with a number is none, or no row is left.
     """
-    found = [each for part in table.parts or (table,) if (each := _some(part, where)).frame.height]
+    found = [rows for part in table.parts or (table,) if (rows := _some(part, where)).frame.height]
     if not found:
         raise DataError.at(
             table.name, "empty", f": {KEY} ({shown(where)}) keeps none of {table.frame.height} rows; correct it", KEY
@@ -105,8 +103,8 @@ class _Parser:
             raise _wrong("it is nested too deep")
         if isinstance(node, ast.BoolOp):
             first, *rest = (self._truth(value, depth + 1) for value in node.values)
-            for each in rest:
-                first = first & each if isinstance(node.op, ast.And) else first | each
+            for other in rest:
+                first = first & other if isinstance(node.op, ast.And) else first | other
             return first
         if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.Not):
             return ~self._truth(node.operand, depth + 1)
@@ -118,8 +116,8 @@ class _Parser:
         """Return a comparison, of a chain such as ``1 <= stars <= 5`` all of them."""
         sides = [node.left, *node.comparators]
         first, *rest = (self._pair(one, op, two) for one, op, two in zip(sides, node.ops, sides[1:], strict=False))
-        for each in rest:
-            first = first & each
+        for other in rest:
+            first = first & other
         return first
 
     def _pair(self, one: ast.expr, op: ast.cmpop, two: ast.expr) -> pl.Expr:
@@ -145,7 +143,7 @@ class _Parser:
     def _among(self, column: str, node: ast.expr, out: bool) -> pl.Expr:
         if not isinstance(node, ast.List | ast.Tuple | ast.Set) or not node.elts:
             raise _wrong("in and not in take a list of values, such as ['view', 'buy']")
-        values = [_value(each) for each in node.elts]
+        values = [_value(element) for element in node.elts]
         if None in values:
             raise _wrong("a list holds None; write is None or is not None beside it")
         found = pl.lit(value=False)

@@ -10,11 +10,12 @@ import polars as pl
 
 from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.blocks import blocks
-from llmrec.data.read.files import locate
+from llmrec.data.read.columns import numbered
 from llmrec.data.read.limits import shown
-from llmrec.data.read.pieces import Block, numbered
+from llmrec.data.read.table import blocks
+from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import dates, ids
+from llmrec.data.sets.locate import locate
 from llmrec.data.sets.pages import known
 from llmrec.data.sets.published import catalogue_of, check_known_keys
 from llmrec.data.sets.sequences import refuse_repeats
@@ -39,7 +40,7 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     clicks: list[pl.DataFrame] = []
     for block in blocks(found.events, spec.form, dict.fromkeys(("user", "time", "history", "impressions"), "text")):
         users = ids(block, spec.user)
-        lines = pl.Series(_LINE, list(block.lines), pl.Int64)
+        lines = pl.Series(_LINE, list(block.lines or ()), pl.Int64)
         histories.append(_longest(pl.DataFrame({"user_id": users, "items": block.frame["history"], _LINE: lines})))
         seconds = dates(block, "time", spec.clock)
         clicks.append(_clicks(block, pl.DataFrame({"user_id": users, "time": seconds, _LINE: lines})))
@@ -81,7 +82,7 @@ def _longest(frame: pl.DataFrame) -> pl.DataFrame:
     return order.unique("user_id", keep="first", maintain_order=True).drop("_size")
 
 
-def _clicks(block: Block, rows: pl.DataFrame) -> pl.DataFrame:
+def _clicks(block: Table, rows: pl.DataFrame) -> pl.DataFrame:
     """Return the clicked items of a block of impressions."""
     listed = rows.with_columns(block.frame["impressions"].str.split(" ").alias("item_id")).explode("item_id")
     listed = listed.with_columns(pl.col("item_id").str.strip_chars()).filter(pl.col("item_id") != "")

@@ -10,17 +10,16 @@ import polars as pl
 
 from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.blocks import blocks, checked, records
-from llmrec.data.read.files import Found, Member, locate
+from llmrec.data.read.columns import Kind, numbered
+from llmrec.data.read.files import Member
 from llmrec.data.read.markup import has_markup, plain
-from llmrec.data.read.pieces import Kind, numbered
-from llmrec.data.read.text import Table
+from llmrec.data.read.objects import checked
+from llmrec.data.read.table import blocks, records
+from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import Unit, dates, ids, moments, numbers, unescaped
-from llmrec.data.sets.counts import Counts, comparison
-from llmrec.data.sets.movielens import movie_title
-from llmrec.data.sets.pages import known
+from llmrec.data.sets.locate import Found, locate
+from llmrec.data.sets.pages import Attribute, Counts, Events, Items, Known, People, Renames, comparison, known
 from llmrec.data.sets.pages import published as every_set
-from llmrec.data.sets.spec import Attribute, Events, Items, Known, People, Renames
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.terminal import logger
@@ -209,7 +208,7 @@ def read_events(member: Member, spec: Events, text: str | None, also: Sequence[s
             series["text"] = unescaped(block, text)
         series |= {column: unescaped(block, column) for column in also}
         frames.append(pl.DataFrame(series))
-        lines.append(block.lines)
+        lines.append(block.lines or ())
         if spec.title is not None:
             named = pl.DataFrame({"item": series["item_id"], "title": unescaped(block, spec.title)}).drop_nulls()
             titles = dict(named.unique("item", keep="first", maintain_order=True).iter_rows()) | titles
@@ -323,7 +322,8 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
     """
     found: Entries = {}
     repeated = nameless = markup = 0
-    columns = dict.fromkeys((spec.item, *spec.titles, *(attribute.column for attribute in spec.attributes)))
+    named = (spec.item, *spec.titles, *(column for attribute in spec.attributes for column in attribute.columns))
+    columns = dict.fromkeys((*named, *((spec.year,) if spec.year else ())))
     for place, row in records(member, spec.form, list(columns)):
         item = value_text(place, spec.item, row.get(spec.item))
         if not item.strip():
@@ -339,7 +339,7 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
             repeated += 1
             continue
         titles = [title for name in spec.titles if (title := _title(place, spec, name, row))]
-        title = next((each for each in titles if not has_markup(each)), None)
+        title = next((name for name in titles if not has_markup(name)), None)
         markup += title is None and bool(titles)
         if title is None and spec.complete:
             raise DataError.at(
@@ -357,7 +357,10 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
 
 def _title(place: Place, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
     title = plain(value_text(place, column, row.get(column))).strip()
-    return None if not title or (spec.junk is not None and spec.junk in title) else title
+    if not title or (spec.junk is not None and spec.junk in title):
+        return None
+    year = value_text(place, spec.year, row.get(spec.year)).strip() if spec.year else ""
+    return spec.words.get(title) or (f"{title} ({year})" if year else title)
 
 
 def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
@@ -367,7 +370,7 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
         DataError: If a row cannot be used.
     """
     people = {}
-    columns = [spec.user, *(attribute.column for attribute in spec.attributes)]
+    columns = [spec.user, *(column for attribute in spec.attributes for column in attribute.columns)]
     for place, row in records(member, spec.form, columns):
         user = value_text(place, spec.user, row.get(spec.user))
         if not user.strip():
@@ -393,7 +396,10 @@ def value_text(place: Place, column: str, value: object) -> str:
 
 def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
     """Return a further field as one text: lists joined, codes in words, entities decoded; HTML is dropped."""
-    value = row.get(attribute.column)
+    if attribute.flags:
+        value: object = [flag for flag in attribute.flags if value_text(place, flag, row.get(flag)).strip() == "1"]
+    else:
+        value = row.get(attribute.column)
     if isinstance(value, list) and value and all(isinstance(path, list) for path in value):
         value = value[0]  # several paths of categories: the first is the main one
     if isinstance(value, list):
@@ -406,3 +412,35 @@ def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> s
     if attribute.keep is not None and not re.fullmatch(attribute.keep, joined):
         return attribute.missing
     return joined or attribute.missing
+
+
+# --------------------------------------------------------------------------- titles of films
+
+_ENDING = re.compile(r"^(?P<title>.*?)\s*\((?P<years>(?P<year>\d{4})(?:[-–]\d{0,4})?)\)(?:\s*\((?:V|TV)\))?$")
+_LATER = re.compile(
+    r"^(?P<also>a\.k\.a\. )?(?P<rest>.+), (?P<article>The|An?|Le|La|Les|L'|Il|El|Los|Las|Das|Der|Die|De[nt])$"
+)
+_FOREIGN = re.compile(r"^(?P<also>a\.k\.a\. )?(?P<rest>.+), (?P<article>I|O|De|Un[ae]?)$")
+_BRACKET = re.compile(r"\(([^()]*)\)")
+
+
+def movie_title(raw: str) -> tuple[str, str]:
+    """Return a film's title as people write it, with its year, and the year alone.
+
+    ``"Fugitive, The (1993)"`` becomes ``"The Fugitive (1993)"``; articles in further titles in brackets are put
+    back too. The year is ``"unknown"`` where the title has none.
+    """
+    ending = _ENDING.match(raw.strip())
+    title = ending["title"] if ending else raw.strip()
+    head, bracket, tail = title.partition(" (")
+    further = _BRACKET.sub(lambda found: f"({_article_first(found[1], foreign=True)})", bracket + tail)
+    whole = _article_first(head) + further
+    return (f"{whole} ({ending['years']})", ending["year"]) if ending else (whole, "unknown")
+
+
+def _article_first(title: str, *, foreign: bool = False) -> str:
+    found = _LATER.match(title) or (_FOREIGN.match(title) if foreign else None)
+    if found is None:
+        return title
+    gap = "" if found["article"].endswith("'") else " "
+    return f"{found['also'] or ''}{found['article']}{gap}{found['rest']}"

@@ -7,10 +7,10 @@ import json
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 
-from llmrec.data.read.blocks import header
-from llmrec.data.read.files import Member, captured, fits, listing
-from llmrec.data.sets.pages import published
-from llmrec.data.sets.spec import Events, Known, Layout
+from llmrec.data.read.files import Member, listing
+from llmrec.data.read.table import header
+from llmrec.data.sets.locate import captured, fits
+from llmrec.data.sets.pages import Events, Known, Layout, published
 from llmrec.errors import LlmrecError
 
 # What anybody may call a column.
@@ -26,7 +26,7 @@ def sources_with(columns: Collection[str]) -> tuple[str, ...]:
 
     A set is named only if its users and its items stand under names of their own; files without a header have none.
     """
-    return tuple(each.name for each in published() if any(_fits(layout, columns) for layout in each.layouts))
+    return tuple(page.name for page in published() if any(_fits(layout, columns) for layout in page.layouts))
 
 
 def _fits(layout: Layout, columns: Collection[str]) -> bool:
@@ -54,21 +54,19 @@ def source_of(place: Path) -> str | None:
     if place.is_dir() or place.suffix.lower() == ".zip":
         members = listing(place)
         names = {member.plain.lower() for member in members}
-        if {"u.data", "u.item"} <= names:
-            return "movielens-100k"
         if _SEQUENCES in names:
             return "sequences"
         if all({f"{part}.tsv", f"{part}.csv"} & names for part in _SAMPLES) and _are_samples(members):
             return "samples"
         return next((page.name for page in _sets(members)), None)
     member = Member(str(place), place)
-    if member.plain.lower() == "u.data":
-        return "movielens-100k"
     if member.plain.lower().endswith(".txt"):
         return "sequences" if _holds_sequences(member) else None
     # A table with a header is a table, whose columns may be chosen; others are known by the names of their files.
-    found = (page for page in _sets([member], alone=True) if all(each.events.form.columns for each in page.layouts))
-    return next((page.name for page in found), None)
+    for page in _sets([member], alone=True):
+        if all(layout.events.form.columns for layout in page.layouts if fits(layout, member.plain) is not None):
+            return page.name
+    return None
 
 
 def _are_samples(members: Sequence[Member]) -> bool:

@@ -9,9 +9,8 @@ import polars as pl
 from llmrec.data.assemble import assemble, catalogue
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.derived import NAMES, TITLES, keyphrases
-from llmrec.data.read.files import Member
+from llmrec.data.read.files import Member, user_path
 from llmrec.data.read.table import read_table
-from llmrec.data.read.text import user_path
 from llmrec.data.sets.pages import known
 from llmrec.data.sets.published import read_events
 from llmrec.errors import DataError

@@ -18,10 +18,10 @@ import polars as pl
 
 from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset, GivenSplit
-from llmrec.data.read.blocks import blocks, header
+from llmrec.data.read.columns import Kind, numbered
 from llmrec.data.read.files import Member
 from llmrec.data.read.limits import shown
-from llmrec.data.read.pieces import Kind, numbered
+from llmrec.data.read.table import blocks, header
 from llmrec.data.sets.sequences import (
     LICENCE,
     check_keys,
@@ -115,7 +115,7 @@ def _read(member: Member) -> Iterator[_Row]:
         wanted[_USER] = "text"
     for block in blocks(member, form, wanted):
         users = block.frame[_USER] if named else [""] * block.frame.height
-        columns = (block.lines, users, block.frame[_HISTORY], block.frame[_TARGET])
+        columns = (block.lines or (), users, block.frame[_HISTORY], block.frame[_TARGET])
         for index, (line, user, history, target) in enumerate(zip(*columns, strict=True)):
             row = _Row(line, user, tuple(history.split()), target.strip())
             if len(row.target.split()) != 1:

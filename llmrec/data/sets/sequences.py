@@ -13,13 +13,13 @@ import polars as pl
 
 from llmrec.data.assemble import assemble
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.blocks import header
-from llmrec.data.read.files import Member, listing
+from llmrec.data.read.columns import numbered
+from llmrec.data.read.files import Member, listing, user_path
 from llmrec.data.read.limits import shown
-from llmrec.data.read.pieces import Piece, decoded, numbered, pieces
-from llmrec.data.read.text import user_path
+from llmrec.data.read.table import header
+from llmrec.data.read.text import Form, Piece, Pieces, decoded
+from llmrec.data.sets.pages import Attribute, Items
 from llmrec.data.sets.published import read_items, untitled
-from llmrec.data.sets.spec import Attribute, Form, Items
 from llmrec.errors import DataError, Place
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.types import Item
@@ -71,7 +71,8 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
 
 def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
     """Return one row an interaction, and the line of each."""
-    frames = [_sequences_of(piece) for piece in pieces(main, quoted=False) if piece.raw.strip()]
+    with main.open() as stream:
+        frames = [_sequences_of(piece) for piece in Pieces(main, stream) if not piece.raw.isspace()]
     if not frames or all(frame.is_empty() for frame in frames):
         raise DataError.at(main.name, "empty", " holds no lines; write it again")
     users = pl.concat(frames)
@@ -89,7 +90,7 @@ def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
 
 
 def _sequences_of(piece: Piece) -> pl.DataFrame:
-    texts = pl.Series("text", [decoded(piece, "utf-8")]).str.split("\n").explode().str.strip_chars()
+    texts = pl.Series("text", [decoded(piece)]).str.split("\n").explode().str.strip_chars()
     frame = pl.DataFrame({"text": texts}).with_row_index("line", offset=piece.line + 1).filter(pl.col("text") != "")
     words = pl.col("text").str.replace_all(r"\s+", " ").str.split(" ")
     frame = frame.select(words.list.first().alias("user_id"), words.list.slice(1).alias("item_id"), pl.col("line"))
@@ -97,7 +98,7 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
     if empty.len():
         user, line = frame.select("user_id", "line").row(empty[0])
         raise DataError.at(
-            Place(piece.name, line=line),
+            Place(piece.source.name, line=line),
             "missing-value",
             f": user {shown(user)} has no items; write the user and then its items, separated by spaces",
         )

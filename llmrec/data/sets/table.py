@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 
 import polars as pl
@@ -16,27 +17,119 @@ from llmrec.data import dataset as filters
 from llmrec.data.assemble import assemble, catalogue, profiles
 from llmrec.data.dataset import PARTS, Dataset
 from llmrec.data.knowledge import informed
-from llmrec.data.read.columns import find
-from llmrec.data.read.databases import is_database, read_query
-from llmrec.data.read.hub import hub_name, is_hub, read_hub
-from llmrec.data.read.lean import Kind
+from llmrec.data.read.columns import Kind
+from llmrec.data.read.databases import hub_name, is_database, is_hub, read_hub, read_query
+from llmrec.data.read.files import Given, read_bytes, user_path
+from llmrec.data.read.limits import shown
 from llmrec.data.read.objects import json_lines
 from llmrec.data.read.sheets import split_sheet
-from llmrec.data.read.table import fitting, is_pattern, joined, read_table, rows_of
-from llmrec.data.read.text import Table, read_bytes, user_path
+from llmrec.data.read.table import fitting, is_pattern, read_table
+from llmrec.data.read.tables import Table, find, joined, rows_of
 from llmrec.data.read.typed import ids, numbers, one_per_item, texts, times, unescaped
 from llmrec.data.read.where import kept
-from llmrec.data.sets.movielens import movielens_100k
 from llmrec.data.sets.pages import is_page
-from llmrec.data.sets.parts import parts_of, told
 from llmrec.data.sets.published import published
+from llmrec.data.split import earlier
 from llmrec.errors import DataError, LlmrecError
 from llmrec.plugins import broken
 from llmrec.recipe.schema import Columns, DataSection
 from llmrec.registry import SOURCES, is_plugin, lookup
+from llmrec.resources import resource
+from llmrec.terminal import logger
 from llmrec.types import Item
 
-__all__ = ["load", "movielens_100k", "table"]
+log = logger(__name__)
+
+
+# --------------------------------------------------------------------------- a published split in a table
+
+SPELLED: Mapping[str, str] = {
+    "train": "train",
+    **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
+    "test": "test",
+}
+"""What a column of parts may say, in lower case, and the part that it means."""
+_KEY = "data.columns.split"
+
+
+def part_of(said: str) -> str | None:
+    """Return the part that a cell names, in any spelling; None if it names none."""
+    return SPELLED.get(said.strip().lower())
+
+
+def parts_of(section: DataSection, table: Table) -> pl.Series | None:
+    """Return the part of every row, as its place in `PARTS`; None unless the split is the source's own.
+
+    Args:
+        section: The recipe's section.
+        table: Its table, the files of the parts one behind the other.
+
+    Raises:
+        DataError: If nothing says what is held out, a value is no part, or no row is of the training or the test part.
+    """
+    if section.split.kind != "given":
+        return None
+    if section.files is not None:
+        named = [part for part in PARTS if getattr(section.files, part) is not None]
+        sizes = zip(named, table.parts, strict=True)
+        return pl.Series([PARTS.index(name) for name, part in sizes for _ in range(part.frame.height)], dtype=pl.Int8)
+    column = find(table, section.columns.split, "split", _KEY)
+    if column is None:
+        raise DataError.at(
+            table.name,
+            "missing-column",
+            " has no column 'split', so nothing says what data.split.kind=given holds out; name the column whose "
+            f"values are train, valid and test as {_KEY}=..., give a file of each part as data.files, or choose "
+            "another kind",
+            "split",
+        )
+    said = texts(table, column).str.strip_chars().str.to_lowercase()
+    found = said.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
+    _all_parts(table, column, found)
+    return found.cast(pl.Int8)
+
+
+def _all_parts(table: Table, column: str, found: pl.Series) -> None:
+    unknown = found.is_null().arg_true()
+    if unknown.len():
+        row = unknown[0]
+        raise DataError.at(
+            table.where(row),
+            "bad-value",
+            f": column {column!r} says {shown(table.frame[column][row])}, which is no part of a split "
+            f"({unknown.len()} such rows); write {', '.join(SPELLED)}",
+            column,
+        )
+    for part in ("train", "test"):
+        if not (found == PARTS.index(part)).any():
+            raise DataError.at(
+                table.name,
+                "too-few",
+                f": no row of column {column!r} says {part!r}; a given split needs rows to learn from and rows to test "
+                "on, so correct the column, or choose another data.split.kind",
+                column,
+            )
+
+
+def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
+    """Return what the provenance says of the parts, after a warning where their times overlap.
+
+    Args:
+        parts: From `parts_of`.
+        frame: The interactions, with ``user_id`` and, if there are times, ``timestamp``.
+    """
+    sizes = ", ".join(f"{name} {int((parts == place).sum())}" for place, name in enumerate(PARTS))
+    notes = []
+    if not (parts == PARTS.index("valid")).any():
+        notes.append("there is no valid part: nothing can be chosen on it")
+    train, test = (frame.filter(parts == PARTS.index(name)) for name in ("train", "test"))
+    if "timestamp" in frame.columns and (early := earlier(train, test)):
+        notes.append(
+            f"{early} of {test.height} test rows are earlier than a training row of their user: histories show what "
+            "came later, so figures of what comes next say little"
+        )
+        log.warning("data.split.kind=given: %s", notes[-1])
+    return {"split": sizes, **({"notes": "; ".join(notes)} if notes else {})}
 
 
 def load(section: DataSection, *, seed: int) -> Dataset:
@@ -127,7 +220,7 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         series["text"] = unescaped(main, text)
     listed = rows_of(_read(section.items), _named(columns)) if section.items is not None else None
     people = rows_of(_read(section.users), _named(columns)) if section.users is not None else None
-    tables = [each for each in (main, listed, people) if each is not None]
+    tables = [part for part in (main, listed, people) if part is not None]
     frame, parts = pl.DataFrame(series), parts_of(section, main)
     return assemble(
         section,
@@ -141,8 +234,8 @@ def table(section: DataSection, *, seed: int) -> Dataset:
         parts=parts,
         provenance={
             "source": "table",
-            "path": "; ".join(each.name for each in tables),
-            "sha256": "; ".join(each.sha256 for each in tables),
+            "path": "; ".join(part.name for part in tables),
+            "sha256": "; ".join(part.sha256 for part in tables),
             "rows": str(main.frame.height),
             "made": "no",
             "licence": "as the owner of the table says",
@@ -248,7 +341,7 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
         )
     path = user_path(section.path)
     raw, sha256 = read_bytes(path)
-    main = json_lines(str(path), raw, sha256)
+    main = replace(json_lines(Given(str(path), raw)), sha256=sha256)
     absent = [name for name in _COLUMNS if name not in main.frame.columns]
     if absent:
         raise DataError.at(
@@ -284,3 +377,32 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
             "licence": "as the owner of the file says",
         },
     )
+
+
+# --------------------------------------------------------------------------- the synthetic table that ships with llmrec
+
+
+def made_reviews(section: DataSection, *, seed: int) -> Dataset:
+    """Load the shipped table of synthetic reviews: 120 users, 40 products, about 1,400 reviews with texts.
+
+    Products carry ``category``, ``brand`` and ``price``.
+
+    Raises:
+        DataError: If the recipe gives it a path or columns, which it has by itself.
+    """
+    if section.path is not None or section.items is not None or section.columns != Columns():
+        raise DataError(
+            "source 'made-reviews' ships with llmrec; leave out data.path, data.items and data.columns",
+            kind="contradiction",
+            column="data",
+        )
+    path = resource("recipes", "made", "reviews.csv")
+    own = {
+        "path": str(path),
+        "columns": Columns(fields=("category", "brand", "price")),
+        "rating_scale": section.rating_scale or (1.0, 5.0),
+        "noun": section.noun if section.noun != DataSection.model_fields["noun"].default else "kitchen products",
+    }
+    dataset = table(section.model_copy(update=own), seed=seed)
+    provenance = {**dataset.provenance, "source": "made-reviews", "made": "yes", "licence": "as llmrec itself"}
+    return replace(dataset, name="made-reviews", provenance=provenance)

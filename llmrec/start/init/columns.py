@@ -10,12 +10,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
-from llmrec.data.read.columns import NONE, check_usable
-from llmrec.data.read.dates import ORDERS, DateOrder
-from llmrec.data.read.nested import LISTS, OBJECTS, leaf, paths
-from llmrec.data.read.text import Table
+from llmrec.data.read.nested import LISTS, OBJECTS, leaf
+from llmrec.data.read.tables import NONE, Table, check_usable, paths
+from llmrec.data.read.typed import ORDERS, DateOrder
 from llmrec.data.read.words import about_orders, named
-from llmrec.data.sets.parts import SPELLED, part_of
+from llmrec.data.sets.table import SPELLED, part_of
 from llmrec.errors import DataError, did_you_mean
 from llmrec.start.init.profile import (
     READABLE,

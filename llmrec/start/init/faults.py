@@ -9,7 +9,7 @@ from pathlib import Path
 import polars as pl
 
 from llmrec.data.read.nested import leaf
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import texts
 from llmrec.durable import replacing
 from llmrec.errors import DataError, ErrorKind, Place

@@ -14,7 +14,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from llmrec.cli.console import minutes
-from llmrec.data.read.columns import NONE
+from llmrec.data.read.tables import NONE
 from llmrec.recipe.schema import Columns
 from llmrec.start.init.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, shown_history, window
 from llmrec.start.init.profile import shown

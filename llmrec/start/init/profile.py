@@ -20,16 +20,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from llmrec.data.dataset import PARTS
-from llmrec.data.read.dates import DateOrder, Dates, read_dates
+from llmrec.data.read.delimited import delimited, separator_of
+from llmrec.data.read.files import PACKED, Given
 from llmrec.data.read.limits import BROKEN, Capped, no_file, reason
 from llmrec.data.read.objects import json_lines
-from llmrec.data.read.packed import PACKED
 from llmrec.data.read.parquet import FAULTS, check_size, from_arrow
-from llmrec.data.read.table import ATOMIC, is_pattern, read_table, rows_of, without_kinds
-from llmrec.data.read.text import Table, delimited, separator_of
-from llmrec.data.read.typed import texts
+from llmrec.data.read.table import ATOMIC, is_pattern, read_table, without_kinds
+from llmrec.data.read.tables import Table, rows_of
+from llmrec.data.read.text import Form
+from llmrec.data.read.typed import DateOrder, Dates, read_dates, texts
 from llmrec.data.read.words import Named, event_rank, named
-from llmrec.data.sets.parts import SPELLED, part_of
+from llmrec.data.sets.table import SPELLED, part_of
 from llmrec.errors import DataError, Place
 from llmrec.guard import clean
 
@@ -562,16 +563,18 @@ def _part(path: Path, kind: str, head: bytes, rest: bytes) -> Peek:
     lines = rest.decode("utf-8", errors="replace").replace("\0", " ").encode().split(b"\n")
     if kind in _JSON:
         known = sum(bool(line.strip()) for line in head.split(b"\n"))
-        return Peek(json_lines(name, b"\n".join([head.rstrip(b"\n"), *filter(_is_object, lines)])), False, known)
+        return Peek(json_lines(Given(name, b"\n".join([head.rstrip(b"\n"), *filter(_is_object, lines)]))), False, known)
     separator = "," if kind == ".csv" else "\t"
-    first = delimited(name, head, separator=separator)
+    form = Form(kind="delimited", separator=separator, quoted=True)
+    first = delimited(Given(name, head), form)
     first = without_kinds(first) if kind in ATOMIC else first
     known = first.frame.height
     header = head[: head.find(b"\n")]
     mark = separator_of(header.decode("utf-8", errors="replace"), separator)
     names = first.frame.columns
     kept = [line for line in lines if line.count(mark.encode()) == len(names) - 1 and b'"' not in line]
-    more = delimited(name, b"\n".join(kept), separator=mark, columns=names).frame if kept else first.frame.clear()
+    below = form.model_copy(update={"separator": mark, "columns": tuple(names)})
+    more = delimited(Given(name, b"\n".join(kept)), below).frame if kept else first.frame.clear()
     frame = pl.concat([first.frame, more], how="diagonal").with_columns(pl.all().fill_null(""))
     return Peek(Table(name, frame, "", first.lines if more.is_empty() else None, first.header), False, known)
 

@@ -12,12 +12,12 @@ import yaml
 
 from llmrec.data import dataset as filters
 from llmrec.data.dataset import Dataset
-from llmrec.data.read.databases import database_at, is_database, read_query
-from llmrec.data.read.hub import is_hub, read_hub
+from llmrec.data.read.databases import database_at, is_database, is_hub, read_hub, read_query
+from llmrec.data.read.files import user_path
 from llmrec.data.read.nested import leaf, lists_in
 from llmrec.data.read.sheets import split_sheet
-from llmrec.data.read.table import is_pattern, of_atomic, rows_of
-from llmrec.data.read.text import Table, user_path
+from llmrec.data.read.table import is_pattern, of_atomic
+from llmrec.data.read.tables import Table, rows_of
 from llmrec.data.sets.recognise import source_of, sources_with
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset

@@ -14,7 +14,7 @@ from llmrec.data.read.databases import read_query, tables_of
 from llmrec.data.read.limits import enumerated
 from llmrec.data.read.nested import leaf
 from llmrec.data.read.sheets import SHEETS, sheets_of, split_sheet
-from llmrec.data.read.text import Table
+from llmrec.data.read.tables import Table
 from llmrec.errors import DataError, LlmrecError
 from llmrec.start.init.columns import Asked, Roles, guess
 from llmrec.start.init.profile import Profile, no_id, peek, profile

@@ -12,9 +12,9 @@ from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmrec.data.cells import write_rows
 from llmrec.data.frames import FOLDER as FRAMES
 from llmrec.data.frames import with_frames
-from llmrec.data.read.cells import write_rows
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_json, write_text
 from llmrec.errors import LlmrecError, RecipeError, require

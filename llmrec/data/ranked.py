@@ -18,8 +18,8 @@ from typing import TYPE_CHECKING, Any, TextIO, get_args, get_type_hints
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from llmrec.data.read.cells import write_rows
-from llmrec.data.read.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
+from llmrec.data.cells import write_rows
+from llmrec.data.request_file import JSON_LINES, PARQUET, SEPARATORS, kind_of
 from llmrec.durable import checksum, replacing, write_text
 from llmrec.errors import DataError, RecipeError
 from llmrec.recipe.shared import Form
@@ -37,7 +37,7 @@ class Ranked:
     Attributes:
         request_id: None if not even that could be read.
         user_id: As given.
-        line: Where the request stands in its file; see `llmrec.data.read.request_file.Raw`.
+        line: Where the request stands in its file; see `llmrec.data.request_file.Raw`.
         items: Best first.
         scores: One an item.
         titles: One an item, as the model read it.
@@ -181,7 +181,7 @@ def form_of(path: Path, asked: str) -> Form:
             kind="contradiction",
             column="--form",
         )
-    form: Form = "trec" if trec else next((each for each in get_args(Form) if each == asked), "records")
+    form: Form = "trec" if trec else next((form for form in get_args(Form) if form == asked), "records")
     if form != "trec":
         kind_of(path)
     return form
@@ -202,7 +202,9 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
     if form == "records":
         write_records(path, records)
         return
-    rows = ((listed(each), item, place, score) for each in records for place, (item, score) in enumerate(_pairs(each)))
+    rows = (
+        (listed(record), item, place, score) for record in records for place, (item, score) in enumerate(_pairs(record))
+    )
     packed = path.suffix.lower() == ".gz"
     with replacing(path) as draft:
         if form == "trec":

@@ -5,23 +5,21 @@ A row that cannot be read is a `Raw` with an error and never ends the file; only
 
 from __future__ import annotations
 
-import csv
 import json
 import re
-from codecs import BOM_UTF8
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow.parquet as pq
-
-from llmrec.data.read.limits import BROKEN, Capped, check_head, enumerated, reason, require_file
+from llmrec.data.read import text
+from llmrec.data.read.delimited import BrokenRow, fields
+from llmrec.data.read.files import Stored
+from llmrec.data.read.limits import enumerated, reason, require_file
 from llmrec.data.read.objects import json_object
-from llmrec.data.read.packed import STREAMS
-from llmrec.data.read.parquet import FAULTS, check_size
-from llmrec.data.read.text import LONGEST, column_names, csv_problem
+from llmrec.data.read.parquet import FAULTS, parquet_file
+from llmrec.data.read.tables import column_names
+from llmrec.data.read.text import Pieces, TooLong
 from llmrec.data.requests import KEYS
 from llmrec.durable import sha256_of
 from llmrec.errors import DataError, Place, did_you_mean
@@ -30,7 +28,7 @@ JSON_LINES = (".jsonl", ".ndjson")
 PARQUET = (".parquet", ".pq")
 SEPARATORS: Mapping[str, str] = {".csv": ",", ".tsv": "\t"}
 _BATCH = 256
-_CHUNK = 2**16
+_BLOCK = 2**16
 _LISTS = ("history", "candidates")
 _NO_UTF8 = re.compile("[\ud800-\udfff]")
 # A bracket alone may open a title, such as "[REC]".
@@ -79,14 +77,14 @@ class RequestFile:
         Raises:
             DataError: If the file changed or is damaged.
         """
-        with _readable(self.path, self.suffix):
-            if self.suffix in PARQUET:
-                yield from _parquet(self.path)
-            elif self.suffix in JSON_LINES:
-                yield from (_json(line, raw) for line, raw in _lines(self.path) if raw is None or raw.strip())
-            else:
-                rows = _delimited(self.path, self.suffix, self.bare)
-                yield from (found for found in rows if found is not None)
+        if self.suffix in PARQUET:
+            yield from _parquet(self.path)
+        elif self.suffix in JSON_LINES:
+            yield from (_json(line, raw) for line, raw in _lines(_source(self.path)) if raw is None or raw.strip())
+        else:
+            yield from (
+                row for row in _delimited(_source(self.path), SEPARATORS[self.suffix], self.bare) if row is not None
+            )
 
 
 def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
@@ -101,23 +99,21 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
     """
     suffix = kind_of(path)
     require_file(path, "check --in", "the file of requests")
-    with _readable(path, suffix):
-        if suffix in PARQUET:
-            file = pq.ParquetFile(path)
-            check_size(str(path), file, path.stat().st_size)
-            _has_columns(path, file.schema_arrow.names, bare)
+    if suffix in PARQUET:
+        with parquet_file(str(path), path) as file:
+            _has_columns(str(path), file.schema_arrow.names, bare)
             rows, blank = file.metadata.num_rows, 0
-        elif suffix in JSON_LINES:
-            filled = [0, 0]
-            for _, raw in _lines(path):
-                filled[raw is None or bool(raw.strip())] += 1
-            blank, rows = filled
-        else:
-            filled = [0, 0]
-            for found in _delimited(path, suffix, bare):
-                filled[found is not None] += 1
-            blank, rows = filled
         sha256 = sha256_of(path)
+    else:
+        source, filled = _source(path), [0, 0]
+        if suffix in JSON_LINES:
+            for _, raw in _lines(source):
+                filled[raw is None or bool(raw.strip())] += 1
+        else:
+            for row in _delimited(source, SEPARATORS[suffix], bare):
+                filled[row is not None] += 1
+        blank, rows = filled
+        sha256 = source.sha256
     if rows == 0:
         raise DataError.at(path, "empty", " holds no request; write at least one")
     return RequestFile(path, suffix, sha256, rows, blank, bare)
@@ -141,67 +137,36 @@ def kind_of(path: Path) -> str:
     return suffix[0]
 
 
-@contextmanager
-def _readable(path: Path, suffix: str) -> Iterator[None]:
-    faults = FAULTS if suffix in PARQUET else BROKEN
-    try:
-        yield
-    except faults as error:
-        if suffix in PARQUET:
-            raise DataError.at(
-                path, "damaged", f" is not a Parquet file or is damaged ({reason(error)}); write it again"
-            ) from error
-        if path.suffix.lower() == ".gz":
-            raise DataError.at(path, "damaged", f" is damaged gzip ({reason(error)}); pack it again") from error
-        raise DataError.at(path, "unreadable", f" cannot be read ({reason(error)}); check --in") from error
-
-
 # --------------------------------------------------------------------------- lines
 
 
-@contextmanager
-def _open(path: Path) -> Iterator[Any]:
-    with path.open("rb") as stored:
-        if path.suffix.lower() == ".gz":
-            yield Capped(str(path), STREAMS[".gz"](stored), path.stat().st_size)
-        else:
-            yield stored
+def _source(path: Path) -> Stored:
+    return Stored(path, ".gz" if path.suffix.lower() == ".gz" else "", fix="check --in")
 
 
-def _lines(path: Path) -> Iterator[tuple[int, bytes | None]]:
-    """Yield numbered lines without their ends and a byte order mark; None stands for one that is too long."""
-    with _open(path) as stream:
-        for number, raw in enumerate(_cut(stream), start=1):
-            if number == 1 and raw is not None:
-                check_head(Place(str(path), line=1), raw)
-                raw = raw.removeprefix(BOM_UTF8)
-            yield number, raw
+def _pieces(source: Stored, stream: Any) -> Pieces:
+    return Pieces(source, stream, head=Place(source.name, line=1), block=_BLOCK)
 
 
-def _cut(stream: Any) -> Iterator[bytes | None]:
-    """Yield lines; reading by blocks, since a file may have millions of empty ones."""
-    # Of the line at hand: what was read of it, until it is too long. Bytes that are added to one by one are copied
-    # with every block.
-    rest: list[bytes] = []
-    size = 0
-    while chunk := stream.read(_CHUNK):
-        first, *others = chunk.split(b"\n")
-        size += len(first)
-        if size > LONGEST:
-            rest.clear()
-        else:
-            rest.append(first)
-        if others:
-            yield None if size > LONGEST else b"".join(rest)
-            yield from (None if len(line) > LONGEST else line for line in others[:-1])
-            rest, size = [others[-1]], len(others[-1])
-    if size:
-        yield None if size > LONGEST else b"".join(rest)
+def _lines(source: Stored) -> Iterator[tuple[int, bytes | None]]:
+    """Yield numbered lines without their ends; None stands for one that is too long."""
+    with source.open() as stream:
+        pieces = _pieces(source, stream)
+        while True:
+            try:
+                piece = next(pieces)
+            except StopIteration:
+                return
+            except TooLong:
+                yield pieces.line, None
+                continue
+            for number, raw in enumerate(piece.raw.removesuffix(b"\n").split(b"\n"), start=piece.line + 1):
+                yield number, None if len(raw) > text.LONGEST else raw
 
 
 def _json(line: int, raw: bytes | None) -> Raw:
     if raw is None:
-        return Raw(line, None, f"the line is longer than {LONGEST} bytes")
+        return Raw(line, None, f"the line is longer than {text.LONGEST} bytes")
     if b"\0" in raw:
         return Raw(line, None, "there are NUL bytes, so this is no text or UTF-16; save the file as UTF-8")
     try:
@@ -215,84 +180,59 @@ def _json(line: int, raw: bytes | None) -> Raw:
 # --------------------------------------------------------------------------- delimited text
 
 
-class _Feed:
-    """Hands lines to a csv reader, and takes back those that a stray quote swallowed."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        self._lines = _lines(path)
-        self._back: list[tuple[int, str]] = []
-        self.taken: list[tuple[int, str]] = []
-        self._size = 0
-
-    def __iter__(self) -> _Feed:
-        """Return itself."""
-        return self
-
-    def __next__(self) -> str:
-        """Return the next line of the row at hand."""
-        if self._size > LONGEST:
-            raise StopIteration
-        if self._back:
-            line, text = self._back.pop()
-        else:
-            line, raw = next(self._lines)
-            if raw is None:
-                raise DataError.at(
-                    Place(str(self._path), line=line), "too-large", f" is longer than {LONGEST} bytes; is this a table?"
-                )
-            # What is not UTF-8 becomes halves of surrogate pairs, which the cells are searched for.
-            text = raw.decode("utf-8", "surrogateescape") + "\n"
-        self.taken.append((line, text))
-        self._size += len(text)
-        return text
-
-    def begin_row(self) -> None:
-        self.taken, self._size = [], 0
-
-    def give_back(self) -> None:
-        """Let the lines after the first one be read again, each for itself."""
-        self._back.extend(reversed(self.taken[1:]))
-
-
-def _delimited(path: Path, suffix: str, bare: bool) -> Iterator[Raw | None]:
+def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | None]:
     """Yield rows after the header; None stands for a blank line."""
-    columns, separator = _header(path, SEPARATORS[suffix], bare)
-    feed = _Feed(path)
-    next(feed)
-    rows = csv.reader(feed, delimiter=separator, strict=True)
-    while True:
-        feed.begin_row()
+    columns: list[str] = []
+    with source.open() as stream:
+        pieces = _pieces(source, stream)
         try:
-            cells = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            line = feed.taken[0][0]
-            feed.give_back()
-            yield Raw(line, None, f"not a row of this table: {csv_problem(error)}")
-            continue
-        yield _row(feed.taken[0][0], columns, cells, separator) if cells else None
+            for piece in pieces:
+                # What is not UTF-8 becomes halves of surrogate pairs, which the cells are searched for.
+                rows = piece.raw.decode("utf-8", "surrogateescape")
+                start = line = 0
+                if not piece.line:
+                    first, end, _ = rows.partition("\n")
+                    columns, separator = _header(source.name, first.removesuffix("\r"), separator, bare)
+                    start, line = len(first) + len(end), 1
+                while start < len(rows):
+                    try:
+                        for number, cells in fields(rows, separator, newline="\n", start=start, line=line):
+                            yield _row(piece.line + number + 1, columns, cells, separator) if cells else None
+                        break
+                    except BrokenRow as broken:
+                        rest = rows[broken.start :] if broken.unfinished and not pieces.ended else ""
+                        if rest and len(rest) <= text.LONGEST:
+                            pieces.keep(rest.encode("utf-8", "surrogateescape"))
+                            break
+                        # A stray quote costs its own line alone.
+                        yield Raw(piece.line + broken.line + 1, None, f"not a row of this table: {broken.problem}")
+                        start, line = rows.find("\n", broken.start) + 1 or len(rows), broken.line + 1
+        except TooLong as error:
+            raise DataError.at(
+                Place(source.name, line=pieces.line),
+                "too-large",
+                f" is longer than {text.LONGEST} bytes; is this a table?",
+            ) from error
+    if not columns:
+        _header(source.name, "", separator, bare)
 
 
-def _header(path: Path, separator: str, bare: bool) -> tuple[list[str], str]:
-    feed = _Feed(path)
-    first = next(feed, "").rstrip("\r\n")
+def _header(name: str, first: str, separator: str, bare: bool) -> tuple[list[str], str]:
     separator = next((mark for mark in (separator, ";", "\t", ",") if mark in first), separator)
     try:
-        columns = column_names(str(path), next(csv.reader([first], delimiter=separator, strict=True), []))
-    except csv.Error as error:
-        raise DataError.at(Place(str(path), 0, 1), "syntax", f": {csv_problem(error)}") from error
-    _has_columns(path, columns, bare)
+        columns = column_names(name, next((cells for _, cells in fields(first, separator, newline="\n")), []))
+    except BrokenRow as broken:
+        raise DataError.at(Place(name, 0, 1), "syntax", f": {broken.problem}") from broken
+    _has_columns(name, columns, bare)
     return columns, separator
 
 
-def _has_columns(path: Path, columns: list[str], bare: bool) -> None:
+def _has_columns(name: str, columns: list[str], bare: bool) -> None:
     if bare and not {"history", "user_id"}.isdisjoint(columns):
         return
     if "candidates" not in columns and "item" not in columns:
         raise DataError.at(
-            path,
+            name,
             "missing-column",
             f" has no column 'candidates'{did_you_mean('candidates', columns)}; its columns are: "
             f"{enumerated(columns) or 'none'}. A request needs candidates, and may have: {', '.join(KEYS)}",
@@ -343,19 +283,16 @@ def _list(key: str, cell: str) -> list[Any]:
 
 
 def _parquet(path: Path) -> Iterator[Raw]:
-    file = pq.ParquetFile(path)
-    columns = file.schema_arrow.names
-    wanted = [name for name in columns if name in KEYS]
-    # Columns that are not read still count as keys, so that a misspelt one is noticed.
-    others: dict[str, object] = {name: None for name in columns if name not in KEYS}
-    row = 0
-    for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
-        for record in _values(batch):
-            row += 1
-            if isinstance(record, str):
-                yield Raw(row, None, record)
-            else:
-                yield _unpacked(row, {**record, **others})
+    with parquet_file(str(path), path) as file:
+        columns = file.schema_arrow.names
+        wanted = [name for name in columns if name in KEYS]
+        # Columns that are not read still count as keys, so that a misspelt one is noticed.
+        others: dict[str, object] = {name: None for name in columns if name not in KEYS}
+        row = 0
+        for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
+            for record in _values(batch):
+                row += 1
+                yield Raw(row, None, record) if isinstance(record, str) else _unpacked(row, {**record, **others})
 
 
 def _values(batch: Any) -> Iterator[dict[str, object] | str]:

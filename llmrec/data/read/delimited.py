@@ -1,0 +1,415 @@
+"""Delimited text, a block of lines at a time: plain blocks through pyarrow, any other row by row with care.
+
+The careful path understands every row, or names the first one that cannot be used. Its rows are those of `fields`, with
+which request files are read too; they go on behind a row that is none.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
+from functools import partial
+from typing import Any
+
+import polars as pl
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+
+from llmrec.data.read.columns import Column, Kind, NoNumbers, add_all, table_of
+from llmrec.data.read.files import Source
+from llmrec.data.read.limits import enumerated, reason, shortened, shown
+from llmrec.data.read.tables import Table, check_columns, column_names
+from llmrec.data.read.text import LONGEST, Form, Piece, Pieces, decoded, first_encoding, in_arrow, numbered_lines
+from llmrec.errors import DataError, Place
+from llmrec.terminal import logger
+
+log = logger(__name__)
+
+_LONGEST_HEADER = 2**20
+# Most lines above a header, lines that show that it is one, and characters that are looked at for them.
+_MOST_ABOVE, _ALIKE, _HEAD = 20, 4, 2**16
+_PARSED = 2 * 2**20
+_LINE = re.compile(r"[\r\n]*([^\r\n]+)(?:\r\n|\r|\n|$)")
+_FIELD = "\x1f"  # a separator of one character, which stands in for a longer one
+
+# The library's own limit is 128 KiB a field, which a long text or a set of a thousand candidates can pass.
+csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
+
+
+# --------------------------------------------------------------------------- rows with care
+
+
+class BrokenRow(Exception):
+    """A row that is no CSV.
+
+    Attributes:
+        line: Its 0-based line in the text.
+        start: Where it begins in the text.
+        unfinished: Whether the text ended within double quotes.
+        problem: What is wrong with it, and the fix.
+    """
+
+    def __init__(self, error: csv.Error, line: int, start: int) -> None:
+        super().__init__(str(error))
+        self.line, self.start = line, start
+        self.unfinished = str(error) == "unexpected end of data"
+        self.problem = f"{reason(error)}; check the double quotes in this row"
+        if "new-line character" in str(error):
+            self.problem = (
+                "there is a lone carriage return; end every line with a line feed, or put double quotes around the "
+                "field"
+            )
+
+
+def fields(
+    text: str, separator: str | None, *, quoted: bool = True, newline: str = "", start: int = 0, line: int = 0
+) -> Iterator[tuple[int, list[str]]]:
+    """Yield rows with their 0-based lines; a blank line is a row without fields.
+
+    Args:
+        text: Whole lines.
+        separator: Between the fields; None: white space.
+        quoted: Whether a double quote opens a field in which separators and line breaks are text.
+        newline: What ends a row: a line feed, or, if empty, a lone carriage return too.
+        start: Where in the text to begin, such as behind a `BrokenRow`.
+        line: The 0-based line there.
+
+    Raises:
+        BrokenRow: If a row is no CSV.
+    """
+    if not quoted:
+        if "\r" in text:
+            text = text.replace("\r\n", "\n").replace("\r", "\n")
+        for number, plain in numbered_lines(text):
+            yield number, plain.split(separator)
+        return
+    stream = io.StringIO(text, newline=newline)
+    stream.seek(start)
+    reader = csv.reader(stream, delimiter=separator or ",", strict=True)
+    above = line
+    try:
+        for cells in reader:
+            yield line, cells
+            line, start = above + reader.line_num, stream.tell()
+    except csv.Error as error:
+        raise BrokenRow(error, line, start) from error
+
+
+# --------------------------------------------------------------------------- tables
+
+
+def delimited(source: Source, form: Form, wanted: Mapping[str, Kind] | None = None) -> Table:
+    """Read a table of the user.
+
+    Args:
+        source: The file.
+        form: How it is written; one with a header that lacks the separator may have another one, see `separator_of`.
+        wanted: The columns to keep and what they hold; the others are there by name alone. None: all of them.
+
+    Raises:
+        DataError: If it is no text, a row has another number of fields than the header, or a quote stays open.
+    """
+    file, kinds = Delimited(source, form), dict(wanted or {})
+    while True:
+        try:
+            return _gathered(file, source.name, kinds)
+        except NoNumbers as odd:
+            kinds[odd.name] = "text"  # such as dates, which are texts until somebody knows them
+
+
+def _gathered(file: Delimited, name: str, kinds: Mapping[str, Kind]) -> Table:
+    floats = [name for name, kind in kinds.items() if kind == "number"]
+    columns: list[Column] = []
+    lines: list[Sequence[int]] = []
+    with ThreadPoolExecutor() as pool:
+        for block in file.blocks(kinds, floats):
+            columns = columns or [Column(column, kinds.get(column, "text")) for column in block.frame.columns]
+            add_all(columns, block.frame, pool.map)
+            lines.append(block.lines or ())
+    pa.default_memory_pool().release_unused()
+    return table_of(name, file.names, columns, lines=lines)
+
+
+# --------------------------------------------------------------------------- blocks
+
+
+class Delimited:
+    """A delimited file.
+
+    Attributes:
+        names: Its columns, once the header was read.
+    """
+
+    def __init__(self, source: Source, form: Form) -> None:
+        """Take a file.
+
+        Args:
+            source: The file. One of the user may have titles or notes above its header, and another separator.
+            form: How it is written.
+        """
+        self.names: tuple[str, ...] = ()
+        self._source, self._form, self._warned = source, form, False
+        self._separator, self._quoted, self._encoding = form.separator, form.quoted, form.encodings[-1]
+
+    def read_header(self) -> tuple[str, ...]:
+        """Return the columns.
+
+        Raises:
+            DataError: If the file is missing, damaged or empty.
+        """
+        with self._open() as stream:
+            pieces = Pieces(self._source, stream, quoted=self._form.quoted)
+            for piece in pieces:
+                if self._begin(piece, pieces) is not None:
+                    return self.names
+        raise self._empty()
+
+    def blocks(self, wanted: Mapping[str, Kind] | None = None, floats: Collection[str] = ()) -> Iterator[Table]:
+        """Read the rows.
+
+        Args:
+            wanted: The columns to read; None: all. A published file must have all of them; of a table of the user those
+                that it has are read, or all where it has none.
+            floats: Columns to read as numbers, as far as that is possible; the others are texts.
+
+        Raises:
+            DataError: If the file is damaged or empty, lacks a column, or has a row that cannot be read.
+        """
+        row = 0
+        with self._open() as stream:
+            pieces = Pieces(self._source, stream, quoted=self._form.quoted)
+            for piece in pieces:
+                begun = bool(self.names)
+                body = piece if begun else self._begin(piece, pieces)
+                if body is None:
+                    continue
+                if not begun and self._source.published:
+                    check_columns(self._source.name, self.names, wanted or ())
+                if body.raw[:1] in b"\r\n" and not body.raw.strip(b"\r\n"):
+                    continue
+                chosen = [name for name in wanted or () if name in self.names] or list(self.names)
+                block = self._fast(body, chosen, floats, row) or self._careful(body, pieces, chosen, row)
+                again = None if self._form.columns else self._second_header(body, block)
+                if again is not None:
+                    fix = "fetch the file again" if self._source.published else "remove it"
+                    raise DataError.at(block.where(again), "duplicate", f" repeats the header; {fix}")
+                row += block.frame.height
+                if block.frame.height:
+                    yield block
+        if not row:
+            raise self._empty()
+
+    def _open(self) -> AbstractContextManager[Any]:
+        self.names = ()
+        self._encoding = first_encoding(self._source, self._form.encodings)
+        return self._source.open()
+
+    def _empty(self) -> DataError:
+        what = "holds no rows; fetch it again"
+        if not self._source.published:
+            what = f"{'has a header and no rows' if self.names else 'is empty'}; write the table again"
+        return DataError.at(self._source.name, "empty", f" {what}")
+
+    # ---------------------------------------------------------------------- the header
+
+    def _begin(self, piece: Piece, pieces: Pieces) -> Piece | None:
+        """Take the header from the first lines that hold something, and return the lines below it."""
+        name, form = self._source.name, self._form
+        self._separator, self._quoted = form.separator, form.quoted and len(form.separator) == 1
+        if form.columns:
+            self.names = tuple(column_names(name, form.columns))
+            return piece
+        if piece.raw.isspace():
+            return None
+        head = piece.raw
+        if len(head) > _HEAD:
+            head = head[: head.rfind(b"\n", 0, _HEAD) + 1 or head.find(b"\n") + 1 or len(head)]
+        row = None if self._source.published else 1
+        text = decoded(Piece(self._source, head, piece.line), self._encoding, header=row)
+        above = "" if self._source.published else self._above(text)
+        line = piece.line + above.count("\n") + 1
+        try:
+            cells, end = self._first_row(text[len(above) :])
+        except BrokenRow as broken:
+            if broken.unfinished and not pieces.ended and head is piece.raw:
+                pieces.keep(head)
+                return None
+            raise DataError.at(Place(name, 0, line + broken.line), "syntax", f": {broken.problem}") from broken
+        fix = "fetch the file again" if self._source.published else "rename one"
+        self.names = tuple(column_names(name, cells, fix))
+        body = len(text[: len(above) + end].encode(self._encoding))
+        return Piece(self._source, piece.raw[body:], piece.line + piece.raw.count(b"\n", 0, body))
+
+    def _above(self, text: str) -> str:
+        """Return the lines above a header, and take the separator of the header."""
+        name = self._source.name
+        skipped = preamble(text, self._form.separator)
+        *above, below = text.split("\n", skipped)
+        if skipped and not self._warned:
+            self._warned = True
+            title = next((line.strip() for line in above if line.strip()), "")
+            log.warning("%s: %d lines above its header are left out, the first being %s", name, skipped, shown(title))
+        first = below.partition("\n")[0]
+        if len(first) > _LONGEST_HEADER:
+            raise DataError.at(
+                Place(name, 0, 1),
+                "wrong-format",
+                f": the first line has {len(first)} characters, so this is no table or its lines have no ends; write "
+                "it again",
+            )
+        self._separator = separator_of(first, self._form.separator)
+        self._quoted = self._form.quoted and len(self._separator) == 1
+        return text[: len(text) - len(below)]
+
+    def _first_row(self, text: str) -> tuple[list[str], int]:
+        """Return the fields of the first row that is not blank, and where it ends.
+
+        Raises:
+            BrokenRow: If it is no CSV.
+        """
+        if not self._quoted:
+            first = _LINE.match(text)
+            return (first[1].split(self._separator), first.end()) if first is not None else ([], len(text))
+        stream = io.StringIO(text, newline="")
+        reader = csv.reader(stream, delimiter=self._separator, strict=True)
+        try:
+            return next(filter(None, reader), []), stream.tell()
+        except csv.Error as error:
+            raise BrokenRow(error, 0, 0) from error
+
+    def _second_header(self, piece: Piece, block: Table) -> int | None:
+        """Return the first row in which every column holds its own name, as where two files were put together."""
+        frame, first = block.frame, block.frame.columns[0]
+        if any(kind != pl.String for kind in frame.dtypes) or not (frame[first] == first).any():
+            return None
+        same = pl.all_horizontal(pl.col(name) == name for name in frame.columns)
+        for row in frame.select(same.arg_true()).to_series():
+            if len(frame.columns) == len(self.names):
+                return int(row)
+            lines = piece.raw.replace(b"\r\n", b"\n").replace(b"\r", b"\n").split(b"\n")
+            line = lines[block.line(row) - piece.line - 1].decode(self._encoding, "replace")
+            if tuple(self._first_row(line)[0]) == self.names:
+                return int(row)
+        return None
+
+    # ---------------------------------------------------------------------- the rows
+
+    def _fast(self, piece: Piece, chosen: Sequence[str], floats: Collection[str], row: int) -> Table | None:
+        """Read plain lines, each of which is a row; None if they must be read with care."""
+        raw, height = piece.raw, piece.height
+        if (self._quoted and b'"' in raw) or b"\0" in raw:
+            return None
+        if b"\r" in raw and raw.count(b"\r") > raw.count(b"\r\n"):
+            return None
+        separator = self._separator
+        if len(separator) > 1:
+            if _FIELD.encode() in raw:
+                return None
+            raw, separator = raw.replace(separator.encode(), _FIELD.encode()), _FIELD
+        if self._encoding != "utf-8":
+            raw = raw.decode(self._encoding).encode()
+        parse = partial(_parsed, raw, separator, self.names, chosen)
+        table = parse([name for name in chosen if name in floats])
+        if table is None and floats:
+            table = parse(())
+        if table is None or table.num_rows != height:
+            return None  # ragged rows or blank lines
+        lines = range(piece.line + 1, piece.line + 1 + height)
+        return Table(self._source.name, pl.DataFrame(pl.from_arrow(table)), lines=lines, rows=range(row, row + height))
+
+    def _careful(self, piece: Piece, pieces: Pieces, chosen: Sequence[str], row: int) -> Table:
+        """Read lines row by row; those of a row that goes on behind them are kept for the next piece."""
+        name, published = self._source.name, self._source.published
+        header = None if published else 0 if self._form.columns else 1
+        text = decoded(piece, self._encoding, header=header)
+        rows: list[list[str]] = []
+        lines: list[int] = []
+        try:
+            for line, cells in fields(text, self._separator, quoted=self._quoted):
+                if not cells:
+                    continue
+                if len(cells) != len(self.names):
+                    raise self._ragged(Place(name, row + len(rows) + 1, piece.line + line + 1), len(cells))
+                rows.append(cells)
+                lines.append(piece.line + line + 1)
+        except BrokenRow as broken:
+            rest = text[broken.start :].encode(self._encoding) if broken.unfinished and not pieces.ended else b""
+            if not rest or (len(rest) > LONGEST and not published):
+                place = Place(name, row + len(rows) + 1, piece.line + broken.line + 1)
+                raise DataError.at(place, "syntax", f": {broken.problem}") from broken
+            if len(rest) > LONGEST:
+                raise pieces.too_long() from broken
+            pieces.keep(rest)
+        places = [self.names.index(column) for column in chosen]
+        columns = [
+            pl.Series(column, [cells[place] for cells in rows], pl.String)
+            for column, place in zip(chosen, places, strict=True)
+        ]
+        return Table(name, pl.DataFrame(columns), lines=lines, rows=range(row, row + len(rows)))
+
+    def _ragged(self, place: Place, count: int) -> DataError:
+        width = len(self.names)
+        if self._source.published:
+            said = (
+                f"it should have {width} ({shortened(enumerated(self.names), 200)}); the file is damaged or not of "
+                "this data set, so fetch it again"
+            )
+        else:
+            said = f"{'it should have' if self._form.columns else 'the header has'} {width}; "
+            said += (
+                f"a field that holds {self._separator!r} needs double quotes around it"
+                if len(self._separator) == 1
+                else f"fields lie between {self._separator!r}, so no field may hold it; correct the row"
+            )
+        return DataError.at(place, "ragged-row", f" has {count} fields where {said}")
+
+
+def _parsed(
+    raw: bytes, separator: str, names: Sequence[str], chosen: Sequence[str], floats: Collection[str]
+) -> pa.Table | None:
+    """Return columns of lines; None if a row is ragged, a text is not UTF-8, or a number is none."""
+    try:
+        return pa_csv.read_csv(
+            in_arrow(raw),
+            read_options=pa_csv.ReadOptions(column_names=list(names), block_size=max(_PARSED, len(raw) // 8)),
+            parse_options=pa_csv.ParseOptions(delimiter=separator, quote_char=False),
+            convert_options=pa_csv.ConvertOptions(
+                column_types={name: pa.float64() if name in floats else pa.string() for name in names},
+                strings_can_be_null=False,
+                include_columns=list(chosen),
+                null_values=[],
+            ),
+        )
+    except pa.ArrowInvalid:
+        return None
+
+
+# --------------------------------------------------------------------------- what a table of the user looks like
+
+
+def preamble(text: str, usual: str) -> int:
+    """Return how many lines stand above the header: titles, notes and comments, as spreadsheets export them.
+
+    They hold no separator, and what follows them are three lines at least that hold one, each as often as the others;
+    or they begin with ``#``.
+    """
+    lines = text[:_HEAD].split("\n")[: _MOST_ABOVE + _ALIKE]
+    for place, line in enumerate(lines[:_MOST_ABOVE]):
+        mark = separator_of(line, usual)
+        if mark not in line or line.startswith("#"):
+            continue
+        alike = [line for line in lines[place : place + _ALIKE] if line.strip()]
+        even = len(alike) == _ALIKE and len({line.count(mark) for line in alike}) == 1
+        above = [line for line in lines[:place] if line.strip()]
+        bare = all(line.startswith("#") or mark not in line for line in above)
+        return place if above and even and bare and not any('"' in line for line in above) else 0
+    return 0
+
+
+def separator_of(header: str, usual: str) -> str:
+    """Return what stands between the fields of a header: the usual separator, ``::``, or one that is often used."""
+    return next((mark for mark in (usual, "::", ";", "\t", "|", ",") if mark in header), usual)

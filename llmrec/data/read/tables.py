@@ -1,0 +1,345 @@
+"""Tables in memory: where their rows are in the files, several tables as one, lists as rows, finding columns."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pyarrow.compute as pc
+
+from llmrec.data.read import limits
+from llmrec.data.read.codes import stacked
+from llmrec.data.read.limits import enumerated, reason, shown
+from llmrec.data.read.nested import EACH, in_polars, lists_in, opened, paths_within
+from llmrec.data.read.typed import as_whole
+from llmrec.errors import DataError, Place, did_you_mean
+from llmrec.terminal import logger
+
+log = logger(__name__)
+
+MAX_COLUMNS = 2000
+"""Most columns of a table; more of them are rows that a wrong line end or separator has put side by side."""
+_LONGEST_NAME = 1000
+NONE = "none"
+"""What a key of ``data.columns`` says where no column is meant, though one has the name that llmrec looks for."""
+_COMPULSORY = ("data.columns.user", "data.columns.item")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table as read.
+
+    Attributes:
+        name: The file, as errors call it.
+        frame: The values: strings from text files, any type from Parquet.
+        sha256: Of the file as it is stored; empty if it is not a file.
+        lines: The line of each row, or None if row n is in line n + ``header``.
+        header: Lines before the first row.
+        unusable: Columns that are left out, with what they hold.
+        parts: The tables of which this one is made, one behind the other; empty for a single file.
+        rows: The 0-based place of each row in the file, where rows were left out; None: all stand there.
+        unread: Columns that are there by name alone, since nobody asked for them.
+        lists: Columns of Arrow with a list in each row, by path; see `llmrec.data.read.nested`.
+    """
+
+    name: str
+    frame: pl.DataFrame
+    sha256: str = ""
+    lines: Sequence[int] | None = None
+    header: int = 0
+    unusable: Mapping[str, str] = field(default_factory=dict)
+    parts: tuple[Table, ...] = ()
+    rows: Sequence[int] | None = None
+    unread: frozenset[str] = frozenset()
+    lists: Mapping[str, Any] = field(default_factory=dict)
+
+    def column(self, name: str) -> pl.Series:
+        """Return a column.
+
+        Raises:
+            LookupError: If it was not read: whoever asks for it must say so when the table is read.
+        """
+        if name in self.unread:
+            raise LookupError(f"column {name!r} of {self.name} was not read")
+        return self.frame[name]
+
+    def where(self, index: int) -> Place:
+        """Return the place of a row, by its 0-based index."""
+        for part in self.parts:
+            if index < part.frame.height:
+                return part.where(index)
+            index -= part.frame.height
+        row = self.rows[index] if self.rows is not None else index
+        return Place(self.name, row + 1, self.line(index))
+
+    def line(self, index: int) -> int:
+        """Return the line of a row of a single file, by its 0-based index."""
+        return self.lines[index] if self.lines is not None else index + 1 + self.header
+
+
+def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> list[str]:
+    """Return the names of columns, without blanks around them.
+
+    Raises:
+        DataError: If one stands there twice, or there are too many.
+    """
+    names = [column.strip() for column in found]
+    if len(names) > MAX_COLUMNS:
+        raise DataError.at(
+            Place(name, 0, 1),
+            "too-large",
+            f": {len(names)} columns are more than {MAX_COLUMNS}; check the separator and the line ends, "
+            "or keep the columns that are needed",
+        )
+    long = next((column for column in names if len(column) > _LONGEST_NAME), None)
+    if long is not None:
+        raise DataError.at(
+            Place(name, 0, 1),
+            "too-large",
+            f": a column's name has {len(long)} characters; check the line ends of the file",
+        )
+    twice = next((column for column, count in Counter(names).items() if count > 1), None)
+    if twice is not None:
+        raise DataError.at(
+            Place(name, 0, 1), "duplicate", f": the column {shown(twice)} stands there twice; {fix}", twice
+        )
+    return names
+
+
+def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> None:
+    """Check that a file has the columns that are asked for.
+
+    Raises:
+        DataError: If it lacks one.
+    """
+    for column in wanted:
+        if column not in names:
+            raise DataError.at(
+                name,
+                "missing-column",
+                f" has no column {column!r}{did_you_mean(column, names)}, so it is not this data set; its "
+                f"columns are: {enumerated(names)}. Correct it, or fetch the file again",
+                column,
+            )
+
+
+# --------------------------------------------------------------------------- the columns that a recipe means
+
+
+def paths(table: Table) -> list[str]:
+    """Return the names of the columns in the lists of a table."""
+    first = table.parts[0] if table.parts else table
+    return [path for name, column in first.lists.items() for path in paths_within(name, column.type.value_type)]
+
+
+def find(table: Table, name: str | None, default: str, key: str) -> str | None:
+    """Return the column that a recipe means.
+
+    Args:
+        table: Where to look.
+        name: The recipe's value; None means ``default``, if there is such a column, and `NONE` none at all.
+        default: llmrec's own name.
+        key: The recipe's key, for the error.
+
+    Raises:
+        DataError: If the recipe names a column that is not there.
+    """
+    columns = table.frame.columns
+    if name == NONE and name not in columns and key not in _COMPULSORY:
+        return None
+    check_usable(table, name or default, key)
+    if name is None:
+        return default if default in columns else None
+    if name not in columns:
+        known = [*columns, *paths(table)]
+        raise DataError.at(
+            table.name,
+            "missing-column",
+            f" has no column {name!r}{did_you_mean(name, known)}; its columns are: "
+            f"{enumerated(known)}. Name the right one in the recipe as {key}=...",
+            name,
+        )
+    return name
+
+
+def check_usable(table: Table, column: str, key: str) -> None:
+    """Refuse a column that is there and was left out, since nobody would notice.
+
+    Raises:
+        DataError: Naming what it holds.
+    """
+    if column not in table.unusable:
+        return
+    within = [path for path in (*table.frame.columns, *paths(table)) if path.startswith((f"{column}.", column + EACH))]
+    what = f"holds {table.unusable[column]}, which cannot be used; write it as texts, numbers or dates"
+    if within:
+        what = f"holds {table.unusable[column]}; name a column within it, such as {enumerated(within[:4])}"
+    raise DataError.at(
+        table.name, "bad-value", f": column {column!r} {what}, or name another column as {key}=...", column
+    )
+
+
+def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
+    """Refuse a table of users none of whom has interactions: its ids must be written otherwise.
+
+    Args:
+        name: Of the table.
+        own: Its users.
+        known: Users of the interactions.
+
+    Raises:
+        DataError: If it is one.
+    """
+    own, known = (ids.cast(pl.String).unique() for ids in (own, known))
+    found = int(known.is_in(own.implode()).sum())
+    if not found:
+        raise DataError.at(
+            name,
+            "mismatch",
+            f" (data.users): none of its {len(own)} users, such as {shown(str(own.sort()[0]))}, has an interaction; "
+            f"there users are called such as {shown(str(known.sort()[0]))}, so write their ids alike in both tables",
+        )
+    if 2 * found < len(known):
+        log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - found, len(known))
+
+
+# --------------------------------------------------------------------------- several tables
+
+
+def joined(tables: Sequence[Table]) -> Table:
+    """Return tables of the same columns as one, the rows of each behind those before; errors name the file of a row.
+
+    Raises:
+        DataError: If a column is not in all of them, or holds values that do not go together.
+    """
+    first = tables[0]
+    for table in tables[1:]:
+        for one, other in ((first, table), (table, first)):
+            absent = [name for name in one.frame.columns if name not in other.frame.columns]
+            if absent:
+                raise DataError.at(
+                    other.name,
+                    "missing-column",
+                    f" has no column {absent[0]!r}, which {one.name} has; write the same columns into the file of "
+                    "every part, or name the one file that is meant",
+                    absent[0],
+                )
+    columns = first.frame.columns
+    unread = frozenset().union(*(table.unread for table in tables))
+    try:
+        frame = pl.DataFrame([_stacked(name, [table.frame[name] for table in tables], unread) for name in columns])
+    except pl.exceptions.PolarsError as error:
+        raise DataError.at(
+            "; ".join(table.name for table in tables),
+            "bad-value",
+            f": a column has values of different types in these files ({reason(error)}); write it alike in all",
+        ) from error
+    return Table(
+        "; ".join(table.name for table in tables),
+        frame,
+        "; ".join(table.sha256 for table in tables),
+        unusable={name: held for table in tables for name, held in table.unusable.items()},
+        parts=tuple(tables),
+        unread=unread,
+    )
+
+
+def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> pl.Series:
+    """Return the values of a column of several tables."""
+    if name in unread:
+        return pl.repeat(None, sum(map(len, parts)), dtype=pl.Null, eager=True).alias(name)
+    if all(isinstance(part.dtype, pl.Enum) for part in parts):
+        return stacked(name, parts)
+    plain = [part.cast(pl.String) if isinstance(part.dtype, pl.Enum) else part for part in parts]
+    if any(part.dtype == pl.String for part in plain):
+        plain = [as_whole(part) for part in plain]
+    return pl.concat([part.to_frame(name) for part in plain], how="vertical_relaxed")[name]
+
+
+# --------------------------------------------------------------------------- lists
+
+
+def rows_of(table: Table, names: Iterable[str | None]) -> Table:
+    """Return a table with a row for each element of the list that columns are named in; others as they are.
+
+    Rows keep their place in the file, so that errors name it. A row whose list is empty gives none.
+
+    Args:
+        table: As it was read.
+        names: The columns that are needed, such as ``lines[].sku``.
+
+    Raises:
+        DataError: If columns of two lists are named, or all lists are empty.
+    """
+    chosen = tuple(name for name in names if name is not None and EACH in name)
+    if not chosen:
+        return table
+    if table.parts:
+        parts = joined([_along(part, chosen) for part in table.parts])
+        found = replace(parts, name=table.name, sha256=table.sha256)
+    else:
+        found = _along(table, chosen)
+    if found.frame.is_empty():
+        raise DataError.at(table.name, "empty", f": the lists of {chosen[0]} have no elements in any row", chosen[0])
+    return found
+
+
+def _along(table: Table, names: Sequence[str]) -> Table:
+    """Return the rows of one file, of which there may be none."""
+    wanted = {name: lists_in(name) for name in names if name not in table.frame.columns}
+    wanted = {name: lists for name, lists in wanted.items() if lists and lists[0] in table.lists}
+    if not wanted:
+        return table
+    longest = max(wanted, key=lambda name: len(wanted[name]))
+    for name, lists in wanted.items():
+        if lists != wanted[longest][: len(lists)]:
+            raise DataError.at(
+                table.name,
+                "contradiction",
+                f": the columns {longest!r} and {name!r} are in two lists, and each row is an element of one; name "
+                "columns of one list",
+                name,
+            )
+    for name in wanted[longest]:
+        if name in table.lists:
+            table = _each(table, name)
+    return table
+
+
+def _each(table: Table, name: str) -> Table:
+    """Return a table with a row for each element of a list."""
+    column = table.lists[name]
+    counts = pc.list_value_length(column).fill_null(0).to_numpy()
+    rows = np.repeat(np.arange(len(counts)), counts)
+    sizes = [_bytes(column) for column in table.frame if column.dtype in (pl.String, pl.List(pl.String))]
+    if sum(int((size.to_numpy() * counts).sum()) for size in sizes) > limits.MAX_BYTES:
+        raise DataError.at(
+            table.name,
+            "too-large",
+            f": with a row for each element of {name} its texts take more than {limits.MAX_BYTES} bytes; write fewer "
+            "columns, or split it",
+            name,
+        )
+    found = opened(table.name, {name: pc.list_flatten(column)})
+    inner = in_polars(found.columns).with_columns(pl.col(pl.String).fill_null(""))
+    frame = pl.concat([table.frame[rows], inner], how="horizontal")
+    return replace(
+        table,
+        frame=frame,
+        lines=array("q", map(table.line, rows)),
+        rows=array("q", (table.rows[row] for row in rows) if table.rows is not None else rows),
+        lists=found.lists,
+        unusable={**table.unusable, **found.unusable},
+    )
+
+
+def _bytes(texts: pl.Series) -> pl.Series:
+    """Return the bytes of the texts in each row."""
+    if texts.dtype == pl.String:
+        return texts.str.len_bytes().cast(pl.Int64).fill_null(0)
+    return texts.list.eval(pl.element().str.len_bytes().cast(pl.Int64)).list.sum().fill_null(0)

@@ -1,0 +1,285 @@
+"""Finds the files of a published set: in a folder, in a zip archive or beside a file; downloads are kept."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import tempfile
+import urllib.request
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from http.client import HTTPException
+from importlib.util import find_spec
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from llmrec.data.read.files import Member, listing, user_path
+from llmrec.data.read.limits import reason, require_file, stands
+from llmrec.data.sets.pages import Known, Layout
+from llmrec.errors import DataError, did_you_mean
+from llmrec.resources import cache_dir
+
+
+@dataclass(frozen=True)
+class Found:
+    """The files of one variant of a set.
+
+    Attributes:
+        where: The folder or archive.
+        layout: Which variant.
+        category: What ``*`` stands for in the pattern of the file of interactions.
+        events: The file of interactions.
+        items: The file of items.
+        people: The file of user profiles.
+        renames: The file of item ids.
+    """
+
+    where: str
+    layout: Layout
+    category: str
+    events: Member
+    items: Member | None
+    people: Member | None
+    renames: Member | None
+
+
+def locate(known: Known, path: str | None, items: str | None) -> Found:
+    """Find the files of a set.
+
+    Args:
+        known: What is looked for.
+        path: ``data.path``: a folder, an archive, or the file of interactions. None: llmrec's cache folder.
+        items: ``data.items``: the file of items, where it lies elsewhere.
+
+    Raises:
+        DataError: If a file is missing, or several could be meant.
+    """
+    chosen = user_path(path) if path is not None else _cached(known)
+    if stands(chosen) and not chosen.is_dir():
+        require_file(chosen, _ways(known))
+    named = chosen.is_file() and chosen.suffix.lower() != ".zip"
+    if named:
+        events = Member(str(chosen), chosen)
+        layout, category = _layout_of(known, events)
+        return _complete(known, str(chosen.parent), layout, category, events, listing(chosen.parent), items)
+    for place in (chosen, *(chosen / folder for folder in known.folders)):
+        members = listing(place) if place.exists() else []
+        fitting = _fitting(known, members)
+        if fitting:
+            layout, category, events = _only(known, str(place), fitting)
+            return _complete(known, str(place), layout, category, events, members, items)
+    if not chosen.exists():
+        raise DataError(
+            f"data.path={path}: there is no such file or folder{_near(chosen)}; {_ways(known)}",
+            kind="missing-file",
+            at=chosen,
+            column="data.path",
+        )
+    wanted = " or ".join(dict.fromkeys(pattern for layout in known.layouts for pattern in layout.events.files))
+    raise DataError(
+        f"data.path={path or chosen} holds no file {wanted} of {known.name} (each may end in .gz); {_ways(known)}",
+        kind="missing-file",
+        at=chosen,
+        column="data.path",
+    )
+
+
+def _ways(known: Known) -> str:
+    return (
+        f"fetch {known.fetch} from {known.page} (terms: {known.licence}) and set data.path to the folder, "
+        "the zip or the file"
+    )
+
+
+def _near(path: Path) -> str:
+    try:
+        return did_you_mean(path.name, [other.name for other in path.parent.iterdir()])
+    except OSError:
+        return ""
+
+
+def _cached(known: Known) -> Path:
+    if (folder := _wheel_folder(known)) is not None and _fitting(known, listing(folder)):
+        return folder
+    home = cache_dir() / "data"
+    # A page of somebody's own is named by its path.
+    for folder in (*known.folders, *((known.name,) if known.shipped else ())):
+        for place in (home / folder, home / f"{folder}.zip"):
+            if place.exists():
+                return place
+    if known.download is None:
+        raise DataError(
+            f"source {known.name!r} needs data.path: {_ways(known)}", kind="missing-key", column="data.path"
+        )
+    archive = home / f"{known.folders[0] if known.folders else known.name}.zip"
+    try:
+        fetch(known.download, archive, md5=known.md5)
+    except DataError as error:
+        raise DataError(
+            f"{known.name} is not on this machine: {error}. There are these ways to it: {_ways(known)}, or use a "
+            f"network that reaches {urlsplit(known.download).hostname}",
+            kind=error.kind,
+            at=error.place,
+        ) from error
+    return archive
+
+
+def _wheel_folder(known: Known) -> Path | None:
+    """Return the folder inside an installed package, without importing it; None if there is none."""
+    package, _, folder = (known.wheel or "").partition("/")
+    try:
+        spec = find_spec(package) if package else None
+    except (ImportError, ValueError):
+        return None
+    places = spec.submodule_search_locations if spec is not None else None
+    path = Path(next(iter(places)), folder) if places else None
+    return path if path is not None and path.is_dir() else None
+
+
+def captured(pattern: str, name: str) -> str | None:
+    """Return what ``*`` stands for where a name fits a pattern with at most one; None where it does not fit."""
+    found = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
+    return None if found is None else (found[1] if found.groups() else "")
+
+
+def fits(layout: Layout, name: str) -> str | None:
+    """Return the category of a file of interactions, by its plain name, or None if it is another file."""
+    if any(fnmatchcase(name.lower(), pattern) for pattern in layout.events.skip):
+        return None
+    tried = (captured(pattern, name) for pattern in layout.events.files)
+    return next((category for category in tried if category is not None), None)
+
+
+def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str, Member]]:
+    found: dict[tuple[str, str], tuple[Layout, str, Member]] = {}
+    for layout in known.layouts:
+        for member in members:
+            category = fits(layout, member.plain)
+            if category is not None:
+                # A file that lies there packed and unpacked is one file; the unpacked one sorts first.
+                found.setdefault((member.folder, member.plain), (layout, category, member))
+    return list(found.values())
+
+
+def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -> tuple[Layout, str, Member]:
+    if len(fitting) == 1:
+        return fitting[0]
+    names = ", ".join(member.name.removeprefix(f"{where}/") for _, _, member in fitting[:6])
+    way = "" if fitting[0][2].inner is None else "; unpack the archive first"
+    raise DataError.at(
+        where,
+        "ambiguous",
+        f" holds several files of interactions of {known.name} ({names}); name one of them as data.path{way}",
+        "data.path",
+    )
+
+
+def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
+    """Return the variant that a file named by the user belongs to: by its name, or else by its ending."""
+    for layout in known.layouts:
+        category = fits(layout, events.plain)
+        if category is not None:
+            return layout, category
+    json = events.plain.lower().endswith(".json")
+    for layout in known.layouts:
+        if json == (layout.events.form.kind != "delimited"):
+            return layout, ""
+    wanted = " or ".join(layout.events.files[0] for layout in known.layouts)
+    raise DataError.at(
+        events.name,
+        "wrong-format",
+        f": a file of this ending is not in {known.name}, which has {wanted}; {_ways(known)}",
+    )
+
+
+def _complete(
+    known: Known,
+    where: str,
+    layout: Layout,
+    category: str,
+    events: Member,
+    members: Sequence[Member],
+    items: str | None,
+) -> Found:
+    """Add the other files of the set, from beside the file of interactions."""
+    near = [member for member in members if member.folder == events.folder]
+
+    def beside(patterns: Sequence[str]) -> Member | None:
+        for pattern in patterns:
+            name = pattern.replace("{}", category) if category else pattern.replace("{}", "*")
+            fitting = [member for member in near if captured(name, member.plain) is not None and member != events]
+            if len({member.plain for member in fitting}) == 1:
+                return fitting[0]
+        return None
+
+    entries: Member | None = None
+    if layout.items is not None:
+        entries = Member(items, user_path(items)) if items is not None else beside(layout.items.files)
+        if entries is None and layout.items.complete:
+            raise _missing(known, where, layout.items.files[0], "the file of items")
+    elif items is not None:
+        raise DataError(
+            f"data.items: source {known.name!r} has no file of items; leave the key out",
+            kind="contradiction",
+            column="data.items",
+        )
+    renames = beside(layout.renames.files) if layout.renames is not None else None
+    if renames is None and layout.renames is not None and entries is not None:
+        raise _missing(known, where, layout.renames.files[0], "which says which item id is which")
+    people = beside(layout.people.files) if layout.people is not None else None
+    return Found(where, layout, category, events, entries, people, renames)
+
+
+def _missing(known: Known, where: str, name: str, what: str) -> DataError:
+    return DataError.at(where, "missing-file", f" lacks {name} (or {name}.gz), {what}; {_ways(known)}")
+
+
+_TIMEOUT = 30
+_MAX_ARCHIVE = 64 * 2**20
+_CHUNK = 2**20
+
+
+def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
+    """Download a file under a temporary name, check it, then move it to its place.
+
+    Args:
+        url: Where it is published.
+        target: Where it goes.
+        md5: Its published checksum, if there is one.
+
+    Raises:
+        DataError: If it cannot be fetched or written, is too large, or is not the published file.
+    """
+    digest = hashlib.md5(usedforsecurity=False)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=target.parent, prefix=target.name, suffix=".part")
+    except OSError as error:
+        raise DataError(
+            f"the download folder {target.parent} cannot be written ({reason(error)}); set LLMREC_CACHE",
+            kind="unreadable",
+            at=target.parent,
+        ) from error
+    part = Path(name)
+    try:
+        with os.fdopen(handle, "wb") as out, urllib.request.urlopen(url, timeout=_TIMEOUT) as answer:
+            size = 0
+            while chunk := answer.read(_CHUNK):
+                size += len(chunk)
+                if size > _MAX_ARCHIVE:
+                    raise DataError.at(
+                        url, "too-large", f" is larger than {_MAX_ARCHIVE} bytes, so it is not the published file"
+                    )
+                digest.update(chunk)
+                out.write(chunk)
+        if md5 is not None and digest.hexdigest() != md5:
+            raise DataError.at(
+                url, "damaged", f" has the MD5 {digest.hexdigest()} and not the published {md5}; try again later"
+            )
+        part.replace(target)
+    except (OSError, HTTPException, ValueError) as error:
+        raise DataError.at(url, "unreachable", f" cannot be fetched ({reason(error)})") from error
+    finally:
+        part.unlink(missing_ok=True)
