@@ -7,8 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from llmrec import registry
 from llmrec.answer.rank.options import RankOptions
+from llmrec.cli import main
 from llmrec.cli.main import app_of
+from llmrec.command import Command
 
 NEEDED = ["--model", "m", "--in", "a.jsonl", "--out", "b.csv"]
 FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}
@@ -63,3 +66,38 @@ def test_every_option_reaches_its_field() -> None:
 def test_what_cannot_be_is_refused(given: list[str], said: str) -> None:
     found = handed(*given)
     assert isinstance(found, str) and said in found
+
+
+COMMAND = '''
+from dataclasses import dataclass
+from typing import Annotated
+
+from llmrec.answer.options import About
+from llmrec.cli.console import say, tell
+
+
+@dataclass(frozen=True, kw_only=True)
+class GreetOptions:
+    """A name, and how it is called."""
+
+    name: Annotated[str, About(argument=True, metavar="NAME", help="Whose.")]
+    loud: Annotated[bool, About(help="In capitals.")] = False
+
+
+def greet(options: GreetOptions) -> None:
+    """Greet somebody."""
+    text = f"hello {options.name}"
+    tell(greeting=text)
+    say(text.upper() if options.loud else text)
+'''
+
+
+def test_a_command_is_a_module_and_an_entry_of_the_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "greeting_command.py").write_text(COMMAND, encoding="utf-8")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    added = {**registry.COMMANDS, "greet": Command("greeting_command:greet", "Data", "Greet somebody.")}
+    for module in (registry, main):
+        monkeypatch.setattr(module, "COMMANDS", added)
+    listed = CliRunner().invoke(main.app, ["--help"]).output
+    assert "greet         Greet somebody.\n" in listed
+    assert CliRunner().invoke(main.app, ["greet", "Ada", "--loud"]).output == "HELLO ADA\n"
