@@ -21,9 +21,9 @@ from llmrec.results import Results
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.auto import run as autos
-from llmrec.start.auto.run import Part
-from llmrec.start.auto.trial import Done
+from llmrec.start import auto as autos
+from llmrec.start.auto import Part
+from llmrec.start.auto_trial import Done
 
 FRAME = pl.DataFrame(
     [

@@ -12,8 +12,8 @@ def init(options: InitOptions) -> None:
 
     It says which column was taken for what, and why.
     """
-    from llmrec.start.init import start
-    from llmrec.start.init.columns import asked
+    from llmrec.start import init as start
+    from llmrec.start.columns import asked
 
     made = start.init(
         options.table,
@@ -34,7 +34,7 @@ def auto(options: AutoOptions) -> None:
 
     Recommenders are tuned, joined and measured; the best one is ready to serve.
     """
-    from llmrec.start.auto import run as autos
+    from llmrec.start import auto as autos
 
     made = autos.build(options, say=note)
     tell(**autos.record(made, options))
@@ -46,7 +46,7 @@ def tune(options: TuneOptions) -> None:
 
     Within a budget of time; the best settings are written as a recipe.
     """
-    from llmrec.start.tune.run import search, told
+    from llmrec.start.tune import search, told
 
     best = search(options, say=note)
     tell(**vars(best))

@@ -16,11 +16,11 @@ from llmrec.progress import note, silent
 from llmrec.recipe.load import Overrides, as_recipe, in_words, load_recipe
 from llmrec.recipe.pages import flow
 from llmrec.recipe.schema import Recipe
-from llmrec.start.auto.run import Auto, build
-from llmrec.start.init import start
-from llmrec.start.init.columns import asked
+from llmrec.start import init as start
+from llmrec.start.auto import Auto, build
+from llmrec.start.columns import asked
 from llmrec.start.options import AutoOptions, InitOptions, TuneOptions
-from llmrec.start.tune.run import Found, search
+from llmrec.start.tune import Found, search
 
 
 @dataclass(frozen=True, repr=False)

@@ -18,7 +18,7 @@ from tests.test_cli import HEADER, rows
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init.start import init
+from llmrec.start.init import init
 
 RECIPES, SUITES = resource("recipes").rglob("*.yaml"), resource("eval", "suites").glob("*.yaml")
 PAGES = {"recipe": sorted(RECIPES), "suite": sorted(SUITES)}

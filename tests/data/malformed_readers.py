@@ -24,7 +24,7 @@ from llmrec.types import Item
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init.start import init
+from llmrec.start.init import init
 
 Files = dict[str, bytes]
 

@@ -18,7 +18,7 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init import start
+from llmrec.start import init as start
 
 USERS, MOMENTS, EACH = 12, 4, 3
 

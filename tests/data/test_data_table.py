@@ -36,7 +36,7 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init.start import init
+from llmrec.start.init import init
 
 HEAD = "user_id,item_id,rating,timestamp\n"
 GOOD = HEAD + "a,x,5,1\na,y,4,2\na,z,3,3\nb,x,2,4\n"

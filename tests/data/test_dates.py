@@ -21,8 +21,8 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init.columns import asked
-from llmrec.start.init.start import init
+from llmrec.start.columns import asked
+from llmrec.start.init import init
 from llmrec.start.options import InitOptions
 
 DAY = datetime(2024, 6, 1, tzinfo=UTC).timestamp()

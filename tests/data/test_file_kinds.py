@@ -29,8 +29,9 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init import profile, start
-from llmrec.start.init.columns import Asked
+from llmrec.start import init as start
+from llmrec.start import profile
+from llmrec.start.columns import Asked
 
 ROWS = pl.DataFrame(
     [

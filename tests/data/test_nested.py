@@ -26,9 +26,9 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init.columns import Asked
-from llmrec.start.init.profile import peek
-from llmrec.start.init.start import init
+from llmrec.start.columns import Asked
+from llmrec.start.init import init
+from llmrec.start.profile import peek
 
 ITEMS = [f"A{n:02}" for n in range(30)]
 ORDERS: list[dict[str, Any]] = [

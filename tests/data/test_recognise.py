@@ -19,7 +19,7 @@ from tests.facts import Facts, raises
 
 pytest.importorskip("llmrec.start", reason="the extension is not there")
 
-from llmrec.start.init import start
+from llmrec.start import init as start
 
 
 @pytest.mark.parametrize(

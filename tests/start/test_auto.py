@@ -25,9 +25,9 @@ from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.results import FusionWeights, PartWeight, Results
-from llmrec.start.auto import run as autos
-from llmrec.start.auto.run import Part, Plan, data_page, has_texts, judged, parts_for, plan, with_model
-from llmrec.start.auto.trial import Done
+from llmrec.start import auto as autos
+from llmrec.start.auto import Part, Plan, data_page, has_texts, judged, parts_for, plan, with_model
+from llmrec.start.auto_trial import Done
 from llmrec.start.options import AutoOptions, budget_seconds
 
 # Grids that are searched through in a moment, so that no test depends on a budget.
@@ -367,8 +367,8 @@ def test_rows_are_kept_where_nothing_needs_what_they_lack_and_lost_ones_are_told
 
 
 def test_whoever_has_few_interactions_is_served_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.start.init.plan._CORE_ROWS", 100)
-    monkeypatch.setattr("llmrec.start.init.plan._CORE_LEFT", 5)
+    monkeypatch.setattr("llmrec.start.plan._CORE_ROWS", 100)
+    monkeypatch.setattr("llmrec.start.plan._CORE_LEFT", 5)
     draws = np.random.default_rng(1)
     rows = [
         f"u{user},s{item},{n}" for user in range(120) for n, item in enumerate(draws.permutation(15)[: 1 + user % 7])

@@ -29,11 +29,11 @@ from llmrec.pipeline.leaks import questions
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Columns
-from llmrec.start.init.columns import Asked, asked, guess
-from llmrec.start.init.page import Page, render, scalar, where_line
-from llmrec.start.init.plan import BUDGET_SECONDS, Plan, decide, events_of
-from llmrec.start.init.start import init
+from llmrec.start.columns import Asked, asked, guess
+from llmrec.start.init import init
 from llmrec.start.options import InitOptions
+from llmrec.start.page import Page, render, scalar, where_line
+from llmrec.start.plan import BUDGET_SECONDS, Plan, decide, events_of
 from tests import shop
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "own-data.md"
@@ -366,8 +366,8 @@ def test_tasks_are_off_for_a_reason() -> None:
 
 
 def test_a_large_sparse_table_is_filtered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.start.init.plan._CORE_ROWS", 1000)
-    monkeypatch.setattr("llmrec.start.init.plan._CORE_LEFT", 20)
+    monkeypatch.setattr("llmrec.start.plan._CORE_ROWS", 1000)
+    monkeypatch.setattr("llmrec.start.plan._CORE_LEFT", 20)
     dice = random.Random(2)
     rows = [(f"u{int(dice.paretovariate(0.4))}", f"i{int(dice.paretovariate(0.6))}") for _ in range(6000)]
     plan = plan_of(rows, ("user", "item"))
@@ -571,9 +571,9 @@ def test_a_recipe_of_init_passes_its_own_check(folder: Path, seed: int, kind: in
     rows = [(f"u{user}", f"i{item}", f"{rate(user)}") for user, item in sorted(pairs)]
     pl.DataFrame(rows, schema=["customer", "sku", "stars"], orient="row").write_csv("sparse.csv")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmrec.start.init.plan._CORE_ROWS", 100)
-        patch.setattr("llmrec.start.init.plan._CORE_LEFT", 5)
-        patch.setattr("llmrec.start.init.start._CHECKED_ROWS", 0)
+        patch.setattr("llmrec.start.plan._CORE_ROWS", 100)
+        patch.setattr("llmrec.start.plan._CORE_LEFT", 5)
+        patch.setattr("llmrec.start.init._CHECKED_ROWS", 0)
         init("sparse.csv", asked=Asked(rating="stars") if named else Asked(), force=True)
     recipe = load_recipe("sparse.yaml")
     assert recipe.data.filter.user_core == 5

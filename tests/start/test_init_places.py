@@ -15,7 +15,7 @@ import pytest
 from llmrec.data.sets.table import load
 from llmrec.errors import DataError
 from llmrec.recipe.load import load_recipe
-from llmrec.start.init.start import init
+from llmrec.start.init import init
 from tests import shop
 from tests.facts import Facts, raises
 from tests.workbook import workbook

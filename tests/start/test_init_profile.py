@@ -23,10 +23,10 @@ from llmrec.data.read.typed import numbers as read_numbers
 from llmrec.data.read.typed import times as read_times
 from llmrec.data.read.words import named, noun_of
 from llmrec.errors import DataError
-from llmrec.start.init.columns import Asked, Roles, asked, guess
-from llmrec.start.init.faults import faults, mended
-from llmrec.start.init.profile import READABLE, kinds_of_events, numbers, peek, profile, shown, times
+from llmrec.start.columns import Asked, Roles, asked, guess
+from llmrec.start.faults import faults, mended
 from llmrec.start.options import InitOptions
+from llmrec.start.profile import READABLE, kinds_of_events, numbers, peek, profile, shown, times
 from tests.facts import Facts, raises
 
 dice = random.Random(0)
@@ -408,8 +408,8 @@ def test_a_part_ends_after_a_whole_quoted_row(tmp_path: Path) -> None:
 
 
 def test_parquet_row_groups(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmrec.start.init.profile.WHOLE_ROWS", 1000)
-    monkeypatch.setattr("llmrec.start.init.profile.PART_ROWS", 600)
+    monkeypatch.setattr("llmrec.start.profile.WHOLE_ROWS", 1000)
+    monkeypatch.setattr("llmrec.start.profile.PART_ROWS", 600)
     frame = read_table(write_csv(tmp_path / "t.csv", 5000)).frame
     frame.write_parquet(tmp_path / "t.parquet", row_group_size=500)
     part = peek(tmp_path / "t.parquet")

@@ -10,9 +10,9 @@ import yaml
 
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.recipe.load import load_recipe
+from llmrec.start import tune as tuning
 from llmrec.start.options import TuneOptions
-from llmrec.start.tune import run as tuning
-from llmrec.start.tune.run import Space, grid, spaces
+from llmrec.start.tune import Space, grid, spaces
 
 
 @pytest.fixture

@@ -99,7 +99,7 @@ def _shipped() -> frozenset[str]:
 def table(folder: Path, given: Given) -> None:
     """``llmrec init`` of a table, or its reading as a recipe names it."""
     if given["by"] == "init":
-        init = named("llmrec.start.init.start:init", "llmrec.build.init:init")
+        init = named("llmrec.start.init:init", "llmrec.build.init:init")
         # What takes seconds there, figures of the data, reads nothing new.
         brief = {"measure": False} if "measure" in signature(init).parameters else {}
         init(str(folder / given["file"]), out=folder / "made.yaml", name="mine", force=True, backend="hf", **brief)

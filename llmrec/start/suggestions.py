@@ -16,8 +16,8 @@ from llmrec.data.read.nested import leaf
 from llmrec.data.read.sheets import SHEETS, sheets_of, split_sheet
 from llmrec.data.read.tables import Table
 from llmrec.errors import DataError, LlmrecError
-from llmrec.start.init.columns import Asked, Roles, guess
-from llmrec.start.init.profile import Profile, no_id, peek, profile
+from llmrec.start.columns import Asked, Roles, guess
+from llmrec.start.profile import Profile, no_id, peek, profile
 
 _MOST_TABLES, _ROWS = 40, 2000
 _PLAIN = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")

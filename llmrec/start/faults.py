@@ -13,8 +13,8 @@ from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import texts
 from llmrec.durable import replacing
 from llmrec.errors import DataError, ErrorKind, Place
-from llmrec.start.init.columns import Roles
-from llmrec.start.init.profile import READABLE, Peek, Profile, shell, shown
+from llmrec.start.columns import Roles
+from llmrec.start.profile import READABLE, Peek, Profile, shell, shown
 
 COPY_ENDINGS = (".csv", ".parquet")
 

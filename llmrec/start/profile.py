@@ -1,4 +1,4 @@
-"""What each column of a table holds, and which go together; `llmrec.start.init.columns` draws the conclusions.
+"""What each column of a table holds, and which go together; `llmrec.start.columns` draws the conclusions.
 
 A small table is read whole, a large one in blocks from all over the file.
 """

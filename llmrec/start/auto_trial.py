@@ -1,6 +1,6 @@
 """Tunes recommenders in a process of its own, which may be killed at any time: every trial is in a file at once.
 
-``python -m llmrec.start.auto.trial ASKED.json`` reads what `Asked` holds and writes trials, one file a recommender.
+``python -m llmrec.start.auto_trial ASKED.json`` reads what `Asked` holds and writes trials, one file a recommender.
 """
 
 from __future__ import annotations

@@ -16,7 +16,8 @@ from llmrec.data.read.typed import ORDERS, DateOrder
 from llmrec.data.read.words import about_orders, named
 from llmrec.data.sets.table import SPELLED, part_of
 from llmrec.errors import DataError, did_you_mean
-from llmrec.start.init.profile import (
+from llmrec.start.options import TableOptions
+from llmrec.start.profile import (
     READABLE,
     UNIX,
     Profile,
@@ -33,7 +34,6 @@ from llmrec.start.init.profile import (
     shown,
     when,
 )
-from llmrec.start.options import TableOptions
 
 # --------------------------------------------------------------------------- roles
 

@@ -11,7 +11,7 @@ import polars as pl
 from llmrec.data.dataset import Dataset, core
 from llmrec.data.read.words import noun_of
 from llmrec.data.stats import BASKETS
-from llmrec.start.init.columns import Roles
+from llmrec.start.columns import Roles
 
 FAMILIES = ("rating", "sequential", "direct", "explanation")
 _CORE_ROWS = 50_000

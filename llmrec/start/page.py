@@ -1,4 +1,4 @@
-"""The recipe that `llmrec init` writes, made from ``page.yaml.j2``: every value with its reason."""
+"""The recipe that `llmrec init` writes, made from ``recipe.yaml.j2``: every value with its reason."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 from llmrec.cli.console import minutes
 from llmrec.data.read.tables import NONE
 from llmrec.recipe.schema import Columns
-from llmrec.start.init.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, shown_history, window
-from llmrec.start.init.profile import shown
+from llmrec.start.plan import BATCH_TOKENS, ROW_TOKENS, Plan, answer_tokens, shown_history, window
+from llmrec.start.profile import shown
 
 SCHEMA = "llmrec.schema.json"
 """Beside the page, for editors."""
@@ -98,7 +98,7 @@ def _template() -> Template:
     )
     environment.filters |= {"shown": shown, "scalar": scalar, "in_list": _in_list, "number": _number}
     environment.filters["remark"] = lambda text: f"  # {shown(text, 160)}" if text else ""
-    return environment.get_template("page.yaml.j2")
+    return environment.get_template("recipe.yaml.j2")
 
 
 def where_line(column: str, value: str, core: int) -> str:

@@ -31,12 +31,12 @@ from llmrec.report.summary import brought
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration, with_interval
 from llmrec.results import Choice, Results
-from llmrec.start.auto.trial import Asked, Done, Tuning, done, trial_key
-from llmrec.start.init.columns import asked
-from llmrec.start.init.page import SCHEMA
-from llmrec.start.init.plan import BATCH_TOKENS, TRAIN_SPEED
-from llmrec.start.init.start import init, name_of
+from llmrec.start.auto_trial import Asked, Done, Tuning, done, trial_key
+from llmrec.start.columns import asked
+from llmrec.start.init import init, name_of
 from llmrec.start.options import AutoOptions
+from llmrec.start.page import SCHEMA
+from llmrec.start.plan import BATCH_TOKENS, TRAIN_SPEED
 from llmrec.tasks.family import missing_controls
 
 # --------------------------------------------------------------------------- the language model
@@ -634,7 +634,7 @@ def _child(asked: Asked, log: Path) -> Iterator[subprocess.Popen[bytes]]:
     with log.open("ab") as told:
         # A group of its own: Ctrl-C is for the parent, which decides.
         child = subprocess.Popen(
-            [sys.executable, "-m", "llmrec.start.auto.trial", str(page)],
+            [sys.executable, "-m", "llmrec.start.auto_trial", str(page)],
             stdout=told,
             stderr=told,
             stdin=subprocess.DEVNULL,

@@ -27,12 +27,12 @@ from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.recipe.schema import AUTO, Columns, DataSection, Recipe, Split
 from llmrec.resources import resource
-from llmrec.start.init.columns import ROLES, Asked, Roles, guess, in_lists
-from llmrec.start.init.faults import faults, mended, refusal, write_copy
-from llmrec.start.init.page import SCHEMA, Page, expected, render, where_line
-from llmrec.start.init.plan import FAMILIES, Events, Plan, decide, events_in, events_of
-from llmrec.start.init.profile import Peek, Profile, kinds_of_events, peek, shown
-from llmrec.start.init.suggestions import companion_of, no_query, suggested
+from llmrec.start.columns import ROLES, Asked, Roles, guess, in_lists
+from llmrec.start.faults import faults, mended, refusal, write_copy
+from llmrec.start.page import SCHEMA, Page, expected, render, where_line
+from llmrec.start.plan import FAMILIES, Events, Plan, decide, events_in, events_of
+from llmrec.start.profile import Peek, Profile, kinds_of_events, peek, shown
+from llmrec.start.suggestions import companion_of, no_query, suggested
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 # What a schema begins with that llmrec wrote.

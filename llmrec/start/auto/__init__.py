@@ -1,1 +1,0 @@
-"""`llmrec auto`: from a table to a recommender within a budget of time."""

@@ -1,1 +1,0 @@
-"""The command init: a recipe for a table nobody described."""

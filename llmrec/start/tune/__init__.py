@@ -1,1 +1,0 @@
-"""`llmrec tune`: a recipe's own keys, searched on validation."""
