@@ -37,8 +37,9 @@ from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, new_key
 from llmrec.serve.options import ServeOptions
 from llmrec.serve.run import make_service
+from tests.answer.rank_cases import toy_run
 from tests.conftest import make_model
-from tests.serve.served import listening, toy_run, wait_ready
+from tests.serve.served import listening, wait_ready
 
 HOOKS = Path(__file__).with_name("serve_schema_hooks.py")
 SEED = 20261

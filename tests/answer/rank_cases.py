@@ -123,3 +123,13 @@ if __name__ == "__main__":
     run.PART = int(sys.argv[4])
     run.write_part = dying(int(sys.argv[5]), _die)
     run.rank_file(options(sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3]), items=Path(sys.argv[6])))
+
+
+def toy_run(model: Path, folder: Path) -> Path:
+    """Make a run whose model answers every verb."""
+    folder.mkdir()
+    run = make_run(model, folder)
+    recipe = load_recipe(str(run / "recipe.yaml"), ["tasks.ctr={}"])
+    bundle.write(build_study(recipe), run / "merged")
+    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
+    return run

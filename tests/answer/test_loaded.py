@@ -35,9 +35,8 @@ from llmrec.pipeline.training import train_stage
 from llmrec.recipe.load import dump, load_recipe, load_stored
 from llmrec.resources import resource
 from llmrec.types import Item
-from tests.answer.rank_cases import jsonl, lines, options
+from tests.answer.rank_cases import jsonl, lines, options, toy_run
 from tests.facts import Facts, raises
-from tests.serve.served import toy_run
 
 pytest.importorskip("llmrec.serve", reason="the extension is not there")
 

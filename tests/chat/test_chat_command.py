@@ -20,9 +20,9 @@ from llmrec.chat.options import MOST, ChatOptions
 from llmrec.chat.run import chat
 from llmrec.cli.main import app
 from llmrec.errors import DataError
+from tests.answer.rank_cases import toy_run
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
-from tests.serve.served import toy_run
 
 pytest.importorskip("torch", reason="the train extra is not installed")
 

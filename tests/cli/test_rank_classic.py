@@ -23,9 +23,8 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.types import Case, Ranking
-from tests.answer.rank_cases import jsonl, lines
+from tests.answer.rank_cases import jsonl, lines, toy_run
 from tests.facts import Facts, raises
-from tests.serve.served import toy_run
 
 CHANGES = ["data={source: made-reviews, noun: products}", "reviews=null", "eval.candidates.count=5"]
 BASELINES = ["tasks.sequential.baselines=[{name: markov, decay: 0.31}, item-knn, popularity, random, markov-1]"]

@@ -13,9 +13,6 @@ from typing import Any, cast
 
 import httpx
 
-from llmrec.pipeline import bundle
-from llmrec.pipeline.study import build_study
-from llmrec.recipe.load import dump, load_recipe
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.keys import Keys, new_key
@@ -24,7 +21,7 @@ from llmrec.serve.options import ServeOptions
 from llmrec.serve.run import make_service
 from llmrec.serve.server import make_server
 from llmrec.serve.service import Service
-from tests.answer.rank_cases import make_run
+from tests.answer.rank_cases import toy_run
 
 # Much more than an engine takes on a busy machine.
 _PATIENCE = 300.0
@@ -99,16 +96,6 @@ def wait_ready(url: str) -> None:
     while (found := httpx.get(f"{url}/ready")).status_code != 200:
         assert time.monotonic() < ends, found.text
         time.sleep(0.1)
-
-
-def toy_run(model: Path, folder: Path) -> Path:
-    """Make a run whose model answers every verb."""
-    folder.mkdir()
-    run = make_run(model, folder)
-    recipe = load_recipe(str(run / "recipe.yaml"), ["tasks.ctr={}"])
-    bundle.write(build_study(recipe), run / "merged")
-    (run / "recipe.yaml").write_text(dump(recipe), encoding="utf-8")
-    return run
 
 
 @contextmanager

@@ -1,5 +1,0 @@
-"""What tests of commands share with those of the report: the content of a finished run."""
-
-from tests.report.conftest import hostile, payloads, results, run_dir, save, several
-
-__all__ = ["hostile", "payloads", "results", "run_dir", "save", "several"]
