@@ -1,9 +1,8 @@
-"""Answers that outlive the process: a SQLite table in front of a backend, keyed by everything that can change them.
+"""The answer cache: a SQLite table in front of a backend, keyed by everything that can change an answer.
 
-The calls that reach it are the fixed chunks that evaluation cuts its requests into. Each call's new answers are
-committed in one transaction, so a kill loses the chunk at hand and nothing else, and that chunk is computed again as
-a whole. A backend that hands answers out one by one has each committed as it comes. The engine is started by the first
-question that the table cannot answer.
+Calls arrive in the fixed chunks of evaluation. The new answers of a call are committed in one transaction, so a kill
+loses only the current chunk, which is then computed again as a whole. A backend that returns answers one by one has
+each committed as it arrives. The engine starts at the first question that the table cannot answer.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ if TYPE_CHECKING:
 
 
 # ----------------------------------------------------------------------------
-# The SQLite table of answers: every row has a checksum, and what is damaged is set aside and asked again.
+# The SQLite table of answers: every row has a checksum; damaged rows are set aside and computed again.
 
 
 log = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ _TABLES = (
 _ANSWER = "INSERT OR REPLACE INTO answers VALUES (?, ?, ?)"
 _MISSING = "INSERT OR IGNORE INTO answers VALUES (?, ?, ?)"
 _SPENT = "INSERT OR REPLACE INTO spent VALUES (?, ?, ?, ?)"
-# What the machine refuses and another start may find otherwise: no permission, a lock, memory, reading, a full disk.
+# Errors of the machine that another attempt may not have: permission, lock, memory, I/O, full disk.
 _CIRCUMSTANCES = frozenset(
     {
         *(sqlite3.SQLITE_PERM, sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_NOMEM, sqlite3.SQLITE_IOERR),
@@ -61,7 +60,7 @@ _T = TypeVar("_T")
 
 
 class Stored(TypedDict):
-    """An answer by its fields, and the seconds that it took."""
+    """An answer by field, and the seconds that it took."""
 
     seconds: float
     answer: Any
@@ -83,7 +82,7 @@ class AnswerStore:
         self._tried(lambda _: None)
 
     def get(self, keys: Sequence[str]) -> dict[str, Stored]:
-        """Return the answers that are stored, by key; one that its checksum does not fit counts as not stored."""
+        """Return the stored answers by key; one with a wrong checksum counts as missing."""
         found: dict[str, Stored] = {}
         damaged = 0
         for start in range(0, len(keys), _MANY):
@@ -104,7 +103,7 @@ class AnswerStore:
         self._tried(lambda _: self._together((_ANSWER, rows)))
 
     def spent(self, name: str) -> Cost:
-        """Return the tokens that were booked under a name."""
+        """Return the tokens recorded under a name."""
         query = "SELECT name, prompt_tokens, completion_tokens, sum FROM spent WHERE name = ?"
         found = self._tried(lambda run: run(query, (name,)).fetchone())
         if found is None:
@@ -117,7 +116,7 @@ class AnswerStore:
         return Cost(prompt_tokens=found[1], completion_tokens=found[2])
 
     def spend(self, name: str, cost: Cost) -> None:
-        """Book tokens under a name."""
+        """Add tokens to those recorded under a name."""
 
         def book(_: _Run) -> None:
             before = self.spent(name)
@@ -127,10 +126,10 @@ class AnswerStore:
         self._tried(book)
 
     def join(self, other: Path) -> None:
-        """Take over the answers of another store that this one lacks, and what was spent there, once each.
+        """Copy the answers of another store that this one lacks, and its recorded tokens, once each.
 
         Args:
-            other: A database that nobody writes to; it is not changed.
+            other: A database that no process writes to; it is not changed.
         """
         name = f"joined {sha256_of(other)}"
         mark = (name, 0, 0)
@@ -165,10 +164,10 @@ class AnswerStore:
             self._connection = None
 
     def _open(self) -> sqlite3.Connection:
-        """Open the database; make its tables in a new one.
+        """Open the database; create the tables of a new one.
 
         Raises:
-            sqlite3.DatabaseError: If it is damaged, or has tables of another version.
+            sqlite3.DatabaseError: If it is damaged or has tables of another version.
         """
         _own(self._path)
         connection = _connect(self._path)
@@ -188,10 +187,10 @@ class AnswerStore:
         return connection
 
     def _tried(self, work: Callable[[_Run], _T]) -> _T:
-        """Do some work on the database; where that is damaged, set it aside first, and do it on what is left.
+        """Run an operation on the database; if it is damaged, set it aside first and repeat on the intact rows.
 
         Raises:
-            BackendError: If the machine refuses.
+            BackendError: If the operation fails for another reason.
         """
         try:
             return work((self._connection or self._open()).execute)
@@ -216,12 +215,12 @@ class AnswerStore:
         if self._path.exists() and not self._path.is_file():
             return True
         code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        # A header that says that a later SQLite wrote the file makes it read-only.
+        # A file whose header names a later SQLite version is read-only.
         writable = code == sqlite3.SQLITE_READONLY and os.access(self._path, os.W_OK)
         return code in _CIRCUMSTANCES and not (writable and os.access(self._path.parent, os.W_OK))
 
     def _together(self, *writes: tuple[str, Iterable[Sequence[object]]]) -> None:
-        """Write rows, by statement, in one transaction."""
+        """Execute statements with rows in one transaction."""
         connection = self._connection or self._open()
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -229,13 +228,13 @@ class AnswerStore:
                 connection.executemany(statement, rows)
             connection.execute("COMMIT")
         except BaseException:
-            # Damage can have ended the transaction already.
+            # The error may have ended the transaction already.
             with suppress(sqlite3.Error):
                 connection.execute("ROLLBACK")
             raise
 
     def _set_aside(self, error: sqlite3.DatabaseError) -> sqlite3.Connection:
-        """Move the database out of the way, and keep what is sound of it in a new one."""
+        """Rename the damaged database, and copy its intact rows into a new one."""
         self.close()
         names = (f"{self._path.name}.damaged{f'-{n}' if n > 1 else ''}" for n in count(1))
         aside = next(place for name in names if not (place := self._path.with_name(name)).exists())
@@ -247,7 +246,7 @@ class AnswerStore:
         answers = {row[0]: row for row in _rows(aside, "SELECT key, value, sum FROM answers ORDER BY key")}
         self._together((_ANSWER, [row for row in answers.values() if row[2] == _sum(*row[:2])]))
         booked = {row[0]: row for row in _rows(aside, "SELECT * FROM spent ORDER BY name")}
-        # Where there were no checksums, what was spent counts all the same: a budget must not begin again.
+        # Recorded tokens count even without checksums: a budget must not restart.
         sums = {name: _sum(*row[:3]) for name, row in booked.items()}
         kept = [(*row[:3], sums[name]) for name, row in booked.items() if row[3:] in ((), (sums[name],))]
         self._together((_SPENT, kept))
@@ -262,7 +261,7 @@ _Run = Callable[..., sqlite3.Cursor]
 
 
 def _own(path: Path) -> None:
-    """Give a database that has other names too a content of its own: SQLite writes in place, also into a backup."""
+    """Copy a hard-linked database before writing: SQLite writes in place, also into a backup."""
     for part in (path, *(path.with_name(path.name + ending) for ending in ("-wal", "-shm"))):
         if part.is_file() and not part.is_symlink() and part.stat().st_nlink > 1:
             with replacing(part) as draft:
@@ -270,15 +269,15 @@ def _own(path: Path) -> None:
 
 
 def _connect(path: Path) -> sqlite3.Connection:
-    # Whoever asks from several threads makes them wait for each other.
+    # Callers synchronise their threads.
     connection = sqlite3.connect(path, timeout=_WAIT, isolation_level=None, check_same_thread=False)
-    # Letters that are none do not fit the checksum.
+    # Invalid characters fail the checksum.
     connection.text_factory = lambda text: text.decode("utf-8", "replace")
     return connection
 
 
 def _rows(path: Path, query: str) -> Iterator[tuple[Any, ...]]:
-    """Yield rows of a damaged database, in order and from the end, each up to where it cannot be read."""
+    """Yield the readable rows of a damaged database, from the start and from the end up to the damage."""
     most = path.stat().st_size // 16
     for order in ("", " DESC"):
         with suppress(sqlite3.Error):
@@ -303,43 +302,43 @@ __all__ = ["AnswerStore", "CachedBackend", "StoredLedger"]
 
 @dataclass(frozen=True)
 class StoredLedger:
-    """The tokens that were spent under one name, in a store."""
+    """The token usage under one name in a store."""
 
     store: AnswerStore
     name: str
 
     def spent(self) -> Cost:
-        """Return all that was ever booked."""
+        """Return the total recorded so far."""
         return self.store.spent(self.name)
 
     def spend(self, cost: Cost) -> None:
-        """Book some more."""
+        """Record further tokens."""
         self.store.spend(self.name, cost)
 
 
 @runtime_checkable
 class OneByOne(Protocol):
-    """What a backend has besides its verbs if it hands answers out as they come, with the places of their questions."""
+    """A backend that yields answers as they arrive, with the index of the question."""
 
     def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
-        """Yield places and completions."""
+        """Yield indices and completions."""
         ...
 
     def score_each(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> Iterator[tuple[int, Scores]]:
-        """Yield places and scores."""
+        """Yield indices and scores."""
         ...
 
 
 @runtime_checkable
 class Heard(Protocol):
-    """An engine whose text can be heard while it is generated."""
+    """An engine that streams text while generating it."""
 
     listener: Callable[[str], None] | None
 
 
-# Answers that are stored together, with the places of their questions.
+# Answers that are stored together, with the indices of their questions.
 _Lot = list[tuple[int, dict[str, Any]]]
 
 
@@ -347,10 +346,11 @@ class Offer(NamedTuple):
     """An engine that can be started.
 
     Attributes:
-        identity: All that can change an answer besides the question: weights, tokenizer and chat template, revision,
+        identity: Everything besides the question that can change an answer: weights, tokenizer and chat template,
+        revision,
             dtype, engine with its versions, device, decoding, seed, longest prompt.
         kind: The backend's class, for its name and its capabilities.
-        start: Starts it.
+        start: Starts the engine.
     """
 
     identity: Mapping[str, Any]
@@ -359,7 +359,7 @@ class Offer(NamedTuple):
 
 
 class CachedBackend:
-    """A backend whose answers are remembered.
+    """A backend with cached answers.
 
     Args:
         store: Where they are; None: nothing is remembered.
@@ -474,7 +474,7 @@ class CachedBackend:
         """Read ratings with the model's head; see `HeadBackend.rate`.
 
         Raises:
-            BackendError: If the engine reads none.
+            BackendError: If the engine has no rating head.
         """
 
         def keys() -> list[str]:
@@ -493,7 +493,7 @@ class CachedBackend:
         return [Read(**answer) for answer in self._answers(keys, compute)]
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return vectors; these are not remembered."""
+        """Return vectors; these are not cached."""
         return self._engine().embed(texts)
 
     def close(self) -> None:
@@ -504,7 +504,7 @@ class CachedBackend:
 
     @contextmanager
     def heard(self, listener: Callable[[str], None]) -> Iterator[None]:
-        """Hand out the text of a prompt that is asked alone, as it is generated; engines that cannot say nothing."""
+        """Stream the text of a single prompt as it is generated, if the engine supports it."""
         engine = self._engine()
         if not isinstance(engine, Heard):
             yield
@@ -525,12 +525,12 @@ class CachedBackend:
                     raise
                 return self._engine()
             self.start_seconds += time.monotonic() - begin
-            # What a server offers shows when it is asked.
+            # A server's capabilities are known once it is started.
             self.capabilities = self._started.capabilities
         return self._started
 
     def _replace(self, failure: EngineFailure) -> bool:
-        """Let another engine answer from now on; False where there is none."""
+        """Switch to the next engine; False if there is none."""
         offer = self._instead(failure) if self._instead is not None else None
         if offer is None:
             return False
@@ -543,7 +543,7 @@ class CachedBackend:
         asked = {
             "verb": verb,
             "turns": [[message.role, [s.text for s in message.segments]] for message in prompt.messages],
-            # Pieces are tokenised one by one, so where a text is cut can change its tokens.
+            # Pieces are tokenised separately, so the boundaries of a text's pieces can change its tokens.
             "answer": [[segment.kind == "target", segment.text] for segment in prompt.answer_prefix],
             "stop": prompt.stop,
             **question,
@@ -561,7 +561,7 @@ class CachedBackend:
             known = {} if self._store is None else self._store.get(keys)
             missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
             if missing:
-                self._engine()  # its start is not part of what an answer costs
+                self._engine()  # starting it is not part of an answer's cost
             if self.replaced == replaced:
                 try:
                     return self._computed(keys, known, sorted(missing.values()), compute)
@@ -594,7 +594,7 @@ class CachedBackend:
 
 
 def _together(places: Sequence[int], found: Sequence[Any]) -> Iterator[_Lot]:
-    """Yield all answers as one lot."""
+    """Yield all answers as one batch."""
     yield [(place, asdict(answer)) for place, answer in zip(places, found, strict=True)]
 
 

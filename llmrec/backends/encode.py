@@ -1,9 +1,9 @@
-"""Turns prompts and training rows into token ids, the same way for every engine.
+"""Tokenises prompts and training rows, identically for every engine.
 
-The chat part of a prompt is rendered by the tokenizer's own chat template. The answer is cut into *pieces* at
-target boundaries and after each line, and each piece is tokenised alone; a candidate is one more piece. Training
-rows, prompts and candidates are therefore cut alike, so a prompt's ids are a prefix of the training row's ids.
-Contents never hold control tokens: they are neutralised first, and the ids are counted afterwards.
+The tokenizer's chat template renders the chat part of a prompt. The answer is split into *pieces* at target boundaries
+and after each line, and each piece is tokenised separately; a candidate is one more piece. Training rows, prompts and
+candidates are therefore split alike, and a prompt's ids are a prefix of the training row's ids. Contents never contain
+control tokens: they are neutralised first, and the ids are checked afterwards.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 IGNORED = -100
 _CACHE_LIMIT = 500_000
-# Characters of the error of a chat template.
+# The maximum length of a quoted chat-template error.
 _SHOWN = 200
 _CATALOGUES = 4
-# Texts of a catalogue that is worth a file.
+# Catalogues of at least this many texts are cached on disk.
 _LARGE = 20_000
 
 
@@ -45,8 +45,8 @@ class TokenRow:
     Attributes:
         ids: Token ids.
         labels: The same where there is loss, -100 elsewhere.
-        lines: Where the lines of a list begin, if that was asked for.
-        weight: What each of its targets counts in a step's loss.
+        lines: The beginnings of the lines of a list, if requested.
+        weight: The weight of each of its targets in a step's loss.
     """
 
     ids: tuple[int, ...]
@@ -78,14 +78,14 @@ class Encoder:
         self._scaffold: dict[tuple[str, ...], tuple[int, ...]] = {}
         self._last: tuple[tuple[Message, ...] | None, tuple[int, ...]] = (None, ())
         self.end_id = self._find_end()
-        # T5's own tokenizer drops line breaks: an answer that ends with its line would have no end, and a title that
-        # begins another would always be the likelier one.
+        # T5's tokenizer drops line breaks: an answer that ends with its line would have no end, and a title that is a
+        # prefix of another would always be more likely.
         self._ends_lines = not tokenizer.encode("\n", add_special_tokens=False)
         self.stop_ids = frozenset(i for i in (self.end_id, tokenizer.eos_token_id) if i is not None)
 
     @cached_property
     def digest(self) -> str:
-        """A sha256 over what turns text into ids: vocabulary, added tokens, chat template."""
+        """A SHA-256 over vocabulary, added tokens and chat template."""
         tokenizer = self.tokenizer
         core = getattr(tokenizer, "backend_tokenizer", None)
         parts = [
@@ -98,7 +98,7 @@ class Encoder:
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:32]
 
     def prompt(self, prompt: Prompt) -> list[int]:
-        """Return the ids of a prompt, the given part of the answer included.
+        """Return the ids of a prompt, including the given part of the answer.
 
         Raises:
             BackendError: If it is longer than ``max_length``, or holds a forged control token.
@@ -143,7 +143,7 @@ class Encoder:
         return (*self.piece(text), self.end_id)
 
     def line(self, text: str) -> tuple[int, ...]:
-        """Tokenise the last piece of an answer that ends with its line; where lines leave no token, the turn ends."""
+        """Tokenise the last piece of an answer that ends with its line; if line breaks have no token, the turn ends."""
         return (*self.piece(text), self.end_id) if self._loses_end(text) else self.piece(text)
 
     def _loses_end(self, text: str) -> bool:
@@ -152,8 +152,8 @@ class Encoder:
     def catalogue(self, texts: Sequence[str], stop: str | None) -> Catalogue:
         """Return the tree of all closed answers to prompts that end with ``stop``.
 
-        The last few are remembered, and those of large catalogues lie in the cache folder: tokenising a million titles
-        takes longer than building their tree.
+        The last few trees are kept in memory, and those of large catalogues in the cache folder: tokenising a million
+        titles takes longer than building their tree.
 
         Raises:
             DataError: If two texts have the same tokens.
@@ -168,7 +168,7 @@ class Encoder:
         return known
 
     def _kept_tree(self, texts: Sequence[str], stop: str | None, digest: str) -> Catalogue:
-        """Return the tree that lies in the cache folder, or make it and put it there."""
+        """Return the tree from the cache folder, or build and store it."""
         name = hashlib.sha256(f"{__version__}\0{self.digest}\0{stop!r}\0{digest}".encode()).hexdigest()[:32]
         file = cache_dir() / "catalogues" / f"{name}.safetensors"
         if file.is_file():
@@ -194,7 +194,7 @@ class Encoder:
             ) from None
 
     def row(self, example: Example) -> TokenRow:
-        """Return a training row: loss on target pieces, and on the end of turn where the row closes it."""
+        """Return a training row, with loss on target pieces and on the end of turn if the row has one."""
         ids = self.chat(example.messages)
         labels = [IGNORED] * len(ids)
         for text, is_target in marked_pieces(example.answer):
@@ -207,19 +207,19 @@ class Encoder:
         return TokenRow(tuple(ids), tuple(labels))
 
     def text(self, prompt: Prompt) -> str:
-        """Return the prompt as the model reads it, for reports and logs."""
+        """Return the final text of a prompt, for reports and logs."""
         return self.turns_text(prompt.messages) + neutralise(
             "".join(s.text for s in prompt.answer_prefix), self.control
         )
 
     def completion(self, ids: Sequence[int], stop: str | None, prompt_tokens: int) -> Completion:
-        """Read generated ids up to the end of turn or the stop text; every engine's output is read here."""
+        """Decode generated ids up to the end of turn or the stop text; used for the output of every engine."""
         ended = next((k for k, i in enumerate(ids) if i in self.stop_ids), None)
         written = list(ids if ended is None else ids[:ended])
         text = self._text(written)
         finished, tokens = ended is not None, len(ids) if ended is None else ended + 1
         if stop is not None and stop in text:
-            # What follows is padding: other answers of the batch were longer.
+            # The rest is padding: other answers of the batch were longer.
             tokens = bisect_left(range(len(written)), True, key=lambda k: stop in self._text(written[: k + 1])) + 1
             text, finished = text[: text.index(stop)], True
         return Completion(
@@ -234,7 +234,7 @@ class Encoder:
         return text
 
     def piece(self, text: str) -> tuple[int, ...]:
-        """Tokenise one piece of an answer, remembered by its text."""
+        """Tokenise one piece of an answer, cached by text."""
         known = self._pieces.get(text)
         if known is None:
             if len(self._pieces) >= _CACHE_LIMIT:
@@ -248,9 +248,9 @@ class Encoder:
         return known
 
     def chat(self, messages: Sequence[Message]) -> list[int]:
-        """Tokenise chat turns up to the start of the answer, and prove that no content forged a control token.
+        """Tokenise chat turns up to the start of the answer, and check that no content forged a control token.
 
-        The last ones are remembered: the answers of one question come one behind the other.
+        The last results are cached, since the answers of a question follow each other.
         """
         before, known = self._last
         if messages == before:
@@ -273,9 +273,10 @@ class Encoder:
         return tuple(i for i in ids if i in self._control_ids)
 
     def _unknown(self) -> frozenset[int]:
-        """Return the id that stands for letters outside the vocabulary, unless it has a second meaning.
+        """Return the id of letters outside the vocabulary, unless it has a second meaning.
 
-        Any foreign title has it, so it shows no forgery. Its spelling is broken like that of every control token.
+        Titles in other scripts contain it, so it is no sign of forgery. Its spelling is neutralised like every control
+        token.
         """
         tokenizer = self.tokenizer
         unknown: str | None = tokenizer.unk_token
@@ -284,7 +285,7 @@ class Encoder:
         return frozenset((int(tokenizer.convert_tokens_to_ids(unknown)),))
 
     def turns_text(self, messages: Sequence[Message]) -> str:
-        """Return chat turns as the model reads them, up to the start of the answer."""
+        """Return the final text of chat turns, up to the start of the answer."""
         turns = [{"role": m.role, "content": neutralise(m.text, self.control)} for m in messages]
         if not self.tokenizer.chat_template:
             start = self.tokenizer.bos_token or ""
@@ -292,7 +293,7 @@ class Encoder:
         try:
             return self._apply(turns)
         except ModelError:
-            # Some chat templates know no system role: its words then open the first user turn.
+            # Some chat templates have no system role: its text then begins the first user turn.
             if turns[0]["role"] != "system" or len(turns) < 2:
                 raise
             joined = {"role": "user", "content": turns[0]["content"] + "\n\n" + turns[1]["content"]}
@@ -304,7 +305,7 @@ class Encoder:
                 turns, tokenize=False, add_generation_prompt=answering, enable_thinking=False
             )
         except Exception as error:
-            # It is a program of whoever made the model, in a sandbox that refuses what it must not do.
+            # The template is a program by the model's author, run in a sandbox.
             folder = self.tokenizer.name_or_path
             reason = clean(str(error), _SHOWN) or type(error).__name__
             raise ModelError(
@@ -335,7 +336,7 @@ class Encoder:
 
 
 def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
-    """Cut an answer into pieces around targets, learned or given, and after each line, with whether each is learned."""
+    """Split an answer into pieces around targets and after each line, each with whether it is a target."""
     runs: list[tuple[str, str]] = []
     for segment in segments:
         kind = segment.kind if segment.kind in ("target", "given") else "text"
@@ -347,5 +348,5 @@ def marked_pieces(segments: Sequence[Segment]) -> list[tuple[str, bool]]:
 
 
 def pieces(segments: Sequence[Segment]) -> list[str]:
-    """Cut an answer prefix as `marked_pieces` does."""
+    """Split an answer prefix like `marked_pieces`."""
     return [text for text, _ in marked_pieces(segments)]

@@ -1,7 +1,7 @@
-"""The states of a causal language model where texts end, as vectors of what the texts are about (M6-Rec, 2205.08084).
+"""The hidden states of a causal language model at the ends of texts, as text vectors (M6-Rec, arXiv 2205.08084).
 
-Under causal attention a state depends on what stands before it alone. So one pass over the texts of a history gives the
-state after each of them, equal to that of a history which ends there. States of many texts lie in the cache folder,
+With causal attention a state depends only on preceding tokens. So one pass over the texts of a history gives the state
+after each of them, equal to that of a history that ends there. States of many texts are stored in the cache folder,
 under a hash of weights, precision and texts.
 """
 
@@ -33,12 +33,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Rows that are worth a bar, and those whose last state is remembered.
+# The number of rows that need a progress bar, and of rows whose last state is cached.
 _MANY, _REMEMBERED = 256, 1 << 15
 
 
 def end_states(name: str, *, half: bool, layers: int | None = None) -> EndStates:
-    """Return what reads by a model, which stays open for the next who asks for the same weights."""
+    """Return the reader of a model, which stays open for the next caller with the same weights."""
     return _opened(name, find_encoder(name)[1], half, layers)
 
 
@@ -48,7 +48,7 @@ def _opened(name: str, stamp: str, half: bool, layers: int | None) -> EndStates:
 
 
 class EndStates:
-    """Reads rows of texts, each text a line, behind a line that says what they are.
+    """Reads rows of texts, one per line, after a line that introduces them.
 
     Args:
         name: A causal language model, a name or a folder.
@@ -112,18 +112,18 @@ class EndStates:
         return [*self._encoder.piece(text)[:most], *self._encoder.piece("\n")]
 
     def after(self, lead: str, rows: Sequence[Sequence[str]], *, most: int) -> list[NDArray[np.float32]]:
-        """Return the state after every text of each row; the states lie in a file of the cache folder too.
+        """Return the state after every text of each row; the states are also stored in the cache folder.
 
         Args:
             lead: The line before them.
-            rows: Texts, one behind the other; 1 or more.
-            most: Tokens of a text that are read.
+            rows: Lists of at least one text.
+            most: The maximum number of tokens per text.
 
         Returns:
             Shape (texts, width) each.
 
         Raises:
-            ModelError: If a row is longer than what the model reads.
+            ModelError: If a row is longer than the model's context.
         """
         told = json.dumps([self._stamp, self._half, most, lead, rows])
         file = cache_dir() / "states" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
@@ -140,7 +140,7 @@ class EndStates:
         return found
 
     def last(self, lead: str, rows: Sequence[Sequence[str]], *, most: int) -> list[NDArray[np.float32]]:
-        """Return the state after the last text of each row, which is remembered, shape (width,) each; see `after`."""
+        """Return the cached state after the last text of each row, shape (width,) each; see `after`."""
         keys = [(lead, str(most), *row) for row in rows]
         new = dict.fromkeys(key for key in keys if key not in self._known)
         if len(self._known) + len(new) > _REMEMBERED:
@@ -169,7 +169,7 @@ class EndStates:
                 ids = torch.zeros((len(batch), max(lengths[row] for row in batch)), dtype=torch.long)
                 for place, row in enumerate(batch):
                     ids[place, : lengths[row]] = torch.tensor([*first, *(each for line in lines[row] for each in line)])
-                # No token sees the padding behind it.
+                # No token sees the padding after it.
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._half):
                     states = self._body(input_ids=ids.to(device), use_cache=False).last_hidden_state
                 for place, row in enumerate(batch):

@@ -1,4 +1,4 @@
-"""A backend without a model, for tests and for trying a recipe out: seeded scores, canned completions."""
+"""A backend without a model, for tests and for trying out a recipe: seeded scores, canned completions."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ class FakeBackend:
         return results
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Return 16 seeded numbers a text."""
+        """Return 16 seeded numbers per text."""
         return np.array([[_unit(text, str(k)) for k in range(16)] for text in texts], dtype=np.float32)
 
     def close(self) -> None:

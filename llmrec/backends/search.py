@@ -1,4 +1,4 @@
-"""The verb ``search``, the same for every engine; and candidate sets that one next-token distribution can score."""
+"""Catalogue search for every engine, and candidate sets that a single next-token distribution can score."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def search(
 def _batches(
     chosen: Sequence[int], encoded: Sequence[Sequence[int]], catalogue: Catalogue, width: int, limit: int
 ) -> list[list[int]]:
-    """Group requests of similar length, longest first, within a number of tokens."""
+    """Group requests of similar length, longest first, into batches of a number of tokens."""
     behind = min(width, len(catalogue)) * catalogue.depth
     batches: list[list[int]] = []
     for n in sorted(chosen, key=lambda n: (-len(encoded[n]), n)):
@@ -83,18 +83,18 @@ def _batches(
 
 @dataclass(frozen=True, slots=True)
 class Labels:
-    """``shared`` tokens that every label starts with, then one distinct token each."""
+    """Labels that share a prefix of tokens and differ in one last token."""
 
     shared: tuple[int, ...]
     distinct: tuple[int, ...]
 
 
 def single_token_labels(tails: Sequence[tuple[int, ...]], *, closed: bool) -> Labels | None:
-    """Return how labels differ if they do so in exactly one last token, else None.
+    """Return labels that differ in exactly their last token; otherwise None.
 
     A shared first token (some tokenizers write ``" 4"`` as a space and a digit) is moved into the prompt; it adds
-    the same amount to every label, so order and normalised distribution stay exact. Texts that are closed are scored
-    whole, and may be compared with those of another call: of them none may be left out.
+    the same amount to every label, so order and normalised distribution stay exact. Closed texts are scored
+    whole and may be compared with those of another call, so no token may be left out.
     """
     if len(tails) < 2 or len({len(tail) for tail in tails}) != 1 or not tails[0]:
         return None

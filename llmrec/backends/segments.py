@@ -1,10 +1,10 @@
-"""Multi-segment late interaction (M6-Rec, Cui et al., arXiv 2205.08084): most layers read each segment alone.
+"""Multi-segment late interaction (M6-Rec, Cui et al., arXiv 2205.08084): most layers encode each segment separately.
 
-A prompt is cut into segments: what is known of the user, each event, the candidate. The lower layers read every segment
-by itself, with places from 0, so that its states depend on its text alone and are kept: in memory, and of a catalogue
-in a `FeatureStore` whose folder is named by weights and layer, and whose rows by text and token. The last few layers
-read all of them together, with a learned embedding of each kind of segment added. A candidate stands last, so that what
-stands before it is read once for all candidates.
+A prompt is split into segments: the user's features, each event, the candidate. The lower layers encode every segment
+separately, with positions from 0, so that its states depend only on its text and can be cached: in memory and, for a
+catalogue, in a `FeatureStore` whose folder is named by weights and layer, and whose rows by text and token. The last
+few layers read all segments together, with a learned embedding of each kind of segment added. A candidate stands last,
+so that what stands before it is read once for all candidates.
 """
 
 from __future__ import annotations
@@ -31,23 +31,23 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Texts that are read together.
+# The number of texts per batch.
 _TEXTS = 64
-# Both parts must compute for this text what the whole model computes, up to this share of the largest state.
+# For this text both parts must compute the same as the whole model, up to this share of the largest state.
 _SAMPLE = "Liked 2 of 3. Liked: The Long Way Home (1995). Did not like: A Winter's Day. Liked: Blue. Next: Rivers II."
 _TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A segment of a prompt: its text, and the number of its kind."""
+    """A segment of a prompt: its text and kind."""
 
     text: str
     kind: int
 
 
 class Lower:
-    """The layers below the joint ones, with what they made of each text.
+    """The layers below the joint ones, with the cached states of each text.
 
     Args:
         folder: The model.
@@ -104,7 +104,7 @@ class Lower:
         self.read = 0
 
     def ids(self, text: str) -> list[int]:
-        """Return a segment's tokens; an empty one has that of a line break.
+        """Return a segment's tokens; an empty segment has a line break.
 
         Raises:
             BackendError: If a text of the data would become a control token.
@@ -120,7 +120,7 @@ class Lower:
             return self._body(input_ids=self._torch.tensor([self.ids(_SAMPLE)]), use_cache=False).last_hidden_state
 
     def states(self, texts: Sequence[str]) -> list[Any]:
-        """Return the states of each text after the lower layers, each of shape (tokens, d), read once a text."""
+        """Return the states of each text after the lower layers, each of shape (tokens, d), computed once per text."""
         torch = self._torch
         new = [text for text in dict.fromkeys(texts) if text not in self._known]
         new.sort(key=lambda text: len(self.ids(text)))
@@ -129,7 +129,7 @@ class Lower:
             ids = torch.zeros((len(part), max(map(len, part))), dtype=torch.long)
             for row, own in enumerate(part):
                 ids[row, : len(own)] = torch.tensor(own)
-            # Under causal attention no token sees the padding behind it.
+            # With causal attention no token sees the padding after it.
             with torch.no_grad():
                 found = self._body(input_ids=ids, use_cache=False).last_hidden_state
             for text, own, states in zip(new[start : start + _TEXTS], part, found, strict=True):
@@ -138,14 +138,14 @@ class Lower:
         return [self._known[text] for text in texts]
 
     def forget(self, texts: Iterable[str]) -> None:
-        """Drop what was read of texts, for a cold start."""
+        """Clear the cached states, for measuring a cold start."""
         for text in texts:
             self._known.pop(text, None)
 
     def keep(self, texts: Iterable[str]) -> int:
-        """Have the states of texts in the store too, beside what it has; returns how many of the texts it had.
+        """Store the states of texts, and return how many were stored before.
 
-        While another process writes to the store they are not put there.
+        Nothing is stored while another process writes to the store.
         """
         asked = sorted(set(texts))
         found = self._load(asked)
@@ -180,7 +180,7 @@ class Lower:
         return len(self._known) - before
 
     def _store(self) -> FeatureStore | None:
-        """Return what was kept; None where there is nothing, or a damaged store, which is written anew."""
+        """Return the stored states; None if there are none or the store is damaged, which is then rewritten."""
         try:
             return FeatureStore.open(self._folder)
         except DataError as error:
@@ -194,7 +194,7 @@ def _row(text: str, number: int) -> str:
 
 
 def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: int) -> Any:
-    """Return a decoder of some layers, with copies of their weights, that reads states.
+    """Return a decoder of the upper layers, with copies of their weights, that takes hidden states.
 
     Args:
         body: The decoder that they are from.
@@ -203,7 +203,7 @@ def _upper(body: torch.nn.Module, layers: Sequence[Any], place: slice, whole: in
         whole: How many layers it has.
     """
     config = copy.deepcopy(body.config)
-    # What differs by layer, such as its kind of attention, is a list with a value for each.
+    # Settings that differ by layer, such as the kind of attention, are lists with a value for each.
     for name, value in vars(config).items():
         if isinstance(value, list | tuple) and len(value) == whole:
             setattr(config, name, list(value)[place])

@@ -1,4 +1,4 @@
-"""The transformers backend: exact candidate scores in one masked forward a prompt, batched greedy decoding."""
+"""The transformers backend: exact candidate scores in one masked pass per prompt, batched greedy decoding."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ if TYPE_CHECKING:
 
 
 # ----------------------------------------------------------------------------
-# What is known of texts while they are generated: their pieces, or how far they are.
+# Streaming: the pieces of a text, or the progress of several, while they are generated.
 
 
 class Listening:
-    """What transformers hands tokens of one prompt to as they are chosen (its ``BaseStreamer``).
+    """Receives the tokens of one prompt as transformers generates them (``BaseStreamer``).
 
     Args:
         encoder: Reads tokens.
@@ -57,7 +57,7 @@ class Listening:
         self._prompt = True
 
     def put(self, value: Any) -> None:
-        """Take the prompt first, and then a token at a time."""
+        """Receive the prompt first, then one token at a time."""
         if self._prompt:
             self._prompt = False
             return
@@ -68,11 +68,11 @@ class Listening:
             self._said = len(text)
 
     def end(self) -> None:
-        """Take note that all is said."""
+        """Receive the end of the text."""
 
 
 class Counting:
-    """Notes how far the texts of several prompts are; transformers hands it one token of each at a time.
+    """Tracks the progress of several prompts, of which transformers passes one token each at a time.
 
     Args:
         prompts: How many.
@@ -84,28 +84,28 @@ class Counting:
         self._noted = -self._share
 
     def put(self, value: Any) -> None:
-        """Take the prompts first, and then a token of each."""
+        """Receive the prompts first, then one token of each."""
         self._noted += self._share
         if self._noted:
             count_answers(self._share)
 
     def end(self) -> None:
-        """Note the tokens that were not needed."""
+        """Count the remaining tokens, which were not needed."""
         count_answers(self._prompts - self._noted)
 
 
 log = logging.getLogger(__name__)
 
-# What a verb says where a GPU is too small for it.
+# Advice in the error for a GPU that is too small.
 _told_if_full = told_of_full_memory("asking the model", ASKING, "eval.batch_tokens")
-# Rows of logits that are turned into float32 at a time.
+# The number of rows of logits converted to float32 at a time.
 _ROWS = 256
-# Tokens of a forward pass on a CPU and on a GPU, where one takes tens of milliseconds however small it is.
+# Tokens per forward pass on a CPU and on a GPU, where even a small pass takes tens of milliseconds.
 _CPU_TOKENS, _GPU_TOKENS = 4096, 32768
 
 
 class _Stopping(TypedDict, total=False):
-    """Where generation stops before the end of the turn."""
+    """Stops generation before the end of the turn."""
 
     stop_strings: list[str]
     tokenizer: Any
@@ -193,7 +193,7 @@ class HFBackend:
         if self._wide and self._states and self.exits is None:
             return self._score_wide(encoded, tails, closed=closed)
         scores: list[Scores | None] = [None] * len(prompts)
-        # Prompts that begin alike stand together, so that what they share is read once.
+        # Prompts with a common prefix are adjacent, so that the prefix is read once.
         for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
             scores[i] = self._score_one(encoded[i], tails[i], closed=closed)
             count_answers(1)
@@ -264,7 +264,7 @@ class HFBackend:
 
     @_told_if_full
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
-        """Read ratings in batches of similar length, one forward each; see `HeadBackend.rate`."""
+        """Predict ratings in batches of similar length, one forward pass each; see `HeadBackend.rate`."""
         if self._head is None:
             raise BackendError(
                 "this model has no rating head: it was not tuned with tasks.rating.head; drop 'head' from "
@@ -299,7 +299,7 @@ class HFBackend:
         return vectors
 
     def close(self) -> None:
-        """Drop the model, and say how many scored answers did not leave it early though they were to."""
+        """Free the model, and log how many scored answers could not exit early."""
         if self.exits is not None and self.exits.whole:
             log.warning(
                 "eval.exit: %d of %d scored prompts went through all layers: their answers are no labels of one token "
@@ -311,10 +311,10 @@ class HFBackend:
         self.model = self._tree = self._prefixes = None
 
     def _greedy(self, stored: Any, encoder: Encoder) -> Any:
-        """Return settings of plain greedy decoding, which keep of those stored with a model only where answers begin.
+        """Return settings of plain greedy decoding, which keep only the start token of a model's own settings.
 
-        What else a folder's generation_config.json asks for, such as beams, penalties or suppressed tokens, would
-        change answers here and not in other engines.
+        Other settings of generation_config.json, such as beams, penalties or suppressed tokens, would change answers
+        here but not in other engines.
         """
         transformers = require("transformers", "train")
         begins = ("bos_token_id", "decoder_start_token_id")
@@ -326,14 +326,14 @@ class HFBackend:
         )
 
     def _reads_trees(self) -> bool:
-        """Whether trees of tokens may be read in one row; proven as in `_may_pack`, with two short texts."""
+        """Whether trees of tokens may be read in one row; tested as in `_may_pack`, with two short texts."""
         if self.packed and not self._proven:
             some = [self.encoder.piece(text) for text in ("one two", "three")]
             self._may_pack(list(self.encoder.piece("a b c")), some)
         return self.packed and takes_trees(self.model)
 
     def _may_pack(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> bool:
-        """Whether packed scores may be used; proven once a model against plain rows, since a mask may be ignored."""
+        """Whether packed scores may be used; tested once per model, since a model may ignore the mask."""
         if self.packed and not self._proven and len(tails) > 1:
             some = tails[-2:]
             pairs = zip(self._score_packed(ids, some), self._score_rows(ids, some), strict=True)
@@ -369,7 +369,7 @@ class HFBackend:
                 streamer=streamer,
                 **options,
             )
-        # What an encoder-decoder writes holds no prompt, and begins with the decoder's start token.
+        # The output of an encoder-decoder has no prompt and begins with the decoder's start token.
         begin = 1 if self._paired else rows.shape[1]
         return [
             self.encoder.completion(row[begin:].tolist(), stop, len(ids))
@@ -377,12 +377,12 @@ class HFBackend:
         ]
 
     def _left_padded(self, prompts: Sequence[list[int]]) -> tuple[Any, Any]:
-        """Return prompts that end in the same column, those of an encoder that begin in it, and where tokens are."""
+        """Return prompts padded on the left, for an encoder on the right, with their mask."""
         torch, longest = self._torch, max(map(len, prompts))
         rows = torch.full((len(prompts), longest), self.encoder.tokenizer.pad_token_id, device=self.model.device)
         mask = torch.zeros_like(rows)
         for row, ids in enumerate(prompts):
-            # A decoder goes on at the prompt's end; an encoder counts places from the prompt's beginning.
+            # A decoder continues at the prompt's end; an encoder counts positions from its beginning.
             place = slice(0, len(ids)) if self._paired else slice(longest - len(ids), longest)
             rows[row, place] = torch.tensor(ids, device=rows.device)
             mask[row, place] = 1
@@ -401,10 +401,10 @@ class HFBackend:
         return [float(each) for each in found]
 
     def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
-        """One forward over the prompt and the tree of candidates: each token sees the prompt and its ancestors.
+        """Score with one forward pass over prompt and candidate tree: each token sees the prompt and its ancestors.
 
-        Common beginnings are read once, and no candidate's last token is read at all. Logits are computed for the
-        prompt's last token and for the tokens of the tree.
+        Common prefixes are computed once, and the last token of a candidate is not needed. Logits are computed for the
+        prompt's last token and the tokens of the tree.
         """
         torch, device, start = self._torch, self.model.device, len(ids)
         if self._paired:
@@ -412,7 +412,7 @@ class HFBackend:
         tree = Candidates.of(tails)
         after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
         if self._states and len(tree.tokens) <= BLOCK:
-            # Few tokens behind a prompt: answers such as yes and no, whose prompts come in families.
+            # Few tokens after a prompt: answers such as yes and no, whose prompts share prefixes.
             states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
             with torch.inference_mode():
                 found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
@@ -442,7 +442,7 @@ class HFBackend:
         return sums(found, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
-        """The plain reference: one full row per candidate."""
+        """Score with one full row per candidate, the reference implementation."""
         torch = self._torch
         if self._paired:
             return read_through(self._rows_tree(), [ids], [tails])[0]
@@ -470,7 +470,7 @@ class HFBackend:
 
 
 def _say_what_scales(config: PretrainedConfig, longest: int) -> None:
-    """Warn where the places of all rows of a batch are scaled by its longest one."""
+    """Warn if positions of all rows of a batch are scaled by its longest one."""
     text = config.get_text_config()
     rope = getattr(text, "rope_parameters", None) or {}
     known = int(
@@ -492,6 +492,6 @@ def _scores(logprobs: Sequence[float], ids: Sequence[int], tails: Sequence[tuple
 
 
 def _picked(logits: torch.Tensor, ids: Any) -> Any:
-    """Full-softmax log-probability of each chosen id, in float32; shape (n,)."""
+    """Return the full-softmax log-probability of each chosen id, in float32; shape (n,)."""
     logits = logits.float()
     return logits.gather(-1, ids[:, None])[:, 0] - logits.logsumexp(-1)

@@ -1,7 +1,7 @@
-"""Reads trees of tokens with transformers: the prompt once, and each token of a tree once, whoever else is in it.
+"""Reads token trees with transformers: the prompt once, and each token of a tree once.
 
-All tokens that are fed together stand side by side in one row a user, under a mask that lets each see its prompt and
-its own ancestors. The key-value cache only grows: nothing is copied for beams, and nothing is put in another order.
+All tokens that are fed together form one row per user, with a mask that lets each see its prompt and its ancestors. The
+KV cache only grows: nothing is copied or reordered for beams.
 """
 
 from __future__ import annotations
@@ -23,31 +23,31 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 # ----------------------------------------------------------------------------
-# The part of a model that turns tokens into hidden states, as `llmrec.backends.hf.tree` runs it.
+# The part of a model that computes hidden states, without the head.
 #
-# A causal model's is its decoder. T5's is its decoder behind an encoder that reads the prompt, with two oddities:
-# places are told by a bias on attention that counts columns, and hidden states are scaled before the head.
+# For a causal model this is its decoder. For T5 it is the decoder after the encoder, with two peculiarities: positions
+# are an attention bias that counts columns, and hidden states are scaled before the head.
 
 
 class Body(Protocol):
-    """Reads columns of tokens, whole prompts first."""
+    """Computes hidden states of columns of tokens, whole prompts first."""
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Take new prompts, and return the tokens that stand in the rows before anything is fed."""
+        """Start with new prompts, and return the initial tokens of the rows."""
         ...
 
     def run(self, ids: torch.Tensor, mask: torch.Tensor, places: torch.Tensor, cache: Any) -> tuple[Any, Any]:
-        """Read columns behind those of the cache.
+        """Compute columns after those in the cache.
 
         Args:
             ids: Token ids, shape (rows, columns).
-            mask: What is seen: 1 or 0 of every column so far, shape (rows, all columns), or numbers to add to
+            mask: 1 or 0 for every column so far, shape (rows, all columns), or numbers to add to
                 attention, shape (rows, 1, columns, all columns).
-            places: How many tokens stand before each in its text, shape (rows, columns).
-            cache: What the call before returned; None at first.
+            places: Position ids, shape (rows, columns).
+            cache: The cache that the previous call returned; None at first.
 
         Returns:
-            What the head is applied to, shape (rows, columns, d), and the grown cache.
+            The input of the head, shape (rows, columns, d), and the extended cache.
         """
         ...
 
@@ -58,18 +58,18 @@ def body_of(model: torch.nn.Module) -> Body:
 
 
 def takes_trees(model: torch.nn.Module) -> bool:
-    """Whether a model's logits can be had row by row from its body's hidden states, and its places be told."""
+    """Whether logits follow from the body's hidden states row by row, and positions can be set."""
     plain = plain_head(model.config, model.get_output_embeddings())
     return plain and (not is_paired(model.config) or model.config.model_type in ("t5", "mt5"))
 
 
 def output_scale(config: PretrainedConfig) -> float:
-    """Return what an encoder-decoder's hidden states are multiplied by before the head; mT5 has no such key."""
+    """Return the factor of an encoder-decoder's hidden states before the head; mT5 has no such key."""
     return float(config.d_model**-0.5) if getattr(config, "scale_decoder_outputs", False) else 1.0
 
 
 def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
-    """Return what the head of a model that `takes_trees` is applied to, shape (rows, columns, d).
+    """Return the input of the head of a model that `takes_trees`, shape (rows, columns, d).
 
     Args:
         model: The model.
@@ -82,7 +82,7 @@ def states_of(model: torch.nn.Module, ids: torch.Tensor, **inputs: Any) -> Any:
 
 
 def reads_states(model: torch.nn.Module) -> bool:
-    """Whether a model `takes_trees`, proven on a few tokens: its own logits are those that its head makes of states."""
+    """Whether a model `takes_trees`, tested on a few tokens: its logits equal its head applied to the states."""
     if not takes_trees(model):
         return False
     torch = require("torch", "train")
@@ -117,7 +117,7 @@ class CausalBody:
 
 
 class PairedBody:
-    """T5's decoder over what its encoder made of the prompts, which is turned into keys and values once."""
+    """T5's decoder over the encoded prompts, whose keys and values are computed once."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._torch = require("torch", "train")
@@ -130,7 +130,7 @@ class PairedBody:
         self._places: Any = None
 
     def begin(self, prompts: Sequence[Sequence[int]]) -> Sequence[Sequence[int]]:
-        """Read prompts with the encoder, padded on their right, and return the decoder's start token for each."""
+        """Encode prompts, padded on the right, and return the decoder's start token for each."""
         torch, device = self._torch, self._model.device
         longest = max(map(len, prompts))
         ids = torch.zeros((len(prompts), longest), dtype=torch.long)
@@ -157,10 +157,10 @@ class PairedBody:
         return out.last_hidden_state * self._scale, out.past_key_values
 
     def _placed(self, mask: torch.Tensor, places: torch.Tensor, known: Any) -> Any:
-        """Return the mask with what the model's count of columns gets wrong, shape (rows, heads, columns, all columns).
+        """Return the mask with a correction of the model's position bias, shape (rows, heads, columns, all columns).
 
-        The model adds a bias for how many columns two tokens stand apart. In a tree they stand apart by their depth,
-        so the difference of both biases is added with the mask, which takes part in the same sum.
+        The model adds a bias by the distance of two columns. In a tree the distance is one of depth, so the difference
+        of both biases is added to the mask, which enters the same sum.
         """
         bias, torch = self._bias, self._torch
         columns, wide = places.shape[1], known.shape[1]
@@ -175,7 +175,7 @@ class PairedBody:
         return torch.where(mask == 0, right - wrong, mask)
 
 
-# Rows of logits at a time: what a wide vocabulary takes stays within tens of megabytes.
+# Rows of logits at a time, tens of megabytes for a large vocabulary.
 _ROWS = 256
 
 
@@ -183,19 +183,19 @@ class MaskedTree:
     """A `TreeEngine` over a causal language model that takes block masks, or a T5.
 
     Attributes:
-        tokens: Tokens that were computed, padding left out; prompts included.
-        forwards: Passes through the model's body.
-        head_rows: Rows of logits that were computed.
+        tokens: The number of computed tokens, with prompts, without padding.
+        forwards: The number of forward passes of the body.
+        head_rows: The number of computed rows of logits.
     """
 
     def __init__(self, model: torch.nn.Module, pad: int, *, warm: bool = False) -> None:
         """Set up.
 
         Args:
-            model: In evaluation mode.
+            model: The model, in evaluation mode.
             pad: Any token id.
-            warm: Keep the cache of a prompt that was read alone for the next one. Sums then differ in their last bits
-                from those of a prompt that is read whole. Not for an encoder-decoder, whose rows hold no prompt.
+            warm: Keep the cache of a single prompt for the next one. Sums then differ in their last bits from those of
+                a prompt that is read whole. Not for an encoder-decoder, whose rows have no prompt.
         """
         self._torch = require("torch", "train")
         self._model, self._pad, self._keep = model, pad, warm
@@ -206,10 +206,9 @@ class MaskedTree:
         self.tokens = self.forwards = self.head_rows = 0
 
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
-        """Read prompts, padded on their left; see `TreeEngine`.
+        """Read prompts, padded on the left; see `TreeEngine`.
 
-        With ``warm`` a prompt that is read alone continues from the one that was read alone before it, as far as both
-        begin alike.
+        With ``warm`` a single prompt continues from the previous single prompt, as far as they share a prefix.
         """
         torch = self._torch
         with torch.inference_mode():
@@ -221,7 +220,7 @@ class MaskedTree:
         lengths = np.array([len(prompt) for prompt in prompts])
         longest = int(lengths.max())
         self._lengths, self._width = lengths, longest
-        # Of every prompt and fed token: its place in the text, and which columns behind the prompts it sees.
+        # For every prompt and fed token: its position, and the columns after the prompts that it sees.
         self._positions = lengths - 1
         self._sees = np.zeros((len(prompts), 0), dtype=bool)
         known = self._resume(prompts)
@@ -235,7 +234,7 @@ class MaskedTree:
         return self._logprobs(hidden[:, -1], wanted, wanted.after)
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Read tokens behind the prompts; see `TreeEngine`."""
+        """Read tokens after the prompts; see `TreeEngine`."""
         torch, count = self._torch, len(fed.tokens)
         base, before = len(self._positions), self._sees.shape[1]
         slots = _ranks(fed.users)
@@ -256,19 +255,19 @@ class MaskedTree:
         return self._logprobs(hidden.flatten(0, 1)[rows], wanted, wanted.after - base)
 
     def close(self) -> None:
-        """Forget the tree; with ``warm``, keep the cache of a prompt that was read alone."""
+        """Discard the tree; with ``warm``, keep the cache of a single prompt."""
         if self._keep and len(self._prompts) == 1 and self._cache is not None:
             shorten(self._cache, len(self._prompts[0]))
             self._warm = (self._prompts[0], self._cache)
         self._cache = None
 
     def _resume(self, prompts: Sequence[Sequence[int]]) -> int:
-        """Return how many tokens of a single prompt the kept cache holds already, and take that cache."""
+        """Take the kept cache, and return how many tokens of a single prompt it covers."""
         warm, self._warm = self._warm, None
         if warm is None or len(prompts) != 1:
             return 0
         alike = next((n for n, (a, b) in enumerate(zip(warm[0], prompts[0], strict=False)) if a != b), None)
-        # The last token is read again, since the logits after it are wanted.
+        # The last token is read again, since its logits are needed.
         known = min(len(warm[0]) if alike is None else alike, len(prompts[0]) - 1)
         if known:
             shorten(warm[1], known)
@@ -276,7 +275,7 @@ class MaskedTree:
         return known
 
     def _grow(self, fed: Fed, slots: NDArray[np.int64], wide: int) -> None:
-        """Note place, column and ancestors of fed tokens; parents come before their children."""
+        """Record position, column and ancestors of fed tokens; parents come before their children."""
         base, before = len(self._positions), self._sees.shape[1]
         sees = np.zeros((base + len(fed.tokens), before + wide), dtype=bool)
         sees[:base, :before] = self._sees
@@ -298,7 +297,7 @@ class MaskedTree:
         return hidden
 
     def _logprobs(self, hidden: torch.Tensor, wanted: Wanted, rows: NDArray[np.int64]) -> Floats:
-        """Return full-softmax log-probabilities of wanted tokens; ``rows`` are the hidden states they stand after."""
+        """Return full-softmax log-probabilities of wanted tokens; ``rows`` are the hidden states that they follow."""
         torch, head = self._torch, self._model.get_output_embeddings()
         found = np.empty(len(rows))
         used, group = np.unique(rows, return_inverse=True)
@@ -315,13 +314,13 @@ class MaskedTree:
 
 
 def shorten(cache: Any, length: int) -> None:
-    """Drop what a cache holds behind a length."""
+    """Truncate a cache to a length."""
     if (over := cache.get_seq_length() - length) > 0:
         cache.crop(-over)
 
 
 def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many tokens of the same user come before each, shape (n,)."""
+    """Return the number of preceding tokens of the same user, shape (n,)."""
     order = np.argsort(users, kind="stable")
     counts = np.bincount(users)
     ranks = np.empty(len(users), dtype=np.int64)
@@ -330,9 +329,9 @@ def _ranks(users: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 # ----------------------------------------------------------------------------
-# Reads trees of tokens with any transformers model: a whole row for every token that something is wanted after.
+# Reads token trees with any transformers model: a whole row for every token whose logits are needed.
 #
-# Slower than `llmrec.backends.hf.tree`, and right for models that it cannot serve: sliding windows, recurrent
+# Slower than `MaskedTree`, and correct for models that it does not support: sliding windows, recurrent
 # layers, logits that are more than a matrix product, and encoder-decoders, whose prompt is read by the encoder
 # once.
 
@@ -341,12 +340,12 @@ _BLOCK = 64
 
 
 class PlainTree:
-    """A `TreeEngine` that keeps no cache.
+    """A `TreeEngine` without a cache, for any model.
 
     Attributes:
-        tokens: Tokens that were computed, padding left out.
-        forwards: Passes through the model.
-        head_rows: Rows of logits that were wanted.
+        tokens: The number of computed tokens, without padding.
+        forwards: The number of forward passes.
+        head_rows: The number of rows of logits used.
     """
 
     def __init__(self, model: torch.nn.Module, pad: int, *, states: bool = False) -> None:
@@ -355,7 +354,7 @@ class PlainTree:
         Args:
             model: A causal language model, or an encoder-decoder, in evaluation mode.
             pad: Any token id.
-            states: The model `reads_states`: chosen logits are then computed in float32 whatever its dtype.
+            states: Whether the model `reads_states`: chosen logits are then computed in float32 whatever its dtype.
         """
         self._states = states
         self._torch = require("torch", "train")
@@ -381,14 +380,14 @@ class PlainTree:
         return self._answers(wanted)
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Note tokens, and read the rows that something is wanted after; see `TreeEngine`."""
+        """Add tokens, and read the rows whose logits are needed; see `TreeEngine`."""
         for user, parent, token in zip(fed.users.tolist(), fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
             self._users.append(user)
         return self._answers(wanted)
 
     def close(self) -> None:
-        """Forget everything."""
+        """Discard all rows."""
         self._texts, self._users, self._encoded = [], [], None
 
     def _answers(self, wanted: Wanted) -> Floats:
@@ -411,7 +410,7 @@ class PlainTree:
         return found
 
     def _last(self, numbers: Sequence[int]) -> Any:
-        """Return the states after the texts with these numbers, shape (n, d), or the logits, shape (n, vocabulary)."""
+        """Return the last states of the numbered texts, shape (n, d), or their logits, shape (n, vocabulary)."""
         torch, texts = self._torch, [self._texts[n] for n in numbers]
         ids, mask = self._padded(texts)
         ends = torch.tensor([len(text) - 1 for text in texts], device=ids.device)
@@ -422,7 +421,7 @@ class PlainTree:
             if self._paired:
                 owners = torch.tensor([self._users[n] for n in numbers], device=ids.device)
                 out = self._paired_last(ids, self._encoded[owners], self._mask[owners])
-            # Padded on the right: under causal attention no text sees what follows it.
+            # Padded on the right: with causal attention no text sees the padding.
             elif self._states:
                 out = states_of(self._model, ids, attention_mask=mask)
             else:
@@ -443,32 +442,32 @@ class PlainTree:
 
 
 # ----------------------------------------------------------------------------
-# Reads prompts up to their last token; what a prompt shares with one that was read lately is not read again.
+# Reads prompts up to their last token, with a cache of the prefixes of recent prompts.
 #
 # Strategies that ask many questions about one request repeat its history in each of them. A prompt is read in
-# blocks of fixed size and the cache is cut at their ends, so that a block has the same shape and the same cache
-# behind it whether or not it was read before: a score does not depend on which prompts were read before.
+# blocks of fixed size and the cache is truncated at block ends, so that a block has the same shape and the same cache
+# whether or not it was read before: a score does not depend on earlier prompts.
 
 
 BLOCK = 64
 """Tokens of a block. Smaller ones share more and make more, smaller matrix products."""
-# Bytes of keys and values that are kept: all requests of a batch of a small model, a few of a large one.
+# Bytes of cached keys and values: all requests of a batch for a small model, a few for a large one.
 _KEPT = 768 << 20
 
 
 @dataclass(slots=True)
 class _Read:
-    """A prompt that was read, with its keys and values."""
+    """A cached prompt with its keys and values."""
 
     ids: list[int]
     cache: Any
 
 
 class PrefixReader:
-    """Reads prompts with the decoder of a causal model whose cache can be cut.
+    """Reads prompts with the decoder of a causal model whose cache can be truncated.
 
     Attributes:
-        read: Tokens that were read, shared ones not counted.
+        read: The number of computed tokens, without shared ones.
     """
 
     def __init__(self, model: torch.nn.Module) -> None:
@@ -488,13 +487,13 @@ class PrefixReader:
     def tree(
         self, ids: Sequence[int], tokens: Sequence[int], sees: NDArray[np.bool_], depths: NDArray[np.int64]
     ) -> Any:
-        """Return the last hidden states of a prompt's last token and of a tree of tokens behind it, shape (1 + t, d).
+        """Return the hidden states of a prompt's last token and of a token tree after it, shape (1 + t, d).
 
         Args:
             ids: The prompt.
             tokens: The tree, t of them, parents before children.
-            sees: Which of them each sees, shape (t, t); all see the prompt.
-            depths: How many of them stand before each in its text, shape (t,).
+            sees: Which of them each one sees, shape (t, t); all see the prompt.
+            depths: The number of ancestors of each, shape (t,).
         """
         torch, device = self._torch, self._model.device
         first = self._states(list(ids))[-1:]
@@ -517,11 +516,11 @@ class PrefixReader:
         return torch.cat([first, out.last_hidden_state[0]])
 
     def drop(self) -> None:
-        """Forget what was read."""
+        """Clear the cache."""
         self._known.clear()
 
     def _states(self, ids: list[int]) -> Any:
-        """Return the hidden states of a prompt's last block; the prompt is the newest of those known."""
+        """Return the hidden states of a prompt's last block, and cache the prompt."""
         torch = self._torch
         known, kept = self._like(ids)
         if kept:
@@ -540,12 +539,12 @@ class PrefixReader:
         return states[0]
 
     def _like(self, ids: list[int]) -> tuple[_Read, int]:
-        """Take out what is known of a prompt, and say how many of its tokens need not be read.
+        """Take the cached prefix of a prompt, and return its length.
 
-        A known prompt is used up by the one that continues from it. One of which it would use less than half stays:
-        that is another user's, and only the frame of the question is the same.
+        A cached prompt is consumed by the one that continues from it. One that shares less than half stays: it belongs
+        to another user, and only the frame of the question is the same.
         """
-        # The last token is read in any case: its state is what is asked for.
+        # The last token is always read: its state is the result.
         most = (len(ids) - 1) // BLOCK
         shared = [min(most, _same(ids, each.ids) // BLOCK) for each in self._known]
         best = max(range(len(shared)), key=lambda i: (shared[i], i), default=None)
@@ -555,24 +554,24 @@ class PrefixReader:
 
 
 def _same(one: Sequence[int], other: Sequence[int]) -> int:
-    """Return how many tokens two prompts begin with alike."""
+    """Return the length of the common prefix of two prompts."""
     return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False)))
 
 
 # ----------------------------------------------------------------------------
-# Scores candidates behind prompts: their common beginnings merged into one tree a prompt, many prompts at a time.
+# Scores candidates after prompts: one tree of common prefixes per prompt, many prompts at a time.
 
 
 @dataclass(frozen=True)
 class Candidates:
-    """Candidates with common beginnings merged.
+    """Candidates as a tree of common prefixes.
 
     Attributes:
-        tokens: Every token that another follows, once, parents before their children.
-        parents: The token that each follows, counted from 1; 0 is the prompt.
-        depths: How many tokens come before each.
-        sees: Which tokens each sees: its ancestors and itself, shape (tokens, tokens).
-        owners: Of every token of every candidate, the candidate's number.
+        tokens: Every inner token once, parents before their children.
+        parents: The parent of each token, counted from 1; 0 is the prompt.
+        depths: The number of ancestors of each token.
+        sees: The attention mask: each token sees its ancestors and itself, shape (tokens, tokens).
+        owners: The candidate of every token of every candidate.
         after: The token that it follows, counted from 1; 0 is the prompt.
         wanted: The token itself.
     """
@@ -587,11 +586,12 @@ class Candidates:
 
     @staticmethod
     def of(tails: Sequence[tuple[int, ...]]) -> Candidates:
-        """Merge what candidates begin with alike."""
+        """Merge the common prefixes of candidates."""
         numbers: dict[tuple[int, ...], int] = {(): 0}
         parents: list[int] = []
         owners, after, wanted = [], [], []
-        # In the order of their tokens: half precision rounds by columns, and a score must not depend on the order.
+        # Sorted by tokens: half precision depends on the column, and a score must not depend on the order of
+        # candidates.
         for owner, tail in sorted(enumerate(tails), key=lambda pair: pair[1]):
             for end, token in enumerate(tail):
                 before = tail[:end]
@@ -620,7 +620,7 @@ class Candidates:
 def read_through(
     engine: TreeEngine, prompts: Sequence[Sequence[int]], candidates: Sequence[Sequence[tuple[int, ...]]]
 ) -> list[list[float]]:
-    """Score candidates behind each prompt through an engine of searches: all trees are fed at once.
+    """Score candidates after each prompt with a tree engine: all trees are fed at once.
 
     Args:
         engine: Reads them.
@@ -631,7 +631,7 @@ def read_through(
         The log-probability of each candidate, n lists.
     """
     trees = [Candidates.of(tails) for tails in candidates]
-    # Prompts are numbered from 0, and all fed tokens behind them.
+    # Prompts are numbered from 0, then all fed tokens.
     begins = np.cumsum([len(prompts), *(len(tree.tokens) for tree in trees)])
     after = [np.where(tree.after == 0, n, tree.after - 1 + begins[n]) for n, tree in enumerate(trees)]
     parents = [
@@ -655,5 +655,5 @@ def read_through(
 
 
 def sums(found: NDArray[np.float64], owners: NDArray[np.int64], count: int) -> list[float]:
-    """Add up the tokens of each candidate."""
+    """Sum the log-probabilities of each candidate's tokens."""
     return [float(total) for total in np.bincount(owners, weights=found, minlength=count)]

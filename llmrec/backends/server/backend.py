@@ -1,6 +1,6 @@
 """A backend over any server that speaks OpenAI's protocol, or several of one model: hosted, vLLM's own, and others.
 
-Two routes, which a first question chooses between (`llmrec.backends.server.probe`):
+Two routes, between which a first request decides (`llmrec.backends.server.probe`):
 
 - ``completions`` continues token ids, so that prompts, the given part of an answer and candidates are cut exactly as
   in training. It takes the server's own tokenizer here, and labels and whole texts can be scored, where the server
@@ -48,9 +48,9 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# vLLM's own bound, unless it is started with another.
+# vLLM's default limit.
 _NAMED = 20
-# Candidates of one request.
+# Candidates per request.
 _TOGETHER = 32
 _SHOWN, _LONG = 60, 100_000
 _WRITTEN = "strategies that read what is written still work: list, parsed and text"
@@ -94,26 +94,26 @@ class OpenAIBackend:
         return _in_order(self.generate_each(prompts, max_tokens=max_tokens))
 
     def generate_each(self, prompts: Sequence[Prompt], *, max_tokens: int) -> Iterator[tuple[int, Completion]]:
-        """Yield each prompt's place and continuation as they come.
+        """Yield each prompt's index and continuation as they arrive.
 
         Raises:
-            BackendError: If a request fails for good, after all that others were answered.
+            BackendError: If a request fails permanently, after all others were answered.
         """
         return self._each([self._generation(asked, max_tokens) for asked in _questions(prompts)])
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
-        """Score candidates, as far as the server gives log-probabilities; see `Backend.score`."""
+        """Score candidates if the server returns log-probabilities; see `Backend.score`."""
         return _in_order(self.score_each(prompts, candidates, closed=closed))
 
     def score_each(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> Iterator[tuple[int, Scores]]:
-        """Yield each prompt's place and scores as they come.
+        """Yield each prompt's index and scores as they arrive.
 
         Raises:
-            BackendError: If the server does not offer what it takes, or a request fails for good.
+            BackendError: If the server lacks the needed log-probabilities, or a request fails permanently.
         """
         if "score" not in self.capabilities:
             raise BackendError(
@@ -136,7 +136,7 @@ class OpenAIBackend:
         excluded: Sequence[Sequence[int]] = (),
         exact: bool = False,
     ) -> list[Found]:
-        """Refused: a search asks one small question a node, each of which would cross the network.
+        """Not supported: a search sends a small request per node, each of which would cross the network.
 
         Raises:
             BackendError: Always.
@@ -148,7 +148,7 @@ class OpenAIBackend:
         )
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Refused.
+        """Not supported.
 
         Raises:
             BackendError: Always.
@@ -173,7 +173,7 @@ class OpenAIBackend:
             raise BackendError("this client was closed; build a new one", kind="closed")
         try:
             for found in self._loop.each(jobs, self._section.concurrency):
-                # Booked before it is handed on: after a kill in between it is asked again, and both are spent.
+                # Recorded before it is returned: after a kill in between it is requested again, and both are paid.
                 self.spending.book()
                 yield found
         finally:
@@ -227,7 +227,7 @@ class OpenAIBackend:
         return _scores(found, len(ids), "openai:one-token")
 
     async def _top(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
-        """Score labels as far as they are among the likeliest tokens."""
+        """Score labels that are among the most likely tokens."""
         assert self._encoder is not None
         spellings = [_spellings(self._encoder, i) for i in labels.distinct]
         body = completion_body(self._section, [*ids, *labels.shared], room=1, logprobs=self.offers.top)
@@ -276,7 +276,7 @@ class OpenAIBackend:
         return chat_body(self._section, prompt, room=room, control=control, continues=self.offers.continues, **keys)
 
     def _note(self, found: Labelled) -> None:
-        """Say once that some labels have the floor."""
+        """Log once that some labels got the minimum score."""
         if found.floored and not self._floored:
             self._floored = True
             log.warning(
@@ -290,14 +290,14 @@ class OpenAIBackend:
 
 @dataclass(frozen=True, slots=True)
 class _Question:
-    """A prompt and its place among those of a call, counted from 1."""
+    """A prompt and its number within a call, counted from 1."""
 
     place: int
     count: int
     prompt: Prompt
 
     def named(self) -> str:
-        """Return how errors name it."""
+        """Return its name in errors."""
         last = clean(self.prompt.messages[-1].text, _LONG) if self.prompt.messages else ""
         shown = f"... {last[-_SHOWN:]}" if len(last) > _SHOWN else last
         return f"request {self.place} of {self.count} ({shown!r})"
@@ -308,7 +308,7 @@ def _questions(prompts: Sequence[Prompt]) -> list[_Question]:
 
 
 def _spellings(encoder: Encoder, token: int) -> tuple[str, ...]:
-    """Return how servers may write a token: as in the vocabulary, with its space, or decoded, which may drop it."""
+    """Return the forms in which servers may write a token: as in the vocabulary, with its space, or decoded."""
     raw = str(encoder.tokenizer.convert_ids_to_tokens(token))
     return raw, raw.replace("▁", " ").replace("Ġ", " "), str(encoder.tokenizer.decode([token]))
 

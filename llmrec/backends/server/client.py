@@ -1,10 +1,9 @@
-"""Requests to servers, many at a time, each tried again where that can help: the only layer that retries.
+"""Concurrent requests to servers, with retries: the only layer that retries.
 
-Tried again are 408, 425, 429 and 5xx, attempts that take too long, connections that break, bodies that end early, that
-are larger than any answer, and that are no JSON or not of the right form. Waits double and are drawn between nothing
-and their bound ("full jitter"), so that many clients do not come back at once; a server that says when to come back is
-heeded. All else is refused at once. A server's own words are shown shortened, with the key taken out, and no answer is
-handed on with it.
+Retried are 408, 425, 429 and 5xx, time-outs, broken connections, and bodies that are incomplete, too large, not JSON or
+of the wrong form. Waits double and are drawn between 0 and their bound ("full jitter"), so that many clients do not
+return at once; a server's Retry-After is respected. All other errors are final. A server's own words are shown
+shortened, with the key taken out, and no answer is handed on with it.
 
 An event loop lives in a thread of its own, so that connections outlast a call. What it finishes is handed over one by
 one; the caller's thread stores each answer before it takes the next. Until then the answer keeps its place among those
@@ -38,30 +37,30 @@ from llmrec.recipe.schema import ServerSection
 from llmrec.types import Cost, Prompt
 
 # ----------------------------------------------------------------------------
-# What was spent on a server, in tokens and money, and the caps that stop requests.
+# Usage of a server in tokens and money, and the caps that stop requests.
 
 
 _MILLION = 1_000_000
-# Tokens that no answer has used: a larger number is a fault, and no table of SQLite could add many of them up.
+# A larger number of tokens per answer is an error, and sums of them would overflow SQLite's integers.
 _MOST = 2**32
 
 
 class Ledger(Protocol):
-    """Where what was spent outlives the process."""
+    """Usage that is stored beyond the process."""
 
     def spent(self) -> Cost:
-        """Return all that was ever booked."""
+        """Return the total recorded so far."""
         ...
 
     def spend(self, cost: Cost) -> None:
-        """Book some more."""
+        """Record further tokens."""
         ...
 
 
 class Spending:
-    """What was spent on a server, by this process and those before it.
+    """The usage of a server by this process and earlier ones.
 
-    Requests under way when a cap is reached are finished and kept, so a cap can be passed by what they cost.
+    Requests in progress when a cap is reached are finished and kept, so usage can exceed a cap by their cost.
 
     Args:
         section: Caps and prices.
@@ -76,26 +75,26 @@ class Spending:
 
     @property
     def capped(self) -> bool:
-        """Whether there is a cap, so that answers must say what they used."""
+        """Whether there is a cap, so that answers must report their usage."""
         return self._section.max_tokens_budget is not None or self._section.max_cost is not None
 
     @property
     def total(self) -> Cost:
-        """All tokens so far."""
+        """The total number of tokens so far."""
         with self._lock:
             return self._total
 
     @property
     def money(self) -> float:
-        """What they cost, in the currency of the prices."""
+        """The cost of the tokens, in the currency of the prices."""
         total, section = self.total, self._section
         return (total.prompt_tokens * section.price_in + total.completion_tokens * section.price_out) / _MILLION
 
     def check(self) -> None:
-        """Stop here once a cap is reached.
+        """Raise an error if a cap is reached.
 
         Raises:
-            EngineFailure: If it is; the message names the key.
+            EngineFailure: If a cap is reached; the message names the key.
         """
         section, total = self._section, self.total
         used = total.prompt_tokens + total.completion_tokens
@@ -116,12 +115,12 @@ class Spending:
             )
 
     def count(self, cost: Cost) -> None:
-        """Count what one answer used, whether or not it could be read; from any thread."""
+        """Add the usage of an answer, readable or not; thread-safe."""
         with self._lock:
             self._total, self._unbooked = self._total + cost, self._unbooked + cost
 
     def book(self) -> None:
-        """Write down what is not yet in the ledger; only from the thread that the ledger belongs to."""
+        """Record usage that is not yet in the ledger; only from the ledger's thread."""
         with self._lock:
             cost, self._unbooked = self._unbooked, Cost()
         if self._ledger is not None and cost != Cost():
@@ -129,7 +128,7 @@ class Spending:
 
 
 def usage(value: Any) -> Cost | None:
-    """Return the tokens that an answer says it used; None if it does not."""
+    """Return the tokens that an answer reports; None if it reports none."""
     found = value.get("usage") if isinstance(value, dict) else None
     if not isinstance(found, dict):
         return None
@@ -140,12 +139,12 @@ def usage(value: Any) -> Cost | None:
 
 
 # ----------------------------------------------------------------------------
-# Servers of one model: each attempt goes to the next of them that answers, and one that fails rests for a while.
+# Load balancing over servers of one model: a failing server is skipped for a while.
 
 
 FIRST_REST = 1.0
 """Seconds that a server rests at first; doubled each time that it fails again."""
-# Faults in a row after which a server rests. A connection that is refused is one too many: nothing listens there.
+# Consecutive faults after which a server is skipped. After a refused connection it is skipped at once.
 _PATIENCE = 3
 
 
@@ -154,11 +153,11 @@ class Server:
     """One server.
 
     Attributes:
-        url: As far as ``/v1``, without a slash at its end.
-        until: When it is asked again, by the clock; 0: it does not rest.
-        rest: Seconds of its next rest.
-        faults: Attempts in a row that failed.
-        tried: A request is its trial after a rest.
+        url: The URL up to ``/v1``, without a trailing slash.
+        until: The time until which it is skipped; 0: it is in use.
+        rest: Seconds of the next pause.
+        faults: Consecutive failed attempts.
+        tried: Whether a trial request is in progress after a pause.
     """
 
     url: str
@@ -169,10 +168,9 @@ class Server:
 
 
 class Fleet:
-    """Says which server is asked next, in turn.
+    """Chooses the server of each attempt, round robin.
 
-    A server that rests comes back with one request as its trial, and with all of its share once it answers. A single
-    server never rests: there is no other to ask.
+    A skipped server returns with one trial request, and fully once it answers. A single server is never skipped.
 
     Args:
         urls: Addresses of the servers.
@@ -189,7 +187,7 @@ class Fleet:
         """Return the server of an attempt.
 
         Args:
-            last: The server that failed the attempt before, which is not taken while another one answers.
+            last: The server of the failed previous attempt, which is avoided while another one answers.
         """
         now = self._clock()
         order = [*self._servers[self._next :], *self._servers[: self._next]]
@@ -199,16 +197,16 @@ class Fleet:
             chosen = awake[0] if awake else min(order, key=lambda server: server.until)
         self._next = (self._servers.index(chosen) + 1) % len(self._servers)
         if chosen.until:
-            # Others wait for how its trial goes.
+            # Other requests wait for the result of the trial.
             chosen.until, chosen.tried = now + chosen.rest, True
         return chosen
 
     def another(self, than: Server) -> bool:
-        """Whether a further server can be asked now."""
+        """Whether another server is available now."""
         return any(server is not than and server.until <= self._clock() for server in self._servers)
 
     def answered(self, server: Server) -> None:
-        """Note an answer, sound or a refusal: the server is there. What it took before its rest changes nothing."""
+        """Record an answer or an error status: the server is available."""
         server.faults = 0
         if server.until and not server.tried:
             return
@@ -217,12 +215,12 @@ class Fleet:
         server.until, server.rest, server.tried = 0.0, FIRST_REST, False
 
     def failed(self, server: Server, fault: str, wait: float | None = None) -> None:
-        """Note a fault, and let the server rest where it is one too many.
+        """Record a fault, and skip the server after too many.
 
         Args:
             server: The server.
-            fault: What it was, for the log.
-            wait: Seconds that the server asks for.
+            fault: The fault, for the log.
+            wait: Seconds from the server's Retry-After.
         """
         server.faults += 1
         if len(self._servers) == 1 or (server.until and not server.tried):
@@ -246,7 +244,7 @@ MALFORMED = (ValueError, LookupError, TypeError, AttributeError, OverflowError)
 """What a reader of an answer raises where that has not the right form."""
 
 _MASK = "***"
-# Shorter keys are placeholders for servers that take none ("EMPTY"), and words that an answer may well hold.
+# Shorter keys are placeholders for servers without keys ("EMPTY"), and words that an answer may contain.
 _SECRET = 8
 
 
@@ -266,19 +264,19 @@ _MENDS: Mapping[int, str] = {
 
 
 class Refused(BackendError):
-    """An answer that another attempt would not change."""
+    """A final error that a retry would not change."""
 
-    # Built from its message alone, as every `LlmrecError`, it passes between processes.
+    # Constructed from its message alone, as every `LlmrecError`, so that it can be pickled.
     status: int | None = None
 
     @property
     def no_route(self) -> bool:
-        """Whether the server does not know the address at all."""
+        """Whether the server does not have the route."""
         return self.status in _NO_ROUTE
 
 
 class _Again(Exception):
-    """A fault that another attempt may fix; ``wait`` is what the server asks for, in seconds."""
+    """A fault that is retried; ``wait`` is the server's Retry-After in seconds."""
 
     def __init__(self, kind: str, wait: float | None = None) -> None:
         super().__init__(kind)
@@ -302,46 +300,46 @@ class Wire:
         self._httpx, self._section, self._spending = httpx, section, spending
         self._fleet = Fleet(section.urls, section.longest_wait)
         self._key = key_of(section)
-        # Shared by copies for one server each, as everything else that is counted.
+        # Shared by the copies for single servers, like all counters.
         self._told: set[str] = set()
         self.where = section.where
         self.attempts: Counter[str] = Counter()
         """Attempts by how they ended: ``ok`` or the kind of fault."""
         for name in ("httpx", "httpcore"):
-            # They write one line per request otherwise.
+            # These loggers write one line per request.
             logging.getLogger(name).setLevel(logging.WARNING)
         local = any(urlsplit(url).hostname in _LOCAL for url in section.urls)
         bearer = {"Authorization": f"Bearer {self._key}"} if self._key else {}
         self._client: Any = httpx.AsyncClient(
-            # What is packed otherwise could not be unpacked a bit at a time.
+            # Only these encodings can be decompressed incrementally.
             headers={**bearer, "Accept-Encoding": "gzip"},
             timeout=section.timeout,
             limits=httpx.Limits(max_connections=section.concurrency, max_keepalive_connections=section.concurrency),
-            # A proxy is for other machines.
+            # No proxy for this machine.
             trust_env=not local,
         )
 
     async def ask(
         self, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], *, what: Callable[[], str]
     ) -> T:
-        """Send a request until its answer can be read; without a body it is a GET.
+        """Send a request, with retries, until its answer can be read; a GET without a body.
 
         Args:
-            path: Behind the address, such as ``/completions``.
+            path: The path after the base URL, such as ``/completions``.
             body: The JSON to send.
-            read: Reads the answer; one of `MALFORMED` calls it malformed.
+            read: Parses the answer; raises one of `MALFORMED` if it is malformed.
             what: Names the request in an error.
 
         Raises:
-            Refused: At an answer that another attempt would not change.
-            EngineFailure: If no attempt succeeds, or a budget is used up.
-            BackendError: If the server refuses.
+            Refused: For a final error.
+            EngineFailure: If no attempt succeeds, or a budget is exhausted.
+            BackendError: If the server rejects the request.
         """
         faults: list[str] = []
         server: Server | None = None
         asked: float | None = None
         for attempt in range(self._section.attempts):
-            # Another server is asked at once, but not all of them one after the other.
+            # Another server is tried at once, but not all of them in sequence.
             if server is not None and not (attempt % 2 and self._fleet.another(server)):
                 await asyncio.sleep(self._pause(attempt, asked))
             self._spending.check()
@@ -378,7 +376,7 @@ class Wire:
         )
 
     def each(self) -> list[Wire]:
-        """Return clients of every server alone, over the same connections and with the same counts."""
+        """Return a client of each single server, with the same connections and counters."""
         found = []
         for url in self._section.urls:
             one = copy.copy(self)
@@ -394,7 +392,7 @@ class Wire:
         self, url: str, path: str, body: Mapping[str, Any] | None, read: Callable[[Any], T], what: Callable[[], str]
     ) -> T:
         try:
-            # The client's own time-outs bound single reads; one that trickles would go on for ever.
+            # The client's time-outs bound single reads; a trickling response would never end.
             async with asyncio.timeout(self._section.timeout):
                 asked = self._client.stream("GET" if body is None else "POST", url + path, json=body)
                 async with asked as response:
@@ -429,10 +427,10 @@ class Wire:
             raise _Again(f"malformed answer: {self._words(str(error))}") from None
 
     def _count(self, value: Any, body: Mapping[str, Any] | None) -> None:
-        """Count what an answer used.
+        """Add the usage of an answer.
 
         Raises:
-            BackendError: If there is a cap, and the answer does not say.
+            BackendError: If there is a cap and the answer reports no usage.
         """
         cost = usage(value)
         if cost is not None:
@@ -447,18 +445,18 @@ class Wire:
             )
 
     def _pause(self, attempt: int, asked: float | None) -> float:
-        """Return the seconds before another attempt: never sooner than the server asked for."""
+        """Return the seconds before the next attempt, at least the server's Retry-After."""
         bound = min(self._section.longest_wait, self._section.backoff * 2.0 ** (attempt - 1))
         return (asked or 0.0) + random.uniform(0.0, bound)
 
     def _words(self, text: str) -> str:
-        """Return a server's words in one short line without the key."""
+        """Return a server's message as one short line without the key."""
         if self._key:
             text = text.replace(self._key, _MASK)
         return clean(text, _SHOWN)
 
     def _masked(self, value: Any) -> Any:
-        """Return an answer without the key, which a server may repeat, and a cache and a report would keep."""
+        """Return an answer without the key, which a server may repeat and a cache or report would keep."""
         if self._key is None or len(self._key) < _SECRET:
             return value
         masked = _replaced(value, self._key, _MASK)
@@ -469,10 +467,10 @@ class Wire:
 
 
 async def unpacked(response: Any) -> bytes:
-    """Read the body of a response, no further than `LARGEST` bytes, neither as it is sent nor unpacked.
+    """Read the body of a response, at most `LARGEST` bytes compressed and decompressed.
 
     Raises:
-        _Again: If there is more, or it cannot be unpacked.
+        _Again: If it is larger or cannot be decompressed.
     """
     packing = response.headers.get("content-encoding", "identity").strip().lower()
     if packing not in ("", "identity", "gzip", "x-gzip", "deflate"):
@@ -496,7 +494,7 @@ async def unpacked(response: Any) -> bytes:
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:
-    """Return a JSON value with a text replaced wherever it stands in one."""
+    """Return a JSON value with a text replaced in all strings."""
     if isinstance(value, str):
         return value.replace(old, new)
     if isinstance(value, list):
@@ -507,7 +505,7 @@ def _replaced(value: Any, old: str, new: str) -> Any:
 
 
 def retry_after(value: str | None, now: float) -> float | None:
-    """Return the seconds that a ``Retry-After`` header asks for, as a number or as a date; None if it asks nothing.
+    """Return the seconds of a ``Retry-After`` header, a number or a date; None if it is missing.
 
     Args:
         value: The header.
@@ -526,7 +524,7 @@ def retry_after(value: str | None, now: float) -> float | None:
 
 
 def _message(text: str) -> str:
-    """Return what an error's body says, in whichever of the usual forms."""
+    """Return the message in an error's body, in any of the usual forms."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
@@ -538,10 +536,10 @@ def _message(text: str) -> str:
 
 
 def key_of(section: ServerSection) -> str | None:
-    """Return the key that a server is asked with; None where it takes none.
+    """Return the API key of a server; None if it needs none.
 
     Raises:
-        BackendError: If the environment variable that holds it is not set, or holds no key.
+        BackendError: If its environment variable is not set or is not a key.
     """
     if section.key_env is None:
         return None
@@ -574,14 +572,14 @@ class Loop:
         self._thread.start()
 
     def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run one piece of work to its end."""
+        """Run a coroutine to its end."""
         return asyncio.run_coroutine_threadsafe(work, self._loop).result()
 
     def each(self, jobs: Sequence[Callable[[], Awaitable[T]]], together: int) -> Iterator[tuple[int, T]]:
-        """Yield every job's place and result as they come, ``together`` at a time.
+        """Yield every job's index and result as they finish, ``together`` at a time.
 
-        A result counts as under way until the next one is taken. After a failure no further job begins. Those under
-        way are finished and yielded, then the first failure is raised. Whoever stops taking results ends them all.
+        A result counts as in progress until the next one is taken. After a failure no further job starts; those in
+        progress are finished and yielded, then the first failure is raised. Closing the iterator cancels all jobs.
         """
         done: SimpleQueue[_Done[T] | None] = SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(_all(jobs, together, done), self._loop)
@@ -605,7 +603,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class _Done(Generic[T]):
-    """A result, and what says that it was taken."""
+    """A result, and the signal that it was taken."""
 
     place: int
     result: T
@@ -640,17 +638,17 @@ async def _all(
 
 
 # ----------------------------------------------------------------------------
-# Writes the requests that a server is sent.
+# Request bodies.
 
 
 def completion_body(section: ServerSection, ids: Sequence[int] | str, *, room: int, **keys: Any) -> dict[str, Json]:
-    """Return a request to continue token ids, or a text, greedily."""
+    """Return the body of a request that continues token ids or a text greedily."""
     prompt = ids if isinstance(ids, str) else list(ids)
     return _with_extra(section, {"prompt": prompt, "max_tokens": room, **keys})
 
 
 def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> dict[str, Json]:
-    """Return a request for the log-probabilities of whole rows of token ids."""
+    """Return the body of a request for the log-probabilities of whole rows of token ids."""
     keys: dict[str, Json] = {"prompt": [list(row) for row in rows], "max_tokens": 1, "echo": True, "logprobs": 1}
     return _with_extra(section, keys)
 
@@ -658,10 +656,10 @@ def likelihood_body(section: ServerSection, rows: Sequence[Sequence[int]]) -> di
 def chat_body(
     section: ServerSection, prompt: Prompt, *, room: int, control: Sequence[str], continues: bool, **keys: Any
 ) -> dict[str, Json]:
-    """Return a request to answer chat turns greedily.
+    """Return the body of a request that answers chat turns greedily.
 
-    The given part of the answer stands in an assistant turn of its own, at the end. A server that is known to go on
-    from there is told to; others may begin their turn anew.
+    The given part of the answer is a final assistant turn. A server that supports it is asked to continue this turn;
+    others may start a new one.
 
     Args:
         section: Model, room for thinking, further keys.

@@ -1,7 +1,7 @@
-"""Asks a server once what it offers, by requests of a few tokens.
+"""Determines what a server supports, with requests of a few tokens.
 
-Servers that speak the same protocol differ in what they answer: log-probabilities of the likeliest tokens or of named
-ones, of prompts, or none. What counts is what comes back, not what a server is called.
+Servers with the same protocol differ in their log-probabilities: of the most likely tokens, of named tokens, of
+prompts, or none. The probe goes by their answers, not by their names.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from llmrec.recipe.schema import ServerSection
 from llmrec.types import Completion, Cost, Message, Prompt, Segment
 
 # ----------------------------------------------------------------------------
-# Reads what a server answers: texts without their thinking, choices by their index, log-probabilities.
+# Parses answers: texts without reasoning, choices by index, log-probabilities.
 #
-# Every reader raises a ValueError, LookupError or TypeError at an answer that is not of the right form, and such
-# an answer is asked for again.
+# Every parser raises a ValueError, LookupError or TypeError for a malformed answer, and the request is retried.
 
 
 MARGIN = 1.0
@@ -38,7 +37,7 @@ _THINKING = re.compile(r"<think(?:ing)?>")
 
 @dataclass(frozen=True, slots=True)
 class Labelled:
-    """Log-probabilities of labels, in nats, and how many of them were not returned and have the floor."""
+    """Log-probabilities of labels, in nats, and the number of labels that were not returned and have the minimum."""
 
     logprobs: tuple[float, ...]
     floored: int
@@ -48,10 +47,10 @@ class Labelled:
 
 
 def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
-    """Return the choices of an answer in the order of what was asked, whatever order they came in.
+    """Return the choices of an answer in the order of the prompts.
 
     Raises:
-        ValueError: If one is missing or stands twice.
+        ValueError: If one is missing or duplicate.
     """
     found = value["choices"]
     places = [choice.get("index", 0 if len(found) == 1 else None) for choice in found]
@@ -66,9 +65,9 @@ def _place(pair: tuple[int, Any]) -> int:
 
 
 def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
-    """Read a generated text, up to its stop text and without what a model thought before it.
+    """Parse a generated text, up to its stop text and without a preceding reasoning block.
 
-    A block of thoughts that does not end is an empty answer of finish reason ``length``. Without usage, counts are 0.
+    An unfinished reasoning block is an empty answer with finish reason ``length``. Without usage, counts are 0.
 
     Args:
         value: The answer.
@@ -85,7 +84,7 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
         text = choice["text"]
     if not isinstance(text, str):
         raise ValueError("the text of the answer is no text")
-    # JSON can name half of a letter, which no file or table can hold.
+    # JSON can contain lone surrogates, which cannot be encoded.
     text = text.encode("utf-8", "replace").decode("utf-8")
     cost = usage(value) or Cost()
     found = Completion(
@@ -105,9 +104,9 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
 
 
 def without_thoughts(text: str) -> tuple[str, bool]:
-    """Return what follows the last block of thoughts, and whether every block ends.
+    """Return the text after the last reasoning block, and whether every block ends.
 
-    Some templates open the block in the prompt, so that the answer holds its end alone.
+    Some templates open the block in the prompt, so that the answer contains only its end.
     """
     rest = _THOUGHT.sub("", text)
     return rest, _THINKING.search(rest) is None
@@ -117,7 +116,7 @@ def without_thoughts(text: str) -> tuple[str, bool]:
 
 
 def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
-    """Read the log-probabilities of tokens that were asked for by their ids, first token of a completion.
+    """Parse the log-probabilities of requested token ids at the first token of a completion.
 
     Raises:
         LookupError: If one of them was not returned.
@@ -127,7 +126,7 @@ def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
 
 
 def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
-    """Read the log-probabilities of labels among the likeliest first tokens of a completion.
+    """Parse the log-probabilities of labels among the most likely first tokens of a completion.
 
     Args:
         value: The answer.
@@ -138,15 +137,15 @@ def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
 
 
 def chat_labels(value: Any, texts: Sequence[str]) -> Labelled:
-    """Read the log-probabilities of labels among the likeliest first tokens of a chat answer.
+    """Parse the log-probabilities of labels among the most likely first tokens of a chat answer.
 
-    White space around a token is no part of its label: a chat may begin with either form, so both are added up.
+    White space around a token is not part of its label: an answer may begin with either form, so both are summed.
     """
     return by_name(chat_first(value), [text.strip() for text in texts])
 
 
 def chat_first(value: Any) -> dict[str, float]:
-    """Return the log-probabilities of the likeliest first tokens of a chat answer, by text without white space."""
+    """Return the log-probabilities of the most likely first tokens of a chat answer, by text without white space."""
     (choice,) = choices(value, 1)
     found: dict[str, list[float]] = {}
     for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
@@ -155,7 +154,7 @@ def chat_first(value: Any) -> dict[str, float]:
 
 
 def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
-    """Give each name its log-probability, or the floor: `MARGIN` below the smallest one returned.
+    """Return the log-probability of each name, or the minimum: `MARGIN` below the smallest one returned.
 
     Raises:
         ValueError: If nothing was returned.
@@ -171,7 +170,7 @@ def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
 
 
 def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[float]:
-    """Sum the log-probabilities of each candidate's tokens behind the same prompt, from echoed prompts.
+    """Sum the log-probabilities of each candidate's tokens after the same prompt, from echoed prompts.
 
     Args:
         value: An answer with one choice a candidate.
@@ -188,7 +187,7 @@ def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[fl
 
 
 def first(value: Any) -> dict[str, float]:
-    """Return the log-probabilities of the likeliest first tokens of a completion, by their text."""
+    """Return the log-probabilities of the most likely first tokens of a completion, by text."""
     (choice,) = choices(value, 1)
     return {name: _nats(nats) for name, nats in choice["logprobs"]["top_logprobs"][0].items()}
 
@@ -209,26 +208,26 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# Digits, accents, another script and a symbol: tokenizers that cut all of these into as many pieces are the same one.
+# Digits, accents, another script and a symbol: tokenizers that give the same number of tokens are the same.
 _TEXT = "Heat (1995), Amélie, 羅生門, Ночной дозор: 3.5 of 5, №1 🎬 antidisestablishmentarianism"
 _PROMPT = Prompt(messages=(Message("user", (Segment("text", "Answer with one digit, 1 or 2."),)),))
-# The most that servers allow, first of all and in older versions.
+# The maxima that servers allow, in current and in older versions.
 _TOPS = (20, 5)
 _ROOM = 4
-# Nats by which servers of one model may differ on a likely token: kernels and half precision round otherwise.
+# Nats by which servers of one model may differ on a likely token, through kernels and half precision.
 _ALIKE, _LIKELY = 0.5, -3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Offers:
-    """What a server can do.
+    """The capabilities of a server.
 
     Attributes:
-        exact: It continues token ids as they are, by completions; otherwise it is asked by chat.
-        top: Likeliest first tokens that it gives log-probabilities of; 0: none.
-        named: It gives those of tokens that the request names.
-        likelihood: It gives those of a prompt's tokens.
-        continues: It can be told to go on from an assistant turn.
+        exact: Whether it continues token ids, by completions; otherwise chat is used.
+        top: The number of most likely first tokens with log-probabilities; 0: none.
+        named: Whether it returns log-probabilities of requested tokens.
+        likelihood: Whether it returns log-probabilities of a prompt's tokens.
+        continues: Whether it can continue an assistant turn.
     """
 
     exact: bool
@@ -239,11 +238,12 @@ class Offers:
 
 
 async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
-    """Find out what servers offer, all of them the same.
+    """Determine the capabilities of servers, which must be the same.
 
     Raises:
-        BackendError: As `probe`; or if they differ in what they offer, in whether they list the model, or in what they
-            say after one prompt.
+        BackendError: As `probe`; or if they differ in capabilities, in whether they list the model, or in their answers
+        to
+            one prompt.
     """
     wires = wire.each()
     found = await asyncio.gather(*(probe(one, section, encoder) for one in wires), return_exceptions=True)
@@ -271,14 +271,14 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
 
 @dataclass(frozen=True, slots=True)
 class _Told:
-    """What a server says of its model: whether it lists it, if it lists any, and its likeliest first tokens."""
+    """What a server reports on its model: whether it lists it, if it lists any, and its most likely first tokens."""
 
     listed: bool | None
     tokens: dict[str, float]
 
 
 async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, offers: Offers) -> _Told:
-    """Ask a server for its models, and for log-probabilities after one prompt where it gives any."""
+    """Request a server's models, and log-probabilities after one prompt if it returns any."""
 
     def listed(value: Any) -> bool:
         return section.model in [model["id"] for model in value["data"]]
@@ -298,7 +298,7 @@ async def _told(wire: Wire, section: ServerSection, encoder: Encoder | None, off
 
 
 def _different(one: Offers, other: Offers) -> str:
-    """Say in what two servers offer different things; empty: in nothing."""
+    """Return the difference of two servers' capabilities; empty if none."""
     names = [
         name
         for name in ("exact", "top", "named", "likelihood", "continues")
@@ -308,7 +308,7 @@ def _different(one: Offers, other: Offers) -> str:
 
 
 def _contradicts(one: _Told, other: _Told) -> str:
-    """Say where two servers speak of different models; empty: nowhere."""
+    """Return the evidence that two servers have different models; empty if none."""
     if None not in (one.listed, other.listed) and one.listed != other.listed:
         return "only one of them lists it"
     for token in one.tokens.keys() | other.tokens.keys():
@@ -319,10 +319,10 @@ def _contradicts(one: _Told, other: _Told) -> str:
 
 
 async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> Offers:
-    """Find out what a server offers.
+    """Determine the capabilities of a server.
 
     Raises:
-        BackendError: If it does not answer, or ``eval.server.chat: completions`` asks for what it has not.
+        BackendError: If it does not answer, or lacks what ``eval.server.chat: completions`` needs.
     """
     if section.chat != "chat":
         found = await _completions(wire, section, encoder) if encoder is not None else "there is no tokenizer"
@@ -341,9 +341,9 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
 
 
 async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> Offers | str:
-    """Return what completions offer, or why token ids cannot be continued."""
+    """Return the capabilities of completions, or why token ids cannot be continued."""
     ids = list(encoder.piece(_TEXT))
-    # Some servers put a token of their own before a text.
+    # Some servers add a token before a text.
     for asked, lengths in ((_TEXT, (len(ids), len(ids) + 1)), (ids, (len(ids),))):
         try:
             read = await _try(wire, "/completions", completion_body(section, asked, room=1), _read_tokens)
@@ -361,7 +361,7 @@ async def _completions(wire: Wire, section: ServerSection, encoder: Encoder) -> 
 
 
 async def _labels(wire: Wire, section: ServerSection, ids: list[int]) -> tuple[int, bool]:
-    """Return how many likeliest tokens a completion gives, and whether it gives named ones."""
+    """Return the number of most likely tokens that a completion returns, and whether it returns named ones."""
     for top in _TOPS:
         body = completion_body(section, ids, room=1, logprobs=top)
         if not await _offered(wire, "/completions", body, lambda value: top_labels(value, [("",)])):
@@ -380,9 +380,9 @@ async def _echoes(wire: Wire, section: ServerSection, rows: list[list[int]]) -> 
 
 
 async def _chat_top(wire: Wire, section: ServerSection) -> int:
-    """Return how many likeliest first tokens of a chat answer the server gives; 0 where it thinks first."""
+    """Return the number of most likely first tokens of a chat answer; 0 if the model reasons first."""
     body = chat_body(section, _PROMPT, room=_ROOM, control=(), continues=False)
-    # An answer of any form proves the address, the key and the model: what is refused from here on is not offered.
+    # Any answer proves the URL, the key and the model: later rejections mean that a capability is missing.
     await _try(wire, "/chat/completions", body, lambda value: completion(value, stop=None, chat=True))
     if section.thinking_tokens:
         return 0
@@ -394,7 +394,7 @@ async def _chat_top(wire: Wire, section: ServerSection) -> int:
 
 
 async def _continues(wire: Wire) -> bool:
-    """Whether the server is a vLLM, which can be told to go on from an assistant turn."""
+    """Whether the server is a vLLM, which can continue an assistant turn."""
 
     def read(value: Any) -> bool:
         return any(model.get("owned_by") == "vllm" for model in value["data"])
@@ -406,9 +406,9 @@ async def _continues(wire: Wire) -> bool:
 
 
 async def _offered(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any], Any], *, count: int = 1) -> bool:
-    """Whether a server gives what a request asks for: it neither refuses nor leaves it out.
+    """Whether a server supports a request: it neither rejects it nor omits the result.
 
-    An answer without its choices is a fault, which says nothing about what is offered.
+    An answer without choices is a fault, which shows nothing about capabilities.
     """
 
     def kept(value: Any) -> bool:
@@ -430,7 +430,7 @@ async def _try(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any
 
 
 def _read_tokens(value: Any) -> int | None:
-    """Return the length of the prompt as the server counts it; None where it does not say."""
+    """Return the length of the prompt as the server counts it; None if it does not report it."""
     choices(value, 1)
     found = usage(value)
     return None if found is None else found.prompt_tokens

@@ -1,6 +1,6 @@
 """The vLLM backend, on CPU and GPU: batched decoding and exact candidate scores with a cached prefix.
 
-`prompt_logprobs` is never used: it switches the prefix cache off. Candidates are scored by one of three routes:
+`prompt_logprobs` is never used: it disables the prefix cache. Candidates are scored by one of three routes:
 
 - ``one-token``: labels that differ in one token need a single request a prompt, with ``logprob_token_ids``;
 - ``forced``: one request a candidate, whose tokens a logits processor forces while raw log-probabilities are read
@@ -37,25 +37,25 @@ if TYPE_CHECKING:
 
 
 # ----------------------------------------------------------------------------
-# How large the KV cache of an engine on the CPU is: as large as the workload, and no larger than what is free.
+# The size of a CPU engine's KV cache: that of the workload, within the free memory.
 
 
 BLOCK = 32
 """Tokens of a block of the cache on the CPU: vLLM's default of 128 caches less, since only full blocks are kept."""
 GIB = 2.0**30
-# The largest cache of a small model; that of a larger one is as large as its weights at most.
+# The largest cache of a small model; for a larger one it is the size of its weights.
 _MOST = 2**30
-# What the engine's processes take besides weights and cache.
+# Memory of the engine's processes besides weights and cache.
 _PROCESSES = 2**29
 
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """What an engine is asked, as far as it decides how much memory it takes.
+    """The memory needs of an engine's requests.
 
     Attributes:
-        tokens: Prompts and answers of the largest batch.
-        token_bytes: Keys and values of one token; see `llmrec.models.traits.cache_bytes`.
+        tokens: Tokens of prompts and answers in the largest batch.
+        token_bytes: Bytes of keys and values per token; see `llmrec.models.traits.cache_bytes`.
         weights: Bytes of the weights.
     """
 
@@ -64,18 +64,18 @@ class Workload:
     weights: int
 
     def least(self, longest: int) -> int:
-        """Return the smallest cache that vLLM accepts: one request of ``longest`` tokens, and a block it keeps back."""
+        """Return the smallest cache that vLLM accepts: one request of ``longest`` tokens, and a reserved block."""
         return self.token_bytes * BLOCK * (-(-longest // BLOCK) + 2)
 
     def wanted(self, longest: int) -> int:
-        """Return the bytes that hold the largest batch, as far as the upper limit.
+        """Return the bytes of the largest batch, up to the upper limit.
 
-        A strategy that asks again about the prompts of a batch finds them cached only if all of them fit.
+        A strategy that repeats the prompts of a batch finds them cached only if all of them fit.
         """
         return max(self.least(longest), min(self.tokens * self.token_bytes, max(_MOST, self.weights)))
 
     def sizes(self, longest: int, free: int) -> Iterator[int]:
-        """Yield the caches to try: the one that is wanted or fits into ``free``, then half of it, down to the least."""
+        """Yield the cache sizes to try: what is wanted or fits into ``free``, then half of it, down to the smallest."""
         least = self.least(longest)
         size = max(least, min(self.wanted(longest), free - self.weights - _PROCESSES))
         while size > least:
@@ -89,22 +89,21 @@ class Workload:
 
 
 # ----------------------------------------------------------------------------
-# Reads trees of tokens with vLLM: requests over whole texts, whose beginnings the prefix cache has already
-# computed.
+# Reads token trees with vLLM: requests over whole texts, whose prefixes are in the prefix cache.
 #
-# vLLM caches full blocks only. A request therefore computes what stands behind the last full block of its text
-# that was computed before: of a prompt of P tokens and blocks of B, at most (P mod B) + depth tokens. Requests of
-# one batch share uncached blocks too, since the scheduler notes a block when it is allocated and keys and values
-# are written before they are read; so nothing is warmed first.
+# vLLM caches full blocks only. A request therefore computes the tokens after the last cached full block of its text:
+# with a prompt of P tokens and blocks of B, at most (P mod B) + depth tokens. Requests of one batch share uncached
+# blocks too, since the scheduler registers a block when it is allocated and keys and values are written before they
+# are read; so no warm-up is needed.
 
 
 class Ask(NamedTuple):
     """One request.
 
     Attributes:
-        text: Token ids that are read.
-        forced: Tokens that follow, whose log-probabilities are wanted.
-        ids: Tokens whose log-probabilities are wanted after those.
+        text: The token ids of the prompt.
+        forced: The following tokens, whose log-probabilities are requested.
+        ids: Tokens whose log-probabilities are requested after those.
     """
 
     text: tuple[int, ...]
@@ -113,7 +112,7 @@ class Ask(NamedTuple):
 
 
 class Answers(NamedTuple):
-    """What an engine says: of each request the values of ``forced``, then of ``ids``; and the tokens it computed."""
+    """An engine's answers: per request the values of ``forced``, then of ``ids``, and the number of computed tokens."""
 
     values: Sequence[Sequence[float]]
     tokens: int
@@ -126,42 +125,42 @@ class VLLMTree:
     """A `TreeEngine` over an engine with a prefix cache.
 
     Attributes:
-        tokens: Tokens that the engine computed, as it reports them: those of every text that were not found cached, and
-            those that it went on with.
-        requests: Requests that it was sent.
-        forwards: Batches of requests; each takes one or more steps of the engine.
+        tokens: The number of computed tokens, as the engine reports them: uncached tokens of every text, and generated
+            ones.
+        requests: The number of requests sent.
+        forwards: The number of batches of requests; each takes one or more engine steps.
     """
 
     def __init__(self, read: Reader, *, chains: bool, limit: int) -> None:
         """Set up.
 
         Args:
-            read: Answers requests.
-            chains: Whether requests may force tokens. A chain of tokens that leave no choice is then one request, which
-                decodes it token by token; otherwise it is a request for each of its tokens, all in one step.
-            limit: Most ids in one request.
+            read: The function that answers requests.
+            chains: Whether requests may force tokens. An unbranched chain of tokens is then one request, which decodes
+                it token by token; otherwise one request per token, all in one step.
+            limit: The maximum number of ids per request.
         """
         self._read, self._chains, self._limit = read, chains, limit
         self._texts: list[tuple[int, ...]] = []
         self.tokens = self.requests = self.forwards = 0
 
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
-        """Note prompts, and ask after them; see `TreeEngine`."""
+        """Add prompts, and query them; see `TreeEngine`."""
         self._texts = [tuple(prompt) for prompt in prompts]
         return self._answers(wanted)
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Note tokens, and ask after those that something is wanted after; see `TreeEngine`."""
+        """Add tokens, and query those whose successors are needed; see `TreeEngine`."""
         for parent, token in zip(fed.parents.tolist(), fed.tokens.tolist(), strict=True):
             self._texts.append((*self._texts[parent], token))
         return self._answers(wanted)
 
     def close(self) -> None:
-        """Forget the texts; what the engine has cached stays until it needs the room."""
+        """Discard the texts; the engine's cache keeps them until it needs the room."""
         self._texts = []
 
     def _answers(self, wanted: Wanted) -> Floats:
-        """Ask once for each distinct text and token."""
+        """Query each distinct text and token once."""
         if not len(wanted.tokens):
             return np.empty(0)
         numbers: dict[tuple[int, ...], int] = {}
@@ -182,12 +181,12 @@ class VLLMTree:
     def _asked(
         self, texts: Sequence[tuple[int, ...]], owners: NDArray[np.int64], tokens: NDArray[np.int64]
     ) -> tuple[list[Ask], NDArray[np.int64]]:
-        """Return requests, and which entry each of the values that they ask for is.
+        """Return requests, and the entry of each requested value.
 
         Args:
             texts: All different.
             owners: The text of each entry, ascending.
-            tokens: The token that is wanted after it.
+            tokens: The token whose log-probability is wanted after it.
         """
         starts = np.searchsorted(owners, np.arange(len(texts) + 1)).tolist()
         ids = tokens.tolist()
@@ -200,7 +199,7 @@ class VLLMTree:
             while True:
                 start, end = starts[at], starts[at + 1]
                 onward = follow.get(at)
-                # A single last token is forced like those before it, and saves the step in which it would be asked.
+                # A single last token is forced like those before it, which saves a step.
                 if onward is None and not (self._chains and forced and end - start == 1):
                     break
                 forced.append(ids[start])
@@ -218,7 +217,7 @@ class VLLMTree:
         return asked, np.array(entries, dtype=np.int64)
 
     def _links(self, texts: Sequence[tuple[int, ...]], starts: Sequence[int], ids: Sequence[int]) -> dict[int, int]:
-        """Return the texts after which a single token is wanted and that go on, with that token, as another text."""
+        """Return the texts with a single wanted successor that continues as another text."""
         if not self._chains:
             return {}
         numbers = {text: n for n, text in enumerate(texts)}
@@ -233,17 +232,17 @@ def parameters(vllm: Any, ask: Ask) -> Any:
         temperature=0,
         max_tokens=len(ask.forced) + bool(ask.ids),
         ignore_eos=True,
-        # Requests with and without such ids do not mix in one step: all have some.
+        # Requests with and without such ids cannot be mixed in one step, so all have some.
         logprob_token_ids=list(ask.ids or ask.forced[-1:]),
         detokenize=False,
         extra_args={"llmrec_forced": list(ask.forced)} if ask.forced else None,
-        # Made for one request, so vLLM need not copy it.
+        # Created for one request, so vLLM need not copy it.
         skip_clone=True,
     )
 
 
 def answered(outputs: Sequence[Any], asked: Sequence[Ask]) -> Answers:
-    """Read an engine's outputs.
+    """Parse an engine's outputs.
 
     Raises:
         BackendError: If the engine did not follow forced tokens.
@@ -261,27 +260,27 @@ def answered(outputs: Sequence[Any], asked: Sequence[Ask]) -> Answers:
             )
         forced = [float(step[token].logprob) for step, token in zip(said.logprobs, ask.forced, strict=False)]
         values.append(forced + [float(said.logprobs[-1][token].logprob) for token in ask.ids])
-        # The last token that is said is not read any more.
+        # The last generated token is not read.
         tokens += len(ask.text) - (output.num_cached_tokens or 0) + len(said.token_ids) - 1
     return Answers(values, tokens)
 
 
 log = logging.getLogger(__name__)
 
-# vLLM refuses more ids in one request.
+# vLLM rejects more ids in one request.
 _MAX_IDS = 128
-# vLLM's own share of the memory of a GPU that nobody else uses.
+# vLLM's default share of a GPU's memory.
 _MOST_MEMORY = 0.92
-# Without a workload: the cache that a small model gets at most.
+# The largest cache of a small model without a known workload.
 _UNKNOWN = Workload(tokens=2**16, token_bytes=2**14, weights=0)
 INSTEAD = "eval.backend=hf (as an option: --backend hf)"
 """What asks a model without vLLM."""
 
 
 def free_share(gpus: int = 1) -> float:
-    """Return the share of a GPU's memory that an engine can take beside what others hold there: vLLM refuses more.
+    """Return the share of a GPU's memory that is free for an engine: vLLM rejects more.
 
-    Of several GPUs it is that of the fullest, since vLLM takes the same share of each.
+    With several GPUs it is that of the fullest, since vLLM takes the same share of each.
     """
     cuda = require("torch", "train").cuda
     shares = [0.95 * float(free) / float(total) for free, total in map(cuda.mem_get_info, range(gpus))]
@@ -289,7 +288,7 @@ def free_share(gpus: int = 1) -> float:
 
 
 class _Options(TypedDict, total=False):
-    """What an engine is told beside its model."""
+    """Settings of an engine besides its model."""
 
     block_size: int
     enforce_eager: bool
@@ -365,9 +364,9 @@ class VLLMBackend:
                 trust_remote_code=trust_remote_code,
                 disable_log_stats=True,
                 use_tqdm_on_load=False,
-                # Logits of a bfloat16 head lie 1/8 apart from 16 on: labels would tie by the dozen.
+                # Logits of a bfloat16 head are 1/8 apart from 16 on: many labels would tie.
                 hf_overrides={"head_dtype": "float32"},
-                # What generation_config.json asks for would change answers here and not in other engines.
+                # Settings of generation_config.json would change answers here but not in other engines.
                 generation_config="vllm",
                 **options,
             )
@@ -446,10 +445,10 @@ class VLLMBackend:
         return [result for result in results if result is not None]
 
     def _cheaper(self, ids: Sequence[int], tails: Sequence[tuple[int, ...]]) -> str:
-        """Choose the route that computes fewer tokens: behind the prompt's last full block every request starts anew.
+        """Choose the route with fewer computed tokens: requests recompute those after the last full block.
 
-        Forced, that is each candidate whole; by nodes it is every distinct beginning. Few candidates part early and are
-        forced, many that share their beginnings are not.
+        Forced scoring computes each candidate; scoring by nodes every distinct prefix. Few candidates that differ early
+        are forced; many with shared prefixes are not.
         """
         if self.route == "nodes":
             return "nodes"
@@ -489,11 +488,11 @@ class VLLMBackend:
         )
 
     def tree(self) -> VLLMTree:
-        """Return what reads trees of tokens with this engine, for searches and rollouts, and counts what it reads."""
+        """Return a `TreeEngine` over this engine, for searches and rollouts."""
         return VLLMTree(self._read, chains=self.route == "forced", limit=_MAX_IDS)
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
-        """Refused: a vLLM engine generates or embeds, not both.
+        """Not supported: a vLLM engine generates or embeds, not both.
 
         Raises:
             BackendError: Always.
@@ -505,14 +504,14 @@ class VLLMBackend:
         )
 
     def close(self) -> None:
-        """End the engine's processes and free their memory, in a few seconds even where they are dead or stopped."""
+        """End the engine's processes and free their memory, within seconds even if they are dead or stopped."""
         engine, self._engine = self._engine, None
         if engine is not None:
             core = engine.llm_engine.engine_core
             self._watch.close(lambda: core.shutdown(timeout=ORDERLY_SECONDS), lambda: _release(core))
 
     def _run(self, prompts: Sequence[Sequence[int]], parameters: Sequence[Any], answers: int = 0) -> list[Any]:
-        """Send requests, which together answer so many of the prompts that a verb was handed."""
+        """Send the requests of a number of prompts."""
         if self._engine is None:
             raise BackendError("this vLLM engine was closed; build a new one", kind="closed")
         engine = self._engine
@@ -536,22 +535,22 @@ class VLLMBackend:
         return answered(self._run([ask.text for ask in asked], [parameters(self._vllm, ask) for ask in asked]), asked)
 
     def _room(self) -> int:
-        """Tokens that may be searched together, so that what one round cached is still there in the next."""
-        # A prefix holds a whole block, however few tokens of it are its own.
+        """Return the tokens that may be searched together, so that each round finds the previous one cached."""
+        # A prefix takes a whole block, however few of its tokens are new.
         return max(1, self._capacity() // 8)
 
     def _capacity(self) -> int:
-        """Tokens that the KV cache holds."""
+        """The capacity of the KV cache in tokens."""
         block = self._block()
         return int(self._engine.llm_engine.vllm_config.cache_config.num_gpu_blocks or 0) * block
 
     def _cached_together(
         self, asked: Sequence[tuple[list[int], Sequence[tuple[int, ...]]]]
     ) -> list[list[tuple[list[int], Sequence[tuple[int, ...]]]]]:
-        """Cut prompts with their candidates into groups, so that all prompts of a group are cached at once.
+        """Split prompts with their candidates into groups whose prompts fit into the cache together.
 
-        Prompts are read before their candidates are. In a group that is too large the first prompts would have given
-        way by then, and would be read again for each candidate.
+        Prompts are read before their candidates. In a larger group the first prompts would be evicted by then and read
+        again for each candidate.
         """
         room = self._capacity() // 2
         groups: list[list[tuple[list[int], Sequence[tuple[int, ...]]]]] = []
@@ -565,7 +564,7 @@ class VLLMBackend:
         return groups
 
     def _next_token(self, wanted: Sequence[tuple[list[int], Sequence[int]]], answers: int) -> list[list[float]]:
-        """Read next-token log-probabilities of chosen ids, one request for each (prompt ids, ids); see `_run`."""
+        """Return next-token log-probabilities of chosen ids, one request for each (prompt ids, ids); see `_run`."""
         parameters = [
             self._vllm.SamplingParams(temperature=0, max_tokens=1, logprob_token_ids=list(ids), detokenize=False)
             for _, ids in wanted
@@ -577,7 +576,7 @@ class VLLMBackend:
         ]
 
     def _warm(self, prompts: Sequence[list[int]]) -> None:
-        """Compute shared prefixes first: requests of one batch do not share what is not yet cached."""
+        """Compute shared prefixes first: requests of one batch do not share uncached blocks."""
         one = self._vllm.SamplingParams(temperature=0, max_tokens=1, detokenize=False)
         self._run(prompts, [one] * len(prompts))
 
@@ -602,7 +601,7 @@ class VLLMBackend:
         return [[_forced_sum(next(outputs).outputs[0], tail) for tail in group] for group in tails]
 
     def _nodes(self, prompts: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]]) -> list[list[float]]:
-        """Walk each candidate tree: one request at every distinct prefix, asking for its children only."""
+        """Traverse each candidate tree: one request at every distinct prefix, for its children only."""
         wanted: list[tuple[list[int], list[int]]] = []
         keys: list[tuple[int, tuple[int, ...], list[int]]] = []
         for n, (ids, group) in enumerate(zip(prompts, tails, strict=True)):
@@ -629,9 +628,9 @@ class VLLMBackend:
 def _answers(
     engine: Any, requests: Sequence[dict[str, list[int]]], parameters: Sequence[Any], progress: Progress, share: float
 ) -> list[Any]:
-    """Do what ``LLM.generate`` does, step by step, so that the watch sees that steps finish.
+    """Do the same as ``LLM.generate``, step by step, so that the watchdog sees finished steps.
 
-    ``share`` is what each request answers of a prompt that a verb was handed.
+    ``share`` is the share of a prompt that each request answers.
     """
     engine.enqueue(requests, list(parameters), use_tqdm=False)
     progress.step()
@@ -645,7 +644,7 @@ def _answers(
 
 
 def _release(core: Any) -> None:
-    """Wake a thread that waits for an engine which will not answer any more."""
+    """Wake a thread that waits for an engine that will never answer."""
     ended = RuntimeError("the engine was closed")
     if (waiting := getattr(core, "outputs_queue", None)) is not None:
         waiting.put_nowait(ended)
@@ -659,10 +658,10 @@ def _line(error: BaseException) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """Return why an engine did not start: of processes that it starts vLLM's own error names the log alone."""
+    """Return why an engine did not start, which for its child processes only the log shows."""
     said = _line(error)
     if "root cause" in said:
-        # The first sentence, without what the process above it says.
+        # The first sentence of the innermost process.
         told = terminal.last_error().replace(";", ",").removeprefix("Worker failed with error '")
         said = told.partition(". ")[0].partition("', please check")[0] or said
     return said
@@ -682,10 +681,10 @@ def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:
 def _fitted(
     folder: str, build: Callable[[], Any], options: _Options, longest: int, workload: Workload
 ) -> tuple[Watch, Any]:
-    """Start an engine on the CPU with the largest KV cache that the memory of its node allows.
+    """Start a CPU engine with the largest KV cache that the memory of its NUMA node allows.
 
-    vLLM says only into its log why an engine did not start. So a start that may have lacked memory is tried with half
-    the cache, down to the least; any other once more.
+    vLLM reports only in its log why an engine did not start. So a start that may have lacked memory is retried with
+    half the cache, down to the smallest; any other once.
 
     Raises:
         EngineFailure: If it does not start.
@@ -701,7 +700,7 @@ def _fitted(
         try:
             return watch, watch.start(build)
         except Exception as error:
-            # RuntimeError for a process that died, but also its own VLLMError, ZMQError, and what libraries raise.
+            # RuntimeError for a process that died, but also VLLMError, ZMQError, and errors of libraries.
             failed.append(error)
             log.info("vLLM did not start with %.2f GiB of KV cache: %s", size / GIB, _line(error))
         node = node_memory()
@@ -742,12 +741,12 @@ def _gpu_memory() -> Node:
 
 
 def prepare_environment() -> None:
-    """Set what vLLM reads from the environment at import, unless the user already has."""
+    """Set vLLM's environment variables before import, unless the user has set them."""
     defaults = {
         "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
-        # Seconds that one step may take; the watch comes first, and says what it saw.
+        # The time-out of a step in seconds; the watchdog comes first and reports what it saw.
         "VLLM_EXECUTE_MODEL_TIMEOUT_SECONDS": str(round(Limits().step) + 60),
         "TOKENIZERS_PARALLELISM": "false",
     }

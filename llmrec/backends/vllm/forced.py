@@ -18,10 +18,10 @@ class _Force:
 
 
 class ForcedTokens(AdapterLogitsProcessor):  # type: ignore[misc]
-    """Admits only the next token of ``extra_args['llmrec_forced']``; raw log-probabilities stay untouched."""
+    """Allows only the next token of ``extra_args['llmrec_forced']``; raw log-probabilities are unchanged."""
 
     def is_argmax_invariant(self) -> bool:
-        """Say that this processor changes which token is greedy."""
+        """Return that this processor changes the most likely token."""
         return False
 
     def new_req_logits_processor(self, params: Any) -> Any:

@@ -1,9 +1,9 @@
 """Ends the processes of a vLLM engine whose owner died without ending them; standard library only.
 
-vLLM's engine core runs in a process of its own and does not notice that the process that started it was killed: it
-stays, with its memory and its worker, for good. So the owner starts this file as a small program of its own, writes
-one line for each process of its engine to the program's input, and ``quit`` once the engine has been closed. When
-the owner dies instead, by whatever signal, everything that was named is killed.
+vLLM's engine core runs in a separate process and does not notice that its parent was killed: it stays forever, with its
+memory and its worker. So the owner starts this file as a small program, writes one line for each process of its engine
+to the program's input, and ``quit`` once the engine is closed. If the owner dies instead, by any signal, all named
+processes are killed.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ import signal
 import sys
 from pathlib import Path
 
-# Seconds between two looks at whether the owner is still there.
+# Seconds between two checks of the owner.
 _LOOK = 0.5
 
 
 def start_time(pid: int) -> str | None:
     """Return when a process started, in clock ticks since boot, or None if there is none; proc(5), field 22.
 
-    A process id can be given to another process later; together with this it cannot.
+    A process id can be reused later; together with the start time it is unique.
     """
     fields = _stat(pid)
     return fields[19] if fields else None
@@ -42,12 +42,12 @@ def _stat(pid: int) -> list[str]:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return []
-    # The name in brackets may hold spaces and brackets of its own.
+    # The name in brackets may itself contain spaces and brackets.
     return text.rpartition(")")[2].split()
 
 
 def _with_children(known: dict[int, str]) -> dict[int, str]:
-    """Add what the known processes started and the owner had no time to name."""
+    """Add child processes that the owner had no time to name."""
     live = {pid: start for pid, start in known.items() if start_time(pid) == start}
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     parents = {pid: int(fields[1]) for pid in pids if (fields := _stat(pid))}
@@ -58,10 +58,10 @@ def _with_children(known: dict[int, str]) -> dict[int, str]:
 
 
 def watch(owner: int, source: int) -> dict[int, str]:
-    """Read lines ``<pid> <start time>`` until the owner ends or says ``quit``; return what has to be killed."""
+    """Read lines ``<pid> <start time>`` until the owner ends or writes ``quit``; return the processes to kill."""
     known: dict[int, str] = {}
     rest = b""
-    # The input alone does not tell: a forked engine holds the writing end too, and keeps it open.
+    # End of input is not sufficient: a forked engine keeps the writing end open.
     while os.getppid() == owner:
         ready, _, _ = select.select([source], [], [], _LOOK)
         if not ready:

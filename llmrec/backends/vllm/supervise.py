@@ -1,8 +1,8 @@
-"""Notices a vLLM engine that died or hangs, and leaves none of its processes behind.
+"""Detects a vLLM engine that died or hangs, and ends all of its processes.
 
-``LLM.generate`` waits for ever on an engine process that was killed or stopped. Here the waiting is done by a thread,
-and the caller looks once a second at what the operating system says about the engine's processes. `Vigil` tells an
-engine that is dead or hangs from one that is slow, and reads no clock itself.
+``LLM.generate`` waits forever for an engine process that was killed or stopped. Here a thread waits, and the caller
+checks the state of the engine's processes once per second. `Vigil` distinguishes a dead or hanging engine from a slow
+one, and reads no clock itself.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from llmrec.backends.vllm import guard as vllm_guard
 # ----------------------------------------------------------------------------
 # Child processes that do not run the caller's script again.
 #
-# A process that `multiprocessing` starts anew ("spawn", "forkserver") first runs the parent's ``__main__`` under
-# another name, in case that what it is given was defined there. A script that calls `llmrec.run` without ``if
+# A process that `multiprocessing` starts by "spawn" or "forkserver" first runs the parent's ``__main__`` under
+# another name, in case its arguments were defined there. A script that calls `llmrec.run` without ``if
 # __name__ == "__main__":`` would so be run again inside the engine that it starts, and one that came from stdin
 # is a file that is not there. Nothing that an engine is given is from ``__main__``, so its processes need not
 # know it.
@@ -46,7 +46,7 @@ _T = TypeVar("_T")
 
 
 class _Here(threading.local):
-    """Whether this thread starts processes without ``__main__``; every thread has its own answer."""
+    """Whether this thread starts processes without ``__main__``; set per thread."""
 
     hidden = False
 
@@ -57,10 +57,10 @@ _lock = threading.Lock()
 
 @contextlib.contextmanager
 def without_main() -> Iterator[None]:
-    """Start processes in this thread that do not import ``__main__``; those of other threads do as ever."""
+    """Let processes started in this thread not import ``__main__``; those of other threads are unchanged."""
     with _lock:
         if not getattr(spawn.get_preparation_data, "hides_main", False):
-            # Stays in place: put back, it could take with it what others have put there since.
+            # Stays in place: restoring could undo later patches by others.
             spawn.get_preparation_data = _hiding(spawn.get_preparation_data)  # type: ignore[assignment]
     before, _here.hidden = _here.hidden, True
     try:
@@ -79,8 +79,8 @@ def _hiding(prepare: Callable[[str], dict[str, _T]]) -> Callable[[str], dict[str
     return prepared
 
 
-# A process that waits for work wakes up now and then, for about one hundredth of the time; one that computes uses
-# whole cores. One that gets no core on a crowded machine, or that waits for its disk, shows in its state instead.
+# A process that waits for work is active for about one hundredth of the time; one that computes uses whole cores. One
+# without a core on a busy machine, or that waits for its disk, is recognised by its state.
 IDLE_SHARE = 0.05
 ENDED = frozenset({"gone", psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD})
 _WAITING = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
@@ -88,18 +88,18 @@ _WAITING = frozenset({psutil.STATUS_RUNNING, psutil.STATUS_DISK_SLEEP})
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """When an engine is given up, in seconds."""
+    """Time limits after which an engine counts as lost, in seconds."""
 
     poll: float = 1.0
-    # No processor time and no finished step: nothing that an engine does takes that long without either.
+    # No processor time and no finished step.
     quiet: float = 20.0
-    # Busy, yet no finished step: one step of a large model on few cores takes minutes, an endless loop takes for ever.
+    # Busy without a finished step: one step of a large model on few cores takes minutes, an endless loop forever.
     step: float = 15 * 60.0
 
 
 @dataclass(frozen=True, kw_only=True)
 class Seen:
-    """One process at one look."""
+    """The state of one process at one check."""
 
     pid: int
     name: str
@@ -116,7 +116,7 @@ class _Sample:
 
 
 class Vigil:
-    """Judges a row of looks at an engine's processes; knows nothing of vLLM and reads no clock.
+    """Decides from a series of checks whether an engine is lost; independent of vLLM and of clocks.
 
     Args:
         limits: When to give up.
@@ -131,15 +131,15 @@ class Vigil:
         self._samples: deque[_Sample] = deque()
 
     def judge(self, now: float, seen: Sequence[Seen], steps: int) -> str | None:
-        """Return what is wrong, or None.
+        """Return the problem, or None.
 
         Args:
-            now: Seconds on the same clock.
-            seen: The engine's processes; those that are not vital leave the list once they ended.
+            now: The time in seconds.
+            seen: The engine's processes; those that are not vital are removed once they ended.
             steps: Engine steps finished so far.
         """
         if now - self._last > 5 * self._limits.poll:
-            # This process itself did not run (Ctrl-Z, a paused machine): what it missed cannot be judged.
+            # This process itself was paused (Ctrl-Z, a suspended machine): the gap cannot be judged.
             self._restart(now)
         self._last = now
         if steps != self._steps:
@@ -190,13 +190,13 @@ log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-# A healthy engine needs about five seconds to stop in order, and unlinks its shared memory at the very end.
+# A healthy engine needs about five seconds to shut down, and unlinks its shared memory at the end.
 ORDERLY_SECONDS = 7.0
 CLOSE_SECONDS = 8.0
 
 
 class EngineLost(Exception):
-    """An engine that died or hangs; the text says what was seen."""
+    """An engine died or hangs; the message says what was observed."""
 
 
 class Progress:
@@ -210,7 +210,7 @@ class Progress:
 
 
 class _Outcome(Generic[T]):
-    """What a thread's work came to."""
+    """The result or exception of a thread."""
 
     def __init__(self) -> None:
         self.done = threading.Event()
@@ -235,11 +235,11 @@ class Watch:
         self._thread: threading.Thread | None = None
 
     def start(self, build: Callable[[], Any]) -> Any:
-        """Build an engine, and learn which processes are its own.
+        """Build an engine, and record its processes.
 
         Raises:
-            EngineLost: If a process of it was stopped for long, so that vLLM had to be freed from waiting for it.
-            Exception: Whatever ``build`` raises; what it had started is killed first.
+            EngineLost: If one of its processes was stopped for long.
+            Exception: Whatever ``build`` raises, after its processes are killed.
         """
         self._guard = _guard()
         before = {child.pid for child in _children(psutil.Process())}
@@ -259,10 +259,10 @@ class Watch:
         return engine
 
     def run(self, work: Callable[[Progress], T]) -> T:
-        """Do work on the engine in a thread, while this one watches.
+        """Run work on the engine in a thread, while this thread watches.
 
         Raises:
-            EngineLost: If the engine died or hangs; nothing of it is left.
+            EngineLost: If the engine died or hangs, after its processes are killed.
             Exception: Whatever ``work`` raises.
         """
         progress = Progress()
@@ -286,7 +286,7 @@ class Watch:
         return outcome.value[0]
 
     def look(self) -> list[Seen]:
-        """Return the engine's processes as they are now, and the thread that waits for them."""
+        """Return the current state of the engine's processes and of the waiting thread."""
         for core in self._cores:
             if core.pid in self._members:
                 self._note(_children(self._members[core.pid]))
@@ -297,12 +297,12 @@ class Watch:
         return [*(seen for seen in found if seen.pid in self._members), *self._caller()]
 
     def kill(self) -> list[int]:
-        """Kill every process of the engine and wait until they are gone; return those that stay all the same."""
+        """Kill every process of the engine and wait for their end; return those that remain."""
         for process in list(self._members.values()):
             self._note(_children(process))
         for process in self._members.values():
             with contextlib.suppress(psutil.Error):
-                # A stopped process dies of this signal too, without running again.
+                # This signal also ends a stopped process.
                 process.kill()
         deadline = time.monotonic() + 2
         while (left := self._alive()) and time.monotonic() < deadline:
@@ -310,11 +310,11 @@ class Watch:
         return left
 
     def close(self, shut_down: Callable[[], None], release: Callable[[], None]) -> None:
-        """End the engine in a few seconds, whatever state it is in.
+        """End the engine within seconds, whatever its state.
 
         Args:
-            shut_down: vLLM's own orderly end, which may wait.
-            release: Frees a thread that still waits for an answer.
+            shut_down: vLLM's own shutdown, which may block.
+            release: Wakes a thread that still waits for an answer.
         """
         if any(seen.vital and seen.state in {*ENDED, psutil.STATUS_STOPPED} for seen in self.look()):
             self.kill()
@@ -327,7 +327,7 @@ class Watch:
         closing.join(CLOSE_SECONDS)
         self.kill()
         for core in self._cores:
-            # Takes its exit code, without which a dead child stays in the table of processes.
+            # Reaps the child, which would otherwise stay a zombie.
             core.join(1)
         self._members.clear()
         self._vital.clear()
@@ -335,7 +335,7 @@ class Watch:
 
     @contextlib.contextmanager
     def _collecting(self, before: set[int], troubles: list[str]) -> Iterator[None]:
-        """Note processes while vLLM starts them, and end a start in which one was stopped."""
+        """Record processes while vLLM starts them, and abort a start in which one was stopped."""
         over = threading.Event()
 
         def collect() -> None:
@@ -359,7 +359,7 @@ class Watch:
             thread.join()
 
     def _gather(self, before: set[int]) -> None:
-        """Note every child that was not there before."""
+        """Record every new child process."""
         guard = self._guard.pid if self._guard else 0
         self._note(p for p in _children(psutil.Process()) if p.pid not in before and p.pid != guard)
 
@@ -372,9 +372,9 @@ class Watch:
                 self._tell(f"{process.pid} {start}")
 
     def _adopt(self, engine: Any) -> None:
-        """Keep the engine's own processes, and single out those that it cannot do without.
+        """Keep the engine's own processes, and mark the vital ones.
 
-        An engine core is known from vLLM, a worker from its title. Others, such as compilers, come and go.
+        The engine core is known from vLLM, a worker by its title. Others, such as compilers, are temporary.
         """
         core = getattr(getattr(engine, "llm_engine", None), "engine_core", None)
         manager = getattr(getattr(core, "resources", None), "engine_manager", None)
@@ -388,7 +388,7 @@ class Watch:
         self._vital = roots | titled
 
     def _caller(self) -> list[Seen]:
-        """Return the thread that waits: it also prepares requests and reads answers, which is work too."""
+        """Return the waiting thread, which also prepares requests and reads answers."""
         if self._thread is None or self._thread.native_id is None:
             return []
         for thread in psutil.Process().threads():
@@ -409,7 +409,7 @@ class Watch:
         except psutil.Error:
             return Seen(pid=pid, name=self._names.get(pid, "process"), state="gone", cpu=0.0, vital=vital)
         if state not in ENDED:
-            # vLLM gives its processes titles once they run; of a dead one only the first letters are left.
+            # vLLM sets process titles once they run; for a dead process only the first letters are left.
             self._names[pid] = name
         name = self._names.get(pid, name)
         return Seen(pid=pid, name=name, state=state, cpu=times.user + times.system, vital=vital)
@@ -421,7 +421,7 @@ class Watch:
         raise EngineLost(trouble) from cause
 
     def _reason(self) -> str:
-        """Return why a process ended, as far as it shows: only of a child does the system tell the exit code."""
+        """Return why a process ended, if known: the exit code is available for children only."""
         for core in self._cores:
             if self._seen(core.pid).state in ENDED:
                 core.join(1)
@@ -471,12 +471,12 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def _guard() -> subprocess.Popen[bytes] | None:
-    """Start the program that ends the engine should this process be killed; None where that cannot be."""
+    """Start the guard, which ends the engine if this process is killed; None if it cannot start."""
     if not Path("/proc/self/stat").is_file() or not sys.executable:
         return None
     command = [sys.executable, "-I", "-S", vllm_guard.__file__, str(os.getpid())]
     try:
-        # In a session of its own, since Ctrl-C reaches every process of the terminal's.
+        # In a new session, since Ctrl-C reaches every process of the terminal's session.
         return subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
         )
