@@ -24,6 +24,7 @@ from eval.benchmarks.same_run import SCENARIOS, differences, dump, main, normal
         ("llmrec 0.2.0, HR@10|llmrec:0.2.0", "llmrec VERSION, HR@10|llmrec:VERSION"),
         ("time: 3 s (train 2 s, data 1 s)", "time: TIME"),
         ("37 788 tok/s", "RATE tok/s"),
+        ("  speed     18.74 requests/s\n  Seconds   0.0\nend", "  speed TIME\n  Seconds TIME\nend"),
         ("f05 and u12 in 5 lists, k 10", "f05 and u12 in 5 lists, k 10"),
     ],
 )

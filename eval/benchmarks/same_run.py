@@ -1,7 +1,7 @@
 """Shows whether two versions of the code behave alike.
 
 ``python -m eval.benchmarks.same_run record OUT`` runs a fixed list of scenarios on small data that it makes itself, and
-writes what each of them prints and leaves behind to ``OUT/NAME.txt``. Only the command line, HTTP and the functions of
+writes what it prints and leaves behind to ``OUT/NAME.txt``. Only the command line, HTTP and the functions of
 ``llmrec`` are used, so the same script records any checkout: ``PYTHONPATH=CHECKOUT python same_run.py record OUT``.
 Scenarios that are already there are kept, unless ``--again`` is given; ``--only NAME`` names some of them.
 
@@ -71,9 +71,11 @@ _PATTERNS = tuple(
         (r"\b1[7-9]\d{8}(?:\.\d+)?\b", "NOW"),
         (r"\b(127\.0\.0\.1|localhost):\d+", r"\1:PORT"),
         (r"\bllmrec([: ])\d+\.\d+\.\d+", r"llmrec\1VERSION"),
-        (r"\d[\d,\s]* ?(?=tok/s|tokens (?:a|per) second)", "RATE "),
+        (r"\d[\d,\xa0\u2009\u202f ]*(?=tok/s|tokens (?:a|per) second)", "RATE "),
         (r"\bload:? \d+(?:\.\d+)?", "load"),
-        (r"(?<=Seconds) +\d+(?:\.\d+)?", " TIME"),
+        (r"(?im)^( *(?:seconds|speed)) .*", r"\1 TIME"),
+        # How often a starting service was asked whether it is ready.
+        (r"(?m)^GET /ready 503 .*\n", ""),
         # The slowest stages come first.
         (r"\btime: TIME \(.*\)", "time: TIME"),
         (r"/tmp/[\w./-]+", "TEMPORARY"),
@@ -93,7 +95,12 @@ def normal(text: str, folders: dict[str, str] | None = None) -> str:
 def bare(value: Any) -> Any:
     """Return JSON without the keys that hold times, costs, versions and hashes."""
     if isinstance(value, dict):
-        return {key: bare(item) for key, item in value.items() if not _VOLATILE.fullmatch(key)}
+        # peft writes the names of layers as a set.
+        return {
+            key: sorted(item) if key == "target_modules" and isinstance(item, list) else bare(item)
+            for key, item in value.items()
+            if not _VOLATILE.fullmatch(key)
+        }
     return [bare(item) for item in value] if isinstance(value, list) else value
 
 
@@ -155,8 +162,8 @@ def _markdown(lines: list[str]) -> Iterator[str]:
         if not line.startswith("|"):
             drop = set()
         elif not number or not lines[number - 1].startswith("|"):
-            drop = {place for place, cell in enumerate(line.split("|")) if _TIMED.search(cell)}
-        yield "|".join(cell for place, cell in enumerate(line.split("|")) if place not in drop) if drop else line
+            drop = {column for column, cell in enumerate(line.split("|")) if _TIMED.search(cell)}
+        yield "|".join(cell for column, cell in enumerate(line.split("|")) if column not in drop) if drop else line
 
 
 def _delimited(text: str, separator: str) -> str:
@@ -209,7 +216,7 @@ class Recorder:
     """Runs the steps of one scenario in processes of their own, and keeps what they print.
 
     Attributes:
-        folder: The scenario's own folder, below the working folder of all of them.
+        folder: The folder of the scenario, below the working folder of all of them.
         folders: Absolute paths and what stands for them.
         sections: Head and text of what was recorded.
     """
@@ -225,7 +232,6 @@ class Recorder:
     def cli(self, *args: object, json_output: bool = False, stdin: str = "") -> int:
         """Run ``python -m llmrec ARGS`` and keep its exit code and output."""
         words = [str(arg) for arg in args]
-
         head = "llmrec " + " ".join(words)
         return self._step(head, lambda: _llmrec(words), json_output=json_output, stdin=stdin)
 
@@ -239,7 +245,8 @@ class Recorder:
 
         def work() -> None:
             files = sorted(path for path in top.rglob("*") if path.is_file())
-            sys.stdout.write("".join(f"{path.relative_to(top).as_posix()}\n" for path in files))
+            # Without hashes, whose order says nothing.
+            sys.stdout.write("\n".join(sorted(normal(path.relative_to(top).as_posix()) for path in files)) + "\n")
             for path in files:
                 name = path.relative_to(top)
                 if any(name.match(pattern) for pattern in patterns):
@@ -265,7 +272,9 @@ class Recorder:
             _, status = os.waitpid(pid, 0)
             out, err = _output(files)
             code = os.waitstatus_to_exitcode(status)
-            self.note(" ".join(["llmrec", *words[:-2]]), f"exit code {code}\n{out}\n{err}")
+            # Requests that wait for models are logged when they are answered.
+            log = "\n".join(sorted(err.splitlines()))
+            self.note(" ".join(["llmrec", *words[:-2]]), f"exit code {code}\n{out}\n{log}")
 
     def _step(
         self,
@@ -432,7 +441,7 @@ def films() -> list[dict[str, str]]:
 def events() -> list[dict[str, str]]:
     """Return the made events of 60 users with two favourite genres each, in order of time."""
     dice = random.Random("same run")
-    found = []
+    rows = []
     for user in range(60):
         liked = dice.sample(GENRES, 2)
         choice = [film for film in films() if film["genre"] in liked or dice.random() < 0.2]
@@ -442,8 +451,8 @@ def events() -> list[dict[str, str]]:
             review = f"{words}: {film['genre'].lower()} of {film['year']}." if dice.random() < 0.8 else ""
             day = 1 + (user + step * 2) % 28
             when = f"2001-{1 + step % 12:02}-{day:02}T{dice.randint(0, 23):02}:{dice.randint(0, 59):02}:00"
-            found.append({"user_id": f"u{user + 1:02}", **film, "rating": str(rating), "time": when, "review": review})
-    return sorted(found, key=lambda event: event["time"])
+            rows.append({"user_id": f"u{user + 1:02}", **film, "rating": str(rating), "time": when, "review": review})
+    return sorted(rows, key=lambda event: event["time"])
 
 
 def reviews() -> Iterator[dict[str, object]]:
@@ -467,7 +476,7 @@ def requests() -> list[dict[str, Any]]:
     """Return requests for ranked lists: known, unknown and cold users, and two that fail."""
     titles = {film["item_id"]: film["title"] for film in films()}
     ids = list(titles)
-    found: list[dict[str, Any]] = [
+    rows: list[dict[str, Any]] = [
         {
             "id": f"r{number}",
             "user_id": f"u{number * 7 % 60 + 1:02}",
@@ -476,12 +485,12 @@ def requests() -> list[dict[str, Any]]:
         }
         for number in range(6)
     ]
-    found[1]["history"] = []
-    found[2]["user_id"] = "nobody"
-    found[3]["candidates"] = ["no-such-film", "f01"]
-    found[4]["history"] = ["f05", "unknown", "f09"]
-    del found[5]["history"]
-    return found
+    rows[1]["history"] = []
+    rows[2]["user_id"] = "nobody"
+    rows[3]["candidates"] = ["no-such-film", "f01"]
+    rows[4]["history"] = ["f05", "unknown", "f09"]
+    del rows[5]["history"]
+    return rows
 
 
 def write_requests(folder: Path) -> None:
@@ -731,7 +740,7 @@ RECIPES = {
     "fake": FAKE,
     "augment": AUGMENT,
 }
-# Tables with a fault, each of which is named.
+# Tables with a fault.
 BROKEN: dict[str, bytes] = {
     "empty.csv": b"",
     "header.csv": b"user_id,item_id,rating,time\n",
@@ -812,7 +821,7 @@ def tuned(t: Recorder) -> None:
     """A run with a LoRA, zero-shot and few-shot rows of all families, and the same run again."""
     for _ in range(2):
         t.cli("-v", "run", "inputs/tuned.yaml", "--out", "tuned/run")
-    t.show(*RUN, "*.safetensors", under="run")
+    t.show(*RUN, "adapter/*.safetensors", "merged/model.safetensors", under="run")
     t.cli("report", "tuned/run", "--table")
     t.cli("--json", "audit", "tuned/run", json_output=True)
 
@@ -832,7 +841,39 @@ def codes(t: Recorder) -> None:
         more = ["index.category.fields=[genre]"] if scheme == "category" else []
         t.cli("index", "inputs/codes.yaml", f"index={{scheme: {scheme}}}", *more)
     t.cli("run", "inputs/codes.yaml", "--out", "codes/run")
-    t.show(*RUN, "*.safetensors", under="run")
+    t.show(*RUN, "adapter/*.safetensors", "merged/model.safetensors", under="run")
+
+
+@scenario("inputs")
+def networks(t: Recorder) -> None:
+    """Recommenders that are trained: factors, sequence networks, networks over texts, and yes/no networks."""
+    sequential = (
+        "random, popularity, item-knn, markov-1, markov-cooccurrence, recent-popularity, {name: als, factors: 8}, "
+        "{name: bpr, factors: 8}, {name: sasrec, epochs: 2}, {name: gru4rec, epochs: 2}, "
+        "{name: transitions-text, encoder: lsa}"
+    )
+    words = (
+        f"tasks.sequential={{baselines: [{sequential}]}}",
+        "tasks.ctr={baselines: [like-ratio, logistic, {name: deepfm, epochs: 2}, {name: din, epochs: 2}]}",
+        "tasks.rating={baselines: [global-mean, user-mean, item-mean, user-item-bias, mf, svd]}",
+    )
+    t.cli("run", "inputs/classic.yaml", *words, "--out", "networks/run")
+    t.show(*RUN, under="run")
+
+
+@scenario("inputs", "tuned")
+def training(t: Recorder) -> None:
+    """Ways to train: all weights, a head, rows side by side, early stopping, and preferences after a first stage."""
+    one = ("tasks={sequential: {}}", "eval.arms=[tuned]", "eval.fusion={controls: true}", "eval.shots={}")
+    for name, words in (
+        ("full", (*one, "train.method=full", "train.lora=null", "train.packing=tree")),
+        ("judged", (*one, "train.judge={users: 4, patience: 1}")),
+        ("head", ("tasks={rating: {strategies: [head], head: {alpha: 0.5}}}", *one[1:])),
+        ("preference", (*one, "train.start=tuned/run", "train.preference={loss: s-dpo, negatives: 2}")),
+        ("listwise", ("tasks={direct: {templates: [which-title], strategies: [likelihood], loss: softmax}}", *one[1:])),
+    ):
+        t.cli("run", "inputs/tuned.yaml", *words, "--out", f"training/{name}")
+        t.show("results.json", "train_log.jsonl", "adapter/*.safetensors", "merged/model.safetensors", under=name)
 
 
 @scenario("inputs")
@@ -860,7 +901,7 @@ def showing(t: Recorder) -> None:
     t.cli("data", "inputs/classic.yaml", "data.filter.where=\"rating > 2 and genre != 'War'\"")
     t.cli("data", "recipes/made/classic.yaml")
     t.cli("prompts", "inputs/tuned.yaml")
-    t.cli("prompts", "inputs/codes.yaml", "-n", "2")
+    t.cli("prompts", "inputs/codes.yaml")
     t.cli("prompts", "inputs/tuned.yaml", "--set", "m6")
     t.cli("prompts", "inputs/tuned.yaml", "-t", "next-title", "-t", "no-such")
     t.cli("schema", "recipe", json_output=True)
@@ -889,7 +930,7 @@ def starting(t: Recorder) -> None:
 
 @scenario("inputs")
 def reading(t: Recorder) -> None:
-    """What is said of tables with a fault, by `init` and by a recipe."""
+    """The errors of tables with a fault, by `init` and by a recipe."""
     words = ("--force", "--user", "user_id", "--item", "item_id")
     for name, content in BROKEN.items():
         (t.folder / name).write_bytes(content)
@@ -1051,7 +1092,7 @@ def keys(t: Recorder) -> None:
     made = []
     for words in (("somebody",), ("boss", "--admin")):
         code, out, _ = forked(lambda words=words: _llmrec(["serve-key", "keys/keys.json", *words]))
-        made.append(found[0] if (found := re.findall(r"llmrec_\S+", out)) else f"exit code {code}")
+        made.append(printed[0] if (printed := re.findall(r"llmrec_\S+", out)) else f"exit code {code}")
     (t.folder / "rules.yaml").write_text("without: {genre: [War]}\nblock: [f03]\n", encoding="utf-8")
     words = ("--keys", "keys/keys.json", "--rules", "keys/rules.yaml", "--store", "keys/store.sqlite")
     with t.serve("classic/run", *words, "--models", "item-knn") as http:
@@ -1197,8 +1238,8 @@ def augmenting(t: Recorder) -> None:
     t.cli("augment", "inputs/augment.yaml", "--without-model", "--out", "augmenting/control")
     t.cli("augment", "inputs/augment.yaml", "--dry-run")
     for store in ("whole", "shards", "control"):
-        t.cli("features", "show", f"augmenting/{store}", "u01", "u02")
-        t.cli("features", "show", f"augmenting/{store}", "f01", "f02", "--kind", "item")
+        t.cli("features", "show", f"augmenting/{store}", "u07", "u12")
+        t.cli("features", "show", f"augmenting/{store}", "f11", "f13", "--kind", "item")
     t.show()
 
 
@@ -1207,7 +1248,7 @@ def shards(t: Recorder) -> None:
     """An evaluation in shards."""
     shutil.copytree("tuned/run", t.folder / "run")
     for shard in ("1/2", "2/2"):
-        t.cli("eval", "inputs/tuned.yaml", "eval.candidates.count=6", "--out", "shards/run", "--shard", shard)
+        t.cli("eval", "inputs/tuned.yaml", "eval.users=6", "eval.batch=2", "--out", "shards/run", "--shard", shard)
     t.cli("merge", "shards/run")
     t.cli("merge", "shards/none")
     t.show(*RUN, under="run")
@@ -1256,24 +1297,24 @@ def refreshing(t: Recorder) -> None:
 def python(t: Recorder) -> None:
     """The functions of `llmrec`, on frames and paths."""
 
-    def said(*values: object) -> None:
+    def show(*values: object) -> None:
         sys.stdout.write("".join(f"{value}\n" for value in values))
 
     def refused(work: Callable[[], object]) -> None:
         import llmrec
 
         try:
-            said(work())
+            show(work())
         except llmrec.LlmrecError as error:
-            said(error, error.file, error.row, error.column)
+            show(error, error.file, error.row, error.column)
 
     def frames() -> None:
         import llmrec
 
-        said(*llmrec.__all__)
+        show(*llmrec.__all__)
         rows = events()
         begun = llmrec.init(rows)
-        said(begun, llmrec.check("inputs/classic.yaml"), llmrec.load_recipe("inputs/classic.yaml", ["eval.users=3"]))
+        show(begun, llmrec.check("inputs/classic.yaml"), llmrec.load_recipe("inputs/classic.yaml", ["eval.users=3"]))
         recipe = {
             "name": "frames",
             "data": {"source": "table", "columns": {"user": "user_id", "item": "item_id", "time": "time"}},
@@ -1281,7 +1322,7 @@ def python(t: Recorder) -> None:
             "eval": {"arms": [], "users": 20, "bootstrap": 50, "candidates": {"count": 5}},
         }
         run = llmrec.run(recipe, "python/frames", data=rows, quiet=True)
-        said(run, run.results["recipe"]["name"], json.dumps(bare(run.results["rows"]), default=str))
+        show(run, run.results["recipe"]["name"], json.dumps(bare(run.results["rows"]), default=str))
         refused(lambda: llmrec.run({**recipe, "data": {"source": "table", "columns": {"user": "nobody"}}}, data=rows))
         refused(lambda: llmrec.load_recipe("inputs/classic.yaml", {"eval.user": 1}))
         refused(lambda: llmrec.auto(rows, budget="soon", out="python/none"))
@@ -1291,7 +1332,7 @@ def python(t: Recorder) -> None:
         import llmrec
 
         with llmrec.load(folder) as rec:
-            said(rec)
+            show(rec)
             for work in (
                 lambda: rec.rank(history=["f01", "f02"], k=3),
                 lambda: rec.rank(user="u04", k=3),
@@ -1307,10 +1348,10 @@ def python(t: Recorder) -> None:
 
         lists = [{"user": f"u{user}", "item": f"f{item}", "score": item / 2} for user in range(9) for item in range(6)]
         truth = [{"user": f"u{user}", "item": f"f{user % 7}"} for user in range(9)]
-        found = llmrec.score(lists, truth, against=lists[::2], resamples=50)
-        said(found, found.metrics, found.comparisons)
+        scores = llmrec.score(lists, truth, against=lists[::2], resamples=50)
+        show(scores, scores.metrics, scores.comparisons)
         refused(lambda: llmrec.score(lists + lists[:1], truth))
-        said(llmrec.compare("classic/run", "classic/run", resamples=50))
+        show(llmrec.compare("classic/run", "classic/run", resamples=50))
 
     t.python("frames", frames)
     t.python("load classic", lambda: loaded("classic/run"))
@@ -1355,10 +1396,10 @@ def _closure(names: set[str]) -> set[str]:
 
 
 def _checkout() -> Path:
-    found = importlib.util.find_spec("llmrec")
-    if found is None or found.origin is None:
+    spec = importlib.util.find_spec("llmrec")
+    if spec is None or spec.origin is None:
         raise SystemExit("llmrec is not there: PYTHONPATH=CHECKOUT python same_run.py record OUT")
-    return Path(found.origin).resolve().parents[1]
+    return Path(spec.origin).resolve().parents[1]
 
 
 def _environment(checkout: Path, work: Path) -> None:
@@ -1402,14 +1443,15 @@ def _import() -> None:
 
 def sections(path: Path) -> dict[str, str]:
     """Return the sections of a recorded scenario by head; a repeated head is numbered."""
-    found: dict[str, str] = {}
-    for text in path.read_text(encoding="utf-8").split(f"\n{HEAD}"):
+    result: dict[str, str] = {}
+    # What this version leaves out may be in a recording by an earlier one.
+    for text in normal(path.read_text(encoding="utf-8")).split(f"\n{HEAD}"):
         head, _, body = text.removeprefix(HEAD).partition("\n")
         number = 2
-        while (name := head if head not in found else f"{head} [{number}]") in found:
+        while (name := head if head not in result else f"{head} [{number}]") in result:
             number += 1
-        found[name] = body
-    return found
+        result[name] = body
+    return result
 
 
 def recorded(folder: Path) -> dict[str, dict[str, str]]:
@@ -1418,16 +1460,16 @@ def recorded(folder: Path) -> dict[str, dict[str, str]]:
         files = ("results.json", "predictions.parquet", "adapter/adapter_model.safetensors")
         folders = {str(folder.resolve()): "RUN", str(folder): "RUN"}
         return {"run": {name: normal(dump(folder / name), folders) for name in files if (folder / name).is_file()}}
-    found = {path.stem: sections(path) for path in sorted(folder.glob("*.txt"))}
-    if not found:
+    result = {path.stem: sections(path) for path in sorted(folder.glob("*.txt"))}
+    if not result:
         raise SystemExit(f"{folder}: neither a recording nor a run folder")
-    return found
+    return result
 
 
 def differences(one: Path, other: Path, lines: int = 12) -> list[str]:
     """Return what differs between two recordings or two run folders, with the first lines of each difference."""
     first, second = recorded(one), recorded(other)
-    found = [f"{name}: only in {one if name in first else other}" for name in sorted(first.keys() ^ second.keys())]
+    result = [f"{name}: only in {one if name in first else other}" for name in sorted(first.keys() ^ second.keys())]
     for name in sorted(first.keys() & second.keys()):
         left, right = first[name], second[name]
         for head in [*left, *(head for head in right if head not in left)]:
@@ -1436,8 +1478,8 @@ def differences(one: Path, other: Path, lines: int = 12) -> list[str]:
             sides = (left.get(head, "(not there)"), right.get(head, "(not there)"))
             diff = list(difflib.unified_diff(*(side.splitlines() for side in sides), n=0, lineterm=""))[2:]
             more = [f"... {len(diff) - lines} more lines"] if len(diff) > lines else []
-            found.append("\n    ".join([f"{name}: {head}", *map(_short, diff[:lines]), *more]))
-    return found
+            result.append("\n    ".join([f"{name}: {head}", *map(_short, diff[:lines]), *more]))
+    return result
 
 
 def _short(line: str, most: int = 300) -> str:
@@ -1460,9 +1502,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command == "record":
         record(given.out, given.only, again=given.again)
         return 0
-    found = differences(given.one, given.two, given.lines)
-    sys.stdout.write("\n".join(found or ["the same"]) + "\n")
-    return int(bool(found))
+    result = differences(given.one, given.two, given.lines)
+    sys.stdout.write("\n".join(result or ["the same"]) + "\n")
+    return int(bool(result))
 
 
 if __name__ == "__main__":
