@@ -81,12 +81,18 @@ def settings(
 
 def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
     """Return the stages that a field affects; a section that gives it another default need not repeat them."""
+    stages = _declaration(section, name)
+    return inherited if stages is None else stages
+
+
+@cache
+def _declaration(section: type[BaseModel], name: str) -> Collection[Stage] | None:
     for owner in section.__mro__:
         field = getattr(owner, "model_fields", {}).get(name)
         for metadata in field.metadata if field is not None else ():
             if isinstance(metadata, Affects):
                 return metadata.stages
-    return inherited
+    return None
 
 
 def fingerprint(
