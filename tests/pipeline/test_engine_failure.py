@@ -94,9 +94,9 @@ def put(monkeypatch: pytest.MonkeyPatch) -> Callable[[type[FakeBackend]], None]:
     return put
 
 
-@pytest.fixture
-def page(tmp_path: Path, llama_folder: Path) -> Path:
-    file = tmp_path / "failing.yaml"
+@pytest.fixture(scope="module")
+def page(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    file = tmp_path_factory.mktemp("page") / "failing.yaml"
     file.write_text(f"{PAGE}model: {{name: {llama_folder}, dtype: float32}}\n", encoding="utf-8")
     return file
 
@@ -105,13 +105,24 @@ def recipe(page: Path, *more: str) -> Recipe:
     return load_recipe(str(page), more)
 
 
+@pytest.fixture(scope="module")
+def by_transformers(page: Path, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, float]]:
+    """Return the figures of a plain recipe of transformers."""
+    made = pipeline.run(recipe(page, "eval.backend=hf"), tmp_path_factory.mktemp("hf") / "r", quiet=True)
+    return [row["metrics"] for row in made.results["rows"]]
+
+
 def engines_of(results: dict[str, Any]) -> dict[str, str]:
     asked = [row for row in results["rows"] if row["template"] is not None and "fusion" not in row]
     return {row["id"]: row["engine"].partition(":")[0] for row in asked}
 
 
 def test_transformers_answer_for_an_engine_that_does_not_start(
-    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+    put: Callable[[type[FakeBackend]], None],
+    page: Path,
+    by_transformers: list[dict[str, float]],
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     put(Failing)
     with caplog.at_level(logging.WARNING, logger="llmrec"):
@@ -126,18 +137,16 @@ def test_transformers_answer_for_an_engine_that_does_not_start(
     again = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
     assert engines_of(again.results) == engines_of(made.results)
     # A plain recipe of transformers asks the same questions of the same engine.
-    alone = pipeline.run(recipe(page, "eval.backend=hf"), tmp_path / "hf", quiet=True)
-    assert [row["metrics"] for row in alone.results["rows"]] == [row["metrics"] for row in made.results["rows"]]
+    assert [row["metrics"] for row in made.results["rows"]] == by_transformers
 
 
 def test_no_row_mixes_the_answers_of_two_engines(
-    put: Callable[[type[FakeBackend]], None], page: Path, tmp_path: Path
+    put: Callable[[type[FakeBackend]], None], page: Path, by_transformers: list[dict[str, float]], tmp_path: Path
 ) -> None:
     put(Dying)
     made = pipeline.run(recipe(page), tmp_path / "r", quiet=True)
-    alone = pipeline.run(recipe(page, "eval.backend=hf"), tmp_path / "hf", quiet=True)
     assert set(engines_of(made.results).values()) == {"hf"}
-    assert [row["metrics"] for row in alone.results["rows"]] == [row["metrics"] for row in made.results["rows"]]
+    assert [row["metrics"] for row in made.results["rows"]] == by_transformers
 
 
 def test_rows_of_an_engine_that_was_asked_for_are_marked_and_completed_later(

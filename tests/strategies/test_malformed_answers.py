@@ -20,7 +20,7 @@ from llmrec.types import Case, Ranking, Request, Unparsed
 from tests.strategies.strategy_cases import cases, data, strategy, task, title
 from tests.tasks.task_data import make_task
 
-COUNT = 2000
+COUNT = 800
 REFUSALS = ("I cannot help with that.", "As a language model, I have no access to this user.", "Sorry.", "N/A", "null")
 FOREIGN = ("Je recommande plutôt autre chose.", "这些我都不喜欢", "Ничего из этого", "أي شيء", "🎬🎬🎬")
 CONTROL = ("\x00", "\x07\x1b[31m", "\u202e", "\ue000", "\u2028", "\ufeff", "\x7f", "\ud800")
@@ -164,5 +164,5 @@ def test_a_misspelling_of_two_titles_is_neither() -> None:
 
 
 def test_the_same_seed_gives_the_same_answers() -> None:
-    assert texts("direct") == texts("direct") and len(set(texts("direct"))) > 1000
+    assert texts("direct") == texts("direct") and len(set(texts("direct"))) > COUNT // 2
     assert task("direct").family == "direct"

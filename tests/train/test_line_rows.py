@@ -204,7 +204,7 @@ def test_a_plan_is_the_same_with_and_without(encoder: Encoder, monkeypatch: pyte
     tasks = "tasks={rating: {}, sequential: {weight: 3}, direct: {weight: 0.5}}"
     base = ["reviews=null", "data={source: made-reviews}", "eval.candidates.count=5", "eval.backend=hf", tasks]
     study = build_study(
-        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*base, "train.steps=25", "train.max_row_tokens=160"])
+        load_recipe("recipes/movielens-100k/four-tasks.yaml", [*base, "train.steps=8", "train.max_row_tokens=160"])
     )
     encoder = Encoder(encoder.tokenizer, max_length=2048)
     with_pieces = planned(study, encoder)

@@ -53,9 +53,9 @@ def part_of_chat(steps: Sequence[Step]) -> float:
     return sum(parts) / len(parts)
 
 
-@pytest.mark.parametrize("width", [None, 640])
-@pytest.mark.parametrize("chat_tokens", [120, 250, 290])
-@pytest.mark.parametrize(("chat", "share"), [(1.0, 0.5), (0.25, 0.2)])
+@pytest.mark.parametrize(
+    ("chat_tokens", "width", "chat", "share"), [(120, 640, 1.0, 0.5), (250, None, 0.25, 0.2), (290, 640, 0.25, 0.2)]
+)
 def test_shares_of_the_loss_are_the_weights(chat_tokens: int, width: int | None, chat: float, share: float) -> None:
     steps = planned(chat_tokens, width=width, chat=chat)
     found = weighted(steps, families(steps))
