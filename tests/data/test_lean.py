@@ -59,6 +59,21 @@ def test_blocks_change_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
         texts(found, "note")
 
 
+@pytest.mark.parametrize("block", [1, 7, 64])
+def test_quoted_rows_go_on_in_the_next_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    path = tmp_path / "rows.csv"
+    titles = ['"One, two"', '19" screen', '"a ""quoted"" word"', '"two\nlines"', "plain", '"x\n\n,\ny"'] * 5
+    lines = [f"u{number},{title},{number}" for number, title in enumerate(titles)]
+    path.write_text("\n".join(["user_id,title,rating", *lines, ""]), encoding="utf-8")
+    whole = read_table(path)
+    monkeypatch.setattr("llmrec.data.read.text.BLOCK", block)
+    for wanted in (None, {"user_id": "id", "title": "id", "rating": "number"}):
+        found = read_table(path, wanted)
+        assert all(same(texts(found, name), texts(whole, name)) for name in whole.frame.columns)
+        assert [found.where(row) for row in range(30)] == [whole.where(row) for row in range(30)]
+    assert whole.where(4).line == 7 and whole.frame["title"][5] == "x\n\n,\ny"
+
+
 @pytest.mark.parametrize(
     ("ending", "pack"),
     [

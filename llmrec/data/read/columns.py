@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -147,10 +147,3 @@ def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
     if len(gaps) < 2 and gap is not None:
         return Table(name, pl.DataFrame(), header=gap)
     return Table(name, pl.DataFrame(), lines=array("q", (line for block in lines for line in block)))
-
-
-def add_all(columns: Iterable[Column], frame: pl.DataFrame, run: Callable[..., Iterable[None]] = map) -> None:
-    """Append the rows of a block to columns, one after another or as ``run`` runs them."""
-    columns = list(columns)
-    for _ in run(Column.add, columns, [frame[column.name] for column in columns]):
-        pass

@@ -19,7 +19,7 @@ import polars as pl
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 
-from llmrec.data.read.columns import Column, Kind, NoNumbers, add_all, table_of
+from llmrec.data.read.columns import Column, Kind, NoNumbers, table_of
 from llmrec.data.read.files import Source
 from llmrec.data.read.limits import enumerated, reason, shortened, shown
 from llmrec.data.read.tables import Table, check_columns, column_names
@@ -128,7 +128,7 @@ def _gathered(file: Delimited, name: str, kinds: Mapping[str, Kind]) -> Table:
     with ThreadPoolExecutor() as pool:
         for block in file.blocks(kinds, floats):
             columns = columns or [Column(column, kinds.get(column, "text")) for column in block.frame.columns]
-            add_all(columns, block.frame, pool.map)
+            list(pool.map(Column.add, columns, [block.frame[column.name] for column in columns]))
             lines.append(block.lines or ())
     pa.default_memory_pool().release_unused()
     return table_of(name, file.names, columns, lines=lines)

@@ -307,11 +307,11 @@ def _along(table: Table, names: Sequence[str]) -> Table:
             )
     for name in wanted[longest]:
         if name in table.lists:
-            table = _each(table, name)
+            table = _exploded(table, name)
     return table
 
 
-def _each(table: Table, name: str) -> Table:
+def _exploded(table: Table, name: str) -> Table:
     """Return a table with a row for each element of a list."""
     column = table.lists[name]
     counts = pc.list_value_length(column).fill_null(0).to_numpy()
