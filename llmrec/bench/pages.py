@@ -90,7 +90,7 @@ def read_results(folder: Path) -> list[BenchmarkResult]:
                 f"{file}: is not JSON ({error}); write it again with `llmrec eval`", kind="syntax", at=file
             ) from error
         if isinstance(content, dict) and content.get("kind") in ("suite", "benchmark", "chat"):
-            results.append(result_of(content))
+            results.append(result_of({"benchmark": file.stem, **content}))
     return results
 
 
