@@ -90,18 +90,18 @@ def test_a_run_does_not_take_over_somebodys_folder(tmp_path: Path, name: str) ->
     assert {path.name for path in tmp_path.iterdir()} == {name}
 
 
-def test_runs_go_on_in_their_own_folders_marked_or_of_before(tmp_path: Path) -> None:
-    for folder, before in ((tmp_path / "new", False), (tmp_path / "old", True), (tmp_path / "copied", True)):
-        if before:
-            folder.mkdir()
-        if folder.name == "old":
-            (folder / LOCK).touch()
-        if folder.name == "copied":
-            write_text(folder / "train.json", '{"key": "0123456789abcdef"}')
-        with locked(folder, RUN):
-            (folder / "adapter").mkdir()
-        with locked(folder, RUN):
-            assert (folder / "adapter").is_dir() and (folder / LOCK).read_text()
+def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+    folder = tmp_path / "new"
+    with locked(folder, RUN):
+        (folder / "adapter").mkdir()
+    with locked(folder, RUN):
+        assert (folder / "adapter").is_dir() and (folder / LOCK).read_text()
+
+
+def test_a_folder_with_files_of_a_run_and_no_mark_is_refused(tmp_path: Path) -> None:
+    write_text(tmp_path / "train.json", '{"key": "0123456789abcdef"}')
+    with raises(LlmrecError, Facts("exists", tmp_path, says="train.json")), locked(tmp_path, RUN):
+        pass
 
 
 @pytest.mark.parametrize("name", RUN)
