@@ -17,7 +17,7 @@ from llmrec.durable import write_json, write_text
 from llmrec.machine import machine, versions
 from llmrec.pipeline.run import train
 from llmrec.recipe.load import load_recipe, recipe_hash
-from llmrec.report.drawing.canvas import WIDE, Canvas, Scale, fitted
+from llmrec.report.canvas import WIDE, Canvas, Scale, fitted
 from llmrec.report.render import picture as drawn
 
 RECIPE = "recipes/sequences/generative-items.yaml"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmrec.report.drawing.canvas import WIDE, Canvas, Scale
+from llmrec.report.canvas import WIDE, Canvas, Scale
 from llmrec.report.render import picture
 
 START, END = "<!-- performance:figures -->", "<!-- /performance:figures -->"

@@ -35,8 +35,8 @@ from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
 from llmrec.report.breakdowns import in_words
-from llmrec.report.drawing.canvas import WIDE
-from llmrec.report.drawing.charts import draw
+from llmrec.report.canvas import WIDE
+from llmrec.report.charts import draw
 from llmrec.report.escape import cell, flat, without_surrogates
 from llmrec.report.plots import CostPlot, Point
 from llmrec.report.render import markdown_engine, picture

@@ -15,8 +15,7 @@ from pathlib import Path
 
 from llmrec.durable import refuse_link, replacing
 from llmrec.index.diagnostics import Diagnostics, Entry, Group
-from llmrec.report import index_summary
-from llmrec.report.drawing import codes
+from llmrec.report import index_plots, index_summary
 from llmrec.report.render import environment, style
 
 
@@ -68,7 +67,7 @@ def html_page(content: IndexPage) -> str:
     found = content.found
     nonce = hashlib.sha256(json.dumps(asdict(content)).encode()).hexdigest()[:32]
     return environment().get_template("index.html.j2").render(
-        page=content, found=found, nonce=nonce, plotted=codes.pictures(found), style=style(),
+        page=content, found=found, nonce=nonce, plotted=index_plots.pictures(found), style=style(),
         sentence=index_summary.sentence(found), figures=index_summary.key_figures(found),
         level_title=index_summary.level_title,
         groups={length: tuple(entry) for length, entry in groupby(content.groups, key=lambda group: group.length)},

@@ -1,6 +1,6 @@
 """The numbers and texts behind the plots of a run's report.
 
-Colours, places and texts that fit are the work of `llmrec.report.drawing`.
+Colours, places and texts that fit are the work of `llmrec.report.charts`.
 """
 
 from __future__ import annotations

@@ -22,8 +22,8 @@ from llmrec.report import costs, escape, index_summary, marks, texts, wording
 from llmrec.report import results as facts
 from llmrec.report import summary as summaries
 from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
-from llmrec.report.drawing.canvas import Canvas
-from llmrec.report.drawing.charts import pictures
+from llmrec.report.canvas import Canvas
+from llmrec.report.charts import pictures
 from llmrec.report.plots import plots
 from llmrec.results import Results, lower
 

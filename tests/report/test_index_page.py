@@ -17,8 +17,7 @@ from llmrec.errors import DataError
 from llmrec.index.diagnostics import diagnose, examples, neighbours
 from llmrec.index.table import ItemIndex, own_token, token
 from llmrec.registry import INDEXES
-from llmrec.report import index_page, index_summary, page
-from llmrec.report.drawing import codes
+from llmrec.report import index_page, index_plots, index_summary, page
 from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, SCRIPTS
 from tests.report.test_report_browser import CHROMIUM, _browse, _without_policy
@@ -95,9 +94,9 @@ def test_codes_of_tokens_show_levels_prefixes_neighbours_and_examples(tame: dict
     assert sections(text) == ["summary", "levels", "prefixes", "neighbours", "examples"]
     assert text.count('class="plot"') == 2 and text.count("<svg") == 4
     found = diagnose(tree_index(len(TEXTS)))
-    assert [panel["available"] for panel in codes.usage_of(found)] == [5, 4, 7]
-    assert sum(codes.usage_of(found)[0]["counts"]) == len(TEXTS)
-    assert codes.branching_of(found.depths)[0]["most"][0] == len(TEXTS)
+    assert [panel["available"] for panel in index_plots.usage_of(found)] == [5, 4, 7]
+    assert sum(index_plots.usage_of(found)[0]["counts"]) == len(TEXTS)
+    assert index_plots.branching_of(found.depths)[0]["most"][0] == len(TEXTS)
     for said in (
         "&lt;a_…&gt;",
         "12.5 %",
@@ -121,11 +120,11 @@ def test_codes_of_text_have_no_plots(tame: dict[str, Path]) -> None:
 
 def test_tokens_of_single_items_are_not_plotted() -> None:
     found = diagnose(tree_index(40, hybrid=True))
-    assert [panel["title"] for panel in codes.usage_of(found)] == ["items of each <a_…>", "items of each <b_…>"]
+    assert [panel["title"] for panel in index_plots.usage_of(found)] == ["items of each <a_…>", "items of each <b_…>"]
     assert index_summary.HYBRID in index_summary.sentence(found)
     tokens = tuple(own_token(n) for n in range(9))
     alone = diagnose(ItemIndex("token", {f"i{n}": (piece,) for n, piece in enumerate(tokens)}, tokens=tokens))
-    assert codes.pictures(alone) == {}
+    assert index_plots.pictures(alone) == {}
 
 
 def test_every_scheme_has_its_sentence() -> None:

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.report.drawing.canvas import NARROW, WIDE, Canvas, Scale, Shape, apart, cut, fitted, spanning, text_width
-from llmrec.report.drawing.charts import draw, pictures
+from llmrec.report.canvas import NARROW, WIDE, Canvas, Scale, Shape, apart, cut, fitted, spanning, text_width
+from llmrec.report.charts import draw, pictures
 from llmrec.report.page import write
 from llmrec.report.plots import differences, losses, plots, quality_by_tokens, weights
 from llmrec.report.render import markdown_page

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from llmrec.durable import write_text
-from llmrec.report.drawing.canvas import HALF, NARROW, Canvas, fitted, spanning
-from llmrec.report.drawing.charts import legend
+from llmrec.report.canvas import HALF, NARROW, Canvas, fitted, spanning
+from llmrec.report.charts import legend
 from llmrec.report.render import environment, style
 from llmrec.results import lower
 from llmrec.systems.m6.compress.rows import Compressed, Row

@@ -8,7 +8,7 @@ from typing import TypedDict
 
 from llmrec.index.diagnostics import Depth, Diagnostics, Level
 from llmrec.report import index_summary
-from llmrec.report.drawing.canvas import NARROW, SMALL, WIDE, Canvas, Scale, spanning, text_width
+from llmrec.report.canvas import NARROW, SMALL, WIDE, Canvas, Scale, spanning, text_width
 from llmrec.report.escape import flat
 
 _LEFT, _RIGHT = 48, 12

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Literal
 
-from llmrec.report.drawing.canvas import (
+from llmrec.report.canvas import (
     HALF,
     MARKS,
     NARROW,
