@@ -1,4 +1,4 @@
-"""Alignment: which title does a code stand for, and which code a title (LC-Rec, ICDE 2024, section 3.3)?"""
+"""Alignment: which title belongs to an item code, and which code to a title (LC-Rec, ICDE 2024, section 3.3)?"""
 
 from __future__ import annotations
 
@@ -24,20 +24,19 @@ NOBODY = ""
 
 
 class AlignmentTask(Task):
-    """The alignment family: an item's code is shown and its title asked for, or its text is shown and its code.
+    """The alignment family: a prompt shows an item's code and asks for its title, or its text and asks for its code.
 
-    There is no user and no history. What is held out is items: their pairs of code and text are in no training row, and
-    evaluation asks about them alone, so that a right answer is read off the code and not recited.
+    There is no user and no history. Items are held out: their pairs of code and text are in no training row, and
+    evaluation asks only about them, so that a correct answer cannot be memorised.
 
-    A case does not name its item, since the item is the answer; its id is a hash that this task alone can look up. So
-    no predictor can return what it was given, whichever of the two the prompt shows. A request made elsewhere names
-    its item instead.
+    A case does not name its item, since the item is the answer; its id is a hash that only this task can resolve. So no
+    predictor can return its input, whichever of the two the prompt shows. Requests from elsewhere name their item.
     """
 
     family = "alignment"
 
     def __init__(self, section: AlignmentSection, inputs: TaskInputs) -> None:
-        """Set up; see the other tasks. Examples are always drawn at random, as no user has a past here.
+        """Set up; see the other tasks. Examples are always drawn at random, since there are no histories.
 
         Raises:
             RecipeError: If there is no index, no item is left to train on, or a template does not ask for a code by a
@@ -68,7 +67,7 @@ class AlignmentTask(Task):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -83,9 +82,9 @@ class AlignmentTask(Task):
             yield self._example(rng.choice(self._chosen.train), row, item)
 
     def cases(self, split: SplitName) -> list[Case]:
-        """Return one question about every held-out item of a split.
+        """Return one question for every held-out item of a split.
 
-        Each is a user of its own, since users are what intervals and tests resample.
+        Each question is a separate user, since intervals and tests resample users.
 
         Raises:
             RecipeError: If the task was built without candidate sets.
@@ -120,14 +119,14 @@ class AlignmentTask(Task):
         return Prompt(messages=with_shots(chosen.turns(self._question(chosen, self._item(request))), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the trained items whose pairs few-shot examples show, as events of nobody.
+        """Return the training items of few-shot examples, as events without a user.
 
         Raises:
-            DataError: If there are fewer of them than asked for.
+            DataError: If there are too few.
         """
         if shots == 0:
             return Drawn((), ())
-        # One more than asked for, since the item of a request made elsewhere may be among them.
+        # One more than needed, since the item of a request from elsewhere may be among them.
         rng = keyed("alignment shots", self._seed, request.id)
         sample = rng.sample(self._trained, min(shots + 1, len(self._trained)))
         drawn = [item for item in sample if item != self._item(request)][:shots]
@@ -146,7 +145,7 @@ class AlignmentTask(Task):
         return tuple(chosen.answer(self._answer(chosen, item)) for item in listed(request, self.family))
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Match the first line against the candidates' titles or codes; those that are written alike share a place."""
+        """Match the first line against the candidates' titles or codes; equal ones share a rank."""
         chosen = self._chosen.get(template)
         name = "code" if chosen.answers_with_code else "title"
         for key in read_line(completion):
@@ -156,15 +155,15 @@ class AlignmentTask(Task):
         return None
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
+        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is not ranked."""
         return ranking_reward(answer, case)
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say what a prompt shows; see `Task`."""
+        """Describe what a prompt shows; see `Task`."""
         return f"{'text' if template.answers_with_code else 'code'} of the item{solved_examples(shots)}"
 
     def training_size(self) -> int:
-        """Return the number of items whose text and code are trained on together."""
+        """Return the number of items whose text and code are trained together."""
         return len(self._trained)
 
     def scored_by(self, template: Template) -> str:
@@ -174,7 +173,7 @@ class AlignmentTask(Task):
     # ----------------------------------------------------------------------- building blocks
 
     def _check(self, template: Template) -> None:
-        """Refuse templates that do not ask for the one by the other.
+        """Reject templates that do not ask for the code by the text or vice versa.
 
         Raises:
             RecipeError: Naming the template and what is wrong.

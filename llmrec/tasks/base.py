@@ -1,4 +1,4 @@
-"""What the families share: the data as templates see it, rows in seeded order, and answers."""
+"""Shared parts of the task families: the data as templates see it, rows in seeded order, and answers."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ USER_STATS = frozenset({"user_stats"})
 """In a chat alone: from line to line of a list, statistics of the user would tell one rating after the other."""
 PAST = frozenset({"history", "liked", "disliked"})
 """Variables that show what a user did before; a template that mentions none of them shows none of it."""
-# A past review says enough in its first words, and three whole ones would crowd out the question.
+# The first words of a past review are sufficient; three complete ones would displace the question.
 _PAST_TEXT = 160
 
 Values = dict[str, object]
 
 
 class View:
-    """What templates see of the data, every text cleaned."""
+    """The data as templates see it, with cleaned texts."""
 
     def __init__(self, data: SplitDataset, index: ItemCodes | None = None) -> None:
         self.data = data
@@ -59,7 +59,7 @@ class View:
         self._tallies = Tallies(data)
 
     def item(self, item_id: str) -> Fields:
-        """Return an item's title and fields, and its code where there is an index.
+        """Return an item's title and fields, and its code if there is an index.
 
         Raises:
             DataError: If the catalogue has no such item.
@@ -87,9 +87,9 @@ class View:
         return str(self.item(item_id)["title"])
 
     def about(self, item_id: str) -> Values:
-        """Return the variables about an item: the item, and as a list to loop over what the title does not say.
+        """Return the variables about an item: the item, and a list of details that the title does not contain.
 
-        Without a user it has no statistics, since it is not known whose interactions to leave out of them: see `pair`.
+        Without a user there are no statistics, since it is unknown whose interactions to exclude: see `pair`.
         """
         item = self.item(item_id)
         fields = [{"name": name, "value": value} for name, value in self._untold(item)]
@@ -97,19 +97,19 @@ class View:
         return {"item": item, "item_id": written, "fields": fields, "item_stats": None}
 
     def pair(self, user_id: str, item_id: str) -> Values:
-        """Return the variables about an item for a user, with statistics of both that count nothing of the two.
+        """Return the variables about an item for a user, with statistics that exclude interactions between the two.
 
-        Statistics are functions: they are counted where a template shows them.
+        Statistics are functions, evaluated when a template shows them.
         """
         counted = {"item_stats": partial(self._item_stats, item_id, user_id)}
         return self.about(item_id) | counted | self.user_stats(user_id, [item_id])
 
     def user_stats(self, user_id: str, without: Collection[str]) -> Values:
-        """Return a user's training statistics, without the items that are the answer or may be."""
+        """Return a user's training statistics, excluding possible answers."""
         return {"user_stats": lambda: self._tallies.user(user_id, without).shown}
 
     def candidate(self, user_id: str, item_id: str) -> Values:
-        """Return a candidate as templates loop over it: as an event, with count and mean that leave the user out."""
+        """Return a candidate as templates loop over it: as an event, with count and mean that exclude the user."""
 
         def told(name: str) -> object:
             return (self._item_stats(item_id, user_id) or {}).get(name)
@@ -118,7 +118,7 @@ class View:
         return {**self._shown(item_id), **counted}
 
     def _shown(self, item_id: str) -> Values:
-        """Return an item in a list: its fields by name, with None for one that only others have, title and details."""
+        """Return an item in a list: its fields by name, None for missing ones, title and details."""
         return {**self._fields, **self.item(item_id), "details": partial(self.details, item_id)}
 
     @cached_property
@@ -126,7 +126,7 @@ class View:
         return dict.fromkeys(name for item in self.data.dataset.items.values() for name in item.fields)
 
     def details(self, item_id: str) -> str:
-        """Return what an item's title does not say, as one text; empty where that is nothing."""
+        """Return an item's fields beyond its title as one text; empty if there are none."""
         return "; ".join(value for _, value in self._untold(self.item(item_id)))
 
     def _item_stats(self, item_id: str, user_id: str) -> Mapping[str, object] | None:
@@ -138,9 +138,9 @@ class View:
         return [(name, value) for name, value in told if value not in str(item["title"])]
 
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
-        """Return the variables about a user; a profile or fields in ``context`` stand in for the data's own fields.
+        """Return the variables about a user; a profile or fields in ``context`` replace the data's fields.
 
-        A user without a name goes by the id.
+        A user without a name is called by the id.
         """
         fields = self.data.dataset.users.get(user_id, {})
         token = self.index.users.get(user_id) if self.index is not None else None
@@ -159,8 +159,8 @@ class View:
     def events(self, events: Sequence[Event], rating_label: Callable[[float], str] | None = None) -> list[Values]:
         """Return events as templates loop over them.
 
-        Each has the fields of its item by name, ``title``, ``details``, ``code``, ``rating``, ``text`` and ``n``, which
-        is counted from 1 and like the others goes before a field of the same name.
+        Each has the fields of its item by name, ``title``, ``details``, ``code``, ``rating``, ``text`` and ``n``,
+        counted from 1; these take precedence over fields of the same name.
         """
         return [
             {
@@ -179,14 +179,14 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Draw:
-    """A training row before it is put into words.
+    """A training row before it is written as text.
 
     Attributes:
         id: The row's id.
-        user_id: Whose events they are.
-        template: The words that it will take.
-        events: What it shows, oldest first.
-        first_target: List templates: the first event that is learned; those before it are context.
+        user_id: The user of the events.
+        template: The template that it will use.
+        events: The shown events, oldest first.
+        first_target: For list templates, the first target event; earlier ones are context.
     """
 
     id: str
@@ -197,23 +197,23 @@ class Draw:
 
 
 def shows_events(template: Template, history: int, shots: int) -> str:
-    """Say in words what a prompt shows of a history of at most so many events, beside so many solved examples."""
+    """Describe how many events of a history and how many few-shot examples a prompt shows."""
     shows = template.shape == "list" or PAST & template.names("system", "user")
     return (f"text of the last {history} events" if shows else "no history") + solved_examples(shots)
 
 
 def solved_examples(shots: int) -> str:
-    """Say in words how many solved examples a prompt shows, behind what else it does."""
+    """Describe how many few-shot examples a prompt shows, after its other contents."""
     return f", {shots} solved examples" if shots else ""
 
 
 def told_rows(data: SplitDataset, column: str | None = None) -> int:
-    """Return the number of training interactions, or of those that have something in a column."""
+    """Return the number of training interactions, or of those with a value in a column."""
     return len(data.train) if column is None else len(data.train) - data.train[column].null_count()
 
 
 def keyed(purpose: str, seed: int, *parts: str) -> random.Random:
-    """Return random numbers that depend on names only, never on the order of rows or calls."""
+    """Return a random generator seeded by names only, never by the order of rows or calls."""
     return random.Random(hash_one(purpose, seed, *parts))
 
 
@@ -221,7 +221,7 @@ def listed(request: Request, family: str) -> tuple[str, ...]:
     """Return the candidates of a request.
 
     Raises:
-        DataError: If it has none.
+        DataError: If there are none.
     """
     if not request.candidates:
         raise DataError(
@@ -238,7 +238,7 @@ def only_rated(_: str, events: tuple[Event, ...]) -> tuple[Event, ...]:
 
 
 class Pasts(Mapping[str, tuple[Event, ...]]):
-    """Training events of a family by user, made from the split when they are asked for.
+    """Training events of a family by user, created from the split when they are read.
 
     Args:
         data: The split.
@@ -269,7 +269,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         return self._made(user)
 
     def sizes(self) -> Mapping[str, int]:
-        """Return how many events each user has, without making them."""
+        """Return the number of events of each user, without creating the events."""
         return self._users
 
     def __iter__(self) -> Iterator[str]:
@@ -277,7 +277,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
         return iter(self._users)
 
     def __len__(self) -> int:
-        """Return how many users there are."""
+        """Return the number of users."""
         return len(self._users)
 
     def __contains__(self, user: object) -> bool:
@@ -290,7 +290,7 @@ class Pasts(Mapping[str, tuple[Event, ...]]):
 
 
 def passes(family: str, users: Sequence[str], seed: int, limit: int | None) -> Iterator[tuple[str, str, random.Random]]:
-    """Yield (row id, user, random numbers) without end, pass after pass over the users in a fresh order.
+    """Yield (row id, user, random generator) endlessly, in passes over the users in random order.
 
     Raises:
         DataError: If there is no user to train on.
@@ -322,9 +322,9 @@ def branch_events(
     *,
     seed: int,
 ) -> tuple[Template, tuple[Event, ...]]:
-    """Draw a template for a user's row of a pass, and what the row shows of the user's events.
+    """Draw the template of a user's row in a pass, and the events that the row shows.
 
-    A chat template shows the history that all families show in this pass, and the event after it.
+    A chat template shows the history that all families show in the pass, and the next event.
     """
     rng = keyed(f"{family} branch", seed, str(number), user)
     template = rng.choice(chosen.train)
@@ -335,12 +335,12 @@ def branch_events(
 
 
 def branch_point(seed: int, number: int, user: str, events: int) -> int:
-    """Return how many of a user's events are history in a pass: the same for every family that knows as many."""
+    """Return the number of a user's events that are history in a pass, equal for families with the same events."""
     return keyed("branch point", seed, str(number), user).randrange(1, events) if events > 1 else 0
 
 
 def refuse_test(split: SplitName) -> None:
-    """Refuse rows with targets from the test split, which nothing may learn from or choose by."""
+    """Reject rows with targets from the test split, which must not be used for training or selection."""
     if split == "test":
         raise ValueError("rows with targets come from 'train' or 'valid'; the test split is for cases() alone")
 
@@ -351,7 +351,7 @@ def rated(events: Sequence[Event]) -> tuple[Event, ...]:
 
 
 def text_of(event: Event | Interaction) -> str:
-    """Return an event's text as one clean line; empty where it has none."""
+    """Return an event's text as one clean line; empty if it has none."""
     return clean(event.text or "", TEXT_LIMIT)
 
 
@@ -361,7 +361,7 @@ def pairs_of(user_id: str, events: Sequence[Event]) -> tuple[tuple[str, str], ..
 
 
 def window(events: Sequence[Event], length: int, rng: random.Random) -> tuple[Event, ...]:
-    """Return ``length`` consecutive events from a random start, or all where there are fewer."""
+    """Return ``length`` consecutive events from a random start, or all if there are fewer."""
     start = rng.randrange(max(1, len(events) - length + 1))
     return tuple(events[start : start + length])
 
@@ -370,7 +370,7 @@ def asked_item(request: Request, family: str) -> str:
     """Return the item that a request asks about.
 
     Raises:
-        DataError: If it names none.
+        DataError: If it names no item.
     """
     if request.item is None:
         raise DataError(
@@ -382,7 +382,7 @@ def asked_item(request: Request, family: str) -> str:
 
 
 def ranking_reward(answer: Answer, case: Case) -> float:
-    """Return 1 / log2(1 + rank) of the true item, averaged over the places it may take among ties; 0 if left out."""
+    """Return 1 / log2(1 + rank) of the true item, averaged over its possible ranks among ties; 0 if not ranked."""
     if not isinstance(answer, Ranking) or case.truth not in answer.items:
         return 0.0
     own = answer.scores[answer.items.index(str(case.truth))]

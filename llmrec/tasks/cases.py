@@ -1,4 +1,4 @@
-"""The held-out cases of a split, each made when it is asked for."""
+"""The held-out cases of a split, each created when it is read."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from llmrec.types import Case, Interaction, SplitName
 
 
 def held_out(data: SplitDataset, split: SplitName) -> Holdouts:
-    """Return a split's held-out interactions, refusing the training split."""
+    """Return the held-out interactions of a split, which must not be the training split."""
     if split == "train":
         raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
     return data.holdouts(split)
 
 
 class Cases(Sequence[Case]):
-    """The cases of held-out interactions, each made when it is asked for: all histories at once would be much.
+    """The cases of held-out interactions, each created when it is read, since all histories at once would be large.
 
     Attributes:
         held: The interactions.
@@ -50,7 +50,7 @@ class Cases(Sequence[Case]):
 def of_first_users(
     cases: Sequence[Case], count: int | None, *, among: Collection[str] | None = None, but: Collection[str] = ()
 ) -> list[Case]:
-    """Return the cases of the first so many users, in their order; those of the others are not made.
+    """Return the cases of the first ``count`` users, in order, without creating the others.
 
     Args:
         cases: Of any users.
@@ -79,10 +79,10 @@ def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interact
 
 
 def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) -> tuple[str, ...] | None:
-    """Return the stored candidates of a held-out interaction; None where there are no sets.
+    """Return the stored candidates of a held-out interaction; None if there are no candidate sets.
 
     Raises:
-        DataError: If there are sets, but none for it.
+        DataError: If there are sets but none for this interaction.
     """
     if sets is None:
         return None
@@ -98,10 +98,10 @@ def candidates_of(sets: CandidateSets | None, held: Interaction, family: str) ->
 
 
 def ranking_cases(data: SplitDataset, split: SplitName, sets: CandidateSets | None, family: str) -> Cases:
-    """Return every held-out interaction of the users who have sets with its candidates, without sets all with none.
+    """Return every held-out interaction of users with candidate sets; without sets all, with no candidates.
 
     Raises:
-        DataError: If there are sets, but none for one of them.
+        DataError: If there are sets but one is missing.
     """
     every = held_out(data, split).of(sets.users if sets is not None else None)
     for held in every if sets is not None else ():

@@ -59,7 +59,7 @@ from llmrec.types import (
 
 _LONGEST = 20_000
 _MARKS = " \t\r\n*_`\"'“”‘’«»([<>#-–—:."
-# A "no" that goes on in the same breath ("No idea", "no way to tell") is no answer.
+# A "no" that begins a phrase ("No idea", "no way to tell") is not an answer.
 _ENDS = re.compile(r"\s*(?:$|\n|[^\w\s])")
 
 
@@ -69,8 +69,8 @@ class CtrTask(Task):
     A list template has the answers of one user line by line; the history stands in the answer, so that one training
     row teaches an answer at every position.
 
-    A rating of ``liked`` or more is a yes. With ``balance: user`` every user has as many questions that a yes answers
-    as those that a no answers, so that nothing about the user alone, such as the share of likes, tells the answer.
+    A rating of at least ``liked`` is a yes. With ``balance: user`` every user has as many yes questions as no
+    questions, so that properties of the user, such as the share of likes, do not reveal the answer.
     """
 
     family = "ctr"
@@ -108,7 +108,7 @@ class CtrTask(Task):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -134,12 +134,12 @@ class CtrTask(Task):
                 shown = _last_of_each(window(events, self._section.window, rng))
                 yield self._listed(template, row, user, shown, last_only=False)
                 continue
-            # A question about the first event has no taste to go by, so it is asked only of users with no other.
+            # A question about the first event has no history, so it is only used for users without other events.
             at = rng.randrange(min(1, len(events) - 1), len(events))
             yield self._asking(template, row, user, events[:at], events[at])
 
     def kind(self, example: Example) -> str:
-        """Return the class of a training row: its answer, in a list the last one."""
+        """Return the class of a training row: its answer, or the last answer of a list."""
         yes, _ = self._answers(example.template)
         said = example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail)
         return YES if said == yes else NO
@@ -147,10 +147,10 @@ class CtrTask(Task):
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out ratings as questions, truth 1 for a yes and 0 for a no.
 
-        With ``balance: user`` a user's rarer answer says how many of each are asked, the first ones in seeded order.
+        With ``balance: user`` the user's rarer answer determines the number of each, the first ones in seeded order.
 
         Raises:
-            DataError: If a balanced set is asked for and no user has both answers.
+            DataError: If a balanced set is requested and no user has both answers.
         """
         found = self._rated_holdouts(split)
         balanced, most = self._section.balance == "user", self._section.per_user or len(found)
@@ -187,7 +187,7 @@ class CtrTask(Task):
         return list_prompt(chosen, values, listed, self._view.pair(request.user_id, item), turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        """Return the training events of few-shot examples, and the remaining history of the question."""
         item = asked_item(request, self.family)
         past = others(rated(request.history), item)
         return self._shots.draw(
@@ -203,18 +203,18 @@ class CtrTask(Task):
         return self._answers(template)
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Read a leading yes or no; None where there is none, or both stand in the text."""
+        """Parse a leading yes or no; None if there is none or the text contains both."""
         place = read_choice(completion, self.continuations(request, template=template), self._chosen.words(template))
         return None if place is None else Probability(request_id=request.id, value=1.0 if place == 0 else 0.0)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 less the squared distance of the probability from the truth (Brier, 1950)."""
+        """Return 1 - (probability - truth)^2 (Brier, 1950)."""
         if not isinstance(answer, Probability):
             return 0.0
         return 1.0 - (answer.value - float(case.truth)) ** 2
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say what a prompt shows; see `Task`."""
+        """Describe what a prompt shows; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -222,22 +222,22 @@ class CtrTask(Task):
         return told_rows(self._data, "rating")
 
     def scored_by(self, template: Template) -> str:
-        """Return the strategy that weighs a yes against a no."""
+        """Return the strategy that compares the probabilities of yes and no."""
         return "yes-no"
 
     @property
     def baseline_options(self) -> Mapping[str, float | None]:
-        """What is a yes, said once for the model and for what stands beside it."""
+        """The threshold of a yes, the same for models and baselines."""
         return {"liked": self._section.liked}
 
     @property
     def calibrates(self) -> bool:
-        """Whether answers are scaled on the validation split."""
+        """Whether answers are calibrated on the validation split."""
         return self._section.calibrate == "valid"
 
     @property
     def users_kind(self) -> str | None:
-        """What signatures say of the users asked about."""
+        """The description of the evaluated users in metric signatures."""
         return "balanced" if self._section.balance == "user" else None
 
     # ----------------------------------------------------------------------- building blocks
@@ -276,7 +276,7 @@ class CtrTask(Task):
         return values | {"answer": template.words.said(yes=self._yes(event.rating))}
 
     def _answered(self, template: Template) -> Callable[[Values, Event], Values]:
-        """Return what makes the values of an answered step of a list."""
+        """Return the function that makes the values of an answered list step."""
 
         def answered(values: Values, event: Event) -> Values:
             return self._with_answer(template, values | self._view.pair(str(values["user_id"]), event.item_id), event)
@@ -284,7 +284,7 @@ class CtrTask(Task):
         return answered
 
     def _asking(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
-        """Return a row that asks for one answer, about the event."""
+        """Return a row with one question, about the event."""
         shown = self._past.show(others(past, event.item_id), [event.item_id])
         if template.shape == "list":
             events = (*shown.events, event)
@@ -316,17 +316,16 @@ class CtrTask(Task):
 
 
 def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
-    """Keep the last rating of an item that was rated again: the earlier one would tell it."""
+    """Keep only the last rating of an item, since an earlier one would reveal it."""
     last = {event.item_id: place for place, event in enumerate(events)}
     return tuple(event for place, event in enumerate(events) if last[event.item_id] == place)
 
 
 def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -> int | None:
-    """Read which of two answers a text begins with.
+    """Parse which of two answers a text begins with.
 
-    The answer must be the first word, but for marks around it and a lead such as "The answer is". A refusal, an answer
-    in another language, a text that names both, and a "No" that is the beginning of a phrase ("No idea") are no
-    readings.
+    The answer must be the first word, apart from punctuation and a lead such as "The answer is". Refusals, answers in
+    another language, texts that name both, and a "No" that begins a phrase ("No idea") are not parsed.
 
     Args:
         text: A completion.

@@ -56,7 +56,7 @@ from llmrec.types import (
 )
 
 # ----------------------------------------------------------------------------
-# What a direct template asks for: a candidate's label, the item itself, or a yes or no; and what reads that.
+# The answer that a direct template asks for: a candidate's label, the item, or yes or no; and its strategies.
 
 
 Asks = Literal["label", "item", "yes"]
@@ -66,26 +66,26 @@ _WORDS: Mapping[Asks, str] = {
     "item": "answers with the item itself",
     "yes": "answers yes or no to one item",
 }
-# The one strategy for what is no label, and of those that read labels the first.
+# The strategy of each answer form; for labels the first of several.
 _READER: Mapping[Asks, str] = {"label": "label", "item": "likelihood", "yes": "pointwise-yes"}
 
 
 def asks_for(template: Template) -> Asks:
-    """Return what a template's target writes: ``{{ answer }}``, something of ``item``, or a label."""
+    """Return the form of a template's target: ``{{ answer }}``, a variable of ``item``, or a label."""
     written = template.names("target")
     return "yes" if "answer" in written else "item" if "item" in written else "label"
 
 
 def reader_of(template: Template) -> str:
-    """Return the strategy that reads a template's answers; of several the cheapest."""
+    """Return the cheapest strategy for a template's answers."""
     return _READER[asks_for(template)]
 
 
 def fits(template: Template, strategy: str) -> bool:
-    """Whether a strategy of the direct family reads what a template asks for.
+    """Whether a strategy of the direct family supports a template's answer form.
 
-    ``pointwise-yes`` also takes templates of labels, where these have words for it. A plug-in says what it reads in its
-    attribute ``reads``, of ``label``, ``item`` and ``yes``; labels by default.
+    ``pointwise-yes`` also supports label templates that have text for it. A plug-in declares the forms in its attribute
+    ``reads``: ``label`` (default), ``item`` and ``yes``.
     """
     if is_plugin(STRATEGIES, strategy):
         return asks_for(template) in getattr(lookup(STRATEGIES, strategy, "strategy"), "reads", ("label",))
@@ -94,10 +94,10 @@ def fits(template: Template, strategy: str) -> bool:
 
 
 def check_words(template: Template) -> None:
-    """Refuse variables that give the answer away or that nothing fills.
+    """Reject variables that reveal the answer or are never filled.
 
     Raises:
-        RecipeError: If there are any, if the template is a list, or if it writes other words than yes and no.
+        RecipeError: If there are any, if the template is a list, or if its answer is not yes or no.
     """
     if template.shape == "list":
         raise RecipeError(
@@ -126,10 +126,10 @@ def check_words(template: Template) -> None:
 
 
 def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -> None:
-    """Check that every template of the evaluation has a strategy that reads it, and every strategy a template.
+    """Check that every evaluation template has a strategy, and every strategy a template.
 
     Raises:
-        RecipeError: Naming the first of either that has none.
+        RecipeError: Naming the first template or strategy without a counterpart.
     """
     for template in templates if strategies else ():
         if not any(fits(template, strategy) for strategy in strategies):
@@ -147,10 +147,10 @@ def check_strategies(templates: Sequence[Template], strategies: Sequence[str]) -
 
 
 def check_loss(templates: Sequence[Template], loss: str) -> None:
-    """Check that what is trained has the candidates' own texts, where the loss is over their likelihoods.
+    """Check that training templates write the candidates' texts if the loss is over their likelihoods.
 
     Raises:
-        RecipeError: Naming the first template that has not.
+        RecipeError: Naming the first template that does not.
     """
     other = next((template for template in templates if asks_for(template) != "item"), None)
     if loss != "answer" and other is not None:
@@ -165,7 +165,7 @@ def check_loss(templates: Sequence[Template], loss: str) -> None:
 
 
 def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
-    """Check that a template has other words for a yes or no than for one of several candidates.
+    """Check that a template has separate text for a yes-or-no question.
 
     Args:
         template: One that answers with a label.
@@ -184,7 +184,7 @@ def check_asks_yes(template: Template, values: Callable[[str], Values]) -> None:
 
 
 def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool) -> None:
-    """Check that what rows reject is among the candidates that a question shows.
+    """Check that rejected items of preference rows are among the candidates of the question.
 
     Args:
         preference: The recipe's ``train.preference``.
@@ -211,7 +211,7 @@ def check_rejected(preference: PreferenceSection, count: int, *, retrieved: bool
 
 
 def profile_template(name: str) -> Template:
-    """Return the words that ask what a user likes, before candidates are shown.
+    """Return the template that asks for a user profile before candidates are shown.
 
     Raises:
         RecipeError: If there is no template of that name, or it shows more than the history.
@@ -230,7 +230,7 @@ def profile_template(name: str) -> Template:
 
 
 def refuse(template: Template, strategy: str) -> None:
-    """Raise what there is to say of a strategy that does not read what a template asks for.
+    """Raise the error of a strategy that does not support a template's answer form.
 
     Raises:
         RecipeError: Always.
@@ -244,7 +244,7 @@ def refuse(template: Template, strategy: str) -> None:
 
 
 def candidate_labels(count: int) -> tuple[str, ...]:
-    """Return A, B, C, ... for up to 26 candidates, else numbers of equal width: no label starts another."""
+    """Return A, B, C, ... for up to 26 candidates, else numbers of equal width: no label is a prefix of another."""
     if count <= len(ascii_uppercase):
         return tuple(ascii_uppercase[:count])
     width = len(str(count))
@@ -252,12 +252,12 @@ def candidate_labels(count: int) -> tuple[str, ...]:
 
 
 _WANTS = get_args(Want)
-# Candidates of a training row where no stored sets say how many evaluation shows.
+# The number of candidates of a training row without stored candidate sets.
 _COUNT = 20
 
 
 class DirectTask(Task):
-    """The direct family: candidates in one prompt, and the one to choose or an order of them; or a yes to one item.
+    """The direct family: candidates in one prompt, of which one is chosen or all are ordered; or yes or no to one item.
 
     By its target a template answers with a candidate's label, with the item's own code or title, as P5 does (RecSys
     2022, appendix D), or with yes or no to one item that it names: see `llmrec.tasks.direct`.
@@ -291,7 +291,7 @@ class DirectTask(Task):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -301,7 +301,7 @@ class DirectTask(Task):
             every: Sequence[Interaction] = held_out(self._data, "valid")
             known = self._lists.held() if self._lists else self._candidates.sets if self._candidates else {}
             if self._lists is not None:
-                # What is not retrieved is in no list, as in training.
+                # Items that are not retrieved are in no list, as in training.
                 every = tuple(held for held in every if request_id(held.user_id, held.item_id) in known)
             for held in every[:limit]:
                 name, past = request_id(held.user_id, held.item_id), self._data.history(held.user_id, "valid")
@@ -343,15 +343,15 @@ class DirectTask(Task):
         """Render a request; see `Task`.
 
         Args:
-            request: What to ask; it needs candidates.
+            request: The request, with candidates.
             template: Name of the template.
-            shots: Solved examples before the question.
+            shots: Few-shot examples.
             want: ``one`` label, a ``ranking`` of all labels, or a ``yes`` or no to the only candidate. Templates whose
-                answer is no label ask for one thing only.
+                answer is not a label support one form only.
 
         Raises:
             DataError: If the question is about one item, and the request has several candidates.
-            RecipeError: If the template has no words for what is wanted.
+            RecipeError: If the template has no text for the requested answer.
         """
         if want not in _WANTS:
             raise ValueError(f"want is 'one', 'ranking' or 'yes', not {want!r}")
@@ -371,16 +371,16 @@ class DirectTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def questions(self, count: int) -> list[Request]:
-        """Return questions about training events, as many as asked for, with candidates as evaluation has them.
+        """Return a number of questions about training events, with candidates as in evaluation.
 
-        They do not depend on what is held out: the chosen item is a training event, and the others are drawn among all
-        items that the user has not had in training.
+        They do not depend on held-out data: the chosen item is a training event, and the others are drawn from all
+        items without a training interaction of the user.
         """
         users = sorted(self._asked_users)
         keyed("direct questions", self._seed, "order").shuffle(users)
         asked = []
         for number, user in enumerate(islice(cycle(users), count)):
-            # Drawn apart from training rows: of those, a tuned model may know the answers.
+            # Drawn separately from training rows, whose answers a fine-tuned model may have memorised.
             rng, events = keyed("direct question", self._seed, user, str(number)), self._events[user]
             at, pool = self._question(user, rng)
             asked.append(Request(id=f"direct/question/{number}", user_id=user, history=events[:at], candidates=pool))
@@ -390,28 +390,28 @@ class DirectTask(Task):
 
     @cached_property
     def profile_template(self) -> Template:
-        """The words that ask what a user likes."""
+        """The template that asks for a user profile."""
         return profile_template(self._section.profile.template)
 
     @property
     def profile_tokens(self) -> int:
-        """The longest profile."""
+        """The maximum number of tokens of a profile."""
         return self._section.profile.max_tokens
 
     def profile_prompt(self, request: Request) -> Prompt:
-        """Ask what a user likes: of the request it shows the history alone."""
+        """Render the question for a user profile, which shows only the history of the request."""
         past = request.history[-self._section.profile.history :]
         values = self._view.user(request.user_id, request.context) | {"history": self._view.events(past, self._rating)}
         return Prompt(messages=self.profile_template.turns(values))
 
     def shows_profile(self, template: str) -> bool:
-        """Whether a template has a place for a profile."""
+        """Whether a template shows a profile."""
         return self._chosen.get(template).shows_profile
 
     # ----------------------------------------------------------------------- asking
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say what a prompt shows; see `Task`."""
+        """Describe what a prompt shows; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -419,7 +419,7 @@ class DirectTask(Task):
         return told_rows(self._data)
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
-        """Return the strategies that read what a template asks for."""
+        """Return the strategies that support a template's answer form."""
         return tuple(name for name in strategies if fits(template, name))
 
     def words(self, template: str) -> Words:
@@ -427,11 +427,11 @@ class DirectTask(Task):
         return self._chosen.words(template)
 
     def scored_by(self, template: Template) -> str:
-        """Return the strategy that reads what a template asks for; of several the cheapest."""
+        """Return the cheapest strategy that supports a template's answer form."""
         return reader_of(template)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        """Return the training events of few-shot examples, and the remaining history of the question."""
         about = listed(request, self.family)
         return self._shots.draw(
             request, request.history, shots, self._section.history, lambda past: self._past.show(past, about)
@@ -449,9 +449,9 @@ class DirectTask(Task):
         return tuple(chosen.answer({"noun": noun, "item": self._view.item(item)}) for item in pool)
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Read labels and titles in order; candidates that are not mentioned are left out.
+        """Parse labels and titles in order; candidates that are not mentioned are omitted.
 
-        Where the answer is an item, its code or title stands on the first line; a yes or no is a probability of 1 or 0.
+        If the answer is an item, its code or title is the first line; a yes or no is a probability of 1 or 0.
         """
         chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
@@ -470,17 +470,17 @@ class DirectTask(Task):
         return Ranking(request_id=request.id, items=tuple(pool[place] for place in places), scores=scores)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
+        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is not ranked."""
         return ranking_reward(answer, case)
 
     # ----------------------------------------------------------------------- building blocks
 
     @cached_property
     def _asked_users(self) -> list[str]:
-        """Users that training rows are about: where candidates are retrieved, those of whom some event is found.
+        """Users of training rows: with retrieved candidates, those with at least one retrieved event.
 
         Raises:
-            DataError: If the retriever finds none.
+            DataError: If the retriever finds no event.
         """
         if self._lists is None:
             return list(self._events)
@@ -495,12 +495,12 @@ class DirectTask(Task):
         return found
 
     def _question(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
-        """Return the place of a training event of a user, and candidates as evaluation has them."""
+        """Return the index of a training event of a user, and candidates as in evaluation."""
         if self._lists is not None:
             at, found = rng.choice(self._lists.of(user))
             return at, shuffled(found, rng)
         events = self._events[user]
-        # A question about the first event has no history to show, so it is asked only of users with no other.
+        # A question about the first event has no history, so it is only used for users without other events.
         at = rng.randrange(min(1, len(events) - 1), len(events))
         return at, self._pool(user, events[at].item_id, self._count, rng)
 
@@ -514,7 +514,7 @@ class DirectTask(Task):
         told = [self._view.candidate(user, item) for item in pool]
         codes = [self._view.item(item)["code"] for item in pool]
         listed = [each | {"label": label, "code": code} for label, code, each in zip(labels, codes, told, strict=True)]
-        # The chosen item alone is among the user's training items; to leave all of them out leaves out its event.
+        # Only the chosen item is among the user's training items; excluding all of them excludes its event.
         about = self._view.user(user, context) | self._view.user_stats(user, pool)
         return about | {"history": self._view.events(past), "candidates": listed, "want": want}
 
@@ -527,14 +527,14 @@ class DirectTask(Task):
         want: str,
         context: Mapping[str, str] | None = None,
     ) -> Values:
-        """Return what a question is about: the candidates, or the one item that a yes-or-no template names."""
+        """Return the items of a question: the candidates, or the item of a yes-or-no template."""
         if asks_for(template) != "yes":
             return self._values(user, past, pool, want, context)
         (item,) = pool
         return self._view.user(user, context) | self._view.about(item) | {"history": self._view.events(past)}
 
     def _chosen_one(self, template: Template, values: Values, pool: Sequence[str], item: str) -> Values:
-        """Return what a row's target writes: the label of an item, or the item."""
+        """Return the target of a row: the label of an item, or the item."""
         if asks_for(template) == "item":
             return values | {"item": self._view.item(item)}
         return values | {"label": candidate_labels(len(pool))[pool.index(item)]}
@@ -563,7 +563,7 @@ class DirectTask(Task):
         return replace(made, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
-        """Return a row about the event's item, answered yes, or one as likely about a negative, answered no."""
+        """Return a row about the event's item, answered yes, or equally often about a negative, answered no."""
         rng = keyed("direct yes or no", self._seed, row)
         yes = rng.random() < 0.5
         had = [event.item_id, *(each.item_id for each in past)]
@@ -574,7 +574,7 @@ class DirectTask(Task):
         made = chat_example(template, row, user, values, answer, past=shown.events, event=event)
         if self._listwise is not None:
             made = replace(made, rejected=(template.answer({"answer": template.words.said(yes=not yes)}),))
-        # A negative is no interaction of the user's, and the event is not shown.
+        # A negative is not an interaction of the user, and the event is not shown.
         return made if yes else replace(made, pairs=made.pairs[:-1], negatives=(item,))
 
     def _solved(
@@ -583,7 +583,7 @@ class DirectTask(Task):
         values = self._values(user, events[:-1], pool, want)
         answer = self._chosen_one(template, values, pool, events[-1].item_id)
         if want == "ranking":
-            # Only the first place is known from the data; the rest keep the listed order and show the answer's form.
+            # Only the first rank is known from the data; the rest keep the listed order and show the answer's form.
             best = str(answer["label"])
             answer |= {"label": ", ".join((best, *(each for each in candidate_labels(len(pool)) if each != best)))}
         return solved_chat(template, values, answer)
@@ -591,16 +591,16 @@ class DirectTask(Task):
     def _solved_yes(
         self, template: Template, user: str, events: tuple[Event, ...], place: int, rng: random.Random
     ) -> tuple[Message, ...]:
-        """Return an example of a yes, and at every other place of a no."""
+        """Return an example of a yes, or at every second index of a no."""
         chosen, other = events[-1].item_id, self._negatives.draw(user, 1, rng)[0]
         values = self._asking(template, user, events[:-1], (other if place % 2 else chosen,), "yes")
-        # A yes and a no leave the same event out: what is counted of the user must not tell them apart.
+        # A yes and a no exclude the same event, so that the user's statistics do not reveal the answer.
         values |= self._view.user_stats(user, [chosen])
         name = "answer" if asks_for(template) == "yes" else "label"
         return solved_chat(template, values, values | {name: template.words.said(yes=not place % 2)})
 
     def _wanted(self, template: Template, want: str, request: Request) -> str:
-        """Return what is wanted of a template, or refuse what it has no words for."""
+        """Return the requested answer form, or reject one that the template does not support."""
         asks = asks_for(template)
         if (asks == "item" and want != "one") or (asks == "yes" and want == "ranking"):
             refuse(template, "list" if want == "ranking" else "pointwise-yes")

@@ -1,8 +1,8 @@
 """Explanation: in this user's words, why does this item suit them?
 
 Where the data have reviews, a question may also name the feature that the text is about, or the headline above the
-review; P5 (RecSys 2022, appendix D) does both, and asks for a rating and a text in one. What a question takes from the
-very review that it asks for is told by the template's key ``leak``.
+review; P5 (RecSys 2022, appendix D) does both, and asks for a rating and a text in one. The template's key ``leak``
+names what a question takes from the review that it asks for.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from llmrec.tasks.task import Task, TaskInputs, Want, only_one
 from llmrec.tasks.templates import choose
 from llmrec.types import Answer, Case, Event, Example, Interaction, Message, Prompt, Request, SplitName, Text
 
-# A rating that stands before the text in an answer of both.
+# A rating before the text, in an answer of both.
 _RATED = re.compile(r"\W*\d+(?:[.,]\d+)?\s*(?:stars?)?\s*[:.,–—-]\s*(?=\S)", re.IGNORECASE)
 
 
 class ExplanationTask(Task):
-    """The explanation family: what the user wrote about earlier items, an item, and the text to be written."""
+    """The explanation family: the user's texts about earlier items, an item, and the text to be generated."""
 
     family = "explanation"
 
@@ -63,7 +63,7 @@ class ExplanationTask(Task):
                     column="shape",
                 )
             asked = ABOUT_USER | ABOUT_ITEM | USER_STATS | {"history", "rating", "feature", "headline"}
-            # An answer of both is asked for without the rating.
+            # In evaluation an answer of both is requested without the rating.
             shown = asked - {"rating"} if _rates(template) else asked
             template.check(turns=shown, lead=(), target=asked | {"text"})
         self._events = Pasts(data, lambda _, events: _told(events))
@@ -91,7 +91,7 @@ class ExplanationTask(Task):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -120,11 +120,10 @@ class ExplanationTask(Task):
             yield preferred(self._example(template, row, user, values, shown.events, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out texts; an interaction without one is no case.
+        """Return the held-out texts; an interaction without text is not a case.
 
-        The context holds the interaction's rating where there is one: whether it is shown is the template's choice.
-        Of a review it holds the feature and the headline only where a template of the evaluation shows them, since
-        baselines read it too.
+        The context has the interaction's rating, if any; the template decides whether to show it. The feature and the
+        headline of a review are included only if an evaluation template shows them, since baselines read them too.
         """
         asking = [self._chosen.every[name] for name in self._chosen.evaluate]
         named = frozenset({"rating"}).union(*(template.names("system", "user") for template in asking))
@@ -151,7 +150,7 @@ class ExplanationTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        """Return the training events of few-shot examples, and the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request, _told(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
@@ -162,7 +161,7 @@ class ExplanationTask(Task):
         return ()
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Return the completion as one clean line, without citations of facts that there are not; None if empty."""
+        """Return the completion as one clean line, without citations of missing facts; None if empty."""
         asked = self._chosen.every.get(template.rpartition("/")[2])
         if asked is not None and _rates(asked):
             rated = _RATED.match(completion)
@@ -174,13 +173,13 @@ class ExplanationTask(Task):
         return Text(request_id=request.id, text=text) if text else None
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return the F1 of the words that the text and the true one share."""
+        """Return the F1 of the words shared by the text and the true one."""
         if not isinstance(answer, Text):
             return 0.0
         return shared_words(answer.text, str(case.truth))
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say what a prompt shows; see `Task`."""
+        """Describe what a prompt shows; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -189,7 +188,7 @@ class ExplanationTask(Task):
 
     @property
     def strategy_options(self) -> Mapping[str, int]:
-        """The longest text."""
+        """The maximum number of tokens of a text."""
         return {"max_tokens": self._section.max_tokens}
 
     # ----------------------------------------------------------------------- building blocks
@@ -206,7 +205,7 @@ class ExplanationTask(Task):
         return self._values(user, past, event.item_id, {**(context or {}), **hints})
 
     def _hints(self, user: str, item: str, rating: float | None = None) -> dict[str, str]:
-        """Return what is known of an interaction beside its text; what is missing is left out."""
+        """Return the other values of an interaction besides its text; missing ones are omitted."""
         review = self._data.dataset.reviews.get((user, item))
         told = {"feature": review.feature, "headline": review.headline} if review is not None else {}
         rated = {} if rating is None else {"rating": rating_text(rating)}
@@ -220,7 +219,7 @@ class ExplanationTask(Task):
 
 
 def shared_words(written: str, true: str) -> float:
-    """Return the F1 of the words that two texts share, in [0, 1]."""
+    """Return the F1 of the words shared by two texts, in [0, 1]."""
     first, second = _bag(written), _bag(true)
     shared = (first & second).total()
     return 2 * shared / (first.total() + second.total()) if shared else 0.0

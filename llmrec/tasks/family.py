@@ -1,4 +1,4 @@
-"""Everything that a task family is, in one record: `Family`. Its task stands in the same file as the record.
+"""The description of a task family: `Family`. Its task is in the same file as the record.
 
 A new family is one file with a `Task` and a `Family`, and one entry of `llmrec.registry.TASKS`.
 """
@@ -37,7 +37,7 @@ NO_RATINGS = "needs ratings, and {data} has none; name the column with {where}.c
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """What the rest of llmrec asks of a family in place of comparing its name.
+    """The properties of a task family that the rest of llmrec uses instead of its name.
 
     Attributes:
         name: As in recipes, ``prompts/NAME`` and tables.
@@ -45,8 +45,8 @@ class Family:
         task: Makes its task from a section and `TaskInputs`.
         section: Its section of a recipe.
         answer: Kind of its answers; a `Ranking` has an item for its truth.
-        headline: The metric that it is judged by, at 10 where it has cutoffs.
-        strategies: What can ask a language model, the first by default.
+        headline: The main metric, at 10 if it has cutoffs.
+        strategies: The scoring strategies of language models, the default first.
         baselines: Classic predictors that answer it.
         controls: Those that every table must hold: each takes seconds, and without them a figure means nothing.
             Stronger ones are in the suites and can be named in any recipe.
@@ -92,7 +92,7 @@ class Family:
         return self.candidates == "users"
 
     def headline_at(self, cutoffs: Sequence[int]) -> str:
-        """Return the metric that it is judged by: at 10 where the recipe cuts there, else at its largest cutoff."""
+        """Return the main metric: at 10 if the recipe has this cutoff, otherwise at its largest."""
         if not self.answers_with_items or 10 in cutoffs:
             return self.headline
         return f"NDCG@{max(cutoffs)}" if max(cutoffs) > 1 else "HR@1"
@@ -109,7 +109,7 @@ def family_of(name: str) -> Family:
     """Return a family by its name.
 
     Raises:
-        RecipeError: If there is none, with the closest one; or if a plug-in is no `Family`.
+        RecipeError: If there is none, naming the closest one; or if a plug-in is not a `Family`.
     """
     if name in TASKS:
         return _loaded(TASKS[name])
@@ -122,12 +122,12 @@ def family_of(name: str) -> Family:
 
 
 def families() -> Mapping[str, Family]:
-    """Return every family by name, in the order of tables; of plug-ins those that a recipe of this process has."""
+    """Return every family by name, in the order of tables, with the plug-ins of this process's recipes."""
     return {name: family_of(name) for name in registry.family_names()}
 
 
 def answers(family: Family, table: Mapping[str, str], name: str, *, silent: bool = True) -> bool:
-    """Whether a strategy or baseline answers a family; a plug-in says so in its attribute ``families``.
+    """Whether a strategy or baseline supports a family; a plug-in declares it in its attribute ``families``.
 
     Args:
         family: The family.
@@ -142,7 +142,7 @@ def answers(family: Family, table: Mapping[str, str], name: str, *, silent: bool
 
 
 def ranking_families() -> tuple[str, ...]:
-    """Return the names of the families that rank items for users, in the order in which one is chosen."""
+    """Return the names of the families that rank items for users, by priority."""
     return tuple(name for name, family in families().items() if family.ranks_for_users)
 
 
@@ -150,7 +150,7 @@ def check_names(family: str, strategies: Sequence[str], baselines: Sequence[str]
     """Check that a family's strategies and baselines exist and answer that family, and that no control is missing.
 
     Raises:
-        RecipeError: If one does not, or a control is missing; the message lists those that do, or are.
+        RecipeError: If one does not, or a control is missing; the message lists the valid or missing ones.
     """
     own = family_of(family)
     for kind, names, known, table in (

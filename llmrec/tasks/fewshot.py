@@ -1,4 +1,4 @@
-"""Solved examples for few-shot prompts, from training interactions only."""
+"""Few-shot examples, from training interactions only."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ class Window:
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
-    """Examples for one request, and what of its history the question still shows."""
+    """Examples for one request, and the remaining history of the question."""
 
     windows: tuple[Window, ...]
     history: tuple[Event, ...]
     summary: str = ""
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
-        """Return a request's further texts, with the summary as the user's profile; a profile given stays."""
+        """Return a request's context, with the summary as the user's profile unless it has one."""
         return Shown(self.history, self.summary).context(given)
 
 
 class ShotPool:
-    """Draws examples by name: which ones a request gets depends on nothing but the data, the seed and the request.
+    """Draws examples that depend only on the data, the seed and the request.
 
     Args:
         family: Whose examples these are.
@@ -114,17 +114,18 @@ class ShotPool:
     ) -> Drawn:
         """Draw ``shots`` examples for a request.
 
-        An example shows at most half as much history as the question: many short ones teach more than few long ones.
+        An example shows at most half as much history as the question: many short examples teach more than few long
+        ones.
 
         Args:
             request: The question.
-            past: The usable events of its history, oldest first.
+            past: The available events of its history, oldest first.
             shots: How many examples.
-            history: How many events the question may show.
-            show: Chooses them; by default the latest.
+            history: The maximum number of events in the question.
+            show: Selects these events; by default the latest.
 
         Raises:
-            DataError: If there are fewer other users than examples are asked for.
+            DataError: If there are fewer other users than requested examples.
         """
         shown = show(past) if show else Shown(tuple(past[-history:]))
         if shots == 0:
@@ -141,7 +142,7 @@ class ShotPool:
             ends = self._balanced(request, missing)
         else:
             users = self._others(request, past, missing, length)
-            # A window is short only where the user's past is.
+            # A window is short only if the user's history is.
             least = [max(self._least, min(length + 1, len(self._events[user]))) for user in users]
             late = self._choice == "recent"
             ends = [
@@ -154,7 +155,7 @@ class ShotPool:
     def _own(
         self, user: str, past: Sequence[Event], shots: int, length: int, history: int
     ) -> tuple[list[Window], tuple[Event, ...]]:
-        """Cut earlier windows off the history; the question keeps at least its later half."""
+        """Split earlier windows off the history; the question keeps at least its later half."""
         trained = {event.item_id for event in self._events.get(user, ())}
         usable = next((i for i, event in enumerate(past) if event.item_id not in trained), len(past))
         kept = min(history, max(len(past) - shots * (length + 1), -(-len(past) // 2)))
@@ -199,8 +200,8 @@ class ShotPool:
     def _balanced(self, request: Request, count: int) -> list[tuple[str, int]]:
         """Return (user, end) pairs whose solved events have every answer equally often, in seeded order.
 
-        With fewer examples than answers, which answers go without is drawn anew for every request. An answer that no
-        further user gives leaves its turn to the next one.
+        With fewer examples than answers, the omitted answers are drawn for every request. An answer without further
+        users is skipped.
         """
         rng = keyed(f"{self._family} balanced shots", self._seed, request.id)
         labels = sorted(self._by_label, key=str)
@@ -225,11 +226,11 @@ class ShotPool:
     def _free(
         self, pool: Sequence[tuple[str, int]], taken: Collection[str], rng: random.Random
     ) -> tuple[str, int] | None:
-        """Draw a pair of a user who is not taken; None if there is none."""
+        """Draw a pair of an unused user; None if there is none."""
         few = rng.sample(pool, min(len(pool), len(taken) * 8 + 32))
         if (chosen := next((pair for pair in few if pair[0] not in taken), None)) is not None:
             return chosen
-        # Those who are taken may have nearly all of the pool, so that a sample meets nobody else.
+        # Used users may have nearly all of the pool, so that random draws would not find another one.
         free = [pair for pair in pool if pair[0] not in taken]
         return rng.choice(free) if free else None
 

@@ -1,7 +1,7 @@
-"""Items whose code and text are never trained together, and the candidates of the questions about them.
+"""Held-out items, whose code and text are never trained together, and the candidates of questions about them.
 
-An item's text is no interaction, so no split of the data holds it out. What the alignment task is asked about must be
-held out all the same: a model that has read an item's code beside its title could recite the pair.
+An item's text is not an interaction, so no data split holds it out. The items of alignment questions must be held out
+nevertheless: a model that has seen an item's code with its title could memorise the pair.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class HeldItems:
     """Held-out items, each part in a seeded order, so that the first n are an unbiased sample.
 
     Attributes:
-        valid: What choices are made on.
-        test: What is reported.
-        groups: Every item's title as it is compared; items of one group are all held out together, or none is.
+        valid: Items for model selection.
+        test: Items for reported figures.
+        groups: The normalised title of every item; all items of a group are held out or none is.
     """
 
     valid: tuple[str, ...]
@@ -37,7 +37,7 @@ class HeldItems:
         """Return the items of a split.
 
         Raises:
-            ValueError: If asked for the training split, which holds nothing out.
+            ValueError: For the training split, which has no held-out items.
         """
         if split == "train":
             raise ValueError("the training split holds nothing out; ask for 'valid' or 'test'")
@@ -45,12 +45,12 @@ class HeldItems:
 
     @property
     def items(self) -> frozenset[str]:
-        """Every item that is held out."""
+        """All held-out items."""
         return frozenset((*self.valid, *self.test))
 
 
 def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
-    """Refuse templates of another family whose training rows would show held-out items by code and title.
+    """Reject templates of another family whose training rows would show held-out items with code and title.
 
     Raises:
         RecipeError: If there is one.
@@ -67,10 +67,10 @@ def refuse_pairs(family: str, templates: Iterable[Template]) -> None:
 
 
 def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems:
-    """Hold items out by a seeded hash of their titles, so that adding one moves no other.
+    """Select held-out items by a seeded hash of their titles, so that adding an item changes no other.
 
-    Items of one title go the same way. Where a scheme reads titles, their codes differ in what tells namesakes apart
-    alone, so that one of them in training would tell the others.
+    Items with the same title are treated alike. With an index over titles their codes differ only in the disambiguating
+    part, so one of them in training would reveal the others.
 
     Args:
         items: The catalogue.
@@ -90,14 +90,14 @@ def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems
 
 
 def request_name(item: str, seed: int) -> str:
-    """Return the id of the request about an item, which does not say which item it is."""
+    """Return the id of the request about an item, which does not reveal the item."""
     return f"alignment/{hash_one('alignment request', seed, item):016x}"
 
 
 def draw_held(held: HeldItems, split: SplitName, *, count: int, seed: int) -> CandidateSets:
-    """Draw the candidates of every question of a split among the items of the same split alone.
+    """Draw the candidates of every question of a split from the items of the same split.
 
-    Each of these is as likely to be the answer as any other, so that a set by itself says nothing.
+    Each of them is equally likely to be the answer, so that a candidate set reveals nothing.
 
     Raises:
         DataError: If too few items are held out.

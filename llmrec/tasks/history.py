@@ -1,4 +1,4 @@
-"""What of a long history a prompt shows: the latest events, those nearest to the question, or a summary of the rest."""
+"""Selects the shown events of a history: the latest, or those similar to the question, with a summary."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from llmrec.types import Event, Item
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-# Kinds, such as genres, that a summary names, and titles that it quotes.
+# The number of kinds, such as genres, and of titles in a summary.
 _KINDS, _BEST = 5, 3
 _PARTS = re.compile(r"\s*[|,>/]\s*")
 
 
 class ItemVectors:
-    """Vectors of what is said of items, made when they are first asked for.
+    """Text vectors of items, computed on first use.
 
     Args:
         items: The catalogue.
@@ -52,23 +52,23 @@ class ItemVectors:
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What a prompt shows of a history.
+    """The shown part of a history.
 
     Attributes:
         events: Oldest first.
-        summary: What is said of the events that are not shown; empty: nothing.
+        summary: A summary of the other events; may be empty.
     """
 
     events: tuple[Event, ...]
     summary: str = ""
 
     def context(self, given: Mapping[str, str]) -> Mapping[str, str]:
-        """Return a request's further texts, with the summary as the user's profile; a profile given stays."""
+        """Return a request's context, with the summary as the user's profile unless it has one."""
         return {"profile": self.summary, **given} if self.summary else given
 
 
 class Past:
-    """Chooses what a prompt shows of a history; whole events only, never a part of one.
+    """Selects the shown events of a history; only whole events.
 
     Args:
         section: ``history`` is how many events are shown, ``past`` by which rule.
@@ -102,11 +102,11 @@ class Past:
                 )
 
     def show(self, events: Sequence[Event], about: Sequence[str] = ()) -> Shown:
-        """Return what to show.
+        """Return the shown part of a history.
 
         Args:
             events: The whole history, oldest first.
-            about: Items that are asked about. Where there are none, events near the latest one are relevant.
+            about: The items of the question. Without any, events similar to the latest one are relevant.
         """
         if len(events) <= self.history or self._rule == "latest":
             return Shown(tuple(events[-self.history :]))
@@ -115,7 +115,7 @@ class Past:
         return Shown(self._relevant(events, about))
 
     def _relevant(self, events: Sequence[Event], about: Sequence[str]) -> tuple[Event, ...]:
-        """Keep the latest event, and of the others those nearest to an item of the question; ties by recency."""
+        """Keep the latest event and those most similar to an item of the question; ties by recency."""
         assert self._vectors is not None
         past = self._vectors.of([event.item_id for event in events[:-1]])
         asked = self._vectors.of(list(about) or [events[-1].item_id])
@@ -124,11 +124,11 @@ class Past:
         return (*(events[place] for place in sorted(order.tolist())), events[-1])
 
     def _summary(self, events: Sequence[Event]) -> str:
-        """Say how many events there were, of which kinds, how they were rated and which were liked best."""
+        """Summarise the number of events, their kinds, their ratings and the best-rated items."""
         items = [self._dataset.items[event.item_id] for event in events]
         kinds: Counter[str] = Counter()
         for item in items:
-            # The first field that says something is the kind: genres, a category, a brand.
+            # The first nonempty field is the kind: genres, a category, a brand.
             said = next((text for text in item.fields.values() if text), "")
             kinds.update(list(dict.fromkeys(part for part in _PARTS.split(said) if part)))
         parts = [f"{len(events)} earlier {self._dataset.noun}"]

@@ -1,4 +1,4 @@
-"""What share of training each task has, and one stream of training rows from several tasks."""
+"""The training shares of tasks, and one stream of training rows from several tasks."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ T = TypeVar("T")
 
 
 def shares(weights: Mapping[str, float], size: Callable[[str], int], section: TrainSection) -> dict[str, float]:
-    """Return how much of training each family has, relative to the others.
+    """Return the relative training share of each family.
 
     With sizes n, ``proportional`` gives min(n, limit) and ``temperature`` its power of 1 / T, as T5 mixes its tasks
     (Raffel et al., arXiv 1910.10683, section 3.5.2). At T = 1 the two are the same, and with growing T the shares
-    become equal. What has a share is tokens, since rows of families differ in length by an order of magnitude; the
+    become equal. The shares are of tokens, since the row lengths of families differ by an order of magnitude; the
     paper's are shares of rows.
 
     Args:
@@ -48,8 +48,8 @@ def interleave(
 ) -> Iterator[tuple[str, T]]:
     """Interleave streams of rows so that their shares follow the weights; yields each row with its stream's name.
 
-    The next row comes from the stream that is furthest behind its share of what was given out so far. That is
-    deterministic, and after any number of rows each stream is within one row of its share.
+    The next row comes from the stream that is furthest behind its share so far. That is deterministic, and after any
+    number of rows each stream is within one row of its share.
 
     Args:
         streams: Rows by name.
@@ -81,6 +81,6 @@ def _interleave(
             row = next(streams[name])
         except StopIteration:
             return
-        # A row that counts nothing would be chosen for ever.
+        # A stream whose rows have size 0 would be chosen forever.
         served[name] += max(1, size(row)) if size else 1
         yield name, row

@@ -1,4 +1,4 @@
-"""Reads answers out of free text. Pure functions: whatever the text, they return a reading or nothing."""
+"""Parses answers from free text. Pure functions that return a value or None for any text."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from llmrec.prompts.words import Words, english
 
 _LONGEST = 20_000
 _ALNUM = r"[^\W_]"
-# Letters of scripts that set no spaces between words, or hang particles on them, make no word with a label beside them.
+# Letters of scripts without spaces between words, or with attached particles, do not form a word with a label.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u2e80-\u9fff\uac00-\ud7af\uf900-\ufaff"
 _JOINED = rf"[^\W_{_UNSPACED}]"
 _NUMBER = re.compile(r"(?<!\w)[-−+]?(?:\d+(?:[.,]\d+)?|\.\d+)")
 _ENTRY = re.compile(r"\s*(?:[-•*+]\s+|#?\d{1,3}[.):]\s*|\(\d{1,3}\)\s*)")
-# How alike a misspelt title must be, and how long both must be for that to say anything.
+# The required similarity of a misspelt title, and the minimum length of both.
 _FUZZY, _FUZZY_LEAST = 0.9, 6
 _NUMERAL = re.compile(r"\b(?:\d+|[ivx]+)\b")
 
 
 def read_line(text: str) -> Iterator[str]:
-    """Yield what the first line with words may mean as a title: whole, and without a list mark before it."""
+    """Yield the first nonempty line, and the same without a leading list mark."""
     line = next((line for line in text[:_LONGEST].splitlines() if line.strip()), "")
     if line:
         yield title_key(line)
@@ -34,10 +34,10 @@ def read_line(text: str) -> Iterator[str]:
 
 
 def read_number(text: str, low: float, high: float, words: Words | None = None) -> float | None:
-    """Read the first number of an answer; None where there is none or it lies outside [low, high].
+    """Parse the first number of an answer; None if there is none or it is outside [low, high].
 
-    Digits of any script, ``4.5``, ``4,5``, ``4/5``, ``4 out of 5``, a leading number word and a run of stars count;
-    ``words`` are those of the language that was asked in, English by default.
+    Digits of any script, ``4.5``, ``4,5``, ``4/5``, ``4 out of 5``, a leading number word and a row of stars are
+    recognised; ``words`` are those of the prompt's language, English by default.
     """
     known = words or english()
     text = text[:_LONGEST].replace("½", ".5")
@@ -62,9 +62,9 @@ def _star_run(text: str) -> int:
 
 
 def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words: Words | None = None) -> list[int]:
-    """Read an ordered list of candidates from free text.
+    """Parse an ordered list of candidates from free text.
 
-    Labels and titles count alike, the first mention of a candidate decides, and what is no candidate is passed over.
+    Labels and titles are equivalent, the first mention of a candidate counts, and other text is ignored.
 
     Args:
         text: Such as ``B, A, C``, ``1. B) Title``, a JSON list, or a sentence.
@@ -104,7 +104,7 @@ def _json_entries(text: str) -> list[str]:
 
 
 class _Reader:
-    """The labels and titles of one request, and how they are found in a line."""
+    """Finds the labels and titles of one request in a line."""
 
     def __init__(self, labels: Sequence[str], titles: Sequence[str], words: Words) -> None:
         self._words = words
@@ -113,7 +113,7 @@ class _Reader:
         self._titles: dict[str, int] = {}
         for place, title in enumerate(titles):
             key = title_key(title)
-            # A one-letter title would be taken for a label, and where labels are numbers, "1984" for one of them.
+            # A one-letter title would be mistaken for a label, and so would "1984" if labels are numbers.
             if len(key) > 1 and not (self._numeric and key.isdecimal()):
                 self._titles.setdefault(key, place)
         one = r"\d{1,4}" if self._numeric else "[A-Za-z]"
@@ -127,7 +127,7 @@ class _Reader:
         )
 
     def line(self, line: str) -> list[int]:
-        """Return the places that one line mentions, in order."""
+        """Return the candidate indices that a line mentions, in order."""
         line = UNSEEN.sub("", unicodedata.normalize("NFKC", line))
         whole = title_key(line)
         if whole in self._titles:
@@ -151,20 +151,20 @@ class _Reader:
         return str(int(label)) if label.isdecimal() else label.upper()
 
     def _entry(self, line: str) -> int:
-        """Return where an entry begins after its bullet or number, 0 where the line has none of its own."""
+        """Return where an entry begins after its bullet or number, 0 if it has none."""
         mark = _ENTRY.match(line)
         if mark is None:
             return 0
-        # With numbers as labels, "7. Title" is candidate 7, unless a label of its own follows: "1. 07) Title".
+        # With numbers as labels, "7. Title" is candidate 7, unless another label follows: "1. 07) Title".
         if self._numeric and any(c.isdigit() for c in mark.group()) and not self._label.match(line, mark.end()):
             return 0
         return mark.end()
 
     def _alike(self, line: str) -> list[int]:
-        """Return the one title that a whole line misspells, as LLMRank (Hou et al., ECIR 2024) reads lists.
+        """Return the only title that a line misspells, as LLMRank (Hou et al., ECIR 2024) parses lists.
 
-        Numbers must be the same, in digits or Roman letters: the second part of a series is no misspelling of the
-        first. A line that is as near to two titles is neither.
+        Numbers must be equal, in digits or Roman numerals: the second part of a series is not a misspelling of the
+        first. A line equally similar to two titles is neither.
         """
         key = title_key(line)
         if len(key) < _FUZZY_LEAST:
@@ -173,7 +173,7 @@ class _Reader:
         matcher = SequenceMatcher(None, autojunk=False)
         matcher.set_seq2(key)
         for title, place in self._titles.items():
-            # What the ratio can be at most is told by the lengths alone.
+            # The lengths bound the ratio.
             if 2 * min(len(key), len(title)) < _FUZZY * (len(key) + len(title)) or len(title) < _FUZZY_LEAST:
                 continue
             matcher.set_seq1(title)
@@ -184,7 +184,7 @@ class _Reader:
         return best if len(best) == 1 else []
 
     def _title_spans(self, line: str) -> list[tuple[int, int, int]]:
-        """Return (start, end, place) of the titles in a line; a longer title hides a shorter one inside it."""
+        """Return (start, end, index) of the titles in a line; a longer title hides a shorter one inside it."""
         words = _words(line)
         text = " " + "".join(f"{word} " for word, _, _ in words)
         # Where each word begins in `text`, so that a hit is traced back to its place in the line.
@@ -220,7 +220,7 @@ class _Reader:
         for match in found:
             place = self._labels.get(self._label_key(match.group(1)))
             after = hidden[match.end() :]
-            # A label in front of another candidate's title is the answer's own numbering: the title is what it says.
+            # A label before another candidate's title is the answer's own numbering: the title counts.
             if place is not None and not self._is_word(match.group(1), after, match["mark"]):
                 numbering = match["mark"] or after.lstrip().startswith("(")
                 if numbering and re.match(r"[\W_]*\0", after):
@@ -229,7 +229,7 @@ class _Reader:
         return marks
 
     def _is_word(self, label: str, after: str, mark: str | None) -> bool:
-        """Say whether a label such as A or I is the word of the language: other words follow it."""
+        """Whether a label such as A or I is the word of the language: other words follow it."""
         if label not in self._words.words_alone or mark:
             return False
         word = re.match(rf"\s+({_ALNUM}{{2,}})", after)
@@ -237,7 +237,7 @@ class _Reader:
 
 
 def _words(line: str) -> list[tuple[str, int, int]]:
-    """Cut a line into the words of its title key, each with its (start, end) in the line."""
+    """Split a line into the words of its title key, each with its (start, end) in the line."""
     words: list[tuple[str, int, int]] = []
     start = None
     for index, character in enumerate(line + " "):

@@ -1,4 +1,4 @@
-"""Items that a user has not had in training, rejected ones, and pools of a few fixed rows (TALLRec, section 4)."""
+"""Negative and rejected items, and pools of a few fixed rows (TALLRec, section 4)."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from llmrec.tasks.base import keyed
 from llmrec.tasks.task import EventLists, Task
 from llmrec.types import Event, Example
 
-# Rows read in a row without a new one before a stream counts as exhausted.
+# Consecutive duplicate rows after which a stream counts as exhausted.
 _PATIENCE = 2000
 
 
 @runtime_checkable
 class Classed(Protocol):
-    """A task whose rows fall into classes that a pool holds in equal numbers."""
+    """A task whose rows have classes that a pool balances."""
 
     kinds: tuple[str, ...]
 
@@ -33,14 +33,14 @@ class Classed(Protocol):
 
 
 def pool(task: Task, count: int) -> tuple[Example, ...]:
-    """Return ``count`` different rows of a task: the first of its training stream, in the stream's order.
+    """Return the first ``count`` different rows of a task's training stream.
 
-    Two rows are alike if they show the same events of the same user and end at the same one, whatever the words. Of a
-    `Classed` task as many rows of each class are taken; one class makes up for another that has too few. The pool of
-    a smaller count is part of that of a larger one, as long as no class runs out.
+    Two rows are equal if they show the same events of the same user with the same last one, whatever the template. Of a
+    `Classed` task equally many rows of each class are taken; another class compensates for one with too few. A smaller
+    pool is a subset of a larger one as long as no class is exhausted.
 
     Raises:
-        RecipeError: If there are not so many different rows.
+        RecipeError: If there are fewer different rows.
     """
     kinds = task.kinds if isinstance(task, Classed) else ()
     room = {kind: count // len(kinds) + (place < count % len(kinds)) for place, kind in enumerate(kinds)}
@@ -59,7 +59,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
         seen.add(key)
         kind = task.kind(example) if isinstance(task, Classed) else ""
         if kinds and taken[kind] >= room[kind]:
-            # A class that is full is no progress, but its rows may have to stand in for another that has too few.
+            # A row of a full class is no progress, but may have to replace one of a class with too few.
             spare[place] = example
             continue
         taken[kind] += 1
@@ -80,7 +80,7 @@ def pool(task: Task, count: int) -> tuple[Example, ...]:
 
 
 def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Example]:
-    """Yield a task's training rows without end: its own stream, or a pool of ``count``, pass after pass reshuffled."""
+    """Yield a task's training rows endlessly: its stream, or a pool of ``count``, reshuffled in every pass."""
     if count is None:
         yield from task.examples("train")
         return
@@ -92,10 +92,10 @@ def training_examples(task: Task, count: int | None, seed: int) -> Iterator[Exam
 
 
 class Negatives:
-    """Draws items that a user has not had in training.
+    """Draws items without a training interaction of a user.
 
-    What is held out is not known here: a held-out item is drawn like any other, as it would be at serving time. If it
-    never were, the item that a user is never shown as a negative would be the answer.
+    Held-out data is unknown here: a held-out item is drawn like any other, as in serving. Otherwise the item that is
+    never a negative of a user would be the answer.
 
     Args:
         data: The split data.
@@ -122,10 +122,10 @@ class Negatives:
         """Return ``count`` different items.
 
         Args:
-            user: Whose training items are left out.
+            user: The user, whose training items are excluded.
             count: How many.
             rng: Random numbers.
-            but: Further items that are left out.
+            but: Further excluded items.
 
         Raises:
             DataError: If fewer are left.
@@ -157,14 +157,14 @@ class Negatives:
 
 @dataclass(frozen=True)
 class Rejecting:
-    """Draws what training events are preferred to (``train.preference.rejected``), from training interactions alone.
+    """Draws the rejected items of training events (``train.preference.rejected``), from training interactions only.
 
     Attributes:
-        family: Whose rows are made.
+        family: The task family.
         events: Training events by user.
         section: ``negatives`` and ``rejected``.
-        negatives: Draws items that a user has not had.
-        lists: Hard items for places among a user's events, where ``rejected`` names what ranks.
+        negatives: Draws items without an interaction of the user.
+        lists: Hard items for the indices of a user's events, if ``rejected`` names a ranker.
     """
 
     family: str
@@ -175,7 +175,7 @@ class Rejecting:
 
     @cached_property
     def users(self) -> list[str]:
-        """Users with an event that something is known to be worse than.
+        """Users with an event that has a rejected item.
 
         Raises:
             DataError: If there is none.
@@ -197,17 +197,17 @@ class Rejecting:
         return found
 
     def pair(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
-        """Return the place of an event of one of the `users`, and what it is preferred to."""
+        """Return the index of an event of one of the `users`, and its rejected items."""
         count = self.section.negatives
         if self.lists is not None or self.section.rejected == "ratings":
             at, items = rng.choice(self.lists.of(user) if self.lists is not None else list(self._lower(user)))
             return at, tuple(rng.sample(items, count))
-        # A question about the first event has no history to show.
+        # A question about the first event has no history.
         at = rng.randrange(min(1, len(self.events[user]) - 1), len(self.events[user]))
         return at, tuple(self.negatives.draw(user, count, rng))
 
     def _lower(self, user: str) -> Iterator[tuple[int, tuple[str, ...]]]:
-        """Yield places, and items that the user first chose after that and rated lower, where there are enough."""
+        """Yield indices, and items that the user chose later and rated lower, if there are enough."""
         events = self.events[user]
         for at in range(min(1, len(events) - 1), len(events)):
             own, known = events[at].rating, {event.item_id for event in events[: at + 1]}
@@ -227,7 +227,7 @@ def shuffled(items: Sequence[str], rng: random.Random) -> tuple[str, ...]:
 def with_other_texts(
     event: Event, events: Mapping[str, tuple[Event, ...]], text: Callable[[Event], str], size: int, rng: random.Random
 ) -> list[Event]:
-    """Return an event, and behind it the same with texts of other training events, ``size`` in all at most.
+    """Return an event, followed by the same with texts of other training events, at most ``size`` in total.
 
     Args:
         event: What the true text is about.

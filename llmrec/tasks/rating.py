@@ -53,8 +53,8 @@ _MOST_LABELS = 101
 class RatingTask(Task):
     """The rating family.
 
-    A list template asks for one user's ratings in order; the history stands in the answer, so that one training
-    row teaches a rating at every position. A chat template shows the history and asks about one item.
+    A list template asks for one user's ratings in order; the history is part of the answer, so that one training row
+    teaches a rating at every position. A chat template shows the history and asks about one item.
     """
 
     family = "rating"
@@ -97,7 +97,7 @@ class RatingTask(Task):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -124,14 +124,14 @@ class RatingTask(Task):
 
     @property
     def branches(self) -> bool:
-        """Whether some template asks its question after the history, so that another family can share what precedes.
+        """Whether a template asks its question after the history, so that other families can share that prefix.
 
-        A past that is chosen for the question, or summed up, is each family's own.
+        A history that is selected for the question, or summarised, cannot be shared.
         """
         return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training row of a pass, which begins with the history that all families show in this pass.
+        """Return a user's training row in a pass, which begins with the history that all families show in that pass.
 
         None if the user rated nothing.
         """
@@ -144,7 +144,7 @@ class RatingTask(Task):
         return self._example(template, f"rating/branch/{number}/{user}", user, events, last_only=False)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out ratings, ``per_user`` of a user at most; an interaction without one is no case."""
+        """Return the held-out ratings, at most ``per_user`` of each user."""
         known = [held for held in held_out(self._data, split) if held.rating is not None]
 
         def case(held: Interaction) -> Case:
@@ -169,7 +169,7 @@ class RatingTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), item, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        """Return the training events of few-shot examples, and the remaining history of the question."""
         about = [asked_item(request, self.family)]
         return self._shots.draw(
             request, rated(request.history), shots, self._section.history, lambda past: self._past.show(past, about)
@@ -185,13 +185,13 @@ class RatingTask(Task):
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 for the true rating, falling linearly to 0 at the width of the scale."""
+        """Return 1 for the true rating, decreasing linearly to 0 at the width of the scale."""
         if not isinstance(answer, Rating):
             return 0.0
         return self.scale.nearness(answer.value, float(case.truth))
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say what a prompt shows; see `Task`."""
+        """Describe what a prompt shows; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -199,17 +199,17 @@ class RatingTask(Task):
         return told_rows(self._data, "rating")
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
-        """Return the strategies that ask one of the models.
+        """Return the strategies of one of the models.
 
-        A rating head is trained with the tuned model and in place of its label tokens: that model is asked by its head
-        alone, and the base model, which has none, by the others.
+        A rating head replaces the label tokens of the fine-tuned model, which is therefore evaluated by its head only,
+        and the base model, which has none, by the other strategies.
         """
         if self._section.head is None:
             return tuple(strategies)
         return tuple(name for name in strategies if (name == "head") == tuned)
 
     def scored_by(self, template: Template) -> str:
-        """Return the strategy that takes the mean over the labels."""
+        """Return the strategy that predicts the mean over the labels."""
         return "expected"
 
     @property
@@ -222,7 +222,7 @@ class RatingTask(Task):
     def _train_events(
         self, template: Template, user: str, rng: random.Random
     ) -> tuple[tuple[Event, ...], Mapping[str, str]]:
-        """Return what a row shows, the target last, and what it says of the events before."""
+        """Return the events of a row, the target last, and a summary of earlier ones."""
         events = self._events[user]
         if template.shape == "list":
             return window(events, self._section.window, rng), {}
@@ -273,7 +273,7 @@ class RatingTask(Task):
         return values | {"rating": self.scale.label(event.rating)}
 
     def _with_stars(self, row: str, values: Values, event: Event, words: Words) -> tuple[Values, Values]:
-        """Return the question and answer of a row that names a rating: the true one, or as often another one."""
+        """Return the question and answer of a row that names a rating: the true one or, equally often, another."""
         assert event.rating is not None
         rng, true = keyed("rating stars", self._seed, row), self.scale.label(event.rating)
         others = [label for label in self.scale.labels if label != true]
@@ -283,7 +283,7 @@ class RatingTask(Task):
 
 
 def learned_only(template: Template) -> bool:
-    """Whether a template asks if a rating is so many stars, yes or no: P5 learns that, and does not evaluate it."""
+    """Whether a template asks for yes or no to a number of stars, which P5 trains on and does not evaluate."""
     return "answer" in template.names("target")
 
 
@@ -303,7 +303,7 @@ def _refuse_learned(template: Template) -> None:
 
 @dataclass(frozen=True)
 class Scale:
-    """A rating scale: its values and how they are written, lowest first."""
+    """A rating scale: its values and labels, lowest first."""
 
     values: tuple[float, ...]
     labels: tuple[str, ...]
@@ -319,17 +319,17 @@ class Scale:
         return self.values[-1]
 
     def nearness(self, rating: float, truth: float) -> float:
-        """Return 1 for the true rating, falling linearly to 0 at the width of the scale."""
+        """Return 1 for the true rating, decreasing linearly to 0 at the width of the scale."""
         return max(0.0, 1.0 - abs(rating - truth) / ((self.high - self.low) or 1.0))
 
     def misrated(self, event: Event, size: int, rng: random.Random) -> list[Event]:
-        """Return a rated event, and behind it the same with other ratings in random order, ``size`` in all at most."""
+        """Return a rated event, followed by the same with other ratings in random order, at most ``size`` in total."""
         true = self.label(event.rating or 0.0)
         others = [value for value, label in zip(self.values, self.labels, strict=True) if label != true]
         return [event, *(replace(event, rating=value) for value in rng.sample(others, min(size - 1, len(others))))]
 
     def label(self, rating: float) -> str:
-        """Return how a rating is written: the nearest label, the lower one of two."""
+        """Return the nearest label of a rating, the lower one of two."""
         place = min(range(len(self.values)), key=lambda i: (abs(self.values[i] - rating), i))
         return self.labels[place]
 
@@ -337,7 +337,7 @@ class Scale:
 def find_scale(data: SplitDataset, *, learns: bool = True) -> Scale:
     """Return the data's scale, in whole or half points.
 
-    Half points are written ``4.0`` and ``4.5``, so that no label is the beginning of another.
+    Half points are written ``4.0`` and ``4.5``, so that no label is a prefix of another.
 
     Args:
         data: The split.
@@ -388,7 +388,7 @@ FAMILY = Family(
     answer=Rating,
     headline="RMSE",
     strategies=("expected", "parsed", "head"),
-    # It reads what others wrote before, and is no use beside the review itself.
+    # It reads earlier reviews, and is of no use when the review itself is shown.
     baselines=(*RATERS, "ubert"),
     controls=RATING_CONTROLS,
     column="rating",

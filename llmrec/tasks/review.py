@@ -1,8 +1,8 @@
-"""Review: what stands in a user's review of an item, as a headline or as a rating (P5, RecSys 2022, appendix D).
+"""Review: the headline or the rating of a user's review of an item (P5, RecSys 2022, appendix D).
 
-The question shows the review, and so nothing before it. One task serves two families, whose templates say what is
-written: ``{{ headline }}`` (family ``review``) or ``{{ rating }}`` (family ``stars``). A headline is read where an
-interaction's text stands: see `llmrec.data.split`.
+The question shows the review and no history. One task serves two families, whose templates write ``{{ headline }}``
+(family ``review``) or ``{{ rating }}`` (family ``stars``). A headline takes the place of an interaction's text: see
+`llmrec.data.split`.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ Target = Literal["headline", "rating"]
 
 
 class ReviewTask(Task):
-    """The families ``review`` and ``stars``: a review, and the headline or the rating that belongs to it."""
+    """The families ``review`` and ``stars``: a review, and its headline or rating."""
 
     family: str
 
@@ -101,7 +101,7 @@ class ReviewTask(Task):
         """The rating scale.
 
         Raises:
-            RecipeError: If headlines are asked for.
+            RecipeError: For headlines.
         """
         if self._scale is None:
             raise RecipeError(
@@ -113,7 +113,7 @@ class ReviewTask(Task):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         return self._chosen.evaluate
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -137,7 +137,7 @@ class ReviewTask(Task):
                 yield preferred(self._example(template, row, user, end) for end in ends)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return the held-out reviews, each as the request's context; one without its target is no case."""
+        """Return the held-out reviews with a target, each as the request's context."""
 
         def case(held: Interaction) -> Case:
             context = {"review": self._review(held.user_id, held.item_id)}
@@ -151,7 +151,7 @@ class ReviewTask(Task):
         """Render a request; see `Task`.
 
         Raises:
-            DataError: If its context holds no review.
+            DataError: If its context has no review.
         """
         only_one(self.family, want)
         chosen, item = self._chosen.get(template), asked_item(request, self.family)
@@ -170,7 +170,7 @@ class ReviewTask(Task):
         return Prompt(messages=with_shots(chosen.turns(values), turns))
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events whose reviews few-shot examples solve."""
+        """Return the training events of few-shot examples."""
         past = self._usable(request.user_id, request.history)
         return self._shots.draw(request, past, shots, self._section.history)
 
@@ -187,7 +187,7 @@ class ReviewTask(Task):
         return None if value is None else Rating(request_id=request.id, value=value)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return the F1 of shared words, or how near the rating is, as a share of the scale."""
+        """Return the F1 of shared words, or the nearness of the rating as a share of the scale."""
         if isinstance(answer, Text) and self._scale is None:
             return shared_words(answer.text, str(case.truth))
         if isinstance(answer, Rating) and self._scale is not None:
@@ -195,11 +195,11 @@ class ReviewTask(Task):
         return 0.0
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say what a prompt shows; see `Task`."""
+        """Describe what a prompt shows; see `Task`."""
         return f"text of the review{solved_examples(shots)}"
 
     def training_size(self) -> int:
-        """Return the number of training interactions with what is written about them."""
+        """Return the number of training interactions with a review and its target."""
         if self.target == "headline":
             return told_rows(self._data, "text")
         rated = self._data.train.filter(pl.col("rating").is_not_null())
@@ -207,12 +207,12 @@ class ReviewTask(Task):
         return sum(pair in reviews for pair in rated.select("user_id", "item_id").iter_rows())
 
     def scored_by(self, template: Template) -> str | None:
-        """Return the strategy that takes the mean over the labels; headlines are generated."""
+        """Return the strategy that predicts the mean over the labels; headlines are generated."""
         return "expected" if self.target == "rating" else None
 
     @property
     def strategy_options(self) -> Mapping[str, int]:
-        """The longest headline."""
+        """The maximum number of tokens of a headline."""
         return {"max_tokens": self._section.max_tokens} if isinstance(self._section, ReviewSection) else {}
 
     # ----------------------------------------------------------------------- building blocks
@@ -224,12 +224,12 @@ class ReviewTask(Task):
         return tuple(event for event in events if self._asks(user, event))
 
     def _asks(self, user: str, event: Event | Interaction) -> bool:
-        """Whether an interaction has a review and what is to be written about it."""
+        """Whether an interaction has a review and its target."""
         has = event.rating is not None if self.target == "rating" else bool(text_of(event))
         return has and bool(self._review(user, event.item_id))
 
     def _review(self, user: str, item: str) -> str:
-        """Return the beginning of a review, empty where there is none."""
+        """Return the beginning of a review; empty if there is none."""
         review = self._data.dataset.reviews.get((user, item))
         return "" if review is None else clean(review.text, self._section.shown)
 
@@ -251,7 +251,7 @@ class ReviewTask(Task):
 
 
 def _kind(templates: Mapping[str, Template]) -> tuple[str, Target]:
-    """Return the family of templates, and what all of them ask for.
+    """Return the family of templates, and their common answer.
 
     Raises:
         RecipeError: If one is a list, or they ask for different things.

@@ -1,4 +1,4 @@
-"""Rows, questions and solved examples, written as a list that is continued or as a chat with one answer."""
+"""Rows, questions and few-shot examples, as a list that is continued or as a chat with one answer."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ ListLoss = Literal["softmax", "lambda"]
 
 @dataclass(frozen=True, slots=True)
 class Listwise:
-    """How rows are learned as lists: the loss over one, how many answers it has, and what divides their scores.
+    """Listwise training: the loss over a list, its number of answers, and the temperature of their scores.
 
-    With ``preference`` the loss is that of `llmrec.train.preference`, over the chosen answer and the rejected ones.
+    With ``preference`` the loss is that of `llmrec.train.preference`, over the chosen and the rejected answers.
     """
 
     loss: ListLoss
@@ -38,7 +38,7 @@ class Listwise:
 
 
 def steps(values: Values, events: Sequence[Event], answered: Answered) -> list[Values]:
-    """Return what each line of a list shows, its own number ``n`` from 1 and its answer among it."""
+    """Return the values of each line of a list, including its number ``n`` from 1 and its answer."""
     return [answered(values | {"n": n}, event) for n, event in enumerate(events, start=1)]
 
 
@@ -52,13 +52,13 @@ def list_row(
     *,
     first_target: int = 0,
 ) -> Example:
-    """Return a row of a list whose lines are learned from ``first_target`` on; those before it are context."""
+    """Return a list row whose lines are targets from ``first_target`` on; earlier ones are context."""
     answer = list_answer(template, steps(values, events, answered), lambda i: i >= first_target)
     return list_example(template, row, user_id, values, answer, events)
 
 
 def solved_list(template: Template, values: Values, events: Sequence[Event], answered: Answered) -> tuple[Message, ...]:
-    """Return a list as a few-shot example: every line is answered."""
+    """Return a list as a few-shot example with every line answered."""
     return solved(template, values, list_answer(template, steps(values, events, answered), lambda _: True))
 
 
@@ -68,7 +68,7 @@ def solved_chat(template: Template, values: Values, answer: Values) -> tuple[Mes
 
 
 def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[int], bool]) -> tuple[Segment, ...]:
-    """Render a list: the target of step i is learned where ``learned(i)``, and context elsewhere."""
+    """Render a list: step i is a target if ``learned(i)``, otherwise context."""
     answer: list[Segment] = []
     for index, values in enumerate(steps):
         lead, target = template.step(values)
@@ -78,7 +78,7 @@ def list_answer(template: Template, steps: Sequence[Values], learned: Callable[[
 
 
 def as_context(segments: Sequence[Segment]) -> tuple[Segment, ...]:
-    """Return segments with nothing left to learn."""
+    """Return segments with all targets turned into context."""
     return tuple(replace(segment, kind="given") if segment.kind == "target" else segment for segment in segments)
 
 
@@ -91,7 +91,7 @@ def solved(template: Template, values: Values, answer: Sequence[Segment]) -> tup
 
 
 def with_shots(question: Sequence[Message], shots: Sequence[tuple[Message, ...]]) -> tuple[Message, ...]:
-    """Put solved examples between the system turn and the question."""
+    """Insert few-shot examples between the system turn and the question."""
     return (*question[:-1], *(message for shot in shots for message in shot), question[-1])
 
 
@@ -102,7 +102,7 @@ def list_prompt(
     asked: Values,
     shots: Sequence[tuple[Message, ...]],
 ) -> Prompt:
-    """Ask for the step that follows a list's ``steps``, which stand in the answer; ``asked`` is what its lead shows."""
+    """Return a prompt for the step after the answered ``steps`` of a list; ``asked`` are its lead's values."""
     opening = template.opening(values | asked | {"n": len(steps) + 1})
     return Prompt(
         messages=with_shots(template.turns(values), shots),
@@ -114,7 +114,7 @@ def list_prompt(
 def chat_example(
     template: Template, row: str, user_id: str, values: Values, answer: Values, *, past: Sequence[Event], event: Event
 ) -> Example:
-    """Return a row with one answer; ``past`` counts as shown only where the template shows a history."""
+    """Return a row with one answer; ``past`` counts as shown only if the template shows a history."""
     shown = past if PAST & template.names("system", "user") else ()
     return Example(
         id=row,
@@ -129,13 +129,13 @@ def chat_example(
 
 
 def preferred(rows: Iterable[Example]) -> Example:
-    """Return the first of rows that differ in their last target alone, preferred to the others."""
+    """Return the first of rows that differ only in their last target, with the others as rejected."""
     first, *others = rows
     return replace(first, rejected=tuple(row.answer[-1].text for row in others))
 
 
 def against(example: Example) -> list[Example]:
-    """Return a row, and behind it the same with each of its rejected texts in place of its last target."""
+    """Return a row, followed by the same with each of its rejected texts as its last target."""
     begin = example.answer[:-1]
     return [example, *(replace(example, answer=(*begin, Segment("target", text))) for text in example.rejected)]
 
@@ -143,7 +143,7 @@ def against(example: Example) -> list[Example]:
 def list_example(
     template: Template, row: str, user_id: str, values: Values, answer: tuple[Segment, ...], events: Sequence[Event]
 ) -> Example:
-    """Return a user row: a list of events whose learned steps are marked in ``answer``."""
+    """Return a user row: a list of events whose target steps are marked in ``answer``."""
     return Example(
         id=row,
         user_id=user_id,

@@ -61,8 +61,8 @@ from llmrec.types import (
 class SequentialTask(Task):
     """The sequential family.
 
-    A list template asks to continue a list; the history stands in the answer, so that one training row teaches
-    the next title at every position. A chat template shows the history and asks for one title.
+    A list template asks to continue a list; the history is part of the answer, so that one training row teaches the
+    next title at every position. A chat template shows the history and asks for one title.
     """
 
     family = "sequential"
@@ -99,12 +99,12 @@ class SequentialTask(Task):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         return self._chosen.evaluate
 
     @cached_property
     def catalogue(self) -> tuple[str, ...]:
-        """Every item id, sorted: what a request without candidates chooses from."""
+        """All item ids, sorted: the candidates of a request without candidates."""
         return tuple(sorted(self._data.dataset.items))
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
@@ -124,7 +124,7 @@ class SequentialTask(Task):
             yield self.example(draw)
 
     def _preferences(self, rejecting: Rejecting, limit: int | None) -> Iterator[Example]:
-        """Yield rows whose last item alone is learned, as one that is preferred to others."""
+        """Yield rows whose only target is the last item, preferred to others."""
         for row, user, rng in passes(self.family, rejecting.users, self._seed, limit):
             template, events = rng.choice(self._chosen.train), self._events[user]
             at, rejected = rejecting.pair(user, rng)
@@ -137,26 +137,26 @@ class SequentialTask(Task):
             yield replace(made, negatives=rejected, rejected=tuple(text + template.tail for text in others))
 
     def draws(self, limit: int | None = None) -> Iterator[Draw]:
-        """Yield training rows before they are put into words: ``examples("train")`` is `example` of each, in order."""
+        """Yield training rows before they are written as text: ``examples("train")`` is `example` of each, in order."""
         for row, user, rng in passes(self.family, list(self._events), self._seed, limit):
             template = rng.choice(self._chosen.train)
             events = self._train_events(template, user, rng)
             yield Draw(row, user, template, events, self._section.warm_up)
 
     def example(self, draw: Draw) -> Example:
-        """Put a drawn row into words."""
+        """Write a drawn row as text."""
         return self._example(draw.template, draw.id, draw.user_id, draw.events, first_target=draw.first_target)
 
     @property
     def branches(self) -> bool:
-        """Whether some template asks its question after the history, so that another family can share what precedes.
+        """Whether a template asks its question after the history, so that other families can share that prefix.
 
-        A past that is chosen for the question, or summed up, is each family's own.
+        A history that is selected for the question, or summarised, cannot be shared.
         """
         return self._chosen.branches and self._section.past == "latest"
 
     def branch(self, number: int, user: str) -> Example | None:
-        """Return a user's training row of a pass, which begins with the history that all families show in this pass.
+        """Return a user's training row in a pass, which begins with the history that all families show in that pass.
 
         None if the user has too few events.
         """
@@ -170,11 +170,11 @@ class SequentialTask(Task):
         return self._example(template, row, user, events, first_target=self._section.warm_up)
 
     def cases(self, split: SplitName) -> Cases:
-        """Return every held-out interaction with its candidates, or with none where the whole catalogue is ranked."""
+        """Return every held-out interaction with its candidates, or without any if the whole catalogue is ranked."""
         return ranking_cases(self._data, split, self._candidates, self.family)
 
     def training_cases(self) -> Iterator[Case]:
-        """Yield training events as questions about what came before them; see `Task`."""
+        """Yield training events as questions with their preceding history; see `Task`."""
         for row, user, rng in passes(f"{self.family} question", list(self._events), self._seed, None):
             events = self._events[user]
             at = rng.randrange(max(1, self._section.warm_up), len(events))
@@ -184,7 +184,7 @@ class SequentialTask(Task):
         """Render a request; see `Task`.
 
         Raises:
-            RecipeError: If a whole ranking is wanted as text: these templates ask for the next title.
+            RecipeError: If a complete ranking is requested as text: these templates ask for the next title.
         """
         if want != "one":
             raise RecipeError(
@@ -203,11 +203,11 @@ class SequentialTask(Task):
         return list_prompt(chosen, values, steps(values, drawn.history, self._answered), {}, turns)
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        """Return the training events of few-shot examples, and the remaining history of the question."""
         return self._shots.draw(request, request.history, shots, self._section.history, self._past.show)
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
-        """Return the candidates' titles or codes in stored order, or those of the whole `catalogue`."""
+        """Return the candidates' titles or codes in stored order, or those of the `catalogue`."""
         chosen = self._chosen.get(template)
         values = self._view.user(request.user_id, request.context)
         if chosen.shape == "chat":
@@ -223,7 +223,7 @@ class SequentialTask(Task):
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
         """Match the first line against titles or codes: letters and digits count, case and punctuation do not.
 
-        Items that share the title share the first place.
+        Items that share the title share the first rank.
         """
         name = "code" if self._chosen.get(template).answers_with_code else "title"
         own = request.candidates
@@ -231,11 +231,11 @@ class SequentialTask(Task):
         return read_item(completion, known, request)
 
     def reward(self, answer: Answer, case: Case) -> float:
-        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is left out."""
+        """Return 1 / log2(1 + rank) of the true item, in expectation over ties; 0 if it is not ranked."""
         return ranking_reward(answer, case)
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say what a prompt shows; see `Task`."""
+        """Describe what a prompt shows; see `Task`."""
         return shows_events(template, self._section.history, shots)
 
     def training_size(self) -> int:
@@ -243,20 +243,20 @@ class SequentialTask(Task):
         return told_rows(self._data)
 
     def scored_by(self, template: Template) -> str:
-        """Return the search of the whole catalogue where that is ranked, else the likelihood of candidates."""
+        """Return the catalogue search if the whole catalogue is ranked, otherwise the likelihood of candidates."""
         return "search" if self._candidates is None else "likelihood"
 
     # ----------------------------------------------------------------------- building blocks
 
     def _check_bare(self) -> None:
-        """Codes may only stand one behind the other if each is made of item tokens: then none begins another.
+        """Check that lists of bare codes consist of item tokens, so that no code is a prefix of another.
 
         Raises:
             RecipeError: If they are ordinary text.
         """
         names = dict.fromkeys((*(t.name for t in self._chosen.train), *self._chosen.evaluate))
         bare = [name for name in names if self._chosen.get(name).bare]
-        # A model that is asked about items of a request has none of its own.
+        # Requests name their candidates, so the task needs none.
         some = next(iter(self._data.dataset.items), None)
         if bare and some is not None and not isinstance(self._view.item(some)["code"], Code):
             raise RecipeError(
@@ -304,7 +304,7 @@ class SequentialTask(Task):
 
 
 def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
-    """Return items by the key of their ``title`` or ``code``, of which letters and digits count."""
+    """Return items by the normalised key (letters and digits) of their ``title`` or ``code``."""
     found: dict[str, tuple[str, ...]] = {}
     for item in items:
         key = title_key(str(view.item(item)[name]))
@@ -313,7 +313,7 @@ def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, t
 
 
 def read_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Request) -> Ranking | None:
-    """Return the items whose text is the first line of a completion, all in the first place; None if there is none."""
+    """Return the items whose text is the first line of a completion, all with the first rank; None if there is none."""
     for key in read_line(completion):
         if key in known:
             items = known[key]

@@ -1,6 +1,6 @@
-"""What a family's task is given and what it can do: `TaskInputs` and `Task`.
+"""The interface of a task family's task: `TaskInputs` and `Task`.
 
-The defaults below are what most families answer; a task that derives from `Task` writes only where it differs.
+The defaults suit most families; a task that derives from `Task` overrides only where it differs.
 """
 
 from __future__ import annotations
@@ -26,34 +26,34 @@ Want = Literal["one", "ranking", "yes"]
 
 
 class EventLists(Protocol):
-    """Items for training events: candidates that hold an event's own, or others that it is preferred to."""
+    """Item lists for training events: candidates that include the event's item, or rejected items."""
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return places among a user's training events, and a list for each."""
+        """Return indices of a user's training events, and a list for each."""
         ...
 
 
 class RetrievedLists(EventLists, Protocol):
-    """Candidates of training rows, where those of evaluation are retrieved."""
+    """Retrieved candidates of training rows."""
 
     def held(self) -> Mapping[str, tuple[str, ...]]:
-        """Return the candidates of validation requests by id, where they hold the target."""
+        """Return the candidates of validation requests by id, if they include the target."""
         ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskInputs:
-    """What every task is made from, beside its section of the recipe.
+    """The inputs of every task besides its section of the recipe.
 
     Attributes:
         data: The split data that the family reads.
-        templates: All templates of the family, by name.
-        seed: Of rows, windows and examples.
+        templates: All templates of the family by name.
+        seed: The seed of rows, windows and examples.
         candidates: Stored candidate sets, for families that rank them.
-        shot_choice: How few-shot examples are chosen (``eval.shots.choice``).
-        index: How items are written, where there is an index.
-        vectors: What says which items read alike.
-        lists: What is retrieved for training events; None: candidates of training rows are drawn.
+        shot_choice: The selection of few-shot examples (``eval.shots.choice``).
+        index: The item index, if any.
+        vectors: Text vectors of items, for similarity.
+        lists: Retrieved candidates of training events; None: they are drawn.
         preference: How training rows are learned from preference; None: their answers are learned.
         hard: Rejected items of training events, where ``preference`` names what ranks them.
         learns: Whether there is something to learn from; without, a task can only ask.
@@ -75,12 +75,12 @@ class TaskInputs:
 
     @property
     def listwise(self) -> Listwise | None:
-        """How rows are learned as a chosen answer and rejected ones; None: they are not."""
+        """The preference settings of rows; None without preference training."""
         section = self.preference
         return None if section is None else Listwise("softmax", 1 + section.negatives, preference=section)
 
     def past(self, section: TaskSection, asking: Sequence[Template]) -> Past:
-        """Return what chooses the events that a prompt shows."""
+        """Return the selection of shown events."""
         return Past(section, self.data.dataset, self.vectors, asking)
 
     def shots(
@@ -91,7 +91,7 @@ class TaskInputs:
         least: int = 1,
         label: Callable[[Event], Hashable] | None = None,
     ) -> ShotPool:
-        """Return what draws few-shot examples from usable training events by user; see `ShotPool`."""
+        """Return the pool of few-shot examples from training events by user; see `ShotPool`."""
         return ShotPool(
             family, events, seed=self.seed, choice=self.shot_choice, least=least, vectors=self.vectors, label=label
         )
@@ -105,14 +105,14 @@ class Task(Protocol):
 
     @property
     def eval_templates(self) -> tuple[str, ...]:
-        """Names of the templates that evaluation asks with."""
+        """Names of the evaluation templates."""
         ...
 
     def examples(self, split: SplitName, limit: int | None = None) -> Iterator[Example]:
         """Yield rows with targets.
 
-        For ``train`` this is a seeded stream without end, from training interactions only: pass after pass over
-        the users, each row with a freshly drawn window and seen template. For ``valid`` it is one row per held-out
+        For ``train`` this is an endless seeded stream from training interactions only: passes over the users, each row
+        with a randomly drawn window and seen template. For ``valid`` it is one row per held-out
         case, with that case as the only target. ``limit`` caps the number of rows.
         """
         ...
@@ -125,12 +125,12 @@ class Task(Protocol):
         """Render a request, with ``shots`` solved examples from training data before it.
 
         Raises:
-            RecipeError: If the template has no words for what is wanted.
+            RecipeError: If the template has no text for the requested answer.
         """
         ...
 
     def draw_shots(self, request: Request, shots: int) -> Drawn:
-        """Return the training events that few-shot examples show, and the history that the question keeps."""
+        """Return the training events of few-shot examples, and the remaining history of the question."""
         ...
 
     def continuations(self, request: Request, *, template: str) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class Task(Protocol):
         ...
 
     def parse(self, completion: str, request: Request, *, template: str) -> Answer | None:
-        """Read a completion; None if it does not hold an answer."""
+        """Parse a completion; None if it has no answer."""
         ...
 
     def reward(self, answer: Answer, case: Case) -> float:
@@ -146,21 +146,21 @@ class Task(Protocol):
         ...
 
     def shows(self, template: Template, shots: int) -> str:
-        """Say in words what a prompt shows, for the column of a table."""
+        """Describe what a prompt shows, for a table column."""
         ...
 
     def training_size(self) -> int:
-        """Return how many training interactions (or items) have what the family asks for."""
+        """Return the number of training interactions (or items) with a target of the family."""
         ...
 
     # ----------------------------------------------------------------------- what only some families have
 
     @property
     def catalogue(self) -> tuple[str, ...]:
-        """Every item id, sorted: what a request without candidates chooses from.
+        """All item ids, sorted: the candidates of a request without candidates.
 
         Raises:
-            RecipeError: If the family ranks no catalogue.
+            RecipeError: If the family does not rank the catalogue.
         """
         raise RecipeError(
             f"tasks.{self.family} ranks no catalogue; tasks.sequential does",
@@ -170,23 +170,23 @@ class Task(Protocol):
 
     @property
     def training_templates(self) -> tuple[Template, ...]:
-        """The templates that training rows are drawn from, where a family is answered by labels."""
+        """The training templates of a family that is answered by labels."""
         return ()
 
     @property
     def listwise(self) -> Listwise | None:
-        """How training rows are learned as lists, each with its `Example.rejected`; None: by their own tokens."""
+        """The listwise settings of training rows with `Example.rejected`; None: rows are trained on tokens."""
         return self._listwise
 
     def words(self, template: str) -> Words:
-        """Return the words of the language that a template is written in, where a strategy writes some itself."""
+        """Return the words of a template's language, for strategies that write text themselves."""
         return english()
 
     def training_cases(self) -> Iterator[Case]:
-        """Yield training events as questions about what came before them, without end, in seeded order.
+        """Yield training events as questions with their preceding history, endlessly, in seeded order.
 
         Raises:
-            RecipeError: If the family asks for no item of the catalogue.
+            RecipeError: If the family does not ask for an item of the catalogue.
         """
         raise RecipeError(
             f"tasks.{self.family} asks for no item of the catalogue; tasks.sequential does",
@@ -195,14 +195,14 @@ class Task(Protocol):
         )
 
     def writes_alike(self, template: str) -> bool:
-        """Whether a template writes an item in the same way for every request, so that a search can."""
+        """Whether a template writes an item identically for every request, as a catalogue search requires."""
         return False
 
     def questions(self, count: int) -> list[Request]:
-        """Return questions about training events, as many as asked for, with candidates as evaluation has them.
+        """Return a number of questions about training events, with candidates as in evaluation.
 
         Raises:
-            RecipeError: If the family asks about no candidates.
+            RecipeError: If the family has no candidates.
         """
         raise RecipeError(
             f"tasks.{self.family} lists no candidates, so that no position can be measured",
@@ -211,46 +211,46 @@ class Task(Protocol):
         )
 
     def asked_by(self, template: Template, strategies: Sequence[str], *, tuned: bool) -> tuple[str, ...]:
-        """Return those of the strategies that a template's answers are read by, for the tuned or the base model."""
+        """Return the strategies that support a template's answers, for the fine-tuned or the base model."""
         return tuple(strategies)
 
     def scored_by(self, template: Template) -> str | None:
-        """Return the strategy that compares weights without the noise of generated text; None where there is none."""
+        """Return the strategy that compares models without the noise of generated text; None if there is none."""
         return None
 
     @property
     def strategy_options(self) -> Mapping[str, int]:
-        """What every strategy of the family is handed of its section."""
+        """The options that every strategy of the family gets from its section."""
         return {}
 
     @property
     def baseline_options(self) -> Mapping[str, float | None]:
-        """What every baseline of the family is handed of its section."""
+        """The options that every baseline of the family gets from its section."""
         return {}
 
     @property
     def calibrates(self) -> bool:
-        """Whether answers are scaled on the validation split."""
+        """Whether answers are calibrated on the validation split."""
         return False
 
     @property
     def users_kind(self) -> str | None:
-        """What signatures say of the users asked about; None leaves it unsaid."""
+        """The description of the evaluated users in metric signatures; None omits it."""
         return None
 
     @property
     def liked_from(self) -> float | None:
-        """The lowest rating that counts as liked, where ratings are measured by an AUC too."""
+        """The lowest rating that counts as liked, if ratings are also evaluated by AUC."""
         return None
 
-    # The first of two steps (PALR, 2305.07622): what the user likes, in one generated line.
+    # The first of two steps (PALR, arXiv 2305.07622): a generated one-line user profile.
 
     @property
     def profile_template(self) -> Template:
-        """The words that ask what a user likes.
+        """The template that asks for a user profile.
 
         Raises:
-            RecipeError: If the family asks for no profile.
+            RecipeError: If the family has no profile.
         """
         raise RecipeError(
             f"tasks.{self.family} asks for no profile; tasks.direct does",
@@ -260,11 +260,11 @@ class Task(Protocol):
 
     @property
     def profile_tokens(self) -> int:
-        """The longest profile."""
+        """The maximum number of tokens of a profile."""
         return 0
 
     def profile_prompt(self, request: Request) -> Prompt:
-        """Ask what a user likes: of the request it shows the history alone."""
+        """Render the question for a user profile, which shows only the history of the request."""
         raise RecipeError(
             f"tasks.{self.family} asks for no profile; tasks.direct does",
             kind="unsupported",
@@ -272,15 +272,15 @@ class Task(Protocol):
         )
 
     def shows_profile(self, template: str) -> bool:
-        """Whether a template has a place for a profile."""
+        """Whether a template shows a profile."""
         return False
 
 
 def only_one(family: str, want: Want) -> None:
-    """Refuse to ask for more than one answer.
+    """Reject requests for more than one answer.
 
     Raises:
-        RecipeError: If anything else is wanted.
+        RecipeError: If anything else is requested.
     """
     if want != "one":
         raise RecipeError(

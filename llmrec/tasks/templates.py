@@ -1,4 +1,4 @@
-"""Which templates a task trains on and asks with: by name, by set, or those that fit the data."""
+"""Selects a task's training and evaluation templates: by name, by set, or those that suit the data."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Chosen:
     """The templates of one task.
 
     Attributes:
-        every: All of the family, by name.
-        train: Those that training rows are drawn from; never an unseen one.
-        evaluate: Names of those that evaluation asks with: the tuned model's, then those of other settings.
+        every: All templates of the family by name.
+        train: The training templates; never an unseen one.
+        evaluate: Names of the evaluation templates: the fine-tuned model's, then those of other settings.
         coded: Whether there is an index, so that templates may write codes.
         reviewed: Whether the data have reviews, so that templates may show parts of them.
     """
@@ -32,16 +32,16 @@ class Chosen:
 
     @property
     def asking(self) -> tuple[Template, ...]:
-        """Every template that a row or a question of this task can have."""
+        """All templates of this task's rows and questions."""
         return (*self.train, *(self.every[name] for name in self.evaluate))
 
     @property
     def branches(self) -> bool:
-        """Whether some template asks its question after the history, so that another family can share what precedes."""
+        """Whether a template asks its question after the history, so that other families can share that prefix."""
         return any(template.shape == "chat" for template in self.train)
 
     def training(self, name: str) -> list[Template]:
-        """Return a template by its name, or those of a set that may train and show nothing that this data lacks.
+        """Return a template by name, or the trainable templates of a set for which the data has all variables.
 
         Raises:
             RecipeError: As `get`; or if nothing of the set is left.
@@ -56,7 +56,7 @@ class Chosen:
         return left
 
     def lacks(self, template: Template) -> str:
-        """Return what a template shows and this data or recipe does not have; empty where it can be used."""
+        """Return what a template needs and the data or recipe lacks; empty if it can be used."""
         if template.writes_codes and not self.coded:
             return (
                 "writes items as codes, and there is no index; add one to the recipe, such as index: {scheme: semantic}"
@@ -69,7 +69,7 @@ class Chosen:
         return ""
 
     def words(self, name: str) -> Words:
-        """Return the words of a template's language; of a template that is none of the family's, those of English."""
+        """Return the words of a template's language; English for a template of another family."""
         found = self.every.get(name.rpartition("/")[2])
         return english() if found is None else found.words
 
@@ -77,7 +77,7 @@ class Chosen:
         """Return a template by its name or ``family/name``.
 
         Raises:
-            RecipeError: If there is none, with the closest one; or if it writes codes and there is no index.
+            RecipeError: If there is none, naming the closest one; or if it writes codes and there is no index.
         """
         bare = name.rpartition("/")[2]
         if bare not in self.every:
@@ -96,7 +96,7 @@ class Chosen:
 
 
 def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:
-    """Return the templates of a set, those that are unseen in training last."""
+    """Return the templates of a set, those unseen in training last."""
     return [template for template in templates.values() if name in template.sets]
 
 
@@ -108,11 +108,10 @@ def choose(
     *,
     reviews: bool = False,
 ) -> Chosen:
-    """Pick the section's templates; where it names none, with an index those that write codes, if there are any.
+    """Select the section's templates; by default, with an index, those that write codes, if any.
 
-    Of these, templates that write titles too are only used where they are named, or where there are no others. A list
-    of bare codes is only used where it is named: it reads codes of item tokens alone. With ``reviews`` there is what
-    templates show that need them.
+    Of these, templates that also write titles are used only if named or without alternatives. A list of bare codes is
+    used only if named, since it supports only codes of item tokens. ``reviews`` enables templates that show reviews.
 
     Raises:
         RecipeError: If a name is unknown, an unseen template is to be trained on, one writes codes and there is no
