@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import gc
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -145,14 +146,38 @@ def make_model(folder: Path, kind: str = "llama", *, layers: int = 2, seed: int 
     return folder
 
 
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a folder that the processes of a session share: the first to ask makes it, the others wait."""
+    base = factory.getbasetemp().parent if "PYTEST_XDIST_WORKER" in os.environ else factory.getbasetemp()
+    folder, made = base / "shared" / name, base / "shared" / f"{name}.made"
+    folder.parent.mkdir(exist_ok=True)
+    with (base / "shared" / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make(folder)
+            made.touch()
+    return folder
+
+
 @pytest.fixture(scope="session")
 def llama_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("llama"))
+    return shared(tmp_path_factory, "llama", make_model)
 
 
 @pytest.fixture(scope="session")
 def qwen_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("qwen"), "qwen", seed=1)
+    return shared(tmp_path_factory, "qwen", lambda folder: make_model(folder, "qwen", seed=1))
+
+
+@pytest.fixture(scope="session")
+def trained_run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a run that was trained for two steps, with the ensembles that it weighed; copy it to write to it."""
+    from llmrec.pipeline import run as pipeline
+    from llmrec.recipe.load import load_recipe
+    from tests.answer.rank_cases import TRAINED
+
+    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *TRAINED])
+    return shared(tmp_path_factory, "trained", lambda folder: pipeline.run(recipe, folder, quiet=True))
 
 
 @pytest.fixture(scope="module")

@@ -23,6 +23,15 @@ from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import dump, load_recipe
 
 WORDS = ("Toy", "Story", "Heat", "Fargo", "Casino", "Alien", "Brazil", "Jaws", "Rocky", "Kitchen", "Quiet", "Star")
+TRAINED = (
+    *("data={source: made-reviews, noun: products}", "reviews=null", "model.dtype=float32"),
+    *("train.steps=2", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1"),
+    "tasks={sequential: {templates: [continue-list], baselines: [random, popularity, {name: item-knn, history: 5}, "
+    "markov-1, markov]}}",
+    *("eval.users=12", "eval.candidates.count=6", "eval.bootstrap=50", "eval.backend=hf", "eval.arms=[tuned]"),
+    "eval.fusion={model_users: 24}",
+)
+"""Changes to recipes/movielens-100k/four-tasks.yaml for the run that tests share, `trained_run`."""
 TITLES = {str(n): f"{WORDS[n % 12]} {WORDS[(n // 12 + n) % 12]} ({1950 + n})" for n in range(60)}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from llmrec.answer.known import known_of
 from llmrec.answer.rank.run import rank_file
 from llmrec.baselines.tuning.validation import ranking_cases
 from llmrec.data.split import halves
+from llmrec.durable import checked
 from llmrec.errors import DataError, RecipeError
 from llmrec.exports.export import export
 from llmrec.pipeline import run as pipeline
@@ -20,34 +22,27 @@ from llmrec.pipeline.fusion.carried import NUMBERED
 from llmrec.pipeline.fusion.carried import carried as read_carried
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe, load_stored
-from tests.answer.rank_cases import jsonl, lines, options
+from tests.answer.rank_cases import TRAINED, jsonl, lines, options
 from tests.facts import Facts, raises
 
 pytest.importorskip("trl", reason="the train extra is not installed")
-
-SMALL = (
-    *("data={source: made-reviews, noun: products}", "reviews=null", "model.dtype=float32"),
-    *("train.steps=2", "train.batch_tokens=512", "train.valid_rows=4", "train.lora.top_layers=1"),
-    "tasks={sequential: {templates: [continue-list], baselines: [random, popularity, {name: item-knn, history: 5}, "
-    "markov-1, markov]}}",
-    *("eval.users=12", "eval.candidates.count=6", "eval.bootstrap=50", "eval.backend=hf", "eval.arms=[tuned]"),
-    "eval.fusion={model_users: 24}",
-)
-
 
 CONTROLS, JOINED = "sequential/baseline/fusion with texts", "sequential/tuned/fusion with models/continue-list"
 BASELINES = ["popularity", "item-knn(history=5)", "markov-1", "markov", "content"]
 
 
 @pytest.fixture(scope="module")
-def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> pipeline.Run:
-    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL])
-    return pipeline.run(recipe, tmp_path_factory.mktemp("run") / "r", quiet=True)
+def run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("run") / "r")
 
 
-def requests_of(run: pipeline.Run) -> list[dict[str, Any]]:
+def results_of(run: Path) -> dict[str, Any]:
+    return checked((run / "results.json").read_bytes())
+
+
+def requests_of(run: Path) -> list[dict[str, Any]]:
     """The requests of the run's test split, as people write them."""
-    study = build_study(load_recipe(run.folder / "recipe.yaml"))
+    study = build_study(load_recipe(run / "recipe.yaml"))
     return [
         {
             "id": case.request.id,
@@ -62,8 +57,8 @@ def requests_of(run: pipeline.Run) -> list[dict[str, Any]]:
     ]
 
 
-def lists_of(run: pipeline.Run, row: str) -> dict[str, dict[str, Any]]:
-    found = pl.read_parquet(run.folder / "predictions.parquet").filter(pl.col("row_id") == row)
+def lists_of(run: Path, row: str) -> dict[str, dict[str, Any]]:
+    found = pl.read_parquet(run / "predictions.parquet").filter(pl.col("row_id") == row)
     return {request: json.loads(parsed) for request, parsed in found.select("request_id", "parsed").iter_rows()}
 
 
@@ -71,36 +66,36 @@ def lists_of(run: pipeline.Run, row: str) -> dict[str, dict[str, Any]]:
     ("fuse", "row"),
     [("baselines", CONTROLS), ("model", JOINED)],
 )
-def test_the_lists_are_those_of_the_evaluation(run: pipeline.Run, tmp_path: Path, fuse: str, row: str) -> None:
+def test_the_lists_are_those_of_the_evaluation(run: Path, tmp_path: Path, fuse: str, row: str) -> None:
     asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
-    rank_file(options(run.folder, asked, tmp_path / "out.jsonl", fuse=fuse, batch=64))
+    rank_file(options(run, asked, tmp_path / "out.jsonl", fuse=fuse, batch=64))
     known, found = lists_of(run, row), lines(tmp_path / "out.jsonl")
     assert len(found) == len(known) == 12
     for line in found:
         assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
 
 
-def test_an_item_that_no_part_knows_is_last(run: pipeline.Run, tmp_path: Path) -> None:
+def test_an_item_that_no_part_knows_is_last(run: Path, tmp_path: Path) -> None:
     requests = requests_of(run)
     for each in requests:
         each["candidates"] = [{"title": "A thing of tomorrow"}, *each["candidates"]]
-    rank_file(options(run.folder, jsonl(tmp_path / "requests.jsonl", requests), tmp_path / "o.jsonl", fuse="baselines"))
+    rank_file(options(run, jsonl(tmp_path / "requests.jsonl", requests), tmp_path / "o.jsonl", fuse="baselines"))
     known, found = lists_of(run, CONTROLS), lines(tmp_path / "o.jsonl")
     assert len(found) == len(known) == 12
     for line in found:
         assert line["items"][:-1] == known[line["request_id"]]["items"] and line["titles"][-1] == "A thing of tomorrow"
 
 
-def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run, tmp_path: Path) -> None:
+def test_an_export_with_its_interactions_gives_the_same_lists(run: Path, tmp_path: Path) -> None:
     asked = jsonl(tmp_path / "requests.jsonl", requests_of(run))
     bare: dict[str, Any] = {"dtype": "float32", "check_users": 0, "licence": "mit", "base_licence": "mit"}
     with raises(RecipeError, Facts(kind="missing-value", column="--fuse")):
-        export(run.folder, tmp_path / "bare", **bare)
-        rank_file(options(bare.out, asked, tmp_path / "o.jsonl", fuse="baselines"))
-    export(run.folder, tmp_path / "whole", with_interactions=True, **bare)
+        export(run, tmp_path / "bare", **bare)
+        rank_file(options(tmp_path / "bare", asked, tmp_path / "o.jsonl", fuse="baselines"))
+    export(run, tmp_path / "whole", with_interactions=True, **bare)
     carried = pl.read_parquet(tmp_path / "whole" / "interactions.parquet")
     # Users go out under numbers, which are nobody's id; who chooses an epoch is drawn by the names that they had.
-    recipe = load_stored(run.folder)
+    recipe = load_stored(run)
     choosing = halves(build_study(recipe).data, recipe.eval.fusion.reserved)[0]
     kept = ranking_cases(choosing, 9)
     names = dict(enumerate(sorted({*choosing.train["user_id"], *choosing.valid["user_id"]})))
@@ -121,15 +116,15 @@ def test_an_export_with_its_interactions_gives_the_same_lists(run: pipeline.Run,
             assert [line["items"], line["scores"]] == list(known[line["request_id"]].values())
 
 
-def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
-    rows = {row["id"]: row for row in run.results["rows"]}
+def test_a_run_shows_what_its_fusions_weigh(run: Path) -> None:
+    rows = {row["id"]: row for row in results_of(run)["rows"]}
     events, alone, joined = rows["sequential/baseline/fusion"], rows[CONTROLS], rows[JOINED]
     assert [part["name"] for part in events["fusion"]["parts"]] == BASELINES[:-1] and events["reads"] == "events"
     names = BASELINES
     assert [part["name"] for part in alone["fusion"]["parts"]] == names
     assert [part["name"] for part in joined["fusion"]["parts"]] == [*names, "likelihood"]
     assert (alone["reads"], joined["reads"]) == ("texts", "language model")
-    pairs = {(each["a"], each["b"]) for each in run.results["comparisons"] if "verdict" in each}
+    pairs = {(each["a"], each["b"]) for each in results_of(run)["comparisons"] if "verdict" in each}
     for control in (events, alone):
         assert {(joined["id"], control["id"]), ("sequential/tuned/likelihood/continue-list", control["id"])} <= pairs
 
@@ -137,19 +132,19 @@ def test_a_run_shows_what_its_fusions_weigh(run: pipeline.Run) -> None:
 def test_arms_that_are_not_named_are_not_joined(llama_folder: Path, tmp_path: Path) -> None:
     more = ("eval.arms=[zero-shot, few-shot]", "eval.fusion={model_users: 24, arms: [few-shot]}", "eval.backend=fake")
     recipe = load_recipe(
-        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more, "eval.scorer=fake"]
+        "recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *TRAINED, *more, "eval.scorer=fake"]
     )
     rows = {row["id"] for row in pipeline.run(recipe, tmp_path / "r", quiet=True).results["rows"]}
     assert "sequential/few-shot/fusion with models/continue-list" in rows
     assert not any("zero-shot/fusion" in name for name in rows)
 
 
-def test_what_was_not_weighed_is_refused(run: pipeline.Run, tmp_path: Path) -> None:
+def test_what_was_not_weighed_is_refused(run: Path, tmp_path: Path) -> None:
     asked = jsonl(tmp_path / "requests.jsonl", requests_of(run)[:2])
     with raises(RecipeError, Facts(kind="missing-value", column="--fuse")):
-        rank_file(options(run.folder, asked, tmp_path / "o.jsonl", fuse="model", strategy="likelihood-prior"))
+        rank_file(options(run, asked, tmp_path / "o.jsonl", fuse="model", strategy="likelihood-prior"))
     with raises(RecipeError, Facts(kind="contradiction", column="--fuse")):
-        rank_file(options(run.folder, asked, tmp_path / "o.jsonl", fuse="model", candidates="all"))
+        rank_file(options(run, asked, tmp_path / "o.jsonl", fuse="model", candidates="all"))
 
 
 # --------------------------------------------------------------------------- runs that are finished
@@ -157,17 +152,17 @@ def test_what_was_not_weighed_is_refused(run: pipeline.Run, tmp_path: Path) -> N
 
 @pytest.mark.slow
 def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
-    run: pipeline.Run, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Path, llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake")
-    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more])
+    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *TRAINED, *more])
     second = pipeline.run(other, tmp_path / "second", quiet=True)
 
     def fail(*args: Any, **named: Any) -> None:
         raise AssertionError("a model was loaded")
 
     monkeypatch.setattr("llmrec.pipeline.engines.load_model", fail)
-    made = pipeline.fuse([run.folder, second.folder], tmp_path / "joined")
+    made = pipeline.fuse([run, second.folder], tmp_path / "joined")
     rows = {row["id"]: row for row in made.results["rows"]}
     joined = rows["sequential/tuned/fusion with models"]
     names = [part["name"] for part in joined["fusion"]["parts"]]
@@ -182,11 +177,11 @@ def test_rows_of_two_runs_are_joined_and_nothing_is_asked_again(
     assert pl.read_parquet(tmp_path / "joined" / "predictions.parquet").height == 12 * len(rows)
 
 
-def test_runs_over_other_cases_are_not_joined(run: pipeline.Run, llama_folder: Path, tmp_path: Path) -> None:
+def test_runs_over_other_cases_are_not_joined(run: Path, llama_folder: Path, tmp_path: Path) -> None:
     more = ("eval.arms=[zero-shot]", "eval.backend=fake", "eval.scorer=fake", "eval.users=11")
-    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL, *more])
+    other = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *TRAINED, *more])
     second = pipeline.run(other, tmp_path / "second", quiet=True)
     with raises(DataError, Facts(kind="mismatch")):
-        pipeline.fuse([run.folder, second.folder], tmp_path / "joined")
+        pipeline.fuse([run, second.folder], tmp_path / "joined")
     with raises(DataError, Facts(kind="missing-file")):
-        pipeline.fuse([run.folder, tmp_path], tmp_path / "joined")
+        pipeline.fuse([run, tmp_path], tmp_path / "joined")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,14 +21,11 @@ from llmrec.answer.loaded import Loaded, Scored
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.rank.run import rank_file
 from llmrec.answer.rank.users import rank_users
-from llmrec.pipeline import run as pipeline
-from llmrec.recipe.load import load_recipe
 from llmrec.serve.app import make_app
 from llmrec.serve.gates import Auth
 from llmrec.serve.options import ServeOptions
 from llmrec.serve.run import make_service
 from tests.answer.rank_cases import jsonl, lines, options
-from tests.answer.test_ranking_fused import SMALL
 from tests.serve.served import Served, listening, wait_ready
 
 CLASSIC = ["popularity", "item-knn", "markov-1", "markov"]
@@ -35,10 +33,8 @@ List = list[tuple[str, float]]
 
 
 @pytest.fixture(scope="module")
-def run(llama_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run that was trained for two steps, with the fusions that it weighed."""
-    recipe = load_recipe("recipes/movielens-100k/four-tasks.yaml", [f"model.name={llama_folder}", *SMALL])
-    return pipeline.run(recipe, tmp_path_factory.mktemp("same") / "r", quiet=True).folder
+def run(trained_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return shutil.copytree(trained_run, tmp_path_factory.mktemp("same") / "r")
 
 
 @pytest.fixture(scope="module")
