@@ -1,4 +1,4 @@
-"""Files that a kill cannot tear: written beside their place and moved there, and folders with a checksum manifest."""
+"""Atomic writes, JSON files with checksums, and folders with a checksum manifest."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Json: TypeAlias = "str | int | float | bool | Sequence[Json] | Mapping[str, Json
 MANIFEST = "manifest.json"
 CHECKSUM = "checksum"
 """The key that `write_checked` puts at the end."""
-# The end of a file of `write_checked`: one that was written anew by something else has no such end, and is not checked.
+# The end of a file of `write_checked`; a file that another program has rewritten has none, and is not checked.
 _END = re.compile(rb',\n "checksum": "([0-9a-f]{32})"\n\}\n\Z')
 WRITING = "while writing "
 """Begins a note of `writing_to`."""
@@ -29,10 +29,10 @@ _CHUNK = 2**20
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Hand out a draft path beside a file or folder, and move it into place when the block ends well.
+    """Provide a draft path next to a file or folder, and move it into place when the block succeeds.
 
-    The draft has one fixed name that nobody else uses, so that what a killed process left is overwritten and never
-    piles up; two processes must be kept apart by a lock. An existing folder at ``path`` is removed right before the
+    The draft has a fixed name, so that the draft of a killed process is overwritten; use a lock against other
+    processes. An existing folder at ``path`` is removed right before the
     move.
 
     Raises:
@@ -60,7 +60,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def writing_to(path: Path) -> Iterator[None]:
-    """Say on an error of a block which file or folder was written: many libraries that find a disk full do not."""
+    """Add the file or folder that was being written to an error of a block; many libraries do not name it."""
     try:
         yield
     except Exception as error:
@@ -99,7 +99,7 @@ def write_json(path: Path, value: Any) -> str:
 
 
 def write_checked(path: Path, value: Mapping[str, Any]) -> str:
-    """Write a JSON object in one step with a checksum as its last key, by which `checked` knows it again.
+    """Write a JSON object in one step with a checksum as its last key, for `checked`.
 
     Args:
         path: The file.
@@ -133,7 +133,7 @@ def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
 
 
 def checksum(content: bytes) -> str:
-    """Return 32 hex digits over some bytes: enough against damage, not against whoever wants to deceive."""
+    """Return 32 hex digits over bytes: a protection against damage, not against attacks."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -174,7 +174,7 @@ def sha256_of(file: Path) -> str:
 
 
 def seal(folder: Path) -> None:
-    """Write a manifest of every file in a folder: what has one and verifies was written in full."""
+    """Write a manifest of every file in a folder, for `verifies`."""
     files = {
         str(file.relative_to(folder)): {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
         for file in sorted(folder.rglob("*"))
@@ -216,7 +216,7 @@ def _verified(folder: Path, states: tuple[tuple[str, int, int, int], ...]) -> bo
 
 
 def refuse_link(path: Path) -> None:
-    """Refuse a link where llmrec would write into, lock or remove what it leads to.
+    """Reject a link, so that its target is not written, locked or removed.
 
     Raises:
         LlmrecError: If the path is one.

@@ -338,10 +338,6 @@ class Heard(Protocol):
     listener: Callable[[str], None] | None
 
 
-# Answers that are stored together, with the indices of their questions.
-_Lot = list[tuple[int, dict[str, Any]]]
-
-
 class Offer(NamedTuple):
     """An engine that can be started.
 
@@ -377,7 +373,7 @@ class CachedBackend:
         start: Callable[[], Backend],
         instead: Callable[[EngineFailure], Offer | None] | None = None,
     ) -> None:
-        self._store, self._instead = store, instead
+        self.store, self._instead = store, instead
         self.replaced = 0
         """How often another engine took the place of one that failed: answers before and after are of two engines."""
         self._take(Offer(identity, kind, start))
@@ -396,45 +392,46 @@ class CachedBackend:
         """What starting the engine took, which falls into the first call that needs it."""
 
     def _take(self, offer: Offer) -> None:
-        self.identity, kind, self._start = offer
+        self.identity, kind, self._begin = offer
         self.name = kind.name
         self.capabilities: frozenset[Capability] = kind.capabilities
         self._together = not issubclass(kind, OneByOne)
 
     def generate(self, prompts: Sequence[Prompt], *, max_tokens: int) -> list[Completion]:
         """Continue each prompt; see `Backend.generate`."""
-
-        def keys() -> list[str]:
-            return [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts]
-
-        def compute(missing: list[int]) -> Iterator[_Lot]:
-            engine, asked = self._engine(), [prompts[i] for i in missing]
-            if isinstance(engine, OneByOne):
-                return _singly(missing, engine.generate_each(asked, max_tokens=max_tokens))
-            return _together(missing, engine.generate(asked, max_tokens=max_tokens))
-
-        return [Completion(**answer) for answer in self._answers(keys, compute)]
+        asked = _Questions(self, lambda: [self._key("generate", prompt, max_tokens=max_tokens) for prompt in prompts])
+        while indices := asked.missing():
+            engine, part = self.start(), [prompts[i] for i in indices]
+            with asked.replaced_on_failure():
+                if isinstance(engine, OneByOne):
+                    for n, completion in engine.generate_each(part, max_tokens=max_tokens):
+                        asked.keep([indices[n]], [completion])
+                else:
+                    asked.keep(indices, engine.generate(part, max_tokens=max_tokens))
+        return [Completion(**answer) for answer in asked.answers]
 
     def score(
         self, prompts: Sequence[Prompt], candidates: Sequence[Sequence[str]], *, closed: bool = True
     ) -> list[Scores]:
         """Score candidate continuations; see `Backend.score`."""
-
-        def keys() -> list[str]:
-            return [
+        asked = _Questions(
+            self,
+            lambda: [
                 self._key("score", prompt, candidates=list(texts), closed=closed)
                 for prompt, texts in zip(prompts, candidates, strict=True)
-            ]
-
-        def compute(missing: list[int]) -> Iterator[_Lot]:
-            engine, asked, texts = self._engine(), [prompts[i] for i in missing], [candidates[i] for i in missing]
-            if isinstance(engine, OneByOne):
-                return _singly(missing, engine.score_each(asked, texts, closed=closed))
-            return _together(missing, engine.score(asked, texts, closed=closed))
-
+            ],
+        )
+        while indices := asked.missing():
+            engine, part, texts = self.start(), [prompts[i] for i in indices], [candidates[i] for i in indices]
+            with asked.replaced_on_failure():
+                if isinstance(engine, OneByOne):
+                    for n, scores in engine.score_each(part, texts, closed=closed):
+                        asked.keep([indices[n]], [scores])
+                else:
+                    asked.keep(indices, engine.score(part, texts, closed=closed))
         return [
             Scores(**answer | {"logprobs": tuple(answer["logprobs"]), "tokens": tuple(answer["tokens"])})
-            for answer in self._answers(keys, compute)
+            for answer in asked.answers
         ]
 
     def search(
@@ -451,23 +448,20 @@ class CachedBackend:
         catalogue = hashlib.sha256("\0".join(texts).encode("utf-8", "surrogatepass")).hexdigest()
         question = {"texts": catalogue, "k": k, "width": width, "exact": exact}
         out = [sorted(set(excluded[n])) if excluded else [] for n in range(len(prompts))]
-
-        def keys() -> list[str]:
-            return [
+        asked = _Questions(
+            self,
+            lambda: [
                 self._key("search", prompt, **question, excluded=barred)
                 for prompt, barred in zip(prompts, out, strict=True)
-            ]
-
-        def compute(missing: list[int]) -> Iterator[_Lot]:
-            asked = [prompts[i] for i in missing]
-            found = self._engine().search(
-                asked, texts, k=k, width=width, excluded=[out[i] for i in missing], exact=exact
-            )
-            return _together(missing, found)
-
+            ],
+        )
+        while indices := asked.missing():
+            engine, part, barred = self.start(), [prompts[i] for i in indices], [out[i] for i in indices]
+            with asked.replaced_on_failure():
+                asked.keep(indices, engine.search(part, texts, k=k, width=width, excluded=barred, exact=exact))
         return [
             Found(**answer | {"items": tuple(answer["items"]), "scores": tuple(answer["scores"])})
-            for answer in self._answers(keys, compute)
+            for answer in asked.answers
         ]
 
     def rate(self, prompts: Sequence[Prompt]) -> list[Read]:
@@ -476,25 +470,22 @@ class CachedBackend:
         Raises:
             BackendError: If the engine has no rating head.
         """
-
-        def keys() -> list[str]:
-            return [self._key("rate", prompt) for prompt in prompts]
-
-        def compute(missing: list[int]) -> Iterator[_Lot]:
-            engine = self._engine()
+        asked = _Questions(self, lambda: [self._key("rate", prompt) for prompt in prompts])
+        while indices := asked.missing():
+            engine = self.start()
             if not isinstance(engine, HeadBackend):
                 raise BackendError(
                     f"backend {self.name!r} reads no rating head; set eval.backend=hf",
                     kind="unsupported",
                     column="eval.backend",
                 )
-            return _together(missing, engine.rate([prompts[i] for i in missing]))
-
-        return [Read(**answer) for answer in self._answers(keys, compute)]
+            with asked.replaced_on_failure():
+                asked.keep(indices, engine.rate([prompts[i] for i in indices]))
+        return [Read(**answer) for answer in asked.answers]
 
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
         """Return vectors; these are not cached."""
-        return self._engine().embed(texts)
+        return self.start().embed(texts)
 
     def close(self) -> None:
         """Close the engine, if it was started."""
@@ -505,7 +496,7 @@ class CachedBackend:
     @contextmanager
     def heard(self, listener: Callable[[str], None]) -> Iterator[None]:
         """Stream the text of a single prompt as it is generated, if the engine supports it."""
-        engine = self._engine()
+        engine = self.start()
         if not isinstance(engine, Heard):
             yield
             return
@@ -515,21 +506,22 @@ class CachedBackend:
         finally:
             engine.listener = None
 
-    def _engine(self) -> Backend:
+    def start(self) -> Backend:
+        """Return the engine, started at the first question that needs it."""
         if self._started is None:
             begin = time.monotonic()
             try:
-                self._started = self._start()
+                self._started = self._begin()
             except EngineFailure as failure:
-                if not self._replace(failure):
+                if not self.replace(failure):
                     raise
-                return self._engine()
+                return self.start()
             self.start_seconds += time.monotonic() - begin
             # A server's capabilities are known once it is started.
             self.capabilities = self._started.capabilities
         return self._started
 
-    def _replace(self, failure: EngineFailure) -> bool:
+    def replace(self, failure: EngineFailure) -> bool:
         """Switch to the next engine; False if there is none."""
         offer = self._instead(failure) if self._instead is not None else None
         if offer is None:
@@ -553,53 +545,65 @@ class CachedBackend:
         text = json.dumps([dict(self.identity), asked], sort_keys=True, ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
-    def _answers(
-        self, keys_of: Callable[[], list[str]], compute: Callable[[list[int]], Iterator[_Lot]]
-    ) -> list[dict[str, Any]]:
+
+class _Questions:
+    """The questions of one call: the store answers some, the engine the others, and another engine if it fails."""
+
+    def __init__(self, backend: CachedBackend, keys_of: Callable[[], list[str]]) -> None:
+        self._backend, self._keys_of = backend, keys_of
+        self._keys: list[str] = []
+        self._known: dict[str, Any] = {}
+        self._begin = 0.0
+
+    @property
+    def answers(self) -> list[dict[str, Any]]:
+        """The answers, in the order of the questions."""
+        return [self._known[key]["answer"] for key in self._keys]
+
+    def missing(self) -> list[int]:
+        """Return the indices of questions that the engine has to answer, once it is started; none after that."""
+        backend = self._backend
+        if self._keys and all(key in self._known for key in self._keys):
+            return []
         while True:
-            keys, replaced = keys_of(), self.replaced
-            known = {} if self._store is None else self._store.get(keys)
-            missing = {key: i for i, key in reversed(list(enumerate(keys))) if key not in known}
+            self._keys, replaced = self._keys_of(), backend.replaced
+            self._known = {} if backend.store is None else backend.store.get(self._keys)
+            missing = {key: i for i, key in reversed(list(enumerate(self._keys))) if key not in self._known}
             if missing:
-                self._engine()  # starting it is not part of an answer's cost
-            if self.replaced == replaced:
-                try:
-                    return self._computed(keys, known, sorted(missing.values()), compute)
-                except EngineFailure as failure:
-                    if not self._replace(failure):
-                        raise
+                backend.start()  # not part of what an answer costs
+            if backend.replaced == replaced:
+                break
+        self._recalled = sum(key in self._known for key in self._keys)
+        self._recalled_seconds = sum(entry["seconds"] for entry in self._known.values())
+        count_answers(self._recalled)
+        if not missing:
+            self._count()
+        self._begin = time.monotonic()
+        return sorted(missing.values())
 
-    def _computed(
-        self,
-        keys: Sequence[str],
-        known: dict[str, Any],
-        missing: list[int],
-        compute: Callable[[list[int]], Iterator[_Lot]],
-    ) -> list[dict[str, Any]]:
-        recalled, recalled_seconds = sum(key in known for key in keys), sum(e["seconds"] for e in known.values())
-        count_answers(recalled)
-        if missing:
-            begin = time.monotonic()
-            for lot in compute(missing):
-                now = time.monotonic()
-                share = (now - begin) / len(lot)
-                begin = now
-                fresh = {keys[i]: Stored(seconds=share, answer=answer) for i, answer in lot}
-                if self._store is not None:
-                    self._store.put(fresh.items())
-                known |= fresh
-        self.recalled += recalled
-        self.recalled_seconds += recalled_seconds
-        return [known[key]["answer"] for key in keys]
+    @contextmanager
+    def replaced_on_failure(self) -> Iterator[None]:
+        """Ask the engine; where it fails and another takes its place, the questions are asked again."""
+        try:
+            yield
+        except EngineFailure as failure:
+            if not self._backend.replace(failure):
+                raise
+            self._keys = []
+        else:
+            self._count()
 
+    def keep(self, indices: Sequence[int], answers: Sequence[Any]) -> None:
+        """Store answers that came together, each with its share of the time."""
+        now = time.monotonic()
+        share = (now - self._begin) / len(indices)
+        self._begin = now
+        pairs = zip(indices, answers, strict=True)
+        fresh = {self._keys[i]: Stored(seconds=share, answer=asdict(answer)) for i, answer in pairs}
+        if self._backend.store is not None:
+            self._backend.store.put(fresh.items())
+        self._known |= fresh
 
-def _together(places: Sequence[int], found: Sequence[Any]) -> Iterator[_Lot]:
-    """Yield all answers as one batch."""
-    yield [(place, asdict(answer)) for place, answer in zip(places, found, strict=True)]
-
-
-def _singly(places: Sequence[int], found: Iterator[tuple[int, Any]]) -> Iterator[_Lot]:
-    """Yield each answer as a lot of its own; ``found`` counts places among those that are missing."""
-    for n, answer in found:
-        count_answers(1)
-        yield [(places[n], asdict(answer))]
+    def _count(self) -> None:
+        self._backend.recalled += self._recalled
+        self._backend.recalled_seconds += self._recalled_seconds

@@ -1,6 +1,6 @@
 """Fits baselines, and stores expensive fits by fingerprint, so that another run or benchmark reads them back.
 
-Files are safetensors in ``fits`` of the cache folder. Where they outgrow `LIMIT`, those go first that nobody read for
+Files are safetensors in ``fits`` of the cache folder. Above `LIMIT` those are removed first that were not read for
 `STALE` days, and then those that save the least time for their size: one inverted matrix of a catalogue is as large as
 hundreds of networks, each of which took a thousand times as long.
 """
@@ -48,13 +48,13 @@ LEAST = 2.0
 STALE = 30
 """Days without a reader after which a fit goes before all others: most are of older code, which nothing asks for."""
 
-# Parameters that say how a fit is shown.
+# Parameters of the progress bar.
 _SHOWN = {"quiet"}
 
 
 @runtime_checkable
 class Storable(Protocol):
-    """A baseline whose fit is worth keeping."""
+    """A baseline whose fit can be stored."""
 
     name: str
     AT_ANSWER: frozenset[str]
@@ -65,7 +65,7 @@ class Storable(Protocol):
         ...
 
     def restore(self, data: SplitDataset, state: State) -> None:
-        """Put back what `state` returned, in place of a fit to the same data."""
+        """Restore the fit to the same data from `state`."""
         ...
 
 
@@ -78,27 +78,23 @@ def fit_key(model: Any, data: SplitDataset, seed: int) -> str:
         name=model.name,
         config=config,
         seed=seed,
-        # Half of the validation users, or all of them, are one fit where none of them is read.
+        # A fit to training interactions alone does not depend on validation users.
         data=[data.dataset.fingerprint, data.kind, data.readable] if model.FITS_ON == "train" else data.fingerprint,
         files=hashes_of(model.name, model.config.model_dump()),
         bf16=cpu_has_bf16(),
-        # Sums are added up in another order on a GPU.
+        # Sums are computed in another order on a GPU.
         cuda="device" in config and config["device"] != "cpu" and has_cuda(),
         versions={**versions(), "implicit": _version("implicit")},
     )
 
 
 def keeps() -> bool:
-    """Whether fits are kept at all.
-
-    Raises:
-        RecipeError: If the switch says nothing that is known.
-    """
+    """Whether fits are stored at all."""
     return _limit() > 0
 
 
 def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
-    """Put a kept fit back into a baseline, and return the seconds that it took; None if there is none."""
+    """Restore a stored fit of a baseline, and return the seconds that it took; None if there is none."""
     path = _path(model, key)
     if not path.is_file():
         return None
@@ -106,12 +102,12 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
 
     try:
         with safe_open(path, framework="numpy") as file:
-            told = file.metadata() or {}
+            metadata = file.metadata() or {}
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        if told.get("key") != key or told.get("sha256") != _digest(state, told.get("seconds", "")):
+        if metadata.get("key") != key or metadata.get("sha256") != _digest(state, metadata.get("seconds", "")):
             raise ValueError("it is not what was stored")
         model.restore(data, state)
-        seconds = float(told["seconds"])
+        seconds = float(metadata["seconds"])
         os.utime(path)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         log.warning("the kept fit %s cannot be used (%s); %s is fitted again", path, error, model.name)
@@ -121,7 +117,7 @@ def recall(model: Storable, key: str, data: SplitDataset) -> float | None:
 
 
 def keep(model: Storable, key: str, seconds: float) -> None:
-    """Keep a fit, where it took long and fits the limit; one that cannot be written is fitted again another time."""
+    """Store a fit that took long and is below the limit; a write error is a warning."""
     limit = _limit()
     state = model.state() if seconds >= LEAST else {}
     if not state or sum(array.nbytes for array in state.values()) > limit:
@@ -129,14 +125,14 @@ def keep(model: Storable, key: str, seconds: float) -> None:
     from safetensors.numpy import save_file
 
     path = _path(model, key)
-    told = {"key": key, "seconds": repr(seconds), "sha256": _digest(state, repr(seconds))}
+    metadata = {"key": key, "seconds": repr(seconds), "sha256": _digest(state, repr(seconds))}
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        # A name of its own: several processes may keep the same fit at once.
+        # A unique name: several processes may store the same fit at once.
         handle, draft = tempfile.mkstemp(dir=path.parent, prefix=".", suffix=".draft")
         os.close(handle)
         try:
-            save_file({name: np.asarray(array, order="C") for name, array in state.items()}, draft, metadata=told)
+            save_file({name: np.asarray(array, order="C") for name, array in state.items()}, draft, metadata=metadata)
             Path(draft).replace(path)
         finally:
             Path(draft).unlink(missing_ok=True)
@@ -146,7 +142,7 @@ def keep(model: Storable, key: str, seconds: float) -> None:
 
 
 def _trim(folder: Path, limit: float) -> None:
-    """Remove fits until the rest is within the limit: what is stale, then what saves least time for its size."""
+    """Remove fits until the rest is within the limit: stale ones, then those that save least time for their size."""
     sizes = {file: file.stat().st_size for file in folder.glob("*.safetensors")}
     size = sum(sizes.values())
     if size <= limit:
@@ -174,19 +170,15 @@ def _path(model: Storable, key: str) -> Path:
 
 
 def _limit() -> float:
-    """Return how many bytes are kept; 0: none.
-
-    Raises:
-        RecipeError: If the switch is no number.
-    """
-    said = os.environ.get(SWITCH, "").strip().lower()
+    """Return the limit in bytes; 0 if fits are not stored."""
+    value = os.environ.get(SWITCH, "").strip().lower()
     try:
-        size = 0.0 if said == "off" else float(said or LIMIT)
+        size = 0.0 if value == "off" else float(value or LIMIT)
     except ValueError:
         size = -1.0
     if not 0 <= size < float("inf"):
         raise RecipeError(
-            f"{SWITCH} is {said[:40]!r}; write how many GiB of fits are kept, such as 4, or off",
+            f"{SWITCH} is {value[:40]!r}; write how many GiB of fits are kept, such as 4, or off",
             kind="bad-value",
             column=SWITCH,
         )
@@ -220,7 +212,7 @@ def fitted(
     like: Sequence[Any] = (),
     where: str = "parameters",
 ) -> Any:
-    """Return a fitted baseline: one that is kept from before, or a new one, whose log shows that the fit goes on.
+    """Return a fitted baseline: a stored fit, or a new one with a progress bar.
 
     Args:
         name: Of the baseline.
@@ -230,9 +222,6 @@ def fitted(
         like: Baselines of this name that were fitted on the same data with the same seed. Where one differs only in
             parameters that have no part in fitting, nothing is fitted again.
         where: The key that holds the parameters, for messages.
-
-    Raises:
-        LlmrecError: If a parameter is none, or the baseline cannot be fitted to these data.
     """
     model = make(name, parameters, seed=seed, where=where)
     for other in like:

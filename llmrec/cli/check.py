@@ -47,7 +47,7 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
     from llmrec.data.stats import baskets
     from llmrec.pipeline.preflight import checked_study
     from llmrec.pipeline.results import too_wide
-    from llmrec.pipeline.study import sentence, users
+    from llmrec.pipeline.study import leak_warning, leaking_users
     from llmrec.recipe.load import load_recipe
 
     loaded = load_recipe(page, overrides)
@@ -61,10 +61,10 @@ def _check_recipe(page: str, overrides: Sequence[str], *, dry_run: bool) -> None
         if cut := baskets(table):
             warned.append(cut)
             say(cut)
-        if result := study.told(table):
-            warned.append(sentence(table, result))
+        if result := study.leaks(table):
+            warned.append(leak_warning(table, result))
             say(f"{warned[-1]}; write profiles from training interactions alone")
-            say(f"    users: {', '.join(users(result))}")
+            say(f"    users: {', '.join(leaking_users(result))}")
     if wide := too_wide(study):
         warned.append(wide)
         say(wide)

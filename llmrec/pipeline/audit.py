@@ -1,7 +1,7 @@
-"""The audit of a run: which checks there are (`examine`), and what they found, written to ``audit.json``.
+"""The audit of a run: its checks (`examine`) and their results, written to ``audit.json``.
 
-The checks for held-out data are in `llmrec.pipeline.leaks`; the probes at the end look for what may explain a figure
-besides skill.
+The checks for held-out data are in `llmrec.pipeline.leaks`; the probes at the end look for other explanations of a
+metric than skill.
 """
 
 from __future__ import annotations
@@ -51,16 +51,16 @@ from llmrec.types import Backend, Prompt
 log = logging.getLogger(__name__)
 
 FILE = "audit.json"
-# What fitting a baseline depends on besides this package.
+# Packages that fits of baselines depend on.
 _FITTING = ("numpy", "scipy", "torch", "implicit", "polars")
-# Rows of a family that are looked at where nothing was trained.
+# Rows of a family that are checked where nothing was trained.
 _UNTRAINED = 100
 
 
 def audit(folder: Path, *, memory: bool = False) -> list[Check]:
-    """Audit a finished run from its folder, write ``audit.json``, and bring its report up to it.
+    """Audit a finished run from its folder, write ``audit.json``, and update the report.
 
-    The pages of a run that leaks say so and hold no figure; any other gets them with what was found.
+    The report of a run with a leak says so and contains no metric.
 
     Args:
         folder: The run folder.
@@ -70,7 +70,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
         LlmrecError: If the folder holds no finished run, or a file of it is damaged.
     """
     recipe, stored = folder / "recipe.yaml", folder / "results.json"
-    # On a disk that is read-only nothing can be locked and nothing is written.
+    # On a read-only disk nothing can be locked or written.
     writable = os.access(folder, os.W_OK)
     if not recipe.is_file() or not stored.is_file():
         raise LlmrecError(
@@ -96,11 +96,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
 
 
 def _predictions(folder: Path) -> pl.DataFrame:
-    """Read the answers of a run.
-
-    Raises:
-        LlmrecError: If they cannot be read.
-    """
+    """Read the answers of a run."""
     path = folder / "predictions.parquet"
     try:
         return pl.read_parquet(path)
@@ -138,7 +134,7 @@ def examine(
             yield leaks.shots_drawn_again(study, family)
         if (positions := leaks.positions_drawn_again(study, family)) is not None:
             yield positions
-    # Rows that reject what the start of training finds were made with its weights.
+    # The model that finds rejected items is no longer needed.
     close()
     yield from leaks.candidate_sets(study)
     yield from leaks.alignment_checks(study, _rows_of(training, "alignment"))
@@ -156,7 +152,7 @@ def examine(
 
 
 def _baselines(study: Study, kept: Path) -> Check:
-    """Return what is known of the same baselines on the same data, or find it out."""
+    """Return the stored check of the baselines, or make it."""
     used = {family: study.task_data(family) for family in study.tasks}
     key = fingerprint(
         "audit",
@@ -239,9 +235,9 @@ _ROUNDS = 20
 def id_arithmetic(data: SplitDataset, split: str) -> Check:
     """HR@5 of a rule that only counts on from the numbers in ids: largest + 1, last + 1, largest + 2, last + 2, ...
 
-    It is compared with the same rule over ids dealt out anew. Well above that, the numbering itself tells what comes
-    next: honest where it follows training order, a leak where held-out interactions took part in it (P5's published
-    ids reach .0524 on Beauty).
+    It is compared with the same rule over permuted ids. If it is well above that, the numbering predicts the next item:
+    legitimate if ids follow training order, a leak if held-out interactions took part in it (P5's published ids reach
+    .0524 on Beauty).
     """
     numbers = {item: int(found[0]) for item in data.dataset.items if len(found := re.findall(r"\d+", item)) == 1}
     if len(numbers) < 0.9 * len(data.dataset.items):
@@ -315,7 +311,7 @@ def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tu
         (first, second, similarity), first < second, sorted.
     """
     words = sorted(frozenset().union(*sets)) if sets else []
-    place = {word: n for n, word in enumerate(words)}
+    index = {word: n for n, word in enumerate(words)}
     base = hash64("minhash", 0, words) if words else np.empty(0, dtype=np.uint64)
     rng = np.random.default_rng(0)
     factors = rng.integers(1, 2**63, size=_HASHES, dtype=np.uint64) | np.uint64(1)
@@ -323,12 +319,12 @@ def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tu
     buckets: dict[tuple[int, bytes], list[int]] = defaultdict(list)
     for n, members in enumerate(sets):
         if members:
-            signature = _signature(base[[place[word] for word in members]], factors, offsets)
+            signature = _signature(base[[index[word] for word in members]], factors, offsets)
             for band, part in enumerate(signature.reshape(_BANDS, -1)):
                 buckets[band, part.tobytes()].append(n)
     found: dict[tuple[int, int], float] = {}
     for crowd in buckets.values():
-        # A crowd of equals needs no square of comparisons: each is compared with the first.
+        # In a group of equal sets each is compared with the first alone.
         pairs = combinations(crowd, 2) if len(crowd) <= _CROWD else ((crowd[0], other) for other in crowd[1:])
         for a, b in pairs:
             if (a, b) not in found:
@@ -347,7 +343,7 @@ def _signature(
 
 
 def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
-    """Items with equal or nearly equal titles: a hit on one of them may count as a miss on the other."""
+    """Report items with equal or nearly equal titles: a hit on one may count as a miss on the other."""
     items = sorted(data.dataset.items)
     keys = [title_key(data.dataset.items[item].title) for item in items]
     equal: dict[str, list[str]] = defaultdict(list)
@@ -367,11 +363,11 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
 
 
 def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
-    """Held-out users with a twin: another user who did nearly the same, the held-out item included, in training."""
+    """Report held-out users with a near-duplicate in training, who chose the held-out item too."""
     held = {h.user_id: h.item_id for h in data.holdouts(split)}  # type: ignore[arg-type]
     trained = {user: frozenset(e.item_id for e in data.train_events(user)) for user in data.users()}
     users = [user for user in data.users() if len(trained[user]) >= 3]
-    # Training items of everyone, and of the held-out users once more with what is held out.
+    # Training items of every user, and of the held-out users with the held-out item.
     sets = [trained[user] for user in users] + [trained[u] | {held[u]} for u in users if u in held]
     owners = users + [user for user in users if user in held]
     twins = set()
@@ -389,7 +385,7 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
 
 
 def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int = 200) -> Check:
-    """Whether a model can finish the catalogue's own titles from their first half, against titles cut up and mixed.
+    """Measure whether a model completes titles of the catalogue from their first half, compared with mixed halves.
 
     Each prompt shows a few whole titles and the first words of another; a completion counts where its letters and
     digits equal the rest of the title. The control deals the second halves out anew, so that no such title exists: what
@@ -415,8 +411,8 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
     for second in (tails, mixed):
         records = [(head, tail) for (head, _), tail in zip(chosen, second, strict=True)]
         prompts = [_recital(template, records, n, data.dataset.noun) for n in range(len(records))]
-        said = backend.generate(prompts, max_tokens=24)
-        right = [title_key(done.text) == title_key(tail) for done, (_, tail) in zip(said, records, strict=True)]
+        completions = backend.generate(prompts, max_tokens=24)
+        right = [title_key(done.text) == title_key(tail) for done, (_, tail) in zip(completions, records, strict=True)]
         rates.append(sum(right) / len(right))
     true, control = rates
     figures = {"completed": true, "control": control, "titles": float(len(chosen))}
@@ -427,7 +423,7 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
 def _halves(data: SplitDataset) -> list[tuple[str, str]]:
     found = []
     for _, item in sorted(data.dataset.items.items()):
-        # A year or an edition in brackets tells itself; the words before it are the title.
+        # A year or an edition in brackets is easy to complete; the words before it are the title.
         words = re.sub(r"\s*[(\[].*", "", item.title).split()
         if len(words) >= 3:
             cut = len(words) // 2

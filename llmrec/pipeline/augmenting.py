@@ -1,4 +1,4 @@
-"""The stage between data and training that writes texts of users and items: prompts -> texts -> vectors -> a store."""
+"""`llmrec augment`: texts of users and items by a language model, their vectors, and the feature store."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ log = logging.getLogger(__name__)
 FEATURES, CONTROL = "features", "control"
 """In a run folder: the store that the recipe's section ``augment`` asks for, and that of `without_model`."""
 
-# Tokens a second of a small model on two cores, for the estimate before anything is asked.
+# Tokens per second of a small model on two cores, for the estimate.
 _READS, _WRITES = 1000.0, 150.0
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What would be asked.
+    """The questions of a recipe's `augment` section.
 
     Attributes:
         data: The split.
@@ -79,7 +79,7 @@ class Plan:
     base: str
 
     def prompt_tokens(self) -> dict[FeatureKind, int]:
-        """Return how many tokens the questions of each kind have."""
+        """Return the number of prompt tokens, by kind."""
         return {
             kind: sum(len(self.encoder.prompt(each.prompt)) for each in asked) for kind, asked in self.asked.items()
         }
@@ -87,12 +87,12 @@ class Plan:
 
 @dataclass(frozen=True)
 class Augmented:
-    """What was written.
+    """The feature store that was written.
 
     Attributes:
         folder: The store.
         texts: How many of each kind.
-        cost: Tokens of all questions and answers, those that were known before among them.
+        cost: Tokens of all questions and answers, stored ones included.
         seconds: Spent now.
     """
 
@@ -103,12 +103,7 @@ class Augmented:
 
 
 def plan(recipe: Recipe) -> Plan:
-    """Return what a recipe's `augment` section would ask.
-
-    Raises:
-        RecipeError: If the recipe has no such section, or names a template that is not there.
-        DataError: If the data cannot be read or split.
-    """
+    """Return the questions of a recipe's `augment` section."""
     data, asked = questions(recipe)
     base = resolve(recipe.model, seed=recipe.seed)
     encoder = Encoder(load_tokenizer(base, recipe.model), max_length=recipe.model.max_length)
@@ -116,9 +111,9 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
-    """Return the split and what would be asked of it, without a model; errors as `plan` raises them."""
+    """Return the split and its questions, without a model; errors as `plan` raises them."""
     section = _section(recipe)
-    # What is to be written is not there yet, and no text is written from another.
+    # The texts do not exist yet, and none is written from another.
     tables = {"data": recipe.data, "reviews": recipe.reviews}
     plain = {key: table and table.model_copy(update={"texts": None}) for key, table in tables.items()}
     data, _ = load_tables(recipe.model_copy(update=plain))
@@ -126,11 +121,7 @@ def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Aske
 
 
 def refuse_other_store(recipe: Recipe, store: Path) -> None:
-    """Refuse a recipe that has texts written and shows those of another store in its prompts.
-
-    Raises:
-        RecipeError: If ``data.texts.path`` is not the store that its section ``augment`` writes.
-    """
+    """Reject a recipe that writes texts and shows those of another store in its prompts."""
     texts = recipe.data.texts
     if recipe.augment is None or texts is None or Path(texts.path).expanduser().resolve() == store.resolve():
         return
@@ -143,16 +134,11 @@ def refuse_other_store(recipe: Recipe, store: Path) -> None:
 
 
 def without_model(recipe: Recipe, out: Path) -> Augmented:
-    """Publish what the same events and items say without a language model: the control of what its texts add.
+    """Publish a feature store of the same events and items without a language model: the control for its texts.
 
     An item has its title and fields; a user the mean vector of the liked items among those whose events the question
     shows, less that of the others, for it shows the ratings too. Without ratings it is the mean of all. A user has seen
     the same interactions as the text would.
-
-    Raises:
-        RecipeError: See `plan`.
-        DataError: See `plan`; or if no item has a text.
-        LlmrecError: If the folder holds other things, or another process writes to it.
     """
     section, begin = _section(recipe), time.perf_counter()
     data, asked = questions(recipe)
@@ -164,13 +150,13 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
             column="augment",
         )
     items = [data.dataset.items[each] for each in sorted(data.dataset.items)]
-    told = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
+    texts_by_id = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
     made = Provenance(system="augment without a model", split=data.readable, version=__version__)
-    every = of_texts("item", told, encoder=section.encoder, provenance=made)
+    every = of_texts("item", texts_by_id, encoder=section.encoder, provenance=made)
     place_of = {item: place for place, item in enumerate(every.ids)}
     tables = []
     if "item" in asked:
-        # Those that the questions are about, which augment.limit bounds.
+        # The users and items of the questions, which augment.limit bounds.
         places = [place_of[each.id] for each in asked["item"] if each.id in place_of]
         names = [every.ids[place] for place in places]
         written = [every.texts[place] for place in places]
@@ -189,7 +175,7 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
 def _taste(
     data: SplitDataset, events: Sequence[Event], every: Features, place_of: Mapping[str, int], liked: float | None
 ) -> NDArray[np.floating[Any]]:
-    """Return the mean vector of what was liked less that of the rest; without ratings the mean of all; shape (d,)."""
+    """Return the mean vector of liked items minus that of the others; without ratings the mean of all; shape (d,)."""
     rated = [event for event in events if event.rating is not None]
     vectors = every.vectors[[place_of[event.item_id] for event in rated or events]]
     if not rated:
@@ -198,7 +184,7 @@ def _taste(
 
 
 def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
-    """Return what it would cost, for a small model on two cores, in words."""
+    """Return the estimated cost for a small model on two cores, as text."""
     rows, seconds = {}, 0.0
     for kind, tokens in planned.prompt_tokens().items():
         count = len(planned.asked[kind])
@@ -208,9 +194,9 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
 
 
 def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[Finished] = ()) -> Augmented:
-    """Write the texts, make vectors of them and publish both; a killed call resumes where it was.
+    """Write texts and vectors, and publish both; a killed call resumes.
 
-    A store that was made so already stays as it is, with what was corrected or erased in it since.
+    An existing store of the same inputs is kept, with its corrections and erasures.
 
     Args:
         recipe: With the section ``augment``.
@@ -228,18 +214,18 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
     planned = plan(recipe)
     choices = _engines(recipe, planned).choices("text", planned.base)
     made = {engine: {kind: _provenance(recipe, planned, kind, engine) for kind in planned.asked} for engine in choices}
-    with writing(out) as place:
-        if (kept := _made_so(place, made, section)) is not None:
-            return Augmented(place, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
+    with writing(out) as store_folder:
+        if (kept := _made_so(store_folder, made, section)) is not None:
+            return Augmented(store_folder, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
         cost, tables = Cost(), []
         for each in shards:
             each.refuse_other(_answers_key(recipe, planned))
-        with _asking(recipe, planned, place, Budget()) as (backend, store, engines):
+        with _asking(recipe, planned, store_folder, Budget()) as (backend, store, engines):
             for each in shards:
                 store.join(each.folder / ANSWERS)
             interests: dict[str, str] = {}
             for kind, planned_of_it in planned.asked.items():
-                # A synthetic item is asked for with what was just written on its user.
+                # The prompt of a synthetic item shows the text on its user.
                 asked = _asked(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_of_it
                 written, spent = _write(backend, asked, kind, section, recipe.eval.batch, quiet=quiet)
                 interests = written if kind == "user" else interests
@@ -247,7 +233,7 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
                 seen = {each.id: each.seen for each in asked if each.seen}
                 provenance = made[engines.engine_for("text", planned.base)][kind]
                 tables.append(of_texts(kind, written, encoder=section.encoder, provenance=provenance, seen=seen))
-            write_version(place, tables, dtype=section.dtype)
+            write_version(store_folder, tables, dtype=section.dtype)
     counts = {table.kind: len(table.ids) for table in tables}
     return Augmented(out, counts, cost, time.perf_counter() - begin)
 
@@ -263,9 +249,6 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
 
     Returns:
         The shard's folder.
-
-    Raises:
-        LlmrecError: As `augment`.
     """
     section, folder, budget = _section(recipe), shard_folder(out, shard), Budget(quiet=quiet)
     with locked(folder, (STORED, ANSWERS, SHARD)):
@@ -278,27 +261,24 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
         cost, count = Cost(), 0
         with _asking(recipe, planned, folder, budget) as (backend, *_):
             for kind, asked in planned.asked.items():
-                # These follow from the texts of their users, which no shard has whole: merging asks for them.
+                # These depend on texts of users, which no shard has in full: merging asks for them.
                 part = [] if kind == "synthetic" else shard.share(asked, recipe.eval.batch)
                 with budget.stage(PLURALS[kind]):
                     cost += _write(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
                 count += len(part)
         write_text(folder / STORED, dump(recipe))
-        told = {"texts": count, "cost": asdict(cost), "seconds": budget.stages}
-        finish(folder, "augment", shard, key, [STORED, ANSWERS], told)
+        facts = {"texts": count, "cost": asdict(cost), "seconds": budget.stages}
+        finish(folder, "augment", shard, key, [STORED, ANSWERS], facts)
     return folder
 
 
 def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
-    """Make the store of all shards as one process makes it.
+    """Merge the shards into the store that one process would write.
 
     Args:
         out: The store, as the shards were told.
         folders: The shards' folders; by default those beside the store.
         quiet: Show no progress.
-
-    Raises:
-        LlmrecError: If shards are missing, damaged, doubled or of other inputs; or as `augment`.
     """
     found = gathered(out, folders)
     return augment(load_stored(found[0].folder), out, quiet=quiet, shards=found)
@@ -308,7 +288,7 @@ def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = Fals
 def _asking(
     recipe: Recipe, planned: Plan, folder: Path, budget: Budget
 ) -> Iterator[tuple[CachedBackend, AnswerStore, Engines]]:
-    """Hand out what answers, the store that remembers it, and the engines, which know the one that answers now."""
+    """Provide the backend, the store of its answers, and the engines."""
     store = AnswerStore(folder / ANSWERS)
     engines = _engines(recipe, planned, budget, store)
     try:
@@ -321,7 +301,7 @@ def _asking(
 
 
 def _answers_key(recipe: Recipe, planned: Plan) -> str:
-    """Return a hash over all that decides what is answered, and which questions are put together."""
+    """Return the fingerprint of the answers."""
     engines = _engines(recipe, planned)
     engine = engines.engine_for("text", planned.base)
     made = {kind: asdict(_provenance(recipe, planned, kind, engine)) for kind in planned.asked}
@@ -338,7 +318,7 @@ def _weights(engine: str, planned: Plan) -> str:
 
 
 def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -> Provenance:
-    """Return where texts come from, but for the encoder: equal ones are equal texts."""
+    """Return the provenance of texts, without the encoder: equal provenance means equal texts."""
     section, data = _section(recipe), planned.data
     template = template_of(kind, str(_template(section, kind)), recipe.prompts)
     # Texts on items show no interaction, and belong to no split; but for titles that are made of training reviews.
@@ -364,11 +344,11 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
 
 
 def _made_so(
-    place: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
+    folder: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
 ) -> FeatureStore | None:
-    """Return the store if it was made as is asked now, by any of the engines; None if it was not, or there is none."""
+    """Return the existing store if it has the same provenance with any of the engines; else None."""
     try:
-        store = FeatureStore.open(place)
+        store = FeatureStore.open(folder)
     except DataError:
         return None
     stamp = text_embedder(section.encoder).stamp
@@ -422,7 +402,7 @@ def _write(
                 bar.advance(len(part))
             if backend.replaced == replaced:
                 return written, cost
-            # No store mixes the texts of two engines.
+            # No store mixes texts of two engines.
             bar.reach(0)
 
 

@@ -1,4 +1,4 @@
-"""What a tuned folder carries beside its weights, so that it can be asked without the run that made it.
+"""The description of a model folder (tasks, templates, rating scale) for use without its run.
 
 ``llmrec.json`` holds the tasks with their settings, the exact templates, what items are called and the rating scale.
 It holds no data: no item, no user, no path. The codes of a model that was tuned on codes lie in ``index/``.
@@ -33,7 +33,7 @@ _FORMAT = 1
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model that knows how it was asked in training.
+    """A model with its tasks and prompts.
 
     Attributes:
         folder: The weights: a folder, or a hub name. Where the run asked no language model (``eval.arms: []``) it is
@@ -64,7 +64,7 @@ class Bundle:
 
     @property
     def called(self) -> str:
-        """What messages call it."""
+        """Its name in messages."""
         return self.folder or str(self.run)
 
 
@@ -101,9 +101,6 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     Args:
         name: The folder or hub name.
         model: How to load it, without its name; by default as it was tuned, or the recipe's defaults.
-
-    Raises:
-        ModelError: If a run folder holds no merged model where it should, or ``llmrec.json`` cannot be read.
     """
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
@@ -115,7 +112,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         except RecipeError as error:
             if error.kind == "unsafe":
                 raise
-            # What cannot be read is an unfinished run all the same.
+            # An unreadable file counts as an unfinished run.
         raise ModelError(
             f"run folder {run} holds no merged model; finish it with `llmrec train` or `llmrec run` first",
             kind="missing-file",
@@ -171,22 +168,19 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
 
 
 def refuse_changed(opened: Bundle, weights: str) -> None:
-    """Refuse a model that is not as training or export left it, since its answers would silently be others.
+    """Reject a model that was changed after training or export.
 
     Args:
         opened: A run folder, an export or any model; of the last nothing is known.
         weights: The `llmrec.models.load.weights_stamp` of its folder.
-
-    Raises:
-        ModelError: If a file was changed, or is gone.
     """
     if opened.run is not None:
         path = opened.run / "train.json"
         try:
-            told = checked(path.read_bytes())["merged_sha256"] if path.is_file() else weights
+            recorded = checked(path.read_bytes())["merged_sha256"] if path.is_file() else weights
         except (OSError, ValueError, LookupError, TypeError) as error:
             raise _changed(path, f"cannot be read ({error})", "run `llmrec train` on its recipe again") from None
-        if told != weights:
+        if recorded != weights:
             raise _changed(opened.folder, "is not as training left it", "run `llmrec train` on its recipe again")
         return
     folder = Path(opened.folder)
@@ -198,7 +192,7 @@ def refuse_changed(opened: Bundle, weights: str) -> None:
     except (OSError, ValueError) as error:
         raise _changed(folder / SUMS, f"cannot be read ({error})", "export the run again") from None
     for name, digest in listed.items():
-        # Whoever publishes a model may write its card.
+        # The model card may be edited.
         if name.startswith("LICENSE") or name.endswith(".md"):
             continue
         if not (folder / name).is_file() or content_sha256(folder / name) != digest:
@@ -210,7 +204,7 @@ def _changed(path: Path | str, what: str, fix: str) -> ModelError:
 
 
 def _classic(run: Path, recipe: Recipe) -> Bundle:
-    """Return what a run of classic recommenders alone carries."""
+    """Return the bundle of a run without a language model."""
     return Bundle(
         folder="",
         run=run,

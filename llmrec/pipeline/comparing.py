@@ -19,7 +19,7 @@ from llmrec.tasks.family import family_of
 
 @dataclass(frozen=True)
 class Versus:
-    """Two rows of a family, a against b, on its headline metric."""
+    """A comparison of two rows of a family, a with b, on its headline metric."""
 
     family: str
     metric: str
@@ -32,7 +32,7 @@ class Versus:
         return self.a.figures.id, self.b.figures.id
 
     def contrast(self) -> Contrast:
-        """Return the two rows as comparisons take them."""
+        """Return the two rows as `compare` takes them."""
         users = [record.user_id for record in self.a.records]
         return Contrast(self.metric, _standing(self.a, self.metric), _standing(self.b, self.metric), users)
 
@@ -74,7 +74,7 @@ def compare_rows(
 
 
 def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
-    """Yield what was planned before any row was seen: what ``eval.planned`` names, or the default.
+    """Yield the planned comparisons: those of ``eval.planned``, or the default.
 
     By default the tuned row of each family, under its scored strategy and first template, is compared with the untuned
     row of the same strategy and template, and with each of `_rivals`; and the fusion with the tuned row, where there is
@@ -86,32 +86,32 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
     if study.recipe.eval.planned is not None:
         yield from _named(study, rows, study.recipe.eval.planned)
         return
-    for family, metric, own in _tables(study, rows):
-        tuned = _scored(study, family, own)
+    for family, metric, family_rows in _tables(study, rows):
+        tuned = _scored(study, family, family_rows)
         if tuned is None:
             continue
-        untuned = [row for row in own if row.figures.arm == "zero-shot" and _asked_alike(study, tuned, row)]
+        untuned = [row for row in family_rows if row.figures.arm == "zero-shot" and _asked_alike(study, tuned, row)]
         for row in untuned[:1]:
             yield Versus(family, metric, tuned, row)
-        for rival in _rivals(own, metric):
+        for rival in _rivals(family_rows, metric):
             yield Versus(family, metric, tuned, rival)
-        yield from _added(family, metric, own)
+        yield from _added(family, metric, family_rows)
 
 
-def _rivals(own: Sequence[ResultRow], metric: str) -> list[ResultRow]:
-    """Return the controls that a claim for the tuned model must face: the best single one, and their fusion.
+def _rivals(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
+    """Return the controls of a claim for the tuned model: the best baseline, and the ensemble of all.
 
     Which one is best is seen on the very requests that it is tested on, to the control's advantage: the test is
     conservative for a claim that the model is better, and not for one that it is worse.
     """
-    controls = [row for row in own if row.figures.arm == "baseline"]
+    controls = [row for row in family_rows if row.figures.arm == "baseline"]
     best = best_of([row for row in controls if row.figures.fusion is None], metric)
     return [*([] if best is None else [best]), *(row for row in controls if row.figures.fusion is not None)]
 
 
-def _added(family: str, metric: str, own: Sequence[ResultRow]) -> Iterator[Versus]:
-    """Yield the fusion with the tuned model against the same fusion without it: what the model adds."""
-    joined = [row for row in own if row.figures.fusion is not None]
+def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterator[Versus]:
+    """Yield the ensemble with the tuned model compared with the same ensemble without it."""
+    joined = [row for row in family_rows if row.figures.fusion is not None]
     for row in joined:
         if row.figures.arm == "tuned":
             yield from (Versus(family, metric, row, entry) for entry in joined if entry.figures.arm == "baseline")
@@ -119,7 +119,7 @@ def _added(family: str, metric: str, own: Sequence[ResultRow]) -> Iterator[Versu
 
 
 def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[Versus]:
-    """Yield what is described beside the planned comparisons; the same pair may be among those.
+    """Yield the exploratory comparisons; a pair may be planned, too.
 
     Every tuned and few-shot row is paired with its zero-shot row, that of a rating head with those of every strategy,
     since the base model has no head; the tuned rows of a head, or else of the first strategy that the recipe names,
@@ -127,22 +127,23 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
     answers, each fusion is paired with the best single baseline, and a single one that is served with the best other
     row.
     """
-    for family, metric, own in _tables(study, rows):
-        controls = [row for row in own if row.figures.arm == "baseline"]
+    for family, metric, family_rows in _tables(study, rows):
+        controls = [row for row in family_rows if row.figures.arm == "baseline"]
         best = best_of(controls, metric)
-        if len(controls) == len(own):
+        if len(controls) == len(family_rows):
             single = best_of([row for row in controls if row.figures.fusion is None], metric)
             joined = [row for row in controls if row.figures.fusion is not None]
             yield from (Versus(family, metric, row, single) for row in joined if single is not None)
             served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
             if served is not None and served.figures.fusion is None:
                 facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
-                # A fusion and the best single row are a pair already.
+                # An ensemble and the best single row are a pair already.
                 if facing is not None and not (facing in joined and served is single):
                     yield Versus(family, metric, served, facing)
-        for row in own:
+        for row in family_rows:
             if row.figures.arm in ("tuned", "few-shot"):
-                zero = [entry for entry in own if entry.figures.arm == "zero-shot" and _asked_alike(study, row, entry)]
+                untuned = [other for other in family_rows if other.figures.arm == "zero-shot"]
+                zero = [other for other in untuned if _asked_alike(study, row, other)]
                 yield from (Versus(family, metric, row, other) for other in zero)
             if row.figures.arm == "tuned" and row.figures.predictor in ("head", study.section(family).strategies[0]):
                 yield from (Versus(family, metric, row, control) for control in controls)
@@ -151,11 +152,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
 
 
 def refuse_unknown(study: Study) -> None:
-    """Refuse planned comparisons of rows that the run will not have, before anything is trained.
-
-    Raises:
-        RecipeError: If ``eval.planned`` names a row that there is not, or two rows of different families.
-    """
+    """Reject planned comparisons of rows that the run will not have, before anything is trained."""
     arms: tuple[Arm, ...] = ("baseline", *study.recipe.eval.arms)
     known = [spec.id for arm in arms for spec in specs_of(study, arm)]
     known += [f"{family}/{BEST_BASELINE}" for family in study.tasks]
@@ -174,7 +171,7 @@ def refuse_unknown(study: Study) -> None:
 
 
 def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row with the best figure; None where no row has one."""
+    """Return the row with the best value of a metric; None if no row has one."""
     scored = [row for row in rows if row.figures.metrics[metric].value is not None]
     sign = 1 if lower(metric) else -1
     return min(scored, key=lambda row: sign * (row.figures.metrics[metric].value or 0.0), default=None)
@@ -192,11 +189,11 @@ def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, s
             yield Versus(_family(a), metric, one, other)
 
 
-def _row(name: str, own: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row of an id; None where its figure is not defined."""
+def _row(name: str, family_rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
+    """Return the row of an id; None if its metric is not defined."""
     if name.partition("/")[2] == BEST_BASELINE:
-        return best_of([row for row in own if row.figures.arm == "baseline"], metric)
-    return next((row for row in own if row.figures.id == name), None)
+        return best_of([row for row in family_rows if row.figures.arm == "baseline"], metric)
+    return next((row for row in family_rows if row.figures.id == name), None)
 
 
 def _family(name: str) -> str:
@@ -207,16 +204,16 @@ def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str,
     """Yield each family with its headline metric and the rows that have it."""
     for family in study.tasks:
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
-        own = [row for row in rows if row.figures.task == family and metric in row.values]
-        yield family, metric, [row for row in own if row.figures.metrics[metric].value is not None]
+        family_rows = [row for row in rows if row.figures.task == family and metric in row.values]
+        yield family, metric, [row for row in family_rows if row.figures.metrics[metric].value is not None]
 
 
-def _scored(study: Study, family: str, own: Sequence[ResultRow]) -> ResultRow | None:
-    """Return the tuned row that stands for its family: its head or first strategy, and the first template."""
+def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> ResultRow | None:
+    """Return the tuned row that represents a family: its head or first strategy, and the first template."""
     templates = [template.id for template in study.asked_with(family, "tuned")]
     strategies = ("head", study.section(family).strategies[0])
-    tuned = [row for row in own if row.figures.arm == "tuned" and row.figures.predictor in strategies]
-    order: Mapping[str, int] = {name: place for place, name in enumerate(templates)}
+    tuned = [row for row in family_rows if row.figures.arm == "tuned" and row.figures.predictor in strategies]
+    order: Mapping[str, int] = {name: index for index, name in enumerate(templates)}
     return min(
         tuned,
         key=lambda row: (strategies.index(row.figures.predictor), order.get(row.figures.template or "", len(order))),

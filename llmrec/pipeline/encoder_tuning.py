@@ -1,4 +1,4 @@
-"""A text encoder that learns from a recipe's training interactions which texts follow which, as a folder."""
+"""Fine-tunes a text encoder on a recipe's training interactions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from llmrec.recipe.schema import Recipe
 
 
 def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> dict[str, Json]:
-    """Tune a text encoder as `TransitionsTuned` does, and write it where any ``encoder`` key can name it.
+    """Fine-tune a text encoder as `TransitionsTuned` does, and write it to a folder for ``encoder`` settings.
 
     The best epoch is chosen by the validation users that do not weigh fusions.
 
@@ -40,7 +40,7 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
     data = load_split(recipe.data, recipe.seed)
     choosing, _ = halves(data, recipe.eval.fusion.reserved)
     encoder = TransitionsTuned(config, seed=recipe.seed).tuned(choosing)
-    told: dict[str, Json] = {
+    record: dict[str, Json] = {
         "llmrec": __version__,
         "data": data.dataset.name,
         "train": digest_frame(data.train),
@@ -53,6 +53,6 @@ def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> d
     with replacing(out) as draft:
         draft.mkdir()
         encoder.save(draft)
-        told["files"] = sorted(entry.name for entry in draft.iterdir())
-        write_json(draft / TUNED, told)
-    return told
+        record["files"] = sorted(entry.name for entry in draft.iterdir())
+        write_json(draft / TUNED, record)
+    return record

@@ -40,7 +40,7 @@ TREES = frozenset({"likelihood", "likelihood-prior", "search"})
 
 
 class _Keeper:
-    """The engine of a process that works piece after piece of a job, and its inputs."""
+    """Keeps the engine of a process open between shards of a job."""
 
     def __init__(self) -> None:
         self._held: tuple[str, Backend] | None = None
@@ -62,13 +62,13 @@ _keeper: _Keeper | None = None
 
 
 def keep_engine() -> None:
-    """From now on this process keeps its last engine open: what is closed and asked for again need not start."""
+    """Keep the last engine of this process open, so that it need not start again for the next shard."""
     global _keeper
     _keeper = _keeper or _Keeper()
 
 
 class Engines:
-    """Hands out backends for a model folder; asking for another engine closes the one before.
+    """Opens backends for model folders, one at a time.
 
     A backend answers from the store what it has answered before, and starts its engine at the first new question.
 
@@ -94,7 +94,7 @@ class Engines:
         self._seed, self._budget, self._store = seed, budget, store
         self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
         self._served: dict[str, bool] = {}
-        # vLLM failed, and is not tried again.
+        # vLLM failed and is not tried again.
         self._is_broken = _keeper is not None and _keeper.is_broken
 
     def engine_for(self, strategy: str, folder: str) -> str:
@@ -165,7 +165,7 @@ class Engines:
         return backend
 
     def _slower(self) -> str:
-        """Say what it costs that transformers answers and not vLLM."""
+        """Describe the cost of transformers in place of vLLM."""
         if _on_gpu(self._model):
             return "which is slower (how much has not been measured on a GPU)"
         # Of SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels behind 280 tokens 93 and 138 s.
@@ -176,7 +176,7 @@ class Engines:
         return Offer(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
-        """Return everything besides the question that can change an answer."""
+        """Return everything besides the prompt that can change an answer."""
         if engine == "openai":
             return {
                 "engine": engine,
@@ -191,7 +191,7 @@ class Engines:
             "engine": engine,
             **({"plugin": code} if code else {}),
             "weights": weights,
-            # The tokenizer and its chat template may lie in another folder than the weights.
+            # The tokenizer may be in another folder than the weights.
             "tokenizer": self._encoder.digest,
             "model": settings(self._model, "engine"),
             "dtype": dtype_name(self._model) if engine != "fake" else None,
@@ -213,7 +213,7 @@ class Engines:
             self._open = None
 
     def _kept(self, engine: str) -> bool:
-        # What a server's client spends is booked in the store of the piece that asks.
+        # The tokens that a server's client spends belong to the store of its shard.
         return _keeper is not None and engine != "openai"
 
     def _begin(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Backend:
@@ -229,7 +229,7 @@ class Engines:
         )
 
     def _encoder_of(self, folder: str) -> Encoder:
-        """Return what encodes prompts for a model: soft prompts stand in its own tokenizer's chat template."""
+        """Return the encoder of a model; the tokenizer of a model with soft prompts has them in its chat template."""
         if not (Path(folder) / soft_prompt.CONFIG).is_file():
             return self._encoder
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
@@ -315,11 +315,7 @@ def _server(section: EvalSection) -> ServerSection:
 
 
 def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> None:
-    """Refuse engines that do not serve encoder-decoders.
-
-    Raises:
-        RecipeError: If the model is one, and answers are to come from vLLM.
-    """
+    """Reject engines that do not support encoder-decoders."""
     asked = "vllm" in (section.backend, section.scorer)
     if asked and not is_plain_decoder(folder, model) and is_paired(load_config(folder, model)):
         raise RecipeError(
@@ -331,12 +327,7 @@ def refuse_paired(folder: str, model: ModelSection, section: EvalSection) -> Non
 
 
 def refuse_device(model: ModelSection, section: EvalSection) -> None:
-    """Refuse a device that is not there, and one that the installed vLLM does not run on.
-
-    Raises:
-        ModelError: If torch cannot use it.
-        RecipeError: If vLLM is asked, and its build is for GPUs alone, or more GPUs are asked for than there are.
-    """
+    """Reject a missing device, and one that the installed vLLM does not support."""
     _refuse_gpus(model, section)
     if device(model) == "cpu" and "vllm" in (section.backend, section.scorer) and _for_gpus():
         raise RecipeError(
@@ -353,7 +344,7 @@ def _for_gpus() -> bool:
 
 
 def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
-    """Refuse to share a model among more GPUs than this machine has, or among any where vLLM is not asked."""
+    """Reject more GPUs than this machine has, and several GPUs without vLLM."""
     wanted = section.tensor_parallel * section.pipeline_parallel
     if wanted == 1:
         return
@@ -376,7 +367,7 @@ def _refuse_gpus(model: ModelSection, section: EvalSection) -> None:
 
 
 def _shared(engine: str, section: EvalSection) -> dict[str, Json]:
-    """Return among how many GPUs a model is shared, where it is: sums are then added up in another order."""
+    """Return the number of GPUs that share a model, if any do: sums are then computed in another order."""
     shape = [section.tensor_parallel, section.pipeline_parallel]
     return {"shared": [*shape]} if engine == "vllm" and shape != [1, 1] else {}
 

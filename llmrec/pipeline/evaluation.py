@@ -1,4 +1,4 @@
-"""The evaluation stage: baselines and language-model settings over the same cases, row by row, each row kept."""
+"""The evaluation stage: baselines, language models and ensembles on the same cases, row by row."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -75,30 +74,24 @@ from llmrec.types import Case, Predictor, Prompt, Rating, Request
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 2
-# Prompts of a row that are read to see how much its engine has to hold, and tokens of an answer.
+# Prompts of a row that are read to size the engine's cache, and tokens of an answer.
 _SAMPLE, _ANSWER = 16, 128
-
-
-@dataclass(frozen=True)
-class Made:
-    """A row as it was made: what answered, prompts to show, and what was said to the users that weigh fusions.
-
-    Of a fusion ``validation`` holds its cross-fitted figure for each of these users' cases, by request id.
-    Users of ``looked_at`` chose something of what answered, and must not weigh it.
-    """
-
-    found: Evaluated
-    engine: str
-    examples: tuple[Shown, ...] = ()
-    weighing: Mapping[str, Any] = field(default_factory=dict)
-    fusion: FusionWeights | None = None
-    validation: Mapping[str, float] = field(default_factory=dict)
-    looked_at: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True, repr=False)
 class ResultRow(Displayed):
-    """A finished row with what the report and the comparisons need."""
+    """A finished row with what the report, comparisons and ensembles need.
+
+    Attributes:
+        figures: Its line in ``results.json``.
+        values: Metrics by request.
+        records: Answers by request.
+        examples: Prompts with their answers.
+        weighing: Answers to the validation users that weigh ensembles, by request id.
+        validation: Of an ensemble its cross-fitted metric for these users' cases, by request id.
+        key: Its fingerprint.
+        looked_at: Validation users that chose something of the model, and must not weigh it.
+    """
 
     figures: Row
     values: Mapping[str, NDArray[np.float64]]
@@ -117,7 +110,7 @@ class ResultRow(Displayed):
 
 
 class Evaluation:
-    """Evaluates a study's rows, reusing those that an earlier run finished from the same inputs."""
+    """Evaluates the rows of a study; a row that is stored under the same fingerprint is reused."""
 
     def __init__(
         self, study: Study, encoder: Encoder | None, folder: Path, budget: Budget, *, quiet: bool = False
@@ -134,27 +127,57 @@ class Evaluation:
         """What became of those engines."""
 
     def baselines(self) -> list[ResultRow]:
-        """Fit and evaluate every family's classic predictors, and their fusion."""
+        """Fit and evaluate the classic baselines of every family, and their ensembles."""
         rows = []
         with self._budget.stage("baselines"):
             for family in self._study.tasks:
-                own = []
-                for baseline in self._study.baselines(family):
-                    spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
-                    key, make = self.key(spec, "numpy", None), partial(self._baseline, spec, baseline)
-                    own.append(self._stored(spec, key, make, self._inputs(spec), self._reads(spec)))
-                rows += own
+                baselines = [self._baseline(family, baseline) for baseline in self._study.baselines(family)]
+                rows += baselines
                 for kind in fusible(self._study, family):
-                    parts = [row for row in own if widest([row.figures.reads, kind]) == kind]
-                    rows += self._joined(RowSpec(own[0].figures.task, "baseline", FUSIONS[kind]), parts)
+                    parts = [row for row in baselines if widest([row.figures.reads, kind]) == kind]
+                    rows += self._joined(RowSpec(baselines[0].figures.task, "baseline", FUSIONS[kind]), parts)
         return rows
+
+    def _baseline(self, family: str, baseline: BaselineSection) -> ResultRow:
+        spec = RowSpec(self._study.tasks[family].family, "baseline", baseline.label)
+        key = self.key(spec, "numpy", None)
+        if (stored := self._kept(spec, key)) is not None:
+            return stored
+        data, options = self._study.task_data(family), self._study.tasks[family].baseline_options
+        shared = (id(data), baseline.label, str(options))
+        if shared not in self._fitted:
+            # Families that read the same data share a fit.
+            self._fitted[shared] = fitted(
+                baseline.name,
+                {**baseline.parameters, **options},
+                self._weighing.choosing(baseline.name, data),
+                seed=self._study.recipe.seed,
+                where=f"tasks.{family}.baselines",
+            )
+            # A fit that is read from the store costs what it cost then.
+            self._budget.add("baselines", self._fitted[shared].recalled)
+        model = self._fitted[shared]
+        predictor = self._calibrated(family, model)
+        looked_at = frozenset(getattr(model, "looked_at", ())) | self._calibrated_by(family)
+        weighing = self._weighing_answers(spec, predictor)
+        found = evaluate(predictor, self._cases[family], **self._measuring(family))
+        reads = reads_of(baseline.name, baseline.parameters)
+        return self._keep(
+            spec,
+            key,
+            _with_curve(found, predictor, self._calibrating(spec.family)),
+            "numpy",
+            reads,
+            weighing=weighing,
+            looked_at=looked_at,
+        )
 
     def arms(
         self, weights: Mapping[Arm, tuple[str, str]], engines: Engines, baselines: Sequence[ResultRow] = ()
     ) -> list[ResultRow]:
-        """Evaluate language-model settings; rows of one model and one engine run one after the other.
+        """Evaluate language models; rows of one model and one engine run one after the other.
 
-        A row whose engine fails is not evaluated, and is noted in ``missing``. A later call makes it.
+        A row whose engine fails is not evaluated, and is listed in ``missing``. A later call evaluates it.
 
         Args:
             baselines: What `baselines` gave, to be joined with the rows of a language model where that is asked for.
@@ -178,9 +201,9 @@ class Evaluation:
                 self.missing[spec.id] = Unevaluated(**spec.asked, reason=failure.reason)
         found = []
         specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
-        for place, spec in enumerate(specs):
-            # A fusion stands behind the row of a language model that it joins with the baselines.
-            model = specs[place - 1].id if spec.joins else spec.id
+        for index, spec in enumerate(specs):
+            # An ensemble follows the row of the language model that it joins with the baselines.
+            model = specs[index - 1].id if spec.joins else spec.id
             if model in self.missing:
                 self.missing[spec.id] = Unevaluated(**spec.asked, reason=self.missing[model].reason)
             elif spec.joins:
@@ -190,7 +213,7 @@ class Evaluation:
         return found
 
     def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
-        """Return the row that validation users say is to be served; None where nobody weighs a fusion."""
+        """Return the best row on validation users, which is served; None if no users weigh ensembles."""
         ranks = [family for family in self._study.tasks if family_of(family).ranks_for_users]
         return chosen(rows, {family: self._weighing.cases(family) for family in ranks})
 
@@ -203,18 +226,15 @@ class Evaluation:
         alike: Sequence[RowSpec],
         failed: Mapping[str, EngineFailure],
     ) -> ResultRow:
-        """Return the stored row of any engine that may answer it, or have it answered.
+        """Return the stored row of any engine that may answer, or ask the first one.
 
         Args:
             spec: Of the row.
             engines: Where backends come from.
             folder: The model folder.
             digest: Of the weights in it.
-            alike: The rows that ask the same engine and model.
-            failed: What became of engines that are not tried again.
-
-        Raises:
-            EngineFailure: If no engine can answer it.
+            alike: The rows of the same engine and model.
+            failed: Failures of engines that are not tried again.
         """
         choices = engines.choices(spec.predictor, folder)
         for engine in choices:
@@ -224,20 +244,39 @@ class Evaluation:
         if choices[0] in failed:
             raise failed[choices[0]]
         backend = engines.get(choices[0], folder, digest, lambda: self._largest(alike, backend))
-        before = backend.recalled_seconds
+        recalled = backend.recalled_seconds
         with self._budget.stage(spec.arm), self._progress(spec) as bar:
             while True:
                 replaced = backend.replaced
-                made = self._ask(spec, backend, bar.advance)
+                strategy = self.strategy(spec, backend, bar.advance)
+                predictor = self._calibrated(spec.family, strategy)
+                # A row costs what its own cases cost, also where a killed run had answered them; cases of calibration
+                # are none of them, and the engine's start is a stage of its own.
+                before = backend.recalled_seconds - backend.start_seconds
+                found = evaluate(predictor, self._cases[spec.family], **self._measuring(spec.family))
+                found = _with_seconds(found, backend.recalled_seconds - backend.start_seconds - before)
+                examples = self._examples(spec, strategy, found)
+                weighing = self._weighing_answers(spec, predictor)
                 if backend.replaced == replaced:
                     break
                 # No row mixes the answers of two engines.
                 bar.restart()
         # What a killed run had answered already costs what it cost then.
-        self._budget.add(spec.arm, backend.recalled_seconds - before)
+        self._budget.add(spec.arm, backend.recalled_seconds - recalled)
         engine = engines.engine_for(spec.predictor, folder)
-        key = self.key(spec, engine, engines.identity(engine, digest))
-        return self._keep(spec, key, made, self._inputs(spec), self._reads(spec))
+        looked_at = self._calibrated_by(spec.family)
+        if spec.arm == "tuned" and self._study.recipe.train.judge is not None:
+            looked_at |= judges(self._study)
+        return self._keep(
+            spec,
+            self.key(spec, engine, engines.identity(engine, digest)),
+            _with_curve(found, predictor, self._calibrating(spec.family)),
+            strategy.engine,
+            "language model",
+            examples=examples,
+            weighing=weighing,
+            looked_at=looked_at,
+        )
 
     def _largest(self, specs: Sequence[RowSpec], backend: CachedBackend) -> int:
         """Return the tokens of the largest batch that rows ask, from the prompts of the longest histories."""
@@ -260,18 +299,18 @@ class Evaluation:
             return self._encoder.max_length
 
     def asked(self, weights: Mapping[Arm, tuple[str, str]], engines: Engines) -> list[tuple[RowSpec, str, str, str]]:
-        """Return the rows that ask a language model, each with its engine, model folder and hash of the weights."""
+        """Return the rows of language models, each with its engine, model folder and hash of the weights."""
         specs = [(spec, arm) for arm in weights for spec in specs_of(self._study, arm)]
         planned = [
             (spec, engines.engine_for(spec.predictor, weights[arm][0]), *weights[arm])
             for spec, arm in specs
             if not spec.joins
         ]
-        # One engine start per model and engine: hf first, since a vLLM process would keep its memory.
+        # One start per model and engine; hf first, since a vLLM process keeps its memory.
         return sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
 
     def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
-        """Return the row of a fusion, none where nobody weighs it."""
+        """Return the row of an ensemble, none if no users weigh it."""
         cases = self._weighing.cases(spec.family, model=spec.arm != "baseline")
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
@@ -284,46 +323,67 @@ class Evaluation:
             cases=[case.request.id for case in cases],
         )
 
-        def make() -> Made:
-            said = [part_of(row) for row in able]
-            onto = bases_of(self._study, spec.family, said, self._weighing.cases(spec.family))
-            model = join(spec.predictor, said, cases, family_of(spec.family).answer, onto=onto)
-            validation = model.validation if isinstance(model, CandidateFusion) else {}
-            return Made(self._measured(spec, model), "numpy", fusion=weights_of(model), validation=validation)
-
+        if (stored := self._kept(spec, key)) is not None:
+            return [stored]
         try:
-            return [self._stored(spec, key, make, weighed_by(able, cases), widest([row.figures.reads for row in able]))]
+            answers = [part_of(row) for row in able]
+            onto = bases_of(self._study, spec.family, answers, self._weighing.cases(spec.family))
+            model = join(spec.predictor, answers, cases, family_of(spec.family).answer, onto=onto)
+            found = evaluate(model, self._cases[spec.family], **self._measuring(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):
                 raise
             log.warning("%s: no such row: %s", spec.id, error)
             return []
+        validation = model.validation if isinstance(model, CandidateFusion) else {}
+        row = self._keep(
+            spec,
+            key,
+            found,
+            "numpy",
+            widest([row.figures.reads for row in able]),
+            inputs=weighed_by(able, cases),
+            fusion=weights_of(model),
+            validation=validation,
+        )
+        return [row]
 
-    def _stored(self, spec: RowSpec, key: str, make: Callable[[], Made], inputs: str, reads: Reads) -> ResultRow:
-        """Return the stored row with a key, or make it and store it."""
-        return self._kept(spec, key) or self._keep(spec, key, make(), inputs, reads)
+    # ------------------------------------------------------------------------- stored rows
 
     def _path(self, spec: RowSpec) -> Path:
         return self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
 
     def _kept(self, spec: RowSpec, key: str) -> ResultRow | None:
-        """Return the stored row with a key, if there is one."""
+        """Return the stored row with a fingerprint, if there is one."""
         stored = read_stage(self._path(spec), key, row_of)
         if stored is None:
             return None
         log.info("evaluation: reusing row %s", spec.id)
         return row_of(stored)
 
-    def _keep(self, spec: RowSpec, key: str, made: Made, inputs: str, reads: Reads) -> ResultRow:
-        """Store a row."""
-        found = made.found
+    def _keep(
+        self,
+        spec: RowSpec,
+        key: str,
+        found: Evaluated,
+        engine: str,
+        reads: Reads,
+        *,
+        inputs: str | None = None,
+        fusion: FusionWeights | None = None,
+        examples: Sequence[Shown] = (),
+        weighing: Mapping[str, Any] | None = None,
+        validation: Mapping[str, float] | None = None,
+        looked_at: frozenset[str] = frozenset(),
+    ) -> ResultRow:
+        """Store a row; see `ResultRow`."""
         figures = Row(
             **spec.asked,
-            engine=made.engine,
+            engine=engine,
             reads=reads,
-            inputs=inputs,
+            inputs=inputs or inputs_of(spec, self._study) + left_out(spec, self._study),
             candidates=self._digest(spec.family),
-            **({"fusion": made.fusion} if made.fusion else {}),
+            **({"fusion": fusion} if fusion else {}),
             **found.figures.as_json(),
         )
         stored = {
@@ -331,16 +391,13 @@ class Evaluation:
             "figures": figures.as_json(),
             "values": {metric: [float(v) for v in values] for metric, values in found.values.items()},
             "records": [record.as_json() for record in found.records],
-            "examples": [example.as_json() for example in made.examples],
-            "weighing": dict(made.weighing),
-            "validation": dict(made.validation),
-            "looked_at": sorted(made.looked_at),
+            "examples": [example.as_json() for example in examples],
+            "weighing": dict(weighing or {}),
+            "validation": dict(validation or {}),
+            "looked_at": sorted(looked_at),
         }
         write_checked(self._path(spec), stored)
         return row_of(stored)
-
-    def _inputs(self, spec: RowSpec) -> str:
-        return inputs_of(spec, self._study) + left_out(spec, self._study)
 
     def key(self, spec: RowSpec, engine: str, identity: Mapping[str, Any] | None) -> str:
         """Return the fingerprint of a row."""
@@ -373,53 +430,21 @@ class Evaluation:
         sets = self._study.sets(family)
         return sets.digest if sets is not None else None
 
-    def _baseline(self, spec: RowSpec, baseline: BaselineSection) -> Made:
-        seed, options = self._study.recipe.seed, self._study.tasks[spec.family].baseline_options
-        data = self._study.task_data(spec.family)
-        key = (id(data), spec.predictor, str(options))
-        if key not in self._fitted:
-            # Families that read the same data share it.
-            where = f"tasks.{spec.family}.baselines"
-            used = self._weighing.choosing(baseline.name, data)
-            parameters = {**baseline.parameters, **options}
-            self._fitted[key] = fitted(baseline.name, parameters, used, seed=seed, where=where)
-            # A fit that is kept from before costs what it cost then.
-            self._budget.add("baselines", self._fitted[key].recalled)
-        predictor = self._calibrated(spec, self._fitted[key])
-        seen = frozenset(getattr(self._fitted[key], "looked_at", ())) | self._calibrated_by(spec.family)
-        said = self._said(spec, predictor)
-        return Made(self._evaluate(spec, predictor), "numpy", weighing=said, looked_at=seen)
+    # ------------------------------------------------------------------------- what answers, and how it is measured
 
     def _weighers(self, spec: RowSpec) -> list[Case]:
-        """Return the validation cases that a row answers too, so that it can be joined with others."""
+        """Return the validation cases that weigh ensembles, if a row is a member of any."""
         if spec.template is not None and not joins_model(self._study, spec.family, spec.arm, spec.predictor):
             return []
         return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
 
-    def _said(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
-        """Return what a row says to the users that weigh fusions, by request id."""
+    def _weighing_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
+        """Return the answers of a row to the validation users that weigh ensembles, by request id."""
         requests = [case.request for case in self._weighers(spec)]
         return {each.request_id: remembered(each) for each in predictor.answer(requests)} if requests else {}
 
-    def _reads(self, spec: RowSpec) -> Reads:
-        if spec.template is not None:
-            return "language model"
-        known = self._study.baselines(spec.family)
-        (parameters,) = {str(each.label): each.parameters for each in known if each.label == spec.predictor}.values()
-        return reads_of(spec.predictor.partition("(")[0], parameters)
-
-    def _ask(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Made:
-        strategy = self.strategy(spec, backend, advance)
-        predictor = self._calibrated(spec, strategy)
-        found = self._evaluate(spec, predictor, backend)
-        seen = self._calibrated_by(spec.family)
-        if spec.arm == "tuned" and self._study.recipe.train.judge is not None:
-            seen |= judges(self._study)
-        shown, said = self._examples(spec, strategy, found), self._said(spec, predictor)
-        return Made(found, strategy.engine, shown, said, looked_at=seen)
-
     def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
-        """Return what asks the questions of a row."""
+        """Return the strategy of a row."""
         assert spec.template is not None
         task, eval_section = self._study.tasks[spec.family], self._study.recipe.eval
         asker = Prompting(
@@ -435,46 +460,31 @@ class Evaluation:
         asked = {"training": task.questions(eval_section.debias_questions)} if measured else {}
         return strategy_of(spec.predictor, asker, **options, **asked)
 
-    def _calibrated(self, spec: RowSpec, predictor: Predictor) -> Predictor:
-        """Return what answers a row's cases and those that weigh its fusions: both are put right, or neither."""
-        if not self._study.tasks[spec.family].calibrates:
+    def _calibrated(self, family: str, predictor: Predictor) -> Predictor:
+        """Return a predictor calibrated on validation cases, if the family calibrates."""
+        if not self._study.tasks[family].calibrates:
             return predictor
-        return Calibrated(predictor, self._calibrating(spec.family))
+        return Calibrated(predictor, self._calibrating(family))
 
-    def _evaluate(self, spec: RowSpec, predictor: Predictor, backend: Any = None) -> Evaluated:
-        # A row costs what its own cases cost, also where a killed run had answered them; those of calibration are none.
-        # The engine's start, which falls into the first row that asks it anything, is a stage of its own.
-        before = backend.recalled_seconds - backend.start_seconds if backend is not None else 0.0
-        found = self._measured(spec, predictor)
-        figures = found.figures
-        if backend is not None:
-            spent = (figures.cost.seconds or 0.0) + backend.recalled_seconds - backend.start_seconds - before
-            figures = figures.model_copy(update={"cost": figures.cost.model_copy(update={"seconds": spent})})
-        if isinstance(predictor, Calibrated):
-            curve = Calibration(n=len(self._calibrating(spec.family)), **asdict(predictor.curve))
-            figures = figures.model_copy(update={"calibration": curve})
-        return replace(found, figures=figures)
-
-    def _measured(self, spec: RowSpec, predictor: Predictor) -> Evaluated:
-        family = family_of(spec.family)
-        return evaluate(
-            predictor,
-            self._cases[spec.family],
-            name=spec.family,
-            kind=family.answer,
-            protocol=self.protocol(spec.family),
-            fallback=self._user_mean() if family.answer is Rating else None,
-            background=self._background(spec.family) if family.grounded else None,
-        )
+    def _measuring(self, family: str) -> dict[str, Any]:
+        """Return what `evaluate` takes besides a predictor and its cases."""
+        kind = family_of(family)
+        return {
+            "name": family,
+            "kind": kind.answer,
+            "protocol": self.protocol(family),
+            "fallback": self._user_mean() if kind.answer is Rating else None,
+            "background": self._background(family) if kind.grounded else None,
+        }
 
     def _background(self, family: str) -> Background:
-        """What texts are held against; features where the interactions have a column of them."""
+        """Return the training texts and features that explanations are compared with."""
         if family not in self._backgrounds:
             self._backgrounds[family] = background_of(self._study.task_data(family))
         return self._backgrounds[family]
 
     def _calibrating(self, family: str) -> list[Case]:
-        """Return the validation cases that a family's probabilities are put right on."""
+        """Return the validation cases that calibrate a family's probabilities."""
         return self._study.cases(family, "valid") if self._study.tasks[family].calibrates else []
 
     def _calibrated_by(self, family: str) -> frozenset[str]:
@@ -485,13 +495,13 @@ class Evaluation:
         return protocol_of(self._study, family)
 
     def _user_mean(self) -> Callable[[Request], float]:
-        """Return what stands in for a rating that cannot be read."""
+        """Return the fallback for a rating that cannot be parsed."""
         means = UserMean()
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value
 
     def _examples(self, spec: RowSpec, predictor: Strategy, found: Evaluated) -> tuple[Shown, ...]:
-        """Render the first prompts of a row, as they were asked, with their answers, for the report."""
+        """Return the first prompts of a row with their answers, for the report."""
         assert spec.template is not None
         first = predictor.first_prompt if isinstance(predictor, AsksFirst) else predictor.asker.prompt
         shown = []
@@ -512,14 +522,14 @@ class Evaluation:
         return tuple(shown)
 
     def questions(self, spec: RowSpec) -> tuple[list[Case], ...]:
-        """Return what a row is asked, call by call: cases of calibration, its own, and those that weigh fusions."""
+        """Return the cases of a row, call by call: for calibration, its own, and those that weigh ensembles."""
         return self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
 
     def _progress(self, spec: RowSpec) -> BatchBar:
         return self.progress(spec, [[case.request for case in cases] for cases in self.questions(spec)], self._quiet)
 
     def progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]], quiet: bool) -> BatchBar:
-        """Return the progress of a row that is asked some requests, call by call: in candidates, if there are any."""
+        """Return a progress bar for requests of a row, call by call; it counts candidates, if there are any."""
         requests, section = [request for part in asked for request in part], self._study.recipe.eval
         sizes = [len(request.candidates or ()) for request in requests]
         counted = questions_of(spec.predictor, max(sizes, default=0), section)
@@ -533,23 +543,36 @@ class Evaluation:
         )
 
 
+def _with_seconds(found: Evaluated, seconds: float) -> Evaluated:
+    """Return results with further seconds of cost."""
+    cost = found.figures.cost.model_copy(update={"seconds": (found.figures.cost.seconds or 0.0) + seconds})
+    return replace(found, figures=found.figures.model_copy(update={"cost": cost}))
+
+
+def _with_curve(found: Evaluated, predictor: Predictor, cases: Sequence[Case]) -> Evaluated:
+    """Return results with the calibration curve of the predictor, if it has one."""
+    if not isinstance(predictor, Calibrated):
+        return found
+    curve = Calibration(n=len(cases), **asdict(predictor.curve))
+    return replace(found, figures=found.figures.model_copy(update={"calibration": curve}))
+
+
 def row_of(stored: Mapping[str, Any]) -> ResultRow:
-    """Return a row as it was stored."""
+    """Return a row from its stored form."""
     return ResultRow(
         Row.model_validate(stored["figures"]),
         {metric: np.array(numbers, dtype=np.float64) for metric, numbers in stored["values"].items()},
         [Prediction.model_validate(record) for record in stored["records"]],
         [Shown.model_validate(example) for example in stored["examples"]],
         stored["weighing"],
-        stored.get("validation", {}),
+        stored["validation"],
         stored["key"],
-        # Rows of earlier versions do not say.
-        frozenset(stored.get("looked_at", ())),
+        frozenset(stored["looked_at"]),
     )
 
 
 def part_of(row: ResultRow) -> Recalled:
-    """Return a finished row as a part of a fusion."""
+    """Return a finished row as a member of an ensemble."""
     name = row.figures.predictor
     kind = kind_of(name.partition("(")[0]) if row.figures.template is None else "logits"
     answers = answers_of(row.weighing, row.records)
@@ -562,7 +585,7 @@ def _title(item: str, family: str, study: Study) -> str:
 
 
 def _readable(record: Prediction, study: Study) -> str:
-    """Name the first three ranked items by title; other answers as they are."""
+    """Return the titles of the first three ranked items; another answer as text."""
     parsed = json.loads(record.parsed)
     if isinstance(parsed, dict):
         items = study.data.dataset.items

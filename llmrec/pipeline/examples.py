@@ -32,18 +32,18 @@ INPUT = 400
 
 
 def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
-    """Return the places of the requests to show, in the order of their seeded hash."""
+    """Return the indices of the requests to show, in the order of their seeded hash."""
     order = np.argsort(hash64("text sample", seed, requests), kind="stable")
     return [int(place) for place in order[:count]]
 
 
 def user_of(dataset: Dataset, user_id: str) -> User:
-    """Say whose request it is, as questions write it."""
+    """Describe the user of a request as prompts do."""
     return User(id=user_id, name=clean(dataset.users.get(user_id, {}).get("name", "")))
 
 
 def product_of(dataset: Dataset, item_id: str) -> Product:
-    """Say what a request is about, as questions write it."""
+    """Describe the item of a request as prompts do."""
     item = dataset.items[item_id]
     fields = {clean(name): shortened(clean(value)) for name, value in item.fields.items() if clean(value)}
     return Product(id=item_id, title=clean(item.title), fields=fields)
@@ -55,7 +55,7 @@ def shortened(text: str, limit: int = INPUT) -> str:
 
 
 def ranked(parsed: str) -> list[str]:
-    """Return the items of an answer that is a ranking, the first one first; nothing of any other."""
+    """Return the items of a ranking in order; none for another answer."""
     answer = json.loads(parsed)
     return [str(item) for item in answer["items"]] if isinstance(answer, dict) else []
 
@@ -81,7 +81,7 @@ def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str,
     Returns:
         None where no row ranks for users.
     """
-    # In the order of tables, in which the sequential task comes first of these.
+    # In the order of tables, where the sequential task is first.
     for family in (family for family in study.tasks if family_of(family).ranks_for_users):
         row = _row(family, headline[family], rows)
         if row is not None:
@@ -138,7 +138,7 @@ _READ = 6
 
 
 def exhibits(study: Study, rows: Sequence[ResultRow]) -> list[Exhibit]:
-    """Return ``gallery`` of results.json: what features say of a few requests, and what they change.
+    """Return ``gallery`` of results.json: features of a few requests, and what they change.
 
     Of each family the first baseline that reads features is shown, beside the rows of the same baseline.
     """
@@ -182,17 +182,17 @@ def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[
 
 
 def _said(record: Prediction, item: str) -> str:
-    """Return an answer in a few words: a number as it is, of a ranking the place of the item."""
+    """Return an answer as text: a number, or the rank of the item."""
     if answer := ranked(record.parsed):
         return f"place {answer.index(item) + 1}" if item in answer else f"not among the first {len(answer)}"
-    said = json.loads(record.parsed)
-    return f"{said:.3f}" if isinstance(said, float) else "could not be read" if said is None else str(said)
+    parsed = json.loads(record.parsed)
+    return f"{parsed:.3f}" if isinstance(parsed, float) else "could not be read" if parsed is None else str(parsed)
 
 
 # --------------------------------------------------------------------------- samples
 
 
-# Characters of an answer that could not be read, which no task has cut.
+# Characters of an answer that could not be parsed.
 _RAW = 500
 _TITLES = 3
 _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
@@ -231,7 +231,7 @@ def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[S
 
 
 def _told(study: Study, family: str, request: Request, view: View) -> Iterator[Told]:
-    """Yield the request's context, which baselines read too, and what else some template shows."""
+    """Yield the request's context, which baselines read too, and further fields of templates."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
         yield Told(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
@@ -260,13 +260,13 @@ def _counted(statistics: Mapping[str, Any]) -> str:
 
 
 def _pairs(fields: Mapping[str, str]) -> str:
-    """Write a user's fields as one line; the name stands elsewhere."""
+    """Return a user's fields as one line, without the name."""
     found = {clean(name): clean(value) for name, value in fields.items() if name != "name"}
     return "; ".join(f"{name}: {value}" for name, value in found.items() if value)
 
 
 def _answer(record: Prediction) -> Written:
-    """Return what was read, or why nothing was."""
+    """Return the parsed answer, or the reason why there is none."""
     text = json.loads(record.parsed)
     if text is not None:
         return Written(text=str(text))
@@ -280,12 +280,12 @@ log = logging.getLogger(__name__)
 
 LENGTH = 10
 """Places of a list that count."""
-# Items of a family, neighbours of an item, lists of a row, and titles of a history.
+# Items of a family, neighbours of an item, and lists of a row.
 _ITEMS, _NEAR, _VISITS = 6, 4, 2
 
 
 def newcomers(study: Study, rows: Sequence[ResultRow]) -> list[Newcomer]:
-    """Return ``newcomers`` of results.json: a few of the items that the split holds out wholly.
+    """Return ``newcomers`` of results.json: a few cold-start items.
 
     They are drawn by the seed among those that some user is asked for, never by who finds them. Of each family that
     ranks for users; nothing where the split has no cold items.
@@ -325,7 +325,7 @@ def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator
 
 
 def _one_a_user(found: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
-    """Leave out further lists of a user, who may be asked about several items."""
+    """Keep one list of each user."""
     first = {cases[n].request.user_id: (n, place) for n, place in reversed(found)}
     return sorted(first.values())
 
@@ -342,7 +342,7 @@ def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visi
 
 
 def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
-    """Return the items of training that read most like each, by the recipe's text encoder; none without one."""
+    """Return the most similar training items of each item by the text encoder; none without an encoder."""
     data, found = study.task_data(family), dict[str, tuple[Nearby, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
@@ -350,7 +350,7 @@ def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tu
         vectors = vectors_of(shown, study.recipe.encoder)
         likeness = vectors.of(asked) @ vectors.of(warm).T
     except LlmrecError as error:
-        # All is measured by now, and none of it may be lost for this.
+        # Everything is measured by now, and must not be lost for this.
         log.warning("new items stand without neighbours in the report: %s", error)
         return dict.fromkeys(asked, ())
     for item, row in zip(asked, likeness, strict=True):

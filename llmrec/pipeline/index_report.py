@@ -1,4 +1,4 @@
-"""Recipe -> item index with its figures and its page, without tasks or a model: `llmrec index`; and a run's page."""
+"""Item indexes with metrics and a page: `llmrec index`, and the index page of a run."""
 
 from __future__ import annotations
 
@@ -24,13 +24,9 @@ from llmrec.report.escape import flat, short
 from llmrec.report.wording import share
 
 _PAGE = "index.html"
-# The last two stand in folders of earlier versions.
-_FILES = {
-    "index.json", "index.safetensors", index_summary.DIAGNOSTICS, index_summary.NEIGHBOURS, _PAGE, "plotly.min.js",
-    "report.js",
-}  # fmt: skip
+_FILES = {"index.json", "index.safetensors", index_summary.DIAGNOSTICS, index_summary.NEIGHBOURS, _PAGE}
 _EXAMPLES = 20
-# Of one length of prefix, and items of each.
+# Groups of one prefix length, and items of each.
 _GROUPS, _MEMBERS = 8, 8
 # Groups in the report of a run.
 _SHOWN = 6
@@ -102,7 +98,7 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
 
 
 def _holds_more(folder: Path) -> bool:
-    """Whether more than an index and its page lies in a folder, which would be lost if another index took its place."""
+    """Whether a folder holds more than an index and its page, which a new index would remove."""
     found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return (folder.exists() and not folder.is_dir()) or bool(found - _FILES) or bool(found and not _digest(folder))
 
@@ -127,14 +123,14 @@ def write_run(study: Study, folder: Path) -> str:
     figures = found.as_json()
     write_json(where / index_summary.DIAGNOSTICS, figures)
     content = _content(study.recipe, study.data, study.index, found, run=True)
-    # The report of the run shows a few; titles are no part of a run's other files.
+    # The report of the run shows a few.
     write_json(where / index_summary.NEIGHBOURS, [asdict(group) for group in content.groups[:_SHOWN]])
     index_page.write(content, page)
     return index_summary.line_of(figures)
 
 
 def summary(made: Indexed) -> dict[str, dict[str, str]]:
-    """Return what the console shows: names with values, under a title."""
+    """Return the summary for the console: names with values, under a title."""
     found, titles = made.found, _titles(made.data)
     figures = {name: _shown(value) for name, value in index_summary.key_figures(found).items()}
     tables = {f"index {found.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
@@ -209,7 +205,7 @@ def _shown(value: str) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """Return the digest of the index in a folder; nothing where there is none that can be read."""
+    """Return the digest of the index in a folder; None if there is none that can be read."""
     try:
         return ItemIndex.load(folder).digest
     except LlmrecError:

@@ -1,4 +1,4 @@
-"""Recipe -> item index, and the base model that knows its tokens."""
+"""Builds the item index of a recipe, and the base model with its tokens."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ FOLDER = "index"
 """Where a model folder keeps its index."""
 LEARNED = "collaborative"
 """The value of ``index.tokens`` for rows that start from a recommender's item vectors."""
-# Which weights the text encoder had.
+# The stamp of the text encoder.
 _STAMP = "encoder_stamp"
-# Schemes whose codes take long to find.
+# Schemes that are slow to build, and cached.
 _SLOW = ("collaborative", "semantic")
 
 
 def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool = False) -> ItemIndex:
-    """Build an index, or read back the one that the same section, data and seed gave, unless a ``fresh`` one is wanted.
+    """Build an index, or read the cached one of the same settings, data and seed, unless ``fresh``.
 
     With ``index.ids: tokens`` every user with training interactions has a token of its own.
     """
@@ -59,8 +59,8 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
     """Return the codes of the items.
 
-    What is read back has a key over all of the data, held-out interactions included, so that the audit's rebuild from
-    other held-out interactions is never answered from here.
+    The key covers held-out interactions, too, so that the audit's rebuild with other held-out interactions never reads
+    the cache.
     """
     embed = fitting(section.semantic.encoder, data) if section.scheme == "semantic" else None
     if section.scheme not in _SLOW:
@@ -87,11 +87,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 
 
 def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
-    """Return the index that a model folder carries; titles need none, since items bring their own.
-
-    Raises:
-        DataError: If the model was tuned with an index that its folder lacks.
-    """
+    """Return the index in a model folder; titles need none."""
     if scheme is None:
         return None
     if (folder / FOLDER).is_dir():
@@ -110,13 +106,13 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
 
 def embed_of(index: ItemIndex) -> Embed | None:
     """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
-    told = index.settings.get("semantic")
-    if told is None:
+    stored = index.settings.get("semantic")
+    if stored is None:
         return None
-    embed, stamp = text_embedder(str(told["encoder"])), index.settings.get(_STAMP)
+    embed, stamp = text_embedder(str(stored["encoder"])), index.settings.get(_STAMP)
     if stamp not in (None, embed.stamp):
         raise DataError(
-            f"the text encoder {told['encoder']!r} is not the one that the index was built with, so new items cannot "
+            f"the text encoder {stored['encoder']!r} is not the one that the index was built with, so new items cannot "
             "be placed in it; put that encoder back, or build the index and tune again",
             kind="mismatch",
             column="index.semantic.encoder",
@@ -125,7 +121,7 @@ def embed_of(index: ItemIndex) -> Embed | None:
 
 
 def placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index that holds these items too; the text encoder is looked for only if one of them is new."""
+    """Return an index with these items added; the text encoder is loaded only if one of them is new."""
     if all(item in index.codes for item in items):
         return index
     return index.extend(items, embed=embed_of(index))
@@ -145,7 +141,7 @@ def with_tokens(
     seed: int,
     held: HeldItems | None = None,
 ) -> str:
-    """Return the folder of a base model that knows an index's tokens: ``folder/base``, made once.
+    """Return the folder of a base model with an index's tokens: ``folder/base``, made once.
 
     Where the alignment task holds items out, their words give nothing to their tokens: a token of one item's own would
     say its title before any training.
@@ -192,7 +188,7 @@ def with_tokens(
 def _vectors(
     section: IndexSection, items: Mapping[str, Item], data: SplitDataset, seed: int
 ) -> dict[str, NDArray[np.float32]]:
-    """Return a vector of each item, by what is said of it or by who chose it in training; some may have none."""
+    """Return vectors of items, from texts or from training interactions; some items may have none."""
     if section.tokens == LEARNED:
         model = fitted(section.recommender, {}, data, seed=seed)
         return {item: vector for item, vector in model.item_vectors().items() if item in items}

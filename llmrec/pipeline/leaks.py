@@ -1,7 +1,6 @@
-"""Looks for held-out data where it must not be: the split, profiles, candidates, fitted baselines, the item index.
+"""Checks for test leakage: the split, profiles, candidates, training rows, prompts, fitted baselines, the item index.
 
-Every check reads what the run really used (drawn sets, stored answers), not what the code that made it promises. A
-check returns what it found; nothing here repairs anything.
+A check reads what the run used (drawn sets, stored answers) and returns its result; it repairs nothing.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from llmrec.index.titles import shown
 from llmrec.metrics.stats import mean_ranks
 from llmrec.pipeline.indexing import build_index
 from llmrec.pipeline.row_specs import asks
-from llmrec.pipeline.study import Study, build_task, sentence, told, users
+from llmrec.pipeline.study import Study, build_task, leak_warning, leaking_users, profile_leaks
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import BaselineSection
 from llmrec.registry import is_positional
@@ -44,7 +43,7 @@ from llmrec.train.rows import Branching
 from llmrec.types import Case, Example, Message, Prompt, Request, Segment
 
 _SHOWN = 5
-# Chance of a false alarm of one statistical check.
+# False positive rate of one statistical check.
 _ALARM = 1e-4
 _SCORED = 50
 
@@ -54,10 +53,10 @@ class Check:
     """One line of an audit.
 
     Attributes:
-        name: What was looked at.
-        found: What came out, in one sentence.
-        verdict: ``leak`` fails the run; a ``notice`` is something that a reader must know.
-        examples: The first places where something was found.
+        name: What was checked.
+        found: The result, in one sentence.
+        verdict: ``leak`` fails the run; ``notice`` is for readers of the report.
+        examples: The first places where something is wrong.
         figures: Numbers behind the sentence.
     """
 
@@ -69,7 +68,7 @@ class Check:
 
 
 def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
-    """Return a check that leaks where there is any place at all."""
+    """Return a check that is a leak if there is any place."""
     if not places:
         return Check(name, f"none in {looked_at}")
     return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
@@ -79,7 +78,7 @@ def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
 
 
 def training_interactions(data: SplitDataset) -> Check:
-    """Held-out pairs among training interactions, such later than the user's held-out ones, and any on cold items."""
+    """Check training interactions: none is held out, later than a held-out one of its user, or on a cold item."""
     train = data.train.select("user_id", "item_id", "timestamp")
     places = [
         f"user {user}, item {item} is held out and trained on"
@@ -110,19 +109,19 @@ def training_interactions(data: SplitDataset) -> Check:
 
 
 def profiles(data: SplitDataset) -> Check:
-    """Held-out titles in the profile texts of users, who are set aside from evaluation."""
-    name, found = f"user profiles of {data.dataset.name}", told(data)
+    """Check profiles for held-out titles; such users are set aside from evaluation."""
+    name, found = f"user profiles of {data.dataset.name}", profile_leaks(data)
     if not found:
         return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
     places = tuple(f"user {each.user_id}: field {each.field!r} names held-out item {each.item_id}" for each in found)
-    return Check(name, sentence(data, found), "notice", places[:_SHOWN], {"users": len(users(found))})
+    return Check(name, leak_warning(data, found), "notice", places[:_SHOWN], {"users": len(leaking_users(found))})
 
 
 # --------------------------------------------------------------------------- candidates
 
 
 def candidate_sets(study: Study) -> list[Check]:
-    """Sets that lack or repeat the target, hold other items of the user, or give the target away by its place."""
+    """Check candidate sets: one target, no other items of the user, and a position that does not reveal the target."""
     data, sets, split = study.data, study.candidates, study.recipe.eval.split
     if sets is None:
         return []
@@ -139,7 +138,7 @@ def candidate_sets(study: Study) -> list[Check]:
         taken += [f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]]
     looked = f"{len(sets.sets):,} candidate sets"
     if study.recipe.eval.candidates.kind == "retrieved":
-        # Without the target, or with what the user takes later, a retriever's set is as it would be in use.
+        # As in use, a retrieved set may lack the target, or hold what the user chooses later.
         found = len(sets.sets) - len(lacking)
         about = [Check("retrieved sets", f"{found:,} of {len(sets.sets):,} hold the target, which bounds HR over them")]
     else:
@@ -156,7 +155,7 @@ def candidate_sets(study: Study) -> list[Check]:
 
 
 def _placed(positions: Sequence[int], count: int) -> Check:
-    """Chi-square of the target's position against the uniform distribution."""
+    """Test the target's position against the uniform distribution (chi-square)."""
     name = "position of the target among its candidates"
     if len(positions) < 5 * count:
         return Check(name, f"not tested: {len(positions)} sets are too few for {count} positions", "notice")
@@ -173,9 +172,9 @@ def _placed(positions: Sequence[int], count: int) -> Check:
 
 
 def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
-    """Whether stored orders follow popularity or ids: mean rank correlation, zero for shuffled sets."""
+    """Check that stored orders do not follow popularity or ids: the mean rank correlation of shuffled sets is zero."""
     counts = dict(study.data.train.group_by("item_id").len().iter_rows())
-    ids = {item: place for place, item in enumerate(sorted(study.data.dataset.items))}
+    ids = {item: index for index, item in enumerate(sorted(study.data.dataset.items))}
     name, figures = "order of the candidates", {}
     for what, key in (("popularity", counts), ("item ids", ids)):
         values = [np.array([key.get(item, 0) for item in items], dtype=float) for items in sets.values()]
@@ -191,12 +190,12 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
 
 
 def _correlation(values: np.ndarray[Any, Any]) -> float:
-    # Equal values share a rank: in the order of their places they would follow it by themselves.
+    # Equal values share a rank, so that ties do not correlate with the order.
     return float(np.corrcoef(mean_ranks(values), np.arange(len(values)))[0, 1])
 
 
 def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
-    """Rows of one table that were given different candidates, and answers that rank what was not asked."""
+    """Check that rows of a table have the same candidates, and that answers rank these."""
     unequal, foreign = [], []
     item_answers = [name for name, family in families().items() if family.answers_with_items]
     for family in item_answers:
@@ -231,7 +230,7 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
 def redrawn(
     data: SplitDataset, split: str, seed: int = 1, toward: Mapping[str, Sequence[str]] | None = None
 ) -> SplitDataset:
-    """Return the data with a split's held-out items, ratings and texts drawn anew; all else stays as it is.
+    """Return the data with other held-out items, ratings and texts in a split; everything else stays the same.
 
     Items are drawn from the catalogue: dealing the same items out among other users would leave every count of items as
     it was, and miss a prior that counted them.
@@ -245,7 +244,7 @@ def redrawn(
     rng, items, ratings = np.random.default_rng(seed), sorted(data.dataset.items), data.train["rating"].drop_nulls()
     parts, pools = {"valid": data.valid, "test": data.test}, toward or {}
     frame = parts[split]
-    found = [items[place] for place in rng.integers(len(items), size=len(frame))]
+    found = [items[index] for index in rng.integers(len(items), size=len(frame))]
     for row, user in enumerate(frame["user_id"]):
         if pool := pools.get(user):
             found[row] = pool[int(rng.integers(len(pool)))]
@@ -267,7 +266,7 @@ def redrawn(
 
 
 def baselines(study: Study) -> Check:
-    """Whether a baseline's answers move when only the interactions that are evaluated change: it learned from them."""
+    """Check that no baseline answers differently when only the evaluated interactions change."""
     # A baseline of two families that read the same data is fitted once for both.
     asked: dict[tuple[int, str], list[str]] = defaultdict(list)
     made = {}
@@ -304,13 +303,13 @@ def _anew(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:
 
 
 def _seen(baseline: BaselineSection) -> frozenset[Pair]:
-    """Return the interactions that the texts of a baseline's features have seen."""
+    """Return the interactions that the texts of a baseline's features were made of."""
     stores = stores_of(baseline.name, baseline.parameters)
     return frozenset().union(*(FeatureStore.open(folder).seen() for folder in stores))
 
 
 def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
-    """Return what users' texts have not seen, for the users whose texts have seen anything."""
+    """Return the training items that users' texts were not made of, for users whose texts were made of any."""
     read: dict[str, set[str]] = defaultdict(set)
     for user, item in seen:
         read[user].add(item)
@@ -319,7 +318,7 @@ def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
 
 
 def feature_texts(study: Study) -> Check | None:
-    """Whether a text among the features that baselines read has seen a held-out interaction; None without features."""
+    """Check that no feature text of a baseline was made of a held-out interaction; None without features."""
     stores = {
         folder: family
         for family in study.tasks
@@ -342,9 +341,9 @@ def feature_texts(study: Study) -> Check | None:
 
 
 def item_index(study: Study) -> Check | None:
-    """Whether the codes of items move when only held-out interactions change: the invariance gate.
+    """Check that item codes stay the same when only held-out interactions change.
 
-    The index is built again after the items of all held-out interactions were drawn anew, and must be the same bytes.
+    The index is rebuilt with other held-out items, and must have the same bytes.
     """
     section, index = study.recipe.index, study.index
     if section is None or index is None:
@@ -373,14 +372,14 @@ def item_index(study: Study) -> Check | None:
 _TELLING = 24
 # Of longer texts the beginning is looked for: prompts cut them.
 _TEXT = 120
-# How a template names the one item that it asks about.
+# Names of the item that a template asks about.
 _TITLES, _CODES = re.compile(r"\bitem\.title\b"), re.compile(r"\bitem(?:\.code|_id)\b")
-# Rows of a family and requests that are made again from other held-out data.
+# Rows of a family, and requests, that are rendered again with other held-out data.
 _ROWS, _REQUESTS = 5000, 200
 
 
 class _Secrets:
-    """What must not be shown about a user: titles and texts of what is held out, less what training tells anyway.
+    """Titles and texts of a user's held-out items that are not in the user's training interactions.
 
     With an index, for templates that write codes, it is codes and not titles.
     """
@@ -410,12 +409,12 @@ class _Secrets:
                     self.titles[user][title] = item
                 for whole in parts(user, item, text):
                     said = whole[:_TEXT]
-                    # Some write the same sentences about everything: what training tells is no secret.
+                    # Some users write the same sentences about everything: what is in training is no secret.
                     if len(said) >= _TELLING and not any(said in earlier for earlier in wrote[user]):
                         self.texts[user][said] = item
 
     def shown(self, user: str, segments: Iterable[Segment], drawn: Mapping[str, int] | None = None) -> Iterator[str]:
-        """Yield each held-out item of a user that data segments show, by its whole title or by its text.
+        """Yield the held-out items of a user that segments show by title or text.
 
         Args:
             user: Whose items.
@@ -426,12 +425,12 @@ class _Secrets:
         for segment in segments:
             if segment.kind == "text":
                 continue
-            said = clean(segment.text)
-            if said in titles and left[said] <= 0:
-                yield f"user {user}, title of held-out item {titles[said]}"
-            left[said] -= 1
+            text = clean(segment.text)
+            if text in titles and left[text] <= 0:
+                yield f"user {user}, title of held-out item {titles[text]}"
+            left[text] -= 1
             yield from (
-                f"user {user}, text about held-out item {item}" for text, item in written.items() if text in said
+                f"user {user}, text about held-out item {item}" for review, item in written.items() if review in text
             )
 
     def negatives(self, example: Example, template: Template) -> Mapping[str, int]:
@@ -450,7 +449,7 @@ class _Secrets:
         else:
             named = Counter(clean(segment.text) for segment in _segments(example.messages) if segment.kind != "text")
             listed = texts + Counter(self._written[item] for _, item in example.pairs[-1:])
-            # One that is cut, or written otherwise to forge nothing, is not found, and says nothing of the others.
+            # A title that is cut or escaped is not found, and has no effect on the others.
             often = min((named[text] // times for text, times in listed.items() if named[text]), default=0)
         return {text: times * often for text, times in texts.items()}
 
@@ -466,7 +465,7 @@ def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> It
 
 
 def training_rows(study: Study, family: str, count: int) -> Check:
-    """Held-out pairs in the training rows of a family: those that a row declares, and those that its text shows.
+    """Check the training rows of a family for held-out pairs: those a row declares, and those its text shows.
 
     A held-out item may be a negative, since it is drawn without knowing that it is held out: see `rows_drawn_again`.
     It may stand nowhere else.
@@ -513,14 +512,14 @@ def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[s
     question = tuple(_segments(example.messages))
     yield from secrets.shown(example.user_id, question, secrets.negatives(example, template))
     yield from secrets.shown(example.user_id, example.answer)
-    # Texts that are rejected were written by others, who may have written the same.
+    # Rejected texts are of other users, who may have written the same.
     if family_of(example.task).answers_with_items:
         rejected = [Segment("target", text) for text in example.rejected]
         yield from secrets.shown(example.user_id, rejected, secrets.drawn(example))
 
 
 def questions(study: Study, family: str) -> Check:
-    """Whether a question shows its own answer: in the history, a profile, or anywhere in the rendered prompt."""
+    """Check that no question shows its answer: in the history, a profile, or anywhere in the rendered prompt."""
     cases, places = study.cases(family), []
     titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
     for case in cases:
@@ -537,11 +536,11 @@ def questions(study: Study, family: str) -> Check:
 def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
     """Yield the templates whose prompt shows the answer; ``titles``: the catalogue's, where it is an item."""
     data, request = study.task_data(family), case.request
-    own = family_of(family)
-    ranked = own.answers_with_items
+    kind = family_of(family)
+    ranked = kind.answers_with_items
     secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_TEXT]
     # A review may well hold the words of its headline: reading them there is the task.
-    if own.quotes or (not ranked and len(secret) < _TELLING):
+    if kind.quotes or (not ranked and len(secret) < _TELLING):
         return
     # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
     if not ranked and any(secret in clean(event.text or "") for event in request.history):
@@ -549,14 +548,14 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
     others = {data.dataset.titles[event.item_id] for event in request.history}
     for template in study.eval_templates(family):
         asked = request
-        if own.lists and asks_for(template) == "yes":
+        if kind.lists and asks_for(template) == "yes":
             if (other := _other_than(case, data)) is None:
                 continue
             asked = replace(request, candidates=(other,))
         prompt = study.tasks[family].prompt(asked, template=template.name)
-        # Among the candidates the answer stands as it must.
-        listed = asked.candidates is not None and str(case.truth) in asked.candidates and own.lists
-        codes, shows_titles = _secret_forms(own, template)
+        # Candidates include the answer.
+        listed = asked.candidates is not None and str(case.truth) in asked.candidates and kind.lists
+        codes, shows_titles = _secret_forms(kind, template)
         index = study.codes(family)
         if codes and not listed and index is not None:
             code = clean(index.encode(str(case.truth)))
@@ -569,31 +568,31 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
         for segment in _segments(prompt.messages, prompt.answer_prefix):
             if segment.kind == "text":
                 continue
-            said = clean(segment.text)
-            if said in others or (listed and said == secret):
+            text = clean(segment.text)
+            if text in others or (listed and text == secret):
                 continue  # a namesake in the history
-            # A title may be part of another ("Alien", "Aliens"); in any other text it is named.
-            if said == secret or (said not in titles and len(secret) >= NAMED and secret in said):
+            # In a list of titles one may be part of another ("Alien", "Aliens").
+            if text == secret or (text not in titles and len(secret) >= NAMED and secret in text):
                 yield f"the prompt of {template.id} shows the answer"
                 break
 
 
 def _other_than(case: Case, data: SplitDataset) -> str | None:
-    """Return a candidate that is not called what the answer is: asked about it, a prompt must not name the answer."""
+    """Return a candidate with another title than the answer: a prompt about it must not name the answer."""
     titles, truth = data.dataset.titles, str(case.truth)
     return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
 
 
 def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
-    """Say whether the answer's code and whether its title must not stand in a prompt of a template."""
+    """Return whether a template's prompt must not contain the answer's code, and whether its title."""
     if family.candidates == "items":
-        # The question shows the one form, and the other one is the answer.
+        # The question contains one of the two, and the other one is the answer.
         return template.answers_with_code, not template.answers_with_code
     return template.writes_codes, template.writes_titles or not template.writes_codes
 
 
 def shots(study: Study, family: str) -> Check:
-    """Held-out pairs in the few-shot examples of the evaluated requests."""
+    """Check the few-shot examples of the evaluated requests for held-out pairs."""
     recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
     places: list[str] = []
     secrets, cases = _Secrets(data), study.cases(family)
@@ -604,8 +603,8 @@ def shots(study: Study, family: str) -> Check:
                 for event in window.events
                 if (window.user_id, event.item_id) in data.held_out
             ]
-            told = [Segment("item", event.text) for event in window.events if event.text]
-            places += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, told)]
+            segments = [Segment("item", event.text) for event in window.events if event.text]
+            places += [f"request {case.request.id}: {what}" for what in secrets.shown(window.user_id, segments)]
     return verdict(f"few-shot examples of {family}", f"{len(cases):,} requests", places)
 
 
@@ -613,7 +612,7 @@ def shots(study: Study, family: str) -> Check:
 
 
 def rows_drawn_again(study: Study, family: str, count: int) -> Check:
-    """Training rows that move with held-out interactions: in words, in order, or in what is drawn as a negative."""
+    """Check that training rows do not depend on held-out interactions: text, order and negatives."""
     made, count = study.training_tasks[family], min(count, _ROWS)
     toward = _toward(study, family, map(_shown, _drawn(study, made, count)))
     other = _again(study, family, toward, study.training_seed)
@@ -623,7 +622,7 @@ def rows_drawn_again(study: Study, family: str, count: int) -> Check:
 
 
 def validation_rows_drawn_again(study: Study, family: str) -> Check:
-    """Rows that validation losses are computed on, and that move with test interactions, which no choice may see."""
+    """Check that rows of validation losses do not depend on test interactions."""
     limit = study.recipe.train.valid_rows // max(len(study.tasks), 1)
     rows = list(study.tasks[family].examples("valid", limit))
     toward = _toward(study, family, map(_shown, rows))
@@ -633,16 +632,16 @@ def validation_rows_drawn_again(study: Study, family: str) -> Check:
 
 
 def shots_drawn_again(study: Study, family: str) -> Check:
-    """Few-shot examples that move with held-out interactions; requests keep their ids, histories and candidates."""
+    """Check that few-shot examples do not depend on held-out interactions; the requests stay the same."""
     task, shots = study.tasks[family], study.recipe.eval.shots.k
     asked = [way for case in study.cases(family)[:_REQUESTS] for way in _ways(study, family, case.request)]
     made = [_prompt(task, way, shots) for way in asked]
-    told = [
+    shown_by = [
         (window.user_id, _segments(prompt.messages), ())
         for (request, *_), prompt in zip(asked, made, strict=True)
         for window in task.draw_shots(request, shots).windows
     ]
-    other = _again(study, family, _toward(study, family, told), study.recipe.seed)
+    other = _again(study, family, _toward(study, family, shown_by), study.recipe.seed)
     places = [
         f"request {way[0].id}: the prompt of {way[1].id}"
         for way, prompt in zip(asked, made, strict=True)
@@ -653,7 +652,7 @@ def shots_drawn_again(study: Study, family: str) -> Check:
 
 
 def positions_drawn_again(study: Study, family: str) -> Check | None:
-    """Questions that measure what a position adds, and move with held-out interactions; None: none are asked."""
+    """Check that questions for position bias do not depend on held-out interactions; None if there are none."""
     section = study.recipe.eval
     if section.debias != "measured" or not any(map(is_positional, study.section(family).strategies)):
         return None
@@ -671,7 +670,7 @@ _Way = tuple[Request, Template, Want]
 
 
 def _ways(study: Study, family: str, request: Request) -> Iterator[_Way]:
-    """Yield how evaluation asks a request: with every template, about all candidates and about one."""
+    """Yield the prompts of a request in evaluation: every template, about all candidates and about one."""
     for template in study.eval_templates(family):
         one, asks = replace(request, candidates=(request.candidates or ())[:1]), asks_for(template)
         if not family_of(family).lists:
@@ -698,13 +697,13 @@ def _shown(row: Example) -> tuple[str, Iterable[Segment], Iterable[str]]:
 def _again(
     study: Study, family: str, toward: Mapping[str, Sequence[str]], seed: int, splits: Sequence[str] = ("valid", "test")
 ) -> Task:
-    """Return a family's task over data whose held-out interactions are others; candidates and codes stay."""
-    own = study.task_data(family).dataset.items
+    """Return a family's task over data with other held-out interactions, and the same candidates and codes."""
+    items = study.task_data(family).dataset.items
 
     def other(data: SplitDataset) -> SplitDataset:
         for split in splits:
             # Another table has users and items of its own.
-            data = redrawn(data, split, toward=toward if data.dataset.items is own else None)
+            data = redrawn(data, split, toward=toward if data.dataset.items is items else None)
         return data
 
     reviews = None if study.reviews is None else other(study.reviews)
@@ -713,9 +712,9 @@ def _again(
 
 
 def _toward(
-    study: Study, family: str, told: Iterable[tuple[str, Iterable[Segment], Iterable[str]]]
+    study: Study, family: str, shown_by: Iterable[tuple[str, Iterable[Segment], Iterable[str]]]
 ) -> Mapping[str, Sequence[str]]:
-    """Return by user the items that are named to it and that it has not had in training.
+    """Return the items that a user's rows name and the user has not in training, by user.
 
     These are what held-out items are drawn among: a row whose negatives are no held-out items moves if one of them
     becomes one. Drawn from the whole catalogue, another held-out item would seldom be one that a row could show.
@@ -723,7 +722,7 @@ def _toward(
     Args:
         study: The run's.
         family: Whose rows or prompts.
-        told: Users with what is shown of them, and items that are known to be shown.
+        shown_by: Users with what is shown of them, and items that are known to be shown.
     """
     data, index = study.task_data(family), study.codes(family)
     items: dict[str, set[str]] = defaultdict(set)
@@ -734,7 +733,7 @@ def _toward(
     for user, item in data.train.select("user_id", "item_id").iter_rows():
         trained[user].add(item)
     found: dict[str, set[str]] = defaultdict(set)
-    for user, segments, known in told:
+    for user, segments, known in shown_by:
         named = (items.get(clean(segment.text), set()) for segment in segments if segment.kind != "text")
         found[user] |= set(known).union(*named) - trained[user]
     return {user: sorted(names) for user, names in found.items() if names}
@@ -747,7 +746,7 @@ FAMILY = "alignment"
 
 
 def alignment_checks(study: Study, count: int) -> Iterator[Check]:
-    """Yield the checks of the alignment task, none where a study does not have it.
+    """Yield the checks of the alignment task, if the study has it.
 
     Args:
         study: What was run.
@@ -787,10 +786,10 @@ class _Pairs:
         """Yield the held-out items that a row declares, or shows by code and title."""
         yield from (f"item {item}" for _, item in row.pairs if item in self._held)
         segments = chain(*(message.segments for message in row.messages), row.answer)
-        said = {_line(segment.text) for segment in segments if segment.kind != "text"}
+        lines = {_line(segment.text) for segment in segments if segment.kind != "text"}
         # A code of digits may equal a year by chance, so that it alone means nothing.
-        for item in sorted(self._items[text] for text in said & self._items.keys()):
-            if self._titles[item] in said:
+        for item in sorted(self._items[text] for text in lines & self._items.keys()):
+            if self._titles[item] in lines:
                 yield f"code and title of item {item}"
 
 
@@ -799,7 +798,7 @@ def _line(text: str) -> str:
 
 
 def _wrong(case: Case, part: set[str]) -> Iterator[str]:
-    """Yield what is wrong with a set of candidates: each holds the answer, and nothing but items that can be one."""
+    """Yield what is wrong with a set of candidates: it contains the answer, and only items of the evaluated part."""
     candidates, name = case.request.candidates or (), case.request.id
     if case.truth not in candidates:
         yield f"request {name}: the answer is missing"

@@ -51,11 +51,7 @@ if TYPE_CHECKING:
 
 
 def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
-    """Return what puts classes in place of target tokens, where the recipe trains a rating head.
-
-    Raises:
-        RecipeError: If the model is an encoder-decoder.
-    """
+    """Return the classes that replace target tokens, if the recipe trains a rating head."""
     rating = study.recipe.tasks.rating
     if rating is None or rating.head is None:
         return None
@@ -79,11 +75,7 @@ def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Class
 
 
 def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
-    """Return how training rows are learned as lists, of candidates or from preference, where the recipe says so.
-
-    Raises:
-        RecipeError: If they cannot be.
-    """
+    """Return the loss over lists of candidates, or from preference, if the recipe has one."""
     tasks, recipe = {family: study.training_tasks[family] for family in study.shares}, study.recipe
     refused = recipe.model.name if paired else None
     found = common(tasks, preference=recipe.train.preference is not None, paired=refused)
@@ -105,11 +97,7 @@ def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
 
 
 def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels | None:
-    """Return what reads labels off training rows, where the recipe trains soft prompts.
-
-    Raises:
-        RecipeError: If the model is an encoder-decoder, or rows are no labels that soft prompts could be tied to.
-    """
+    """Return the labels of training rows, if the recipe trains soft prompts."""
     train = study.recipe.train
     if train.method not in METHODS:
         return None
@@ -138,7 +126,7 @@ def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels
 
 
 def _said(study: Study, family: str) -> Iterator[str]:
-    """Yield every answer of a family whose answers are labels, whether or not a training row has it."""
+    """Yield all answers of a family whose answers are labels."""
     if family_of(family).answer not in (Rating, Probability):
         return
     task, anybody = study.tasks[family], Request(id="labels", user_id="")
@@ -148,7 +136,7 @@ def _said(study: Study, family: str) -> Iterator[str]:
 
 
 def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
-    """Return what is known of soft prompts once all training rows were read; no label is taken after that."""
+    """Return the soft prompt of the labels in the training rows; no label is added later."""
     labels.closed = True
     found = tuple(labels.ids)
     return SoftPrompt(study.recipe.train.soft.prompts, found, tied=labels.tied, seed=study.training_seed)
@@ -157,17 +145,12 @@ def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
 # --------------------------------------------------------------------------- rewarding
 
 
-# Questions in a row that are too long before training gives up.
+# Consecutive questions that are too long before training gives up.
 _PATIENCE = 2000
 
 
 def rewarded(study: Study, *, paired: bool) -> str:
-    """Return the family whose questions are answered by rollouts.
-
-    Raises:
-        RecipeError: If it is not one alone that asks for items of the catalogue, or the model or recipe does not allow
-            for rollouts.
-    """
+    """Return the family that is trained on rewards."""
     section = _section(study)
     (family, *others) = study.shares
     why = ""
@@ -204,9 +187,6 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
         study: The study.
         encoder: The tokenizer.
         valid: Validation rows of the one family that is trained.
-
-    Raises:
-        RecipeError: If no question fits ``train.max_row_tokens``.
     """
     section, train, (family,) = _section(study), study.recipe.train, valid
     task = study.training_tasks[family]
@@ -241,11 +221,7 @@ def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[Toke
 
 
 def objective_of(study: Study, encoder: Encoder, planned: Plan) -> RewardObjective:
-    """Return what makes the loss of planned questions.
-
-    Raises:
-        DataError: If two items are written alike.
-    """
+    """Return the reward objective of planned questions."""
     from llmrec.train.reward.objective import RewardObjective
 
     section, (family,) = _section(study), planned.rows
@@ -282,12 +258,12 @@ METRIC = "NDCG@10"
 
 
 def judged(study: Study) -> list[str]:
-    """Return the families that are trained and rank items for users; a model in training is judged by the first."""
+    """Return the trained families that rank items for users; a model in training is judged on the first."""
     return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
 
 
 def judges(study: Study) -> frozenset[str]:
-    """Return the validation users by whom a model in training is judged; none of them weighs a fusion."""
+    """Return the validation users that judge a model in training; none of them weighs an ensemble."""
     section, able = study.recipe.train.judge, judged(study)
     if section is None or not able:
         return frozenset()
@@ -315,12 +291,7 @@ class Judge:
 
     @staticmethod
     def of(study: Study, encoder: Encoder) -> Judge | None:
-        """Return the judge that a recipe asks for, None where it asks for none.
-
-        Raises:
-            RecipeError: If no family that is trained ranks items for users, or a rating head is trained.
-            DataError: If the validation split has no cases of these users.
-        """
+        """Return the judge of a recipe, None without one."""
         section = study.recipe.train.judge
         if section is None:
             return None
@@ -350,7 +321,7 @@ class Judge:
     def model(self, model: Any) -> float:
         """Return NDCG@10 of a model in training, by the first strategy of the family; it is left in evaluation mode."""
         section = self.study.recipe.eval
-        # Adapters are parts of the model's own modules, which the backend reads like those of any other.
+        # Adapters are parts of the model's modules, so that the backend needs no change.
         live = model.get_base_model() if hasattr(model, "get_base_model") else model
         asker = Prompting(
             backend=HFBackend(live, self.encoder),
@@ -370,7 +341,7 @@ class Judge:
         return value
 
     def controls(self) -> dict[str, float]:
-        """Return NDCG@10 of the family's baselines by label, and of their fusions by name."""
+        """Return NDCG@10 of the family's baselines and of their ensembles, by name."""
         weighing = Weighing(self.study)
         weighers = weighing.cases(self.family)
         data, found, parts = self.study.task_data(self.family), {}, []

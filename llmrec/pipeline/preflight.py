@@ -1,4 +1,4 @@
-"""What keeps a recipe from running, found in seconds: before a run begins, and by `llmrec check`."""
+"""Checks of a recipe that take seconds: before a run begins, and by `llmrec check`."""
 
 from __future__ import annotations
 
@@ -29,15 +29,11 @@ from llmrec.types import Text
 
 
 def refuse(recipe: Recipe, *, asks: bool) -> None:
-    """Find what is missing before minutes of work, not after.
+    """Reject what would fail after minutes of work.
 
     Args:
         recipe: The recipe.
         asks: A language model is evaluated or trained.
-
-    Raises:
-        MissingExtra: If an engine, a metric or a tracker of this recipe is not installed.
-        LlmrecError: If models cannot run where the recipe wants them, or a name or weights are not there.
     """
     if any(family_of(name).answer is Text for name in recipe.tasks.present()):
         require("sacrebleu", "text")
@@ -56,11 +52,7 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
 
 
 def refuse_together(recipe: Recipe) -> None:
-    """Refuse a loss that is no sum over targets where several processes train.
-
-    Raises:
-        RecipeError: If states of one step are to be compared with each other, and each process has some of them.
-    """
+    """Reject a loss that is no sum over targets if several processes train."""
     teacher = recipe.train.teacher
     if processes.size() > 1 and teacher is not None and teacher.relations:
         raise RecipeError(
@@ -72,12 +64,7 @@ def refuse_together(recipe: Recipe) -> None:
 
 
 def refuse_engine(recipe: Recipe) -> None:
-    """Refuse an engine that is not installed or cannot run the model.
-
-    Raises:
-        MissingExtra: If it is not installed.
-        LlmrecError: If it cannot run the model.
-    """
+    """Reject an engine that is not installed or cannot run the model."""
     if recipe.eval.backend == "vllm" and not installed("vllm"):
         raise MissingExtra(
             "this recipe evaluates with vLLM, which is not installed. Install it with: pip install 'llmrec[vllm]' "
@@ -92,11 +79,7 @@ def refuse_engine(recipe: Recipe) -> None:
 
 
 def refuse_shape(recipe: Recipe) -> None:
-    """Refuse a new encoder-decoder where vLLM answers, before it is made.
-
-    Raises:
-        RecipeError: If it is one.
-    """
+    """Reject a new encoder-decoder with vLLM, before it is made."""
     shape = recipe.model.shape
     if shape is not None and shape.kind == "encoder-decoder" and "vllm" in (recipe.eval.backend, recipe.eval.scorer):
         raise RecipeError(
@@ -108,11 +91,7 @@ def refuse_shape(recipe: Recipe) -> None:
 
 
 def refuse_weights(recipe: Recipe) -> None:
-    """Refuse a local folder without weights that can be loaded, where any are loaded from it.
-
-    Raises:
-        ModelError: If a safetensors file is missing, or the weights lie in pickle files.
-    """
+    """Reject a local model folder without weights that can be loaded."""
     folder = Path(recipe.model.name).expanduser()
     section = recipe.eval
     loaded = "tuned" in section.arms or section.backend in ("auto", "hf", "vllm") or section.scorer in ("hf", "vllm")
@@ -130,7 +109,7 @@ def refuse_weights(recipe: Recipe) -> None:
 
 
 def _writable(recipe: Recipe) -> Recipe:
-    """Return a recipe without the texts that its run writes before it reads them, where they are not there yet."""
+    """Return a recipe without the feature store that its run has not yet written."""
     store, texts = folder_of(recipe, None) / FEATURES, recipe.data.texts
     refuse_other_store(recipe, store)
     if recipe.augment is None or texts is None or (store / "current").is_file():
@@ -139,19 +118,13 @@ def _writable(recipe: Recipe) -> Recipe:
 
 
 def checked_study(recipe: Recipe) -> Study:
-    """Build a recipe's study and refuse what a run of it would refuse, without loading weights or writing a folder.
-
-    Raises:
-        DataError: If the data cannot be used.
-        ModelError: If the model is not there, or configuration and tokenizer cannot be opened.
-        LlmrecError: If anything else does not exist or fit.
-    """
+    """Build a recipe's study and check what a run would check, without loading weights or writing a folder."""
     study = build_study(_writable(recipe))
     refuse_unknown(study)
     asks = bool(recipe.eval.arms)
     refuse(recipe, asks=asks)
     if recipe.eval.backend == "openai" and recipe.eval.server is not None:
-        # A run whose answers are all remembered asks nobody, so that only the check insists on a key.
+        # A run may have all answers in its store, so that only this check needs a key.
         key_of(recipe.eval.server)
     if not asks:
         return study
@@ -159,7 +132,7 @@ def checked_study(recipe: Recipe) -> Study:
         base = outline(recipe.model)
         refuse_runs(recipe)
     if base is None:
-        # A new model, or one that is converted first: nothing of it can be wrong but what the recipe says.
+        # A new or converted model has no files to check.
         return study
     refuse_paired(base, recipe.model, recipe.eval)
     encoder, paired = _opened(study, base)
@@ -178,7 +151,7 @@ def checked_study(recipe: Recipe) -> Study:
 
 
 def _opened(study: Study, base: str) -> tuple[Encoder, bool]:
-    """Open the tokenizer, and say whether the model is an encoder-decoder; by transformers only where it must be."""
+    """Open the tokenizer, and return whether the model is an encoder-decoder; without transformers if possible."""
     recipe = study.recipe
     # A run that training builds on has a tokenizer to compare with, setting by setting.
     if recipe.train.start is None and recipe.train.teacher is None and is_plain_decoder(base, recipe.model):

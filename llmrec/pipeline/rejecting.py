@@ -1,4 +1,4 @@
-"""What a recommender, or the model itself, finds beside training events: items to be rejected in favour of these."""
+"""Hard negatives of preference optimisation: items that a baseline, or the model itself, ranks high."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _EVENTS = 4
 
 
 def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> EventLists | None:
-    """Return what finds rejected items for a family, as ``train.preference.rejected`` says; None: they are drawn.
+    """Return what finds the rejected items of a family, by ``train.preference.rejected``; None if they are drawn.
 
     Args:
         recipe: The recipe, which learns from preference.
@@ -35,9 +35,6 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
         data: What it reads.
         seed: Of training.
         plain: Makes the family's task as it is without preference.
-
-    Raises:
-        RecipeError: If nothing of that name ranks.
     """
     section = recipe.train.preference
     if section is None or section.rejected in _DRAWN or not family_of(family).ranks_for_users:
@@ -51,7 +48,7 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
 
 
 class Beams:
-    """What the model that training starts from finds itself, by its search of the catalogue.
+    """Finds rejected items by a beam search with the model that training starts from.
 
     It is asked about a few training events of a user when the user's first row is made, with the events before as
     history. Items that the user has had in training are left out, as wherever items are rejected.
@@ -64,11 +61,7 @@ class Beams:
         self._found: dict[str, Sequence[tuple[int, tuple[str, ...]]]] = {}
 
     def of(self, user: str) -> Sequence[tuple[int, tuple[str, ...]]]:
-        """Return places among a user's training events, and the model's best items beside the user's own.
-
-        Raises:
-            DataError: If there are fewer items than are rejected.
-        """
+        """Return indices of a user's training events, and the model's best items that the user has not chosen."""
         if user not in self._found:
             self._found[user] = self._search(user)
         return self._found[user]
@@ -113,7 +106,7 @@ def _opened(folder: str, model: ModelSection, batch_tokens: int | None) -> Backe
 
 
 def close() -> None:
-    """Let go of the model: when rows are made, training needs its memory."""
+    """Release the model, whose memory training needs."""
     if _opened.cache_info().currsize:
         from llmrec.models.load import release_memory
 

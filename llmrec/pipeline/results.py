@@ -1,4 +1,4 @@
-"""Assembles results.json from finished rows, and has their predictions written beside it."""
+"""Writes results.json, predictions.parquet and items.parquet from finished rows."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.examples import example_user, exhibits, newcomers, text_samples
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import asks, protocol_of
-from llmrec.pipeline.study import Study, sentence, users
+from llmrec.pipeline.study import Study, leak_warning, leaking_users
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
 from llmrec.results import AtPosition, Choice, PositionBias, Results, SliceOfRow, Unevaluated
@@ -40,7 +40,7 @@ from llmrec.types import Case, Ranking
 
 @dataclass(frozen=True)
 class Written:
-    """What was written: the content of ``results.json`` and its sha256, and the lines of ``predictions.parquet``."""
+    """The content of ``results.json`` with its sha256, and the predictions."""
 
     results: dict[str, Any]
     sha256: str
@@ -90,7 +90,6 @@ def write_results(
             row.figures.model_copy(update=dict(more))
             for row, more in zip(rows, breakdowns(study, rows, headlines), strict=True)
         ),
-        # Absent where there is none, as in results of earlier versions.
         **({"unevaluated": tuple(missing)} if missing else {}),
         headline=headlines,
         comparisons=tuple(compared),
@@ -104,9 +103,9 @@ def write_results(
         newcomers=tuple(newcomers(study, rows)),
         **({"example": shown} if (shown := example_user(study, rows, headlines)) else {}),
         set_aside=tuple(
-            SetAside(data=table.dataset.name, said=f"{sentence(table, found)}.", users=tuple(users(found)))
+            SetAside(data=table.dataset.name, said=f"{leak_warning(table, found)}.", users=tuple(leaking_users(found)))
             for table in study.tables
-            if (found := study.told(table))
+            if (found := study.leaks(table))
         ),
         notes=(*unevaluated(missing), *notes(study)),
         files={file.name: sha256_of(file) for file in files},
@@ -115,7 +114,7 @@ def write_results(
 
 
 def too_wide(study: Study) -> str:
-    """Say which cut-offs of a recipe's own are not below the size of its drawn candidate sets; empty where none is."""
+    """Return a warning about cutoffs that are not below the number of drawn candidates; empty if there is none."""
     section, drawn = study.recipe.eval, study.candidates
     if drawn is None or section.candidates.kind == "retrieved" or "cutoffs" not in section.model_fields_set:
         return ""
@@ -123,7 +122,7 @@ def too_wide(study: Study) -> str:
 
 
 def of_another(file: Path, key: str, hashed: str) -> str:
-    """Say that results of another page would be written over; empty where there are none.
+    """Return a warning if results of another recipe will be overwritten; empty otherwise.
 
     Args:
         file: Where results go.
@@ -171,14 +170,14 @@ def describe(data: SplitDataset) -> DataInfo:
 
 
 def unevaluated(missing: Sequence[Unevaluated]) -> Iterator[str]:
-    """Say how many rows were not evaluated, for each reason."""
+    """Return notes on rows that were not evaluated, by reason."""
     for reason, count in Counter(row.reason for row in missing).items():
         what = "1 row was" if count == 1 else f"{count} rows were"
         yield f"{what} not evaluated, and running the same command again evaluates them: {reason}."
 
 
 def notes(study: Study) -> list[str]:
-    """Say what a reader of the tables must know."""
+    """Return notes for readers of the tables."""
     found = []
     for data in filter(None, (study.data, study.reviews)):
         if data.dataset.made:
@@ -245,7 +244,7 @@ def notes(study: Study) -> list[str]:
 
 
 def _training_notes(study: Study) -> list[str]:
-    """Say what the tuned model was not trained on, and what it was trained on before."""
+    """Return notes on what the tuned model was trained on."""
     found = []
     weighted = [family for family in study.tasks if asks(study.recipe, family, "tuned")]
     untaught = [family for family in weighted if family not in study.shares]
@@ -267,7 +266,7 @@ def _training_notes(study: Study) -> list[str]:
 
 
 def _ceilings(study: Study) -> dict[str, float]:
-    """Return the share of evaluated targets among their retrieved candidates, by family; none where sets are drawn."""
+    """Return the share of targets among their retrieved candidates, by family; empty where candidates are drawn."""
     if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
         return {}
     asked = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
@@ -279,7 +278,7 @@ def _ceilings(study: Study) -> dict[str, float]:
 
 def _candidates(study: Study) -> dict[str, Candidates | None]:
     drawn = {"main": study.candidates, "alignment": study.aligned}
-    # Families may be asked about different users; what none of them can exceed is the highest of their ceilings.
+    # Families may have different users: the highest ceiling holds for all.
     most = max(_ceilings(study).values(), default=None)
     return {
         name: Candidates(digest=sets.digest, count=sets.count, kind=sets.kind, ceiling=most if name == "main" else None)
@@ -375,7 +374,7 @@ def _requests(data: SplitDataset, cases: Sequence[Case]) -> Iterator[dict[str, o
 
 
 def write_items(study: Study, path: Path) -> None:
-    """Write one line per item of each table, in the order of ids: what training knows of it."""
+    """Write one line per item of each table, in the order of ids: its training interactions and users."""
     frames = []
     for name, data in (("main", study.data), ("reviews", study.reviews)):
         if data is None:
@@ -403,7 +402,7 @@ _CHUNK = 1 << 19
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Placed:
-    """Where the targets of a row stand, and what became of them.
+    """Positions of a row's targets among the candidates, and their ranks.
 
     Attributes:
         position: Place of the target in the stored order of its candidates, from 1, shape (n,).
@@ -417,7 +416,7 @@ class Placed:
 
 
 class Details(TypedDict):
-    """What a row of results.json holds beside its figures."""
+    """Breakdowns of a row in results.json."""
 
     users: int
     slices: tuple[SliceOfRow, ...]
@@ -426,7 +425,7 @@ class Details(TypedDict):
 
 
 def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> list[Details]:
-    """Return what each row of results.json holds beside its figures.
+    """Return the breakdowns of each row.
 
     Args:
         study: Its cases are those of the rows, in order.
@@ -487,17 +486,17 @@ def _slices(
 
 
 def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
-    """Return where each target stands among its candidates, if it is there; None where a request has no candidates."""
+    """Return the position of each target among its candidates; None where requests have no candidates."""
     if not cases or any(case.request.candidates is None for case in cases):
         return None
     sets = [case.request.candidates or () for case in cases]
     ranks = [record.rank for record in row.records]
-    # Retrieved candidates may lack the target: then it has no position.
-    there = [n for n, (own, case) in enumerate(zip(sets, cases, strict=True)) if case.truth in own]
+    # Retrieved candidates may lack the target.
+    there = [n for n, (candidates, case) in enumerate(zip(sets, cases, strict=True)) if case.truth in candidates]
     if not there:
         return None
     hits = row.values["HR@1"] if "HR@1" in row.values else _hits(row, sets)
-    last = [len(own) if rank is None else rank for own, rank in zip(sets, ranks, strict=True)]
+    last = [len(candidates) if rank is None else rank for candidates, rank in zip(sets, ranks, strict=True)]
     return Placed(
         position=np.array([sets[n].index(str(cases[n].truth)) + 1 for n in there]),
         hit=hits[there],
@@ -506,14 +505,14 @@ def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
 
 
 def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Return HR@1 from the stored answers, for a recipe whose cut-offs leave out 1."""
+    """Return HR@1 from the stored answers, for a recipe without the cutoff 1."""
     standings = []
-    for record, own in zip(row.records, sets, strict=True):
+    for record, candidates in zip(row.records, sets, strict=True):
         found = json.loads(record.parsed) or {"items": (), "scores": ()}
         answer = Ranking(
             request_id=record.request_id, items=tuple(found["items"]), scores=tuple(map(float, found["scores"]))
         )
-        standings.append(ranking.standing(answer, record.truth, len(own)))
+        standings.append(ranking.standing(answer, record.truth, len(candidates)))
     greater = np.array([standing.greater for standing in standings], dtype=np.int64)
     return ranking.hit_rate(greater, np.array([standing.tied for standing in standings], dtype=np.int64), 1)
 
@@ -539,13 +538,13 @@ def by_position(placed: Placed) -> tuple[AtPosition, ...]:
 def _biases(
     rows: Sequence[ResultRow], placed: Sequence[Placed | None], *, resamples: int, seed: int
 ) -> list[PositionBias | None]:
-    """Test the rows of language models for a bias; p-values are Holm-adjusted over these rows."""
-    tested = [row.figures.arm != "baseline" and own is not None for row, own in zip(rows, placed, strict=True)]
+    """Test the rows of language models for position bias; p-values are Holm-adjusted over these rows."""
+    tested = [row.figures.arm != "baseline" and at is not None for row, at in zip(rows, placed, strict=True)]
     # As for comparisons: enough draws that the smallest p stays small after Holm.
     resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
     found = [
-        position_bias(own.position, own.rank, resamples=resamples, seed=seed) if own is not None and chosen else None
-        for own, chosen in zip(placed, tested, strict=True)
+        position_bias(at.position, at.rank, resamples=resamples, seed=seed) if at is not None and chosen else None
+        for at, chosen in zip(placed, tested, strict=True)
     ]
     adjusted = iter(holm([float(each.p or 0.0) for each in found if each is not None]))
     return [None if each is None else each.model_copy(update={"p": next(adjusted)}) for each in found]

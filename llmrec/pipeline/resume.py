@@ -58,7 +58,7 @@ class Budget:
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Add the time of a block to a stage; what a stage inside it takes is that one's alone."""
+        """Add the time of a block to a stage, without that of nested stages."""
         begin = time.monotonic()
         self._inner.append(0.0)
         try:
@@ -71,24 +71,21 @@ class Budget:
                 self._inner[-1] += spent
 
     def add(self, name: str, seconds: float) -> None:
-        """Book seconds that an earlier, killed invocation spent on work that this one continues from."""
+        """Add seconds that a killed run spent on work that this one continues."""
         self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 
 @contextmanager
-def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
-    """Keep two runs out of one folder.
+def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> Iterator[None]:
+    """Lock a folder against other processes.
 
     Args:
         folder: The folder; where it is not there it is made, for its owner alone.
-        own: What is to be written into it, or which names are; see `refuse_foreign`. By default nothing.
-
-    Raises:
-        LlmrecError: If another live process holds the folder, or somebody's files in it could be lost.
+        names: Names of the files to write, or which names they have; see `refuse_foreign`. By default none.
     """
-    refuse_foreign(folder, own)
+    refuse_foreign(folder, names)
     try:
-        # What is written here is as private as the data that it is made from.
+        # Results are as private as their data.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise LlmrecError(
@@ -103,7 +100,7 @@ def locked(folder: Path, own: Iterable[str] | Callable[[str], bool] = ()) -> Ite
                 kind="busy",
                 at=folder,
             )
-        if own:
+        if names:
             mark(file)
         with writing_to(folder):
             yield
@@ -125,26 +122,22 @@ SUITE = ("rows", "models", LOG)
 """What a suite writes into its folder."""
 
 
-def refuse_foreign(folder: Path, own: Iterable[str] | Callable[[str], bool]) -> None:
-    """Refuse a folder whose files could be lost.
+def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -> None:
+    """Reject a folder whose files could be lost.
 
     Args:
         folder: The folder; it need not be there.
-        own: The names that are to be written into it, or, where the whole folder is llmrec's, which names these are.
-
-    Raises:
-        LlmrecError: If something under such a name is a link, or was there before llmrec was; or, where the whole
-            folder is llmrec's, if the folder is a link or something else was there.
+        names: Names of the files to write, or, if the whole folder is llmrec's, which names they have.
     """
-    if callable(own):
+    if callable(names):
         refuse_link(folder)
-        foreign = sorted(entry.name for entry in folder.iterdir() if not own(entry.name)) if folder.is_dir() else []
+        foreign = sorted(entry.name for entry in folder.iterdir() if not names(entry.name)) if folder.is_dir() else []
     else:
-        foreign = [name for name in own if os.path.lexists(folder / name)]
+        foreign = [name for name in names if os.path.lexists(folder / name)]
         for name in foreign:
             refuse_link(folder / name)
     begun, lock = _marked(folder), folder / LOCK
-    if own and lock.is_file() and lock.stat().st_size > 0 and not _marked(folder):
+    if names and lock.is_file() and lock.stat().st_size > 0 and not _marked(folder):
         foreign, begun = [LOCK], False
     if foreign and not begun:
         raise LlmrecError(
@@ -156,11 +149,7 @@ def refuse_foreign(folder: Path, own: Iterable[str] | Callable[[str], bool]) -> 
 
 
 def open_lock(folder: Path) -> IO[str]:
-    """Open a folder's ``.lock`` without following a link or changing what is in it.
-
-    Raises:
-        LlmrecError: If it is a link, or anything else that cannot be locked.
-    """
+    """Open a folder's ``.lock`` without following a link or changing what is in it."""
     path = folder / LOCK
     refuse_link(path)
     if path.exists() and not path.is_file():
@@ -172,7 +161,7 @@ def open_lock(folder: Path) -> IO[str]:
 
 
 def mark(lock: IO[str]) -> None:
-    """Say in a new lock that the folder is llmrec's."""
+    """Mark a new lock as llmrec's."""
     if os.fstat(lock.fileno()).st_size == 0:
         lock.write(_MARK)
         lock.flush()

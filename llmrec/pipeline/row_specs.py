@@ -1,4 +1,4 @@
-"""What rows a study has, and what of its recipe bears on each."""
+"""The rows of a study, and the settings that affect each."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DEBIAS = ("debias", "debias_questions")
 
 @dataclass(frozen=True)
 class RowSpec:
-    """One row to be: which setting, how it asks, and of which model."""
+    """A row of the report before it is evaluated: family, setting, predictor and prompt."""
 
     family: str
     arm: Arm
@@ -42,12 +42,12 @@ class RowSpec:
 
     @property
     def joins(self) -> bool:
-        """Whether it joins other rows and asks nobody."""
+        """Whether it is an ensemble of other rows."""
         return self.predictor in FUSIONS.values()
 
     @property
     def asked(self) -> Mapping[str, Any]:
-        """What its record says of how it asks."""
+        """Its description in records."""
         return {
             "id": self.id,
             "task": self.family,
@@ -86,7 +86,7 @@ def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
 
 
 def profile_of(study: Study, family: str) -> str:
-    """Return the hash of the words of a two-step ranking's first step."""
+    """Return the hash of the template of a two-step ranking's first step."""
     return study.tasks[family].profile_template.sha
 
 
@@ -154,12 +154,12 @@ def _candidates(sets: CandidateSection, family: str) -> str:
 
 
 def left_out(spec: RowSpec, study: Study) -> str:
-    """Say that a family was no part of training, where it was not."""
+    """Return a note if a family was not trained; empty otherwise."""
     return "; trained on other families alone" if spec.arm == "tuned" and spec.family not in study.shares else ""
 
 
 def inputs_of(spec: RowSpec, study: Study) -> str:
-    """Say what a row was given."""
+    """Describe the input of a row."""
     task = study.tasks[spec.family]
     fitted = "; scaled by answers to the validation split" if task.calibrates else ""
     if spec.template is not None:

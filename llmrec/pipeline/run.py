@@ -1,11 +1,11 @@
-"""The main job: its stages in order, each reused where its inputs are unchanged; see `run`."""
+"""`llmrec run`: the stages of a recipe in order, each reused where its inputs are unchanged."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from llmrec.pipeline.results import Written, of_another, too_wide, write_results
 from llmrec.pipeline.resume import RUN, Budget, locked
 from llmrec.pipeline.runs import start_of, teacher_of
 from llmrec.pipeline.shards import Weights
-from llmrec.pipeline.study import Study, build_study, folder_of, sentence
+from llmrec.pipeline.study import Study, build_study, folder_of, leak_warning
 from llmrec.pipeline.training import train_stage, trained
 from llmrec.progress import Bar, note
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
@@ -42,7 +42,7 @@ from llmrec.recipe.schema import Recipe
 from llmrec.report import page
 from llmrec.report.audit import AuditLine
 from llmrec.report.results import Made
-from llmrec.results import Arm, Choice, Results, StoredResults
+from llmrec.results import Arm, Choice, Results, StoredResults, Unevaluated
 from llmrec.terminal import works_in
 from llmrec.train import trackers
 
@@ -120,8 +120,8 @@ def run(
     with locked(folder, RUN):
         works_in(folder)
         recipe = with_frames(recipe, folder, data, items)
-        if told := of_another(folder / "results.json", "recipe_hash", recipe_hash(recipe)):
-            log.warning("%s", told)
+        if warning := of_another(folder / "results.json", "recipe_hash", recipe_hash(recipe)):
+            log.warning("%s", warning)
         if recipe.augment is not None and may_train:
             refuse_other_store(recipe, folder / FEATURES)
             augment(recipe, folder / FEATURES, quiet=quiet)
@@ -130,14 +130,21 @@ def run(
             before(session)
         trains = may_train and "tuned" in recipe.eval.arms
         training = session.train() if trains else session.tuned(folder)
-        rows, written = session.evaluate(training, choice)
+        evaluation = session.evaluation()
+        rows = evaluation.baselines()
+        if session.model is not None:
+            with session.asking(training, folder) as (weights, engines):
+                rows += evaluation.arms(weights, engines, rows)
+        if session.model is None or choice is not None:
+            choice = evaluation.choice(rows) or choice
+        written = session.write(rows, training, tuple(evaluation.missing.values()), choice)
         with Bar("audit", None, quiet=quiet):
             audited = session.audit(written)
         made = Made(written.results, written.predictions, audited, session.item_index)
         with Bar("report", None, quiet=quiet):
             done = Run(folder, StoredResults(written.results), rows, page.write(folder, made)["html"])
-    if session.failures:
-        raise _incomplete(done, session.failures)
+    if evaluation.failures:
+        raise _incomplete(done, evaluation.failures)
     return done
 
 
@@ -176,7 +183,7 @@ class Checked(Displayed):
 def check(
     recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = (), *, data: Any = None, items: Any = None
 ) -> Checked:
-    """Refuse what `run` would refuse of a recipe, its data, names and model, without weights and without a run folder.
+    """Check a recipe, its data, names and model as `run` does, without weights and without a run folder.
 
     Args:
         recipe: See `run`.
@@ -190,9 +197,9 @@ def check(
         RecipeError: If the recipe cannot be used.
         MissingExtra: If a package that it needs is not installed.
     """
-    with only_for_a_moment() as (place, _):
-        study = checked_study(with_frames(as_recipe(recipe, overrides), place, data, items))
-    warnings = [sentence(table, found) for table in study.tables if (found := study.told(table))]
+    with only_for_a_moment() as (folder, _):
+        study = checked_study(with_frames(as_recipe(recipe, overrides), folder, data, items))
+    warnings = [leak_warning(table, found) for table in study.tables if (found := study.leaks(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
     warnings += [wide] if (wide := too_wide(study)) else []
     cases = {family: len(study.cases(family)) for family in study.tasks}
@@ -200,7 +207,7 @@ def check(
 
 
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
-    """Only train; returns the training record.
+    """Train a recipe's model, and return the training record.
 
     In several processes, as torchrun starts them, the first one writes the folder, and the others read what it found.
 
@@ -208,7 +215,7 @@ def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data:
         recipe: The recipe.
         out: The run folder.
         quiet: Show no progress bars.
-        data: What to learn from where it is at hand already; by default what the recipe names.
+        data: The data if it is at hand; by default what the recipe names.
     """
     folder = folder_of(recipe, out)
     if processes.size() > 1:
@@ -256,7 +263,7 @@ def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
 def report(folder: Path) -> Path:
     """Write the report of a run folder and return the page's path.
 
-    It shows what is stored, so a plug-in that must not be imported is no reason to refuse: its family goes by its name.
+    It shows stored results, so that plug-ins that cannot be imported are no error.
     """
     try:
         import_stored(folder)
@@ -271,8 +278,9 @@ class OpenedModel:
 
     Attributes:
         encoder: Its tokenizer.
-        base: The folder that answers in the settings that are not tuned.
-        start: The folder that training continues from; another one only where the recipe names a run (``train.start``).
+        base: The folder of the model before training.
+        start: The folder that training continues from; differs from ``base`` if the recipe names a run
+        (``train.start``).
         teacher: The folder of the model that teaches, where the recipe names a run (``train.teacher``).
     """
 
@@ -284,9 +292,9 @@ class OpenedModel:
 
 @dataclass(frozen=True)
 class Session:
-    """A study with its run folder and budget, and the language model, where it asks one.
+    """A study with its run folder, its budget and, if it has one, its language model.
 
-    ``item_index`` is the report's line on the index, and ``failures`` is what became of engines in `evaluate`.
+    ``item_index`` is the report's line on the index.
     """
 
     study: Study
@@ -295,7 +303,6 @@ class Session:
     budget: Budget
     quiet: bool
     item_index: str = ""
-    failures: list[EngineFailure] = field(default_factory=list)
 
     @property
     def encoder(self) -> Encoder:
@@ -304,7 +311,7 @@ class Session:
 
     @property
     def base(self) -> str:
-        """The folder of the model that answers in the settings that are not tuned."""
+        """The folder of the model before training."""
         return self._asked.base
 
     @property
@@ -318,15 +325,11 @@ class Session:
         return self.model
 
     def trained(self) -> Trained | None:
-        """Return the training record that this recipe left in the folder, if any."""
+        """Return the training record of this recipe in the folder, if there is one."""
         return trained(self.study, self.model.start, self.folder) if self.model else None
 
     def tuned(self, home: Path) -> Trained | None:
-        """Return the training record that this recipe left in a run folder; None where it asks no tuned model.
-
-        Raises:
-            RecipeError: If it asks one, and there is no adapter.
-        """
+        """Return the training record of this recipe in a run folder; None if no tuned model is evaluated."""
         if "tuned" not in self.study.recipe.eval.arms:
             return None
         found = trained(self.study, self.start, home)
@@ -341,7 +344,7 @@ class Session:
         return found
 
     def train(self) -> Trained:
-        """Train, or reuse."""
+        """Train, or reuse the stored adapter."""
         teacher = self._asked.teacher
         return train_stage(
             self.study, self.encoder, self.start, self.folder, self.budget, teacher=teacher, quiet=self.quiet
@@ -352,34 +355,35 @@ class Session:
         encoder = self.model.encoder if self.model else None
         return Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
 
-    def evaluate(self, training: Trained | None, choice: Choice | None = None) -> tuple[list[ResultRow], Written]:
-        """Evaluate every setting and write the results; returns the rows and what was written.
+    def write(
+        self,
+        rows: Sequence[ResultRow],
+        training: Trained | None,
+        missing: tuple[Unevaluated, ...],
+        choice: Choice | None,
+    ) -> Written:
+        """Write rows, comparisons and ``results.json``, and hand metrics to trackers.
 
         Args:
-            training: What training left.
+            rows: All that were evaluated.
+            training: The training record.
+            missing: Rows that no engine could answer.
             choice: See `run`.
         """
-        evaluation = self.evaluation()
-        rows: list[ResultRow] = evaluation.baselines()
-        if self.model is not None:
-            with self.asking(training, self.folder) as (weights, engines):
-                rows += evaluation.arms(weights, engines, rows)
-        self.failures.extend(evaluation.failures)
-        if self.model is None or choice is not None:
-            choice = evaluation.choice(rows) or choice
         stored.write(self.study, rows, self.folder, choice)
         with Bar("comparisons", None, quiet=self.quiet):
-            missing = tuple(evaluation.missing.values())
-            written = write_results(self.study, rows, training, self._told(), self.budget, self.folder, missing, choice)
+            written = write_results(
+                self.study, rows, training, self._model_info(), self.budget, self.folder, missing, choice
+            )
         steps = int(training["steps"]) if training is not None else 0
         trackers.report(trackers.chosen(self.study.recipe.train), _figures(rows), self.folder, step=steps)
-        return rows, written
+        return written
 
     @contextmanager
     def asking(
         self, training: Trained | None, home: Path, *, remembers: bool = True
     ) -> Iterator[tuple[Weights, Engines]]:
-        """Hand out what answers in each setting, and engines that remember their answers in the folder.
+        """Provide the model of each setting, and engines with the store of answers in the folder.
 
         Args:
             training: What training left.
@@ -402,18 +406,18 @@ class Session:
             if store is not None:
                 store.close()
 
-    def _told(self) -> Mapping[str, str]:
-        """Say which language model answered; nothing where none did."""
+    def _model_info(self) -> Mapping[str, str]:
+        """Return which language model was evaluated; empty if none was."""
         recipe = self.study.recipe
         if self.model is None:
             return {}
         if recipe.eval.server is not None:
-            # The model folder lends its tokenizer at most.
+            # Of the model folder the tokenizer is used at most.
             return {"name": recipe.eval.server.model, "folder": recipe.eval.server.where, "dtype": "as served"}
         return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
 
     def audit(self, written: Written) -> tuple[AuditLine, ...]:
-        """Look for held-out data where it must not be; the report refuses a run that leaks."""
+        """Check for test leakage; there is no report of a run that leaks."""
         kept = self.folder / "audit-baselines.json"
         checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))
         lines = audit.write(self.folder, checks, of=written.sha256)
@@ -432,7 +436,7 @@ def open_session(
         recipe: The recipe. One without ``eval.arms`` measures classic recommenders and needs no language model.
         folder: The run folder.
         quiet: Show no progress bars.
-        data: The data where it is at hand already; by default what the recipe names.
+        data: The data if it is at hand; by default what the recipe names.
         trains: The model is to be trained, whatever the recipe evaluates.
     """
     asks = bool(recipe.eval.arms) or trains
@@ -475,22 +479,22 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
         start = with_tokens(
             base, recipe.model, recipe.index, study.index, study.data, folder, seed=recipe.seed, held=study.held
         )
-        # Rows of untrained item tokens would take probability from the words of titles.
+        # Untrained item tokens would take probability from the words of titles.
         base = base if study.untuned_without_codes() else start
         encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
         with both_places(recipe):
-            # One that is gone is told of before anything of a finished training is taken for another's.
+            # A missing teacher is reported before a stored training is taken for another recipe's.
             teacher = teacher_of(study, encoder, folder)
             return OpenedModel(encoder, base, start_of(study, encoder, start, folder), teacher)
 
 
 def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
-    """Return every figure of finished rows, as trackers take them."""
+    """Return all metrics of finished rows, by name."""
     metrics = {f"{row.figures.id}/{name}": metric for row in rows for name, metric in row.figures.metrics.items()}
     return {name: metric.value for name, metric in metrics.items() if metric.value is not None}
 
 
 def _by_model(arms: Sequence[str]) -> list[Arm]:
-    """Order settings so that those of the base model stand together: one engine start serves both."""
+    """Sort settings so that those of the base model are neighbours, for one engine start."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
     return [arm for arm in order if arm in arms]

@@ -1,4 +1,4 @@
-"""Opens the run folder of a finished training, proves its weights, and says where a further training starts.
+"""Opens finished runs: verified weights, the start or teacher of a further training, and stored rows.
 
 And which run teaches one.
 """
@@ -30,7 +30,7 @@ _PLACES = ("path", "items", "users", "files", "facts", "texts")
 
 @dataclass(frozen=True)
 class Source:
-    """A run folder whose adapter is the one on record; ``merged`` is its merged model's dtype, if that is sound too."""
+    """A run folder with a verified adapter; ``merged`` is the dtype of its merged model, None if that is damaged."""
 
     folder: Path
     recipe: Recipe
@@ -39,7 +39,7 @@ class Source:
 
 
 def open_run(run: Path) -> Source:
-    """Read a run folder and prove that its adapter is the one that training recorded."""
+    """Read a run folder and verify that its adapter is the one of its training record."""
     if not (run / "recipe.yaml").is_file():
         raise LlmrecError(
             f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart",
@@ -61,7 +61,7 @@ def open_run(run: Path) -> Source:
         raise LlmrecError(
             f"{path} is no training record ({error!r}); train again with `llmrec train`", kind="damaged", at=path
         ) from error
-    # Where validation ended it, the rest of the planned steps were not taken.
+    # Validation may have ended training before the planned steps.
     ended = recipe.train.judge is not None and "judged" in record and 0 < steps <= recipe.train.steps
     if method != recipe.train.method or (steps != recipe.train.steps and not ended):
         raise LlmrecError(
@@ -100,7 +100,7 @@ def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:
     return str(config.get("dtype") or config.get("torch_dtype"))
 
 
-# What the models of two stages must have in common; the rest may differ between them.
+# Settings of the model that two stages must have in common.
 _MODEL = ("name", "shape", "revision", "whole_words")
 
 
@@ -112,10 +112,6 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
         encoder: The tokenizer of its base model, with the tokens of its index.
         base: Folder of that model.
         folder: The run folder.
-
-    Raises:
-        RecipeError: If that run is not finished, reads or writes tokens otherwise, or may have learned from what this
-            one holds out.
     """
     start = study.recipe.train.start
     return base if start is None else _merged(study, encoder, Path(start), folder, "train.start", _MODEL)
@@ -128,11 +124,7 @@ def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
 
 
 def refuse_runs(recipe: Recipe) -> None:
-    """Refuse runs that training builds on and that are not there, or may have learned what this recipe holds out.
-
-    Raises:
-        RecipeError: If one of ``train.start`` and ``train.teacher`` is so; the rest is known once there is a tokenizer.
-    """
+    """Reject missing runs that training builds on, and runs that may have learned what this recipe holds out."""
     teacher = recipe.train.teacher
     for key, run in (("train.start", recipe.train.start), ("train.teacher", teacher.run if teacher else None)):
         if run is not None and "tuned" in recipe.eval.arms:
@@ -140,7 +132,7 @@ def refuse_runs(recipe: Recipe) -> None:
 
 
 def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
-    """Return the merged model of a run that this one builds on; settings ``model.*`` of ``alike`` must be the same."""
+    """Return the merged model of a run that this one builds on; the settings ``model.*`` of ``alike`` must be equal."""
     run = run.expanduser()
     if run.resolve() == folder.resolve():
         raise RecipeError(
@@ -167,11 +159,7 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
 
 
 def earlier(run: Path, key: str = "train.start") -> Source:
-    """Open the run that another one builds on, which the recipe names as ``key``.
-
-    Raises:
-        RecipeError: If it is no finished run, or its merged model is not what its training left.
-    """
+    """Open the run that another one builds on, which the recipe names as ``key``."""
     try:
         source = open_run(run)
     except LlmrecError as error:
@@ -201,7 +189,7 @@ def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Seque
 
 
 def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
-    """Refuse codes that mean other items; titles say themselves what they mean."""
+    """Reject an index with other codes; titles need no index."""
     theirs, ours = source.recipe.index, study.recipe.index
     if (theirs and theirs.scheme) != (ours and ours.scheme):
         raise RecipeError(
@@ -226,7 +214,7 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
 
 
 def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
-    """Refuse a first stage on the same table that held out other interactions, or other items of alignment."""
+    """Reject a first stage on the same table that held out other interactions, or other items of alignment."""
     for theirs in filter(None, (first.data, first.reviews)):
         for ours in filter(None, (second.data, second.reviews)):
             one, other = _held(theirs), _held(ours)
@@ -241,8 +229,8 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
                 )
     codes = (first.tasks.alignment, second.tasks.alignment)
     if codes[1] is not None and second.index == first.index and second.index is not None:
-        told = codes[0].held_out if codes[0] is not None else None
-        if told != codes[1].held_out or first.seed != second.seed:
+        held_out = codes[0].held_out if codes[0] is not None else None
+        if held_out != codes[1].held_out or first.seed != second.seed:
             raise RecipeError(
                 f"{key}: {run} did not hold out the items that tasks.alignment asks about here; give both runs "
                 "the same tasks.alignment.held_out and seed",
@@ -253,9 +241,9 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
 
 
 def _held(section: DataSection) -> Mapping[str, object]:
-    """Return what decides which interactions are held out, with each file under one name however it is written."""
-    told = located(section).model_dump(exclude={"noun", "rating_scale"})
-    return told | {key: _one_name(told[key]) for key in _PLACES}
+    """Return the settings that decide which interactions are held out, with resolved paths."""
+    settings = located(section).model_dump(exclude={"noun", "rating_scale"})
+    return settings | {key: _one_name(settings[key]) for key in _PLACES}
 
 
 def _one_name(value: Any) -> Any:
@@ -269,11 +257,7 @@ def _one_name(value: Any) -> Any:
 
 
 def finished(run: Path) -> Results:
-    """Return the results of a run folder that holds its rows too.
-
-    Raises:
-        DataError: If it is not finished, or its results cannot be read.
-    """
+    """Return the results of a run folder that holds its rows too."""
     path = run / "results.json"
     if not path.is_file() or not (run / "rows").is_dir():
         raise DataError(
@@ -290,9 +274,6 @@ def stored_row(run: Path, figures: Row) -> ResultRow:
     Args:
         run: The folder.
         figures: The row, as the results have it.
-
-    Raises:
-        DataError: If its file is missing or cannot be read.
     """
     path = run / "rows" / (figures.id.replace("/", ".") + ".json")
     if not path.is_file():

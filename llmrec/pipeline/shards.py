@@ -39,15 +39,15 @@ _AGAIN = "run the command of this shard again"
 
 @dataclass(frozen=True)
 class Finished:
-    """A shard that is done.
+    """A finished shard.
 
     Attributes:
-        folder: Where it lies.
-        command: What made it.
+        folder: Its folder.
+        command: The command that made it.
         shard: Which it is.
         key: Hash of every input that can change an answer; equal in all shards of a job.
         files: The sha256 of the files that count, by name.
-        told: What the command says of its shard.
+        told: Further facts that the command stored.
     """
 
     folder: Path
@@ -58,7 +58,7 @@ class Finished:
     told: Mapping[str, Any]
 
     def damaged(self) -> str | None:
-        """Return the first file that is not as it was written; None: all are."""
+        """Return the first file that was changed; None if none was."""
         for name, digest in self.files.items():
             path = self.folder / name
             if not path.is_file() or sha256_of(path) != digest:
@@ -66,11 +66,7 @@ class Finished:
         return None
 
     def refuse_other(self, key: str) -> None:
-        """Refuse a shard that was made of other inputs than those at hand.
-
-        Raises:
-            LlmrecError: If it was.
-        """
+        """Reject a shard that was made of other inputs."""
         if self.key != key:
             raise LlmrecError(
                 f"{self.folder} was made from another recipe, data, model, device or versions than are here "
@@ -82,8 +78,8 @@ class Finished:
 
 def shards_of(target: Path) -> Path:
     """Return the folder that holds the shards of a job."""
-    place = target if target.name not in ("", "..") else target.resolve()
-    return place.with_name(f"{place.name}.shards")
+    folder = target if target.name not in ("", "..") else target.resolve()
+    return folder.with_name(f"{folder.name}.shards")
 
 
 def shard_folder(target: Path, shard: Shard) -> Path:
@@ -94,7 +90,7 @@ def shard_folder(target: Path, shard: Shard) -> Path:
 def finish(
     folder: Path, command: Command, shard: Shard, key: str, files: Sequence[str], told: Mapping[str, Any]
 ) -> Finished:
-    """Say that a shard is done; what is said is written in one step."""
+    """Record in one step that a shard is finished."""
     found = {name: sha256_of(folder / name) for name in files}
     values = {"llmrec": __version__, "command": command, "shard": shard.index, "of": shard.count, "key": key}
     write_checked(folder / SHARD, {**values, "files": found, "told": told})
@@ -102,11 +98,7 @@ def finish(
 
 
 def read(folder: Path) -> Finished:
-    """Read what a finished shard says of itself.
-
-    Raises:
-        LlmrecError: If it is not finished, or its record is damaged.
-    """
+    """Read the record of a finished shard."""
     path = folder / SHARD
     if not path.is_file():
         raise LlmrecError(
@@ -127,7 +119,7 @@ def read(folder: Path) -> Finished:
 
 
 def done_before(folder: Path, key: str) -> Finished | None:
-    """Return a shard that the same inputs gave already, if it still lies there as it was written."""
+    """Return the finished shard of the same inputs, if its files are unchanged."""
     try:
         found = read(folder)
     except LlmrecError as error:
@@ -143,32 +135,25 @@ def done_before(folder: Path, key: str) -> Finished | None:
 
 
 def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
-    """Return the folders of a job's shards: those that are named, else those in `shards_of`.
-
-    Raises:
-        LlmrecError: If there are none.
-    """
-    place = shards_of(target)
-    if not folders and place.is_dir():
-        folders = sorted(path for path in place.iterdir() if path.is_dir())
+    """Return the folders of a job's shards: the named ones, or all in `shards_of`."""
+    shards = shards_of(target)
+    if not folders and shards.is_dir():
+        folders = sorted(path for path in shards.iterdir() if path.is_dir())
     if not folders:
         raise LlmrecError(
-            f"there are no shards in {place}; make them with --shard, or name their folders after {target}",
+            f"there are no shards in {shards}; make them with --shard, or name their folders after {target}",
             kind="missing-file",
-            at=place,
+            at=shards,
         )
     return folders
 
 
 def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
-    """Return all shards of a job, in order, or refuse them.
+    """Return all shards of a job in order, verified.
 
     Args:
         target: What the job makes.
         folders: The shards; by default those in `shards_of`.
-
-    Raises:
-        LlmrecError: If one is missing, not finished, damaged or doubled, or they are not of one job.
     """
     found = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
     first = found[0]
@@ -201,11 +186,7 @@ def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
 
 
 def _same_job(first: Finished, other: Finished) -> None:
-    """Refuse shards of two jobs.
-
-    Raises:
-        LlmrecError: If they are.
-    """
+    """Reject shards of two jobs."""
     for what, one, two in (
         ("command", f"llmrec {first.command}", f"llmrec {other.command}"),
         ("number of shards", first.shard.count, other.shard.count),
@@ -228,7 +209,7 @@ Weights = Mapping[Arm, tuple[str, str]]
 
 
 def answers_key(evaluation: Evaluation, weights: Weights, engines: Engines, recipe: Recipe) -> str:
-    """Return a hash over all that decides what language models answer and what is made of it."""
+    """Return the fingerprint of an evaluation in shards."""
     asked = evaluation.asked(weights, engines)
     rows = [evaluation.key(spec, engine, engines.identity(engine, digest)) for spec, engine, _, digest in asked]
     return fingerprint("evaluate", recipe, rows=rows, batch=recipe.eval.batch)

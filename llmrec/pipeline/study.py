@@ -1,4 +1,4 @@
-"""Recipe -> data, candidate sets and tasks: everything that needs no model."""
+"""Builds data, candidate sets and tasks from a recipe: everything that needs no model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 if TYPE_CHECKING:
     from llmrec.pipeline.fusion.retrieving import FusedFinder
 
-# Ranks by texts alone, in seconds and without a download.
+# A baseline that ranks by texts alone, in seconds and without a download.
 _BY_TEXT = "content"
 
 
@@ -95,7 +95,7 @@ class Study:
         return self.recipe.tasks.present()[family]
 
     def task_data(self, family: str) -> SplitDataset:
-        """Return the data that a family reads; of reviews, the part that it writes stands in the text column."""
+        """Return the data of a family; the text column holds the part of a review that the family writes."""
         return self._read[family]
 
     @cached_property
@@ -113,14 +113,14 @@ class Study:
         return tuple(filter(None, (self.data, self.reviews)))
 
     def table_name(self, family: str) -> str:
-        """Return the table that a family reads, as results call it: ``main``, or ``reviews`` for the second one."""
+        """Return the name of a family's table in results: ``main``, or ``reviews`` for the second one."""
         return "reviews" if family_of(family).second_table and self.reviews is not None else "main"
 
     def _table(self, family: str) -> SplitDataset:
         return self.reviews if self.reviews is not None and self.table_name(family) == "reviews" else self.data
 
     def codes(self, family: str) -> ItemIndex | None:
-        """Return the index of a family's items; a second table has items of its own, which no index holds."""
+        """Return the index of a family's items; None for a second table, whose items have no index."""
         return self.index if self.task_data(family).dataset.items is self.data.dataset.items else None
 
     def sets(self, family: str) -> CandidateSets | None:
@@ -135,8 +135,8 @@ class Study:
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
 
-        Users whose profile names what is held out for them are not among them, and of the validation split those who
-        weigh ensembles: whatever is chosen or calibrated on it, they must not have chosen. A family that asks about
+        Users whose profile names a held-out item are left out, and from the validation split those who weigh ensembles:
+        nothing else may be chosen or calibrated by them. A family that asks about
         items and not about users has its first cases.
 
         Args:
@@ -162,16 +162,16 @@ class Study:
         return of_first_users(cases, count, but=but)
 
     def set_aside(self, family: str) -> frozenset[str]:
-        """Return the users who are not asked about, since their own profile names an item that is held out for them."""
-        return frozenset(users(self.told(self._table(family))))
+        """Return the users who are not evaluated, since their profile names an item that is held out for them."""
+        return frozenset(leaking_users(self.leaks(self._table(family))))
 
-    def told(self, table: SplitDataset) -> tuple[Told, ...]:
-        """Return where the profiles of one of the `tables` name what is held out for their users."""
-        return self._told[id(table)]
+    def leaks(self, table: SplitDataset) -> tuple[ProfileLeak, ...]:
+        """Return where profiles of a table name an item that is held out for their user."""
+        return self._leaks[id(table)]
 
     @cached_property
-    def _told(self) -> Mapping[int, tuple[Told, ...]]:
-        return {id(table): told(table) for table in self.tables}
+    def _leaks(self) -> Mapping[int, tuple[ProfileLeak, ...]]:
+        return {id(table): profile_leaks(table) for table in self.tables}
 
     @cached_property
     def shares(self) -> Mapping[str, float]:
@@ -179,7 +179,7 @@ class Study:
         return shares(self.recipe.trained(), self.training_size, self.recipe.train)
 
     def training_size(self, family: str) -> int:
-        """Return how many training interactions, or items, have what a family asks for.
+        """Return the number of training interactions, or items, that a family can learn from.
 
         Where a pool of rows is repeated (``train.examples``), every family has as many.
         """
@@ -188,15 +188,15 @@ class Study:
         return self.tasks[family].training_size()
 
     def training_examples(self, family: str) -> Iterator[Example]:
-        """Yield the rows that a family is trained on, without end: those of the recipe's pool, where it names one."""
+        """Yield the training rows of a family, without end; those of the pool where ``train.examples`` is set."""
         return training_examples(self.training_tasks[family], self.recipe.train.examples, self.training_seed)
 
     def eval_templates(self, family: str) -> tuple[Template, ...]:
-        """Return the templates that evaluation uses in any setting; by default the first training template."""
+        """Return the templates of evaluation in all settings; by default the first training template."""
         return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
 
     def asked_with(self, family: str, arm: Arm) -> tuple[Template, ...]:
-        """Return the templates that evaluation uses in one setting; see `TaskSection.untuned_templates`."""
+        """Return the templates of evaluation in one setting; see `TaskSection.untuned_templates`."""
         section, templates = self.section(family), self.eval_templates(family)
         untuned = {name.rpartition("/")[2] for name in section.untuned_templates}
         if not untuned:
@@ -220,9 +220,9 @@ class Study:
 
 
 def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:
-    """Return the baselines of a family that ranks, and where items have texts one that ranks by them.
+    """Return the baselines of a family that ranks, with one that ranks by texts where items have any.
 
-    What a language model makes of texts is more than their likeness only if it beats that.
+    A language model adds to the similarity of texts only if it beats that baseline.
 
     Args:
         known: Those of the recipe.
@@ -252,10 +252,6 @@ def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
     Args:
         recipe: The recipe.
         data: The main data where it is at hand already, in place of what the recipe's section names.
-
-    Raises:
-        DataError: If the data does not carry what a task needs.
-        RecipeError: If a template, strategy or baseline does not exist or does not fit its family.
     """
     families = recipe.tasks.present()
     for family, section in families.items():
@@ -320,21 +316,21 @@ def _check_slices(study: Study) -> None:
 
 def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
     """Return the validation users who weigh the ensembles of a family, and choose nothing; see `Weighing`."""
-    own, section = family_of(family), recipe.eval.fusion
-    if not section.controls or not (own.ranks_for_users or own.answer in (Rating, Probability)):
+    kind, section = family_of(family), recipe.eval.fusion
+    if not section.controls or not (kind.ranks_for_users or kind.answer in (Rating, Probability)):
         return frozenset()
     return frozenset(halves(data, section.reserved)[1].valid["user_id"].unique().to_list())
 
 
 def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
-    """Return the users whom some family ranks for in the evaluated split; None: all.
+    """Return the users that are evaluated with candidate sets; None: all.
 
     Of millions of users a run may ask about hundreds, and only their sets are drawn.
     """
     ranking = {name: each for name, each in recipe.tasks.present().items() if family_of(name).ranks_for_users}
     most = max(section.users or recipe.eval.users for section in ranking.values())
     apart = weighers(recipe, next(iter(ranking)), data) if recipe.eval.split == "valid" else frozenset()
-    found = data.holdouts(recipe.eval.split).first_users(most + 1, but=apart | set(users(told(data))))
+    found = data.holdouts(recipe.eval.split).first_users(most + 1, but=apart | set(leaking_users(profile_leaks(data))))
     return None if len(found) <= most else frozenset(found[:most])
 
 
@@ -358,7 +354,7 @@ def draw_sets(
 
 
 def fused_finder(recipe: Recipe) -> FusedFinder | None:
-    """Return the fusion that retrieves, of the baselines of the first family that ranks for users; None: a baseline."""
+    """Return the ensemble of baselines that retrieves candidates; None where a single baseline does."""
     if recipe.eval.candidates.retriever != FUSED:
         return None
     from llmrec.pipeline.fusion.retrieving import FusedFinder
@@ -376,12 +372,7 @@ def _tasks(study: Study, seed: int) -> dict[str, Task]:
 
 
 def build_task(study: Study, family: str, section: TaskSection, templates: Mapping[str, Template], seed: int) -> Task:
-    """Build a family's task over a study's data, with its own or other settings and templates.
-
-    Raises:
-        DataError: If the data does not carry what it needs.
-        RecipeError: If a template does not fit.
-    """
+    """Build a family's task over a study's data, with its own or other settings and templates."""
     used = study.task_data(family)
     inputs = TaskInputs(
         data=used,
@@ -404,7 +395,7 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
 
 
 def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists | None:
-    """Return what training rows of a family show where candidates are retrieved; None: they are drawn."""
+    """Return the retrieved candidate lists of a family's training rows; None where candidates are drawn."""
     section = recipe.eval.candidates
     if not family_of(family).lists or section.kind != "retrieved":
         return None
@@ -412,7 +403,7 @@ def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists 
 
 
 def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
-    """Return what says which items read alike; the text encoder is looked for when it is first asked."""
+    """Return the text vectors of items; the text encoder is loaded when first used."""
 
     def embed(entries: Sequence[Item]) -> NDArray[np.floating]:
         fields = dict.fromkeys(name for item in entries for name in item.fields)
@@ -430,7 +421,7 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
         recipe: The recipe.
         data: The main data where it is at hand already. If it holds nothing out, the reviews hold nothing out either.
     """
-    texts = recipe.data.texts if data is None else None  # what is at hand has them already
+    texts = recipe.data.texts if data is None else None  # data at hand has its texts already
     with both_places(recipe):
         data, reviews = data or _split(recipe.data, recipe.seed), None
         if recipe.reviews is not None:
@@ -459,17 +450,17 @@ def _aligned(recipe: Recipe, data: SplitDataset) -> tuple[HeldItems | None, Cand
 
 
 def _check_data(family: str, data: SplitDataset, recipe: Recipe) -> None:
-    rows, own = data.dataset.interactions, family_of(family)
-    if own.lacking and own.column and rows[own.column].null_count() == len(rows):
-        where = "reviews" if own.second_table and recipe.reviews else "data"
+    rows, kind = data.dataset.interactions, family_of(family)
+    if kind.lacking and kind.column and rows[kind.column].null_count() == len(rows):
+        where = "reviews" if kind.second_table and recipe.reviews else "data"
         raise DataError(
-            f"tasks.{family} {own.lacking.format(data=data.dataset.name, where=where)}",
+            f"tasks.{family} {kind.lacking.format(data=data.dataset.name, where=where)}",
             kind="missing-column",
             at=data.dataset.name,
-            column=own.column,
+            column=kind.column,
         )
     sets = recipe.eval.candidates
-    if own.ranks_for_users and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
+    if kind.ranks_for_users and sets.kind != "catalogue" and len(data.dataset.items) < sets.count:
         raise DataError(
             f"{data.dataset.name} has {len(data.dataset.items)} items, fewer than eval.candidates.count="
             f"{sets.count}; lower it",
@@ -499,24 +490,24 @@ def folder_of(recipe: Recipe, out: Path | None) -> Path:
     return out if out is not None else Path("runs") / recipe.name
 
 
-# --------------------------------------------------------------------------- told
+# --------------------------------------------------------------------------- profiles that leak
 
 
 @dataclass(frozen=True)
-class Told:
-    """A profile that tells an answer: whose, in which of its fields, and which item."""
+class ProfileLeak:
+    """A field of a user's profile that names an item held out for this user."""
 
     user_id: str
     field: str
     item_id: str
 
 
-def told(data: SplitDataset) -> tuple[Told, ...]:
-    """Return every place where a profile, as prompts show it, names an item that is held out for its user."""
+def profile_leaks(data: SplitDataset) -> tuple[ProfileLeak, ...]:
+    """Return where profiles, as prompts show them, name an item that is held out for their user."""
     profiles = data.dataset.users
     held = held_titles(data, profiles)
     return tuple(
-        Told(user, name, item)
+        ProfileLeak(user, name, item)
         for user, titles in held.items()
         for name, text in profiles[user].items()
         for title, item in titles.items()
@@ -524,14 +515,14 @@ def told(data: SplitDataset) -> tuple[Told, ...]:
     )
 
 
-def users(places: tuple[Told, ...]) -> tuple[str, ...]:
-    """Return whose profiles these are, each once."""
-    return tuple(dict.fromkeys(each.user_id for each in places))
+def leaking_users(leaks: tuple[ProfileLeak, ...]) -> tuple[str, ...]:
+    """Return the users of leaking profiles."""
+    return tuple(dict.fromkeys(each.user_id for each in leaks))
 
 
-def sentence(data: SplitDataset, places: tuple[Told, ...]) -> str:
-    """Say how many users are set aside; empty if none is."""
-    count, first = len(users(places)), places[0] if places else None
+def leak_warning(data: SplitDataset, leaks: tuple[ProfileLeak, ...]) -> str:
+    """Return a warning about users that are set aside; empty if there are none."""
+    count, first = len(leaking_users(leaks)), leaks[0] if leaks else None
     if first is None:
         return ""
     whose = "1 user is" if count == 1 else f"{count:,} users are"

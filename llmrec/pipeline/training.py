@@ -1,4 +1,4 @@
-"""The training stage: mixture -> planned steps -> adapter -> merged folder."""
+"""The training stage: mixture, planned steps, adapter, merged model."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Rows dropped in a row before training gives up: every one was longer than a training row may be.
+# Consecutive rows that are too long before training gives up.
 _PATIENCE = 2000
 
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
-    """Draw rows by weight until the recipe's steps are filled; for an encoder-decoder (``paired``) one a target."""
+    """Draw rows by weight until the recipe's steps are full; for an encoder-decoder (``paired``) one per target."""
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
@@ -124,7 +124,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     for numbers in steps.numbers():
         for n in numbers:
             counts[families[n]] += 1
-    # Labels are closed here: what only validation shows must not decide what soft prompts start from.
+    # Before validation rows are read: soft prompts must not start from labels of validation alone.
     soft = soft_prompt_of(study, labels) if labels is not None else None
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
@@ -134,9 +134,9 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
 
 
 def _followed(study: Study) -> list[str]:
-    """Return the families whose validation loss is followed: those left out of training too, to see what carries over.
+    """Return the families with a validation loss: those without training, too, to see what transfers.
 
-    A rating head and tied soft prompts have a loss of their own, so that beside them no other family has one.
+    With a rating head or tied soft prompts, which have their own loss, no other family has one.
     """
     rating = study.recipe.tasks.rating
     if study.recipe.train.method in TIED or (rating is not None and rating.head is not None):
@@ -157,7 +157,7 @@ def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) ->
 def training_key(study: Study, folder: str) -> str:
     """Return the fingerprint of the adapter.
 
-    The code that trains is not in it: a long training is not thrown away for an edit; see `_code`.
+    It does not cover code, so that an edit does not discard a long training; see `_code`.
     """
     recipe = study.recipe
     lists = any(family_of(family).lists for family in study.tasks)
@@ -242,7 +242,7 @@ def _finding(recipe: Recipe) -> dict[str, object] | None:
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
-    """Return the record of a finished training from the same inputs, if this folder still holds what it made."""
+    """Return the record of a finished training with the same inputs, if its merged model is unchanged."""
     done = read_stage(folder / "train.json", training_key(study, base), _record_of)
     if done is None:
         return None
@@ -270,7 +270,7 @@ def train_stage(
     teacher: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train and merge, or reuse what an earlier run left; returns the ``training`` part of results.json."""
+    """Train and merge, or reuse a finished training; returns the ``training`` part of results.json."""
     done = trained(study, base, folder) if not processes.rank() else None
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
@@ -283,7 +283,7 @@ def train_stage(
     if world.agree(done is not None):
         return done or _stored(folder, key)
     if world.first:
-        # A record must never vouch for weights of another run that was killed half-way.
+        # A record must not belong to weights of another run that was killed.
         (folder / "train.json").unlink(missing_ok=True)
     if study.recipe.train.method in METHODS:
         from llmrec.train.heads import soft_encoder
@@ -303,14 +303,14 @@ def train_stage(
         return _stored(folder, key)
     with budget.stage("merge"):
         _merge(study, encoder, base, folder)
-    told = asdict(training)
-    kept = told.pop("kept_step")
+    facts = asdict(training)
+    kept = facts.pop("kept_step")
     if judge is not None:
         with budget.stage("judge"):
             value = max(line["valid_ndcg"] for line in training.log if line["valid_ndcg"] is not None)
             users = len({case.request.user_id for case in judge.cases})
-            told["judged"] = {"family": judge.family, "users": users, "kept_step": kept, "value": value}
-            told["judged"]["controls"] = judge.controls()
+            facts["judged"] = {"family": judge.family, "users": users, "kept_step": kept, "value": value}
+            facts["judged"]["controls"] = judge.controls()
     record = {
         "key": key,
         "code": _code(study),
@@ -318,7 +318,7 @@ def train_stage(
         "shares": dict(study.shares),
         "loss_shares": dict(planned.loss_shares),
         "dropped": dict(planned.dropped),
-        **told,
+        **facts,
         "merged_sha256": weights_stamp(str(folder / "merged")),
     }
     write_checked(folder / "train.json", record)
@@ -327,7 +327,7 @@ def train_stage(
 
 
 def _stored(folder: Path, key: str) -> dict[str, Any]:
-    """Return the record that the first of several processes has just written."""
+    """Return the record that the first process has written."""
     found = read_stage(folder / "train.json", key, _record_of)
     if found is None:
         raise LlmrecError(
@@ -385,14 +385,16 @@ def _train(
         folder=folder,
         seed=study.training_seed,
         quiet=quiet,
-        head=head,
-        soft=planned.soft,
+        loss=sft.LossInputs(
+            head=head,
+            soft=planned.soft,
+            listwise=listwise_of(study),
+            objective=objective_of(study, encoder, planned) if section.reward is not None else None,
+            taught=taught,
+            items=tokens,
+        ),
         device=device(study.recipe.model),
         judge=None if judge is None else judge.model,
-        listwise=listwise_of(study),
-        objective=objective_of(study, encoder, planned) if section.reward is not None else None,
-        taught=taught,
-        items=tokens,
     )
     del model, head, taught
     release_memory()
@@ -400,7 +402,7 @@ def _train(
 
 
 def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:
-    """Put a rating head on the model where the recipe trains one; it starts from what the planned rows say."""
+    """Attach the recipe's rating head to the model; it starts from the ratings of the planned rows."""
     classes = classes_of(study, encoder)
     section = study.recipe.tasks.rating
     if classes is None or section is None or section.head is None:
@@ -429,7 +431,7 @@ def _merge(study: Study, encoder: Encoder, base: str, folder: Path) -> None:
 
 
 def clear_foreign(folder: Path, key: str) -> None:
-    """Drop checkpoints that another recipe left in this folder; keep those of a killed run of this one."""
+    """Remove checkpoints of another recipe; keep those of a killed run of this one."""
     from llmrec.train.checkpoint import checkpoints
 
     mark = folder / "checkpoints" / "key"

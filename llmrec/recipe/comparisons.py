@@ -1,6 +1,6 @@
-"""Pages that compare: suites of predictors under one protocol, benchmarks of recipes, and suites of conversations.
+"""Settings of comparisons: suites of predictors under one protocol, benchmarks of recipes, and suites of conversations.
 
-Like recipes they are YAML, frozen and closed, and their defaults stand here and nowhere else.
+Like recipes they are YAML, frozen and closed.
 """
 
 from __future__ import annotations
@@ -63,12 +63,12 @@ class SuiteRow(Section):
 
     @property
     def parts(self) -> tuple[str, ...]:
-        """Names of the rows that it is made of."""
+        """Names of the rows that it joins."""
         return self.mix or self.fuse
 
 
 class DiversitySection(Section):
-    """What makes two items of a list alike, for ILD: words of a field, or vectors of what is said of them."""
+    """Similarity of two items of a list, for ILD: words of a field, or text vectors."""
 
     field: str | None = Field(None, description="item field with words, such as genres")
     encoder: str | None = Field(None, description="text encoder of titles and fields, such as all-MiniLM-L6-v2")
@@ -133,7 +133,7 @@ class Suite(Section):
 
     @property
     def skipped(self) -> tuple[str, ...]:
-        """The rows that are left out: those that ``skip`` names, and those that join one of them."""
+        """The rows that are left out: those of ``skip``, and those that join one of them."""
         found: list[str] = []
         for row in self.rows:
             if row.label in self.skip or any(part in found for part in row.parts):
@@ -141,7 +141,7 @@ class Suite(Section):
         return tuple(found)
 
     def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
-        """Return the seeds that a row is fitted with if it has any chance: as many as each row that it joins has."""
+        """Return the seeds of a stochastic row: as many as each row that it joins has."""
         own = [each.seeds for each in (row, *(other for other in self.rows if other.label in row.parts))]
         return self.seeds[: min((many for many in own if many is not None), default=None)]
 
@@ -194,7 +194,7 @@ class BenchmarkRun(Section):
 
 
 class Benchmark(Section):
-    """Recipes beside each other on the same cases: models, examples, strategies and templates, with what they cost."""
+    """Recipes compared on the same cases: models, examples, strategies and templates, with their cost."""
 
     benchmark: Name = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
     description: str = ""
@@ -214,7 +214,7 @@ class Benchmark(Section):
                 raise ValueError(f"runs: two runs are called {name!r}; give one another name")
         above: dict[str, BenchmarkRun] = {}
         for run in self.runs:
-            # No seed of its own is the recipe's, of which a run with seeds has none.
+            # Without seeds a run has the recipe's seed.
             own: set[int | None] = set(run.seeds) or {None}
             for name, what in ((run.start, "starts from"), (run.teacher, "is taught by")):
                 first = above.get(name)
@@ -235,7 +235,7 @@ class Benchmark(Section):
 
 
 class ChatRow(Section):
-    """One row of a suite of conversations: who chooses the tools, and with which users."""
+    """One row of a suite of conversations: the dialogue manager, and the simulated users."""
 
     manager: str = Field(
         min_length=1,
@@ -273,7 +273,7 @@ class ChatSuite(Section):
     users: Positive = Field(200, description="users of a seed, drawn by a hash")
     seeds: tuple[Seed, ...] = Field((0, 1, 2), min_length=1, description="of who is drawn, and of how they say it")
     turns: Positive = Field(5, description="turns of a conversation, at most")
-    # Managers that choose the length themselves show as many.
+    # The length of the list for managers that choose it.
     k: int = Field(5, ge=5, le=50, description="items of a list of rules and of history; the others show five at most")
     past: int = Field(40, ge=0, le=90, description="last items of a user's history that the profile begins with")
     liked: float | None = Field(

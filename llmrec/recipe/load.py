@@ -1,4 +1,4 @@
-"""Reads a recipe page: YAML, one level of ``base:``, ``key=value`` overrides, errors with file and line."""
+"""Reads recipes and other YAML files: one level of ``base:``, ``key=value`` overrides, errors with file and line."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from llmrec.resources import resource
 
 # Characters of a value that an error repeats.
 _SHOWN = 200
-# Of what is wrong with a page, how much an error says.
+# Problems of a file that an error lists.
 _MOST_FAULTS = 20
 STORED = "recipe.yaml"
 """The recipe of a run folder."""
@@ -42,7 +42,7 @@ Overrides = Sequence[str] | Mapping[str, Any]
 def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
     """Read a recipe and apply overrides such as ``train.steps=20`` or ``{"train.steps": 20}``.
 
-    The plug-ins that it names are imported: whoever gives a page says that its code may run.
+    The plug-ins that it names are imported: giving a recipe is consent to run their code.
 
     A path that does not exist in the working folder is looked up among the shipped recipes, so that
     ``recipes/quickstart.yaml`` works from an installed wheel too. Paths that the page names are those that exist from
@@ -60,7 +60,7 @@ def load_recipe(path: str | Path, overrides: Overrides = ()) -> Recipe:
 
 
 def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
-    """Read the recipe that a run folder holds; unlike `load_recipe` it runs no code that the user has not named.
+    """Read the recipe of a run folder; unlike `load_recipe` it runs no code without the user's consent.
 
     Everything that reads a run folder's recipe reads it with this.
 
@@ -77,11 +77,7 @@ def load_stored(run: Path, overrides: Overrides = ()) -> Recipe:
 
 
 def import_stored(run: Path) -> None:
-    """Import the plug-ins that a run folder's recipe names, where it holds one; for what reads its results alone.
-
-    Raises:
-        RecipeError: As `load_stored`.
-    """
+    """Import the plug-ins of a run folder's recipe, if it has one; for readers of its results."""
     if (run / STORED).is_file():
         values, lines = read_page(run / STORED)
         with _imported(values, lines, run / STORED, (), given=False):
@@ -89,16 +85,13 @@ def import_stored(run: Path) -> None:
 
 
 def load_page(model: type[Page], path: Path, more: Mapping[str, Json], known: Mapping[str, Path]) -> Page:
-    """Read a page of another kind.
+    """Read a file of another kind.
 
     Args:
         model: Its keys.
         path: The page.
         more: Values that it need not say.
         known: Pages that its ``base`` may name; any other base is a path beside the page.
-
-    Raises:
-        RecipeError: If the file, a key or a value is wrong; the message names file, line and key.
     """
     if not path.is_file():
         raise RecipeError.at(path, "missing-file", " does not exist; give the path of a page")
@@ -125,7 +118,7 @@ def _on_its_base(
         if sought is not None:
             placed(base_values, below.parent, sought)
         if below in known.values():
-            # Those that are shipped with the package end somewhere.
+            # The bases that are shipped with the package have no cycle.
             base_values, base_lines = _on_its_base(below, base_values, base_lines, known)
     except RecipeError as error:
         raise RecipeError(f"{asking}: base: {error}", kind=error.kind, at=error.place, column=error.column) from None
@@ -137,7 +130,7 @@ def _on_its_base(
 
 
 def as_recipe(recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = ()) -> Recipe:
-    """Return a recipe from whatever says what it is.
+    """Return a recipe from a path, a mapping or a recipe.
 
     Args:
         recipe: A recipe, the path of a page, or its sections as a mapping; a mapping may leave out ``name``.
@@ -197,13 +190,13 @@ def load_chat(path: str | Path, overrides: Sequence[str] = ()) -> ChatSuite:
 
 
 def kind_of_page(path: str | Path) -> Literal["recipe", "suite", "benchmark", "chat"]:
-    """Tell what a page is by its own key, such as ``suite``; all that have none are recipes."""
+    """Return the kind of a file by its key, such as ``suite``; without one it is a recipe."""
     try:
         keys = read_page(_find(Path(path), "eval"))[0]
     except RecipeError:
         return "recipe"
-    own: tuple[Literal["suite", "benchmark", "chat"], ...] = ("suite", "benchmark", "chat")
-    return next((kind for kind in own if kind in keys), "recipe")
+    kinds: tuple[Literal["suite", "benchmark", "chat"], ...] = ("suite", "benchmark", "chat")
+    return next((kind for kind in kinds if kind in keys), "recipe")
 
 
 def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> Page:
@@ -214,7 +207,7 @@ def _compared(model: type[Page], path: str | Path, overrides: Sequence[str]) -> 
 
 
 def in_words(overrides: Overrides) -> Sequence[str]:
-    """Return overrides as the command line has them."""
+    """Return overrides as ``key=value`` texts."""
     if isinstance(overrides, str):
         return [overrides]
     if not isinstance(overrides, Mapping):
@@ -335,9 +328,9 @@ def _explained(
     lines: Mapping[KeyPath, Place],
     overrides: Sequence[str],
 ) -> RecipeError:
-    """Return one error that says all that is wrong; its facts are those of the first."""
+    """Return one error for all problems; its fields are those of the first."""
     details = error.errors(include_url=False)
-    # A list whose only entries are wrong is not too short beside that.
+    # A list with wrong entries alone is not reported as too short, too.
     inner = {tuple(detail["loc"])[:-1] for detail in details}
     details = [each for each in details if each["type"] != "too_short" or tuple(each["loc"]) not in inner]
     more = len(details) - _MOST_FAULTS
@@ -346,21 +339,21 @@ def _explained(
         (*detail["loc"], detail["ctx"]["key"]) if detail["type"] == UNKNOWN_KEY else tuple(detail["loc"])
         for detail in details
     ]
-    said = [_problem(path, detail, model) for path, detail in zip(paths, details, strict=True)]
+    problems = [_problem(path, detail, model) for path, detail in zip(paths, details, strict=True)]
     places = [
         _overriding(path, overrides) or lines.get(path) or _above(path, overrides) or _place(path, file, lines)
         for path in paths
     ]
-    place = places[0]
+    first = places[0]
     below = next((each.file for each in places if isinstance(each, Place) and each.file != str(file)), None)
     return RecipeError(
-        "; ".join(f"{where}: {problem}" for where, problem in zip(places, said, strict=True))
+        "; ".join(f"{where}: {problem}" for where, problem in zip(places, problems, strict=True))
         + (f"; and {more:,} more" if more > 0 else "")
         + (f"; {below} is the base of {file}" if below else ""),
         kind=_KINDS.get(details[0]["type"], "bad-value"),
-        at=place if isinstance(place, Place) else file,
-        # A rule over several keys is told to its section, and names the key first.
-        column=said[0].partition(":")[0] if details[0]["type"] == "value_error" else dotted(paths[0]),
+        at=first if isinstance(first, Place) else file,
+        # The message of a rule over several keys begins with the key.
+        column=problems[0].partition(":")[0] if details[0]["type"] == "value_error" else dotted(paths[0]),
     )
 
 
@@ -373,7 +366,7 @@ _KINDS: Mapping[str, ErrorKind] = {
 
 
 def _overriding(path: KeyPath, overrides: Sequence[str]) -> str:
-    """Return which override a key is from; empty: none."""
+    """Return the override that a key is from; empty if none."""
     mine = dotted(path)
     for override in overrides:
         key = override.partition("=")[0].strip()
@@ -392,7 +385,7 @@ def _above(path: KeyPath, overrides: Sequence[str]) -> str:
 
 
 def _place(path: KeyPath, file: Path, lines: Mapping[KeyPath, Place]) -> Place:
-    """Return where a key stands, or else the section that should hold it."""
+    """Return the line of a key, or of the section that should contain it."""
     known = (path[:length] for length in range(len(path), 0, -1) if path[:length] in lines)
     return next((lines[part] for part in known), Place(str(file)))
 
@@ -420,7 +413,7 @@ def _shortened(text: str) -> str:
 
 
 def _may_be_secret(path: KeyPath) -> bool:
-    """Whether somebody may have written a key there, which no message repeats."""
+    """Whether a value may be a secret, which no message repeats."""
     return path == ("eval",) or path[:2] == ("eval", "server")
 
 
@@ -449,7 +442,7 @@ _YAML = (".yaml", ".yml")
 
 @dataclass(frozen=True)
 class Named:
-    """A component that a page names.
+    """A component that a file names.
 
     Attributes:
         group: The kind of plug-in; see `llmrec.registry.TABLES`.
@@ -463,25 +456,21 @@ class Named:
 
 
 def plug_ins(values: Mapping[str, Json]) -> list[Named]:
-    """Return what the values of a recipe or a suite name that is no part of llmrec."""
+    """Return the plug-ins that the values of a recipe or a suite name."""
     return [each for each in _named(values) if is_plugin(TABLES[each.group], each.name)]
 
 
 @contextmanager
 def imported(
-    values: Mapping[str, Json], place: Callable[[KeyPath], Place | str], file: Path, *, given: bool
+    values: Mapping[str, Json], line_of: Callable[[KeyPath], Place | str], file: Path, *, given: bool
 ) -> Iterator[None]:
-    """Import the plug-ins that a page names; consent that the page gives is kept where the body accepts the page.
+    """Import the plug-ins that a file names; its consent is stored if the body accepts the file.
 
     Args:
         values: Of a recipe or a suite.
-        place: Where a key stands, for messages.
+        line_of: Returns the line of a key, for messages.
         file: The page.
         given: Whether the user gave the page, which is consent to its plug-ins; see `llmrec.plugins`.
-
-    Raises:
-        RecipeError: Naming the first key whose plug-in must not or cannot be used, or an installed one that has the
-            name of a built-in one.
     """
     plugins.refuse_faults(TABLES)
     named, folder = plug_ins(values), values.get(PLUGINS)
@@ -489,14 +478,14 @@ def imported(
     addresses = [each for each in named if plugins.is_address(each.name)]
     with plugins.allowed([each.name for each in addresses], beside) if given else nullcontext():
         for each in addresses:
-            with _told(each, place, file):
+            with _told(each, line_of, file):
                 plugins.consent(each.name, beside)
         # A folder on the Python path serves every import, so one that only a run folder names is used for nothing
         # but modules in it that the user consented to.
         if given or (beside is not None and any(plugins.lies_in(each.name, beside) for each in addresses)):
             plugins.use(beside)
         for each in named:
-            with _told(each, place, file):
+            with _told(each, line_of, file):
                 if each.group == "tasks":
                     open_family(each.name)
                 else:
@@ -505,12 +494,12 @@ def imported(
 
 
 @contextmanager
-def _told(named: Named, place: Callable[[KeyPath], Place | str], file: Path) -> Iterator[None]:
-    """Say of an error which key of which page it is about."""
+def _told(named: Named, line_of: Callable[[KeyPath], Place | str], file: Path) -> Iterator[None]:
+    """Add the file and key to an error."""
     try:
         yield
     except LlmrecError as error:
-        where = place(named.key)
+        where = line_of(named.key)
         raise RecipeError(
             f"{where}: {dotted(named.key)}: {error}",
             kind=error.kind,
@@ -546,11 +535,11 @@ def _named(values: Mapping[str, Any]) -> Iterator[Named]:
 
 
 def _listed(group: str, values: object, key: KeyPath, called: str) -> Iterator[Named]:
-    """Yield the names in a list, each a text or a mapping that has it under a key."""
-    for place, each in enumerate(values if isinstance(values, list | tuple) else ()):
+    """Yield the names in a list of texts or mappings."""
+    for index, each in enumerate(values if isinstance(values, list | tuple) else ()):
         name = each.get(called) if isinstance(each, dict) else each
         if isinstance(name, str):
-            yield Named(group, name, (*key, place))
+            yield Named(group, name, (*key, index))
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
@@ -559,7 +548,7 @@ def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
 
 
 def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
-    """Return a page's values with whole paths of prompts and plug-ins, so that they hold for what is stored.
+    """Return values with absolute paths of prompts and plug-ins, for the stored recipe.
 
     A path is looked for beside the page, then in the working folder. A file among the ``templates``,
     ``eval_templates`` or ``untuned_templates`` of a family is read as one of ``prompts``, and named there by its stem.
@@ -567,9 +556,6 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
     Args:
         values: Of a recipe.
         beside: The page's folder.
-
-    Raises:
-        RecipeError: If there is nothing at a path.
     """
     made, prompts = dict(values), values.get(PROMPTS)
     found = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []

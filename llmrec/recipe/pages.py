@@ -1,4 +1,4 @@
-"""YAML as people write it, read within bounds: its values, and the line of every key.
+"""Reads YAML within bounds: its values, and the line of every key.
 
 PyYAML follows whatever a page says: names that stand for each other can unfold to billions of values or to themselves,
 brackets can nest until Python's stack is full, and a scalar that its tag does not fit ends in any exception. Here each
@@ -45,7 +45,7 @@ _RESOLVERS = {
 
 
 class OutOfBounds(yaml.MarkedYAMLError):
-    """YAML that is well formed and still no page that anybody needs."""
+    """Well-formed YAML that exceeds the bounds."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -53,7 +53,7 @@ class _Loader(yaml.SafeLoader):
         super().__init__(text)
         self.yaml_implicit_resolvers = _RESOLVERS
         self._depth = self._values = 0
-        # Of each node that is complete: how many values it unfolds to.
+        # The number of values that each complete node expands to.
         self._sizes: dict[int, int] = {}
 
     def compose_node(self, parent: Any, index: Any) -> Any:
@@ -95,11 +95,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_page(file: Path) -> tuple[dict[str, Json], dict[KeyPath, Place]]:
-    """Return what a page holds, and where each of its keys stands.
-
-    Raises:
-        RecipeError: If it cannot be read, is no mapping, or a key stands twice; the message names file and line.
-    """
+    """Return the values of a file, and the line of each key."""
     try:
         text = file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -125,14 +121,11 @@ def _parsed_once(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
 
 
 def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
-    """Return what a text in YAML holds, and where each of its keys stands.
+    """Return the values of a YAML text, and the line of each key.
 
     Args:
         text: The text.
         file: Where it stands, for errors.
-
-    Raises:
-        RecipeError: If it is no YAML or out of bounds, or a key stands twice.
     """
     if len(text) > MOST_CHARACTERS:
         raise RecipeError.at(file, "too-large", f": longer than {MOST_CHARACTERS:,} characters; no page needs as many")
@@ -140,22 +133,18 @@ def parsed(text: str, file: Path) -> tuple[Any, dict[KeyPath, Place]]:
         places: dict[KeyPath, Place] = {}
         return _loaded(text, lambda node: _mark(node, (), places, file)), places
     except yaml.MarkedYAMLError as error:
-        place = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
+        line = Place(str(file), line=error.problem_mark.line + 1 if error.problem_mark else None)
         if isinstance(error, OutOfBounds):
-            raise RecipeError.at(place, "too-large", f": {error.problem}; write it plainly") from None
+            raise RecipeError.at(line, "too-large", f": {error.problem}; write it plainly") from None
         raise RecipeError.at(
-            place, "syntax", f": not valid YAML ({error.problem}); check quoting and indentation"
+            line, "syntax", f": not valid YAML ({error.problem}); check quoting and indentation"
         ) from None
     except yaml.YAMLError as error:
         raise RecipeError.at(file, "syntax", f": not valid YAML ({' '.join(str(error).split())})") from None
 
 
 def value_of(text: str, key: str) -> Any:
-    """Return the value that an option such as ``eval.users=20`` gives a key; what is no YAML is a text.
-
-    Raises:
-        RecipeError: If it is out of bounds.
-    """
+    """Return the value of an option such as ``eval.users=20``; what is no YAML is a text."""
     if len(text) > MOST_CHARACTERS:
         raise RecipeError(f"{key}: longer than {MOST_CHARACTERS:,} characters", kind="too-large", column=key)
     try:
@@ -173,7 +162,7 @@ def flow(value: Json) -> str:
 
 
 def _loaded(text: str, look: Callable[[yaml.Node], None]) -> Any:
-    """Return what a text holds; its tree is shown before merge keys (``<<``) are resolved in it."""
+    """Return the values of a text; its nodes are checked before merge keys (``<<``) are resolved."""
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

@@ -1,4 +1,4 @@
-"""Paths that a page names: they go from the working folder, and from the page's own folder where nothing is there."""
+"""Paths in a file: relative to the working folder, or else to the folder of the file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _DATABASE = re.compile(r"(?:sqlite|duckdb):///(?!/)")
 
 
 def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> None:
-    """Put paths under a page's folder that are there, and not under the working folder; in place.
+    """Make paths that exist only in the folder of the file relative to it; in place.
 
     Args:
         values: What the page says.
@@ -68,11 +68,7 @@ def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> No
 
 @contextmanager
 def both_places(recipe: Recipe) -> Iterator[None]:
-    """Have the error of a path that is nowhere name both folders in which it was looked for.
-
-    Raises:
-        LlmrecError: As the block does.
-    """
+    """Add to the error of a missing path both folders in which it was looked for."""
     try:
         yield
     except LlmrecError as error:
@@ -89,7 +85,7 @@ def both_places(recipe: Recipe) -> Iterator[None]:
 
 
 def _is_there(path: str) -> bool:
-    """Whether a file, a folder, the book of a sheet or a file that fits a pattern is there."""
+    """Whether a file, a folder, the workbook of a sheet or a file that matches a pattern exists."""
     start = Path(Path(path).anchor)
     try:
         if Path(path).exists() or Path(path.partition("#")[0] or path).is_file():

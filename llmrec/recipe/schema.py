@@ -1,7 +1,7 @@
-"""Every knob of llmrec on one page, and the only place where a default is written.
+"""Every setting of a recipe, with its default and the stages that it affects.
 
-A recipe is a YAML page. Sections are frozen and closed: an unknown key is an error that names the file,
-the line and the closest known key. Each component is handed its own section, never the whole recipe.
+A recipe is a YAML file. Sections are frozen and closed: an unknown key is an error that names the file,
+the line and the closest known key. Each component takes its own section, not the whole recipe.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from llmrec.fingerprint import settings as settings_of
 from llmrec.recipe.shared import BATCH, BEAMS, CUTOFFS, DTYPE, EXACT, RESAMPLES, Dtype
 from llmrec.registry import BACKENDS, INDEXES, TASKS, is_family, is_plugin, open_family, written
 
-# Bounds keep what is a slip of the pen from filling the memory; no experiment comes near them.
+# Bounds keep a typo from filling the memory; no experiment comes near them.
 Positive = Annotated[int, Field(gt=0, le=10**9)]
 Width = Annotated[int, Field(gt=0, le=2**16)]
 Depth = Annotated[int, Field(gt=0, le=1000)]
@@ -65,14 +65,14 @@ UNKNOWN_KEY = "unknown_key"
 
 
 def _short_enough(name: str) -> str:
-    """Refuse what is too long for the name of a file, before anything looks for such a file."""
+    """Reject a name that is too long for a file, before such a file is looked for."""
     if any(len(part.encode()) > 255 for part in name.split("/")) or len(name.encode()) > 4000:
         raise PydanticCustomError("too_long", "no folder and no model has a name that long")
     return name
 
 
 def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
-    """Return a validator of names: those of a table, or of plug-ins of its kind."""
+    """Return a validator of names: those of a registry table, or plug-ins of its kind."""
 
     def check(name: str) -> str:
         known = [each for each in table if each not in but]
@@ -105,7 +105,7 @@ class Section(BaseModel):
 
 @cache
 def _takes_truth(section: type[BaseModel], name: str) -> bool:
-    """Whether a field takes yes or no, or no number, which pydantic would make of it."""
+    """Whether a field takes a boolean, or no number that pydantic would make of one."""
     parts, known = [section.model_fields[name].annotation], set[object]()
     while parts:
         part = parts.pop()
@@ -118,7 +118,7 @@ def _takes_truth(section: type[BaseModel], name: str) -> bool:
 
 
 class Columns(Section):
-    """Which column of a table means what; unset ones are looked up under llmrec's own names."""
+    """Names of the columns of a table; unset ones are looked up under llmrec's own names."""
 
     user: str = "user_id"
     item: str = "item_id"
@@ -145,7 +145,7 @@ class Columns(Section):
 
 
 class Filter(Section):
-    """Which interactions are kept, applied before the split."""
+    """Interactions that are kept, applied before the split."""
 
     where: str | None = Field(
         None, description="table: keep rows for which this holds, such as event == 'purchase' and quantity > 0"
@@ -156,7 +156,7 @@ class Filter(Section):
 
 
 class Split(Section):
-    """How validation and test interactions are held out. Ties in time fall by a seeded hash of (user, item)."""
+    """How validation and test interactions are held out. Ties in time are broken by a seeded hash of (user, item)."""
 
     kind: Literal[
         "leave_one_out",
@@ -445,10 +445,10 @@ class BaselineSection(Section):
 
 
 def settings(parameters: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Yield parameters, the parts of one that has any as ``name.part``."""
+    """Yield parameters by name, nested ones as ``name.part``."""
     for name, value in parameters.items():
         if isinstance(value, dict):
-            yield from ((f"{name}.{part}", own) for part, own in value.items())
+            yield from ((f"{name}.{part}", inner) for part, inner in value.items())
         else:
             yield name, value
 
@@ -662,7 +662,7 @@ class TasksSection(Section):
             return given
         known = {name: section for name, section in given.items() if name in cls.model_fields or not _is_further(name)}
         further = [(open_family(name), section) for name, section in given.items() if name not in known]
-        return known | {own.name: own.section.model_validate(section or {}) for own, section in further}
+        return known | {family.name: family.section.model_validate(section or {}) for family, section in further}
 
     @model_validator(mode="after")
     def _no_unknown_family(self) -> TasksSection:
@@ -727,16 +727,12 @@ class ModelSection(Section):
     )
 
     @model_validator(mode="after")
-    def _whole_words_take_an_encoder(self) -> ModelSection:
+    def _keys_agree(self) -> Self:
         if self.whole_words and self.shape is not None and self.shape.kind != "encoder-decoder":
             raise ValueError(
                 "model.whole_words: a decoder has no encoder to add them in; set model.shape.kind=encoder-decoder, or "
                 "drop the key"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _new_has_a_shape(self) -> ModelSection:
         if (self.name == "new") != (self.shape is not None):
             raise ValueError(
                 "model.shape: it is the shape of a model that is made here, so it goes with model.name=new and with "
@@ -747,6 +743,8 @@ class ModelSection(Section):
 
 ADAPTED = ("lora", "qlora", "lora8")
 """Train methods that put LoRA on the model."""
+SOFT = ("prompt", "option", "option-adapter")
+"""Train methods with soft prompts."""
 
 
 class LoraSection(Section):
@@ -998,13 +996,9 @@ class TrainSection(Section):
     )
 
     @model_validator(mode="after")
-    def _a_band_takes_packing(self) -> TrainSection:
+    def _keys_agree(self) -> Self:
         if self.band is not None and self.packing != "tree":
             raise ValueError("train.band: only packed rows have a mask that it can cut; set train.packing=tree")
-        return self
-
-    @model_validator(mode="after")
-    def _the_last_layer_teaches_those_before(self) -> TrainSection:
         if self.distill and not self.exits:
             raise ValueError("train.distill: it is for the depths before the last; set train.exits=true, or drop it")
         if self.distill and self.method in ("option", "option-adapter"):
@@ -1012,86 +1006,9 @@ class TrainSection(Section):
                 f"train.distill: the loss of train.method={self.method} is over labels and has no teacher; set "
                 "train.method=lora, or drop it"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _item_softmax_is_the_loss_of_answers(self) -> TrainSection:
-        if self.softmax == "items":
-            for found, key in (
-                (self.exits, "exits"),
-                (self.teacher is not None, "teacher"),
-                (self.preference is not None, "preference"),
-                (self.reward is not None, "reward"),
-                (self.method in ("prompt", "option", "option-adapter"), "method"),
-            ):
-                if found:
-                    raise ValueError(f"train.softmax: items is not available with train.{key}; remove one of the two")
-        return self
-
-    @model_validator(mode="after")
-    def _a_teacher_speaks_of_tokens(self) -> TrainSection:
-        if self.teacher is None:
-            return self
-        for found, why in (
-            (self.exits, "train.exits has losses at every depth; drop one of both"),
-            (
-                self.method in ("prompt", "option", "option-adapter"),
-                f"train.method={self.method} puts tokens before a prompt that no teacher knows; set it to lora or full",
-            ),
-            (self.preference is not None, "train.preference has another loss; drop one of both"),
-            (self.reward is not None, "train.reward has another loss; drop one of both"),
-        ):
-            if found:
-                raise ValueError(f"train.teacher: {why}")
-        return self
-
-    @model_validator(mode="after")
-    def _zeros_are_those_of_the_merged_weights(self) -> TrainSection:
-        if self.prune is None:
-            return self
-        for found, why in (
-            (
-                self.method not in ("lora", "full"),
-                "it prunes the weights of a merged model while they learn; set train.method=lora or full",
-            ),
-            (
-                self.lora.dora or self.lora.dropout > 0,
-                "it masks the sum of weights and adapters; drop train.lora.dora and train.lora.dropout",
-            ),
-            (self.judge is not None, "the best adapter may be one without all zeros; drop train.judge"),
-            (
-                self.preference is not None or self.reward is not None,
-                "their reference is the model without an adapter, which has no zeros; drop one of both",
-            ),
-        ):
-            if found:
-                raise ValueError(f"train.prune: {why}")
-        return self
-
-    @model_validator(mode="after")
-    def _a_reward_comes_after_tuning(self) -> TrainSection:
-        if self.reward is None:
-            return self
-        for found, why in (
-            (self.start is None, "it continues from a tuned model; set train.start to the folder of its run"),
-            (self.judge is None, "validation NDCG decides which adapter is kept, and no reward does; set train.judge"),
-            (
-                self.method not in ADAPTED,
-                "it measures how far it is from the model below an adapter; set train.method=lora",
-            ),
-            (self.preference is not None, "train.preference is a stage of its own; start one from the other's run"),
-            (self.gradient_checkpointing, "it trains without dropout, where train.gradient_checkpointing is off too"),
-            (self.exits, "its loss stands after the last layer alone; drop train.exits"),
-            (self.examples is not None, "its questions are drawn afresh; drop train.examples"),
-            (self.packing == "tree", "its rollouts are packed without it; drop train.packing"),
-            (self.save_every % self.reward.updates > 0, "train.save_every has to be a multiple of its updates"),
-        ):
-            if found:
-                raise ValueError(f"train.reward: {why}")
-        return self
-
-    @model_validator(mode="after")
-    def _a_mixture_is_said_once(self) -> TrainSection:
+        for key, wrong, fault in self._contradictions():
+            if wrong:
+                raise ValueError(f"train.{key}: {fault}")
         if self.only and self.without:
             raise ValueError(
                 "train.without: train.only says already which families are trained; write one of both, or neither"
@@ -1102,6 +1019,54 @@ class TrainSection(Section):
                 "read; set train.mixture=proportional or temperature, or drop the key"
             )
         return self
+
+    def _contradictions(self) -> Iterator[tuple[str, bool, str]]:
+        """Yield settings that are incompatible with an item softmax, a teacher, pruning or a reward.
+
+        Each is the key that the message begins with, whether the recipe has it, and the message.
+        """
+        soft, preference, reward = self.method in SOFT, self.preference is not None, self.reward is not None
+        if self.softmax == "items":
+            present = {"exits": self.exits, "teacher": self.teacher, "preference": preference, "reward": reward}
+            for name, given in {**present, "method": soft}.items():
+                yield "softmax", bool(given), f"items is not available with train.{name}; remove one of the two"
+        if self.teacher is not None:
+            yield "teacher", self.exits, "train.exits has losses at every depth; drop one of both"
+            where = f"train.method={self.method} puts tokens before a prompt that no teacher knows"
+            yield "teacher", soft, f"{where}; set it to lora or full"
+            yield "teacher", preference, "train.preference has another loss; drop one of both"
+            yield "teacher", reward, "train.reward has another loss; drop one of both"
+        if self.prune is not None:
+            merged = "it prunes the weights of a merged model while they learn; set train.method=lora or full"
+            yield "prune", self.method not in ("lora", "full"), merged
+            masked = "it masks the sum of weights and adapters; drop train.lora.dora and train.lora.dropout"
+            yield "prune", self.lora.dora or self.lora.dropout > 0, masked
+            best = "the best adapter may be one without all zeros; drop train.judge"
+            yield "prune", self.judge is not None, best
+            reference = "their reference is the model without an adapter, which has no zeros; drop one of both"
+            yield "prune", preference or reward, reference
+        if self.reward is not None:
+            for wrong, fault in (
+                (self.start is None, "it continues from a tuned model; set train.start to the folder of its run"),
+                (
+                    self.judge is None,
+                    "validation NDCG decides which adapter is kept, and no reward does; set train.judge",
+                ),
+                (
+                    self.method not in ADAPTED,
+                    "it measures how far it is from the model below an adapter; set train.method=lora",
+                ),
+                (preference, "train.preference is a stage of its own; start one from the other's run"),
+                (
+                    self.gradient_checkpointing,
+                    "it trains without dropout, where train.gradient_checkpointing is off too",
+                ),
+                (self.exits, "its loss stands after the last layer alone; drop train.exits"),
+                (self.examples is not None, "its questions are drawn afresh; drop train.examples"),
+                (self.packing == "tree", "its rollouts are packed without it; drop train.packing"),
+                (self.save_every % self.reward.updates > 0, "train.save_every has to be a multiple of its updates"),
+            ):
+                yield "reward", wrong, fault
 
 
 # --------------------------------------------------------------------------- evaluation
@@ -1145,7 +1110,7 @@ class ShotSection(Section):
 
 
 def _one_or_several(value: Any) -> Any:
-    """Refuse in one line what is neither a text nor a list of texts."""
+    """Reject what is neither a string nor a list of strings."""
     if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)):
         return value
     raise PydanticCustomError("not_addresses", "write an address, or a list of addresses")
@@ -1226,7 +1191,7 @@ class ServerSection(Section):
 
     @property
     def where(self) -> str:
-        """What messages call the servers."""
+        """The servers, as messages name them."""
         named, more = ", ".join(self.urls[:2]), len(self.urls) - 2
         return named + (f" and {more} more" if more > 0 else "")
 
@@ -1363,16 +1328,12 @@ class EvalSection(Section):
     all_pairs: int = Field(20, ge=0, description="pairwise: most candidates of which every pair is asked")
 
     @model_validator(mode="after")
-    def _windows_overlap(self) -> EvalSection:
+    def _keys_agree(self) -> Self:
         if self.window_step >= self.window:
             raise ValueError(
                 f"eval.window_step: windows of {self.window} that move by {self.window_step} do not overlap, so that "
                 "nothing is carried from one to the next; set it below eval.window"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _server_agrees(self) -> EvalSection:
         if (self.backend == "openai") != (self.server is not None):
             raise ValueError(
                 "eval.server: it says which server eval.backend=openai asks, and no other backend reads it; set both, "
@@ -1471,7 +1432,7 @@ class Recipe(Displayed, Section):
 
     @property
     def sought(self) -> Mapping[str, Path]:
-        """Paths of its page that are nowhere, each with the folder beside the page where they were looked for too."""
+        """Paths of its file that do not exist, each with the folder of the file where it was looked for, too."""
         return self._sought
 
     def _summary(self) -> Summary:
@@ -1488,7 +1449,7 @@ class Recipe(Displayed, Section):
         return Summary(f"Recipe {self.name!r}", facts)
 
     def looked_for(self, sought: Mapping[str, Path]) -> Self:
-        """Return the recipe with what `sought` says."""
+        """Return the recipe with `sought`."""
         self._sought = {str(Path(path)): folder for path, folder in sought.items()}
         return self
 
@@ -1538,8 +1499,8 @@ class Recipe(Displayed, Section):
         return self
 
     def _check_soft(self) -> None:
-        """Refuse what soft prompts do not go with."""
-        soft, head = self.train.method in ("prompt", "option", "option-adapter"), self.tasks.rating
+        """Reject settings that are incompatible with soft prompts."""
+        soft, head = self.train.method in SOFT, self.tasks.rating
         if not soft and self.train.soft != SoftSection():
             raise ValueError(
                 "train.soft: only train.method=prompt, option and option-adapter have soft prompts; set one of them, "
@@ -1559,13 +1520,13 @@ class Recipe(Displayed, Section):
             )
 
     def trained(self) -> dict[str, float]:
-        """Return the families that are trained, with their own weights."""
+        """Return the weights of the families that are trained."""
         chosen = {name: task.weight for name, task in self.tasks.present().items() if task.weight > 0}
         only, without = self.train.only or tuple(chosen), self.train.without
         return {name: weight for name, weight in chosen.items() if name in only and name not in without}
 
     def _check_trained(self) -> None:
-        """Refuse a choice of families that names one which is not there, or leaves none."""
+        """Reject a selection of families that names a missing one, or leaves none."""
         present = self.tasks.present()
         for key, names in (("only", self.train.only), ("without", self.train.without)):
             for name in names:
@@ -1585,7 +1546,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_head(self) -> None:
-        """Refuse a rating head beside tasks that are trained on tokens, and engines that do not read it."""
+        """Reject a rating head with tasks that are trained on tokens, and engines that do not read it."""
         if self.tasks.rating is None or self.tasks.rating.head is None:
             return
         others = [name for name in self.trained() if name != "rating"]
@@ -1604,7 +1565,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_preference(self) -> None:
-        """Refuse to learn from preference without a reference, or beside another loss."""
+        """Reject preference optimisation without a reference, or with another loss."""
         section, rating, direct = self.train.preference, self.tasks.rating, self.tasks.direct
         if section is None:
             return
@@ -1639,7 +1600,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_alignment(self) -> None:
-        """Refuse to teach codes where there are none, or none that need teaching."""
+        """Reject the alignment task without codes, or with codes that are titles."""
         if self.tasks.alignment is None:
             return
         if self.index is None:
@@ -1659,7 +1620,7 @@ class Recipe(Displayed, Section):
             )
 
     def _check_candidates(self) -> None:
-        """Keep rankings of the catalogue and of stored candidates out of one table."""
+        """Reject rankings of the catalogue and of stored candidates in one table."""
         whole, sequential = self.eval.candidates.kind == "catalogue", self.tasks.sequential
         if whole and self.tasks.direct is not None:
             raise ValueError(

@@ -172,6 +172,27 @@ class LabelRowTrainer(SFTTrainer):  # type: ignore[misc]
             return (packed_loss if "ends" in inputs else rows_loss)(model, inputs, self.by)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LossInputs:
+    """What the loss of a training run is made of besides the tokens of its rows; by default nothing.
+
+    Attributes:
+        head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
+        soft: The soft prompts of the model, for rows whose labels are numbers of labels where these are tied to them.
+        listwise: Rows are lists of candidates, planned as such, and have a loss over these.
+        objective: Makes the loss of each planned step itself.
+        taught: A teacher; what is followed on validation is the loss of the answers all the same.
+        items: Ids of the item tokens.
+    """
+
+    head: RatingHead | None = None
+    soft: SoftPrompt | None = None
+    listwise: Listwise | None = None
+    objective: Objective | None = None
+    taught: TaughtLoss | None = None
+    items: Sequence[int] = ()
+
+
 def train(
     model: torch.nn.Module,
     encoder: Encoder,
@@ -182,14 +203,9 @@ def train(
     folder: Path,
     seed: int,
     quiet: bool = False,
-    head: RatingHead | None = None,
-    soft: SoftPrompt | None = None,
+    loss: LossInputs | None = None,
     device: str | None = None,
     judge: Callable[[Any], float] | None = None,
-    listwise: Listwise | None = None,
-    objective: Objective | None = None,
-    taught: TaughtLoss | None = None,
-    items: Sequence[int] = (),
 ) -> Training:
     """Train over the planned steps and save the adapter (or full weights) to ``folder/adapter``.
 
@@ -205,16 +221,13 @@ def train(
         folder: The run folder.
         seed: Seeds the order of steps and dropout.
         quiet: Show no progress bar.
-        head: A rating head on the model, for rows whose labels are classes; saved beside the adapter.
-        soft: The soft prompts of the model, for rows whose labels are numbers of labels where these are tied to them.
+        loss: What the loss is made of besides the tokens of rows.
         device: Where it trains, ``"cpu"`` or ``"cuda"``; None: on the GPU, if torch can use one.
         judge: A model -> its figure on the validation split, for ``train.judge``: the adapter of the best look is kept.
             None: that of the last step is.
-        listwise: Rows are lists of candidates, planned as such, and have a loss over these.
-        objective: Makes the loss of each planned step itself.
-        taught: A teacher; what is followed on validation is the loss of the answers all the same.
-        items: Ids of the item tokens.
     """
+    loss = loss or LossInputs()
+    head, soft, listwise, objective, taught = loss.head, loss.soft, loss.listwise, loss.objective, loss.taught
     world = here()
     started = time.monotonic()
     widen(model)
@@ -224,7 +237,7 @@ def train(
         for each in (model, *([taught.teacher] if taught else [])):
             check_packing(each, "train.packing=none" if listwise is None else _no_lists(listwise))
     pad = encoder.tokenizer.pad_token_id
-    by = state_loss(model, section, head, soft, taught, items)
+    by = state_loss(model, section, head, soft, taught, loss.items)
     seen = None if by is taught else by
     # Further files of a checkpoint.
     kept: list[Callable[[Path], None]] = [partial(own, model) for own in (save_words, bottleneck.save, magnitude.save)]

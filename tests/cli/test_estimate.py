@@ -130,7 +130,7 @@ def test_a_large_run_says_what_it_takes_before_it_begins(shop: Path, monkeypatch
         raise KeyboardInterrupt
 
     monkeypatch.setattr("llmrec.pipeline.run.train_stage", stop)
-    monkeypatch.setattr("llmrec.pipeline.run.Session.evaluate", stop)
+    monkeypatch.setattr("llmrec.pipeline.run.Session.evaluation", stop)
     assert "estimate" not in CliRunner().invoke(app, ["run", "shop.yaml", "--out", "small"]).output
     monkeypatch.setattr("llmrec.cli.estimate.LARGE", 40)
     said = CliRunner().invoke(app, ["run", "shop.yaml", "--out", "large"]).output

@@ -38,7 +38,8 @@ def test_a_stage_that_is_damaged_or_of_other_inputs_is_made_again(content: str, 
 @pytest.mark.parametrize("wrong", [{"figures": {"arm": 3}}, {"records": [{}]}, {"values": {"RMSE": {"": {}}}}])
 def test_a_row_whose_figures_are_none_is_made_again(wrong: dict[str, Any], tmp_path: Path) -> None:
     figures = json.loads(resource("eval/results/four-tasks.json").read_text(encoding="utf-8"))["rows"][0]
-    stored = {"key": "k", "figures": figures, "values": {}, "records": [], "examples": [], "weighing": {}}
+    made = {"values": {}, "records": [], "examples": [], "weighing": {}, "validation": {}, "looked_at": []}
+    stored = {"key": "k", "figures": figures, **made}
     file = tmp_path / "row.json"
     file.write_text(json.dumps(stored), encoding="utf-8")
     assert read_stage(file, "k", row_of) is not None

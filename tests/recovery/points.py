@@ -23,11 +23,11 @@ RUN: dict[str, Point] = {
     "mid-save, before the random state": ("transformers.trainer", "Trainer._save_rng_state", 2, "before"),
     "mid-save, before the manifest": ("llmrec.train.sft", "seal", 2, "before"),
     "between stages, before the merge": ("llmrec.pipeline.training", "_merge", 1, "before"),
-    "between stages, before the record of training": ("llmrec.pipeline.training", "write_json", 1, "before"),
-    "between stages, before evaluation": ("llmrec.pipeline.run", "Session.evaluate", 1, "before"),
+    "between stages, before the record of training": ("llmrec.pipeline.training", "write_checked", 1, "before"),
+    "between stages, before evaluation": ("llmrec.pipeline.run", "Session.evaluation", 1, "before"),
     "mid-evaluation, before a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 2, "before"),
     "mid-evaluation, after a chunk is stored": ("llmrec.backends.cache", "AnswerStore.put", 5, "after"),
-    "mid-evaluation, while a row is written": ("llmrec.pipeline.evaluation", "write_json", 14, "before"),
+    "mid-evaluation, while a row is written": ("llmrec.pipeline.evaluation", "write_checked", 14, "before"),
     "mid-report, before the results": ("llmrec.pipeline.results", "write_checked", 1, "before"),
     "mid-report, between two files": ("llmrec.report.page", "_put", 3, "before"),
 }
@@ -52,8 +52,8 @@ RANK: dict[str, Point] = {
         REQUESTS + REQUESTS // 2,
         "before",
     ),
-    "mid-rank, before the summary": ("llmrec.answer.rank.run", "write_json", 1, "before"),
-    "mid-rank, before the parts are removed": ("llmrec.answer.rank.run", "write_json", 1, "after"),
+    "mid-rank, before the summary": ("llmrec.answer.rank.run", "write_checked", 1, "before"),
+    "mid-rank, before the parts are removed": ("llmrec.answer.rank.run", "write_checked", 1, "after"),
 }
 
 POINTS = {**RUN, **EXPORT, **RANK}

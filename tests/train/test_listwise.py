@@ -193,7 +193,9 @@ def test_it_learns_what_is_chosen(loss: Any, llama_folder: Path, tmp_path: Path)
     assert best() < 1
     encoder = encoder_of(llama_folder)
     listwise = Listwise(loss, len(TITLES))
-    done = sft.train(model, encoder, steps, {}, train, folder=tmp_path, seed=0, quiet=True, listwise=listwise)
+    done = sft.train(
+        model, encoder, steps, {}, train, folder=tmp_path, seed=0, quiet=True, loss=sft.LossInputs(listwise=listwise)
+    )
     model.eval()
     losses = [line["loss"] for line in done.log if line["loss"] is not None]
     assert losses[-1] < 0.5 * losses[0]

@@ -66,7 +66,7 @@ class Case:
 
     def run(self, out: Path) -> str:
         valid = {"rating": self.rows[:4]} if self.train.valid_rows else {}
-        options = {"folder": out, "seed": 0, "quiet": True, "head": self.head}
+        options: Any = {"folder": out, "seed": 0, "quiet": True, "loss": sft.LossInputs(head=self.head)}
         return sft.train(self.model, self.encoder, self.steps, valid, self.train, **options).adapter_sha256
 
     @staticmethod

@@ -73,7 +73,7 @@ class Case:
 
     def run(self, out: Path) -> str:
         valid = {"ctr": self.rows[:4]}
-        options: dict[str, Any] = {"folder": out, "seed": 0, "quiet": True, "soft": self.soft}
+        options: dict[str, Any] = {"folder": out, "seed": 0, "quiet": True, "loss": sft.LossInputs(soft=self.soft)}
         return sft.train(self.model, self.encoder, self.steps, valid, self.train, **options).adapter_sha256
 
 

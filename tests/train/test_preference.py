@@ -166,7 +166,15 @@ class Case:
 
     def run(self, out: Path) -> Any:
         return sft.train(
-            self.model, self.encoder, self.steps, {}, self.train, folder=out, seed=0, quiet=True, listwise=self.listwise
+            self.model,
+            self.encoder,
+            self.steps,
+            {},
+            self.train,
+            folder=out,
+            seed=0,
+            quiet=True,
+            loss=sft.LossInputs(listwise=self.listwise),
         )
 
 

@@ -229,7 +229,17 @@ def run(folder: Path, out: Path, *, alpha: float = 0.5, frozen: bool = False, **
     planned: list[Step] = plan(iter(rows), steps=train.steps, batch_tokens=256, seed=0)
     counts = classes.counts(row for step in planned for row in step.rows)
     head = attach(model, FIVE, alpha=alpha, counts=counts, frozen=frozen)
-    done = sft.train(model, encoder, planned, {"rating": rows[:6]}, train, folder=out, seed=0, quiet=True, head=head)
+    done = sft.train(
+        model,
+        encoder,
+        planned,
+        {"rating": rows[:6]},
+        train,
+        folder=out,
+        seed=0,
+        quiet=True,
+        loss=sft.LossInputs(head=head),
+    )
     return done, model, head
 
 

@@ -89,7 +89,7 @@ class Toy:
         self.objective = RewardObjective(self.steps, self.cases, self.reward, rewards, pad=0, seed=3)
 
     def run(self, out: Path) -> sft.Training:
-        options: Any = {"folder": out, "seed": 0, "quiet": True, "objective": self.objective}
+        options: Any = {"folder": out, "seed": 0, "quiet": True, "loss": sft.LossInputs(objective=self.objective)}
         return sft.train(self.model, self.encoder, self.steps, {}, self.train, **options)
 
     def policy(self, prompt: Sequence[int], *, legal: bool = True, temperature: float = 1.0) -> np.ndarray[Any, Any]:

@@ -109,7 +109,18 @@ def test_a_pupil_comes_near_its_teacher(wide: Path, narrow: Path, tmp_path: Path
     ids, labels = torch.tensor([rows[0].ids]), torch.tensor([rows[0].labels])
     with torch.no_grad():
         before = float(label_loss(model, ids, labels, taught)[0])
-    sft.train(model, encoder, steps, {}, section, folder=tmp_path, seed=0, quiet=True, taught=taught, device="cpu")
+    sft.train(
+        model,
+        encoder,
+        steps,
+        {},
+        section,
+        folder=tmp_path,
+        seed=0,
+        quiet=True,
+        loss=sft.LossInputs(taught=taught),
+        device="cpu",
+    )
     with torch.no_grad():
         wanted = labels[:, 1:] != IGNORED
         said = taught.teacher(input_ids=ids).logits[:, :-1][wanted].log_softmax(-1)

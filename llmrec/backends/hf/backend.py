@@ -195,23 +195,24 @@ class HFBackend:
         scores: list[Scores | None] = [None] * len(prompts)
         # Prompts with a common prefix are adjacent, so that the prefix is read once.
         for i in sorted(range(len(prompts)), key=lambda i: encoded[i]):
-            scores[i] = self._score_one(encoded[i], tails[i], closed=closed)
+            ids, texts = encoded[i], tails[i]
+            labels = None if self._paired else single_token_labels(texts, closed=closed)
+            if labels is not None:
+                prompt, texts = ids + list(labels.shared), [(token,) for token in labels.distinct]
+                if self.exits is not None:
+                    found, route = self.exits.score(prompt, labels.distinct), "hf:exit"
+                else:
+                    found, route = self._score_labels(prompt, labels.distinct), "hf:one-token"
+            else:
+                if self.exits is not None:
+                    self.exits.whole += 1
+                if self._may_pack(ids, texts):
+                    found, route = self._score_packed(ids, texts), "hf:tree"
+                else:
+                    found, route = self._score_rows(ids, texts), "hf:rows"
+            scores[i] = _scores(found, ids, texts, route)
             count_answers(1)
         return [each for each in scores if each is not None]
-
-    def _score_one(self, ids: list[int], tails: Sequence[tuple[int, ...]], *, closed: bool) -> Scores:
-        labels = None if self._paired else single_token_labels(tails, closed=closed)
-        if labels is not None:
-            each = [(token,) for token in labels.distinct]
-            if self.exits is not None:
-                found = self.exits.score(ids + list(labels.shared), labels.distinct)
-                return _scores(found, ids, each, "hf:exit")
-            return _scores(self._score_labels(ids + list(labels.shared), labels.distinct), ids, each, "hf:one-token")
-        if self.exits is not None:
-            self.exits.whole += 1
-        if self._may_pack(ids, tails):
-            return _scores(self._score_packed(ids, tails), ids, tails, "hf:tree")
-        return _scores(self._score_rows(ids, tails), ids, tails, "hf:rows")
 
     def _score_wide(
         self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]], *, closed: bool
