@@ -148,7 +148,7 @@ def kept(path: Path, key: str, read: Callable[[Mapping[str, Any]], T], make: Cal
 
     Args:
         path: Its file.
-        key: See `llmrec.pipeline.resume.key_of`.
+        key: See `llmrec.fingerprint.fingerprint`.
         read: Returns the row of what is stored.
         make: Returns what is to be stored.
     """

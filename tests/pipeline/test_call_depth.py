@@ -28,7 +28,7 @@ def frames() -> list[str]:
         for frame in reversed(inspect.stack())
         if str(frame.frame.f_globals.get("__name__", "")).startswith("llmrec")
     ]
-    return called[called.index("llmrec.cli.main.run") :]
+    return called[called.index("llmrec.cli.run.run") :]
 
 
 def ran(folder: Path, model: Path, backend: str) -> None:
