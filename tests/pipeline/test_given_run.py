@@ -138,6 +138,7 @@ def test_classic_baselines_on_a_published_split_of_ratings(movielens: Path, tmp_
     assert error["user-item-bias"] < 0.98 < 1.0 < error["user-mean"] < 1.07 < error["global-mean"] < 1.16
 
 
+@pytest.mark.slow
 def test_classic_rankings_on_a_published_split(movielens: Path, tmp_path: Path) -> None:
     # The parts are drawn whatever their time, so that a whole history says more than its end.
     whole = {"history": 500, "decay": 1.0}

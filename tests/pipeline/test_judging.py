@@ -114,6 +114,7 @@ def test_a_killed_run_keeps_what_an_uninterrupted_one_keeps(
     shutil.rmtree(tmp_path / "cut")
 
 
+@pytest.mark.slow
 def test_the_best_adapter_outlives_a_better_one_that_no_checkpoint_has(
     llama_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

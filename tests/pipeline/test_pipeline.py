@@ -57,7 +57,7 @@ def recipe(folder: Path, *more: str) -> Recipe:
     )
 
 
-@pytest.fixture(scope="module", params=["llama_folder", "qwen_folder"])
+@pytest.fixture(scope="module", params=["llama_folder", pytest.param("qwen_folder", marks=pytest.mark.slow)])
 def done(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Recipe, pipeline.Run]:
     """The same recipe on two architectures."""
     chosen = recipe(request.getfixturevalue(request.param))

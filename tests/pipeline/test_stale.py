@@ -92,14 +92,9 @@ CHANGES = {
 }
 
 
-# The others are slow: each is two runs, and most of them are also among the `FIELDS` below.
-ALWAYS = ("seed",)
-
-
-@pytest.mark.parametrize(
-    "change",
-    [pytest.param(CHANGES[name], id=name, marks=() if name in ALWAYS else pytest.mark.slow) for name in CHANGES],
-)
+# Each is two runs; which settings change what is stored is tested of all in test_fingerprints.py.
+@pytest.mark.slow
+@pytest.mark.parametrize("change", CHANGES.values(), ids=list(CHANGES))
 def test_no_change_gets_a_stale_answer(
     change: str, model: Path, base: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
