@@ -382,8 +382,9 @@ def _start(work: Callable[[], object], stdin: str = "", limit: int = LIMIT) -> t
         code = 0
     except SystemExit as end:
         code = end.code if isinstance(end.code, int) else int(bool(end.code))
-    except BaseException:
-        traceback.print_exc()
+    except BaseException as error:
+        # Without the lines of the code.
+        sys.stderr.write("".join(traceback.format_exception_only(error)))
     finally:
         signal.alarm(0)
         atexit._run_exitfuncs()
