@@ -16,6 +16,8 @@ from tempfile import TemporaryDirectory
 
 ROOT = Path(__file__).resolve().parent.parent
 EXTENSIONS = ("systems", "serve", "chat", "start", "bench", "cluster")
+# Extensions that are built on another one go with it.
+BUILT_ON = {"chat": ("bench", "serve")}
 TESTS = ("tests/test_cli.py", "tests/cli/test_common.py", "tests/cli/test_options.py")
 # Tests of the checkout as a whole, whose pages name every extension.
 WHOLE = ("tests/test_packaging.py", "tests/test_site.py")
@@ -54,11 +56,12 @@ def copied(folder: Path) -> None:
 
 def checked(extension: str, folder: Path) -> str | None:
     """Remove an extension from a copy, and return the command that then fails, if any."""
-    for home in ("llmrec", "tests"):
-        shutil.rmtree(folder / home / extension, ignore_errors=True)
     settings = folder / "pyproject.toml"
-    # A contract may not forbid what is not there.
-    settings.write_text(re.sub(rf', "llmrec\.{extension}"|"llmrec\.{extension}", ', "", settings.read_text()))
+    for name in (extension, *BUILT_ON.get(extension, ())):
+        for home in ("llmrec", "tests"):
+            shutil.rmtree(folder / home / name, ignore_errors=True)
+        # A contract may not forbid what is not there.
+        settings.write_text(re.sub(rf', "llmrec\.{name}"|"llmrec\.{name}", ', "", settings.read_text()))
     python = [sys.executable, "-m"]
     ignored = [f"--ignore={name}" for name in WHOLE]
     commands = (
