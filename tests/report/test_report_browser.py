@@ -20,11 +20,11 @@ from llmrec.report.page import write
 from tests.report.made import hostile_audit, hostile_results, made_results, save_run
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import parser
-from tests.report.suites import hostile_suite, made_reference
 
 pytest.importorskip("llmrec.bench", reason="the extension is not there")
 
 from llmrec.bench.pages import leaderboard, result_of
+from tests.bench.suites import hostile_suite, made_reference
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None

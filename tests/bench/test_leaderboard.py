@@ -12,10 +12,10 @@ import pytest
 from llmrec.bench.pages import leaderboard, read_results, result_of
 from llmrec.bench.references import load_reference
 from llmrec.errors import DataError, LlmrecError
+from tests.bench.suites import hostile_suite, made_reference, made_suite
 from tests.facts import Facts, raises
 from tests.report.payloads import FORMULAS, MARKDOWN, SCRIPTS
 from tests.report.reading import blocks
-from tests.report.suites import hostile_suite, made_reference, made_suite
 
 ROOT = Path(__file__).resolve().parents[2]
 
