@@ -16,7 +16,7 @@ from llmrec.data.features import Features, Pair, Provenance, publish
 from llmrec.data.split import SplitDataset
 from llmrec.errors import DataError
 from llmrec.pipeline.study import load_split
-from llmrec.pipeline.study import told as set_aside
+from llmrec.pipeline.study import profile_leaks as set_aside
 from llmrec.recipe.schema import DataSection, TextsSection
 from llmrec.tasks.base import View
 from tests.facts import Facts, raises
