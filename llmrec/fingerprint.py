@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -20,7 +20,7 @@ from pydantic_core import to_jsonable_python
 
 from llmrec import __version__
 from llmrec.durable import Json
-from llmrec.registry import stamps
+from llmrec.registry import Table, address_of, stamps
 
 Stage = Literal["data", "index", "tokens", "train", "rows", "engine", "evaluate", "augment"]
 """``data``: tables, splits and what is read with them. ``index``: codes of items. ``tokens``: the base model with the
@@ -101,7 +101,7 @@ def fingerprint(
     /,
     *,
     unused: Collection[str] = (),
-    made_by: Iterable[tuple[Mapping[str, str], str]] = (),
+    made_by: Iterable[tuple[Table, str]] = (),
     modules: Iterable[str] = (),
     **inputs: Any,
 ) -> str:
@@ -135,9 +135,9 @@ def digest_of(**inputs: Any) -> str:
 # --------------------------------------------------------------------------- code
 
 
-def modules_of(names: Iterable[tuple[Mapping[str, str], str]]) -> set[str]:
+def modules_of(names: Iterable[tuple[Table, str]]) -> set[str]:
     """Return the modules behind names of registry tables; none for plug-ins, which have stamps."""
-    return {table[name].partition(":")[0] for table, name in names if name in table}
+    return {address_of(table, name).partition(":")[0] for table, name in names if name in table}
 
 
 @cache

@@ -60,7 +60,7 @@ KINDS: Mapping[str, Kind] = {
     "baselines": Kind(
         "baseline",
         (
-            *("name", "Config.model_validate", "fit", "answer", "reads", "with_config", "looked_at"),
+            *("name", "Config.model_validate", "fit", "answer", "reads", "text_encoder", "with_config", "looked_at"),
             *("stochastic", "GRID", "READS", "SCORES", "FITS", "AT_ANSWER"),
         ),
         "derive it from llmrec.baselines.base.Baseline, and give it name, Config, fit(data) and answer(requests)",

@@ -19,9 +19,12 @@ from typing import Any, TypeVar
 from llmrec import plugins
 from llmrec.command import Command
 from llmrec.durable import Json
+from llmrec.entries import BaselineEntry, Better, Kind, MetricEntry, StrategyEntry
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 
 _Entry = TypeVar("_Entry")
+Table = Mapping[str, str] | Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry]
+"""A table of components: addresses, or entries that have one."""
 
 
 @cache
@@ -85,89 +88,347 @@ BACKENDS: Mapping[str, str] = {
     "fake": "llmrec.backends.fake:FakeBackend",
 }
 
+# Of a family, the first one is its default.
 STRATEGIES = extended(
     "STRATEGIES",
     {
-        "likelihood": "llmrec.strategies.pointwise:LikelihoodRanker",
-        "likelihood-prior": "llmrec.strategies.pointwise:PriorRanker",
-        "search": "llmrec.strategies.catalogue:CatalogueRanker",
-        "label": "llmrec.strategies.listwise:label_ranker",
-        "list": "llmrec.strategies.listwise:ListRanker",
-        "permutation": "llmrec.strategies.listwise:permutation_ranker",
-        "window": "llmrec.strategies.windows:window_ranker",
-        "pairwise": "llmrec.strategies.pairs:pairwise_ranker",
-        "setwise": "llmrec.strategies.sets:setwise_ranker",
-        "pointwise-yes": "llmrec.strategies.pointwise:YesRanker",
-        "two-step": "llmrec.strategies.profiled:TwoStepRanker",
-        "expected": "llmrec.strategies.raters:ExpectedRater",
-        "parsed": "llmrec.strategies.raters:ParsedRater",
-        "head": "llmrec.strategies.raters:HeadRater",
-        "text": "llmrec.strategies.raters:Writer",
-        "yes-no": "llmrec.strategies.raters:YesNoJudge",
-        "parsed-yes-no": "llmrec.strategies.raters:ParsedYesNoJudge",
+        "label": StrategyEntry(
+            "llmrec.strategies.rounds:label_ranker", ("direct",), keys=("permutations",), positional=True
+        ),
+        "list": StrategyEntry("llmrec.strategies.rounds:ListRanker", ("direct",)),
+        "permutation": StrategyEntry(
+            "llmrec.strategies.rounds:permutation_ranker",
+            ("direct",),
+            keys=("permutations", "depth"),
+            positional=True,
+        ),
+        "window": StrategyEntry(
+            "llmrec.strategies.rounds:window_ranker",
+            ("direct",),
+            keys=("permutations", "window", "window_step"),
+            positional=True,
+        ),
+        "pairwise": StrategyEntry("llmrec.strategies.rounds:pairwise_ranker", ("direct",), keys=("depth", "all_pairs")),
+        "setwise": StrategyEntry(
+            "llmrec.strategies.rounds:setwise_ranker",
+            ("direct",),
+            keys=("permutations", "depth", "set_size"),
+            positional=True,
+        ),
+        "pointwise-yes": StrategyEntry("llmrec.strategies.pointwise:YesRanker", ("direct",)),
+        "two-step": StrategyEntry("llmrec.strategies.profiled:TwoStepRanker", ("direct",), keys=("permutations",)),
+        "likelihood": StrategyEntry(
+            "llmrec.strategies.pointwise:LikelihoodRanker", ("sequential", "direct", "alignment")
+        ),
+        "likelihood-prior": StrategyEntry(
+            "llmrec.strategies.pointwise:PriorRanker", ("sequential",), keys=("prior_weight",)
+        ),
+        "search": StrategyEntry(
+            "llmrec.strategies.catalogue:CatalogueRanker", ("sequential",), keys=("beams", "exact")
+        ),
+        "expected": StrategyEntry("llmrec.strategies.raters:ExpectedRater", ("rating", "stars")),
+        "parsed": StrategyEntry("llmrec.strategies.raters:ParsedRater", ("rating", "stars")),
+        "head": StrategyEntry("llmrec.strategies.raters:HeadRater", ("rating",)),
+        "text": StrategyEntry("llmrec.strategies.raters:Writer", ("explanation", "review")),
+        "yes-no": StrategyEntry("llmrec.strategies.raters:YesNoJudge", ("ctr",)),
+        "parsed-yes-no": StrategyEntry("llmrec.strategies.raters:ParsedYesNoJudge", ("ctr",)),
     },
 )
 
+# Families whose baselines rank items for users, and those whose baselines predict ratings.
+_RANKED = ("sequential", "direct")
+_RATED = ("rating", "stars")
+
+# In the order of tables and messages.
 BASELINES = extended(
     "BASELINES",
     {
-        "random": "llmrec.baselines.popular:Random",
-        "popularity": "llmrec.baselines.popular:Popularity",
-        "recent-popularity": "llmrec.baselines.popular:RecentPopularity",
-        "item-knn": "llmrec.baselines.knn:ItemKNN",
-        "rp3beta": "llmrec.baselines.knn:RP3Beta",
-        "markov": "llmrec.baselines.markov:Markov",
-        "markov-1": "llmrec.baselines.markov:FirstOrder",
-        "markov-cooccurrence": "llmrec.baselines.markov:MarkovCooccurrence",
-        "transitions": "llmrec.baselines.transitions:Transitions",
-        "transitions-text": "llmrec.baselines.transitions:TransitionsText",
-        "transitions-tuned": "llmrec.baselines.towers.pairs:TransitionsTuned",
-        "content": "llmrec.baselines.content:Content",
-        "ease": "llmrec.baselines.ease:EASE",
-        "als": "llmrec.baselines.factors:ALS",
-        "bpr": "llmrec.baselines.factors:BPR",
-        "gru4rec": "llmrec.baselines.gru4rec:GRU4Rec",
-        "sasrec": "llmrec.baselines.sasrec:SASRec",
-        "tower": "llmrec.baselines.towers.tower:Tower",
-        "tuned-tower": "llmrec.baselines.towers.tower:TunedTower",
-        "state-tower": "llmrec.baselines.towers.states:StateTower",
-        "text-matcher": "llmrec.baselines.towers.matcher:TextMatcher",
-        "global-mean": "llmrec.baselines.rating:GlobalMean",
-        "user-mean": "llmrec.baselines.rating:UserMean",
-        "item-mean": "llmrec.baselines.rating:ItemMean",
-        "user-item-bias": "llmrec.baselines.rating:UserItemBias",
-        "mf": "llmrec.baselines.mf:MF",
-        "svd": "llmrec.baselines.mf:SVD",
-        "like-ratio": "llmrec.baselines.yes_no:LikeRatio",
-        "logistic": "llmrec.baselines.yes_no:Logistic",
-        "din": "llmrec.baselines.ctr.din:DIN",
-        "deepfm": "llmrec.baselines.ctr.deepfm:DeepFM",
-        "dcn": "llmrec.baselines.ctr.dcn:DCN",
-        "autoint": "llmrec.baselines.ctr.autoint:AutoInt",
-        "late-interaction": "llmrec.baselines.late:LateInteraction",
-        "frequent-text": "llmrec.baselines.text:FrequentText",
-        "nearest-text": "llmrec.baselines.text:NearestText",
-        "first-sentence": "llmrec.baselines.text:FirstSentence",
-        "text-ridge": "llmrec.baselines.text:TextRidge",
+        "random": BaselineEntry("llmrec.baselines.popular:Random", (*_RANKED, "alignment")),
+        "popularity": BaselineEntry("llmrec.baselines.popular:Popularity", _RANKED),
+        "recent-popularity": BaselineEntry("llmrec.baselines.popular:RecentPopularity", _RANKED),
+        "item-knn": BaselineEntry("llmrec.baselines.knn:ItemKNN", _RANKED),
+        "rp3beta": BaselineEntry("llmrec.baselines.knn:RP3Beta", _RANKED),
+        "markov-1": BaselineEntry("llmrec.baselines.markov:FirstOrder", _RANKED),
+        "markov": BaselineEntry("llmrec.baselines.markov:Markov", _RANKED),
+        "markov-cooccurrence": BaselineEntry("llmrec.baselines.markov:MarkovCooccurrence", _RANKED),
+        "transitions": BaselineEntry("llmrec.baselines.transitions:Transitions", _RANKED),
+        "transitions-text": BaselineEntry("llmrec.baselines.transitions:TransitionsText", _RANKED),
+        "content": BaselineEntry("llmrec.baselines.content:Content", _RANKED),
+        "ease": BaselineEntry("llmrec.baselines.ease:EASE", _RANKED),
+        "als": BaselineEntry("llmrec.baselines.factors:ALS", _RANKED, needs="implicit"),
+        "bpr": BaselineEntry("llmrec.baselines.factors:BPR", _RANKED, needs="implicit"),
+        "gru4rec": BaselineEntry("llmrec.baselines.gru4rec:GRU4Rec", _RANKED, needs="torch"),
+        "sasrec": BaselineEntry("llmrec.baselines.sasrec:SASRec", _RANKED, needs="torch"),
+        "transitions-tuned": BaselineEntry("llmrec.baselines.pairs:TransitionsTuned", _RANKED, needs="torch"),
+        "text-matcher": BaselineEntry("llmrec.baselines.matcher:TextMatcher", _RANKED, needs="torch"),
+        "global-mean": BaselineEntry("llmrec.baselines.rating:GlobalMean", _RATED),
+        "user-mean": BaselineEntry("llmrec.baselines.rating:UserMean", _RATED),
+        "item-mean": BaselineEntry("llmrec.baselines.rating:ItemMean", _RATED),
+        "user-item-bias": BaselineEntry("llmrec.baselines.rating:UserItemBias", _RATED),
+        "mf": BaselineEntry("llmrec.baselines.mf:MF", _RATED),
+        "svd": BaselineEntry("llmrec.baselines.mf:SVD", _RATED),
+        "like-ratio": BaselineEntry("llmrec.baselines.yes_no:LikeRatio", ("ctr",)),
+        "logistic": BaselineEntry("llmrec.baselines.yes_no:Logistic", ("ctr",)),
+        "frequent-text": BaselineEntry("llmrec.baselines.text:FrequentText", ("explanation", "review")),
+        "nearest-text": BaselineEntry("llmrec.baselines.text:NearestText", ("explanation", "review")),
+        "first-sentence": BaselineEntry("llmrec.baselines.text:FirstSentence", ("review",)),
+        "text-ridge": BaselineEntry("llmrec.baselines.text:TextRidge", ("stars",)),
     },
 )
 
-# The keys of the recipe's eval section that a strategy is handed, as keyword arguments of the same names.
-STRATEGY_KEYS: Mapping[str, tuple[str, ...]] = {
-    "search": ("beams", "exact"),
-    "likelihood-prior": ("prior_weight",),
-    "label": ("permutations",),
-    "permutation": ("permutations", "depth"),
-    "window": ("permutations", "window", "window_step"),
-    "pairwise": ("depth", "all_pairs"),
-    "setwise": ("permutations", "depth", "set_size"),
-    "two-step": ("permutations",),
-}
-# Those whose answer depends on where a candidate stands; `eval.debias` is for them.
-POSITIONAL = ("label", "permutation", "window", "setwise")
+# In the order of tables.
+METRICS = extended(
+    "METRICS",
+    {
+        "HR": MetricEntry(
+            kind="ranking",
+            about="share of requests whose target (or any relevant item) is among the first k",
+            function="llmrec.metrics.ranking:hit_rate",
+            several="llmrec.metrics.multi_target:hit_rate",
+            cut=True,
+        ),
+        "Recall": MetricEntry(
+            kind="ranking",
+            about="relevant items among the first k, over all relevant items",
+            several="llmrec.metrics.multi_target:recall",
+            cut=True,
+        ),
+        "Precision": MetricEntry(
+            kind="ranking",
+            about="relevant items among the first k, over k",
+            function="llmrec.metrics.ranking:precision",
+            several="llmrec.metrics.multi_target:precision",
+            cut=True,
+            least=2,
+            full=True,
+            compared=False,
+        ),
+        "NDCG": MetricEntry(
+            kind="ranking",
+            about="discounted cumulative gain of the first k, over that of the ideal list",
+            function="llmrec.metrics.ranking:ndcg",
+            several="llmrec.metrics.multi_target:ndcg",
+            cut=True,
+            least=2,
+        ),
+        "MRR": MetricEntry(
+            kind="ranking",
+            about="mean of 1 / rank of the first relevant item",
+            function="llmrec.metrics.ranking:reciprocal_rank",
+            several="llmrec.metrics.multi_target:reciprocal_rank",
+            both=True,
+        ),
+        "MAP": MetricEntry(
+            kind="ranking",
+            about="mean precision at the ranks of the relevant items",
+            function="llmrec.metrics.ranking:average_precision",
+            several="llmrec.metrics.multi_target:average_precision",
+            cut=True,
+            least=2,
+            both=True,
+            full=True,
+            compared=False,
+        ),
+        "RankAUC": MetricEntry(
+            kind="ranking",
+            about="share of the other items that are ranked below the target",
+            function="llmrec.metrics.ranking:auc",
+            full=True,
+            compared=False,
+        ),
+        "Novelty": MetricEntry(
+            kind="lists",
+            about="mean self-information of the listed items in bits",
+            function="llmrec.metrics.beyond:novelty",
+            cut=True,
+            how="bits",
+        ),
+        "ILD": MetricEntry(
+            kind="lists",
+            about="intra-list diversity: mean distance between the items of a list",
+            function="llmrec.metrics.beyond:diversity",
+            cut=True,
+            least=2,
+        ),
+        "Exposure": MetricEntry(
+            kind="lists",
+            about="share of the places of a list that cold-start items take",
+            function="llmrec.metrics.beyond:cold_exposure",
+            cut=True,
+        ),
+        "Serendipity": MetricEntry(
+            kind="lists",
+            about="share of a list that is relevant and not listed by popularity",
+            function="llmrec.metrics.beyond:serendipity",
+            cut=True,
+            how="against-popularity",
+        ),
+        "Coverage": MetricEntry(
+            kind="lists",
+            about="share of the catalogue that some list shows",
+            function="llmrec.metrics.beyond:coverage",
+            cut=True,
+            unit="all",
+            compared=False,
+        ),
+        "Gini": MetricEntry(
+            kind="lists",
+            about="inequality of how often items are listed",
+            function="llmrec.metrics.beyond:gini",
+            cut=True,
+            unit="all",
+            compared=False,
+            lower=True,
+        ),
+        "ColdItems": MetricEntry(
+            kind="lists",
+            about="number of different cold-start items that some list shows",
+            function="llmrec.metrics.beyond:cold_shown",
+            cut=True,
+            unit="all",
+            compared=False,
+        ),
+        "PopularityLift": MetricEntry(
+            kind="lists",
+            about="how much more popular the lists are than the histories of their users",
+            function="llmrec.metrics.beyond:popularity_lift",
+            cut=True,
+            unit="all",
+            compared=False,
+            lower=True,
+        ),
+        "RMSE": MetricEntry(
+            kind="rating",
+            about="root of the mean squared error",
+            function="llmrec.metrics.rating:squared_error",
+            root=True,
+            lower=True,
+        ),
+        "MAE": MetricEntry(
+            kind="rating",
+            about="mean absolute error",
+            function="llmrec.metrics.rating:absolute_error",
+            lower=True,
+        ),
+        "LikedAUC": MetricEntry(
+            kind="rating",
+            about="probability that a liked item is predicted above one that is not",
+            function="llmrec.metrics.rating:liked_auc",
+            unit="all",
+            compared=False,
+        ),
+        "AUC": MetricEntry(
+            kind="probability",
+            about="probability that a yes outscores a no over all answers",
+            function="llmrec.metrics.probability:pooled_auc",
+            unit="all",
+        ),
+        "GAUC": MetricEntry(
+            kind="probability",
+            about="AUC within each user, averaged over users",
+            function="llmrec.metrics.probability:grouped_auc",
+            unit="user",
+            how="users-alike",
+        ),
+        "LogLoss": MetricEntry(
+            kind="probability",
+            about="mean negative log-probability of the truth",
+            function="llmrec.metrics.probability:log_loss",
+            lower=True,
+            how="clip-1e-15",
+        ),
+        "ECE": MetricEntry(
+            kind="probability",
+            about="expected calibration error over ten bins of equal mass",
+            function="llmrec.metrics.probability:calibration_error",
+            unit="all",
+            compared=False,
+            lower=True,
+            how="mass-10",
+        ),
+        **{
+            name: MetricEntry(
+                kind="text",
+                about=f"{name} F-measure",
+                function="llmrec.metrics.text:rouge_of",
+                words="rouge-score-nostem",
+                fixed={"name": name},
+            )
+            for name in ("ROUGE-1", "ROUGE-2", "ROUGE-L")
+        },
+        "BLEU-4": MetricEntry(
+            kind="text",
+            about="corpus BLEU of 1- to 4-grams",
+            function="llmrec.metrics.text:bleu4_statistic",
+            unit="all",
+            compared=False,
+            words="sacrebleu-13a-exp",
+        ),
+        **{
+            f"Distinct-{n}": MetricEntry(
+                kind="text",
+                about=f"different {n}-grams over all {n}-grams of all texts",
+                function="llmrec.metrics.text:distinct_n",
+                unit="all",
+                compared=False,
+                words="words-lower",
+                fixed={"n": n},
+            )
+            for n in (1, 2)
+        },
+        "USR": MetricEntry(
+            kind="text",
+            about="unique sentence ratio: different texts over all texts",
+            function="llmrec.metrics.explained:unique_sentences",
+            unit="all",
+            compared=False,
+            words="words-lower",
+        ),
+        "CopyRate": MetricEntry(
+            kind="text",
+            about="share of texts that copy a training text",
+            function="llmrec.metrics.explained:copy_rate",
+            compared=False,
+            lower=True,
+            words="words-lower",
+        ),
+        "FMR": MetricEntry(
+            kind="text",
+            about="feature matching ratio: texts that hold the feature of their reference",
+            function="llmrec.metrics.explained:match_rate",
+            compared=False,
+            words="words-lower",
+        ),
+        "FCR": MetricEntry(
+            kind="text",
+            about="feature coverage ratio: features that some text holds over all features",
+            function="llmrec.metrics.explained:coverage_rate",
+            unit="all",
+            compared=False,
+            words="words-lower",
+        ),
+        "DIV": MetricEntry(
+            kind="text",
+            about="features that two texts share, the mean over all pairs",
+            function="llmrec.metrics.explained:shared_features",
+            unit="all",
+            compared=False,
+            lower=True,
+            words="words-lower",
+        ),
+        "Hallucination": MetricEntry(
+            kind="text",
+            about="share of the features in the texts that no training review of the item supports",
+            function="llmrec.metrics.explained:hallucination_rate",
+            unit="all",
+            compared=False,
+            lower=True,
+            words="words-lower",
+        ),
+    },
+)
 
-
-TABLES: Mapping[str, Mapping[str, str]] = {
+TABLES: Mapping[str, Table] = {
     "baselines": BASELINES,
     "strategies": STRATEGIES,
     "tasks": TASKS,
@@ -181,14 +442,14 @@ TABLES: Mapping[str, Mapping[str, str]] = {
 _FURTHER: dict[str, str] = {}
 
 
-def lookup(table: Mapping[str, str], name: str, what: str, *, key: str | None = None) -> Any:
+def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any:
     """Import what a name stands for: a built-in one of a table, or a plug-in of its kind; ``key`` is where it stands.
 
     Raises:
         RecipeError: If there is none of that name, with the closest one; or as `llmrec.plugins.find`.
     """
     if name in table:
-        return attribute(table[name])
+        return attribute(address_of(table, name))
     group = _group(table)
     found = plugins.find(group, name) if group else None
     if found is None:
@@ -201,23 +462,23 @@ def lookup(table: Mapping[str, str], name: str, what: str, *, key: str | None = 
     return found
 
 
-def is_plugin(table: Mapping[str, str], name: str) -> bool:
+def is_plugin(table: Table, name: str) -> bool:
     """Whether a name is of the form of a plug-in's, or an installed one of the table's kind."""
     return name not in table and (plugins.is_address(name) or name in plugins.installed(_group(table)))
 
 
-def stamp(table: Mapping[str, str], name: str) -> str:
+def stamp(table: Table, name: str) -> str:
     """Return a hash of a plug-in's code; empty for a built-in name, whose code goes by the version of llmrec."""
     return plugins.stamp(_group(table), name) if is_plugin(table, name) else ""
 
 
-def stamps(named: Iterable[tuple[Mapping[str, str], str]]) -> dict[str, dict[str, str]]:
+def stamps(named: Iterable[tuple[Table, str]]) -> dict[str, dict[str, str]]:
     """Return the hashes of those of some names that are plug-ins, for the key of what they make; empty without any."""
     found = {name: code for table, name in named if (code := stamp(table, name))}
     return {"plugins": found} if found else {}
 
 
-def _group(table: Mapping[str, str]) -> str:
+def _group(table: Table) -> str:
     return next((group for group, each in TABLES.items() if each is table), "")
 
 
@@ -321,6 +582,59 @@ def hook(name: str) -> Any:
     return attribute(HOOKS[name])
 
 
+def address_of(table: Table, name: str) -> str:
+    """Return the address of a built-in component."""
+    entry = table[name]
+    return entry if isinstance(entry, str) else entry.address
+
+
+def answering(table: Mapping[str, BaselineEntry] | Mapping[str, StrategyEntry], family: str) -> tuple[str, ...]:
+    """Return the names of a table's components that answer a family, in the order of the table."""
+    return tuple(name for name, entry in table.items() if family in entry.families)
+
+
+# --------------------------------------------------------------------------- metrics
+
+
+def metric_of(name: str) -> MetricEntry | None:
+    """Return the entry of a metric by its full name, such as ``NDCG@10``; None for an unknown one."""
+    base, at, k = name.partition("@")
+    entry = METRICS.get(base)
+    if entry is None or (at and not (k.isascii() and k.isdecimal() and k[0] != "0")):
+        return None
+    return entry if entry.both or entry.cut == bool(at) else None
+
+
+def metric_modules() -> tuple[str, ...]:
+    """Return the modules of all metrics, whose code figures depend on."""
+    addresses = [each for entry in METRICS.values() for each in (entry.function, entry.several) if each]
+    return tuple(sorted({address.partition(":")[0] for address in addresses}))
+
+
+def lower(metric: str) -> bool:
+    """Whether lower figures of a metric are better."""
+    entry = metric_of(metric)
+    return entry is not None and entry.lower
+
+
+def better(metric: str) -> Better:
+    """Say whether higher or lower figures of a metric are better."""
+    return "lower" if lower(metric) else "higher"
+
+
+def compared_metrics(kind: Kind) -> tuple[str, ...]:
+    """Return the metrics of a kind by which rows are compared, without cut-offs, in the order of tables."""
+    return tuple(name for name, entry in METRICS.items() if entry.kind == kind and entry.compared)
+
+
+def mean_metric(metric: str) -> str:
+    """Return a metric that is a mean over requests: the given one, or the first of its kind."""
+    entry = metric_of(metric)
+    if entry is None or entry.unit == "request":
+        return metric
+    return next(name for name in compared_metrics(entry.kind) if METRICS[name].unit == "request")
+
+
 # --------------------------------------------------------------------------- families
 
 
@@ -370,11 +684,11 @@ def keys_of(strategy: str) -> tuple[str, ...]:
     """Return the keys of the eval section that a strategy takes; a plug-in has them in its attribute ``keys``."""
     if is_plugin(STRATEGIES, strategy):
         return tuple(getattr(lookup(STRATEGIES, strategy, "strategy"), "keys", ()))
-    return STRATEGY_KEYS.get(strategy, ())
+    return STRATEGIES[strategy].keys if strategy in STRATEGIES else ()
 
 
 def is_positional(strategy: str) -> bool:
     """Whether a strategy's answer depends on where a candidate stands; a plug-in says so in ``positional``."""
     if is_plugin(STRATEGIES, strategy):
         return bool(getattr(lookup(STRATEGIES, strategy, "strategy"), "positional", False))
-    return strategy in POSITIONAL
+    return strategy in STRATEGIES and STRATEGIES[strategy].positional

@@ -5,7 +5,6 @@ All in them is untrusted text or a number. Keys that no record has are ignored, 
 
 from __future__ import annotations
 
-import re
 from typing import Any, Literal, get_args
 
 from pydantic import Field, JsonValue
@@ -27,27 +26,14 @@ from llmrec.records import (
     Stage,
     Training,
 )
+from llmrec.registry import lower
 
 Arm = Literal["zero-shot", "few-shot", "tuned", "baseline"]
 Verdict = Literal["shown", "not shown", "contradicted"]
-Better = Literal["higher", "lower"]
 
 Reads = Literal["events", "texts", "language model"]
 """What a row knows items by: events of users alone; texts too, through a fixed encoder that learned nothing from these
 data; or through a language model whose pretrained weights were tuned on them."""
-
-_LOWER = re.compile(r"RMSE|MAE|LogLoss|ECE|DIV|Hallucination|CopyRate|(Gini|PopularityLift)@[1-9]\d*")
-
-
-def better(metric: str) -> Better:
-    """Say whether higher or lower figures of a metric are better."""
-    return "lower" if lower(metric) else "higher"
-
-
-def lower(metric: str) -> bool:
-    """Say whether lower figures of a metric are better."""
-    return _LOWER.fullmatch(metric) is not None
-
 
 Fact = str | int | float | None
 """One fact of a machine."""
@@ -246,7 +232,7 @@ class PartWeight(Record):
 
     Attributes:
         loss: What the cross-fitted validation figure loses without the part; see
-            `llmrec.strategies.fusion_weights.Without`. None where the fusion is one part alone.
+            `llmrec.ensembles.weights.Without`. None where the fusion is one part alone.
         loss_low: Its 95 % limit over users.
         loss_high: As ``loss_low``.
     """
@@ -264,7 +250,7 @@ class FusionWeights(Record):
     """What a fusion was fitted to, in a suite with the first seed.
 
     Attributes:
-        form: ``logit``, ``pool`` or ``alone``; see `llmrec.strategies.fusion`.
+        form: ``logit``, ``pool`` or ``alone``; see `llmrec.ensembles.rankers`.
         parts: One a part.
         repeat: Logarithm of what an item of the history is worth beside another; None where none can be ranked.
     """

@@ -29,12 +29,11 @@ from llmrec.evaluate.catalogue import evaluate_catalogue
 from llmrec.evaluate.compare import Contrast, Standing
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.machine import machine, versions
-from llmrec.metrics.multiple import ALPHA, enough, holm
-from llmrec.metrics.significance import attainable, flip_p, signflip
+from llmrec.metrics.significance import ALPHA, attainable, enough, flip_p, holm, signflip
 from llmrec.metrics.stats import Difference, StatisticName, paired, verdict
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import load_suite
-from llmrec.results import better
+from llmrec.registry import better
 from llmrec.types import Case
 
 COMPARISONS, RESAMPLES, SLACK = 1000, 1999, 0.014

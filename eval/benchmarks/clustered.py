@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmrec.metrics.multiple import decide, enough
+from llmrec.metrics.significance import decide, enough
 from llmrec.metrics.stats import by_user, paired_of
 
 

@@ -24,8 +24,7 @@ from llmrec.durable import write_json
 from llmrec.exports.agreement import on_validation
 from llmrec.machine import command_line, machine, versions
 from llmrec.pipeline.runs import open_run
-from llmrec.systems.m6.compress.compress import compress
-from llmrec.systems.m6.compress.rows import chosen
+from llmrec.systems.m6.compress.compress import chosen, compress
 from llmrec.types import Case, Request
 
 # Questions of one call.

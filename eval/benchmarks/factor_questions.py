@@ -32,7 +32,7 @@ from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import Documents, numbered
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
-from llmrec.metrics.multiple import decide, enough
+from llmrec.metrics.significance import decide, enough
 from llmrec.metrics.stats import paired_of
 from llmrec.models.load import load_model, load_tokenizer, resolve, weights_stamp
 from llmrec.models.text_encoder import text_embedder

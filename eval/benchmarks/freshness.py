@@ -40,8 +40,7 @@ from llmrec.data.features import Features, Provenance, publish
 from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
-from llmrec.metrics.judged import Pairs, judge
-from llmrec.metrics.multi_target import ndcg
+from llmrec.metrics.multi_target import Pairs, judge, ndcg
 from llmrec.types import Case, Event, Item, Request
 
 HOST, LIKED, WINDOW = "deepfm", 4.0, 3

@@ -44,8 +44,8 @@ from llmrec.data.split import SplitDataset, request_id
 from llmrec.durable import replacing, write_json
 from llmrec.fingerprint import digest_of, fingerprint
 from llmrec.machine import machine, versions
-from llmrec.metrics.multiple import decide, enough
 from llmrec.metrics.probability import auc, gauc, log_loss
+from llmrec.metrics.significance import decide, enough
 from llmrec.metrics.stats import paired_of
 from llmrec.recipe.schema import DataSection
 from llmrec.registry import BASELINES

@@ -28,7 +28,7 @@ import polars as pl
 from llmrec.durable import write_json
 from llmrec.machine import machine, versions
 from llmrec.metrics import multi_target, ranking
-from llmrec.metrics.judged import Pairs, judge, numbered, place
+from llmrec.metrics.multi_target import Pairs, judge, numbered, place
 
 USERS, ITEMS, DEPTH, CUTOFFS, ROUNDS = 6040, 3416, 100, (1, 5, 10, 20), 5
 WORKLOADS: Mapping[str, tuple[int, int]] = {"one": (1, 1), "several": (5, 50)}

@@ -22,10 +22,11 @@ from llmrec.durable import CHECKSUM
 from llmrec.pipeline.run import Run
 from llmrec.recipe.load import load_recipe, recipe_hash
 from llmrec.recipe.schema import Recipe
+from llmrec.registry import lower
 from llmrec.report.marks import rule
 from llmrec.report.summary import caution
 from llmrec.report.wording import outcome
-from llmrec.results import Results, lower
+from llmrec.results import Results
 
 START, END = "<!-- quickstart:table -->", "<!-- /quickstart:table -->"
 SIMPLE = ("random", "frequent-text", "global-mean", "user-mean", "popularity", "item-mean")

@@ -60,12 +60,11 @@ from llmrec.chat.transcripts import Turn
 from llmrec.data.hashing import hash64
 from llmrec.data.knowledge import BM25
 from llmrec.durable import write_json
+from llmrec.ensembles.weights import FOLDS, Kind, WeighedCases, Weights, folds_of
 from llmrec.machine import machine, versions
 from llmrec.metrics.ranking import hit_rate
 from llmrec.metrics.stats import interval
 from llmrec.models.text_encoder import text_embedder
-from llmrec.strategies.fusion_cases import Known
-from llmrec.strategies.fusion_weights import FOLDS, Kind, Weights, folds_of
 from llmrec.types import Item
 
 CUTS = (1, 10, 50)
@@ -306,10 +305,10 @@ def mixed(
 
 def _known(
     cases: Cases, chosen: NDArray[np.int64], said: Mapping[str, Floats], parts: Sequence[str], out: NDArray[np.bool_]
-) -> Known:
+) -> WeighedCases:
     raw, kinds = [said[part][cases.rows[chosen]] for part in parts], {**KINDS, **LEARNED}
     had = np.zeros_like(out[chosen])
-    return Known(raw, [kinds[part] for part in parts], had, cases.targets[chosen], out[chosen], repeats=False)
+    return WeighedCases(raw, [kinds[part] for part in parts], had, cases.targets[chosen], out[chosen], repeats=False)
 
 
 # --------------------------------------------------------------------------- all of it

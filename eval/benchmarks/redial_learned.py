@@ -23,7 +23,7 @@ from llmrec.chat.simulator import dialogues, transcript
 from llmrec.chat.tools import Tools
 from llmrec.chat.transcripts import Turn
 from llmrec.data.hashing import hash64
-from llmrec.strategies.fusion_weights import FOLDS, folds_of
+from llmrec.ensembles.weights import FOLDS, folds_of
 from llmrec.types import Item, Message, Prompt, Segment
 
 if TYPE_CHECKING:

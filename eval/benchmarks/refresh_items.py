@@ -31,9 +31,9 @@ from llmrec.data.dataset import Dataset
 from llmrec.data.hashing import hash64
 from llmrec.data.sets.table import load
 from llmrec.durable import write_json, write_text
+from llmrec.ensembles.carried import carried
 from llmrec.evaluate.catalogue import rank_catalogue
 from llmrec.machine import machine, versions
-from llmrec.pipeline.fusion.carried import carried
 from llmrec.recipe.load import dump, load_recipe
 from llmrec.recipe.schema import DataSection
 from llmrec.serve.app import make_app

@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from llmrec.baselines.parameters import make
-from llmrec.baselines.tuning.validation import rating_cases
+from llmrec.baselines.validation import rating_cases
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import split
 from llmrec.durable import write_json, write_text

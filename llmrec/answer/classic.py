@@ -19,9 +19,9 @@ from llmrec.baselines.retrieve import best, shuffled
 from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest, some
 from llmrec.data.split import SplitDataset
+from llmrec.ensembles.carried import carried
 from llmrec.errors import DataError
 from llmrec.pipeline.bundle import Bundle
-from llmrec.pipeline.fusion.carried import carried
 from llmrec.pipeline.study import load_tables
 from llmrec.prompts.template import clean
 from llmrec.recipe.load import load_stored

@@ -14,11 +14,11 @@ from llmrec.baselines.parameters import hashes_of
 from llmrec.data.assemble import digest_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
+from llmrec.ensembles.members import Recalled, choosing
+from llmrec.ensembles.rankers import ListEnsemble, ListMember
+from llmrec.ensembles.stored import Fused, FusedPart, read
 from llmrec.errors import RecipeError
 from llmrec.pipeline.bundle import Bundle
-from llmrec.pipeline.fusion.parts import Recalled, choosing
-from llmrec.pipeline.fusion.stored import Fused, FusedPart, read
-from llmrec.strategies.candidate_fusion import CandidateFusion, Voice
 from llmrec.types import Answer, Item, Predictor, Ranking, Unparsed
 
 
@@ -139,7 +139,7 @@ class Ensemble:
             answers[str(n)] = self._naming.renamed(each, requests[n]) if isinstance(each, Ranking) else each
         # A language model reads the title of an item that no table has.
         parts = [
-            Voice(
+            ListMember(
                 part.name,
                 self._predictor(part, answers),
                 part.kind,
@@ -147,7 +147,7 @@ class Ensemble:
             )
             for part in self._fused.parts
         ]
-        fusion = CandidateFusion(self._fused.id, parts, self._fused.weights())
+        fusion = ListEnsemble(self._fused.id, parts, self._fused.weights())
         numbered = [replace(request, id=str(n)) for n, request in enumerate(translated)]
         joined: list[Ranking | Unparsed] = []
         for n, answer in enumerate(fusion.answer(numbered)):

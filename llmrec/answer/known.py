@@ -29,10 +29,10 @@ from llmrec.data.read.typed import per_second
 from llmrec.data.requests import RankRequest, identity, read_request, told_event
 from llmrec.data.sets.table import load
 from llmrec.data.split import time_order
+from llmrec.ensembles.carried import NUMBERED, carried
 from llmrec.errors import DataError, did_you_mean
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
-from llmrec.pipeline.fusion.carried import NUMBERED, carried
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import Recipe
 from llmrec.types import Event, Item

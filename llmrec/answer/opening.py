@@ -32,19 +32,19 @@ from llmrec.baselines.retrieve import check_retriever
 from llmrec.data.assemble import read_items
 from llmrec.data.requests import RankRequest
 from llmrec.data.split import SplitDataset
+from llmrec.ensembles import stored
+from llmrec.ensembles.carried import FILE as INTERACTIONS
+from llmrec.ensembles.members import choosing
 from llmrec.errors import DataError, LlmrecError, RecipeError, did_you_mean
 from llmrec.models.load import resolve
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
-from llmrec.pipeline.fusion import stored
-from llmrec.pipeline.fusion.carried import FILE as INTERACTIONS
-from llmrec.pipeline.fusion.parts import choosing
 from llmrec.pipeline.study import load_tables, with_texts
 from llmrec.recipe.load import load_stored
 from llmrec.recipe.schema import BaselineSection, Recipe, TasksSection
-from llmrec.registry import BASELINES, is_plugin, lookup
+from llmrec.registry import BASELINES, answering, is_plugin, lookup
 from llmrec.results import Choice
-from llmrec.tasks.family import RANKERS, RATERS, answers, families
+from llmrec.tasks.family import answers, families
 from llmrec.types import Item
 
 POPULARITY = "popularity"
@@ -337,14 +337,14 @@ def _opened(
         asks_model = any(part.baseline is None for part in fusions[joined].parts)
         return Ensemble(fusions[joined], models.data, models.items, joined, base if asks_model else None, finder)
     section = _section(bundle.tasks, name)
-    if (section.name in (*RANKERS, *RATERS) or is_plugin(BASELINES, section.name)) and models.data is not None:
+    known = dict.fromkeys([*answering(BASELINES, "sequential"), *answering(BASELINES, "rating")])
+    if (section.name in known or is_plugin(BASELINES, section.name)) and models.data is not None:
         return _classic(section, models.data, models.items, seed=bundle.seed, reserved=_reserved(bundle))
     own = [base.name, *([UNTUNED] if bundle.run else [])] if base is not None else []
     has = [*own, *fusions]
     more = " and the classic recommenders of docs/baselines.md" if models.data is not None else ""
     raise RecipeError(
-        f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *RANKERS, *RATERS])}; it has "
-        f"{', '.join(has)}{more}",
+        f"{options.model} has no model {name!r}{did_you_mean(name, [*has, *known])}; it has {', '.join(has)}{more}",
         kind="unknown-name",
         column="--models",
     )

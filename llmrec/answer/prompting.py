@@ -26,7 +26,7 @@ from llmrec.registry import options_of
 from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.strategies.catalogue import CatalogueRanker
 from llmrec.strategies.counting import questions_of
-from llmrec.strategies.listwise import list_room
+from llmrec.strategies.rounds import list_room
 from llmrec.tasks.task import Task, Want
 from llmrec.types import (
     Answer,

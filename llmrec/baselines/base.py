@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, Self, TypeVar, runtime_checkable
 
 import numpy as np
@@ -12,6 +12,7 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.data.read.codes import codes, in_numbers
+from llmrec.durable import Json
 from llmrec.errors import RecipeError
 from llmrec.recipe.schema import Section
 from llmrec.results import Reads
@@ -24,6 +25,9 @@ if TYPE_CHECKING:
 
     #: Scores of every catalogue item: requests -> (b, items).
     Scorer = Callable[[Sequence[Request]], NDArray[np.floating[Any]]]
+
+LSA = "lsa"
+"""Latent semantic analysis of the texts themselves, in place of a text encoder."""
 
 TOP = 100
 """How many items of a whole catalogue are returned."""
@@ -65,6 +69,25 @@ M = TypeVar("M")
 S = TypeVar("S", bound=_HasCatalogue)
 
 
+@dataclass(frozen=True)
+class Auto:
+    """A setting of a baseline that `llmrec auto` tries.
+
+    Attributes:
+        cost: Place among all settings, the quickest first.
+        label: What tells it from the baseline's other settings.
+        fixed: Parameters that are not tuned.
+        items: The largest catalogue that it is tried on; None: any.
+        seconds: The smallest budget that it is tried in.
+    """
+
+    cost: int
+    label: str = ""
+    fixed: Mapping[str, Json] = field(default_factory=dict)
+    items: int | None = None
+    seconds: float = 0.0
+
+
 class Baseline(Generic[C, M]):
     """What every baseline has beside ``fit`` and ``answer``.
 
@@ -78,6 +101,9 @@ class Baseline(Generic[C, M]):
             on a scale of logarithms, where a difference of 1 is a factor.
         FITS: How many points tuning may fit; None: as many as its search meets.
         AT_ANSWER: Parameters that are read when answering and not by ``fit``: see `with_config`.
+        MIXES: Its scores are counts or logits of the next item, as `SCORES` says, so that mixtures can take them for
+            probabilities.
+        AUTO: Settings that `llmrec auto` tries, by what they cost.
         FITS_ON: What ``fit`` reads of a split: training rows alone, or validation rows too, as what stops a network.
         looked_at: Users whose validation interactions chose an epoch or a parameter; they do not weigh it in a fusion.
         recalled: Seconds that its fit took when it was made, where it was kept from then; else 0.
@@ -89,6 +115,8 @@ class Baseline(Generic[C, M]):
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
     READS: ClassVar[Reads] = "events"
     SCORES: ClassVar[Literal["counts", "logits"]] = "counts"
+    MIXES: ClassVar[bool] = False
+    AUTO: ClassVar[tuple[Auto, ...]] = ()
     FITS: ClassVar[int | None] = None
     AT_ANSWER: ClassVar[frozenset[str]] = frozenset()
     FITS_ON: ClassVar[Literal["train", "train and valid"]] = "train and valid"
@@ -116,6 +144,12 @@ class Baseline(Generic[C, M]):
     def reads(cls, config: C) -> Reads:
         """Return what it knows items by under a config: `READS`, unless a parameter decides that."""
         return cls.READS
+
+    @classmethod
+    def text_encoder(cls, parameters: Mapping[str, Any]) -> str | None:
+        """Return the text encoder that parameters name, a folder of features included; None: none."""
+        name = parameters.get("encoder")
+        return None if name is None or name == LSA else str(name)
 
     def with_config(self, config: C) -> Self:
         """Return a copy under another config that shares what ``fit`` stored: it answers as if fitted with that config.

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
-from llmrec.baselines.item_texts import LSA, WHITENINGS, TextsConfig, Turned, WhitenedConfig, opened, text_vectors, unit
+from llmrec.baselines.base import DECAYS, LSA, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.item_texts import WHITENINGS, TextsConfig, Turned, WhitenedConfig, opened, text_vectors, unit
 from llmrec.data.features import FeatureStore
 from llmrec.errors import DataError
 from llmrec.models.text_encoder import text_embedder
@@ -75,6 +75,7 @@ class Content(ScoredBaseline[ContentConfig, _Texts]):
 
     name = "content"
     Config = ContentConfig
+    AUTO = (Auto(11),)
     READS = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "whitening": WHITENINGS,

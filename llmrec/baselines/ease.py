@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy.linalg import lapack
 
-from llmrec.baselines.base import DECAYS, AboveZero, Catalogue, Decay, Log, ScoredBaseline, Warm, fading
+from llmrec.baselines.base import DECAYS, AboveZero, Auto, Catalogue, Decay, Log, ScoredBaseline, Warm, fading
 from llmrec.recipe.schema import Section
 
 if TYPE_CHECKING:
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from llmrec.types import Request
 
 _TILE = 1024
+# Items beyond which `llmrec auto` leaves it out: inverting a matrix of items by items takes minutes and gigabytes.
+_MOST_ITEMS = 20_000
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class EASE(ScoredBaseline[EASEConfig, _Linear]):
 
     name = "ease"
     Config = EASEConfig
+    AUTO = (Auto(12, items=_MOST_ITEMS), Auto(13, "whole history", {"decay": 1.0}, items=_MOST_ITEMS))
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "penalty": (10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0, 2000.0, 5000.0, 10000.0, 20000.0),

@@ -16,7 +16,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, AboveZero, Catalogue, Decay, Log, ScoredBaseline, Warm, fading, recent
+from llmrec.baselines.base import DECAYS, AboveZero, Auto, Catalogue, Decay, Log, ScoredBaseline, Warm, fading, recent
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Section
 
@@ -73,6 +73,7 @@ class ALS(ScoredBaseline[ALSConfig, _Vectors]):
     name = "als"
     stochastic = True
     Config = ALSConfig
+    AUTO = (Auto(14), Auto(15, "whole history", {"decay": 1.0}))
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "factors": (4, 8, 16, 32, 64, 128, 256, 512),
@@ -160,6 +161,7 @@ class BPR(ScoredBaseline[BPRConfig, _Vectors]):
     name = "bpr"
     stochastic = True
     Config = BPRConfig
+    AUTO = (Auto(16),)
     SCORES = "logits"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "regularization": (0.0, 0.000001, 0.000003, 0.00001, 0.00003, 0.0001, 0.0003, 0.001, 0.003, 0.01),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field
 
+from llmrec.baselines.base import LSA
 from llmrec.baselines.text import TfIdf
 from llmrec.data.features import PLURALS, FeatureKind, FeatureStore
 from llmrec.errors import DataError, RecipeError
@@ -22,7 +23,6 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
     from llmrec.types import Item
 
-LSA = "lsa"
 STORE = "store:"
 """Before the folder of a store, where vectors of items were made before."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
@@ -152,6 +152,8 @@ class ItemKNN(ScoredBaseline[ItemKNNConfig, _Readers]):
 
     name = "item-knn"
     Config = ItemKNNConfig
+    MIXES = True
+    AUTO = (Auto(5), Auto(9, "whole history", {"history": 200, "decay": 1.0}))
     GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
         "decay": DECAYS,
         "history": (1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 200),
@@ -202,6 +204,7 @@ class RP3Beta(ScoredBaseline[RP3BetaConfig, _Readers]):
 
     name = "rp3beta"
     Config = RP3BetaConfig
+    AUTO = (Auto(8),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "decay": DECAYS,
         "alpha": (0.0, 0.1, 0.2, 0.4, 0.6, 0.8, 1.0, 1.2, 1.4, 1.6, 1.8, 2.0),

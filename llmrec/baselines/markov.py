@@ -10,7 +10,18 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, NoParameters, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import (
+    DECAYS,
+    Auto,
+    Catalogue,
+    Decay,
+    Log,
+    NoParameters,
+    ScoredBaseline,
+    counts,
+    filled,
+    recent,
+)
 from llmrec.recipe.schema import Positive, Section
 
 if TYPE_CHECKING:
@@ -46,6 +57,8 @@ class Markov(ScoredBaseline[MarkovConfig, _Transitions]):
 
     name = "markov"
     Config = MarkovConfig
+    MIXES = True
+    AUTO = (Auto(4),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "order": (1, 2, 3, 5, 7, 10, 15, 20, 30),
         "decay": (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95),
@@ -68,6 +81,8 @@ class FirstOrder(ScoredBaseline[NoParameters, _Transitions]):
 
     name = "markov-1"
     Config = NoParameters
+    MIXES = True
+    AUTO = (Auto(3),)
 
     def fit(self, data: SplitDataset) -> None:
         """Count the direct transitions of every user's training sequence."""
@@ -108,6 +123,8 @@ class MarkovCooccurrence(ScoredBaseline[MarkovCooccurrenceConfig, _Counted]):
 
     name = "markov-cooccurrence"
     Config = MarkovCooccurrenceConfig
+    MIXES = True
+    AUTO = (Auto(7),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "transition": (0.0, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0),
         "decay": DECAYS,

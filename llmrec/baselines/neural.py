@@ -7,6 +7,7 @@ items with training interactions only: nothing could be learned about others.
 
 from __future__ import annotations
 
+import copy
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -18,22 +19,177 @@ import numpy as np
 from pydantic import Field
 
 from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, Warm
-from llmrec.baselines.networks.batches import Batch, batches_of, of_one_length, pieces_of
-from llmrec.baselines.networks.epochs import Epochs, Learner, until_least
-from llmrec.baselines.networks.profiles import Profiles
-from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
+from llmrec.baselines.profiles import Profiles
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.errors import RecipeError, require
 from llmrec.models.load import cpu_has_bf16, gpu_has_bf16, has_cuda
+from llmrec.progress import Bar
 from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request
 
 if TYPE_CHECKING:
+    Encode = Callable[[Any, Any], Any]
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
 
-    #: Numbered items (b, t) -> one vector a position (b, t, d), each from its own and earlier positions only.
-    Encode = Callable[[Any, Any], Any]
+
+# --------------------------------------------------------------------------- epochs
+
+
+class Learner(Protocol):
+    """What has a torch network that learns."""
+
+    network: Any
+    name: str
+
+
+class Epochs(Protocol):
+    """How long a network learns, and how fast."""
+
+    @property
+    def learning_rate(self) -> float:
+        """Of AdamW."""
+        ...
+
+    @property
+    def weight_decay(self) -> float:
+        """Decoupled."""
+        ...
+
+    @property
+    def epochs(self) -> int:
+        """At most."""
+        ...
+
+    @property
+    def patience(self) -> int | None:
+        """Epochs without a better one; None: all are trained."""
+        ...
+
+    @property
+    def quiet(self) -> bool:
+        """No progress line."""
+        ...
+
+
+def until_least(
+    model: Learner,
+    judge: Callable[[], float] | None,
+    config: Epochs,
+    learn: Callable[[Any], float],
+    *,
+    measure: str,
+    sign: int = 1,
+    rates: Sequence[Mapping[str, Any]] | None = None,
+    learned: bool = False,
+) -> int:
+    """Train until what validation says has not fallen for ``patience`` epochs, and keep the best epoch's weights.
+
+    Args:
+        model: Its network learns.
+        judge: Looks at the validation split with the network as it stands, less is better; None: all epochs are trained
+            and the last one is kept.
+        config: How to train.
+        learn: Passes once over the training data with an optimiser, and returns the mean loss.
+        measure: What the judge measures.
+        sign: What it is multiplied by to be shown.
+        rates: Groups of parameters with learning rates of their own; None: one rate for all.
+        learned: The network has learned something already, and is kept as it is if no epoch is better.
+
+    Returns:
+        The epoch that was kept, from 1; 0: the network as it was.
+    """
+    torch, network = require("torch", "baselines"), model.network
+    optimiser = torch.optim.AdamW(
+        rates or network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+    )
+    best, kept, since = math.inf, None, 0
+    early = config.patience is not None
+    with Bar(model.name, config.epochs, unit="epochs", quiet=config.quiet, early=early, passing=True) as bar:
+        for epoch in range(0 if learned and judge else 1, config.epochs + 1):
+            mean = learn(optimiser) if epoch else math.nan
+            bar.reach(epoch, f"loss {mean:.3f}")
+            if judge is None:
+                continue
+            value = judge()
+            log.info("epoch %d: loss %.4f, validation %s %.4f", epoch, mean, measure, sign * value)
+            since += 1
+            if value < best:
+                best, kept, since = value, (epoch, copy.deepcopy(network.state_dict())), 0
+            bar.reach(epoch, f"loss {mean:.3f}, validation {measure} {sign * value:.4f}, best {sign * best:.4f}")
+            if config.patience is not None and since >= config.patience:
+                break
+    if kept is not None:
+        network.load_state_dict(kept[1])
+    network.eval()
+    return kept[0] if kept else config.epochs
+
+
+# --------------------------------------------------------------------------- batches
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Items and what follows each, padded on the right, shape (b, t); a target of -1 is none."""
+
+    items: NDArray[np.int64]
+    targets: NDArray[np.int64]
+
+
+def pieces_of(events: Log, max_len: int, leads: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
+    """Cut every user's items into pieces of at most ``max_len + 1``, from the end.
+
+    Pieces share the item at the cut, which is seen in the one and a target in the other; behind a lead every item of a
+    piece is a target, so that they share none.
+
+    Args:
+        events: Of training.
+        max_len: Items that are seen of a piece.
+        leads: What stands before each piece of a user, shape (users,); None: nothing.
+    """
+    ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
+    pieces = []
+    for user, items in enumerate(np.split(events.items.astype(np.int64), ends[:-1])):
+        steps = (1, -max_len) if leads is None else (0, -max_len - 1)
+        for end in range(len(items), *steps):
+            piece = items[max(0, end - max_len - 1) : end]
+            pieces.append(piece if leads is None else np.concatenate([leads[user : user + 1], piece]))
+    return pieces
+
+
+def batches_of(sequences: Sequence[NDArray[np.int64]], size: int, rng: np.random.Generator) -> Iterator[Batch]:
+    """Yield batches of about ``size`` targets, of sequences about as long, in a random order."""
+    mixed = rng.permutation(len(sequences))
+    lengths = np.array([len(sequences[place]) - 1 for place in mixed])
+    order = mixed[np.argsort(lengths, kind="stable")]
+    groups: list[list[int]] = [[]]
+    for place in order.tolist():
+        if groups[-1] and (len(groups[-1]) + 1) * (len(sequences[place]) - 1) > size:
+            groups.append([])
+        groups[-1].append(place)
+    for number in rng.permutation(len(groups)).tolist():
+        rows = [sequences[place] for place in groups[number]]
+        if rows:
+            yield _padded(rows)
+
+
+def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
+    longest = max(len(row) for row in rows) - 1
+    items = np.zeros((len(rows), longest), dtype=np.int64)
+    targets = np.full((len(rows), longest), -1, dtype=np.int64)
+    for place, row in enumerate(rows):
+        items[place, : len(row) - 1], targets[place, : len(row) - 1] = row[:-1], row[1:]
+    return Batch(items, targets)
+
+
+def of_one_length(histories: Sequence[NDArray[np.int64]], most: int) -> Iterator[NDArray[np.int64]]:
+    """Yield the places of histories of the same length, at most ``most`` together; empty ones are left out."""
+    lengths = np.array([len(history) for history in histories], dtype=np.int64)
+    for length in np.unique(lengths[lengths > 0]).tolist():
+        places = np.flatnonzero(lengths == length)
+        yield from (places[start : start + most] for start in range(0, len(places), most))
+
 
 log = logging.getLogger(__name__)
 
@@ -393,6 +549,23 @@ def over_all(
         of_vectors[start : start + block] = share @ right
         of_table += share.T @ rows
     return total / len(vectors), of_vectors / len(vectors), of_table / len(vectors)
+
+
+def info_nce(logits: Any, hidden: Any) -> Any:
+    """Return the mean of ``-log(exp(l_ii) / sum_j exp(l_ij))`` over rows i (van den Oord et al., arXiv 1807.03748).
+
+    Args:
+        logits: Row i compared with candidate j, shape (n, n); those that belong together on the diagonal.
+        hidden: Pairs that are no negatives, booleans, shape (n, n); the diagonal always counts.
+    """
+    torch = require("torch", "baselines")
+    masked = logits.masked_fill(hidden.clone().fill_diagonal_(False), -torch.inf)
+    return torch.nn.functional.cross_entropy(masked, torch.arange(len(logits), device=logits.device))
+
+
+def info_nce_both(logits: Any, hidden: Any) -> Any:
+    """Return the mean of `info_nce` of rows among columns and of columns among rows."""
+    return (info_nce(logits, hidden) + info_nce(logits.T, hidden.T)) / 2
 
 
 class _Sampled:

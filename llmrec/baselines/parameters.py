@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from llmrec.baselines.item_texts import LSA, STORE
+from llmrec.baselines.base import LSA
+from llmrec.baselines.item_texts import STORE
 from llmrec.data.features import FeatureStore
 from llmrec.durable import MANIFEST, sha256_of
 from llmrec.errors import ErrorKind, ModelError, RecipeError, did_you_mean

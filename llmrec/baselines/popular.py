@@ -12,6 +12,7 @@ from pydantic import Field
 from llmrec.baselines.base import (
     TOP,
     AboveZero,
+    Auto,
     C,
     Catalogue,
     Log,
@@ -85,6 +86,8 @@ class Popularity(_SameForAll[NoParameters]):
 
     name = "popularity"
     Config = NoParameters
+    MIXES = True
+    AUTO = (Auto(1),)
 
     def fit(self, data: SplitDataset) -> None:
         """Count the training interactions of every item."""
@@ -110,6 +113,8 @@ class RecentPopularity(_SameForAll[RecentPopularityConfig]):
 
     name = "recent-popularity"
     Config = RecentPopularityConfig
+    MIXES = True
+    AUTO = (Auto(2),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "half_life": (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
     }

@@ -18,9 +18,8 @@ from llmrec.data.hashing import hash_one
 from llmrec.data.split import SplitDataset, request_id, request_of
 from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.recipe.schema import CandidateSection
-from llmrec.registry import BASELINES, is_plugin, lookup
+from llmrec.registry import BASELINES, answering, is_plugin, lookup
 from llmrec.tasks.base import keyed
-from llmrec.tasks.family import RANKERS
 from llmrec.types import CatalogueScorer, Request, SplitName
 
 log = logging.getLogger(__name__)
@@ -247,8 +246,9 @@ def check_retriever(name: str, where: str, *others: str) -> None:
     Raises:
         RecipeError: If it does not; the message lists those that do.
     """
-    known = (*RANKERS, *others)
-    if name not in RANKERS and not _scores(name):
+    ranking = answering(BASELINES, "sequential")
+    known = (*ranking, *others)
+    if name not in ranking and not _scores(name):
         raise RecipeError(
             f"{where}: {name!r} is no recommender that ranks{did_you_mean(name, known)}; choose from "
             f"{', '.join(known)}",

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from pydantic import Field, model_validator
 
+from llmrec.baselines.base import Auto
 from llmrec.baselines.neural import ProfiledConfig, SequenceConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Width
@@ -45,6 +46,8 @@ class SASRec(SequenceNetwork[SASRecConfig]):
 
     name = "sasrec"
     Config = SASRecConfig
+    MIXES = True
+    AUTO = (Auto(17),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "dropout": (0.0, 0.05, 0.1, 0.2, 0.35, 0.5, 0.65, 0.8),
         "dim": (32, 64, 128, 256),

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field
 from scipy import sparse
 
-from llmrec.baselines.base import DECAYS, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
+from llmrec.baselines.base import DECAYS, Auto, Catalogue, Decay, Log, ScoredBaseline, counts, filled, recent
 from llmrec.baselines.item_texts import TextsConfig, text_vectors
 from llmrec.baselines.knn import Kept
 from llmrec.recipe.schema import Positive, Section
@@ -80,6 +80,7 @@ class Transitions(ScoredBaseline[TransitionsConfig, Steps]):
 
     name = "transitions"
     Config = TransitionsConfig
+    AUTO = (Auto(6),)
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "fade": (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
         "reach": (1, 2, 3, 5, 7, 10, 15, 20),
@@ -124,6 +125,7 @@ class TransitionsText(ScoredBaseline[TransitionsTextConfig, Steps]):
 
     name = "transitions-text"
     Config = TransitionsTextConfig
+    AUTO = (Auto(10),)
     READS: ClassVar[Reads] = "texts"
     GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
         "text": (0.0, 0.03, 0.1, 0.2, 0.3, 0.5, 0.8, 1.3, 2.0, 3.0, 5.0, 8.0, 13.0, 20.0, 30.0),

@@ -15,7 +15,7 @@ from pydantic import Field
 from scipy import sparse
 
 from llmrec.baselines.base import AboveZero, Baseline, Decay
-from llmrec.baselines.ctr.counted import Counted, Counts
+from llmrec.baselines.counted import Counted, Counts
 from llmrec.baselines.rated import ratings
 from llmrec.recipe.schema import Section
 from llmrec.types import Answer, Probability, Request, Unparsed
@@ -83,7 +83,7 @@ class LogisticConfig(LikeRatioConfig):
 
 
 class Logistic(Baseline[LogisticConfig, _Linear]):
-    """Logistic regression on what is counted of the user and of the item: `llmrec.baselines.ctr.counted.Counted`.
+    """Logistic regression on what is counted of the user and of the item: `llmrec.baselines.counted.Counted`.
 
     ``features=recent`` adds how the user has rated lately, fading by ``decay``, and ``features=ids`` a weight for each
     user and item of training, as in a one-hot encoding. Weights minimise the mean log-loss plus

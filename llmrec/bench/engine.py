@@ -26,7 +26,8 @@ from llmrec.machine import command_line, machine, versions
 from llmrec.pipeline.resume import read_stage
 from llmrec.recipe.comparisons import AnyPair, Benchmark, ChatSuite, PartialPair, Suite, names_of
 from llmrec.recipe.load import recipe_hash
-from llmrec.results import Pair, lower
+from llmrec.registry import lower
+from llmrec.results import Pair
 
 log = logging.getLogger(__name__)
 

@@ -13,16 +13,19 @@ import numpy as np
 from llmrec.backends.cache import AnswerStore
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import Hashes, hashes_of, weights_of
-from llmrec.baselines.tuning.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
-from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases, rating_cases
+from llmrec.baselines.tune import JUDGED, RANKED, RATED, Choice, Trial, Tuned
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.split import SplitDataset, halves, scale_of, threshold
 from llmrec.durable import sha256_of
+from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.members import kind_of, reads_of, widest
+from llmrec.ensembles.rankers import CatalogueEnsemble, Member
+from llmrec.ensembles.weights import Kind, Tried
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background
 from llmrec.index.semantic import item_fields, item_vectors
 from llmrec.models.text_encoder import text_embedder
 from llmrec.pipeline.engines import Engines
-from llmrec.pipeline.fusion.parts import kind_of, reads_of, widest
 from llmrec.pipeline.run import open_session
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.comparisons import Suite, SuiteRow
@@ -31,10 +34,7 @@ from llmrec.recipe.schema import Recipe, SemanticIndex
 from llmrec.registry import BASELINES, TASKS, lookup, stamps, written
 from llmrec.results import Reads
 from llmrec.strategies.asking import Prompting
-from llmrec.strategies.blend import Blend
 from llmrec.strategies.catalogue import CatalogueRanker, Mixture, SearchedCatalogue, from_counts, from_logits
-from llmrec.strategies.fusion import Fusion, Part
-from llmrec.strategies.fusion_weights import Kind, Tried
 from llmrec.tasks.family import Family, family_of
 from llmrec.types import Case, CatalogueScorer, Probability, Ranking, Rating, Request
 
@@ -49,9 +49,8 @@ _CHOOSING = 5000
 _WEIGHING = 30_000_000
 # How the scores of a baseline become probabilities of the next item.
 _PROBABILITIES: Mapping[str, Callable[[Any], Any]] = {
-    **dict.fromkeys(("popularity", "recent-popularity", "item-knn", "markov-1", "markov"), from_counts),
-    "markov-cooccurrence": from_counts,
-    **dict.fromkeys(("sasrec", "gru4rec"), from_logits),
+    "counts": from_counts,
+    "logits": from_logits,
 }
 
 
@@ -248,7 +247,7 @@ class Models:
         *,
         dissect: bool = False,
         only: Tried | None = None,
-    ) -> Fusion | Blend:
+    ) -> CatalogueEnsemble | Blend:
         """Return a fitted ensemble of rows.
 
         Args:
@@ -257,7 +256,7 @@ class Models:
             seed: Of its members.
             table: Its table.
             of: The table for which the parameters of its members were chosen.
-            dissect: See `Fusion.fit`.
+            dissect: See `CatalogueEnsemble.fit`.
             only: The form that was chosen; None: choose it.
 
         Raises:
@@ -277,8 +276,8 @@ class Models:
             models[label] = self.fit(part, data, fitted_with, of, self.chosen[label][of])
         weighing = self._halves(data)[1]
         if family(self.suite).answer is Ranking:
-            parts = [Part(label, model, self._kind(label)) for label, model in models.items()]
-            found: Fusion | Blend = Fusion(row.label, parts, filtered=table == "excluded")
+            parts = [Member(label, model, self._kind(label)) for label, model in models.items()]
+            found: CatalogueEnsemble | Blend = CatalogueEnsemble(row.label, parts, filtered=table == "excluded")
             cases = ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items)))
             found.fit(cases, dissect=dissect, only=only)
         else:
@@ -319,14 +318,16 @@ class Models:
         if row.baseline is None:
             scores: Callable[[Sequence[Request]], NDArray[np.float64]] = model.scores
             return scores
-        if row.baseline not in _PROBABILITIES:
+        made = lookup(BASELINES, row.baseline, "baseline")
+        if not getattr(made, "MIXES", False):
+            mixing = [name for name in BASELINES if lookup(BASELINES, name, "baseline").MIXES]
             raise RecipeError(
                 f"suite {self.suite.suite}: the scores of {row.baseline} are no probabilities, so it cannot be mixed; "
-                f"choose from {', '.join(_PROBABILITIES)}",
+                f"choose from {', '.join(mixing)}",
                 kind="unsupported",
                 at=self.suite.suite,
             )
-        return lambda requests: _PROBABILITIES[str(row.baseline)](model.scores(requests))
+        return lambda requests: _PROBABILITIES[made.SCORES](model.scores(requests))
 
     def _recipe(self, row: SuiteRow) -> tuple[Recipe, dict[str, str | int]]:
         """Return a row's recipe, and the keys of it that tables show."""

@@ -34,6 +34,7 @@ from llmrec.chat.opening import MANAGERS
 from llmrec.durable import write_text
 from llmrec.errors import DataError, LlmrecError
 from llmrec.recipe.schema import settings
+from llmrec.registry import better, lower
 from llmrec.report.breakdowns import in_words
 from llmrec.report.canvas import WIDE
 from llmrec.report.charts import draw
@@ -56,7 +57,7 @@ from llmrec.report.wording import (
     title,
     undefined_lines,
 )
-from llmrec.results import Figure, Reads, better, lower
+from llmrec.results import Figure, Reads
 
 _HEADINGS = {
     "rating": "Ratings",

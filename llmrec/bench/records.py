@@ -12,7 +12,8 @@ from pydantic import Field
 
 from llmrec.recipe.schema import Plain
 from llmrec.records import DataInfo, Number, Record
-from llmrec.results import Fact, Figure, FusionWeights, Pair, Reads, lower
+from llmrec.registry import lower
+from llmrec.results import Fact, Figure, FusionWeights, Pair, Reads
 
 Setting = str | bool | int | float | list[float] | list[str] | dict[str, Plain] | None
 """A parameter of a row."""

@@ -20,9 +20,10 @@ from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.runs import finished, stored_row
 from llmrec.recipe.shared import RESAMPLES
 from llmrec.records import Record
+from llmrec.registry import lower
 from llmrec.report.summary import headline
 from llmrec.report.wording import difference, listed, number, title
-from llmrec.results import Compared, Pair, Results, Row, lower
+from llmrec.results import Compared, Pair, Results, Row
 
 if TYPE_CHECKING:
     from rich.table import Table

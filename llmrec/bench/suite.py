@@ -1,6 +1,6 @@
 """Makes the rows of a suite: each is tuned on validation for each table, fitted with every seed, and measured.
 
-`llmrec.baselines.tuning.tune` chooses a baseline's parameters; `llmrec.bench.models` fits recipes and ensembles.
+`llmrec.baselines.tune` chooses a baseline's parameters; `llmrec.bench.models` fits recipes and ensembles.
 """
 
 from __future__ import annotations
@@ -17,12 +17,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import psutil
 
-from llmrec.baselines.ctr.align import Align
-from llmrec.baselines.item_texts import LSA, STORE
+from llmrec.baselines.item_texts import STORE
 from llmrec.baselines.parameters import config_of
-from llmrec.baselines.tuning.search import Grid
-from llmrec.baselines.tuning.tune import Choice, Tuned, tune
-from llmrec.baselines.tuning.tune import Trial as Tried
+from llmrec.baselines.tune import Choice, Grid, Tuned, tune
+from llmrec.baselines.tune import Trial as Tried
 from llmrec.bench.engine import Made, MadeRow, Parts, Sample, kept
 from llmrec.bench.models import Models, family
 from llmrec.bench.records import BenchmarkProtocol, BenchmarkRow, BenchmarkTable, RowFigures, Trial
@@ -31,9 +29,11 @@ from llmrec.data.features import FeatureStore
 from llmrec.data.split import SplitDataset, request_of, scale_of, threshold
 from llmrec.data.stats import wide_cutoffs
 from llmrec.durable import write_checked
+from llmrec.ensembles.members import weights_of
+from llmrec.entries import Kind
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.evaluate.catalogue import conventions, evaluate_catalogue
-from llmrec.evaluate.compare import BY_SEED, over_runs
+from llmrec.evaluate.compare import is_by_request, over_runs
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.lists import cold_figures
 from llmrec.evaluate.predictor import Evaluated, evaluate
@@ -42,13 +42,12 @@ from llmrec.fingerprint import fingerprint
 from llmrec.machine import versions
 from llmrec.metrics.significance import over_seeds
 from llmrec.models.text_encoder import text_embedder
-from llmrec.pipeline.fusion.parts import weights_of
 from llmrec.pipeline.results import describe
 from llmrec.pipeline.resume import SUITE, locked, read_stage
 from llmrec.pipeline.study import load_split
 from llmrec.progress import Bar
 from llmrec.recipe.comparisons import Suite, SuiteRow
-from llmrec.registry import BASELINES, lookup
+from llmrec.registry import BASELINES, compared_metrics, lookup
 from llmrec.results import Figure
 from llmrec.tasks.family import answers
 from llmrec.terminal import works_in
@@ -56,7 +55,7 @@ from llmrec.types import Case, Interaction, Probability, Rating
 
 # What the one table of these tasks is called; rankings have one for each treatment of the history.
 TABLES: Mapping[str, tuple[str, ...]] = {"rating": ("rating",), "ctr": ("yes-no",)}
-METRICS: Mapping[str, tuple[str, ...]] = {"rating": ("MAE", "RMSE"), "ctr": ("LogLoss", "GAUC", "AUC")}
+_KINDS: Mapping[str, Kind] = {"rating": "rating", "ctr": "probability"}
 
 # What does not affect a row's figures.
 _SILENT = {"suite", "description", "plugins", "data", "rows", "references", "pairs", "explored", "skip", "reserved"}
@@ -292,10 +291,8 @@ def make_row(suite: Suite, row: SuiteRow, splits: Mapping[int, SplitDataset], mo
 
 def _encoder(row: SuiteRow) -> dict[str, dict[str, str]]:
     """Return how the text encoder that a row names makes its vectors, by the key of the record; nothing without one."""
-    align = row.parameters.get("align")
-    read = Align.model_validate(align).model_dump() if isinstance(align, dict) else row.parameters
-    name = str(read.get("encoder", LSA))
-    if name == LSA or read.get("longer"):
+    name = lookup(BASELINES, row.baseline, "baseline").text_encoder(row.parameters) if row.baseline else None
+    if name is None:
         return {}
     if name.startswith(STORE):
         made = FeatureStore.open(name.removeprefix(STORE)).provenance("item")
@@ -462,12 +459,12 @@ def _figures(runs: Sequence[Once], splits: Sequence[Once], resamples: int) -> Ro
 
 
 def _values(runs: Sequence[Once]) -> dict[str, Values]:
-    """Return values by request, averaged over seeds; those of `BY_SEED` as each seed gave them."""
+    """Return values by request, averaged over seeds; of metrics that are no means of them, the values of each seed."""
     values: dict[str, Values] = {}
     for name in runs[0].evaluated.figures.metrics:
         if name in runs[0].evaluated.values:
             seeds = [run.evaluated.values[name] for run in runs]
-            by_seed = name in BY_SEED and len(seeds) > 1
+            by_seed = not is_by_request(name) and len(seeds) > 1
             values[name] = [[float(v) for v in one] for one in seeds] if by_seed else over_seeds(seeds).values.tolist()
     return values
 
@@ -502,8 +499,9 @@ def tables_of(suite: Suite) -> tuple[str, ...]:
 
 def metrics_of(suite: Suite) -> list[str]:
     """Return the metrics of a suite's tables, the one that it is sorted by last."""
-    ranked = [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
-    return list(METRICS.get(suite.task, ranked))
+    if suite.task in _KINDS:
+        return [*reversed(compared_metrics(_KINDS[suite.task]))]
+    return [f"{name}@{k}" for k in suite.cutoffs for name in ("HR", "NDCG")]
 
 
 def headline_of(suite: Suite) -> str:

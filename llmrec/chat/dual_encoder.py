@@ -6,8 +6,6 @@ text is read once, and learning takes seconds of a core.
 
 from __future__ import annotations
 
-import copy
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from llmrec.baselines.ctr.align import contrast
+from llmrec.baselines.neural import info_nce_both, until_least
 from llmrec.durable import read_json, replacing, write_json
 from llmrec.errors import DataError, require
 from llmrec.models.text_encoder import text_embedder
@@ -197,30 +195,53 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         network = _maps(items.shape[1])
-        optimiser = torch.optim.AdamW(network.parameters(), lr=_RATE, weight_decay=_DECAY)
 
         def loss(batch: NDArray[np.int64]) -> Any:
             said = _moved(network, "context", vectors[batch]) * network["scale"][0].exp()
             own = _moved(network, "item", table[targets[batch]])
-            return contrast(said @ own.T, torch.from_numpy(asked.false(batch)))[0]
+            return info_nce_both(said @ own.T, torch.from_numpy(asked.false(batch)))
 
-        best, kept, since = math.inf, network.state_dict(), 0
-        for epoch in range(_EPOCHS + 1):
-            network.train()
-            order = rng.permutation(rows)
-            for batch in np.array_split(order, -(-len(order) // _BATCH)) if epoch else ():
-                optimiser.zero_grad(set_to_none=True)
-                loss(batch).backward()
-                optimiser.step()
+        def judge() -> float:
             network.eval()
             with torch.no_grad():
-                value, since = float(loss(judged)), since + 1
-            if value < best:
-                best, kept, since = value, copy.deepcopy(network.state_dict()), 0
-            if since >= _PATIENCE:
-                break
+                return float(loss(judged))
+
+        def learn_once(optimiser: Any) -> float:
+            network.train()
+            order, total = rng.permutation(rows), 0.0
+            for batch in np.array_split(order, -(-len(order) // _BATCH)):
+                optimiser.zero_grad(set_to_none=True)
+                value = loss(batch)
+                value.backward()
+                optimiser.step()
+                total += float(value.detach()) * len(batch)
+            return total / len(order)
+
+        # What the first epoch, which learns nothing, would have drawn.
+        rng.permutation(rows)
+        until_least(_Maps(network), judge, _Epochs(), learn_once, measure="loss", learned=True)
+    kept = network.state_dict()
     eye = np.eye(items.shape[1], dtype=np.float32)
     return DualEncoder(encoder, *(eye + kept[f"{name}.weight"].numpy() for name in ("context", "item")))
+
+
+@dataclass
+class _Maps:
+    """What learns."""
+
+    network: Any
+    name: str = "dual encoder"
+
+
+@dataclass(frozen=True)
+class _Epochs:
+    """How it learns."""
+
+    learning_rate: float = _RATE
+    weight_decay: float = _DECAY
+    epochs: int = _EPOCHS
+    patience: int = _PATIENCE
+    quiet: bool = True
 
 
 def _maps(width: int) -> Any:

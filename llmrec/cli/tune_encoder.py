@@ -28,7 +28,7 @@ def tune_encoder(options: TuneEncoderOptions) -> None:
     the same data and seed: `transitions-text`, `content`, `tower`, semantic IDs and item tokens. Rows that use it count
     as language models.
     """
-    from llmrec.baselines.towers.pairs import TransitionsTunedConfig
+    from llmrec.baselines.pairs import TransitionsTunedConfig
     from llmrec.pipeline.encoder_tuning import tune_encoder as tune
     from llmrec.recipe.load import load_recipe
 

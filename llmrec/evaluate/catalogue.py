@@ -16,10 +16,9 @@ import numpy as np
 
 from llmrec.data.hashing import hash64
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.answers import ranking_values, standing_columns
-from llmrec.evaluate.figures import EvalProtocol, mean_figure
+from llmrec.evaluate.figures import EvalProtocol, measure
 from llmrec.evaluate.lists import Lists, list_figures
-from llmrec.evaluate.predictor import Evaluated
+from llmrec.evaluate.predictor import Evaluated, standing_columns
 from llmrec.metrics import ranking as rank_metrics
 from llmrec.results import Cost, Measured, Prediction
 
@@ -318,16 +317,15 @@ def _evaluated(
     background: Background | None,
 ) -> Evaluated:
     users = [case.request.user_id for case in cases]
-    values = ranking_values(place.greater, place.tied, protocol.cutoffs)
-    metrics = {
-        name: mean_figure(name, each, users, protocol, protocol.sign(name, seen=seen)) for name, each in values.items()
-    }
-    # What follows from the values above, or from the pool: figures alone, which nothing is compared by.
-    for name, each in _more_values(place, protocol.cutoffs).items():
-        metrics[name] = mean_figure(name, each, users, protocol, protocol.sign(name, seen=seen))
+    inputs = {"greater": place.greater, "tied": place.tied, "pool": place.pool}
+    taken, more = (
+        measure("ranking", inputs, users, protocol, cutoffs=protocol.cutoffs, full=full, seen=seen)
+        for full in (False, True)
+    )
+    metrics, values = taken.metrics | more.metrics, taken.values
     if background is not None:
-        more, own = list_figures(Lists(place.lists, items, seen), cases, protocol, background)
-        metrics, values = metrics | more, values | own
+        listed = list_figures(Lists(place.lists, items, seen), cases, protocol, background)
+        metrics, values = metrics | listed.metrics, values | listed.values
     figures = Measured(
         n=len(cases),
         parse_rate=1.0,
@@ -339,16 +337,6 @@ def _evaluated(
         pool=float(np.mean(place.pool)),
     )
     return Evaluated(figures, values, _records(items, cases, place))
-
-
-def _more_values(place: Standings, cutoffs: Sequence[int]) -> dict[str, NDArray[np.float64]]:
-    """Return per-request precision and average precision at each cut-off, and the AUC of the whole ranking."""
-    values = {"RankAUC": rank_metrics.auc(place.greater, place.tied, place.pool)}
-    for k in cutoffs:
-        if k > 1:
-            values[f"Precision@{k}"] = rank_metrics.precision(place.greater, place.tied, k)
-            values[f"MAP@{k}"] = rank_metrics.average_precision(place.greater, place.tied, k)
-    return values
 
 
 def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> list[Prediction]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -10,18 +10,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import statistic_of
-from llmrec.metrics import probability
-from llmrec.metrics.multiple import Decision, decide, enough
-from llmrec.metrics.significance import detectable, detectable_from, detectable_line, signflip
-from llmrec.metrics.stats import Difference, Interval, Sampled, interval, interval_of, mean_of, paired_of, verdict
-from llmrec.results import Figure, Pair, Verdict, better
+from llmrec.evaluate.figures import statistic_of, taken
+from llmrec.metrics.significance import Decision, decide, detectable, detectable_from, detectable_line, enough, signflip
+from llmrec.metrics.stats import (
+    Difference,
+    Interval,
+    Sampled,
+    Taken,
+    interval,
+    interval_of,
+    mean_of,
+    paired_of,
+    verdict,
+)
+from llmrec.registry import better, metric_of
+from llmrec.results import Figure, Pair, Verdict
 
 if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
 
-BY_SEED = frozenset({"AUC", "GAUC"})
-"""Metrics that are no mean of a request's values, so that values of several seeds must not be averaged first."""
 # Differences of less are rounding.
 _DUST = 1e-12
 
@@ -58,10 +65,10 @@ class Contrast:
         """Return the smallest true difference that would be found in 80 of 100 repetitions.
 
         Args:
-            found: What `sampled` gives; AUC, which is no mean over users, has its standard error from the resamples.
+            found: What `sampled` gives; the standard error of a metric that is no mean is that of the resamples.
             comparisons: How many are corrected together.
         """
-        if self.metric == "AUC":
+        if not _is_mean(self.metric):
             error = float(np.std(found.draws, ddof=1)) if len(found.draws) > 1 else 0.0
             return detectable_from(error, len(set(self.users)), comparisons=comparisons)
         one, other, users = _means(self.metric, self.a.values, self.b.values, self.users)
@@ -125,7 +132,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
     """Test what was planned beforehand as one family, whatever tables its rows stand in.
 
     p-values are Holm-adjusted over all of them, and each interval is at the level of its own Holm step, so that it
-    leaves out 0 exactly if the adjusted p is at most .05; see `llmrec.metrics.multiple.decide`.
+    leaves out 0 exactly if the adjusted p is at most .05; see `llmrec.metrics.significance.decide`.
 
     Args:
         contrasts: All planned comparisons of a file.
@@ -217,66 +224,82 @@ def sampled(
 ) -> Sampled:
     """Pair two rows over the same requests of ``users``, a less b.
 
-    Means are compared by flipping signs over users, see `significance`; RMSE as a root mean of squared errors; GAUC
-    over the users who have both classes. AUC is no mean over users and gets the paired bootstrap.
+    Means are compared by flipping signs over users, see `significance`: RMSE as a root mean of squared errors, GAUC
+    over the users who have both classes. AUC is no mean and gets the paired bootstrap.
 
-    A row may have been made with several seeds. Values are averaged over them first; AUC and GAUC, which are no means
-    of a request's values, are averaged themselves: the AUC of averaged probabilities would be that of an ensemble.
+    A row may have been made with several seeds. Values are averaged over them first; of metrics that are no means of a
+    request's values, the figures are: the AUC of averaged probabilities would be that of an ensemble.
 
     Args:
         metric: Name of the metric.
-        a: Values of the first row as `Evaluated.values` has them, shape (n,), or (seeds, n). For AUC and GAUC these are
-            the probabilities, with a minus sign (also before 0) where the truth is no.
+        a: Values of the first row as `Evaluated.values` has them, shape (n,), or (seeds, n). For metrics that are no
+            means over requests these are the probabilities, with a minus sign (also before 0) where the truth is no.
         b: Values of the second row.
         users: Whose request each value is.
         resamples: Number of resamples.
         seed: Seeds them.
 
     Raises:
-        LlmrecError: If rows of AUC or GAUC have different truths, or no user has both classes.
+        LlmrecError: If rows of probabilities have different truths, or the metric is not defined for one.
     """
-    if metric == "AUC":
-        return _sampled_auc(np.atleast_2d(a), np.atleast_2d(b), users, resamples=resamples, seed=seed)
-    first, second, owners = _means(metric, a, b, users)
-    return signflip(first, second, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+    if not _is_mean(metric):
+        truth = _truth(metric, *np.atleast_2d(a), *np.atleast_2d(b))
+        first, second = (mean_of(_statistics(metric, np.atleast_2d(row), truth, users)) for row in (a, b))
+        return paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
+    one, other, owners = _means(metric, a, b, users)
+    return signflip(one, other, users=owners, resamples=resamples, seed=seed, statistic=statistic_of(metric))
+
+
+def is_by_request(metric: str) -> bool:
+    """Whether a figure is a mean over requests, so that values of several seeds can be averaged first."""
+    entry = metric_of(metric)
+    return entry is None or entry.unit == "request"
+
+
+def _is_mean(metric: str) -> bool:
+    entry = metric_of(metric)
+    return entry is None or entry.unit != "all"
 
 
 def _means(
     metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[str] | None]:
-    """Return the values of two rows, averaged over seeds, and whose they are; of GAUC there is one for each user."""
+    """Return the values of two rows, averaged over seeds, and whose they are; or one for each user."""
     left, right = np.atleast_2d(a), np.atleast_2d(b)
-    if metric != "GAUC":
+    if is_by_request(metric):
         first, second = left.mean(axis=0), right.mean(axis=0)
         # Means of the same numbers over one and over three seeds differ in their last digit.
         return first, np.where(np.abs(first - second) < _DUST, first, second), users
-    truth = _truth(metric, left, right)
-    first, second = (
-        np.mean([probability.gauc(np.abs(values), truth, users).values for values in seeds], axis=0)
-        for seeds in (left, right)
-    )
-    both = np.isfinite(first)
-    if not both.any():
-        raise LlmrecError("GAUC: no user has both a yes and a no, so there is nothing to compare", kind="too-few")
-    return first[both], second[both], None
+    truth = _truth(metric, *left, *right)
+    of_users = ([_again(metric, row, truth, users) for row in seeds] for seeds in (left, right))
+    first, second = (np.mean([np.asarray(found.result) for found in seeds], axis=0) for seeds in of_users)
+    return first, second, None
 
 
-def _sampled_auc(
-    a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str], *, resamples: int, seed: int
-) -> Sampled:
-    truth = _truth("AUC", a, b)
-    first, second = (_mean_auc(seeds, truth, users) for seeds in (a, b))
-    return paired_of(lambda rows: first(rows) - second(rows), len(set(users)), resamples=resamples, seed=seed)
+def _again(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]) -> Taken:
+    """Take a metric of probabilities again from the values of a row."""
+    entry = metric_of(metric)
+    assert entry is not None
+    inputs = {"probabilities": np.abs(values), "labels": truth, "owners": users}
+    found = taken(metric, entry, inputs)
+    if found is None or found.result is None:
+        raise LlmrecError(
+            f"{metric}: {found.undefined if found else 'not taken'}, so there is nothing to compare", kind="too-few"
+        )
+    return found
 
 
-def _mean_auc(seeds: Iterable[NDArray[np.float64]], truth: NDArray[np.bool_], users: Sequence[str]) -> Statistic:
-    return mean_of([probability.auc_statistic(np.abs(values), truth, users) for values in seeds])
+def _statistics(
+    metric: str, seeds: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]
+) -> list[Statistic]:
+    results = [_again(metric, row, truth, users).result for row in seeds]
+    return [result for result in results if callable(result)]
 
 
-def _truth(metric: str, a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return the truths that both rows hold in the signs of their values."""
-    truth: NDArray[np.bool_] = ~np.signbit(a[0])
-    if any(not np.array_equal(truth, ~np.signbit(values)) for values in (*a, *b)):
+def _truth(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return the truths that rows hold in the signs of their values."""
+    truth: NDArray[np.bool_] = ~np.signbit(rows[0])
+    if any(not np.array_equal(truth, ~np.signbit(row)) for row in rows):
         raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired", kind="mismatch")
     return truth
 
@@ -329,14 +352,12 @@ def over_runs(
 def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence[str], resamples: int) -> Interval:
     """Return the interval of a figure that is averaged over seeds, as that of a single seed is made."""
     values, owners = np.array(seeds, dtype=np.float64), list(users)
-    if metric == "AUC":
-        auc = _mean_auc(values, _truth(metric, values, values), users)
-        return interval_of(auc, len(set(users)), resamples=resamples, seed=0)
-    if metric == "GAUC":
-        within = [probability.gauc(np.abs(entry), _truth(metric, values, values), users) for entry in values]
-        both = within[0].weights > 0
-        values = np.array([entry.values[both] for entry in within])
-        owners = [name for name, kept in zip(within[0].users, both, strict=True) if kept]
+    if not _is_mean(metric):
+        statistic = mean_of(_statistics(metric, values, _truth(metric, *values), users))
+        return interval_of(statistic, len(set(users)), resamples=resamples, seed=0)
+    if not is_by_request(metric):
+        found = [_again(metric, row, _truth(metric, *values), users) for row in values]
+        values, owners = np.array([each.result for each in found]), list(found[0].users or ())
     return interval(
         values,
         users=owners,

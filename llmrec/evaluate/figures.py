@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec import __version__
+from llmrec.entries import Kind, MetricEntry
+from llmrec.errors import LlmrecError
 from llmrec.metrics.signature import signature
-from llmrec.metrics.stats import StatisticName, interval
+from llmrec.metrics.stats import StatisticName, Taken, interval, interval_of
+from llmrec.registry import METRICS, attribute, metric_of
 from llmrec.results import Metric
 
 
@@ -59,9 +63,83 @@ class EvalProtocol:
         )
 
 
+@dataclass(frozen=True, slots=True)
+class Measurements:
+    """Figures by metric, and the per-request values by which rows are compared, shape (n,) each."""
+
+    metrics: dict[str, Metric] = field(default_factory=dict)
+    values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
+
+
+def measure(
+    kind: Kind,
+    inputs: Mapping[str, object],
+    users: Sequence[str],
+    protocol: EvalProtocol,
+    *,
+    cutoffs: Sequence[int] = (),
+    full: bool = False,
+    seen: str = "excluded",
+) -> Measurements:
+    """Take every metric of a kind that its inputs are there for; see `llmrec.entries.MetricEntry`.
+
+    Args:
+        kind: What is measured.
+        inputs: Arguments of the functions of metrics by name; None where there is none.
+        users: Whose request each value is.
+        protocol: What figures are signed with.
+        cutoffs: Of metrics that are cut.
+        full: Take the metrics of full ranking, and no others.
+        seen: ``excluded`` or ``included``, see `signature`.
+    """
+    entries = {name: entry for name, entry in METRICS.items() if entry.kind == kind and entry.full == full}
+    cut = [
+        (f"{name}@{k}", entry, k) for k in cutoffs for name, entry in entries.items() if entry.cut and k >= entry.least
+    ]
+    whole = [(name, entry, None) for name, entry in entries.items() if not entry.cut]
+    found = Measurements()
+    for name, entry, k in [*whole, *cut] if full else [*cut, *whole]:
+        if (result := taken(name, entry, {**inputs, "k": k} if k is not None else inputs)) is None:
+            continue
+        sign = protocol.sign(name, seen=seen, how=result.how or entry.how)
+        owners = users if result.users is None else result.users
+        if isinstance(result.result, np.ndarray):
+            found.metrics[name] = mean_figure(name, result.result, owners, protocol, sign)
+        elif callable(result.result):
+            drawn = interval_of(result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed)
+            found.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
+        else:
+            found.metrics[name] = figure(result.result, None, None, sign, result.undefined)
+        if entry.compared and isinstance(result.result, np.ndarray) and entry.unit == "request":
+            found.values[name] = result.result
+    return found
+
+
+def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken | None:
+    """Call a metric's function; None where an input is missing, or it is not for rankings with one relevant item."""
+    if not entry.function:
+        return None
+    function = attribute(entry.function)
+    parameters = inspect.signature(function).parameters
+    needed = {name for name, each in parameters.items() if each.default is each.empty} - entry.fixed.keys()
+    if unknown := needed - inputs.keys():
+        raise LlmrecError(
+            f"the metric {name} takes {', '.join(sorted(unknown))}, and metrics of its kind, {entry.kind}, are given "
+            f"{', '.join(inputs)}; rename its parameters",
+            kind="defect",
+            at=entry.function,
+        )
+    arguments = {each: inputs[each] for each in parameters if each in inputs}
+    if any(argument is None for argument in arguments.values()):
+        return None
+    found = function(**arguments, **entry.fixed)
+    return found if isinstance(found, Taken) else Taken(result=found)
+
+
 def statistic_of(metric: str) -> StatisticName:
     """Return how a metric's figure comes from per-request values."""
-    return "root_mean" if metric == "RMSE" else "mean"
+    entry = metric_of(metric)
+    return "root_mean" if entry is not None and entry.root else "mean"
 
 
 def mean_figure(
@@ -71,7 +149,7 @@ def mean_figure(
     protocol: EvalProtocol,
     signature: str,
 ) -> Metric:
-    """Return the mean of per-request values (for RMSE its root) with its interval and signature."""
+    """Return the mean of per-request values, or its root, with its interval and signature."""
     found = interval(
         per_request,
         users=users,

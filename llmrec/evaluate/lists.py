@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.figures import EvalProtocol, figure, mean_figure
-from llmrec.metrics import beyond
-from llmrec.metrics.stats import by_user, interval_of
+from llmrec.evaluate.figures import EvalProtocol, Measurements, measure
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
-    from llmrec.results import Metric
     from llmrec.types import Case
 
 _WORDS = re.compile(r"\s*[|,;>]\s*")
@@ -90,17 +87,12 @@ class Lists:
     seen: str
 
 
-def list_figures(
-    lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background
-) -> tuple[dict[str, Metric], dict[str, NDArray[np.float64]]]:
+def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background) -> Measurements:
     """Return the list metrics of a row, at 10 where the protocol cuts there, else at its largest cut-off.
 
     Coverage, Gini and ColdItems are figures of all lists together; a resample shows fewer different lists, so they have
     no interval. Figures of cold items are those of a catalogue that has some. Serendipity takes for expected what
     training popularity would show the same user.
-
-    Returns:
-        Figures by metric, and the per-request values behind those that are means.
 
     Raises:
         LlmrecError: If the background is of another catalogue.
@@ -114,35 +106,21 @@ def list_figures(
     index = {item: place for place, item in enumerate(background.items)}
     held = [_places([event.item_id for event in case.request.history], index) for case in cases]
     users = [case.request.user_id for case in cases]
-    size = len(background.items)
-    values = {f"Novelty@{k}": beyond.novelty(lists.numbers, k, background.counts, background.users)}
-    how = {f"Novelty@{k}": "bits", f"Serendipity@{k}": "against-popularity"}
-    if background.words is not None and k > 1:
-        values[f"ILD@{k}"] = beyond.diversity_by_fields(lists.numbers, k, background.words)
-        how[f"ILD@{k}"] = "jaccard-" + re.sub(r"[|\s]+", "-", str(background.field))
-    elif background.vectors is not None and k > 1:
-        values[f"ILD@{k}"] = beyond.diversity_by_vectors(lists.numbers, k, background.vectors)
-        how[f"ILD@{k}"] = "cosine-" + re.sub(r"[|\s]+", "-", str(background.encoder))
-    together = {
-        f"Coverage@{k}": beyond.coverage(lists.numbers, k, size),
-        f"Gini@{k}": beyond.gini(lists.numbers, k, size),
-    }
-    if not background.counts.all():
-        values[f"Exposure@{k}"] = beyond.cold_exposure(lists.numbers, k, background.counts)
-        together[f"ColdItems@{k}"] = beyond.cold_shown(lists.numbers, k, background.counts)
     targets = np.array([index.get(str(case.truth), -1) for case in cases])
-    expected = _popular(background, held if lists.seen == "excluded" else [held[0][:0]] * len(held), targets, k)
-    values[f"Serendipity@{k}"] = beyond.serendipity(lists.numbers, k, expected, targets)
-    figures = {
-        name: mean_figure(name, each, users, protocol, protocol.sign(name, seen=lists.seen, how=how.get(name)))
-        for name, each in values.items()
+    hidden = held if lists.seen == "excluded" else [held[0][:0]] * len(held)
+    inputs = {
+        "lists": lists.numbers,
+        "items": len(background.items),
+        "counts": background.counts,
+        "users": background.users,
+        "cold_counts": None if background.counts.all() else background.counts,
+        "contents": background if background.words is not None or background.vectors is not None else None,
+        "expected": _popular(background, hidden, targets, k),
+        "targets": targets,
+        "histories": held,
+        "owners": users,
     }
-    for name, value in together.items():
-        figures[name] = figure(value, None, None, protocol.sign(name, seen=lists.seen))
-    name = f"PopularityLift@{k}"
-    popular = beyond.popularity(lists.numbers, k, background.counts, background.users)
-    figures[name] = _lift(popular, held, users, background, protocol, protocol.sign(name, seen=lists.seen))
-    return figures, values
+    return measure("lists", inputs, users, protocol, cutoffs=(k,), seen=lists.seen)
 
 
 def cold_figures(
@@ -184,24 +162,3 @@ def _popular(
         kept = first[~np.isin(first, gone[gone != target])][:k]
         lists[row, : len(kept)] = kept
     return lists
-
-
-def _lift(
-    popular: NDArray[np.float64],
-    held: Sequence[NDArray[np.int64]],
-    users: Sequence[str],
-    background: Background,
-    protocol: EvalProtocol,
-    signature: str,
-) -> Metric:
-    """Return the popularity lift over users with a history; a user's requests are resampled together."""
-    share = background.counts / max(background.users, 1)
-    some = np.array([len(places) > 0 for places in held])
-    if not some.any() or not sum(float(share[places].sum()) for places in held):
-        return figure(None, None, None, signature, "no history holds an item that training users have")
-    names = [user for user, kept in zip(users, some, strict=True) if kept]
-    before, _ = by_user(np.array([share[places].mean() for places in held if len(places)]), names)
-    after, _ = by_user(popular[some], names)
-    statistic = beyond.popularity_lift_statistic(after, before)
-    found = interval_of(statistic, len(after), resamples=protocol.resamples, seed=protocol.seed)
-    return figure(found.value, found.low, found.high, signature)

@@ -9,18 +9,214 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from llmrec.data.split import SplitDataset
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.answers import measure_of
-from llmrec.evaluate.figures import EvalProtocol
-from llmrec.metrics import explained
-from llmrec.results import Cost, Failure, Measured, Prediction
+from llmrec.evaluate.figures import EvalProtocol, measure
+from llmrec.metrics import explained, probability
+from llmrec.metrics import ranking as rank_metrics
+from llmrec.metrics import text as text_metrics
+from llmrec.records import Reliability
+from llmrec.registry import compared_metrics
+from llmrec.results import Cost, Failure, Measured, Metric, Prediction, Rates
 from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, Request, Text, Unparsed
+
+# --------------------------------------------------------------------------- measures
+
+
+UNKNOWN = 0.5
+"""What a yes/no answer that cannot be read counts as, where there is no better fallback."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What answers of one kind come to.
+
+    Attributes:
+        metrics: Figures by metric.
+        values: Per-request values by metric, shape (n,) each.
+        rates: What this kind has beside its metrics.
+        tie_rate: Share of answers that tie.
+        columns: What each answer came to, one value a request, by the fields of `llmrec.results.Prediction`.
+    """
+
+    metrics: dict[str, Metric]
+    values: dict[str, NDArray[np.float64]]
+    rates: Rates = field(default_factory=Rates)
+    tie_rate: float = 0.0
+    columns: Mapping[str, Sequence[object]] = field(default_factory=dict)
+
+
+Fallback = Callable[[Request], float] | None
+Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], Found]
+
+
+def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
+    """Return what measures answers of a kind; ``background`` as `llmrec.evaluate.predictor.evaluate` takes it."""
+    texts: Measure = partial(_texts, background=background)
+    kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
+    return kinds.get(kind, _rankings)
+
+
+def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalProtocol, fallback: object) -> Found:
+    standings, sizes = [], []
+    for case, answer in zip(cases, answers, strict=True):
+        size = len(case.request.candidates) if case.request.candidates is not None else protocol.catalogue
+        found = answer if isinstance(answer, Ranking) else Ranking(request_id=answer.request_id, items=(), scores=())
+        standings.append(rank_metrics.standing(found, str(case.truth), size))
+        sizes.append(size)
+    greater = np.array([s.greater for s in standings], dtype=np.int64)
+    tied = np.array([s.tied for s in standings], dtype=np.int64)
+    pool = np.array(sizes)
+    inputs = {"greater": greater, "tied": tied, "pool": pool}
+    taken = measure("ranking", inputs, _users(cases), protocol, cutoffs=protocol.cutoffs)
+    return Found(
+        metrics=taken.metrics,
+        values=taken.values,
+        tie_rate=rank_metrics.tie_rate(tied),
+        columns=standing_columns(greater, tied, pool),
+    )
+
+
+def _users(cases: Sequence[Case]) -> list[str]:
+    return [case.request.user_id for case in cases]
+
+
+def standing_columns(
+    greater: NDArray[np.int64], tied: NDArray[np.int64], pool: NDArray[np.int64]
+) -> dict[str, Sequence[object]]:
+    """Return what the stored predictions say of where each target stands: its block, and its expected rank."""
+    ranks = [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
+    return {"rank": ranks, "above": greater.tolist(), "tied": tied.tolist(), "pool": pool.tolist()}
+
+
+def _ratings(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: EvalProtocol,
+    fallback: Callable[[Request], float] | None,
+) -> Found:
+    truth = np.array([float(case.truth) for case in cases])
+    predicted = np.empty(len(cases))
+    for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
+        if isinstance(answer, Rating):
+            predicted[i] = answer.value
+        elif fallback is not None:
+            predicted[i] = fallback(case.request)
+        else:
+            raise LlmrecError(
+                f"request {answer.request_id}: no rating could be read and no fallback was given", kind="missing-value"
+            )
+    users = _users(cases)
+    inputs = {"predicted": predicted, "truth": truth, "liked": protocol.liked, "owners": users}
+    taken = measure("rating", inputs, users, protocol)
+    fallbacks = sum(not isinstance(answer, Rating) for answer in answers)
+    columns = {"value": predicted.tolist()}
+    return Found(metrics=taken.metrics, values=taken.values, rates=Rates(fallbacks=fallbacks), columns=columns)
+
+
+def _texts(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: EvalProtocol,
+    fallback: object,
+    background: explained.Background | None = None,
+) -> Found:
+    written = [answer.text if isinstance(answer, Text) else "" for answer in answers]
+    truth = [str(case.truth) for case in cases]
+    users, items = _users(cases), [case.request.item or "" for case in cases]
+    features = background.features if background is not None else None
+    named = explained.named(written, users, items, features) if features is not None else None
+    inputs = {
+        "texts": written,
+        "references": truth,
+        "rouge": text_metrics.rouge(written, truth),
+        "background": background,
+        "named": named,
+        "owners": users,
+    }
+    taken = measure("text", inputs, users, protocol)
+    if background is None:
+        return Found(metrics=taken.metrics, values=taken.values)
+    copies, own = explained.copies(written, background), explained.copies(truth, background)
+    # Short texts recur by themselves: how often people's own do is what a copy rate is held against.
+    columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
+    if features is None or named is None:
+        rates = Rates(truth_copy_rate=float(own.mean()))
+        return Found(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
+    people = explained.named(truth, users, items, features)
+    # Few reviews of an item say all that there is to say: people's own texts name what no other does too.
+    rates = Rates(
+        truth_copy_rate=float(own.mean()),
+        truth_hallucination_rate=people.hallucination,
+        features_asked=len(named.known),
+        features_named=int(named.counts[:, 0].sum()),
+    )
+    columns |= _feature_columns(named, [features.asked.get(pair) for pair in zip(users, items, strict=True)])
+    columns |= {f"truth_{name}": people.counts[:, place].astype(int).tolist() for place, name in enumerate(_COUNTED)}
+    return Found(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
+
+
+_COUNTED = ("features", "unsupported")
+
+
+def _feature_columns(named: explained.Named, asked: Sequence[tuple[str, ...] | None]) -> dict[str, Sequence[object]]:
+    match = dict(zip(named.known.tolist(), named.match.tolist(), strict=True))
+    return {
+        "feature": [" ".join(words) if words else None for words in asked],
+        "feature_named": [match[place] == 1 if place in match else None for place in range(len(asked))],
+        "features": [sorted(" ".join(words) for words in found) for found in named.found],
+        "unsupported": named.counts[:, 1].astype(int).tolist(),
+    }
+
+
+def _probabilities(
+    cases: Sequence[Case],
+    answers: Sequence[Answer],
+    protocol: EvalProtocol,
+    fallback: Callable[[Request], float] | None,
+) -> Found:
+    truth = np.array([float(case.truth) for case in cases])
+    said = np.full(len(cases), UNKNOWN)
+    for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
+        if isinstance(answer, Probability):
+            said[i] = answer.value
+        elif fallback is not None:
+            said[i] = fallback(case.request)
+    users = _users(cases)
+    inputs = {"probabilities": said, "labels": truth, "owners": users}
+    taken = measure("probability", inputs, users, protocol)
+    # What is no mean over requests is compared by the probabilities, with a minus sign where the truth is no.
+    signed = np.copysign(said, np.where(truth == 1, 1.0, -1.0))
+    values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
+    bins = tuple(Reliability(**asdict(each)) for each in probability.reliability(said, truth))
+    _, own, sizes = np.unique(said, return_inverse=True, return_counts=True)
+    rates = Rates(users_left_out=probability.gauc(said, truth, users).left_out, reliability=bins)
+    ties = float((sizes[own] > 1).mean())
+    return Found(metrics=taken.metrics, values=values, rates=rates, tie_rate=ties, columns={"value": said.tolist()})
+
+
+def background_of(data: SplitDataset) -> explained.Background:
+    """Return the training texts of a split, and the features of its pairs where its interactions have a column."""
+    columns = ["user_id", "item_id", "feature"]
+    features: dict[tuple[str, str], str] | None = None
+    if "feature" in data.train.columns:
+        parts = (data.train, data.valid, data.test)
+        rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
+        features = {(user, item): feature for user, item, feature in rows}
+    told = list(data.train.select("user_id", "item_id", "text").iter_rows())
+    # Where a text is one sentence of a review, the rest of it supports features and can be copied too.
+    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in told)
+    told += [(user, item, review.text) for user, item, review in reviews if review is not None]
+    users, items, texts = zip(*told, strict=True)
+    return explained.background(users, items, texts, features)
+
 
 _SHOWN_FAILURES = 5
 

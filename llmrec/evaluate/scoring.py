@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,28 +13,17 @@ from pydantic import Field
 from llmrec import __version__
 from llmrec.data.lists import Lists, Order, Truth, Unit
 from llmrec.display import Displayed, Summary, listed
+from llmrec.entries import MetricEntry
 from llmrec.errors import DataError
 from llmrec.evaluate.compare import Contrast, Standing, exploratory, planned
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
-from llmrec.metrics import multi_target
-from llmrec.metrics.judged import Judged, Pairs, judge
+from llmrec.metrics.multi_target import Judged, Pairs, judge
 from llmrec.metrics.signature import signature
 from llmrec.records import Record
+from llmrec.registry import METRICS, attribute
 from llmrec.results import Metric, Pair
 
 _SHOWN = 3
-_CUT: Mapping[str, Callable[[Judged, int], NDArray[np.float64]]] = {
-    "HR": multi_target.hit_rate,
-    "Recall": multi_target.recall,
-    "Precision": multi_target.precision,
-    "NDCG": multi_target.ndcg,
-    "MRR": multi_target.reciprocal_rank,
-    "MAP": multi_target.average_precision,
-}
-_WHOLE: Mapping[str, Callable[[Judged], NDArray[np.float64]]] = {
-    "MRR": multi_target.reciprocal_rank,
-    "MAP": multi_target.average_precision,
-}
 
 
 class ScoredLists(Record):
@@ -130,7 +119,7 @@ class Judging:
     @property
     def names(self) -> tuple[str, ...]:
         """The metrics."""
-        return (*(f"{name}@{k}" for k in self.cutoffs for name in _CUT), *_WHOLE)
+        return tuple(name for name, *_ in _several(self.cutoffs))
 
 
 def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
@@ -210,9 +199,16 @@ def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
     return known.search_sorted(names).to_numpy().astype(np.int64)
 
 
+def _several(cutoffs: Sequence[int]) -> list[tuple[str, MetricEntry, int | None]]:
+    """Return the metrics that allow several relevant items, with their cut-offs: those of whole lists last."""
+    entries = {name: entry for name, entry in METRICS.items() if entry.several}
+    whole = [(name, entry, None) for name, entry in entries.items() if entry.both or not entry.cut]
+    cut = [(f"{name}@{k}", entry, k) for k in cutoffs for name, entry in entries.items() if entry.cut or entry.both]
+    return [*cut, *whole]
+
+
 def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
-    found = {f"{name}@{k}": metric(judged, k) for k in how.cutoffs for name, metric in _CUT.items()}
-    return {**found, **{name: metric(judged) for name, metric in _WHOLE.items()}}
+    return {name: attribute(entry.several)(judged, k) for name, entry, k in _several(how.cutoffs)}
 
 
 def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:

@@ -1,6 +1,6 @@
 """Figures by slice: cold and long-tail items, short and long histories, quiet and busy users, attributes of users.
 
-What puts a case into a slice is counted in training interactions, or known of its user (`llmrec.evaluate.attributes`).
+What puts a case into a slice is counted in training interactions, or known of its user (`llmrec.evaluate.slices`).
 On a split by time it is also how long after training the user was asked, the age of what was learned.
 The thresholds stand in the slice's name, which stands in the signature: figures of different slices, or of one slice by
 different thresholds, cannot be mixed up.
@@ -8,18 +8,25 @@ different thresholds, cannot be mixed up.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 import numpy as np
 import polars as pl
+from numpy.typing import NDArray
 
+from llmrec.data.dataset import Dataset
 from llmrec.data.read.codes import in_codes_of
 from llmrec.data.split_kinds import PAIR
 from llmrec.errors import LlmrecError
-from llmrec.evaluate.attributes import attribute_slices, attributes_of
+from llmrec.evaluate.compare import is_by_request
 from llmrec.evaluate.figures import EvalProtocol, mean_figure
+from llmrec.guard import clean
 from llmrec.metrics.signature import parse_signature
 from llmrec.results import Metric, SliceOfRow
 
@@ -28,6 +35,91 @@ if TYPE_CHECKING:
 
     from llmrec.data.split import SplitDataset
     from llmrec.types import Case
+
+
+# --------------------------------------------------------------------------- attributes of users
+# Slices by what a source knows of a user, such as gender or age.
+#
+# Where a slice begins and ends is read off all users of the data, evaluated or not, and stands in its name.
+# Values are what others wrote, so that a name holds them percent-encoded: no value can end a name, or pass for
+# another slice.
+
+
+MOST = 8
+"""An attribute of more values is cut: numbers into quartiles, words into the most frequent and the others."""
+# A leading zero marks a code, such as a postcode, and no number.
+_NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?")
+_LONG = 60
+
+
+def attributes_of(dataset: Dataset) -> tuple[str, ...]:
+    """Return the names of the attributes that some user of the data has, sorted."""
+    return tuple(sorted({name for known in dataset.users.values() for name, value in known.items() if _said(value)}))
+
+
+def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[str, NDArray[np.bool_]]:
+    """Say for each slice of one attribute which cases belong to it.
+
+    Args:
+        users: The user of every case, shape (n,).
+        dataset: Says who its users are.
+        name: One of `attributes_of`.
+
+    Returns:
+        Membership by slice name, shape (n,) each; together they hold every case once. The last slice is that of users
+        without a value.
+    """
+    known = {user: said for user, each in dataset.users.items() if (said := _said(each.get(name, "")))}
+    counts = Counter(known.values())
+    own = [known.get(user) for user in users]
+    start = f"user:{quote(name, safe='', errors='backslashreplace')}"
+    label, none = _labels(counts, start), f"{start}:none"
+    labels = np.array([none if value is None else label(value) for value in own], dtype=object)
+    names = dict.fromkeys(label(value) for value in sorted(counts, key=_order(counts)))
+    # A slice of the rest stands behind those with a name of their own.
+    ordered = sorted(names, key=lambda slice: slice.endswith(":other"))
+    return {slice: labels == slice for slice in (*ordered, none)}
+
+
+def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
+    """Return what gives a value the name of its slice."""
+    if len(counts) > MOST and _are_numbers(counts):
+        numbers = np.array([float(value) for value in counts.elements()], dtype=np.float64)
+        # Edges are values that users have; of edges that fall together, as where most users share a value, one stays.
+        edges = np.unique(np.quantile(numbers, (0.25, 0.5, 0.75), method="higher"))
+        above = numbers[numbers > numbers.min()]
+        return _quartiles(
+            start, edges[edges > numbers.min()] if edges[-1] > numbers.min() else above.min(keepdims=True)
+        )
+    kept = set(counts) if len(counts) <= MOST else {value for value, _ in _most_frequent(counts)[: MOST - 1]}
+    return lambda value: f"{start}={quote(value, safe='')}" if value in kept else f"{start}:other"
+
+
+def _quartiles(start: str, edges: NDArray[np.float64]) -> Callable[[str], str]:
+    ends = [np.format_float_positional(edge, trim="-") for edge in edges]
+    names = [f"below-{ends[0]}", *(f"{low}-to-{high}" for low, high in pairwise(ends))]
+    names.append(f"from-{ends[-1]}")
+    return lambda value: f"{start}:{names[int(np.searchsorted(edges, float(value), side='right'))]}"
+
+
+def _order(counts: Counter[str]) -> Callable[[str], tuple[float, str]]:
+    """Sort numbers by size, and words by how many users have them."""
+    if _are_numbers(counts):
+        return lambda value: (float(value), value)
+    return lambda value: (-counts[value], value)
+
+
+def _most_frequent(counts: Counter[str]) -> list[tuple[str, int]]:
+    return sorted(counts.items(), key=lambda each: (-each[1], each[0]))
+
+
+def _are_numbers(counts: Counter[str]) -> bool:
+    return all(_NUMBER.fullmatch(value) for value in counts)
+
+
+def _said(value: str) -> str:
+    return clean(value, _LONG)
+
 
 # First values of the bins of `target_slices` after the first.
 _COUNTS, _WORDS = (1, 5, 20, 100), (8, 16, 32)
@@ -146,8 +238,8 @@ def slice_figures(
     """Average per-request values inside each slice, with intervals over the slice's users.
 
     Args:
-        values: Per-request values by metric, shape (n,) each, as `Evaluated.values` has them. AUC and GAUC, which are
-            no means of them, are passed over.
+        values: Per-request values by metric, shape (n,) each, as `Evaluated.values` has them. Metrics that are no
+            means of them, such as AUC, are left out.
         cases: The cases in the same order.
         data: See `slices_of`.
         metrics: The row's figures, ``Evaluated.figures.metrics``, whose signatures the slices' figures carry on.
@@ -168,7 +260,7 @@ def slice_figures(
     means = {
         metric: (each, parse_signature(metrics[metric].signature))
         for metric, each in values.items()
-        if metric not in ("AUC", "GAUC")
+        if is_by_request(metric)
     }
     figures = []
     for name, member in slices_of(cases, data, rules, attributes).items():

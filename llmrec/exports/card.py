@@ -18,6 +18,7 @@ import yaml
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from llmrec.durable import Json
+from llmrec.registry import lower
 from llmrec.report import escape
 from llmrec.report.escape import cell, flat
 from llmrec.report.table import grid
@@ -34,7 +35,7 @@ from llmrec.report.wording import (
     winner_sentence,
     with_interval,
 )
-from llmrec.results import Results, Row, lower
+from llmrec.results import Results, Row
 
 UNKNOWN = "unknown: fill in"
 """What stands where nobody said which licence holds."""

@@ -16,6 +16,7 @@ from pathlib import Path
 from llmrec.backends.encode import Encoder
 from llmrec.display import Displayed, Summary
 from llmrec.durable import read_json, sha256_of, write_text, writing_to
+from llmrec.ensembles.carried import carry
 from llmrec.errors import DataError, LlmrecError, ModelError, did_you_mean, require
 from llmrec.exports import agreement, card, card_facts, safety
 from llmrec.exports import files as export_files
@@ -45,7 +46,6 @@ from llmrec.models.rating_head import copy_head
 from llmrec.models.soft_prompt import METHODS, copy_soft, softened
 from llmrec.models.traits import is_paired
 from llmrec.pipeline import bundle
-from llmrec.pipeline.fusion.carried import carry
 from llmrec.pipeline.resume import locked
 from llmrec.pipeline.run import Run, as_folder
 from llmrec.pipeline.runs import Source, earlier, open_run

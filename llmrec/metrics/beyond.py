@@ -6,10 +6,13 @@ scored items a list shows is drawn by whoever makes the lists; these figures tak
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+
+from llmrec.metrics.stats import Taken, by_user
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -20,6 +23,30 @@ if TYPE_CHECKING:
 
 # Cells of a block of item vectors: 32 MB of float64.
 _CELLS = 1 << 22
+
+
+class Contents(Protocol):
+    """What tells items apart: words or vectors."""
+
+    @property
+    def words(self) -> Sequence[frozenset[str]] | None:
+        """Words of each item."""
+        ...
+
+    @property
+    def field(self) -> str | None:
+        """Where the words come from."""
+        ...
+
+    @property
+    def vectors(self) -> Any:
+        """A vector of each item, shape (items, d), where there are no words."""
+        ...
+
+    @property
+    def encoder(self) -> str | None:
+        """What made the vectors."""
+        ...
 
 
 def coverage(lists: ArrayLike, k: int, items: int) -> float:
@@ -93,7 +120,7 @@ def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArr
     return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
 
 
-def cold_exposure(lists: ArrayLike, k: int, counts: ArrayLike) -> NDArray[np.float64]:
+def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[np.float64]:
     """Exposure@k: the share of a list's places that go to items without a training interaction, shape (n,).
 
     How visible new items are before anybody has chosen one. Exposure of a group of items is what Singh and Joachims
@@ -102,15 +129,15 @@ def cold_exposure(lists: ArrayLike, k: int, counts: ArrayLike) -> NDArray[np.flo
     Args:
         lists: See the module.
         k: Length at which lists are cut.
-        counts: Training users of each item, shape (items,).
+        cold_counts: Training users of each item, shape (items,).
     """
-    cold = np.asarray(counts) == 0
+    cold = np.asarray(cold_counts) == 0
     return _mean_over_list(_cut(lists, k, len(cold)), cold.astype(np.float64))
 
 
-def cold_shown(lists: ArrayLike, k: int, counts: ArrayLike) -> int:
+def cold_shown(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> int:
     """ColdItems@k: how many different items without a training interaction stand in some list."""
-    cold = np.asarray(counts) == 0
+    cold = np.asarray(cold_counts) == 0
     return int(np.count_nonzero(exposure(lists, k, len(cold))[cold]))
 
 
@@ -141,6 +168,43 @@ def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> S
         return lift - 1.0
 
     return statistic
+
+
+def popularity_lift(
+    lists: ArrayLike,
+    k: int,
+    counts: NDArray[np.float64],
+    users: int,
+    histories: Sequence[NDArray[np.int64]],
+    owners: Sequence[str],
+) -> Taken:
+    """PopularityLift@k over the users with a history, as `popularity_lift_statistic`.
+
+    Args:
+        lists: See the module.
+        k: Length at which lists are cut.
+        counts: Training users of each item, shape (items,).
+        users: Number of training users.
+        histories: Item numbers of each request's history.
+        owners: Whose the requests are; those of one user are resampled together.
+    """
+    share = counts / max(users, 1)
+    some = np.array([len(history) > 0 for history in histories])
+    if not some.any() or not sum(float(share[history].sum()) for history in histories):
+        return Taken(result=None, undefined="no history holds an item that training users have")
+    names = [owner for owner, kept in zip(owners, some, strict=True) if kept]
+    before, _ = by_user(np.array([share[history].mean() for history in histories if len(history)]), names)
+    after, _ = by_user(popularity(lists, k, counts, users)[some], names)
+    return Taken(result=popularity_lift_statistic(after, before), users=names)
+
+
+def diversity(lists: ArrayLike, k: int, contents: Contents) -> Taken:
+    """ILD@k by words of items, or by their vectors; see `diversity_by_fields` and `diversity_by_vectors`."""
+    if contents.words is not None:
+        values, how = diversity_by_fields(lists, k, contents.words), f"jaccard-{contents.field}"
+    else:
+        values, how = diversity_by_vectors(lists, k, contents.vectors), f"cosine-{contents.encoder}"
+    return Taken(result=values, how=re.sub(r"[|\s]+", "-", how))
 
 
 def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArray[np.float64]:

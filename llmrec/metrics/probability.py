@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from llmrec.metrics.stats import times_drawn
+from llmrec.metrics.stats import Taken, times_drawn
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -101,6 +101,24 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: We
     heavy = np.where(both, sizes, 0.0).astype(np.float64)
     value = float(np.sum(heavy[both] * values[both]) / heavy.sum()) if both.any() else float("nan")
     return Within(value, tuple(names), values, heavy, int(np.sum(~both)))
+
+
+def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
+    """AUC over all answers together, as a statistic over the users whose requests they are; see `auc_statistic`."""
+    truth = np.asarray(labels)
+    if truth.min() == truth.max():
+        return Taken(result=None, undefined="all truths are of one class, so there is no pair of a yes and a no")
+    return Taken(result=auc_statistic(probabilities, labels, owners))
+
+
+def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
+    """AUC of each user who has both classes, all users alike; see `gauc`."""
+    within = gauc(probabilities, labels, owners)
+    both = within.weights > 0
+    if not both.any():
+        return Taken(result=None, undefined="no user has both a yes and a no")
+    names = [name for name, kept in zip(within.users, both, strict=True) if kept]
+    return Taken(result=within.values[both], users=names)
 
 
 def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:

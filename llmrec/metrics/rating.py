@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import numpy as np
 
+from llmrec.metrics.probability import pooled_auc
+
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
+
+    from llmrec.metrics.stats import Taken
 
 
 def squared_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]:
@@ -26,6 +32,12 @@ def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64
         ValueError: If the two differ in length, or a value is not finite.
     """
     return np.abs(_difference(predicted, truth))
+
+
+def liked_auc(predicted: NDArray[np.float64], truth: NDArray[np.float64], liked: float, owners: Sequence[str]) -> Taken:
+    """AUC of predicted ratings: the probability that an item rated at least ``liked`` is predicted above another."""
+    found = pooled_auc(predicted, (truth >= liked).astype(np.float64), owners)
+    return replace(found, how=f"from-{liked:g}")
 
 
 def rmse(predicted: ArrayLike, truth: ArrayLike) -> float:

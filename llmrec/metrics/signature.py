@@ -9,26 +9,10 @@ only, or says over how many; ``how`` holds what else a metric has to say, such a
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
 
-Kind = Literal["ranking", "lists", "rating", "probability", "text"]
+from llmrec.registry import metric_of
 
-_CUT = r"@[1-9]\d*"
-_NAMES: Mapping[Kind, re.Pattern[str]] = {
-    "ranking": re.compile(rf"(HR|Recall|Precision|NDCG){_CUT}|(MRR|MAP)({_CUT})?|RankAUC"),
-    "lists": re.compile(rf"(Coverage|Novelty|Gini|PopularityLift|Exposure|ColdItems|ILD|Serendipity){_CUT}"),
-    "rating": re.compile(r"RMSE|MAE|LikedAUC"),
-    "probability": re.compile(r"AUC|GAUC|LogLoss|ECE"),
-    "text": re.compile(r"(BLEU|ROUGE|Distinct)-(\d+|L)|FMR|FCR|DIV|USR|Hallucination|CopyRate"),
-}
-_TEXT: Mapping[str, str] = {
-    "BLEU": "sacrebleu-13a-exp",
-    "ROUGE": "rouge-score-nostem",
-    "Distinct": "words-lower",
-    **dict.fromkeys(("FMR", "FCR", "DIV", "USR", "Hallucination", "CopyRate"), "words-lower"),
-}
 _KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split", "llmrec")
 
 
@@ -60,11 +44,6 @@ class Signature:
         return dict(zip(_KEYS, values, strict=True))
 
 
-def kind_of(metric: str) -> Kind | None:
-    """Return what kind of metric a name stands for; None for an unknown one."""
-    return next((kind for kind, names in _NAMES.items() if names.fullmatch(metric)), None)
-
-
 def signature(
     metric: str,
     *,
@@ -81,11 +60,7 @@ def signature(
     """Write the signature of a metric.
 
     Args:
-        metric: ``HR@k``, ``Recall@k``, ``Precision@k``, ``NDCG@k``, ``MRR``, ``MAP`` (or cut, ``MRR@k``),
-            ``RankAUC``; of lists ``Coverage@k``, ``Novelty@k``, ``Gini@k``, ``PopularityLift@k``, ``Exposure@k``,
-            ``ColdItems@k``, ``ILD@k``, ``Serendipity@k``; ``RMSE``, ``MAE``, ``LikedAUC``; ``AUC``, ``GAUC``,
-            ``LogLoss``, ``ECE``; ``BLEU-4``, ``ROUGE-1``, ``ROUGE-L``, ``Distinct-2``, ``FMR``, ``FCR``, ``DIV``,
-            ``USR``, ``Hallucination``, ``CopyRate``.
+        metric: A name of `llmrec.registry.METRICS`, with its cut-off where it has one, such as ``NDCG@10``.
         gain: Gain of the relevant item; only ranking metrics have one.
         ties: How tied scores are treated by ranking metrics. Lists show one draw of the tied items: ``seeded``.
         candidates: ``full``, or kind and number such as ``uniform-20``; needed by metrics of rankings and lists.
@@ -100,24 +75,24 @@ def signature(
         ValueError: If the metric is unknown, one of rankings or lists lacks candidates or seen, or a part holds ``|``
             or white space.
     """
-    kind = kind_of(metric)
-    if kind is None:
+    entry = metric_of(metric)
+    if entry is None:
         raise ValueError(f"unknown metric {metric!r}")
     common = Signature(
         metric=metric,
         users=_part_or_none(users),
         slice=_part_or_none(slice),
-        text=_TEXT[metric.split("-")[0]] if kind == "text" else None,
+        text=entry.words,
         how=_part_or_none(how),
         split=_part(split),
         version=_part(version),
     )
-    if kind not in ("ranking", "lists"):
+    if entry.kind not in ("ranking", "lists"):
         return str(common)
     if candidates is None or seen is None:
         raise ValueError(f"{metric} needs candidates and seen in its signature")
     common = replace(common, candidates=_part(candidates), seen=_part(seen))
-    if kind == "lists":
+    if entry.kind == "lists":
         return str(replace(common, ties="seeded"))
     return str(replace(common, gain=_part(gain), ties=_part(ties)))
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Literal
 import numpy as np
 from scipy.special import ndtr, ndtri, stdtrit
 
-from llmrec.results import Better, Verdict
+from llmrec.entries import Better
+from llmrec.results import Verdict
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike, NDArray
@@ -31,6 +32,23 @@ Method = Literal["percentile", "bca"]
 _CHUNK = 1 << 19
 # Percentiles of few users are kept from 0 and 1, whose normal quantiles are infinite.
 _OUTERMOST = 1e-9
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Taken:
+    """What a metric returns where an array, a number or a `Statistic` does not say it all.
+
+    Attributes:
+        result: Values whose mean is the figure, shape (n,), a number or a statistic over users; None: not defined.
+        users: Whose the values are, or over whom the statistic is; None: one per request.
+        how: What sets the figure apart, for its signature.
+        undefined: Why the figure is not defined.
+    """
+
+    result: NDArray[np.float64] | float | Statistic | None
+    users: Sequence[str] | None = None
+    how: str | None = None
+    undefined: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -196,7 +214,11 @@ def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sa
 
 
 def verdict(
-    difference: Difference, better: Better = "higher", *, p: float | None = None, alpha: float = 0.05
+    difference: Difference,
+    better: Better = "higher",
+    *,
+    p: float | None = None,
+    alpha: float = 0.05,
 ) -> Verdict:
     """Say what a difference shows of the claim that system a beats system b.
 

@@ -7,7 +7,7 @@ with papers that print percentages.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +25,7 @@ _WORD = re.compile(r"\w+")
 _ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 
 
-def bleu4_statistic(texts: Sequence[str], references: Sequence[str], users: Sequence[str] | None = None) -> Statistic:
+def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Sequence[str] | None = None) -> Statistic:
     """Corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
     A corpus BLEU is no mean over requests; it is a function of sums of n-gram counts, which are taken once here.
@@ -33,7 +33,7 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], users: Sequ
     Args:
         texts: Generated texts.
         references: One reference a text.
-        users: Whose each text is; None means that every text has a user of its own. The function then counts users,
+        owners: Whose each text is; None means that every text has a user of its own. The function then counts users,
             in sorted order.
 
     Returns:
@@ -49,8 +49,8 @@ def bleu4_statistic(texts: Sequence[str], references: Sequence[str], users: Sequ
     for row, text, reference in zip(counts, texts, references, strict=True):
         one = scorer.corpus_score([text], [[reference]])
         row[:] = [*one.counts, *one.totals, one.sys_len, one.ref_len]
-    if users is not None:
-        counts = _sum_by(counts, users)
+    if owners is not None:
+        counts = _sum_by(counts, owners)
 
     def statistic(indices: NDArray[np.intp]) -> NDArray[np.float64]:
         return _bleu(times_drawn(indices, len(counts)) @ counts)
@@ -99,6 +99,11 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[
     return {
         name: np.array([score[kind].fmeasure for score in scores], dtype=np.float64) for name, kind in _ROUGE.items()
     }
+
+
+def rouge_of(rouge: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.float64]:
+    """Return one of the figures of `rouge`, shape (n,)."""
+    return rouge[name]
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:

@@ -15,10 +15,10 @@ from pydantic import ValidationError
 from llmrec import __version__
 from llmrec.data.split import SplitDataset, scale_of
 from llmrec.durable import Json, checked, write_checked
+from llmrec.ensembles.carried import FILE as INTERACTIONS
 from llmrec.errors import LlmrecError, ModelError, RecipeError
 from llmrec.index.table import ItemIndex
 from llmrec.models.load import BUNDLE, content_sha256, resolve
-from llmrec.pipeline.fusion.carried import FILE as INTERACTIONS
 from llmrec.pipeline.indexing import stored_index
 from llmrec.pipeline.study import Study
 from llmrec.prompts.template import Template, load_templates

@@ -13,7 +13,8 @@ from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.row_specs import specs_of
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import BEST_BASELINE
-from llmrec.results import Arm, Choice, Comparison, lower
+from llmrec.registry import lower
+from llmrec.results import Arm, Choice, Comparison
 from llmrec.tasks.family import family_of
 
 

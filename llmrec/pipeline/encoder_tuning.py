@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from llmrec import __version__
-from llmrec.baselines.towers.pairs import TransitionsTuned, TransitionsTunedConfig
+from llmrec.baselines.pairs import TransitionsTuned, TransitionsTunedConfig
 from llmrec.data.hashing import digest_frame
 from llmrec.data.split import halves
 from llmrec.durable import Json, replacing, write_json

@@ -18,24 +18,12 @@ from llmrec.baselines.fits import fitted
 from llmrec.baselines.rating import UserMean
 from llmrec.display import Displayed, Summary
 from llmrec.durable import Json, write_checked
-from llmrec.errors import BackendError, EngineFailure, LlmrecError
-from llmrec.evaluate.answers import background_of
-from llmrec.evaluate.figures import EvalProtocol
-from llmrec.evaluate.predictor import Evaluated, evaluate
-from llmrec.fingerprint import fingerprint
-from llmrec.metrics.explained import Background
-from llmrec.pipeline.engines import TREES, Engines
-from llmrec.pipeline.fusion.choice import chosen
-from llmrec.pipeline.fusion.parts import (
+from llmrec.ensembles.members import (
     FUSIONS,
     NOTHING,
     Recalled,
-    Weighing,
     answers_of,
-    bases_of,
-    fusible,
     join,
-    joins_model,
     kind_of,
     reads_of,
     remembered,
@@ -43,6 +31,14 @@ from llmrec.pipeline.fusion.parts import (
     weights_of,
     widest,
 )
+from llmrec.ensembles.rankers import ListEnsemble
+from llmrec.ensembles.stored import chosen
+from llmrec.errors import BackendError, EngineFailure, LlmrecError
+from llmrec.evaluate.figures import EvalProtocol
+from llmrec.evaluate.predictor import Evaluated, background_of, evaluate
+from llmrec.fingerprint import fingerprint
+from llmrec.metrics.explained import Background
+from llmrec.pipeline.engines import TREES, Engines
 from llmrec.pipeline.objectives import judges
 from llmrec.pipeline.resume import Budget, read_stage
 from llmrec.pipeline.row_specs import (
@@ -59,13 +55,13 @@ from llmrec.pipeline.row_specs import (
     unused_settings,
 )
 from llmrec.pipeline.study import Study
+from llmrec.pipeline.weighing import Weighing, bases_of, fusible, joins_model
 from llmrec.progress import BatchBar
 from llmrec.recipe.schema import BaselineSection
 from llmrec.records import Calibration, Shown
-from llmrec.registry import is_positional, options_of
+from llmrec.registry import is_positional, metric_modules, options_of
 from llmrec.results import Arm, Choice, FusionWeights, Prediction, Reads, Row, Unevaluated
 from llmrec.strategies.asking import AsksFirst, Prompting, Strategy, strategy_of
-from llmrec.strategies.candidate_fusion import CandidateFusion
 from llmrec.strategies.counting import questions_of
 from llmrec.strategies.raters import Calibrated
 from llmrec.tasks.family import family_of
@@ -335,7 +331,7 @@ class Evaluation:
                 raise
             log.warning("%s: no such row: %s", spec.id, error)
             return []
-        validation = model.validation if isinstance(model, CandidateFusion) else {}
+        validation = model.validation if isinstance(model, ListEnsemble) else {}
         row = self._keep(
             spec,
             key,
@@ -407,7 +403,7 @@ class Evaluation:
             recipe,
             unused=unused_settings(spec, study),
             made_by=made_by(spec, study),
-            modules=(evaluate.__module__,),
+            modules=(evaluate.__module__, *metric_modules()),
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             engine=engine,

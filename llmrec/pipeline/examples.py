@@ -20,7 +20,8 @@ from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.study import Study, vectors_of
 from llmrec.prompts.template import Template
 from llmrec.records import ExampleUser, Exhibit, Nearby, Newcomer, Product, Sample, Told, User, Visit, Written
-from llmrec.results import Prediction, lower
+from llmrec.registry import lower
+from llmrec.results import Prediction
 from llmrec.tasks.base import PAST, View
 from llmrec.tasks.family import family_of
 from llmrec.types import Case, Request, Text

@@ -13,24 +13,14 @@ from llmrec.backends.hf.backend import HFBackend
 from llmrec.baselines.fits import fitted
 from llmrec.baselines.parameters import stops_early
 from llmrec.data.split import halves
+from llmrec.ensembles.members import FUSIONS, NOTHING, Recalled, join, kind_of, reads_of, widest
 from llmrec.errors import DataError, RecipeError
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.models.soft_prompt import METHODS, TIED, SoftPrompt
-from llmrec.pipeline.fusion.parts import (
-    FUSIONS,
-    NOTHING,
-    Recalled,
-    Weighing,
-    bases_of,
-    fusible,
-    join,
-    kind_of,
-    reads_of,
-    widest,
-)
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import Study, build_task, draw_sets
+from llmrec.pipeline.weighing import Weighing, bases_of, fusible
 from llmrec.recipe.schema import RewardSection
 from llmrec.registry import BASELINES, lookup, options_of
 from llmrec.strategies.asking import Prompting, strategy_of

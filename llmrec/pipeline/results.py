@@ -23,7 +23,7 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.slices import item_of, slice_figures
 from llmrec.machine import command_line, machine, versions
 from llmrec.metrics import ranking
-from llmrec.metrics.multiple import holm
+from llmrec.metrics.significance import holm
 from llmrec.metrics.stats import mean_ranks
 from llmrec.pipeline.comparing import compare_rows
 from llmrec.pipeline.evaluation import ResultRow
@@ -33,6 +33,7 @@ from llmrec.pipeline.row_specs import asks, protocol_of
 from llmrec.pipeline.study import Study, leak_warning, leaking_users
 from llmrec.recipe.load import recipe_hash
 from llmrec.records import Candidates, DataInfo, SetAside, Stage, Training
+from llmrec.registry import mean_metric
 from llmrec.results import AtPosition, Choice, PositionBias, Results, SliceOfRow, Unevaluated
 from llmrec.tasks.family import families, ranking_families
 from llmrec.types import Case, Ranking
@@ -393,8 +394,6 @@ def write_items(study: Study, path: Path) -> None:
 # --------------------------------------------------------------------------- row details
 
 
-# No mean over requests, so that a slice of them has no figure of its own kind; log loss is sliced instead.
-_INSTEAD = {"AUC": "LogLoss", "GAUC": "LogLoss"}
 _FOR_EACH_ROW = 100
 # Permuted positions drawn at a time: 4 MB of them.
 _CHUNK = 1 << 19
@@ -469,7 +468,8 @@ def _slices(
     protocols: Mapping[str, EvalProtocol],
 ) -> tuple[SliceOfRow, ...]:
     family = row.figures.task
-    metric = _INSTEAD.get(headline[family], headline[family])
+    # A slice has no figure of a metric that is no mean over requests, such as AUC: log loss is sliced instead.
+    metric = mean_metric(headline[family])
     if metric not in row.values:
         return ()
     return slice_figures(

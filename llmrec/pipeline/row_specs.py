@@ -8,20 +8,21 @@ from typing import Any
 
 from llmrec.baselines.parameters import Hashes, hashes_of
 from llmrec.durable import Json
+from llmrec.ensembles.members import FUSIONS
 from llmrec.evaluate.figures import EvalProtocol
 from llmrec.models.text_encoder import text_embedder
-from llmrec.pipeline.fusion.parts import FUSIONS, fusible, joins_model
 from llmrec.pipeline.study import Study
+from llmrec.pipeline.weighing import fusible, joins_model
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import CandidateSection, EvalSection, Recipe
-from llmrec.registry import BASELINES, STRATEGIES, STRATEGY_KEYS, TASKS, is_positional, options_of, written
+from llmrec.registry import BASELINES, STRATEGIES, TASKS, Table, is_positional, options_of, written
 from llmrec.results import Arm
 from llmrec.tasks.family import family_of
 from llmrec.tasks.fewshot import BY_TEXT
 from llmrec.tasks.held_items import KIND as HELD_ITEMS
 
 DEBIAS = ("debias", "debias_questions")
-"""Settings that positional strategies read besides those of `STRATEGY_KEYS`."""
+"""Settings that positional strategies read besides those of their entries."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def files_of(spec: RowSpec, study: Study) -> Hashes:
     return next((hashes_of(each.name, each.parameters) for each in known if each.label == spec.predictor), {})
 
 
-def made_by(spec: RowSpec, study: Study) -> list[tuple[Mapping[str, str], str]]:
+def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
     """Return the registry entries whose code makes a row."""
     family = TASKS, written(spec.family)
     if spec.template is not None:
@@ -109,7 +110,7 @@ def unused_settings(spec: RowSpec, study: Study) -> set[str]:
     """Return the keys that affect evaluation and have no part in a row; a strategy's own are read by `asking_of`."""
     family, model = family_of(spec.family), spec.template is not None
     named = {f"tasks.{each}" for each in study.tasks if each != spec.family}
-    named |= {f"eval.{key}" for keys in (*STRATEGY_KEYS.values(), DEBIAS) for key in keys}
+    named |= {f"eval.{key}" for keys in (*(entry.keys for entry in STRATEGIES.values()), DEBIAS) for key in keys}
     return (
         named
         | ({"model", "index"} if not model else set())

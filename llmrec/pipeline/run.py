@@ -18,6 +18,7 @@ from llmrec.data.split import SplitDataset
 from llmrec.data.stats import baskets, statistics
 from llmrec.display import Displayed, Summary, listed
 from llmrec.durable import replacing, write_text
+from llmrec.ensembles import stored
 from llmrec.errors import EngineFailure, RecipeError
 from llmrec.models.load import device, load_tokenizer, quiet_libraries, resolve, source_of, weights_stamp
 from llmrec.pipeline import audit, index_report
@@ -25,8 +26,7 @@ from llmrec.pipeline.augmenting import FEATURES, augment, refuse_other_store
 from llmrec.pipeline.comparing import refuse_unknown
 from llmrec.pipeline.engines import Engines, dtype_name, refuse_paired
 from llmrec.pipeline.evaluation import Evaluation, ResultRow
-from llmrec.pipeline.fusion import stored
-from llmrec.pipeline.fusion.runs import fuse_runs
+from llmrec.pipeline.fusing import fuse_runs
 from llmrec.pipeline.indexing import with_tokens
 from llmrec.pipeline.preflight import checked_study, refuse
 from llmrec.pipeline.results import Written, of_another, too_wide, write_results
@@ -35,6 +35,7 @@ from llmrec.pipeline.runs import start_of, teacher_of
 from llmrec.pipeline.shards import Weights
 from llmrec.pipeline.study import Study, build_study, folder_of, leak_warning
 from llmrec.pipeline.training import train_stage, trained
+from llmrec.pipeline.weighing import fusions_of
 from llmrec.progress import Bar, note
 from llmrec.recipe.load import Overrides, as_recipe, dump, import_stored, recipe_hash
 from llmrec.recipe.paths import both_places
@@ -370,7 +371,8 @@ class Session:
             missing: Rows that no engine could answer.
             choice: See `run`.
         """
-        stored.write(self.study, rows, self.folder, choice)
+        fusions = fusions_of(self.study, [row.figures for row in rows])
+        stored.save(self.folder, stored.Stored(fusions, choice))
         with Bar("comparisons", None, quiet=self.quiet):
             written = write_results(
                 self.study, rows, training, self._model_info(), self.budget, self.folder, missing, choice

@@ -20,7 +20,7 @@ from llmrec.data.read.limits import shown
 from llmrec.data.sets.table import load
 from llmrec.data.split import SplitDataset, halves, split, whole, written
 from llmrec.errors import DataError, RecipeError, did_you_mean
-from llmrec.evaluate.attributes import attributes_of
+from llmrec.evaluate.slices import attributes_of
 from llmrec.index.semantic import item_vectors
 from llmrec.index.table import ItemIndex
 from llmrec.models.item_tokens import add_item_tokens
@@ -44,7 +44,7 @@ from llmrec.tasks.templates import choose
 from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 
 if TYPE_CHECKING:
-    from llmrec.pipeline.fusion.retrieving import FusedFinder
+    from llmrec.ensembles.retrieving import FusedFinder
 
 # A baseline that ranks by texts alone, in seconds and without a download.
 _BY_TEXT = "content"
@@ -357,7 +357,7 @@ def fused_finder(recipe: Recipe) -> FusedFinder | None:
     """Return the ensemble of baselines that retrieves candidates; None where a single baseline does."""
     if recipe.eval.candidates.retriever != FUSED:
         return None
-    from llmrec.pipeline.fusion.retrieving import FusedFinder
+    from llmrec.ensembles.retrieving import FusedFinder
 
     family = next(name for name in recipe.tasks.present() if family_of(name).ranks_for_users)
     baselines = recipe.tasks.present()[family].baselines

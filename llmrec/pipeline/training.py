@@ -40,7 +40,7 @@ from llmrec.pipeline.row_specs import asking_of
 from llmrec.pipeline.study import Study, fused_finder
 from llmrec.recipe.schema import Recipe
 from llmrec.records import Training as TrainingRecord
-from llmrec.registry import BASELINES, TASKS, stamps, written
+from llmrec.registry import BASELINES, TASKS, Table, stamps, written
 from llmrec.tasks.family import family_of
 from llmrec.tasks.mixture import interleave
 from llmrec.train.batches import plan
@@ -194,7 +194,7 @@ def _teaching(recipe: Recipe) -> str | None:
     return weights_stamp(str(merged)) if merged.is_dir() else ""
 
 
-def _scorers(recipe: Recipe) -> list[tuple[Mapping[str, str], str]]:
+def _scorers(recipe: Recipe) -> list[tuple[Table, str]]:
     """Return the baseline whose scores are a reward, or whose best items are rejected, where there is one."""
     reward, preference = recipe.train.reward, recipe.train.preference
     named = [reward.baseline if reward is not None else None, preference.rejected if preference is not None else None]

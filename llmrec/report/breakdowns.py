@@ -18,9 +18,10 @@ from urllib.parse import unquote
 from scipy.special import ndtri, stdtrit
 
 from llmrec.guard import clean
+from llmrec.registry import lower
 from llmrec.report.marks import best_baseline
 from llmrec.report.wording import DASH, arm_label, label, listed, p_value
-from llmrec.results import AtPosition, Metric, PositionBias, Results, Row, SliceOfRow, lower
+from llmrec.results import AtPosition, Metric, PositionBias, Results, Row, SliceOfRow
 
 _NAMES = (
     (r"item:cold-below-(\d+)", "Rare items: fewer than {0} training interactions"),

@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Literal, TypedDict
 
+from llmrec.entries import Better
 from llmrec.records import Judged, Training
+from llmrec.registry import better, lower
 from llmrec.report import summary
 from llmrec.report.breakdowns import bands, shown_rows
 from llmrec.report.costs import cost_by_row
@@ -27,7 +29,7 @@ from llmrec.report.wording import (
     title,
     with_interval,
 )
-from llmrec.results import Better, Results, Row, Verdict, better, lower
+from llmrec.results import Results, Row, Verdict
 
 
 class Bar(TypedDict):

@@ -17,6 +17,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from markupsafe import Markup
 
 from llmrec.index.diagnostics import Group
+from llmrec.registry import lower
 from llmrec.report import breakdowns as slices
 from llmrec.report import costs, escape, index_summary, marks, texts, wording
 from llmrec.report import results as facts
@@ -25,7 +26,7 @@ from llmrec.report.audit import VERDICT, AuditLine, audit_sentence, refusal
 from llmrec.report.canvas import Canvas
 from llmrec.report.charts import pictures
 from llmrec.report.plots import plots
-from llmrec.results import Results, lower
+from llmrec.results import Results
 
 _HERE = Path(__file__).resolve().parent
 Reasons = Mapping[str, Mapping[str, int]]

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
+from llmrec.registry import lower
 from llmrec.report.escape import flat, visible
 from llmrec.report.wording import (
     USERS,
@@ -32,7 +33,7 @@ from llmrec.report.wording import (
     with_figures,
     with_interval,
 )
-from llmrec.results import Comparison, Results, Row, Verdict, lower
+from llmrec.results import Comparison, Results, Row, Verdict
 
 # --------------------------------------------------------------------------- the first question
 

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator
 from rich.table import Table
 from rich.text import Text
 
+from llmrec.registry import lower
 from llmrec.report.escape import flat
 from llmrec.report.marks import SIGNS
 from llmrec.report.summary import Headline, caution, first_sentence, headline, tuning_tally
@@ -26,7 +27,7 @@ from llmrec.report.wording import (
     verdict,
     with_figures,
 )
-from llmrec.results import Results, Row, Verdict, lower
+from llmrec.results import Results, Row, Verdict
 
 WIDTH = 80
 STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from llmrec.registry import is_family
+from llmrec.registry import is_family, lower
 from llmrec.report.escape import flat, visible
-from llmrec.results import Comparison, Metric, Reads, Results, Row, Setting, Verdict, lower
+from llmrec.results import Comparison, Metric, Reads, Results, Row, Setting, Verdict
 from llmrec.tasks.family import family_of
 
 USERS, SEEDS = 200, 3
@@ -47,7 +47,7 @@ FORMS: Mapping[str, str] = {
     "pool": "a linear pool: shares",
     "alone": "one part alone",
 }
-"""What a fusion can be; see `llmrec.strategies.fusion`."""
+"""What a fusion can be; see `llmrec.ensembles.rankers`."""
 
 
 def title(task: str) -> str:

@@ -26,11 +26,11 @@ from llmrec.data.read.typed import ids, numbers, per_second, since_1970, times
 from llmrec.data.sets.table import load
 from llmrec.data.split import halves, split, time_order, whole
 from llmrec.durable import replacing, write_json
+from llmrec.ensembles import stored
+from llmrec.ensembles.carried import FILE, carried
 from llmrec.errors import DataError, LlmrecError, did_you_mean, require
 from llmrec.pipeline import bundle as bundles
 from llmrec.pipeline.bundle import Bundle
-from llmrec.pipeline.fusion import stored
-from llmrec.pipeline.fusion.carried import FILE, carried
 from llmrec.recipe.load import STORED, load_stored
 from llmrec.serve.options import RefreshOptions
 from llmrec.serve.store import ServiceStore

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import subprocess
 import sys
 import time
@@ -27,6 +28,7 @@ from llmrec.pipeline.run import Run, run
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.load import as_recipe, dump, load_recipe
 from llmrec.recipe.schema import AUTO, FusionSection, Recipe
+from llmrec.registry import BASELINES, lookup
 from llmrec.report.summary import brought
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration, with_interval
@@ -142,10 +144,6 @@ def judged(results: Results) -> Judged:
 # --------------------------------------------------------------------------- the parts of the ensemble
 
 
-# Items beyond which EASE, which inverts a matrix of items by items, takes minutes and gigabytes.
-_MOST_SQUARE = 20_000
-# Seconds of a budget from which on a text encoder is tuned: on two cores a fit takes minutes.
-_LONG_BUDGET = 3600.0
 # Share of items with a title from which on texts are worth reading.
 _TITLED = 0.5
 
@@ -178,20 +176,22 @@ def parts_for(dataset: Dataset, encoder: str | None, *, texts: bool, torch: bool
         torch: Networks can be trained here.
         budget: Seconds of the whole search.
     """
-    parts = [Part(name, name) for name in ("popularity", "recent-popularity", "markov-1", "markov", "item-knn")]
-    parts += [Part(name, name) for name in ("transitions", "markov-cooccurrence", "rp3beta")]
-    parts.append(Part("item-knn, whole history", "item-knn", {"history": 200, "decay": 1.0}))
-    if texts:
-        read: Mapping[str, Json] = {"encoder": encoder} if encoder else {}
-        parts += [Part("transitions-text", "transitions-text", read), Part("content", "content", read)]
-    if len(dataset.items) <= _MOST_SQUARE:
-        parts += [Part("ease", "ease"), Part("ease, whole history", "ease", {"decay": 1.0})]
-    parts += [Part("als", "als"), Part("als, whole history", "als", {"decay": 1.0}), Part("bpr", "bpr")]
-    if torch:
-        parts.append(Part("sasrec", "sasrec", {"quiet": True}))
-        if texts and encoder and budget >= _LONG_BUDGET:
-            parts.append(Part("transitions-tuned", "transitions-tuned", {"encoder": encoder, "quiet": True}))
-    return parts
+    settings: list[tuple[int, Part]] = []
+    for name, entry in BASELINES.items():
+        if entry.needs == "torch" and not torch:
+            continue
+        baseline = lookup(BASELINES, name, "baseline")
+        # A baseline that tunes its encoder needs one.
+        if baseline.READS != "events" and not (texts and (encoder or baseline.READS == "texts")):
+            continue
+        keys = baseline.Config.model_fields
+        read: dict[str, Json] = {"encoder": encoder} if encoder and "encoder" in keys else {}
+        quiet: dict[str, Json] = {"quiet": True} if "quiet" in keys else {}
+        for setting in baseline.AUTO:
+            if len(dataset.items) <= (setting.items or math.inf) and budget >= setting.seconds:
+                label = f"{name}, {setting.label}" if setting.label else name
+                settings.append((setting.cost, Part(label, name, {**read, **quiet, **setting.fixed})))
+    return [part for _, part in sorted(settings, key=lambda setting: setting[0])]
 
 
 def has_texts(dataset: Dataset) -> bool:

@@ -138,7 +138,7 @@ def _slow(part: Tuning, data: SplitDataset, seed: int, key: str, within: float) 
 def _tune(part: Tuning, data: SplitDataset, seed: int, key: str, known: list[Done], *, first: bool) -> None:
     from llmrec.baselines.base import Catalogue
     from llmrec.baselines.item_texts import text_vectors
-    from llmrec.baselines.tuning.tune import Trial, tune
+    from llmrec.baselines.tune import Trial, tune
     from llmrec.registry import BASELINES, lookup
 
     made = lookup(BASELINES, part.baseline, "baseline")

@@ -24,9 +24,9 @@ from llmrec.pipeline.run import run
 from llmrec.recipe.load import as_recipe, dump, in_words, recipe_hash
 from llmrec.recipe.pages import flow, value_of
 from llmrec.recipe.schema import Recipe
+from llmrec.registry import lower
 from llmrec.report.verdicts import wrapped
 from llmrec.report.wording import duration
-from llmrec.results import lower
 from llmrec.start.options import TuneOptions, budget_seconds
 from llmrec.tasks.family import family_of
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from llmrec.recipe.schema import EvalSection
-from llmrec.strategies.windows import window_places
+from llmrec.strategies.rounds import window_places
 from llmrec.tasks.task import Want
 
 

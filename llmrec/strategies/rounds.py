@@ -8,15 +8,19 @@ correction for positions, and the cost.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+import math
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import permutations as arrangements
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
-from llmrec.strategies.asking import Prompting, cost_of, is_nested, prompt_hash, score_in_chunks
+from llmrec.strategies.asking import Prompting, cost_of, generated, is_nested, prompt_hash, score_in_chunks
 from llmrec.tasks.base import keyed
+from llmrec.tasks.direct import candidate_labels
 from llmrec.tasks.task import Want
 from llmrec.types import Answer, Cost, Prompt, Ranking, Request, Scores, Segment
 
@@ -263,3 +267,225 @@ def _with_candidates(request: Request) -> Request:
             column="candidates",
         )
     return request
+
+
+# --------------------------------------------------------------------------- lists
+# Listwise ranking: all candidates in one prompt, ordered by label distribution, label by label, or as free text.
+
+
+def list_room(candidates: int) -> int:
+    """Return tokens enough for a list of all labels: as many as letters, with a comma and a space behind each label.
+
+    Some tokenizers write every digit by itself, so that labels of three digits take five tokens each.
+    """
+    return sum(len(label) + 2 for label in candidate_labels(candidates)) + 1
+
+
+def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[Request] = ()) -> Rounds:
+    """Rank candidates by the probability of their label as the next token: one forward an order (arXiv 2406.15657).
+
+    Args:
+        asker: How to ask.
+        permutations: Orders in which the candidates are shown; see `Rounds`.
+        training: Questions that measure what positions add; see `Rounds`.
+    """
+    return Rounds("label", asker, _at_once, permutations=permutations, training=training)
+
+
+def _at_once(request: Request) -> Steps:
+    (said,) = yield [Question(request.candidates or ())]
+    return by_score(said)
+
+
+def permutation_ranker(
+    asker: Prompting, *, depth: int, permutations: int = 1, training: Sequence[Request] = ()
+) -> Rounds:
+    """Write the order label by label, each step choosing among the labels that are left: always a permutation.
+
+    Each step takes the likeliest label behind the answer so far. After ``depth`` steps the rest follow in the order of
+    the last distribution.
+
+    Args:
+        asker: How to ask.
+        depth: Places that are chosen one by one.
+        permutations: Orders in which the candidates are shown; see `Rounds`.
+        training: Questions that measure what positions add, before any label is given; see `Rounds`.
+    """
+    steps = partial(_one_by_one, depth=depth)
+    return Rounds("permutation", asker, steps, want="ranking", permutations=permutations, training=training)
+
+
+def _one_by_one(request: Request, *, depth: int) -> Steps:
+    pool = request.candidates or ()
+    chosen: tuple[str, ...] = ()
+    said: Said = dict.fromkeys(pool, 0.0)
+    for _ in range(min(depth, len(pool) - 1)):
+        (said,) = yield [Question(pool, chosen)]
+        chosen = (*chosen, max(said, key=lambda item: said[item]))
+    return _behind(chosen, by_score({item: value for item, value in said.items() if item not in chosen}))
+
+
+def _behind(chosen: Sequence[str], rest: Order) -> Order:
+    """Put the chosen items before the rest, whose scores are nats below the best of them."""
+    best = rest[0][1] if rest else 0.0
+    places = [(item, float(len(chosen) - place)) for place, item in enumerate(chosen)]
+    return [*places, *((item, value - best) for item, value in rest)]
+
+
+class ListRanker:
+    """Asks for the whole list as text and reads it; candidates left out are misses."""
+
+    name = "list"
+
+    def __init__(self, asker: Prompting) -> None:
+        asker.needs("generate")
+        self.asker = replace(asker, want="ranking")
+        self.engine = f"{asker.backend.name}:generate"
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank every request's candidates; see `Predictor.answer`."""
+        room = list_room(max((len(r.candidates or ()) for r in requests), default=1))
+        reason = "no candidate label or title in the answer"
+        return generated(self.asker, requests, max_tokens=room, wanted=Ranking, reason=reason)
+
+
+# --------------------------------------------------------------------------- windows
+# Ranking by a window that slides from the back of the list to its front (RankGPT, Sun et al., EMNLP 2023).
+
+
+def window_ranker(
+    asker: Prompting, *, window: int, window_step: int, permutations: int = 1, training: Sequence[Request] = ()
+) -> Rounds:
+    """Order one window after the other, each overlapping the one before, so that good items move to the front.
+
+    The window begins at the back of the stored, shuffled order. Inside a window items are ordered by the probability
+    of their labels, and shown in an order that says nothing of where they stood.
+
+    Args:
+        asker: How to ask.
+        window: Items in a window.
+        window_step: Places that it moves; fewer than ``window``.
+        permutations: Orders in which each window is shown; see `Rounds`.
+        training: Questions that measure what positions add; see `Rounds`.
+    """
+    steps = partial(_slide, window=window, step=window_step)
+    return Rounds("window", asker, steps, permutations=permutations, training=training)
+
+
+def _slide(request: Request, *, window: int, step: int) -> Steps:
+    items = list(request.candidates or ())
+    for begin, end in window_places(len(items), window, step):
+        (said,) = yield [Question(mixed(request, items[begin:end]))]
+        items[begin:end] = sorted(items[begin:end], key=lambda item: -said[item])
+    return placed(items)
+
+
+def window_places(count: int, window: int, step: int) -> Iterator[tuple[int, int]]:
+    """Yield where the windows over ``count`` items begin and end, from the back to the front; none for one item."""
+    begin = max(0, count - window)
+    while count > 1:
+        yield begin, min(begin + window, count)
+        if begin == 0:
+            return
+        begin = max(0, begin - step)
+
+
+# --------------------------------------------------------------------------- pairs
+# Ranking by comparing two candidates at a time (PRP, Qin et al., Findings of NAACL 2024).
+
+
+def pairwise_ranker(asker: Prompting, *, all_pairs: int, depth: int) -> Rounds:
+    """Ask about pairs, each in both orders, and average the two: what a position adds cancels out.
+
+    Up to ``all_pairs`` candidates every pair is asked, and an item's score is the number of others that it beats in
+    expectation. More candidates are sorted by passes from the back to the front, in which the better of two neighbours
+    moves on: after k passes the first k places are decided. The others share the last place.
+
+    Args:
+        asker: How to ask.
+        all_pairs: Most candidates of which every pair is asked.
+        depth: Passes.
+    """
+    return Rounds("pairwise", asker, partial(_compare, all_pairs=all_pairs, depth=depth))
+
+
+def _compare(request: Request, *, all_pairs: int, depth: int) -> Steps:
+    items = list(request.candidates or ())
+    if len(items) < 2:
+        return placed(items)
+    if len(items) <= all_pairs:
+        pairs = list(arrangements(items, 2))
+        said = yield [Question(pair) for pair in pairs]
+        return by_score(_wins(items, dict(zip(pairs, said, strict=True))))
+    passes = min(depth, len(items) - 1)
+    for front in range(passes):
+        for place in range(len(items) - 1, front, -1):
+            ahead, behind = items[place - 1], items[place]
+            one, other = yield [Question((ahead, behind)), Question((behind, ahead))]
+            if _lead(behind, ahead, one, other) > 0:
+                items[place - 1], items[place] = behind, ahead
+    decided = len(items) if passes == len(items) - 1 else passes
+    return placed(items[:decided], items[decided:])
+
+
+def _lead(first: str, second: str, one: Said, other: Said) -> float:
+    """Return the log-odds of the first item over the second, the mean over both orders."""
+    return (one[first] - one[second] + other[first] - other[second]) / 2
+
+
+def _wins(items: Sequence[str], said: Mapping[tuple[str, ...], Said]) -> dict[str, float]:
+    """Return for each item how many of the others it beats, in expectation."""
+    wins = dict.fromkeys(items, 0.0)
+    for first, second in said:
+        lead = _lead(first, second, said[first, second], said[second, first])
+        wins[first] += 0.5 * (1 + math.tanh(lead / 2))
+    return wins
+
+
+# --------------------------------------------------------------------------- sets
+# Ranking by the best of small sets, sorted in a heap (setwise, Zhuang et al., SIGIR 2024).
+
+
+def setwise_ranker(
+    asker: Prompting, *, set_size: int, depth: int, permutations: int = 1, training: Sequence[Request] = ()
+) -> Rounds:
+    """Sort the top of the list in a heap whose nodes have ``set_size - 1`` children.
+
+    One question finds the best of a node and its children, by the probability of their labels. What the heap has not
+    given out after ``depth`` places shares the last place.
+
+    Args:
+        asker: How to ask.
+        set_size: Most items in a question, at least 2.
+        depth: Places that are decided.
+        permutations: Orders in which each set is shown; see `Rounds`.
+        training: Questions that measure what positions add; see `Rounds`.
+    """
+    steps = partial(_heap, children=set_size - 1, depth=depth)
+    return Rounds("setwise", asker, steps, permutations=permutations, training=training)
+
+
+def _heap(request: Request, *, children: int, depth: int) -> Steps:
+    heap = list(request.candidates or ())
+    for node in reversed(range(-(-(len(heap) - 1) // children))):
+        yield from _sift(request, heap, node, children)
+    best: list[str] = []
+    while heap and len(best) < depth:
+        best.append(heap[0])
+        last = heap.pop()
+        if heap:
+            heap[0] = last
+            if len(best) < depth:
+                yield from _sift(request, heap, 0, children)
+    return placed(best, heap)
+
+
+def _sift(request: Request, heap: list[str], node: int, children: int) -> Generator[list[Question], list[Said], None]:
+    """Let an item sink until it is the best of its set; of equal ones the upper stays."""
+    while places := range(node * children + 1, min((node + 1) * children + 1, len(heap))):
+        (said,) = yield [Question(mixed(request, [heap[place] for place in (node, *places)]))]
+        best = max((node, *places), key=lambda place: said[heap[place]])
+        if best == node:
+            return
+        heap[node], heap[best] = heap[best], heap[node]
+        node = best

@@ -9,6 +9,7 @@ from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
 from llmrec.prompts.values import Fields
 from llmrec.recipe.schema import AlignmentSection
+from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import Values, View, keyed, listed, passes, ranking_reward, refuse_test, solved_examples
 from llmrec.tasks.family import Family
 from llmrec.tasks.fewshot import Drawn, Window
@@ -239,8 +240,8 @@ FAMILY = Family(
     section=AlignmentSection,
     answer=Ranking,
     headline="NDCG@10",
-    strategies=("likelihood",),
-    baselines=("random",),
+    strategies=answering(STRATEGIES, "alignment"),
+    baselines=answering(BASELINES, "alignment"),
     controls=("random",),
     candidates="items",
 )

@@ -12,6 +12,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words, english
 from llmrec.recipe.schema import CtrSection
+from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
@@ -355,8 +356,8 @@ FAMILY = Family(
     section=CtrSection,
     answer=Probability,
     headline="AUC",
-    strategies=("yes-no", "parsed-yes-no"),
-    baselines=("like-ratio", "logistic", "din", "deepfm", "dcn", "autoint", "late-interaction"),
+    strategies=answering(STRATEGIES, "ctr"),
+    baselines=answering(BASELINES, "ctr"),
     controls=("like-ratio",),
     column="rating",
 )

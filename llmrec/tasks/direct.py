@@ -15,7 +15,7 @@ from llmrec.errors import DataError, RecipeError, did_you_mean
 from llmrec.prompts.template import Template, load_templates
 from llmrec.prompts.words import Words
 from llmrec.recipe.schema import DirectSection, PreferenceSection
-from llmrec.registry import STRATEGIES, is_plugin, lookup
+from llmrec.registry import BASELINES, STRATEGIES, answering, is_plugin, lookup
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
@@ -32,7 +32,7 @@ from llmrec.tasks.base import (
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
 from llmrec.tasks.ctr import read_choice
-from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
+from llmrec.tasks.family import RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_ranking
 from llmrec.tasks.pool import Negatives, Rejecting, shuffled
@@ -626,11 +626,8 @@ FAMILY = Family(
     section=DirectSection,
     answer=Ranking,
     headline="NDCG@10",
-    strategies=(
-        *("label", "list", "permutation", "window", "pairwise", "setwise", "pointwise-yes", "two-step"),
-        "likelihood",
-    ),
-    baselines=RANKERS,
+    strategies=answering(STRATEGIES, "direct"),
+    baselines=answering(BASELINES, "direct"),
     controls=RANKING_CONTROLS,
     candidates="users",
     lists=True,

@@ -17,6 +17,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts.template import Template, clean
 from llmrec.recipe.schema import ExplanationSection
+from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
@@ -250,8 +251,8 @@ FAMILY = Family(
     section=ExplanationSection,
     answer=Text,
     headline="ROUGE-L",
-    strategies=("text",),
-    baselines=("frequent-text", "nearest-text"),
+    strategies=answering(STRATEGIES, "explanation"),
+    baselines=answering(BASELINES, "explanation"),
     controls=("frequent-text",),
     column="text",
     lacking=(

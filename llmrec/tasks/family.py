@@ -15,23 +15,12 @@ from llmrec import registry
 from llmrec.data.split import Part
 from llmrec.errors import RecipeError, did_you_mean
 from llmrec.recipe.schema import TaskSection
-from llmrec.registry import BASELINES, STRATEGIES, TASKS, lookup
+from llmrec.registry import BASELINES, STRATEGIES, TASKS, Table, lookup
 from llmrec.tasks.task import Task
 from llmrec.types import Answer, Ranking
 
-RANKERS = (
-    *("random", "popularity", "recent-popularity", "item-knn", "rp3beta", "markov-1", "markov"),
-    *("markov-cooccurrence", "transitions", "transitions-text", "content", "ease", "als", "bpr", "gru4rec", "sasrec"),
-    *("transitions-tuned", "tower", "tuned-tower", "state-tower", "text-matcher", "unisrec"),
-)
-"""Baselines that rank items for users."""
 RANKING_CONTROLS = ("random", "popularity", "item-knn", "markov-1")
-RATERS = ("global-mean", "user-mean", "item-mean", "user-item-bias", "mf", "svd")
-"""Baselines that predict ratings."""
 RATING_CONTROLS = ("global-mean", "user-mean", "item-mean", "user-item-bias")
-
-WRITERS = ("frequent-text", "nearest-text", "first-sentence")
-"""Baselines that write texts; the last one copies from the review that a request shows."""
 NO_RATINGS = "needs ratings, and {data} has none; name the column with {where}.columns.rating"
 
 
@@ -126,7 +115,7 @@ def families() -> Mapping[str, Family]:
     return {name: family_of(name) for name in registry.family_names()}
 
 
-def answers(family: Family, table: Mapping[str, str], name: str, *, silent: bool = True) -> bool:
+def answers(family: Family, table: Table, name: str, *, silent: bool = True) -> bool:
     """Whether a strategy or baseline supports a family; a plug-in declares it in its attribute ``families``.
 
     Args:

@@ -12,6 +12,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.prompts.template import Template
 from llmrec.prompts.words import Words
 from llmrec.recipe.schema import RatingSection
+from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
@@ -30,7 +31,7 @@ from llmrec.tasks.base import (
     window,
 )
 from llmrec.tasks.cases import Cases, at_most, held_out
-from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, Family
+from llmrec.tasks.family import NO_RATINGS, RATING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.rows import (
@@ -387,9 +388,8 @@ FAMILY = Family(
     section=RatingSection,
     answer=Rating,
     headline="RMSE",
-    strategies=("expected", "parsed", "head"),
-    # It reads earlier reviews, and is of no use when the review itself is shown.
-    baselines=(*RATERS, "ubert"),
+    strategies=answering(STRATEGIES, "rating"),
+    baselines=answering(BASELINES, "rating"),
     controls=RATING_CONTROLS,
     column="rating",
     lacking=NO_RATINGS,

@@ -17,6 +17,7 @@ from llmrec.errors import DataError, RecipeError
 from llmrec.guard import TEXT_LIMIT
 from llmrec.prompts.template import Template, clean
 from llmrec.recipe.schema import ReviewSection, StarsSection
+from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     ABOUT_ITEM,
     ABOUT_USER,
@@ -33,7 +34,7 @@ from llmrec.tasks.base import (
 )
 from llmrec.tasks.cases import Cases, held_out
 from llmrec.tasks.explanation import shared_words
-from llmrec.tasks.family import NO_RATINGS, RATERS, RATING_CONTROLS, WRITERS, Family
+from llmrec.tasks.family import NO_RATINGS, RATING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_number
 from llmrec.tasks.pool import with_other_texts
@@ -286,8 +287,8 @@ REVIEW = Family(
     section=ReviewSection,
     answer=Text,
     headline="ROUGE-L",
-    strategies=("text",),
-    baselines=WRITERS,
+    strategies=answering(STRATEGIES, "review"),
+    baselines=answering(BASELINES, "review"),
     controls=("frequent-text",),
     column="text",
     writes="headline",
@@ -300,8 +301,8 @@ STARS = Family(
     section=StarsSection,
     answer=Rating,
     headline="RMSE",
-    strategies=("expected", "parsed"),
-    baselines=(*RATERS, "text-ridge"),
+    strategies=answering(STRATEGIES, "stars"),
+    baselines=answering(BASELINES, "stars"),
     controls=RATING_CONTROLS,
     column="rating",
     lacking=NO_RATINGS,

@@ -12,6 +12,7 @@ from llmrec.errors import RecipeError
 from llmrec.index.titles import title_key
 from llmrec.prompts.template import Template
 from llmrec.recipe.schema import SequentialSection
+from llmrec.registry import BASELINES, STRATEGIES, answering
 from llmrec.tasks.base import (
     ABOUT_USER,
     USER_STATS,
@@ -28,7 +29,7 @@ from llmrec.tasks.base import (
     window,
 )
 from llmrec.tasks.cases import Cases, held_out, ranking_cases
-from llmrec.tasks.family import RANKERS, RANKING_CONTROLS, Family
+from llmrec.tasks.family import RANKING_CONTROLS, Family
 from llmrec.tasks.fewshot import Drawn
 from llmrec.tasks.parsing import read_line
 from llmrec.tasks.pool import Negatives, Rejecting
@@ -328,8 +329,8 @@ FAMILY = Family(
     section=SequentialSection,
     answer=Ranking,
     headline="NDCG@10",
-    strategies=("likelihood", "likelihood-prior", "search"),
-    baselines=RANKERS,
+    strategies=answering(STRATEGIES, "sequential"),
+    baselines=answering(BASELINES, "sequential"),
     controls=RANKING_CONTROLS,
     candidates="users",
 )

@@ -12,14 +12,14 @@ import pytest
 
 from llmrec.answer.known import known_of
 from llmrec.answer.rank.run import rank_file
-from llmrec.baselines.tuning.validation import ranking_cases
+from llmrec.baselines.validation import ranking_cases
 from llmrec.data.split import halves
 from llmrec.durable import checked
+from llmrec.ensembles.carried import NUMBERED
+from llmrec.ensembles.carried import carried as read_carried
 from llmrec.errors import DataError, RecipeError
 from llmrec.exports.export import export
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.fusion.carried import NUMBERED
-from llmrec.pipeline.fusion.carried import carried as read_carried
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe, load_stored
 from tests.answer.rank_cases import TRAINED, jsonl, lines, options

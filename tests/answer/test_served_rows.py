@@ -22,9 +22,9 @@ from llmrec.data.split import halves
 from llmrec.errors import RecipeError
 from llmrec.evaluate.predictor import evaluate
 from llmrec.pipeline import run as pipeline
-from llmrec.pipeline.fusion.parts import Weighing
 from llmrec.pipeline.row_specs import protocol_of
 from llmrec.pipeline.study import build_study
+from llmrec.pipeline.weighing import Weighing
 from llmrec.recipe.load import load_recipe
 from llmrec.types import Ranking
 from tests.answer.rank_cases import jsonl, lines

@@ -7,10 +7,10 @@ import polars as pl
 import pytest
 from scipy.special import expit
 
+from llmrec.baselines import counted as liked
 from llmrec.baselines import yes_no
-from llmrec.baselines.ctr import counted as liked
 from llmrec.baselines.rated import ratings
-from llmrec.baselines.tuning.tune import tune
+from llmrec.baselines.tune import tune
 from llmrec.baselines.yes_no import LikeRatio, Logistic
 from llmrec.data.dataset import Dataset
 from llmrec.data.split import SplitDataset, split, threshold

@@ -12,9 +12,8 @@ from numpy.typing import NDArray
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
 from llmrec.baselines.popular import Popularity, RecentPopularity
-from llmrec.baselines.tuning.search import points
-from llmrec.baselines.tuning.tune import fitted, tune
-from llmrec.baselines.tuning.validation import drawn, mean_ndcgs, ranking_cases, rating_cases
+from llmrec.baselines.tune import fitted, points, tune
+from llmrec.baselines.validation import drawn, mean_ndcgs, ranking_cases, rating_cases
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, RecipeError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,9 +10,10 @@ import polars as pl
 import pytest
 
 from llmrec.baselines.content import Content
-from llmrec.baselines.towers.matcher import TextMatcher, attended, weights
+from llmrec.baselines.matcher import TextMatcher, attended, weights
 from llmrec.data.dataset import Dataset
-from llmrec.data.split import SplitDataset
+from llmrec.data.split import SplitDataset, split
+from llmrec.recipe.schema import Split
 from llmrec.types import Event, Item, Request
 
 torch = pytest.importorskip("torch")
@@ -118,3 +120,23 @@ def test_a_history_without_a_known_item_is_left_to_popularity() -> None:
     scores = _scores(model, ("no such item",), ())
     assert np.isfinite(scores).all() and np.array_equal(scores[0], scores[1])
     assert scores[0].max() == 1
+
+
+def test_validation_users_who_choose_the_epoch_are_named() -> None:
+    data = split(_data().dataset, Split(kind="leave_one_out"), seed=0)
+    assert _fitted(data, epochs=1).looked_at == frozenset()
+    assert _fitted(data, epochs=2, patience=1).looked_at == frozenset(data.valid["user_id"].to_list())
+
+
+def test_another_seed_gives_other_maps_and_the_same_seed_the_same() -> None:
+    one, two = _fitted(_data(), epochs=1), _fitted(_data(), epochs=1)
+    assert np.array_equal(_scores(one, ("n1",)), _scores(two, ("n1",)))
+    other = TextMatcher(TextMatcher.Config(**(SETTINGS | {"epochs": 1})), seed=4)
+    other.fit(_data())
+    assert not np.array_equal(_scores(one, ("n1",)), _scores(other, ("n1",)))
+
+
+def test_without_any_text_it_says_the_same_of_all_items() -> None:
+    data = _data()
+    items = {item: Item(item_id=item, title="thing") for item in data.dataset.items}
+    assert np.ptp(_scores(_fitted(replace(data, dataset=replace(data.dataset, items=items)), epochs=1), ("n1",))) == 0

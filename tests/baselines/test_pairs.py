@@ -9,11 +9,12 @@ import pytest
 from scipy import sparse
 
 from llmrec.baselines.base import Catalogue
-from llmrec.baselines.towers.pairs import Pairs, TransitionsTuned, contrast
+from llmrec.baselines.neural import info_nce
+from llmrec.baselines.pairs import Pairs, TransitionsTuned
 from llmrec.baselines.transitions import Steps, TransitionsText
 from llmrec.errors import RecipeError
 from llmrec.types import Event, Request
-from tests.baselines.test_tower import TOPICS, _ring
+from tests.baselines.ring import TOPICS, ring
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 
@@ -23,7 +24,7 @@ torch = pytest.importorskip("torch")
 def _fitted(**settings: Any) -> TransitionsTuned:
     chosen = {"encoder": tiny_encoder(), "steps": 20, "batch": 32, "epochs": 2, "patience": None, "quiet": True}
     model = TransitionsTuned(TransitionsTuned.Config(**(chosen | {"learning_rate": 2e-3} | settings)), seed=3)
-    model.fit(_ring())
+    model.fit(ring())
     return model
 
 
@@ -53,8 +54,8 @@ def test_the_loss_is_that_of_a_double_loop() -> None:
     for row in range(4):
         logits = [first[row] @ then[column] / 0.05 - 0.5 * often[column] for column in range(4)]
         total += np.log(sum(np.exp(logits[column]) for column in range(4) if against[row, column])) - logits[row]
-    given = (torch.from_numpy(each) for each in (first, then, against, often))
-    assert float(contrast(*given, 0.05)) == pytest.approx(total / 4, abs=1e-9)
+    likeness = torch.from_numpy(first @ then.T / 0.05 - 0.5 * often)
+    assert float(info_nce(likeness, torch.from_numpy(~against))) == pytest.approx(total / 4, abs=1e-9)
 
 
 def test_texts_that_follow_each_other_come_to_resemble_each_other_also_those_of_items_that_nobody_chose() -> None:
@@ -80,17 +81,17 @@ def test_texts_that_follow_each_other_come_to_resemble_each_other_also_those_of_
 def test_an_encoder_that_is_no_better_tuned_is_left_as_it_was_and_validation_users_are_named() -> None:
     model = _fitted(learning_rate=0.5, patience=1)
     fixed = TransitionsText(TransitionsText.Config(encoder=tiny_encoder()))
-    fixed.fit(_ring())
+    fixed.fit(ring())
     request = [Request(id="r", user_id="nobody", history=(Event(item_id="01"),))]
     assert model.scores(request) == pytest.approx(fixed.scores(request), abs=0.02)
-    assert model.looked_at == frozenset(_ring().valid["user_id"].to_list())
+    assert model.looked_at == frozenset(ring().valid["user_id"].to_list())
     assert _fitted(steps=1).looked_at == frozenset()
 
 
 def test_a_kept_fit_gives_the_same_scores() -> None:
     model, request = _fitted(steps=2), [Request(id="r", user_id="nobody", history=(Event(item_id="01"),))]
     other = TransitionsTuned(TransitionsTuned.Config(encoder=tiny_encoder(), patience=None), seed=3)
-    other.restore(_ring(), model.state())
+    other.restore(ring(), model.state())
     assert np.array_equal(other.scores(request), model.scores(request))
 
 

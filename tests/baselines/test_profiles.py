@@ -12,7 +12,7 @@ import pytest
 
 from llmrec.baselines.base import Log
 from llmrec.baselines.gru4rec import GRU4Rec
-from llmrec.baselines.networks.batches import pieces_of
+from llmrec.baselines.neural import pieces_of
 from llmrec.baselines.sasrec import SASRec
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import Features, Pair, Provenance, publish

@@ -15,14 +15,14 @@ import pytest
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.retrieve import Lists, ceiling, retrieve
 from llmrec.data.split import SplitDataset, request_id
+from llmrec.ensembles.rankers import CatalogueEnsemble
+from llmrec.ensembles.retrieving import FusedFinder
 from llmrec.errors import DataError, RecipeError
-from llmrec.pipeline.fusion.retrieving import FusedFinder
 from llmrec.pipeline.leaks import redrawn
 from llmrec.pipeline.run import run
 from llmrec.pipeline.study import build_study
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import BaselineSection, CandidateSection
-from llmrec.strategies.fusion import Fusion
 from llmrec.types import Ranking, Request
 from tests.facts import Facts, raises
 from tests.tasks.task_data import make_dataset, make_split, make_task
@@ -103,9 +103,7 @@ def test_training_lists_hold_the_event_and_come_from_a_retriever_that_has_not_se
     assert all(len(items) == 8 for items in lists.held().values()) and lists.held()
 
 
-@pytest.mark.parametrize(
-    "name", ["sasrec", "gru4rec", "transitions-tuned", "tower", "tuned-tower", "state-tower", "text-matcher"]
-)
+@pytest.mark.parametrize("name", ["sasrec", "gru4rec", "transitions-tuned", "state-tower", "text-matcher"])
 def test_a_retriever_that_stops_by_validation_makes_no_training_lists(name: str) -> None:
     section = CandidateSection(kind="retrieved", retriever=name, count=8)
     with raises(RecipeError, Facts("unsupported", column="eval.candidates.retriever", says="choose another retriever")):
@@ -185,7 +183,7 @@ FUSED_SECTION = CandidateSection(kind="retrieved", retriever="fusion", count=8)
 
 def test_a_fusion_retrieves_what_its_own_scores_say() -> None:
     ((model, users),) = FUSION.fitted(MANY, "test")
-    assert isinstance(model, Fusion) and users is None
+    assert isinstance(model, CatalogueEnsemble) and users is None
     # What knows nothing, and what chooses its epoch by validation, is no part of it.
     assert model.names == ("popularity", "item-knn", "markov-1", "transitions")
     sets = retrieve(MANY, "test", FUSED_SECTION, seed=0, finder=FUSION)

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import Field
 
-from llmrec.baselines.tuning.search import SMALL, borders, explore, ladder, points
+from llmrec.baselines.tune import SMALL, borders, explore, ladder, points
 from llmrec.recipe.schema import Section
 
 LADDER = tuple(range(12))

@@ -19,7 +19,7 @@ from llmrec.bench.records import BenchmarkResult, BenchmarkRow, BenchmarkTable, 
 from llmrec.bench.run import run_benchmark
 from llmrec.errors import RecipeError
 from llmrec.evaluate.compare import compare
-from llmrec.metrics.multiple import holm
+from llmrec.metrics.significance import holm
 from llmrec.recipe.load import kind_of_page, load_benchmark
 from llmrec.results import Cost, Figure, Metric, Row
 from tests.facts import Facts, raises

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from llmrec.baselines.tuning.validation import mean_ndcgs, ranking_cases
+from llmrec.baselines.validation import mean_ndcgs, ranking_cases
 from llmrec.bench import suite as suites
 from llmrec.bench.models import Models
 from llmrec.bench.pages import leaderboard, result_of
@@ -18,7 +18,7 @@ from llmrec.bench.run import run_benchmark
 from llmrec.data.split import SplitDataset
 from llmrec.errors import RecipeError
 from llmrec.evaluate.lists import Background, cold_figures
-from llmrec.metrics.multiple import holm
+from llmrec.metrics.significance import holm
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
 from llmrec.strategies.catalogue import Mixture, from_counts, from_logits

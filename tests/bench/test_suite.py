@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import yaml
 
+from llmrec.baselines import tune as tuning
 from llmrec.baselines.factors import ALS
 from llmrec.baselines.knn import ItemKNN
 from llmrec.baselines.markov import Markov
-from llmrec.baselines.tuning import tune as tuning
-from llmrec.baselines.tuning.tune import tune
+from llmrec.baselines.tune import tune
 from llmrec.bench import suite as suites
 from llmrec.bench.engine import Ran
 from llmrec.bench.models import Models
@@ -27,6 +27,7 @@ from llmrec.cli import main as cli
 from llmrec.cli.check import CheckOptions, check
 from llmrec.data.sets.table import load
 from llmrec.data.split import split
+from llmrec.ensembles.rankers import CatalogueEnsemble
 from llmrec.errors import LlmrecError, RecipeError
 from llmrec.pipeline.study import load_split
 from llmrec.recipe.comparisons import Suite
@@ -34,7 +35,6 @@ from llmrec.recipe.load import kind_of_page, load_benchmark, load_chat, load_rec
 from llmrec.registry import BASELINES
 from llmrec.report.wording import DASH
 from llmrec.resources import resource
-from llmrec.strategies.fusion import Fusion
 from llmrec.tasks.family import family_of
 from tests.facts import Facts, raises
 
@@ -182,7 +182,7 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
     rows += [{"name": "all", "fuse": ["popularity", "item-knn", "als"]}]
     page = PAGE | {"seeds": [0, 1], "split_seeds": [0], "rows": rows, "pairs": [["all", "item-knn"]]}
     chose, weighed = set(), set()
-    genuine, fit = tuning.ranking_cases, Fusion.fit
+    genuine, fit = tuning.ranking_cases, CatalogueEnsemble.fit
     monkeypatch.setattr(ItemKNN, "GRID", {"history": (1, 5, 30), "decay": (0.5, 1.0)})
     monkeypatch.setattr(ALS, "GRID", {"alpha": (1.0, 10.0)})
 
@@ -191,12 +191,12 @@ def test_a_fusion_is_weighed_by_users_that_chose_nothing(tmp_path: Path, monkeyp
         chose.update(case.request.user_id for case in cases)
         return cases
 
-    def weighing(self: Fusion, cases: Any, **more: bool) -> None:
+    def weighing(self: CatalogueEnsemble, cases: Any, **more: bool) -> None:
         weighed.update(case.request.user_id for case in cases)
         fit(self, cases, **more)
 
     monkeypatch.setattr(tuning, "ranking_cases", choosing)
-    monkeypatch.setattr(Fusion, "fit", weighing)
+    monkeypatch.setattr(CatalogueEnsemble, "fit", weighing)
     ran = run_benchmark(Suite(**page), out=tmp_path / "out", results=tmp_path / "r")
     assert chose and weighed and not chose & weighed
     board = leaderboard([ran.results], {})

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from llmrec.baselines.ctr.align import contrast
+from llmrec.baselines.neural import info_nce_both
 from llmrec.chat.dual_encoder import Asked, DualEncoder, embedders, heard, learn, mapped, of_transcript
 from llmrec.chat.reading import title_of
 from llmrec.chat.simulator import dialogues, near, transcript
@@ -31,11 +31,11 @@ def test_the_loss_is_the_softmax_over_the_items_of_the_batch() -> None:
     logits = np.array([[2.0, 1.2], [0.0, 0.8]])
     sums = np.log(np.exp(logits).sum(axis=1)), np.log(np.exp(logits).sum(axis=0))
     by_hand = float(np.mean([each - logits.diagonal() for each in sums]))
-    assert float(contrast(asked @ told.T, torch.zeros(2, 2, dtype=torch.bool))[0]) == pytest.approx(by_hand)
+    assert float(info_nce_both(asked @ told.T, torch.zeros(2, 2, dtype=torch.bool))) == pytest.approx(by_hand)
     # The second item is no wrong answer to the first moment, which then has no other to be told from.
     left = torch.tensor([[False, True], [False, False]])
     alone = (np.log(np.exp(0.8) + 1) - 0.8 + np.log(np.exp(2) + 1) - 2) / 4
-    assert float(contrast(asked @ told.T, left)[0]) == pytest.approx(alone)
+    assert float(info_nce_both(asked @ told.T, left)) == pytest.approx(alone)
 
 
 def test_the_same_item_and_other_goals_of_a_dialogue_are_no_wrong_answers() -> None:

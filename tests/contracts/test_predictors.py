@@ -43,25 +43,15 @@ from llmrec.types import (
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises
 
-# What needs a package of the extra `baselines` is left out where that is not installed.
 HOSTS = ("din", "deepfm", "dcn", "autoint")
-NEEDS = {
-    "als": "implicit",
-    "bpr": "implicit",
-    "sasrec": "torch",
-    "gru4rec": "torch",
-    "tower": "torch",
-    "unisrec": "torch",
-    "tuned-tower": "torch",
-    "transitions-tuned": "torch",
-    "text-matcher": "torch",
-    **dict.fromkeys(HOSTS, "torch"),
-}
-# CTR hosts differ in one function, which tests/baselines/test_ctr_hosts.py looks at; what they share is tested of one.
+# CTR hosts differ in one function (tests/systems); what they share is tested of one.
 ALIKE = {"din", "dcn", "autoint"}
-# They read tokens by a model: test_late.py, test_ubert.py and test_states.py of tests/baselines.
+# They read tokens by a model: tests/systems.
 ELSEWHERE = ALIKE | {"late-interaction", "ubert", "state-tower"}
-ALL = tuple(name for name in BASELINES if find_spec(NEEDS.get(name, "numpy")) is not None and name not in ELSEWHERE)
+# What needs a package of the extra `baselines` is left out where that is not installed.
+ALL = tuple(
+    name for name, entry in BASELINES.items() if find_spec(entry.needs or "numpy") is not None and name not in ELSEWHERE
+)
 RANKING = tuple(name for name in family_of("sequential").baselines if name in ALL)
 # What reads the review that a request shows.
 READING = ("text-ridge", "first-sentence")
@@ -70,15 +60,13 @@ RATING = tuple(name for name in RATERS if name in ALL)
 TEXT = tuple(dict.fromkeys([*family_of("explanation").baselines, *family_of("review").baselines]))
 JUDGING = tuple(name for name in family_of("ctr").baselines if name in ALL)
 # Their validation split chooses when to stop.
-STOPPING = {"sasrec", "gru4rec", "transitions-tuned", "tower", "tuned-tower", "text-matcher", "unisrec", *HOSTS}
+STOPPING = {"sasrec", "gru4rec", "transitions-tuned", "text-matcher", "unisrec", *HOSTS}
 # Small and short, so that the suite stays quick; everything else runs with its defaults.
 SETTINGS: dict[str, dict[str, Any]] = {
     "als": {"factors": 8, "iterations": 4},
     "bpr": {"factors": 8, "iterations": 5},
     "sasrec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "gru4rec": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
-    "tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
-    "tuned-tower": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "transitions-tuned": {"steps": 5, "batch": 16, "epochs": 2, "patience": 1, "learning_rate": 1e-2, "quiet": True},
     "text-matcher": {"dim": 8, "epochs": 2, "patience": 1, "quiet": True},
     "unisrec": {"dim": 8, "experts": 2, "layers": 1, "epochs": 2, "patience": 1, "quiet": True},
@@ -87,18 +75,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "svd": {"epochs": 5},
 }
 # Their last step is a dense product in single precision, whose last bits depend on how many rows it has.
-DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "tower", "tuned-tower", "text-matcher", "unisrec"}
+DENSE = {"als", "bpr", "content", "sasrec", "gru4rec", "text-matcher", "unisrec"}
 READING = {
     "content",
     "transitions-text",
     "transitions-tuned",
-    "tower",
-    "tuned-tower",
     "text-matcher",
     "unisrec",
 }  # they know items by their texts
 # They tune a text encoder.
-TUNING = {"transitions-tuned", "tuned-tower"}
+TUNING = {"transitions-tuned"}
 STOCHASTIC = {name for name in ALL if lookup(BASELINES, name, "baseline").stochastic}
 KINDS = ("leave_one_out", "last_share", "global_time", "user_disjoint")
 WORDS = ("fine", "dull", "long", "warm", "odd", "quick")
@@ -228,7 +214,7 @@ def _check(name: str, answer: Answer, request: Request) -> None:
 
 def test_the_suite_covers_every_baseline() -> None:
     assert {*RANKING, *RATING, *TEXT, *JUDGING} == set(ALL)
-    assert set(BASELINES) - set(ALL) <= set(NEEDS) | ELSEWHERE
+    assert set(BASELINES) - set(ALL) <= {name for name, entry in BASELINES.items() if entry.needs} | ELSEWHERE
     assert ALIKE < set(HOSTS) < set(family_of("ctr").baselines)
 
 
@@ -720,7 +706,7 @@ def test_full_ranking_takes_every_ranking_baseline(name: str, data: SplitDataset
 
 
 def test_baselines_and_metrics_load_no_deep_learning() -> None:
-    modules = sorted({target.split(":")[0] for target in BASELINES.values()})
+    modules = sorted({entry.address.split(":")[0] for entry in BASELINES.values()})
     metrics = [f"llmrec.metrics.{name}" for name in ("ranking", "rating", "text", "stats", "signature")]
     code = (
         f"import importlib, sys; [importlib.import_module(name) for name in {[*modules, *metrics]}]; "

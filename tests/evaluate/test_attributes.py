@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 import llmrec
 from llmrec.data.dataset import Dataset
 from llmrec.errors import RecipeError
-from llmrec.evaluate.attributes import attribute_slices, attributes_of
+from llmrec.evaluate.slices import attribute_slices, attributes_of
 from llmrec.metrics.signature import parse_signature
 from llmrec.report.breakdowns import in_words
 from llmrec.results import Results

@@ -15,26 +15,28 @@ from hypothesis import strategies as st
 
 from llmrec.data.dataset import Dataset, Review
 from llmrec.data.split import SplitDataset, split
-from llmrec.evaluate.answers import background_of
 from llmrec.evaluate.figures import EvalProtocol
-from llmrec.evaluate.predictor import evaluate
-from llmrec.metrics.copies import COPIED, alike, copied, library, words_of
+from llmrec.evaluate.predictor import background_of, evaluate
 from llmrec.metrics.explained import (
+    COPIED,
     Background,
+    alike,
     background,
+    copied,
     feature_coverage,
     feature_diversity,
     feature_match,
     features_of,
     hallucinated,
     hallucination_statistic,
+    library,
     named,
     unique_sentences,
+    words_of,
 )
-from llmrec.metrics.signature import kind_of
 from llmrec.metrics.stats import interval_of
 from llmrec.recipe.schema import Split
-from llmrec.results import better
+from llmrec.registry import METRICS, better
 from llmrec.tasks.family import family_of
 from llmrec.types import Answer, Case, Item, Request, Text, Unparsed
 
@@ -288,7 +290,7 @@ def test_a_rate_over_nothing_is_no_figure() -> None:
 
 def test_directions() -> None:
     names = ("FMR", "FCR", "DIV", "USR", "Hallucination", "CopyRate")
-    assert {kind_of(name) for name in names} == {"text"}
+    assert {METRICS[name].kind for name in names} == {"text"}
     assert [name for name in names if better(name) == "lower"] == ["DIV", "Hallucination", "CopyRate"]
 
 

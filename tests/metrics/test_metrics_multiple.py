@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.multiple import ALPHA, at_most, decide, enough, holm, holm_levels
-from llmrec.metrics.significance import signflip
+from llmrec.metrics.significance import ALPHA, at_most, decide, enough, holm, holm_levels, signflip
 from llmrec.metrics.stats import Sampled, StatisticName
 
 _P = st.lists(st.sampled_from([0.0, 0.001, 0.01, 0.0125, 0.02, 0.025, 0.03, 0.05, 0.3, 1.0]), min_size=1, max_size=8)

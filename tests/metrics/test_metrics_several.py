@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from llmrec.errors import LlmrecError
 from llmrec.metrics import multi_target, ranking
-from llmrec.metrics.judged import Judged, Pairs, judge, numbered, place
+from llmrec.metrics.multi_target import Judged, Pairs, judge, numbered, place
 from tests.facts import Facts, raises
 
 

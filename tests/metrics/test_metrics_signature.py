@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.signature import Signature, kind_of, parse_signature, signature
-from llmrec.results import better
+from llmrec.metrics.signature import Signature, parse_signature, signature
+from llmrec.registry import better, metric_of
 
 RANKED = "NDCG@10|gain:binary|ties:expected|cand:uniform-20|seen:excluded|split:leave_one_out|llmrec:0.1.0"
 
@@ -84,10 +84,9 @@ def test_the_new_parts_stand_in_their_places() -> None:
 
 
 def test_kinds_and_directions() -> None:
-    assert [kind_of(name) for name in ("MAP@5", "ILD@10", "MAE", "GAUC", "ROUGE-2", "AUC@5", "")] == [
-        *("ranking", "lists", "rating", "probability", "text"),
-        *(None, None),
-    ]
+    found = [metric_of(name) for name in ("MAP@5", "ILD@10", "MAE", "GAUC", "ROUGE-2")]
+    assert [entry and entry.kind for entry in found] == ["ranking", "lists", "rating", "probability", "text"]
+    assert metric_of("AUC@5") is None and metric_of("") is None
     lower = {"RMSE", "MAE", "LogLoss", "ECE", "Gini@10", "PopularityLift@5"}
     names = [*lower, "AUC", "NDCG@10", "Coverage@10", "Gini", "ROUGE-L"]
     assert {name for name in names if better(name) == "lower"} == lower

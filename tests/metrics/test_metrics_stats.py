@@ -9,7 +9,7 @@ import scipy.stats
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmrec.metrics.multiple import holm
+from llmrec.metrics.significance import holm
 from llmrec.metrics.stats import Difference, interval, interval_of, mean_ranks, paired, paired_of, verdict
 
 _VALUES = st.lists(st.floats(0, 1, allow_subnormal=False), min_size=1, max_size=40)

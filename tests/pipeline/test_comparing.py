@@ -10,7 +10,7 @@ import pytest
 
 from llmrec.errors import RecipeError
 from llmrec.evaluate.figures import statistic_of
-from llmrec.metrics.multiple import holm
+from llmrec.metrics.significance import holm
 from llmrec.pipeline.comparing import compare_rows, planned_of, refuse_unknown
 from llmrec.pipeline.evaluation import ResultRow
 from llmrec.pipeline.row_specs import RowSpec, specs_of

@@ -13,14 +13,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from llmrec.baselines.content import Content
+from llmrec.baselines.pairs import TransitionsTunedConfig
 from llmrec.baselines.parameters import hashes_of
-from llmrec.baselines.towers.pairs import TransitionsTunedConfig
 from llmrec.data.split import SplitDataset
+from llmrec.ensembles.members import reads_of
 from llmrec.errors import DataError, LlmrecError
 from llmrec.models.text_encoder import TUNED, encode_texts, text_embedder
 from llmrec.pipeline.encoder_tuning import tune_encoder
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.fusion.parts import reads_of
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.row_specs import RowSpec
 from llmrec.pipeline.study import build_study, load_split

@@ -18,6 +18,7 @@ from pydantic import Field
 from llmrec import registry
 from llmrec.baselines.base import Baseline
 from llmrec.data.split import SplitDataset, request_of
+from llmrec.entries import BaselineEntry, StrategyEntry
 from llmrec.errors import RecipeError
 from llmrec.pipeline import run as pipeline
 from llmrec.pipeline.audit import audit
@@ -171,12 +172,9 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         prompts=folder,
     )
     with pytest.MonkeyPatch.context() as patch:
-        for table, name, made in (
-            (registry.TASKS, "fame", "FAME"),
-            (registry.STRATEGIES, "shy", "ShyJudge"),
-            (registry.BASELINES, "half", "Half"),
-        ):
-            patch.setitem(table, name, f"{__name__}:{made}")  # type: ignore[arg-type]
+        patch.setitem(registry.TASKS, "fame", f"{__name__}:FAME")  # type: ignore[arg-type]
+        patch.setitem(registry.STRATEGIES, "shy", StrategyEntry(f"{__name__}:ShyJudge", ("fame",)))  # type: ignore[arg-type]
+        patch.setitem(registry.BASELINES, "half", BaselineEntry(f"{__name__}:Half", ("fame",)))  # type: ignore[arg-type]
         yield
 
 

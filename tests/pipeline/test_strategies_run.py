@@ -14,7 +14,7 @@ from llmrec.pipeline.study import build_study
 from llmrec.prompts.template import load_templates
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import EvalSection
-from llmrec.registry import POSITIONAL, STRATEGY_KEYS
+from llmrec.registry import STRATEGIES, is_positional, keys_of
 from llmrec.tasks.direct import fits
 from llmrec.tasks.family import family_of
 
@@ -57,7 +57,7 @@ def test_a_run_with_every_strategy(llama_folder: Path, tmp_path: Path) -> None:
     # The same folder again: rows that the change does not touch are kept, the others are asked anew.
     again = rows_of(llama_folder, tmp_path / "run", "eval.permutations=2", "eval.debias=measured")
     for name in rows:
-        assert (again[name] == rows[name]) == (name not in POSITIONAL)
+        assert (again[name] == rows[name]) == (not is_positional(name))
     assert again["label"]["cost"]["forwards"] == 2 * 5 + 8
 
 
@@ -113,11 +113,11 @@ CHANGES = {
 }
 
 
-@pytest.mark.parametrize("name", STRATEGY_KEYS)
+@pytest.mark.parametrize("name", [name for name, entry in STRATEGIES.items() if entry.keys])
 def test_every_key_that_a_strategy_reads_is_in_the_key_of_its_rows(name: str) -> None:
     plain = EvalSection(debias="measured")
     for key, value in CHANGES.items():
         changed = plain.model_copy(update={key: value})
-        reads = key in STRATEGY_KEYS[name] or (name in POSITIONAL and key == "debias_questions")
+        reads = key in keys_of(name) or (is_positional(name) and key == "debias_questions")
         assert (asking_of(name, changed) != asking_of(name, plain)) == reads
-    assert (asking_of(name, EvalSection()) != asking_of(name, plain)) == (name in POSITIONAL)
+    assert (asking_of(name, EvalSection()) != asking_of(name, plain)) == is_positional(name)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 
 from llmrec.data.split import halves
+from llmrec.ensembles.members import Recalled, join
 from llmrec.errors import LlmrecError
 from llmrec.pipeline.evaluation import Evaluation
-from llmrec.pipeline.fusion.parts import Recalled, Weighing, join
 from llmrec.pipeline.resume import Budget
 from llmrec.pipeline.study import build_study
+from llmrec.pipeline.weighing import Weighing
 from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import Recipe
 from llmrec.resources import resource

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from llmrec.strategies.listwise import list_room
+from llmrec.strategies.rounds import list_room
 from llmrec.tasks.direct import candidate_labels
 from tests.conftest import make_tokenizer
 

@@ -8,8 +8,8 @@ from zlib import crc32
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import RecipeError
 from llmrec.strategies.asking import Prompting
-from llmrec.strategies.listwise import label_ranker
 from llmrec.strategies.profiled import TwoStepRanker
+from llmrec.strategies.rounds import label_ranker
 from llmrec.types import Ranking
 from tests.facts import Facts, raises
 from tests.tasks.task_data import make_task

@@ -11,9 +11,9 @@ import pytest
 from llmrec.backends.fake import FakeBackend
 from llmrec.errors import BackendError, LlmrecError
 from llmrec.strategies.asking import Prompting, prompt_hash
-from llmrec.strategies.listwise import ListRanker, label_ranker
 from llmrec.strategies.pointwise import LikelihoodRanker
 from llmrec.strategies.raters import ExpectedRater, ParsedRater, Writer
+from llmrec.strategies.rounds import ListRanker, label_ranker
 from llmrec.types import Answer, Case, Example, Message, Prompt, Ranking, Rating, Request, Segment, Text, Unparsed
 from tests.facts import Facts, raises
 

@@ -21,7 +21,7 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.asking import Prompting
-from llmrec.strategies.listwise import label_ranker, permutation_ranker
+from llmrec.strategies.rounds import label_ranker, permutation_ranker
 from llmrec.tasks.family import family_of
 from llmrec.types import Prompt, Ranking, Request
 from tests.conftest import make_tokenizer

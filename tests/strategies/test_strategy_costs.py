@@ -13,7 +13,7 @@ from llmrec.evaluate.figures import EvalProtocol
 from llmrec.evaluate.predictor import evaluate
 from llmrec.recipe.schema import EvalSection
 from llmrec.strategies.counting import questions_of
-from llmrec.strategies.windows import window_places
+from llmrec.strategies.rounds import window_places
 from llmrec.tasks.family import family_of
 from llmrec.types import Cost, Request
 from tests.strategies.strategy_cases import SCORED, Counting, cases, pick_first, strategy, task

@@ -21,9 +21,7 @@ from llmrec.recipe.load import load_recipe
 from llmrec.recipe.schema import ModelSection
 from llmrec.recipe.shared import Dtype
 from llmrec.systems.m6.compress import compress as compressing
-from llmrec.systems.m6.compress import page
-from llmrec.systems.m6.compress.compress import TABLE, compress
-from llmrec.systems.m6.compress.rows import Compressed, Row, chosen, with_front
+from llmrec.systems.m6.compress.compress import TABLE, Compressed, Row, chosen, compress, with_front
 from tests.conftest import make_model
 from tests.facts import Facts, raises
 from tests.pipeline.test_ctr_run import SMALL
@@ -65,10 +63,10 @@ def test_the_page_draws_the_front_and_shows_every_row(tmp_path: Path) -> None:
     rows = with_front(ROWS, lower=False)
     best = chosen(rows, 160, lower=False)
     found = Compressed("AUC of ctr", 50, 160.0, rows, best, tmp_path)
-    page.write(found, "<b>own</b>", tmp_path / page.PAGE)
-    text = (tmp_path / page.PAGE).read_text(encoding="utf-8")
+    compressing.write(found, "<b>own</b>", tmp_path / compressing.PAGE)
+    text = (tmp_path / compressing.PAGE).read_text(encoding="utf-8")
     assert "<b>" not in text and "&lt;b&gt;own" in text and text.count("<tr>") == 1 + len(ROWS)
-    canvas = page.front([row for row in rows if row.quality is not None], found, 540)
+    canvas = compressing.front([row for row in rows if row.quality is not None], found, 540)
     marks = [shape for shape in canvas.shapes if shape.title]
     assert len(marks) == 5 and sum("chosen" in line for line in text.splitlines()) >= 1
     # The front rises from left to right, and no mark lies outside.
@@ -78,8 +76,8 @@ def test_the_page_draws_the_front_and_shows_every_row(tmp_path: Path) -> None:
         len(points) == 3 and points == sorted(points) and [y for _, y in points] == sorted([y for _, y in points])[::-1]
     )
     assert all(0 <= x <= 540 and 0 <= y <= canvas.height for x, y in points)
-    page.write(Compressed("AUC of ctr", 50, 0.0, rows[:1], None, None), "none", tmp_path / page.PAGE)
-    assert "No combination has a figure" in (tmp_path / page.PAGE).read_text(encoding="utf-8")
+    compressing.write(Compressed("AUC of ctr", 50, 0.0, rows[:1], None, None), "none", tmp_path / compressing.PAGE)
+    assert "No combination has a figure" in (tmp_path / compressing.PAGE).read_text(encoding="utf-8")
 
 
 def _run(folder: Path) -> Path:

@@ -10,13 +10,13 @@ import numpy as np
 import polars as pl
 import pytest
 
-from llmrec.baselines.ctr.deepfm import DeepFM
 from llmrec.baselines.rated import ratings
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import FeatureStore, publish
 from llmrec.data.split import SplitDataset, halves, split
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
+from llmrec.systems.ctr.networks import DeepFM
 from llmrec.systems.ubert.baseline import UBert, _epoch
 from llmrec.systems.ubert.network import Reviewed, attended, encoded, matched, network_of
 from llmrec.systems.ubert.pretrain import Hidden, last_of_pairs, lexicon

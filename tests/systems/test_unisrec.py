@@ -14,15 +14,14 @@ import polars as pl
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from llmrec.baselines.networks.batches import Batch
+from llmrec.baselines.neural import Batch
 from llmrec.data.dataset import Dataset
 from llmrec.data.features import Features, Provenance, publish
 from llmrec.data.split import SplitDataset, split
 from llmrec.errors import DataError, ModelError, RecipeError
 from llmrec.recipe.schema import Split
 from llmrec.systems.unisrec.baseline import UniSRec
-from llmrec.systems.unisrec.contrast import Fewer, changed_sequences, contrastive
-from llmrec.systems.unisrec.network import adapted, gates_of, network_of
+from llmrec.systems.unisrec.network import Fewer, adapted, changed_sequences, contrastive, gates_of, network_of
 from llmrec.types import Event, Item, Request
 from tests.encoders import tiny_encoder
 from tests.facts import Facts, raises

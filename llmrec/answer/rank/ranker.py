@@ -17,9 +17,9 @@ from llmrec.answer.options import RecommenderOptions
 from llmrec.answer.rank.options import RankOptions
 from llmrec.answer.recommender import Answered
 from llmrec.data.requests import RankRequest, identity
+from llmrec.ensembles.members import FUSIONS
 from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.pipeline import bundle as bundles
-from llmrec.pipeline.fusion.parts import FUSIONS
 from llmrec.pipeline.resume import Budget
 from llmrec.recipe.load import load_recipe, load_stored
 from llmrec.types import Item, Unparsed

@@ -1,6 +1,7 @@
-"""What M6-Rec adds to the registry: smaller versions of a tuned model."""
+"""What M6-Rec adds to the registry: retrieval heads, late interaction, and smaller versions of a tuned model."""
 
 from llmrec.command import Command
+from llmrec.entries import BaselineEntry
 
 COMMANDS = {
     "compress": Command(
@@ -8,4 +9,9 @@ COMMANDS = {
         "Advanced",
         "Export the best smaller version that is fast enough.",
     ),
+}
+
+BASELINES = {
+    "state-tower": BaselineEntry("llmrec.systems.m6.states:StateTower", ("sequential", "direct"), needs="torch"),
+    "late-interaction": BaselineEntry("llmrec.systems.m6.late:LateInteraction", ("ctr",), needs="torch"),
 }

@@ -12,11 +12,9 @@ import numpy as np
 
 from llmrec import __version__
 from llmrec.baselines.base import Baseline
-from llmrec.baselines.networks.carried import Carried
-from llmrec.baselines.networks.epochs import until_least
-from llmrec.baselines.neural import put_back, stopped_by, weights_of
+from llmrec.baselines.neural import put_back, stopped_by, until_least, weights_of
 from llmrec.baselines.rated import Ratings, rate, ratings
-from llmrec.baselines.tuning.validation import rating_cases
+from llmrec.baselines.validation import rating_cases
 from llmrec.data.features import Features, Pair, Provenance
 from llmrec.data.split import halves
 from llmrec.errors import require
@@ -24,6 +22,7 @@ from llmrec.metrics.rating import rmse
 from llmrec.models.text_encoder import find_encoder
 from llmrec.recipe.schema import FusionSection
 from llmrec.results import Reads
+from llmrec.systems.carried import Carried
 from llmrec.systems.ubert.network import Reviewed, UBertConfig, batches, network_of, projected
 from llmrec.systems.ubert.pretrain import pretrained
 from llmrec.systems.ubert.reviews import Frozen, Reviews, Side, Tokens

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmrec.baselines.base import AboveZero
-from llmrec.baselines.item_texts import LSA, STORE, TextsConfig
+from llmrec.baselines.base import LSA, AboveZero
+from llmrec.baselines.item_texts import STORE, TextsConfig
 from llmrec.baselines.rated import Ratings
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Width

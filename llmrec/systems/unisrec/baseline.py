@@ -12,10 +12,10 @@ import numpy as np
 
 from llmrec.baselines.base import Catalogue, Log, ScoredBaseline, counts
 from llmrec.baselines.item_texts import STORE, text_vectors
-from llmrec.baselines.networks.batches import batches_of, pieces_of
-from llmrec.baselines.networks.carried import Carried
 from llmrec.baselines.neural import (
+    batches_of,
     over_all,
+    pieces_of,
     put_back,
     stop_cases,
     stopped_by,
@@ -25,8 +25,8 @@ from llmrec.baselines.neural import (
 from llmrec.errors import RecipeError, require
 from llmrec.progress import Bar
 from llmrec.results import Reads
-from llmrec.systems.unisrec.contrast import Fewer, contrasted
-from llmrec.systems.unisrec.network import UniSRecConfig, Universal, network_of
+from llmrec.systems.carried import Carried
+from llmrec.systems.unisrec.network import Fewer, UniSRecConfig, Universal, contrasted, network_of
 from llmrec.types import Request
 
 if TYPE_CHECKING:

@@ -1,3 +1,7 @@
 """What UniSRec adds to the registry."""
 
-BASELINES = {"unisrec": "llmrec.systems.unisrec.baseline:UniSRec"}
+from llmrec.entries import BaselineEntry
+
+BASELINES = {
+    "unisrec": BaselineEntry("llmrec.systems.unisrec.baseline:UniSRec", ("sequential", "direct"), needs="torch")
+}

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from pydantic import Field, model_validator
 
-from llmrec.baselines.base import AboveZero, Catalogue
-from llmrec.baselines.item_texts import LSA, STORE, TextsConfig
-from llmrec.baselines.networks.batches import of_one_length
+from llmrec.baselines.base import LSA, AboveZero, Catalogue
+from llmrec.baselines.item_texts import STORE, TextsConfig
+from llmrec.baselines.neural import Batch, batches_of, info_nce, of_one_length
 from llmrec.baselines.sasrec import AttentionConfig, attended, blocks_of, start_small
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive
@@ -19,6 +19,7 @@ from llmrec.types import Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+
 
 # Sequences that are scored together.
 _ROWS = 512
@@ -182,3 +183,84 @@ def network_of(width: int, items: int, config: UniSRecConfig) -> Any:
     for name in ("shifts", "gate", "noise"):
         nn.init.zeros_(network["adaptor"][name])
     return network
+
+
+# --------------------------------------------------------------------------- contrastive losses
+
+
+def contrastive(left: Any, right: Any, same: Any, temperature: float) -> Any:
+    """Return the mean of ``-log(exp(l_i . r_i / t) / sum_j exp(l_i . r_j / t))`` over rows (InfoNCE).
+
+    Args:
+        left: Vectors of length 1, shape (n, d).
+        right: What belongs to each, shape (n, d).
+        same: Rows with equal numbers are no negatives of each other, shape (n,).
+        temperature: The t.
+    """
+    return info_nce(left @ right.T / temperature, same[:, None] == same[None, :])
+
+
+def contrasted(
+    model: Universal, pieces: Sequence[NDArray[np.int64]], said: Any, optimiser: Any, rng: np.random.Generator
+) -> None:
+    """Pass once over the sequences under the two contrastive losses.
+
+    Args:
+        model: Learns.
+        pieces: Sequences of numbers of items.
+        said: Vectors of texts with words left out, shape (warm, d); None: words are never left out.
+        optimiser: Of the network.
+        rng: Draws batches and what is left out.
+    """
+    torch, config, warm = require("torch", "baselines"), model.config, model.warm
+    model.network.train()
+    for batch in batches_of(pieces, config.batch, rng):
+        optimiser.zero_grad(set_to_none=True)
+        items, wanted = torch.from_numpy(batch.items), torch.from_numpy(batch.targets)
+        raw = model.represented(warm)
+        states, rows = model.encoded(raw[items]), wanted >= 0
+        following = torch.nn.functional.normalize(raw[wanted[rows]], dim=1)
+        loss = contrastive(states[rows], following, wanted[rows], config.temperature)
+        if config.contrast:
+            both = raw if said is None else torch.cat([raw, model.represented(warm, said)])
+            changed, ends = changed_sequences(batch, config.item_drop, len(raw) if said is not None else 0, rng)
+            last, every = rows.sum(dim=1) - 1, torch.arange(len(items))
+            other = model.encoded(both[torch.from_numpy(changed)])[every, torch.from_numpy(ends)]
+            pair = contrastive(states[every, last], other, wanted[every, last], config.temperature)
+            loss = loss + config.contrast * pair
+        loss.backward()
+        optimiser.step()
+
+
+def changed_sequences(
+    batch: Batch, share: float, offset: int, rng: np.random.Generator
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Leave items out of sequences, or with an offset, of every other one at random, words of all its texts.
+
+    Returns:
+        Items, padded on the right, shape (b, t), those with fewer words by their number and the offset; and the place
+        of the last one of each sequence, shape (b,).
+    """
+    items, ends = np.zeros_like(batch.items), np.zeros(len(batch.items), dtype=np.int64)
+    for row, length in enumerate((batch.targets >= 0).sum(axis=1).tolist()):
+        own = batch.items[row, :length]
+        if offset and rng.random() < 0.5:
+            own = own + offset
+        else:
+            kept = own[rng.random(length) >= share]
+            own = kept if len(kept) else own[-1:]
+        items[row, : len(own)], ends[row] = own, len(own) - 1
+    return items, ends
+
+
+class Fewer:
+    """Leaves out each word of a text by chance, but never all of them."""
+
+    def __init__(self, share: float, seed: int) -> None:
+        self._share, self._rng = share, np.random.default_rng([seed, 2])
+
+    def __call__(self, text: str) -> str:
+        """Return a text with fewer words; as it is, where none would be left."""
+        words = np.array(text.split(), dtype=object)
+        kept = words[self._rng.random(len(words)) >= self._share]
+        return " ".join(kept) or text

@@ -6,16 +6,17 @@ of fewer layers. A run with ``train.exits`` has learned to answer from each.
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import re
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, Literal
 
 from llmrec import __version__
 from llmrec.backends.encode import Encoder
@@ -37,11 +38,130 @@ from llmrec.pipeline.runs import open_run
 from llmrec.pipeline.study import Study
 from llmrec.recipe.schema import ModelSection, Recipe
 from llmrec.recipe.shared import Dtype
-from llmrec.results import lower as lower_better
+from llmrec.registry import lower
+from llmrec.registry import lower as lower_better
+from llmrec.report.canvas import HALF, NARROW, Canvas, fitted, spanning
+from llmrec.report.charts import legend
+from llmrec.report.render import environment, style
 from llmrec.strategies.asking import Prompting, strategy_of
-from llmrec.systems.m6.compress import page
-from llmrec.systems.m6.compress.rows import Compressed, Kind, Row, chosen, with_front
 from llmrec.tasks.family import family_of
+
+# --------------------------------------------------------------------------- combinations
+
+
+Kind = Literal["bfloat16", "float32", "int8"]
+"""How weights are stored; int8: those of the linear layers within the blocks, the others in bfloat16."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One combination.
+
+    Attributes:
+        layers: Behind how many it answers.
+        dtype: How its weights are stored.
+        quality: The headline figure on the cases; None where it is not defined.
+        ms: Milliseconds for 20 candidates.
+        mb: Megabytes of its weights.
+        pareto: No other is as good in all three and better in one.
+    """
+
+    layers: int
+    dtype: Kind
+    quality: float | None
+    ms: float
+    mb: float
+    pareto: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Compressed:
+    """What was measured.
+
+    Attributes:
+        metric: The figure, and of which family.
+        cases: Validation cases that it was measured on.
+        target_ms: Milliseconds that 20 candidates may take.
+        rows: Combinations, fastest first.
+        chosen: The best that is fast enough, if any is.
+        folder: Where it was exported.
+    """
+
+    metric: str
+    cases: int
+    target_ms: float
+    rows: tuple[Row, ...]
+    chosen: Row | None
+    folder: Path | None
+
+
+def with_front(rows: Sequence[Row], *, lower: bool) -> tuple[Row, ...]:
+    """Return rows, the fastest first, and say of each whether it is on the Pareto front."""
+
+    def figures(row: Row) -> tuple[float, float, float]:
+        quality = float("-inf") if row.quality is None else -row.quality if lower else row.quality
+        return quality, -row.ms, -row.mb
+
+    def beaten(row: Row) -> bool:
+        own = figures(row)
+        return any(
+            all(o >= s for o, s in zip(other, own, strict=True)) and other != own for other in map(figures, rows)
+        )
+
+    return tuple(sorted((replace(row, pareto=not beaten(row)) for row in rows), key=lambda row: row.ms))
+
+
+def chosen(rows: Sequence[Row], target_ms: float, *, lower: bool) -> Row | None:
+    """Return the best row within the target, of equal ones the fastest; None where there is none."""
+    fast = [row for row in rows if row.ms <= target_ms and row.quality is not None]
+    return max(fast, key=lambda row: ((-1 if lower else 1) * float(row.quality or 0), -row.ms), default=None)
+
+
+# --------------------------------------------------------------------------- page
+
+
+PAGE = "compress.html"
+# Of each dtype, the form and the colour of its marks.
+_LOOKS = {"bfloat16": ("circle", "zero-shot"), "float32": ("triangle", "tuned"), "int8": ("diamond", "few-shot")}
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 16, 34, 274
+
+
+def write(found: Compressed, name: str, path: Path) -> None:
+    """Write the page of a run's combinations."""
+    rows = [row for row in found.rows if row.quality is not None]
+    page = environment().get_template("compress.html.j2")
+    nonce = hashlib.sha256(repr((name, found)).encode()).hexdigest()[:32]
+    pictures = [front(rows, found, width) for width in (HALF, NARROW)] if rows else []
+    write_text(path, page.render(name=name, found=found, plotted=pictures, nonce=nonce, style=style()))
+
+
+def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
+    """Draw rows that have a figure: numbers are layers, the line joins what no faster one equals."""
+    canvas = Canvas(width=width, height=_BOTTOM + 46)
+    times = [row.ms for row in rows]
+    along = spanning([*times, found.target_ms] if found.target_ms > 0 else times, _LEFT, width - _RIGHT)
+    rise = fitted([row.quality for row in rows], _BOTTOM, _TOP)
+    canvas.left(rise, _LEFT, along.end)
+    scale = "milliseconds, log scale" if along.log else "milliseconds"
+    canvas.below(along, _TOP, _BOTTOM, f"{found.metric} by {scale}", ticks=5)
+    if along.low <= found.target_ms <= along.high:
+        place = along(found.target_ms)
+        canvas.line(place, _TOP, place, _BOTTOM, "reference")
+        canvas.text(min(place + 4, width - 46), _TOP - 4, "target", "tick halo")
+    sign, best = -1 if lower(found.metric.partition(" of ")[0]) else 1, list[Row]()
+    for row in sorted(rows, key=lambda row: row.ms):
+        if not best or sign * float(row.quality or 0) > sign * float(best[-1].quality or 0):
+            best.append(row)
+    canvas.path([(along(row.ms), rise(float(row.quality or 0))) for row in best], "curve good")
+    legend(canvas, [(dtype, *_LOOKS[dtype]) for dtype in dict.fromkeys(row.dtype for row in rows)], _LEFT)
+    for row in rows:
+        form, hue = _LOOKS[row.dtype]
+        at, up = along(row.ms), rise(float(row.quality or 0))
+        told = f"{row.layers} layers, {row.dtype}: {row.quality:.4g}, {row.ms:.0f} ms, {row.mb:.0f} MB"
+        canvas.mark(form, at, up, f"fill {hue}", size=8 if row == found.chosen else 5, title=told)
+        canvas.text(at, up - (14 if row == found.chosen else 10), str(row.layers), "tick halo", anchor="middle")
+    return canvas
+
 
 log = logging.getLogger(__name__)
 
@@ -104,7 +224,7 @@ def compress(
     )
     table = {key: value for key, value in asdict(made).items() if key != "folder"}
     write_json(run / TABLE, {**table, "machine": machine(), "llmrec": __version__})
-    page.write(made, study.recipe.name, run / page.PAGE)
+    write(made, study.recipe.name, run / PAGE)
     if best is not None:
 
         def change(draft: Path) -> None:

@@ -1,0 +1,328 @@
+"""Networks over the texts of items, with no parameters per item: what they share, and the text matcher (NAML, NRMS)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from llmrec.baselines.base import AboveZero, Catalogue, Log, ScoredBaseline, counts
+from llmrec.baselines.item_texts import WHITENINGS, Turned, WhitenedConfig, text_vectors
+from llmrec.baselines.neural import (
+    NeuralConfig,
+    over_all,
+    put_back,
+    stop_cases,
+    stopped_by,
+    until_best,
+    weights_of,
+)
+from llmrec.errors import require
+from llmrec.recipe.schema import Positive, Width
+from llmrec.results import Reads
+from llmrec.types import Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+    #: Network, vectors of all items, histories as catalogue numbers -> what users are compared by, shape (n, dim).
+    Query = Callable[[Any, Any, Sequence[NDArray[np.int64]]], Any]
+
+
+# --------------------------------------------------------------------------- towers
+
+# Validation cases that decide when to stop.
+_STOP_CASES = 5_000
+# Logarithm of the factor of cosines before training: a softmax over thousands of items needs more than 1.
+_SCALE = 2.5
+
+
+class TowersConfig(WhitenedConfig, NeuralConfig):
+    """How texts are read, and how towers over them are trained."""
+
+    dim: Width = Field(128, description="length of the vectors that users and items are compared by")
+    dropout: float = Field(0.2, ge=0, lt=1, description="share of values left out in training")
+    max_len: Positive = Field(10, description="the network sees the last so many items")
+    batch: Positive = Field(1024, description="targets of one optimiser step")
+    negatives: None = Field(None, description="the softmax is over all items")
+    learning_rate: AboveZero = Field(2e-3, description="of Adam")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
+    epochs: Positive = Field(30, description="passes over the training sequences, at most")
+    patience: Positive | None = Field(
+        3,
+        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
+        "a look at the validation split",
+    )
+
+
+T = TypeVar("T", bound=TowersConfig)
+
+
+@dataclass
+class Towers:
+    """Vectors of all items, of length 1, shape (items, d), and the maps that are learned over them."""
+
+    catalogue: Catalogue
+    vectors: Any
+    warm: NDArray[np.int64]
+    popular: NDArray[np.float64]
+    network: Any
+    of_users: Query
+    config: TowersConfig
+    name: str = "tower"
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return self.catalogue.ids
+
+    def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
+        """Return the latest items of each history, oldest first; unknown ones are left out."""
+        return [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Score every item after each history, shape (n, items); popularity decides for an empty one."""
+        torch = require("torch", "baselines")
+        histories = self.histories(requests)
+        self.network.eval()
+        with torch.no_grad():
+            found = (self.query(histories) @ self.item_vectors(self.vectors).T).numpy()
+        found[[place for place, history in enumerate(histories) if not len(history)]] = self.popular
+        return np.asarray(found)
+
+    def item_vectors(self, vectors: Any) -> Any:
+        """Return what items are compared by, of length 1, shape (n, dim)."""
+        return item_vectors(self.network, vectors, self.config.dropout)
+
+    def query(self, histories: Sequence[NDArray[np.int64]]) -> Any:
+        """Return what users are compared by, as long as the factor of cosines, shape (n, dim)."""
+        normalize = require("torch", "baselines").nn.functional.normalize
+        found = self.of_users(self.network, self.vectors, histories)
+        return normalize(found, dim=1) * self.network["scale"][0].exp()
+
+
+class TextTowers(ScoredBaseline[T, Towers]):
+    """Towers over text vectors that are whitened and fixed: it needs ``_build`` and ``_query``.
+
+    Training ends when validation NDCG@10 has not risen for ``patience`` epochs, and the best epoch's weights are kept.
+    """
+
+    stochastic = True
+    READS: ClassVar[Reads] = "texts"
+    SCORES = "logits"
+
+    def fit(self, data: SplitDataset) -> None:
+        """Learn the maps.
+
+        Raises:
+            DataError: If no item has a text.
+            ModelError: If there is no such encoder.
+            MissingExtra: If torch is not installed.
+        """
+        torch, config = require("torch", "baselines"), self._config
+        catalogue = Catalogue.of(data)
+        texts = Turned.of(self._vectors(data, catalogue.ids))
+        vectors = torch.from_numpy(texts.whitened(config.whitening).astype(np.float32))
+        events = Log.of(data, catalogue)
+        cases = stop_cases(data, config, _STOP_CASES)
+        rows, rng = self._rows(events), np.random.default_rng(self._seed)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            model = self._towers(catalogue, vectors, counts(events, catalogue))
+            until_best(model, cases, config, lambda optimiser: self._epoch(model, rows, optimiser, rng))
+        self.looked_at = stopped_by(cases)
+        self._model = model
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the maps and the vectors of the items, as arrays."""
+        return {"vectors": self._fitted.vectors.detach().numpy(), **weights_of(self._fitted.network)}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        torch = require("torch", "baselines")
+        catalogue = Catalogue.of(data)
+        with torch.random.fork_rng(devices=[]):
+            model = self._towers(
+                catalogue, torch.from_numpy(state["vectors"]), counts(Log.of(data, catalogue), catalogue)
+            )
+        put_back(model.network, state)
+        self._model = model
+        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+
+    def _towers(self, catalogue: Catalogue, vectors: Any, popular: NDArray[np.float64]) -> Towers:
+        torch = require("torch", "baselines")
+        network = self._build(vectors.shape[1])
+        network["scale"] = torch.nn.ParameterList([torch.tensor(_SCALE)])
+        warm, shares = np.flatnonzero(popular), popular / popular.max(initial=1.0)
+        return Towers(catalogue, vectors, warm, shares, network, self._query, self._config, self.name)
+
+    def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
+        """Return what is said of items as vectors, before they are whitened, shape (n, d)."""
+        return text_vectors(data, ids, self._config)
+
+    def _rows(self, events: Log) -> list[NDArray[np.int64]]:
+        """Return the items before each training target and the target itself, at most ``max_len + 1``."""
+        ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
+        return [
+            items[max(0, end - self._config.max_len) : end + 1]
+            for items in np.split(events.items.astype(np.int64), ends[:-1])
+            for end in range(1, len(items))
+        ]
+
+    def _epoch(
+        self, model: Towers, rows: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator
+    ) -> float:
+        """Train on all rows once and return the mean loss, with the softmax over all items outside the history."""
+        torch, config = require("torch", "baselines"), self._config
+        model.network.train()
+        column = np.full(len(model.catalogue.ids), -1, dtype=np.int64)
+        column[model.warm] = np.arange(len(model.warm))
+        warm, order, total = torch.from_numpy(model.warm), rng.permutation(len(rows)), 0.0
+        for start in range(0, len(order), config.batch):
+            batch = [rows[row] for row in order[start : start + config.batch].tolist()]
+            optimiser.zero_grad(set_to_none=True)
+            query, table = model.query([row[:-1] for row in batch]), model.item_vectors(model.vectors[warm])
+            targets = torch.from_numpy(column[[row[-1] for row in batch]])
+            # The last item of a history fills the others up.
+            seen = [np.pad(column[row[:-1]], (0, config.max_len + 1 - len(row)), mode="edge") for row in batch]
+            with torch.no_grad():
+                value, of_query, of_table = over_all(
+                    query.detach(), table.detach(), targets, half=config.half, hidden=torch.from_numpy(np.stack(seen))
+                )
+            torch.autograd.backward([query, table], [of_query, of_table])
+            optimiser.step()
+            total += value * len(batch)
+        return total / max(1, len(rows))
+
+    def _build(self, width: int) -> Any:
+        """Return a ``torch.nn.ModuleDict`` with the map ``item``, for vectors of this length."""
+        raise NotImplementedError
+
+    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+        """Return what users are compared by, of any length; see `Query`."""
+        raise NotImplementedError
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return the logits after each history, shape (n, items)."""
+        return self._fitted.scores(requests)
+
+
+def item_vectors(network: Any, vectors: Any, dropout: float) -> Any:
+    """Return what items of text vectors are compared by, of length 1, shape (n, dim)."""
+    nn = require("torch", "baselines").nn.functional
+    return nn.normalize(network["item"](nn.dropout(vectors, dropout, network.training)), dim=-1)
+
+
+def turn(network: Any, names: Sequence[str]) -> None:
+    """Make linear maps of a network parts of one random rotation."""
+    torch = require("torch", "baselines")
+    turned = torch.nn.init.orthogonal_(torch.empty_like(network[names[0]].weight))
+    with torch.no_grad():
+        for name in names:
+            network[name].weight.copy_(turned)
+
+
+class TextMatcherConfig(TowersConfig):
+    """Parameters of `TextMatcher`."""
+
+    heads: int = Field(
+        4, ge=0, description="attention heads between the items of a history, as in NRMS; 0: none, as in NAML"
+    )
+    attention: Positive = Field(64, description="width of the layer that says how much an item of the history counts")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> TextMatcherConfig:
+        if self.heads and self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}")
+        return self
+
+
+class TextMatcher(TextTowers[TextMatcherConfig]):
+    """Matches items to a user by texts: the user encoders of NRMS (Wu et al., EMNLP 2019) and NAML (IJCAI 2019).
+
+    With whitened text vectors x_i of length 1 (see `Content`), an item is ``r_j = norm(P x_j)``. With ``heads``, items
+    of the history attend to each other (NRMS, section 2.2): ``h_i = [sum_k softmax_k(q_i . k_k / sqrt(d)) v_k]``, the
+    heads side by side. Without, ``h_i = r_i`` (NAML, section 3.2). Additive attention then says how much each counts:
+    ``a_i = softmax_i(w . tanh(V h_i + b))``. The user is ``u = norm(sum_i a_i h_i)``; ``score(j) = exp(s) u . r_j``:
+    the probability of a click among some items is the softmax of their scores. Nothing knows the order of the
+    history, as in the papers.
+
+    Other than in the papers, texts are read by a fixed encoder, lengths are those of cosines, and the loss is over all
+    items with training interactions, less those of the history, in place of four drawn ones. Before training all items
+    count alike, and likeness is that of `Content` without fading.
+    """
+
+    name = "text-matcher"
+    Config = TextMatcherConfig
+    GRID: ClassVar[Mapping[str, tuple[float, ...]]] = {
+        "whitening": WHITENINGS,
+        "heads": (0, 4),
+        "dropout": (0.0, 0.1, 0.2, 0.35, 0.5),
+    }
+    FITS: ClassVar[int] = 12
+
+    def _build(self, width: int) -> Any:
+        torch, config = require("torch", "baselines"), self._config
+        nn, dim = torch.nn, config.dim
+        network = nn.ModuleDict({"item": nn.Linear(width, dim, bias=False)})
+        if config.heads:
+            network.update({name: nn.Linear(dim, dim, bias=False) for name in ("query", "key", "value")})
+            nn.init.eye_(network["value"].weight)
+        network["weigh"] = nn.Sequential(
+            nn.Linear(dim, config.attention), nn.Tanh(), nn.Linear(config.attention, 1, bias=False)
+        )
+        nn.init.zeros_(network["weigh"][-1].weight)
+        turn(network, ["item"])
+        return network
+
+    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+        torch, longest = require("torch", "baselines"), max((len(each) for each in histories), default=1) or 1
+        places = np.zeros((len(histories), longest), dtype=np.int64)
+        for row, each in enumerate(histories):
+            places[row, : len(each)] = each
+        lengths = np.array([len(each) for each in histories], dtype=np.int64)
+        mask = torch.from_numpy(np.arange(longest)[None, :] < lengths[:, None])
+        items = item_vectors(network, vectors[torch.from_numpy(places)], self._config.dropout)
+        if self._config.heads:
+            items = attended(network, items, mask, self._config.heads)
+        return (weights(network["weigh"], items, mask)[:, :, None] * items).sum(dim=1)
+
+
+def attended(network: Any, items: Any, mask: Any, heads: int) -> Any:
+    """Return the items of each history after they attended to each other (NRMS, section 2.2), shape (b, n, d).
+
+    Args:
+        network: Has the maps ``query``, ``key`` and ``value``.
+        items: Shape (b, n, d).
+        mask: Where there is an item, shape (b, n).
+        heads: Between which the d values are divided.
+    """
+    query, key, value = (
+        network[name](items).unflatten(-1, (heads, -1)).transpose(1, 2) for name in ("query", "key", "value")
+    )
+    likeness = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
+    return (shares(likeness, mask[:, None, None, :]) @ value).transpose(1, 2).flatten(2)
+
+
+def weights(weigh: Any, items: Any, mask: Any) -> Any:
+    """Return how much each item counts, shape (b, n): together 1, of padding 0: additive attention.
+
+    Args:
+        weigh: From d values to one.
+        items: Shape (b, n, d).
+        mask: Where there is an item, shape (b, n); all are 0 where there is none.
+    """
+    return shares(weigh(items)[:, :, 0], mask)
+
+
+def shares(scores: Any, mask: Any) -> Any:
+    """Return the softmax of those scores of the last axis that are under the mask; 0 for others, and where none is."""
+    torch = require("torch", "baselines")
+    # Of a row without any, a softmax of minus infinities would be no number.
+    hidden = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    return torch.softmax(hidden, dim=-1) * mask

@@ -1,1 +1,0 @@
-"""What networks share: how long they learn, and what goes to another domain."""

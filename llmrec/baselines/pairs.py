@@ -1,0 +1,249 @@
+"""A text encoder that learns from pairs which items follow each other, and steps that are counted with its vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from pydantic import Field
+from scipy import sparse
+
+from llmrec.baselines.base import AboveZero, Auto, recent
+from llmrec.baselines.item_texts import refuse_unpretrained, texts_of
+from llmrec.baselines.neural import info_nce, stop_cases, stopped_by, until_least
+from llmrec.baselines.transitions import (
+    NEIGHBOURS,
+    Steps,
+    TransitionsText,
+    TransitionsTextConfig,
+    counted,
+    nearest,
+)
+from llmrec.baselines.validation import mean_ndcgs
+from llmrec.errors import require
+from llmrec.models.text_encoder import TunedEncoder, batches_of, find_encoder
+from llmrec.recipe.schema import Positive
+from llmrec.types import Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+# Validation cases that decide when to stop, and how the latest items of their histories count.
+_STOP_CASES, _LATEST, _DECAY = 5_000, 5, 0.5
+# Share of the logarithm of how often an item is a target that is taken off its likeness. With all of it the softmax
+# over a batch tells what follows most often (Yi et al., RecSys 2019, section 4); with none, what does so more than by
+# chance.
+_FREQUENT = 0.5
+# Steps in which the learning rate rises.
+_WARM = 20
+# Seconds of a budget from which on `llmrec auto` tries it: on two cores a fit takes minutes.
+_LONG = 3600.0
+
+
+class TransitionsTunedConfig(TransitionsTextConfig):
+    """Parameters of `TransitionsTuned`."""
+
+    encoder: str = Field("all-MiniLM-L6-v2", description="the text encoder that is tuned: a name or a folder")
+    blocks: Positive = Field(2, description="how many of the encoder's last blocks are tuned")
+    apart: Positive = Field(3, le=20, description="how many places apart the items of a pair may be")
+    nearby: float = Field(0.6, gt=0, le=1, description="factor from pairs to those that are a place further apart")
+    temperature: AboveZero = Field(0.05, description="of the softmax over the pairs of a step")
+    batch: Positive = Field(256, description="pairs of one optimiser step, each the negative of the others")
+    steps: Positive = Field(80, description="optimiser steps of an epoch")
+    epochs: Positive = Field(3, description="epochs at most; the learning rate falls to 0 over them")
+    patience: Positive | None = Field(
+        2,
+        description="epochs without a better validation NDCG@10 after which training ends; None: all epochs, without "
+        "a look at the validation split",
+    )
+    learning_rate: AboveZero = Field(1e-4, description="of AdamW, after a warm-up of 20 steps")
+    weight_decay: float = Field(0.01, ge=0, description="decoupled, as in AdamW")
+    quiet: bool = Field(False, description="no progress line on the standard error")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """Items that follow each other in training sequences.
+
+    Attributes:
+        first: Numbers of the earlier items, shape (pairs,).
+        then: Of the later ones, shape (pairs,).
+        weights: How often a pair is drawn, summing to 1, shape (pairs,).
+        seen: How much each pair weighs, sparse, shape (items, items).
+    """
+
+    first: NDArray[np.int64]
+    then: NDArray[np.int64]
+    weights: NDArray[np.float64]
+    seen: Any
+
+    @staticmethod
+    def of(steps: Steps, apart: int, nearby: float) -> Pairs:
+        """Collect pairs of at most so many places apart; each place multiplies the weight by ``nearby``."""
+        total = steps.gaps[0].astype(np.float64)
+        for gap in range(1, apart):
+            total = total + nearby**gap * steps.gaps[gap]
+        total = sparse.csr_array(total)
+        # That an item follows itself says nothing about texts.
+        total.setdiag(0)
+        total.eliminate_zeros()
+        found = total.tocoo()
+        first, then = (np.asarray(each, dtype=np.int64) for each in found.coords)
+        return Pairs(first, then, found.data / max(found.data.sum(), 1e-300), total)
+
+    def unknown(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Return which later items are negatives of which earlier ones: all but those that follow them, shape (n, n).
+
+        The pair itself, on the diagonal, counts too: it is what the others are set against.
+        """
+        found: NDArray[np.bool_] = np.asarray(self.seen[first][:, then].toarray()) == 0
+        np.fill_diagonal(found, True)
+        return found
+
+
+@dataclass
+class _Learner:
+    """What learns: the encoder's blocks."""
+
+    network: Any
+    name: str
+
+
+@dataclass
+class _Alike:
+    """Scores items by how much their vectors resemble those of the latest ones."""
+
+    steps: Steps
+    vectors: NDArray[np.float32]
+    name: str = "alike"
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        return self.steps.catalogue.ids
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.floating[Any]]:
+        """Return likenesses, shape (n, items)."""
+        latest = recent(requests, self.steps.catalogue, _LATEST, _DECAY).astype(np.float32)
+        return np.asarray((latest @ self.vectors) @ self.vectors.T)
+
+
+class TransitionsTuned(TransitionsText):
+    """`TransitionsText` whose text encoder has learned which items follow each other.
+
+    The encoder's last blocks learn by contrast (InfoNCE: van den Oord et al., arXiv 1807.03748, eq. 4): of the later
+    items of a batch of pairs, which one follows the earlier one? Later items that are known to follow it too are no
+    negatives, and a share of the logarithm of how often an item is a target is taken off its likeness. The best epoch
+    by validation NDCG@10 of likeness alone is kept, which may be none: then it is `TransitionsText`. No parameter
+    belongs to an item, so that items which nobody has chosen get their vectors from the tuned encoder too.
+    """
+
+    name = "transitions-tuned"
+    stochastic = True
+    Config = TransitionsTunedConfig
+    AUTO = (Auto(18, seconds=_LONG),)
+    READS = "language model"
+    _config: TransitionsTunedConfig
+
+    def fit(self, data: SplitDataset) -> None:
+        """Count the steps, tune the encoder, and find each item's neighbours by its vectors.
+
+        Raises:
+            RecipeError: If the encoder is no pretrained one.
+            DataError: If no item has a text.
+            ModelError: If there is no such encoder, or it has fewer blocks.
+            MissingExtra: If torch or transformers is not installed.
+        """
+        steps = counted(data)
+        self._put(steps, self._tuned(data, steps).every().numpy())
+
+    def tuned(self, data: SplitDataset) -> TunedEncoder:
+        """Return the encoder as the best epoch left it; errors as `fit` raises them."""
+        return self._tuned(data, counted(data))
+
+    def _tuned(self, data: SplitDataset, steps: Steps) -> TunedEncoder:
+        torch, config = require("torch", "train"), self._config
+        refuse_unpretrained(self.name, config.encoder, "transitions-text")
+        own = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
+        said = [own[place] for place in config.order(len(own))]
+        encoder = TunedEncoder(find_encoder(config.encoder)[0], said, blocks=config.blocks)
+        cases = stop_cases(data, config, _STOP_CASES)
+        self.looked_at = stopped_by(cases)
+        pairs = Pairs.of(steps, config.apart, config.nearby)
+        if not len(pairs.first):
+            return encoder
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            learn = _Epoch(encoder, pairs, config, np.random.default_rng(self._seed))
+            until_least(
+                _Learner(torch.nn.ModuleDict({"encoder": encoder.blocks}), self.name),
+                (lambda: -mean_ndcgs(_Alike(steps, encoder.every().numpy()), cases)["excluded"]) if cases else None,
+                config,
+                learn,
+                measure="NDCG@10 of likeness",
+                sign=-1,
+                learned=True,
+            )
+        return encoder
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the vectors of the items."""
+        assert self._fitted.vectors is not None
+        return {"vectors": self._fitted.vectors}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        self._put(counted(data), state["vectors"])
+        self.looked_at = stopped_by(stop_cases(data, self._config, _STOP_CASES))
+
+    def _put(self, steps: Steps, vectors: NDArray[Any]) -> None:
+        self._model = Steps(steps.catalogue, steps.gaps, steps.popular, nearest(vectors, NEIGHBOURS), vectors)
+
+
+class _Epoch:
+    """Passes over a number of drawn pairs."""
+
+    def __init__(
+        self, encoder: TunedEncoder, pairs: Pairs, config: TransitionsTunedConfig, rng: np.random.Generator
+    ) -> None:
+        self._encoder, self._pairs, self._config, self._rng = encoder, pairs, config, rng
+        items = pairs.seen.shape[0]
+        often = np.bincount(pairs.then, weights=pairs.weights, minlength=items)
+        self._often = np.log(np.maximum(often, 1e-12))
+        self._done = 0
+
+    def __call__(self, optimiser: Any) -> float:
+        """Take the steps of one epoch, and return the mean loss in nats."""
+        config, total = self._config, 0.0
+        for _ in range(config.steps):
+            rate = min(1.0, (self._done + 1) / _WARM) * (1 - self._done / (config.epochs * config.steps))
+            for group in optimiser.param_groups:
+                group["lr"] = config.learning_rate * rate
+            drawn = self._rng.choice(len(self._pairs.first), config.batch, p=self._pairs.weights)
+            optimiser.zero_grad(set_to_none=True)
+            loss = self._loss(self._pairs.first[drawn], self._pairs.then[drawn])
+            loss.backward()
+            optimiser.step()
+            total += float(loss.detach())
+            self._done += 1
+        return total / config.steps
+
+    def _loss(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> Any:
+        torch = require("torch", "train")
+        rows, places = np.unique(np.concatenate([first, then]), return_inverse=True)
+        vectors = _read(self._encoder, rows)[torch.from_numpy(places)]
+        logits = vectors[: len(first)] @ vectors[len(first) :].T / self._config.temperature
+        against = torch.from_numpy(self._pairs.unknown(first, then))
+        return info_nce(logits - _FREQUENT * torch.from_numpy(self._often[then]).float(), ~against)
+
+
+def _read(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
+    """Return the vectors of texts, read in groups of like length, with gradients, shape (n, d)."""
+    torch = require("torch", "train")
+    groups = batches_of([encoder.length(int(row)) for row in rows])
+    order = torch.tensor([place for group in groups for place in group])
+    found = torch.cat([encoder([int(rows[place]) for place in group]) for group in groups])
+    return found[torch.argsort(order)]

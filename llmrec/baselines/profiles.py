@@ -1,0 +1,258 @@
+"""Vectors of a feature store in networks: fields made by experts that a gate weighs (KAR), and a user's first step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from llmrec.baselines.item_texts import Turned
+from llmrec.data.described import dealt_anew, refuse_seen
+from llmrec.data.features import FeatureKind, FeatureStore, Pair
+from llmrec.errors import DataError, require
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+
+# Experts that all tables share, and what an expert is in between (Xi et al., RecSys 2024, section 3.3: 128).
+SHARED, _BETWEEN = 2, 128
+
+
+class Entities(Protocol):
+    """The users and items of some rows."""
+
+    @property
+    def user_names(self) -> NDArray[Any]:
+        """Ids of the users, shape (n,)."""
+        ...
+
+    @property
+    def item_names(self) -> NDArray[Any]:
+        """Ids of the items, shape (n,)."""
+        ...
+
+
+@dataclass(frozen=True)
+class Table:
+    """One kind of features of one store, whitened by the entities of training.
+
+    Attributes:
+        store: Open.
+        kind: Users or items.
+        centre: Of the vectors, shape (d,).
+        whitening: Shape (d, k).
+        shuffled: A control: every known entity has the vector of another one, by its id.
+    """
+
+    store: FeatureStore
+    kind: FeatureKind
+    centre: NDArray[np.float64]
+    whitening: NDArray[np.float64]
+    shuffled: dict[str, str] | None
+
+    @staticmethod
+    def of(store: FeatureStore, kind: FeatureKind, names: Sequence[str], exponent: float, *, shuffle: bool) -> Table:
+        """Whiten by some names: directions in which all vectors agree say nothing, and would fill the gate."""
+        turned = Turned.of(store.get(kind, names)[0].astype(np.float64))
+        other = None
+        if shuffle:
+            other = dealt_anew(sorted(store.ids(kind)))
+        return Table(store, kind, turned.centre, turned.whitening(exponent), other)
+
+    @property
+    def width(self) -> int:
+        """Length of the whitened vectors."""
+        return int(self.whitening.shape[1])
+
+    def vectors(self, names: Sequence[str]) -> NDArray[np.float32]:
+        """Return whitened vectors of length 1, shape (n, k); of unknown names zeros."""
+        asked = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
+        vectors, known = self.store.get(self.kind, asked)
+        found = (vectors - self.centre) @ self.whitening
+        # The mean of all is the centre: what is left of it is rounding, and no direction.
+        found[~known] = 0
+        lengths = np.linalg.norm(found, axis=1, keepdims=True)
+        long = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
+        return np.asarray(long, dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Vectors of a table for some rows: of each entity once, and which entity a row has.
+
+    Attributes:
+        vectors: Shape (entities, k).
+        places: Shape (n,).
+    """
+
+    vectors: NDArray[np.float32]
+    places: NDArray[np.int64]
+
+    def of(self, rows: NDArray[np.int64]) -> Columns:
+        """Return those of some rows."""
+        return Columns(self.vectors, self.places[rows])
+
+
+@dataclass(frozen=True)
+class Adaptor:
+    """The tables of a host.
+
+    Attributes:
+        tables: In the order of the stores, users before items.
+        seen: Pairs that their texts have seen.
+    """
+
+    tables: tuple[Table, ...]
+    seen: frozenset[Pair]
+
+    @staticmethod
+    def of(
+        folders: Sequence[str],
+        rows: Entities,
+        exponent: float,
+        *,
+        kinds: Sequence[FeatureKind],
+        shuffle: bool,
+        data: SplitDataset,
+    ) -> Adaptor:
+        """Open stores for training rows.
+
+        Raises:
+            DataError: If there is no such store, it has nothing of these kinds, or its texts were written from other
+                training interactions than those of ``data``.
+        """
+        tables, seen = [], set[Pair]()
+        for folder in folders:
+            store = FeatureStore.open(Path(folder), split=data.readable)
+            able = [kind for kind in store.kinds if kind in kinds]
+            if not able:
+                raise DataError.at(
+                    folder, "missing-value", f" has features of {' and '.join(store.kinds)}s alone; say another side"
+                )
+            for kind in able:
+                names = sorted(set((rows.user_names if kind == "user" else rows.item_names).tolist()))
+                tables.append(Table.of(store, kind, names, exponent, shuffle=shuffle))
+                seen |= store.seen(kind)
+        return Adaptor(tuple(tables), frozenset(seen))
+
+    @property
+    def width(self) -> int:
+        """Length of what experts read; shorter vectors are padded with 0."""
+        return max((table.width for table in self.tables), default=0)
+
+    def columns(self, rows: Entities) -> list[Columns]:
+        """Return the vectors of each table for some rows."""
+        found = []
+        for table in self.tables:
+            names, places = np.unique(
+                (rows.user_names if table.kind == "user" else rows.item_names).astype(str), return_inverse=True
+            )
+            vectors = table.vectors(names.tolist())
+            wide = np.zeros((len(vectors), self.width), dtype=np.float32)
+            wide[:, : table.width] = vectors
+            found.append(Columns(wide, places.astype(np.int64)))
+        return found
+
+    def build(self, dim: int, experts: int) -> Any:
+        """Return the network: experts that all tables share, and for each table its own and a gate over both."""
+        nn = require("torch", "baselines").nn
+
+        def expert() -> Any:
+            return nn.Sequential(nn.Linear(self.width, _BETWEEN), nn.ReLU(), nn.Linear(_BETWEEN, dim), nn.ReLU())
+
+        return nn.ModuleDict(
+            {
+                "shared": nn.ModuleList([expert() for _ in range(SHARED)]),
+                "own": nn.ModuleList([nn.ModuleList([expert() for _ in range(experts)]) for _ in self.tables]),
+                "gates": nn.ModuleList([nn.Linear(self.width, SHARED + experts) for _ in self.tables]),
+            }
+        )
+
+
+def adapt(network: Any, table: int, vectors: Any) -> Any:
+    """Return what experts make of vectors, weighed by the gate: KAR's equation 8.
+
+    Args:
+        network: As `Adaptor.build` makes it.
+        table: Which one.
+        vectors: Shape (b, width).
+
+    Returns:
+        Shape (b, dim).
+    """
+    torch = require("torch", "baselines")
+    weights = torch.softmax(network["gates"][table](vectors), dim=1)
+    made = torch.stack([expert(vectors) for expert in (*network["shared"], *network["own"][table])], dim=1)
+    return (weights[:, :, None] * made).sum(dim=1)
+
+
+@dataclass(frozen=True)
+class Profiles:
+    """Whitened vectors of users. A user has a number behind those of all items, and so can stand among them.
+
+    Attributes:
+        adaptor: With the one table.
+        places: Row of each user of the store.
+        vectors: Shape (users + 1, width); the last row is that of unknown users, zeros.
+        experts: Of the adaptor, beside those that are shared.
+    """
+
+    adaptor: Adaptor
+    places: Mapping[str, int]
+    vectors: Any
+    experts: int
+
+    @staticmethod
+    def of(folder: str, data: SplitDataset, exponent: float, *, shuffle: bool, experts: int) -> Profiles:
+        """Open a store and whiten by the users of training.
+
+        Raises:
+            DataError: If there is no such store, it has nothing on users, it was made from another split, or it has
+                seen what is learned from or held out.
+            MissingExtra: If torch is not installed.
+        """
+        store = FeatureStore.open(folder, split=data.readable)
+        if "user" not in store.kinds:
+            raise DataError.at(
+                folder, "missing-value", f" has features of {store.kinds[0]}s alone, and those of users are read here"
+            )
+        refuse_seen(folder, store, data)
+        table = Table.of(store, "user", list(data.train_counts()), exponent, shuffle=shuffle)
+        names = store.ids("user")
+        vectors = np.concatenate([table.vectors(names), np.zeros((1, table.width), dtype=np.float32)])
+        known = {name: row for row, name in enumerate(names)}
+        return Profiles(
+            Adaptor((table,), frozenset()), known, require("torch", "baselines").from_numpy(vectors), experts
+        )
+
+    def build(self, dim: int) -> Any:
+        """Return the network that makes a step of length ``dim`` of a vector."""
+        network = self.adaptor.build(dim, self.experts)
+        # It goes where the network goes, and is kept with no fit: the store has it.
+        network.register_buffer("vectors", self.vectors, persistent=False)
+        return network
+
+    def numbers(self, users: Sequence[str], items: int) -> NDArray[np.int64]:
+        """Return the numbers of users behind so many items, shape (n,)."""
+        unknown = len(self.vectors) - 1
+        return np.array([items + self.places.get(user, unknown) for user in users], dtype=np.int64)
+
+    def before(
+        self, histories: Sequence[NDArray[np.int64]], users: Sequence[str], items: int
+    ) -> list[NDArray[np.int64]]:
+        """Return histories with the number of the user before each."""
+        numbers = self.numbers(users, items)
+        return [np.concatenate([numbers[row : row + 1], history]) for row, history in enumerate(histories)]
+
+    def embedded(self, network: Any, items: Any) -> Any:
+        """Return one vector a step, of the user and of the items behind, shape (b, t, dim)."""
+        torch, table = require("torch", "baselines"), network["table"]
+        adaptor = network["profiles"]
+        own = adaptor.vectors[items[:, 0] - table.num_embeddings]
+        return torch.cat([adapt(adaptor, 0, own)[:, None], table(items[:, 1:])], dim=1)

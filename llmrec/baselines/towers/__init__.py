@@ -1,1 +1,0 @@
-"""Models that compare users and items by texts: they know no item by its id."""

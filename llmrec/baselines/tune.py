@@ -1,0 +1,361 @@
+"""Chooses a baseline's parameters on the validation split, once for each table that the baseline stands in."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from llmrec.baselines.fits import fitted
+from llmrec.baselines.parameters import config_of
+from llmrec.baselines.validation import (
+    mean_log_loss,
+    mean_ndcgs,
+    ranking_cases,
+    rating_cases,
+    root_mean_squared_error,
+)
+from llmrec.data.split import scale_of, threshold
+from llmrec.errors import DataError, RecipeError
+from llmrec.recipe.schema import Section
+from llmrec.registry import BASELINES, lookup
+from llmrec.tasks.family import answers, families
+from llmrec.types import Answer, Probability, Rating, Text
+
+if TYPE_CHECKING:
+    from llmrec.data.split import SplitDataset
+
+
+# --------------------------------------------------------------------------- search
+# Searches the parameters of a baseline: every point of a small grid, one parameter after another in a large one.
+
+
+Point = dict[str, Any]
+"""A value for every parameter of a grid."""
+
+Grid = Mapping[str, tuple[Any, ...]]
+
+Judge = Callable[[Point], Mapping[str, float] | None]
+"""Returns the figures of a point, higher is better, one for each table; None where no more may be fitted."""
+
+SMALL = 12
+"""Grids of at most so many points are tried whole."""
+
+# Times that the search goes over all parameters, at most.
+_ROUNDS = 3
+# Values without improvement after which the search along a parameter stops.
+_PATIENCE = 2
+
+
+def points(grid: Grid) -> list[Point]:
+    """Return every combination of a grid's values; one empty point for an empty grid."""
+    return [dict(zip(grid, values, strict=True)) for values in product(*grid.values())]
+
+
+def explore(grid: Grid, start: Mapping[str, Any], tables: Sequence[str], judge: Judge) -> None:
+    """Have points judged until the best one for each table is found.
+
+    A grid of at most `SMALL` points is tried whole. In a larger one each parameter is moved along its values while the
+    figure rises, the others held, until a round over all parameters changes nothing. Values that are no numbers have
+    no order, and all are tried.
+
+    Args:
+        grid: Values by parameter; numbers ascending.
+        start: Where the search of a large grid begins; a value that the grid lacks is taken into it.
+        tables: What the points are judged by. Each has a search of its own, in this order.
+        judge: Called for a point as often as it is met.
+    """
+    every = points(grid) if _size(grid) <= SMALL else []
+    for point in every:
+        if judge(point) is None:
+            return
+    if every:
+        return
+    ladders = {name: ladder(values, start[name]) for name, values in grid.items()}
+    for table in tables:
+        _climb(ladders, {name: start[name] for name in grid}, table, judge)
+
+
+def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
+    """Return the values of a parameter with the one that a search begins at, numbers ascending."""
+    if start in values:
+        return tuple(values)
+    found = (*values, start)
+    return tuple(sorted(found)) if _ordered(found) else found
+
+
+def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return the parameters whose value stands at an end of the grid, where a better one may lie beyond.
+
+    An end beyond which the config allows no value, such as 1 of a count, is none.
+    """
+    return tuple(
+        name
+        for name, values in grid.items()
+        if len(values) > 1
+        and _ordered(values)
+        and (
+            (point[name] == min(values) and _allowed(config, point, name, below=True))
+            or (point[name] == max(values) and _allowed(config, point, name, below=False))
+        )
+    )
+
+
+def _size(grid: Grid) -> int:
+    found = 1
+    for values in grid.values():
+        found *= len(values)
+    return found
+
+
+def _ordered(values: Sequence[Any]) -> bool:
+    return all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+
+
+def _allowed(config: type[Section], point: Mapping[str, Any], name: str, *, below: bool) -> bool:
+    value = point[name]
+    step = 1 if isinstance(value, int) else max(abs(value), 1.0) * 1e-6
+    try:
+        config.model_validate({**point, name: value - step if below else value + step})
+    except ValidationError:
+        return False
+    return True
+
+
+def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
+    found = judge(start)
+    if found is None:
+        return
+    best, value = start, found[table]
+    for _ in range(_ROUNDS):
+        before = best
+        for name, values in ladders.items():
+            for others in _ways(values, best[name]):
+                improved, missed = False, 0
+                for other in others:
+                    point = {**best, name: other}
+                    if (found := judge(point)) is None:
+                        return
+                    if found[table] > value:
+                        best, value, improved, missed = point, found[table], True, 0
+                    else:
+                        missed += 1
+                    if missed == _PATIENCE and _ordered(values):
+                        break
+                if improved:
+                    break
+        if best == before:
+            return
+
+
+def _ways(values: Sequence[Any], current: Any) -> list[Sequence[Any]]:
+    """Return the values on both sides of the current one, nearest first; all others where they have no order."""
+    place = list(values).index(current)
+    if not _ordered(values):
+        return [[value for value in values if value != current]]
+    return [values[place + 1 :], values[:place][::-1]]
+
+
+log = logging.getLogger(__name__)
+
+RANKED, RATED, JUDGED = "NDCG@10", "RMSE", "LogLoss"
+
+# Validation requests that points are ranked by, an unbiased sample of a larger split: a point takes so many scores, and
+# so many requests at most.
+_SCORES, _CASES = 30_000_000, 10_000
+
+Parameters = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    """One point of a grid and its figures on the validation split, by table."""
+
+    parameters: Parameters
+    values: Mapping[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """What tuning chose for a table.
+
+    Attributes:
+        parameters: The best point, by name of the baseline's parameters.
+        border: Those whose value stands at an end of the grid; see `llmrec.baselines.tune.borders`.
+        model: The best point as it was fitted, so that nobody need fit it again with this seed; None where nothing was.
+    """
+
+    parameters: Parameters
+    border: tuple[str, ...] = ()
+    model: Any = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Tuned:
+    """What tuning chose.
+
+    Attributes:
+        choices: By table.
+        trials: Every point, in the order that they were tried.
+        metric: ``NDCG@10`` over the whole catalogue, higher is better; for ratings ``RMSE`` and for yes/no answers
+            ``LogLoss``, lower is better.
+        recalled: Seconds that fits took which were kept from before.
+    """
+
+    choices: Mapping[str, Choice]
+    trials: tuple[Trial, ...]
+    metric: str
+    recalled: float = 0.0
+
+    @property
+    def parameters(self) -> Parameters:
+        """What was chosen for the first table."""
+        return next(iter(self.choices.values())).parameters
+
+
+def tune(
+    name: str,
+    data: SplitDataset,
+    *,
+    seed: int,
+    tables: Sequence[str] = ("excluded",),
+    grid: Grid | None = None,
+    known: Sequence[Trial] = (),
+    kept: Callable[[Sequence[Trial]], None] = lambda trials: None,
+) -> Tuned:
+    """Fit a baseline at points of its grid and keep the best on the validation split.
+
+    Training interactions are learned from and validation interactions measured; the test split is not looked at. Each
+    fitted point is judged for every table. Of equal points the first is kept. How a grid is searched says
+    `llmrec.baselines.tune.explore`; where the class limits its fits (``FITS``), the search ends with them.
+
+    Args:
+        name: Of the baseline.
+        data: The split.
+        seed: Of every fit.
+        tables: What to choose for. Of rankings, whether items of the history can be ranked: ``excluded``, ``included``
+            or both. A rating or a yes/no answer has one table, whatever its name.
+        grid: Values by parameter; None for the baseline's own ``GRID``. An empty one is the single point of its
+            defaults.
+        known: Points that an earlier call has tried with the same data and seed; they are not fitted again.
+        kept: Is given all points after each new one.
+
+    Raises:
+        RecipeError: If there is no such baseline or parameter, or it writes texts, which have no such figure.
+        DataError: If the split holds nothing out for validation.
+    """
+    made = lookup(BASELINES, name, "baseline")
+    if _answers(name, Text):
+        raise RecipeError(
+            f"the baseline {name!r} writes texts and has nothing to tune; leave it out of the tuning",
+            kind="contradiction",
+        )
+    metric, measure = _measured(name, data, tables)
+    declared: Grid = made.GRID if grid is None else grid
+    single = {key: values[0] for key, values in declared.items() if len(values) == 1}
+    defaults = config_of(name, single, f"grid of {name}").model_dump()
+    search = _Search(name, data, seed, metric, measure, kept, made.FITS, list(known))
+    explore(declared, defaults, tables, search.judge)
+    choices = {}
+    for table in tables:
+        best = search.best(table)
+        model = search.model(best)
+        if model is not None and len(search.trials) > 1:
+            model.looked_at |= frozenset(data.valid["user_id"].to_list())
+        choices[table] = Choice(best.parameters, borders(made.Config, declared, best.parameters), model)
+    return Tuned(choices=choices, trials=tuple(search.trials), metric=metric, recalled=search.recalled)
+
+
+@dataclass
+class _Search:
+    """Fits and judges points, each once, and holds on to the best ones as they were fitted."""
+
+    name: str
+    data: SplitDataset
+    seed: int
+    metric: str
+    measure: Callable[[Any, Parameters], Mapping[str, float]]
+    kept: Callable[[Sequence[Trial]], None]
+    fits: int | None
+    trials: list[Trial]
+    recalled: float = 0.0
+    _models: dict[str, tuple[Trial, Any]] = field(default_factory=dict)
+    _last: Any = None
+
+    def judge(self, point: dict[str, Any]) -> Mapping[str, float] | None:
+        """Return the figures of a point, higher is better; None if it would be one fit too many."""
+        trial = next((trial for trial in self.trials if dict(trial.parameters) == point), None)
+        if trial is None:
+            if self.fits is not None and len(self._fits() | {self._fit_of(point)}) > self.fits:
+                return None
+            trial = self._try(point)
+        return {table: self._sign() * value for table, value in trial.values.items()}
+
+    def best(self, table: str) -> Trial:
+        """Return the first of the best points for a table."""
+        return max(self.trials, key=lambda trial: self._sign() * trial.values[table])
+
+    def model(self, trial: Trial) -> Any:
+        """Return the model of one of the best points, None if it was fitted in an earlier call."""
+        return next((model for other, model in self._models.values() if other is trial), None)
+
+    def _try(self, point: dict[str, Any]) -> Trial:
+        like = [self._last, *(model for _, model in self._models.values())]
+        model = fitted(self.name, point, self.data, seed=self.seed, like=[each for each in like if each is not None])
+        self.recalled += model.recalled
+        trial = Trial(point, self.measure(model, point))
+        log.info("%s %s: validation %s %s", self.name, point, self.metric, trial.values)
+        self.trials.append(trial)
+        for table in trial.values:
+            if self.best(table) is trial:
+                self._models[table] = trial, model
+        self._last = model
+        self.kept(self.trials)
+        return trial
+
+    def _sign(self) -> int:
+        return 1 if self.metric == RANKED else -1
+
+    def _fits(self) -> set[str]:
+        return {self._fit_of(trial.parameters) for trial in self.trials}
+
+    def _fit_of(self, point: Parameters) -> str:
+        answering = lookup(BASELINES, self.name, "baseline").AT_ANSWER
+        return json.dumps({key: value for key, value in point.items() if key not in answering}, sort_keys=True)
+
+
+def _answers(name: str, kind: type[Answer]) -> bool:
+    """Whether a baseline answers a family with answers of a kind."""
+    return any(answers(known, BASELINES, name, silent=False) for known in families().values() if known.answer is kind)
+
+
+def _measured(
+    name: str, data: SplitDataset, tables: Sequence[str]
+) -> tuple[str, Callable[[Any, Parameters], Mapping[str, float]]]:
+    """Return the metric that a baseline is chosen by, and how a fitted point is measured."""
+    rates, judges = _answers(name, Rating), _answers(name, Probability)
+    limit = min(_CASES, max(1, _SCORES // len(data.dataset.items)))
+    cases = rating_cases(data) if rates or judges else ranking_cases(data, limit)
+    if not cases:
+        raise DataError(
+            f"{data.dataset.name}: the split {data.kind} holds no {'ratings' if rates or judges else 'interactions'} "
+            f"out for validation, which tuning {name!r} needs; set data.split.valid above 0, give a valid part, or use "
+            "leave_one_out",
+            kind="empty",
+            at=data.dataset.name,
+            column="data.split.valid",
+        )
+    (only, *_) = tables
+    if rates:
+        return RATED, lambda model, parameters: {only: root_mean_squared_error(model, cases)}
+    if judges:
+        scale = scale_of(data)
+        return JUDGED, lambda model, parameters: {
+            only: mean_log_loss(model, cases, threshold(scale, parameters.get("liked")))
+        }
+    return RANKED, lambda model, parameters: mean_ndcgs(model, cases, tables)

@@ -1,1 +1,0 @@
-"""Chooses the parameters of baselines on the validation split."""

@@ -1,0 +1,323 @@
+"""Blend: several predictors of a rating, or of a yes, become one, with weights from users whom no part was tuned on.
+
+Ratings are joined by ridge regression (Breiman's stacking, Machine Learning 1996) and probabilities by logistic
+regression on their log-odds (a conditional logit of two items, as `llmrec.ensembles.rankers` has it for rankings). The
+penalty, and whether a part alone does as well, are chosen by the error on users that the weights do not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING
+
+import numpy as np
+from scipy.special import expit, logit
+
+from llmrec.ensembles.base import Ensemble, free_of, settled
+from llmrec.ensembles.weights import FOLDS, Form, Tried, Weights, folds_of, left_out, limits_of
+from llmrec.errors import LlmrecError
+from llmrec.metrics.stats import StatisticName
+from llmrec.types import Answer, Case, Predictor, Probability, Rating, Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+# Ridge penalties of standardised weights, for each case.
+_PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)
+# Nearest that a probability comes to 0 or 1.
+_SURE = 1e-6
+
+
+@dataclass(frozen=True)
+class _Line:
+    """A fitted form: an intercept and one weight a part, on the scale of the features."""
+
+    intercept: float
+    weights: NDArray[np.float64]
+
+    def of(self, features: NDArray[np.float64]) -> NDArray[np.float64]:
+        return np.asarray(self.intercept + features @ self.weights)
+
+
+_Fit = Callable[["NDArray[np.int64]", "NDArray[np.float64]"], _Line]
+"""Fits a form to some of the cases, by their rows, and all features."""
+
+
+def _nothing(rows: NDArray[np.int64]) -> _Line:
+    raise RuntimeError("a blend was asked before fit() was called")
+
+
+class Blend(Ensemble):
+    """Answers with what several predictors of one kind say."""
+
+    def __init__(self, name: str, parts: Sequence[tuple[str, Predictor]], *, judges: bool) -> None:
+        """Set up.
+
+        Args:
+            name: Of the row.
+            parts: Fitted predictors with their names; all answer with a rating, or all with a probability.
+            judges: They answer with a probability.
+
+        Raises:
+            LlmrecError: If there are fewer than two.
+        """
+        if len(parts) < 2:
+            raise LlmrecError(f"{name}: a blend needs two or more parts", kind="mismatch")
+        super().__init__(name)
+        self.parts, self._judges = tuple(parts), judges
+        self._line: _Line | None = None
+        self._bounds = (-np.inf, np.inf)
+        self._mute: NDArray[np.float64] = np.zeros(len(parts))
+        # What `line_apart_from` found, and whose cases it was fitted to and how.
+        self._lines: dict[frozenset[str], _Line] = {}
+        self._refit: tuple[tuple[str, ...], Callable[[NDArray[np.int64]], _Line]] = (), _nothing
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        return tuple(name for name, _ in self.parts)
+
+    def fit(
+        self,
+        cases: Sequence[Case],
+        *,
+        dissect: bool = False,
+        only: Tried | None = None,
+        onto: Sequence[Ensemble] = (),
+    ) -> None:
+        """Fit the weights, and keep the form with the least cross-fitted error.
+
+        Args:
+            cases: Validation cases of users that no part has learned from or was chosen by: with a rating as truth, or
+                with 1 for yes and 0 for no.
+            dissect: Fit the best form once more without each part, for the attribute ``without``.
+            only: The form to fit, where it was chosen before: with another seed of the parts.
+            onto: Fitted blends of some of the parts; the others may be put onto each of them.
+
+        Raises:
+            LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+        """
+        self._refuse(self.parts, cases)
+        users = [case.request.user_id for case in cases]
+        folds = folds_of(self.name, users)
+        said = self._said([case.request for case in cases])
+        self._mute = np.array(
+            [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in said.T]
+        )
+        bases = [base for base in onto if isinstance(base, Blend)]
+        for base in bases:
+            self._mute[[self.names.index(name) for name in base.names]] = base._mute
+        features = self._features(said)
+        truth = np.array([float(case.truth) for case in cases])
+        self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
+        if bases:
+            self._bounds = bases[0]._bounds
+        every = np.arange(len(users))
+        fits, beside = self._forms(bases, truth, users)
+        if only is not None:
+            fits = {each: fit for each, fit in fits.items() if each == (only.form, only.name)}
+        crossed = {each: self._crossed(fit, features, truth, folds) for each, fit in fits.items()}
+        errors = {each: float(found.mean()) for each, found in crossed.items()}
+        # As the table prints it: RMSE of ratings, log loss of probabilities.
+        printed = {each: error if self._judges else error**0.5 for each, error in errors.items()}
+        self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
+        best = min(errors, key=lambda each: errors[each])
+        form, name = best
+        self._line = fits[best](every, features)
+        self._lines = {frozenset(): self._line}
+        self._refit = tuple(users), lambda rows: fits[best](rows, features)
+        self.weights = Weights(form, tuple(self._line.weights.tolist()))
+        if name in (base.name for base in bases):
+            return
+        # Values of ratings are squared errors.
+        statistic: StatisticName = "mean" if self._judges else "root_mean"
+        if name in beside:
+            if dissect:
+                put = beside[name]
+                rest = [
+                    self._crossed(put.fit([each for each in put.free if each != place]), features, truth, folds)
+                    for place in put.free
+                ]
+                self.without = tuple(
+                    left_out(self.names[place], each, crossed[best], users, statistic)
+                    for place, each in zip(put.free, rest, strict=True)
+                )
+            return
+        if form == "alone":
+            return
+        low, high = self._limits(self._line, features, truth, users)
+        self.weights = Weights(form, self.weights.parts, 0.0, low, high)
+        if dissect:
+            rest = [
+                self._crossed(fits[best], np.delete(features, place, axis=1), truth, folds)
+                for place in range(len(self.names))
+            ]
+            self.without = tuple(
+                left_out(part, values, crossed[best], users, statistic)
+                for part, values in zip(self.names, rest, strict=True)
+            )
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer every request with a rating or a probability; see `Predictor.answer`."""
+        weights = self.fitted
+        assert weights is not None and self._line is not None
+        values = self._line.of(self._features(self._said(requests))) if requests else np.empty(0)
+        values = expit(values) if self._judges else np.clip(values, *self._bounds)
+        made = Probability if self._judges else Rating
+        return [made(request_id=r.id, value=float(v)) for r, v in zip(requests, values, strict=True)]
+
+    # ----------------------------------------------------------------------- parts
+
+    def _said(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return what each part answers, log-odds of probabilities, NaN where it is mute, shape (n, parts)."""
+        columns = []
+        for _, part in self.parts:
+            answers = part.answer(requests)
+            values = np.array([a.value if isinstance(a, Rating | Probability) else np.nan for a in answers])
+            columns.append(logit(np.clip(values, _SURE, 1 - _SURE)) if self._judges else values)
+        return np.stack(columns, axis=1)
+
+    def _features(self, said: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return answers with the part's mean over the cases of the fit where it is mute."""
+        return np.where(np.isnan(said), self._mute, said)
+
+    def line_apart_from(self, gone: frozenset[str]) -> _Line:
+        """Return the line that the other users give in the form that was chosen, so that those users can judge it."""
+        if gone not in self._lines:
+            users, fit = self._refit
+            rows = np.array([row for row, user in enumerate(users) if user not in gone], dtype=np.int64)
+            self._lines[gone] = self._lines[frozenset()] if len(rows) == len(users) else fit(rows)
+        return self._lines[gone]
+
+    def _forms(
+        self, bases: Sequence[Blend], truth: NDArray[np.float64], users: Sequence[str]
+    ) -> tuple[dict[tuple[Form, str], _Fit], dict[str, _Put]]:
+        """Return what fits each form, by form and name, and how further parts are put onto a blend, by name."""
+        form: Form = "logit" if self._judges else "ridge"
+
+        def plain(penalty: float, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+            return self._weigh(penalty, features[rows], truth[rows])
+
+        def given(line: _Line, rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+            return line
+
+        fits: dict[tuple[Form, str], _Fit] = {
+            (form, f"penalty {penalty:g}"): partial(plain, penalty) for penalty in _PENALTIES
+        }
+        for place, name in enumerate(self.names):
+            if ("alone", name) in settled(bases):
+                continue
+            fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[place]))
+        beside = {}
+        for base in bases:
+            for penalty in _PENALTIES:
+                put = _Put(self, base, free_of(base, self.names), penalty, truth, users)
+                name = f"{base.name} and {' and '.join(self.names[each] for each in put.free)}, penalty {penalty:g}"
+                beside[name], fits[form, name] = put, put.fit(put.free)
+            # With nothing beside it no penalty counts.
+            fits[base.fitted.form, base.name] = put.fit([])
+        return fits, beside
+
+    def _crossed(
+        self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
+    ) -> NDArray[np.float64]:
+        """Return the error of each case under weights that were fitted to the other folds, shape (n,)."""
+        found = np.empty(len(truth))
+        for fold in range(FOLDS):
+            outside = folds == fold
+            line = fit(np.flatnonzero(~outside), features)
+            found[outside] = self._error(line.of(features[outside]), truth[outside])
+        return found
+
+    def onto(
+        self,
+        line: _Line,
+        free: Sequence[int],
+        penalty: float,
+        features: NDArray[np.float64],
+        truth: NDArray[np.float64],
+    ) -> _Line:
+        """Return a line with further parts beside it; the penalty draws what the whole counts to 1, the parts to 0."""
+        whole, places = line.of(features), list(free)
+        found = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
+        counts = 1 + found.weights[0]
+        weights = counts * line.weights
+        weights[places] = found.weights[1:]
+        return _Line(float(found.intercept + counts * line.intercept), weights)
+
+    def _weigh(
+        self,
+        penalty: float,
+        features: NDArray[np.float64],
+        truth: NDArray[np.float64],
+        offset: NDArray[np.float64] | None = None,
+    ) -> _Line:
+        """Return the line through features, beside an ``offset`` that counts as it is."""
+        count, before = features.shape[1], np.zeros(len(truth)) if offset is None else offset
+        means, scales = features.mean(axis=0), np.maximum(features.std(axis=0), 1e-9)
+        wide = (features - means) / scales
+        penalty *= len(truth)
+        if not self._judges:
+            left = truth - before
+            inverse = np.linalg.solve(wide.T @ wide + penalty * np.eye(count), wide.T @ (left - left.mean()))
+            weights = inverse / scales
+            return _Line(float(left.mean() - means @ weights), weights)
+
+        def loss(free: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            total = before + free[0] + wide @ free[1:]
+            error = expit(total) - truth
+            value = np.logaddexp(0, total).sum() - truth @ total + penalty / 2 * free[1:] @ free[1:]
+            return float(value), np.concatenate([[error.sum()], wide.T @ error + penalty * free[1:]])
+
+        # Takes a tenth of a second to import, and most commands fit nothing.
+        from scipy.optimize import minimize
+
+        found = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+        weights = found[1:] / scales
+        return _Line(float(found[0] - means @ weights), weights)
+
+    def _error(self, values: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
+        """Return squared errors of ratings, and the log-loss of probabilities, shape (n,)."""
+        if self._judges:
+            return np.asarray(np.logaddexp(0, values) - truth * values)
+        return np.asarray((np.clip(values, *self._bounds) - truth) ** 2)
+
+    def _limits(
+        self, line: _Line, features: NDArray[np.float64], truth: NDArray[np.float64], users: Sequence[str]
+    ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return 95 % limits of the weights, robust and clustered over users (White, Econometrica 1982)."""
+        wide = np.column_stack([np.ones(len(truth)), features])
+        values = line.of(features)
+        if self._judges:
+            chance = expit(values)
+            scores, curvature = wide * (chance - truth)[:, None], (wide * (chance * (1 - chance))[:, None]).T @ wide
+        else:
+            scores, curvature = wide * (values - truth)[:, None], wide.T @ wide
+        low, high = limits_of(np.array([line.intercept, *line.weights]), scores, curvature, users)
+        return low[1:], high[1:]
+
+
+@dataclass(frozen=True)
+class _Put:
+    """A blend, the places of the parts that it lacks, and the penalty under which they are put beside it."""
+
+    blend: Blend
+    base: Blend
+    free: tuple[int, ...]
+    penalty: float
+    truth: NDArray[np.float64]
+    users: Sequence[str]
+
+    def fit(self, free: Sequence[int]) -> _Fit:
+        """Return what fits the base with some of the parts beside it; with none it is as others weigh it."""
+        return partial(self._fitted, tuple(free))
+
+    def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
+        inside = {self.users[row] for row in rows.tolist()}
+        found = self.base.line_apart_from(frozenset(self.users) - inside)
+        weights = np.zeros(features.shape[1])
+        weights[[self.blend.names.index(name) for name in self.base.names]] = found.weights
+        line = _Line(found.intercept, weights)
+        return self.blend.onto(line, free, self.penalty, features[rows], self.truth[rows]) if free else line

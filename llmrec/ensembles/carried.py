@@ -1,0 +1,85 @@
+"""Training interactions in an exported folder, so that its baselines can be fitted where the run is not at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+
+from llmrec.baselines.validation import drawn
+from llmrec.data.assemble import read_items
+from llmrec.data.dataset import SCHEMA, Dataset
+from llmrec.data.split import SplitDataset, halves
+from llmrec.ensembles import stored
+from llmrec.errors import ModelError
+
+FILE = "interactions.parquet"
+NUMBERED = "carried:"
+"""How users begin that go out without their names: a number alone could be somebody's id."""
+_KEPT = ("rating", "timestamp")
+
+
+def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
+    """Write a run's training interactions and fusions into a folder; its ``items`` must lie there already.
+
+    Users are numbered in the order of their names, which are not written. Validation interactions of the users that
+    choose epochs go along, with the numbers by which they are sampled, and those that weighed the fusions do not, so
+    that what is fitted there is what was fitted here.
+
+    Args:
+        data: The split.
+        items: The catalogue in the folder.
+        run: The run.
+        draft: The folder.
+
+    Raises:
+        ModelError: If the run has no fusion of rankings, or the folder no catalogue.
+    """
+    found = stored.read(run)
+    if not found.fusions or not items.is_file():
+        lacks = "fusion of rankings; evaluate its recipe with eval.fusion.controls=true"
+        what = lacks if items.is_file() else "catalogue to go with its interactions; drop --no-items"
+        raise ModelError(
+            f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
+        )
+    choosing = halves(data, found.fusions[0].reserved)[0]
+    # Ranks alone: from a hash somebody could find out whose it is.
+    order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
+    chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
+    both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
+    names = both["user_id"].unique().sort()
+    width = len(str(len(names)))
+    told = [f"{NUMBERED}{place:0{width}d}" for place in range(len(names))]
+    numbers = pl.DataFrame({"user_id": names, "user": told})
+    rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
+    rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
+    rows.write_parquet(draft / FILE)
+    # The users that weigh are not among them.
+    stored.save(draft, stored.settled(found))
+
+
+def carried(folder: Path, *, seed: int) -> SplitDataset | None:
+    """Return the split that a folder carries; None where it carries none.
+
+    Raises:
+        ModelError: If a file of it cannot be read.
+    """
+    path = folder / FILE
+    if not path.is_file():
+        return None
+    try:
+        rows = pl.read_parquet(path)
+        items = read_items(folder / "items.parquet")
+        frame = rows.with_columns(text=pl.lit(None, dtype=pl.String)).select(*SCHEMA, "part")
+    except (OSError, pl.exceptions.PolarsError) as error:
+        raise ModelError(
+            f"{path} cannot be read ({type(error).__name__}); export the run again", kind="damaged", at=path
+        ) from error
+    parts = {name: frame.filter(pl.col("part") == name).select(*SCHEMA) for name in ("train", "valid")}
+    data = Dataset(name=folder.name, noun="items", interactions=frame.select(*SCHEMA), items=items)
+    held = frozenset(parts["valid"].select("user_id", "item_id").iter_rows())
+    train, valid = parts["train"], parts["valid"]
+    # Exports of an earlier version have no such numbers.
+    kept = rows.filter(pl.col("part") == "valid")["drawn"].to_numpy() if "drawn" in rows.columns else None
+    return SplitDataset(data, "given", seed, train=train, valid=valid, test=valid.clear(), held_out=held, drawn=kept)

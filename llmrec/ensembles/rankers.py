@@ -1,0 +1,312 @@
+"""Ensembles of rankers, with weights from validation users on whom no member was tuned.
+
+Two forms of one question, how likely is each item to be the next:
+
+- a conditional logit, ``p(j) = softmax_j(sum_k w_k z_kj)`` over what the parts say of the items (McFadden, 1974):
+  weights are exponents, and one below 0 says that a part goes too far in what another says too;
+- a linear pool, ``p(j) = sum_k w_k p_k(j)`` with weights that sum to 1 (Jelinek and Mercer, 1980): a part that gives
+  an item nothing cannot veto it.
+
+Both are fitted by maximum likelihood. Likelihood is not NDCG, so the form is chosen by NDCG on users that the weights
+do not know, cross-fitted over users, and every part alone is a form too: on validation no fusion is below its best
+part. Where items of the history can be ranked, such an item has one more weight.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Container, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmrec.ensembles.base import Ensemble
+from llmrec.ensembles.weights import CELLS, Kind, Tried, WeighedCases, Weights, combined
+from llmrec.errors import LlmrecError
+from llmrec.types import Answer, Case, CatalogueScorer, Predictor, Ranking, Request, Unparsed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+@dataclass(frozen=True)
+class Member:
+    """One of the rankers.
+
+    Attributes:
+        name: In tables.
+        scorer: Fitted; scores the catalogue.
+        kind: How its scores are read.
+    """
+
+    name: str
+    scorer: CatalogueScorer
+    kind: Kind
+
+
+class CatalogueEnsemble(Ensemble):
+    """Ranks the catalogue by several rankers at once; it is a `CatalogueScorer`."""
+
+    def __init__(self, name: str, parts: Sequence[Member], *, filtered: bool) -> None:
+        """Set up.
+
+        Args:
+            name: Of the row.
+            parts: The rankers, over one catalogue in one order.
+            filtered: Items of the history cannot be ranked.
+
+        Raises:
+            LlmrecError: If there are fewer than two parts, or they have different catalogues.
+        """
+        if len(parts) < 2 or any(part.scorer.items != parts[0].scorer.items for part in parts):
+            raise LlmrecError(f"{name}: a fusion needs two or more parts over one catalogue", kind="mismatch")
+        super().__init__(name)
+        self.parts, self.filtered = tuple(parts), filtered
+
+    @property
+    def items(self) -> tuple[str, ...]:
+        """The catalogue in column order."""
+        return self.parts[0].scorer.items
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        return tuple(part.name for part in self.parts)
+
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False, only: Tried | None = None) -> None:
+        """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
+
+        Args:
+            cases: Validation cases of users that no part has learned from or was chosen by.
+            dissect: Fit the best form once more without each part, for the attribute ``without``.
+            only: The form to fit, where it was chosen before: with another seed of the parts.
+
+        Raises:
+            LlmrecError: If a part says that one of these users has chosen its parameters or its epoch.
+            LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+        """
+        self._refuse([(part.name, part.scorer) for part in self.parts], cases)
+        self._choose(_known(self, cases), [case.request.user_id for case in cases], dissect=dissect, only=only)
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        """Return log-probabilities, shape (n, items); see `CatalogueScorer.scores`."""
+        # A part without a weight is not asked.
+        raw = [
+            np.asarray(part.scorer.scores(requests)) if weight else np.empty(0)
+            for part, weight in zip(self.parts, self.fitted.parts, strict=True)
+        ]
+        kinds, had = [part.kind for part in self.parts], _history(self, requests)
+        return np.asarray(combined(self.fitted, raw, kinds, had, had if self.filtered else None), dtype=np.float64)
+
+
+def _known(fusion: CatalogueEnsemble, cases: Sequence[Case]) -> WeighedCases:
+    requests = [case.request for case in cases]
+    column = {item: place for place, item in enumerate(fusion.items)}
+    truth = np.array([column[str(case.truth)] for case in cases])
+    had = _history(fusion, requests)
+    if fusion.filtered:
+        had[np.arange(len(truth)), truth] = False
+    block = max(1, CELLS // len(fusion.items))
+    raw = [
+        np.concatenate(
+            [
+                np.asarray(part.scorer.scores(requests[start : start + block]), dtype=np.float32)
+                for start in range(0, len(requests), block)
+            ]
+        )
+        for part in fusion.parts
+    ]
+    out = had if fusion.filtered else None
+    return WeighedCases(raw, [part.kind for part in fusion.parts], had, truth, out, not fusion.filtered)
+
+
+def _history(fusion: CatalogueEnsemble, requests: Sequence[Request]) -> NDArray[np.bool_]:
+    column: Mapping[str, int] = {item: place for place, item in enumerate(fusion.items)}
+    had = np.zeros((len(requests), len(column)), dtype=bool)
+    for row, request in enumerate(requests):
+        had[row, [column[event.item_id] for event in request.history if event.item_id in column]] = True
+    return had
+
+
+# --------------------------------------------------------------------------- lists
+
+
+@dataclass(frozen=True)
+class ListMember:
+    """One of the rankers.
+
+    Attributes:
+        name: In tables.
+        predictor: Answers with a `Ranking` of the candidates. One without scores is read as ``-log(place)``.
+        kind: How its scores are read.
+        knows: The items that it can say anything of; None: all.
+    """
+
+    name: str
+    predictor: Predictor
+    kind: Kind
+    knows: Container[str] | None = None
+
+    def has(self, item: str) -> bool:
+        """Whether it can say anything of an item."""
+        return self.knows is None or item in self.knows
+
+
+class ListEnsemble(Ensemble):
+    """Ranks candidates by several rankers that answer with lists, such as strategies that ask a language model.
+
+    What members say is normalised over the candidates of a request. Where the whole catalogue is ranked, members answer
+    with their best items, and the candidates are all that any of them names. What a member does not name has the score
+    of the last item that it names, on a scale of logarithms, and half of it where scores are counts, since these lie
+    between that and 0.
+
+    Attributes:
+        validation: NDCG@10 of each case that ``fit`` was given, by request id, under weights that its user had no part
+            in; 0 where the target is not among the candidates.
+    """
+
+    def __init__(self, name: str, parts: Sequence[ListMember], weights: Weights | None = None) -> None:
+        """Set up.
+
+        Args:
+            name: Of the row.
+            parts: The rankers.
+            weights: What an earlier ``fit`` found, to answer with.
+
+        Raises:
+            LlmrecError: If there are fewer than two parts, or not as many weights.
+        """
+        if len(parts) < 2 or (weights is not None and len(weights.parts) != len(parts)):
+            raise LlmrecError(f"{name}: a fusion needs two or more parts, and a weight for each", kind="mismatch")
+        super().__init__(name)
+        self.parts, self.weights = tuple(parts), weights
+        self.validation: dict[str, float] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the parts."""
+        return tuple(part.name for part in self.parts)
+
+    def fit(self, cases: Sequence[Case], *, dissect: bool = False, onto: Sequence[Ensemble] = ()) -> None:
+        """Fit the weights of every form, and keep the best form by cross-fitted NDCG@10.
+
+        Args:
+            cases: Validation cases of users that no part has learned from or was chosen by. Those whose target is not
+                among the candidates say nothing about weights and are left out.
+            dissect: Fit the best form once more without each part, for the attribute ``without``.
+            onto: Fitted fusions of some of the parts; the others may be put onto each of them.
+
+        Raises:
+            LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+        """
+        self._refuse([(part.name, part.predictor) for part in self.parts], cases)
+        requests = [case.request for case in cases]
+        said = [part.predictor.answer(requests) for part in self.parts]
+        sets = _sets(requests, said)
+        able = [place for place, case in enumerate(cases) if str(case.truth) in sets[place]]
+        known = self._known(
+            [cases[place] for place in able],
+            [sets[place] for place in able],
+            [[answers[place] for place in able] for answers in said],
+        )
+        self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect, onto=onto)
+        assert self.crossed is not None
+        found = zip((requests[place].id for place in able), self.crossed.tolist(), strict=True)
+        self.validation = {**dict.fromkeys((request.id for request in requests), 0.0), **dict(found)}
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Rank the candidates of each request; see `Predictor.answer`.
+
+        Of an item that a part does not know it says what speaks least for it, whatever the sign of its weight. So what
+        no part knows comes last.
+        """
+        weights, kinds = self.fitted, [part.kind for part in self.parts]
+        said = [part.predictor.answer(requests) for part in self.parts]
+        answers: list[Answer] = []
+        for place, (request, candidates) in enumerate(zip(requests, _sets(requests, said), strict=True)):
+            if not candidates:
+                answers.append(Unparsed(request_id=request.id, reason="no part has an answer for the request"))
+                continue
+            # One request at a time, so that no other one changes a digit.
+            strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
+            rows = [
+                _told(_scores(each[place], candidates, part.kind), new, weight)[None]
+                for each, part, new, weight in zip(said, self.parts, strange, weights.parts, strict=True)
+            ]
+            had = _had(request, candidates)[None]
+            (found,) = combined(weights, rows, kinds, had, None).astype(np.float64)
+            order = np.lexsort((strange.all(axis=0), -found)).tolist()
+            answers.append(
+                Ranking(
+                    request_id=request.id,
+                    items=tuple(candidates[each] for each in order),
+                    scores=tuple(found[order].tolist()),
+                )
+            )
+        return answers
+
+    def _known(
+        self, cases: Sequence[Case], sets: Sequence[Sequence[str]], said: Sequence[Sequence[Answer]]
+    ) -> WeighedCases:
+        """Return cases with what the parts say, sets of fewer candidates being filled up."""
+        shape = len(cases), max(map(len, sets), default=0)
+        out, had = np.ones(shape, dtype=bool), np.zeros(shape, dtype=bool)
+        for row, (case, candidates) in enumerate(zip(cases, sets, strict=True)):
+            out[row, : len(candidates)] = False
+            had[row, : len(candidates)] = _had(case.request, candidates)
+        raw = []
+        for part, answers in zip(self.parts, said, strict=True):
+            found = np.zeros(shape, dtype=np.float32)
+            for row, (answer, candidates) in enumerate(zip(answers, sets, strict=True)):
+                scores = _scores(answer, candidates, part.kind)
+                # What fills up must not be the greatest score, which the others are compared with.
+                found[row] = scores.min() if part.kind == "logits" else 0
+                found[row, : len(candidates)] = scores
+            raw.append(found)
+        truth = [candidates.index(str(case.truth)) for case, candidates in zip(cases, sets, strict=True)]
+        return WeighedCases(
+            raw,
+            [part.kind for part in self.parts],
+            had,
+            np.array(truth, dtype=np.int64),
+            out if out.any() else None,
+            bool(had.any()),
+        )
+
+
+def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list[Sequence[str]]:
+    """Return the candidates of each request, or all items that any part names.
+
+    They are sorted, since sums depend on their order in the last digit.
+    """
+    return [
+        sorted(request.candidates or ())
+        or sorted({item for answers in said if isinstance(each := answers[place], Ranking) for item in each.items})
+        for place, request in enumerate(requests)
+    ]
+
+
+def _told(scores: NDArray[np.float64], strange: NDArray[np.bool_], weight: float) -> NDArray[np.float64]:
+    """Return the scores of a part, shape (m,), with those of items that it does not know where they do least."""
+    known = scores[~strange]
+    if not strange.any() or not len(known):
+        return scores
+    return np.where(strange, known.min() if weight >= 0 else known.max(), scores)
+
+
+def _had(request: Request, candidates: Sequence[str]) -> NDArray[np.bool_]:
+    seen = {event.item_id for event in request.history}
+    return np.array([item in seen for item in candidates], dtype=bool)
+
+
+def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np.float64]:
+    """Return what an answer says of each candidate, shape (m,); one that cannot be read says the same of all."""
+    if not isinstance(answer, Ranking):
+        return np.zeros(len(candidates))
+    if answer.scores:
+        known = dict(zip(answer.items, answer.scores, strict=True))
+    else:
+        known = {item: -float(np.log(place)) for place, item in enumerate(answer.items, start=1)}
+    # What a ranking leaves out stands behind what it has; what a search leaves out, `feature` knows.
+    least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
+    return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

@@ -1,0 +1,125 @@
+"""The fusion of a family's baselines as a retriever: what is ranked again is what the strongest control confuses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import polars as pl
+
+from llmrec.baselines.base import LSA
+from llmrec.baselines.fits import fitted
+from llmrec.baselines.parameters import stops_early
+from llmrec.baselines.retrieve import FUSED
+from llmrec.data.split import SplitDataset, halves, request_of
+from llmrec.ensembles.rankers import CatalogueEnsemble, Member
+from llmrec.ensembles.weights import FOLDS
+from llmrec.errors import DataError, RecipeError
+from llmrec.models.text_encoder import learned_from
+from llmrec.recipe.schema import BaselineSection
+from llmrec.registry import BASELINES, lookup
+from llmrec.types import Case, CatalogueScorer, Request, SplitName
+
+MOST = 5000
+"""Users that weigh a fusion, at most: more move no weight by much, and every baseline answers them."""
+_RANDOM = "random"
+
+
+@dataclass(frozen=True)
+class FusedFinder:
+    """Joins baselines.
+
+    Those that know nothing, choose their epoch on the validation split, or read texts through an encoder that was tuned
+    on the interactions are left out.
+
+    Attributes:
+        baselines: Of the family.
+        reserved: Share of the validation users that weigh.
+        seed: The run's seed.
+    """
+
+    baselines: Sequence[BaselineSection]
+    reserved: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """As recipes write it."""
+        return FUSED
+
+    def fitted(self, data: SplitDataset, split: SplitName) -> Sequence[tuple[CatalogueScorer, frozenset[str] | None]]:
+        """Return fusions weighed by validation users: about these themselves, by the half that is not asked about."""
+        parts = self._parts(data)
+        choose, weigh = ({one.user_id for one in half.holdouts("valid")} for half in halves(data, self.reserved))
+        by_weighers = _weighed(parts, _held(data, weigh))
+        if split != "valid":
+            return [(by_weighers, None)]
+        return [(by_weighers, frozenset(choose)), (_weighed(parts, _held(data, choose)), frozenset(weigh))]
+
+    def apart(self, data: SplitDataset, parts: Mapping[str, int], part: int) -> CatalogueScorer:
+        """Return a fusion that knows training interactions of other parts alone.
+
+        The last training interactions of the users of the next part weigh it, and its parts have not learned from them.
+        """
+        known = sorted(set(parts.values()))
+        weighs = known[(known.index(part) + 1) % len(known)] if part in known else known[0]
+        users = [user for user, own in sorted(parts.items()) if own == weighs != part]
+        inside = [user for user, own in parts.items() if own in (part, weighs)]
+        fitted = self._parts(replace(data, train=data.train.filter(~pl.col("user_id").is_in(inside))))
+        return _weighed(fitted, [_last(data, user) for user in users[:MOST]])
+
+    def _parts(self, data: SplitDataset) -> list[Member]:
+        """Return the baselines, fitted to training interactions.
+
+        Raises:
+            RecipeError: If there are fewer than two.
+        """
+        found = []
+        for section in self.baselines:
+            made = lookup(BASELINES, section.name, "baseline")
+            encoder = str(section.parameters.get("encoder", LSA))
+            if section.name == _RANDOM or stops_early(section.name):
+                continue
+            if encoder != LSA and learned_from(encoder):
+                continue
+            model = fitted(section.name, section.parameters, data, seed=self.seed)
+            found.append(Member(section.label, model, made.SCORES))
+        if len(found) < 2:
+            raise RecipeError(
+                f"eval.candidates.retriever: {FUSED} joins two baselines or more that choose no epoch by validation; "
+                "name them in the family's baselines, or choose another retriever",
+                kind="contradiction",
+                column="eval.candidates.retriever",
+            )
+        return found
+
+
+def _weighed(parts: Sequence[Member], cases: Sequence[Case]) -> CatalogueEnsemble:
+    """Return a fusion, fitted to cases.
+
+    Raises:
+        DataError: If there are too few users.
+    """
+    users = len({case.request.user_id for case in cases})
+    if users < 2 * FOLDS:
+        raise DataError(
+            f"eval.candidates.retriever: {FUSED} takes {2 * FOLDS} users to weigh it, of validation and of each fifth "
+            f"of training, and there are {users} here; hold out or give more, or choose a single retriever such as "
+            "transitions",
+            kind="too-few",
+            column="eval.candidates.retriever",
+        )
+    fusion = CatalogueEnsemble(FUSED, parts, filtered=True)
+    fusion.fit(cases)
+    return fusion
+
+
+def _held(data: SplitDataset, users: set[str]) -> list[Case]:
+    held = [one for one in data.holdouts("valid") if one.user_id in users]
+    first = set(list(dict.fromkeys(one.user_id for one in held))[:MOST])
+    return [Case(request=request_of(data, one, "valid"), truth=one.item_id) for one in held if one.user_id in first]
+
+
+def _last(data: SplitDataset, user: str) -> Case:
+    *past, last = data.train_events(user)
+    return Case(request=Request(id=f"weighs/{user}", user_id=user, history=tuple(past)), truth=last.item_id)

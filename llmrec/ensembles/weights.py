@@ -1,0 +1,504 @@
+"""Weights of an ensemble: how the scores of its members are combined, and how the weights are fitted."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from llmrec.data.hashing import hash64
+from llmrec.errors import LlmrecError
+from llmrec.metrics.ranking import ndcg
+from llmrec.metrics.stats import StatisticName, paired
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+
+Kind = Literal["counts", "logits", "beams"]
+"""What scores are: at least 0 and read as shares; on a scale of logarithms; or probabilities of found items only."""
+
+Form = Literal["logit", "pool", "ridge", "alone"]
+
+Fit = Callable[["NDArray[np.int64]", "Weights | None"], "Weights"]
+"""Fits a form to some of the cases, from weights near which the answer may lie."""
+
+FOLDS, CUT = 5, 10
+
+# What a share cannot be below, before its logarithm is taken.
+_FLOOR = 1e-6
+# Of the limits of what a part adds.
+_RESAMPLES = 1000
+CELLS = 1 << 24
+"""Cells of a block of scores: 64 MB in single precision."""
+
+
+@dataclass(frozen=True)
+class Weights:
+    """What was fitted.
+
+    Attributes:
+        form: ``alone`` is the first part with a weight.
+        parts: One weight a part; exponents of a logit, shares of a pool.
+        repeat: Logarithm of what an item of the history is worth beside another; 0 where none can be ranked.
+        low: 95 % limits of the weights over users, those of ``repeat`` last; empty where there are none.
+        high: As ``low``.
+    """
+
+    form: Form
+    parts: tuple[float, ...]
+    repeat: float = 0.0
+    low: tuple[float, ...] = ()
+    high: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Tried:
+    """A form with its figure on users that its weights do not know, higher is better."""
+
+    form: Form
+    name: str
+    value: float
+
+
+@dataclass(frozen=True)
+class Without:
+    """What the cross-fitted figure loses when a part is left out and the others are weighed anew.
+
+    Attributes:
+        name: Of the part.
+        loss: Above 0 for a part that is of use: how far NDCG@10 falls without it, or RMSE or log-loss rises.
+        low: 95 % limit over users.
+        high: As ``low``.
+    """
+
+    name: str
+    loss: float
+    low: float
+    high: float
+
+
+def folds_of(name: str, users: Sequence[str]) -> NDArray[np.int64]:
+    """Return the fold of each case; all cases of a user have one.
+
+    Raises:
+        LlmrecError: If there are too few users to fit weights on all but a fifth of them.
+    """
+    if len(set(users)) < 2 * FOLDS:
+        raise LlmrecError(
+            f"{name}: weights need validation cases of at least {2 * FOLDS} users, and there are {len(set(users))}; "
+            "reserve more users for them",
+            kind="too-few",
+        )
+    return (hash64("fusion folds", 0, users) % np.uint64(FOLDS)).astype(np.int64)
+
+
+def limits_of(
+    values: NDArray[np.float64], scores: NDArray[np.float64], curvature: NDArray[np.float64], users: Sequence[str]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return 95 % limits of fitted values, robust and clustered over users (White, Econometrica 1982).
+
+    Args:
+        values: Where the likelihood is highest, shape (k,).
+        scores: Gradient of each case there, shape (n, k).
+        curvature: Of all cases, shape (k, k).
+        users: Whose case each is.
+    """
+    _, cluster = np.unique(np.array(users), return_inverse=True)
+    sums = np.zeros((cluster.max() + 1, len(values)))
+    np.add.at(sums, cluster, scores)
+    inverse = np.linalg.pinv(curvature)
+    errors = 1.96 * np.sqrt(np.maximum(np.diag(inverse @ (sums.T @ sums) @ inverse), 0.0))
+    return tuple((values - errors).tolist()), tuple((values + errors).tolist())
+
+
+def combined(
+    weights: Weights,
+    raw: Sequence[NDArray[Any]],
+    kinds: Sequence[Kind],
+    had: NDArray[np.bool_],
+    out: NDArray[np.bool_] | None,
+) -> NDArray[np.floating[Any]]:
+    """Return what a fusion says of items, higher is better, shape (n, m).
+
+    Args:
+        weights: As fitted.
+        raw: Scores of each part, shape (n, m).
+        kinds: How they are read.
+        had: Whether an item is in the history, shape (n, m).
+        out: What is left out of what parts are normalised over, shape (n, m); None: nothing.
+    """
+    total: NDArray[np.floating[Any]] = np.zeros(had.shape, dtype=np.float32 if weights.form == "logit" else np.float64)
+    for weight, scores, kind in zip(weights.parts, raw, kinds, strict=True):
+        if not weight:
+            continue
+        if weights.form == "alone":
+            total = np.asarray(scores, dtype=np.float64)
+            break
+        total = total + weight * (feature(scores, kind, out) if weights.form == "logit" else share(scores, kind, out))
+    if weights.form == "pool":
+        total = np.log(np.maximum(total, 1e-300))
+    return total + weights.repeat * had if weights.repeat else total
+
+
+def feature(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> NDArray[np.float32]:
+    """Return scores on a scale of logarithms, shape (n, m): log-shares of counts, logits less their maximum.
+
+    A search's items beyond its beams get the probability of its last beam.
+    """
+    values = np.array(scores, dtype=np.float32)
+    if kind == "logits":
+        values -= values.max(axis=1, keepdims=True)
+        return values
+    np.maximum(values, 0, out=values)
+    if kind == "beams":
+        least = np.min(values, axis=1, keepdims=True, where=values > 0, initial=1.0)
+        np.log(np.maximum(values, np.maximum(least, 1e-30)), out=values)
+        return values
+    if out is not None:
+        values[out] = 0
+    totals = values.sum(axis=1, keepdims=True)
+    np.divide(values, totals, out=values, where=totals > 0)
+    np.log(values + np.float32(_FLOOR), out=values)
+    return values
+
+
+def share(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> NDArray[np.float64]:
+    """Return scores as probabilities over the items asked about, shape (n, m); rows without any are uniform."""
+    values = np.array(scores, dtype=np.float64)
+    if kind == "logits":
+        if out is not None:
+            values[out] = -np.inf
+        values -= values.max(axis=1, keepdims=True)
+        values = np.exp(values)
+    elif kind == "beams":
+        values = np.maximum(values, np.min(values, axis=1, keepdims=True, where=values > 0, initial=1.0))
+    else:
+        values = np.maximum(values, 0)
+    if out is not None:
+        values[out] = 0
+    totals = values.sum(axis=1, keepdims=True)
+    found = np.full_like(values, 1 / values.shape[1])
+    np.divide(values, totals, out=found, where=totals > 0)
+    return found
+
+
+def left_out(
+    name: str,
+    first: NDArray[np.float64],
+    second: NDArray[np.float64],
+    users: Sequence[str],
+    statistic: StatisticName = "mean",
+) -> Without:
+    """Return what is lost without a part, the first figure less the second, from the values of each case."""
+    found = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
+    return Without(name, found.value, found.low, found.high)
+
+
+# --------------------------------------------------------------------------- fitting
+
+# Ridge penalty of the standardised weights of a logit, for the whole sample.
+_PENALTY = 1.0
+# Takes an item below all others.
+_NEVER = -1e9
+
+
+@dataclass
+class WeighedCases:
+    """Validation cases with what the parts say of them.
+
+    Attributes:
+        raw: Scores of each part, shape (n, items), in single precision.
+        kinds: How they are read.
+        had: Whether an item is in the history, shape (n, items).
+        truth: Column of the target, shape (n,).
+        out: What cannot be ranked, shape (n, items), never the target; None: all can be.
+        repeats: Items of the history can be ranked, so that their weight is fitted.
+    """
+
+    raw: list[NDArray[np.float32]]
+    kinds: list[Kind]
+    had: NDArray[np.bool_]
+    truth: NDArray[np.int64]
+    out: NDArray[np.bool_] | None
+    repeats: bool
+    _features: NDArray[np.float32] | None = None
+    _shares: tuple[NDArray[np.float64], NDArray[np.float64]] | None = None
+
+    def features(self) -> NDArray[np.float32]:
+        """Return the parts on a scale of logarithms, and whether an item is in the history where that can be.
+
+        Returns:
+            Shape (n, parts, items), so that what is said of a case lies together.
+        """
+        if self._features is None:
+            shape = len(self.truth), len(self.raw) + self.repeats, self.had.shape[1]
+            self._features = np.empty(shape, dtype=np.float32)
+            for place, (raw, kind) in enumerate(zip(self.raw, self.kinds, strict=True)):
+                self._features[:, place] = feature(raw, kind, self.out)
+            if self.repeats:
+                self._features[:, -1] = self.had
+        return self._features
+
+    def first(self, count: int) -> WeighedCases:
+        """Return the first cases, without a copy."""
+        part = slice(count)
+        out = None if self.out is None else self.out[part]
+        shares = None if self._shares is None else (self._shares[0][part], self._shares[1][part])
+        raw = [each[part] for each in self.raw]
+        return WeighedCases(
+            raw, self.kinds, self.had[part], self.truth[part], out, self.repeats, self.features()[part], shares
+        )
+
+    # ----------------------------------------------------------------------- forms
+
+    def logit(self, rows: NDArray[np.int64], start: Weights | None = None, off: int | None = None) -> Weights:
+        """Return the weights of the conditional logit by maximum likelihood, with a small ridge penalty.
+
+        Args:
+            rows: The cases to fit to.
+            start: Weights near which they may lie, which saves time and changes nothing else.
+            off: A part that is left out.
+        """
+        count, parts = self.features().shape[1], len(self.raw)
+        scales = np.array([max(self._spread(place, rows), 1e-6) for place in range(count)])
+        used = np.array([place != off for place in range(count)])
+
+        def loss(scaled: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            weights = np.zeros(count)
+            weights[used] = scaled / scales[used]
+            value, gradient, _ = self._likelihood(weights, rows)
+            return value + _PENALTY * float(scaled @ scaled), gradient[used] / scales[used] + 2 * _PENALTY * scaled
+
+        begin = np.full(count, 1.0 / parts)
+        if start is not None:
+            begin = np.array([*start.parts, *([start.repeat] if self.repeats else [])]) * scales
+        # Takes a tenth of a second to import, and most commands fit nothing.
+        from scipy.optimize import minimize
+
+        fitted = minimize(loss, begin[used], jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-8}).x
+        found = np.zeros(count)
+        found[used] = fitted / scales[used]
+        weights = tuple(float(weight) for weight in found[:parts])
+        return Weights("logit", weights, float(found[-1]) if self.repeats else 0.0)
+
+    def _spread(self, place: int, rows: NDArray[np.int64]) -> float:
+        """Return the standard deviation of a feature over the candidates of some cases."""
+        values = self.features()[rows, place]
+        found = values if self.out is None else values[~self.out[rows]]
+        return float(found.std(dtype=np.float64))
+
+    def _likelihood(
+        self, weights: NDArray[np.float64], rows: NDArray[np.int64], *, curvature: bool = False
+    ) -> tuple[float, NDArray[np.float64], NDArray[np.float64]]:
+        """Return the negative log-likelihood with its gradient, and the gradients by case or the curvature.
+
+        Returns:
+            The value; the gradient, shape (k,); with ``curvature`` its matrix below the gradients of the cases, shape
+            (n + k, k), else an empty array.
+        """
+        features, single = self.features(), weights.astype(np.float32)
+        count = len(weights)
+        value, gradient = 0.0, np.zeros(count)
+        each, matrix = [], np.zeros((count, count))
+        block = max(1, CELLS // (features.shape[2] * count))
+        inside = np.zeros(len(self.truth), dtype=bool)
+        inside[rows] = True
+        for begin in range(0, len(inside), block):
+            # Slices are no copies: cases outside are computed and not counted, which is cheaper than to gather.
+            part = slice(begin, begin + block)
+            counted = inside[part]
+            if not counted.any():
+                continue
+            total = np.matmul(single, features[part])
+            if self.out is not None:
+                total[self.out[part]] = -np.inf
+            total -= total.max(axis=1, keepdims=True)
+            own = total[np.arange(len(total)), self.truth[part]].astype(np.float64)
+            chances = np.exp(total, out=total)
+            sums = chances.sum(axis=1, keepdims=True)
+            chances /= sums
+            value += float((np.log(sums[:, 0]) - own)[counted].sum())
+            means = np.matmul(features[part], chances[:, :, None])[:, :, 0].astype(np.float64)
+            wide = means - features[part][np.arange(len(total)), :, self.truth[part]]
+            gradient += wide[counted].sum(axis=0)
+            if curvature:
+                each.append(wide[counted])
+                both = np.einsum("nkm,nm,nlm->kl", features[part][counted], chances[counted], features[part][counted])
+                matrix += both - means[counted].T @ means[counted]
+        if not curvature:
+            return value, gradient, np.empty(0)
+        return value, gradient, np.concatenate([*each, matrix])
+
+    def limits(self, weights: Weights, users: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return 95 % limits of a logit's weights, robust and clustered over users (White, Econometrica 1982)."""
+        values = np.array([*weights.parts, *([weights.repeat] if self.repeats else [])])
+        _, _, both = self._likelihood(values, np.arange(len(self.truth)), curvature=True)
+        scores, curvature = both[: -len(values)], both[-len(values) :]
+        return limits_of(values, scores, curvature, users)
+
+    def pool(self, rows: NDArray[np.int64], start: Weights | None = None, off: int | None = None) -> Weights:
+        """Return the weights of the linear pool by maximum likelihood, with what an item of the history is worth.
+
+        Args:
+            rows: The cases to fit to.
+            start: Not needed: a fit takes milliseconds.
+            off: A part that is left out.
+        """
+        used = [place for place in range(len(self.raw)) if place != off]
+        own, seen = (each[rows][:, used] for each in self.shares())
+
+        def loss(free: NDArray[np.float64]) -> float:
+            shares = _softmax(free[: own.shape[1]])
+            mixed = own @ shares
+            if self.repeats:
+                worth = np.exp(free[-1])
+                mixed = mixed * np.where(self.had[rows, self.truth[rows]], worth, 1.0)
+                mixed = mixed / (1 + (worth - 1) * (seen @ shares))
+            return float(-np.log(np.maximum(mixed, 1e-300)).sum())
+
+        begin = np.zeros(own.shape[1] + self.repeats)
+        from scipy.optimize import minimize
+
+        found = minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x
+        shares = np.zeros(len(self.raw))
+        shares[used] = _softmax(found[: own.shape[1]])
+        return Weights("pool", tuple(float(each) for each in shares), float(found[-1]) if self.repeats else 0.0)
+
+    def onto(
+        self, base: Weights, free: Sequence[int], rows: NDArray[np.int64], start: Weights | None = None
+    ) -> Weights:
+        """Return a fusion with further parts beside it: what the fusion as a whole counts, and what each part does.
+
+        In a logit the ridge penalty draws them to 1 and 0; in a pool the fusion is a part like another. So a few cases
+        say what parts add to a fusion that many have weighed.
+
+        Args:
+            base: Weights of all parts, 0 of the further ones.
+            free: Places of these.
+            rows: The cases to fit to.
+            start: Not needed: there are few numbers.
+        """
+        if base.form == "pool":
+            return self._pooled_onto(base, free, rows)
+        places = list(free)
+        whole = np.array([*base.parts, *([base.repeat] if self.repeats else [])])
+        inside = np.matmul(whole.astype(np.float32), self.features()[rows])
+        ranked = inside if self.out is None else inside[~self.out[rows]]
+        # Where all items of the history come last, their part of the sum says nothing of its spread.
+        spread = float(ranked[ranked > _NEVER / 2].std(dtype=np.float64))
+        scales = np.array([max(each, 1e-6) for each in (spread, *(self._spread(place, rows) for place in places))])
+        begin = np.array([1.0, *(0.0 for _ in places)])
+
+        def placed(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
+            weights: NDArray[np.float64] = numbers[0] * whole
+            weights[places] += numbers[1:]
+            return weights
+
+        def loss(numbers: NDArray[np.float64]) -> tuple[float, NDArray[np.float64]]:
+            value, gradient, _ = self._likelihood(placed(numbers), rows)
+            away = scales * (numbers - begin)
+            slope = np.array([gradient @ whole, *gradient[places]]) + 2 * _PENALTY * scales * away
+            return value + _PENALTY * float(away @ away), slope
+
+        bounds = [(0.0, None), *((None, None) for _ in places)]
+        from scipy.optimize import minimize
+
+        found = placed(minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds).x)
+        parts = tuple(float(weight) for weight in found[: len(self.raw)])
+        return Weights("logit", parts, float(found[-1]) if self.repeats else 0.0)
+
+    def _pooled_onto(self, base: Weights, free: Sequence[int], rows: NDArray[np.int64]) -> Weights:
+        own, seen = (
+            np.column_stack([each[rows] @ np.array(base.parts), each[rows][:, list(free)]]) for each in self.shares()
+        )
+        worth = np.exp(base.repeat)
+        factor = np.where(self.had[rows, self.truth[rows]], worth, 1.0)
+
+        def loss(numbers: NDArray[np.float64]) -> float:
+            shares = _softmax(numbers)
+            mixed = (own @ shares) * factor / (1 + (worth - 1) * (seen @ shares))
+            return float(-np.log(np.maximum(mixed, 1e-300)).sum())
+
+        begin = np.zeros(own.shape[1])
+        from scipy.optimize import minimize
+
+        shares = _softmax(minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x)
+        parts = shares[0] * np.array(base.parts)
+        parts[list(free)] = shares[1:]
+        return Weights("pool", tuple(float(each) for each in parts), base.repeat)
+
+    def alone(self, place: int, rows: NDArray[np.int64]) -> float:
+        """Return what is added to the scores of items of the history for a part alone: nothing, or all others first."""
+        found = []
+        for worth in (0.0, _NEVER):
+            weights = Weights("alone", tuple(float(place == each) for each in range(len(self.raw))), worth)
+            found.append((self.ndcg(weights, rows).mean(), worth))
+        return max(found)[1]
+
+    def shares(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Return the probability of each target by each part, and of all items of the history, shape (n, parts)."""
+        if self._shares is None:
+            own, seen, here = [], [], np.arange(len(self.truth))
+            block = max(1, CELLS // self.had.shape[1])
+            for raw, kind in zip(self.raw, self.kinds, strict=True):
+                for begin in range(0, len(here), block):
+                    part = slice(begin, begin + block)
+                    values = share(raw[part], kind, None if self.out is None else self.out[part])
+                    own.append(values[np.arange(len(values)), self.truth[part]])
+                    seen.append((values * self.had[part]).sum(axis=1))
+            sizes = len(self.raw), len(here)
+            self._shares = np.concatenate(own).reshape(sizes).T, np.concatenate(seen).reshape(sizes).T
+        return self._shares
+
+    def ndcg(self, weights: Weights, rows: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return NDCG@10 of some cases under weights, ties in expectation, shape (n,)."""
+        block = max(1, CELLS // self.had.shape[1])
+        greater, tied = [], []
+        for start in range(0, len(rows), block):
+            part = rows[start : start + block]
+            out = None if self.out is None else self.out[part]
+            if weights.form == "logit":
+                values = np.array([*weights.parts, *([weights.repeat] if self.repeats else [])], dtype=np.float32)
+                found = np.matmul(values, self.features()[part])
+            else:
+                found = combined(weights, [each[part] for each in self.raw], self.kinds, self.had[part], out)
+            if out is not None:
+                found = np.where(out, -np.inf, found)
+            own = found[np.arange(len(part)), self.truth[part]][:, None]
+            greater.append((found > own).sum(axis=1))
+            tied.append((found == own).sum(axis=1))
+        return np.asarray(ndcg(np.concatenate(greater), np.concatenate(tied), CUT))
+
+    def crossed(self, fit: Fit, whole: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Return NDCG@10 of each case under weights that were fitted to the other folds, shape (n,).
+
+        Args:
+            fit: Fits the form.
+            whole: The form fitted to all cases, near which those of the folds lie.
+            folds: Of each case.
+        """
+        found = np.zeros(len(self.truth))
+        for fold in range(FOLDS):
+            outside = np.flatnonzero(folds == fold)
+            found[outside] = self.ndcg(fit(np.flatnonzero(folds != fold), whole), outside)
+        return found
+
+
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    found = np.exp(values - values.max())
+    return np.asarray(found / found.sum())
+
+
+def forms(known: WeighedCases, names: Sequence[str]) -> dict[tuple[Form, str], Fit]:
+    """Return what fits each form to some of the cases, by form and name; a part alone has that of the part."""
+
+    def alone(place: int, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
+        weights = tuple(float(place == each) for each in range(len(names)))
+        return Weights("alone", weights, known.alone(place, rows) if known.repeats else 0.0)
+
+    parts = {("alone", name): partial(alone, place) for place, name in enumerate(names)}
+    return {("logit", "logit"): known.logit, ("pool", "pool"): known.pool, **parts}  # type: ignore[dict-item]

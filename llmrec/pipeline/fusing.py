@@ -1,0 +1,175 @@
+"""Joins the rows of finished runs: fusions of what was already answered, in a folder like that of a run."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import get_args
+
+from llmrec.ensembles.members import FUSIONS, Recalled, join, weighed_by, weights_of, widest
+from llmrec.errors import DataError
+from llmrec.evaluate.predictor import evaluate
+from llmrec.pipeline.evaluation import ResultRow, part_of
+from llmrec.pipeline.results import Written, write_results
+from llmrec.pipeline.resume import RUN, Budget, locked
+from llmrec.pipeline.row_specs import protocol_of
+from llmrec.pipeline.runs import finished, stored_row
+from llmrec.pipeline.study import Study, build_study
+from llmrec.pipeline.weighing import Weighing, bases_of
+from llmrec.recipe.load import load_stored
+from llmrec.report.results import content_of
+from llmrec.results import Reads, Row
+from llmrec.tasks.family import family_of
+from llmrec.terminal import works_in
+from llmrec.types import Case
+
+
+@dataclass(frozen=True)
+class FusedRuns:
+    """What was written, and the rows behind it."""
+
+    written: Written
+    rows: Sequence[ResultRow]
+
+
+def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
+    """Join the rows of runs over the same cases, and write results as a run has them.
+
+    Every family gets the fusion of its rows that know events alone, of those that read texts too, and of all. Their
+    weights come from the validation users whom all parts answered, so that the three can be compared.
+
+    Args:
+        runs: Folders of finished runs; the first one's recipe says what is held out and whom it was asked about.
+        out: A folder of its own.
+
+    Raises:
+        DataError: If a run is not finished, is about other data or cases, or no rows can be joined.
+    """
+    study = build_study(load_stored(runs[0]))
+    budget, weighing = Budget(), Weighing(study)
+    with locked(out, RUN), budget.stage("fusing"):
+        works_in(out)
+        found = [_rows(run, study) for run in runs]
+        rows = _distinct(list(zip([run.resolve().name for run in runs], found, strict=True)))
+        joined: list[ResultRow] = []
+        for family in study.tasks:
+            own = [row for row in rows if row.figures.task == family]
+            joined += _fusions(study, weighing, family, own)
+        if not joined:
+            raise DataError(
+                f"{', '.join(map(str, runs))}: no two rows answered the same validation users, who weigh a fusion; run "
+                "the recipes again with eval.fusion.controls=true, and eval.fusion.model_users=200 for the rows of a "
+                "language model",
+                kind="empty",
+                at=runs[0],
+                column="eval.fusion",
+            )
+        model = content_of(runs[0])["model"]
+        every = [*rows, *joined]
+        return FusedRuns(write_results(study, every, None, model, budget, out), every)
+
+
+def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
+    """Return rows as parts under names of their own: two templates or settings of one strategy have one predictor."""
+    many = Counter(row.figures.predictor for row in rows)
+    parts = [(row, part_of(row)) for row in rows]
+    return [
+        replace(part, name=row.figures.id.partition("/")[2]) if many[part.name] > 1 else part for row, part in parts
+    ]
+
+
+def _rows(run: Path, study: Study) -> list[ResultRow]:
+    """Return the rows of a run that are no fusions.
+
+    Raises:
+        DataError: If it is not finished, or is about other data or cases.
+    """
+    results = finished(run)
+    data = results.data["main"]
+    if data is None or data.split_fingerprint != study.data.fingerprint:
+        raise DataError(
+            f"{run} was measured on another table or split than the first run, so that their rows cannot be joined",
+            kind="mismatch",
+            at=run,
+            column="data",
+        )
+    rows = []
+    for figures in results.rows:
+        if figures.fusion is not None or figures.task not in study.tasks:
+            continue
+        row = stored_row(run, figures)
+        asked = [case.request.id for case in study.cases(figures.task)]
+        if [record.request_id for record in row.records] != asked or not _same_sets(row, study):
+            raise DataError(
+                f"{run}: {figures.id} was asked about other users or candidates than the first run asks about; run "
+                "both with one eval.users, eval.candidates and seed",
+                kind="mismatch",
+                at=run,
+                column="eval",
+            )
+        rows.append(row)
+    return rows
+
+
+def _same_sets(row: ResultRow, study: Study) -> bool:
+    sets = study.sets(row.figures.task)
+    return row.figures.candidates == (sets.digest if sets is not None else None)
+
+
+def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
+    """Return all rows under ids of their own; a row that two runs made alike stands once."""
+    rows: dict[str, ResultRow] = {}
+    for name, own in found:
+        for row in own:
+            known = rows.get(row.figures.id)
+            if known is None:
+                rows[row.figures.id] = row
+            elif known.figures.metrics != row.figures.metrics:
+                predictor = f"{row.figures.predictor} of {name}"
+                family, arm, _, *template = row.figures.id.split("/")
+                figures = row.figures.model_copy(
+                    update={"id": "/".join([family, arm, predictor, *template]), "predictor": predictor}
+                )
+                rows[figures.id] = replace(row, figures=figures)
+    return list(rows.values())
+
+
+def _fusions(study: Study, weighing: Weighing, family: str, rows: Sequence[ResultRow]) -> Iterator[ResultRow]:
+    able = [row for row in rows if row.weighing]
+    cases = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in able)]
+    for kind in get_args(Reads):
+        parts = [row for row in able if widest([row.figures.reads, kind]) == kind]
+        if cases and len(parts) >= 2 and widest([row.figures.reads for row in parts]) == kind:
+            yield _fused(study, weighing, family, kind, parts, cases)
+
+
+def _fused(
+    study: Study,
+    weighing: Weighing,
+    family: str,
+    kind: Reads,
+    parts: Sequence[ResultRow],
+    cases: Sequence[Case],
+) -> ResultRow:
+    own, said = family_of(family), _named(parts)
+    baselines = [row for row in parts if row.figures.arm == "baseline"]
+    every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
+    model = join(FUSIONS[kind], said, cases, own.answer, onto=bases_of(study, family, said, every))
+    found = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
+    arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
+    arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
+    figures = Row(
+        id=f"{family}/{arm}/{FUSIONS[kind]}",
+        task=family,
+        arm=arm,
+        predictor=FUSIONS[kind],
+        engine="numpy",
+        inputs=weighed_by(parts, cases),
+        candidates=parts[0].figures.candidates,
+        reads=kind,
+        fusion=weights_of(model),
+        **found.figures.as_json(),
+    )
+    return ResultRow(figures, found.values, found.records)

@@ -1,1 +1,0 @@
-"""Rows that join others: their parts and weights, how they are kept, and fusions of finished runs."""

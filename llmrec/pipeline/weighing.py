@@ -1,0 +1,130 @@
+"""Validation users who weigh the ensembles of a run, and the ensembles that a family has."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import get_args
+
+from llmrec.data.split import SplitDataset, halves
+from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.members import FUSIONS, NOTHING, Recalled, choosing, join, reads_of, widest
+from llmrec.ensembles.rankers import ListEnsemble
+from llmrec.ensembles.retrieving import MOST
+from llmrec.ensembles.stored import Fused, fused_of
+from llmrec.ensembles.weights import FOLDS
+from llmrec.errors import DataError
+from llmrec.pipeline.study import Study, build_task, draw_sets
+from llmrec.results import Reads, Row
+from llmrec.tasks.cases import of_first_users
+from llmrec.tasks.family import family_of
+from llmrec.types import Case, Probability, Rating
+
+log = logging.getLogger(__name__)
+
+
+def fusible(study: Study, family: str) -> tuple[Reads, ...]:
+    """Return the kinds of fusions of a family's baselines, judged by users that do not weigh them.
+
+    There is one for each kind that a baseline is of: of two or more that say something, itself and all that know less.
+    """
+    own, section = family_of(family), study.recipe.eval
+    able = own.ranks_for_users or own.answer in (Rating, Probability)
+    if not able or not section.fusion.controls or section.split != "test":
+        return ()
+    reads = [reads_of(each.name, each.parameters) for each in study.baselines(family) if each.name != NOTHING]
+    return tuple(
+        kind for kind in get_args(Reads) if kind in reads and sum(widest([each, kind]) == kind for each in reads) > 1
+    )
+
+
+def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
+    """Whether the rows of a language model in a setting, under a strategy, are joined with the family's baselines."""
+    first, section = ("head", study.section(family).strategies[0]), study.recipe.eval.fusion
+    if section.model_users == 0 or (section.arms is not None and arm not in section.arms):
+        return False
+    return strategy in first and bool(fusible(study, family))
+
+
+class Weighing:
+    """The validation users of a study who weigh its fusions, and what its rows answer them."""
+
+    def __init__(self, study: Study) -> None:
+        self._study = study
+        self._cases: dict[str, list[Case]] = {}
+        self._choosing: dict[tuple[int, str], SplitDataset] = {}
+
+    def cases(self, family: str, *, model: bool = False) -> list[Case]:
+        """Return the cases that weigh a family's fusion; none where it has no fusion.
+
+        A fusion needs validation users who are not evaluated, and two baselines that say something.
+
+        Args:
+            family: A chosen family.
+            model: Those that the rows of a language model answer too, the first ones.
+        """
+        if family not in self._cases:
+            self._cases[family] = self._drawn(family)
+        most = self._study.recipe.eval.fusion.model_users if model else None
+        return of_first_users(self._cases[family], most)
+
+    def choosing(self, name: str, data: SplitDataset) -> SplitDataset:
+        """Return what a baseline is fitted on; see `choosing`."""
+        section = self._study.recipe.eval.fusion
+        if not section.controls:
+            return data
+        if (id(data), name) not in self._choosing:
+            self._choosing[id(data), name] = choosing(name, data, section.reserved)
+        return self._choosing[id(data), name]
+
+    def _drawn(self, family: str) -> list[Case]:
+        study, section, own = self._study, self._study.recipe.eval.fusion, family_of(family)
+        if not fusible(study, family):
+            return []
+        data = study.task_data(family)
+        task = study.tasks[family]
+        weighers = halves(data, section.reserved)[1].holdouts("valid")
+        aside = study.set_aside(family)
+        if own.ranks_for_users and study.candidates is not None:
+            users = frozenset(weighers.first_users(MOST, but=aside))
+            asked = replace(study, candidates=draw_sets(study.recipe, study.data, "valid", users))
+            task = build_task(asked, family, study.section(family), study.templates[family], study.recipe.seed)
+        try:
+            able = task.cases("valid")
+        except DataError as error:
+            log.warning("%s: no fusion of the baselines: %s", family, error)
+            return []
+        cases = of_first_users(able, MOST, among=set(weighers.frame["user_id"].to_list()), but=aside)
+        found = len({case.request.user_id for case in cases})
+        if found < 2 * FOLDS:
+            log.warning(
+                "%s: no fusion of the baselines, which needs %d validation users to weigh it; there are %d",
+                *(family, 2 * FOLDS, found),
+            )
+            return []
+        return cases
+
+
+def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]) -> list[ListEnsemble | Blend]:
+    """Return the fusions of a family's baselines that join some of the parts and not all, onto which others may be put.
+
+    Args:
+        study: The study.
+        family: A chosen family.
+        parts: Baselines with answers to all cases, and others behind them.
+        cases: All that weigh the baselines.
+    """
+    found: list[ListEnsemble | Blend] = []
+    for kind in fusible(study, family) if cases else ():
+        able = [part for part in parts if widest([part.reads, kind]) == kind]
+        if len(able) < len(parts):
+            found.append(join(FUSIONS[kind], able, cases, family_of(family).answer, onto=found, dissect=False))
+    return found
+
+
+def fusions_of(study: Study, rows: Sequence[Row]) -> list[Fused]:
+    """Return the ensembles of rankings among a run's rows, as they are stored."""
+    ranks = [row for row in rows if family_of(row.task).ranks_for_users and row.fusion is not None]
+    section, seed = study.recipe.eval.fusion, study.recipe.seed
+    return [fused_of(row, study.baselines(row.task), seed=seed, reserved=section.reserved) for row in ranks]

@@ -1,0 +1,219 @@
+"""The first stage of CTRL (Li et al., arXiv 2306.02841): a CTR network is brought near to what is said of its rows.
+
+Every training row becomes a sentence: what is known of the user, titles of the latest events, and title and fields of
+the item, without the answer. A frozen text encoder reads each of these parts once, and a row has the vectors of its
+parts, titles by their mean, beside each other. One linear map leads from them and one from the network to vectors of
+equal length, which are trained so that a row finds its own sentence among those of the batch, and the other way round.
+Then maps and texts are dropped, and the network alone learns from the answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import reduce
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from pydantic import Field, model_validator
+
+from llmrec.baselines.base import LSA, AboveZero
+from llmrec.baselines.item_texts import STORE, TextsConfig, latent, texts_of
+from llmrec.baselines.neural import info_nce_both
+from llmrec.errors import require
+from llmrec.guard import TEXT_LIMIT, clean
+from llmrec.models.text_encoder import fitting
+from llmrec.recipe.schema import Positive
+from llmrec.systems.ctr.fields import Fields, Rows
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+    from llmrec.index.table import Embed
+
+    #: Numbers of training rows -> a tensor of as many rows.
+    Forward = Callable[[NDArray[np.int64]], Any]
+
+# Share of the steps in which the learning rate rises.
+_WARM = 0.1
+
+
+class Align(TextsConfig):
+    """How a network is brought near to texts."""
+
+    encoder: str = Field(
+        "all-MiniLM-L6-v2",
+        description="text encoder, a name or a folder; lsa: no language model; `chance`: vectors without meaning",
+    )
+    sides: Literal["both", "user", "item"] = Field(
+        "both", description="what sentences say: of the user and the latest events, of the item, or both"
+    )
+    longer: bool = Field(False, description="a control: no texts, but as many more epochs on the answers")
+    epochs: Positive = Field(3, description="passes over the training rows")
+    batch: Positive = Field(512, description="rows of one optimiser step, among which a row finds its sentence")
+    width: Positive = Field(128, description="length of the vectors that are compared")
+    parts: Positive = Field(4, description="sub-vectors of each, every one of which finds its likest; width / parts")
+    temperature: AboveZero = Field(0.7, description="divides similarities")
+    learning_rate: AboveZero = Field(5e-4, description="of AdamW, after a rise over the first tenth of the steps")
+    weight_decay: float = Field(1e-5, ge=0, description="decoupled")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Align:
+        if self.width % self.parts:
+            raise ValueError(f"width must be a multiple of parts, not {self.width} and {self.parts}")
+        if self.encoder.startswith(STORE):
+            raise ValueError("encoder: a store has no vectors of titles; name a text encoder, such as all-MiniLM-L6-v2")
+        return self
+
+
+@dataclass(frozen=True)
+class Sentences:
+    """What is said of rows, as vectors of its parts; row 0 of each is zeros, for what is unknown.
+
+    Attributes:
+        users: What is known of them, shape (users + 1, d).
+        titles: Of items, shape (items + 1, d).
+        items: Titles and fields, shape (items + 1, d); d differs under ``lsa``.
+    """
+
+    users: NDArray[np.float32]
+    titles: NDArray[np.float32]
+    items: NDArray[np.float32]
+
+    @staticmethod
+    def of(data: SplitDataset, fields: Fields, config: Align) -> Sentences:
+        """Read each part once; with ``shuffled`` users and items have the texts of others.
+
+        Raises:
+            DataError: If no item has a title or a field, or the encoder was tuned on another split.
+            ModelError: If there is no such encoder.
+        """
+        embed: Embed = words if config.encoder == LSA else fitting(config.encoder, data)
+
+        def vectors(said: Sequence[str], side: str) -> NDArray[np.float32]:
+            told = [place for place, text in enumerate(said) if text and config.sides in ("both", side)]
+            read = embed([said[place] for place in told]) if told else np.zeros((0, 1))
+            found = np.zeros((len(said), read.shape[1]), dtype=np.float32)
+            found[told] = read
+            return np.concatenate([np.zeros_like(found[:1]), found[config.order(len(said))]])
+
+        users, titles, items = texts(data, fields)
+        return Sentences(vectors(users, "user"), vectors(titles, "user"), vectors(items, "item"))
+
+    @property
+    def width(self) -> int:
+        """Length of the vector of a row."""
+        return sum(each.shape[1] for each in (self.users, self.titles, self.items))
+
+    def of_rows(self, rows: Rows) -> NDArray[np.float32]:
+        """Return user, mean title of the events and item beside each other, shape (n, width)."""
+        known = (rows.events > 0)[..., None]
+        past = self.titles[rows.events].sum(axis=1) / np.maximum(known.sum(axis=1), 1)
+        return np.concatenate([self.users[rows.users], past.astype(np.float32), self.items[rows.items]], axis=1)
+
+
+def words(said: Sequence[str]) -> NDArray[np.float32]:
+    """Return vectors of texts by their words alone, shape (n, d)."""
+    return latent(said, said).astype(np.float32)
+
+
+def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], list[str]]:
+    """Return what is known of users, titles of items, and titles with fields, in the order of their numbers."""
+    profiles = [fields.profiles.get(user, {}) for user in fields.users]
+    users = [
+        ", ".join(f"{name}: {clean(said, TEXT_LIMIT)}" for name, said in each.items() if said) for each in profiles
+    ]
+    items = [data.dataset.items[item] for item in fields.items]
+    return users, [clean(item.title) for item in items], texts_of(items)
+
+
+@dataclass(frozen=True)
+class Told:
+    """An epoch: its mean loss, and the share of rows that were likest to their own sentence (0 without texts)."""
+
+    loss: float
+    right: float
+
+
+def first_stage(
+    config: Align,
+    network: Any,
+    rows: Rows,
+    *,
+    represent: Forward,
+    judge: Forward,
+    sentences: Sentences | None,
+    seed: int,
+) -> Iterator[Told]:
+    """Train a network on rows and their sentences, an epoch at a time; without sentences on the answers.
+
+    Args:
+        config: How.
+        network: What learns.
+        rows: Of training.
+        represent: What the network makes of rows, shape (b, k).
+        judge: Log-odds of rows, shape (b,).
+        sentences: What is said of the rows.
+        seed: Of the order of rows.
+    """
+    torch = require("torch", "baselines")
+    maps = torch.nn.ModuleDict()
+    if sentences is not None:
+        with torch.no_grad():
+            width = represent(np.arange(min(2, len(rows)))).shape[1]
+        maps["rows"] = torch.nn.Linear(width, config.width)
+        maps["texts"] = torch.nn.Linear(sentences.width, config.width)
+    learned = [*network.parameters(), *maps.parameters()]
+    optimiser = torch.optim.AdamW(learned, lr=config.learning_rate, weight_decay=config.weight_decay)
+    rise = max(1.0, _WARM * config.epochs * math.ceil(len(rows) / config.batch))
+    rate = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: min(1.0, (step + 1) / rise))
+    rng = np.random.default_rng([seed, 3])
+    for _ in range(config.epochs):
+        network.train()
+        order, total, right = rng.permutation(len(rows)), 0.0, 0.0
+        for start in range(0, len(order), config.batch):
+            part = order[start : start + config.batch]
+            optimiser.zero_grad(set_to_none=True)
+            if sentences is None:
+                truth = torch.from_numpy(rows.truth[part])
+                loss = torch.nn.functional.binary_cross_entropy_with_logits(judge(part), truth)
+            else:
+                some = rows.of(part)
+                said = maps["texts"](torch.from_numpy(sentences.of_rows(some)))
+                alike = similar(maps["rows"](represent(part)), said, config.parts) / config.temperature
+                hidden = torch.from_numpy(same(some))
+                loss = info_nce_both(alike, hidden)
+                first = alike.masked_fill(hidden, -math.inf).argmax(dim=1)
+                right += float((first == torch.arange(len(first))).sum())
+            loss.backward()
+            optimiser.step()
+            rate.step()
+            total += float(loss.detach()) * len(part)
+        yield Told(total / len(rows), right / len(rows))
+
+
+def similar(rows: Any, sentences: Any, parts: int) -> Any:
+    """Return how alike rows and sentences are: CTRL's sum over m of the largest ``<row_m, sentence_m'>`` of all m'.
+
+    Args:
+        rows: Shape (n, d).
+        sentences: Shape (k, d).
+        parts: Sub-vectors of each; with one it is the inner product.
+
+    Returns:
+        Shape (n, k).
+    """
+    own, told = (each.unflatten(1, (parts, -1)).unbind(1) for each in (rows, sentences))
+    larger = require("torch", "baselines").maximum
+    return sum(reduce(larger, [part @ other.T for other in told]) for part in own)
+
+
+def same(rows: Rows) -> NDArray[np.bool_]:
+    """Return which other rows are of the same user or item, and no negatives, shape (n, n)."""
+    found: NDArray[np.bool_] = (rows.users[:, None] == rows.users) | (rows.items[:, None] == rows.items)
+    np.fill_diagonal(found, val=False)
+    return found

@@ -1,0 +1,234 @@
+"""Questions as fields: the item and the user with their attributes, the latest rated events, and what is counted."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import polars as pl
+
+from llmrec.baselines.counted import Counted
+from llmrec.data.read.codes import codes
+from llmrec.data.split import others
+from llmrec.types import Request
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+# What has more values, or longer ones, is a text and no attribute.
+_MOST_VALUES, _LONGEST_VALUE = 5_000, 60
+# Values of one attribute that are read of an item, and how often one must occur.
+_READ, _LEAST = 8, 2
+
+
+@dataclass(frozen=True)
+class Attribute:
+    """A field of items or users with few values, each of which has a number from 1 on.
+
+    Attributes:
+        name: Of the field.
+        numbers: By value; others are unknown, 0.
+    """
+
+    name: str
+    numbers: Mapping[str, int]
+
+    @staticmethod
+    def all_of(entries: Iterable[Mapping[str, str]]) -> tuple[Attribute, ...]:
+        """Return the attributes among the fields of some items or users."""
+        counts: dict[str, Counter[str]] = {}
+        for fields in entries:
+            for name, value in fields.items():
+                counts.setdefault(name, Counter()).update(_parts(value))
+        found = []
+        for name, counted in sorted(counts.items()):
+            values = sorted(value for value, count in counted.items() if count >= _LEAST)
+            longest = max(map(len, values), default=0)
+            if len(values) > 1 and len(values) <= _MOST_VALUES and longest <= _LONGEST_VALUE:
+                found.append(Attribute(name, {value: place for place, value in enumerate(values, start=1)}))
+        return tuple(found)
+
+    def of(self, entries: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
+        """Return the numbers of each entry's values, shape (n, values), padded with 0."""
+        table = np.zeros((len(entries), _READ), dtype=np.int64)
+        for row, fields in enumerate(entries):
+            known = [number for part in _parts(fields.get(self.name, "")) if (number := self.numbers.get(part))]
+            table[row, : min(len(known), _READ)] = known[:_READ]
+        return table
+
+
+def _parts(value: str) -> list[str]:
+    return [part.strip() for part in value.replace(" > ", ", ").split(", ") if part.strip()]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Questions in numbers; 0 is unknown or none.
+
+    Attributes:
+        users: Shape (n,).
+        items: Shape (n,).
+        user_names: Shape (n,), as they were.
+        item_names: Shape (n,).
+        of_users: Of each attribute of users, shape (n, values).
+        events: Items of the latest rated events, the last one last, shape (n, window).
+        liked: 1 where the event was a like, shape (n, window).
+        numbers: What is counted, shape (n, k).
+        truth: 1 for a yes, shape (n,); 0 where nobody knows.
+    """
+
+    users: NDArray[np.int64]
+    items: NDArray[np.int64]
+    user_names: NDArray[Any]
+    item_names: NDArray[Any]
+    of_users: tuple[NDArray[np.int64], ...]
+    events: NDArray[np.int64]
+    liked: NDArray[np.int64]
+    numbers: NDArray[np.float32]
+    truth: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        """Return how many there are."""
+        return len(self.items)
+
+    def of(self, places: NDArray[np.int64] | NDArray[np.bool_]) -> Rows:
+        """Return some of them."""
+        return Rows(
+            self.users[places],
+            self.items[places],
+            self.user_names[places],
+            self.item_names[places],
+            tuple(each[places] for each in self.of_users),
+            self.events[places],
+            self.liked[places],
+            self.numbers[places],
+            self.truth[places],
+        )
+
+
+@dataclass(frozen=True)
+class Fields:
+    """Numbers of users, items and values, from training and the catalogue.
+
+    Attributes:
+        users: By id, those with training ratings.
+        items: By id, the whole catalogue.
+        warm: Numbers of the items with training ratings: others have no vector of their own, shape (items + 1,).
+        item_attributes: Of items.
+        item_values: Numbers of each item's values, by attribute, shape (items + 1, values).
+        user_attributes: Of users.
+        profiles: Of users.
+        counted: What is counted.
+        window: Latest rated events that are seen.
+    """
+
+    users: Mapping[str, int]
+    items: Mapping[str, int]
+    warm: NDArray[np.int64]
+    item_attributes: tuple[Attribute, ...]
+    item_values: tuple[NDArray[np.int64], ...]
+    user_attributes: tuple[Attribute, ...]
+    profiles: Mapping[str, Mapping[str, str]]
+    counted: Counted
+    window: int
+
+    @staticmethod
+    def of(data: SplitDataset, name: str, *, liked: float | None, window: int, decay: float) -> tuple[Fields, Rows]:
+        """Number everything, and return the training ratings as questions, each with the events before it.
+
+        Raises:
+            DataError: If the training interactions carry no ratings.
+        """
+        counted, known, numbers = Counted.of(data, name, liked, decay, before=True)
+        items = {item: place for place, item in enumerate(sorted(data.dataset.items), start=1)}
+        warm = np.zeros(len(items) + 1, dtype=np.int64)
+        places = np.array([items[item] for item in known.item_index])
+        warm[places] = places
+        entries = [{}, *(data.dataset.items[item].fields for item in items)]
+        attributes = Attribute.all_of(entries)
+        profiles = {user: dict(data.dataset.users.get(user, {})) for user in known.user_index}
+        fields = Fields(
+            users={user: place for place, user in enumerate(known.user_index, start=1)},
+            items=items,
+            warm=warm,
+            item_attributes=attributes,
+            item_values=tuple(each.of(entries) for each in attributes),
+            user_attributes=Attribute.all_of(profiles.values()),
+            profiles=data.dataset.users,
+            counted=counted,
+            window=window,
+        )
+        return fields, fields._training(data, numbers[np.argsort(known.order)])
+
+    def _training(self, data: SplitDataset, numbers: NDArray[np.float64]) -> Rows:
+        frames = [data.known.drop_nulls("rating"), data.train.drop_nulls("rating")]
+        columns = ["user_id", "item_id", "rating", "timestamp"]
+        both = pl.concat([frame.select(pl.col(columns[:2]).cast(pl.String), *columns[2:]) for frame in frames])
+        learned = np.arange(both.height) >= frames[0].height
+        _, of_user = codes(both["user_id"])
+        keys = [np.arange(both.height), of_user]
+        if data.kind == "given":  # a source may hold out what is older than its training rows
+            keys.insert(1, both["timestamp"].fill_null(-np.inf).to_numpy())
+        order = np.lexsort(keys)
+        items = np.array([self.items.get(item, 0) for item in both["item_id"]], dtype=np.int64)[order]
+        likes = (both["rating"].to_numpy() >= self.counted.counts.liked).astype(np.int64)[order]
+        of_user, learned = of_user[order], learned[order]
+        begins = np.concatenate([[0], np.flatnonzero(of_user[1:] != of_user[:-1]) + 1])
+        depth = np.arange(len(items)) - np.repeat(begins, np.diff(np.append(begins, len(items))))
+        events = np.zeros((len(items), self.window), dtype=np.int64)
+        liked = np.zeros_like(events)
+        for back in range(1, self.window + 1):
+            able = np.flatnonzero(depth >= back)
+            # An earlier rating of the item itself would tell the answer.
+            able = able[items[able - back] != items[able]]
+            events[able, -back], liked[able, -back] = items[able - back], likes[able - back]
+        user_names = both["user_id"].to_numpy()[order]
+        profiles = [self.profiles.get(user, {}) for user in user_names.tolist()]
+        rows = Rows(
+            users=np.array([self.users.get(user, 0) for user in user_names.tolist()], dtype=np.int64),
+            items=items,
+            user_names=user_names,
+            item_names=both["item_id"].to_numpy()[order],
+            of_users=tuple(each.of(profiles) for each in self.user_attributes),
+            events=events,
+            liked=liked,
+            numbers=np.zeros((len(items), numbers.shape[1]), dtype=np.float32),
+            truth=likes.astype(np.float32),
+        )
+        found = rows.of(learned)
+        # In the order of the training frame, as the numbers are.
+        back_in_order = np.argsort(order[learned])
+        found = found.of(back_in_order)
+        found.numbers[:] = numbers
+        return found
+
+    def asked(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
+        """Return requests as questions; a request without an item asks about an unknown one."""
+        shape = len(requests), self.window
+        events, liked = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        level = self.counted.counts.liked
+        for row, request in enumerate(requests):
+            shown = [event for event in others(request.history, request.item) if event.rating is not None][
+                -self.window :
+            ]
+            start = self.window - len(shown)
+            events[row, start:] = [self.items.get(event.item_id, 0) for event in shown]
+            liked[row, start:] = [float(event.rating or 0) >= level for event in shown]
+        profiles = [self.profiles.get(request.user_id, {}) for request in requests]
+        numbers = [self.counted.row(request) for request in requests]
+        return Rows(
+            users=np.array([self.users.get(request.user_id, 0) for request in requests], dtype=np.int64),
+            items=np.array([self.items.get(request.item or "", 0) for request in requests], dtype=np.int64),
+            user_names=np.array([request.user_id for request in requests], dtype=object),
+            item_names=np.array([request.item or "" for request in requests], dtype=object),
+            of_users=tuple(each.of(profiles) for each in self.user_attributes),
+            events=events,
+            liked=liked,
+            numbers=np.array(numbers, dtype=np.float32).reshape(len(requests), len(self.counted.mean)),
+            truth=np.zeros(len(requests), np.float32) if truth is None else np.array(truth, np.float32),
+        )

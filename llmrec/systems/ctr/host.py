@@ -1,0 +1,433 @@
+"""What CTR hosts share: their fields as vectors, training until validation says stop, and answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
+
+import numpy as np
+from pydantic import Field, field_validator
+
+from llmrec.baselines.base import AboveZero, Baseline, Decay
+from llmrec.baselines.neural import until_least
+from llmrec.baselines.profiles import Adaptor, Columns, adapt
+from llmrec.baselines.validation import rating_cases
+from llmrec.baselines.yes_no import LikeRatioConfig
+from llmrec.data.features import FeatureKind
+from llmrec.errors import DataError, require
+from llmrec.recipe.schema import Positive, Width
+from llmrec.results import Reads
+from llmrec.systems.ctr.align import Align, Sentences, first_stage
+from llmrec.systems.ctr.fields import Fields, Rows
+from llmrec.types import Answer, Case, Probability, Request, Unparsed
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+log = logging.getLogger(__name__)
+
+# Small vectors at the start: with large ones two epochs overfit.
+_SPREAD = 0.05
+# Rows that are judged together, and the digits that answers keep: the last ones depend on how many come together.
+_ROWS, _DIGITS = 4096, 9
+
+
+class HostConfig(LikeRatioConfig):
+    """How a CTR host sees a question and is trained."""
+
+    dim: Width = Field(16, description="length of the vectors of ids and values")
+    window: Positive = Field(20, description="the network sees the last so many rated events")
+    hidden: str = Field("128,64", description="widths of the layers above the fields, with commas between them")
+    user_id: bool = Field(False, description="whether each user of training has a vector of its own")
+    numbers: bool = Field(True, description="whether it also reads what `logistic` reads")
+    decay: Decay = Field(0.8, description="of these numbers: factor from one rating of the user to the one before")
+    features: str = Field("", description="folders of features (docs/features.md), with commas between them")
+    sides: Literal["both", "user", "item"] = Field("both", description="which features of them")
+    shuffled: bool = Field(False, description="a control: features of users and of items are dealt out anew")
+    seen: Literal["leave", "refuse"] = Field(
+        "leave", description="training rows that a feature has seen: left out, or a reason to stop"
+    )
+    whitening: float = Field(1.0, ge=0, le=1, description="exponent that evens out the directions of features")
+    experts: Positive = Field(3, description="of each table of features, beside two that all share")
+    dropout: float = Field(0.1, ge=0, lt=1, description="share of values left out in training")
+    batch: Positive = Field(1024, description="rows of one optimiser step")
+    learning_rate: AboveZero = Field(1e-3, description="of Adam")
+    weight_decay: float = Field(1e-5, ge=0, description="decoupled, as in AdamW")
+    epochs: Positive = Field(20, description="passes over the training rows, at most")
+    patience: Positive | None = Field(
+        2,
+        description="epochs without a better validation log-loss after which training ends; None: all epochs, without "
+        "a look at the validation split",
+    )
+    quiet: bool = Field(True, description="no line for each epoch in the log")
+    align: Align | None = Field(None, description="a first stage that brings the network near texts (CTRL); None: none")
+
+    @field_validator("hidden")
+    @classmethod
+    def _widths(cls, value: str) -> str:
+        parts = [part.strip() for part in value.split(",")]
+        if not all(part.isdecimal() and int(part) for part in parts):
+            raise ValueError(f"hidden: {value!r} is no list of widths; write them with commas, such as 128,64")
+        return value
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Those of the layers above the fields."""
+        return tuple(int(part) for part in self.hidden.split(","))
+
+    @property
+    def folders(self) -> tuple[str, ...]:
+        """Those of features."""
+        return tuple(part.strip() for part in self.features.split(",") if part.strip())
+
+
+@dataclass(frozen=True)
+class Seen:
+    """Some questions as vectors.
+
+    Attributes:
+        item: Of the item that is judged, shape (b, d).
+        fields: All fields but the events, the item first, shape (b, f, d).
+        events: Of the latest events, shape (b, window, d).
+        mask: 1 where there is an event, shape (b, window).
+        liked: 1 where it was a like, shape (b, window).
+        numbers: Shape (b, k).
+    """
+
+    item: Any
+    fields: Any
+    events: Any
+    mask: Any
+    liked: Any
+    numbers: Any
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What a network is built for: fields with the pooled events, the length of their vectors, and numbers."""
+
+    fields: int
+    dim: int
+    numbers: int
+
+    @property
+    def wide(self) -> int:
+        """Values of all fields, with the numbers."""
+        return self.fields * self.dim + self.numbers
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A network in double precision with what it needs to judge."""
+
+    fields: Fields
+    adaptor: Adaptor
+    network: Any
+    epochs: int
+
+
+@dataclass
+class _Learner:
+    """What is trained."""
+
+    network: Any
+    name: str
+
+
+H = TypeVar("H", bound=HostConfig)
+
+
+class Host(Baseline[H, Fitted]):
+    """A network over fields: it needs what stands under *what a host says*, and how many vectors events become.
+
+    Fields are the item, its attributes, those of the user, the user (if asked for), the events, and one for each table
+    of features. What is counted enters beside them. The loss is the cross-entropy; training ends when validation
+    log-loss has not fallen for ``patience`` epochs, and the best epoch's weights are kept: the validation split chooses
+    the epoch and nothing else.
+    """
+
+    stochastic = True
+    POOLED: ClassVar[int] = 2
+    """Vectors that the events become: the mean of the likes, and that of the others."""
+    FIRST_ORDER: ClassVar[bool] = False
+    """Whether the last value of each vector, one more than ``dim``, is a feature's own weight in a linear term."""
+    GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "learning_rate": (3e-4, 1e-3, 3e-3),
+        "dropout": (0.0, 0.1, 0.3),
+        "dim": (8, 16, 32),
+    }
+    FITS: ClassVar[int] = 5
+
+    @classmethod
+    def reads(cls, config: H) -> Reads:
+        """Return what it knows items by: texts where a first stage reads them."""
+        return "texts" if config.align is not None and not config.align.longer else cls.READS
+
+    @classmethod
+    def text_encoder(cls, parameters: Mapping[str, Any]) -> str | None:
+        """Return the text encoder of the first stage; None where it reads no texts."""
+        align = Align.model_validate(parameters["align"]) if isinstance(parameters.get("align"), Mapping) else None
+        return None if align is None or align.longer else super().text_encoder(align.model_dump())
+
+    def fit(self, data: SplitDataset, cases: Sequence[Case] | None = None) -> None:
+        """Train the network on the training ratings.
+
+        Args:
+            data: The split.
+            cases: Judge when to stop, with ratings as truth; None: the validation ratings, with the histories that the
+                split gives them.
+
+        Raises:
+            DataError: If there are none, a store cannot be read, a text has seen a held-out pair, or ``seen: refuse``
+                and one has seen a training row.
+            MissingExtra: If torch is not installed.
+        """
+        torch, config = require("torch", "baselines"), self._config
+        fields, rows = Fields.of(data, self.name, liked=config.liked, window=config.window, decay=config.decay)
+        kinds: tuple[FeatureKind, ...] = ("user", "item") if config.sides == "both" else (config.sides,)
+        adaptor = Adaptor.of(config.folders, rows, config.whitening, kinds=kinds, shuffle=config.shuffled, data=data)
+        rows = self._unseen(data, adaptor, rows)
+        if config.patience is None:
+            cases = []
+        elif cases is None:
+            cases = rating_cases(data)
+        liked = fields.counted.counts.liked
+        judged = fields.asked([case.request for case in cases], [float(float(c.truth) >= liked) for c in cases])
+        self.looked_at = frozenset(case.request.user_id for case in cases)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self._seed)
+            network, columns = self._whole(fields, adaptor), adaptor.columns(rows)
+            if config.align is not None:
+                self._align(config.align, network, fields, rows, columns, data)
+            epoch = self._train(network, fields, (rows, columns), (judged, adaptor.columns(judged)))
+        self._model = Fitted(fields, adaptor, network.double().eval(), epoch)
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        """Answer with the probability that each request's item is liked."""
+        model = self._fitted
+        answers: list[Answer] = []
+        for start in range(0, len(requests), _ROWS):
+            part = requests[start : start + _ROWS]
+            rows = model.fields.asked(part)
+            chances = 1 / (1 + np.exp(-self._judge(model.network, model.fields, rows, model.adaptor.columns(rows))))
+            for request, chance in zip(part, chances.tolist(), strict=True):
+                if request.item is None:
+                    answers.append(Unparsed(request_id=request.id, reason="the request names no item to judge"))
+                    continue
+                value = min(max(round(chance, _DIGITS), 10**-_DIGITS), 1 - 10**-_DIGITS)
+                answers.append(Probability(request_id=request.id, value=value))
+        return answers
+
+    # ----------------------------------------------------------------------- what a host says
+
+    def _build(self, sizes: Sizes) -> Any:
+        """Return a ``torch.nn.ModuleDict`` for these sizes."""
+        raise NotImplementedError
+
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+        """Return what the last layer reads, one or more parts of shape (b, k)."""
+        raise NotImplementedError
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        """Return the log-odds of a yes of what `_represent` made, shape (b,)."""
+        raise NotImplementedError
+
+    # ----------------------------------------------------------------------- building blocks
+
+    def _unseen(self, data: SplitDataset, adaptor: Adaptor, rows: Rows) -> Rows:
+        """Leave out the rows that a text has seen: beside them it would be trusted too much."""
+        if not adaptor.seen:
+            return rows
+        if told := adaptor.seen & data.held_out:
+            user, item = min(told)
+            raise DataError(
+                f"{self.name}: a feature's text has seen {len(told)} held-out interactions, such as that of user "
+                f"{user!r} with item {item!r}; write the texts from the training part of this split (llmrec augment)",
+                kind="leak",
+            )
+        pairs = zip(rows.user_names.tolist(), rows.item_names.tolist(), strict=True)
+        kept = np.array([pair not in adaptor.seen for pair in pairs], dtype=bool)
+        lost = int((~kept).sum())
+        if lost and self._config.seen == "refuse":
+            raise DataError(
+                f"{self.name}: a feature's text has seen {lost} of {len(kept)} training rows; set seen=leave, or split "
+                "with data.split.kind=prefix, which keeps them apart",
+                kind="leak",
+            )
+        if not kept.any():
+            raise DataError(
+                f"{self.name}: features have seen every training row, so that there is nothing to learn from; split "
+                "with data.split.kind=prefix",
+                kind="leak",
+            )
+        if lost:
+            log.info("%s: %d of %d training rows, which features have seen, are left out", self.name, lost, len(kept))
+        return rows.of(kept)
+
+    def _whole(self, fields: Fields, adaptor: Adaptor) -> Any:
+        nn, config = require("torch", "baselines").nn, self._config
+        numbers = len(fields.counted.mean) if config.numbers else 0
+        of_items = [len(each.numbers) for each in fields.item_attributes]
+        of_users = [len(each.numbers) for each in fields.user_attributes]
+        width = config.dim + self.FIRST_ORDER
+        count = 1 + len(of_items) + len(of_users) + config.user_id + self.POOLED + len(adaptor.tables)
+        network = nn.ModuleDict(
+            {
+                "item": nn.Embedding(len(fields.warm), width, padding_idx=0),
+                "likes": nn.Embedding(2, width),
+                "of_items": nn.ModuleList([nn.Embedding(n + 1, width, padding_idx=0) for n in of_items]),
+                "of_users": nn.ModuleList([nn.Embedding(n + 1, width, padding_idx=0) for n in of_users]),
+                "users": nn.Embedding(len(fields.users) + 1 if config.user_id else 1, width, padding_idx=0),
+                "numbers": nn.Linear(max(numbers, 1), 1),
+                "body": self._build(Sizes(count, config.dim, numbers)),
+            }
+        )
+        if adaptor.tables:
+            network["adaptor"] = adaptor.build(width, config.experts)
+        for module in network.modules():
+            if isinstance(module, nn.Embedding):
+                nn.init.normal_(module.weight, std=_SPREAD)
+                if module.padding_idx is not None:
+                    with require("torch", "baselines").no_grad():
+                        module.weight[module.padding_idx].zero_()
+        return network
+
+    def _align(
+        self,
+        align: Align,
+        network: Any,
+        fields: Fields,
+        rows: Rows,
+        columns: Sequence[Columns],
+        data: SplitDataset,
+    ) -> None:
+        """Train the network beside texts; these end with this call, and nothing of them is kept."""
+
+        def represent(part: NDArray[np.int64]) -> Any:
+            seen = self._see(network, fields, rows.of(part), [each.of(part) for each in columns])
+            return require("torch", "baselines").cat(self._represent(network["body"], seen), dim=1)
+
+        def judge(part: NDArray[np.int64]) -> Any:
+            return self._forward(network, fields, rows.of(part), [each.of(part) for each in columns])
+
+        sentences = None if align.longer else Sentences.of(data, fields, align)
+        for number, told in enumerate(
+            first_stage(align, network, rows, represent=represent, judge=judge, sentences=sentences, seed=self._seed), 1
+        ):
+            level = logging.DEBUG if self._config.quiet else logging.INFO
+            log.log(level, "stage one, epoch %d: loss %.4f, own text first %.4f", number, told.loss, told.right)
+
+    def _train(
+        self,
+        network: Any,
+        fields: Fields,
+        learned: tuple[Rows, list[Columns]],
+        judged: tuple[Rows, list[Columns]],
+    ) -> int:
+        """Train, keep the best epoch's weights, and return it."""
+        torch, config = require("torch", "baselines"), self._config
+        loss_of, rng = torch.nn.functional.binary_cross_entropy_with_logits, np.random.default_rng(self._seed)
+        rows, columns = learned
+
+        def learn(optimiser: Any) -> float:
+            network.train()
+            order, total = rng.permutation(len(rows)), 0.0
+            for start in range(0, len(order), config.batch):
+                batch = order[start : start + config.batch]
+                optimiser.zero_grad(set_to_none=True)
+                logits = self._forward(network, fields, rows.of(batch), [each.of(batch) for each in columns])
+                loss = loss_of(logits, torch.from_numpy(rows.truth[batch]))
+                loss.backward()
+                optimiser.step()
+                total += float(loss.detach()) * len(batch)
+            return total / max(1, len(order))
+
+        def judge() -> float:
+            said = self._judge(network, fields, *judged)
+            return float(np.logaddexp(0, -(2 * judged[0].truth - 1) * said).mean())
+
+        model = _Learner(network, self.name)
+        return until_least(model, judge if len(judged[0]) else None, config, learn, measure="log-loss")
+
+    def _judge(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> NDArray[np.float64]:
+        """Return the log-odds of all rows, shape (n,)."""
+        torch = require("torch", "baselines")
+        network.eval()
+        found = np.zeros(len(rows))
+        with torch.no_grad():
+            for start in range(0, len(rows), _ROWS):
+                part = np.arange(start, min(start + _ROWS, len(rows)))
+                some = [each.of(part) for each in columns]
+                found[part] = self._forward(network, fields, rows.of(part), some).double().numpy()
+        return found
+
+    def _forward(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Any:
+        seen = self._see(network, fields, rows, columns)
+        logits = self._output(network["body"], self._represent(network["body"], seen))
+        return logits + network["numbers"](seen.numbers)[:, 0] if self._config.numbers else logits
+
+    def _see(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Seen:
+        torch, config, kind = require("torch", "baselines"), self._config, network["item"].weight.dtype
+
+        def vectors(table: Any, numbers: NDArray[np.int64]) -> Any:
+            return table(torch.from_numpy(numbers))
+
+        def mean(table: Any, numbers: NDArray[np.int64]) -> Any:
+            known = torch.from_numpy(numbers > 0).to(kind)[..., None]
+            return (vectors(table, numbers) * known).sum(-2) / known.sum(-2).clamp(min=1)
+
+        items = vectors(network["item"], fields.warm[rows.items])
+        of_items = zip(network["of_items"], fields.item_values, strict=True)
+        parts = [items, *(mean(table, values[rows.items]) for table, values in of_items)]
+        parts += [mean(table, numbers) for table, numbers in zip(network["of_users"], rows.of_users, strict=True)]
+        if config.user_id:
+            parts.append(vectors(network["users"], rows.users))
+        for place, each in enumerate(columns):
+            parts.append(adapt(network["adaptor"], place, torch.from_numpy(each.vectors[each.places]).to(kind)))
+        events = vectors(network["item"], fields.warm[rows.events]) + vectors(network["likes"], rows.liked)
+        for table, values in zip(network["of_items"], fields.item_values, strict=True):
+            events = events + mean(table, values[rows.events])
+        mask = torch.from_numpy(rows.events > 0).to(kind)
+        # What the item is, with its attributes, as events are.
+        item = torch.stack(parts[: 1 + len(fields.item_values)], dim=1).sum(dim=1)
+        return Seen(
+            item=item,
+            fields=torch.stack(parts, dim=1),
+            events=events * mask[:, :, None],
+            mask=mask,
+            liked=torch.from_numpy(rows.liked).to(kind),
+            numbers=torch.from_numpy(rows.numbers).to(kind)
+            if config.numbers
+            else torch.zeros((len(rows), 0), dtype=kind),
+        )
+
+
+def pooled(seen: Seen) -> Any:
+    """Return the mean of the liked events and that of the others, shape (b, 2, d)."""
+    torch = require("torch", "baselines")
+    means = []
+    for weights in (seen.mask * seen.liked, seen.mask * (1 - seen.liked)):
+        total = weights.sum(dim=1, keepdim=True).clamp(min=1)
+        means.append((seen.events * weights[:, :, None]).sum(dim=1) / total)
+    return torch.stack(means, dim=1)
+
+
+def all_fields(seen: Seen) -> Any:
+    """Return the fields with the `pooled` events, shape (b, f, d)."""
+    return require("torch", "baselines").cat([seen.fields, pooled(seen)], dim=1)
+
+
+def layers(widths: Sequence[int], dropout: float, *, last: int | None = 1) -> Any:
+    """Return linear layers with ReLU and dropout between them, and a plain one of width ``last`` at the end."""
+    nn = require("torch", "baselines").nn
+    made: list[Any] = []
+    for before, after in pairwise(widths):
+        made += [nn.Linear(before, after), nn.ReLU(), nn.Dropout(dropout)]
+    if last is not None:
+        made.append(nn.Linear(widths[-1], last))
+    return nn.Sequential(*made)

@@ -1,0 +1,193 @@
+"""The networks: DIN, DeepFM, DCN-v2 and AutoInt."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from pydantic import Field, model_validator
+
+from llmrec.errors import require
+from llmrec.recipe.schema import Positive, Width
+from llmrec.systems.ctr.host import Host, HostConfig, Seen, Sizes, all_fields, layers
+
+
+class DINConfig(HostConfig):
+    """Parameters of `DIN`."""
+
+
+class DIN(Host[DINConfig]):
+    """Deep interest network (Zhou et al., KDD 2018, section 4.3).
+
+    The weight of an event h beside the item q is a network over ``[q, h, q - h, q * h]``. Weights are not normalised,
+    so that many events that bear on the item weigh more than one; padding weighs nothing.
+    """
+
+    name = "din"
+    Config = DINConfig
+    POOLED: ClassVar[int] = 1
+
+    def _build(self, sizes: Sizes) -> Any:
+        nn, config = require("torch", "baselines").nn, self._config
+        return nn.ModuleDict(
+            {
+                "weigh": nn.Sequential(nn.Linear(4 * sizes.dim, 36), nn.PReLU(), nn.Linear(36, 1)),
+                "deep": layers((sizes.wide, *config.widths), config.dropout),
+            }
+        )
+
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+        torch = require("torch", "baselines")
+        interest = attended(body["weigh"], seen.item, seen.events, seen.mask)
+        wide = torch.cat([seen.fields.flatten(1), interest, seen.numbers], dim=1)
+        return (body["deep"][:-1](wide),)
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        return body["deep"][-1](parts[0])[:, 0]
+
+
+def attended(weigh: Any, item: Any, events: Any, mask: Any) -> Any:
+    """Return the weighted sum of events, shape (b, d).
+
+    Args:
+        weigh: From 4 d values to one.
+        item: Shape (b, d).
+        events: Shape (b, n, d).
+        mask: 1 where there is an event, shape (b, n).
+    """
+    torch = require("torch", "baselines")
+    beside = item[:, None, :].expand_as(events)
+    weights = weigh(torch.cat([beside, events, beside - events, beside * events], dim=-1))[:, :, 0] * mask
+    return (weights[:, :, None] * events).sum(dim=1)
+
+
+class DeepFMConfig(HostConfig):
+    """Parameters of `DeepFM`."""
+
+
+class DeepFM(Host[DeepFMConfig]):
+    """Factorisation machine and deep network over the same vectors (Guo et al., IJCAI 2017, section 2.1).
+
+    Each feature has a weight of its own in the first-order term, which is stored behind its vector. Counted numbers
+    have theirs as all hosts have them.
+    """
+
+    name = "deepfm"
+    Config = DeepFMConfig
+    FIRST_ORDER = True
+
+    def _build(self, sizes: Sizes) -> Any:
+        nn, config = require("torch", "baselines").nn, self._config
+        return nn.ModuleDict({"deep": layers((sizes.wide, *config.widths), config.dropout)})
+
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+        torch, found = require("torch", "baselines"), all_fields(seen)
+        fields, weights = found[:, :, :-1], found[:, :, -1]
+        deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
+        return deep, weights, products(fields)[:, None]
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        deep, weights, pairs = parts
+        return weights.sum(dim=1) + pairs[:, 0] + body["deep"][-1](deep)[:, 0]
+
+
+def products(fields: Any) -> Any:
+    """Return the sum of the dot products of all pairs of fields, shape (b, f, d) -> (b,)."""
+    return 0.5 * (fields.sum(dim=1) ** 2 - (fields**2).sum(dim=1)).sum(dim=1)
+
+
+class DCNConfig(HostConfig):
+    """Parameters of `DCN`."""
+
+    cross: Positive = Field(2, description="cross layers")
+
+
+class DCN(Host[DCNConfig]):
+    """Deep and cross network, version 2, cross and deep side by side (Wang et al., WWW 2021, sections 3.2 and 3.3)."""
+
+    name = "dcn"
+    Config = DCNConfig
+
+    def _build(self, sizes: Sizes) -> Any:
+        nn, config = require("torch", "baselines").nn, self._config
+        deep = layers((sizes.wide, *config.widths), config.dropout, last=None)
+        return nn.ModuleDict(
+            {
+                "cross": nn.ModuleList([nn.Linear(sizes.wide, sizes.wide) for _ in range(config.cross)]),
+                "deep": deep,
+                "last": nn.Linear(sizes.wide + config.widths[-1], 1),
+            }
+        )
+
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+        torch = require("torch", "baselines")
+        first = torch.cat([all_fields(seen).flatten(1), seen.numbers], dim=1)
+        return (torch.cat([crossed(body["cross"], first), body["deep"](first)], dim=1),)
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        return body["last"](parts[0])[:, 0]
+
+
+def crossed(cross: Any, first: Any) -> Any:
+    """Return values after cross layers, shape (b, n): ``x <- x0 * (W x + b) + x`` in each."""
+    values = first
+    for layer in cross:
+        values = first * layer(values) + values
+    return values
+
+
+class AutoIntConfig(HostConfig):
+    """Parameters of `AutoInt`."""
+
+    attention: Positive = Field(2, description="layers of attention")
+    heads: Width = Field(2, description="attention heads; dim is a multiple of them")
+
+    @model_validator(mode="after")
+    def _heads_divide(self) -> AutoIntConfig:
+        if self.dim % self.heads:
+            raise ValueError(f"dim must be a multiple of heads, not {self.dim} and {self.heads}")
+        return self
+
+
+class AutoInt(Host[AutoIntConfig]):
+    """Self-attention over fields with a residual, beside a network (Song et al., CIKM 2019, AutoInt+)."""
+
+    name = "autoint"
+    Config = AutoIntConfig
+
+    def _build(self, sizes: Sizes) -> Any:
+        nn, config, dim = require("torch", "baselines").nn, self._config, sizes.dim
+        return nn.ModuleDict(
+            {
+                "blocks": nn.ModuleList(
+                    [
+                        nn.ModuleDict({name: nn.Linear(dim, dim, bias=False) for name in ("q", "k", "v", "keep")})
+                        for _ in range(config.attention)
+                    ]
+                ),
+                "deep": layers((sizes.wide, *config.widths), config.dropout),
+                "last": nn.Linear(sizes.fields * dim, 1),
+            }
+        )
+
+    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+        torch, fields = require("torch", "baselines"), all_fields(seen)
+        deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
+        for block in body["blocks"]:
+            fields = attend(block, fields, self._config.heads)
+        return deep, fields.flatten(1)
+
+    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+        deep, fields = parts
+        return body["last"](fields)[:, 0] + body["deep"][-1](deep)[:, 0]
+
+
+def attend(block: Any, fields: Any, heads: int) -> Any:
+    """Return fields after a layer of attention, shape (b, f, d): ``relu(softmax(q k) v + W fields)``, not scaled."""
+    torch = require("torch", "baselines")
+
+    def split(values: Any) -> Any:
+        return values.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+    query, key, value = (split(block[name](fields)) for name in ("q", "k", "v"))
+    mixed = torch.softmax(query @ key.transpose(-1, -2), dim=-1) @ value
+    return torch.relu(mixed.transpose(1, 2).flatten(2) + block["keep"](fields))

@@ -1,0 +1,189 @@
+"""Retrieval heads: two maps over the states of a causal language model, the user end and the item end (M6-Rec)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+from pydantic import Field
+
+from llmrec.backends.end_states import EndStates, end_states
+from llmrec.baselines.base import AboveZero, Catalogue, Log
+from llmrec.baselines.item_texts import WHITENINGS, Turned, refuse_unpretrained, texts_of, unit
+from llmrec.baselines.matcher import TextTowers, Towers, TowersConfig, turn
+from llmrec.baselines.neural import info_nce, pieces_of
+from llmrec.errors import require
+from llmrec.recipe.schema import Depth, Positive
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+    from llmrec.data.split import SplitDataset
+
+# Tokens that are read of a title, and of what is said of an item.
+_TITLE, _TEXT = 32, 128
+
+
+class StateTowerConfig(TowersConfig):
+    """Parameters of `StateTower`."""
+
+    encoder: str = Field("SmolLM2-135M-Instruct", description="the causal language model, a name or a folder")
+    layers: Depth | None = Field(
+        None, description="read the state behind the model's first so many layers, which costs less; None: all"
+    )
+    max_len: Positive = Field(20, description="the model reads the last so many items")
+    windows: Positive | None = Field(
+        2, description="training reads the last so many stretches of max_len items of each user; None: all"
+    )
+    batch: Positive = Field(512, description="targets of one optimiser step, which are each other's negatives")
+    negatives: None = Field(None, description="the softmax is over the targets of a batch")
+    temperature: AboveZero = Field(0.07, description="what cosines are divided by")
+    corrected: bool = Field(
+        False, description="take the logarithm of an item's share of the targets off its logit in training"
+    )
+
+
+class StateTower(TextTowers[StateTowerConfig]):
+    """Predicts the next item from the states that a language model has where a history and an item's text end.
+
+    As in M6-Rec (Cui et al., arXiv 2205.08084, on retrieval), the state after a history in words and the state after an
+    item's text are each mapped to ``dim`` values of length 1, and ``score(j) = u . p_j / temperature``. The loss of a
+    user is ``-log(exp(s_i) / sum_j exp(s_j))`` over the targets of the batch, without those that the user has in
+    training too (false negatives). Targets are negatives as often as they are popular, which lowers popular items;
+    ``corrected`` takes that back (Yi et al., RecSys 2019, equation 3).
+
+    The model itself is not tuned: states are centred and whitened, and two linear maps learn. One pass over a stretch
+    of a user's items gives a training row at each of them, since a causal model's states know nothing of what follows.
+    """
+
+    name = "state-tower"
+    Config = StateTowerConfig
+    GRID: ClassVar[Mapping[str, tuple[Any, ...]]] = {
+        "whitening": WHITENINGS,
+        "corrected": (False, True),
+        "temperature": (0.03, 0.05, 0.07, 0.1, 0.15, 0.2, 0.3),
+        "dropout": (0.0, 0.1, 0.2, 0.35, 0.5),
+    }
+    FITS: ClassVar[int] = 8
+    #: States after histories of training.
+    _known: dict[bytes, NDArray[np.float32]]
+    #: Centre and whitening of states after histories, shapes (d,) and (d, k).
+    _lens: tuple[NDArray[np.float32], NDArray[np.float32]]
+
+    def fit(self, data: SplitDataset) -> None:
+        """Read the texts, and learn the maps.
+
+        Raises:
+            RecipeError: If the encoder is no language model.
+            DataError: If no item has a text.
+            ModelError: If there is no such model, it is no causal one, or llmrec tuned it.
+            MissingExtra: If torch or transformers is not installed.
+        """
+        refuse_unpretrained(self.name, self._config.encoder, "text-matcher")
+        self._open(data)
+        super().fit(data)
+        self._known.clear()
+
+    def state(self) -> dict[str, NDArray[Any]]:
+        """Return the maps, the vectors of the items, and how states after histories are whitened, as arrays."""
+        centre, whitening = self._lens
+        return super().state() | {"lens.centre": centre, "lens.whitening": whitening}
+
+    def restore(self, data: SplitDataset, state: Mapping[str, NDArray[Any]]) -> None:
+        """Put back what `state` returned."""
+        self._open(data)
+        self._lens = state["lens.centre"], state["lens.whitening"]
+        super().restore(data, state)
+
+    def _open(self, data: SplitDataset) -> None:
+        order, items = self._config.order(len(data.dataset.items)), data.dataset.items
+        ids = Catalogue.of(data).ids
+        self._titles = [items[ids[place]].title or ids[place] for place in order]
+        self._noun, self._known = data.dataset.noun, {}
+        self._lead = f"The {self._noun} of one user, in this order:"
+
+    @property
+    def reader(self) -> EndStates:
+        """The language model, loaded when it is first asked."""
+        return end_states(self._config.encoder, half=self._config.half, layers=self._config.layers)
+
+    def _vectors(self, data: SplitDataset, ids: Sequence[str]) -> NDArray[np.floating[Any]]:
+        texts = texts_of([data.dataset.items[item] for item in ids])
+        rows = [[texts[place]] for place in self._config.order(len(ids))]
+        return unit(np.concatenate(self.reader.after(f"One of the {self._noun}:", rows, most=_TEXT)))
+
+    def _rows(self, events: Log) -> list[NDArray[np.int64]]:
+        """Read stretches of each user's items, and return every training target with the items before it."""
+        config, owners = self._config, list[int]()
+        pieces: list[NDArray[np.int64]] = []
+        ends = np.cumsum(np.bincount(events.users, minlength=events.user_count))
+        for user, items in enumerate(np.split(events.items, ends[:-1])):
+            alone = Log(np.zeros(len(items), np.int32), items, np.zeros(len(items)), 1)
+            own = pieces_of(alone, config.max_len)[: config.windows]
+            pieces.extend(own)
+            owners.extend([user] * len(own))
+        read = self.reader.after(self._lead, self._said([piece[:-1] for piece in pieces]), most=_TITLE)
+        for piece, states in zip(pieces, read, strict=True):
+            self._known |= {piece[: at + 1].tobytes(): state for at, state in enumerate(states)}
+        found = Turned.of(np.stack(list(self._known.values()) or [np.zeros(self.reader.width, np.float32)]))
+        self._lens = found.centre.astype(np.float32), found.whitening(config.whitening).astype(np.float32)
+        self._owners = np.repeat(owners, [len(piece) - 1 for piece in pieces])
+        self._taken = events.binary(int(events.items.max(initial=0)) + 1)
+        return [piece[: at + 1] for piece in pieces for at in range(1, len(piece))]
+
+    def _said(self, histories: Sequence[NDArray[np.int64]]) -> list[list[str]]:
+        return [[self._titles[item] for item in history] for history in histories]
+
+    def states(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
+        """Return the states after histories, as catalogue numbers; of an empty one 0; shape (n, d)."""
+        keys = [each.tobytes() for each in histories]
+        new = {key: each for key, each in zip(keys, histories, strict=True) if key and key not in self._known}
+        read = self.reader.last(self._lead, self._said(list(new.values())), most=_TITLE)
+        found = dict(zip(new, read, strict=True)) | {b"": np.zeros(self.reader.width, dtype=np.float32)}
+        return np.stack([found[key] if key in found else self._known[key] for key in keys])
+
+    def _build(self, width: int) -> Any:
+        nn, dim = require("torch", "baselines").nn, self._config.dim
+        network = nn.ModuleDict(
+            {"user": nn.Linear(self._lens[1].shape[1], dim, bias=False), "item": nn.Linear(width, dim, bias=False)}
+        )
+        turn(network, ["user"])
+        turn(network, ["item"])
+        return network
+
+    def _towers(self, catalogue: Catalogue, vectors: Any, popular: NDArray[np.float64]) -> Towers:
+        model = super()._towers(catalogue, vectors, popular)
+        with require("torch", "baselines").no_grad():
+            model.network["scale"].requires_grad_(False)[0].fill_(-math.log(self._config.temperature))
+        return model
+
+    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+        torch, (centre, whitening) = require("torch", "baselines"), self._lens
+        states = torch.from_numpy(unit((self.states(histories) - centre) @ whitening))
+        return network["user"](torch.nn.functional.dropout(states, self._config.dropout, network.training))
+
+    def _epoch(
+        self, model: Towers, rows: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator
+    ) -> float:
+        torch, config = require("torch", "baselines"), self._config
+        targets = np.array([row[-1] for row in rows])
+        share = np.bincount(targets, minlength=len(model.catalogue.ids)) / max(1, len(rows))
+        order, total = rng.permutation(len(rows)), 0.0
+        model.network.train()
+        for start in range(0, len(order), config.batch):
+            part = order[start : start + config.batch]
+            wanted = targets[part]
+            optimiser.zero_grad(set_to_none=True)
+            users = model.query([rows[place][:-1] for place in part])
+            items = model.item_vectors(model.vectors[torch.from_numpy(wanted)])
+            has = torch.from_numpy(self._taken[self._owners[part]][:, wanted].toarray() > 0)
+            logits = users @ items.T
+            if config.corrected:
+                logits = logits - torch.from_numpy(np.log(share[wanted]).astype(np.float32))
+            loss = info_nce(logits, has)
+            loss.backward()
+            optimiser.step()
+            total += float(loss.detach()) * len(part)
+        return total / max(1, len(rows))

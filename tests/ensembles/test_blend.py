@@ -1,0 +1,166 @@
+"""Blends of ratings and of probabilities: planted parts get the weights they deserve."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+from scipy.special import expit, logit
+
+from llmrec.ensembles.blend import Blend
+from llmrec.ensembles.weights import Tried
+from llmrec.errors import LlmrecError
+from llmrec.types import Answer, Case, Probability, Rating, Request, Unparsed
+from tests.facts import Facts, raises
+
+MANY = 3000
+
+
+@dataclass
+class _Says:
+    """Says a number for each request; a NaN is an answer that cannot be read."""
+
+    name: str
+    values: NDArray[np.float64]
+    judges: bool
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        made = Probability if self.judges else Rating
+        found = [float(self.values[int(request.id)]) for request in requests]
+        return [
+            Unparsed(request_id=request.id, reason="mute")
+            if np.isnan(value)
+            else made(request_id=request.id, value=value)
+            for request, value in zip(requests, found, strict=True)
+        ]
+
+
+def _cases(truth: NDArray[np.float64]) -> list[Case]:
+    return [
+        Case(request=Request(id=str(row), user_id=f"u{row // 2}", item="i"), truth=float(value))
+        for row, value in enumerate(truth)
+    ]
+
+
+def _blend(parts: dict[str, NDArray[np.float64]], *, judges: bool) -> Blend:
+    return Blend("all", [(name, _Says(name, values, judges)) for name, values in parts.items()], judges=judges)
+
+
+def _ratings(rng: np.random.Generator) -> tuple[NDArray[np.float64], dict[str, NDArray[np.float64]]]:
+    one, two = rng.normal(3.5, 0.6, MANY), rng.normal(3.5, 0.6, MANY)
+    truth = 0.7 * one + 0.4 * two - 0.3 + rng.normal(0, 0.5, MANY)
+    return truth, {"one": one, "two": two, "noise": rng.normal(3.5, 0.6, MANY)}
+
+
+def test_ratings_get_the_weights_that_made_them_and_noise_gets_none() -> None:
+    truth, parts = _ratings(np.random.default_rng(0))
+    blend = _blend(parts, judges=False)
+    blend.fit(_cases(truth))
+    weights = blend.fitted
+    assert weights.form == "ridge" and weights.parts == pytest.approx((0.7, 0.4, 0.0), abs=0.05)
+    assert weights.low[2] < 0 < weights.high[2] and weights.low[0] < 0.7 < weights.high[0]
+    errors = {each.name: -each.value for each in blend.tried}
+    assert min(errors.values()) ** 2 < 0.8 * errors["one"] ** 2
+    # They are those of tables: RMSE, not squared errors.
+    assert errors["one"] == pytest.approx(np.sqrt(np.mean((parts["one"] - truth) ** 2)), rel=0.02)
+
+
+def test_probabilities_get_the_weights_that_made_them() -> None:
+    rng = np.random.default_rng(1)
+    one, two, noise = (rng.normal(0, 1.5, MANY) for _ in range(3))
+    truth = (rng.random(MANY) < expit(0.9 * one + 0.5 * two - 0.4)).astype(np.float64)
+    blend = _blend({"one": expit(one), "two": expit(two), "noise": expit(noise)}, judges=True)
+    blend.fit(_cases(truth))
+    weights = blend.fitted
+    assert weights.form == "logit" and weights.parts == pytest.approx((0.9, 0.5, 0.0), abs=0.12)
+    assert weights.low[2] < 0 < weights.high[2]
+    (answer,) = blend.answer([Request(id="0", user_id="u", item="i")])
+    assert isinstance(answer, Probability)
+    assert logit(answer.value) == pytest.approx(0.9 * one[0] + 0.5 * two[0] - 0.4, abs=0.4)
+
+
+@pytest.mark.parametrize("judges", [False, True])
+def test_a_part_that_few_cases_weigh_is_put_onto_a_blend_that_many_have_weighed(judges: bool) -> None:
+    rng = np.random.default_rng(4)
+    known = {name: rng.normal(0, 1, MANY) for name in ("one", "two", *map(str, range(8)))}
+    new, noise = rng.normal(0, 1, MANY), rng.normal(0, 1, MANY)
+    total = 0.6 * known["one"] + 0.4 * known["two"] + 0.8 * new
+    truth = (rng.random(MANY) < expit(2 * total)).astype(float) if judges else total + rng.normal(0, 0.5, MANY)
+
+    def said(parts: dict[str, NDArray[np.float64]]) -> Blend:
+        return _blend({name: expit(each) if judges else each for name, each in parts.items()}, judges=judges)
+
+    base, few = said(known), _cases(truth)[:120]
+    base.name = "base"
+    base.fit(_cases(truth))
+    for last, worth in ((new, True), (noise, False)):
+        joined = said({**known, "last": last})
+        joined.fit(few, dissect=True, onto=[base])
+        best = max(joined.tried, key=lambda each: each.value).name
+        assert best.startswith("base")
+        assert best.startswith("base and last") == worth
+        ratio = joined.fitted.parts[0] / joined.fitted.parts[1]
+        assert ratio == pytest.approx(base.fitted.parts[0] / base.fitted.parts[1])
+        if worth:
+            (without,) = joined.without
+            assert without.name == "last" and without.low > 0
+        else:
+            requests = [case.request for case in _cases(truth)[120:140]]
+            assert [a.value for a in joined.answer(requests)] == [  # type: ignore[union-attr]
+                a.value
+                for a in base.answer(requests)  # type: ignore[union-attr]
+            ]
+
+
+@pytest.mark.parametrize("judges", [False, True])
+def test_who_judges_a_blend_has_no_say_in_it(judges: bool) -> None:
+    rng = np.random.default_rng(6)
+    known = {str(n): rng.normal(0, 1, 200) for n in range(8)}
+    truth = (rng.random(200) < 0.5).astype(float) if judges else rng.normal(0, 1, 200)
+    parts = {name: expit(each) if judges else each for name, each in known.items()}
+    cases = _cases(truth)
+    base = _blend({name: parts[name] for name in "012345"}, judges=judges)
+    base.name = "base"
+    base.fit(cases, only=Tried("logit" if judges else "ridge", "penalty 0.0001", 0.0))
+    (own,) = base.tried
+    joined = _blend(parts, judges=judges)
+    joined.fit(cases, onto=[base])
+    found = {each.name: each.value for each in joined.tried}
+    assert found["base"] == pytest.approx(own.value)
+
+
+def test_the_truth_gets_all_of_the_weight() -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.integers(1, 6, MANY).astype(np.float64)
+    blend = _blend({"truth": truth, "noise": rng.normal(3, 1, MANY)}, judges=False)
+    blend.fit(_cases(truth))
+    assert blend.fitted.parts[0] == pytest.approx(1, abs=1e-3) and abs(blend.fitted.parts[1]) < 1e-3
+    answers = blend.answer([case.request for case in _cases(truth)[:20]])
+    assert [a.value for a in answers if isinstance(a, Rating)] == pytest.approx(truth[:20].tolist(), abs=0.01)
+
+
+def test_answers_stay_on_the_scale_and_mute_parts_count_as_their_mean() -> None:
+    truth, parts = _ratings(np.random.default_rng(3))
+    truth = np.clip(truth, 1, 5)
+    mute = parts["two"].copy()
+    mute[::5] = np.nan
+    blend = _blend({"one": parts["one"], "two": mute}, judges=False)
+    blend.fit(_cases(truth))
+    values = [
+        answer.value for answer in blend.answer([case.request for case in _cases(truth)]) if isinstance(answer, Rating)
+    ]
+    assert len(values) == MANY and truth.min() <= min(values) and max(values) <= truth.max()
+    assert blend.answer([]) == []
+
+
+def test_too_few_users_or_parts_are_refused() -> None:
+    truth, parts = _ratings(np.random.default_rng(4))
+    with raises(LlmrecError, Facts("too-few")):
+        _blend(parts, judges=False).fit(_cases(truth[:6]))
+    with raises(LlmrecError, Facts("mismatch")):
+        _blend({"one": parts["one"]}, judges=False)
+    with pytest.raises(RuntimeError, match="before fit"):
+        _blend(parts, judges=False).answer([])

@@ -1,0 +1,256 @@
+"""Fusion of rankers: planted parts get the weights they deserve, and no fusion is below its best part."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from llmrec.baselines.popular import Popularity
+from llmrec.baselines.sasrec import SASRec
+from llmrec.baselines.tune import tune
+from llmrec.baselines.validation import ranking_cases
+from llmrec.data.split import halves
+from llmrec.ensembles.rankers import CatalogueEnsemble, Member, _known
+from llmrec.ensembles.weights import Kind, Tried, Weights, combined, feature, share
+from llmrec.errors import LlmrecError
+from llmrec.evaluate.catalogue import rank_catalogue
+from llmrec.metrics.ranking import ndcg
+from llmrec.pipeline.study import load_split
+from llmrec.recipe.schema import DataSection
+from llmrec.types import Answer, Case, Event, Request
+from tests.facts import Facts, raises
+
+ITEMS = tuple(f"i{n:02d}" for n in range(40))
+USERS = 400
+
+
+@dataclass
+class _Table:
+    """Scores that stand in a table, a row a request."""
+
+    name: str
+    rows: dict[str, NDArray[np.float64]]
+    items: tuple[str, ...] = ITEMS
+
+    def scores(self, requests: Sequence[Request]) -> NDArray[np.float64]:
+        return np.array([self.rows[request.id] for request in requests])
+
+    def answer(self, requests: Sequence[Request]) -> list[Answer]:
+        raise NotImplementedError
+
+
+def _cases(rng: np.random.Generator, chances: NDArray[np.float64], *, had: int = 3) -> list[Case]:
+    """Cases whose target is drawn by these chances, shape (n, items), among the items that are not in the history."""
+    cases = []
+    for row, each in enumerate(chances):
+        history = rng.choice(len(ITEMS), size=had, replace=False)
+        free = each.copy()
+        free[history] = 0
+        truth = rng.choice(len(ITEMS), p=free / free.sum())
+        events = tuple(Event(item_id=ITEMS[place]) for place in history)
+        cases.append(Case(request=Request(id=f"r{row}", user_id=f"u{row}", history=events), truth=ITEMS[truth]))
+    return cases
+
+
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    found = np.exp(values - values.max(axis=1, keepdims=True))
+    return np.asarray(found / found.sum(axis=1, keepdims=True))
+
+
+def _part(name: str, values: NDArray[np.float64], kind: Kind = "logits") -> Member:
+    return Member(name, _Table(name, {f"r{row}": each for row, each in enumerate(values)}), kind)
+
+
+def _value(scorer: CatalogueEnsemble, cases: Sequence[Case], seen: str) -> float:
+    found = rank_catalogue(scorer, cases, cutoffs=(), seen=(seen,))[seen]  # type: ignore[arg-type]
+    return float(ndcg(found.greater, found.tied, 10).mean())
+
+
+def test_a_part_that_knows_nothing_gets_no_weight_and_the_truth_gets_all_of_it() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 1.5, (USERS, len(ITEMS)))
+    cases = _cases(rng, _softmax(logits))
+    noise = rng.normal(0, 1.5, (USERS, len(ITEMS)))
+    fusion = CatalogueEnsemble("both", [_part("truth", logits), _part("noise", noise)], filtered=True)
+    fusion.fit(cases)
+    weights = fusion.weights
+    assert weights is not None
+    known = {each.name: each.value for each in fusion.tried}
+    assert known["logit"] > known["noise"] + 0.1
+    if weights.form == "logit":
+        assert weights.low[1] < 0 < weights.high[1] and weights.low[0] < 1 < weights.high[0]
+    else:
+        assert weights.parts[1] < 0.1 * weights.parts[0]
+
+
+def test_a_part_is_worth_what_is_lost_without_it() -> None:
+    rng = np.random.default_rng(4)
+    one, other, noise = (rng.normal(0, 1.5, (800, len(ITEMS))) for _ in range(3))
+    cases = _cases(rng, _softmax(one + 0.5 * other))
+    fusion = CatalogueEnsemble("all", [_part("one", one), _part("other", other), _part("noise", noise)], filtered=True)
+    fusion.fit(cases)
+    assert fusion.without == ()
+    fusion.fit(cases, dissect=True)
+    (first, second, third) = fusion.without
+    assert [each.name for each in fusion.without] == ["one", "other", "noise"]
+    assert first.loss > second.loss > 0.02 and first.low > 0 and second.low > 0
+    assert third.low < 0.005 and abs(third.loss) < 0.01
+    # Without its strongest part, what is left does as well as a fusion of the others.
+    rest = CatalogueEnsemble("rest", fusion.parts[1:], filtered=True)
+    rest.fit(cases)
+    values = {each.form: each.value for each in rest.tried}
+    whole = {each.form: each.value for each in fusion.tried}
+    form = fusion.fitted.form
+    assert first.loss == pytest.approx(whole[form] - values[form], abs=1e-4)
+
+
+def test_a_form_that_was_chosen_before_is_fitted_alone() -> None:
+    rng = np.random.default_rng(5)
+    one, other = (rng.normal(0, 1.5, (300, len(ITEMS))) for _ in range(2))
+    cases = _cases(rng, _softmax(one + other))
+    fusion = CatalogueEnsemble("both", [_part("one", one), _part("other", other)], filtered=True)
+    fusion.fit(cases)
+    best = max(fusion.tried, key=lambda each: each.value)
+    chosen = fusion.fitted
+    fusion.fit(cases, only=best)
+    assert fusion.tried == (best,) and fusion.fitted == chosen
+    for each in (Tried("pool", "pool", 0.0), Tried("alone", "other", 0.0)):
+        fusion.fit(cases, only=each)
+        assert fusion.fitted.form == each.form and fusion.tried == (each,)
+    assert fusion.fitted.parts == (0.0, 1.0)
+    # A part without a weight is not asked.
+    mute = Member("one", _Table("one", {}), "logits")
+    alone = CatalogueEnsemble("both", [mute, fusion.parts[1]], filtered=True)
+    alone.weights = fusion.weights
+    assert np.array_equal(alone.scores([cases[0].request]), fusion.scores([cases[0].request]))
+
+
+def test_users_that_chose_an_epoch_or_a_parameter_of_a_part_do_not_weigh_it() -> None:
+    data = load_split(DataSection(source="made-reviews"), 0)
+    choose, weigh = halves(data, 0.5)
+    config = SASRec.Config(dim=8, layers=1, heads=1, epochs=2, quiet=True)
+    for whole in (True, False):
+        network = SASRec(config, seed=0)
+        network.fit(data if whole else choose)
+        tuned = (
+            tune("item-knn", data if whole else choose, seed=0, grid={"decay": (0.5, 1.0)}).choices["excluded"].model
+        )
+        for name, part in (("network", network), ("tuned", tuned)):
+            counting = Popularity(seed=0)
+            counting.fit(data)
+            fusion = CatalogueEnsemble(
+                "both", [Member("popularity", counting, "counts"), Member(name, part, "logits")], filtered=True
+            )
+            if whole:
+                with raises(LlmrecError, Facts(kind="leak", says=(name, "hold some back"))):
+                    fusion.fit(ranking_cases(weigh))
+            else:
+                fusion.fit(ranking_cases(weigh))
+
+
+@pytest.mark.parametrize("form", ["logit", "pool"])
+def test_maximum_likelihood_finds_the_weights_that_made_the_data(form: str) -> None:
+    rng = np.random.default_rng(1)
+    many = 3000
+    one, other = rng.normal(0, 1.5, (many, len(ITEMS))), rng.normal(0, 1.5, (many, len(ITEMS)))
+    made = _softmax(1.2 * one + 0.6 * other) if form == "logit" else 0.7 * _softmax(one) + 0.3 * _softmax(other)
+    # Without a history nothing is hidden, so that the chances are those of the form.
+    cases = _cases(rng, made, had=0)
+    fusion = CatalogueEnsemble("both", [_part("one", one), _part("other", other)], filtered=True)
+    fusion.fit(cases)
+    known = _known(fusion, cases)
+    rows = np.arange(many)
+    found = known.logit(rows) if form == "logit" else known.pool(rows)
+    assert found.parts == pytest.approx((1.2, 0.6) if form == "logit" else (0.7, 0.3), abs=0.06)
+    if form == "logit":
+        low, high = known.limits(found, [case.request.user_id for case in cases])
+        assert low[0] < 1.2 < high[0] and low[1] < 0.6 < high[1] and high[0] - low[0] < 0.2
+
+
+def test_a_repeated_item_is_worth_what_validation_says() -> None:
+    rng = np.random.default_rng(2)
+    logits = rng.normal(0, 1.0, (2000, len(ITEMS)))
+    cases = _cases(rng, _softmax(logits), had=5)
+    # The parts put items of the history first; no target is one.
+    had = np.zeros_like(logits, dtype=bool)
+    for row, case in enumerate(cases):
+        had[row, [ITEMS.index(event.item_id) for event in case.request.history]] = True
+    parts = [_part("one", logits + 4 * had), _part("noise", rng.normal(0, 1, logits.shape) + 2 * had)]
+    open_, filtered = (
+        CatalogueEnsemble("open", parts, filtered=False),
+        CatalogueEnsemble("filtered", parts, filtered=True),
+    )
+    open_.fit(cases[:1000])
+    filtered.fit(cases[:1000])
+    assert open_.weights is not None and open_.weights.repeat < -3
+    assert filtered.weights is not None and filtered.weights.repeat == 0
+    gap = _value(open_, cases[1000:], "included") - _value(filtered, cases[1000:], "excluded")
+    assert abs(gap) < 0.01
+
+
+@given(seed=st.integers(0, 50), noise=st.floats(0.2, 4))
+@settings(max_examples=12)
+def test_on_validation_no_fusion_is_below_its_best_part(seed: int, noise: float) -> None:
+    rng = np.random.default_rng(seed)
+    logits = rng.normal(0, 1.5, (100, len(ITEMS)))
+    cases = _cases(rng, _softmax(logits))
+    parts = [_part("one", logits + rng.normal(0, noise, logits.shape)), _part("two", rng.normal(0, 1, logits.shape))]
+    parts.append(_part("counts", np.floor(_softmax(logits + rng.normal(0, 1, logits.shape)) * 20), "counts"))
+    fusion = CatalogueEnsemble("all", parts, filtered=True)
+    fusion.fit(cases)
+    best = max(each.value for each in fusion.tried)
+    assert best >= max(each.value for each in fusion.tried if each.form == "alone")
+    assert fusion.weights is not None
+    assert fusion.weights.form == next(each for each in fusion.tried if each.value == best).form
+
+
+def test_one_part_alone_ranks_as_it_does_itself() -> None:
+    rng = np.random.default_rng(3)
+    logits = rng.normal(0, 1, (60, len(ITEMS)))
+    cases = _cases(rng, _softmax(3 * logits))
+    fusion = CatalogueEnsemble("both", [_part("one", logits), _part("two", -logits)], filtered=True)
+    fusion.weights = Weights("alone", (1.0, 0.0))
+    found = fusion.scores([case.request for case in cases])
+    assert np.array_equal(found, logits)
+
+
+def test_what_a_search_did_not_find_has_the_chance_of_its_last_beam() -> None:
+    scores = np.array([[0.5, 0.2, 0.0, 0.0]])
+    assert np.exp(feature(scores, "beams", None)) == pytest.approx(np.array([[0.5, 0.2, 0.2, 0.2]]))
+    assert share(scores, "beams", None) == pytest.approx(np.array([[0.5, 0.2, 0.2, 0.2]]) / 1.1)
+
+
+def test_shares_leave_out_what_cannot_be_ranked() -> None:
+    hidden = np.array([[True, False, False]])
+    for kind in ("counts", "logits"):
+        found = share(np.array([[9.0, 1.0, 1.0]]), kind, hidden)
+        assert found == pytest.approx(np.array([[0.0, 0.5, 0.5]]))
+    assert share(np.zeros((1, 4)), "counts", None) == pytest.approx(np.full((1, 4), 0.25))
+
+
+def test_scores_do_not_depend_on_what_else_is_asked() -> None:
+    rng = np.random.default_rng(5)
+    one, two = rng.normal(0, 1, (6, 40)), rng.random((6, 40))
+    had = rng.random((6, 40)) < 0.1
+    for weights in (Weights("logit", (0.7, 0.4), -2.0), Weights("pool", (0.6, 0.4), -2.0)):
+        whole = combined(weights, [one, two], ["logits", "counts"], had, None)
+        alone = combined(weights, [one[2:3], two[2:3]], ["logits", "counts"], had[2:3], None)
+        assert np.array_equal(whole[2:3], alone)
+
+
+def test_too_few_users_and_other_catalogues_are_refused() -> None:
+    rng = np.random.default_rng(6)
+    logits = rng.normal(0, 1, (5, len(ITEMS)))
+    fusion = CatalogueEnsemble("both", [_part("one", logits), _part("two", logits)], filtered=True)
+    with raises(LlmrecError, Facts("too-few")):
+        fusion.fit(_cases(rng, _softmax(logits)))
+    with raises(LlmrecError, Facts("mismatch")):
+        CatalogueEnsemble("both", [_part("one", logits)], filtered=True)
+    with pytest.raises(RuntimeError, match="before fit"):
+        fusion.scores([])

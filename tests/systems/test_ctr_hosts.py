@@ -1,0 +1,276 @@
+"""CTR hosts do what their papers say, see nothing of the answer, and refuse features that have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import polars as pl
+import pytest
+
+torch: Any = pytest.importorskip("torch")
+
+from llmrec.baselines.parameters import make  # noqa: E402
+from llmrec.baselines.profiles import SHARED, Adaptor, adapt  # noqa: E402
+from llmrec.data.dataset import Dataset  # noqa: E402
+from llmrec.data.features import Features, Provenance, publish  # noqa: E402
+from llmrec.data.split import SplitDataset, split  # noqa: E402
+from llmrec.errors import DataError, RecipeError  # noqa: E402
+from llmrec.metrics.probability import auc  # noqa: E402
+from llmrec.recipe.schema import Split  # noqa: E402
+from llmrec.systems.ctr.fields import Attribute, Fields  # noqa: E402
+from llmrec.systems.ctr.networks import attend, attended, crossed, products  # noqa: E402
+from llmrec.types import Event, Item, Probability, Request  # noqa: E402
+from tests.facts import Facts, raises  # noqa: E402
+
+HOSTS = ("din", "deepfm", "dcn", "autoint")
+QUICK: dict[str, Any] = {"dim": 8, "hidden": "32", "epochs": 8, "patience": None, "learning_rate": 0.01, "batch": 256}
+USERS, ITEMS, WIDTH = 120, 50, 3
+
+
+def _planted(seed: int = 0) -> tuple[SplitDataset, Any, Any]:
+    """Ratings that vectors of users and items tell, and the vectors; the latest tenth of each user's is held out."""
+    rng = np.random.default_rng(seed)
+    users, items = rng.normal(size=(USERS, WIDTH)), rng.normal(size=(ITEMS, WIDTH))
+    rows = []
+    for user in range(USERS):
+        for step, item in enumerate(rng.permutation(ITEMS)[:40].tolist()):
+            yes = users[user] @ items[item] + 0.3 * rng.normal() > 0
+            rows.append((f"u{user}", f"i{item}", 5.0 if yes else 1.0, float(step)))
+    frame = pl.DataFrame(rows, schema=["user_id", "item_id", "rating", "timestamp"], orient="row")
+    entries = {f"i{n}": Item(item_id=f"i{n}", title=f"T{n}", fields={"kind": f"k{n % 3}"}) for n in range(ITEMS)}
+    data = Dataset(name="toy", noun="things", interactions=frame, items=entries, rating_scale=(1.0, 5.0))
+    return split(data, Split(kind="last_share", valid=0.1, test=0.2), seed=1), users, items
+
+
+def _store(folder: Path, users: Any, items: Any, **more: Any) -> str:
+    made = Provenance(system="planted")
+    publish(
+        folder,
+        [
+            Features("user", [f"u{n}" for n in range(USERS)], users.astype(np.float32), made, **more),
+            Features("item", [f"i{n}" for n in range(ITEMS)], items.astype(np.float32), made),
+        ],
+    )
+    return str(folder)
+
+
+def _auc(name: str, data: SplitDataset, **parameters: Any) -> float:
+    host = make(name, QUICK | parameters, seed=0)
+    host.fit(data)
+    held = list(data.holdouts("test"))
+    asked = [Request(id="r", user_id=h.user_id, item=h.item_id, history=data.history(h.user_id, "test")) for h in held]
+    answers = host.answer(asked)
+    assert all(isinstance(answer, Probability) for answer in answers)
+    return float(auc([a.value for a in answers], [float(float(h.rating or 0) >= 4) for h in held]))
+
+
+@pytest.mark.parametrize("name", [pytest.param("din", marks=pytest.mark.slow), "deepfm"])
+def test_features_that_tell_the_answer_are_used_and_dealt_out_anew_they_are_not(name: str, tmp_path: Path) -> None:
+    data, users, items = _planted()
+    folder = _store(tmp_path / "store", users, items)
+    told = _auc(name, data, features=folder)
+    assert told > 0.85
+    # Vectors of others still tell users apart, as ids do.
+    assert told > _auc(name, data, features=folder, shuffled=True) + 0.05
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_answers_depend_on_the_seed_and_not_on_who_else_is_asked(name: str) -> None:
+    data, _, _ = _planted()
+    asked = [
+        Request(id=str(n), user_id=held.user_id, item=held.item_id, history=data.history(held.user_id, "test"))
+        for n, held in enumerate(list(data.holdouts("test"))[:9])
+    ]
+    hosts = [make(name, QUICK | {"epochs": 1}, seed=seed) for seed in (0, 0, 1)]
+    for host in hosts:
+        host.fit(data)
+    first, again, other = (host.answer(asked) for host in hosts)
+    assert first == again != other
+    assert [hosts[0].answer([request])[0] for request in asked] == first and hosts[0].answer([]) == []
+
+
+def test_rows_that_a_feature_has_seen_are_left_out_or_refused(tmp_path: Path) -> None:
+    data, users, items = _planted()
+    pairs = list(data.train.select("user_id", "item_id").iter_rows())
+    folder = _store(tmp_path / "store", users, items, seen={"u0": frozenset(pairs[:9])})
+    host = make("deepfm", QUICK | {"features": folder, "epochs": 1}, seed=0)
+    _, rows = Fields.of(data, "deepfm", liked=None, window=5, decay=0.8)
+    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
+    kept = host._unseen(data, adaptor, rows)
+    assert len(kept) == len(rows) - 9
+    assert set(pairs[:9]).isdisjoint(zip(kept.user_names.tolist(), kept.item_names.tolist(), strict=True))
+    with raises(DataError, Facts("leak", says="9 of")):
+        make("deepfm", QUICK | {"features": folder, "seen": "refuse"}, seed=0).fit(data)
+    held = next(iter(data.test.select("user_id", "item_id").iter_rows()))
+    folder = _store(tmp_path / "leak", users, items, seen={"u0": frozenset({held})})
+    with raises(DataError, Facts("leak", says="held-out")):
+        make("din", QUICK | {"features": folder}, seed=0).fit(data)
+    folder = _store(tmp_path / "all", users, items, seen={"u0": frozenset(pairs)})
+    with raises(DataError, Facts("leak", says="nothing to learn from")):
+        make("din", QUICK | {"features": folder}, seed=0).fit(data)
+
+
+def test_who_has_no_features_has_no_direction(tmp_path: Path) -> None:
+    """What is left of the mean of all, once it is centred, is rounding, and may not be stretched to length 1."""
+    data, users, items = _planted()
+    folder = _store(tmp_path / "store", users, items)
+    _, rows = Fields.of(data, "din", liked=None, window=5, decay=0.8)
+    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user",), shuffle=False, data=data)
+    vectors = adaptor.tables[0].vectors(["u0", "a stranger"])
+    assert np.linalg.norm(vectors[0]) == pytest.approx(1.0, abs=1e-6) and not vectors[1].any()
+
+
+def test_a_store_of_other_training_rows_is_refused(tmp_path: Path) -> None:
+    data, users, _ = _planted()
+    made = Provenance(system="augment", split="of another split")
+    publish(tmp_path, [Features("user", [f"u{n}" for n in range(USERS)], users, made)])
+    with raises(DataError, Facts("mismatch", says="llmrec augment")):
+        make("dcn", QUICK | {"features": str(tmp_path)}, seed=0).fit(data)
+
+
+def test_each_feature_has_a_weight_of_its_own_in_the_first_order_term_of_deepfm() -> None:
+    data, _, _ = _planted()
+    host = make("deepfm", QUICK | {"epochs": 1}, seed=0)
+    host.fit(data)
+    fields, network = host._fitted.fields, host._fitted.network
+
+    def log_odds(*items: str) -> list[float]:
+        asked = [Request(id=item, user_id="u0", item=item, history=()) for item in items]
+        return host._judge(network, fields, fields.asked(asked), []).tolist()  # type: ignore[no-any-return]
+
+    items = list(fields.items)[:2]
+    before = log_odds(*items)
+    with torch.no_grad():
+        network["item"].weight[fields.warm[fields.items[items[0]]], -1] += 0.5
+    # It is a plain summand, of this item alone.
+    assert log_odds(*items) == pytest.approx([before[0] + 0.5, before[1]], abs=1e-9)
+
+
+@pytest.mark.parametrize("widths", ["", "64,", "64,x", "0"])
+def test_widths_that_are_none_are_named(widths: str) -> None:
+    with raises(RecipeError, Facts("bad-value", says="hidden")):
+        make("deepfm", {"hidden": widths}, seed=0)
+
+
+def test_a_side_that_a_store_lacks_is_said(tmp_path: Path) -> None:
+    data, users, _ = _planted()
+    publish(tmp_path, [Features("user", [f"u{n}" for n in range(USERS)], users, Provenance(system="x"))])
+    with raises(DataError, Facts("missing-value", says="users alone")):
+        make("dcn", QUICK | {"features": str(tmp_path), "sides": "item"}, seed=0).fit(data)
+
+
+def test_training_rows_show_what_came_before_them_and_no_more() -> None:
+    data, _, _ = _planted()
+    fields, rows = Fields.of(data, "din", liked=None, window=4, decay=0.8)
+    names = {number: item for item, number in fields.items.items()}
+    frame = data.train.select("user_id", "item_id", "rating")
+    for place in range(0, frame.height, 37):
+        user, item, rating = frame.row(place)
+        assert rows.user_names[place] == user and names[int(rows.items[place])] == item
+        assert rows.truth[place] == float(rating >= 4)
+        own = [row for row in frame.iter_rows() if row[0] == user]
+        past = own[: own.index((user, item, rating))][-4:]
+        shown = [names[int(number)] for number in rows.events[place] if number]
+        assert shown == [row[1] for row in past]
+        assert rows.liked[place][4 - len(past) :].tolist() == [int(row[2] >= 4) for row in past]
+
+
+def test_a_request_is_seen_as_its_training_row_is() -> None:
+    data, _, _ = _planted()
+    fields, rows = Fields.of(data, "din", liked=None, window=4, decay=0.8)
+    user = data.train["user_id"][0]
+    own = data.train_events(user)
+    asked = fields.asked([Request(id="r", user_id=user, item=own[6].item_id, history=own[:6])])
+    assert np.array_equal(asked.events[0], rows.events[6]) and np.array_equal(asked.liked[0], rows.liked[6])
+    assert asked.items[0] == rows.items[6] and asked.users[0] == rows.users[6]
+    # What is counted of the user is what stood before; of the item, a training row leaves itself out.
+    assert asked.numbers[0, [0, 1, 5, 6]] == pytest.approx(rows.numbers[6, [0, 1, 5, 6]], abs=0.05)
+    again = (*own[:6], Event(item_id=own[6].item_id, rating=5.0))
+    repeated = fields.asked([Request(id="r", user_id=user, item=own[6].item_id, history=again)])
+    assert np.array_equal(repeated.events[0], asked.events[0])
+
+
+def test_attributes_have_few_short_values() -> None:
+    entries = [
+        {"kind": "a, b", "text": f"a long text of its own that nobody else has {n}" * 3, "one": "x", "id": str(n)}
+        for n in range(9)
+    ]
+    (kind,) = Attribute.all_of(entries)
+    assert kind.name == "kind" and kind.of([{"kind": "b, zzz, a"}, {}]).tolist() == [[2, 1] + [0] * 6, [0] * 8]
+
+
+# --------------------------------------------------------------------------- the papers
+
+
+def test_the_products_are_those_of_all_pairs() -> None:
+    fields = torch.randn(3, 5, 4)
+    slow = sum((fields[:, i] * fields[:, j]).sum(dim=1) for i in range(5) for j in range(i + 1, 5))
+    assert torch.allclose(products(fields), slow, atol=1e-5)
+    assert torch.allclose(products(fields[:, torch.randperm(5)]), slow, atol=1e-5)
+
+
+def test_a_cross_layer_is_the_formula_written_out() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Linear(4, 4) for _ in range(2)])
+    first = torch.randn(3, 4)
+    values = first
+    for layer in layers:
+        rows = [first[row] * (layer.weight @ values[row] + layer.bias) + values[row] for row in range(3)]
+        values = torch.stack(rows)
+    assert torch.allclose(crossed(layers, first), values, atol=1e-6)
+
+
+def test_interest_depends_on_the_item_and_not_on_padding() -> None:
+    weigh = torch.nn.Sequential(torch.nn.Linear(16, 5), torch.nn.PReLU(), torch.nn.Linear(5, 1))
+    events, mask = torch.randn(2, 3, 4), torch.ones(2, 3)
+    one, other = torch.randn(2, 4), torch.randn(2, 4)
+    found = attended(weigh, one, events, mask)
+    assert not torch.allclose(found, attended(weigh, other, events, mask))
+    wide = torch.cat([torch.randn(2, 2, 4), events], dim=1)
+    padded = attended(weigh, one, wide, torch.tensor([[0.0, 0.0, 1.0, 1.0, 1.0]] * 2))
+    assert torch.allclose(found, padded, atol=1e-6)
+    twice = attended(weigh, one, torch.cat([events, events], dim=1), torch.ones(2, 6))
+    assert torch.allclose(twice, 2 * found, atol=1e-5)
+
+
+def test_attention_with_identity_projections_is_plain_attention() -> None:
+    block = torch.nn.ModuleDict({name: torch.nn.Linear(4, 4, bias=False) for name in ("q", "k", "v", "keep")})
+    with torch.no_grad():
+        for name in ("q", "k", "v"):
+            block[name].weight.copy_(torch.eye(4))
+        block["keep"].weight.zero_()
+    fields = torch.randn(2, 3, 4)
+    mixed = torch.softmax(fields @ fields.transpose(1, 2), dim=-1) @ fields
+    assert torch.allclose(attend(block, fields, 1), torch.relu(mixed), atol=1e-6)
+
+
+def test_gates_sum_to_one_and_shared_experts_learn_from_all_tables(tmp_path: Path) -> None:
+    data, users, items = _planted()
+    folder = _store(tmp_path / "store", users, items)
+    _, rows = Fields.of(data, "din", liked=None, window=5, decay=0.8)
+    adaptor = Adaptor.of((folder,), rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
+    network = adaptor.build(8, 3)
+    columns = adaptor.columns(rows.of(np.arange(7)))
+    vectors = torch.from_numpy(columns[0].vectors[columns[0].places])
+    sums = torch.softmax(network["gates"][0](vectors), dim=1).sum(dim=1)
+    assert torch.allclose(sums, torch.ones(7), atol=1e-6)
+    adapt(network, 0, vectors).sum().backward()
+    assert all(p.grad is not None for expert in network["shared"] for p in expert.parameters())
+    assert all(p.grad is None for p in network["own"][1].parameters())
+    assert len(network["shared"]) == SHARED
+    # Two vectors that agree in most directions are far apart once these are evened out.
+    assert abs(float(np.mean(columns[1].vectors @ columns[1].vectors.T)) - 1 / len(columns[1].vectors)) < 0.2
+
+
+@pytest.mark.parametrize("name", HOSTS)
+def test_every_field_learns(name: str, tmp_path: Path) -> None:
+    data, users, items = _planted()
+    host = make(name, QUICK | {"features": _store(tmp_path / "s", users, items), "user_id": True}, seed=0)
+    fields, rows = Fields.of(data, name, liked=None, window=5, decay=0.8)
+    adaptor = Adaptor.of(host.config.folders, rows, 1.0, kinds=("user", "item"), shuffle=False, data=data)
+    network = host._whole(fields, adaptor)
+    some = rows.of(np.arange(64))
+    host._forward(network, fields, some, adaptor.columns(some)).pow(2).sum().backward()
+    silent = [key for key, p in network.named_parameters() if p.grad is None or not p.grad.abs().sum()]
+    assert silent == []
