@@ -5,6 +5,7 @@ the test files that reach a file which differs. It errs on the side of more test
 
 - imports count wherever they are written, also inside functions, and so do full names of modules in texts;
 - what a table of names refers to (``"markov": "llmrec.baselines.markov:Markov"``) counts where that name is written;
+- a pattern of files of code (`*/entries.py`) counts as an import of each;
 - a fixture of a ``conftest.py`` counts where its name is written;
 - a file that is not Python counts where its name is written, or that of a folder which it is in. A file that is
   named nowhere counts for every test, and so does pyproject.toml.
@@ -65,6 +66,8 @@ def read(nodes: Iterable[ast.AST]) -> Source:
                 source.modules |= {module, *(f"{module}.{alias.name}" for alias in names)}
             case ast.Dict(keys=keys, values=values):
                 for key, value in zip(keys, values, strict=True):
+                    # What a name stands for, or a record that begins with it.
+                    value = value.args[0] if isinstance(value, ast.Call) and value.args else value
                     name, module = _constants((key, value))
                     if isinstance(name, str) and isinstance(module, str) and MODULE.fullmatch(module):
                         source.tables[name].add(module.partition(":")[0])
@@ -109,6 +112,11 @@ class Tree:
                     # Names that a package hands out when they are first used: they are written with the package's.
                     tables = self.sources[name].tables
                     self.sources[name].tables = {f"{name}.{key}": modules for key, modules in tables.items()}
+        for name, source in self.sources.items():
+            for pattern in [text for text in source.words if "*" in text and text.endswith(".py")]:
+                # The package hashes files of code without running them.
+                if not (_in_package(name) and pattern.endswith("*.py")):
+                    source.modules |= {module for module, file in self.paths.items() if Path(file).match(pattern)}
 
     def reached(self, test: str) -> set[str]:
         """Return the modules that a test module reaches, itself included."""

@@ -13,6 +13,10 @@ FILES = {
     "llmrec/__init__.py": 'HOMES = {"run": "llmrec.pipeline"}\n',
     "llmrec/pipeline.py": "def run():\n    from llmrec import registry\n",
     "llmrec/registry.py": 'TABLE = {"markov": "llmrec.baselines.markov:A", "ease": "llmrec.baselines.ease:B"}\n',
+    "llmrec/extending.py": 'FOUND = root.glob("*/entries.py")\n',
+    "llmrec/chat/__init__.py": "",
+    "llmrec/chat/entries.py": 'COMMANDS = {"chat": Command("llmrec.chat.command:chat", "Talk.")}\n',
+    "llmrec/chat/command.py": "",
     "llmrec/baselines/__init__.py": "",
     "llmrec/baselines/markov.py": "from llmrec.baselines.base import Baseline\n",
     "llmrec/baselines/base.py": "class Baseline: ...\n",
@@ -32,6 +36,7 @@ FILES = {
     "tests/test_ease.py": '"""Not markov."""\nfrom tests.helper import x\n',
     "tests/test_fixture.py": "def test_a(model): ...\n",
     "tests/test_process.py": 'run([python, "-m", "llmrec"])\n',
+    "tests/test_chat.py": "import llmrec.extending\ncall('chat')\n",
     "tests/test_docs.py": 'read(ROOT / "docs")\n',
     "tests/typed/test_types.py": "if TYPE_CHECKING:\n    import llmrec.sheets\n",
 }
@@ -58,6 +63,8 @@ def checkout(tmp_path: Path) -> Path:
         # In a process, and not where only types are checked.
         (["llmrec/sheets.py"], ["process"]),
         (["tests/helper.py"], ["ease"]),
+        # Modules that are found by a pattern, and what their tables name.
+        (["llmrec/chat/command.py"], ["chat"]),
         (["tests/test_docs.py", "tests/test_ease.py"], ["docs", "ease"]),
         # What the package reads; what its messages only recommend.
         (["docs/guide.md"], ["docs"]),
