@@ -26,6 +26,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("llmrec", "tests", "eval", "docs")
 WORD = re.compile(r"[\w.-]*\w")
+CALLED = {"COMMANDS": "{}()", "FUNCTIONS": "llmrec.{}"}
+"""How the names in some tables are written where they are called."""
+CLI = "llmrec.cli.main"
+COMMAND = re.compile(r"\bllmrec ([\w-]+)")
 MODULE = re.compile(rf"(?:{'|'.join(PACKAGES)})(?:\.\w+)*(?::\w+)?")
 
 
@@ -47,10 +51,11 @@ def _constants(nodes: Iterable[ast.expr | None]) -> list[object]:
     return [node.value if isinstance(node, ast.Constant) else None for node in nodes]
 
 
-def read(nodes: Iterable[ast.AST]) -> Source:
-    """Return what a part of a Python file refers to."""
+def read(nodes: Iterable[ast.AST], *, words: bool = True) -> Source:
+    """Return what a part of a Python file refers to; without ``words`` texts count as a whole alone."""
     source = Source()
     passed: set[int] = set()
+    called: dict[int, str] = {}
     queue = deque(nodes)
     while queue:
         node = queue.popleft()
@@ -64,20 +69,24 @@ def read(nodes: Iterable[ast.AST]) -> Source:
                 source.modules |= {alias.name for alias in names}
             case ast.ImportFrom(module=str(module), names=names):
                 source.modules |= {module, *(f"{module}.{alias.name}" for alias in names)}
+            case ast.Assign(targets=[ast.Name(id=table)]) | ast.AnnAssign(target=ast.Name(id=table)) if table in CALLED:
+                called |= {id(each): CALLED[table] for each in ast.walk(node) if isinstance(each, ast.Dict)}
             case ast.Dict(keys=keys, values=values):
                 for key, value in zip(keys, values, strict=True):
                     # What a name stands for, or a record that begins with it.
                     value = value.args[0] if isinstance(value, ast.Call) and value.args else value
                     name, module = _constants((key, value))
                     if isinstance(name, str) and isinstance(module, str) and MODULE.fullmatch(module):
-                        source.tables[name].add(module.partition(":")[0])
+                        source.tables[called.get(id(node), "{}").format(name)].add(module.partition(":")[0])
                         passed |= {id(key), id(value)}
             case ast.List(elts=elements) | ast.Tuple(elts=elements):
                 texts = _constants(elements)
                 # A process of its own: python -m llmrec.
                 source.modules |= {f"{b}.__main__" for a, b in pairwise(texts) if a == "-m"}
             case ast.Constant(value=str(text)) if id(node) not in passed:
-                source.words |= {text, *WORD.findall(text)}
+                source.words.add(text)
+                if words:
+                    source.words |= {*WORD.findall(text), *(f"{name}()" for name in (text, *COMMAND.findall(text)))}
                 source.modules |= {name.partition(":")[0] for name in MODULE.findall(text) if "." in name}
                 source.modules |= {f"{name}.__main__" for name in re.findall(r"-m ([\w.]+)", text)}
             case ast.Attribute(value=ast.Name(id=name), attr=word) if name in PACKAGES:
@@ -107,7 +116,8 @@ class Tree:
                         self.sources[f"{name}.{node.name}"] = read([node])
                         self.fixtures.setdefault(node.name, []).append(f"{name}.{node.name}")
                         body.remove(node)
-                self.sources[name] = read(body)
+                # What the package has in sentences is messages.
+                self.sources[name] = read(body, words=not _in_package(name))
                 if path.name == "__init__.py":
                     # Names that a package hands out when they are first used: they are written with the package's.
                     tables = self.sources[name].tables
@@ -133,12 +143,16 @@ class Tree:
             new = set(source.modules)
             for name, modules in source.tables.items():
                 tables[name] |= modules
-                new |= modules if name in words else set()
-            for word in (source.words | source.modules) - words:
-                new |= tables.get(word, set())
-            words |= source.words | source.modules
+                new |= modules if name in words and not name.endswith("()") else set()
+            # Of the package what is in the recipe's sections, which hold the defaults.
+            written = set() if _in_package(module) and not module.startswith("llmrec.recipe.") else source.words
+            for word in (written | source.modules) - words:
+                new |= tables.get(word, set()) if not word.endswith("()") else set()
+            words |= written | source.modules
             for name in source.names - names if module.startswith("tests.") else ():
                 new.update(self.fixtures.get(name, ()))
+            if CLI in reached:
+                new.update(*(modules for name, modules in tables.items() if name.endswith("()") and name in words))
             queue |= {above for name in new for above in _above(name) if above in self.sources} - reached
         return reached
 

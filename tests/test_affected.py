@@ -36,7 +36,9 @@ FILES = {
     "tests/test_ease.py": '"""Not markov."""\nfrom tests.helper import x\n',
     "tests/test_fixture.py": "def test_a(model): ...\n",
     "tests/test_process.py": 'run([python, "-m", "llmrec"])\n',
-    "tests/test_chat.py": "import llmrec.extending\ncall('chat')\n",
+    "llmrec/cli/main.py": "import llmrec.extending\n",
+    "tests/test_chat.py": "import llmrec.cli.main\ncall('chat')\n",
+    "tests/test_no_command.py": "import llmrec.extending\nprint('chat')\n",
     "tests/test_docs.py": 'read(ROOT / "docs")\n',
     "tests/typed/test_types.py": "if TYPE_CHECKING:\n    import llmrec.sheets\n",
 }
