@@ -149,12 +149,18 @@ def opened(code: str, limits: Limits = QUICK) -> tuple[Watch, Child]:
 def sleeper() -> Iterator[tuple[Watch, Child]]:
     watch, child = opened(SLEEP)
     yield watch, child
+    # Else closing waits for the thread that is still in the call.
+    OVER.set()
     watch.close(lambda: None, lambda: None)
+    OVER.clear()
     assert child.exitcode is not None
 
 
+OVER = threading.Event()
+
+
 def for_ever(progress: Progress) -> None:
-    threading.Event().wait(600)
+    OVER.wait(600)
 
 
 def test_work_comes_back_with_its_value_or_its_error(sleeper: tuple[Watch, Child]) -> None:
@@ -327,8 +333,7 @@ time.sleep(600)
 '''
 
 
-@pytest.mark.parametrize("sent", [signal.SIGKILL, signal.SIGTERM])
-@pytest.mark.parametrize("stopped", [False, True])
+@pytest.mark.parametrize(("sent", "stopped"), [(signal.SIGKILL, True), (signal.SIGTERM, False)])
 def test_an_owner_that_is_killed_leaves_no_process(sent: int, stopped: bool) -> None:
     code = OWNER.replace("DELAY", "0.8")
     owner = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
