@@ -83,18 +83,18 @@ class AnswerStore:
 
     def get(self, keys: Sequence[str]) -> dict[str, Stored]:
         """Return the stored answers by key; one with a wrong checksum counts as missing."""
-        found: dict[str, Stored] = {}
+        result: dict[str, Stored] = {}
         damaged = 0
         for start in range(0, len(keys), _MANY):
             part = keys[start : start + _MANY]
             query = f"SELECT key, value, sum FROM answers WHERE key IN ({','.join('?' * len(part))})"
             rows = self._tried(lambda run, query=query, part=part: run(query, part).fetchall())  # type: ignore[misc]
-            sound = {key: json.loads(value) for key, value, told in rows if told == _sum(key, value)}
+            sound = {key: json.loads(value) for key, value, message in rows if message == _sum(key, value)}
             damaged += len(rows) - len(sound)
-            found |= sound
+            result |= sound
         if damaged:
             log.warning("%d answers in %s do not fit their checksums and are asked again", damaged, self._path)
-        return found
+        return result
 
     def put(self, answers: Iterable[tuple[str, Stored]]) -> None:
         """Store answers in one transaction: all of them or, after a kill, none."""
@@ -105,15 +105,15 @@ class AnswerStore:
     def spent(self, name: str) -> Cost:
         """Return the tokens recorded under a name."""
         query = "SELECT name, prompt_tokens, completion_tokens, sum FROM spent WHERE name = ?"
-        found = self._tried(lambda run: run(query, (name,)).fetchone())
-        if found is None:
+        result = self._tried(lambda run: run(query, (name,)).fetchone())
+        if result is None:
             return Cost()
-        if found[3] != _sum(*found[:3]):
+        if result[3] != _sum(*result[:3]):
             if not self._told:
                 log.warning("what was spent under %s is damaged in %s; it is counted anew, from 0", name, self._path)
             self._told = True
             return Cost()
-        return Cost(prompt_tokens=found[1], completion_tokens=found[2])
+        return Cost(prompt_tokens=result[1], completion_tokens=result[2])
 
     def spend(self, name: str, cost: Cost) -> None:
         """Add tokens to those recorded under a name."""
@@ -137,13 +137,13 @@ class AnswerStore:
         def take(run: _Run) -> None:
             if run("SELECT 1 FROM spent WHERE name = ?", (name,)).fetchone() is not None:
                 return
-            with closing(sqlite3.connect(f"{other.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as found:
-                booked = found.execute("SELECT * FROM spent WHERE name NOT LIKE 'joined %'").fetchall()
-                rows = found.execute("SELECT key, value, sum FROM answers")
+            with closing(sqlite3.connect(f"{other.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as result:
+                booked = result.execute("SELECT * FROM spent WHERE name NOT LIKE 'joined %'").fetchall()
+                rows = result.execute("SELECT key, value, sum FROM answers")
                 spent = [
-                    (each, *(one + two for one, two in zip(costs, _counts(self.spent(each)), strict=True)))
-                    for each, *costs, told in booked
-                    if told == _sum(each, *costs)
+                    (item, *(one + two for one, two in zip(costs, _counts(self.spent(item)), strict=True)))
+                    for item, *costs, message in booked
+                    if message == _sum(item, *costs)
                 ]
                 self._together(
                     (_MISSING, (row for row in rows if row[2] == _sum(*row[:2]))),

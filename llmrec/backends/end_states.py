@@ -125,19 +125,19 @@ class EndStates:
         Raises:
             ModelError: If a row is longer than the model's context.
         """
-        told = json.dumps([self._stamp, self._half, most, lead, rows])
-        file = cache_dir() / "states" / f"{hashlib.sha256(told.encode()).hexdigest()[:32]}.safetensors"
+        message = json.dumps([self._stamp, self._half, most, lead, rows])
+        file = cache_dir() / "states" / f"{hashlib.sha256(message.encode()).hexdigest()[:32]}.safetensors"
         tensors, ends = require("safetensors.numpy", "train"), np.cumsum([len(row) for row in rows])
         if file.is_file():
             try:
                 return np.split(tensors.load_file(file)["states"], ends[:-1])
             except Exception as error:
                 log.warning("%s cannot be read (%s); the texts are read again", file, error)
-        found = self._computed(lead, rows, most, last=False)
-        if found:
+        result = self._computed(lead, rows, most, last=False)
+        if result:
             with replacing(file) as draft:
-                tensors.save_file({"states": np.concatenate(found)}, draft)
-        return found
+                tensors.save_file({"states": np.concatenate(result)}, draft)
+        return result
 
     def last(self, lead: str, rows: Sequence[Sequence[str]], *, most: int) -> list[NDArray[np.float32]]:
         """Return the cached state after the last text of each row, shape (width,) each; see `after`."""
@@ -145,8 +145,8 @@ class EndStates:
         new = dict.fromkeys(key for key in keys if key not in self._known)
         if len(self._known) + len(new) > _REMEMBERED:
             self._known, new = {}, dict.fromkeys(keys)
-        found = self._computed(lead, [key[2:] for key in new], most, last=True)
-        self._known |= {key: state for key, (state,) in zip(new, found, strict=True)}
+        result = self._computed(lead, [key[2:] for key in new], most, last=True)
+        self._known |= {key: state for key, (state,) in zip(new, result, strict=True)}
         return [self._known[key] for key in keys]
 
     def _computed(
@@ -163,18 +163,18 @@ class EndStates:
                 at=self._name,
                 column="max_len",
             )
-        found: list[Any] = [None] * len(rows)
+        result: list[Any] = [None] * len(rows)
         with Bar("reading", len(rows), unit="texts", quiet=len(rows) < _MANY) as bar:
             for batch in batches_of(lengths):
                 ids = torch.zeros((len(batch), max(lengths[row] for row in batch)), dtype=torch.long)
-                for place, row in enumerate(batch):
-                    ids[place, : lengths[row]] = torch.tensor([*first, *(each for line in lines[row] for each in line)])
+                for index, row in enumerate(batch):
+                    ids[index, : lengths[row]] = torch.tensor([*first, *(item for line in lines[row] for item in line)])
                 # No token sees the padding after it.
                 with torch.inference_mode(), torch.autocast(device.type, torch.bfloat16, enabled=self._half):
                     states = self._body(input_ids=ids.to(device), use_cache=False).last_hidden_state
-                for place, row in enumerate(batch):
+                for index, row in enumerate(batch):
                     ends = len(first) + np.cumsum([len(line) for line in lines[row]]) - 1
-                    found[row] = states[place, torch.from_numpy(ends[-1:] if last else ends)].float().cpu().numpy()
+                    result[row] = states[index, torch.from_numpy(ends[-1:] if last else ends)].float().cpu().numpy()
                 bar.advance(len(batch))
         self.read += sum(lengths)
-        return found
+        return result

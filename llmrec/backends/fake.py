@@ -81,9 +81,9 @@ class FakeBackend:
             }
             best = sorted(scores, key=lambda place: -scores[place])[:k]
             short = "" if len(best) == k else f"only {len(scores)} of {len(texts)} items may be given"
-            found = tuple(scores[place] for place in best)
+            result = tuple(scores[place] for place in best)
             results.append(
-                Found(items=tuple(best), scores=found, certified=True, width=max(k, width), short=short, engine="fake")
+                Found(items=tuple(best), scores=result, certified=True, width=max(k, width), short=short, engine="fake")
             )
         return results
 

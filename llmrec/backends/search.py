@@ -54,7 +54,7 @@ def search(
                 kind="too-large",
                 column="model.max_length",
             )
-    reader, found = make(), [Found(items=(), scores=(), certified=False, width=0)] * len(prompts)
+    reader, value = make(), [Found(items=(), scores=(), certified=False, width=0)] * len(prompts)
     for stop, catalogue in catalogues.items():
         chosen = [n for n, prompt in enumerate(prompts) if prompt.stop == stop]
         for rows in _batches(chosen, encoded, catalogue, max(k, width), batch_tokens):
@@ -62,9 +62,9 @@ def search(
             asked = [encoded[n] for n in rows]
             results = beam(reader, catalogue, asked, k=k, width=width, excluded=out, exact=exact)
             for n, result in zip(rows, results, strict=True):
-                found[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
+                value[n] = replace(result, engine=engine, prompt_tokens=len(encoded[n]))
             count_answers(len(rows))
-    return found
+    return value
 
 
 def _batches(

@@ -86,8 +86,8 @@ class Lower:
             self.joint = _upper(body, every[self.layer : used], slice(self.layer, used), whole)
             self._cut(every[: self.layer], self._torch.nn.Identity())
             with self._torch.no_grad():
-                found = self.joint(inputs_embeds=self._sample(), use_cache=False).last_hidden_state
-            wrong = float((found - expected).abs().max() / expected.abs().max())
+                result = self.joint(inputs_embeds=self._sample(), use_cache=False).last_hidden_state
+            wrong = float((result - expected).abs().max() / expected.abs().max())
         except (RuntimeError, ValueError, TypeError, LookupError, AttributeError) as error:
             log.debug("%s cannot be cut", section.name, exc_info=error)
             wrong = float("nan")
@@ -131,8 +131,8 @@ class Lower:
                 ids[row, : len(own)] = torch.tensor(own)
             # With causal attention no token sees the padding after it.
             with torch.no_grad():
-                found = self._body(input_ids=ids, use_cache=False).last_hidden_state
-            for text, own, states in zip(new[start : start + _TEXTS], part, found, strict=True):
+                result = self._body(input_ids=ids, use_cache=False).last_hidden_state
+            for text, own, states in zip(new[start : start + _TEXTS], part, result, strict=True):
                 self._known[text] = states[: len(own)].clone()
             self.read += sum(map(len, part))
         return [self._known[text] for text in texts]
@@ -148,8 +148,8 @@ class Lower:
         Nothing is stored while another process writes to the store.
         """
         asked = sorted(set(texts))
-        found = self._load(asked)
-        if found < len(asked):
+        result = self._load(asked)
+        if result < len(asked):
             rows = {
                 _row(text, n): own
                 for text, states in zip(asked, self.states(asked), strict=True)
@@ -167,7 +167,7 @@ class Lower:
                 if error.kind != "busy":
                     raise
                 log.info("%s; its states of texts are not added to", error)
-        return found
+        return result
 
     def _load(self, texts: Iterable[str]) -> int:
         store, before = self._store(), len(self._known)

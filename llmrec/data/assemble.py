@@ -98,11 +98,11 @@ def _pairs(frame: pl.DataFrame, part: str) -> frozenset[tuple[str, str]]:
 
 def _short_ids(table: Table, frame: pl.DataFrame) -> None:
     for column in _PAIR:
-        names, found = codes(frame[column])
+        names, result = codes(frame[column])
         long = (names.str.len_chars() > ID_LIMIT).to_numpy()
         if long.any():
-            row = int(long[found].argmax())
-            text = names[int(found[row])]
+            row = int(long[result].argmax())
+            text = names[int(result[row])]
             raise DataError.at(
                 table.where(row),
                 "too-large",
@@ -114,8 +114,8 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
 
 def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
     """Warn of a user who seems to stand for all those that are not known: by a word for nothing, or a large share."""
-    names, found = codes(frame["user_id"])
-    sizes = pl.DataFrame({"user_id": names, "count": np.bincount(found, minlength=len(names))})
+    names, result = codes(frame["user_id"])
+    sizes = pl.DataFrame({"user_id": names, "count": np.bincount(result, minlength=len(names))})
     sizes = sizes.filter(pl.col("count") > 0)
     nobody = pl.col("user_id").str.to_lowercase().is_in(_NOBODY)
     large = (pl.col("count") > _LARGE * frame.height) & (sizes.height >= _SEVERAL)
@@ -130,7 +130,7 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
 def _look_alike(table: Table, frame: pl.DataFrame) -> None:
     """Warn of ids that differ only in what is not seen: blanks around them, invisible characters, composed letters."""
     for column in _PAIR:
-        names, found = codes(frame[column])
+        names, result = codes(frame[column])
         odd = names.filter(names.str.contains(_NOT_PLAIN))
         seen = odd.str.replace_all(r"\p{Cf}", "").str.normalize("NFC").str.strip_chars()
         plain = names.filter(names.is_in(seen.implode())) if len(odd) else odd
@@ -138,7 +138,7 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
         if alike["seen"].n_unique() == alike.height:
             continue
         # Of codes not every value need occur.
-        alike = alike.filter(pl.col("name").is_in(names.gather(np.unique(found)).implode()))
+        alike = alike.filter(pl.col("name").is_in(names.gather(np.unique(result)).implode()))
         alike = alike.filter(pl.len().over("seen") > 1).sort("seen", "name")
         if not alike.is_empty():
             what = column.removesuffix("_id")
@@ -175,10 +175,10 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
     # What is held out first; then the latest in time; within one moment, and without timestamps, the last in the file.
     early = section.duplicates == "keep_first"
     ordered = several.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
-    found = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
+    result = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
     stays = np.ones(frame.height, dtype=bool)
     stays[places] = False
-    stays[found[_ROW].to_numpy()] = True
+    stays[result[_ROW].to_numpy()] = True
     rows = frame.filter(stays)
     return _summed(table, frame, rows) if section.duplicates == "sum" else rows
 
@@ -200,8 +200,8 @@ def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFr
 
 
 def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> None:
-    names, found = codes(frame["item_id"])
-    lacking = np.array([item not in items for item in names.to_list()], dtype=bool)[found]
+    names, result = codes(frame["item_id"])
+    lacking = np.array([item not in items for item in names.to_list()], dtype=bool)[result]
     if lacking.any():
         absent = frame["item_id"].filter(lacking).unique(maintain_order=True)
         row = frame[_ROW][int(lacking.argmax())]
@@ -253,12 +253,12 @@ class _Listing:
     def column(self, name: str) -> dict[str, str]:
         """Return a column's text by id, without HTML; where rows disagree, the most frequent or a listing's last."""
         if not self.unique:
-            found = one_per_item(self.table, self.own, name)
+            result = one_per_item(self.table, self.own, name)
         else:
             values = texts(self.table, name)
             rows = (self.own.reverse(), values.reverse()) if self.first else (self.own, values)
-            found = dict(zip(*rows, strict=True))
-        return {key: plain(text) for key, text in found.items()}
+            result = dict(zip(*rows, strict=True))
+        return {key: plain(text) for key, text in result.items()}
 
 
 def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None) -> dict[str, Item]:
@@ -318,13 +318,13 @@ def profiles(
         listings.insert(0, _listing(section, users, "user"))
         if section.columns.user_fields:
             check_matched(users.name, listings[0].own, user_ids)
-    found: dict[str, dict[str, str]] = {}
+    result: dict[str, dict[str, str]] = {}
     for name in section.columns.user_fields:
         values = _source(listings, name, "data.columns.user_fields=[...]").column(name)
         for user, value in values.items():
             if value.strip():
-                found.setdefault(user, {})[name] = value
-    return found
+                result.setdefault(user, {})[name] = value
+    return result
 
 
 def _listing(section: DataSection, listed: Table, kind: Literal["item", "user"]) -> _Listing:

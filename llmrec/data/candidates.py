@@ -81,7 +81,7 @@ class CandidateSets:
             table = pq.read_table(path)
             head = loads((table.schema.metadata or {})[_META])
             names, sets = table["request_id"].to_pylist(), table["candidates"].to_pylist()
-            found = _sets(head["kind"], head["count"], head["seed"], dict(zip(names, map(tuple, sets), strict=True)))
+            result = _sets(head["kind"], head["count"], head["seed"], dict(zip(names, map(tuple, sets), strict=True)))
             stored = head["digest"]
         except FileNotFoundError as error:
             raise DataError.at(
@@ -91,11 +91,11 @@ class CandidateSets:
             raise DataError.at(
                 path, "wrong-format", f" is not a candidate file of llmrec ({reason(error)}); draw the candidates again"
             ) from error
-        if found.digest != stored or len(found.sets) != len(names):
+        if result.digest != stored or len(result.sets) != len(names):
             raise DataError.at(
                 path, "damaged", ": the candidates do not match their digest, so the file was changed; draw them again"
             )
-        return found
+        return result
 
 
 def _sets(kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]]) -> CandidateSets:
@@ -167,10 +167,10 @@ class Touched(Mapping[str, frozenset[str]]):
         return self._items[self._runs.of(user)]
 
     def __getitem__(self, user: str) -> frozenset[str]:
-        found = self.places(user)
-        if not len(found):
+        result = self.places(user)
+        if not len(result):
             raise KeyError(user)
-        return frozenset(map(self.names.__getitem__, found.tolist()))
+        return frozenset(map(self.names.__getitem__, result.tolist()))
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._runs.users.filter(np.diff(self._runs.ends) > 0))

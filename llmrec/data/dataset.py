@@ -199,8 +199,8 @@ class Dataset:
         """Return a hash over the reviews; nothing where there are none, so that other data keep their fingerprint."""
         if not self.reviews:
             return []
-        told = ((*pair, json.dumps(astuple(review))) for pair, review in sorted(self.reviews.items()))
-        return [digest_strings([part for parts in told for part in parts]), *sorted(self.derives)]
+        message = ((*pair, json.dumps(astuple(review))) for pair, review in sorted(self.reviews.items()))
+        return [digest_strings([part for parts in message for part in parts]), *sorted(self.derives)]
 
 
 def _in_canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
@@ -225,8 +225,8 @@ def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.Da
         before = interactions.height
         for column, least in (("user_id", user_core), ("item_id", item_core)):
             if least > 1:
-                found = codes(interactions[column])[1]
-                interactions = interactions.filter(np.bincount(found)[found] >= least)
+                result = codes(interactions[column])[1]
+                interactions = interactions.filter(np.bincount(result)[result] >= least)
         if interactions.height == before:
             return interactions
 

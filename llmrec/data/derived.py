@@ -80,15 +80,15 @@ def extract(text: str, *, words: int, most: int, alike: float) -> list[tuple[flo
     """
     chunks = list(_chunks(text))
     scores = _term_scores(chunks)
-    found: Counter[tuple[str, ...]] = Counter()
+    result: Counter[tuple[str, ...]] = Counter()
     for _, terms in chunks:
         small = [term.casefold() for term in terms]
         for size in range(1, words + 1):
             for start in range(len(small) - size + 1):
                 phrase = tuple(small[start : start + size])
                 if all(term in scores for term in phrase):
-                    found[phrase] += 1
-    ranked = sorted((_phrase_score([scores[term] for term in p], times), " ".join(p)) for p, times in found.items())
+                    result[phrase] += 1
+    ranked = sorted((_phrase_score([scores[term] for term in p], times), " ".join(p)) for p, times in result.items())
     kept: list[tuple[float, str]] = []
     for score, candidate in ranked:
         if len(kept) == most:
@@ -118,7 +118,7 @@ def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float
     begun: set[int] = set()
     for number, terms in chunks:
         small = [term.casefold() for term in terms]
-        for place, (term, key) in enumerate(zip(terms, small, strict=True)):
+        for index, (term, key) in enumerate(zip(terms, small, strict=True)):
             times[key] += 1
             sentences[key].add(number)
             if len(term) > 1 and term.isupper():
@@ -127,24 +127,24 @@ def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float
             elif term[0].isupper() and number in begun:
                 capitals[key] += 1
             begun.add(number)
-            if place:
-                left[key][small[place - 1]] += 1
-                right[small[place - 1]][key] += 1
+            if index:
+                left[key][small[index - 1]] += 1
+                right[small[index - 1]][key] += 1
     usable = [key for key in times if _usable(key)]
     if not usable:
         return {}
     counts = [times[key] for key in usable]
     usual, top = fmean(counts) + pstdev(counts), max(times.values())
     total = 1 + max(number for number, _ in chunks)
-    found = {}
+    result = {}
     for key in usable:
         case = max(acronyms[key], capitals[key]) / (1 + math.log(times[key]))
         place_score = math.log(math.log(3 + median(sentences[key])))
         sides = sum(len(side[key]) / side[key].total() for side in (left, right) if side[key])
         related = 1 + sides * times[key] / top
         spread = len(sentences[key]) / total
-        found[key] = related * place_score / (case + times[key] / usual / related + spread / related)
-    return found
+        result[key] = related * place_score / (case + times[key] / usual / related + spread / related)
+    return result
 
 
 def _usable(term: str) -> bool:
@@ -198,13 +198,13 @@ def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
     taught = [pair for pair in train.select("user_id", "item_id").iter_rows() if pair in dataset.reviews]
     counts = Counter(phrase for pair in taught for phrase in dataset.reviews[pair].phrases)
     known = {phrase for phrase, count in counts.items() if count >= _LEAST and not _opinion(phrase)}
-    found = replace(dataset, reviews={pair: _about(review, known) for pair, review in dataset.reviews.items()})
+    result = replace(dataset, reviews={pair: _about(review, known) for pair, review in dataset.reviews.items()})
     if TITLES in dataset.derives:
-        found = replace(found, items=_titled(dataset, taught, counts))
+        result = replace(result, items=_titled(dataset, taught, counts))
     if NAMES in dataset.derives:
         names = pseudonyms(sorted(set(dataset.interactions["user_id"])), seed=seed)
-        found = replace(found, users={user: {**dataset.users.get(user, {}), "name": names[user]} for user in names})
-    return found
+        result = replace(result, users={user: {**dataset.users.get(user, {}), "name": names[user]} for user in names})
+    return result
 
 
 def sentences(text: str) -> list[str]:
@@ -240,7 +240,7 @@ def _titled(dataset: Dataset, taught: Sequence[tuple[str, str]], counts: Mapping
     for pair in taught:
         own[pair[1]].update(dataset.reviews[pair].phrases)
     phrases = {item: list(_telling(own[item], counts, len(taught))) for item in dataset.items}
-    titles = {item: ", ".join(found[:_IN_TITLE]) or item for item, found in phrases.items()}
+    titles = {item: ", ".join(result[:_IN_TITLE]) or item for item, result in phrases.items()}
     for length in range(_IN_TITLE + 1, _MOST_IN_TITLE + 1):
         for item in _shared(titles):
             titles[item] = ", ".join(phrases[item][:length]) or item
@@ -256,11 +256,11 @@ def _telling(own: Mapping[str, int], counts: Mapping[str, int], reviews: int) ->
     usable.sort(
         key=lambda phrase: (counts[phrase] < _LEAST, -own[phrase] * math.log(1 + reviews / counts[phrase]), phrase)
     )
-    said: set[str] = set()
+    text: set[str] = set()
     for phrase in usable:
         words = set(_WORD.findall(phrase))
-        if not words & said:
-            said |= words
+        if not words & text:
+            text |= words
             yield phrase
 
 
@@ -306,19 +306,19 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
     settings = f"keyphrases {VERSION} {_WORDS} {_MOST} {_ALIKE} {_LENGTH}"
     path = cache_dir() / "keyphrases" / f"{digest_strings([settings, *texts])}.json"
     try:
-        found = [tuple(map(str, phrases)) for phrases in json.loads(path.read_text(encoding="utf-8"))]
-        if len(found) == len(texts):
-            return found
+        results = [tuple(map(str, phrases)) for phrases in json.loads(path.read_text(encoding="utf-8"))]
+        if len(results) == len(texts):
+            return results
     except (OSError, ValueError, TypeError):
         pass  # not made yet, or not to be read: made again
     if len(texts) > 1000:
         log.info("extracting keyphrases of %d reviews; this is done once", len(texts))
-    found = [_of(text) for text in texts]
+    results = [_of(text) for text in texts]
     try:
-        write_json(path, found)
+        write_json(path, results)
     except OSError as error:
         log.warning("keyphrases cannot be kept in %s (%s); the next run extracts them again", path.parent, error)
-    return found
+    return results
 
 
 def _of(text: str) -> tuple[str, ...]:

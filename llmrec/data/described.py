@@ -56,11 +56,11 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
     users, items, counted = dict(data.dataset.users), data.dataset.items, []
     if section.sides in ("both", "user") and "user" in store.kinds:
         refuse_seen(section.path, store, data, held=held)
-        said = _texts(store, "user", data.users(), shuffled=section.shuffled)
-        _refuse_field(section.path, USER_FIELD, (text for user in said if (text := users.get(user))))
-        titles = held_titles(data, said)
-        silent = {user for user, text in said.items() if any(names(text, title) for title in titles.get(user, ()))}
-        shown = {user: Profile(text) for user, text in said.items() if user not in silent}
+        message = _texts(store, "user", data.users(), shuffled=section.shuffled)
+        _refuse_field(section.path, USER_FIELD, (text for user in message if (text := users.get(user))))
+        titles = held_titles(data, message)
+        silent = {user for user, text in message.items() if any(names(text, title) for title in titles.get(user, ()))}
+        shown = {user: Profile(text) for user, text in message.items() if user not in silent}
         users |= {user: {**users.get(user, {}), USER_FIELD: text} for user, text in shown.items()}
         left = f" ({len(silent)} more name an item that is held out for them)" if silent else ""
         counted.append(f"{len(shown)} of {len(data.users())} users{left}")
@@ -75,8 +75,8 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
             f" has no text on users or items of {data.dataset.name} ({', '.join(counted) or section.sides}); compare "
             "ids, or set data.texts.sides",
         )
-    told = {"texts": store.stamp, "have texts": ", ".join(counted)}
-    dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **told})
+    fields = {"texts": store.stamp, "have texts": ", ".join(counted)}
+    dataset = replace(data.dataset, users=users, items=items, provenance={**data.dataset.provenance, **fields})
     return replace(data, dataset=dataset)
 
 
@@ -84,18 +84,20 @@ def names(text: str, title: str) -> bool:
     """Whether a text names an item: in whatever case, and with or without the year that its title ends in."""
     whole = clean(title).casefold()
     bare = _YEAR.sub("", whole)
-    said = bare if len(bare) >= NAMED else whole
-    return len(said) >= NAMED and re.search(rf"(?<!\w){re.escape(said)}(?!\w)", clean(text).casefold()) is not None
+    message = bare if len(bare) >= NAMED else whole
+    return (
+        len(message) >= NAMED and re.search(rf"(?<!\w){re.escape(message)}(?!\w)", clean(text).casefold()) is not None
+    )
 
 
 def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:
     """Return the titles, long enough to name an item, of what is held out for some users: items by title, by user."""
-    found: dict[str, dict[str, str]] = {}
+    result: dict[str, dict[str, str]] = {}
     for user, item in sorted(pair for pair in data.held_out if pair[0] in users):
         title = data.dataset.titles.get(item, "")
         if len(title) >= NAMED:
-            found.setdefault(user, {})[title] = item
-    return found
+            result.setdefault(user, {})[title] = item
+    return result
 
 
 def described_items(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
@@ -103,10 +105,12 @@ def described_items(items: Mapping[str, Item], section: TextsSection | None) -> 
     store = None if section is None or section.sides == "user" else FeatureStore.open(section.path)
     if section is None or store is None or "item" not in store.kinds:
         return items
-    said = _texts(store, "item", items, shuffled=section.shuffled)
-    _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in said))
-    told = {item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in said.items()}
-    return {**items, **told}
+    message = _texts(store, "item", items, shuffled=section.shuffled)
+    _refuse_field(section.path, ITEM_FIELD, (items[item].fields for item in message))
+    fields = {
+        item: replace(items[item], fields={**items[item].fields, ITEM_FIELD: text}) for item, text in message.items()
+    }
+    return {**items, **fields}
 
 
 def profile_of(user: str, section: TextsSection) -> str:
@@ -165,8 +169,8 @@ def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffl
     """Return the texts on these ids, or, dealt out anew, those of others of the store."""
     of = dealt_anew(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
     asked = [name for name in ids if name in of]
-    found = store.texts(kind, {of[name] for name in asked})
-    return {name: text for name in asked if (text := found.get(of[name], "").strip())}
+    result = store.texts(kind, {of[name] for name in asked})
+    return {name: text for name in asked if (text := result.get(of[name], "").strip())}
 
 
 def _refuse_field(path: str, name: str, entries: Iterable[Mapping[str, str]]) -> None:

@@ -46,23 +46,23 @@ class Events:
         whole = np.ones(len(self._items), dtype=bool)
         kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
         sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])
-        found = np.diff(sums[self._runs.ends])
-        present = found > 0
-        return dict(zip(self._runs.users.filter(present).to_list(), found[present].tolist(), strict=True))
+        result = np.diff(sums[self._runs.ends])
+        present = result > 0
+        return dict(zip(self._runs.users.filter(present).to_list(), result[present].tolist(), strict=True))
 
     def of(self, user: str) -> tuple[Event, ...]:
         """Return a user's events in order; none for a user without any."""
-        found = self._kept.get(user)
-        if found is not None:
+        result = self._kept.get(user)
+        if result is not None:
             self._kept.move_to_end(user)
-            return found
-        found = self._made(user)
-        if found:
-            self._kept[user] = found
-            self._held += len(found)
+            return result
+        result = self._made(user)
+        if result:
+            self._kept[user] = result
+            self._held += len(result)
             while self._held > _KEPT:
                 self._held -= len(self._kept.popitem(last=False)[1])
-        return found
+        return result
 
     def _made(self, user: str) -> tuple[Event, ...]:
         part = self._runs.of(user)

@@ -117,26 +117,30 @@ class Features:
         if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
             raise DataError(f"{len(self.ids)} {of} have vectors of shape {shape}; give one each", kind="mismatch")
         if self.texts and len(self.texts) != len(self.ids):
-            told = f"{len(self.texts)} texts stand beside {len(self.ids)} ids; give one an id"
-            raise DataError(told, kind="mismatch")
+            message = f"{len(self.texts)} texts stand beside {len(self.ids)} ids; give one an id"
+            raise DataError(message, kind="mismatch")
         if twice := [name for name, times in Counter(self.ids).items() if times > 1]:
-            told = f"the {self.kind} {twice[0]!r} stands twice among the features; keep one"
-            raise DataError(told, kind="duplicate")
+            message = f"the {self.kind} {twice[0]!r} stands twice among the features; keep one"
+            raise DataError(message, kind="duplicate")
         if stray := self.seen.keys() - set(self.ids):
-            told = f"seen: {min(stray)!r} is none of the {of} of these features; give what each of their ids has seen"
-            raise DataError(told, kind="mismatch", column="seen")
+            message = (
+                f"seen: {min(stray)!r} is none of the {of} of these features; give what each of their ids has seen"
+            )
+            raise DataError(message, kind="mismatch", column="seen")
         instead = self.fallback
         if instead is not None and (instead.shape != shape[1:] or not np.isfinite(instead).all()):
-            told = f"fallback: shape {instead.shape} beside vectors of shape {shape}; give one finite number a column"
-            raise DataError(told, kind="mismatch", column="fallback")
+            message = (
+                f"fallback: shape {instead.shape} beside vectors of shape {shape}; give one finite number a column"
+            )
+            raise DataError(message, kind="mismatch", column="fallback")
         if not np.isfinite(self.vectors).all():
             row = int(np.flatnonzero(~np.isfinite(self.vectors).all(axis=1))[0])
-            told = f"the vector of the {self.kind} {self.ids[row]!r} holds NaN or infinity; make it again"
-            raise DataError(told, kind="bad-value")
+            message = f"the vector of the {self.kind} {self.ids[row]!r} holds NaN or infinity; make it again"
+            raise DataError(message, kind="bad-value")
         for name in self.ids:
             if not name or "\0" in name or len(name.encode()) > _WIDEST:
-                told = f"it is empty, holds NUL or is longer than {_WIDEST} bytes"
-                raise DataError(f"the id {name[:40]!r} cannot name features: {told}", kind="bad-value")
+                message = f"it is empty, holds NUL or is longer than {_WIDEST} bytes"
+                raise DataError(f"the id {name[:40]!r} cannot name features: {message}", kind="bad-value")
 
 
 @dataclass(frozen=True)
@@ -273,11 +277,11 @@ class FeatureStore:
     def texts(self, kind: FeatureKind, ids: Iterable[str]) -> dict[str, str]:
         """Return the texts of some ids, those that have one."""
         with closing(self._database()) as base:
-            found = (
+            result = (
                 base.execute("SELECT text FROM texts WHERE kind = ? AND id = ?", (kind, name)).fetchone()
                 for name in ids
             )
-            return {name: row[0] for name, row in zip(ids, found, strict=False) if row is not None}
+            return {name: row[0] for name, row in zip(ids, result, strict=False) if row is not None}
 
     @property
     def dtype(self) -> Literal["float32", "float16"]:
@@ -286,11 +290,11 @@ class FeatureStore:
 
     def seen_by(self, kind: FeatureKind) -> dict[str, frozenset[Pair]]:
         """Return the (user, item) pairs that each text of a kind has seen, by id."""
-        found: dict[str, set[Pair]] = {}
+        result: dict[str, set[Pair]] = {}
         with closing(self._database()) as base:
             for name, user, item in base.execute("SELECT id, user, item FROM seen WHERE kind = ?", (kind,)):
-                found.setdefault(name, set()).add((user, item))
-        return {name: frozenset(known) for name, known in found.items()}
+                result.setdefault(name, set()).add((user, item))
+        return {name: frozenset(known) for name, known in result.items()}
 
     def seen(self, kind: FeatureKind | None = None) -> frozenset[Pair]:
         """Return every (user, item) pair that some text has seen."""

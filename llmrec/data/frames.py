@@ -159,14 +159,14 @@ def like(frame: Any, table: Any) -> Any:
 
 def _spelled(table: Any) -> Any:
     """Return a table whose categories are texts of a kind that Parquet files can hold."""
-    for place, field in enumerate(table.schema):
+    for index, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
             chunks = [
                 pa.DictionaryArray.from_arrays(part.indices, part.dictionary.cast(pa.large_string()))
-                for part in table.column(place).chunks
+                for part in table.column(index).chunks
             ]
             kind = pa.dictionary(field.type.index_type, pa.large_string())
-            table = table.set_column(place, field.name, pa.chunked_array(chunks, kind))
+            table = table.set_column(index, field.name, pa.chunked_array(chunks, kind))
     return table
 
 

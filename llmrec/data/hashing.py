@@ -30,7 +30,7 @@ def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDAr
     """
     # Lengths stand before the parts, so that ("ab", "c") and ("a", "bc") differ.
     prefix = f"{purpose}\x1f{seed}\x1f"
-    found = []
+    results = []
     rows = zip(*columns, strict=True)
     while block := list(islice(rows, _BLOCK)):
         digests = [
@@ -39,8 +39,8 @@ def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDAr
             ).digest()
             for row in block
         ]
-        found.append(np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64))
-    return np.concatenate(found) if found else np.empty(0, dtype=np.uint64)
+        results.append(np.frombuffer(b"".join(digests), dtype="<u8").astype(np.uint64))
+    return np.concatenate(results) if results else np.empty(0, dtype=np.uint64)
 
 
 def hash_one(purpose: str, seed: int, *parts: str) -> int:

@@ -59,7 +59,7 @@ class BM25:
         """Weigh the words of some texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
         counts = [Counter(_words(text)) for text in written]
         frequency = Counter(word for counted in counts for word in counted)
-        index = {word: place for place, word in enumerate(sorted(frequency))}
+        index = {word: position for position, word in enumerate(sorted(frequency))}
         idf = {word: np.log(1 + (len(written) - have + 0.5) / (have + 0.5)) for word, have in frequency.items()}
         mean = max(1.0, sum(map(Counter.total, counts)) / max(1, len(counts)))
         rows, columns, values = [], [], []
@@ -78,8 +78,8 @@ class BM25:
         for word in _words(question):
             if word in self.index:
                 asked[self.index[word]] += 1
-        found: NDArray[np.float64] = self.weights[part] @ asked
-        return found
+        result: NDArray[np.float64] = self.weights[part] @ asked
+        return result
 
 
 @dataclass(frozen=True)
@@ -107,8 +107,8 @@ class Documents:
         """
         table = read_table(user_path(path))
         key = find(table, None, "item_id", "data.facts") or find(table, None, "title", "data.facts")
-        said = find(table, column, "", "data.facts.text")
-        if key is None or said is None:
+        text = find(table, column, "", "data.facts.text")
+        if key is None or text is None:
             raise DataError.at(table.name, "missing-column", ": documents need a column item_id or title", "data.facts")
         by_title = key == "title"
         names = unescaped(table, key).fill_null("") if by_title else [str(name) for name in ids(table, key)]
@@ -116,7 +116,7 @@ class Documents:
         if twice and not by_title:
             raise DataError.at(table.name, "duplicate", f": {min(twice)!r} has several documents; join them", key)
         return Documents(
-            tuple(names), tuple(unescaped(table, said).fill_null("")), by_title, f"{table.name} {table.sha256[:16]}"
+            tuple(names), tuple(unescaped(table, text).fill_null("")), by_title, f"{table.name} {table.sha256[:16]}"
         )
 
     @cached_property
@@ -184,16 +184,16 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
     items = dict(dataset.items)
     for name, item in dataset.items.items():
         place = documents.about(item)
-        found = [] if place is None else documents.passages(place, question, section.tokens)
-        if found:
-            items[name] = replace(item, fields={**item.fields, FIELD: numbered(found)})
+        result = [] if place is None else documents.passages(place, question, section.tokens)
+        if result:
+            items[name] = replace(item, fields={**item.fields, FIELD: numbered(result)})
     had = sum(FIELD in item.fields for item in items.values())
     if not had:
         raise DataError.at(
             section.path, "empty", f" has no document on any item of {dataset.name}; compare ids, or raise tokens"
         )
-    told = {"facts": documents.source, "items with facts": f"{had} of {len(items)}"}
-    return replace(dataset, items=items, provenance={**dataset.provenance, **told})
+    fields = {"facts": documents.source, "items with facts": f"{had} of {len(items)}"}
+    return replace(dataset, items=items, provenance={**dataset.provenance, **fields})
 
 
 def numbered(passages: Sequence[str]) -> str:
@@ -217,12 +217,12 @@ def _order(
 ) -> NDArray[np.int64]:
     # Equal ones, as all are without a question, in the order of the document.
     order = np.argsort(-scores, kind="stable")
-    told = order[scores[order] > 0]
+    message = order[scores[order] > 0]
     if embed is None or not question or not passages:
-        return told if len(told) else order
+        return message if len(message) else order
     vectors = embed([question, *passages])
     joined = np.zeros(len(passages))
-    for order in (told, np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")):
+    for order in (message, np.argsort(-(vectors[1:] @ vectors[0]), kind="stable")):
         joined[order] += 1 / (_RANK + np.arange(len(order)))
     return np.argsort(-joined, kind="stable")
 

@@ -102,9 +102,9 @@ class Entities:
 
     def find(self, columns: Sequence[str], what: Literal["user", "item"]) -> str | None:
         """Return the column of the user or the item: the one that was named, a usual name, or one that says so."""
-        said, usual = (self.user, USERS) if what == "user" else (self.item, ITEMS)
-        if said in columns:
-            return said
+        text, usual = (self.user, USERS) if what == "user" else (self.item, ITEMS)
+        if text in columns:
+            return text
         return _called(columns, usual) or _meaning(tuple(columns), what)
 
 
@@ -173,9 +173,9 @@ def read_lists(source: Any, unit: Unit = "user", asked: Entities = Entities()) -
         DataError: If it cannot be read, an item stands twice in a list, or a score is no finite number.
     """
     table = _opened(source, "ranked", TREC, _RUN_COLUMNS, asked)
-    found = _of_records(table, unit, asked) if isinstance(table, _Records) else _of_rows(table, unit, asked)
-    _once(found.frame, found.where, "the list")
-    return replace(found, columns=table.columns if isinstance(table, _Records) else table.frame.columns)
+    result = _of_records(table, unit, asked) if isinstance(table, _Records) else _of_rows(table, unit, asked)
+    _once(result.frame, result.where, "the list")
+    return replace(result, columns=table.columns if isinstance(table, _Records) else table.frame.columns)
 
 
 # --------------------------------------------------------------------------- tables
@@ -203,19 +203,19 @@ def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozens
     """Return the rows with an item, and whose list is a row that says why there is none, as llmrec writes it."""
     if "error" not in table.frame.columns or table.parts:
         return table, frozenset()
-    told = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
-    if not told.any():
+    message = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
+    if not message.any():
         return table, frozenset()
-    rows = (~told).arg_true().to_list()
-    owners = frozenset(typed.texts(table, key).filter(told).cast(pl.String).unique())
+    rows = (~message).arg_true().to_list()
+    owners = frozenset(typed.texts(table, key).filter(message).cast(pl.String).unique())
     lines = [table.line(row) for row in rows]
     return replace(table, frame=table.frame[rows], lines=lines, rows=rows), owners
 
 
 def _ids(table: Table, column: str) -> pl.Series:
     """Return a column of ids as texts, without what keeps a spreadsheet from taking one for a formula."""
-    found = typed.ids(table, column).cast(pl.String)
-    return unguarded(found) if _is_delimited(table.name) else found
+    result = typed.ids(table, column).cast(pl.String)
+    return unguarded(result) if _is_delimited(table.name) else result
 
 
 def _is_delimited(name: str) -> bool:
@@ -235,18 +235,18 @@ def _called(columns: Sequence[str], names: Sequence[str]) -> str | None:
 @cache
 def _meaning(columns: tuple[str, ...], what: str) -> str | None:
     """Return the only column whose name says that it is the user or the item, an id before others."""
-    said = {column: named(column) for column in columns}
-    best = max((meaning.weight(what) for meaning in said.values()), default=0.0)
-    found = [column for column, meaning in said.items() if meaning.weight(what) == best]
-    ids = [column for column in found if said[column].is_id] or found
+    text = {column: named(column) for column in columns}
+    best = max((meaning.weight(what) for meaning in text.values()), default=0.0)
+    results = [column for column, meaning in text.items() if meaning.weight(what) == best]
+    ids = [column for column in results if text[column].is_id] or results
     return ids[0] if best >= _SURE and len(ids) == 1 else None
 
 
 def _needed(table: Table, asked: Entities) -> str:
-    found = asked.find(table.frame.columns, "item")
-    if found is None:
+    result = asked.find(table.frame.columns, "item")
+    if result is None:
         raise _lacks(table, "item")
-    return found
+    return result
 
 
 def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:

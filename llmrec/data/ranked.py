@@ -148,8 +148,8 @@ def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | 
 
 def _checked(line: str) -> Ranked:
     # JSON has no tab but in its escaped form.
-    text, _, told = line.partition("\t")
-    if checksum(text.encode()) != told:
+    text, _, message = line.partition("\t")
+    if checksum(text.encode()) != message:
         raise ValueError("the line was changed")
     return _record(json.loads(text))
 
@@ -203,7 +203,7 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
         write_records(path, records)
         return
     rows = (
-        (listed(record), item, place, score) for record in records for place, (item, score) in enumerate(_pairs(record))
+        (listed(record), item, index, score) for record in records for index, (item, score) in enumerate(_pairs(record))
     )
     packed = path.suffix.lower() == ".gz"
     with replacing(path) as draft:

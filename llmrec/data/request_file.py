@@ -270,12 +270,12 @@ def _list(key: str, cell: str) -> list[Any]:
         return []
     if _JSON_LIST.match(text) or _MAYBE_JSON_LIST.match(text):
         try:
-            found = json.loads(text)
+            result = json.loads(text)
         except (ValueError, RecursionError) as error:
             raise DataError(
                 f"{key!r} begins like a JSON list and is none ({reason(error)})", kind="syntax", column=key
             ) from error
-        return list(found)
+        return list(result)
     return [part.strip() for part in text.split("|")]
 
 
@@ -304,10 +304,10 @@ def _values(batch: Any) -> Iterator[dict[str, object] | str]:
         pass  # some row is no text, or holds a time that Python cannot: find out which
     for place in range(batch.num_rows):
         try:
-            found = batch.slice(place, 1).to_pylist()[0]
+            result = batch.slice(place, 1).to_pylist()[0]
         except UnicodeDecodeError:
             yield "not UTF-8; write it again"
         except FAULTS as error:
             yield f"a value that cannot be used ({reason(error)}); write texts, numbers and lists of them"
         else:
-            yield found
+            yield result

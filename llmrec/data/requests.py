@@ -92,13 +92,13 @@ class _Remarks:
     titled: set[str] = field(default_factory=set)
 
     def notes(self) -> list[str]:
-        said = (
+        text = (
             ("history: left out, unknown and without a title", self.skipped),
             ("candidates: named more than once, ranked once", self.repeated),
             ("candidates: named again with another text, the first was ranked", self.retold),
             (f"cut to {TITLE_LIMIT} characters, the title of", self.cut),
         )
-        return [f"{what}: {some(names)}" for what, names in said if names]
+        return [f"{what}: {some(names)}" for what, names in text if names]
 
 
 class _Unknown(Exception):
@@ -179,13 +179,13 @@ def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None,
     """Return a request's id and user as far as they can be read, so that a failed line can be found again."""
     if record is None:
         return None, None
-    found: list[str | None] = []
+    results: list[str | None] = []
     for key, default in (("id", str(row)), ("user_id", None)):
         try:
-            found.append(_optional_id(key, record.get(key)) or default)
+            results.append(_optional_id(key, record.get(key)) or default)
         except DataError:
-            found.append(None)
-    return found[0], found[1]
+            results.append(None)
+    return results[0], results[1]
 
 
 # --------------------------------------------------------------------------- lists of items
@@ -206,9 +206,9 @@ def _candidates(
         raise DataError("'candidates' is empty; give at least one item to rank", kind="empty", column="candidates")
     items: dict[str, Item] = {}
     unknown: dict[str, None] = {}
-    for place, entry in enumerate(entries, start=1):
+    for index, entry in enumerate(entries, start=1):
         try:
-            item = _item(f"candidates, entry {place}", entry, catalogue, remarks)
+            item = _item(f"candidates, entry {index}", entry, catalogue, remarks)
         except _Unknown as gap:
             unknown.setdefault(gap.item_id)
             continue
@@ -231,20 +231,20 @@ def _history(record: Mapping[str, object], catalogue: Mapping[str, Item] | None,
     if record.get("history") is None:
         return ()
     events: list[Past] = []
-    for place, entry in enumerate(_list("history", record["history"]), start=1):
-        where = f"history, entry {place}"
+    for index, entry in enumerate(_list("history", record["history"]), start=1):
+        where = f"history, entry {index}"
         try:
             item = _item(where, entry, catalogue, remarks)
         except _Unknown as gap:
             remarks.skipped.append(gap.item_id)
             continue
-        said = entry if isinstance(entry, Mapping) else {}
-        text = said.get("text")
+        message = entry if isinstance(entry, Mapping) else {}
+        text = message.get("text")
         events.append(
             Past(
                 item=item,
-                rating=_number(f"{where}: rating", said.get("rating")),
-                timestamp=_moment(f"{where}: timestamp", said.get("timestamp")),
+                rating=_number(f"{where}: rating", message.get("rating")),
+                timestamp=_moment(f"{where}: timestamp", message.get("timestamp")),
                 text=None if text is None else _text(f"{where}: text", text),
             )
         )
@@ -322,12 +322,12 @@ def _profile(said: object) -> tuple[str, dict[str, str]]:
     # What a frame lacks is NaN there.
     known = {name: value for name, value in said.items() if value is not None and value == value}
     given = {clean(_text("profile", name)): value for name, value in known.items()}
-    told = {name: str(int(value) if whole(value) else value) for name, value in given.items() if _plain(value)}
-    if len(told) < len(given):
-        name = next(name for name in given if name not in told)
+    fields = {name: str(int(value) if whole(value) else value) for name, value in given.items() if _plain(value)}
+    if len(fields) < len(given):
+        name = next(name for name in given if name not in fields)
         said = f"profile: {name[:60]!r} is {_kind(given[name])}; give a text or a number"
         raise DataError(said, kind="bad-value", column="profile")
-    return "", {name: clean(_text("profile", value)) for name, value in told.items()}
+    return "", {name: clean(_text("profile", value)) for name, value in fields.items()}
 
 
 def _plain(value: object) -> bool:
@@ -362,16 +362,16 @@ def _number(what: str, value: object) -> float | None:
     if value is None:
         return None
     try:
-        found = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
+        result = float(value) if isinstance(value, int | float | str) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
-        found = math.nan
-    if not math.isfinite(found):
+        result = math.nan
+    if not math.isfinite(result):
         raise DataError(
             f"{what} is {_kind(value)} that is no finite number; give a number or leave it out",
             kind="bad-value",
             column=what,
         )
-    return found
+    return result
 
 
 def _moment(what: str, value: object) -> float | None:

@@ -62,8 +62,8 @@ class Holdouts(Sequence[Interaction]):
 
     def first_users(self, count: int, *, but: Collection[str] = ()) -> tuple[str, ...]:
         """Return the first so many users who have any, others than those of ``but``."""
-        found = self.frame["user_id"].unique(maintain_order=True).cast(pl.String)
-        return tuple(found.filter(~found.is_in(list(but))).head(count))
+        result = self.frame["user_id"].unique(maintain_order=True).cast(pl.String)
+        return tuple(result.filter(~result.is_in(list(but))).head(count))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Holdouts) and list(self) == list(other)
@@ -177,8 +177,8 @@ class SplitDataset:
 
     @cached_property
     def _users(self) -> tuple[str, ...]:
-        names, found = codes(self.dataset.interactions["user_id"])
-        return tuple(names.filter(np.bincount(found, minlength=len(names)) > 0))
+        names, result = codes(self.dataset.interactions["user_id"])
+        return tuple(names.filter(np.bincount(result, minlength=len(names)) > 0))
 
     @cached_property
     def _events(self) -> Mapping[str, Events]:
@@ -315,10 +315,10 @@ def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDAr
         return places
     begins = np.concatenate([[True], ~same])[places]
     keys = np.cumsum(begins).astype(np.uint64) << np.uint64(32) | users[places].astype(np.uint64)
-    found = np.argsort(keys)
-    again = keys[found[1:]] == keys[found[:-1]]
+    result = np.argsort(keys)
+    again = keys[result[1:]] == keys[result[:-1]]
     both = np.concatenate([[False], again]) | np.concatenate([again, [False]])
-    return np.sort(places[found[both]])
+    return np.sort(places[result[both]])
 
 
 def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
@@ -417,10 +417,10 @@ def written(data: SplitDataset, part: Part) -> SplitDataset:
         return data
 
     def said(frame: pl.DataFrame) -> pl.DataFrame:
-        found = [reviews.get(pair) for pair in frame.select("user_id", "item_id").iter_rows()]
+        results = [reviews.get(pair) for pair in frame.select("user_id", "item_id").iter_rows()]
         columns = {"text": part, "feature": "feature"} if part == "sentence" else {"text": part}
         return frame.with_columns(
-            pl.Series(column, [(getattr(review, name) if review else None) or None for review in found], pl.String)
+            pl.Series(column, [(getattr(review, name) if review else None) or None for review in results], pl.String)
             for column, name in columns.items()
         )
 

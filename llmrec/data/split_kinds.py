@@ -59,12 +59,12 @@ class Rows:
             test: For test.
             rest: Labels of all others.
         """
-        found = np.full(len(self.users), rest, dtype=np.int8) if isinstance(rest, int) else rest
-        if len(self.latest) < len(found):
+        result = np.full(len(self.users), rest, dtype=np.int8) if isinstance(rest, int) else rest
+        if len(self.latest) < len(result):
             keys = pairs(self.frame["user_id"], self.frame["item_id"])
-            found[np.isin(keys, keys[np.concatenate([valid, test])])] = GONE
-        found[valid], found[test] = VALID, TEST
-        return found
+            result[np.isin(keys, keys[np.concatenate([valid, test])])] = GONE
+        result[valid], result[test] = VALID, TEST
+        return result
 
     def by_user(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return places user by user, how many their user has, and how many of them come later, shape (n,) each."""
@@ -93,16 +93,16 @@ def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
 
 def _last(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the last place of every user that has one; places are ascending."""
-    found = _lasts(rows, places)
-    return found[found >= 0]
+    result = _lasts(rows, places)
+    return result[result >= 0]
 
 
 def _lasts(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
     """Return the last place of every user, -1 where there is none, shape (users,); places are ascending."""
-    found = np.full(len(rows.names), -1, dtype=np.int64)
+    result = np.full(len(rows.names), -1, dtype=np.int64)
     # Of several values for one index the last one counts.
-    found[rows.users[places]] = places
-    return found
+    result[rows.users[places]] = places
+    return result
 
 
 def _last_share(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
@@ -201,11 +201,11 @@ def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     valid = early.latest[early.latest >= first]
     valid = valid[~np.isin(later[valid], later[test])]
     _need(dataset, section, len(valid), len(test), f"{total} interactions")
-    found = np.full(total, GONE, dtype=np.int8)
-    found[:first] = TRAIN
-    found[:first][np.isin(later[:first], later[np.concatenate([valid, test])])] = GONE
-    found[valid], found[test] = VALID, TEST
-    return found
+    result = np.full(total, GONE, dtype=np.int8)
+    result[:first] = TRAIN
+    result[:first][np.isin(later[:first], later[np.concatenate([valid, test])])] = GONE
+    result[valid], result[test] = VALID, TEST
+    return result
 
 
 def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:

@@ -132,9 +132,9 @@ def _histogram(rows: pl.DataFrame) -> dict[str, int]:
 def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
     number = np.bincount(codes(rows[column])[1])
     counts = pl.Series(number[number > 0]).cast(pl.Float64)
-    found = {name: counts.quantile(share, interpolation="linear") for name, share in _QUANTILES.items()}
-    found["mean"] = rows.height / counts.len()
-    return {name: float(value) for name, value in found.items() if value is not None}
+    result = {name: counts.quantile(share, interpolation="linear") for name, share in _QUANTILES.items()}
+    result["mean"] = rows.height / counts.len()
+    return {name: float(value) for name, value in result.items() if value is not None}
 
 
 def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
@@ -213,8 +213,8 @@ class Tallies:
 
 
 def _by_item(events: Iterable[Event]) -> dict[str, Tally]:
-    found: dict[str, Tally] = {}
+    result: dict[str, Tally] = {}
     for event in events:
         one = Tally(1, 0, 0.0) if event.rating is None else Tally(1, 1, event.rating)
-        found[event.item_id] = found.get(event.item_id, Tally()) + one
-    return found
+        result[event.item_id] = result.get(event.item_id, Tally()) + one
+    return result

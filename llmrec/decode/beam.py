@@ -152,15 +152,15 @@ def beam(
     barred = [_none()] * len(prompts)
     if excluded:
         barred = [np.unique(catalogue.places[list(items)]).astype(np.int64) for items in excluded]
-    found = _run(engine, catalogue, prompts, barred, k, max(k, width))
-    for n, result in enumerate(found if exact else ()):
+    value = _run(engine, catalogue, prompts, barred, k, max(k, width))
+    for n, result in enumerate(value if exact else ()):
         wide = result.width
         # One by one, so that what a wide search holds is that of one request. A score that is no number proves nothing.
-        while not found[n].certified and np.isfinite(found[n].scores).all() and wide < min(len(catalogue), WIDEST):
+        while not value[n].certified and np.isfinite(value[n].scores).all() and wide < min(len(catalogue), WIDEST):
             wide = min(2 * wide, WIDEST)
             (wider,) = _run(engine, catalogue, [prompts[n]], [barred[n]], k, wide)
-            found[n] = replace(wider, tokens=found[n].tokens + wider.tokens)
-    return found
+            value[n] = replace(wider, tokens=value[n].tokens + wider.tokens)
+    return value
 
 
 def _none() -> Index:
@@ -331,7 +331,7 @@ def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
         nodes[going] = first
     reached = replace(beams, nodes=nodes, scores=beams.scores.copy(), handles=handles, whole=whole)
     branches = _branches(search, reached)
-    if not fed or not sum(len(each.tokens) for each in fed):
+    if not fed or not sum(len(item.tokens) for item in fed):
         return reached, branches, np.empty(0)
     search.next_handle = handle
     return _scored(search, reached, branches, fed, wanted, wanted_rows)
@@ -350,7 +350,7 @@ def _scored(
     tokens = np.concatenate([*(pair[1] for pair in wanted), branches.tokens])
     order = np.argsort(after, kind="stable")
     everything = Fed(
-        *(np.concatenate([getattr(each, name) for each in fed]) for name in ("users", "parents", "tokens"))
+        *(np.concatenate([getattr(item, name) for item in fed]) for name in ("users", "parents", "tokens"))
     )
     search.fed += np.bincount(everything.users, minlength=len(search.fed))
     answered = search.engine.feed(everything, Wanted(after[order], tokens[order]))

@@ -66,8 +66,8 @@ def rollouts(
         seeds: Of each prompt's random numbers.
     """
     if way == "beam":
-        found = beam(engine, catalogue, prompts, k=count, width=count)
-        return [_group(np.array(each.items), np.ones(len(each.items)), np.array(each.scores)) for each in found]
+        result = beam(engine, catalogue, prompts, k=count, width=count)
+        return [_group(np.array(item.items), np.ones(len(item.items)), np.array(item.scores)) for item in result]
     generators = [np.random.default_rng(seed) for seed in seeds]
     roots = vars(start(np.arange(len(prompts)), len(catalogue)))
     keep, finish = (_split, _counted) if way == "sampled" else (_highest, _weighed)
@@ -100,9 +100,9 @@ def _renormalised(temperature: float, beams: _Drawn, branches: Branches, logprob
     scaled = logprobs / temperature
     scaled -= np.repeat(np.maximum.reduceat(scaled, heads), sizes)
     scaled -= np.repeat(np.log(np.add.reduceat(np.exp(scaled), heads)), sizes)
-    found = opened(beams, branches, logprobs)
-    found.logq = found.logq + scaled
-    return found
+    result = opened(beams, branches, logprobs)
+    result.logq = result.logq + scaled
+    return result
 
 
 def _split(
@@ -114,13 +114,13 @@ def _split(
     logprobs: Floats,
 ) -> _Drawn:
     """Divide the draws of every prefix among its branches: a multinomial each."""
-    found = _renormalised(temperature, beams, branches, logprobs)
+    result = _renormalised(temperature, beams, branches, logprobs)
     heads, sizes = _runs(branches.parents)
     for begin, end in zip(heads, heads + sizes, strict=True):
-        shares = np.exp(found.logq[begin:end] - beams.logq[branches.parents[begin]])
-        generator = generators[found.users[begin]]
-        found.marks[begin:end] = generator.multinomial(int(found.marks[begin]), shares / shares.sum())
-    return _in_order(_Drawn.join(beams.take(np.flatnonzero(beams.whole)), found.take(np.flatnonzero(found.marks))))
+        shares = np.exp(result.logq[begin:end] - beams.logq[branches.parents[begin]])
+        generator = generators[result.users[begin]]
+        result.marks[begin:end] = generator.multinomial(int(result.marks[begin]), shares / shares.sum())
+    return _in_order(_Drawn.join(beams.take(np.flatnonzero(beams.whole)), result.take(np.flatnonzero(result.marks))))
 
 
 def _highest(
@@ -132,15 +132,15 @@ def _highest(
     logprobs: Floats,
 ) -> _Drawn:
     """Keep the highest perturbed log-probabilities of each prompt: Gumbels whose maximum is their parent's."""
-    found = _renormalised(temperature, beams, branches, logprobs)
+    result = _renormalised(temperature, beams, branches, logprobs)
     if len(logprobs):
         heads, sizes = _runs(branches.parents)
-        of_users, counts = _runs(found.users)
-        drawn = zip(found.users[of_users].tolist(), counts.tolist(), strict=True)
+        of_users, counts = _runs(result.users)
+        drawn = zip(result.users[of_users].tolist(), counts.tolist(), strict=True)
         noise = np.concatenate([generators[user].gumbel(size=n) for user, n in drawn])
-        free = found.logq + noise
-        found.marks = _below(found.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
-    pool = _Drawn.join(beams.take(np.flatnonzero(beams.whole)), found)
+        free = result.logq + noise
+        result.marks = _below(result.marks, free, np.repeat(np.maximum.reduceat(free, heads), sizes))
+    pool = _Drawn.join(beams.take(np.flatnonzero(beams.whole)), result)
     order, rank = ranked(pool, pool.marks)
     return _in_order(pool.take(order[rank < count]))
 

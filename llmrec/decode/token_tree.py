@@ -82,14 +82,14 @@ class Catalogue:
     @cached_property
     def places(self) -> Ints:
         """Where each item stands among the sorted paths, shape (items,)."""
-        found = np.empty(len(self.order), dtype=np.int32)
-        found[self.order] = np.arange(len(self.order), dtype=np.int32)
-        return found
+        result = np.empty(len(self.order), dtype=np.int32)
+        result[self.order] = np.arange(len(self.order), dtype=np.int32)
+        return result
 
     def tokens(self, nodes: NDArray[np.integer[Any]]) -> Index:
         """Return the last token of the paths of nodes below the root, shape (n,)."""
-        found: Index = self.marks[nodes].astype(np.int64) + self.lowest
-        return found
+        result: Index = self.marks[nodes].astype(np.int64) + self.lowest
+        return result
 
     def spans(self, nodes: NDArray[np.integer[Any]]) -> tuple[Index, Index]:
         """Return the first child of each node and how many it has, shape (n,) each."""
@@ -129,14 +129,14 @@ class Catalogue:
 
     def choices(self, place: int) -> list[tuple[int, Index]]:
         """Return the tokens of the path at a place of the sorted order, each beside all that may stand there."""
-        found: list[tuple[int, Index]] = []
+        results: list[tuple[int, Index]] = []
         opened = self.below(np.array([ROOT]), np.array([0]), np.array([len(self)]))
         while len(opened.nodes):
             at = [int(np.searchsorted(opened.lows, place, side="right")) - 1]
             legal = self.tokens(opened.nodes)
-            found.append((int(legal[at[0]]), legal))
+            results.append((int(legal[at[0]]), legal))
             opened = self.below(opened.nodes[at], opened.lows[at], opened.highs[at])
-        return found
+        return results
 
     def save(self, file: Path) -> None:
         """Write the arrays as safetensors, in one step."""
@@ -154,9 +154,9 @@ class Catalogue:
         """
         tensors = require("safetensors.numpy", "train")
         try:
-            found = tensors.load_file(file)
-            starts, lowest = (found.pop(name) for name in ("starts", "lowest"))
-            return Catalogue(starts=tuple(int(each) for each in starts), lowest=int(lowest), **found)
+            result = tensors.load_file(file)
+            starts, lowest = (result.pop(name) for name in ("starts", "lowest"))
+            return Catalogue(starts=tuple(int(start) for start in starts), lowest=int(lowest), **result)
         except Exception as error:
             raise DataError(
                 f"the catalogue {file} cannot be read ({error}); make it again", kind="damaged", at=file
@@ -230,7 +230,7 @@ def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
         lows.append(np.flatnonzero(fresh & (lengths > column)))
         marks.append((table[lows[-1], column] - lowest).astype(kind))
     _refuse_ambiguous(table, lengths, order, fresh)
-    starts = np.cumsum([0, *(len(each) for each in lows)])
+    starts = np.cumsum([0, *(len(low) for low in lows)])
     firsts = [starts[at + 1] + np.searchsorted(after, own) for at, (own, after) in enumerate(pairwise(lows))]
     return Catalogue(
         marks=np.concatenate(marks),

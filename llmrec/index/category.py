@@ -141,11 +141,11 @@ class _Filing:
                     column="index.category.fields",
                 )
         fields = section.fields or (known[0],)
-        found = [
+        results = [
             next((s for s in _SEPARATORS if any(s in item.fields.get(field, "") for item in items.values())), "")
             for field in fields
         ]
-        return _Filing(fields, tuple(section.separator or s for s in found), section.levels)
+        return _Filing(fields, tuple(section.separator or s for s in results), section.levels)
 
     @staticmethod
     def read(settings: Mapping[str, Any]) -> _Filing:
@@ -170,9 +170,9 @@ def _ranked(names: Iterable[str]) -> list[str]:
 
 def _tokens(path: Path, numbers: Sequence[Mapping[str, int]]) -> Path:
     """Return the tokens of a path as far as it is known; one that stands for no category if nothing is."""
-    found = []
+    results = []
     for level, (name, known) in enumerate(zip(path, numbers, strict=False)):
         if name not in known:
             break
-        found.append(token(level, known[name]))
-    return tuple(found) or (token(0, len(numbers[0])),)
+        results.append(token(level, known[name]))
+    return tuple(results) or (token(0, len(numbers[0])),)

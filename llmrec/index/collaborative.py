@@ -112,9 +112,9 @@ class Collaborative:
                 column="index.collaborative.leaf",
             )
         codes, first = {}, len(index.codes)
-        for place, name in enumerate(shuffled(items, int(known["seed"]))):
-            last = own_token(_number(known, start + place, first + place))
-            codes[name] = (*_cold_path(known, start + place), last)
+        for position, name in enumerate(shuffled(items, int(known["seed"]))):
+            last = own_token(_number(known, start + position, first + position))
+            codes[name] = (*_cold_path(known, start + position), last)
         # Known tokens are not added a second time.
         return index.adding(codes, [pieces[-1] for pieces in codes.values()], cold=start + len(items))
 
@@ -124,10 +124,10 @@ def _histories(data: SplitDataset, names: Sequence[str]) -> Any:
     place = {name: number for number, name in enumerate(names)}
     columns = in_numbers(data.train["item_id"], lambda known: np.array([place.get(name, -1) for name in known]))
     _, rows = np.unique(codes(data.train["user_id"])[1], return_inverse=True)
-    found = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(int(rows.max(initial=-1)) + 1, len(names)))
-    found.sum_duplicates()
-    found.data[:] = 1.0
-    return found
+    result = sparse.csr_array((np.ones(len(rows)), (rows, columns)), shape=(int(rows.max(initial=-1)) + 1, len(names)))
+    result.sum_duplicates()
+    result.data[:] = 1.0
+    return result
 
 
 def _figures(users: Any, leaves: Sequence[tuple[Path, Ints]], depth: int, cold: int) -> dict[str, float]:
@@ -236,8 +236,8 @@ def _components(users: Any) -> list[Ints]:
     graph = sparse.block_array([[None, users], [users.T, None]], format="csr")
     labels = csgraph.connected_components(graph, directed=False)[1][users.shape[0] :]
     order = np.argsort(labels, kind="stable")
-    found = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
-    return sorted(found, key=lambda members: (-len(members), int(members[0])))
+    result = np.split(order, np.flatnonzero(np.diff(labels[order])) + 1)
+    return sorted(result, key=lambda members: (-len(members), int(members[0])))
 
 
 def _shares(sizes: Sequence[int], k: int) -> list[int]:
@@ -280,15 +280,15 @@ def cluster_qr(vectors: Floats) -> Ints:
 
 def _in_order(users: Any) -> Ints:
     """Return items component by component, each in the order of its second eigenvector: neighbours share users."""
-    found = []
+    results = []
     for component in _components(users):
         if len(component) > 2:
             inside = _within(users, component)
             place = np.round(_spectrum(inside, 2)[:, 1] / np.sqrt(_degrees(inside)), 12)
             far = int(np.argmax(np.abs(place)))
             component = component[np.argsort(place * np.copysign(1.0, place[far]), kind="stable")]
-        found.append(component)
-    return np.concatenate(found)
+        results.append(component)
+    return np.concatenate(results)
 
 
 # --------------------------------------------------------------------------- the spectrum
@@ -304,8 +304,8 @@ def _within(users: Any, members: Ints) -> Any:
 
 def _degrees(users: Any) -> Floats:
     """Return the weight of each item's edges, shape (n,)."""
-    found: Floats = users.T @ users.sum(axis=1) - users.sum(axis=0)
-    return found
+    result: Floats = users.T @ users.sum(axis=1) - users.sum(axis=0)
+    return result
 
 
 def _spectrum(users: Any, k: int) -> Floats:
@@ -314,8 +314,8 @@ def _spectrum(users: Any, k: int) -> Floats:
     if size <= max(_DENSE, 2 * k):
         together = (users.T @ users).toarray()
         np.fill_diagonal(together, 0.0)
-        found: Floats = linalg.eigh(scale[:, None] * together * scale, subset_by_index=[size - k, size - 1])[1]
-        return found[:, ::-1]
+        result: Floats = linalg.eigh(scale[:, None] * together * scale, subset_by_index=[size - k, size - 1])[1]
+        return result[:, ::-1]
     items, alone = users.T.tocsr(), users.sum(axis=0) * scale**2
 
     def times(block: Floats) -> Floats:
@@ -327,8 +327,8 @@ def _spectrum(users: Any, k: int) -> Floats:
     operator = LinearOperator((size, size), matvec=times, matmat=times, dtype=np.float64)
     try:
         # Values in ascending order.
-        found = eigsh(operator, k=k, which="LA", v0=start[:, 0])[1]
-        return found[:, ::-1]
+        result = eigsh(operator, k=k, which="LA", v0=start[:, 0])[1]
+        return result[:, ::-1]
     except ArpackError:
         return _iterated(times, start)
 
@@ -338,5 +338,5 @@ def _iterated(times: Any, block: Floats) -> Floats:
     for _ in range(_STEPS):
         block = linalg.qr(block + times(block), mode="economic")[0]
     turn = linalg.eigh(block.T @ times(block))[1]
-    found: Floats = block @ turn[:, ::-1]
-    return found
+    result: Floats = block @ turn[:, ::-1]
+    return result

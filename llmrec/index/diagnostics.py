@@ -129,11 +129,11 @@ class Diagnostics:
 
     def as_json(self) -> dict[str, Json]:
         """Return the figures as JSON; of counts of single tokens, the number and the largest share are kept."""
-        found = asdict(self)
-        for level, entry in zip(self.levels, found["levels"], strict=True):
+        result = asdict(self)
+        for level, entry in zip(self.levels, result["levels"], strict=True):
             del entry["counts"]
             entry |= {"used": level.used, "share": level.share}
-        return found | {"collisions": self.collisions, "figures": dict(self.figures)}
+        return result | {"collisions": self.collisions, "figures": dict(self.figures)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -220,11 +220,11 @@ def neighbours(
             if len(pieces) > length:
                 under.setdefault(pieces[:length], []).append(item)
         largest = sorted(under, key=lambda prefix: (-len(under[prefix]), prefix))[:prefixes]
-        for prefix in (found for found in largest if len(under[found]) > 1):
+        for prefix in (result for result in largest if len(under[result]) > 1):
             best = sorted(under[prefix], key=lambda item: (-chosen.get(item, 0), item))[:members]
             entries = tuple(_entry(index, titles, item) for item in best)
-            text, said = "".join(prefix), _said(index, prefix)
-            groups.append(Group(length=length, prefix=text, said=said, size=len(under[prefix]), entries=entries))
+            text, message = "".join(prefix), _said(index, prefix)
+            groups.append(Group(length=length, prefix=text, said=message, size=len(under[prefix]), entries=entries))
     return tuple(groups)
 
 
@@ -298,12 +298,12 @@ def _perplexity(weights: Sequence[int]) -> float:
 
 
 def _depths(codes: Sequence[Pieces]) -> tuple[Depth, ...]:
-    found = []
+    results = []
     for length in range(max(map(len, codes), default=0)):
         longer = [pieces for pieces in codes if len(pieces) > length]
         under = Counter(pieces[:length] for pieces in longer)
         after = Counter(pieces[:-1] for pieces in {pieces[: length + 1] for pieces in longer})
-        found.append(
+        results.append(
             Depth(
                 length=length,
                 prefixes=len(under),
@@ -313,19 +313,19 @@ def _depths(codes: Sequence[Pieces]) -> tuple[Depth, ...]:
                 most_items=max(under.values()),
             )
         )
-    return tuple(found)
+    return tuple(results)
 
 
 def _spread(numbers: Iterable[int]) -> Spread:
-    found = list(numbers)
-    return Spread(least=min(found), mean=sum(found) / len(found), most=max(found))
+    results = list(numbers)
+    return Spread(least=min(results), mean=sum(results) / len(results), most=max(results))
 
 
 def _first_words(texts: Sequence[str]) -> FirstWords | None:
     words = [text.split() for text in texts]
-    if all(len(found) == 1 for found in words):
+    if all(len(result) == 1 for result in words):
         return None
-    firsts = Counter(found[0] for found in words)
+    firsts = Counter(result[0] for result in words)
     common = min(firsts, key=lambda word: (-firsts[word], word))
     return FirstWords(different=len(firsts), common=common, items=firsts[common])
 
@@ -351,13 +351,13 @@ def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members
     order = sorted(texts, key=lambda item: (int(texts[item]), item))
     members = min(members, len(order))
     room = max(1, min(groups, len(order) // members))
-    found = []
+    results = []
     for place in range(room):
         start = place * (len(order) - members) // max(1, room - 1)
         entries = tuple(_entry(index, titles, item) for item in order[start : start + members])
         prefix = f"{entries[0].code}–{entries[-1].code}"
-        found.append(Group(length=0, prefix=prefix, said="", size=len(entries), entries=entries))
-    return tuple(found)
+        results.append(Group(length=0, prefix=prefix, said="", size=len(entries), entries=entries))
+    return tuple(results)
 
 
 def _said(index: ItemIndex, prefix: Pieces) -> str:

@@ -136,16 +136,16 @@ def _object(path: Path) -> tuple[list[_Row], str]:
         return dict(pairs)
 
     try:
-        found = json.loads(decode(str(path), raw), object_pairs_hook=collect)
+        result = json.loads(decode(str(path), raw), object_pairs_hook=collect)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{path} is not JSON ({reason(error)}); write one object of lists by item id", kind="syntax", at=path
         ) from error
-    if not isinstance(found, dict) or not found:
+    if not isinstance(result, dict) or not result:
         raise DataError(
             f"{path} holds no JSON object of codes; write one object of lists by item id", kind="wrong-format", at=path
         )
-    for item, code in found.items():
+    for item, code in result.items():
         where = f"{path}, item {shown(item)}"
         if not isinstance(code, str | list):
             raise DataError(
@@ -216,16 +216,16 @@ def _kind(rows: Sequence[_Row]) -> Kind:
         DataError: If a code is empty or malformed, or codes are of several kinds.
     """
     kinds = [_kind_of(row) for row in rows]
-    found = dict.fromkeys(kinds)
+    result = dict.fromkeys(kinds)
     lone = all(
         isinstance(row.code, str) and row.code.strip().isdecimal()
         for row, k in zip(rows, kinds, strict=True)
         if k == "numbers"
     )
-    if lone and found.keys() == {"numbers", "text"}:
+    if lone and result.keys() == {"numbers", "text"}:
         return "text"
-    if len(found) > 1:
-        other = next(place for place, kind in enumerate(kinds) if kind != kinds[0])
+    if len(result) > 1:
+        other = next(index for index, kind in enumerate(kinds) if kind != kinds[0])
         raise DataError(
             f"{rows[other].where}: the code {shown(rows[other].code)} is made of {kinds[other]}, and that of item "
             f"{shown(rows[0].item)} of {kinds[0]}; write all codes of a file in one way",

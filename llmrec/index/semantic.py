@@ -155,14 +155,14 @@ def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
         x: Shape (n, d).
     """
     depth = sum(name.endswith(".weight") for name in weights)
-    found = []
+    results = []
     for start in range(0, len(x), _ROWS):
         h = x[start : start + _ROWS]
         for layer in range(depth):
             h = h @ weights[f"encoder.{layer}.weight"].T + weights[f"encoder.{layer}.bias"]
             h = np.maximum(h, 0) if layer + 1 < depth else h
-        found.append(h)
-    return np.concatenate(found)
+        results.append(h)
+    return np.concatenate(results)
 
 
 def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, place: str = "cpu") -> Network:
@@ -171,12 +171,12 @@ def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, pla
     generator = torch.Generator().manual_seed(seed)
 
     def layers(sizes: Sequence[int]) -> list[tuple[Any, Any]]:
-        found = []
+        results = []
         for inside, outside in pairwise(sizes):
             # Drawn on the CPU, so that a GPU begins with the same weights.
             weight = (torch.randn(outside, inside, generator=generator) * (2 / inside) ** 0.5).to(place)
-            found.append((weight.requires_grad_(), torch.zeros(outside, device=place).requires_grad_()))
-        return found
+            results.append((weight.requires_grad_(), torch.zeros(outside, device=place).requires_grad_()))
+        return results
 
     sizes = (width, *section.hidden, section.dim)
     return Network(
@@ -204,9 +204,9 @@ def forward(network: Network, x: Any) -> tuple[Losses, Any]:
 
 def _through(layers: Sequence[tuple[Any, Any]], h: Any) -> Any:
     torch = require("torch", "train")
-    for place, (weight, bias) in enumerate(layers):
+    for index, (weight, bias) in enumerate(layers):
         h = torch.nn.functional.linear(h, weight, bias)
-        h = torch.relu(h) if place + 1 < len(layers) else h
+        h = torch.relu(h) if index + 1 < len(layers) else h
     return h
 
 
@@ -237,9 +237,9 @@ def _revive(network: Network, source: Any, used: Any, rng: np.random.Generator) 
 def _numbers(network: Network, x: Floats, loss: tuple[float, float]) -> RQVAE:
     torch = require("torch", "train")
     weights = {}
-    for place, (weight, bias) in enumerate(network.encoder):
-        weights[f"encoder.{place}.weight"] = weight.detach().cpu().numpy().copy()
-        weights[f"encoder.{place}.bias"] = bias.detach().cpu().numpy().copy()
+    for index, (weight, bias) in enumerate(network.encoder):
+        weights[f"encoder.{index}.weight"] = weight.detach().cpu().numpy().copy()
+        weights[f"encoder.{index}.bias"] = bias.detach().cpu().numpy().copy()
     codebooks: NDArray[np.float32] = network.codebooks.detach().cpu().numpy().copy()
     total = reconstructed(nearest(encode(weights, x), codebooks), codebooks)
     with torch.no_grad():
@@ -301,12 +301,12 @@ def residual_kmeans(
         seed: Of the first centroids.
         iterations: Most steps of Lloyd's algorithm a level.
     """
-    rest, found = np.array(x, np.float32, order="C"), []
+    rest, result = np.array(x, np.float32, order="C"), []
     for level in range(levels):
         most = math.ceil(balance * len(x) / k)
-        found.append(kmeans(rest, k, most=most, seed=(seed, level), iterations=iterations))
-        rest -= found[-1].centroids[found[-1].codes]
-    return Quantised(np.stack([c.codes for c in found], axis=1), np.stack([c.centroids for c in found]))
+        result.append(kmeans(rest, k, most=most, seed=(seed, level), iterations=iterations))
+        rest -= result[-1].centroids[result[-1].codes]
+    return Quantised(np.stack([c.codes for c in result], axis=1), np.stack([c.centroids for c in result]))
 
 
 def nearest(x: Floats, codebooks: Floats) -> Ints:
@@ -372,12 +372,12 @@ def _opened(x: Floats, first: Floats) -> Floats:
     them, while others hold a few far ones. A single step with a tight bound cuts the middle in pieces, and free steps
     do not put it together again.
     """
-    found = []
+    results = []
     for most in (0, math.ceil(_OPENING * len(x) / len(first))):
         centroids, _ = _lloyd(x, first, most, 1)
         centroids, cost = _lloyd(x, centroids, 0, _OPENING_STEPS - 1)
-        found.append((cost, most, centroids))
-    return min(found, key=lambda entry: entry[:2])[2]
+        results.append((cost, most, centroids))
+    return min(results, key=lambda entry: entry[:2])[2]
 
 
 def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
@@ -402,10 +402,10 @@ def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
 
 
 def _distances(x: Floats, norms: Floats, of: list[int] | Ints) -> Floats:
-    found = norms[None, :] + norms[of, None] - 2 * (x[of] @ x.T)
+    result = norms[None, :] + norms[of, None] - 2 * (x[of] @ x.T)
     # What rounding leaves between equal vectors would be drawn again and again.
-    found[found < 1e-6 * (norms[of, None] + norms[None, :])] = 0
-    return found
+    result[result < 1e-6 * (norms[of, None] + norms[None, :])] = 0
+    return result
 
 
 def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats]:
@@ -499,9 +499,9 @@ class Semantic:
         items = [data.dataset.items[name] for name in names]
         fields = item_fields(items, semantic)
         x = item_vectors(items, fields, embed)
-        vectors, found, arrays, figures = _quantised(x, semantic, seed)
+        vectors, result, arrays, figures = _quantised(x, semantic, seed)
         grid = [token(level, number) for level in range(semantic.levels) for number in range(semantic.codes)]
-        rows, added = [tuple(map(int, row)) for row in found.codes], []
+        rows, added = [tuple(map(int, row)) for row in result.codes], []
         if section.item_token:
             added = [own_token(number) for number in range(len(rows))]
             codes = {name: (*_pieces(row), own) for name, row, own in zip(names, rows, added, strict=True)}
@@ -510,13 +510,13 @@ class Semantic:
             added = [token(semantic.levels, number) for number in range(max(numbers) + 1)]
             codes = {name: _pieces((*row, n)) for name, row, n in zip(names, rows, numbers, strict=True)}
         else:
-            moved = _moved(vectors, found)
-            figures |= {"moved": float((moved != found.codes[:, -1]).mean())}
+            moved = _moved(vectors, result)
+            figures |= {"moved": float((moved != result.codes[:, -1]).mean())}
             codes = {name: _pieces((*row[:-1], int(n))) for name, row, n in zip(names, rows, moved, strict=True)}
         settings = {"semantic": semantic.model_dump(mode="json"), "fields": list(fields), "seed": seed}
         settings |= {"item_token": section.item_token}
         return ItemIndex(
-            "semantic", codes, (*grid, *added), settings, {"codebooks": found.codebooks, **arrays}, figures
+            "semantic", codes, (*grid, *added), settings, {"codebooks": result.codebooks, **arrays}, figures
         )
 
     @staticmethod
@@ -601,8 +601,8 @@ def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...
 
 def item_text(item: Item, fields: Sequence[str]) -> str:
     """Return what is said of an item as one line: ``title. categories: Skin Care``; its id where that is nothing."""
-    said = [f"{name}: {value}" for name in fields if (value := clean(item.fields.get(name, ""), TEXT_LIMIT))]
-    return ". ".join(part for part in (clean(item.title), *said) if part) or item.item_id
+    text = [f"{name}: {value}" for name in fields if (value := clean(item.fields.get(name, ""), TEXT_LIMIT))]
+    return ". ".join(part for part in (clean(item.title), *text) if part) or item.item_id
 
 
 def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
@@ -640,23 +640,23 @@ def _quantised(
                 kind="bad-value",
                 column="index.semantic.balance",
             )
-        vectors, found = x, residual_kmeans(x, section.levels, section.codes, balance=section.balance, seed=seed)
-        rest = x - reconstructed(found.codes, found.codebooks)
+        vectors, result = x, residual_kmeans(x, section.levels, section.codes, balance=section.balance, seed=seed)
+        rest = x - reconstructed(result.codes, result.codebooks)
         error = float(np.square(rest).sum(dtype=np.float64) / max(np.square(x).sum(dtype=np.float64), 1e-12))
     else:
         trained = fit(x, section.rqvae, section.levels, section.codes, seed=seed)
         arrays, error = dict(trained.weights), trained.error
         vectors = encode(arrays, x)
-        found = Quantised(nearest(vectors, trained.codebooks), trained.codebooks)
-    sizes = np.unique(found.codes, axis=0, return_counts=True)[1]
+        result = Quantised(nearest(vectors, trained.codebooks), trained.codebooks)
+    sizes = np.unique(result.codes, axis=0, return_counts=True)[1]
     figures = {
         "collisions": float(sizes[sizes > 1].sum() / len(x)),
         "largest_bucket": float(sizes.max()),
         "mse": error,
     }
     for level in range(section.levels):
-        figures[f"perplexity_{level + 1}"] = perplexity(found.codes[:, level], section.codes)
-    return vectors, found, arrays, figures
+        figures[f"perplexity_{level + 1}"] = perplexity(result.codes[:, level], section.codes)
+    return vectors, result, arrays, figures
 
 
 # --------------------------------------------------------------------------- items of equal codes

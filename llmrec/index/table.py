@@ -224,27 +224,27 @@ class ItemIndex:
                 f"{folder} holds no index ({_CODES}); build it with `llmrec index`", kind="missing-file", at=folder
             )
         try:
-            found = checked(file.read_bytes())
-            if found["format"] != _FORMAT:
+            result = checked(file.read_bytes())
+            if result["format"] != _FORMAT:
                 raise DataError(
-                    f"{file} is of format {found['format']}, and this llmrec reads {_FORMAT}; build the index again",
+                    f"{file} is of format {result['format']}, and this llmrec reads {_FORMAT}; build the index again",
                     kind="wrong-format",
                     at=file,
                     column="format",
                 )
             # Folders of before say nothing of their arrays.
-            if "arrays_sha256" in found and sha256_of(arrays) != found["arrays_sha256"]:
+            if "arrays_sha256" in result and sha256_of(arrays) != result["arrays_sha256"]:
                 raise DataError(f"{arrays} does not fit its checksum; build the index again", kind="damaged", at=arrays)
             return ItemIndex(
-                scheme=str(found["scheme"]),
-                codes={item: tuple(pieces) for item, pieces in found["codes"].items()},
-                tokens=tuple(found["tokens"]),
-                settings=found["settings"],
+                scheme=str(result["scheme"]),
+                codes={item: tuple(pieces) for item, pieces in result["codes"].items()},
+                tokens=tuple(result["tokens"]),
+                settings=result["settings"],
                 arrays=require("safetensors.numpy", "train").load_file(arrays) if arrays.is_file() else {},
-                figures=found["figures"],
+                figures=result["figures"],
                 # Folders that were written before ids could be codes say nothing of them.
-                users={str(user): str(name) for user, name in found.get("users", {}).items()},
-                writes_ids=bool(found.get("writes_ids", False)),
+                users={str(user): str(name) for user, name in result.get("users", {}).items()},
+                writes_ids=bool(result.get("writes_ids", False)),
             )
         except DataError as error:
             if error.file is not None:

@@ -68,7 +68,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
     if tensors := _tensors(model):
         safetensors = require("safetensors.torch", "train")
         safetensors.save_file(
-            {name: each.detach().cpu().contiguous() for name, each in tensors.items()}, folder / WEIGHTS
+            {name: item.detach().cpu().contiguous() for name, item in tensors.items()}, folder / WEIGHTS
         )
 
 
@@ -83,22 +83,22 @@ def load(model: torch.nn.Module, folder: Path) -> None:
     torch, errors = require("torch", "train"), require("safetensors", "train")
     safetensors = require("safetensors.torch", "train")
     try:
-        found = safetensors.load_file(folder / WEIGHTS)
+        result = safetensors.load_file(folder / WEIGHTS)
         if not _tensors(model):
-            attach(model, next(each for name, each in found.items() if name.endswith("down_weight")).shape[1], seed=0)
+            attach(model, next(item for name, item in result.items() if name.endswith("down_weight")).shape[1], seed=0)
         wanted = _tensors(model)
-        if found.keys() != wanted.keys():
+        if result.keys() != wanted.keys():
             raise ValueError("other layers")
         with torch.no_grad():
-            for name, each in wanted.items():
-                each.copy_(found[name])
+            for name, item in wanted.items():
+                item.copy_(result[name])
     except (OSError, ValueError, RuntimeError, StopIteration, errors.SafetensorError) as error:
         raise damaged(f"{folder / WEIGHTS} cannot be read, or is of another model", folder / WEIGHTS, error) from error
 
 
 def _tensors(model: torch.nn.Module) -> dict[str, Any]:
     """Return the parameters of adapters, by name in the base model."""
-    return {name: each for name, each in _base(model).named_parameters() if f".{_NAME}." in name}
+    return {name: item for name, item in _base(model).named_parameters() if f".{_NAME}." in name}
 
 
 def _parts(model: torch.nn.Module) -> list[Any]:

@@ -101,11 +101,11 @@ class Exits:
             self.taken[reached.depth] += 1
             head = self._model.get_output_embeddings()
             with torch.inference_mode():
-                found = chosen_logprobs(head, reached.state, torch.zeros_like(wanted), wanted)
+                result = chosen_logprobs(head, reached.state, torch.zeros_like(wanted), wanted)
         finally:
             for hook in hooks:
                 hook.remove()
-        return [float(each) for each in found]
+        return [float(item) for item in result]
 
     def _look(self, depth: int, labels: torch.Tensor, layer: torch.nn.Module, inputs: Any, output: Any) -> None:
         states = output[0] if isinstance(output, tuple) else output

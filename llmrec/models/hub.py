@@ -29,13 +29,13 @@ def cached(name: str, revision: str | None, *, code: bool) -> str | None:
     if not Path(_cache(), f"models--{name.replace('/', '--')}").is_dir():
         return None  # without the download library, which takes long to import
     try:
-        found = hub.snapshot_download(
+        result = hub.snapshot_download(
             name, revision=revision, allow_patterns=_patterns(weights=True, code=code), local_files_only=True
         )
     except Exception:
         return None
-    folder = Path(found)
-    return found if (folder / "config.json").is_file() and is_whole(folder) else None
+    folder = Path(result)
+    return result if (folder / "config.json").is_file() and is_whole(folder) else None
 
 
 def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True) -> str:
@@ -53,8 +53,8 @@ def fetched(name: str, revision: str | None, *, code: bool, weights: bool = True
     """
     hub = require("huggingface_hub", "train")
     try:
-        told = hub.HfApi(endpoint=_endpoint()).model_info(name, revision=revision, timeout=_PATIENCE)
-        files = [each.rfilename for each in told.siblings or ()]
+        message = hub.HfApi(endpoint=_endpoint()).model_info(name, revision=revision, timeout=_PATIENCE)
+        files = [sibling.rfilename for sibling in message.siblings or ()]
         if not any(file.endswith(".safetensors") for file in files):
             raise ModelError(
                 f"model {name} has no safetensors files on the hub, and weights in pickle files are not loaded; choose "
@@ -90,11 +90,11 @@ def _patterns(*, weights: bool, code: bool) -> list[str]:
 def _refused(name: str, revision: str | None, error: Exception) -> ModelError:
     """Return the error of a failed download, with the fix."""
     chain = list(_chain(error))
-    kinds = {kind.__name__ for each in chain for kind in type(each).__mro__}
-    status = next((code for each in chain if (code := _status(each)) is not None), None)
+    kinds = {kind.__name__ for item in chain for kind in type(item).__mro__}
+    status = next((code for item in chain if (code := _status(item)) is not None), None)
     # A proxy's address may contain a password.
-    said = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
-    kind, sentence = _disk(name, chain, said) or _answered(name, revision, kinds, status, said) or _unasked(kinds, said)
+    text = re.sub(r"//[^/@\s]*@", "//", " ".join(str(error).split()))[:300] or type(error).__name__
+    kind, sentence = _disk(name, chain, text) or _answered(name, revision, kinds, status, text) or _unasked(kinds, text)
     key = "model.revision" if "RevisionNotFoundError" in kinds else "model.name"
     return ModelError(f"model {name!r}: {sentence}", kind=kind, at=name, column=key)
 
@@ -106,14 +106,14 @@ def _chain(error: BaseException | None) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    found = getattr(getattr(error, "response", None), "status_code", None)
-    return found if isinstance(found, int) else None
+    result = getattr(getattr(error, "response", None), "status_code", None)
+    return result if isinstance(result, int) else None
 
 
 def _disk(name: str, chain: list[BaseException], said: str) -> tuple[ErrorKind, str] | None:
     """Return the error of a download that cannot be stored, if it is one."""
     place = _cache()
-    numbers = {each.errno for each in chain if isinstance(each, OSError)}
+    numbers = {item.errno for item in chain if isinstance(item, OSError)}
     if numbers & set(_FULL) or "No space left on device" in said:
         free = _free(place)
         return "exhausted", (

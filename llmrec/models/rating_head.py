@@ -75,8 +75,8 @@ class RatingHead:
 
     def ratings(self, states: torch.Tensor) -> list[float]:
         """Return a rating within the scale for each hidden state of shape (n, width)."""
-        found = self.expectation(self.outputs(states).detach())
-        return [float(value) for value in found.clamp(self.shape.values[0], self.shape.values[-1])]
+        result = self.expectation(self.outputs(states).detach())
+        return [float(value) for value in result.clamp(self.shape.values[0], self.shape.values[-1])]
 
 
 def new_head(shape: HeadShape, counts: Sequence[int]) -> RatingHead:
@@ -108,9 +108,9 @@ def standardise(head: RatingHead, states: torch.Tensor) -> None:
     A few dimensions of a language model's states are a hundred times larger than the others and hardly vary. With one
     learning rate for all weights, the other dimensions would be learned too slowly.
     """
-    found = states.float()
-    spread = found.std(dim=0, correction=0)
-    head.linear.center.copy_(found.mean(dim=0))
+    result = states.float()
+    spread = result.std(dim=0, correction=0)
+    head.linear.center.copy_(result.mean(dim=0))
     # Constant dimensions carry no information and must not be scaled up.
     head.linear.spread.copy_(spread.clamp(min=max(1e-3 * float(spread.mean()), 1e-6)))
 
@@ -141,9 +141,11 @@ def load_head(folder: Path) -> RatingHead | None:
         return None
     errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
     try:
-        told = loads((folder / CONFIG).read_text(encoding="utf-8"))
+        message = loads((folder / CONFIG).read_text(encoding="utf-8"))
         shape = HeadShape(
-            values=tuple(float(value) for value in told["values"]), alpha=float(told["alpha"]), width=int(told["width"])
+            values=tuple(float(value) for value in message["values"]),
+            alpha=float(message["alpha"]),
+            width=int(message["width"]),
         )
         linear = _linear(shape)
         linear.load_state_dict(safetensors.load_file(folder / WEIGHTS))

@@ -67,9 +67,9 @@ def read(folder: Path) -> SoftPrompt | None:
     if not (folder / CONFIG).is_file():
         return None
     try:
-        told = loads((folder / CONFIG).read_text(encoding="utf-8"))
-        labels = tuple(int(label) for label in told["labels"])
-        return SoftPrompt(int(told["count"]), labels, bool(told["tied"]), int(told["seed"]))
+        message = loads((folder / CONFIG).read_text(encoding="utf-8"))
+        labels = tuple(int(label) for label in message["labels"])
+        return SoftPrompt(int(message["count"]), labels, bool(message["tied"]), int(message["seed"]))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(
             f"{folder / CONFIG} cannot be read ({type(error).__name__}); train again with `llmrec train`",

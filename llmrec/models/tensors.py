@@ -41,14 +41,14 @@ def load_whole(auto: Any, folder: str | Path, *, unread: Sequence[str] = (), **o
         ModelError: If a tensor is missing, of another shape or left over; it names them.
     """
     with _no_report():
-        model, found = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
-    missing = [name for name in sorted(found["missing_keys"]) if name.partition(".")[0] not in unread]
+        model, result = auto.from_pretrained(folder, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    missing = [name for name in sorted(result["missing_keys"]) if name.partition(".")[0] not in unread]
     shaped = sorted(
         f"{name} {list(theirs)} for {list(ours)}"
-        for name, theirs, ours in found["mismatched_keys"]
+        for name, theirs, ours in result["mismatched_keys"]
         if name.partition(".")[0] not in unread
     )
-    beside, extra = _left_over(model, found["unexpected_keys"])
+    beside, extra = _left_over(model, result["unexpected_keys"])
     if missing or shaped or extra:
         extra = sorted([*extra, *beside])
         parts = {"missing": missing, "of another shape": shaped, "without a place": extra}
@@ -74,7 +74,7 @@ def _left_over(model: torch.nn.Module, names: Collection[str]) -> tuple[list[str
     """
     own = model.base_model_prefix
     body = getattr(model, own, model)
-    parts = {name.partition(".")[0] for each in (model, body) for name in each.state_dict()} - {own}
+    parts = {name.partition(".")[0] for item in (model, body) for name in item.state_dict()} - {own}
     extra: list[str] = []
     beside: list[str] = []
     for name in sorted(names):
@@ -92,8 +92,8 @@ def _named(names: Sequence[str]) -> str:
 def damaged(what: str, at: Path, error: Exception) -> ModelError:
     """Return the error of a file next to trained weights that does not match them."""
     reason = " ".join(str(error).split())[:200]
-    told = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
-    return ModelError(told, kind="damaged", at=at)
+    message = f"{what} ({type(error).__name__}: {reason}); train again with `llmrec train`"
+    return ModelError(message, kind="damaged", at=at)
 
 
 @contextmanager
@@ -128,13 +128,13 @@ def told_as_tied(model: torch.nn.Module) -> Iterator[None]:
     """Set, while PEFT reads it, which modules of a model share the table of its input embeddings."""
     (source, _), *others = _groups(model)[0]
     config, keys = model.config.get_text_config(), model._tied_weights_keys
-    said = config.tie_word_embeddings
+    text = config.tie_word_embeddings
     config.tie_word_embeddings = bool(others)
     model._tied_weights_keys = {f"{name}.weight": f"{source}.weight" for name, _ in others}
     try:
         yield
     finally:
-        config.tie_word_embeddings, model._tied_weights_keys = said, keys
+        config.tie_word_embeddings, model._tied_weights_keys = text, keys
 
 
 def _groups(model: torch.nn.Module) -> list[list[tuple[str, Any]]]:

@@ -74,14 +74,14 @@ class OpenEncoder:
 
     def tokens(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the tokens of each text, truncated to the length that the encoder was trained with."""
-        found = self.tokenizer(list(texts), truncation=True, max_length=self.limit)["input_ids"]
-        return [list(ids) for ids in found]
+        result = self.tokenizer(list(texts), truncation=True, max_length=self.limit)["input_ids"]
+        return [list(ids) for ids in result]
 
     def spans(self, texts: Sequence[str], most: int) -> tuple[list[list[int]], list[list[tuple[int, int]]]]:
         """Return the tokens of each text, truncated, and the character span of each; a frame for none."""
-        found = self.tokenizer(list(texts), truncation=True, max_length=most, return_offsets_mapping=True)
-        places = [[(int(start), int(end)) for start, end in each] for each in found["offset_mapping"]]
-        return [list(ids) for ids in found["input_ids"]], places
+        result = self.tokenizer(list(texts), truncation=True, max_length=most, return_offsets_mapping=True)
+        places = [[(int(start), int(end)) for start, end in item] for item in result["offset_mapping"]]
+        return [list(ids) for ids in result["input_ids"]], places
 
     def padded(self, encoded: Sequence[Sequence[int]]) -> Any:
         """Return the padded model inputs of some texts."""
@@ -164,21 +164,21 @@ def states_of(encoder: OpenEncoder, encoded: Sequence[Sequence[int]]) -> Iterato
 
 
 def _longest(folder: str, model: torch.nn.Module) -> int:
-    said = _settings(folder, "sentence_bert_config.json").get("max_seq_length")
-    if isinstance(said, int) and said:
-        return said
+    text = _settings(folder, "sentence_bert_config.json").get("max_seq_length")
+    if isinstance(text, int) and text:
+        return text
     return int(min(512, getattr(model.config, "max_position_embeddings", 512)))
 
 
 def _settings(folder: str, name: str) -> dict[str, Json]:
     file = Path(folder) / name
     try:
-        found = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+        result = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     except (OSError, ValueError, RecursionError) as error:
         raise ModelError(
             f"{file} cannot be read ({error}); fetch the encoder again", kind="damaged", at=file
         ) from error
-    return found if isinstance(found, dict) else {}
+    return result if isinstance(result, dict) else {}
 
 
 def batches_of(lengths: Sequence[int]) -> list[list[int]]:
@@ -267,8 +267,8 @@ class Embedder:
         file = cache_dir() / "vectors" / f"{digest}.safetensors"
         if file.is_file():
             try:
-                found: NDArray[np.float32] = tensors.load_file(file)["vectors"]
-                return found
+                result: NDArray[np.float32] = tensors.load_file(file)["vectors"]
+                return result
             except Exception as error:
                 log.warning("%s cannot be read (%s); the texts are embedded again", file, error)
         vectors = encode_texts(self._folder, texts)
@@ -286,8 +286,8 @@ def _by_chance(texts: Sequence[str], width: int = 64) -> NDArray[np.float32]:
     """Return a pseudo-random direction for each text, derived from its hash, shape (n, width)."""
     hashed = hash64("chance", 0, texts)
     rows = np.stack([np.random.default_rng(int(seed)).standard_normal(width) for seed in hashed])
-    found: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
-    return found
+    result: NDArray[np.float32] = (rows / np.linalg.norm(rows, axis=1, keepdims=True)).astype(np.float32)
+    return result
 
 
 # ----------------------------------------------------------------------------
@@ -362,12 +362,12 @@ class TunedEncoder:
         torch = self._torch
         training = self.blocks.training
         self.blocks.eval()
-        found = torch.zeros(len(self._tokens), self._encoder.model.config.hidden_size)
+        result = torch.zeros(len(self._tokens), self._encoder.model.config.hidden_size)
         with torch.no_grad():
             for rows in batches_of([len(ids) for ids in self._tokens]):
-                found[torch.tensor(rows)] = self(rows).cpu()
+                result[torch.tensor(rows)] = self(rows).cpu()
         self.blocks.train(training)
-        return found
+        return result
 
     def save(self, folder: Path) -> None:
         """Write the encoder with the current blocks, in the format of the original; it cannot be trained after that.
@@ -387,7 +387,7 @@ class TunedEncoder:
     def _below(self) -> list[NDArray[np.float16]]:
         """Return the input of the first trainable block for each text, shape (tokens, d) each."""
         torch, encoder = self._torch, self._encoder
-        found: list[Any] = [None] * len(self._tokens)
+        result: list[Any] = [None] * len(self._tokens)
         caught: list[Any] = []
 
         def catch(_: Any, given: tuple[Any, ...], named: Any) -> None:
@@ -402,10 +402,10 @@ class TunedEncoder:
                 except _Enough:
                     (states,) = caught
                     caught.clear()
-                for place, row in enumerate(rows):
-                    found[row] = states[place, : len(self._tokens[row])].half().cpu().numpy()
+                for index, row in enumerate(rows):
+                    result[row] = states[index, : len(self._tokens[row])].half().cpu().numpy()
         hook.remove()
-        return found
+        return result
 
 
 class _Enough(Exception):

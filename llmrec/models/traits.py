@@ -40,14 +40,14 @@ def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wan
     """
     torch = require("torch", "train")
     totals = torch.empty(len(states), dtype=torch.float64, device=states.device)
-    found = torch.empty(len(wanted), dtype=torch.float64, device=states.device)
+    result = torch.empty(len(wanted), dtype=torch.float64, device=states.device)
     exact = states.dtype == torch.float32
     for start in range(0, len(states), _ROWS):
         part = states[start : start + _ROWS]
         logits = head(part).float()
         if exact:
             here = ((after >= start) & (after < start + _ROWS)).nonzero()[:, 0]
-            found[here] = logits[after[here] - start, wanted[here]].double()
+            result[here] = logits[after[here] - start, wanted[here]].double()
         else:
             largest = logits.topk(min(_LARGEST, logits.shape[-1])).indices
             logits.scatter_(-1, largest, (part[:, None].float() * head.weight[largest].float()).sum(-1))
@@ -55,8 +55,8 @@ def chosen_logprobs(head: torch.nn.Module, states: torch.Tensor, after: Any, wan
     if not exact:
         for part in torch.arange(len(wanted), device=states.device).split(_ROWS):
             products = states[after[part]].float() * head.weight[wanted[part]].float()
-            found[part] = products.sum(-1).double()
-    return (found - totals[after]).clamp(max=0.0)
+            result[part] = products.sum(-1).double()
+    return (result - totals[after]).clamp(max=0.0)
 
 
 def is_paired(config: PretrainedConfig) -> bool:
@@ -102,7 +102,7 @@ def takes_block_mask(config: PretrainedConfig) -> bool:
     # GPT-Neo alternates between global and windowed layers, under its own key names.
     local = "local" in (getattr(text, "attention_layers", None) or ())
     attention = getattr(text, "attn_config", None)
-    biased = text.model_type == "bloom" or any(getattr(each, "alibi", False) for each in (text, attention))
+    biased = text.model_type == "bloom" or any(getattr(item, "alibi", False) for item in (text, attention))
     recurrent = any(word in text.model_type for word in ("mamba", "rwkv", "jamba", "zamba", "recurrent"))
     reads = getattr(config, "_attn_implementation", "sdpa") in ("sdpa", "eager")
     return full and reads and not (local or biased or recurrent)

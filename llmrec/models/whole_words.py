@@ -183,8 +183,8 @@ def load_words(model: torch.nn.Module, folder: Path) -> None:
         return
     errors, safetensors = require("safetensors", "train"), require("safetensors.torch", "train")
     try:
-        found = safetensors.load_file(folder / WEIGHTS)
-        table, kinds = found["table"], found["kinds"].tolist()
+        result = safetensors.load_file(folder / WEIGHTS)
+        table, kinds = result["table"], result["kinds"].tolist()
     except (OSError, ValueError, KeyError, errors.SafetensorError) as error:
         raise damaged(f"the whole-word embeddings in {folder} cannot be read", folder, error) from error
     shape = tuple(_base(model).get_encoder().get_input_embeddings().weight.shape)

@@ -69,16 +69,16 @@ class Compiled:
     @cached_property
     def _plain(self) -> tuple[str | tuple[str, str], ...] | None:
         """Texts, and fields of variables; None where there is more than that."""
-        found: list[str | tuple[str, str]] = []
+        results: list[str | tuple[str, str]] = []
         for node in _ENVIRONMENT.parse(self.source).body:
             for piece in node.nodes if isinstance(node, nodes.Output) else (node,):
                 if isinstance(piece, nodes.TemplateData):
-                    found.append(piece.data)
+                    results.append(piece.data)
                 elif isinstance(piece, nodes.Getattr) and isinstance(piece.node, nodes.Name):
-                    found.append((piece.node.name, piece.attr))
+                    results.append((piece.node.name, piece.attr))
                 else:
                     return None
-        return tuple(found)
+        return tuple(results)
 
     def rendered(self, values: Mapping[str, object]) -> Iterator[str]:
         """Yield the text in pieces.
@@ -269,10 +269,10 @@ class Template:
             _check_source(part, getattr(self, part))
         if self.words.language != self.language:
             object.__setattr__(self, "words", words_of(self.language))
-        said: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
+        text: dict[str, Any] = {key: getattr(self, key) for key in _KEYS}
         if self.language != ENGLISH:
-            said["words"] = self.words.model_dump(mode="json")
-        content = json.dumps(said, sort_keys=True)
+            text["words"] = self.words.model_dump(mode="json")
+        content = json.dumps(text, sort_keys=True)
         object.__setattr__(self, "sha", hashlib.sha256(content.encode()).hexdigest()[:12])
 
     def stored(self) -> dict[str, Any]:
@@ -314,7 +314,7 @@ class Template:
     def writes_both(self) -> bool:
         """Whether the same item is shown by its code and by its title."""
         text = "\n".join(getattr(self, part) for part in _PARTS)
-        coded, titled = ({found[1] for found in pattern.finditer(text)} for pattern in (_CODED, _TITLED))
+        coded, titled = ({result[1] for result in pattern.finditer(text)} for pattern in (_CODED, _TITLED))
         return not coded.isdisjoint(titled)
 
     @property
@@ -428,16 +428,16 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
     """
     files = sorted(resource("prompts").joinpath(family).glob("*.yaml"))
     mixed: list[Path] = []
-    for each in (Path(path) for path in extra if path is not None):
-        if not each.exists():
+    for item in (Path(path) for path in extra if path is not None):
+        if not item.exists():
             raise RecipeError(
-                f"template file or folder {each} does not exist; check the path", kind="missing-file", at=each
+                f"template file or folder {item} does not exist; check the path", kind="missing-file", at=item
             )
-        if (each / family).is_dir():
-            files += sorted((each / family).glob("*.yaml"))
+        if (item / family).is_dir():
+            files += sorted((item / family).glob("*.yaml"))
         else:
-            mixed += [each] if each.is_file() else sorted(each.glob("*.yaml"))
-    found: dict[str, tuple[Template, Path]] = {}
+            mixed += [item] if item.is_file() else sorted(item.glob("*.yaml"))
+    result: dict[str, tuple[Template, Path]] = {}
     for file in (*files, *mixed):
         template = _read(file)
         if template.family != family:
@@ -449,15 +449,15 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
                 f": family is {template.family!r} but the file lies among those of {family!r}; move it",
                 "family",
             )
-        if template.name in found:
+        if template.name in result:
             raise RecipeError.at(
                 file,
                 "duplicate",
-                f": {template.id} is already read from {found[template.name][1]}; rename one of them",
+                f": {template.id} is already read from {result[template.name][1]}; rename one of them",
                 "name",
             )
-        found[template.name] = (template, file)
-    order = sorted((t for t, _ in found.values()), key=lambda t: (_USES.index(t.use), t.shape != "list", t.name))
+        result[template.name] = (template, file)
+    order = sorted((t for t, _ in result.values()), key=lambda t: (_USES.index(t.use), t.shape != "list", t.name))
     return {template.name: template for template in order}
 
 

@@ -58,7 +58,7 @@ class Ledger:
         if isinstance(value, Mapping):
             return Record(self, value)
         if isinstance(value, Sequence):
-            return [self.wrap(each) for each in value]
+            return [self.wrap(item) for item in value]
         return value
 
     def spend(self, characters: int) -> None:

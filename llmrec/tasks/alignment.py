@@ -75,8 +75,8 @@ class AlignmentTask(Task):
         """Yield rows with targets; see `Task`. Rows of ``valid`` take the training templates in turn."""
         refuse_test(split)
         if split == "valid":
-            for place, item in enumerate(self.held.valid[:limit]):
-                template = self._chosen.train[place % len(self._chosen.train)]
+            for index, item in enumerate(self.held.valid[:limit]):
+                template = self._chosen.train[index % len(self._chosen.train)]
                 yield self._example(template, f"alignment/valid/{item}", item)
             return
         for row, item, rng in passes(self.family, self._trained, self._seed, limit):
@@ -97,7 +97,7 @@ class AlignmentTask(Task):
                 kind="missing-value",
                 column="candidates",
             )
-        found = []
+        results = []
         for item in part:
             name = request_name(item, self._seed)
             if name not in self._candidates.sets:
@@ -108,8 +108,8 @@ class AlignmentTask(Task):
                     column="tasks.alignment",
                 )
             request = Request(id=name, user_id=name, candidates=self._candidates.sets[name])
-            found.append(Case(request=request, truth=item))
-        return found
+            results.append(Case(request=request, truth=item))
+        return results
 
     def prompt(self, request: Request, *, template: str, shots: int = 0, want: Want = "one") -> Prompt:
         """Render a request; see `Task`."""

@@ -134,8 +134,8 @@ class View:
 
     def _untold(self, item: Fields) -> list[tuple[str, str]]:
         shown = ("title",) if self.index is None else ("title", "code")
-        told = [(name, str(value)) for name, value in item.items() if name not in shown and value]
-        return [(name, value) for name, value in told if value not in str(item["title"])]
+        message = [(name, str(value)) for name, value in item.items() if name not in shown and value]
+        return [(name, value) for name, value in message if value not in str(item["title"])]
 
     def user(self, user_id: str, context: Mapping[str, str] | None = None) -> Values:
         """Return the variables about a user; a profile or fields in ``context`` replace the data's fields.
@@ -150,8 +150,8 @@ class View:
         name = fields.get("name") or user_id
         if context and context.get("profile"):
             fields = {USER_FIELD: context["profile"]}
-        elif isinstance(said := fields.get(USER_FIELD), Profile):
-            fields = {USER_FIELD: said}
+        elif isinstance(text := fields.get(USER_FIELD), Profile):
+            fields = {USER_FIELD: text}
         profile = [{"name": clean(name), "value": clean(value)} for name, value in fields.items() if clean(value)]
         known: Values = {"noun": self.data.dataset.noun, "user_id": user_id, "user_name": name, "profile": profile}
         return known | {"user_stats": None}

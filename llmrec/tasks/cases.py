@@ -41,7 +41,7 @@ class Cases(Sequence[Case]):
 
     def __getitem__(self, place: int | slice) -> Case | list[Case]:
         held = self.held[place]
-        return self._make(held) if isinstance(held, Interaction) else [self._make(each) for each in held]
+        return self._make(held) if isinstance(held, Interaction) else [self._make(item) for item in held]
 
     def __iter__(self) -> Iterator[Case]:
         return map(self._make, self.held)
@@ -59,10 +59,10 @@ def of_first_users(
         but: Users who do not.
     """
     asked = cases.held if isinstance(cases, Cases) else [case.request for case in cases]
-    users = [each.user_id for each in asked]
+    users = [item.user_id for item in asked]
     able = dict.fromkeys(user for user in users if user not in but and (among is None or user in among))
     chosen = set(islice(able, count))
-    return [cases[place] for place, user in enumerate(users) if user in chosen]
+    return [cases[index] for index, user in enumerate(users) if user in chosen]
 
 
 def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interaction]:
@@ -71,10 +71,10 @@ def at_most(held: Sequence[Interaction], count: int | None) -> Sequence[Interact
         return held
     seen: Counter[str] = Counter()
     kept = []
-    for each in held:
-        seen[each.user_id] += 1
-        if seen[each.user_id] <= count:
-            kept.append(each)
+    for item in held:
+        seen[item.user_id] += 1
+        if seen[item.user_id] <= count:
+            kept.append(item)
     return tuple(kept)
 
 

@@ -142,8 +142,8 @@ class CtrTask(Task):
     def kind(self, example: Example) -> str:
         """Return the class of a training row: its answer, or the last answer of a list."""
         yes, _ = self._answers(example.template)
-        said = example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail)
-        return YES if said == yes else NO
+        text = example.answer[-1].text.removesuffix(self._chosen.get(example.template).tail)
+        return YES if text == yes else NO
 
     def cases(self, split: SplitName) -> Cases:
         """Return the held-out ratings as questions, truth 1 for a yes and 0 for a no.
@@ -153,18 +153,18 @@ class CtrTask(Task):
         Raises:
             DataError: If a balanced set is requested and no user has both answers.
         """
-        found = self._rated_holdouts(split)
-        balanced, most = self._section.balance == "user", self._section.per_user or len(found)
-        counts = Counter((held.user_id, self._yes(held.rating)) for held in found)
+        result = self._rated_holdouts(split)
+        balanced, most = self._section.balance == "user", self._section.per_user or len(result)
+        counts = Counter((held.user_id, self._yes(held.rating)) for held in result)
         asked: Counter[tuple[str, bool]] = Counter()
         kept = []
-        for held in found:
+        for held in result:
             user, truth = held.user_id, self._yes(held.rating) and balanced
             room = min(counts[user, False], counts[user, True], most // 2) if balanced else most
             asked[user, truth] += 1
             if asked[user, truth] <= room:
                 kept.append(held)
-        if found and not kept:
+        if result and not kept:
             raise DataError(
                 f"tasks.ctr.balance: no user of the {split} split has both a yes and a no, which a balanced set takes; "
                 "hold out several events a user (data.split.kind=last_share), or set tasks.ctr.balance=none",
@@ -245,7 +245,7 @@ class CtrTask(Task):
 
     def _answers(self, template: str) -> tuple[str, str]:
         chosen = self._chosen.get(template)
-        yes, no = (chosen.answer({"answer": said}) for said in (chosen.words.says_yes, chosen.words.says_no))
+        yes, no = (chosen.answer({"answer": text}) for text in (chosen.words.says_yes, chosen.words.says_no))
         if yes == no:
             raise RecipeError(
                 f"template {chosen.id}: its target is {yes!r} for a yes and for a no; write it with {{{{ answer }}}}",
@@ -318,8 +318,8 @@ class CtrTask(Task):
 
 def _last_of_each(events: Sequence[Event]) -> tuple[Event, ...]:
     """Keep only the last rating of an item, since an earlier one would reveal it."""
-    last = {event.item_id: place for place, event in enumerate(events)}
-    return tuple(event for place, event in enumerate(events) if last[event.item_id] == place)
+    last = {event.item_id: index for index, event in enumerate(events)}
+    return tuple(event for index, event in enumerate(events) if last[event.item_id] == index)
 
 
 def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -> int | None:
@@ -337,16 +337,16 @@ def read_choice(text: str, answers: Sequence[str], words: Words | None = None) -
         The place of the answer in ``answers``, or None.
     """
     lead = (words or english()).lead
-    said = lead.sub("", text[:_LONGEST].casefold().strip(_MARKS), count=1).strip(_MARKS)
+    message = lead.sub("", text[:_LONGEST].casefold().strip(_MARKS), count=1).strip(_MARKS)
     sought = [answer.casefold().strip(_MARKS) for answer in answers]
-    named = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", said) for word in sought]
-    found = [place for place, match in enumerate(named) if match is not None]
-    if len(found) != 1:
+    named = [re.search(rf"(?<!\w){re.escape(word)}(?!\w)", message) for word in sought]
+    results = [index for index, match in enumerate(named) if match is not None]
+    if len(results) != 1:
         return None
-    match = named[found[0]]
+    match = named[results[0]]
     assert match is not None
-    leads = match.start() == 0 and (found[0] == 0 or _ENDS.match(said, match.end()) is not None)
-    return found[0] if leads else None
+    leads = match.start() == 0 and (results[0] == 0 or _ENDS.match(message, match.end()) is not None)
+    return results[0] if leads else None
 
 
 FAMILY = Family(

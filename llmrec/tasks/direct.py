@@ -360,10 +360,10 @@ class DirectTask(Task):
         asked = self._wanted(chosen, want, request)
         drawn = self.draw_shots(request, shots)
         turns = []
-        for place, shot in enumerate(drawn.windows):
-            rng = keyed("direct shot candidates", self._seed, request.id, str(place))
+        for index, shot in enumerate(drawn.windows):
+            rng = keyed("direct shot candidates", self._seed, request.id, str(index))
             if asked == "yes":
-                turns.append(self._solved_yes(chosen, shot.user_id, shot.events, place, rng))
+                turns.append(self._solved_yes(chosen, shot.user_id, shot.events, index, rng))
                 continue
             shown = self._pool(shot.user_id, shot.events[-1].item_id, len(pool), rng)
             turns.append(self._solved(chosen, shot.user_id, shot.events, shown, asked))
@@ -442,7 +442,7 @@ class DirectTask(Task):
         chosen, pool = self._chosen.get(template), listed(request, self.family)
         asks = asks_for(chosen)
         if asks == "yes":
-            return tuple(chosen.answer({"answer": said}) for said in (chosen.words.says_yes, chosen.words.says_no))
+            return tuple(chosen.answer({"answer": text}) for text in (chosen.words.says_yes, chosen.words.says_no))
         if asks == "label":
             return candidate_labels(len(pool))
         noun = self._data.dataset.noun
@@ -484,21 +484,21 @@ class DirectTask(Task):
         """
         if self._lists is None:
             return list(self._events)
-        found = [user for user in self._events if self._lists.of(user)]
-        if not found:
+        results = [user for user in self._events if self._lists.of(user)]
+        if not results:
             raise DataError(
                 f"tasks.direct: the retriever finds no training event among {self._count} items, so that there is no "
                 "list to learn from; raise eval.candidates.count, or choose another eval.candidates.retriever",
                 kind="too-few",
                 column="eval.candidates",
             )
-        return found
+        return results
 
     def _question(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
         """Return the index of a training event of a user, and candidates as in evaluation."""
         if self._lists is not None:
-            at, found = rng.choice(self._lists.of(user))
-            return at, shuffled(found, rng)
+            at, result = rng.choice(self._lists.of(user))
+            return at, shuffled(result, rng)
         events = self._events[user]
         # A question about the first event has no history, so it is only used for users without other events.
         at = rng.randrange(min(1, len(events) - 1), len(events))
@@ -511,9 +511,11 @@ class DirectTask(Task):
         self, user: str, past: Sequence[Event], pool: Sequence[str], want: str, context: Mapping[str, str] | None = None
     ) -> Values:
         labels = candidate_labels(len(pool))
-        told = [self._view.candidate(user, item) for item in pool]
+        message = [self._view.candidate(user, item) for item in pool]
         codes = [self._view.item(item)["code"] for item in pool]
-        listed = [each | {"label": label, "code": code} for label, code, each in zip(labels, codes, told, strict=True)]
+        listed = [
+            entry | {"label": label, "code": code} for label, code, entry in zip(labels, codes, message, strict=True)
+        ]
         # Only the chosen item is among the user's training items; excluding all of them excludes its event.
         about = self._view.user(user, context) | self._view.user_stats(user, pool)
         return about | {"history": self._view.events(past), "candidates": listed, "want": want}
@@ -559,14 +561,14 @@ class DirectTask(Task):
         count = 0 if self._listwise is None else self._listwise.size - 1
         drawn = others if count == len(others) else keyed("direct rejected", self._seed, row).sample(others, count)
         answers = (self._chosen_one(template, values, pool, item) for item in lower or drawn)
-        rejected = tuple(template.answer(each) + template.tail for each in answers)
+        rejected = tuple(template.answer(entry) + template.tail for entry in answers)
         return replace(made, negatives=others, rejected=rejected)
 
     def _yes_example(self, template: Template, row: str, user: str, past: Sequence[Event], event: Event) -> Example:
         """Return a row about the event's item, answered yes, or equally often about a negative, answered no."""
         rng = keyed("direct yes or no", self._seed, row)
         yes = rng.random() < 0.5
-        had = [event.item_id, *(each.item_id for each in past)]
+        had = [event.item_id, *(entry.item_id for entry in past)]
         item = event.item_id if yes else self._negatives.draw(user, 1, rng, but=had)[0]
         shown = self._past.show(past, [item])
         values = self._asking(template, user, shown.events, (item,), "yes", shown.context({}))
@@ -585,7 +587,18 @@ class DirectTask(Task):
         if want == "ranking":
             # Only the first rank is known from the data; the rest keep the listed order and show the answer's form.
             best = str(answer["label"])
-            answer |= {"label": ", ".join((best, *(each for each in candidate_labels(len(pool)) if each != best)))}
+            answer |= {
+                "label": ", ".join(
+                    (
+                        best,
+                        *(
+                            candidate_label
+                            for candidate_label in candidate_labels(len(pool))
+                            if candidate_label != best
+                        ),
+                    )
+                )
+            }
         return solved_chat(template, values, answer)
 
     def _solved_yes(

@@ -208,9 +208,9 @@ class ExplanationTask(Task):
     def _hints(self, user: str, item: str, rating: float | None = None) -> dict[str, str]:
         """Return the other values of an interaction besides its text; missing ones are omitted."""
         review = self._data.dataset.reviews.get((user, item))
-        told = {"feature": review.feature, "headline": review.headline} if review is not None else {}
+        message = {"feature": review.feature, "headline": review.headline} if review is not None else {}
         rated = {} if rating is None else {"rating": rating_text(rating)}
-        return rated | {name: hint for name, hint in told.items() if hint}
+        return rated | {name: hint for name, hint in message.items() if hint}
 
     def _example(
         self, template: Template, row: str, user: str, values: Values, past: Sequence[Event], event: Event

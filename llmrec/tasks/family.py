@@ -89,9 +89,9 @@ class Family:
 
 @cache
 def _loaded(address: str) -> Family:
-    found = lookup({"": address}, "", "task")
-    assert isinstance(found, Family)
-    return found
+    result = lookup({"": address}, "", "task")
+    assert isinstance(result, Family)
+    return result
 
 
 def family_of(name: str) -> Family:
@@ -102,12 +102,12 @@ def family_of(name: str) -> Family:
     """
     if name in TASKS:
         return _loaded(TASKS[name])
-    found = registry.open_family(name)
-    if not isinstance(found, Family):
+    result = registry.open_family(name)
+    if not isinstance(result, Family):
         raise RecipeError(
             f"the task family {name!r} is no llmrec.tasks.family.Family; make it one", kind="defect", at=name
         )
-    return found
+    return result
 
 
 def families() -> Mapping[str, Family]:

@@ -206,22 +206,22 @@ class ShotPool:
         rng = keyed(f"{self._family} balanced shots", self._seed, request.id)
         labels = sorted(self._by_label, key=str)
         rng.shuffle(labels)
-        found: list[tuple[str, int]] = []
+        results: list[tuple[str, int]] = []
         taken = {request.user_id}
         turn = 0
-        while len(found) < count and labels:
+        while len(results) < count and labels:
             label = labels[turn % len(labels)]
             chosen = self._free(self._by_label[label], taken, rng)
             if chosen is None:
                 labels.remove(label)
                 continue
-            found.append(chosen)
+            results.append(chosen)
             taken.add(chosen[0])
             turn += 1
-        if len(found) < count:
+        if len(results) < count:
             raise self._too_few(count)
-        rng.shuffle(found)
-        return found
+        rng.shuffle(results)
+        return results
 
     def _free(
         self, pool: Sequence[tuple[str, int]], taken: Collection[str], rng: random.Random
@@ -237,12 +237,12 @@ class ShotPool:
     @cached_property
     def _by_label(self) -> Mapping[Hashable, list[tuple[str, int]]]:
         assert self._label is not None
-        found: dict[Hashable, list[tuple[str, int]]] = {}
+        result: dict[Hashable, list[tuple[str, int]]] = {}
         for user in self._users:
             events = self._events[user]
             for end in range(self._least, len(events) + 1):
-                found.setdefault(self._label(events[end - 1]), []).append((user, end))
-        return found
+                result.setdefault(self._label(events[end - 1]), []).append((user, end))
+        return result
 
     @cached_property
     def _latest(self) -> list[str]:
@@ -271,8 +271,8 @@ class ShotPool:
         """Return the mean vector of each user's latest items, of length 1, shape (users, d)."""
         if length not in self._mean_vectors:
             assert self._vectors is not None
-            each = [self._vectors.of([e.item_id for e in self._events[user][-length:]]) for user in self._users]
-            self._mean_vectors[length] = np.stack([_mean(vectors) for vectors in each])
+            item = [self._vectors.of([e.item_id for e in self._events[user][-length:]]) for user in self._users]
+            self._mean_vectors[length] = np.stack([_mean(vectors) for vectors in item])
         return self._mean_vectors[length]
 
     def _similar(self, user: str, past: Sequence[Event]) -> list[str]:
@@ -289,9 +289,9 @@ class ShotPool:
     @cached_property
     def _index(self) -> Mapping[str, NDArray[np.int64]]:
         places: dict[str, list[int]] = {}
-        for place, user in enumerate(self._users):
+        for index, user in enumerate(self._users):
             for item in {event.item_id for event in self._events[user]}:
-                places.setdefault(item, []).append(place)
+                places.setdefault(item, []).append(index)
         return {item: np.array(users, dtype=np.int64) for item, users in places.items()}
 
     @cached_property

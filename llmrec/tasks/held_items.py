@@ -81,10 +81,10 @@ def hold_out(items: Mapping[str, Item], share: float, *, seed: int) -> HeldItems
     groups = {name: title_key(shown(name, items[name])) for name in names}
     drawn = hash64("alignment held out", seed, [groups[name] for name in names]) / 2.0**64
     order = hash64("alignment order", seed, names)
-    found = sorted(zip(order.tolist(), drawn.tolist(), names, strict=True))
+    results = sorted(zip(order.tolist(), drawn.tolist(), names, strict=True))
     return HeldItems(
-        valid=tuple(name for _, place, name in found if share / 2 <= place < share),
-        test=tuple(name for _, place, name in found if place < share / 2),
+        valid=tuple(name for _, place, name in results if share / 2 <= place < share),
+        test=tuple(name for _, place, name in results if place < share / 2),
         groups=groups,
     )
 

@@ -43,7 +43,7 @@ class ItemVectors:
 
     @cached_property
     def _place(self) -> Mapping[str, int]:
-        return {item: place for place, item in enumerate(self._names)}
+        return {item: index for index, item in enumerate(self._names)}
 
     @cached_property
     def _table(self) -> NDArray[np.float32]:
@@ -129,8 +129,8 @@ class Past:
         kinds: Counter[str] = Counter()
         for item in items:
             # The first nonempty field is the kind: genres, a category, a brand.
-            said = next((text for text in item.fields.values() if text), "")
-            kinds.update(list(dict.fromkeys(part for part in _PARTS.split(said) if part)))
+            message = next((text for text in item.fields.values() if text), "")
+            kinds.update(list(dict.fromkeys(part for part in _PARTS.split(message) if part)))
         parts = [f"{len(events)} earlier {self._dataset.noun}"]
         if kinds:
             parts.append("mostly " + ", ".join(f"{clean(kind)} ({n})" for kind, n in kinds.most_common(_KINDS)))

@@ -43,8 +43,8 @@ def read_number(text: str, low: float, high: float, words: Words | None = None) 
     text = text[:_LONGEST].replace("½", ".5")
     match = _NUMBER.search(text)
     if match is None:
-        said = next(iter(re.findall(r"\w+", text.casefold())), "")
-        value = float(known.numbers.index(said)) if said in known.numbers else float(_star_run(text)) or None
+        message = next(iter(re.findall(r"\w+", text.casefold())), "")
+        value = float(known.numbers.index(message)) if message in known.numbers else float(_star_run(text)) or None
     else:
         value = float(match.group().replace(",", ".").replace("−", "-"))
         scale = known.scale.match(text, match.end())
@@ -76,15 +76,15 @@ def read_ranking(text: str, labels: Sequence[str], titles: Sequence[str], words:
         Places in ``labels``, best first; empty where nothing could be read.
     """
     reader = _Reader(labels, titles, words or english())
-    found: dict[int, None] = {}
+    result: dict[int, None] = {}
     text = text[:_LONGEST]
     for lines in (_json_entries(text), text.splitlines()):
         for line in lines:
             for place in reader.line(line):
-                found.setdefault(place)
-        if found:
+                result.setdefault(place)
+        if result:
             break
-    return list(found)
+    return list(result)
 
 
 def _json_entries(text: str) -> list[str]:
@@ -109,13 +109,13 @@ class _Reader:
     def __init__(self, labels: Sequence[str], titles: Sequence[str], words: Words) -> None:
         self._words = words
         self._numeric = bool(labels) and labels[0].isdecimal()
-        self._labels = {self._label_key(label): place for place, label in enumerate(labels)}
+        self._labels = {self._label_key(label): index for index, label in enumerate(labels)}
         self._titles: dict[str, int] = {}
-        for place, title in enumerate(titles):
+        for index, title in enumerate(titles):
             key = title_key(title)
             # A one-letter title would be mistaken for a label, and so would "1984" if labels are numbers.
             if len(key) > 1 and not (self._numeric and key.isdecimal()):
-                self._titles.setdefault(key, place)
+                self._titles.setdefault(key, index)
         one = r"\d{1,4}" if self._numeric else "[A-Za-z]"
         joining = "".join(rf"|\b{re.escape(word)}\b" for word in words.joining)
         gap = rf"(?:(?:[\s,;>/|→–—&+.):\]\[(\"'`=-]|\*\*{joining})+)"
@@ -140,8 +140,8 @@ class _Reader:
         rest = line[entry:]
         spans = self._title_spans(rest)
         marks = self._label_marks(rest, spans, is_entry=entry > 0)
-        found = [place for _, place in sorted([*((start, place) for start, _, place in spans), *marks])]
-        return found or self._alike(rest)
+        results = [place for _, place in sorted([*((start, place) for start, _, place in spans), *marks])]
+        return results or self._alike(rest)
 
     def _known(self, words: Sequence[str]) -> list[int]:
         keys = [self._label_key(word) for word in words]
@@ -210,14 +210,14 @@ class _Reader:
         hidden = line
         for start, end, _ in spans:
             hidden = hidden[:start] + "\0" * (end - start) + hidden[end:]
-        found = list(self._label.finditer(hidden))
-        opening = bool(found) and not re.search(_ALNUM, hidden[: found[0].start()].replace("\0", "x"))
+        result = list(self._label.finditer(hidden))
+        opening = bool(result) and not re.search(_ALNUM, hidden[: result[0].start()].replace("\0", "x"))
         if is_entry:
-            found = found[:1] if opening else []
-        elif opening and found[0]["mark"]:
-            found = [match for match in found if match["mark"]]
+            result = result[:1] if opening else []
+        elif opening and result[0]["mark"]:
+            result = [match for match in result if match["mark"]]
         marks: list[tuple[int, int]] = []
-        for match in found:
+        for match in result:
             place = self._labels.get(self._label_key(match.group(1)))
             after = hidden[match.end() :]
             # A label before another candidate's title is the answer's own numbering: the title counts.

@@ -181,12 +181,12 @@ class Rejecting:
             DataError: If there is none.
         """
         if self.lists is not None and self.section.rejected != "beam":
-            found = [user for user in self.events if self.lists.of(user)]
+            results = [user for user in self.events if self.lists.of(user)]
         elif self.section.rejected == "ratings":
-            found = [user for user in self.events if any(self._lower(user))]
+            results = [user for user in self.events if any(self._lower(user))]
         else:
-            found = list(self.events)
-        if not found:
+            results = list(self.events)
+        if not results:
             raise DataError(
                 f"tasks.{self.family}: no user has a training event with {self.section.negatives} items that "
                 f"train.preference.rejected={self.section.rejected} finds; lower train.preference.negatives, or reject "
@@ -194,7 +194,7 @@ class Rejecting:
                 kind="too-few",
                 column="train.preference.rejected",
             )
-        return found
+        return results
 
     def pair(self, user: str, rng: random.Random) -> tuple[int, tuple[str, ...]]:
         """Return the index of an event of one of the `users`, and its rejected items."""
@@ -236,10 +236,10 @@ def with_other_texts(
         size: How many events.
         rng: Random numbers.
     """
-    users, found = sorted(events), {text(event): event}
+    users, result = sorted(events), {text(event): event}
     for _ in range(_PATIENCE):
-        if len(found) == size:
+        if len(result) == size:
             break
         other = rng.choice(events[rng.choice(users)])
-        found.setdefault(text(other), replace(event, text=other.text))
-    return list(found.values())
+        result.setdefault(text(other), replace(event, text=other.text))
+    return list(result.values())

@@ -306,11 +306,11 @@ class SequentialTask(Task):
 
 def items_by_text(view: View, name: str, items: Sequence[str]) -> Mapping[str, tuple[str, ...]]:
     """Return items by the normalised key (letters and digits) of their ``title`` or ``code``."""
-    found: dict[str, tuple[str, ...]] = {}
+    result: dict[str, tuple[str, ...]] = {}
     for item in items:
         key = title_key(str(view.item(item)[name]))
-        found[key] = (*found.get(key, ()), item)
-    return found
+        result[key] = (*result.get(key, ()), item)
+    return result
 
 
 def read_item(completion: str, known: Mapping[str, tuple[str, ...]], request: Request) -> Ranking | None:

@@ -70,8 +70,8 @@ class Chosen:
 
     def words(self, name: str) -> Words:
         """Return the words of a template's language; English for a template of another family."""
-        found = self.every.get(name.rpartition("/")[2])
-        return english() if found is None else found.words
+        result = self.every.get(name.rpartition("/")[2])
+        return english() if result is None else result.words
 
     def get(self, name: str) -> Template:
         """Return a template by its name or ``family/name``.
@@ -87,12 +87,12 @@ class Chosen:
                 "named under the key prompts of the recipe",
                 kind="unknown-name",
             )
-        found = self.every[bare]
-        if lacking := self.lacks(found):
+        result = self.every[bare]
+        if lacking := self.lacks(result):
             raise RecipeError(
-                f"template {found.id} {lacking}, or choose another template", kind="unsupported", at=found.id
+                f"template {result.id} {lacking}, or choose another template", kind="unsupported", at=result.id
             )
-        return found
+        return result
 
 
 def of_set(templates: Mapping[str, Template], name: str) -> list[Template]:

@@ -43,11 +43,11 @@ def target_rows(example: Example, encoder: Encoder, limit: int) -> list[TokenRow
     question = encoder.chat(example.messages)
     last = len(example.answer) - 1
     rows: list[TokenRow] = []
-    for place, segment in enumerate(example.answer):
+    for index, segment in enumerate(example.answer):
         if segment.kind != "target":
             continue
-        source = [*question, *(i for text in pieces(example.answer[:place]) for i in encoder.piece(text))]
-        target = [*encoder.line(segment.text), *([encoder.end_id] if example.ends_turn and place == last else [])]
+        source = [*question, *(i for text in pieces(example.answer[:index]) for i in encoder.piece(text))]
+        target = [*encoder.line(segment.text), *([encoder.end_id] if example.ends_turn and index == last else [])]
         if len(source) + len(target) > limit:
             break
         rows.append(TokenRow((*source, *target), (*[IGNORED] * len(source), *target)))
@@ -137,8 +137,8 @@ def _cut(rows: Sequence[TokenRow], batch_tokens: int, behind: int) -> list[Step]
 
 
 def _cut_packed(made: Sequence[Bin], batch_tokens: int) -> list[Step]:
-    groups = [made[start:end] for start, end in _spans([each.columns for each in made], batch_tokens)]
-    return [Step(tuple(row for each in group for row in each.rows), tuple(group)) for group in groups]
+    groups = [made[start:end] for start, end in _spans([item.columns for item in made], batch_tokens)]
+    return [Step(tuple(row for item in group for row in item.rows), tuple(group)) for group in groups]
 
 
 def _spans(lengths: Sequence[int], batch_tokens: int) -> list[tuple[int, int]]:
@@ -207,20 +207,20 @@ class Classes:
         """
         labels = [IGNORED] * len(row.ids)
         for start, end in runs(row.labels):
-            found = self._place(row.labels[start:end], last=end == len(row.ids))
-            if found is not None:
-                labels[start] = found
+            result = self._place(row.labels[start:end], last=end == len(row.ids))
+            if result is not None:
+                labels[start] = result
         made = TokenRow(row.ids, tuple(labels), row.lines)
         return made if made.targets else None
 
     def counts(self, rows: Iterable[TokenRow]) -> list[int]:
         """Return how often each value is a target of rows that `row` made, lowest first."""
-        found = [0] * len(self.scale.values)
+        result = [0] * len(self.scale.values)
         for row in rows:
             for label in row.labels:
                 if label != IGNORED:
-                    found[label] += 1
-        return found
+                    result[label] += 1
+        return result
 
     def _place(self, run: tuple[int, ...], *, last: bool) -> int | None:
         """Return the index of a target's tokens on the scale; None if they are not a value or may be half of one."""
@@ -311,12 +311,12 @@ class Labels:
 
 def runs(labels: Sequence[int]) -> list[tuple[int, int]]:
     """Return the spans of labels: one for each target, since a list names an item before each."""
-    found: list[tuple[int, int]] = []
-    for place, label in enumerate(labels):
+    results: list[tuple[int, int]] = []
+    for index, label in enumerate(labels):
         if label == IGNORED:
             continue
-        if found and found[-1][1] == place:
-            found[-1] = (found[-1][0], place + 1)
+        if results and results[-1][1] == index:
+            results[-1] = (results[-1][0], index + 1)
         else:
-            found.append((place, place + 1))
-    return found
+            results.append((index, index + 1))
+    return results

@@ -57,10 +57,10 @@ def checkpoints(folder: Path) -> list[Path]:
         LlmrecError: If one is a link, through which the Trainer would write.
     """
     refuse_link(folder)
-    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
-    for path in found:
+    results = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", path.name)]
+    for path in results:
         refuse_link(path)
-    return sorted((path for path in found if path.is_dir()), key=_step, reverse=True)
+    return sorted((path for path in results if path.is_dir()), key=_step, reverse=True)
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -231,9 +231,9 @@ class Follow(TrainerCallback):  # type: ignore[misc]
         due = step % self._section.valid_every == 0 or step == state.max_steps
         looks = self._looks(step, kwargs["model"]) if due else self._unlooked()
         figures = {name: float(value) for name, value in logs.items() if "/" in name}
-        told = dict(self.told())
+        message = dict(self.told())
         # Trackers, which are called next with the same log, have them too.
-        logs.update(_as_logged(looks) | {f"reward/{name}": value for name, value in told.items()})
+        logs.update(_as_logged(looks) | {f"reward/{name}": value for name, value in message.items()})
         self._record(
             {
                 "step": step,
@@ -241,7 +241,7 @@ class Follow(TrainerCallback):  # type: ignore[misc]
                 "learning_rate": float(logs.get("learning_rate", 0.0)),
                 **looks,
                 **({"figures": figures} if figures else {}),
-                **({"reward": told} if told else {}),
+                **({"reward": message} if message else {}),
             }
         )
         # The measurement of one process decides for all.
@@ -270,13 +270,13 @@ class Follow(TrainerCallback):  # type: ignore[misc]
             return dict(self._unlooked())
         when = f"at step {step}" if step else "before step 1"
         with Bar(f"validation {when}", sum(map(len, self._valid.values())), unit="rows", quiet=self._quiet) as bar:
-            found: dict[str, object] = {"valid_loss": self._losses(model, bar)}
+            result: dict[str, object] = {"valid_loss": self._losses(model, bar)}
         if self._best is not None:
             training = model.training
             with Bar(f"validation {when}: NDCG@10", None, quiet=self._quiet):
-                found["valid_ndcg"] = self._best.look(step, model)
+                result["valid_ndcg"] = self._best.look(step, model)
             model.train(training)
-        return found
+        return result
 
     def _unlooked(self) -> dict[str, None]:
         return {"valid_loss": None} | ({} if self._best is None else {"valid_ndcg": None})

@@ -58,22 +58,22 @@ def measure(head: RatingHead, model: torch.nn.Module, steps: Sequence[Step], pad
         steps: Planned steps, whose labels are classes.
         pad: Any token id.
     """
-    found: list[Any] = []
+    results: list[Any] = []
 
     def keep(states: torch.Tensor, classes: torch.Tensor) -> torch.Tensor:
-        found.append(states.float())
+        results.append(states.float())
         return states.new_zeros(())
 
     was_training = model.training
     model.eval()
     with torch.no_grad():
         for step in steps:
-            ids, labels = (torch.tensor(each, device=model.device) for each in padded(step.rows, pad))
+            ids, labels = (torch.tensor(item, device=model.device) for item in padded(step.rows, pad))
             label_loss(model, ids, labels, keep)
-            if sum(map(len, found)) >= _MEASURED:
+            if sum(map(len, results)) >= _MEASURED:
                 break
     model.train(was_training)
-    standardise(head, torch.cat(found))
+    standardise(head, torch.cat(results))
 
 
 def detach(model: torch.nn.Module) -> None:
@@ -215,7 +215,7 @@ def assembled(folder: str, model: ModelSection, adapter: Path, prompt: SoftPromp
 
 def _ids(encoder: Encoder, prompt: SoftPrompt) -> list[int]:
     ids: Sequence[int] = encoder.tokenizer.convert_tokens_to_ids(soft_prompt.names(prompt.count))
-    return [int(each) for each in ids]
+    return [int(item) for item in ids]
 
 
 # ----------------------------------------------------------------------------

@@ -71,9 +71,9 @@ def merge(folder: str, model: ModelSection, adapter: Path, target: Path) -> None
     with told_as_tied(base):
         adapted = peft.PeftModel.from_pretrained(base, adapter)
     # PEFT would mark an untied head in the configuration, which T5 models use for other decisions.
-    said, base.config.tie_word_embeddings = base.config.tie_word_embeddings, False
+    text, base.config.tie_word_embeddings = base.config.tie_word_embeddings, False
     merged = adapted.merge_and_unload()
-    merged.config.tie_word_embeddings = said
+    merged.config.tie_word_embeddings = text
     magnitude.zero(merged, adapter)
     merged.to(dtype(model)).save_pretrained(target)
 

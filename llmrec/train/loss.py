@@ -95,8 +95,8 @@ def related(states: torch.Tensor, teacher: Any) -> torch.Tensor:
         teacher: Shape (n, other d).
     """
     with torch.autocast(states.device.type, enabled=False):
-        alike = (each.float() @ each.float().T for each in (states, teacher))
-        own, theirs = (torch.nn.functional.normalize(each, dim=1) for each in alike)
+        alike = (item.float() @ item.float().T for item in (states, teacher))
+        own, theirs = (torch.nn.functional.normalize(item, dim=1) for item in alike)
         return (own - theirs).square().sum(dim=1).mean()
 
 
@@ -128,16 +128,16 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
             logits = (states @ weight.T).float()
             peak = logits.amax(-1, keepdim=True)
             picked = (1 - share) * logits.gather(-1, wanted)
-            said = None
+            text = None
             if teacher is not None:
-                said = (teacher[start : start + _CHUNK] @ head.T).float().softmax(-1).mul_(share)
-                picked = picked + (said * logits).sum(-1, keepdim=True)
+                text = (teacher[start : start + _CHUNK] @ head.T).float().softmax(-1).mul_(share)
+                picked = picked + (text * logits).sum(-1, keepdim=True)
             logits.sub_(peak).exp_()
             mass = logits.sum(-1, keepdim=True)
             losses = peak + mass.log() - picked
             logits.div_(mass).scatter_add_(-1, wanted, torch.full_like(picked, share - 1.0))
-            if said is not None:
-                logits.sub_(said)
+            if text is not None:
+                logits.sub_(text)
             if counts is not None:
                 scale = counts[start : start + _CHUNK, None]
                 losses, logits = losses * scale, logits.mul_(scale)
@@ -153,7 +153,7 @@ class _HeadLoss(torch.autograd.Function):  # type: ignore[misc]
     @staticmethod
     def backward(ctx: Any, *upstream: Any) -> Any:
         grad, *onto = ctx.saved_tensors
-        onto_weight, onto_rows = (None if each is None else each * upstream[0].to(each.dtype) for each in onto)
+        onto_weight, onto_rows = (None if item is None else item * upstream[0].to(item.dtype) for item in onto)
         return grad * upstream[0].to(grad.dtype), onto_weight, None, onto_rows, None, None, None, None, None
 
 
@@ -333,17 +333,17 @@ def _loss_at(
     """Return the summed loss of targets and their total weight; ``pick`` selects the states that they follow."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     if isinstance(by, ExitLoss):
-        found = [pick(states) for states in exits.depths(base, **inputs)]
-        scales, last = exits.weights(len(found)), found[-1].detach()
+        results = [pick(states) for states in exits.depths(base, **inputs)]
+        scales, last = exits.weights(len(results)), results[-1].detach()
 
         def loss(states: torch.Tensor) -> torch.Tensor:
             if by.inner is not None:
                 return by.inner(states, targets)
-            taught = (last, by.distill) if by.distill and states is not found[-1] else ()
+            taught = (last, by.distill) if by.distill and states is not results[-1] else ()
             return _vocabulary_loss(base, states, targets, counts, *taught)
 
         count = len(targets) if by.inner or counts is None else float(counts.sum())
-        return sum(scale * loss(states) for scale, states in zip(scales, found, strict=True)), count
+        return sum(scale * loss(states) for scale, states in zip(scales, results, strict=True)), count
     if isinstance(by, TaughtLoss):
         return _taught_loss(base, inputs, pick, targets, by, counts)
     if isinstance(by, ItemLoss):
@@ -372,11 +372,11 @@ def _taught_loss(
     """Return the summed distillation loss of targets and their total weight."""
     states = pick(base.get_decoder()(**inputs, use_cache=False).last_hidden_state)
     with torch.no_grad():
-        said = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
-    total = _vocabulary_loss(base, states, targets, counts, said, by.share, by.teacher.get_output_embeddings().weight)
+        text = pick(by.teacher.get_decoder()(**inputs, use_cache=False).last_hidden_state)
+    total = _vocabulary_loss(base, states, targets, counts, text, by.share, by.teacher.get_output_embeddings().weight)
     count = len(targets) if counts is None else float(counts.sum())
     if by.relations and len(targets):
-        total = total + by.relations * count * related(states[:_RELATED], said[:_RELATED])
+        total = total + by.relations * count * related(states[:_RELATED], text[:_RELATED])
     return total, count
 
 
@@ -413,7 +413,7 @@ def _vocabulary_loss(
     """Return the summed cross-entropy of states, shape (n, d), through a plain head; see `_HeadLoss`."""
     head, rows, places = _head(base)
     kind = head.weight.dtype
-    taught, other = (None if each is None else each.to(kind) for each in (teacher, by))
+    taught, other = (None if item is None else item.to(kind) for item in (teacher, by))
     return _HeadLoss.apply(hidden.to(kind), head.weight, targets, rows, places, counts, taught, share, other)
 
 

@@ -120,17 +120,17 @@ def tree(rows: Sequence[TokenRow], band: int | None = None) -> Packed:
 
 def stack(packed: Sequence[Packed], pad: int) -> Stacked:
     """Stack masked rows into one padded batch."""
-    longest = max(len(each.ids) for each in packed)
+    longest = max(len(item.ids) for item in packed)
     shape = (len(packed), longest)
     ids, places = np.full(shape, pad, dtype=np.int64), np.zeros(shape, dtype=np.int64)
     ends = np.tile(np.arange(1, longest + 1), (len(packed), 1))
-    for row, each in enumerate(packed):
-        filled = len(each.ids)
-        ids[row, :filled], places[row, :filled], ends[row, :filled] = each.ids, each.places, each.ends
-    after = np.concatenate([each.after + row * longest for row, each in enumerate(packed)])
-    wanted, weights = (np.concatenate([getattr(each, name) for each in packed]) for name in ("wanted", "weights"))
-    before = accumulate((len(np.unique(each.owners)) for each in packed), initial=0)
-    owners = np.concatenate([each.owners + first for each, first in zip(packed, before, strict=False)])
+    for row, item in enumerate(packed):
+        filled = len(item.ids)
+        ids[row, :filled], places[row, :filled], ends[row, :filled] = item.ids, item.places, item.ends
+    after = np.concatenate([item.after + row * longest for row, item in enumerate(packed)])
+    wanted, weights = (np.concatenate([getattr(item, name) for item in packed]) for name in ("wanted", "weights"))
+    before = accumulate((len(np.unique(item.owners)) for item in packed), initial=0)
+    owners = np.concatenate([item.owners + first for item, first in zip(packed, before, strict=False)])
     return Stacked(ids, places, ends, after, wanted, weights, owners)
 
 

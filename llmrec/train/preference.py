@@ -69,14 +69,14 @@ def compare(
         total = total - section.sft_weight * (own / lengths.gather(1, chosen[:, None])).sum()
     ahead = margins(rewards.detach(), chosen)
     best = rewards.detach().gather(1, chosen[:, None])
-    told = {
+    fields = {
         "rewards/chosen": best,
         "rewards/rejected": best - ahead.mean(1, keepdim=True),
         "rewards/margins": ahead.mean(1),
         "rewards/accuracies": (ahead > 0).float().mean(1),
         "logps/chosen": own.detach(),
     }
-    return total, float(len(scores)), {name: float(values.sum()) for name, values in told.items()}
+    return total, float(len(scores)), {name: float(values.sum()) for name, values in fields.items()}
 
 
 def rewards_of(

@@ -92,15 +92,15 @@ def attach(model: torch.nn.Module) -> None:
         RecipeError: If it has no linear layers.
     """
     base = _base(model)
-    found = list(_linears(base))
-    if not found:
+    results = list(_linears(base))
+    if not results:
         raise RecipeError(
             f"train.prune: a {base.config.model_type} has no linear layers whose weights could be pruned; choose "
             "another model, or drop train.prune",
             kind="unsupported",
             column="train.prune",
         )
-    for _, layer in found:
+    for _, layer in results:
         # Not part of the saved weights, but moved with the layer to another device.
         layer.register_buffer(_MASK, None, persistent=False)
         layer.forward = partial(_forward, layer)
@@ -140,7 +140,7 @@ def save(model: torch.nn.Module, folder: Path) -> None:
     masks = {name: mask for name, layer in _masked(model) if (mask := getattr(layer, _MASK)) is not None}
     if masks:
         bits = {name: np.packbits(mask.flatten().cpu().numpy()) for name, mask in masks.items()}
-        save_file({name: torch.from_numpy(each) for name, each in bits.items()}, folder / WEIGHTS)
+        save_file({name: torch.from_numpy(item) for name, item in bits.items()}, folder / WEIGHTS)
 
 
 def load(model: torch.nn.Module, folder: Path) -> None:
@@ -175,14 +175,14 @@ def zero(model: torch.nn.Module, folder: Path) -> None:
 def _read(folder: Path, weights: Mapping[str, Any]) -> Mapping[str, Any]:
     """Return the masks of a folder by layer, of the shapes and on the devices of the weights."""
     try:
-        found = load_file(folder / WEIGHTS)
-        if found.keys() != weights.keys():
+        result = load_file(folder / WEIGHTS)
+        if result.keys() != weights.keys():
             raise ValueError("other layers")
         masks = {}
         for name, weight in weights.items():
-            if found[name].dtype != torch.uint8 or found[name].numel() != -(-weight.numel() // 8):
+            if result[name].dtype != torch.uint8 or result[name].numel() != -(-weight.numel() // 8):
                 raise ValueError(f"another shape of {name}")
-            bits = np.unpackbits(found[name].numpy(), count=weight.numel()).astype(bool)
+            bits = np.unpackbits(result[name].numpy(), count=weight.numel()).astype(bool)
             masks[name] = torch.from_numpy(bits).view(weight.shape).to(weight.device)
         return masks
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:

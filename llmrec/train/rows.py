@@ -122,13 +122,13 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
         RecipeError: If other families are trained beside those lists, a family has none to learn from preference by, or
             the model is an encoder-decoder.
     """
-    found = {family: task.listwise for family, task in tasks.items() if task.listwise is not None}
-    if not (found or preference):
+    result = {family: task.listwise for family, task in tasks.items() if task.listwise is not None}
+    if not (result or preference):
         return None
-    family = next(iter(found or tasks))
+    family = next(iter(result or tasks))
     others = [name for name in tasks if name != family]
     key, instead = ("train.preference", "null") if preference else (f"tasks.{family}.loss", "answer")
-    if family not in found:
+    if family not in result:
         what = f"rows of tasks.{family} say of no answer what it is preferred to; train another family (train.only)"
     elif paired is not None:
         what = f"{paired} is an encoder-decoder, whose rows are not packed; choose another model"
@@ -138,7 +138,7 @@ def common(tasks: Mapping[str, Task], *, preference: bool, paired: str | None) -
             "training (train.only)"
         )
     else:
-        return found[family]
+        return result[family]
     raise RecipeError(f"{key}: {what}, or set it to {instead}", kind="contradiction", column=key)
 
 
@@ -159,7 +159,7 @@ def list_rows(
         RecipeError: If a row has fewer answers.
     """
     for example in examples:
-        rows = [encoder.row(each) for each in against(example)]
+        rows = [encoder.row(item) for item in against(example)]
         if len(rows) != listwise.size:
             raise RecipeError(
                 f"train.preference.negatives: the row {example.id} has {len(rows) - 1} other answers, and "
@@ -326,7 +326,7 @@ class LineTable:
     def _tables(self) -> tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]:
         """Return ids, labels, and where entries begin and the last one ends."""
         if self._arrays is None:
-            ids, labels = (np.array(each, dtype=np.int32) for each in (self._ids, self._labels))
+            ids, labels = (np.array(item, dtype=np.int32) for item in (self._ids, self._labels))
             self._arrays = ids, labels, np.array(self._ends, dtype=np.int64)
         return self._arrays
 
@@ -355,16 +355,16 @@ class RowStream:
 
     def encode(self, draws: Sequence[Draw], number: int = 0) -> Iterator[TokenRow | None]:
         """Yield the rows of a drawn chunk; ``number`` seeds which of them are compared."""
-        found: dict[int, TokenRow | None] = {}
+        result: dict[int, TokenRow | None] = {}
         for template in {draw.template.id: draw.template for draw in draws}.values():
             places = [n for n, draw in enumerate(draws) if draw.template.id == template.id]
             rows = self._gather(template, [draws[n] for n in places], number)
             if rows is not None:
-                found.update(zip(places, rows, strict=True))
-        self.gathered += len(found)
-        self.encoded += len(draws) - len(found)
+                result.update(zip(places, rows, strict=True))
+        self.gathered += len(result)
+        self.encoded += len(draws) - len(result)
         for n, draw in enumerate(draws):
-            yield found[n] if n in found else self._plain(draw)
+            yield result[n] if n in result else self._plain(draw)
 
     def _plain(self, draw: Draw) -> TokenRow | None:
         return fit_row(self._task.example(draw), self._encoder, self._limit)
@@ -441,16 +441,16 @@ def streams(
     # The rows of a pool are selected per family, before it is known which could share a history.
     together = len(tasks) > 1 and section.examples is None
     alone = [family for family in shares if not together or family not in tasks]
-    found: dict[str, Iterator[tuple[str, TokenRow | None]]]
-    found = {family: zip(repeat(family), _own(sources, family, encoder)) for family in alone}
+    result: dict[str, Iterator[tuple[str, TokenRow | None]]]
+    result = {family: zip(repeat(family), _own(sources, family, encoder)) for family in alone}
     weights = {family: shares[family] for family in alone}
     if together:
         name, lines = " and ".join(sorted(tasks)), section.band is not None
-        found[name] = branching_rows(
+        result[name] = branching_rows(
             tasks, shares, sources.users, encoder, limit=section.max_row_tokens, seed=seed, lines=lines
         )
         weights[name] = sum(shares[family] for family in tasks)
-    return found, weights
+    return result, weights
 
 
 def _own(sources: Sources, family: str, encoder: Encoder) -> Iterator[TokenRow | None]:

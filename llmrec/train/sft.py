@@ -234,8 +234,8 @@ def train(
     if listwise is not None and listwise.preference is not None:
         without_dropout(model)
     if steps and steps[0].bins:
-        for each in (model, *([taught.teacher] if taught else [])):
-            check_packing(each, "train.packing=none" if listwise is None else _no_lists(listwise))
+        for item in (model, *([taught.teacher] if taught else [])):
+            check_packing(item, "train.packing=none" if listwise is None else _no_lists(listwise))
     pad = encoder.tokenizer.pad_token_id
     by = state_loss(model, section, head, soft, taught, loss.items)
     seen = None if by is taught else by
@@ -245,7 +245,7 @@ def train(
     # The planned step of each optimiser step.
     order = [n for n in range(len(steps)) for _ in range(objective.updates if objective else 1)][: section.steps]
     sizes = [(step.tokens, step.targets) for step in map(steps.__getitem__, order)]
-    tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
+    tokens, targets = (sum(item) for item in zip(*sizes, strict=True))
 
     def write(tuned: torch.nn.Module, draft: Path, **weights: Any) -> None:
         tuned.save_pretrained(draft, **weights)
@@ -311,8 +311,8 @@ def train(
     sizes = sizes[: follow.records[-1]["step"]]
     if objective is not None:
         made = [record["reward"] for record in follow.records if "reward" in record]
-        sizes = [(int(each["tokens"]), int(each["targets"])) for each in made]
-    tokens, targets = (sum(each) for each in zip(*sizes, strict=True))
+        sizes = [(int(item["tokens"]), int(item["targets"])) for item in made]
+    tokens, targets = (sum(item) for item in zip(*sizes, strict=True))
     seconds = follow.before + time.monotonic() - started
     return Training(
         method=section.method,
@@ -353,8 +353,8 @@ def check_packing(model: torch.nn.Module, instead: str = "train.packing=none") -
     reads = takes_block_mask(model.config)
     if reads:
         device = model.device
-        ids, labels = (torch.tensor(each, device=device) for each in padded(rows, 0))
-        packed = {name: torch.from_numpy(each).to(device) for name, each in asdict(stack([tree(rows)], 0)).items()}
+        ids, labels = (torch.tensor(item, device=device) for item in padded(rows, 0))
+        packed = {name: torch.from_numpy(item).to(device) for name, item in asdict(stack([tree(rows)], 0)).items()}
         was_training = model.training
         model.eval()
         with torch.no_grad(), mixed_precision(model):
@@ -386,8 +386,8 @@ def _checkpoint(folder: Path, world: World, *, sharded: bool) -> Path | None:
     Raises:
         LlmrecError: If it is one of FSDP and this training is not, or the other way round.
     """
-    found = newest(folder) if world.first else None
-    step = world.agree(int(found.name.rpartition("-")[2]) if found is not None else -1)
+    result = newest(folder) if world.first else None
+    step = world.agree(int(result.name.rpartition("-")[2]) if result is not None else -1)
     if step < 0:
         return None
     checkpoint = folder / f"checkpoint-{step}"
@@ -425,7 +425,7 @@ def _batch(
 
 def _laid(model: torch.nn.Module, step: Step, pad: int) -> dict[str, torch.Tensor]:
     if step.bins:
-        laid = asdict(stack([tree(each.rows, each.band) for each in step.bins], pad))
+        laid = asdict(stack([tree(item.rows, item.band) for item in step.bins], pad))
     else:
         laid = laid_out(model, step.rows, pad)
     return {name: torch.tensor(values) for name, values in laid.items()}

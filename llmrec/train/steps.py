@@ -36,14 +36,14 @@ class Step:
     def padded_tokens(self) -> int:
         """Tokens computed, padding included."""
         if self.bins:
-            return len(self.bins) * max(each.columns for each in self.bins)
+            return len(self.bins) * max(item.columns for item in self.bins)
         return len(self.rows) * max(len(row.ids) for row in self.rows)
 
     @property
     def tokens(self) -> int:
         """Tokens computed without padding; shared prefixes of masked rows count once."""
         if self.bins:
-            return sum(each.columns for each in self.bins)
+            return sum(item.columns for item in self.bins)
         return sum(len(row.ids) for row in self.rows)
 
     @property
@@ -57,7 +57,7 @@ class Step:
         Args:
             count: The number of parts. If there are fewer rows, or masked rows, some parts are empty.
         """
-        sizes = [each.columns for each in self.bins] or [len(row.ids) for row in self.rows]
+        sizes = [item.columns for item in self.bins] or [len(row.ids) for row in self.rows]
         loads, parts = [0] * count, [[] for _ in range(count)]  # type: tuple[list[int], list[list[int]]]
         for n in sorted(range(len(sizes)), key=lambda n: -sizes[n]):
             least = loads.index(min(loads))
@@ -66,7 +66,7 @@ class Step:
         if not self.bins:
             return [Step(tuple(self.rows[n] for n in sorted(part))) for part in parts]
         chosen = [tuple(self.bins[n] for n in sorted(part)) for part in parts]
-        return [Step(tuple(row for each in bins for row in each.rows), bins) for bins in chosen]
+        return [Step(tuple(row for item in bins for row in item.rows), bins) for bins in chosen]
 
 
 class RowTable:
@@ -150,8 +150,8 @@ class Steps(Sequence[Step]):
         """Append a step; ``numbers`` are those of its rows, by `id`."""
         self._order.extend([numbers[id(row)] for row in step.rows])
         self._ends.append(len(self._order))
-        self._sizes.extend([len(each.rows) for each in step.bins])
-        self._columns.extend([each.columns for each in step.bins])
+        self._sizes.extend([len(item.rows) for item in step.bins])
+        self._columns.extend([item.columns for item in step.bins])
         self._bin_ends.append(len(self._sizes))
 
     def weighing(self, weights: Sequence[float]) -> Steps:
@@ -168,7 +168,7 @@ class Steps(Sequence[Step]):
         """Return 32 hex digits over the rows' tokens and their division into steps."""
         table = self.table
         arrays = (table._ids, table._ends, self._order, self._ends, self._sizes, array("d", self._weights))
-        return checksum(b"".join(each.tobytes() for each in arrays) + bytes(table._learned))
+        return checksum(b"".join(item.tobytes() for item in arrays) + bytes(table._learned))
 
     def __len__(self) -> int:
         return len(self._ends) - 1

@@ -192,10 +192,10 @@ def _writer(folder: Path) -> Any:
 
 def _kept(folder: Path) -> dict[str, str]:
     try:
-        found = loads((folder / FILES[0]).read_text(encoding="utf-8"))
+        result = loads((folder / FILES[0]).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return {str(name): str(value) for name, value in found.items()} if isinstance(found, dict) else {}
+    return {str(name): str(value) for name, value in result.items()} if isinstance(result, dict) else {}
 
 
 def _transformers() -> Any:

@@ -200,19 +200,19 @@ class HFBackend:
             if labels is not None:
                 prompt, texts = ids + list(labels.shared), [(token,) for token in labels.distinct]
                 if self.exits is not None:
-                    found, route = self.exits.score(prompt, labels.distinct), "hf:exit"
+                    result, route = self.exits.score(prompt, labels.distinct), "hf:exit"
                 else:
-                    found, route = self._score_labels(prompt, labels.distinct), "hf:one-token"
+                    result, route = self._score_labels(prompt, labels.distinct), "hf:one-token"
             else:
                 if self.exits is not None:
                     self.exits.whole += 1
                 if self._may_pack(ids, texts):
-                    found, route = self._score_packed(ids, texts), "hf:tree"
+                    result, route = self._score_packed(ids, texts), "hf:tree"
                 else:
-                    found, route = self._score_rows(ids, texts), "hf:rows"
-            scores[i] = _scores(found, ids, texts, route)
+                    result, route = self._score_rows(ids, texts), "hf:rows"
+            scores[i] = _scores(result, ids, texts, route)
             count_answers(1)
-        return [each for each in scores if each is not None]
+        return [item for item in scores if item is not None]
 
     def _score_wide(
         self, encoded: Sequence[list[int]], tails: Sequence[Sequence[tuple[int, ...]]], *, closed: bool
@@ -225,14 +225,14 @@ class HFBackend:
         behind = [
             own if one is None else [(token,) for token in one.distinct] for own, one in zip(tails, labels, strict=True)
         ]
-        found: list[Scores | None] = [None] * len(encoded)
+        result: list[Scores | None] = [None] * len(encoded)
         for batch in self._batches([len(ids) + sum(map(len, own)) for ids, own in zip(prompts, behind, strict=True)]):
             values = read_through(engine, [prompts[i] for i in batch], [behind[i] for i in batch])
             for i, logprobs in zip(batch, values, strict=True):
                 name = "hf:one-token" if labels[i] else "hf:tree" if trees else "hf:rows"
-                found[i] = _scores(logprobs, encoded[i], behind[i], name)
+                result[i] = _scores(logprobs, encoded[i], behind[i], name)
             count_answers(len(batch))
-        return [each for each in found if each is not None]
+        return [item for item in result if item is not None]
 
     @_told_if_full
     def search(
@@ -274,15 +274,15 @@ class HFBackend:
                 column="tasks.rating.strategies",
             )
         torch, encoded = self._torch, [self.encoder.prompt(prompt) for prompt in prompts]
-        found: list[Read | None] = [None] * len(prompts)
+        result: list[Read | None] = [None] * len(prompts)
         for batch in self._batches([len(ids) for ids in encoded]):
             ids, mask = self._left_padded([encoded[i] for i in batch])
             with torch.inference_mode():
                 values = self._head.ratings(last_states(self.model, ids, mask))
             for i, value in zip(batch, values, strict=True):
-                found[i] = Read(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
+                result[i] = Read(value=value, prompt_tokens=len(encoded[i]), engine="hf:head")
             count_answers(len(batch))
-        return [read for read in found if read is not None]
+        return [read for read in result if read is not None]
 
     @_told_if_full
     def embed(self, texts: Sequence[str]) -> NDArray[np.float32]:
@@ -396,10 +396,10 @@ class HFBackend:
         with torch.inference_mode():
             if not self._states:
                 logits = self.model(input_ids=row, logits_to_keep=1).logits
-                return [float(each) for each in _picked(logits[0, -1].expand(len(labels), -1), wanted)]
+                return [float(item) for item in _picked(logits[0, -1].expand(len(labels), -1), wanted)]
             states = self._prefixes.last(ids) if self._reads_trees() else states_of(self.model, row)[0, -1:]
-            found = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(wanted), wanted)
-        return [float(each) for each in found]
+            result = chosen_logprobs(self.model.get_output_embeddings(), states, torch.zeros_like(wanted), wanted)
+        return [float(item) for item in result]
 
     def _score_packed(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """Score with one forward pass over prompt and candidate tree: each token sees the prompt and its ancestors.
@@ -411,13 +411,13 @@ class HFBackend:
         if self._paired:
             return read_through(MaskedTree(self.model, self.encoder.tokenizer.pad_token_id), [ids], [tails])[0]
         tree = Candidates.of(tails)
-        after, wanted = (torch.from_numpy(each).to(device) for each in (tree.after, tree.wanted))
+        after, wanted = (torch.from_numpy(item).to(device) for item in (tree.after, tree.wanted))
         if self._states and len(tree.tokens) <= BLOCK:
             # Few tokens after a prompt: answers such as yes and no, whose prompts share prefixes.
             states = self._prefixes.tree(ids, tree.tokens, tree.sees, tree.depths)
             with torch.inference_mode():
-                found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
-            return sums(found, tree.owners, len(tails))
+                result = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+            return sums(result, tree.owners, len(tails))
         size = start + len(tree.tokens)
         seen = np.tri(size, start, dtype=bool)
         seen = np.hstack([seen, np.vstack([np.zeros((start, len(tree.tokens)), dtype=bool), tree.sees])])
@@ -434,13 +434,13 @@ class HFBackend:
         with torch.inference_mode():
             if self._states:
                 states = self.model.get_decoder()(**asked).last_hidden_state[0, start - 1 :]
-                found = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
+                result = chosen_logprobs(self.model.get_output_embeddings(), states, after, wanted).cpu().numpy()
             else:
                 kept = torch.arange(start - 1, size, device=device)
                 logits = self.model(**asked, logits_to_keep=kept).logits[0]
                 totals = torch.cat([part.float().logsumexp(-1) for part in logits.split(_ROWS)])
-                found = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
-        return sums(found, tree.owners, len(tails))
+                result = (logits[after, wanted].float() - totals[after]).double().cpu().numpy()
+        return sums(result, tree.owners, len(tails))
 
     def _score_rows(self, ids: list[int], tails: Sequence[tuple[int, ...]]) -> list[float]:
         """Score with one full row per candidate, the reference implementation."""
@@ -455,11 +455,11 @@ class HFBackend:
                 if self._states:
                     states, after = states_of(self.model, row)[0, len(ids) - 1 : -1], torch.arange(len(tail))
                     head = self.model.get_output_embeddings()
-                    found = chosen_logprobs(head, states, after.to(row.device), wanted)
+                    result = chosen_logprobs(head, states, after.to(row.device), wanted)
                 else:
                     logits = self.model(input_ids=row, logits_to_keep=len(tail) + 1, use_cache=False).logits[0, :-1]
-                    found = _picked(logits, wanted).double()
-                results.append(float(found.sum()))
+                    result = _picked(logits, wanted).double()
+                results.append(float(result.sum()))
         return results
 
     @cached_property

@@ -299,7 +299,7 @@ class MaskedTree:
     def _logprobs(self, hidden: torch.Tensor, wanted: Wanted, rows: NDArray[np.int64]) -> Floats:
         """Return full-softmax log-probabilities of wanted tokens; ``rows`` are the hidden states that they follow."""
         torch, head = self._torch, self._model.get_output_embeddings()
-        found = np.empty(len(rows))
+        result = np.empty(len(rows))
         used, group = np.unique(rows, return_inverse=True)
         for start in range(0, len(used), _ROWS):
             part = used[start : start + _ROWS]
@@ -308,9 +308,9 @@ class MaskedTree:
                 states = hidden[torch.from_numpy(part).to(hidden.device)]
                 at = torch.from_numpy(group[here] - start).to(hidden.device)
                 ids = torch.from_numpy(wanted.tokens[here]).to(hidden.device)
-                found[here] = chosen_logprobs(head, states, at, ids).cpu().numpy()
+                result[here] = chosen_logprobs(head, states, at, ids).cpu().numpy()
             self.head_rows += len(part)
-        return found
+        return result
 
 
 def shorten(cache: Any, length: int) -> None:
@@ -391,7 +391,7 @@ class PlainTree:
         self._texts, self._users, self._encoded = [], [], None
 
     def _answers(self, wanted: Wanted) -> Floats:
-        torch, found = self._torch, np.empty(len(wanted.tokens))
+        torch, result = self._torch, np.empty(len(wanted.tokens))
         used, group = np.unique(wanted.after, return_inverse=True)
         for start in range(0, len(used), _BLOCK):
             part = used[start : start + _BLOCK].tolist()
@@ -405,9 +405,9 @@ class PlainTree:
             else:
                 logits = last.float()
                 values = (logits[at, ids] - logits.logsumexp(-1)[at]).double()
-            found[here] = values.cpu().numpy()
+            result[here] = values.cpu().numpy()
             self.head_rows += len(part)
-        return found
+        return result
 
     def _last(self, numbers: Sequence[int]) -> Any:
         """Return the last states of the numbered texts, shape (n, d), or their logits, shape (n, vocabulary)."""
@@ -534,7 +534,7 @@ class PrefixReader:
         known.ids = ids
         self.read += len(ids) - kept
         self._known.append(known)
-        while len(self._known) > 1 and sum(len(each.ids) for each in self._known) > self._room:
+        while len(self._known) > 1 and sum(len(item.ids) for item in self._known) > self._room:
             self._known.pop(0)
         return states[0]
 
@@ -546,7 +546,7 @@ class PrefixReader:
         """
         # The last token is always read: its state is the result.
         most = (len(ids) - 1) // BLOCK
-        shared = [min(most, _same(ids, each.ids) // BLOCK) for each in self._known]
+        shared = [min(most, _same(ids, item.ids) // BLOCK) for item in self._known]
         best = max(range(len(shared)), key=lambda i: (shared[i], i), default=None)
         if best is None or 2 * shared[best] * BLOCK < len(ids):
             return _Read([], None), 0
@@ -640,17 +640,17 @@ def read_through(
     every, wanted = np.concatenate(after), np.concatenate([tree.wanted for tree in trees])
     order = np.argsort(every, kind="stable")
     first, later = order[every[order] < len(prompts)], order[every[order] >= len(prompts)]
-    found = np.empty(len(order))
+    result = np.empty(len(order))
     try:
-        found[first] = engine.open(prompts, Wanted(every[first], wanted[first]))
+        result[first] = engine.open(prompts, Wanted(every[first], wanted[first]))
         if len(later):
             users = np.repeat(np.arange(len(prompts)), [len(tree.tokens) for tree in trees])
             tokens = np.array([token for tree in trees for token in tree.tokens])
             fed = Fed(users, np.concatenate(parents).astype(np.int64), tokens)
-            found[later] = engine.feed(fed, Wanted(every[later], wanted[later]))
+            result[later] = engine.feed(fed, Wanted(every[later], wanted[later]))
     finally:
         engine.close()
-    parts = np.split(found, np.cumsum([len(tree.wanted) for tree in trees])[:-1])
+    parts = np.split(result, np.cumsum([len(tree.wanted) for tree in trees])[:-1])
     return [sums(part, tree.owners, len(tails)) for part, tree, tails in zip(parts, trees, candidates, strict=True)]
 
 

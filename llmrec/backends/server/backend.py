@@ -172,10 +172,10 @@ class OpenAIBackend:
         if self._loop is None:
             raise BackendError("this client was closed; build a new one", kind="closed")
         try:
-            for found in self._loop.each(jobs, self._section.concurrency):
+            for result in self._loop.each(jobs, self._section.concurrency):
                 # Recorded before it is returned: after a kill in between it is requested again, and both are paid.
                 self.spending.book()
-                yield found
+                yield result
         finally:
             self.spending.book()
 
@@ -217,14 +217,14 @@ class OpenAIBackend:
 
     async def _named(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
         """Score labels by the exact log-probabilities of their tokens."""
-        found: list[float] = []
+        results: list[float] = []
         for start in range(0, len(labels.distinct), _NAMED):
             part = labels.distinct[start : start + _NAMED]
             keys = {"logprobs": 1, "logprob_token_ids": list(part), "return_tokens_as_token_ids": True}
             body = completion_body(self._section, [*ids, *labels.shared], room=1, **keys)
             read = partial(probe.named_labels, ids=part)
-            found += await self.wire.ask("/completions", body, read, what=asked.named)
-        return _scores(found, len(ids), "openai:one-token")
+            results += await self.wire.ask("/completions", body, read, what=asked.named)
+        return _scores(results, len(ids), "openai:one-token")
 
     async def _top(self, asked: _Question, ids: list[int], labels: Labels) -> Scores:
         """Score labels that are among the most likely tokens."""
@@ -232,9 +232,9 @@ class OpenAIBackend:
         spellings = [_spellings(self._encoder, i) for i in labels.distinct]
         body = completion_body(self._section, [*ids, *labels.shared], room=1, logprobs=self.offers.top)
         read = partial(probe.top_labels, spellings=spellings)
-        found = await self.wire.ask("/completions", body, read, what=asked.named)
-        self._note(found)
-        return _scores(found.logprobs, len(ids), f"openai:top-{self.offers.top}")
+        result = await self.wire.ask("/completions", body, read, what=asked.named)
+        self._note(result)
+        return _scores(result.logprobs, len(ids), f"openai:top-{self.offers.top}")
 
     async def _whole(self, asked: _Question, ids: list[int], tails: Sequence[tuple[int, ...]]) -> Scores:
         """Score whole texts by the log-probabilities of echoed prompts."""
@@ -265,9 +265,9 @@ class OpenAIBackend:
             return probe.chat_labels(value, labels), (usage(value) or Cost()).prompt_tokens
 
         async def ask() -> Scores:
-            found, length = await self.wire.ask("/chat/completions", body, read, what=asked.named)
-            self._note(found)
-            return _scores(found.logprobs, length, f"openai:chat-top-{self.offers.top}")
+            result, length = await self.wire.ask("/chat/completions", body, read, what=asked.named)
+            self._note(result)
+            return _scores(result.logprobs, length, f"openai:chat-top-{self.offers.top}")
 
         return ask
 
@@ -304,7 +304,7 @@ class _Question:
 
 
 def _questions(prompts: Sequence[Prompt]) -> list[_Question]:
-    return [_Question(place, len(prompts), prompt) for place, prompt in enumerate(prompts, start=1)]
+    return [_Question(index, len(prompts), prompt) for index, prompt in enumerate(prompts, start=1)]
 
 
 def _spellings(encoder: Encoder, token: int) -> tuple[str, ...]:

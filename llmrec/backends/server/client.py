@@ -129,10 +129,10 @@ class Spending:
 
 def usage(value: Any) -> Cost | None:
     """Return the tokens that an answer reports; None if it reports none."""
-    found = value.get("usage") if isinstance(value, dict) else None
-    if not isinstance(found, dict):
+    result = value.get("usage") if isinstance(value, dict) else None
+    if not isinstance(result, dict):
         return None
-    counts = [found.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
+    counts = [result.get(name) or 0 for name in ("prompt_tokens", "completion_tokens")]
     if not all(isinstance(count, int) and 0 <= count <= _MOST for count in counts):
         return None
     return Cost(prompt_tokens=counts[0], completion_tokens=counts[1])
@@ -345,7 +345,7 @@ class Wire:
             self._spending.check()
             server = self._fleet.take(server)
             try:
-                found = await self._once(server.url, path, body, read, what)
+                result = await self._once(server.url, path, body, read, what)
             except _Again as fault:
                 faults.append(fault.kind)
                 self.attempts[fault.kind.partition(":")[0]] += 1
@@ -366,7 +366,7 @@ class Wire:
                 raise
             self._fleet.answered(server)
             self.attempts["ok"] += 1
-            return found
+            return result
         seen = ", ".join(f"{kind} ({count})" for kind, count in Counter(faults).most_common())
         raise EngineFailure(
             f"{self.where}{path} did not answer {what()} in {len(faults)} attempts: {seen}; what was answered is "
@@ -377,12 +377,12 @@ class Wire:
 
     def each(self) -> list[Wire]:
         """Return a client of each single server, with the same connections and counters."""
-        found = []
+        results = []
         for url in self._section.urls:
             one = copy.copy(self)
             one._fleet, one.where = Fleet([url], self._section.longest_wait), url
-            found.append(one)
-        return found
+            results.append(one)
+        return results
 
     async def close(self) -> None:
         """Close all connections."""
@@ -408,9 +408,9 @@ class Wire:
             raise _Again(f"status {status}", retry_after(response.headers.get("retry-after"), time.time()))
         if status != 200:
             fix = _MENDS.get(status, "see eval.server in the recipe")
-            said = self._words(_message(content.decode("utf-8", "replace")))
+            text = self._words(_message(content.decode("utf-8", "replace")))
             refusal = Refused(
-                f"{url}{path} refused {what()} with status {status}: {said}; {fix}",
+                f"{url}{path} refused {what()} with status {status}: {text}; {fix}",
                 kind="failed",
                 at=f"{url}{path}",
             )
@@ -498,9 +498,9 @@ def _replaced(value: Any, old: str, new: str) -> Any:
     if isinstance(value, str):
         return value.replace(old, new)
     if isinstance(value, list):
-        return [_replaced(each, old, new) for each in value]
+        return [_replaced(item, old, new) for item in value]
     if isinstance(value, dict):
-        return {name.replace(old, new): _replaced(each, old, new) for name, each in value.items()}
+        return {name.replace(old, new): _replaced(item, old, new) for name, item in value.items()}
     return value
 
 
@@ -584,9 +584,9 @@ class Loop:
         done: SimpleQueue[_Done[T] | None] = SimpleQueue()
         work = asyncio.run_coroutine_threadsafe(_all(jobs, together, done), self._loop)
         try:
-            while (found := done.get()) is not None:
-                yield found.place, found.result
-                self._loop.call_soon_threadsafe(found.taken.set)
+            while (result := done.get()) is not None:
+                yield result.place, result.result
+                self._loop.call_soon_threadsafe(result.taken.set)
             if (failure := work.result()) is not None:
                 raise failure
         finally:
@@ -619,12 +619,12 @@ async def _all(
     async def work() -> None:
         for place, job in waiting:
             try:
-                found = _Done(place, await job(), asyncio.Event())
+                result = _Done(place, await job(), asyncio.Event())
             except Exception as failure:
                 failures.append(failure)
                 return
-            done.put(found)
-            await found.taken.wait()
+            done.put(result)
+            await result.taken.wait()
             if failures:
                 return
 

@@ -52,11 +52,11 @@ def choices(value: Any, count: int) -> list[Mapping[str, Any]]:
     Raises:
         ValueError: If one is missing or duplicate.
     """
-    found = value["choices"]
-    places = [choice.get("index", 0 if len(found) == 1 else None) for choice in found]
-    if len(found) != count or set(places) != set(range(count)):
+    result = value["choices"]
+    places = [choice.get("index", 0 if len(result) == 1 else None) for choice in result]
+    if len(result) != count or set(places) != set(range(count)):
         raise ValueError(f"{count} choices were asked for, those with index {places} came")
-    ordered: list[Mapping[str, Any]] = [choice for _, choice in sorted(zip(places, found, strict=True), key=_place)]
+    ordered: list[Mapping[str, Any]] = [choice for _, choice in sorted(zip(places, result, strict=True), key=_place)]
     return ordered
 
 
@@ -87,7 +87,7 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
     # JSON can contain lone surrogates, which cannot be encoded.
     text = text.encode("utf-8", "replace").decode("utf-8")
     cost = usage(value) or Cost()
-    found = Completion(
+    result = Completion(
         text=text,
         prompt_tokens=cost.prompt_tokens,
         completion_tokens=cost.completion_tokens,
@@ -95,12 +95,12 @@ def completion(value: Any, *, stop: str | None, chat: bool) -> Completion:
     )
     text, ended = without_thoughts(text)
     if not ended:
-        return replace(found, text="", finish_reason="length")
-    if chat or thought or text != found.text:
+        return replace(result, text="", finish_reason="length")
+    if chat or thought or text != result.text:
         text = text.lstrip()
     if stop is not None and stop in text:
-        return replace(found, text=text[: text.index(stop)], finish_reason="stop")
-    return replace(found, text=text)
+        return replace(result, text=text[: text.index(stop)], finish_reason="stop")
+    return replace(result, text=text)
 
 
 def without_thoughts(text: str) -> tuple[str, bool]:
@@ -121,8 +121,8 @@ def named_labels(value: Any, ids: Sequence[int]) -> tuple[float, ...]:
     Raises:
         LookupError: If one of them was not returned.
     """
-    found = first(value)
-    return tuple(_nats(found[f"token_id:{i}"]) for i in ids)
+    result = first(value)
+    return tuple(_nats(result[f"token_id:{i}"]) for i in ids)
 
 
 def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
@@ -132,8 +132,8 @@ def top_labels(value: Any, spellings: Sequence[Sequence[str]]) -> Labelled:
         value: The answer.
         spellings: How servers may write each label's token, the surest first.
     """
-    found = first(value)
-    return by_name(found, [next((name for name in names if name in found), names[0]) for names in spellings])
+    result = first(value)
+    return by_name(result, [next((name for name in names if name in result), names[0]) for names in spellings])
 
 
 def chat_labels(value: Any, texts: Sequence[str]) -> Labelled:
@@ -147,10 +147,10 @@ def chat_labels(value: Any, texts: Sequence[str]) -> Labelled:
 def chat_first(value: Any) -> dict[str, float]:
     """Return the log-probabilities of the most likely first tokens of a chat answer, by text without white space."""
     (choice,) = choices(value, 1)
-    found: dict[str, list[float]] = {}
+    result: dict[str, list[float]] = {}
     for entry in choice["logprobs"]["content"][0]["top_logprobs"]:
-        found.setdefault(entry["token"].strip(), []).append(_nats(entry["logprob"]))
-    return {name: _log_sum(values) for name, values in found.items()}
+        result.setdefault(entry["token"].strip(), []).append(_nats(entry["logprob"]))
+    return {name: _log_sum(values) for name, values in result.items()}
 
 
 def by_name(found: Mapping[str, float], names: Sequence[str]) -> Labelled:
@@ -182,7 +182,7 @@ def tail_sums(value: Any, start: int, tails: Sequence[Sequence[int]]) -> list[fl
         rows = choice["logprobs"]["token_logprobs"]
         if len(rows) < start + len(tail):
             raise ValueError(f"{start + len(tail)} log-probabilities were asked for, {len(rows)} came")
-        sums.append(sum(_nats(each) for each in rows[start : start + len(tail)]))
+        sums.append(sum(_nats(row) for row in rows[start : start + len(tail)]))
     return sums
 
 
@@ -246,17 +246,17 @@ async def probe_all(wire: Wire, section: ServerSection, encoder: Encoder | None)
             one prompt.
     """
     wires = wire.each()
-    found = await asyncio.gather(*(probe(one, section, encoder) for one in wires), return_exceptions=True)
-    offers = [each for each in found if isinstance(each, Offers)]
-    for each in found:
-        if isinstance(each, BaseException):
-            raise each
+    result = await asyncio.gather(*(probe(one, section, encoder) for one in wires), return_exceptions=True)
+    offers = [item for item in result if isinstance(item, Offers)]
+    for item in result:
+        if isinstance(item, BaseException):
+            raise item
     if len(wires) == 1:
         return offers[0]
-    differ = [_different(offers[0], each) for each in offers]
+    differ = [_different(offers[0], offer) for offer in offers]
     if not any(differ):
-        told = [await _told(one, section, encoder, offers[0]) for one in wires]
-        differ = [_contradicts(told[0], each) for each in told]
+        message = [await _told(one, section, encoder, offers[0]) for one in wires]
+        differ = [_contradicts(message[0], item) for item in message]
     for one, how in zip(wires, differ, strict=True):
         if how:
             raise BackendError(
@@ -312,7 +312,7 @@ def _contradicts(one: _Told, other: _Told) -> str:
     if None not in (one.listed, other.listed) and one.listed != other.listed:
         return "only one of them lists it"
     for token in one.tokens.keys() | other.tokens.keys():
-        here, there = (each.tokens.get(token, min(each.tokens.values(), default=0.0)) for each in (one, other))
+        here, there = (item.tokens.get(token, min(item.tokens.values(), default=0.0)) for item in (one, other))
         if max(here, there) > _LIKELY and abs(here - there) > _ALIKE:
             return f"after one prompt {token!r} has the log-probability {here:.2f} and {there:.2f}"
     return ""
@@ -325,18 +325,18 @@ async def probe(wire: Wire, section: ServerSection, encoder: Encoder | None) -> 
         BackendError: If it does not answer, or lacks what ``eval.server.chat: completions`` needs.
     """
     if section.chat != "chat":
-        found = await _completions(wire, section, encoder) if encoder is not None else "there is no tokenizer"
-        if isinstance(found, Offers):
-            return found
+        result = await _completions(wire, section, encoder) if encoder is not None else "there is no tokenizer"
+        if isinstance(result, Offers):
+            return result
         if section.chat == "completions":
             raise BackendError(
-                f"eval.server.chat: token ids cannot be continued at {wire.where}: {found}; set model.name to the "
+                f"eval.server.chat: token ids cannot be continued at {wire.where}: {result}; set model.name to the "
                 "model that the server has, or eval.server.chat=chat",
                 kind="mismatch",
                 at=wire.where,
                 column="eval.server.chat",
             )
-        log.info("%s is asked by chat: %s", wire.where, found)
+        log.info("%s is asked by chat: %s", wire.where, result)
     return Offers(exact=False, top=await _chat_top(wire, section), continues=await _continues(wire))
 
 
@@ -432,5 +432,5 @@ async def _try(wire: Wire, path: str, body: dict[str, Json], read: Callable[[Any
 def _read_tokens(value: Any) -> int | None:
     """Return the length of the prompt as the server counts it; None if it does not report it."""
     choices(value, 1)
-    found = usage(value)
-    return None if found is None else found.prompt_tokens
+    result = usage(value)
+    return None if result is None else result.prompt_tokens

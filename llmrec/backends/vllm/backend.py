@@ -174,9 +174,9 @@ class VLLMTree:
         self.tokens += answers.tokens
         self.requests += len(asked)
         self.forwards += 1
-        found = np.empty(len(keys))
-        found[entries] = [value for values in answers.values for value in values]
-        return found[place]
+        result = np.empty(len(keys))
+        result[entries] = [value for values in answers.values for value in values]
+        return result[place]
 
     def _asked(
         self, texts: Sequence[tuple[int, ...]], owners: NDArray[np.int64], tokens: NDArray[np.int64]
@@ -250,18 +250,18 @@ def answered(outputs: Sequence[Any], asked: Sequence[Ask]) -> Answers:
     values: list[list[float]] = []
     tokens = 0
     for output, ask in zip(outputs, asked, strict=True):
-        said = output.outputs[0]
-        if tuple(said.token_ids[: len(ask.forced)]) != ask.forced:
+        text = output.outputs[0]
+        if tuple(text.token_ids[: len(ask.forced)]) != ask.forced:
             raise BackendError(
                 "vLLM did not follow the forced tokens, so the scores would be wrong; set eval.scorer=hf and report "
                 "the vLLM version",
                 kind="defect",
                 column="eval.scorer",
             )
-        forced = [float(step[token].logprob) for step, token in zip(said.logprobs, ask.forced, strict=False)]
-        values.append(forced + [float(said.logprobs[-1][token].logprob) for token in ask.ids])
+        forced = [float(step[token].logprob) for step, token in zip(text.logprobs, ask.forced, strict=False)]
+        values.append(forced + [float(text.logprobs[-1][token].logprob) for token in ask.ids])
         # The last generated token is not read.
-        tokens += len(ask.text) - (output.num_cached_tokens or 0) + len(said.token_ids) - 1
+        tokens += len(ask.text) - (output.num_cached_tokens or 0) + len(text.token_ids) - 1
     return Answers(values, tokens)
 
 
@@ -417,11 +417,11 @@ class VLLMBackend:
         ]
         labels = [single_token_labels(group, closed=closed) for group in tails]
         results: list[Scores | None] = [None] * len(prompts)
-        easy = [i for i, found in enumerate(labels) if found is not None and len(found.distinct) <= _MAX_IDS]
+        easy = [i for i, value in enumerate(labels) if value is not None and len(value.distinct) <= _MAX_IDS]
         hard = [i for i in range(len(prompts)) if i not in set(easy)]
         if easy:
-            chosen = [found for i in easy if (found := labels[i]) is not None]
-            wanted = [(encoded[i] + list(found.shared), found.distinct) for i, found in zip(easy, chosen, strict=True)]
+            chosen = [value for i in easy if (value := labels[i]) is not None]
+            wanted = [(encoded[i] + list(value.shared), value.distinct) for i, value in zip(easy, chosen, strict=True)]
             for i, values in zip(easy, self._next_token(wanted, len(easy)), strict=True):
                 results[i] = Scores(
                     logprobs=tuple(values),
@@ -609,8 +609,8 @@ class VLLMBackend:
             for tail in group:
                 for k, token in enumerate(tail):
                     children.setdefault(tail[:k], set()).add(token)
-            for prefix, found in children.items():
-                ordered = sorted(found)
+            for prefix, result in children.items():
+                ordered = sorted(result)
                 for start in range(0, len(ordered), _MAX_IDS):
                     part = ordered[start : start + _MAX_IDS]
                     wanted.append((ids + list(prefix), part))
@@ -659,12 +659,12 @@ def _line(error: BaseException) -> str:
 
 def _cause(error: BaseException) -> str:
     """Return why an engine did not start, which for its child processes only the log shows."""
-    said = _line(error)
-    if "root cause" in said:
+    text = _line(error)
+    if "root cause" in text:
         # The first sentence of the innermost process.
-        told = terminal.last_error().replace(";", ",").removeprefix("Worker failed with error '")
-        said = told.partition(". ")[0].partition("', please check")[0] or said
-    return said
+        message = terminal.last_error().replace(";", ",").removeprefix("Worker failed with error '")
+        text = message.partition(". ")[0].partition("', please check")[0] or text
+    return text
 
 
 def _forced_sum(answer: Any, tail: tuple[int, ...]) -> float:

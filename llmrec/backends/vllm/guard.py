@@ -51,10 +51,10 @@ def _with_children(known: dict[int, str]) -> dict[int, str]:
     live = {pid: start for pid, start in known.items() if start_time(pid) == start}
     pids = [int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit()]
     parents = {pid: int(fields[1]) for pid in pids if (fields := _stat(pid))}
-    found = set(live)
-    while more := {pid for pid, parent in parents.items() if parent in found} - found:
-        found |= more
-    return live | {pid: start for pid in found - set(live) if not is_tracker(pid) and (start := start_time(pid))}
+    result = set(live)
+    while more := {pid for pid, parent in parents.items() if parent in result} - result:
+        result |= more
+    return live | {pid: start for pid in result - set(live) if not is_tracker(pid) and (start := start_time(pid))}
 
 
 def watch(owner: int, source: int) -> dict[int, str]:

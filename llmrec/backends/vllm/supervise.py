@@ -72,8 +72,8 @@ def without_main() -> Iterator[None]:
 def _hiding(prepare: Callable[[str], dict[str, _T]]) -> Callable[[str], dict[str, _T]]:
     @functools.wraps(prepare)
     def prepared(name: str) -> dict[str, _T]:
-        told = prepare(name)
-        return {key: value for key, value in told.items() if key not in _MAIN} if _here.hidden else told
+        message = prepare(name)
+        return {key: value for key, value in message.items() if key not in _MAIN} if _here.hidden else message
 
     prepared.hides_main = True  # type: ignore[attr-defined]
     return prepared
@@ -290,11 +290,11 @@ class Watch:
         for core in self._cores:
             if core.pid in self._members:
                 self._note(_children(self._members[core.pid]))
-        found = [self._seen(pid) for pid in self._members]
-        for seen in found:
+        results = [self._seen(pid) for pid in self._members]
+        for seen in results:
             if not seen.vital and seen.state in ENDED:
                 del self._members[seen.pid]
-        return [*(seen for seen in found if seen.pid in self._members), *self._caller()]
+        return [*(seen for seen in results if seen.pid in self._members), *self._caller()]
 
     def kill(self) -> list[int]:
         """Kill every process of the engine and wait for their end; return those that remain."""

@@ -15,10 +15,10 @@ def coded(ids: pl.Series) -> pl.Series:
     """Return a column of ids as codes of their sorted values; one that is coded already stays as it is."""
     if isinstance(ids.dtype, pl.Enum):
         return ids
-    found = ids.cast(pl.String).to_arrow().dictionary_encode()
+    result = ids.cast(pl.String).to_arrow().dictionary_encode()
     # Arrow's own way to numpy loads pandas, where that is installed.
-    rows = pl.Series(found.indices).to_numpy()
-    return from_dictionary(ids.name, pl.Series(found.dictionary, dtype=pl.String), [rows])
+    rows = pl.Series(result.indices).to_numpy()
+    return from_dictionary(ids.name, pl.Series(result.dictionary, dtype=pl.String), [rows])
 
 
 def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:
@@ -26,8 +26,8 @@ def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.i
     order = values.arg_sort()
     rank = np.empty(len(values), dtype=np.uint32)
     rank[order.to_numpy()] = np.arange(len(values), dtype=np.uint32)
-    found = np.concatenate([np.empty(0, dtype=np.uint32), *(rank[part] for part in numbers)])
-    return pl.Series(name, found).cat.to(pl.Enum(values.gather(order)))
+    result = np.concatenate([np.empty(0, dtype=np.uint32), *(rank[part] for part in numbers)])
+    return pl.Series(name, result).cat.to(pl.Enum(values.gather(order)))
 
 
 def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
@@ -54,8 +54,8 @@ def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int6
         ids: The rows.
         number: Numbers names.
     """
-    names, found = codes(ids)
-    return number(names.to_list()).astype(np.int32)[found] if len(names) else np.empty(0, dtype=np.int32)
+    names, result = codes(ids)
+    return number(names.to_list()).astype(np.int32)[result] if len(names) else np.empty(0, dtype=np.int32)
 
 
 class Names(Sequence[str]):
@@ -74,8 +74,8 @@ class Names(Sequence[str]):
     def __getitem__(self, place: slice) -> list[str]: ...
 
     def __getitem__(self, place: int | slice) -> str | list[str]:
-        found = self._values[place]
-        return found.to_pylist() if isinstance(place, slice) else found.as_py()  # type: ignore[no-any-return]
+        result = self._values[place]
+        return result.to_pylist() if isinstance(place, slice) else result.as_py()  # type: ignore[no-any-return]
 
     def code(self, name: str) -> int | None:
         """Return the code of a value; None for one that has none."""
@@ -109,10 +109,10 @@ class Runs:
 
 def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
     """Return a number for each pair of user and item, shape (n,): equal for equal pairs of one table."""
-    found = codes(users)[1].astype(np.uint64)
-    found <<= np.uint64(32)
-    found |= codes(items)[1].astype(np.uint64)
-    return found
+    result = codes(users)[1].astype(np.uint64)
+    result <<= np.uint64(32)
+    result |= codes(items)[1].astype(np.uint64)
+    return result
 
 
 def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:

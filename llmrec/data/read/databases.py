@@ -136,10 +136,10 @@ def _duckdb(url: str, query: str) -> Any:
     with closing(require("duckdb", "tables").connect(str(_file(url)), read_only=True)) as connection:
         # Nothing but this file is read: neither other files nor the network.
         connection.execute("SET enable_external_access = false")
-        found = connection.sql(query)
-        if found is None:
+        result = connection.sql(query)
+        if result is None:
             raise ValueError("it gives no rows")
-        return found.to_arrow_table()
+        return result.to_arrow_table()
 
 
 def _postgresql(url: str, query: str) -> Any:
@@ -179,8 +179,8 @@ def read_hub(path: str) -> Table:
     part = path.removeprefix(_HUB).partition(":")[2]
     datasets = require("datasets", "train")
     try:
-        found = datasets.load_dataset(hub_name(path), split=part or "train")
-        values = found.with_format("arrow")[:]
+        result = datasets.load_dataset(hub_name(path), split=part or "train")
+        values = result.with_format("arrow")[:]
     except Exception as error:  # the library raises dozens of types, from network errors to parser errors
         raise DataError.at(
             path,

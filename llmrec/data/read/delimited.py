@@ -354,18 +354,18 @@ class Delimited:
     def _ragged(self, place: Place, count: int) -> DataError:
         width = len(self.names)
         if self._source.published:
-            said = (
+            text = (
                 f"it should have {width} ({shortened(enumerated(self.names), 200)}); the file is damaged or not of "
                 "this data set, so fetch it again"
             )
         else:
-            said = f"{'it should have' if self._form.columns else 'the header has'} {width}; "
-            said += (
+            text = f"{'it should have' if self._form.columns else 'the header has'} {width}; "
+            text += (
                 f"a field that holds {self._separator!r} needs double quotes around it"
                 if len(self._separator) == 1
                 else f"fields lie between {self._separator!r}, so no field may hold it; correct the row"
             )
-        return DataError.at(place, "ragged-row", f" has {count} fields where {said}")
+        return DataError.at(place, "ragged-row", f" has {count} fields where {text}")
 
 
 def _parsed(
@@ -398,15 +398,15 @@ def preamble(text: str, usual: str) -> int:
     or they begin with ``#``.
     """
     lines = text[:_HEAD].split("\n")[: _MOST_ABOVE + _ALIKE]
-    for place, line in enumerate(lines[:_MOST_ABOVE]):
+    for index, line in enumerate(lines[:_MOST_ABOVE]):
         mark = separator_of(line, usual)
         if mark not in line or line.startswith("#"):
             continue
-        alike = [line for line in lines[place : place + _ALIKE] if line.strip()]
+        alike = [line for line in lines[index : index + _ALIKE] if line.strip()]
         even = len(alike) == _ALIKE and len({line.count(mark) for line in alike}) == 1
-        above = [line for line in lines[:place] if line.strip()]
+        above = [line for line in lines[:index] if line.strip()]
         bare = all(line.startswith("#") or mark not in line for line in above)
-        return place if above and even and bare and not any('"' in line for line in above) else 0
+        return index if above and even and bare and not any('"' in line for line in above) else 0
     return 0
 
 

@@ -91,8 +91,8 @@ def shortened(text: str, limit: int) -> str:
 
 def enumerated(names: Sequence[str]) -> str:
     """Return the names of columns, as many as fit one line."""
-    found = ", ".join(name if name.isprintable() else repr(name) for name in (shortened(n, 60) for n in names[:40]))
-    return shortened(found, 500) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
+    result = ", ".join(name if name.isprintable() else repr(name) for name in (shortened(n, 60) for n in names[:40]))
+    return shortened(result, 500) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
 
 
 # --------------------------------------------------------------------------- paths

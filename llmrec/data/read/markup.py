@@ -40,8 +40,8 @@ def plain(text: str) -> str:
 
 
 def _untagged(text: str) -> str:
-    found, count = _TAG.subn(lambda tag: "" if tag[1] else " ", text) if "<" in text else (text, 0)
-    return " ".join(found.split()) if count else text
+    result, count = _TAG.subn(lambda tag: "" if tag[1] else " ", text) if "<" in text else (text, 0)
+    return " ".join(result.split()) if count else text
 
 
 def _meant(found: re.Match[str]) -> str:

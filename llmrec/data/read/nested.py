@@ -42,7 +42,7 @@ def leaf(name: str) -> str:
 
 def lists_in(name: str) -> list[str]:
     """Return the lists that a path goes through, the outermost first."""
-    return [name[: found.end()] for found in _EACH.finditer(name)]
+    return [name[: result.end()] for result in _EACH.finditer(name)]
 
 
 def paths_within(name: str, kind: Any) -> Iterator[str]:
@@ -125,8 +125,8 @@ class Opened:
         """
         kind = column.type
         if pa.types.is_struct(kind) and depth <= DEEPEST and kind.num_fields <= MOST_KEYS:
-            for place, inner in enumerate(kind):
-                self.add(f"{name}.{inner.name}", pc.struct_field(column, [place]), depth + 1)
+            for index, inner in enumerate(kind):
+                self.add(f"{name}.{inner.name}", pc.struct_field(column, [index]), depth + 1)
             self.unusable[name] = held(kind)
             return
         if _is_list(kind):
@@ -146,10 +146,10 @@ class Opened:
 
 def opened(file: str, columns: Mapping[str, Any]) -> Opened:
     """Open the columns of Arrow of a file; see `Opened`."""
-    found = Opened(file)
+    result = Opened(file)
     for name, column in columns.items():
-        found.add(name, column)
-    return found
+        result.add(name, column)
+    return result
 
 
 def in_polars(columns: Mapping[str, Any]) -> pl.DataFrame:

@@ -96,20 +96,20 @@ def json_file(source: Source) -> Table:
 def _array(source: Source) -> Table:
     name = source.name
     try:
-        found = json.loads(decode(name, whole(source)), object_pairs_hook=_once, parse_float=as_written)
+        result = json.loads(decode(name, whole(source)), object_pairs_hook=_once, parse_float=as_written)
     except _Twice as twice:
         raise _twice(name, twice) from None
     except (ValueError, RecursionError) as error:
         raise DataError.at(name, "syntax", f" is not JSON ({reason(error)}); write it again") from error
 
     def records() -> Iterator[tuple[Place, Mapping[str, object]]]:
-        for number, record in enumerate(found, start=1):
+        for number, record in enumerate(result, start=1):
             place = Place(name, number)
             if not isinstance(record, dict):
                 raise DataError.at(place, "wrong-format", " is not a JSON object; write an array of objects")
             yield place, record
 
-    return _of_objects(name, records(), [0] * len(found))
+    return _of_objects(name, records(), [0] * len(result))
 
 
 def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]], lines: list[int]) -> Table:
@@ -165,19 +165,19 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
         for at in whole[key]:
             rows[at][key] = str(int(float(rows[at][key])))
     columns: list[pl.Series] = []
-    found = Opened(name)
+    result = Opened(name)
     for key in names:
         if key not in places:
             columns.append(pl.Series(key, [row.get(key, "") for row in rows], pl.String))
         if key in within and key not in single:
-            before = set(found.columns)
-            found.add(key, _in_arrow(key, [within[key].get(row) for row in range(len(rows))], name, lines))
-            inner = {path: column for path, column in found.columns.items() if path not in before and path != key}
+            before = set(result.columns)
+            result.add(key, _in_arrow(key, [within[key].get(row) for row in range(len(rows))], name, lines))
+            inner = {path: column for path, column in result.columns.items() if path not in before and path != key}
             columns.extend(_as_texts(in_polars(inner)) if inner else ())
-            if key in places and found.columns.pop(key, None) is not None:
-                found.unusable[key] = LISTS  # of numbers, which are not joined
+            if key in places and result.columns.pop(key, None) is not None:
+                result.unusable[key] = LISTS  # of numbers, which are not joined
     column_names(name, (column.name for column in columns))
-    unusable = {path: _ODD if held == str(_NOTHING) else held for path, held in found.unusable.items()}
+    unusable = {path: _ODD if held == str(_NOTHING) else held for path, held in result.unusable.items()}
     odd = [path for path, held in unusable.items() if held == _ODD]
     if odd:
         log.warning(
@@ -185,7 +185,7 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
         )
     if not columns:
         raise DataError.at(name, "empty", " has no column of texts or numbers; write the table again")
-    return Table(name, pl.DataFrame(columns), "", lines, unusable=unusable, lists=found.lists)
+    return Table(name, pl.DataFrame(columns), "", lines, unusable=unusable, lists=result.lists)
 
 
 def _as_texts(frame: pl.DataFrame) -> list[pl.Series]:
@@ -268,13 +268,13 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
     shape = _Shape()
 
     def all_values(read: Callable[[object], object]) -> list[object]:
-        found = []
+        results = []
         for row, value in enumerate(values):
             try:
-                found.append(read(value))
+                results.append(read(value))
             except ValueError:
                 raise _no_text(Place(name, row + 1, lines[row] or None), f", column {shown(key)}", key) from None
-        return found
+        return results
 
     all_values(shape.see)
     kind = shape.kind()
@@ -308,8 +308,8 @@ def as_written(number: str) -> float | int:
 
     Otherwise two ids such as 9007199254740992.0 and 9007199254740993.0 would be one.
     """
-    found = float(number)
-    return int(Decimal(number)) if abs(found) >= WHOLE and math.isfinite(found) else found
+    result = float(number)
+    return int(Decimal(number)) if abs(result) >= WHOLE and math.isfinite(result) else result
 
 
 class _Twice(Exception):
@@ -322,10 +322,10 @@ def _twice(place: Place | str, twice: _Twice) -> DataError:
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
+    result = dict(pairs)
+    if len(result) < len(pairs):
         raise _Twice(next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1))
-    return found
+    return result
 
 
 def _no_text(place: Place, what: str, column: str) -> DataError:

@@ -50,8 +50,8 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
     """
     with parquet_file(name, raw) as file:
         table = _read(name, file, len(raw))
-    found = from_arrow(name, table, sha256)
-    return replace(found, unusable={**unread(file.schema_arrow), **found.unusable})
+    result = from_arrow(name, table, sha256)
+    return replace(result, unusable={**unread(file.schema_arrow), **result.unusable})
 
 
 @contextmanager
@@ -181,14 +181,19 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
     """
     try:
         column_names(name, table.column_names)
-        found = opened(
-            name, {each: table.column(each) for each in table.column_names if is_read(table.schema.field(each).type)}
+        result = opened(
+            name,
+            {
+                column_name: table.column(column_name)
+                for column_name in table.column_names
+                if is_read(table.schema.field(column_name).type)
+            },
         )
-        column_names(name, found.columns)
-        if not table.num_rows or not found.columns:
+        column_names(name, result.columns)
+        if not table.num_rows or not result.columns:
             raise DataError.at(name, "empty", " has no rows or no plain columns; write the table again")
-        frame = in_polars(found.columns)
-        for column in found.lists.values():
+        frame = in_polars(result.columns)
+        for column in result.lists.values():
             column.validate(full=True)
     except FAULTS as error:
         raise DataError.at(
@@ -200,8 +205,8 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
             "%s: column %s is left out, since it holds a date outside of the years 1 to 9999 in row %d",
             *(name, shown(column), row + 1),
         )
-    left = {**unread(table.schema), **found.unusable, **dict.fromkeys(odd, "dates outside of the years 1 to 9999")}
-    return Table(name, frame.drop(odd), sha256, unusable=left, lists=found.lists)
+    left = {**unread(table.schema), **result.unusable, **dict.fromkeys(odd, "dates outside of the years 1 to 9999")}
+    return Table(name, frame.drop(odd), sha256, unusable=left, lists=result.lists)
 
 
 def unread(schema: pa.Schema, reads: Callable[[Any], bool] = is_read) -> dict[str, str]:

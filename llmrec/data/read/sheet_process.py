@@ -52,7 +52,10 @@ def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[
     frame = book.load_sheet(chosen, dtypes="string").to_polars()
     large = [name for name in frame.columns if frame[name].str.contains(_LARGE).any()]
     if large:
-        kinds = {each.name: each.dtype for each in book.load_sheet(chosen, schema_sample_rows=None).available_columns()}
+        kinds = {
+            available_column.name: available_column.dtype
+            for available_column in book.load_sheet(chosen, schema_sample_rows=None).available_columns()
+        }
         floats = [name for name in large if kinds.get(name) in ("float", "int")]
         frame = frame.with_columns(pl.col(floats).cast(pl.Float64, strict=False))
     return {"names": names, "head": first}, frame

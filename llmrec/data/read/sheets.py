@@ -82,8 +82,8 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
     columns = [column.strip() for column in frame.columns]
     frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
     # Rows that were emptied and not deleted stand below the last one.
-    found = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
-    filled = frame.select(pl.any_horizontal(found)).to_series() if columns else pl.Series([])
+    result = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
+    filled = frame.select(pl.any_horizontal(result)).to_series() if columns else pl.Series([])
     rows = filled.arg_true().to_list() if len(filled) else []
     if not rows:
         raise DataError.at(name, "empty", " has a header and no rows; choose another sheet, or write the table again")

@@ -164,11 +164,11 @@ def of_atomic(path: Path, ending: str) -> Path | None:
             one that is called like the folder.
         ending: ``.inter``, ``.item`` or ``.user``.
     """
-    found = sorted(path.glob("*.inter")) if path.is_dir() else [path]
-    found = [file for file in found if path.is_dir() and file.stem == path.absolute().name] or found
-    if len(found) != 1 or found[0].suffix.lower() != ".inter":
+    result = sorted(path.glob("*.inter")) if path.is_dir() else [path]
+    result = [file for file in result if path.is_dir() and file.stem == path.absolute().name] or result
+    if len(result) != 1 or result[0].suffix.lower() != ".inter":
         return None
-    file = found[0] if ending == ".inter" else found[0].with_name(found[0].name.split(".")[0] + ending)
+    file = result[0] if ending == ".inter" else result[0].with_name(result[0].name.split(".")[0] + ending)
     return file if file.is_file() else None
 
 
@@ -201,10 +201,10 @@ def without_kinds(table: Table) -> Table:
 
 def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
     """Read the tables of a folder, or those that fit a pattern, in the order of their names."""
-    found = sorted(path.iterdir()) if path.is_dir() else fitting(path)
+    result = sorted(path.iterdir()) if path.is_dir() else fitting(path)
     if (events := of_atomic(path, ".inter")) is not None:
-        found = [events]  # its other tables are about items and users
-    shown = [file for file in found if file.is_file() and not file.name.startswith((".", "_"))]
+        result = [events]  # its other tables are about items and users
+    shown = [file for file in result if file.is_file() and not file.name.startswith((".", "_"))]
     files = [file for file in shown if _endings(file)[0] in _TABLES or _endings(file)[1] == ".zip"]
     if not files:
         what = "is a folder that holds" if path.is_dir() else "fits"

@@ -196,16 +196,16 @@ def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
         DataError: If it is one.
     """
     own, known = (ids.cast(pl.String).unique() for ids in (own, known))
-    found = int(known.is_in(own.implode()).sum())
-    if not found:
+    result = int(known.is_in(own.implode()).sum())
+    if not result:
         raise DataError.at(
             name,
             "mismatch",
             f" (data.users): none of its {len(own)} users, such as {shown(str(own.sort()[0]))}, has an interaction; "
             f"there users are called such as {shown(str(known.sort()[0]))}, so write their ids alike in both tables",
         )
-    if 2 * found < len(known):
-        log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - found, len(known))
+    if 2 * result < len(known):
+        log.warning("%s (data.users): %d of %d users are not in it", name, len(known) - result, len(known))
 
 
 # --------------------------------------------------------------------------- several tables
@@ -281,12 +281,12 @@ def rows_of(table: Table, names: Iterable[str | None]) -> Table:
         return table
     if table.parts:
         parts = joined([_along(part, chosen) for part in table.parts])
-        found = replace(parts, name=table.name, sha256=table.sha256)
+        result = replace(parts, name=table.name, sha256=table.sha256)
     else:
-        found = _along(table, chosen)
-    if found.frame.is_empty():
+        result = _along(table, chosen)
+    if result.frame.is_empty():
         raise DataError.at(table.name, "empty", f": the lists of {chosen[0]} have no elements in any row", chosen[0])
-    return found
+    return result
 
 
 def _along(table: Table, names: Sequence[str]) -> Table:
@@ -325,16 +325,16 @@ def _exploded(table: Table, name: str) -> Table:
             "columns, or split it",
             name,
         )
-    found = opened(table.name, {name: pc.list_flatten(column)})
-    inner = in_polars(found.columns).with_columns(pl.col(pl.String).fill_null(""))
+    result = opened(table.name, {name: pc.list_flatten(column)})
+    inner = in_polars(result.columns).with_columns(pl.col(pl.String).fill_null(""))
     frame = pl.concat([table.frame[rows], inner], how="horizontal")
     return replace(
         table,
         frame=frame,
         lines=array("q", map(table.line, rows)),
         rows=array("q", (table.rows[row] for row in rows) if table.rows is not None else rows),
-        lists=found.lists,
-        unusable={**table.unusable, **found.unusable},
+        lists=result.lists,
+        unusable={**table.unusable, **result.unusable},
     )
 
 

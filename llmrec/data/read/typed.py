@@ -102,15 +102,15 @@ def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
     parts = pl.DataFrame({"day": rest.str.replace(_APART, ""), "clock": rest.str.extract(_APART, 1)})
     days = _each(parts["day"], _day)
     open_days = [text for text, day in days.items() if not day.sure]
-    found = order or _order([days[text] for text in open_days])
-    numbers = {text: number for text, day in days.items() if (number := day.number(found)) is not None}
+    result = order or _order([days[text] for text in open_days])
+    numbers = {text: number for text, day in days.items() if (number := day.number(result)) is not None}
     clock = _read(parts["clock"], _each(parts["clock"], _clock)).set(parts["clock"].is_null(), 0)
     read = in_seconds(_read(parts["day"], numbers) * _DAY + clock)
     open_rows = parts["day"].is_in(open_days)
     # Python knows further forms of ISO 8601.
     further = _each(rest.filter(read.is_null() & ~open_rows), _by_python)
     read = read.fill_null(in_seconds(_read(rest, further))) if further else read
-    return Dates(seconds.scatter(others, read), unsure.scatter(others, open_rows), found if open_days else None)
+    return Dates(seconds.scatter(others, read), unsure.scatter(others, open_rows), result if open_days else None)
 
 
 def in_seconds(micro: pl.Series) -> pl.Series:
@@ -121,7 +121,7 @@ def in_seconds(micro: pl.Series) -> pl.Series:
 
 def _each(texts: pl.Series, read: Callable[[str], Found | None]) -> dict[str, Found]:
     """Return what the different texts of a column mean; those without a meaning are left out."""
-    return {text: found for text in texts.drop_nulls().unique() if (found := read(text)) is not None}
+    return {text: result for text in texts.drop_nulls().unique() if (result := read(text)) is not None}
 
 
 def _read(texts: pl.Series, known: Mapping[str, int]) -> pl.Series:
@@ -131,10 +131,10 @@ def _read(texts: pl.Series, known: Mapping[str, int]) -> pl.Series:
 def _iso(texts: pl.Series) -> pl.Series:
     """Return the seconds of plain ISO dates, and nulls for all else."""
     plain = texts.set(~texts.str.contains(_ISO), None).str.strip_suffix("Z").str.replace("T", " ", literal=True)
-    found = pl.Series(texts.name, [None], dtype=pl.Float64).new_from_index(0, len(texts))
+    result = pl.Series(texts.name, [None], dtype=pl.Float64).new_from_index(0, len(texts))
     for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"):
-        found = found.fill_null(in_seconds(plain.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
-    return found
+        result = result.fill_null(in_seconds(plain.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
+    return result
 
 
 def _by_python(text: str) -> int | None:
@@ -148,26 +148,28 @@ def _by_python(text: str) -> int | None:
 
 
 def _day(text: str) -> _Day | None:
-    found = _DIGITS.fullmatch(text) or _SPACED.fullmatch(text)
-    if found is not None:
-        first, mark, second, last = found.groups()
+    result = _DIGITS.fullmatch(text) or _SPACED.fullmatch(text)
+    if result is not None:
+        first, mark, second, last = result.groups()
         if len(first) == 4:
             return _Day(int(first), int(second), int(last), sure=True) if len(last) == 2 else None
         if 3 in (len(first), len(last)):
             return None
         year = int(last) + (0 if len(last) == 4 else 2000 if int(last) < _THIS_CENTURY else 1900)
         return _Day(year, int(first), int(second), sure=False, dotted=mark == ".")
-    found = _NAMED.fullmatch(text)
-    month = _MONTHS.get((found[2] or found[3])[:3].lower()) if found is not None else None
-    return None if found is None or month is None else _Day(int(found[5]), month, int(found[1] or found[4]), sure=True)
+    result = _NAMED.fullmatch(text)
+    month = _MONTHS.get((result[2] or result[3])[:3].lower()) if result is not None else None
+    return (
+        None if result is None or month is None else _Day(int(result[5]), month, int(result[1] or result[4]), sure=True)
+    )
 
 
 def _clock(text: str) -> int | None:
     """Return the microseconds since midnight, in UTC."""
-    found = _CLOCK.fullmatch(text)
-    if found is None:
+    result = _CLOCK.fullmatch(text)
+    if result is None:
         return None
-    hour, minute, second, fraction, half, zone = found.groups()
+    hour, minute, second, fraction, half, zone = result.groups()
     hours = int(hour) if not half else int(hour) % 12 + (12 if half[0].lower() == "p" else 0)
     if hours > 23 or int(minute) > 59 or int(second or 0) > 59:
         return None
@@ -217,9 +219,9 @@ def texts(rows: Rows, column: str) -> pl.Series:
     series = _dated(rows, column)
     if isinstance(series.dtype, pl.List):
         series = series.list.join(", ")
-    found = as_whole(series).cast(pl.String).fill_null("")
-    _no_nul(rows, column, found)
-    return found
+    result = as_whole(series).cast(pl.String).fill_null("")
+    _no_nul(rows, column, result)
+    return result
 
 
 def as_whole(series: pl.Series) -> pl.Series:
@@ -236,11 +238,11 @@ def as_whole(series: pl.Series) -> pl.Series:
 
 def unescaped(rows: Rows, column: str) -> pl.Series:
     """Return texts without HTML, see `markup.plain`; blank ones are nulls."""
-    found = texts(rows, column)
-    places = found.str.contains("[<&]").arg_true()
+    result = texts(rows, column)
+    places = result.str.contains("[<&]").arg_true()
     if len(places):
-        found = found.scatter(places, [plain(text) for text in found.gather(places)])
-    return found.set(found.str.strip_chars() == "", None)
+        result = result.scatter(places, [plain(text) for text in result.gather(places)])
+    return result.set(result.str.strip_chars() == "", None)
 
 
 def ids(rows: Rows, *columns: str) -> pl.Series:
@@ -252,10 +254,10 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
     """
     for column in columns:
         _exact(rows, column)
-    found = _spelled(rows, columns[0])
+    result = _spelled(rows, columns[0])
     for other in columns[1:]:
-        found = found.zip_with(found.str.strip_chars() != "", _spelled(rows, other))
-    row = _first_of(found, lambda values: values.str.strip_chars() == "")
+        result = result.zip_with(result.str.strip_chars() != "", _spelled(rows, other))
+    row = _first_of(result, lambda values: values.str.strip_chars() == "")
     if row is not None:
         which = " and ".join(map(repr, columns))
         raise DataError.at(
@@ -264,7 +266,7 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
             f": column {which} is empty; every row needs a user and an item",
             columns[0],
         )
-    return found
+    return result
 
 
 def _exact(rows: Rows, column: str) -> None:
@@ -293,9 +295,9 @@ def _spelled(rows: Rows, column: str) -> pl.Series:
     """Return a column as text, in codes where the table has codes."""
     if not isinstance(rows.column(column).dtype, pl.Enum):
         return texts(rows, column)
-    found = rows.column(column)
-    _no_nul(rows, column, found)
-    return found
+    result = rows.column(column)
+    _no_nul(rows, column, result)
+    return result
 
 
 def _no_nul(rows: Rows, column: str, found: pl.Series) -> None:
@@ -319,8 +321,8 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
     Raises:
         DataError: If a value is missing, not a number, NaN or infinite.
     """
-    found = floats(rows.column(column))
-    row = _first(~found.is_finite().fill_null(False))
+    result = floats(rows.column(column))
+    row = _first(~result.is_finite().fill_null(False))
     if row is not None:
         raise DataError.at(
             rows.where(row),
@@ -329,7 +331,7 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
             "finite number; correct or drop the row",
             column,
         )
-    return found if absent is None else found.set(found == absent, None)
+    return result if absent is None else result.set(result == absent, None)
 
 
 def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
@@ -367,24 +369,26 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
     if series.dtype != pl.String or floats(series[:1])[0] is not None:
         return _one_unit(rows, column, numbers(rows, column, "time"))
     text = series.fill_null("").str.strip_chars()
-    found = read_dates(text, order)
-    row = _first(found.seconds.is_null())
+    result = read_dates(text, order)
+    row = _first(result.seconds.is_null())
     if row is None:
-        return found.seconds
-    said = f": the time in column {column!r} is {shown(text[row])}"
-    if not found.unsure[row]:
-        said += (
+        return result.seconds
+    message = f": the time in column {column!r} is {shown(text[row])}"
+    if not result.unsure[row]:
+        message += (
             ", which is neither a number nor a date such as 2024-05-31, 2024-05-31T08:15:00Z or 31.05.2024 08:15; all "
             "rows must be of one sort, so correct the row"
         )
-    elif found.order is None:
-        said += ", in which day and month cannot be told apart, here as in all other rows; set "
-        said += " or ".join(f"data.columns.dates={option}" for option in ORDERS)
+    elif result.order is None:
+        message += ", in which day and month cannot be told apart, here as in all other rows; set "
+        message += " or ".join(f"data.columns.dates={option}" for option in ORDERS)
     else:
         shows = "data.columns.dates says" if order else "other rows show"
-        said += f", which is no date with the {found.order.removesuffix('-first')} first, as {shows}; correct the row"
-    undecided = bool(found.unsure[row]) and found.order is None
-    raise DataError.at(rows.where(row), "ambiguous" if undecided else "bad-value", said, column)
+        message += (
+            f", which is no date with the {result.order.removesuffix('-first')} first, as {shows}; correct the row"
+        )
+    undecided = bool(result.unsure[row]) and result.order is None
+    raise DataError.at(rows.where(row), "ambiguous" if undecided else "bad-value", message, column)
 
 
 _DAY_UNITS = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
@@ -468,8 +472,8 @@ def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
     Raises:
         DataError: If a value is missing, not a number, or of another unit than the first one.
     """
-    found = numbers(rows, column, "time")
-    large = found.abs() >= _MILLISECONDS_FROM
+    result = numbers(rows, column, "time")
+    large = result.abs() >= _MILLISECONDS_FROM
     unit = unit or ("milliseconds" if large[0] else "seconds")
     row = _first(~large if unit == "milliseconds" else large)
     # Zero and less is before 1970 in either unit, which no data set here holds in milliseconds.
@@ -477,11 +481,11 @@ def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
         raise DataError.at(
             rows.where(row),
             "bad-value",
-            f": the time in column {column!r} is {found[row]:g}, while the file begins with "
+            f": the time in column {column!r} is {result[row]:g}, while the file begins with "
             f"{unit} since 1970; one file has one unit, so correct the row",
             column,
         )
-    return (found / 1000 if unit == "milliseconds" else found), unit
+    return (result / 1000 if unit == "milliseconds" else result), unit
 
 
 def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
@@ -491,12 +495,12 @@ def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
         DataError: If a value has none of the formats.
     """
     series = rows.column(column).cast(pl.String).str.strip_chars()
-    found = pl.Series(column, [None] * series.len(), pl.Float64)
+    result = pl.Series(column, [None] * series.len(), pl.Float64)
     for form in formats:
-        found = found.fill_null(in_seconds(series.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
-        if not found.null_count():
+        result = result.fill_null(in_seconds(series.str.to_datetime(form, strict=False, time_unit="us").dt.epoch("us")))
+        if not result.null_count():
             break
-    row = _first(found.is_null())
+    row = _first(result.is_null())
     if row is not None:
         raise DataError.at(
             rows.where(row),
@@ -505,7 +509,7 @@ def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
             f"{' or '.join(formats)}; correct or drop the row",
             column,
         )
-    return found
+    return result
 
 
 def floats(series: pl.Series) -> pl.Series:

@@ -60,12 +60,12 @@ def kept(table: Table, where: str) -> Table:
         RecipeError: If the expression is of another grammar.
         DataError: If there is no such column, a cell that is compared with a number is none, or no row is left.
     """
-    found = [rows for part in table.parts or (table,) if (rows := _some(part, where)).frame.height]
-    if not found:
+    results = [rows for part in table.parts or (table,) if (rows := _some(part, where)).frame.height]
+    if not results:
         raise DataError.at(
             table.name, "empty", f": {KEY} ({shown(where)}) keeps none of {table.frame.height} rows; correct it", KEY
         )
-    return replace(joined(found), name=table.name, sha256=table.sha256) if table.parts else found[0]
+    return replace(joined(results), name=table.name, sha256=table.sha256) if table.parts else results[0]
 
 
 def _some(table: Table, where: str) -> Table:
@@ -146,11 +146,11 @@ class _Parser:
         values = [_value(element) for element in node.elts]
         if None in values:
             raise _wrong("a list holds None; write is None or is not None beside it")
-        found = pl.lit(value=False)
+        result = pl.lit(value=False)
         for value in values:
             cells, other = self._alike(column, value)
-            found = found | (cells == other)
-        return ~found if out else found
+            result = result | (cells == other)
+        return ~result if out else result
 
     def _both(self, one: str, two: str) -> tuple[pl.Expr, pl.Expr]:
         """Return two columns as what can be compared: numbers where both hold nothing else, times, or texts."""

@@ -94,13 +94,13 @@ _ENDINGS = ("id", "ids", "nr", "no", "ts", "at", "key", "name", "date", "time", 
 
 
 def _table() -> dict[str, dict[str, float]]:
-    found: dict[str, dict[str, float]] = {}
+    result: dict[str, dict[str, float]] = {}
     for role, by_weight in _WORDS.items():
         for weight, words in by_weight.items():
             for word in words.split():
-                known = found.setdefault(_plain(word), {})
+                known = result.setdefault(_plain(word), {})
                 known[role] = max(weight, known.get(role, 0.0))
-    return found
+    return result
 
 
 def _plain(text: str) -> str:
@@ -147,8 +147,8 @@ def _spoken(path: str) -> str:
     An id or a name is that of what it is in; of a list, of one of its elements.
     """
     *outer, last = (_one(part) for part in path.split("."))
-    said = [_MEANING.get(word, {}) for word in _words(last)]
-    bare = all("id" in roles or roles.get("title") == 0.9 for roles in said)
+    text = [_MEANING.get(word, {}) for word in _words(last)]
+    bare = all("id" in roles or roles.get("title") == 0.9 for roles in text)
     return f"{outer[-1]} {last}" if outer and bare else last
 
 
@@ -235,9 +235,9 @@ def _parts(token: str) -> list[str]:
 def noun_of(word: str) -> str | None:
     """Return an English plural for what a column or file name calls its items; None where it says nothing."""
     for part in (part for token in tokens(word) for part in _parts(token.rstrip("0123456789") or token)):
-        found = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
-        if found is not None:
-            return found
+        result = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
+        if result is not None:
+            return result
     return None
 
 

@@ -140,8 +140,8 @@ def _wheel_folder(known: Known) -> Path | None:
 
 def captured(pattern: str, name: str) -> str | None:
     """Return what ``*`` stands for where a name fits a pattern with at most one; None where it does not fit."""
-    found = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
-    return None if found is None else (found[1] if found.groups() else "")
+    result = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
+    return None if result is None else (result[1] if result.groups() else "")
 
 
 def fits(layout: Layout, name: str) -> str | None:
@@ -153,14 +153,14 @@ def fits(layout: Layout, name: str) -> str | None:
 
 
 def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str, Member]]:
-    found: dict[tuple[str, str], tuple[Layout, str, Member]] = {}
+    result: dict[tuple[str, str], tuple[Layout, str, Member]] = {}
     for layout in known.layouts:
         for member in members:
             category = fits(layout, member.plain)
             if category is not None:
                 # A file that lies there packed and unpacked is one file; the unpacked one sorts first.
-                found.setdefault((member.folder, member.plain), (layout, category, member))
-    return list(found.values())
+                result.setdefault((member.folder, member.plain), (layout, category, member))
+    return list(result.values())
 
 
 def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -> tuple[Layout, str, Member]:

@@ -34,11 +34,11 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     """
     page = known("mind")
     check_known_keys(page, section)
-    found = locate(page, section.path, section.items)
-    spec = found.layout.events
+    result = locate(page, section.path, section.items)
+    spec = result.layout.events
     histories: list[pl.DataFrame] = []
     clicks: list[pl.DataFrame] = []
-    for block in blocks(found.events, spec.form, dict.fromkeys(("user", "time", "history", "impressions"), "text")):
+    for block in blocks(result.events, spec.form, dict.fromkeys(("user", "time", "history", "impressions"), "text")):
         users = ids(block, spec.user)
         lines = pl.Series(_LINE, list(block.lines or ()), pl.Int64)
         histories.append(_longest(pl.DataFrame({"user_id": users, "items": block.frame["history"], _LINE: lines})))
@@ -47,16 +47,16 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
     frame = _in_order(_longest(pl.concat(histories)), pl.concat(clicks))
     if frame.is_empty():
         raise DataError.at(
-            found.events.name, "empty", " holds neither histories nor clicks; use the train or the dev part"
+            result.events.name, "empty", " holds neither histories nor clicks; use the train or the dev part"
         )
     lines_of = frame[_LINE]
-    refuse_repeats(section, frame, lambda row: Place(found.events.name, line=lines_of[row]))
+    refuse_repeats(section, frame, lambda row: Place(result.events.name, line=lines_of[row]))
     rows = frame.select("user_id", "item_id")
-    catalogue = catalogue_of(found, set(rows["item_id"].unique()), {})
-    read = [member for member in (found.events, found.items) if member is not None]
+    catalogue = catalogue_of(result, set(rows["item_id"].unique()), {})
+    read = [member for member in (result.events, result.items) if member is not None]
     return assemble(
         section,
-        numbered(found.events.name, [lines_of.to_list()]),
+        numbered(result.events.name, [lines_of.to_list()]),
         rows,
         catalogue.items,
         {},

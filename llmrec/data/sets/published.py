@@ -57,18 +57,18 @@ def load(page: Known, section: DataSection) -> Dataset:
         DataError: If a file is missing or damaged, or holds a row that cannot be used.
     """
     check_known_keys(page, section)
-    found = locate(page, section.path, section.items)
-    events = read_events(found.events, found.layout.events, _text_column(page, found.layout.events, section))
-    _check_widths(page, events.frame, found.events.name)
+    result = locate(page, section.path, section.items)
+    events = read_events(result.events, result.layout.events, _text_column(page, result.layout.events, section))
+    _check_widths(page, events.frame, result.events.name)
     item_ids = set(events.frame["item_id"].unique())
-    catalogue = catalogue_of(found, item_ids, events.titles)
+    catalogue = catalogue_of(result, item_ids, events.titles)
     people: dict[str, dict[str, str]] = {}
-    if found.people is not None and found.layout.people is not None:
-        people = read_people(found.people, found.layout.people)
+    if result.people is not None and result.layout.people is not None:
+        people = read_people(result.people, result.layout.people)
     notes = [*page.notes, *catalogue.notes]
-    if found.layout.events.time is None:
+    if result.layout.events.time is None:
         notes.append("no times are published: the order of a user's items is that of a seeded hash")
-    read = [member for member in (found.events, found.items, found.people, found.renames) if member is not None]
+    read = [member for member in (result.events, result.items, result.people, result.renames) if member is not None]
     provenance = {
         "source": page.name,
         "path": "; ".join(member.name for member in read),
@@ -76,7 +76,7 @@ def load(page: Known, section: DataSection) -> Dataset:
         "rows": str(events.frame.height),
         "made": "no",
         "licence": page.licence,
-        **compared(page, found.events.plain, events.frame),
+        **compared(page, result.events.plain, events.frame),
         **({"notes": "; ".join(notes)} if notes else {}),
     }
     return assemble(
@@ -85,7 +85,7 @@ def load(page: Known, section: DataSection) -> Dataset:
         events.frame,
         catalogue.items,
         people,
-        name="-".join(filter(None, (page.name, found.category.lower()))),
+        name="-".join(filter(None, (page.name, result.category.lower()))),
         noun=page.noun,
         scale=page.scale,
         provenance=provenance,
@@ -302,11 +302,11 @@ class Listed:
             f"{self.nameless} rows of {file} have no id and are left out": self.nameless,
             f"{self.markup} titles in {file} are HTML and count as missing": self.markup,
         }
-        found = tuple(note for note, count in lost.items() if count)
-        for note in found:
+        result = tuple(note for note, count in lost.items() if count)
+        for note in result:
             log.warning("%s", note)
         again = f"{file} lists {self.repeated} items again; the first entry counts"
-        return (*found, again) if self.repeated else found
+        return (*result, again) if self.repeated else result
 
 
 def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
@@ -320,7 +320,7 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
     Raises:
         DataError: If a row cannot be used, or lacks a title that it must have.
     """
-    found: Entries = {}
+    result: Entries = {}
     repeated = nameless = markup = 0
     named = (spec.item, *spec.titles, *(column for attribute in spec.attributes for column in attribute.columns))
     columns = dict.fromkeys((*named, *((spec.year,) if spec.year else ())))
@@ -335,7 +335,7 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
             continue
         if item not in wanted:
             continue
-        if item in found:
+        if item in result:
             repeated += 1
             continue
         titles = [title for name in spec.titles if (title := _title(place, spec, name, row))]
@@ -351,8 +351,8 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
         fields = {attribute.name: rendered(place, attribute, row) for attribute in spec.attributes}
         if spec.film and title is not None:
             title, fields[_YEAR] = movie_title(title)
-        found[item] = (title, fields)
-    return Listed(found, repeated, nameless, markup)
+        result[item] = (title, fields)
+    return Listed(result, repeated, nameless, markup)
 
 
 def _title(place: Place, spec: Items, column: str, row: Mapping[str, object]) -> str | None:
@@ -439,8 +439,8 @@ def movie_title(raw: str) -> tuple[str, str]:
 
 
 def _article_first(title: str, *, foreign: bool = False) -> str:
-    found = _LATER.match(title) or (_FOREIGN.match(title) if foreign else None)
-    if found is None:
+    result = _LATER.match(title) or (_FOREIGN.match(title) if foreign else None)
+    if result is None:
         return title
-    gap = "" if found["article"].endswith("'") else " "
-    return f"{found['also'] or ''}{found['article']}{gap}{found['rest']}"
+    gap = "" if result["article"].endswith("'") else " "
+    return f"{result['also'] or ''}{result['article']}{gap}{result['rest']}"

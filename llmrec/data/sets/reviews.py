@@ -89,10 +89,12 @@ def _said(titles: bool) -> str:
 def _reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:
     # Of a pair that stands twice the latest row was kept, and its headline is the one that is written last here.
     latest = headlines.with_row_index("_row").sort("timestamp", "_row")
-    above = {(user, item): said for user, item, said in latest.select("user_id", "item_id", "headline").iter_rows()}
-    told = [(user, item, text or "") for user, item, text in rows.select("user_id", "item_id", "text").iter_rows()]
-    found = keyphrases([text for *_, text in told])
+    above = {
+        (user, item): message for user, item, message in latest.select("user_id", "item_id", "headline").iter_rows()
+    }
+    note = [(user, item, text or "") for user, item, text in rows.select("user_id", "item_id", "text").iter_rows()]
+    result = keyphrases([text for *_, text in note])
     return {
         (user, item): Review(text=text, headline=" ".join(above.get((user, item), "").split()), phrases=phrases)
-        for (user, item, text), phrases in zip(told, found, strict=True)
+        for (user, item, text), phrases in zip(note, result, strict=True)
     }

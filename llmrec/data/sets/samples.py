@@ -67,15 +67,15 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
         )
     members = members_of("samples", section.path)
     # Where the path names one file, it stands for its folder: all three are needed.
-    found = {
+    result = {
         part: member_of(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
         for part, names in _PARTS.items()
     }
-    rows = {part: list(_read(member)) for part, member in found.items()}
+    rows = {part: list(_read(member)) for part, member in result.items()}
     people = _follow(rows)
     built = _Built()
-    dropped = _add_training(built, people, found["train"])
-    held = {part: _add_held_out(built, people, part, found[part]) for part in ("valid", "test")}
+    dropped = _add_training(built, people, result["train"])
+    held = {part: _add_held_out(built, people, part, result[part]) for part in ("valid", "test")}
     frame = pl.DataFrame({"user_id": built.users, "item_id": built.items})
 
     def place(row: int) -> Place:
@@ -84,14 +84,14 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
     refuse_repeats(section, frame, place)
     entries = items_member(members, section)
     catalogue, notes = items_of(section, frame["item_id"], entries, place)
-    read = [member for member in (*found.values(), entries) if member is not None]
+    read = [member for member in (*result.values(), entries) if member is not None]
     dataset = assemble(
         section,
-        numbered(found["train"].name, [built.lines]),
+        numbered(result["train"].name, [built.lines]),
         frame,
         catalogue,
         {},
-        name=name_of(found["train"], "train"),
+        name=name_of(result["train"], "train"),
         noun="items",
         scale=None,
         provenance={

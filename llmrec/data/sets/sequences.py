@@ -157,15 +157,15 @@ def member_of(members: Sequence[Member], names: Sequence[str], path: str | None,
     Raises:
         DataError: If there is none.
     """
-    found = _first(members, names)
-    if found is None:
+    result = _first(members, names)
+    if result is None:
         raise DataError(
             f"data.path={path} holds no {' or '.join(names)} (or {names[0]}.gz), {what}; correct data.path",
             kind="missing-file",
             at=path,
             column="data.path",
         )
-    return found
+    return result
 
 
 def _first(members: Sequence[Member], names: Sequence[str]) -> Member | None:

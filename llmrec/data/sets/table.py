@@ -83,10 +83,10 @@ def parts_of(section: DataSection, table: Table) -> pl.Series | None:
             "another kind",
             "split",
         )
-    said = texts(table, column).str.strip_chars().str.to_lowercase()
-    found = said.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
-    _all_parts(table, column, found)
-    return found.cast(pl.Int8)
+    text = texts(table, column).str.strip_chars().str.to_lowercase()
+    result = text.replace_strict({word: PARTS.index(part) for word, part in SPELLED.items()}, default=None)
+    _all_parts(table, column, result)
+    return result.cast(pl.Int8)
 
 
 def _all_parts(table: Table, column: str, found: pl.Series) -> None:
@@ -118,7 +118,7 @@ def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
         parts: From `parts_of`.
         frame: The interactions, with ``user_id`` and, if there are times, ``timestamp``.
     """
-    sizes = ", ".join(f"{name} {int((parts == place).sum())}" for place, name in enumerate(PARTS))
+    sizes = ", ".join(f"{name} {int((parts == index).sum())}" for index, name in enumerate(PARTS))
     notes = []
     if not (parts == PARTS.index("valid")).any():
         notes.append("there is no valid part: nothing can be chosen on it")
@@ -146,22 +146,22 @@ def load(section: DataSection, *, seed: int) -> Dataset:
     source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source", key="data.source")
     section = located(section)
     try:
-        found = source(section, seed=seed)
+        result = source(section, seed=seed)
     except LlmrecError:
         raise
     except Exception as error:
         if not is_plugin(SOURCES, section.source):
             raise
         raise broken(f"data.source: the plug-in {section.source!r}", error, section.source, "data.source") from error
-    if not isinstance(found, Dataset):
+    if not isinstance(result, Dataset):
         raise DataError(
-            f"data.source: {section.source!r} gave a {type(found).__name__}; a source returns a "
+            f"data.source: {section.source!r} gave a {type(result).__name__}; a source returns a "
             "llmrec.data.dataset.Dataset",
             kind="defect",
             at=section.source,
             column="data.source",
         )
-    dataset = filters.apply(found, section.filter)
+    dataset = filters.apply(result, section.filter)
     if len(dataset.items) < 2:
         raise DataError(
             f"{dataset.name}: the filter leaves one item; a recommender needs at least 2, so relax data.filter",
@@ -178,8 +178,8 @@ def located(section: DataSection) -> DataSection:
         return section
 
     def under(path: str | None) -> str | None:
-        found = None if path is None or split_sheet(Path(path))[0].exists() else Path(folder) / path
-        return str(found) if found is not None and (split_sheet(found)[0].exists() or _fits(found)) else path
+        result = None if path is None or split_sheet(Path(path))[0].exists() else Path(folder) / path
+        return str(result) if result is not None and (split_sheet(result)[0].exists() or _fits(result)) else path
 
     files = section.files
     if files is not None:
@@ -262,11 +262,11 @@ def _main(section: DataSection) -> Table:
 def _rows(path: str, section: DataSection) -> Table:
     where = section.filter.where
     if is_database(path) or section.query is not None:
-        found = _queried(path, section.query)
+        result = _queried(path, section.query)
     else:
-        found = _read(path, _wanted(section.columns) if where is None else None)
-    found = rows_of(found, _named(section.columns))
-    return found if where is None else kept(found, where)
+        result = _read(path, _wanted(section.columns) if where is None else None)
+    result = rows_of(result, _named(section.columns))
+    return result if where is None else kept(result, where)
 
 
 def _queried(path: str, query: str | None) -> Table:

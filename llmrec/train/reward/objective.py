@@ -156,12 +156,12 @@ class RewardObjective:
         own = self._logprobs(model, drawn.packed, drawn.legal)
         if drawn.old is None:
             drawn.old = own.detach()
-        found = policy_loss(
+        result = policy_loss(
             own, drawn.old, drawn.reference, drawn.gains, drawn.weights, clip=section.clip, beta=section.beta
         )
         questions = len(self._numbers[number])
-        self._note(found, questions)
-        return found.total, float(questions)
+        self._note(result, questions)
+        return result.total, float(questions)
 
     def told(self) -> Mapping[str, float]:
         """Return the log figures of the last step's rollouts; see `llmrec.records.RewardLine`."""
@@ -193,20 +193,20 @@ class RewardObjective:
             first, places = len(order), {id(row): n for n, row in enumerate(rows)}
             bins.append(one_bin(rows))
             order += [first + places[id(row)] for row in bins[-1].rows]
-        laid = asdict(stack([tree(each.rows) for each in bins], self._pad))
+        laid = asdict(stack([tree(entry.rows) for entry in bins], self._pad))
         packed = {name: torch.from_numpy(values).to(model.device) for name, values in laid.items()}
         items = np.concatenate([group.items for group in groups])[order]
         legal = Legal.of(catalogue, items.tolist(), model.device) if section.logprobs == "legal" else None
         with torch.no_grad(), model.disable_adapter():
             reference = self._logprobs(model, packed, legal)
-        told = _told(cases, groups, rewards, self._rewards.items)
-        told |= {"tokens": sum(each.columns for each in bins), "targets": len(laid["wanted"])}
+        message = _told(cases, groups, rewards, self._rewards.items)
+        message |= {"tokens": sum(entry.columns for entry in bins), "targets": len(laid["wanted"])}
 
         def tensor(parts: Sequence[Any]) -> Any:
             return torch.from_numpy(np.concatenate(parts)[order]).to(reference)
 
         weights = tensor([group.weights for group in groups])
-        return _Drawn(number, packed, legal, weights, tensor(gains), reference, None, told)
+        return _Drawn(number, packed, legal, weights, tensor(gains), reference, None, message)
 
     def _logprobs(self, model: torch.nn.Module, packed: Mapping[str, Any], legal: Legal | None) -> Any:
         """Return the log-probability of every rollout at the recipe's temperature, float32, shape (rollouts,)."""

@@ -49,10 +49,10 @@ class Rewards:
             "prefix": self._prefix,
             "percentile": self._percentile,
         }
-        found = np.zeros(len(places))
+        result = np.zeros(len(places))
         for kind, weight in self.kinds.items():
-            found += weight * np.array(terms[kind](case, places))
-        return [float(value) for value in found]
+            result += weight * np.array(terms[kind](case, places))
+        return [float(value) for value in result]
 
     def _listed(self, case: Case, places: Sequence[int]) -> float:
         items = tuple(self.items[place] for place in places)
@@ -80,18 +80,18 @@ class Rewards:
         if max(hits) <= 0:
             return [0.0] * len(places)
         discounts = [1 / math.log2(2 + n) for n in range(len(places))]
-        return [0.0 if hit > 0 else -each / sum(discounts) for hit, each in zip(hits, discounts, strict=True)]
+        return [0.0 if hit > 0 else -item / sum(discounts) for hit, item in zip(hits, discounts, strict=True)]
 
     def _prefix(self, case: Case, places: Sequence[int]) -> list[float]:
         """Return the length of the common prefix of each code and the true one, as a share of the longer code."""
         wanted = self._code(self.items.index(str(case.truth)))
-        found = []
+        results = []
         for place in places:
             own = self._code(place)
             pairs = zip(own, wanted, strict=False)
             alike = next((n for n, (one, two) in enumerate(pairs) if one != two), min(len(own), len(wanted)))
-            found.append(alike / max(len(own), len(wanted)))
-        return found
+            results.append(alike / max(len(own), len(wanted)))
+        return results
 
     def _code(self, place: int) -> tuple[int, ...]:
         path = self.catalogue.path(int(self.catalogue.places[place]))
