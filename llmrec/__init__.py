@@ -72,15 +72,15 @@ def __getattr__(name: str) -> _typing.Any:
     target = _FUNCTIONS.get(name) or FUNCTIONS.get(name)
     if target is None:
         raise AttributeError(f"llmrec.{name} belongs to an extension that is not installed")
-    found = attribute(target)
-    if not isinstance(found, type):
+    result = attribute(target)
+    if not isinstance(result, type):
         from llmrec.keywords import speaks_python
 
         # The command line calls the functions themselves, whose errors name its options.
-        found = speaks_python(found)
-        found.__module__, found.__name__, found.__qualname__ = __name__, name, name
-    globals()[name] = found
-    return found
+        result = speaks_python(result)
+        result.__module__, result.__name__, result.__qualname__ = __name__, name, name
+    globals()[name] = result
+    return result
 
 
 def __dir__() -> list[str]:

@@ -58,7 +58,7 @@ def as_text(found: Summary) -> str:
     lines += _columns([(_cell(name), _cell(value)) for name, value in found.facts.items()])
     rows, more = _first(found.rows, _ROWS)
     if rows:
-        lines += _columns([[_cell(each) for each in row] for row in (found.header, *rows)])
+        lines += _columns([[_cell(item) for item in row] for row in (found.header, *rows)])
     lines += [f"  ... {more} more rows"] * (more > 0)
     text, more = _first(visible(found.text).splitlines(), _LINES)
     lines += [f"  {line}".rstrip() for line in text]
@@ -102,8 +102,8 @@ def short(text: str, longest: int = 120) -> str:
 
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Return the first names with commas between them, and how many more there are."""
-    found = list(names)
-    return ", ".join(found[:most]) + (f" and {len(found) - most} more" if len(found) > most else "")
+    results = list(names)
+    return ", ".join(results[:most]) + (f" and {len(results) - most} more" if len(results) > most else "")
 
 
 def _first(rows: Sequence[_Row], most: int) -> tuple[Sequence[_Row], int]:

@@ -83,12 +83,12 @@ def loads(text: str | bytes) -> Any:
             be written again.
     """
     try:
-        found = json.loads(text)
+        result = json.loads(text)
     except RecursionError:
         raise ValueError("it nests too deeply") from None
     if (rb"\ud" if isinstance(text, bytes) else r"\ud") in (text.lower()):  # type: ignore[operator]
-        json.dumps(found, ensure_ascii=False).encode()
-    return found
+        json.dumps(result, ensure_ascii=False).encode()
+    return result
 
 
 def write_json(path: Path, value: Any) -> str:
@@ -128,8 +128,8 @@ def checked(content: bytes, parse: Callable[[bytes], Any] = loads) -> Any:
     end = _END.search(content)
     if end is not None and checksum(content[: end.start()]) != end[1].decode():
         raise Changed("it does not fit its checksum, so the file was changed")
-    found = parse(content)
-    return {key: each for key, each in found.items() if key != CHECKSUM} if end is not None else found
+    result = parse(content)
+    return {key: item for key, item in result.items() if key != CHECKSUM} if end is not None else result
 
 
 def checksum(content: bytes) -> str:
@@ -149,7 +149,7 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> di
         DataError: If it cannot be read, does not fit its checksum, or holds something else.
     """
     try:
-        found = checked(path.read_bytes(), parse)
+        result = checked(path.read_bytes(), parse)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
         raise DataError(f"{path} cannot be read ({error.strerror}); {fix}", kind=kind, at=path) from None
@@ -157,11 +157,11 @@ def read_json(path: Path, fix: str, parse: Callable[[bytes], Any] = loads) -> di
         raise DataError(f"{path} cannot be read ({error}); {fix}", kind="damaged", at=path) from None
     except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is not valid JSON ({error}); {fix}", kind="syntax", at=path) from None
-    if not isinstance(found, dict):
+    if not isinstance(result, dict):
         raise DataError(
-            f"{path} holds a {type(found).__name__} where an object is expected; {fix}", kind="wrong-format", at=path
+            f"{path} holds a {type(result).__name__} where an object is expected; {fix}", kind="wrong-format", at=path
         )
-    return found
+    return result
 
 
 def sha256_of(file: Path) -> str:
@@ -206,8 +206,8 @@ def unchanged(folder: Path) -> bool:
 
 
 def _state(file: Path) -> tuple[int, int, int]:
-    found = file.stat()
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+    result = file.stat()
+    return result.st_size, result.st_mtime_ns, result.st_ctime_ns
 
 
 @lru_cache(maxsize=64)

@@ -64,7 +64,7 @@ def settings(
         inherited: Stages of the fields that declare none; by default this one.
         at: Dotted key of the section.
     """
-    found: dict[str, Json] = {}
+    result: dict[str, Json] = {}
     inherited = (stage,) if inherited is None else inherited
     for name in (*type(section).model_fields, *(section.model_extra or ())):
         key, value = f"{at}.{name}" if at else name, getattr(section, name)
@@ -73,10 +73,10 @@ def settings(
         stages = declared(type(section), name, inherited)
         if isinstance(value, BaseModel):
             if inner := settings(value, stage, unused=unused, inherited=stages, at=key):
-                found[name] = inner
+                result[name] = inner
         elif stage in stages:
-            found[name] = to_jsonable_python(value)
-    return found
+            result[name] = to_jsonable_python(value)
+    return result
 
 
 def declared(section: type[BaseModel], name: str, inherited: Collection[Stage] = ()) -> Collection[Stage]:
@@ -150,10 +150,10 @@ def code_digest(*modules: str) -> str:
         if name not in files and (source := _source(name)) is not None:
             files[name], imported = source
             waiting += imported
-    found = hashlib.sha256()
+    result = hashlib.sha256()
     for name, content in sorted(files.items()):
-        found.update(name.encode() + content)
-    return found.hexdigest()
+        result.update(name.encode() + content)
+    return result.hexdigest()
 
 
 @cache

@@ -212,7 +212,7 @@ def _own(control: tuple[str, ...]) -> _Own:
 
 def _any_of(words: Iterable[str], *patterns: str) -> re.Pattern[str] | None:
     """Return a pattern for any of the words; thousands of them cost no more than one."""
-    branches = [found for found in (_branches(_tree(words)), *patterns) if found]
+    branches = [result for result in (_branches(_tree(words)), *patterns) if result]
     return re.compile("|".join(branches)) if branches else None
 
 
@@ -258,12 +258,12 @@ def _breaks(text: str, own: _Own) -> list[int]:
         (own.other, own.other_end, _folded),
     ):
         seen = view(text) if pattern else ""
-        found = list(pattern.finditer(seen)) if pattern else []
+        result = list(pattern.finditer(seen)) if pattern else []
         if end and (beginning := end.search(seen, max(0, len(seen.rstrip()) - _COMPARED))):
-            found.append(beginning)
-        if found:
+            result.append(beginning)
+        if result:
             origins = _origins(text, view)
-            places |= {_place(match, origins) for match in found}
+            places |= {_place(match, origins) for match in result}
     return sorted(place for place in places if place is not None)
 
 
@@ -307,4 +307,4 @@ def _origins(text: str, view: Callable[[str], str]) -> Sequence[int]:
     """Return which character of the text each character of its view comes from."""
     if text.isascii() and not _CONTROL.search(text):
         return range(len(text))
-    return [place for place, character in enumerate(text) for _ in range(_length(character, view))]
+    return [index for index, character in enumerate(text) for _ in range(_length(character, view))]

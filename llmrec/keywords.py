@@ -31,8 +31,8 @@ _COLUMNS = frozenset({"user", "item", "rating", "time", "title", "text", "split"
 
 def keywords_of(function: Callable[..., object]) -> dict[str, bool]:
     """Return the keywords that a function takes, each with whether it is yes or no."""
-    found = inspect.signature(function).parameters.values()
-    return {each.name: isinstance(each.default, bool) for each in found}
+    result = inspect.signature(function).parameters.values()
+    return {item.name: isinstance(item.default, bool) for item in result}
 
 
 def in_python(text: str, keywords: dict[str, bool]) -> str:

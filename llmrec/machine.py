@@ -33,8 +33,8 @@ ENGINE_PACKAGES = frozenset({"llmrec", "torch", "transformers", "vllm", "vllm-cp
 
 def versions() -> dict[str, str]:
     """Return the versions of what can change a figure."""
-    found = {"python": platform.python_version(), "llmrec": __version__}
-    return found | {name: version for name in _PACKAGES if (version := _version(name)) is not None}
+    result = {"python": platform.python_version(), "llmrec": __version__}
+    return result | {name: version for name in _PACKAGES if (version := _version(name)) is not None}
 
 
 @cache
@@ -153,18 +153,18 @@ def processor(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Processor:
 
 def memory(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> Memory:
     """Read the memory's facts."""
-    found = psutil.virtual_memory()
+    result = psutil.virtual_memory()
     limits: list[tuple[int, int]] = []
     for folder in _folders(proc, cgroups, "memory"):
         for name, current in _LIMITS:
             limit = _number(folder / name)
             # A version 1 group without a limit names more than any machine has.
-            if limit is not None and limit < found.total:
+            if limit is not None and limit < result.total:
                 used = (_number(folder / current) or 0) - _reclaimable(folder)
                 limits.append((limit, max(0, limit - used)))
     return Memory(
-        total=found.total,
-        available=found.available,
+        total=result.total,
+        available=result.available,
         limit=min((limit for limit, _ in limits), default=None),
         limit_free=min((free for _, free in limits), default=None),
     )
@@ -211,8 +211,8 @@ def node_memory(proc: Path = _PROC, cgroups: Path = _CGROUPS, devices: Path = _D
 
 def _node_of(core: int, devices: Path) -> int | None:
     """Return the NUMA node of a core."""
-    found = sorted((devices / "cpu" / f"cpu{core}").glob("node[0-9]*"))
-    return int(found[0].name.removeprefix("node")) if found else None
+    results = sorted((devices / "cpu" / f"cpu{core}").glob("node[0-9]*"))
+    return int(results[0].name.removeprefix("node")) if results else None
 
 
 def _meminfo(path: Path) -> dict[str, int]:
@@ -223,15 +223,15 @@ def _meminfo(path: Path) -> dict[str, int]:
 
 def cpu_quota(proc: Path = _PROC, cgroups: Path = _CGROUPS) -> float | None:
     """Return how many cores' worth of time the tightest control group grants, or None without a limit."""
-    found = []
+    results = []
     for folder in _folders(proc, cgroups, "cpu"):
         if words := _words(folder / "cpu.max"):
             share = [words[0], words[1] if len(words) > 1 else "100000"]
         else:
             share = [(_words(folder / f"cpu.cfs_{part}_us") or ["-1"])[0] for part in ("quota", "period")]
         if all(part.isdigit() and int(part) > 0 for part in share):
-            found.append(int(share[0]) / int(share[1]))
-    return min(found, default=None)
+            results.append(int(share[0]) / int(share[1]))
+    return min(results, default=None)
 
 
 def _reclaimable(folder: Path) -> int:
@@ -243,7 +243,7 @@ def _reclaimable(folder: Path) -> int:
 
 def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
     """Return the control groups that bind this process, from its own up to the root; both versions."""
-    found: list[Path] = []
+    results: list[Path] = []
     for line in _text(proc / "self" / "cgroup").splitlines():
         _, names, path = [*line.split(":", 2), "", ""][:3]
         if names and controller not in names.split(","):
@@ -251,8 +251,8 @@ def _folders(proc: Path, cgroups: Path, controller: str) -> list[Path]:
         # Version 1 has a folder for each controller; inside a container both show their own group as the root.
         root = cgroups / controller if names else cgroups
         own = root / path.lstrip("/")
-        found += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
-    return list(dict.fromkeys([*found, cgroups, cgroups / controller]))
+        results += [own, *(parent for parent in own.parents if parent == root or root in parent.parents)]
+    return list(dict.fromkeys([*results, cgroups, cgroups / controller]))
 
 
 def _text(path: Path) -> str:

@@ -117,22 +117,22 @@ def is_address(name: str) -> bool:
 @cache
 def _every() -> tuple[EntryPoint, ...]:
     """Return all entry points of llmrec's groups; of a package that is there twice, those that Python would import."""
-    found: dict[tuple[str, str, str], EntryPoint] = {}
+    result: dict[tuple[str, str, str], EntryPoint] = {}
     for package in distributions():
         for point in package.entry_points:
             if point.group.startswith(_GROUP):
-                found.setdefault((package.name, point.group, point.name), point)
-    return tuple(sorted(found.values(), key=lambda point: (point.name, point.value)))
+                result.setdefault((package.name, point.group, point.name), point)
+    return tuple(sorted(result.values(), key=lambda point: (point.name, point.value)))
 
 
 @cache
 def installed(group: str) -> Mapping[str, tuple[EntryPoint, ...]]:
     """Return the entry points of a kind of plug-in by name; several of one name where packages disagree."""
-    found: dict[str, tuple[EntryPoint, ...]] = {}
+    result: dict[str, tuple[EntryPoint, ...]] = {}
     for point in _every():
         if point.group == _GROUP + group:
-            found[point.name] = (*found.get(point.name, ()), point)
-    return found
+            result[point.name] = (*result.get(point.name, ()), point)
+    return result
 
 
 def package_of(point: EntryPoint) -> str:
@@ -200,25 +200,25 @@ def _address(group: str, name: str) -> str:
 @cache
 def _loaded(group: str, address: str) -> Any:
     module, _, attribute = address.partition(":")
-    found = _imported(module)
+    result = _imported(module)
     for part in attribute.split(".") if attribute else ():
-        if not hasattr(found, part):
+        if not hasattr(result, part):
             raise RecipeError(
-                f"{module} has no {part!r}{did_you_mean(part, dir(found))}; name an attribute of "
-                f"{getattr(found, '__file__', None) or module}",
+                f"{module} has no {part!r}{did_you_mean(part, dir(result))}; name an attribute of "
+                f"{getattr(result, '__file__', None) or module}",
                 kind="unknown-name",
                 at=module,
             )
-        found = getattr(found, part)
+        result = getattr(result, part)
     kind = KINDS[group]
-    lacking = [missing for each in _needs(group, found) if (missing := _missing(found, each))]
-    if lacking or (kind.called and not callable(found)):
+    lacking = [missing for need in _needs(group, result) if (missing := _missing(result, need))]
+    if lacking or (kind.called and not callable(result)):
         lacks = f"lacks {', '.join(lacking)}" if lacking else "cannot be called"
         raise RecipeError(f"{address} is no {kind.what}: it {lacks}; {kind.fix}", kind="defect", at=address)
-    if kind.takes and not _can_take(found, kind.takes):
+    if kind.takes and not _can_take(result, kind.takes):
         called = f"cannot be called with ({', '.join(kind.takes)})"
         raise RecipeError(f"{address} is no {kind.what}: it {called}; {kind.fix}", kind="defect", at=address)
-    return found
+    return result
 
 
 def _can_take(found: Any, arguments: tuple[str, ...]) -> bool:
@@ -277,9 +277,9 @@ def broken(what: str, error: Exception, at: str, column: str | None = None) -> R
         column: The key that names it, where the message is not put behind one.
     """
     last = traceback.extract_tb(error.__traceback__)[-1]
-    said = " ".join(f"{type(error).__name__}: {error}".split())
+    text = " ".join(f"{type(error).__name__}: {error}".split())
     return RecipeError(
-        f"{what} failed ({said}, at line {last.lineno} of {last.filename}); fix the module",
+        f"{what} failed ({text}, at line {last.lineno} of {last.filename}); fix the module",
         kind="failed",
         at=at,
         column=column,
@@ -311,15 +311,15 @@ def allowed(addresses: Iterable[str], folder: str | None) -> Iterator[None]:
         folder: Where its modules may lie beside those of the Python path, and behind them.
     """
     use(folder)
-    found = {origin for address in addresses if (origin := _origin(address))}
-    fresh = found - _NAMED
-    _NAMED.update(found)
+    result = {origin for address in addresses if (origin := _origin(address))}
+    fresh = result - _NAMED
+    _NAMED.update(result)
     try:
         yield
     except BaseException:
         _NAMED.difference_update(fresh)
         raise
-    _remember(name for name in found if Path(name).is_absolute())
+    _remember(name for name in result if Path(name).is_absolute())
 
 
 def consent(address: str, folder: str | None = None) -> None:
@@ -412,7 +412,7 @@ def _memory() -> Path:
 
 
 def _variable() -> list[str]:
-    return [each.strip() for each in os.environ.get(VARIABLE, "").split(",")]
+    return [part.strip() for part in os.environ.get(VARIABLE, "").split(",")]
 
 
 def _top(address: str) -> str:

@@ -200,14 +200,14 @@ class Bar:
         from rich.text import Text
 
         spent = time.monotonic() - self._begin
-        told = f"{self._count()}{f'  {self._said}' if self._said else ''}".strip()
+        message = f"{self._count()}{f'  {self._said}' if self._said else ''}".strip()
         row = Table.grid(padding=(0, 1), expand=False)
         row.add_column(no_wrap=True, overflow="ellipsis", max_width=_NAME)
         row.add_column(width=_BAR)
         for _ in range(2):
             row.add_column(no_wrap=True, overflow="ellipsis")
         bar = ProgressBar(self._total, self._done, width=_BAR, pulse=self._total is None, animation_time=spent)
-        row.add_row(Text(self.name), bar, Text(told), Text(self._left(spent).removeprefix(", ") or span(spent)))
+        row.add_row(Text(self.name), bar, Text(message), Text(self._left(spent).removeprefix(", ") or span(spent)))
         return row
 
     # ------------------------------------------------------------------- lines
@@ -227,8 +227,8 @@ class Bar:
         return f" {self._done:,} of {self._total:,}{f' {self._unit}' if self._unit else ''}"
 
     def _told(self) -> str:
-        said = f", {self._said}" if self._said else ""
-        return f"{said};" if self._total is not None or said else ""
+        text = f", {self._said}" if self._said else ""
+        return f"{text};" if self._total is not None or text else ""
 
     def _left(self, spent: float) -> str:
         if self._total is None or not self._skipped < self._done < self._total:

@@ -39,8 +39,8 @@ class Shard:
         Raises:
             RecipeError: If it is no such piece.
         """
-        found = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
-        shard = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
+        result = re.fullmatch(r"([0-9]{1,9})/([0-9]{1,9})", text)
+        shard = cls(int(result[1]), int(result[2])) if result else cls(0, 0)
         if not 1 <= shard.index <= shard.count:
             raise RecipeError(
                 f"--shard {text[:40]}: name one piece of several as I/N, such as 1/4 to 4/4",

@@ -451,15 +451,15 @@ def lookup(table: Table, name: str, what: str, *, key: str | None = None) -> Any
     if name in table:
         return attribute(address_of(table, name))
     group = _group(table)
-    found = plugins.find(group, name) if group else None
-    if found is None:
+    result = plugins.find(group, name) if group else None
+    if result is None:
         known = sorted({*table, *(plugins.installed(group) if group else ())})
         raise RecipeError(
             f"unknown {what} {name[:80]!r}{did_you_mean(name, known)}; known: {', '.join(known)}",
             kind="unknown-name",
             column=key or what,
         )
-    return found
+    return result
 
 
 def is_plugin(table: Table, name: str) -> bool:
@@ -474,12 +474,12 @@ def stamp(table: Table, name: str) -> str:
 
 def stamps(named: Iterable[tuple[Table, str]]) -> dict[str, dict[str, str]]:
     """Return the hashes of those of some names that are plug-ins, for the key of what they make; empty without any."""
-    found = {name: code for table, name in named if (code := stamp(table, name))}
-    return {"plugins": found} if found else {}
+    result = {name: code for table, name in named if (code := stamp(table, name))}
+    return {"plugins": result} if result else {}
 
 
 def _group(table: Table) -> str:
-    return next((group for group, each in TABLES.items() if each is table), "")
+    return next((group for group, item in TABLES.items() if item is table), "")
 
 
 # --------------------------------------------------------------------------- commands
@@ -607,7 +607,7 @@ def metric_of(name: str) -> MetricEntry | None:
 
 def metric_modules() -> tuple[str, ...]:
     """Return the modules of all metrics, whose code figures depend on."""
-    addresses = [each for entry in METRICS.values() for each in (entry.function, entry.several) if each]
+    addresses = [item for entry in METRICS.values() for item in (entry.function, entry.several) if item]
     return tuple(sorted({address.partition(":")[0] for address in addresses}))
 
 
@@ -647,14 +647,14 @@ def open_family(name: str) -> Any:
     if name in TASKS:
         return lookup(TASKS, name, "task")
     written = _FURTHER.get(name, name)
-    found = lookup(TASKS, written, "task")
-    other = found.name if found.name in TASKS else _FURTHER.setdefault(found.name, written)
+    result = lookup(TASKS, written, "task")
+    other = result.name if result.name in TASKS else _FURTHER.setdefault(result.name, written)
     if other != written:
         raise RecipeError(
-            f"the task family {written!r} calls itself {found.name!r}, as {other!r} does; give its Family another name",
+            f"the task family {written!r} calls itself {result.name!r}, as {other!r} does; rename its Family",
             kind="duplicate",
         )
-    return found
+    return result
 
 
 def is_family(name: str) -> bool:

@@ -313,11 +313,11 @@ class Row(Measured, Asked):
 
     def shown(self, metric: str) -> tuple[str, str, str]:
         """Return the name of a metric, its value and its interval as cells of a table."""
-        found = self.metrics.get(metric)
-        if found is None or found.value is None:
+        result = self.metrics.get(metric)
+        if result is None or result.value is None:
             return metric, "–", ""
-        known = found.low is not None and found.high is not None
-        return metric, f"{found.value:.3f}", f"[{found.low:.3f}, {found.high:.3f}]" if known else ""
+        known = result.low is not None and result.high is not None
+        return metric, f"{result.value:.3f}", f"[{result.low:.3f}, {result.high:.3f}]" if known else ""
 
 
 class Prediction(Record):
@@ -462,20 +462,20 @@ class Results(Displayed, Record):
     def members(self, row: Row) -> tuple[Row, ...]:
         """Return the rows that an ensemble joins; none of any other row."""
         names = [part.name for part in row.fusion.parts] if row.fusion else []
-        found = []
+        results = []
         for name in names:
             known = [
-                each
-                for each in self.rows
-                if each.task == row.task
-                and each.fusion is None
-                and name in (each.predictor, each.id.partition("/")[2])
-                and (each.arm == "baseline" or row.arm in (each.arm, "baseline"))
+                item
+                for item in self.rows
+                if item.task == row.task
+                and item.fusion is None
+                and name in (item.predictor, item.id.partition("/")[2])
+                and (item.arm == "baseline" or row.arm in (item.arm, "baseline"))
             ]
             # Several settings and templates may share a strategy: an ensemble joins those of its own.
             known.sort(key=lambda each: (each.arm, each.template, each.shots) != (row.arm, row.template, row.shots))
-            found += known[:1]
-        return tuple(found)
+            results += known[:1]
+        return tuple(results)
 
     def standings(self, task: str) -> tuple[Row, ...]:
         """Return a task's rows, best headline value first and rows without one last."""
@@ -495,10 +495,10 @@ class Results(Displayed, Record):
         One group under None where no row says, or all know items by the same.
         """
         rows = self.standings(task)
-        found = [(kind, tuple(row for row in rows if row.reads == kind)) for kind in get_args(Reads)]
-        found = [(kind, own) for kind, own in found if own]
-        whole = sum(len(own) for _, own in found) == len(rows) and len(found) > 1
-        return tuple(found) if whole else ((None, rows),)
+        results = [(kind, tuple(row for row in rows if row.reads == kind)) for kind in get_args(Reads)]
+        results = [(kind, own) for kind, own in results if own]
+        whole = sum(len(own) for _, own in results) == len(rows) and len(results) > 1
+        return tuple(results) if whole else ((None, rows),)
 
     def missing(self, task: str) -> tuple[Unevaluated, ...]:
         """Return a task's rows that were not evaluated."""
@@ -511,8 +511,8 @@ class Results(Displayed, Record):
 
     def best(self, task: str, metric: str) -> float | None:
         """Return the best value of a metric among a task's rows."""
-        found = [row.metrics[metric].value for row in self.rows if row.task == task and metric in row.metrics]
-        values = [value for value in found if value is not None]
+        results = [row.metrics[metric].value for row in self.rows if row.task == task and metric in row.metrics]
+        values = [value for value in results if value is not None]
         if not values:
             return None
         return min(values) if lower(metric) else max(values)
@@ -528,7 +528,7 @@ class Results(Displayed, Record):
         facts = {
             "model": self.model_name or "none",
             "tasks": listed(self.tasks),
-            "users": " or ".join(f"{each:,}" for each in users),
+            "users": " or ".join(f"{user:,}" for user in users),
             "llmrec": self.llmrec,
         }
         header = ("task", "model", "metric", "value", "95 % interval")

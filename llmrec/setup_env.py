@@ -97,10 +97,10 @@ def has_nvidia_gpu() -> bool:
     if tool is None:
         return False
     try:
-        found = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
+        result = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=30, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return False
-    return found.returncode == 0 and "GPU" in found.stdout
+    return result.returncode == 0 and "GPU" in result.stdout
 
 
 def environment_for(root: Path, engine: str) -> Environment:

@@ -77,9 +77,9 @@ def noted() -> Noted:
 
 def logger(name: str) -> logging.Logger:
     """Return a logger whose warnings are said `once`."""
-    found = logging.getLogger(name)
-    found.addFilter(_is_new)
-    return found
+    result = logging.getLogger(name)
+    result.addFilter(_is_new)
+    return result
 
 
 def _is_new(record: logging.LogRecord) -> bool:
@@ -146,8 +146,8 @@ def last_error() -> str:
     if _now is None:
         return ""
     _flush()
-    found = [match[1] for line in _lines(_now) if (match := _ERROR.search(line))]
-    return found[-1] if found else ""
+    results = [match[1] for line in _lines(_now) if (match := _ERROR.search(line))]
+    return results[-1] if results else ""
 
 
 @contextmanager
@@ -242,8 +242,8 @@ def _lines(apart: _Apart) -> list[str]:
 
 
 def _told(apart: _Apart) -> list[str]:
-    found = _lines(apart)
-    if not found:
+    result = _lines(apart)
+    if not result:
         return []
     where = f" ({apart.path})" if apart.path else ""
-    return [f"what libraries printed last{where}:", *(f"    {line}" for line in found[-_LINES:])]
+    return [f"what libraries printed last{where}:", *(f"    {line}" for line in result[-_LINES:])]

@@ -32,11 +32,11 @@ def compare(options: CompareOptions) -> None:
     """
     from llmrec.bench.runs import NOTE, compare_runs, tables, write
 
-    found = compare_runs(options.a, options.b, resamples=options.resamples, seed=options.seed)
-    tell(**found.as_json())
-    say(f"A: {found.a}\nB: {found.b}\n{NOTE}\n")
-    for table in tables(found):
+    result = compare_runs(options.a, options.b, resamples=options.resamples, seed=options.seed)
+    tell(**result.as_json())
+    say(f"A: {result.a}\nB: {result.b}\n{NOTE}\n")
+    for table in tables(result):
         console().print(table)
     if options.to is not None:
-        write(found, options.to)
+        write(result, options.to)
         written({"file": options.to})

@@ -230,8 +230,8 @@ def row_of(page: ChatSuite, row: ChatRow, talks: Sequence[Talk]) -> BenchmarkRow
     metrics = {}
     for within in range(1, page.turns + 1):
         hit = _within(talks, within)
-        found = interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
-        metrics[metric_of(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(found).items()})
+        result = interval(hit, resamples=page.bootstrap, seed=0, users=users, method="bca", widen=True)
+        metrics[metric_of(page, within)] = Figure(**{end: round(value, 4) for end, value in asdict(result).items()})
     parse_rate = 1 - sum(talk.unread for talk in talks) / max(1, calls.total())
     return BenchmarkRow(
         name=row.label,

@@ -161,7 +161,7 @@ class Models:
             (name, value) for name, many in row.grid.items() for value in many if not isinstance(value, int | float)
         ]
         every = [row.parameters, *({**row.parameters, name: value} for name, value in values)]
-        return [found for entry in every if (found := hashes_of(str(row.baseline), entry))]
+        return [result for entry in every if (result := hashes_of(str(row.baseline), entry))]
 
     def reads(self, row: SuiteRow) -> Reads:
         """Return what a row knows items by; an ensemble knows what its members know."""
@@ -201,12 +201,12 @@ class Models:
         """
         if data.fingerprint not in self._backgrounds:
             wanted = self.suite.diversity
-            found = Background.of(data, field=wanted.field if wanted else None)
+            result = Background.of(data, field=wanted.field if wanted else None)
             if wanted is not None and wanted.encoder is not None:
-                items = [data.dataset.items[item] for item in found.items]
+                items = [data.dataset.items[item] for item in result.items]
                 vectors = item_vectors(items, item_fields(items, SemanticIndex()), text_embedder(wanted.encoder))
-                found = replace(found, vectors=vectors, encoder=wanted.encoder)
-            self._backgrounds[data.fingerprint] = found
+                result = replace(result, vectors=vectors, encoder=wanted.encoder)
+            self._backgrounds[data.fingerprint] = result
         return self._backgrounds[data.fingerprint]
 
     # ----------------------------------------------------------------------- parts
@@ -226,14 +226,14 @@ class Models:
         for table in tables:
             # Tables for which some part has other parameters.
             differing = {str([self.chosen[label][of] for label in row.fuse]): of for of in (*reversed(tables), table)}
-            found: list[tuple[Tried, str]] = []
+            results: list[tuple[Tried, str]] = []
             for of in sorted(differing.values(), key=(table, *tables).index):
                 tried = self._fused(row, data, seed, table, of).tried
-                found += [(entry, of) for entry in tried]
-            names = [{"form": entry.form, "of": entry.name, "parts": of} for entry, of in found]
-            trials += [Trial(name, {table: abs(entry.value)}) for name, (entry, _) in zip(names, found, strict=True)]
-            best = max(range(len(found)), key=lambda place: found[place][0].value)
-            model = self._fused(row, data, seed, table, found[best][1], dissect=True, only=found[best][0])
+                results += [(entry, of) for entry in tried]
+            names = [{"form": entry.form, "of": entry.name, "parts": of} for entry, of in results]
+            trials += [Trial(name, {table: abs(entry.value)}) for name, (entry, _) in zip(names, results, strict=True)]
+            best = max(range(len(results)), key=lambda place: results[place][0].value)
+            model = self._fused(row, data, seed, table, results[best][1], dissect=True, only=results[best][0])
             choices[table] = Choice(names[best], model=model)
         return Tuned(choices=choices, trials=tuple(trials), metric=metric)
 
@@ -277,14 +277,14 @@ class Models:
         weighing = self._halves(data)[1]
         if family(self.suite).answer is Ranking:
             parts = [Member(label, model, self._kind(label)) for label, model in models.items()]
-            found: CatalogueEnsemble | Blend = CatalogueEnsemble(row.label, parts, filtered=table == "excluded")
+            result: CatalogueEnsemble | Blend = CatalogueEnsemble(row.label, parts, filtered=table == "excluded")
             cases = ranking_cases(weighing, max(1, _WEIGHING // len(data.dataset.items)))
-            found.fit(cases, dissect=dissect, only=only)
+            result.fit(cases, dissect=dissect, only=only)
         else:
-            found = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
-            found.fit(self._rated(weighing), dissect=dissect, only=only)
-        log.info("%s, %s: %s", row.label, table, found.fitted)
-        return found
+            result = Blend(row.label, list(models.items()), judges=family(self.suite).answer is Probability)
+            result.fit(self._rated(weighing), dissect=dissect, only=only)
+        log.info("%s, %s: %s", row.label, table, result.fitted)
+        return result
 
     def _kind(self, label: str) -> Kind:
         """Return what the scores of a row mean to an ensemble."""
@@ -301,10 +301,10 @@ class Models:
 
     def _alike(self, row: SuiteRow, tables: Sequence[str]) -> list[list[str]]:
         """Return tables in groups for which every member of a mixture has the same parameters."""
-        found: dict[str, list[str]] = {}
+        result: dict[str, list[str]] = {}
         for table in tables:
-            found.setdefault(str([self.chosen[label][table] for label in row.mix]), []).append(table)
-        return list(found.values())
+            result.setdefault(str([self.chosen[label][table] for label in row.mix]), []).append(table)
+        return list(result.values())
 
     def _probabilities(
         self, row: SuiteRow, data: SplitDataset, seed: int, table: str

@@ -491,10 +491,10 @@ def _compared(pair: BenchmarkPair) -> str:
     ends = f"{cell(pair.metric)}{_where(pair)}: {cell(pair.a)} less {cell(pair.b)}"
     if pair.n == 0:
         return Markup(f"{ends}: there is no such request")
-    found = difference(pair.value, pair.low, pair.high, 4)
+    result = difference(pair.value, pair.low, pair.high, 4)
     if pair.verdict is None:
-        return Markup(f"{ends}: {found}")
-    return Markup(f"{ends}: {found} ({coverage(pair.level)}), p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
+        return Markup(f"{ends}: {result}")
+    return Markup(f"{ends}: {result} ({coverage(pair.level)}), p {cell(p_value(pair.p))}, {outcome(pair.verdict)}")
 
 
 def _where(pair: BenchmarkPair) -> str:

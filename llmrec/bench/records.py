@@ -263,8 +263,8 @@ class BenchmarkResult(Record):
 
     def standings(self, table: BenchmarkTable) -> list[tuple[BenchmarkRow, RowFigures]]:
         """Return the rows of a table with their figures there, the best first and undefined ones last."""
-        found = [(row, row.tables[table.name]) for row in self.rows if table.name in row.tables]
-        return sorted(found, key=lambda entry: place(entry[1].value(table.metric), table.metric))
+        results = [(row, row.tables[table.name]) for row in self.rows if table.name in row.tables]
+        return sorted(results, key=lambda entry: place(entry[1].value(table.metric), table.metric))
 
 
 def place(value: float | None, metric: str) -> tuple[bool, float]:

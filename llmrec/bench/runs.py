@@ -107,19 +107,19 @@ def compare_runs(a: Any, b: Any, *, resamples: int = RESAMPLES, seed: int = 0) -
             at=runs[1],
             column="tasks",
         )
-    found: list[RunPair] = []
+    matches: list[RunPair] = []
     for task in tasks:
         _refuse_other_data(task, runs, (one, other))
         for first, second, best in _pairs(task, one, other):
             rows = stored_row(runs[0], first), stored_row(runs[1], second)
             _refuse_other_cases(runs, rows)
-            found += _differences(one.headline[task], rows, best=best, resamples=resamples, seed=seed)
+            matches += _differences(one.headline[task], rows, best=best, resamples=resamples, seed=seed)
     ids = [{row.id for row in results.rows if row.task in tasks} for results in (one, other)]
     return ComparedRuns(
         a=str(runs[0]),
         b=str(runs[1]),
         headline={task: one.headline[task] for task in tasks},
-        differences=tuple(found),
+        differences=tuple(matches),
         only_a=tuple(sorted(ids[0] - ids[1])),
         only_b=tuple(sorted(ids[1] - ids[0])),
     )

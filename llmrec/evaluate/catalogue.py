@@ -38,10 +38,10 @@ def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
     Raises:
         ValueError: If a name is neither ``excluded`` nor ``included``.
     """
-    found = tuple(each for name in names for each in BOTH if each == name)
-    if len(found) != len(names):
+    result = tuple(item for name in names for item in BOTH if item == name)
+    if len(result) != len(names):
         raise ValueError(f"seen items are excluded or included, not {', '.join(names)}")
-    return found
+    return result
 
 
 # Cells of a batch of scores: 64 MB of float64, and about three times that while its lists are cut out.
@@ -109,7 +109,7 @@ def rank_catalogue(
         )
     length = min(max(cutoffs, default=0), len(items))
     names = hash64("list ties", seed, items) if length else np.zeros(0, dtype=np.uint64)
-    parts: dict[str, list[Standings]] = {each: [] for each in seen}
+    parts: dict[str, list[Standings]] = {entry: [] for entry in seen}
     step = batch if batch is not None else max(1, _CELLS // len(items))
     for start in range(0, len(cases), step):
         part = cases[start : start + step]
@@ -117,11 +117,11 @@ def rank_catalogue(
         own = np.array([index.get(str(case.truth), -1) for case in part], dtype=np.int64)
         place = _Place.of(part, index, own)
         rows = hash64("list ties", seed, [case.request.id for case in part]) if length else names
-        for each, found in _standings(scores, own, place, seen, length, rows, names).items():
-            parts[each].append(found)
+        for entry, result in _standings(scores, own, place, seen, length, rows, names).items():
+            parts[entry].append(result)
         if progress is not None:
             progress(len(part))
-    return {each: _joined(found) for each, found in parts.items()}
+    return {entry: _joined(result) for entry, result in parts.items()}
 
 
 def evaluate_catalogue(
@@ -159,13 +159,13 @@ def evaluate_catalogue(
         )
     protocol = whole(protocol, cases)
     start = time.monotonic()
-    found = rank_catalogue(
+    result = rank_catalogue(
         scorer, cases, cutoffs=protocol.cutoffs, seen=seen, batch=batch, seed=protocol.seed, progress=progress
     )
     seconds = time.monotonic() - start
     return {
-        each: _evaluated(scorer.items, cases, protocol, each, place, seconds, background)
-        for each, place in found.items()
+        item: _evaluated(scorer.items, cases, protocol, item, place, seconds, background)
+        for item, place in result.items()
     }
 
 
@@ -233,10 +233,10 @@ def _standings(
     greater = np.count_nonzero(scores > target[:, None], axis=1)
     tied = np.count_nonzero(scores >= target[:, None], axis=1) - greater
     of_seen = scores[place.rows, place.columns]
-    found = {}
-    for each in seen:
+    result = {}
+    for item in seen:
         above, block, pool, shown = greater, tied, np.full(n, items), scores
-        if each == "excluded":
+        if item == "excluded":
             pool = pool - np.bincount(place.rows, minlength=n)
             above = above - np.bincount(place.rows, of_seen > target[place.rows], minlength=n).astype(np.int64)
             block = block - np.bincount(place.rows, of_seen == target[place.rows], minlength=n).astype(np.int64)
@@ -244,10 +244,10 @@ def _standings(
                 shown = scores.copy()
                 shown[place.rows, place.columns] = -np.inf
         lists, kept = _top(shown, length, row_hash, item_hash)
-        found[str(each)] = Standings(
+        result[str(item)] = Standings(
             greater=np.where(known, above, pool), tied=np.where(known, block, 0), pool=pool, lists=lists, scores=kept
         )
-    return found
+    return result
 
 
 def _top(
@@ -357,7 +357,7 @@ def _records(items: Sequence[str], cases: Sequence[Case], place: Standings) -> l
                 prompt_tokens=0,
                 completion_tokens=0,
                 forwards=0,
-                **{name: each[row] for name, each in columns.items()},
+                **{name: entry[row] for name, entry in columns.items()},
             )
         )
     return records

@@ -141,7 +141,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
         more: Further planned comparisons whose rows have not been run.
     """
     size = len(contrasts) + more
-    found = [contrast.sampled(resamples=enough(resamples, size), seed=seed) for contrast in contrasts]
+    results = [contrast.sampled(resamples=enough(resamples, size), seed=seed) for contrast in contrasts]
     return [
         Pair(
             a=contrast.a.name,
@@ -155,7 +155,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
             verdict=_verdict(contrast, decision),
             detectable=contrast.detectable(drawn, size),
         )
-        for contrast, drawn, decision in zip(contrasts, found, decide(found, more=more), strict=True)
+        for contrast, drawn, decision in zip(contrasts, results, decide(results, more=more), strict=True)
     ]
 
 
@@ -164,14 +164,14 @@ def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0)
     pairs = []
     for contrast in contrasts:
         drawn = contrast.sampled(resamples=resamples, seed=seed)
-        found = drawn.at()
+        result = drawn.at()
         pairs.append(
             Pair(
                 a=contrast.a.name,
                 b=contrast.b.name,
-                value=found.value,
-                low=found.low,
-                high=found.high,
+                value=result.value,
+                low=result.low,
+                high=result.high,
                 detectable=contrast.detectable(drawn, 1),
             )
         )
@@ -189,9 +189,9 @@ def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -
     """
     lines = []
     for many in dict.fromkeys((comparisons, 0)):
-        found = [pair.detectable for pair in pairs if (pair.verdict is not None) == (many > 0)]
-        if found:
-            lines.append(detectable_line(metric, found, users=users, comparisons=many))
+        results = [pair.detectable for pair in pairs if (pair.verdict is not None) == (many > 0)]
+        if results:
+            lines.append(detectable_line(metric, results, users=users, comparisons=many))
     return " ".join(lines)
 
 
@@ -272,7 +272,7 @@ def _means(
         return first, np.where(np.abs(first - second) < _DUST, first, second), users
     truth = _truth(metric, *left, *right)
     of_users = ([_again(metric, row, truth, users) for row in seeds] for seeds in (left, right))
-    first, second = (np.mean([np.asarray(found.result) for found in seeds], axis=0) for seeds in of_users)
+    first, second = (np.mean([np.asarray(result.result) for result in seeds], axis=0) for seeds in of_users)
     return first, second, None
 
 
@@ -281,12 +281,12 @@ def _again(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], u
     entry = metric_of(metric)
     assert entry is not None
     inputs = {"probabilities": np.abs(values), "labels": truth, "owners": users}
-    found = taken(metric, entry, inputs)
-    if found is None or found.result is None:
+    result = taken(metric, entry, inputs)
+    if result is None or result.result is None:
         raise LlmrecError(
-            f"{metric}: {found.undefined if found else 'not taken'}, so there is nothing to compare", kind="too-few"
+            f"{metric}: {result.undefined if result else 'not taken'}, so there is nothing to compare", kind="too-few"
         )
-    return found
+    return result
 
 
 def _statistics(
@@ -326,9 +326,9 @@ def over_runs(
     Returns:
         The signature of the first one, or of the first that is not defined, with its reason.
     """
-    found = next((figure for figure in figures if figure.value is None), figures[0])
+    result = next((figure for figure in figures if figure.value is None), figures[0])
     if len(figures) == 1:
-        return found
+        return result
 
     def mean(ends: Sequence[float | None]) -> float | None:
         known = [end for end in ends if end is not None]
@@ -339,7 +339,7 @@ def over_runs(
     if len(values) == len(figures) and None not in by_seed:
         spread = _interval(metric, values, users, resamples)
         low, high = spread.low, spread.high
-    return found.model_copy(
+    return result.model_copy(
         update={
             "value": mean(by_seed),
             "low": low,
@@ -356,8 +356,8 @@ def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence
         statistic = mean_of(_statistics(metric, values, _truth(metric, *values), users))
         return interval_of(statistic, len(set(users)), resamples=resamples, seed=0)
     if not is_by_request(metric):
-        found = [_again(metric, row, _truth(metric, *values), users) for row in values]
-        values, owners = np.array([each.result for each in found]), list(found[0].users or ())
+        results = [_again(metric, row, _truth(metric, *values), users) for row in values]
+        values, owners = np.array([item.result for item in results]), list(results[0].users or ())
     return interval(
         values,
         users=owners,

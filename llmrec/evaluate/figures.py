@@ -97,22 +97,22 @@ def measure(
         (f"{name}@{k}", entry, k) for k in cutoffs for name, entry in entries.items() if entry.cut and k >= entry.least
     ]
     whole = [(name, entry, None) for name, entry in entries.items() if not entry.cut]
-    found = Measurements()
+    value = Measurements()
     for name, entry, k in [*whole, *cut] if full else [*cut, *whole]:
         if (result := taken(name, entry, {**inputs, "k": k} if k is not None else inputs)) is None:
             continue
         sign = protocol.sign(name, seen=seen, how=result.how or entry.how)
         owners = users if result.users is None else result.users
         if isinstance(result.result, np.ndarray):
-            found.metrics[name] = mean_figure(name, result.result, owners, protocol, sign)
+            value.metrics[name] = mean_figure(name, result.result, owners, protocol, sign)
         elif callable(result.result):
             drawn = interval_of(result.result, len(set(owners)), resamples=protocol.resamples, seed=protocol.seed)
-            found.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
+            value.metrics[name] = figure(drawn.value, drawn.low, drawn.high, sign)
         else:
-            found.metrics[name] = figure(result.result, None, None, sign, result.undefined)
+            value.metrics[name] = figure(result.result, None, None, sign, result.undefined)
         if entry.compared and isinstance(result.result, np.ndarray) and entry.unit == "request":
-            found.values[name] = result.result
-    return found
+            value.values[name] = result.result
+    return value
 
 
 def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken | None:
@@ -121,7 +121,7 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
         return None
     function = attribute(entry.function)
     parameters = inspect.signature(function).parameters
-    needed = {name for name, each in parameters.items() if each.default is each.empty} - entry.fixed.keys()
+    needed = {name for name, item in parameters.items() if item.default is item.empty} - entry.fixed.keys()
     if unknown := needed - inputs.keys():
         raise LlmrecError(
             f"the metric {name} takes {', '.join(sorted(unknown))}, and metrics of its kind, {entry.kind}, are given "
@@ -129,11 +129,11 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
             kind="defect",
             at=entry.function,
         )
-    arguments = {each: inputs[each] for each in parameters if each in inputs}
+    arguments = {parameter: inputs[parameter] for parameter in parameters if parameter in inputs}
     if any(argument is None for argument in arguments.values()):
         return None
-    found = function(**arguments, **entry.fixed)
-    return found if isinstance(found, Taken) else Taken(result=found)
+    result = function(**arguments, **entry.fixed)
+    return result if isinstance(result, Taken) else Taken(result=result)
 
 
 def statistic_of(metric: str) -> StatisticName:
@@ -150,7 +150,7 @@ def mean_figure(
     signature: str,
 ) -> Metric:
     """Return the mean of per-request values, or its root, with its interval and signature."""
-    found = interval(
+    result = interval(
         per_request,
         users=users,
         resamples=protocol.resamples,
@@ -159,7 +159,7 @@ def mean_figure(
         method="bca",
         widen=True,
     )
-    return figure(found.value, found.low, found.high, signature)
+    return figure(result.value, result.low, result.high, signature)
 
 
 def figure(value: float | None, low: float | None, high: float | None, signature: str, undefined: str = "") -> Metric:

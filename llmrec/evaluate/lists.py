@@ -56,7 +56,7 @@ class Background:
             LlmrecError: If no item has the field.
         """
         items = tuple(sorted(data.dataset.items))
-        index = {item: place for place, item in enumerate(items)}
+        index = {item: position for position, item in enumerate(items)}
         pairs = data.train.select("user_id", "item_id").unique()
         places = [index[item] for item in pairs["item_id"].to_list()]
         counts = np.bincount(np.array(places, dtype=np.int64), minlength=len(items)).astype(np.float64)
@@ -103,7 +103,7 @@ def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, ba
             kind="mismatch",
         )
     k = min(_USUAL if _USUAL in protocol.cutoffs else max(protocol.cutoffs), lists.numbers.shape[1])
-    index = {item: place for place, item in enumerate(background.items)}
+    index = {item: position for position, item in enumerate(background.items)}
     held = [_places([event.item_id for event in case.request.history], index) for case in cases]
     users = [case.request.user_id for case in cases]
     targets = np.array([index.get(str(case.truth), -1) for case in cases])

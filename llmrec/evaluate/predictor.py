@@ -68,8 +68,8 @@ def _rankings(cases: Sequence[Case], answers: Sequence[Answer], protocol: EvalPr
     standings, sizes = [], []
     for case, answer in zip(cases, answers, strict=True):
         size = len(case.request.candidates) if case.request.candidates is not None else protocol.catalogue
-        found = answer if isinstance(answer, Ranking) else Ranking(request_id=answer.request_id, items=(), scores=())
-        standings.append(rank_metrics.standing(found, str(case.truth), size))
+        result = answer if isinstance(answer, Ranking) else Ranking(request_id=answer.request_id, items=(), scores=())
+        standings.append(rank_metrics.standing(result, str(case.truth), size))
         sizes.append(size)
     greater = np.array([s.greater for s in standings], dtype=np.int64)
     tied = np.array([s.tied for s in standings], dtype=np.int64)
@@ -159,7 +159,7 @@ def _texts(
         features_named=int(named.counts[:, 0].sum()),
     )
     columns |= _feature_columns(named, [features.asked.get(pair) for pair in zip(users, items, strict=True)])
-    columns |= {f"truth_{name}": people.counts[:, place].astype(int).tolist() for place, name in enumerate(_COUNTED)}
+    columns |= {f"truth_{name}": people.counts[:, index].astype(int).tolist() for index, name in enumerate(_COUNTED)}
     return Found(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
 
 
@@ -171,7 +171,7 @@ def _feature_columns(named: explained.Named, asked: Sequence[tuple[str, ...] | N
     return {
         "feature": [" ".join(words) if words else None for words in asked],
         "feature_named": [match[place] == 1 if place in match else None for place in range(len(asked))],
-        "features": [sorted(" ".join(words) for words in found) for found in named.found],
+        "features": [sorted(" ".join(words) for words in result) for result in named.found],
         "unsupported": named.counts[:, 1].astype(int).tolist(),
     }
 
@@ -183,23 +183,23 @@ def _probabilities(
     fallback: Callable[[Request], float] | None,
 ) -> Found:
     truth = np.array([float(case.truth) for case in cases])
-    said = np.full(len(cases), UNKNOWN)
+    text = np.full(len(cases), UNKNOWN)
     for i, (case, answer) in enumerate(zip(cases, answers, strict=True)):
         if isinstance(answer, Probability):
-            said[i] = answer.value
+            text[i] = answer.value
         elif fallback is not None:
-            said[i] = fallback(case.request)
+            text[i] = fallback(case.request)
     users = _users(cases)
-    inputs = {"probabilities": said, "labels": truth, "owners": users}
+    inputs = {"probabilities": text, "labels": truth, "owners": users}
     taken = measure("probability", inputs, users, protocol)
     # What is no mean over requests is compared by the probabilities, with a minus sign where the truth is no.
-    signed = np.copysign(said, np.where(truth == 1, 1.0, -1.0))
+    signed = np.copysign(text, np.where(truth == 1, 1.0, -1.0))
     values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
-    bins = tuple(Reliability(**asdict(each)) for each in probability.reliability(said, truth))
-    _, own, sizes = np.unique(said, return_inverse=True, return_counts=True)
-    rates = Rates(users_left_out=probability.gauc(said, truth, users).left_out, reliability=bins)
+    bins = tuple(Reliability(**asdict(item)) for item in probability.reliability(text, truth))
+    _, own, sizes = np.unique(text, return_inverse=True, return_counts=True)
+    rates = Rates(users_left_out=probability.gauc(text, truth, users).left_out, reliability=bins)
     ties = float((sizes[own] > 1).mean())
-    return Found(metrics=taken.metrics, values=values, rates=rates, tie_rate=ties, columns={"value": said.tolist()})
+    return Found(metrics=taken.metrics, values=values, rates=rates, tie_rate=ties, columns={"value": text.tolist()})
 
 
 def background_of(data: SplitDataset) -> explained.Background:
@@ -210,11 +210,11 @@ def background_of(data: SplitDataset) -> explained.Background:
         parts = (data.train, data.valid, data.test)
         rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
         features = {(user, item): feature for user, item, feature in rows}
-    told = list(data.train.select("user_id", "item_id", "text").iter_rows())
+    message = list(data.train.select("user_id", "item_id", "text").iter_rows())
     # Where a text is one sentence of a review, the rest of it supports features and can be copied too.
-    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in told)
-    told += [(user, item, review.text) for user, item, review in reviews if review is not None]
-    users, items, texts = zip(*told, strict=True)
+    reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in message)
+    message += [(user, item, review.text) for user, item, review in reviews if review is not None]
+    users, items, texts = zip(*message, strict=True)
     return explained.background(users, items, texts, features)
 
 
@@ -276,13 +276,13 @@ def evaluate(
             f"predictor {predictor.name!r} did not answer every request in order; this is a defect in it", kind="defect"
         )
     answers = [answer if isinstance(answer, (kind, Unparsed)) else _foreign(answer) for answer in answers]
-    found = measure_of(kind, background)(cases, answers, protocol, fallback)
+    result = measure_of(kind, background)(cases, answers, protocol, fallback)
     failures = [answer for answer in answers if isinstance(answer, Unparsed)]
     figures = Measured(
         n=len(cases),
         parse_rate=1 - len(failures) / len(cases),
-        tie_rate=found.tie_rate,
-        metrics=found.metrics,
+        tie_rate=result.tie_rate,
+        metrics=result.metrics,
         cost=Cost(
             seconds=seconds,
             prompt_tokens=sum(answer.cost.prompt_tokens for answer in answers),
@@ -290,16 +290,16 @@ def evaluate(
             forwards=sum(answer.cost.forwards for answer in answers),
         ),
         failures=tuple(
-            Failure(request_id=each.request_id, reason=each.reason, raw=each.raw or "")
-            for each in failures[:_SHOWN_FAILURES]
+            Failure(request_id=failure.request_id, reason=failure.reason, raw=failure.raw or "")
+            for failure in failures[:_SHOWN_FAILURES]
         ),
-        **found.rates.as_json(),
+        **result.rates.as_json(),
     )
     records = [
-        _record(case, answer, {name: each[place] for name, each in found.columns.items()})
-        for place, (case, answer) in enumerate(zip(cases, answers, strict=True))
+        _record(case, answer, {name: item[index] for name, item in result.columns.items()})
+        for index, (case, answer) in enumerate(zip(cases, answers, strict=True))
     ]
-    return Evaluated(figures, found.values, records)
+    return Evaluated(figures, result.values, records)
 
 
 def _foreign(answer: Answer) -> Unparsed:

@@ -80,12 +80,12 @@ class Scores(Displayed, Record):
         first = self.lists[0]
         facts = {
             "judged": f"{first.judged:,} {self.unit}s with {self.relevant:,} relevant items",
-            "without a list": listed(f"{each.without_list:,}" for each in self.lists),
+            "without a list": listed(f"{item.without_list:,}" for item in self.lists),
         }
-        titles = [each.name for each in self.lists]
+        titles = [item.name for item in self.lists]
         header, rows = ["metric", *titles], []
         for name in self.metrics:
-            cells = [_with_interval(each.metrics[name]) for each in self.lists]
+            cells = [_with_interval(item.metrics[name]) for item in self.lists]
             rows.append([name, *cells, *([_with_interval(self.comparisons[name], "+")] if self.comparisons else [])])
         if self.comparisons:
             header.append(f"{titles[0]} - {titles[1]}")
@@ -138,12 +138,12 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
     keys = truth.frame["key"].unique().sort()
     owners = truth.frame.group_by("key").agg(pl.col("owner").first()).sort("key")["owner"].to_list()
     values, scored = [], []
-    for each in lists:
-        judged, about = _judged(each, truth, keys, how)
-        found = _values(judged, how)
-        values.append(found)
-        metrics = {name: _figure(name, found[name], owners, how) for name in how.names}
-        scored.append(ScoredLists(name=each.name, metrics=metrics, order=each.order, **about))
+    for item in lists:
+        judged, about = _judged(item, truth, keys, how)
+        result = _values(judged, how)
+        values.append(result)
+        metrics = {name: _figure(name, result[name], owners, how) for name in how.names}
+        scored.append(ScoredLists(name=item.name, metrics=metrics, order=item.order, **about))
     comparisons = {}
     if len(lists) > 1:
         for name in how.names:

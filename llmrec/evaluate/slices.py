@@ -69,7 +69,7 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
         Membership by slice name, shape (n,) each; together they hold every case once. The last slice is that of users
         without a value.
     """
-    known = {user: said for user, each in dataset.users.items() if (said := _said(each.get(name, "")))}
+    known = {user: text for user, item in dataset.users.items() if (text := _said(item.get(name, "")))}
     counts = Counter(known.values())
     own = [known.get(user) for user in users]
     start = f"user:{quote(name, safe='', errors='backslashreplace')}"
@@ -175,31 +175,31 @@ def slices_of(
         Membership by slice name, shape (n,) each.
     """
     rules = rules or SliceRules()
-    found: dict[str, NDArray[np.bool_]] = {}
+    result: dict[str, NDArray[np.bool_]] = {}
     items = [item_of(case, data) for case in cases]
     if cases and all(item is not None for item in items):
         counts = dict(data.train.group_by("item_id").len().iter_rows())
         held = np.array([counts.get(item, 0) for item in items], dtype=np.int64)
-        found[f"item:cold-below-{rules.cold}"] = held < rules.cold
-        found[f"item:warm-from-{rules.cold}"] = held >= rules.cold
+        result[f"item:cold-below-{rules.cold}"] = held < rules.cold
+        result[f"item:warm-from-{rules.cold}"] = held >= rules.cold
         least = _least_of_head(np.array(list(counts.values()), dtype=np.int64), rules.head)
         share = f"{rules.head:g}"
-        found[f"item:head-{share}"] = held >= least
-        found[f"item:long-tail-{share}"] = held < least
+        result[f"item:head-{share}"] = held >= least
+        result[f"item:long-tail-{share}"] = held < least
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    found |= _bins("history", lengths, rules.history)
+    result |= _bins("history", lengths, rules.history)
     active = dict(data.train.group_by("user_id").len().iter_rows())
-    found |= _bins(
+    result |= _bins(
         "activity", np.array([active.get(c.request.user_id, 0) for c in cases], dtype=np.int64), rules.activity
     )
     if data.kind == "global_time":
-        found |= _ages(cases, items, data)
+        result |= _ages(cases, items, data)
     known = attributes_of(data.dataset) if attributes else ()
     users = [case.request.user_id for case in cases]
     for name in dict.fromkeys(attributes):
         if name in known:
-            found |= attribute_slices(users, data.dataset, name)
-    return found
+            result |= attribute_slices(users, data.dataset, name)
+    return result
 
 
 def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
@@ -217,12 +217,12 @@ def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArra
     counts = dict(data.train.group_by("item_id").len().iter_rows())
     targets = [str(case.truth) for case in cases]
     items = [data.dataset.items[target] for target in targets if target in data.dataset.items]
-    found = _bins("count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNTS)
+    result = _bins("count", np.array([counts.get(target, 0) for target in targets], dtype=np.int64), _COUNTS)
     if items and len(items) == len(targets) and any(item.fields or item.title != item.item_id for item in items):
-        said = [" ".join((item.title, *item.fields.values())) for item in items]
-        found |= _bins("words", np.array([len(text.split()) for text in said], dtype=np.int64), _WORDS)
+        message = [" ".join((item.title, *item.fields.values())) for item in items]
+        result |= _bins("words", np.array([len(text.split()) for text in message], dtype=np.int64), _WORDS)
     lengths = np.array([len(case.request.history) for case in cases], dtype=np.int64)
-    return found | _bins("history", lengths, SliceRules().history)
+    return result | _bins("history", lengths, SliceRules().history)
 
 
 def slice_figures(
@@ -253,24 +253,24 @@ def slice_figures(
     Raises:
         ValueError: If there are not as many values as cases.
     """
-    for metric, each in values.items():
-        if len(each) != len(cases):
-            raise ValueError(f"{metric}: {len(each)} values against {len(cases)} cases")
+    for metric, item in values.items():
+        if len(item) != len(cases):
+            raise ValueError(f"{metric}: {len(item)} values against {len(cases)} cases")
     users = np.array([case.request.user_id for case in cases], dtype=object)
     means = {
-        metric: (each, parse_signature(metrics[metric].signature))
-        for metric, each in values.items()
+        metric: (item, parse_signature(metrics[metric].signature))
+        for metric, item in values.items()
         if is_by_request(metric)
     }
     figures = []
     for name, member in slices_of(cases, data, rules, attributes).items():
         own = users[member].tolist()
-        found = {
-            metric: mean_figure(metric, each[member], own, protocol, str(replace(sign, slice=name)))
-            for metric, (each, sign) in means.items()
+        result = {
+            metric: mean_figure(metric, item[member], own, protocol, str(replace(sign, slice=name)))
+            for metric, (item, sign) in means.items()
             if own
         }
-        figures.append(SliceOfRow(name=name, n=len(own), users=len(set(own)), small=len(own) < FEW, metrics=found))
+        figures.append(SliceOfRow(name=name, n=len(own), users=len(set(own)), small=len(own) < FEW, metrics=result))
     return tuple(figures)
 
 
@@ -313,4 +313,4 @@ def _bins(kind: str, lengths: NDArray[np.int64], edges: Sequence[int]) -> dict[s
     own = np.searchsorted(np.array(edges), lengths, side="right")
     starts = (0, *edges)
     names = [f"{kind}:{start}-{end - 1}" for start, end in zip(starts, edges, strict=False)]
-    return {name: own == place for place, name in enumerate([*names, f"{kind}:from-{starts[-1]}"])}
+    return {name: own == index for index, name in enumerate([*names, f"{kind}:from-{starts[-1]}"])}

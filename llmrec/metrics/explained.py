@@ -88,14 +88,14 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
         raise ValueError(f"the threshold of a copy must be above 0 and at most 1, not {threshold}")
     units = [words_of(unit) for text in texts for unit in _units(text)]
     known = tuple(dict.fromkeys(unit for unit in units if unit))
-    found = [piece for unit in known for piece in _pieces(unit)]
-    frequency = Counter(found)
+    results = [piece for unit in known for piece in _pieces(unit)]
+    frequency = Counter(results)
     # Equally rare pieces fall in their own order, so that the index does not depend on that of the texts.
-    number = {piece: place for place, piece in enumerate(sorted(frequency, key=lambda each: (frequency[each], each)))}
+    number = {piece: index for index, piece in enumerate(sorted(frequency, key=lambda each: (frequency[each], each)))}
     lengths = np.array([len(unit) for unit in known], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     owner = np.repeat(np.arange(len(known)), lengths)
-    pieces = np.array([number[piece] for piece in found], dtype=np.int64)
+    pieces = np.array([number[piece] for piece in results], dtype=np.int64)
     pieces = pieces[np.lexsort((pieces, owner))]
     rare = np.arange(len(pieces)) - starts[owner] < _prefixes(lengths, threshold)[owner]
     order = np.argsort(pieces[rare], kind="stable")
@@ -122,8 +122,8 @@ def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
         Shape (n,).
     """
     cut = [words_of(text) for text in texts]
-    found = {words: _is_copy(words, known) for words in set(cut)}
-    return np.array([found[words] for words in cut], dtype=np.bool_)
+    result = {words: _is_copy(words, known) for words in set(cut)}
+    return np.array([result[words] for words in cut], dtype=np.bool_)
 
 
 def alike(a: Words, b: Words) -> float:
@@ -170,7 +170,7 @@ def _is_copy(words: Words, known: Library) -> bool:
     texts = np.unique(np.concatenate([known.holders[known.held[piece] : known.held[piece + 1]] for piece in rare]))
     lengths = known.starts[texts + 1] - known.starts[texts]
     least = threshold * (size + lengths) / 2 - _EPS
-    texts, lengths, least = (each[np.minimum(size, lengths) >= least] for each in (texts, lengths, least))
+    texts, lengths, least = (item[np.minimum(size, lengths) >= least] for item in (texts, lengths, least))
     if not len(texts):
         return False
     shared = _shared(np.array(own), known, texts, lengths)
@@ -198,8 +198,8 @@ def _common(a: Words, b: Words) -> int:
     Crochemore et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem" (2001).
     """
     where: dict[str, int] = {}
-    for place, word in enumerate(a):
-        where[word] = where.get(word, 0) | 1 << place
+    for index, word in enumerate(a):
+        where[word] = where.get(word, 0) | 1 << index
     full = (1 << len(a)) - 1
     column = full
     for word in b:
@@ -249,16 +249,16 @@ def background(
     Raises:
         ValueError: If the three differ in length.
     """
-    told = [(user, item, text or "") for user, item, text in zip(users, items, texts, strict=True)]
-    known = library(text for *_, text in told if text)
+    message = [(user, item, text or "") for user, item, text in zip(users, items, texts, strict=True)]
+    known = library(text for *_, text in message if text)
     asked = {pair: words for pair, feature in (features or {}).items() if (words := words_of(feature))}
-    extracted = [asked.get((user, item)) for user, item, _ in told]
+    extracted = [asked.get((user, item)) for user, item, _ in message]
     vocabulary = frozenset(words for words in extracted if words)
     if not vocabulary:
         return Background(known)
     of_item: dict[str, set[Words]] = {}
-    found = features_of([text for *_, text in told], vocabulary)
-    for (_, item, _), held, own in zip(told, found, extracted, strict=True):
+    result = features_of([text for *_, text in message], vocabulary)
+    for (_, item, _), held, own in zip(message, result, extracted, strict=True):
         of_item.setdefault(item, set()).update(held, *([{own}] if own else []))
     return Background(known, Features(vocabulary, {item: frozenset(held) for item, held in of_item.items()}, asked))
 
@@ -269,12 +269,12 @@ def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[froz
     Where one feature is a part of another, such as "battery" of "battery life", a text with the longer holds both.
     """
     sizes = sorted({len(words) for words in vocabulary})
-    found = []
+    results = []
     for text in texts:
         words = words_of(text)
         grams = (gram for n in sizes for gram in zip(*(words[start:] for start in range(n)), strict=False))
-        found.append(frozenset(gram for gram in grams if gram in vocabulary))
-    return found
+        results.append(frozenset(gram for gram in grams if gram in vocabulary))
+    return results
 
 
 def feature_match(texts: Sequence[str], asked: Sequence[Words]) -> NDArray[np.bool_]:
@@ -414,15 +414,15 @@ def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], feat
     """Measure what generated texts, each to a user about an item, do with features."""
     asked = [features.asked.get(pair) for pair in zip(users, items, strict=True)]
     known = [place for place, words in enumerate(asked) if words]
-    found = features_of(texts, features.vocabulary)
+    result = features_of(texts, features.vocabulary)
     match = feature_match([texts[place] for place in known], [asked[place] or () for place in known])
     return Named(
         known=np.array(known, dtype=np.intp),
         match=match.astype(np.float64),
-        coverage=feature_coverage(found, features.vocabulary),
-        diversity=feature_diversity(found),
-        counts=hallucinated(found, items, features.of_item),
-        found=found,
+        coverage=feature_coverage(result, features.vocabulary),
+        diversity=feature_diversity(result),
+        counts=hallucinated(result, items, features.of_item),
+        found=result,
         vocabulary=len(features.vocabulary),
     )
 

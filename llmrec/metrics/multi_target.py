@@ -97,15 +97,15 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
     first = _changes(block)
     own = block[first]
     earned = _gains(request, item, hits, wanted, goal, gain)
-    each = np.diff(np.append(first, len(block)))
+    entry = np.diff(np.append(first, len(block)))
     of = request[starts[own]]
-    per_request = np.bincount(of, each, minlength=n).astype(np.int64)
-    running = np.cumsum(each) - each
+    per_request = np.bincount(of, entry, minlength=n).astype(np.int64)
+    running = np.cumsum(entry) - entry
     return Judged(
         request=of,
         greater=starts[own] - begins[of],
         tied=sizes[own],
-        relevant=each,
+        relevant=entry,
         gain=np.add.reduceat(earned, first) if len(first) else np.empty(0),
         before=running - (np.cumsum(per_request) - per_request)[of],
         total=np.diff(goal_begins),
@@ -370,14 +370,14 @@ def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]
         _positive(k)
     first = np.flatnonzero(judged.before == 0)
     columns = np.stack([judged.greater[first], judged.tied[first], judged.relevant[first]], axis=1)
-    each = np.zeros(len(first))
+    item = np.zeros(len(first))
     alone = columns[:, 1] == 1
-    each[alone] = np.where(columns[alone, 0] < (np.inf if k is None else k), 1.0 / (columns[alone, 0] + 1), 0.0)
+    item[alone] = np.where(columns[alone, 0] < (np.inf if k is None else k), 1.0 / (columns[alone, 0] + 1), 0.0)
     kinds, which = np.unique(columns[~alone], axis=0, return_inverse=True)
     shared = np.array([_first_of_block(int(g), int(t), int(r), k) for g, t, r in kinds], dtype=np.float64)
-    each[~alone] = shared[which.ravel()]
+    item[~alone] = shared[which.ravel()]
     values = np.zeros(len(judged.total))
-    values[judged.request[first]] = each
+    values[judged.request[first]] = item
     return values
 
 
@@ -395,13 +395,13 @@ def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
     size = np.broadcast_to(np.asarray(pool, dtype=np.int64), judged.total.shape)
     others = size - judged.total
     every = np.arange(len(judged.request))
-    found = _sum(judged, every, judged.relevant.astype(np.float64))
-    if (judged.ranked + (judged.total - found) > size).any():
+    result = _sum(judged, every, judged.relevant.astype(np.float64))
+    if (judged.ranked + (judged.total - result) > size).any():
         raise ValueError("a pool holds fewer items than were ranked or are relevant")
     above = judged.greater - judged.before
     lost = _sum(judged, every, judged.relevant * (above + (judged.tied - judged.relevant) / 2))
-    ranked_others = judged.ranked - found
-    lost += (judged.total - found) * (ranked_others + (others - ranked_others) / 2)
+    ranked_others = judged.ranked - result
+    lost += (judged.total - result) * (ranked_others + (others - ranked_others) / 2)
     pairs = (judged.total * others).astype(np.float64)
     share: NDArray[np.float64] = np.divide(lost, pairs, out=np.full(len(pairs), np.nan), where=pairs > 0)
     return 1.0 - share

@@ -156,8 +156,8 @@ def calibration_error(
     Raises:
         ValueError: See `log_loss`; also if there is no bin.
     """
-    _, said, so = _binned(probabilities, labels, bins, binning)
-    return float(np.abs(said - so).sum() / len(np.ravel(probabilities)))
+    _, text, so = _binned(probabilities, labels, bins, binning)
+    return float(np.abs(text - so).sum() / len(np.ravel(probabilities)))
 
 
 def reliability(
@@ -174,10 +174,10 @@ def reliability(
     Raises:
         ValueError: See `calibration_error`.
     """
-    sizes, said, so = _binned(probabilities, labels, bins, binning)
+    sizes, text, so = _binned(probabilities, labels, bins, binning)
     return tuple(
         Bin(int(n), float(sum_said / n), float(sum_so / n))
-        for n, sum_said, sum_so in zip(sizes, said, so, strict=True)
+        for n, sum_said, sum_so in zip(sizes, text, so, strict=True)
         if n
     )
 
@@ -232,8 +232,8 @@ def _binned(
     else:
         borders = np.sort(guess)[(np.arange(1, bins) * len(guess)) // bins]
         own = np.searchsorted(borders, guess, side="right")
-    said, so = (np.bincount(own, weights, minlength=bins).astype(np.float64) for weights in (guess, truth))
-    return np.bincount(own, minlength=bins).astype(np.int64), said, so
+    text, so = (np.bincount(own, weights, minlength=bins).astype(np.float64) for weights in (guess, truth))
+    return np.bincount(own, minlength=bins).astype(np.int64), text, so
 
 
 def _auc_by(

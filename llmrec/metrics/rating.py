@@ -36,8 +36,8 @@ def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64
 
 def liked_auc(predicted: NDArray[np.float64], truth: NDArray[np.float64], liked: float, owners: Sequence[str]) -> Taken:
     """AUC of predicted ratings: the probability that an item rated at least ``liked`` is predicted above another."""
-    found = pooled_auc(predicted, (truth >= liked).astype(np.float64), owners)
-    return replace(found, how=f"from-{liked:g}")
+    result = pooled_auc(predicted, (truth >= liked).astype(np.float64), owners)
+    return replace(result, how=f"from-{liked:g}")
 
 
 def rmse(predicted: ArrayLike, truth: ArrayLike) -> float:

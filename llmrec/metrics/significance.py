@@ -77,13 +77,13 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
         resamples: Number of patterns drawn, where there are more than `EXACT`.
         seed: Seeds them.
     """
-    each = np.asarray(differences, dtype=np.float64)
-    size = np.abs(each)
+    item = np.asarray(differences, dtype=np.float64)
+    size = np.abs(item)
     if not size.any():
         return 1.0
     # Scaled, so that neither tiny nor huge values leave the range of floats.
     unit = float(size.max())
-    observed = abs(float(np.sum(each / unit)))
+    observed = abs(float(np.sum(item / unit)))
     values, counts = _groups(size[size > 0] / unit)
     slack = 1e-9 * float(values @ counts)
     if np.sum(np.log(counts + 1.0)) <= math.log(EXACT):
@@ -438,12 +438,12 @@ def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> 
         alpha: Largest corrected p that is called significant.
         more: Further differences of the family that are not known yet; they count as if each had p 1.
     """
-    p_values = [*(each.p for each in found), *[1.0] * more]
+    p_values = [*(item.p for item in found), *[1.0] * more]
     decisions = []
-    for each, p, asked in zip(found, holm(p_values), holm_levels(p_values, alpha), strict=False):
-        plain = each.at(1 - asked)
-        low, high = _agreeing(plain.low, plain.high, each, differs=p <= alpha and each.value != 0)
-        decisions.append(Decision(value=each.value, low=low, high=high, p=p, p_raw=each.p, level=1 - asked))
+    for item, p, asked in zip(found, holm(p_values), holm_levels(p_values, alpha), strict=False):
+        plain = item.at(1 - asked)
+        low, high = _agreeing(plain.low, plain.high, item, differs=p <= alpha and item.value != 0)
+        decisions.append(Decision(value=item.value, low=low, high=high, p=p, p_raw=item.p, level=1 - asked))
     return decisions
 
 

@@ -120,9 +120,9 @@ def interval(
     Raises:
         ValueError: If there are no values, or some are not finite.
     """
-    rows = [by_user(finite(each, statistic), users) for each in np.atleast_2d(np.asarray(values, dtype=np.float64))]
-    draws = _resample(mean_of([_statistic(*each, statistic) for each in rows]), rows[0][0].size, resamples, seed)
-    left_out = np.mean([_left_out(*each, statistic) for each in rows], axis=0)
+    rows = [by_user(finite(item, statistic), users) for item in np.atleast_2d(np.asarray(values, dtype=np.float64))]
+    draws = _resample(mean_of([_statistic(*row, statistic) for row in rows]), rows[0][0].size, resamples, seed)
+    left_out = np.mean([_left_out(*row, statistic) for row in rows], axis=0)
     value = float(np.mean([root_or_not(sums.sum() / sizes.sum(), statistic) for sums, sizes in rows]))
     tails = _tails(level, left_out.size if widen else None)
     return Interval(value, *_bounds(draws, value, left_out, method, tails))

@@ -119,8 +119,8 @@ def slice_table(results: Results, task: str) -> SliceTable | None:
 def _columns(results: Results, task: str) -> list[Row]:
     standings = results.standings(task)
     arms = ("zero-shot", "few-shot", "tuned")
-    found = [next((row for row in standings if row.arm == arm and row.fusion is None), None) for arm in arms]
-    return [row for row in (*found, best_baseline(results, task)) if row is not None]
+    matches = [next((row for row in standings if row.arm == arm and row.fusion is None), None) for arm in arms]
+    return [row for row in (*matches, best_baseline(results, task)) if row is not None]
 
 
 def _metric(results: Results, task: str, rows: list[Row]) -> str:
@@ -205,12 +205,12 @@ def bands(row: Row) -> tuple[Band, ...]:
     last = entries[-1].position
     wanted = min(len(entries), max(2, sum(entry.n for entry in entries) // _A_BAND))
     edges = [round(place * last / wanted) for place in range(wanted + 1)]
-    found = []
+    results = []
     for low, high in itertools.pairwise(edges):
         own = [entry for entry in entries if low < entry.position <= high]
         if own:
-            found.append(_band(low + 1, high, own))
-    return tuple(found)
+            results.append(_band(low + 1, high, own))
+    return tuple(results)
 
 
 def _usable(entry: AtPosition) -> bool:
@@ -258,8 +258,10 @@ def sentences(results: Results, task: str) -> tuple[str, ...]:
         return ()
     if not biased:
         return ("No language-model row is shown to depend on where the target stands among its candidates.",)
-    found = f"Position bias: where the target stands among its candidates changes its rank in {_named(biased, tested)}."
-    return (found, *([f"No such bias is shown for {_named(others, tested)}."] if others else []))
+    result = (
+        f"Position bias: where the target stands among its candidates changes its rank in {_named(biased, tested)}."
+    )
+    return (result, *([f"No such bias is shown for {_named(others, tested)}."] if others else []))
 
 
 def bias_words(bias: PositionBias) -> str:
@@ -276,14 +278,14 @@ def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.predictor), []).append(row)
-    found = []
+    results = []
     for (arm, predictor), own in groups.items():
         of = sum((row.arm, row.predictor) == (arm, predictor) for row in tested)
         share = ("both" if of == 2 else f"all {of}") if len(own) == of else f"{len(own)} of {of}"
         name = label(own[0]) if of == 1 else f"{arm_label(arm, predictor)} with {share} templates"
         explained = _explained([row.position_bias for row in own if row.position_bias])
-        found.append(f"{name} ({explained})" if _is_biased(own[0]) else name)
-    return listed(found)
+        results.append(f"{name} ({explained})" if _is_biased(own[0]) else name)
+    return listed(results)
 
 
 def _explained(biases: Sequence[PositionBias]) -> str:

@@ -54,8 +54,8 @@ class Scale:
             return _linear(self.low, self.high, wanted)
         decades = range(math.floor(math.log10(self.low)), math.ceil(math.log10(self.high)) + 1)
         for parts in ((1, 2, 3, 5, 7), (1, 2, 5), (1, 3), (1,)):
-            found = [part * 10.0**power for power in decades for part in parts]
-            inside = tuple(value for value in found if self.low <= value <= self.high)
+            results = [part * 10.0**power for power in decades for part in parts]
+            inside = tuple(value for value in results if self.low <= value <= self.high)
             if len(inside) <= wanted or parts == (1,):
                 return inside if len(inside) > 1 else _linear(self.low, self.high, wanted)
         return ()
@@ -101,15 +101,15 @@ def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[
     """Move places along a line until neighbours are ``gap`` apart, as little as can be; the order stays."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     gap = min(gap, (high - low) / max(1, len(places) - 1))
-    found = [0.0] * len(places)
+    result = [0.0] * len(places)
     reached = low - gap
     for index in order:
-        reached = found[index] = max(places[index], reached + gap)
+        reached = result[index] = max(places[index], reached + gap)
     # What was pushed past the end is pushed back.
     reached = high + gap
     for index in reversed(order):
-        reached = found[index] = min(found[index], reached - gap)
-    return found
+        reached = result[index] = min(result[index], reached - gap)
+    return result
 
 
 Tag = Literal["line", "rect", "path", "text"]

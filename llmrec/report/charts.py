@@ -75,8 +75,8 @@ def differences(plot: Differences, width: float) -> Canvas:
     scale = fitted([*ends, *bands, 0.0], _MARGIN, width - _MARGIN)
     canvas.below(scale, top, bottom, plot["unit"], ticks=5 if width <= NARROW else 7)
     canvas.text(width / 2, bottom + 54, plot["sides"], "axis-title", anchor="middle", width=width)
-    for place, row in enumerate(rows):
-        upper = top + place * step
+    for index, row in enumerate(rows):
+        upper = top + index * step
         middle = upper + 36
         if row["detectable"]:
             left, right = scale(-row["detectable"]), scale(row["detectable"])
@@ -111,8 +111,8 @@ def forest(plot: Forest, width: float) -> Canvas:
     canvas.below(scale, top, bottom, f"{plot['metric']} ({plot['better']} is better)", ticks=5 if narrow else 8)
     if plot["reference"] is not None:
         canvas.line(scale(plot["reference"]), top, scale(plot["reference"]), bottom, "reference")
-    for place, row in enumerate(rows):
-        middle = top + place * step + (28 if narrow else step / 2)
+    for index, row in enumerate(rows):
+        middle = top + index * step + (28 if narrow else step / 2)
         if narrow:
             canvas.text(_MARGIN, middle - 12, row["label"], "halo", width=width - 2 * _MARGIN)
         else:
@@ -150,9 +150,9 @@ def bars(plot: Bars, width: float) -> Canvas:
     end = width - _MARGIN if narrow else max(width - _MARGIN - room - 8, names + _MARGIN + 80)
     scale: Scale = fitted(values, names + _MARGIN, end, holds=(0.0,) if min(v or 0.0 for v in values) >= 0 else ())
     canvas.below(scale, top, bottom, plot["unit"], ticks=4 if narrow else 6)
-    for place, bar in enumerate(entries):
+    for index, bar in enumerate(entries):
         name, text = bar["label"], bar["text"]
-        middle = top + place * step + (28 if narrow else step / 2)
+        middle = top + index * step + (28 if narrow else step / 2)
         if narrow:
             canvas.text(_MARGIN, middle - 12, f"{name}: {text}", "halo", width=width - 2 * _MARGIN)
         else:
@@ -194,7 +194,7 @@ def lines(plot: Lines, width: float) -> Canvas:
     canvas.below(along, bottom, bottom, f"{unit}, by optimiser step", ticks=4 if narrow else 6)
     ends = apart([rise(entry["y"][-1]) for entry in named], 16, top, bottom)
     held = 0
-    for place, entry in enumerate(series):
+    for index, entry in enumerate(series):
         valid = entry["kind"] == "valid"
         hue, form = (
             (_HUES[held % len(_HUES)], _SERIES_FORMS[held % len(_SERIES_FORMS)]) if valid else ("tuned", "triangle")
@@ -203,7 +203,7 @@ def lines(plot: Lines, width: float) -> Canvas:
         _curve(canvas, entry, along, rise, hue, form)
         if not named:
             continue
-        y = bottom + 58 + 20 * place if narrow else ends[place]
+        y = bottom + 58 + 20 * index if narrow else ends[index]
         x = _LEFT if narrow else along.end + 12
         canvas.mark(form, x, y, f"fill {hue}", size=4)
         canvas.text(x + 9, y + 4, entry["name"], "tick", width=width - x - 12)
@@ -289,12 +289,12 @@ def positions(plot: Positions, width: float) -> Canvas:
         key: Literal["hit", "rank"] = "hit" if measure["key"] == "hit" else "rank"
         every = [*plot["panels"], *([plot["control"]] if plot["control"] else [])]
         ends = [value for panel in every for part in ("y", "low", "high") for value in panel[key][part]]
-        for place, panel in enumerate(plot["panels"]):
-            left = _LEFT + (place % columns) * (one + gap)
-            upper = (block * deep + place // columns) * (head + body + foot) + head
+        for index, panel in enumerate(plot["panels"]):
+            left = _LEFT + (index % columns) * (one + gap)
+            upper = (block * deep + index // columns) * (head + body + foot) + head
             along = Scale(low=0.0, high=panel["x"][-1] + 1, start=left, end=left + one)
             rise = fitted(ends, upper + body, upper)
-            first = place % columns == 0
+            first = index % columns == 0
             canvas.left(rise, left, along.end, ticks=4, named=first)
             canvas.below(along, upper + body, upper + body, ticks=4)
             lines_above = [*panel["title"], ""][:2]

@@ -80,13 +80,13 @@ def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
 
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
     """Add up rows, requests, tokens and seconds of each setting."""
-    found = []
+    matches = []
     for arm in ARMS:
         costs = [cost_of(row) for row in results.rows if row.arm == arm]
         if costs:
             read, written = sum(cost.read for cost in costs), sum(cost.written for cost in costs)
             seconds = sum(cost.seconds for cost in costs)
-            found.append(
+            matches.append(
                 ArmCost(
                     arm=arm,
                     rows=len(costs),
@@ -97,4 +97,4 @@ def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
                     rate=(read + written) / seconds if seconds and read + written else None,
                 )
             )
-    return tuple(found)
+    return tuple(matches)

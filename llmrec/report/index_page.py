@@ -64,11 +64,11 @@ def write(content: IndexPage, path: Path) -> Path:
 
 def html_page(content: IndexPage) -> str:
     """Render the page."""
-    found = content.found
+    result = content.found
     nonce = hashlib.sha256(json.dumps(asdict(content)).encode()).hexdigest()[:32]
     return environment().get_template("index.html.j2").render(
-        page=content, found=found, nonce=nonce, plotted=index_plots.pictures(found), style=style(),
-        sentence=index_summary.sentence(found), figures=index_summary.key_figures(found),
+        page=content, found=result, nonce=nonce, plotted=index_plots.pictures(result), style=style(),
+        sentence=index_summary.sentence(result), figures=index_summary.key_figures(result),
         level_title=index_summary.level_title,
         groups={length: tuple(entry) for length, entry in groupby(content.groups, key=lambda group: group.length)},
     )  # fmt: skip

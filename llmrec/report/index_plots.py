@@ -89,9 +89,9 @@ def usage(panels: list[Usage], width: float) -> Canvas:
     columns = math.ceil(len(panels) / deep)
     one = (across - gap * (columns - 1)) / columns
     canvas = Canvas(width=width, height=deep * (head + body + foot) + 18)
-    for place, panel in enumerate(panels):
-        left = _LEFT + (place % columns) * (one + gap)
-        upper = (place // columns) * (head + body + foot) + head
+    for index, panel in enumerate(panels):
+        left = _LEFT + (index % columns) * (one + gap)
+        upper = (index // columns) * (head + body + foot) + head
         # Each token is as wide as one rank; unused ones leave room at the right.
         along = Scale(low=0.5, high=panel["available"] + 0.5, start=left, end=left + one)
         rise = Scale(low=0.0, high=1.05 * max(panel["counts"]), start=upper + body, end=upper)
@@ -107,13 +107,13 @@ def usage(panels: list[Usage], width: float) -> Canvas:
 def _steps(canvas: Canvas, panel: Usage, along: Scale, rise: Scale) -> None:
     """Draw ranks of one count as one box, so that a level of many tokens stays small."""
     start = 0
-    for place, count in enumerate(panel["counts"], 1):
-        if place == len(panel["counts"]) or panel["counts"][place] != count:
-            ranks = f"rank {start + 1}" if place == start + 1 else f"ranks {start + 1} to {place}"
+    for index, count in enumerate(panel["counts"], 1):
+        if index == len(panel["counts"]) or panel["counts"][index] != count:
+            ranks = f"rank {start + 1}" if index == start + 1 else f"ranks {start + 1} to {index}"
             title = f"{ranks}: {count} items each, {100 * count / panel['items']:.2g} %"
-            left, right = along(start + 0.5), along(place + 0.5)
+            left, right = along(start + 0.5), along(index + 0.5)
             canvas.box(left, rise(count), right - left, rise(0.0) - rise(count), "bar", title=title)
-            start = place
+            start = index
 
 
 def branching(panels: list[Branching], width: float) -> Canvas:
@@ -123,9 +123,9 @@ def branching(panels: list[Branching], width: float) -> Canvas:
     across = width - _LEFT - _RIGHT
     one = (across - gap * (columns - 1)) / columns
     canvas = Canvas(width=width, height=math.ceil(len(panels) / columns) * (head + body + foot))
-    for place, panel in enumerate(panels):
-        left = _LEFT + (place % columns) * (one + gap)
-        upper = (place // columns) * (head + body + foot) + head
+    for index, panel in enumerate(panels):
+        left = _LEFT + (index % columns) * (one + gap)
+        upper = (index // columns) * (head + body + foot) + head
         along = Scale(low=-0.25, high=panel["x"][-1] + 0.25, start=left, end=left + one)
         rise = spanning([*panel["mean"], *panel["most"]], upper + body, upper)
         canvas.left(rise, left, along.end, ticks=5)

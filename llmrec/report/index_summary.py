@@ -125,8 +125,8 @@ def line(run_dir: Path) -> str:
 
 
 def _damaged(path: Path, error: Exception) -> DataError:
-    said = f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew"
-    return DataError(said, kind="damaged", at=path)
+    text = f"{path}: cannot be read ({flat(str(error))}); run the recipe again, which writes it anew"
+    return DataError(text, kind="damaged", at=path)
 
 
 def neighbours(run_dir: Path) -> tuple[Group, ...]:
@@ -137,7 +137,7 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
     """
     path = run_dir / FOLDER / NEIGHBOURS
     try:
-        found = json.loads(path.read_bytes()) if path.is_file() else []
+        result = json.loads(path.read_bytes()) if path.is_file() else []
         return tuple(
             Group(
                 length=int(group["length"]), prefix=str(group["prefix"]), said=str(group["said"]),
@@ -146,7 +146,7 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
                     for entry in group["entries"]
                 ),
             )
-            for group in found
+            for group in result
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise _damaged(path, error) from error

@@ -37,15 +37,15 @@ def marks(results: Results, task: str) -> dict[str, Mark]:
     control = best_baseline(results, task)
     rows = [row for row in results.rows if row.task == task]
     zero = {(row.predictor, row.template): row.id for row in rows if row.arm == "zero-shot"}
-    found: dict[tuple[str, str], Comparison] = {}
+    result: dict[tuple[str, str], Comparison] = {}
     for entry in results.comparisons:
         if entry.task == task and entry.metric == results.headline[task] and entry.verdict is not None:
-            found[entry.a, entry.b] = entry
-            found[entry.b, entry.a] = facing(entry, entry.b)
+            result[entry.a, entry.b] = entry
+            result[entry.b, entry.a] = facing(entry, entry.b)
     return {
         row.id: Mark(
-            zero_shot=found.get((row.id, zero.get((row.predictor, row.template), ""))),
-            baseline=found.get((row.id, control.id)) if control else None,
+            zero_shot=result.get((row.id, zero.get((row.predictor, row.template), ""))),
+            baseline=result.get((row.id, control.id)) if control else None,
         )
         for row in rows
         if row.arm != "baseline"
@@ -81,10 +81,10 @@ def exploratory(results: Results, task: str | None = None) -> list[Comparison]:
 
 def rule(results: Results) -> str:
     """Say in words when a difference is significant, and what is said of one that is not."""
-    found = planned(results)
-    if not found:
+    result = planned(results)
+    if not result:
         return ""
-    pairs = "the only planned comparison" if len(found) == 1 else f"all {len(found)} planned comparisons"
+    pairs = "the only planned comparison" if len(result) == 1 else f"all {len(result)} planned comparisons"
     return (
         f"Significantly better or worse: p, corrected by Holm's method over {pairs}, is at most .05. No significant "
         "difference: this run cannot tell, which does not mean equal. Each interval is at the level of its Holm step, "

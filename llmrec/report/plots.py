@@ -165,31 +165,31 @@ Plot = Differences | Forest | Bars | Lines | Positions | CostPlot
 
 def plots(results: Results) -> dict[str, Plot]:
     """Return every plot's data by the id of the element that holds it."""
-    found: dict[str, Plot] = {}
+    result: dict[str, Plot] = {}
     gains = differences(results)
     if gains["rows"]:
-        found["differences"] = gains
-    for place, task in enumerate(results.tasks, 1):
-        found[f"forest-{place}"] = forest(results, task)
+        result["differences"] = gains
+    for index, task in enumerate(results.tasks, 1):
+        result[f"forest-{index}"] = forest(results, task)
         for number_of, row in enumerate((row for row in results.standings(task) if row.fusion), 1):
-            found[f"weights-{place}-{number_of}"] = weights(row)
+            result[f"weights-{index}-{number_of}"] = weights(row)
         positions, cost = by_position(results, task), quality_by_tokens(results, task)
         if positions["panels"]:
-            found[f"positions-{place}"] = positions
+            result[f"positions-{index}"] = positions
         if cost:
-            found[f"cost-{place}"] = cost
+            result[f"cost-{index}"] = cost
     if results.training and results.training.log:
-        found["training-loss"] = losses(results)
-        found |= {f"training/{name}": figured(results.training, name) for name in results.training.figured}
+        result["training-loss"] = losses(results)
+        result |= {f"training/{name}": figured(results.training, name) for name in results.training.figured}
         if results.training.judged is not None:
-            found["training-ndcg"] = judged(results.training, results.training.judged)
+            result["training-ndcg"] = judged(results.training, results.training.judged)
         if any(line.reward is not None for line in results.training.log):
-            found["training-reward"] = rewards(results.training)
+            result["training-reward"] = rewards(results.training)
         if any(line.tokens_per_second is not None for line in results.training.log):
-            found["training-speed"] = speed(results)
+            result["training-speed"] = speed(results)
     if results.budget:
-        found["budget"] = budget(results)
-    return found
+        result["budget"] = budget(results)
+    return result
 
 
 def forest(results: Results, task: str) -> Forest:
@@ -226,11 +226,11 @@ def differences(results: Results) -> Differences:
 
     Families of one metric are drawn in its units; those of several as shares of the control's figure, in per cent.
     """
-    found = [summary.headline(results, task) for task in results.tasks]
-    found = [entry for entry in found if entry.difference is not None and entry.difference.value is not None]
-    metrics = {entry.metric for entry in found}
+    matches = [summary.headline(results, task) for task in results.tasks]
+    matches = [entry for entry in matches if entry.difference is not None and entry.difference.value is not None]
+    metrics = {entry.metric for entry in matches}
     unit = f"difference in {flat(*metrics)}" if len(metrics) == 1 else "difference, % of the control's figure"
-    rows = [_difference(entry, share=len(metrics) > 1) for entry in found]
+    rows = [_difference(entry, share=len(metrics) > 1) for entry in matches]
     turned = sorted(flat(metric) for metric in metrics if lower(metric))
     sides = f"better → ({listed(turned)} turned: lower is better)" if turned else "better →"
     return {"kind": "differences", "unit": unit, "sides": sides, "rows": [row for row in rows if row]}

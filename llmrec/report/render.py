@@ -109,9 +109,9 @@ def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None,
     return {
         "results": results, "reasons": reasons, "verdicts": verdicts, "summary": summaries.summary(results),
         "headlines": headlines, "question": summaries.question(results, headlines.values()),
-        "answers": {task: summaries.sentence(found) for task, found in headlines.items()},
-        "winner": {task: wording.winner_sentence(found) for task, found in verdicts.items()},
-        "tuning": {task: wording.tuning_sentence(found, results.rows) for task, found in verdicts.items()},
+        "answers": {task: summaries.sentence(result) for task, result in headlines.items()},
+        "winner": {task: wording.winner_sentence(result) for task, result in verdicts.items()},
+        "tuning": {task: wording.tuning_sentence(result, results.rows) for task, result in verdicts.items()},
         "signatures": facts.signatures(results), "arms": costs.cost_by_arm(results), "made": facts.made_data(results),
         "audit": audit, "audited": audit_sentence(audit) if audit is not None else "", "mend": fix,
     }  # fmt: skip
@@ -123,11 +123,11 @@ def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None,
 @functools.cache
 def environment() -> ImmutableSandboxedEnvironment:
     """Return the template engine of HTML; control characters are written out."""
-    found = ImmutableSandboxedEnvironment(
+    result = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: escape.visible(value) if type(value) is str else value,
     )  # fmt: skip
-    return _filled(found)
+    return _filled(result)
 
 
 @functools.cache
@@ -137,30 +137,30 @@ def markdown_engine(folder: Path = _HERE) -> ImmutableSandboxedEnvironment:
     Args:
         folder: Where the templates are.
     """
-    found = ImmutableSandboxedEnvironment(
+    result = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped(escape.cell),
     )  # fmt: skip
-    _filled(found)
-    found.globals.update(interval=_finished(wording.interval), ranged=_finished(wording.with_interval))
-    found.filters.update({name: _finished(write) for name, write in _FIGURES.items()})
-    found.filters.update(code=_finished(escape.code), fenced=_finished(escape.fenced), finished=Markup)
-    return found
+    _filled(result)
+    result.globals.update(interval=_finished(wording.interval), ranged=_finished(wording.with_interval))
+    result.filters.update({name: _finished(write) for name, write in _FIGURES.items()})
+    result.filters.update(code=_finished(escape.code), fenced=_finished(escape.fenced), finished=Markup)
+    return result
 
 
 @functools.cache
 def _latex() -> ImmutableSandboxedEnvironment:
     # LaTeX is full of braces, percent and hash signs.
-    found = ImmutableSandboxedEnvironment(
+    result = ImmutableSandboxedEnvironment(
         "<%", "%>", "<<", ">>", "<#", "#>", loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped(escape.tex),
     )  # fmt: skip
-    _filled(found)
-    found.filters.update(
+    _filled(result)
+    result.filters.update(
         number=_finished(lambda value: escape.tex(wording.number(value).replace("−", "-")).replace("-", "$-$")),
         breakable=_finished(lambda text: escape.tex(text).replace(r"\textbar{}", r"\textbar{}\allowbreak{}")),
     )
-    return found
+    return result
 
 
 def _escaped(form: Callable[[str], str]) -> Callable[[object], object]:

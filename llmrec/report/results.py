@@ -319,11 +319,11 @@ def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
     """
     path, fix = run_dir / "predictions.parquet", fix_for(run_dir)
     try:
-        found = sha256_of(path)
+        result = sha256_of(path)
     except OSError as error:
         kind: ErrorKind = "missing-file" if isinstance(error, FileNotFoundError) else "unreadable"
         raise DataError(f"{path}: cannot be read ({error.strerror}). {fix}", kind=kind, at=path) from None
-    if path.name in files and found != files[path.name]:
+    if path.name in files and result != files[path.name]:
         raise DataError(
             f"{path}: is not the file that results.json was written with, so it was changed. {fix}",
             kind="damaged",
@@ -375,7 +375,7 @@ def failure_reasons(
                 at=path,
             )
     return {
-        row_id: dict(sorted(found.items(), key=lambda pair: (-pair[1], pair[0]))) for row_id, found in reasons.items()
+        row_id: dict(sorted(result.items(), key=lambda pair: (-pair[1], pair[0]))) for row_id, result in reasons.items()
     }
 
 
@@ -384,15 +384,15 @@ _LONGEST = 20_000  # characters of one prompt or raw answer on the page
 
 def signatures(results: Results) -> dict[str, dict[str, list[str]]]:
     """Return each task's protocols, which all its rows share, with the metrics measured under them."""
-    found: dict[str, dict[str, list[str]]] = {}
+    result: dict[str, dict[str, list[str]]] = {}
     for task in results.tasks:
         for row in results.rows:
             for name, metric in row.metrics.items() if row.task == task else ():
                 protocol = metric.signature.removeprefix(f"{name}|")
-                names = found.setdefault(task, {}).setdefault(protocol, [])
+                names = result.setdefault(task, {}).setdefault(protocol, [])
                 if name not in names:
                     names.append(name)
-    return found
+    return result
 
 
 def made_data(results: Results) -> list[str]:

@@ -164,7 +164,7 @@ def contribution(results: Results, task: str) -> Comparison | None:
     Where there are several ensembles without it, the best of those that it was planned to be compared with.
     """
     metric, rows = results.headline[task], {row.id: row for row in results.rows}
-    places = {row.id: place for place, row in enumerate(results.standings(task))}
+    places = {row.id: index for index, row in enumerate(results.standings(task))}
     joined = {name for name in places if rows[name].fusion is not None}
     pairs = [
         facing(entry, entry.a if rows[entry.a].arm == "tuned" else entry.b)
@@ -194,10 +194,10 @@ def added(results: Results) -> str:
         return ""
     parts = []
     for task in results.tasks:
-        found = contribution(results, task)
-        if found is not None:
-            nothing = ", with weight 0" if unweighed(results, found.a) else ""
-            parts.append(f"{stated(found)} in {title(task)}{nothing}, {outcome(found.verdict)}")
+        result = contribution(results, task)
+        if result is not None:
+            nothing = ", with weight 0" if unweighed(results, result.a) else ""
+            parts.append(f"{stated(result)} in {title(task)}{nothing}, {outcome(result.verdict)}")
     if not parts:
         return "What the tuned model adds to an ensemble of the classic recommenders was not measured (eval.fusion)."
     return f"Added to the ensemble of the classic recommenders, the tuned model changes it by {'; by '.join(parts)}."
@@ -244,15 +244,15 @@ def brought(results: Results, task: str) -> str:
     row = served or next(iter(joined), None)
     if row is None:
         return ""
-    found = headline(results, task, row)
-    score, name = row.metrics[metric], found.names[0]
+    result = headline(results, task, row)
+    score, name = row.metrics[metric], result.names[0]
     reached = f"{metric} of {name} in {title(task)} is {with_interval(score.value, score.low, score.high)}"
     if row.users:
         reached += f" on {count(row.users)} test users"
-    if found.control is not None and found.difference is not None:
-        reached += f". {in_words(found.difference, *found.names)}: {stated(found.difference)}"
-    elif found.control is not None:
-        reached += f", that of {found.names[1]} {number(found.control.metrics[metric].value)}"
+    if result.control is not None and result.difference is not None:
+        reached += f". {in_words(result.difference, *result.names)}: {stated(result.difference)}"
+    elif result.control is not None:
+        reached += f", that of {result.names[1]} {number(result.control.metrics[metric].value)}"
     return " ".join(filter(None, (_choice(results, task), f"{reached}.", _parts(row, results))))
 
 
@@ -314,22 +314,23 @@ def _what_ran(results: Results) -> str:
 
 def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
     """Say in which tasks the planned comparison of the tuned with the zero-shot row came out how."""
-    tested = [found for found in verdicts if found.tuned and found.tuned.verdict is not None]
+    tested = [result for result in verdicts if result.tuned and result.tuned.verdict is not None]
     if not tested:
         return "No comparison of tuned with zero-shot rows was planned."
     names: tuple[Verdict, ...] = ("shown", "contradicted", "not shown")
     groups = {
-        name: [title(found.task) for found in tested if found.tuned and found.tuned.verdict == name] for name in names
+        name: [title(result.task) for result in tested if result.tuned and result.tuned.verdict == name]
+        for name in names
     }
     several = "the only task" if len(tested) == 1 else f"{len(tested)} tasks"
-    parts = [f"{outcome(name)} in {listed(found)}" for name, found in groups.items() if found]
+    parts = [f"{outcome(name)} in {listed(result)}" for name, result in groups.items() if result]
     return f"Tuned against zero-shot, over {several}: {'; '.join(parts)}."
 
 
 def _control_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    ahead = [found for found in verdicts if found.control_leads]
+    ahead = [result for result in verdicts if result.control_leads]
     if not ahead:
         return "No classic baseline is ahead of the best language-model row in any task."
-    named = [f"{title(found.task)} ({label(found.best)})" for found in ahead if found.best]
+    named = [f"{title(result.task)} ({label(result.best)})" for result in ahead if result.best]
     several = "the only task" if len(verdicts) == 1 else f"{len(ahead)} of {len(verdicts)} tasks"
     return f"A baseline is ahead of every language-model row in {several}: {listed(named)}."

@@ -71,10 +71,10 @@ def csv_text(results: Results | Mapping[str, Any]) -> str:
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
     """
-    found = results_of(results)
+    result = results_of(results)
     buffer = io.StringIO()
     # The line ending of RFC 4180.
-    write_rows(buffer, CSV_COLUMNS, _csv_rows(found), end="\r\n")
+    write_rows(buffer, CSV_COLUMNS, _csv_rows(result), end="\r\n")
     return buffer.getvalue()
 
 
@@ -143,9 +143,9 @@ def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
     """
-    found = results_of(results)
-    tables = [_task_table(found, task) for task in found.tasks]
-    return [*tables, _comparison_table(found)] if planned(found) else tables
+    result = results_of(results)
+    tables = [_task_table(result, task) for task in result.tasks]
+    return [*tables, _comparison_table(result)] if planned(result) else tables
 
 
 def plain(text: str, style: str = "") -> Text:
@@ -159,9 +159,9 @@ def _task_table(results: Results, task: str) -> Table:
     parsed = any(row.parse_rate is not None and row.parse_rate < 1 for row in results.standings(task))
     table = table_of(title(task), undefined(results, task))
     table.add_column("Row", overflow="fold")
-    for place, name in enumerate(names):
+    for index, name in enumerate(names):
         table.add_column(plain(name), justify="right", no_wrap=True)
-        if place == 0:
+        if index == 0:
             table.add_column("95 %", justify="right", no_wrap=True)
     if parsed:
         table.add_column("Parsed", justify="right", no_wrap=True)
@@ -172,11 +172,11 @@ def _task_table(results: Results, task: str) -> Table:
                 table.add_row(plain(KINDS[kind], "italic"))
             continue
         cells = [plain(label(row), "dim" if row.arm == "baseline" else "")]
-        for place, name in enumerate(names):
+        for index, name in enumerate(names):
             metric = row.metrics.get(name)
             value = metric.value if metric else None
             cells.append(Text(figure(metric), style="bold green" if value is not None and value == best[name] else ""))
-            if place == 0:
+            if index == 0:
                 cells.append(Text(interval(metric.low, metric.high) if metric else ""))
         table.add_row(*cells, *([Text(share(row.parse_rate))] if parsed else []))
     for missing in results.missing(task):

@@ -48,23 +48,23 @@ def metrics_table(results: Results) -> Table:
     firsts = {task: headline(results, task) for task in results.tasks}
     asks = any(row.arm != "baseline" for row in results.rows)
     arms = [arm for arm in _ARMS if any(row.arm == arm and alone(row) for row in results.rows)]
-    made = table_of("", [_legend(found.verdict for found in firsts.values() if found.difference)])
+    made = table_of("", [_legend(result.verdict for result in firsts.values() if result.difference)])
     made.title = None
     made.add_column("Task and metric", overflow="fold")
     for arm in arms or ["ensemble"]:
         made.add_column(arm.replace("-", "\n"), justify="right", no_wrap=True)
     made.add_column("best baseline" if asks else "best single", justify="right", overflow="fold")
     made.add_column("difference", justify="right", no_wrap=True)
-    for task, found in firsts.items():
-        metric = found.metric
-        own = [_best(results, task, arm) for arm in arms] if asks else [found.model]
+    for task, result in firsts.items():
+        metric = result.metric
+        own = [_best(results, task, arm) for arm in arms] if asks else [result.model]
         cells = [DASH if row is None else figure(row.metrics.get(metric)) for row in own]
-        control = found.control and f"{number(found.control.metrics[metric].value)}\n{flat(found.names[1])}"
+        control = result.control and f"{number(result.control.metrics[metric].value)}\n{flat(result.names[1])}"
         made.add_row(
             Text(f"{flat(title(task))}\n{flat(metric)}{', lower is better' if lower(metric) else ''}"),
             *map(Text, cells),
             Text(control or DASH),
-            _difference(found),
+            _difference(result),
         )
     return made
 
@@ -80,8 +80,8 @@ def _difference(found: Headline) -> Text:
     if entry is None:
         return Text(DASH)
     sign = SIGNS[entry.verdict] if entry.verdict else _OPEN
-    told = f"{sign} {number(entry.value, sign=True)}\n{interval(entry.low, entry.high, sign=True)}"
-    return Text(told, style=STYLES[outcome(entry.verdict)] if entry.verdict else "")
+    message = f"{sign} {number(entry.value, sign=True)}\n{interval(entry.low, entry.high, sign=True)}"
+    return Text(message, style=STYLES[outcome(entry.verdict)] if entry.verdict else "")
 
 
 def _legend(verdicts: Iterable[Verdict | None]) -> str:
@@ -95,12 +95,12 @@ def screen(results: Results) -> list[str]:
     Why tasks have no figure, what the model or the members contribute to an ensemble, what tuning did, and what makes
     the run exploratory.
     """
-    found = [verdict(results, task) for task in results.tasks]
+    matches = [verdict(results, task) for task in results.tasks]
     lines = [line for task in results.tasks for text in undefined(results, task) for line in wrapped(text)]
     if text := first_sentence(results):
         lines += wrapped(text)
-    if any(entry.tuned for entry in found):
-        lines += wrapped(tuning_tally(found))
+    if any(entry.tuned for entry in matches):
+        lines += wrapped(tuning_tally(matches))
     if warning := caution(results):
         lines += wrapped(warning)
     return lines
@@ -126,5 +126,5 @@ def wrapped(text: str, *, hang: int = 2) -> list[str]:
     """
     # A number stays beside its interval, and an interval in one piece.
     text = re.sub(r"\[(\S+), (\S+)\]", "[\\1,\N{NO-BREAK SPACE}\\2]", text)
-    found = textwrap.wrap(text, WIDTH, subsequent_indent=" " * hang, break_on_hyphens=False, break_long_words=False)
-    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in found]
+    result = textwrap.wrap(text, WIDTH, subsequent_indent=" " * hang, break_on_hyphens=False, break_long_words=False)
+    return [line.replace("\N{NO-BREAK SPACE}", " ") for line in result]

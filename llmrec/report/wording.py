@@ -75,13 +75,13 @@ def figure(metric: Metric | None) -> str:
 def undefined(results: Results, task: str) -> list[str]:
     """Say which figures of a task are not defined, of which rows and why."""
     rows = [row for row in results.rows if row.task == task]
-    found = [
+    matches = [
         (label(row), name, entry.undefined)
         for row in rows
         for name, entry in row.metrics.items()
         if entry.value is None
     ]
-    return undefined_lines(found, len(rows), results.headline[task])
+    return undefined_lines(matches, len(rows), results.headline[task])
 
 
 def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: str) -> list[str]:
@@ -240,13 +240,13 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
 
     Of the parameters one is enough where it tells all rows of the method apart.
     """
-    found: dict[str, str] = {}
+    result: dict[str, str] = {}
     for row in rows:
         alike = [entry for entry in rows if (entry.arm, entry.method) == (row.arm, row.method)]
         if row.arm != "baseline":
-            found[row.id] = label(row)
+            result[row.id] = label(row)
         elif len(alike) == 1:
-            found[row.id] = flat(row.method)
+            result[row.id] = flat(row.method)
         else:
             settings = [dict.fromkeys(_settings(entry)) for entry in alike]
             names = sorted({one.partition("=")[0] for entry in settings for one in entry})
@@ -255,8 +255,8 @@ def short_names(rows: Sequence[Row]) -> dict[str, str]:
             ]
             apart = next((entry for entry in columns if len({*entry}) == len(alike)), None)
             own = "" if apart is None else apart[alike.index(row)]
-            found[row.id] = flat(row.predictor if apart is None else f"{row.method}({own})" if own else row.method)
-    return found
+            result[row.id] = flat(row.predictor if apart is None else f"{row.method}({own})" if own else row.method)
+    return result
 
 
 def _settings(row: Row) -> list[str]:
@@ -337,12 +337,12 @@ def compared(results: Results, first: Row | None, other: Row | None) -> Comparis
     if first is None or other is None:
         return None
     ends, key = {first.id, other.id}, (first.task, results.headline[first.task])
-    found = [
+    matches = [
         facing(entry, first.id)
         for entry in results.comparisons
         if (entry.task, entry.metric) == key and {entry.a, entry.b} == ends
     ]
-    return min(found, key=lambda entry: entry.verdict is None, default=None)
+    return min(matches, key=lambda entry: entry.verdict is None, default=None)
 
 
 def verdict(results: Results, task: str) -> TaskVerdict:
@@ -361,7 +361,7 @@ def verdict(results: Results, task: str) -> TaskVerdict:
         if {arms[entry.a], arms[entry.b]} == {"tuned", "zero-shot"}
         and not any(results.row(end).fusion for end in (entry.a, entry.b))
     ]
-    order = {row.id: place for place, row in enumerate(results.standings(task))}
+    order = {row.id: index for index, row in enumerate(results.standings(task))}
     pairs.sort(key=lambda entry: (entry.verdict is None, order[entry.a], order[entry.b]))
     tuned = pairs[0] if pairs else None
     joined = len(rows) < len(every)
