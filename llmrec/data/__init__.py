@@ -1,1 +1,1 @@
-"""Interactions in, splits and candidate sets out; polars throughout, free of torch."""
+"""From interactions to splits and candidate sets; polars throughout, without torch."""

@@ -1,4 +1,4 @@
-"""From a source's interactions and table of items to a `Dataset`: checks, titles and further fields."""
+"""Builds a `Dataset` from a source's interactions and item table: checks, titles and further fields."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ log = logger(__name__)
 
 _PAIR = ["user_id", "item_id"]
 _ROW, _PART = "_row", "_part"
-# What tables write where there is no user, and the share of all rows that nobody has among so many users.
+# Values that tables write for a missing user, and the share of all rows that is suspicious for one of this many users.
 _NOBODY = ("na", "n/a", "nan", "null", "none", "nil", "unknown", "undefined", "anonymous", "guest", "-", "?")
 _LARGE, _SEVERAL = 0.2, 20
-# Ids that may look like another one.
+# Ids that may look like another id.
 _NOT_PLAIN = r"^\s|\s$|[^\x00-\x7f]"
 
 
@@ -48,22 +48,22 @@ def assemble(
     provenance: Mapping[str, str],
     parts: pl.Series | None = None,
 ) -> Dataset:
-    """Check interactions and bind them to their items.
+    """Check interactions and join them with their items.
 
     Args:
         section: The recipe's section.
-        table: Where the interactions were read; its rows are theirs, for messages.
+        table: The table that the interactions were read from, whose rows messages name.
         interactions: Columns of `llmrec.data.dataset.SCHEMA`; optional ones may be missing.
         items: Entries by item id; those without an interaction are dropped.
         users: Profiles by user id; those without an interaction are dropped.
         name: Short name of the data.
-        noun: What the source calls its items, where the recipe says nothing of its own.
-        scale: The source's own rating scale; the recipe's goes first, and what the data shows is last.
+        noun: The source's name for its items, used where the recipe sets none.
+        scale: The source's rating scale; that of the recipe takes precedence, and without either the data decides.
         provenance: See `Dataset`.
-        parts: The part of every row, as its place in `PARTS`, where the source has a split of its own.
+        parts: The index of each row's part in `PARTS`, if the source has its own split.
 
     Raises:
-        DataError: If a pair is repeated, a rating is off the scale, an item has no entry, or there is one item only.
+        DataError: If a pair is repeated, a rating is off the scale, an item has no entry, or there is only one item.
     """
     frame = conform(interactions).with_row_index(_ROW)
     frame = frame.with_columns(pl.lit(0, pl.Int8).alias(_PART) if parts is None else parts.alias(_PART))
@@ -113,7 +113,7 @@ def _short_ids(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
-    """Warn of a user who seems to stand for all those that are not known: by a word for nothing, or a large share."""
+    """Warn of a user id that seems to stand for all unknown users: a word for "missing", or a large share of rows."""
     names, result = codes(frame["user_id"])
     sizes = pl.DataFrame({"user_id": names, "count": np.bincount(result, minlength=len(names))})
     sizes = sizes.filter(pl.col("count") > 0)
@@ -128,7 +128,7 @@ def _one_for_many(table: Table, frame: pl.DataFrame) -> None:
 
 
 def _look_alike(table: Table, frame: pl.DataFrame) -> None:
-    """Warn of ids that differ only in what is not seen: blanks around them, invisible characters, composed letters."""
+    """Warn of ids that differ only invisibly: in surrounding blanks, invisible characters or composed letters."""
     for column in _PAIR:
         names, result = codes(frame[column])
         odd = names.filter(names.str.contains(_NOT_PLAIN))
@@ -137,7 +137,7 @@ def _look_alike(table: Table, frame: pl.DataFrame) -> None:
         alike = pl.DataFrame({"name": pl.concat([odd, plain]), "seen": pl.concat([seen, plain])}).unique()
         if alike["seen"].n_unique() == alike.height:
             continue
-        # Of codes not every value need occur.
+        # A coded column may have values that do not occur.
         alike = alike.filter(pl.col("name").is_in(names.gather(np.unique(result)).implode()))
         alike = alike.filter(pl.len().over("seen") > 1).sort("seen", "name")
         if not alike.is_empty():
@@ -172,7 +172,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
             f" repeats user {shown(user)} with item {shown(item)} of {where}{names} "
             f"({again.height} such rows); drop the repeats, or set data.duplicates=keep_last to keep {kept}",
         )
-    # What is held out first; then the latest in time; within one moment, and without timestamps, the last in the file.
+    # Held-out rows take precedence, then the latest; at equal times, and without timestamps, the last in the file.
     early = section.duplicates == "keep_first"
     ordered = several.sort(_PART, "timestamp", _ROW, descending=[False, early, early])
     result = ordered.unique(subset=_PAIR, keep="last", maintain_order=True)
@@ -184,7 +184,7 @@ def _without_repeats(section: DataSection, table: Table, frame: pl.DataFrame) ->
 
 
 def _summed(table: Table, frame: pl.DataFrame, found: pl.DataFrame) -> pl.DataFrame:
-    """Return rows with the sums of the ratings of their pairs in their own parts."""
+    """Return rows whose ratings are the sums over all rows of the same pair and part."""
     if frame["rating"].null_count() == frame.height:
         raise DataError.at(
             table.name,
@@ -217,7 +217,7 @@ def _all_known(table: Table, frame: pl.DataFrame, items: Mapping[str, Item]) -> 
 def _scale(
     section: DataSection, table: Table, frame: pl.DataFrame, scale: tuple[float, float] | None
 ) -> tuple[float, float] | None:
-    """Return the scale that the recipe or the source names; else it is that of the training ratings, see `scale_of`."""
+    """Return the scale of the recipe or the source; None without either, see `scale_of`."""
     named = section.rating_scale or scale
     if named is None or frame["rating"].drop_nulls().is_empty():
         return None
@@ -243,7 +243,7 @@ def _scale(
 
 @dataclass(frozen=True)
 class _Listing:
-    """A table whose rows are about items or users, and the id of each row."""
+    """A table with one item or user per row, and the id of each row."""
 
     table: Table
     own: pl.Series
@@ -251,7 +251,7 @@ class _Listing:
     first: bool = False
 
     def column(self, name: str) -> dict[str, str]:
-        """Return a column's text by id, without HTML; where rows disagree, the most frequent or a listing's last."""
+        """Return a column's text by id, without HTML; where rows differ, the most frequent one, or a listing's last."""
         if not self.unique:
             result = one_per_item(self.table, self.own, name)
         else:
@@ -264,8 +264,8 @@ class _Listing:
 def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, items: Table | None) -> dict[str, Item]:
     """Return the entries of all items that have interactions.
 
-    A column is taken from the table of items, and from the interactions if it is not there. Items that the
-    table of items lacks have no entry.
+    A column is taken from the item table or, if it is not there, from the interactions. Items that the item table lacks
+    have no entry.
 
     Args:
         section: The recipe's section.
@@ -300,9 +300,9 @@ def catalogue(section: DataSection, interactions: Table, item_ids: pl.Series, it
 def profiles(
     section: DataSection, interactions: Table, user_ids: pl.Series, users: Table | None
 ) -> dict[str, dict[str, str]]:
-    """Return the fields ``data.columns.user_fields`` by user; users without a value have no such field.
+    """Return the fields ``data.columns.user_fields`` by user, without empty values.
 
-    A column is taken from the table of users, and from the interactions if it is not there.
+    A column is taken from the user table or, if it is not there, from the interactions.
 
     Args:
         section: The recipe's section.
@@ -329,7 +329,7 @@ def profiles(
 
 def _listing(section: DataSection, listed: Table, kind: Literal["item", "user"]) -> _Listing:
     named = getattr(section.columns, kind)
-    # The item of an order is lines[].sku, and that of a table of products sku.
+    # The item of an order is lines[].sku; in a product table it is sku.
     named = leaf(named) if named not in listed.frame.columns and leaf(named) in listed.frame.columns else named
     column = find(listed, named, f"{kind}_id", f"data.columns.{kind}") or ""
     own = ids(listed, column)
@@ -363,9 +363,9 @@ def _source(listings: list[_Listing], column: str, setting: str) -> _Listing:
 
 
 def _titles(section: DataSection, listings: list[_Listing], known: list[str]) -> Mapping[str, str]:
-    """Return titles by item; empty where the source has no titles, so that ids stand in for them.
+    """Return titles by item; empty if the source has no titles, so that ids are used instead.
 
-    An id stands in for a title that is blank or HTML too, after a warning with their number.
+    An id also replaces a title that is blank or HTML, after a warning with the number of these.
     """
     column = section.columns.title or "title"
     for listing in listings:
@@ -401,7 +401,7 @@ def _titles(section: DataSection, listings: list[_Listing], known: list[str]) ->
 
 
 def write_items(items: Mapping[str, Item], path: Path) -> None:
-    """Write a catalogue as `read_items` reads it: item_id, title, and one column a field."""
+    """Write a catalogue in the format of `read_items`: item_id, title and one column per field."""
     names = sorted({name for item in items.values() for name in item.fields} - {"item_id", "title"})
     columns: dict[str, list[str | None]] = {
         "item_id": list(items),
@@ -414,10 +414,10 @@ def write_items(items: Mapping[str, Item], path: Path) -> None:
 def read_items(path: Path) -> dict[str, Item]:
     """Read a table with the columns ``item_id`` and ``title``; every other column is a field.
 
-    An item with a blank title stays in the table: whoever needs its text finds that there is none.
+    An item with a blank title stays in the table; code that needs its text checks for this.
 
     Raises:
-        DataError: If the file cannot be read, a column is missing, or an id stands twice.
+        DataError: If the file cannot be read, a column is missing, or an id is repeated.
     """
     require_file(path, "check --items", "the table of items")
     table = read_table(path)
@@ -452,7 +452,7 @@ def read_items(path: Path) -> dict[str, Item]:
 
 
 def digest_items(items: Mapping[str, Item]) -> str:
-    """Return a SHA-256 over ids, titles and fields; the order of items does not matter."""
+    """Return a SHA-256 over ids, titles and fields, independent of the order of items."""
     return digest_strings(
         part
         for item_id, item in sorted(items.items())

@@ -1,8 +1,8 @@
-"""Stored candidate sets: each held-out item among sampled negatives, under one hash.
+"""Stored candidate sets: each held-out item with sampled negatives, under one hash.
 
-Sets are drawn once and stored, so that every predictor ranks the same items and a run can be repeated from the
-file alone. Random numbers come from SplitMix64 (Steele et al., OOPSLA 2014) keyed by the request's name: a set
-depends on nothing but the data, the seed and the request, and not on the version of a random library.
+Sets are drawn once and stored, so that every predictor ranks the same items and a run can be repeated from the file
+alone. Random numbers come from SplitMix64 (Steele et al., OOPSLA 2014) keyed by the request id: a set depends only on
+the data, the seed and the request, not on the version of a random number library.
 """
 
 from __future__ import annotations
@@ -32,15 +32,15 @@ _META = b"llmrec.candidates"
 
 @dataclass(frozen=True)
 class CandidateSets:
-    """Candidates of the requests of a split.
+    """The candidate sets of the requests of a split.
 
     Attributes:
-        kind: How negatives were drawn, ``uniform`` or ``popularity``, or by what all were retrieved.
-        count: Candidates of a request, the target included where they were drawn.
-        seed: The seed they were drawn with.
+        kind: How negatives were drawn, ``uniform`` or ``popularity``, or the retriever of all candidates.
+        count: Candidates per request, including the target if they were drawn.
+        seed: The seed of the draw.
         sets: Item ids by `request_id`, in the order in which predictors see them.
         digest: SHA-256 over all of the above.
-        users: Whose requests have sets; None: those of all users. A file does not say it.
+        users: Users whose requests have sets; None: all. Not stored in the file.
     """
 
     kind: str
@@ -54,11 +54,11 @@ class CandidateSets:
     def of(
         kind: str, count: int, seed: int, sets: Mapping[str, tuple[str, ...]], users: frozenset[str] | None = None
     ) -> CandidateSets:
-        """Return sets with their digest."""
+        """Return candidate sets with their digest."""
         return replace(_sets(kind, count, seed, sets), users=users)
 
     def save(self, path: Path) -> None:
-        """Write the sets as Parquet: columns request_id and candidates, the rest as metadata."""
+        """Write the sets as Parquet: columns request_id and candidates, with the rest as metadata."""
         names = sorted(self.sets)
         table = pa.table(
             {
@@ -72,10 +72,10 @@ class CandidateSets:
 
     @staticmethod
     def load(path: Path) -> CandidateSets:
-        """Read stored sets and check them against their digest.
+        """Read stored sets and verify their digest.
 
         Raises:
-            DataError: If the file is missing, is not a candidate file, or was changed.
+            DataError: If the file is missing, is not a candidate file, or was modified.
         """
         try:
             table = pq.read_table(path)
@@ -111,28 +111,28 @@ def draw(
     seed: int,
     users: frozenset[str] | None = None,
 ) -> CandidateSets:
-    """Draw the candidates of every held-out interaction of a split, or of those of some users.
+    """Draw the candidates of every held-out interaction of a split, or only of those of some users.
 
-    Negatives are items that the user has not touched; see `touched`. ``popularity`` draws them without replacement
-    with chances proportional to 1 + their number of *training* interactions. The order is shuffled, so that the
-    target's position is uniform.
+    Negatives are items that the user has not interacted with; see `touched`. ``popularity`` draws them without
+    replacement, with probabilities proportional to 1 + the number of *training* interactions. The order is shuffled, so
+    that the target's position is uniform.
 
     Args:
         data: The split data.
         split: ``valid`` or ``test``.
         section: The recipe's ``eval.candidates``.
         seed: The run's seed.
-        users: Whose; None: those of all. A set does not depend on which others are drawn.
+        users: Users to draw for; None: all. A set does not depend on the other users drawn.
 
     Raises:
-        DataError: If some user leaves fewer untouched items than are asked for.
+        DataError: If a user has too few items left to draw negatives from.
     """
     catalogue = sorted(data.dataset.items)
     place = {item: index for index, item in enumerate(catalogue)}
     weights = _weights(data, place, section.kind)
     total = np.cumsum(weights)
     had = touched(data, split)
-    # Items that were filtered out have a name and no place, and nobody has touched them.
+    # Filtered items have a name but no index, and no user has interacted with them.
     placed = np.array([place.get(name, -1) for name in had.names])
     sets: dict[str, tuple[str, ...]] = {}
     for held in data.holdouts(split).of(users):
@@ -153,7 +153,7 @@ def draw(
 
 
 class Touched(Mapping[str, frozenset[str]]):
-    """The items of every user, in columns: four bytes a row."""
+    """The items of every user, as columns with four bytes per row."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
         users, rows = codes(frame["user_id"])
@@ -163,7 +163,7 @@ class Touched(Mapping[str, frozenset[str]]):
         self._runs = Runs(users, rows)
 
     def places(self, user: str) -> NDArray[np.integer]:
-        """Return the places of a user's items among ``names``, one for each row."""
+        """Return the indices of a user's items in ``names``, one per row."""
         return self._items[self._runs.of(user)]
 
     def __getitem__(self, user: str) -> frozenset[str]:
@@ -180,10 +180,10 @@ class Touched(Mapping[str, frozenset[str]]):
 
 
 def touched(data: SplitDataset, split: SplitName) -> Touched:
-    """Return by user the items that are no negatives of a split's requests.
+    """Return, by user, the items that are excluded from the negatives of a split's requests.
 
-    For ``test`` these are the items of all splits. For ``valid`` those of test are not among them: what is chosen on
-    validation would else depend on which items are tested, an item that is never a negative.
+    For ``test`` these are the items of all splits. For ``valid`` they exclude those of test: otherwise choices made on
+    validation would depend on the test items, because these would never be negatives.
     """
     frames = (data.train, data.known, data.valid) if split == "valid" else (data.dataset.interactions,)
     return Touched(pl.concat([frame.select("user_id", "item_id") for frame in frames if frame.height] or [frames[0]]))
@@ -192,15 +192,15 @@ def touched(data: SplitDataset, split: SplitName) -> Touched:
 def draw_among(
     targets: Mapping[str, str], groups: Mapping[str, str], *, count: int, seed: int, kind: str
 ) -> CandidateSets:
-    """Draw candidates from a few items alone, uniformly.
+    """Draw candidates uniformly from a given set of items.
 
     Args:
         targets: The target of every request, by the request's id.
-        groups: The items to draw from, targets included, and a group each: items of the target's own group are not
-            drawn, since nobody could tell them from it.
-        count: Candidates of a request, the target included.
+        groups: The items to draw from, targets included, with a group each. Items of the target's group are not drawn,
+            because they cannot be told apart from it.
+        count: Candidates per request, the target included.
         seed: The run's seed.
-        kind: Name of these candidates.
+        kind: Name of this kind of candidates.
 
     Raises:
         DataError: If there are too few items.
@@ -234,10 +234,10 @@ def _weights(data: SplitDataset, place: Mapping[str, int], kind: str) -> NDArray
 def _negatives(
     numbers: _Numbers, weights: NDArray[np.uint64], total: NDArray[np.uint64], banned: set[int], need: int
 ) -> list[int]:
-    """Draw ``need`` different items outside ``banned``, one after the other with chances by weight."""
+    """Draw ``need`` different items outside ``banned``, one after another with probabilities by weight."""
     taken: dict[int, None] = {}
-    # Throwing away what is banned or already drawn leaves the chances among the rest as they should be. Where that
-    # would go on for long, the rest is listed and drawn from directly, which is the same distribution.
+    # Rejecting banned and already drawn items leaves the probabilities of the rest correct. Where this would take long,
+    # the rest is listed and sampled directly, which gives the same distribution.
     for _ in range(4):
         places = np.searchsorted(total, numbers.below(total[-1], 2 * need + 8), side="right")
         for index in places.tolist():

@@ -1,4 +1,4 @@
-"""Delimited files as they are written: cells that no spreadsheet runs as a formula, and the ids read back from them."""
+"""Writes delimited files whose cells no spreadsheet runs as a formula, and reads ids back from them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import TextIO
 
 import polars as pl
 
-# A spreadsheet takes a cell that starts so for a formula; the last four are the full-width forms. What may be trimmed
-# before it looks (space, controls, characters without a width) counts as not there. Apostrophes before it are those of
-# an earlier writer, and get one more, so that taking one away gives back what was written. Python and polars read it.
+# A spreadsheet treats a cell that starts like this as a formula; the last four characters are the full-width forms.
+# Leading characters that it may trim first (space, controls, zero-width characters) are skipped. Apostrophes before
+# them come from an earlier writer and get one more, so that removing one restores the original. Python and polars read
+# this expression.
 _FORMULA = "'*(?:[\\t\\r\\n]|[\\s\\x00-\\x1f\\x7f-\\x9f\u200b-\u200f\u2060\ufeff]*[=+\\-@＝＋－＠])"
 _GUARDED = re.compile(_FORMULA)
 
@@ -33,30 +34,30 @@ def cell(value: object) -> str:
 
 
 def unguarded(texts: pl.Series) -> pl.Series:
-    """Return texts of cells without the apostrophe that `cell` put before them."""
+    """Return the texts of cells without the apostrophe that `cell` adds."""
     return texts.str.replace(f"^'({_FORMULA})", "${1}")
 
 
 def write_rows(
     stream: TextIO, header: Sequence[str], rows: Iterable[Iterable[object]], *, separator: str = ",", end: str = "\n"
 ) -> None:
-    """Write a header and rows; every delimited file that others may open in a spreadsheet is written with this.
+    """Write a header and rows; used for every delimited file that may be opened in a spreadsheet.
 
     Args:
-        stream: Text, opened with ``newline=""``.
+        stream: Text stream, opened with ``newline=""``.
         header: Names of the columns.
-        rows: Values, one a column.
-        separator: Between cells.
-        end: Of a row.
+        rows: Values, one per column.
+        separator: Separator between cells.
+        end: End of a row.
     """
-    # Python before 3.13 quotes a lone carriage return only where rows end in one.
+    # Before version 3.13, Python quotes a lone carriage return only if the line terminator has one.
     writer = csv.writer(_Rows(stream, end), delimiter=separator, lineterminator="\r\n")
     writer.writerow(header)
     writer.writerows([cell(value) for value in row] for row in rows)
 
 
 class _Rows:
-    """Takes whole rows of a `csv.writer`, and ends them as wanted."""
+    """File object for a `csv.writer`, which receives whole rows and writes them with another line end."""
 
     def __init__(self, stream: TextIO, end: str) -> None:
         self._stream, self._end = stream, end

@@ -1,4 +1,4 @@
-"""The data of one experiment: who interacted with what, what items are called, and which interactions are kept."""
+"""The data of one experiment: interactions, items, users, and the filter of interactions."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ SCHEMA: Mapping[str, pl.DataType] = {
     "timestamp": pl.Float64(),
     "text": pl.String(),
 }
-"""The interaction columns. The last three may hold nulls; a column that is null throughout was not in the source.
+"""The interaction columns. The last three may have nulls; a column with nulls only was not in the source.
 
-In a `Dataset` and its split ids are coded (see `llmrec.data.read.codes`), and texts that are null throughout take no
-room.
+In a `Dataset` and its split, ids are coded (see `llmrec.data.read.codes`), and a text column of nulls takes no memory.
 """
 
 PARTS = ("train", "valid", "test")
-"""The parts of a split; of a pair that a source has in several, the last one counts."""
+"""The parts of a split; of a pair that a source has in several parts, the last one counts."""
 
 
 def conform(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the interaction columns of a frame in their order and types, ids coded; missing ones become nulls.
+    """Return the interaction columns of a frame in schema order and types, ids coded, with nulls for missing columns.
 
     Raises:
-        DataError: If user_id or item_id is missing or holds nulls, or a column has another type.
+        DataError: If user_id or item_id is missing or has nulls, or a column has another type.
     """
     for name in ("user_id", "item_id"):
         if name not in frame.columns:
@@ -66,14 +65,14 @@ def conform(frame: pl.DataFrame) -> pl.DataFrame:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Review:
-    """What a source knows of one interaction's review.
+    """The review of one interaction.
 
     Attributes:
         text: The whole review.
-        headline: What its writer put above it; empty: nothing.
-        phrases: Keyphrases of its text alone, best first.
-        feature: The keyphrase that it is about, chosen by `llmrec.data.derived`; empty: none.
-        sentence: The sentence of it that holds the feature.
+        headline: Its headline; empty if there is none.
+        phrases: Keyphrases of its text, best first.
+        feature: The keyphrase that it is about, chosen by `llmrec.data.derived`; empty if there is none.
+        sentence: The sentence that contains the feature.
     """
 
     text: str
@@ -85,12 +84,12 @@ class Review:
 
 @dataclass(frozen=True)
 class GivenSplit:
-    """What a source itself holds out.
+    """The source's own split.
 
     Attributes:
-        valid: Held-out (user_id, item_id) pairs for choosing.
-        test: Held-out pairs for reporting.
-        history_only: Users whose other events are shown as history and never learned from.
+        valid: Held-out (user_id, item_id) pairs for validation.
+        test: Held-out (user_id, item_id) pairs for testing.
+        history_only: Users whose other events are shown as history but never used for training.
     """
 
     valid: frozenset[tuple[str, str]]
@@ -105,15 +104,15 @@ class Dataset:
     Attributes:
         name: Short name, such as ``movielens-100k``.
         noun: What the items are called in prompts, in the plural.
-        interactions: Columns of `SCHEMA`, in file order. Where there are no timestamps, this order is the time order.
+        interactions: Columns of `SCHEMA`, in file order. Without timestamps, this order is the time order.
         items: The catalogue: exactly one entry for every item that has an interaction.
         users: Profile fields by user; may be empty.
-        rating_scale: Lowest and highest rating, as the recipe or the source names them; None where neither does, and
-            without ratings. What held-out ratings show is no scale: `llmrec.data.split.scale_of` takes training's.
-        provenance: Where the data came from: source, path, sha256, rows, made ("yes" or "no"), licence.
-        given: The source's own split, which ``data.split.kind=given`` takes; None where it has none.
-        reviews: Reviews by (user_id, item_id), held-out ones included; empty where the source has none.
-        derives: What the source lacks and a split makes up from its training reviews: ``titles``, ``names``.
+        rating_scale: Lowest and highest rating, from the recipe or the source; None if neither sets them, or without
+            ratings. Held-out ratings never define the scale: `llmrec.data.split.scale_of` uses those of training.
+        provenance: Origin of the data: source, path, sha256, rows, made ("yes" or "no"), licence.
+        given: The source's own split, used by ``data.split.kind=given``; None if there is none.
+        reviews: Reviews by (user_id, item_id), including held-out ones; empty if the source has none.
+        derives: Parts that the source lacks and a split derives from its training reviews: ``titles``, ``names``.
     """
 
     name: str
@@ -140,25 +139,25 @@ class Dataset:
 
     @property
     def made(self) -> bool:
-        """Whether the project itself made this data."""
+        """Whether llmrec generated this data itself."""
         return self.provenance.get("made") == "yes"
 
     @property
     def has_time(self) -> bool:
-        """Whether there are timestamps; without them the row order is the time order."""
+        """Whether there are timestamps; without them, row order is time order."""
         return self.interactions["timestamp"].null_count() < self.interactions.height
 
     @cached_property
     def titles(self) -> Mapping[str, str]:
-        """Titles by item, cleaned as prompts write them."""
+        """Titles by item, cleaned as in prompts."""
         return {item_id: clean(item.title) for item_id, item in self.items.items()}
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over the content in canonical order.
 
-        The order of rows does not matter, unless there are no timestamps: then each user's order is content.
-        Provenance is left out, so that the same data from two places has one fingerprint.
+        The order of rows does not matter, except that without timestamps each user's order counts. Provenance is
+        excluded, so that the same data from two sources has one fingerprint.
         """
         frame = self.interactions
         if not self.has_time:
@@ -178,7 +177,7 @@ class Dataset:
         return digest_strings([self.noun, repr(self.rating_scale), repr(self.has_time), *parts, *self._told()])
 
     def restrict(self, interactions: pl.DataFrame) -> Dataset:
-        """Return the dataset with these interactions only; items and users without any are dropped."""
+        """Return the dataset with only these interactions, without items and users that have none."""
         kept_items = set(interactions["item_id"].unique())
         kept_users = set(interactions["user_id"].unique())
         return replace(
@@ -196,7 +195,7 @@ class Dataset:
         return {pair: review for pair, review in self.reviews.items() if pair in kept}
 
     def _told(self) -> list[str]:
-        """Return a hash over the reviews; nothing where there are none, so that other data keep their fingerprint."""
+        """Return a hash over the reviews; empty without any, so that the fingerprint of other data does not change."""
         if not self.reviews:
             return []
         message = ((*pair, json.dumps(astuple(review))) for pair, review in sorted(self.reviews.items()))
@@ -204,7 +203,7 @@ class Dataset:
 
 
 def _in_canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return rows by user and item; where a pair stands twice, by the other columns too."""
+    """Return rows sorted by user and item, and for repeated pairs by the other columns."""
     keys = pairs(frame["user_id"], frame["item_id"])
     order = np.argsort(keys)
     keys = keys[order]
@@ -212,14 +211,14 @@ def _in_canonical_order(frame: pl.DataFrame) -> pl.DataFrame:
 
 
 def core(interactions: pl.DataFrame, *, user_core: int, item_core: int) -> pl.DataFrame:
-    """Return the largest part in which every user and every item has enough interactions.
+    """Return the largest subset in which every user and every item has enough interactions (k-core).
 
-    Users and items are dropped in turn until nothing changes, so the result does not depend on who goes first.
+    Users and items are dropped alternately until nothing changes, so the result does not depend on the order.
 
     Args:
         interactions: Rows with user_id and item_id.
-        user_core: Fewest interactions of a user.
-        item_core: Fewest interactions of an item.
+        user_core: Minimum interactions per user.
+        item_core: Minimum interactions per item.
     """
     while True:
         before = interactions.height
@@ -235,7 +234,7 @@ def apply(dataset: Dataset, section: Filter) -> Dataset:
     """Return the dataset with only the interactions that a recipe's filter keeps.
 
     Raises:
-        DataError: If ratings are filtered and there are none, or if nothing is left.
+        DataError: If the filter is by rating and there are no ratings, or if nothing is left.
     """
     rows = dataset.interactions
     if section.min_rating is not None:

@@ -1,10 +1,10 @@
-"""What a source of reviews lacks, made up from the training reviews of a split: titles, names, features, sentences.
+"""Derives what a review data set lacks from the training reviews of a split: titles, names, features, sentences.
 
-It is done after the split, and only what may be learned from speaks for it: a title made of all reviews of an item
-would hold the words of those that are held out. Of a held-out review, its own feature and sentence are chosen from
-its own text by the training reviews' vocabulary; they are its truth and go nowhere else.
+This is done after the split and from training reviews only: a title made from all reviews of an item would contain
+words of held-out reviews. The feature and sentence of a held-out review are chosen from its own text with the
+vocabulary of the training reviews; they are its ground truth and are not used elsewhere.
 
-Keyphrases (`llmrec.data.derived`) are cached on disk. The phrases of a review depend on that review alone.
+Keyphrases (`keyphrases`) are cached on disk. The phrases of a review depend only on that review.
 """
 
 from __future__ import annotations
@@ -33,21 +33,20 @@ if TYPE_CHECKING:
 
 # --------------------------------------------------------------------------- keyphrases
 
-# Keyphrases of one text, after YAKE (Campos et al., Information Sciences 509, 2020), written from the paper.
+# Keyphrases of one text, after YAKE (Campos et al., Information Sciences 509, 2020), implemented from the paper.
 #
-# A term counts by its case, its place, its frequency, how many neighbours it has, and in how many sentences it
-# stands; a phrase by its terms and how often they stand together. No training and no corpus, so that the phrases
-# of a text depend on that text alone.
+# A term is scored by its case, position, frequency, number of different neighbours and number of sentences; a phrase by
+# its terms and its frequency. There is no training and no corpus, so the phrases of a text depend only on that text.
 
 
 VERSION = 1
-"""Of the phrases that a text has; it stands in the key of what is kept on disk."""
+"""Version of the keyphrase extraction; part of the cache key."""
 
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+|\n+")
-# What no phrase goes across.
+# Boundaries of phrases.
 _BREAK = re.compile(r"[^\w\s'’&-]+|\s[-&]+\s|--+")
 _TERM = re.compile(r"\w+(?:['’&-]\w+)*")
-# Shorter ones, and numbers, are part of no phrase.
+# Shorter terms, and numbers, are not part of any phrase.
 _SHORTEST = 3
 _FUNCTION_WORDS = (
     "a about above after again against all almost alone along already also although always am among an and another "
@@ -74,9 +73,9 @@ def extract(text: str, *, words: int, most: int, alike: float) -> list[tuple[flo
 
     Args:
         text: The text.
-        words: Most words of a phrase.
-        most: How many phrases at most.
-        alike: Share of equal letters from which on two phrases are one.
+        words: Maximum words per phrase.
+        most: Maximum number of phrases.
+        alike: Share of equal letters from which two phrases count as the same.
     """
     chunks = list(_chunks(text))
     scores = _term_scores(chunks)
@@ -99,7 +98,7 @@ def extract(text: str, *, words: int, most: int, alike: float) -> list[tuple[flo
 
 
 def _chunks(text: str) -> Iterator[tuple[int, list[str]]]:
-    """Yield runs of terms between punctuation, with the number of their sentence."""
+    """Yield runs of terms between punctuation marks, with the number of their sentence."""
     sentences = [sentence for sentence in _SENTENCE_END.split(text) if sentence.strip()]
     for number, sentence in enumerate(sentences):
         for part in _BREAK.split(sentence):
@@ -108,7 +107,7 @@ def _chunks(text: str) -> Iterator[tuple[int, list[str]]]:
 
 
 def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float]:
-    """Return the score of every term that a phrase may hold: equation 6 of the paper, from its equations 1 to 5."""
+    """Return the score of every term that a phrase may contain: equation 6 of the paper, from its equations 1 to 5."""
     times: Counter[str] = Counter()
     capitals: Counter[str] = Counter()
     acronyms: Counter[str] = Counter()
@@ -123,7 +122,7 @@ def _term_scores(chunks: Sequence[tuple[int, Sequence[str]]]) -> dict[str, float
             sentences[key].add(number)
             if len(term) > 1 and term.isupper():
                 acronyms[key] += 1
-            # A sentence begins with a capital, whatever the word.
+            # The first word of a sentence is always capitalised.
             elif term[0].isupper() and number in begun:
                 capitals[key] += 1
             begun.add(number)
@@ -152,7 +151,7 @@ def _usable(term: str) -> bool:
 
 
 def _phrase_score(scores: Sequence[float], times: int) -> float:
-    """Return the score of a phrase, equation 7."""
+    """Return the score of a phrase (equation 7)."""
     return math.prod(scores) / (times * (1 + sum(scores)))
 
 
@@ -162,15 +161,15 @@ def _similar(one: str, other: str, alike: float) -> bool:
 
 
 NAMES, TITLES = "names", "titles"
-# Phrases of a title; where two items have the same ones, up to as many as the second number.
+# Phrases in a title; for items with the same phrases, up to the second number.
 _IN_TITLE, _MOST_IN_TITLE = 3, 6
-# A phrase of fewer training reviews is one writer's turn of words and no feature.
+# A phrase of fewer training reviews is one writer's expression, not a feature.
 _LEAST = 3
-# Shorter ones say little more than the feature; longer ones are no answer to "why, in one sentence?".
+# Shorter sentences say little more than the feature; longer ones do not answer "why, in one sentence?".
 _SENTENCE = (4, 40)
 _SENTENCES = re.compile(r"(?<=[.!?])(?=\s|[A-Z])|\n+")
 _WORD = re.compile(r"\w+")
-# What reviews say of everything. A feature is something that an item has, and these are opinions, deeds and times.
+# Words in reviews of any item. Features are properties of an item; these are opinions, actions and times.
 _OPINIONS = (
     "good great nice best better excellent perfect awesome amazing wonderful fantastic decent fine bad worse worst "
     "poor terrible cheap love loved loves like liked likes hate recommend recommended happy pleased disappointed worth "
@@ -186,12 +185,12 @@ _LAST = ("n", "s", "r", "l", "na", "ra", "ro", "lin", "tan", "vel", "dor", "mi",
 
 
 def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
-    """Return a dataset of reviews with what its source lacks; other datasets as they are.
+    """Return a review data set with its missing parts derived; other data sets unchanged.
 
     Args:
-        dataset: Before or after an earlier derivation; what that made is made again.
-        train: The interactions that may be learned from.
-        seed: Of the run; pseudonyms depend on it.
+        dataset: The data set. The parts of an earlier derivation are derived again.
+        train: The training interactions.
+        seed: The run's seed, which pseudonyms depend on.
     """
     if not dataset.reviews:
         return dataset
@@ -208,7 +207,7 @@ def derived(dataset: Dataset, train: pl.DataFrame, *, seed: int) -> Dataset:
 
 
 def sentences(text: str) -> list[str]:
-    """Return a text's sentences: cut at line ends, and behind a full stop, question mark or exclamation mark."""
+    """Return a text's sentences, split at line ends and after full stops, question marks and exclamation marks."""
     return [sentence for part in _SENTENCES.split(text) if (sentence := " ".join(part.split()))]
 
 
@@ -218,7 +217,7 @@ def _opinion(phrase: str) -> bool:
 
 
 def _about(review: Review, known: Collection[str]) -> Review:
-    """Choose the best keyphrase that training knows and that a sentence of fair length holds, and this sentence."""
+    """Return a review with its feature (the best training phrase in a suitable sentence) and that sentence."""
     low, high = _SENTENCE
     fair = [sentence for sentence in sentences(review.text) if low <= len(_WORD.findall(sentence)) <= high]
     for phrase in review.phrases:
@@ -235,7 +234,7 @@ def _about(review: Review, known: Collection[str]) -> Review:
 
 
 def _titled(dataset: Dataset, taught: Sequence[tuple[str, str]], counts: Mapping[str, int]) -> dict[str, Item]:
-    """Give every item its most telling phrases as a title; an item without a training review keeps its id."""
+    """Return every item with its most distinctive phrases as title; an item without training reviews keeps its id."""
     own: dict[str, Counter[str]] = defaultdict(Counter)
     for pair in taught:
         own[pair[1]].update(dataset.reviews[pair].phrases)
@@ -250,9 +249,9 @@ def _titled(dataset: Dataset, taught: Sequence[tuple[str, str]], counts: Mapping
 
 
 def _telling(own: Mapping[str, int], counts: Mapping[str, int], reviews: int) -> Iterator[str]:
-    """Yield an item's phrases, best first: those of many of its reviews and few others, none with a word again."""
+    """Yield an item's distinctive phrases, best first: frequent in its reviews, rare in others, sharing no word."""
     usable = [phrase for phrase in own if not _opinion(phrase)]
-    # What one review alone says is taken where nothing else is left.
+    # Phrases of a single review are used only if no others are left.
     usable.sort(
         key=lambda phrase: (counts[phrase] < _LEAST, -own[phrase] * math.log(1 + reviews / counts[phrase]), phrase)
     )
@@ -273,7 +272,7 @@ def _shared(titles: Mapping[str, str]) -> list[str]:
 
 
 def pseudonyms(users: Sequence[str], *, seed: int) -> dict[str, str]:
-    """Return a made name for every user, all different, from a seeded hash of the user's id."""
+    """Return a unique made-up name for every user, from a seeded hash of the user's id."""
     names: dict[str, str] = {}
     taken: set[str] = set()
     for user in users:
@@ -297,12 +296,12 @@ def _name(number: int) -> str:
 log = logger(__name__)
 
 _WORDS, _MOST, _ALIKE = 2, 10, 0.9
-# Of a longer text the beginning speaks for the rest.
+# Longer texts are represented by their beginning.
 _LENGTH = 4000
 
 
 def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
-    """Return each text's keyphrases, in small letters, best first: at most 10, of one or two words."""
+    """Return each text's keyphrases in lower case, best first: at most 10, of one or two words."""
     settings = f"keyphrases {VERSION} {_WORDS} {_MOST} {_ALIKE} {_LENGTH}"
     path = cache_dir() / "keyphrases" / f"{digest_strings([settings, *texts])}.json"
     try:
@@ -310,7 +309,7 @@ def keyphrases(texts: Sequence[str]) -> list[tuple[str, ...]]:
         if len(results) == len(texts):
             return results
     except (OSError, ValueError, TypeError):
-        pass  # not made yet, or not to be read: made again
+        pass  # not cached or unreadable: extracted again
     if len(texts) > 1000:
         log.info("extracting keyphrases of %d reviews; this is done once", len(texts))
     results = [_of(text) for text in texts]

@@ -1,7 +1,7 @@
-"""What a feature store says of users and items, as fields of theirs that prompts show.
+"""Adds the texts of a feature store to users and items, as fields that prompts show.
 
-The text on a user becomes the profile and that on an item its field ``about``: data like any other field, so that it is
-cleaned before a model reads it and counts in the fingerprint of the data.
+A user's text becomes the field ``profile`` and an item's text the field ``about``. They are data like other fields:
+cleaned before a model reads them, and part of the fingerprint of the data.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from llmrec.recipe.schema import TextsSection
 from llmrec.types import Item
 
 ITEM_FIELD, USER_FIELD = "about", "profile"
-"""The field of an item, and that of a user, that hold what was written."""
+"""The field of an item and the field of a user that hold the text."""
 NAMED = 6
-"""Shorter titles ("Emma", "Heat") are words of many texts, and do not name an item where they stand in one."""
+"""Minimum length: shorter titles ("Emma", "Heat") are common words, so their occurrence in a text is not a mention."""
 _YEAR = re.compile(r"\s*\(\d{4}\)$")
 
 
 class Profile(str):
-    """A text on a user from a store: prompts show it in place of the user's other fields, as they do when serving."""
+    """A user's text from a feature store: prompts show it instead of the user's other fields, in serving as well."""
 
     __slots__ = ()
 
 
 def described(data: SplitDataset, section: TextsSection | None, held: frozenset[Pair] = frozenset()) -> SplitDataset:
-    """Return a split whose users and items have the texts of a store; without a section the split as it is.
+    """Return a split whose users and items have the texts of a store; unchanged without a section.
 
-    A text that names an item which is held out for its user is left out: all who stand beside each other, with texts
-    and without, are to be asked about the same users.
+    A user's text that names an item held out for this user is left out, while the user stays: models with and without
+    texts must be evaluated on the same users.
 
     Args:
         data: The split.
-        section: Which store, and what of it.
-        held: What another table of the same recipe holds out.
+        section: The store and the texts to use.
+        held: Pairs that another table of the same recipe holds out.
 
     Raises:
-        DataError: If there is no such store, its texts come from another split or have seen an interaction that is
-            learned from or held out here, it has none on these users and items, or such a field is there already.
+        DataError: If the store is missing, its texts come from another split or from an interaction that is trained on
+            or held out here, it has no texts on these users and items, or the field exists already.
     """
     if section is None:
         return data
@@ -81,7 +81,7 @@ def described(data: SplitDataset, section: TextsSection | None, held: frozenset[
 
 
 def names(text: str, title: str) -> bool:
-    """Whether a text names an item: in whatever case, and with or without the year that its title ends in."""
+    """Whether a text names an item, ignoring case, with or without the year at the end of the title."""
     whole = clean(title).casefold()
     bare = _YEAR.sub("", whole)
     message = bare if len(bare) >= NAMED else whole
@@ -91,7 +91,7 @@ def names(text: str, title: str) -> bool:
 
 
 def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str, str]]:
-    """Return the titles, long enough to name an item, of what is held out for some users: items by title, by user."""
+    """Return, by user, the held-out items by title, for titles long enough to name an item."""
     result: dict[str, dict[str, str]] = {}
     for user, item in sorted(pair for pair in data.held_out if pair[0] in users):
         title = data.dataset.titles.get(item, "")
@@ -101,7 +101,7 @@ def held_titles(data: SplitDataset, users: Container[str]) -> dict[str, dict[str
 
 
 def described_items(items: Mapping[str, Item], section: TextsSection | None) -> Mapping[str, Item]:
-    """Return items with the texts of a store, where a section names one that has any; errors as `described`."""
+    """Return items with the texts of a store, if the section names a store with item texts; errors as `described`."""
     store = None if section is None or section.sides == "user" else FeatureStore.open(section.path)
     if section is None or store is None or "item" not in store.kinds:
         return items
@@ -114,16 +114,16 @@ def described_items(items: Mapping[str, Item], section: TextsSection | None) -> 
 
 
 def profile_of(user: str, section: TextsSection) -> str:
-    """Return the text that prompts show of a user; nothing where the store has none, and of the control none."""
+    """Return the text that prompts show of a user; empty if the store has none, or for the shuffled control."""
     if section.sides == "item" or section.shuffled:
         return ""
-    # Opened for each user: a text that was corrected or erased meanwhile is no longer the old one.
+    # Opened for each user, so that a text corrected or erased in the meantime is not used.
     store = FeatureStore.open(section.path)
     return store.texts("user", [user]).get(user, "").strip() if "user" in store.kinds else ""
 
 
 def dealt_anew(names: Sequence[str]) -> dict[str, str]:
-    """Return the one whose place each takes in a control: around a circle in a drawn order, so that nobody stays."""
+    """Return a random cyclic permutation of names as a mapping, for the shuffled control: no name maps to itself."""
     drawn = np.random.default_rng(0).permutation(len(names))
     return {names[one]: names[two] for one, two in zip(drawn, np.roll(drawn, 1), strict=True)}
 
@@ -136,17 +136,17 @@ def refuse_seen(
     kind: FeatureKind = "user",
     held: frozenset[Pair] = frozenset(),
 ) -> None:
-    """Refuse features that know what is learned from or asked about: beside them stood their own answer.
+    """Reject features made from an interaction that is trained on or held out here, since they would leak the answer.
 
     Args:
-        path: Of the store, for the message.
+        path: Path of the store, for the message.
         store: The store.
         data: The split.
-        kind: Whose features.
-        held: What is held out beside this split's own.
+        kind: The kind of features.
+        held: Pairs held out in addition to those of this split.
 
     Raises:
-        DataError: If there is one; the message names a user and an item.
+        DataError: If there is such an interaction; the message names its user and item.
     """
     seen = store.seen(kind)
     if not seen:
@@ -166,7 +166,7 @@ def refuse_seen(
 
 
 def _texts(store: FeatureStore, kind: FeatureKind, ids: Iterable[str], *, shuffled: bool) -> dict[str, str]:
-    """Return the texts on these ids, or, dealt out anew, those of others of the store."""
+    """Return the texts on these ids or, if shuffled, those of other ids of the store."""
     of = dealt_anew(sorted(store.ids(kind))) if shuffled else {name: name for name in store.ids(kind)}
     asked = [name for name in ids if name in of]
     result = store.texts(kind, {of[name] for name in asked})

@@ -1,4 +1,4 @@
-"""Events of users in columns: numbers and codes of items lie in arrays, and `Event` objects are made when asked for."""
+"""Events of users, stored in columns as numbers and item codes; `Event` objects are created on request."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from llmrec.data.read.codes import Runs, codes
 from llmrec.types import Event
 
-# Events that are kept as objects, some 130 bytes each, since they are asked for again and again.
+# Events cached as objects of about 130 bytes, because they are requested repeatedly.
 _KEPT = 1_000_000
 
 
 class Events:
-    """The events of a frame by user. Items, ratings and times are the columns of the frame itself.
+    """The events of a frame by user. Items, ratings and times are the frame's own columns.
 
     Args:
-        frame: The columns of `llmrec.data.dataset.SCHEMA`; the rows of a user in their order in time.
+        frame: Columns of `llmrec.data.dataset.SCHEMA`, with each user's rows in time order.
     """
 
     def __init__(self, frame: pl.DataFrame) -> None:
@@ -37,12 +37,12 @@ class Events:
         self._held = 0
 
     def count(self, user: str) -> int:
-        """Return how many events a user has."""
+        """Return a user's number of events."""
         part = self._runs.of(user)
         return int(part.stop - part.start)
 
     def counts(self, *, rated: bool) -> Mapping[str, int]:
-        """Return how many events, or rated ones, each user has, by user in sorted order; 0 is left out."""
+        """Return the number of events, or of rated events, by user in sorted order, without zeros."""
         whole = np.ones(len(self._items), dtype=bool)
         kept = ~np.isnan(self._ratings) if self._ratings is not None else np.zeros_like(whole)
         sums = np.concatenate([[0], np.cumsum(kept if rated else whole)])
@@ -51,7 +51,7 @@ class Events:
         return dict(zip(self._runs.users.filter(present).to_list(), result[present].tolist(), strict=True))
 
     def of(self, user: str) -> tuple[Event, ...]:
-        """Return a user's events in order; none for a user without any."""
+        """Return a user's events in order; empty for an unknown user."""
         result = self._kept.get(user)
         if result is not None:
             self._kept.move_to_end(user)
@@ -83,5 +83,5 @@ class Events:
 
 
 def _numbers(series: pl.Series) -> NDArray[np.float64] | None:
-    """Return a column with NaN where it is null, which no finite number is; None if all of it is."""
+    """Return a column as floats with NaN for null; None if all values are null."""
     return None if series.null_count() == len(series) else series.cast(pl.Float64).fill_null(np.nan).to_numpy()
