@@ -1,6 +1,7 @@
-"""Features: vectors and texts of users or items that somebody made before, with what each of them has seen.
+"""Features: precomputed vectors and texts of users or items, with the interactions that they were made from.
 
-A store is a folder that a service can map and read without llmrec: docs/features.md has ten lines of numpy for it.
+A store is a folder that a service can memory-map and read without llmrec: docs/features.md shows it in ten lines of
+numpy.
 
     current           the name of the version that counts
     VERSION/meta.json           format, numbers of rows and columns, provenance
@@ -10,8 +11,8 @@ A store is a folder that a service can map and read without llmrec: docs/feature
     VERSION/features.sqlite     tables texts (kind, id, text) and seen (kind, id, user, item)
     VERSION/manifest.json       size and sha256 of each of these files
 
-A new version is written beside the one that counts and published by replacing ``current``: whoever has the old one open
-keeps it.
+A new version is written next to the current one and published by replacing ``current``: readers that have the old
+version open keep it.
 """
 
 from __future__ import annotations
@@ -39,24 +40,24 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FeatureKind = Literal["user", "item", "synthetic"]
-"""What features tell of: users, items, or, by the ids of users, synthetic items that a language model made up for them.
+"""What features describe: users, items, or synthetic items that a language model made up, under the ids of users.
 
-A synthetic item is a feature and nothing else: it is in no data set, and so in no split, candidate set or count."""
+A synthetic item is only a feature: it is not in the data set, and so not in any split, candidate set or count."""
 Pair = tuple[str, str]
-"""A user and an item."""
+"""A user id and an item id."""
 ANSWERS = "answers.sqlite"
-"""In a store that `llmrec augment` writes: what it asked and was told, until somebody is erased."""
+"""The prompts and answers of `llmrec augment` in the store that it writes, kept until a user is erased."""
 
 _FORMAT = 1
 _CURRENT, _META, _TEXTS, _LOCK = "current", "meta.json", "features.sqlite", ".lock"
-# Names of versions, and of drafts of them: nothing else in a folder is ever removed.
+# Names of versions and their drafts: nothing else in a folder is ever removed.
 _VERSION, _DRAFT = re.compile(r"[0-9a-f]{16}"), re.compile(r"\.[0-9a-f]{16}\.draft")
-# Ids are stored in fields of one width, so that a long one costs all others as much.
+# Ids are stored in fields of one width, so one long id makes all others as large.
 _WIDEST = 512
-# Versions that are kept for who has them open, the one that counts among them.
+# Versions kept for processes that have them open, including the current one.
 _KEPT = 2
 KINDS: tuple[FeatureKind, ...] = ("user", "synthetic", "item")
-"""In the order in which texts are written: a synthetic item may be written from the text on its user."""
+"""In the order in which texts are written: a synthetic item may be written from its user's text."""
 PLURALS: Mapping[FeatureKind, str] = {"user": "users", "synthetic": "synthetic items", "item": "items"}
 OF_PERSONS: tuple[FeatureKind, ...] = ("user", "synthetic")
 """Kinds whose ids are users."""
@@ -64,15 +65,15 @@ OF_PERSONS: tuple[FeatureKind, ...] = ("user", "synthetic")
 
 @dataclass(frozen=True, kw_only=True)
 class Provenance:
-    """Where features come from; equal provenance and equal ids give equal features.
+    """The origin of features; equal provenance and equal ids give equal features.
 
     Attributes:
-        system: What made them, such as ``kar``, or how they came here.
-        split: `SplitDataset.readable` of the split that was read; empty: of none, since no interaction was.
+        system: The method that made them, such as ``kar``, or how they were imported.
+        split: `SplitDataset.readable` of the split that was read; empty if no interactions were read.
         template: Hash of the prompts.
-        generator: Model, sampling and seed of what wrote the texts; empty where nothing was written.
-        encoder: Model, pooling and longest text of what made vectors of them.
-        version: Of llmrec.
+        generator: Model, sampling and seed of the generated texts; empty without any.
+        encoder: Model, pooling and maximum text length of the vectors.
+        version: Version of llmrec.
     """
 
     system: str
@@ -85,17 +86,17 @@ class Provenance:
 
 @dataclass(frozen=True)
 class Features:
-    """Vectors of some users or items, their texts, and the interactions that each text was written from.
+    """Vectors of users or items, with optional texts and the interactions that each text was written from.
 
     Attributes:
-        kind: What the ids name.
-        ids: Each once.
+        kind: The kind of the ids.
+        ids: Unique ids.
         vectors: Shape (n, d).
-        provenance: Where they come from.
-        texts: One an id, or none at all.
-        seen: The (user, item) pairs that the text of an id has seen, by id. A model that learns from such a pair beside
-            the text would trust the text too much.
-        fallback: What an id without features has, shape (d,); None: the mean of all.
+        provenance: Their origin.
+        texts: One per id, or empty.
+        seen: The (user, item) pairs that the text of an id was written from, by id. A model trained on such a pair with
+            the text would rely on the text too much.
+        fallback: The vector of an unknown id, shape (d,); None: the mean of all.
     """
 
     kind: FeatureKind
@@ -107,11 +108,11 @@ class Features:
     fallback: NDArray[np.floating[Any]] | None = None
 
     def __post_init__(self) -> None:
-        """Check that they go together.
+        """Check that the fields are consistent.
 
         Raises:
-            DataError: If an id stands twice or is too long, numbers are not finite, or lengths differ; or if ``seen``
-                names an id that is none, whose interactions nothing would then keep from a model.
+            DataError: If an id is repeated or too long, numbers are not finite, or lengths differ; or if ``seen`` has
+                an unknown id, whose interactions could then not be kept from a model.
         """
         of, shape = PLURALS[self.kind], self.vectors.shape
         if self.vectors.ndim != 2 or len(self.ids) != len(self.vectors):
@@ -145,7 +146,7 @@ class Features:
 
 @dataclass(frozen=True)
 class _Table:
-    """The features of one kind, mapped into memory."""
+    """The features of one kind, memory-mapped."""
 
     ids: NDArray[np.bytes_]
     vectors: NDArray[np.floating[Any]]
@@ -153,10 +154,10 @@ class _Table:
 
 
 class FeatureStore:
-    """Reads features from a folder, one row a look-up; safe to be read by many at once."""
+    """Reads features from a folder, by id; safe for concurrent reads."""
 
     def __init__(self, folder: Path, version: Path, meta: Mapping[str, Any]) -> None:
-        """Set up; use `open`."""
+        """Set up from an opened version; use `open`."""
         self.folder, self._version, self._meta = folder, version, meta
         self._tables: dict[str, _Table] = {
             kind: _Table(
@@ -169,14 +170,14 @@ class FeatureStore:
 
     @staticmethod
     def open(folder: str | Path, *, split: str | None = None) -> FeatureStore:
-        """Open the version that counts.
+        """Open the current version.
 
         Args:
             folder: The store.
-            split: `SplitDataset.readable` of the split that is at hand; None: whichever.
+            split: `SplitDataset.readable` of the split in use; None: any.
 
-        The first call in a process reads every file of the version, and compares it with its checksum; stores of before
-        there were checksums have none.
+        The first call in a process reads every file of the version and verifies its checksum; stores of older versions
+        have no checksums.
 
         Raises:
             DataError: If there is no store, it is damaged, or its texts were written from another split.
@@ -219,25 +220,25 @@ class FeatureStore:
 
     @property
     def kinds(self) -> tuple[FeatureKind, ...]:
-        """What it has features of."""
+        """The kinds of features in the store."""
         return tuple(kind for kind in KINDS if kind in self._tables)
 
     def provenance(self, kind: FeatureKind) -> Provenance:
-        """Return where the features of a kind come from."""
+        """Return the origin of the features of a kind."""
         return Provenance(**self._meta["kinds"][kind]["provenance"])
 
     @property
     def stamp(self) -> str:
-        """A hash over everything that is in it and where it comes from."""
+        """A hash over the content and its provenance."""
         text = json.dumps({"dtype": self._meta["dtype"], "kinds": self._meta["kinds"]}, sort_keys=True)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
     def width(self, kind: FeatureKind) -> int:
-        """Return the length of the vectors of a kind."""
+        """Return the dimension of the vectors of a kind."""
         return int(self._tables[kind].vectors.shape[1])
 
     def fallback(self, kind: FeatureKind) -> NDArray[np.floating[Any]] | None:
-        """Return what an unknown id has, where it was given; None where it is the mean of all."""
+        """Return the vector of unknown ids if it was given; None if it is the mean of all."""
         return None if self._meta["kinds"][kind]["fallback"] == "mean" else self._tables[kind].fallback
 
     def ids(self, kind: FeatureKind) -> list[str]:
@@ -245,14 +246,14 @@ class FeatureStore:
         return [name.decode() for name in self._tables[kind].ids.tolist()]
 
     def get(self, kind: FeatureKind, ids: Sequence[str]) -> tuple[NDArray[np.float32], NDArray[np.bool_]]:
-        """Look vectors up.
+        """Return the vectors of ids.
 
         Args:
-            kind: What the ids name.
-            ids: Any number of them, repetitions allowed.
+            kind: The kind of the ids.
+            ids: Ids, with repetitions allowed.
 
         Returns:
-            Vectors, shape (n, d), of unknown ids the fallback; and which ids are known, shape (n,).
+            Vectors, shape (n, d), with the fallback for unknown ids; and whether each id is known, shape (n,).
 
         Raises:
             DataError: If the store has nothing of this kind.
@@ -263,11 +264,11 @@ class FeatureStore:
         if not ids or not len(table.ids):
             return np.tile(table.fallback.astype(np.float32), (len(ids), 1)), np.zeros(len(ids), dtype=bool)
         asked = np.array([name.encode() for name in ids], dtype=np.bytes_)
-        # In fields of another width all stored ids would be copied; what is longer than all of them is none of them.
+        # Fields of another width would copy all stored ids; an id longer than all of them is unknown.
         short = np.char.str_len(asked) <= table.ids.dtype.itemsize
         asked = asked.astype(table.ids.dtype)
         places = np.minimum(np.searchsorted(table.ids, asked), len(table.ids) - 1)
-        # An id that ends in NUL would equal the one without: such ids are never stored, and none is found.
+        # An id that ends in NUL would equal the one without it: such ids are never stored, so they are unknown.
         whole = np.array([not name.endswith("\0") for name in ids])
         known = short & whole & (table.ids[places] == asked)
         vectors = np.asarray(table.vectors[places], dtype=np.float32)
@@ -275,7 +276,7 @@ class FeatureStore:
         return vectors, known
 
     def texts(self, kind: FeatureKind, ids: Iterable[str]) -> dict[str, str]:
-        """Return the texts of some ids, those that have one."""
+        """Return the texts of these ids, without ids that have none."""
         with closing(self._database()) as base:
             result = (
                 base.execute("SELECT text FROM texts WHERE kind = ? AND id = ?", (kind, name)).fetchone()
@@ -285,11 +286,11 @@ class FeatureStore:
 
     @property
     def dtype(self) -> Literal["float32", "float16"]:
-        """Of the stored vectors."""
+        """Data type of the stored vectors."""
         return "float16" if self._meta["dtype"] == "float16" else "float32"
 
     def seen_by(self, kind: FeatureKind) -> dict[str, frozenset[Pair]]:
-        """Return the (user, item) pairs that each text of a kind has seen, by id."""
+        """Return the (user, item) pairs that each text of a kind was written from, by id."""
         result: dict[str, set[Pair]] = {}
         with closing(self._database()) as base:
             for name, user, item in base.execute("SELECT id, user, item FROM seen WHERE kind = ?", (kind,)):
@@ -297,7 +298,7 @@ class FeatureStore:
         return {name: frozenset(known) for name, known in result.items()}
 
     def seen(self, kind: FeatureKind | None = None) -> frozenset[Pair]:
-        """Return every (user, item) pair that some text has seen."""
+        """Return every (user, item) pair that any text was written from."""
         where, given = ("", ()) if kind is None else (" WHERE kind = ?", (kind,))
         with closing(self._database()) as base:
             return frozenset(base.execute(f"SELECT DISTINCT user, item FROM seen{where}", given).fetchall())
@@ -307,10 +308,10 @@ class FeatureStore:
 
 
 def _named(current: Path) -> str:
-    """Return the name of the version that counts.
+    """Return the name of the current version.
 
     Raises:
-        ValueError: If the file names none.
+        ValueError: If the file does not name a version.
     """
     name = current.read_text(encoding="utf-8").strip()
     if not _VERSION.fullmatch(name):
@@ -320,10 +321,10 @@ def _named(current: Path) -> str:
 
 @contextmanager
 def writing(folder: str | Path) -> Iterator[Path]:
-    """Hold the lock of a store, so that nobody else writes to it; the folder is made if it is not there.
+    """Hold the lock of a store, so that no other process writes to it; the folder is created if it is missing.
 
     Raises:
-        LlmrecError: If it is a link, holds other things than a store, or somebody else writes to it.
+        LlmrecError: If the folder is a link, contains other files than a store's, or another process writes to it.
     """
     place = Path(folder).expanduser()
     refuse_link(place)
@@ -355,12 +356,12 @@ def _is_own(path: Path) -> bool:
 def publish(
     folder: str | Path, tables: Sequence[Features], *, dtype: Literal["float32", "float16"] = "float32"
 ) -> Path:
-    """Write features as the version that counts; a killed call leaves the version before.
+    """Write features as the new current version; if the call is killed, the previous version stays current.
 
     Args:
-        folder: The store; made if it is not there.
-        tables: One of each kind, or of one.
-        dtype: Of the stored vectors.
+        folder: The store; created if it is missing.
+        tables: At most one per kind.
+        dtype: Data type of the stored vectors.
 
     Returns:
         The folder of the version.
@@ -380,9 +381,9 @@ def write_version(
 
     Args:
         place: The store.
-        tables: See there.
-        dtype: See there.
-        keep: Versions that stay for who has them open, this one among them.
+        tables: See `publish`.
+        dtype: See `publish`.
+        keep: Versions kept for processes that have them open, including this one.
     """
     if not tables or len({table.kind for table in tables}) != len(tables):
         raise DataError("a store has one table of each kind; give users once and items once", kind="duplicate")
@@ -406,7 +407,7 @@ def write_version(
 
 
 def drop_older(place: Path, *, keep: int = 1) -> None:
-    """Remove versions inside `writing`: all but the one that counts and the ``keep`` - 1 newest of the others."""
+    """Remove all versions, inside `writing`, except the current one and the ``keep`` - 1 newest of the others."""
     current = _named(place / _CURRENT)
     versions = [path for path in place.iterdir() if _VERSION.fullmatch(path.name) and path.name != current]
     versions.sort(key=lambda path: path.stat().st_mtime, reverse=True)

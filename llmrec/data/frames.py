@@ -1,4 +1,4 @@
-"""Frames in memory as data: they become Parquet files in the run folder, and from there on are like other tables."""
+"""Frames in memory as data: written as Parquet files to the run folder and then read like other tables."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ from llmrec.errors import DataError, LlmrecError, RecipeError
 from llmrec.recipe.schema import Recipe
 
 FOLDER = "data"
-"""Where frames lie in a run folder."""
+"""Subfolder of a run folder for frames."""
 _NAMES: Mapping[str, str] = {"path": "interactions", "items": "items"}
 
 
 def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = None) -> Recipe:
     """Write frames to a folder and return the recipe that reads them from there.
 
-    Equal frames are equal files, so that a later run of the same recipe over them reuses what the first one made.
+    Equal frames give equal files, so that a later run of the same recipe reuses the results of an earlier one.
 
     Args:
         recipe: The recipe; its ``data.path`` and ``data.items`` are replaced, and its source must be ``table``.
         folder: The run folder.
-        data: Interactions: a pandas or polars frame, an Arrow table, a `datasets.Dataset`, anything else with
-            ``__arrow_c_stream__``, a list of dictionaries, or a dictionary of columns; None: as the recipe says.
-        items: One row an item, in any of these; None: as the recipe says.
+        data: Interactions: a pandas or polars frame, an Arrow table, a `datasets.Dataset`, any other object with
+            ``__arrow_c_stream__``, a list of dictionaries, or a dictionary of columns; None: as in the recipe.
+        items: One row per item, in any of these types; None: as in the recipe.
 
     Raises:
-        RecipeError: If the recipe's source is no table, or names a file a part.
-        DataError: If a frame is of another kind, or a column cannot be written.
+        RecipeError: If the recipe's source is not a table, or the recipe names one file per part.
+        DataError: If a frame has an unsupported type, or a column cannot be written.
     """
     if data is None and items is None:
         return recipe
@@ -59,10 +59,10 @@ def with_frames(recipe: Recipe, folder: Path, data: Any = None, items: Any = Non
 
 @contextmanager
 def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
-    """Hand out a folder for frames that are looked at, and what calls them frames in place of its files.
+    """Yield a temporary folder for frames, and a function that replaces its file names in a message by frame names.
 
     Raises:
-        LlmrecError: As the block does, naming frames.
+        LlmrecError: Those of the block, with frame names.
     """
     with TemporaryDirectory() as place, calling_frames(Path(place)) as named:
         yield Path(place), named
@@ -70,10 +70,10 @@ def only_for_a_moment() -> Iterator[tuple[Path, Callable[[str], str]]]:
 
 @contextmanager
 def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
-    """Hand out what calls the frames that lie in a folder frames in place of its files.
+    """Yield a function that replaces the file names of frames in a folder by frame names in a message.
 
     Raises:
-        LlmrecError: As the block does, naming frames.
+        LlmrecError: Those of the block, with frame names.
     """
 
     def named(text: str) -> str:
@@ -89,10 +89,10 @@ def calling_frames(place: Path) -> Iterator[Callable[[str], str]]:
 
 
 def write_frame(frame: Any, folder: Path, key: str) -> Path:
-    """Write a frame to a folder as the table of ``data.path`` or ``data.items``, as ``key`` says; return its file.
+    """Write a frame to a folder as the table of ``data.path`` or ``data.items``, selected by ``key``; return its file.
 
     Raises:
-        DataError: If it is no frame, or a column cannot be written.
+        DataError: If it is not a frame, or a column cannot be written.
     """
     target = folder / FOLDER / f"{_NAMES[key]}.parquet"
     table = as_arrow(frame, f"{_NAMES[key]} frame")
@@ -106,10 +106,10 @@ def as_arrow(frame: Any, name: str) -> Any:
 
     Args:
         frame: See `with_frames`.
-        name: What messages call it.
+        name: Its name in messages.
 
     Raises:
-        DataError: If it is no frame, or a column holds values of several kinds.
+        DataError: If it is not a frame, or a column has values of several types.
     """
     if isinstance(frame, list | Mapping) and not frame:
         raise DataError(f"{name}: it is empty; give rows", kind="empty", at=name)
@@ -119,10 +119,10 @@ def as_arrow(frame: Any, name: str) -> Any:
         if isinstance(frame, Mapping):
             return pa.table(dict(frame))
         if hasattr(frame, "with_format") and hasattr(frame, "features"):
-            # A `datasets.Dataset`: what it selects and shuffles stands beside its table.
+            # The selection and order of a `datasets.Dataset` are stored separately from its table.
             return frame.with_format("arrow")[:]
         if type(frame).__module__.partition(".")[0] == "pandas":
-            # An index without a name is where rows stood in a frame that was filtered: no column of the data.
+            # An unnamed index has only row positions of a filtered frame; it is not a column of the data.
             return pa.Table.from_pandas(frame, preserve_index=None if frame.index.name else False)
         if hasattr(frame, "__arrow_c_stream__") or isinstance(frame, pa.Table | pa.RecordBatch):
             return _spelled(pa.table(frame))
@@ -142,7 +142,7 @@ def as_arrow(frame: Any, name: str) -> Any:
 
 
 def like(frame: Any, table: Any) -> Any:
-    """Return an Arrow table as a frame of the library that another frame is of."""
+    """Return an Arrow table as the type of another frame."""
     if isinstance(frame, list):
         return table.to_pylist()
     if isinstance(frame, Mapping):
@@ -158,7 +158,7 @@ def like(frame: Any, table: Any) -> Any:
 
 
 def _spelled(table: Any) -> Any:
-    """Return a table whose categories are texts of a kind that Parquet files can hold."""
+    """Return a table whose categories are texts of a type that Parquet supports."""
     for index, field in enumerate(table.schema):
         if pa.types.is_dictionary(field.type) and pa.types.is_string_view(field.type.value_type):
             chunks = [
@@ -171,6 +171,6 @@ def _spelled(table: Any) -> Any:
 
 
 def _of_dictionaries(rows: list[Any]) -> Any:
-    """Return rows as a table with the columns of all of them; what a row lacks is null."""
+    """Return rows as a table with the columns of all rows; missing values are null."""
     names = dict.fromkeys(name for row in rows for name in row)
     return pa.table({name: [row.get(name) for row in rows] for name in names})

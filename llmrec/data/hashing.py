@@ -1,6 +1,6 @@
-"""Stable seeded hashes: every random choice of the data layer is a function of names, never of row order.
+"""Stable seeded hashes: every random choice of the data layer depends on ids, never on the row order.
 
-blake2b is used instead of a library's own hash, so that a split does not move when polars or numpy changes.
+blake2b is used instead of a library's hash, so that a split does not change with the version of polars or numpy.
 """
 
 from __future__ import annotations
@@ -13,22 +13,22 @@ import numpy as np
 import polars as pl
 from numpy.typing import NDArray
 
-# Rows whose strings are Python's own at a time.
+# Rows whose strings are converted to Python at a time.
 _BLOCK = 65_536
 
 
 def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDArray[np.uint64]:
     """Hash rows of strings to 64 bits.
 
-    Args:
+    purpose: Name of the decision. Hashes with different purposes are independent.
         purpose: What the hash decides. Choices with different purposes are independent of each other.
         seed: The run's seed.
-        columns: Equally long columns, such as the user and the item of every row.
+        columns: Columns of equal length, such as the user and the item of every row.
 
     Returns:
-        One hash a row, shape (n,).
+        One hash per row, shape (n,).
     """
-    # Lengths stand before the parts, so that ("ab", "c") and ("a", "bc") differ.
+    # Lengths come before the parts, so that ("ab", "c") and ("a", "bc") differ.
     prefix = f"{purpose}\x1f{seed}\x1f"
     results = []
     rows = zip(*columns, strict=True)
@@ -44,7 +44,7 @@ def hash64(purpose: str, seed: int, *columns: Sequence[str] | pl.Series) -> NDAr
 
 
 def hash_one(purpose: str, seed: int, *parts: str) -> int:
-    """Hash one row; the same value as `hash64` gives it."""
+    """Hash one row; the same value as from `hash64`."""
     return int(hash64(purpose, seed, *[[part] for part in parts])[0])
 
 
@@ -57,14 +57,15 @@ def digest_frame(frame: pl.DataFrame) -> str:
         if series.dtype in (pl.String, pl.Enum, pl.Null):
             _digest_texts(total, series)
         else:
-            # A null travels in the mask; the number below it is set to 0, so that its bytes are always the same.
+            # Nulls are recorded in the mask; the number below a null is set to 0, so that its bytes are always the
+            # same.
             total.update(series.is_null().to_numpy().astype(np.uint8).tobytes())
             total.update(series.cast(pl.Float64).fill_null(0.0).to_numpy().astype("<f8").tobytes())
     return total.hexdigest()
 
 
 def _digest_texts(total: hashlib._Hash, series: pl.Series) -> None:
-    """Take texts in as `_digest_strings` does, a block at a time; coded ones count as what they stand for."""
+    """Add texts as `_digest_strings` does, one block at a time; coded texts count as their values."""
     starts = range(0, len(series), _BLOCK)
     if isinstance(series.dtype, pl.Enum) and not series.null_count():
         values, rows = series.dtype.categories, series.to_physical().to_numpy()

@@ -1,8 +1,8 @@
-"""Documents about items: found by id or by title, and cut to the passages that a prompt has room for.
+"""Documents about items, found by id or title and cut to the passages that fit a prompt.
 
-What is retrieved becomes the field ``facts`` of an item, numbered passages in one text, so that it is data like any
-other field: templates show it as ``item.facts``, it is cleaned before a model reads it, and it counts in the
-fingerprint of the data, so that other documents are other prompts.
+The retrieved passages become the item field ``facts``, numbered in one text. It is data like any other field: templates
+show it as ``item.facts``, it is cleaned before a model reads it, and it is part of the fingerprint of the data, so
+other documents give other prompts.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 FIELD = "facts"
-"""The field of an item that holds what was retrieved on it."""
+"""The item field with the retrieved passages."""
 
 Embed = Callable[[Sequence[str]], "NDArray[np.floating[Any]]"]
 
 _WORD, _MARKS, _NUMBER = re.compile(r"\w+"), re.compile(r"\w+|[^\w\s]"), re.compile(r"\s*\[(\d+)\]")
-# How a repeated word saturates and how a long text is discounted: the usual values.
+# Saturation of repeated words and discount for text length: the usual values.
 _K1, _B = 1.2, 0.75
-# Where two orders are joined, how little the first places differ (Cormack et al., SIGIR 2009).
+# Constant of reciprocal rank fusion: larger means smaller differences between top ranks (Cormack et al., SIGIR 2009).
 _RANK = 60
 
 
 @dataclass(frozen=True)
 class BM25:
-    """Weights of words in texts (Robertson and Zaragoza, 2009, equation 3.15).
+    """BM25 weights of words in texts (Robertson and Zaragoza, 2009, equation 3.15).
 
     Attributes:
         index: Column of each word.
@@ -56,7 +56,7 @@ class BM25:
 
     @staticmethod
     def of(written: Sequence[str]) -> BM25:
-        """Weigh the words of some texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
+        """Return the word weights of texts: ``idf tf (k1 + 1) / (tf + k1 (1 - b + b length / mean length))``."""
         counts = [Counter(_words(text)) for text in written]
         frequency = Counter(word for counted in counts for word in counted)
         index = {word: position for position, word in enumerate(sorted(frequency))}
@@ -73,7 +73,7 @@ class BM25:
         return BM25(index, sparse.csr_array((values, (rows, columns)), shape=shape))
 
     def scores(self, question: str, part: slice = slice(None)) -> NDArray[np.float64]:
-        """Return how well texts answer a question, shape (texts,), or those of a part of them."""
+        """Return the scores of texts for a question, shape (texts,), or of a slice of them."""
         asked = np.zeros(len(self.index))
         for word in _words(question):
             if word in self.index:
@@ -84,11 +84,11 @@ class BM25:
 
 @dataclass(frozen=True)
 class Documents:
-    """Texts about items.
+    """Documents about items.
 
     Attributes:
-        names: Ids of the items, or titles where the table has no ids.
-        written: One document a name.
+        names: Ids of the items, or titles if the table has no ids.
+        written: One document per name.
         by_title: Whether names are titles.
         source: Name and hash of the table.
     """
@@ -100,10 +100,10 @@ class Documents:
 
     @staticmethod
     def read(path: str, *, column: str = "text") -> Documents:
-        """Read a table with ``item_id`` or ``title``, and a column of texts.
+        """Read a table with ``item_id`` or ``title`` and a column of texts.
 
         Raises:
-            DataError: If it cannot be read, a column is missing, or an id stands twice.
+            DataError: If it cannot be read, a column is missing, or an id is repeated.
         """
         table = read_table(user_path(path))
         key = find(table, None, "item_id", "data.facts") or find(table, None, "title", "data.facts")
@@ -129,15 +129,15 @@ class Documents:
 
     @cached_property
     def _passages(self) -> tuple[tuple[str, ...], NDArray[np.int64], BM25]:
-        """All passages, the first one of each document, and their weights."""
+        """All passages, the index of each document's first passage, and their weights."""
         cut = [sentences(text) for text in self.written]
         flat = tuple(passage for document in cut for passage in document)
         return flat, np.cumsum([0, *map(len, cut)]), BM25.of(flat)
 
     def about(self, item: Item) -> int | None:
-        """Return the place of an item's document: by its id, else the best by its title that holds all words of it.
+        """Return the index of an item's document: by id, else the best match by title that has all words of the title.
 
-        A title of one word must be a word of the document's title: many texts hold "heat", and few are about "Heat".
+        A title of one word must be a word of the document's title: many texts contain "heat", but few are about "Heat".
         """
         if not self.by_title:
             return self._place.get(item.item_id)
@@ -149,14 +149,15 @@ class Documents:
         return best if wanted and wanted <= held else None
 
     def passages(self, place: int, question: str, tokens: int, embed: Embed | None = None) -> list[str]:
-        """Return the passages of a document that answer a question best, in the order of the document.
+        """Return the passages of a document that answer a question best, in document order.
 
         Args:
-            place: Of the document.
-            question: In words; empty, or where no passage has any of them: the first passages are taken.
-            tokens: Words and punctuation marks of all of them at most; a passage that has no
-                room is left out, or cut where it is the best one.
-            embed: A text encoder, whose order of the passages is joined with that of BM25 by reciprocal ranks.
+            place: Index of the document.
+            question: The question in words. If it is empty or no passage has any of its words, the first passages are
+                used.
+            tokens: Maximum words and punctuation marks in total; a passage that does not fit is left out, or cut if it
+                is the best one.
+            embed: A text encoder, whose ranking is combined with that of BM25 by reciprocal rank fusion.
         """
         flat, begins, weights = self._passages
         part = slice(int(begins[place]), int(begins[place + 1]))
@@ -173,7 +174,7 @@ class Documents:
 
 
 def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
-    """Return a dataset whose items have the facts that a recipe's ``data.facts`` retrieves.
+    """Return a data set whose items have the facts that a recipe's ``data.facts`` retrieves.
 
     Raises:
         DataError: See `Documents.read`; or if no item has a document.
@@ -197,14 +198,14 @@ def informed(dataset: Dataset, section: FactsSection | None) -> Dataset:
 
 
 def numbered(passages: Sequence[str]) -> str:
-    """Return passages as one text, each behind the number by which an answer cites it."""
-    # Numbers that a document cites its own sources by would pass for ours.
+    """Return passages as one text, each after the number by which an answer cites it."""
+    # A document's own citation numbers would be confused with these.
     own = [_NUMBER.sub("", passage).strip() for passage in passages]
     return " ".join(f"[{n}] {passage}" for n, passage in enumerate(own, start=1))
 
 
 def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
-    """Return an answer without citations of passages that were not shown, and the passages that it does cite."""
+    """Return an answer without citations of passages that were not shown, and the passages that it cites."""
     parts = _NUMBER.split(facts)
     known = {number: text.strip() for number, text in zip(parts[1::2], parts[2::2], strict=True)}
     named = tuple(dict.fromkeys(number for number in _NUMBER.findall(answer) if number in known))
@@ -215,7 +216,7 @@ def cited(answer: str, facts: str) -> tuple[str, tuple[str, ...]]:
 def _order(
     passages: Sequence[str], scores: NDArray[np.float64], question: str, embed: Embed | None
 ) -> NDArray[np.int64]:
-    # Equal ones, as all are without a question, in the order of the document.
+    # Ties, such as all passages without a question, stay in document order.
     order = np.argsort(-scores, kind="stable")
     message = order[scores[order] > 0]
     if embed is None or not question or not passages:

@@ -1,7 +1,7 @@
-"""Ranked lists and what they are judged by, as any system writes them: read into a row a ranked or relevant item.
+"""Ranked lists and ground truth of any system, read as one row per ranked or relevant item.
 
-Lists are llmrec's own records, a table with one row per item (RecBole's too), or a TREC run; what is relevant is such a
-table or TREC's qrels. Tables are frames in memory or files that `llmrec.data.read.table` reads.
+Lists are llmrec's own records, a table with one row per item (RecBole's too), or a TREC run; ground truth is such a
+table or TREC qrels. Tables are frames in memory or files that `llmrec.data.read.table` reads.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ ITEMS = ("item", "item_id", "itemid", "iid", "docno", "docid", "doc_id", "docume
 SCORES = ("score", "scores", "prediction", "pred")
 RANKS = ("rank", "position")
 GAINS = ("relevance", "relevant", "rel", "gain", "grade", "label")
-"""What columns are called, without regard to case; of users and items also as `llmrec.data.read.words` knows it."""
+"""Column names, ignoring case; names of users and items also as in `llmrec.data.read.words`."""
 
-# Weight of a name from which on it is believed; see `llmrec.data.read.words`.
+# Minimum weight of a name that counts as certain; see `llmrec.data.read.words`.
 _SURE = 0.9
 _QRELS = (".qrels", ".qrel")
 _RUN_COLUMNS = ("user", "q0", "item", "rank", "score", "tag")
@@ -53,16 +53,16 @@ _QRELS_COLUMNS = ("user", "iteration", "item", "relevance")
 
 @dataclass(frozen=True)
 class Lists:
-    """Ranked items, a row each.
+    """Ranked items, one per row.
 
     Attributes:
-        name: The file, as errors call it.
-        unit: What has a list.
-        frame: Columns ``key`` (of the user or request), ``item`` and ``score``, higher is better.
-        empty: Keys of lists without an item, such as those of requests that failed.
-        order: What ranks: a score, a rank, or the order of the rows.
-        where: The place of a row of ``frame``.
-        columns: Of the file.
+        name: The file, for errors.
+        unit: Whether users or requests have lists.
+        frame: Columns ``key`` (of the user or request), ``item`` and ``score``; higher is better.
+        empty: Keys of lists without items, such as those of failed requests.
+        order: What defines the ranking: a score, a rank, or the order of the rows.
+        where: Returns the place of a row of ``frame``.
+        columns: Columns of the file.
     """
 
     name: str
@@ -76,14 +76,14 @@ class Lists:
 
 @dataclass(frozen=True)
 class Truth:
-    """Relevant items, a row each.
+    """Relevant items, one per row.
 
     Attributes:
-        name: The file, as errors call it.
-        unit: What they are relevant for.
+        name: The file, for errors.
+        unit: Whether items are relevant to users or to requests.
         frame: Columns ``key``, ``owner`` (the user of a request, else the key), ``item`` and ``gain``, above 0.
-        barren: Keys for which nothing is relevant; they are not judged.
-        columns: Of the file.
+        barren: Keys without relevant items; they are not evaluated.
+        columns: Columns of the file.
     """
 
     name: str
@@ -95,13 +95,13 @@ class Truth:
 
 @dataclass(frozen=True)
 class Entities:
-    """Which columns are the user and the item, where somebody said so; a file that lacks one is read by its names."""
+    """Names of the user and item columns, if given; other files are read by their column names."""
 
     user: str | None = None
     item: str | None = None
 
     def find(self, columns: Sequence[str], what: Literal["user", "item"]) -> str | None:
-        """Return the column of the user or the item: the one that was named, a usual name, or one that says so."""
+        """Return the column of the user or item: the given one, a usual name, or a name with that meaning."""
         text, usual = (self.user, USERS) if what == "user" else (self.item, ITEMS)
         if text in columns:
             return text
@@ -110,7 +110,7 @@ class Entities:
 
 @dataclass(frozen=True)
 class _Records:
-    """Lists as one record each, in columns of lists."""
+    """Lists with one record per list, in columns of lists."""
 
     name: str
     rows: Iterable[tuple[Place, Mapping[str, Any]]]
@@ -118,15 +118,15 @@ class _Records:
 
 
 def read_truth(source: Any, asked: Entities = Entities()) -> Truth:
-    """Read what is relevant.
+    """Read relevant items.
 
     Args:
         source: The path of a table or of TREC qrels, or a frame (see `llmrec.data.frames.as_arrow`). Columns: a user or
-            a request, an item, and where items are relevant to several degrees, a relevance; without one all are.
-        asked: Names of columns.
+            a request, an item, and for graded relevance a relevance; without it all items are relevant.
+        asked: Names of the columns.
 
     Raises:
-        DataError: If it cannot be read, or a pair stands there twice.
+        DataError: If it cannot be read, or a pair is repeated.
     """
     table = _opened(source, "truth", _QRELS, _QRELS_COLUMNS, asked)
     if isinstance(table, _Records):
@@ -164,13 +164,13 @@ def read_lists(source: Any, unit: Unit = "user", asked: Entities = Entities()) -
     """Read ranked lists.
 
     Args:
-        source: The path of a file or a frame; see the module. Where there is neither a score nor a rank, the order of a
-            user's rows is that of the list.
-        unit: What has a list: with ``request`` there must be a column of requests.
-        asked: Names of columns.
+        source: The path of a file or a frame; see the module. Without a score and a rank, the order of a user's rows is
+            the ranking.
+        unit: What has a list; ``request`` requires a column of requests.
+        asked: Names of the columns.
 
     Raises:
-        DataError: If it cannot be read, an item stands twice in a list, or a score is no finite number.
+        DataError: If it cannot be read, an item is repeated in a list, or a score is not a finite number.
     """
     table = _opened(source, "ranked", TREC, _RUN_COLUMNS, asked)
     result = _of_records(table, unit, asked) if isinstance(table, _Records) else _of_rows(table, unit, asked)
@@ -200,7 +200,7 @@ def _of_rows(table: Table, unit: Unit, asked: Entities) -> Lists:
 
 
 def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozenset[str]]:
-    """Return the rows with an item, and whose list is a row that says why there is none, as llmrec writes it."""
+    """Return the rows with an item, without rows that only explain why a list is missing, as llmrec writes them."""
     if "error" not in table.frame.columns or table.parts:
         return table, frozenset()
     message = (typed.texts(table, "error").str.strip_chars() != "") & (typed.texts(table, item).str.strip_chars() == "")
@@ -213,7 +213,7 @@ def _without_failures(table: Table, key: str, item: str) -> tuple[Table, frozens
 
 
 def _ids(table: Table, column: str) -> pl.Series:
-    """Return a column of ids as texts, without what keeps a spreadsheet from taking one for a formula."""
+    """Return a column of ids as texts, without the characters that protect spreadsheets from formulas."""
     result = typed.ids(table, column).cast(pl.String)
     return unguarded(result) if _is_delimited(table.name) else result
 
@@ -223,7 +223,7 @@ def _is_delimited(name: str) -> bool:
 
 
 def _found(table: Table, names: Sequence[str]) -> str | None:
-    """Return the column of one of some names, in their order."""
+    """Return the column with the first of these names."""
     return _called(table.frame.columns, names)
 
 
@@ -234,7 +234,7 @@ def _called(columns: Sequence[str], names: Sequence[str]) -> str | None:
 
 @cache
 def _meaning(columns: tuple[str, ...], what: str) -> str | None:
-    """Return the only column whose name says that it is the user or the item, an id before others."""
+    """Return the only column whose name means user or item, ids before others."""
     text = {column: named(column) for column in columns}
     best = max((meaning.weight(what) for meaning in text.values()), default=0.0)
     results = [column for column, meaning in text.items() if meaning.weight(what) == best]
@@ -262,7 +262,7 @@ def _lacks(table: Table, what: Literal["user", "item", "request"]) -> DataError:
 
 
 def _once(frame: pl.DataFrame, where: Callable[[int], Place], what: str) -> None:
-    """Refuse an item that stands twice for one key."""
+    """Reject an item that is repeated for one key."""
     twice = frame.select(~pl.struct("key", "item").is_first_distinct())["key"].arg_true()
     if len(twice):
         row = int(twice[0])
@@ -317,7 +317,7 @@ def _of_records(records: _Records, unit: Unit, asked: Entities) -> Lists:
 
 
 def _key(place: Place, record: Mapping[str, Any], unit: Unit, asked: Entities) -> str:
-    """Return what a list belongs to; a request of nobody stands for a user of its own."""
+    """Return the key of a list; a request without a user counts as a user."""
     user = asked.find(tuple(record), "user") if unit == "user" else None
     names = REQUESTS if unit == "request" else (*([user] if user else []), *USERS, *REQUESTS)
     for name in names:
@@ -375,7 +375,7 @@ def _finite(place: Place, value: Any) -> float:
 def _opened(
     source: Any, what: str, endings: Sequence[str], columns: Sequence[str], asked: Entities
 ) -> Table | _Records:
-    """Open a file or a frame; one of TREC's by its ending, or where its first line is such a line."""
+    """Open a file or a frame; TREC files are recognised by their ending or their first line."""
     if not isinstance(source, str | Path):
         return _of_arrow(f"{what} frame", as_arrow(source, f"{what} frame"), asked)
     path = Path(source).expanduser()
@@ -416,13 +416,13 @@ def _of_arrow(name: str, table: Any, asked: Entities) -> Table | _Records:
 
 
 def _of_lists(columns: Sequence[str], asked: Entities) -> list[str]:
-    """Return which columns of a table of lists are read."""
+    """Return the columns to read of a table of lists."""
     known = {asked.find(columns, "user"), *USERS, *REQUESTS, "items", "scores"}
     return [column for column in columns if column in known]
 
 
 def _with_lists(table: Table, asked: Entities) -> _Records:
-    """Return records whose lists stand as JSON in cells."""
+    """Return records whose lists are JSON in cells."""
     columns = _of_lists(table.frame.columns, asked)
     frame = table.frame.with_columns(unguarded(table.frame[n]) for n in columns if n not in ("items", "scores"))
     rows = enumerate(frame.select(columns).iter_rows(named=True))
@@ -430,7 +430,7 @@ def _with_lists(table: Table, asked: Entities) -> _Records:
 
 
 def _is_trec(path: Path, columns: Sequence[str]) -> bool:
-    """Whether a file without a telling ending begins as a TREC run or qrels do."""
+    """Whether a file without a known ending begins like a TREC run or qrels."""
     if path.suffix.lower() == ".gz":
         return False
     with path.open("rb") as stream:

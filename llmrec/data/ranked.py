@@ -1,6 +1,6 @@
-"""Ranked lists as files: one record a request, kept in parts while the work goes on and then written as one table.
+"""Ranked lists as files: one record per request, written in parts during the work and then as one table.
 
-A table has one row per request, or in its long form one a ranked item; a TREC run has a line a ranked item.
+A table has one row per request, or in the long form one per ranked item; a TREC run has one line per ranked item.
 """
 
 from __future__ import annotations
@@ -32,24 +32,24 @@ _ROW_GROUP = 4096
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranked:
-    """What became of one request.
+    """The result of one request.
 
     Attributes:
-        request_id: None if not even that could be read.
-        user_id: As given.
-        line: Where the request stands in its file; see `llmrec.data.request_file.Raw`.
+        request_id: None if it could not be read.
+        user_id: As in the request.
+        line: Position of the request in its file; see `llmrec.data.request_file.Raw`.
         items: Best first.
-        scores: One an item.
-        titles: One an item, as the model read it.
+        scores: One per item.
+        titles: One per item, as the model read it.
         error: Why there is no ranking; None if there is one.
         notes: What was left out or changed.
-        prompt_tokens: Of the prompt; where several were asked, of all of them.
-        completion_tokens: Tokens scored or generated after it.
+        prompt_tokens: Tokens of the prompt, or of all prompts if there were several.
+        completion_tokens: Tokens scored or generated after the prompt.
         forwards: Model calls, as `llmrec.types.Cost` counts them.
-        retrieved: How many of the ranked items a recommender retrieved; 0: the request brought them.
-        profile: What two-step wrote of the user; None if it wrote nothing.
-        rationale: One sentence an item, for the first few items; an empty text where none was written.
-        rationale_prompt_tokens: Of the prompts that asked for the sentences.
+        retrieved: The number of ranked items that a recommender retrieved; 0 if the candidates came with the request.
+        profile: The user profile that two-step wrote; None without one.
+        rationale: One sentence per item for the first few items; an empty text where none was written.
+        rationale_prompt_tokens: Tokens of the prompts for the sentences.
         rationale_completion_tokens: Tokens of the sentences.
         rationale_forwards: Model calls for the sentences.
     """
@@ -75,19 +75,19 @@ class Ranked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Predicted:
-    """What became of one question about an item.
+    """The result of one question about an item.
 
     Attributes:
-        request_id: None if not even that could be read.
-        user_id: As given.
-        line: Where the question stands in its file.
-        item_id: Which it asks about.
-        value: A rating, or the probability of a yes; None of a text.
-        text: What was written; None of a number.
+        request_id: None if it could not be read.
+        user_id: As in the question.
+        line: Position of the question in its file.
+        item_id: The item of the question.
+        value: A rating, or the probability of yes; None if the answer is a text.
+        text: The generated text; None if the answer is a number.
         error: Why there is no answer; None if there is one.
         notes: What was left out or changed.
-        prompt_tokens: Of the prompt.
-        completion_tokens: Tokens scored or generated after it.
+        prompt_tokens: Tokens of the prompt.
+        completion_tokens: Tokens scored or generated after the prompt.
     """
 
     request_id: str | None
@@ -105,14 +105,14 @@ class Predicted:
 LONG = ("user", "item", "rank", "score")
 """Columns of the long form."""
 TREC = (".trec", ".run")
-"""What a file of the form of TREC runs ends in."""
+"""Ending of files in TREC form."""
 
 _LONG_SCHEMA = pa.schema([("user", pa.string()), ("item", pa.string()), ("rank", pa.int64()), ("score", pa.float64())])
 _LISTS = ("items", "scores", "titles", "notes", "rationale")
 
 
 def _schema(kind: type[DataclassInstance]) -> Any:
-    """Return the columns of a record: lists of numbers and of texts, whole numbers, numbers, yes or no, and texts."""
+    """Return the columns of a record: lists of numbers and texts, integers, floats, booleans and texts."""
     hints = get_type_hints(kind)
     known = {
         bool: pa.bool_(),
@@ -132,13 +132,13 @@ def _columns(kind: type[DataclassInstance]) -> tuple[str, ...]:
 
 
 def write_part(path: Path, records: Sequence[Ranked]) -> None:
-    """Write a part in one step: after a kill it is there in full, or not at all; each line ends in its checksum."""
+    """Write a part atomically, each line with its checksum."""
     lines = (_line(record).rstrip("\n") for record in records)
     write_text(path, "".join(f"{line}\t{checksum(line.encode())}\n" for line in lines))
 
 
 def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | None:
-    """Return a part's records; None if it is not there, was changed, or is not about ``lines``."""
+    """Return a part's records; None if it is missing, was modified, or is not about ``lines``."""
     try:
         records = [_checked(line) for line in path.read_text(encoding="utf-8").rstrip("\n").split("\n")]
     except (OSError, ValueError, TypeError, AttributeError):
@@ -147,7 +147,7 @@ def read_part(path: Path, lines: Sequence[int] | None = None) -> list[Ranked] | 
 
 
 def _checked(line: str) -> Ranked:
-    # JSON has no tab but in its escaped form.
+    # JSON contains tabs only in escaped form.
     text, _, message = line.partition("\t")
     if checksum(text.encode()) != message:
         raise ValueError("the line was changed")
@@ -167,11 +167,11 @@ def _line(record: DataclassInstance) -> str:
 
 
 def form_of(path: Path, asked: str) -> Form:
-    """Return how lists are laid out in a file: as it is asked, or as the ending of its name says.
+    """Return the form of lists in a file: the given one, or that of the ending of its name.
 
     Raises:
         RecipeError: If the two contradict each other.
-        DataError: If the file's name ends in nothing that is known.
+        DataError: If the ending is unknown.
     """
     ending = Path(path.stem).suffix if path.suffix.lower() == ".gz" else path.suffix
     trec = ending.lower() in TREC
@@ -188,16 +188,16 @@ def form_of(path: Path, asked: str) -> Form:
 
 
 def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "llmrec") -> None:
-    """Write ranked lists in one step; in the forms of one row per item, failed requests have no row.
+    """Write ranked lists atomically; in the forms with one row per item, failed requests have no row.
 
     Args:
         path: The file.
-        records: Taken one by one.
+        records: Consumed one at a time.
         form: See `Form`.
-        tag: What a TREC run calls the system.
+        tag: Name of the system in a TREC run.
 
     Raises:
-        DataError: If an id cannot stand in a TREC run.
+        DataError: If an id cannot be written to a TREC run.
     """
     if form == "records":
         write_records(path, records)
@@ -220,7 +220,7 @@ def write_lists(path: Path, records: Iterable[Ranked], form: Form, tag: str = "l
 
 
 def listed(record: Ranked) -> str:
-    """Return whose list a record is, where a row names it by one id: the user, or the request of nobody."""
+    """Return the key of a record, if rows have a single id: the user, or the request if it has no user."""
     return record.user_id or record.request_id or str(record.line)
 
 
@@ -254,17 +254,17 @@ def _trec(path: Path, row: tuple[str, str, int, float], tag: str) -> str:
 
 
 def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[DataclassInstance] = Ranked) -> None:
-    """Write all records as Parquet, JSON Lines, CSV or TSV, the text ones optionally gzipped, in one step.
+    """Write all records atomically as Parquet, JSON Lines, CSV or TSV, the text formats optionally gzipped.
 
-    Records are taken one by one, and the same records give the same bytes.
+    Records are consumed one at a time, and equal records give equal bytes.
 
     Args:
         path: The file.
-        records: Frozen dataclasses, all of one kind.
-        kind: Which.
+        records: Frozen dataclasses of one type.
+        kind: Their type.
 
     Raises:
-        DataError: If the file's name ends in nothing that is known.
+        DataError: If the ending is unknown.
     """
     suffix = kind_of(path)
     with replacing(path) as draft:
@@ -283,7 +283,7 @@ def write_records(path: Path, records: Iterable[DataclassInstance], kind: type[D
 @contextmanager
 def _text_file(path: Path, *, packed: bool) -> Iterator[TextIO]:
     with path.open("wb") as raw:
-        # Neither a name nor a time in the header: the same records give the same bytes.
+        # No name and no time in the header, so that equal records give equal bytes.
         stream: Any = gzip.GzipFile(filename="", mode="wb", fileobj=raw, mtime=0) if packed else raw
         with io.TextIOWrapper(stream, encoding="utf-8", newline="") as text:
             yield text

@@ -1,6 +1,6 @@
-"""Files of ranking requests, read row by row: no more of a file is in memory than one row, or one batch of Parquet.
+"""Files of ranking requests, read row by row: only one row, or one batch of Parquet, is in memory.
 
-A row that cannot be read is a `Raw` with an error and never ends the file; only a file that cannot be read at all does.
+A row that cannot be read becomes a `Raw` with an error; only a file that cannot be read at all raises.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ _BATCH = 256
 _BLOCK = 2**16
 _LISTS = ("history", "candidates")
 _NO_UTF8 = re.compile("[\ud800-\udfff]")
-# A bracket alone may open a title, such as "[REC]".
+# A single bracket may begin a title, such as "[REC]".
 _JSON_LIST = re.compile(r'\[\s*["{]')
 _MAYBE_JSON_LIST = re.compile(r"\[\s*[-\d\]].*\]$|\[\s*\]$", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
 class Raw:
-    """One row as it stands in the file.
+    """One row of the file.
 
     Attributes:
-        line: Counted from 1: the line where the row begins; in Parquet the row.
-        record: Its values by key, as far as it could be read.
+        line: The line on which the row begins, counted from 1; for Parquet the row.
+        record: Its values by key, as far as they could be read.
         error: Why it could not be read; empty if it could.
     """
 
@@ -53,15 +53,15 @@ class Raw:
 
 @dataclass(frozen=True)
 class RequestFile:
-    """A file of requests that was looked through once.
+    """A file of requests, scanned once.
 
     Attributes:
         path: The file.
-        suffix: Its kind, without ``.gz``.
+        suffix: Its type, without ``.gz``.
         sha256: Of the file as it is stored.
         rows: Number of requests.
-        blank: Number of blank lines between them; they are no requests.
-        bare: Whether its requests may all lack candidates.
+        blank: Number of blank lines between requests.
+        bare: Whether requests may lack candidates.
     """
 
     path: Path
@@ -75,7 +75,7 @@ class RequestFile:
         """Yield every row in order.
 
         Raises:
-            DataError: If the file changed or is damaged.
+            DataError: If the file was modified or is damaged.
         """
         if self.suffix in PARQUET:
             yield from _parquet(self.path)
@@ -88,14 +88,14 @@ class RequestFile:
 
 
 def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
-    """Look through a JSON Lines, CSV, TSV or Parquet file, the text ones optionally gzipped.
+    """Scan a JSON Lines, CSV, TSV or Parquet file of requests, the text formats optionally gzipped.
 
     Args:
         path: The file.
-        bare: Its requests may lack candidates, which are found for them; a history or a user then suffices.
+        bare: Requests may lack candidates, which are retrieved; a history or a user is then enough.
 
     Raises:
-        DataError: If it is missing, empty, damaged or of no known kind, or has no column of candidates.
+        DataError: If it is missing, empty, damaged or of an unknown type, or has no column of candidates.
     """
     suffix = kind_of(path)
     require_file(path, "check --in", "the file of requests")
@@ -120,10 +120,10 @@ def open_requests(path: Path, *, bare: bool = False) -> RequestFile:
 
 
 def kind_of(path: Path) -> str:
-    """Return the suffix that says what a file holds.
+    """Return the suffix that gives the type of a file.
 
     Raises:
-        DataError: If it is none of those that are known.
+        DataError: If the suffix is unknown.
     """
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
@@ -149,7 +149,7 @@ def _pieces(source: Stored, stream: Any) -> Pieces:
 
 
 def _lines(source: Stored) -> Iterator[tuple[int, bytes | None]]:
-    """Yield numbered lines without their ends; None stands for one that is too long."""
+    """Yield numbered lines without their ends; None for a line that is too long."""
     with source.open() as stream:
         pieces = _pieces(source, stream)
         while True:
@@ -181,13 +181,13 @@ def _json(line: int, raw: bytes | None) -> Raw:
 
 
 def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | None]:
-    """Yield rows after the header; None stands for a blank line."""
+    """Yield the rows after the header; None for a blank line."""
     columns: list[str] = []
     with source.open() as stream:
         pieces = _pieces(source, stream)
         try:
             for piece in pieces:
-                # What is not UTF-8 becomes halves of surrogate pairs, which the cells are searched for.
+                # Bytes that are not UTF-8 become surrogates, which are then searched for in the cells.
                 rows = piece.raw.decode("utf-8", "surrogateescape")
                 start = line = 0
                 if not piece.line:
@@ -204,7 +204,7 @@ def _delimited(source: Stored, separator: str, bare: bool) -> Iterator[Raw | Non
                         if rest and len(rest) <= text.LONGEST:
                             pieces.keep(rest.encode("utf-8", "surrogateescape"))
                             break
-                        # A stray quote costs its own line alone.
+                        # A stray quote affects only its own line.
                         yield Raw(piece.line + broken.line + 1, None, f"not a row of this table: {broken.problem}")
                         start, line = rows.find("\n", broken.start) + 1 or len(rows), broken.line + 1
         except TooLong as error:
@@ -256,7 +256,7 @@ def _row(line: int, columns: list[str], cells: list[str], separator: str) -> Raw
 
 
 def _unpacked(line: int, record: dict[str, object]) -> Raw:
-    """Read the lists that stand in cells: a JSON list, or ids between bars."""
+    """Parse the lists in cells: a JSON list, or ids separated by bars."""
     try:
         lists = {key: _list(key, cell) for key in _LISTS if isinstance(cell := record.get(key), str)}
     except DataError as error:
@@ -286,7 +286,7 @@ def _parquet(path: Path) -> Iterator[Raw]:
     with parquet_file(str(path), path) as file:
         columns = file.schema_arrow.names
         wanted = [name for name in columns if name in KEYS]
-        # Columns that are not read still count as keys, so that a misspelt one is noticed.
+        # Unread columns still count as keys, so that a misspelt one is noticed.
         others: dict[str, object] = {name: None for name in columns if name not in KEYS}
         row = 0
         for batch in file.iter_batches(batch_size=_BATCH, columns=wanted):
@@ -296,12 +296,12 @@ def _parquet(path: Path) -> Iterator[Raw]:
 
 
 def _values(batch: Any) -> Iterator[dict[str, object] | str]:
-    """Yield a batch's rows as objects, or as the reason why one is none."""
+    """Yield a batch's rows as objects, or as the reason why one cannot be read."""
     try:
         yield from batch.to_pylist()
         return
     except FAULTS:
-        pass  # some row is no text, or holds a time that Python cannot: find out which
+        pass  # some row is not UTF-8, or has a time that Python cannot represent: find out which
     for place in range(batch.num_rows):
         try:
             result = batch.slice(place, 1).to_pylist()[0]

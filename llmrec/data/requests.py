@@ -1,6 +1,6 @@
-"""One ranking request as people write it: a history and candidates, each item by its catalogue id or by its text.
+"""A ranking request as users write it: a history and candidates, with items by catalogue id or by text.
 
-`read_request` is the only reader of a request's content: files hand it their rows, and a server can hand it its bodies.
+All request content is parsed by `read_request`: rows of files as well as bodies of server requests.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from llmrec.guard import TITLE_LIMIT, clean
 from llmrec.types import Event, Item
 
 KEYS = ("id", "user_id", "history", "candidates", "item", "profile")
-"""``candidates`` are ranked; ``item`` is what a question about one item names."""
+"""``candidates`` are ranked; ``item`` is the subject of a question about one item."""
 USER_FIELDS = "user_fields"
-"""The key of `RankRequest.context` under which the fields of a user stand."""
+"""The key of `RankRequest.context` for the fields of a user."""
 LEFT_ASIDE = "candidates: left aside, since all items are ranked"
-"""The note on a request that brings candidates where the whole catalogue is ranked."""
+"""The note on a request that has candidates although the whole catalogue is ranked."""
 
 _NO_TEXT = re.compile("[\x00\ud800-\udfff]")
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f]")
@@ -36,7 +36,7 @@ _NAMED = 3
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Past:
-    """One past event: its item with the text that this request gives it, and what was said about it."""
+    """A past event: its item with the text of this request, and the text about the event."""
 
     item: Item
     rating: float | None = None
@@ -50,20 +50,20 @@ class RankRequest:
 
     Attributes:
         id: Unique within a file.
-        candidates: Items to rank, each once; their order carries no meaning. None of them: the whole catalogue, or
-            those still to be retrieved.
-        history: Oldest first; empty for a cold user.
-        user_id: As given, or None.
-        profile: What the request says about the user in words; may be empty.
-        notes: What was left out or changed on the way.
-        titled: Ids that stand in for items which were given by their title alone.
-        retrieved: How many of the candidates a recommender retrieved: all of them or none.
-        context: What else a family is told, by name, such as the review that is asked about, or as JSON the fields of
-            the user (`USER_FIELDS`).
-        barred: Ids that the whole catalogue is ranked without, beside those of the history.
-        keep_seen: Items of the history may be ranked too, where the whole catalogue is.
-        unknown_user: It names a user of whom nothing is stored, and brings no history.
-        unknown_items: Ids of its history that were left out, since nothing is known of them.
+        candidates: Unique items to rank; their order has no meaning. Empty: the whole catalogue, or candidates that are
+            still to be retrieved.
+        history: Oldest first; empty for a cold-start user.
+        user_id: As in the request, or None.
+        profile: The request's text about the user; may be empty.
+        notes: What was left out or changed while reading.
+        titled: Generated ids of items that were given only by title.
+        retrieved: The number of candidates that a recommender retrieved: all or 0.
+        context: Further values for the task by name, such as the review that is asked about, or the user's fields as
+            JSON (`USER_FIELDS`).
+        barred: Ids that are excluded when the whole catalogue is ranked, in addition to those of the history.
+        keep_seen: Items of the history may be ranked when the whole catalogue is ranked.
+        unknown_user: The request names a user who is not stored, and has no history.
+        unknown_items: Unknown ids of the history, which were left out.
     """
 
     id: str
@@ -83,7 +83,7 @@ class RankRequest:
 
 @dataclass
 class _Remarks:
-    """What is worth a note: items by name, in the order in which they were met."""
+    """Problems worth a note: items by name, in order of occurrence."""
 
     skipped: list[str] = field(default_factory=list)
     repeated: list[str] = field(default_factory=list)
@@ -102,7 +102,7 @@ class _Remarks:
 
 
 class _Unknown(Exception):
-    """An item that has no text anywhere."""
+    """An item without any text."""
 
     def __init__(self, item_id: str) -> None:
         super().__init__(item_id)
@@ -117,17 +117,17 @@ def read_request(
     whole: bool = False,
     retrieves: bool = False,
 ) -> RankRequest:
-    """Check a request and give every item its text.
+    """Validate a request and add the text of every item.
 
     Args:
-        record: Its keys are `KEYS`; entries of ``history`` and ``candidates`` are texts, whole numbers or objects.
-        row: Counted from 1; stands in for a missing id.
-        catalogue: Items by id. Without one, an entry that is a text is the title itself.
-        whole: The whole catalogue is ranked, and a request's own candidates are left aside.
-        retrieves: A request may bring no candidates, or an empty list of them: they are retrieved for it.
+        record: Keys are `KEYS`; entries of ``history`` and ``candidates`` are texts, integers or objects.
+        row: Row number from 1; replaces a missing id.
+        catalogue: Items by id. Without a catalogue, an entry that is a text is a title.
+        whole: The whole catalogue is ranked, and the request's candidates are ignored.
+        retrieves: A request may have no candidates, or an empty list: they are retrieved for it.
 
     Raises:
-        DataError: If it cannot be ranked; the message says what is wrong with the request, not where it stands.
+        DataError: If it cannot be ranked; the message describes the problem, not the position of the request.
     """
     request_id = _optional_id("id", record.get("id")) or str(row)
     user_id = _optional_id("user_id", record.get("user_id"))
@@ -165,7 +165,7 @@ def told_event(event: Event) -> dict[str, object]:
 
 
 def unknown_id(record: Mapping[str, object]) -> str | None:
-    """Return the first item of a request that is named by its id alone; None if every item has a title."""
+    """Return the first item of a request that is given only by its id; None if every item has a title."""
     for key in ("history", "candidates"):
         entries = record.get(key)
         for entry in entries if isinstance(entries, list | tuple) else ():
@@ -176,7 +176,7 @@ def unknown_id(record: Mapping[str, object]) -> str | None:
 
 
 def identity(record: Mapping[str, object] | None, row: int) -> tuple[str | None, str | None]:
-    """Return a request's id and user as far as they can be read, so that a failed line can be found again."""
+    """Return a request's id and user as far as they can be read, to identify a failed line."""
     if record is None:
         return None, None
     results: list[str | None] = []
@@ -252,7 +252,7 @@ def _history(record: Mapping[str, object], catalogue: Mapping[str, Item] | None,
 
 
 def _item(where: str, entry: object, catalogue: Mapping[str, Item] | None, remarks: _Remarks) -> Item:
-    """Give one entry its text: its own words first, then those of the catalogue."""
+    """Return an entry with its text: that of the request, else that of the catalogue."""
     if isinstance(entry, Mapping):
         item_id = _optional_id(f"{where}: item_id", entry.get("item_id"))
         given = entry.get("title")
@@ -316,10 +316,10 @@ def _text(what: str, value: object) -> str:
 
 
 def _profile(said: object) -> tuple[str, dict[str, str]]:
-    """Return what is said of a user: a text, or fields by name such as an age."""
+    """Return the text about a user: given as a text, or as fields by name, such as an age."""
     if not isinstance(said, Mapping):
         return ("" if said is None else _text("profile", said)), {}
-    # What a frame lacks is NaN there.
+    # Missing values of a frame are NaN.
     known = {name: value for name, value in said.items() if value is not None and value == value}
     given = {clean(_text("profile", name)): value for name, value in known.items()}
     fields = {name: str(int(value) if whole(value) else value) for name, value in given.items() if _plain(value)}
@@ -335,7 +335,7 @@ def _plain(value: object) -> bool:
 
 
 def _optional_id(what: str, value: object) -> str | None:
-    """Return an id as text; whole numbers are ids too, also where a library made floats of them."""
+    """Return an id as text; integers are ids too, even if a library converted them to floats."""
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return None
     if whole(value):
@@ -354,7 +354,7 @@ def _optional_id(what: str, value: object) -> str | None:
 
 
 def whole(value: object) -> TypeGuard[int | float]:
-    """Whether a value of JSON is a whole number, which ids may be."""
+    """Whether a JSON value is an integer, which ids may be."""
     return (isinstance(value, int) and not isinstance(value, bool)) or (isinstance(value, float) and value.is_integer())
 
 
@@ -405,7 +405,7 @@ def _too_long(text: str) -> bool:
 
 
 def some(names: Sequence[str]) -> str:
-    """Name the first few."""
+    """Return the first few names as text."""
     shown = ", ".join(repr(name if len(name) <= 60 else name[:59] + "…") for name in names[:_NAMED])
     return shown if len(names) <= _NAMED else f"{shown} and {len(names) - _NAMED} more"
 
