@@ -61,7 +61,7 @@ def of_texts(
         DataError: If all texts are blank.
         ModelError: If there is no such encoder.
     """
-    kept = {each: text for each, text in sorted(written.items()) if text.strip()}
+    kept = {item: text for item, text in sorted(written.items()) if text.strip()}
     if not kept:
         raise DataError(f"no {kind} has a text, so there is nothing to make features of", kind="empty")
     embedder = text_embedder(encoder)
@@ -71,7 +71,7 @@ def of_texts(
         embedder(list(kept.values())),
         replace(provenance, encoder={"name": encoder, "stamp": embedder.stamp}, version=__version__),
         texts=tuple(kept.values()),
-        seen={each: pairs for each, pairs in (seen or {}).items() if each in kept},
+        seen={item: pairs for item, pairs in (seen or {}).items() if item in kept},
     )
 
 
@@ -94,23 +94,23 @@ def from_table(
     table = read_table(user_path(path))
     person = kind in OF_PERSONS
     key = find(table, "user_id" if person else "item_id", "", f"--kind {kind}")
-    said = find(table, column, "", "--text")
-    assert key is not None and said is not None
-    names = [str(each) for each in ids(table, key)]
+    text = find(table, column, "", "--text")
+    assert key is not None and text is not None
+    names = [str(entry) for entry in ids(table, key)]
     twice = {name for name, times in Counter(names).items() if times > 1}
     if twice:
         raise DataError.at(table.name, "duplicate", f": {kind} {min(twice)!r} has several texts; keep one", key)
-    written = dict(zip(names, texts(table, said), strict=True))
+    written = dict(zip(names, texts(table, text), strict=True))
     pairs: dict[str, set[Pair]] = {}
     if seen is not None:
-        told = read_table(user_path(seen))
-        for user, item in zip(ids(told, "user_id"), ids(told, "item_id"), strict=True):
+        message = read_table(user_path(seen))
+        for user, item in zip(ids(message, "user_id"), ids(message, "item_id"), strict=True):
             pairs.setdefault(str(user if person else item), set()).add((str(user), str(item)))
         told_of = [name for name in names if written[name].strip()]
         without = [name for name in told_of if name not in pairs]
         if told_of and len(without) == len(told_of):
             raise DataError.at(
-                told.name,
+                message.name,
                 "mismatch",
                 f" names none of the {kind}s of {table.name}, such as {told_of[0]!r}; write the ids alike",
                 "user_id" if person else "item_id",
@@ -118,7 +118,7 @@ def from_table(
         if without:
             log.warning(
                 "%s: %s of the %s %ss of %s do not stand in it, such as %r; their texts count as having seen nothing",
-                told.name,
+                message.name,
                 f"{len(without):,}",
                 f"{len(told_of):,}",
                 kind,
@@ -127,7 +127,11 @@ def from_table(
             )
     made = Provenance(system="import", generator={"file": table.name, "sha256": table.sha256})
     return of_texts(
-        kind, written, encoder=encoder, provenance=made, seen={each: frozenset(known) for each, known in pairs.items()}
+        kind,
+        written,
+        encoder=encoder,
+        provenance=made,
+        seen={entry: frozenset(known) for entry, known in pairs.items()},
     )
 
 
@@ -137,13 +141,13 @@ def from_table(
 def whole(store: FeatureStore, kind: FeatureKind) -> Features:
     """Return all features of a kind."""
     names = store.ids(kind)
-    said = store.texts(kind, names)
+    text = store.texts(kind, names)
     return Features(
         kind,
         names,
         store.get(kind, names)[0],
         store.provenance(kind),
-        texts=[said.get(each, "") for each in names] if said else (),
+        texts=[text.get(name, "") for name in names] if text else (),
         seen=store.seen_by(kind),
         fallback=store.fallback(kind),
     )
@@ -183,9 +187,9 @@ def forget(folder: Path, user: str) -> Forgotten:
         store = FeatureStore.open(folder)
         tables = [whole(store, kind) for kind in store.kinds]
         pairs = {pair for table in tables for known in table.seen.values() for pair in known if pair[0] == user}
-        told = [(table.kind, each, known) for table in tables for each, known in table.seen.items()]
+        message = [(table.kind, item, known) for table in tables for item, known in table.seen.items()]
         others = sorted(
-            each for kind, each, known in told if known & pairs and not (kind in OF_PERSONS and each == user)
+            item for kind, item, known in message if known & pairs and not (kind in OF_PERSONS and item == user)
         )
         had = any(table.kind in OF_PERSONS and user in table.ids for table in tables)
         if not had and not pairs:
@@ -198,15 +202,15 @@ def forget(folder: Path, user: str) -> Forgotten:
 
 def _without(table: Features, user: str, pairs: set[Pair]) -> Features:
     own = table.kind in OF_PERSONS
-    stays = [place for place, each in enumerate(table.ids) if not own or each != user]
-    less = {each: known - pairs for each, known in table.seen.items() if not own or each != user}
+    stays = [place for place, item in enumerate(table.ids) if not own or item != user]
+    less = {item: known - pairs for item, known in table.seen.items() if not own or item != user}
     return Features(
         table.kind,
         [table.ids[place] for place in stays],
         table.vectors[stays],
         table.provenance,
         texts=[table.texts[place] for place in stays] if table.texts else (),
-        seen={each: frozenset(known) for each, known in less.items() if known},
+        seen={item: frozenset(known) for item, known in less.items() if known},
         fallback=table.fallback,
     )
 
@@ -239,9 +243,9 @@ def edit(folder: Path, kind: FeatureKind, each: str, text: str) -> tuple[Feature
         tables = {known: whole(store, known) for known in store.kinds}
         table = tables[kind]
         row = list(table.ids).index(each)
-        vectors, said = np.array(table.vectors), list(table.texts)
-        vectors[row], said[row] = embedder([text])[0], text
-        tables[kind] = replace(table, vectors=vectors, texts=said)
+        vectors, message = np.array(table.vectors), list(table.texts)
+        vectors[row], message[row] = embedder([text])[0], text
+        tables[kind] = replace(table, vectors=vectors, texts=message)
         write_version(place, list(tables.values()), dtype=store.dtype)
     made = tables.get("synthetic")
     return ("synthetic",) if kind == "user" and made is not None and each in made.ids else ()
@@ -259,19 +263,19 @@ class Difference:
 
 def compare(old: FeatureStore, new: FeatureStore) -> list[Difference]:
     """Return what two stores say differently, by kind: ids, and the texts of those that are in both."""
-    found = []
+    results = []
     for kind in KINDS:
         before, after = (set(store.ids(kind)) if kind in store.kinds else set() for store in (old, new))
         both = sorted(before & after)
         said_before, said_after = ((store.texts(kind, both) if both else {}) for store in (old, new))
         changed = tuple(
-            (each, said_before.get(each, ""), said_after.get(each, ""))
-            for each in both
-            if said_before.get(each) != said_after.get(each)
+            (item, said_before.get(item, ""), said_after.get(item, ""))
+            for item in both
+            if said_before.get(item) != said_after.get(item)
         )
         if before or after:
-            found.append(Difference(kind, tuple(sorted(after - before)), tuple(sorted(before - after)), changed))
-    return found
+            results.append(Difference(kind, tuple(sorted(after - before)), tuple(sorted(before - after)), changed))
+    return results
 
 
 def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
@@ -279,7 +283,7 @@ def timed(store: FeatureStore, kind: FeatureKind) -> dict[str, float]:
     names = store.ids(kind)
     rng = np.random.default_rng(0)
     drawn = [names[place] for place in rng.integers(0, len(names), _LOOKUPS).tolist()]
-    asked = [each if n % 2 else each + "?" for n, each in enumerate(drawn)]
+    asked = [item if n % 2 else item + "?" for n, item in enumerate(drawn)]
 
     def micro(call: Callable[[], Any]) -> float:
         begin = time.perf_counter()

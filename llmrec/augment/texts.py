@@ -101,26 +101,26 @@ def about_users(
     template, view = template_of(kind, name, prompts), View(data)
     most = math.inf if kind == "user" else section.cold
     able = [user for user in data.users() if 0 < len(readable(data, user)) <= most]
-    told = {"factors": list(section.factors), "topics": list(section.topics)}
-    found = []
+    fields = {"factors": list(section.factors), "topics": list(section.topics)}
+    results = []
     for user in _some(able, section.limit, seed):
         events = readable(data, user)[-section.history :]
-        values = view.user(user, {}) | told | {"history": view.events(events, _stars)}
+        values = view.user(user, {}) | fields | {"history": view.events(events, _stars)}
         values["interests"] = interests.get(user, "")
-        found.append(Asked(user, Prompt(messages=template.turns(values)), events))
-    return found
+        results.append(Asked(user, Prompt(messages=template.turns(values)), events))
+    return results
 
 
 def about_items(data: SplitDataset, section: AugmentSection, seed: int, prompts: Sequence[str] = ()) -> list[Asked]:
     """Return the questions about the items of the catalogue; they show no interaction."""
     assert section.items is not None
     template, view = template_of("item", section.items, prompts), View(data)
-    found = []
+    results = []
     for item in _some(sorted(data.dataset.items), section.limit, seed):
         values = view.about(item) | {"factors": list(section.factors), "noun": data.dataset.noun}
         values.pop("item_stats", None)
-        found.append(Asked(item, Prompt(messages=template.turns(values))))
-    return found
+        results.append(Asked(item, Prompt(messages=template.turns(values))))
+    return results
 
 
 def taste(vectors: NDArray[np.floating[Any]], liked: NDArray[np.bool_]) -> NDArray[np.floating[Any]]:
@@ -159,8 +159,8 @@ def invented(said: str) -> str:
     except ValueError:
         item = None
     if isinstance(item, dict):
-        told = [str(item[key]).strip() for key in ("title", "description", "desc", "abstract") if item.get(key)]
-        return ". ".join(dict.fromkeys(each.rstrip(".") for each in told))
+        message = [str(item[key]).strip() for key in ("title", "description", "desc", "abstract") if item.get(key)]
+        return ". ".join(dict.fromkeys(entry.rstrip(".") for entry in message))
     first = next((line.strip() for line in said.splitlines() if line.strip()), "")
     return first.strip("\"'* ")
 

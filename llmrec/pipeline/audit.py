@@ -140,9 +140,9 @@ def examine(
     yield from leaks.alignment_checks(study, _rows_of(training, "alignment"))
     yield from leaks.stored_rows(results["rows"], predictions, study)
     yield _baselines(study, kept) if kept is not None else leaks.baselines(study)
-    for found in (leaks.item_index(study), leaks.feature_texts(study)):
-        if found is not None:
-            yield found
+    for result in (leaks.item_index(study), leaks.feature_texts(study)):
+        if result is not None:
+            yield result
     yield id_arithmetic(study.data, split)
     if study.index is not None:
         yield code_arithmetic(study.index, study.data, split)
@@ -156,10 +156,10 @@ def _baselines(study: Study, kept: Path) -> Check:
     used = {family: study.task_data(family) for family in study.tasks}
     key = fingerprint(
         "audit",
-        made_by=[(BASELINES, each.name) for family in used for each in study.baselines(family)],
+        made_by=[(BASELINES, baseline.name) for family in used for baseline in study.baselines(family)],
         modules=(leaks.__name__,),
         packages={name: version for name, version in versions().items() if name in _FITTING},
-        baselines={family: [each.label for each in study.baselines(family)] for family in used},
+        baselines={family: [baseline.label for baseline in study.baselines(family)] for family in used},
         files=_stores(study),
         data={family: data.fingerprint for family, data in used.items()},
         cases={family: [case.request.id for case in study.cases(family)] for family in used},
@@ -175,13 +175,13 @@ def _baselines(study: Study, kept: Path) -> Check:
 
 
 def _check_of(stored: Mapping[str, Any]) -> Check:
-    found = stored["check"]
-    return Check(**{**found, "examples": tuple(found["examples"])})
+    result = stored["check"]
+    return Check(**{**result, "examples": tuple(result["examples"])})
 
 
 def _stores(study: Study) -> list[Hashes]:
-    asked = [each for family in study.tasks for each in study.baselines(family)]
-    return [read for each in asked if (read := hashes_of(each.name, each.parameters))]
+    asked = [baseline for family in study.tasks for baseline in study.baselines(family)]
+    return [read for item in asked if (read := hashes_of(item.name, item.parameters))]
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:
@@ -192,10 +192,10 @@ def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine,
         checks: What was found.
         of: The sha256 of its ``results.json``, so that the report never shows the audit of others.
     """
-    found = [asdict(check) for check in checks]
+    results = [asdict(check) for check in checks]
     leaks = sum(check.verdict == "leak" for check in checks)
-    write_checked(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": found})
-    return lines_of(found)
+    write_checked(folder / FILE, {"results_sha256": of, "leaks": leaks, "checks": results})
+    return lines_of(results)
 
 
 def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
@@ -239,7 +239,7 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
     legitimate if ids follow training order, a leak if held-out interactions took part in it (P5's published ids reach
     .0524 on Beauty).
     """
-    numbers = {item: int(found[0]) for item in data.dataset.items if len(found := re.findall(r"\d+", item)) == 1}
+    numbers = {item: int(result[0]) for item in data.dataset.items if len(result := re.findall(r"\d+", item)) == 1}
     if len(numbers) < 0.9 * len(data.dataset.items):
         return Check("id arithmetic", "not probed: item ids hold no single number")
     return _arithmetic("id arithmetic", "ids", numbers, data, split)
@@ -256,7 +256,7 @@ def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
         return Check(name, "not probed: titles have no order that means anything")
     pieces = {item: [int(n) for n in re.findall(r"\d+", "".join(code))] for item, code in index.codes.items()}
     order = sorted(pieces, key=lambda item: (pieces[item], item))
-    single = all(len(found) == 1 for found in pieces.values()) and not index.tokens
+    single = all(len(result) == 1 for result in pieces.values()) and not index.tokens
     numbers = {item: pieces[item][0] for item in order} if single else {item: n for n, item in enumerate(order)}
     return _arithmetic(name, "codes", numbers, data, split)
 
@@ -322,14 +322,14 @@ def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tu
             signature = _signature(base[[index[word] for word in members]], factors, offsets)
             for band, part in enumerate(signature.reshape(_BANDS, -1)):
                 buckets[band, part.tobytes()].append(n)
-    found: dict[tuple[int, int], float] = {}
+    result: dict[tuple[int, int], float] = {}
     for crowd in buckets.values():
         # In a group of equal sets each is compared with the first alone.
         pairs = combinations(crowd, 2) if len(crowd) <= _CROWD else ((crowd[0], other) for other in crowd[1:])
         for a, b in pairs:
-            if (a, b) not in found:
-                found[a, b] = len(sets[a] & sets[b]) / len(sets[a] | sets[b])
-    return sorted((a, b, value) for (a, b), value in found.items() if value >= threshold)
+            if (a, b) not in result:
+                result[a, b] = len(sets[a] & sets[b]) / len(sets[a] | sets[b])
+    return sorted((a, b, value) for (a, b), value in result.items() if value >= threshold)
 
 
 def _signature(
@@ -355,11 +355,11 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
     examples = tuple(
         f"{data.dataset.items[items[a]].title!r} and {data.dataset.items[items[b]].title!r}" for a, b, _ in near[:5]
     )
-    found = (
+    result = (
         f"{twins} of {len(items):,} items share their title with another, {len(near)} further pairs are nearly equal"
     )
     figures = {"equal": float(twins), "near_pairs": float(len(near))}
-    return Check("near-duplicate items", found, "notice" if twins or near else "clean", examples, figures)
+    return Check("near-duplicate items", result, "notice" if twins or near else "clean", examples, figures)
 
 
 def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
@@ -377,8 +377,8 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
     asked = sum(user in held for user in users)
     examples = tuple(f"held-out user {user} and user {twin}" for user, twin in sorted(twins)[:5])
     count = len({user for user, _ in twins})
-    found = f"{count} of {asked:,} held-out users have a twin in training who has the held-out item too"
-    return Check("near-duplicate users", found, "notice" if count else "clean", examples, {"users": float(count)})
+    result = f"{count} of {asked:,} held-out users have a twin in training who has the held-out item too"
+    return Check("near-duplicate users", result, "notice" if count else "clean", examples, {"users": float(count)})
 
 
 # --------------------------------------------------------------------------- memorisation
@@ -416,19 +416,19 @@ def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int
         rates.append(sum(right) / len(right))
     true, control = rates
     figures = {"completed": true, "control": control, "titles": float(len(chosen))}
-    found = f"the untuned model completes {true:.1%} of {len(chosen)} titles, of mixed-up ones {control:.1%}"
-    return Check(name, found, "notice" if true > control + 0.02 else "clean", (), figures)
+    result = f"the untuned model completes {true:.1%} of {len(chosen)} titles, of mixed-up ones {control:.1%}"
+    return Check(name, result, "notice" if true > control + 0.02 else "clean", (), figures)
 
 
 def _halves(data: SplitDataset) -> list[tuple[str, str]]:
-    found = []
+    results = []
     for _, item in sorted(data.dataset.items.items()):
         # A year or an edition in brackets is easy to complete; the words before it are the title.
         words = re.sub(r"\s*[(\[].*", "", item.title).split()
         if len(words) >= 3:
             cut = len(words) // 2
-            found.append((" ".join(words[:cut]), " ".join(words[cut:])))
-    return found
+            results.append((" ".join(words[:cut]), " ".join(words[cut:])))
+    return results
 
 
 def _recital(template: Template, records: Sequence[tuple[str, str]], n: int, noun: str) -> Prompt:

@@ -81,7 +81,7 @@ class Plan:
     def prompt_tokens(self) -> dict[FeatureKind, int]:
         """Return the number of prompt tokens, by kind."""
         return {
-            kind: sum(len(self.encoder.prompt(each.prompt)) for each in asked) for kind, asked in self.asked.items()
+            kind: sum(len(self.encoder.prompt(item.prompt)) for item in asked) for kind, asked in self.asked.items()
         }
 
 
@@ -149,7 +149,7 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
             kind="unsupported",
             column="augment",
         )
-    items = [data.dataset.items[each] for each in sorted(data.dataset.items)]
+    items = [data.dataset.items[entry] for entry in sorted(data.dataset.items)]
     texts_by_id = dict(zip((item.item_id for item in items), texts_of(items), strict=True))
     made = Provenance(system="augment without a model", split=data.readable, version=__version__)
     every = of_texts("item", texts_by_id, encoder=section.encoder, provenance=made)
@@ -157,15 +157,15 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
     tables = []
     if "item" in asked:
         # The users and items of the questions, which augment.limit bounds.
-        places = [place_of[each.id] for each in asked["item"] if each.id in place_of]
+        places = [place_of[entry.id] for entry in asked["item"] if entry.id in place_of]
         names = [every.ids[place] for place in places]
         written = [every.texts[place] for place in places]
         tables.append(Features("item", names, every.vectors[places], every.provenance, texts=written))
     if "user" in asked:
-        known = [(each, [event for event in each.events if event.item_id in place_of]) for each in asked["user"]]
+        known = [(entry, [event for event in entry.events if event.item_id in place_of]) for entry in asked["user"]]
         liked = recipe.tasks.ctr.liked if recipe.tasks.ctr is not None else None
         rows = [_taste(data, events, every, place_of, liked) for _, events in known if events]
-        seen = {each.id: each.seen for each, events in known if events}
+        seen = {entry.id: entry.seen for entry, events in known if events}
         tables.insert(0, Features("user", list(seen), np.array(rows, np.float32), every.provenance, seen=seen))
     with writing(out) as folder:
         write_version(folder, tables, dtype=section.dtype)
@@ -218,11 +218,11 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
         if (kept := _made_so(store_folder, made, section)) is not None:
             return Augmented(store_folder, {kind: len(kept.ids(kind)) for kind in kept.kinds}, Cost(), 0.0)
         cost, tables = Cost(), []
-        for each in shards:
-            each.refuse_other(_answers_key(recipe, planned))
+        for item in shards:
+            item.refuse_other(_answers_key(recipe, planned))
         with _asking(recipe, planned, store_folder, Budget()) as (backend, store, engines):
-            for each in shards:
-                store.join(each.folder / ANSWERS)
+            for item in shards:
+                store.join(item.folder / ANSWERS)
             interests: dict[str, str] = {}
             for kind, planned_of_it in planned.asked.items():
                 # The prompt of a synthetic item shows the text on its user.
@@ -230,7 +230,7 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
                 written, spent = _write(backend, asked, kind, section, recipe.eval.batch, quiet=quiet)
                 interests = written if kind == "user" else interests
                 cost += spent
-                seen = {each.id: each.seen for each in asked if each.seen}
+                seen = {item.id: item.seen for item in asked if item.seen}
                 provenance = made[engines.engine_for("text", planned.base)][kind]
                 tables.append(of_texts(kind, written, encoder=section.encoder, provenance=provenance, seen=seen))
             write_version(store_folder, tables, dtype=section.dtype)
@@ -280,8 +280,8 @@ def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = Fals
         folders: The shards' folders; by default those beside the store.
         quiet: Show no progress.
     """
-    found = gathered(out, folders)
-    return augment(load_stored(found[0].folder), out, quiet=quiet, shards=found)
+    result = gathered(out, folders)
+    return augment(load_stored(result[0].folder), out, quiet=quiet, shards=result)
 
 
 @contextmanager
@@ -336,7 +336,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
             "max_tokens": section.max_tokens,
             "seed": recipe.seed,
             # Whole questions: titles and fields may change where ids do not.
-            "asked": _digest([part for each in planned.asked[kind] for part in (each.id, repr(each.prompt))]),
+            "asked": _digest([part for item in planned.asked[kind] for part in (item.id, repr(item.prompt))]),
             **({"synthetic": True} if kind == "synthetic" else {}),
         },
         version=__version__,
@@ -354,9 +354,11 @@ def _made_so(
     stamp = text_embedder(section.encoder).stamp
     same = store.kinds == tuple(next(iter(made.values()))) and store.dtype == section.dtype
     for kind in store.kinds if same else ():
-        found = store.provenance(kind)
-        wanted = [each[kind] for each in made.values()]
-        same = same and found is not None and replace(found, encoder={}) in wanted and found.encoder["stamp"] == stamp
+        result = store.provenance(kind)
+        wanted = [item[kind] for item in made.values()]
+        same = (
+            same and result is not None and replace(result, encoder={}) in wanted and result.encoder["stamp"] == stamp
+        )
     return store if same else None
 
 
@@ -395,9 +397,9 @@ def _write(
             replaced, written, cost = backend.replaced, dict[str, str](), Cost()
             for start in range(0, len(asked), batch):
                 part = asked[start : start + batch]
-                prompts: list[Prompt] = [each.prompt for each in part]
-                for each, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
-                    written[each.id] = kept(kind, done.text, section)
+                prompts: list[Prompt] = [item.prompt for item in part]
+                for item, done in zip(part, backend.generate(prompts, max_tokens=section.max_tokens), strict=True):
+                    written[item.id] = kept(kind, done.text, section)
                     cost += cost_of(done)
                 bar.advance(len(part))
             if backend.replaced == replaced:

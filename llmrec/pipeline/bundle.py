@@ -107,8 +107,8 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
         try:
             recipe = load_stored(run)
             if not recipe.eval.arms:
-                found = _classic(run, recipe)
-                return replace(found, folder=str(run), run=None) if (run / INTERACTIONS).is_file() else found
+                result = _classic(run, recipe)
+                return replace(result, folder=str(run), run=None) if (run / INTERACTIONS).is_file() else result
         except RecipeError as error:
             if error.kind == "unsafe":
                 raise
@@ -126,30 +126,30 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
     if not stored.is_file():
         return _plain(folder, asked)
     try:
-        found = checked(stored.read_bytes())
-        if found["format"] != _FORMAT:
+        result = checked(stored.read_bytes())
+        if result["format"] != _FORMAT:
             raise ModelError(
-                f"{stored} is of format {found['format']} and this llmrec reads format {_FORMAT}; "
-                f"use llmrec {found['llmrec']}, or export the run again",
+                f"{stored} is of format {result['format']} and this llmrec reads format {_FORMAT}; "
+                f"use llmrec {result['llmrec']}, or export the run again",
                 kind="wrong-format",
                 at=stored,
                 column="format",
             )
         templates = {
             family: {entry["name"]: Template.of_stored(entry) for entry in entries}
-            for family, entries in found["templates"].items()
+            for family, entries in result["templates"].items()
         }
-        scale = found["rating_scale"]
+        scale = result["rating_scale"]
         return Bundle(
             folder=folder,
             run=run,
-            model=asked.model_copy(update={"max_length": found["max_length"]}) if model is None else asked,
-            tasks=TasksSection(**found["tasks"]),
+            model=asked.model_copy(update={"max_length": result["max_length"]}) if model is None else asked,
+            tasks=TasksSection(**result["tasks"]),
             templates=templates,
-            noun=str(found["noun"]),
+            noun=str(result["noun"]),
             rating_scale=(float(scale[0]), float(scale[1])) if scale else None,
-            index=stored_index(Path(folder), found.get("index")),
-            seed=int(found["seed"]),
+            index=stored_index(Path(folder), result.get("index")),
+            seed=int(result["seed"]),
             tuned=True,
         )
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError, ValidationError) as error:

@@ -99,10 +99,10 @@ class ResultRow(Displayed):
     looked_at: frozenset[str] = frozenset()
 
     def _summary(self) -> Summary:
-        found = self.figures
+        result = self.figures
         header = ("metric", "value", "95 % interval")
-        title = f"{found.task}: {found.label}, {found.n:,} requests"
-        return Summary(title, {}, header, [found.shown(name) for name in found.metrics])
+        title = f"{result.task}: {result.label}, {result.n:,} requests"
+        return Summary(title, {}, header, [result.shown(name) for name in result.metrics])
 
 
 class Evaluation:
@@ -156,12 +156,12 @@ class Evaluation:
         predictor = self._calibrated(family, model)
         looked_at = frozenset(getattr(model, "looked_at", ())) | self._calibrated_by(family)
         weighing = self._weighing_answers(spec, predictor)
-        found = evaluate(predictor, self._cases[family], **self._measuring(family))
+        result = evaluate(predictor, self._cases[family], **self._measuring(family))
         reads = reads_of(baseline.name, baseline.parameters)
         return self._keep(
             spec,
             key,
-            _with_curve(found, predictor, self._calibrating(spec.family)),
+            _with_curve(result, predictor, self._calibrating(spec.family)),
             "numpy",
             reads,
             weighing=weighing,
@@ -195,7 +195,7 @@ class Evaluation:
                 self.failures += [] if failure in self.failures else [failure]
                 failed[engines.engine_for(spec.predictor, folder)] = failure
                 self.missing[spec.id] = Unevaluated(**spec.asked, reason=failure.reason)
-        found = []
+        results = []
         specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
         for index, spec in enumerate(specs):
             # An ensemble follows the row of the language model that it joins with the baselines.
@@ -203,10 +203,10 @@ class Evaluation:
             if model in self.missing:
                 self.missing[spec.id] = Unevaluated(**spec.asked, reason=self.missing[model].reason)
             elif spec.joins:
-                found += self._joined(spec, [*controls[spec.family], rows[model]])
+                results += self._joined(spec, [*controls[spec.family], rows[model]])
             else:
-                found.append(rows[model])
-        return found
+                results.append(rows[model])
+        return results
 
     def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
         """Return the best row on validation users, which is served; None if no users weigh ensembles."""
@@ -249,9 +249,9 @@ class Evaluation:
                 # A row costs what its own cases cost, also where a killed run had answered them; cases of calibration
                 # are none of them, and the engine's start is a stage of its own.
                 before = backend.recalled_seconds - backend.start_seconds
-                found = evaluate(predictor, self._cases[spec.family], **self._measuring(spec.family))
-                found = _with_seconds(found, backend.recalled_seconds - backend.start_seconds - before)
-                examples = self._examples(spec, strategy, found)
+                result = evaluate(predictor, self._cases[spec.family], **self._measuring(spec.family))
+                result = _with_seconds(result, backend.recalled_seconds - backend.start_seconds - before)
+                examples = self._examples(spec, strategy, result)
                 weighing = self._weighing_answers(spec, predictor)
                 if backend.replaced == replaced:
                     break
@@ -266,7 +266,7 @@ class Evaluation:
         return self._keep(
             spec,
             self.key(spec, engine, engines.identity(engine, digest)),
-            _with_curve(found, predictor, self._calibrating(spec.family)),
+            _with_curve(result, predictor, self._calibrating(spec.family)),
             strategy.engine,
             "language model",
             examples=examples,
@@ -325,7 +325,7 @@ class Evaluation:
             answers = [part_of(row) for row in able]
             onto = bases_of(self._study, spec.family, answers, self._weighing.cases(spec.family))
             model = join(spec.predictor, answers, cases, family_of(spec.family).answer, onto=onto)
-            found = evaluate(model, self._cases[spec.family], **self._measuring(spec.family))
+            result = evaluate(model, self._cases[spec.family], **self._measuring(spec.family))
         except LlmrecError as error:
             if error.kind not in ("too-few", "leak"):
                 raise
@@ -335,7 +335,7 @@ class Evaluation:
         row = self._keep(
             spec,
             key,
-            found,
+            result,
             "numpy",
             widest([row.figures.reads for row in able]),
             inputs=weighed_by(able, cases),
@@ -437,7 +437,7 @@ class Evaluation:
     def _weighing_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
         """Return the answers of a row to the validation users that weigh ensembles, by request id."""
         requests = [case.request for case in self._weighers(spec)]
-        return {each.request_id: remembered(each) for each in predictor.answer(requests)} if requests else {}
+        return {item.request_id: remembered(item) for item in predictor.answer(requests)} if requests else {}
 
     def strategy(self, spec: RowSpec, backend: Any, advance: Callable[[int], None]) -> Strategy:
         """Return the strategy of a row."""

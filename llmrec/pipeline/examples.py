@@ -109,7 +109,7 @@ def _row(family: str, metric: str, rows: Sequence[ResultRow]) -> ResultRow | Non
 def _example(study: Study, family: str, row: ResultRow) -> ExampleUser:
     cases, dataset = study.cases(family), study.task_data(family).dataset
     known = [place for place, case in enumerate(cases) if case.request.history] or list(range(len(cases)))
-    place = known[drawn([cases[each].request.id for each in known], study.recipe.seed, 1)[0]]
+    place = known[drawn([cases[entry].request.id for entry in known], study.recipe.seed, 1)[0]]
     request, truth, record = cases[place].request, str(cases[place].truth), row.records[place]
 
     def title(item: str) -> str:
@@ -147,9 +147,9 @@ def exhibits(study: Study, rows: Sequence[ResultRow]) -> list[Exhibit]:
 
 
 def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[Exhibit]:
-    named = {each.label: each for each in study.baselines(family)}
-    folders = {label: stores_of(each.name, each.parameters) for label, each in named.items()}
-    reading = [label for label, found in folders.items() if found and not named[label].parameters.get("shuffled")]
+    named = {baseline.label: baseline for baseline in study.baselines(family)}
+    folders = {label: stores_of(entry.name, entry.parameters) for label, entry in named.items()}
+    reading = [label for label, result in folders.items() if result and not named[label].parameters.get("shuffled")]
     if not reading:
         return
     first, folder = named[reading[0]], next(iter(folders[reading[0]]))
@@ -162,18 +162,18 @@ def _exhibits(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[
         and named[row.figures.predictor].name == first.name
     ]
     seen = store.seen_by("user")
-    told = [place for place, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
-    for n in drawn([cases[place].request.id for place in told], study.recipe.seed, EXHIBITS):
-        place, request = told[n], cases[told[n]].request
-        user, item = request.user_id, str(request.item or cases[told[n]].truth)
-        pairs = sorted(each for _, each in seen.get(user, ()) if each in data.items)
+    message = [place for place, case in enumerate(cases) if case.request.user_id in seen] or list(range(len(cases)))
+    for n in drawn([cases[place].request.id for place in message], study.recipe.seed, EXHIBITS):
+        place, request = message[n], cases[message[n]].request
+        user, item = request.user_id, str(request.item or cases[message[n]].truth)
+        pairs = sorted(entry for _, entry in seen.get(user, ()) if entry in data.items)
         yield Exhibit(
             task=family,
             request_id=request.id,
             user=user_of(data, user),
             item=product_of(data, item),
             store=folder,
-            read=tuple(clean(data.items[each].title) for each in pairs[:_READ]),
+            read=tuple(clean(data.items[pair].title) for pair in pairs[:_READ]),
             events=len(pairs),
             profile=shortened(clean(store.texts("user", [user]).get(user, ""), INPUT)),
             described=shortened(clean(store.texts("item", [item]).get(item, ""), INPUT)),
@@ -262,8 +262,8 @@ def _counted(statistics: Mapping[str, Any]) -> str:
 
 def _pairs(fields: Mapping[str, str]) -> str:
     """Return a user's fields as one line, without the name."""
-    found = {clean(name): clean(value) for name, value in fields.items() if name != "name"}
-    return "; ".join(f"{name}: {value}" for name, value in found.items() if value)
+    result = {clean(name): clean(value) for name, value in fields.items() if name != "name"}
+    return "; ".join(f"{name}: {value}" for name, value in result.items() if value)
 
 
 def _answer(record: Prediction) -> Written:
@@ -292,7 +292,10 @@ def newcomers(study: Study, rows: Sequence[ResultRow]) -> list[Newcomer]:
     ranks for users; nothing where the split has no cold items.
     """
     return [
-        each for family in study.tasks if family_of(family).ranks_for_users for each in _newcomers(study, family, rows)
+        newcomer
+        for family in study.tasks
+        if family_of(family).ranks_for_users
+        for newcomer in _newcomers(study, family, rows)
     ]
 
 
@@ -307,20 +310,20 @@ def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator
     near = _neighbours(study, family, chosen)
     for item in chosen:
         places = {
-            name: [(n, found.index(item) + 1) for n, found in enumerate(each) if item in found]
-            for name, each in lists.items()
+            name: [(n, result.index(item) + 1) for n, result in enumerate(entry) if item in result]
+            for name, entry in lists.items()
         }
-        shown = {name: _one_a_user(found, cases)[:_VISITS] for name, found in places.items()}
+        shown = {name: _one_a_user(result, cases)[:_VISITS] for name, result in places.items()}
         yield Newcomer(
             task=family,
             item=product_of(data.dataset, item),
             neighbours=near[item],
             wanted=sum(str(case.truth) == item for case in cases),
-            lists={name: len(found) for name, found in places.items()},
+            lists={name: len(result) for name, result in places.items()},
             visits={
-                name: tuple(_visit(study, family, cases[n], place, item) for n, place in found)
-                for name, found in shown.items()
-                if found
+                name: tuple(_visit(study, family, cases[n], place, item) for n, place in result)
+                for name, result in shown.items()
+                if result
             },
         )
 
@@ -344,7 +347,7 @@ def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visi
 
 def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
     """Return the most similar training items of each item by the text encoder; none without an encoder."""
-    data, found = study.task_data(family), dict[str, tuple[Nearby, ...]]()
+    data, result = study.task_data(family), dict[str, tuple[Nearby, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
     try:
@@ -356,8 +359,8 @@ def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tu
         return dict.fromkeys(asked, ())
     for item, row in zip(asked, likeness, strict=True):
         best = np.argsort(-row, kind="stable")[:_NEAR]
-        found[item] = tuple(
+        result[item] = tuple(
             Nearby(title=clean(data.dataset.items[warm[place]].title), cosine=float(row[place]))
             for place in best.tolist()
         )
-    return found
+    return result

@@ -51,8 +51,8 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
     budget, weighing = Budget(), Weighing(study)
     with locked(out, RUN), budget.stage("fusing"):
         works_in(out)
-        found = [_rows(run, study) for run in runs]
-        rows = _distinct(list(zip([run.resolve().name for run in runs], found, strict=True)))
+        results = [_rows(run, study) for run in runs]
+        rows = _distinct(list(zip([run.resolve().name for run in runs], results, strict=True)))
         joined: list[ResultRow] = []
         for family in study.tasks:
             own = [row for row in rows if row.figures.task == family]
@@ -153,11 +153,11 @@ def _fused(
     parts: Sequence[ResultRow],
     cases: Sequence[Case],
 ) -> ResultRow:
-    own, said = family_of(family), _named(parts)
+    own, text = family_of(family), _named(parts)
     baselines = [row for row in parts if row.figures.arm == "baseline"]
     every = [case for case in weighing.cases(family) if all(case.request.id in row.weighing for row in baselines)]
-    model = join(FUSIONS[kind], said, cases, own.answer, onto=bases_of(study, family, said, every))
-    found = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
+    model = join(FUSIONS[kind], text, cases, own.answer, onto=bases_of(study, family, text, every))
+    result = evaluate(model, study.cases(family), name=family, kind=own.answer, protocol=protocol_of(study, family))
     arms = [row.figures.arm for row in parts if row.figures.arm != "baseline"]
     arm = "baseline" if not arms else "tuned" if "tuned" in arms else arms[0]
     figures = Row(
@@ -170,6 +170,6 @@ def _fused(
         candidates=parts[0].figures.candidates,
         reads=kind,
         fusion=weights_of(model),
-        **found.figures.as_json(),
+        **result.figures.as_json(),
     )
-    return ResultRow(figures, found.values, found.records)
+    return ResultRow(figures, result.values, result.records)

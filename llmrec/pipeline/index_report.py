@@ -88,19 +88,19 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
     begin = time.monotonic()
     built = build_index(recipe.index, data, seed=recipe.seed)
     seconds = time.monotonic() - begin
-    found = diagnose(built, _counts(data))
-    content = _content(recipe, data, built, found, items=items, seconds=seconds)
+    result = diagnose(built, _counts(data))
+    content = _content(recipe, data, built, result, items=items, seconds=seconds)
     with locked(folder_of(recipe, None)) if out is None else nullcontext():
         built.save(folder)
-        write_json(folder / index_summary.DIAGNOSTICS, found.as_json())
+        write_json(folder / index_summary.DIAGNOSTICS, result.as_json())
         page = index_page.write(content, folder / _PAGE)
-    return Indexed(data, built, found, seconds, folder, page, tuple(items))
+    return Indexed(data, built, result, seconds, folder, page, tuple(items))
 
 
 def _holds_more(folder: Path) -> bool:
     """Whether a folder holds more than an index and its page, which a new index would remove."""
-    found = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    return (folder.exists() and not folder.is_dir()) or bool(found - _FILES) or bool(found and not _digest(folder))
+    result = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    return (folder.exists() and not folder.is_dir()) or bool(result - _FILES) or bool(result and not _digest(folder))
 
 
 def indexed_data(recipe: Recipe) -> SplitDataset:
@@ -119,10 +119,10 @@ def write_run(study: Study, folder: Path) -> str:
         return ""
     if _digest(where) != study.index.digest:
         study.index.save(where)
-    found = diagnose(study.index, _counts(study.data))
-    figures = found.as_json()
+    result = diagnose(study.index, _counts(study.data))
+    figures = result.as_json()
     write_json(where / index_summary.DIAGNOSTICS, figures)
-    content = _content(study.recipe, study.data, study.index, found, run=True)
+    content = _content(study.recipe, study.data, study.index, result, run=True)
     # The report of the run shows a few.
     write_json(where / index_summary.NEIGHBOURS, [asdict(group) for group in content.groups[:_SHOWN]])
     index_page.write(content, page)
@@ -131,16 +131,16 @@ def write_run(study: Study, folder: Path) -> str:
 
 def summary(made: Indexed) -> dict[str, dict[str, str]]:
     """Return the summary for the console: names with values, under a title."""
-    found, titles = made.found, _titles(made.data)
-    figures = {name: _shown(value) for name, value in index_summary.key_figures(found).items()}
-    tables = {f"index {found.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
-    if found.levels:
+    result, titles = made.found, _titles(made.data)
+    figures = {name: _shown(value) for name, value in index_summary.key_figures(result).items()}
+    tables = {f"index {result.scheme} of {flat(made.data.dataset.name)}": figures | {"Seconds": f"{made.seconds:.1f}"}}
+    if result.levels:
         tables["levels"] = {
             index_summary.level_title(level): (
                 f"{level.used:,} of {level.available:,} used, perplexity {level.perplexity:,.1f}, "
                 f"most used {share(level.share)}, never trained {level.untrained:,}"
             )
-            for level in found.levels
+            for level in result.levels
         }
     shown = examples(made.index, titles, max(5, len(made.items)), made.items)
     tables["examples"] = _rows(shown)

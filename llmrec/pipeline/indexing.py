@@ -195,5 +195,5 @@ def _vectors(
     names = sorted(items)
     entries = [items[name] for name in names]
     texts = section.semantic
-    found = item_vectors(entries, item_fields(entries, texts), text_embedder(texts.encoder))
-    return dict(zip(names, found, strict=True))
+    result = item_vectors(entries, item_fields(entries, texts), text_embedder(texts.encoder))
+    return dict(zip(names, result, strict=True))

@@ -103,18 +103,18 @@ def training_interactions(data: SplitDataset) -> Check:
         ]
     name, looked = f"training interactions of {data.dataset.name}", f"{len(train):,} interactions"
     if not places and data.kind == "given" and (early := earlier(data.train, pl.concat([data.valid, data.test]))):
-        found = f"none is held out; {early:,} held-out ones are earlier than a training interaction of their user"
-        return Check(name, f"{found}: histories show what came later", "notice", figures={"earlier": early})
+        result = f"none is held out; {early:,} held-out ones are earlier than a training interaction of their user"
+        return Check(name, f"{result}: histories show what came later", "notice", figures={"earlier": early})
     return verdict(name, looked, places)
 
 
 def profiles(data: SplitDataset) -> Check:
     """Check profiles for held-out titles; such users are set aside from evaluation."""
-    name, found = f"user profiles of {data.dataset.name}", profile_leaks(data)
-    if not found:
+    name, result = f"user profiles of {data.dataset.name}", profile_leaks(data)
+    if not result:
         return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
-    places = tuple(f"user {each.user_id}: field {each.field!r} names held-out item {each.item_id}" for each in found)
-    return Check(name, leak_warning(data, found), "notice", places[:_SHOWN], {"users": len(leaking_users(found))})
+    places = tuple(f"user {item.user_id}: field {item.field!r} names held-out item {item.item_id}" for item in result)
+    return Check(name, leak_warning(data, result), "notice", places[:_SHOWN], {"users": len(leaking_users(result))})
 
 
 # --------------------------------------------------------------------------- candidates
@@ -139,8 +139,10 @@ def candidate_sets(study: Study) -> list[Check]:
     looked = f"{len(sets.sets):,} candidate sets"
     if study.recipe.eval.candidates.kind == "retrieved":
         # As in use, a retrieved set may lack the target, or hold what the user chooses later.
-        found = len(sets.sets) - len(lacking)
-        about = [Check("retrieved sets", f"{found:,} of {len(sets.sets):,} hold the target, which bounds HR over them")]
+        result = len(sets.sets) - len(lacking)
+        about = [
+            Check("retrieved sets", f"{result:,} of {len(sets.sets):,} hold the target, which bounds HR over them")
+        ]
     else:
         about = [
             verdict("candidate sets without the target", looked, lacking),
@@ -178,10 +180,10 @@ def _ordered(study: Study, sets: Mapping[str, Sequence[str]]) -> Check:
     name, figures = "order of the candidates", {}
     for what, key in (("popularity", counts), ("item ids", ids)):
         values = [np.array([key.get(item, 0) for item in items], dtype=float) for items in sets.values()]
-        found = [_correlation(value) for value in values if len(value) > 2 and np.ptp(value) > 0]
-        if not found:
+        results = [_correlation(value) for value in values if len(value) > 2 and np.ptp(value) > 0]
+        if not results:
             continue
-        mean, error = float(np.mean(found)), float(np.std(found) / np.sqrt(len(found)) + 1e-9)
+        mean, error = float(np.mean(results)), float(np.std(results) / np.sqrt(len(results)) + 1e-9)
         figures[what] = mean
         if abs(mean) > max(5 * error, 0.05):
             return Check(name, f"follows {what}: mean rank correlation {mean:+.2f}", "leak", (), figures)
@@ -244,17 +246,17 @@ def redrawn(
     rng, items, ratings = np.random.default_rng(seed), sorted(data.dataset.items), data.train["rating"].drop_nulls()
     parts, pools = {"valid": data.valid, "test": data.test}, toward or {}
     frame = parts[split]
-    found = [items[index] for index in rng.integers(len(items), size=len(frame))]
+    results = [items[index] for index in rng.integers(len(items), size=len(frame))]
     for row, user in enumerate(frame["user_id"]):
         if pool := pools.get(user):
-            found[row] = pool[int(rng.integers(len(pool)))]
+            results[row] = pool[int(rng.integers(len(pool)))]
     stars = frame["rating"].to_list()
     if len(ratings):
         drawn = ratings.gather(rng.integers(len(ratings), size=len(frame))).to_list()
         stars = [None if old is None else new for old, new in zip(stars, drawn, strict=True)]
     texts = [None if text is None else f"redrawn {row}" for row, text in enumerate(frame["text"])]
     parts[split] = frame.with_columns(
-        pl.Series("item_id", found, pl.String).cast(frame["item_id"].dtype),
+        pl.Series("item_id", results, pl.String).cast(frame["item_id"].dtype),
         pl.Series("rating", stars, pl.Float64),
         pl.Series("text", texts, frame["text"].dtype),
     )
@@ -285,7 +287,7 @@ def baselines(study: Study) -> Check:
         # What the run fitted may be kept. Another number of threads may have rounded it otherwise: no leak.
         first = fitted(made[name].name, made[name].parameters, data, seed=study.recipe.seed)
         answers, others_answers = (
-            [*map(each.answer, asked_of)] for each in (first, _anew(study, made[name], others[number]))
+            [*map(item.answer, asked_of)] for item in (first, _anew(study, made[name], others[number]))
         )
         if answers != others_answers and first.recalled:
             answers = [*map(_anew(study, made[name], data).answer, asked_of)]
@@ -335,9 +337,9 @@ def feature_texts(study: Study) -> Check | None:
         seen = FeatureStore.open(folder, split=data.readable).seen()
         places += [f"{folder}: {user} has {item} held out" for user, item in sorted(seen & data.held_out)]
         rows += sum(pair in seen for pair in data.train.select("user_id", "item_id").iter_rows())
-    found = verdict("texts of features that have seen held-out interactions", f"{len(stores)} stores", places)
-    told_too = f"{found.found}; {rows:,} training rows were seen too, which hosts leave out"
-    return replace(found, found=told_too, figures={"training_rows_seen": float(rows)})
+    result = verdict("texts of features that have seen held-out interactions", f"{len(stores)} stores", places)
+    told_too = f"{result.found}; {rows:,} training rows were seen too, which hosts leave out"
+    return replace(result, found=told_too, figures={"training_rows_seen": float(rows)})
 
 
 def item_index(study: Study) -> Check | None:
@@ -361,8 +363,8 @@ def item_index(study: Study) -> Check | None:
     if again.digest == index.digest:
         return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
     moved = [f"item {item}" for item, pieces in index.codes.items() if again.codes.get(item) != pieces]
-    found = f"{len(moved):,} of {len(index.codes):,} codes move with them" if moved else "its codebooks move with them"
-    return Check(name, found, "leak", tuple(moved[:_SHOWN]))
+    result = f"{len(moved):,} of {len(index.codes):,} codes move with them" if moved else "its codebooks move with them"
+    return Check(name, result, "leak", tuple(moved[:_SHOWN]))
 
 
 # --------------------------------------------------------------------------- rows
@@ -391,8 +393,8 @@ class _Secrets:
 
         def parts(user: str, item: str, text: str | None) -> list[str]:
             review = data.dataset.reviews.get((user, item))
-            told = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
-            return [clean(part, len(part)) for part in told]
+            note = [text or "", *([review.text, review.headline, review.sentence] if review else [])]
+            return [clean(part, len(part)) for part in note]
 
         known: dict[str, set[str]] = defaultdict(set)
         wrote: dict[str, list[str]] = defaultdict(list)
@@ -408,10 +410,10 @@ class _Secrets:
                 if title not in known[user]:
                     self.titles[user][title] = item
                 for whole in parts(user, item, text):
-                    said = whole[:_TEXT]
+                    message = whole[:_TEXT]
                     # Some users write the same sentences about everything: what is in training is no secret.
-                    if len(said) >= _TELLING and not any(said in earlier for earlier in wrote[user]):
-                        self.texts[user][said] = item
+                    if len(message) >= _TELLING and not any(message in earlier for earlier in wrote[user]):
+                        self.texts[user][message] = item
 
     def shown(self, user: str, segments: Iterable[Segment], drawn: Mapping[str, int] | None = None) -> Iterator[str]:
         """Yield the held-out items of a user that segments show by title or text.
@@ -472,7 +474,7 @@ def training_rows(study: Study, family: str, count: int) -> Check:
     """
     data = study.task_data(family)
     both = [study.data, *([study.reviews] if study.reviews else [])]
-    held = frozenset().union(*(each.held_out for each in both))
+    held = frozenset().union(*(item.held_out for item in both))
     index = study.codes(family)
     titles, codes = _Secrets(data), _Secrets(data, index) if index is not None else None
     coded_ids = study.recipe.index is not None and study.recipe.index.ids != "text"
@@ -502,10 +504,10 @@ def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
 
 def _branching(task: Branching, users: Sequence[str]) -> Iterator[Example]:
     for number in numbers():
-        found = [row for user in users if (row := task.branch(number, user)) is not None]
-        if not found:
+        results = [row for user in users if (row := task.branch(number, user)) is not None]
+        if not results:
             return
-        yield from found
+        yield from results
 
 
 def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[str]:
@@ -732,11 +734,11 @@ def _toward(
     trained: dict[str, set[str]] = defaultdict(set)
     for user, item in data.train.select("user_id", "item_id").iter_rows():
         trained[user].add(item)
-    found: dict[str, set[str]] = defaultdict(set)
+    result: dict[str, set[str]] = defaultdict(set)
     for user, segments, known in shown_by:
         named = (items.get(clean(segment.text), set()) for segment in segments if segment.kind != "text")
-        found[user] |= set(known).union(*named) - trained[user]
-    return {user: sorted(names) for user, names in found.items() if names}
+        result[user] |= set(known).union(*named) - trained[user]
+    return {user: sorted(names) for user, names in result.items() if names}
 
 
 # --------------------------------------------------------------------------- alignment

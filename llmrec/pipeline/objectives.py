@@ -68,22 +68,22 @@ def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
     """Return the loss over lists of candidates, or from preference, if the recipe has one."""
     tasks, recipe = {family: study.training_tasks[family] for family in study.shares}, study.recipe
     refused = recipe.model.name if paired else None
-    found = common(tasks, preference=recipe.train.preference is not None, paired=refused)
-    if found is not None and recipe.train.exits:
+    result = common(tasks, preference=recipe.train.preference is not None, paired=refused)
+    if result is not None and recipe.train.exits:
         raise RecipeError(
             "train.exits: a loss over candidates stands after the last layer alone; set tasks.<family>.loss=answer, "
             "train.preference=null, or drop the key",
             kind="contradiction",
             column="train.exits",
         )
-    if recipe.train.teacher is not None and (found is not None or paired):
+    if recipe.train.teacher is not None and (result is not None or paired):
         what = f"{recipe.model.name} is an encoder-decoder" if paired else "a loss over candidates compares no tokens"
         raise RecipeError(
             f"train.teacher: {what}; it teaches decoders that learn answers (tasks.<family>.loss=answer)",
             kind="contradiction",
             column="train.teacher",
         )
-    return found
+    return result
 
 
 def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels | None:
@@ -128,8 +128,8 @@ def _said(study: Study, family: str) -> Iterator[str]:
 def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
     """Return the soft prompt of the labels in the training rows; no label is added later."""
     labels.closed = True
-    found = tuple(labels.ids)
-    return SoftPrompt(study.recipe.train.soft.prompts, found, tied=labels.tied, seed=study.training_seed)
+    result = tuple(labels.ids)
+    return SoftPrompt(study.recipe.train.soft.prompts, result, tied=labels.tied, seed=study.training_seed)
 
 
 # --------------------------------------------------------------------------- rewarding
@@ -325,8 +325,8 @@ class Judge:
 
     def figure(self, predictor: Predictor) -> float:
         """Return NDCG@10 of a predictor."""
-        found = evaluate(predictor, self.cases, name=self.family, kind=Ranking, protocol=self._protocol)
-        value = found.figures.metrics[METRIC].value
+        result = evaluate(predictor, self.cases, name=self.family, kind=Ranking, protocol=self._protocol)
+        value = result.figures.metrics[METRIC].value
         assert value is not None
         return value
 
@@ -334,22 +334,22 @@ class Judge:
         """Return NDCG@10 of the family's baselines and of their ensembles, by name."""
         weighing = Weighing(self.study)
         weighers = weighing.cases(self.family)
-        data, found, parts = self.study.task_data(self.family), {}, []
+        data, result, parts = self.study.task_data(self.family), {}, []
         for section in self.study.baselines(self.family):
             used = weighing.choosing(section.name, data)
             predictor = fitted(section.name, section.parameters, used, seed=self.study.recipe.seed)
-            found[section.label] = self.figure(predictor)
+            result[section.label] = self.figure(predictor)
             if section.name != NOTHING:
                 requests = [case.request for case in (*weighers, *self.cases)]
-                answers = dict(zip([each.id for each in requests], predictor.answer(requests), strict=True))
+                answers = dict(zip([request.id for request in requests], predictor.answer(requests), strict=True))
                 reads = reads_of(section.name, section.parameters)
                 seen = frozenset(getattr(predictor, "looked_at", ()))
                 parts.append(Recalled(section.label, reads, kind_of(section.name), answers, seen))
         for kind in fusible(self.study, self.family) if weighers else ():
             able = [part for part in parts if widest([part.reads, kind]) == kind]
             onto = bases_of(self.study, self.family, able, weighers)
-            found[FUSIONS[kind]] = self.figure(join(FUSIONS[kind], able, weighers, Ranking, onto=onto))
-        return found
+            result[FUSIONS[kind]] = self.figure(join(FUSIONS[kind], able, weighers, Ranking, onto=onto))
+        return result
 
     @cached_property
     def _protocol(self) -> EvalProtocol:

@@ -80,7 +80,7 @@ class Beams:
         places = range(1, len(events))
         drawn = sorted(keyed("beam events", self._seed, user).sample(places, min(_EVENTS, len(places))))
         asked = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
-        found = []
+        results = []
         for at, answer in zip(drawn, ranker.answer(asked), strict=True):
             assert isinstance(answer, Ranking)  # a search always finds something
             if len(answer.items) < section.negatives:
@@ -90,8 +90,8 @@ class Beams:
                     kind="too-few",
                     column="train.preference.negatives",
                 )
-            found.append((at, answer.items[:most]))
-        return found
+            results.append((at, answer.items[:most]))
+        return results
 
 
 @lru_cache(maxsize=1)

@@ -104,9 +104,11 @@ def write_results(
         newcomers=tuple(newcomers(study, rows)),
         **({"example": shown} if (shown := example_user(study, rows, headlines)) else {}),
         set_aside=tuple(
-            SetAside(data=table.dataset.name, said=f"{leak_warning(table, found)}.", users=tuple(leaking_users(found)))
+            SetAside(
+                data=table.dataset.name, said=f"{leak_warning(table, result)}.", users=tuple(leaking_users(result))
+            )
             for table in study.tables
-            if (found := study.leaks(table))
+            if (result := study.leaks(table))
         ),
         notes=(*unevaluated(missing), *notes(study)),
         files={file.name: sha256_of(file) for file in files},
@@ -179,91 +181,91 @@ def unevaluated(missing: Sequence[Unevaluated]) -> Iterator[str]:
 
 def notes(study: Study) -> list[str]:
     """Return notes for readers of the tables."""
-    found = []
+    results = []
     for data in filter(None, (study.data, study.reviews)):
         if data.dataset.made:
-            found.append(
+            results.append(
                 f"{data.dataset.name}: this table is made by the llmrec project; its texts are no real reviews."
             )
         if made := data.dataset.provenance.get("derived"):
-            found.append(f"{data.dataset.name}: derived: {made}.")
+            results.append(f"{data.dataset.name}: derived: {made}.")
     if (shape := study.recipe.model.shape) is not None:
-        found.append(
+        results.append(
             f"The language model is a new {shape.kind} of width {shape.width}, trained from scratch: nothing was "
             "pretrained, and all it knows is from the training rows of this run."
         )
     for family in study.tasks:
-        found += [
+        results += [
             f"The question of {template.id} shows what could give its answer away: {template.leak}."
             for template in study.eval_templates(family)
             if template.leak
         ]
     if study.candidates and study.recipe.eval.candidates.kind == "retrieved":
         name = study.recipe.eval.candidates.retriever
-        found += [
+        results += [
             f"Ranking figures of {family} are over the {study.candidates.count} items that {name} retrieves; "
             f"{share:.1%} of the items that are asked for are among them, which no HR can exceed."
             for family, share in _ceilings(study).items()
         ]
     elif study.candidates:
-        found.append(
+        results.append(
             f"Ranking figures are over {study.candidates.count} stored candidates a request, not over the whole "
             "catalogue; they cannot be compared with full-ranking figures."
         )
         if wide := too_wide(study):
-            found.append(f"{wide}.")
+            results.append(f"{wide}.")
     if study.recipe.eval.candidates.kind == "catalogue" and study.recipe.tasks.sequential is not None:
-        found.append(
+        results.append(
             "Ranking figures are over the whole catalogue less the history. A model's answer holds as many items as it "
             "kept beams, a baseline's a hundred; what an answer leaves out is a miss. That lowers MRR, and no figure "
             "that is cut at the beams or earlier."
         )
-    found += [f"{cut}." for table in study.tables if (cut := baskets(table))]
+    results += [f"{cut}." for table in study.tables if (cut := baskets(table))]
     if study.aligned is not None:
-        found.append(
+        results.append(
             f"Alignment figures are over {study.aligned.count} candidates a question, all of them items whose code and "
             f"text were never trained together; chance is HR@1 {1 / study.aligned.count:.3f}. Each item counts as a "
             "user of its own."
         )
     rating = study.recipe.tasks.rating
     if rating is not None and rating.head is not None:
-        found.append(
+        results.append(
             "The tuned model was trained through its rating head and is asked by it alone; the base model has no head "
             "and is asked by the other strategies."
         )
     judged = study.recipe.tasks.ctr
     if judged is not None and judged.balance == "user":
-        found.append(
+        results.append(
             "Yes/no questions are balanced inside each user, as many with a yes as with a no: what is known of a user "
             "alone, such as the share of likes, reaches AUC and GAUC 0.5 and no more."
         )
     if "tuned" in study.recipe.eval.arms:
-        found += _training_notes(study)
+        results += _training_notes(study)
     if len(study.recipe.eval.arms) > 1 or "tuned" in study.recipe.eval.arms:
-        found.append("One training seed: intervals cover the choice of users, not the choice of seed.")
-    return found
+        results.append("One training seed: intervals cover the choice of users, not the choice of seed.")
+    return results
 
 
 def _training_notes(study: Study) -> list[str]:
     """Return notes on what the tuned model was trained on."""
-    found = []
+    results = []
     weighted = [family for family in study.tasks if asks(study.recipe, family, "tuned")]
     untaught = [family for family in weighted if family not in study.shares]
     if untaught:
-        found.append(
+        results.append(
             f"Left out of training, and asked of the tuned model nonetheless: {', '.join(untaught)}. What it answers "
             f"there comes from the base model and from training on {', '.join(study.shares)}."
         )
     if study.recipe.train.start is not None:
-        found.append(
+        results.append(
             f"Training continued from the tuned model of another run, {Path(study.recipe.train.start).name}; "
             "settings that are not tuned ask the base model, which knows nothing of that run."
         )
     if study.recipe.train.teacher is not None:
-        found.append(
+        results.append(
             f"The tuned model learned from the model of another run too, {Path(study.recipe.train.teacher.run).name}."
         )
-    return found
+    return results
 
 
 def _ceilings(study: Study) -> dict[str, float]:
@@ -386,7 +388,7 @@ def write_items(study: Study, path: Path) -> None:
         counted = counted.with_columns(pl.col("item_id").cast(pl.String))
         items = pl.DataFrame({"item_id": sorted(data.dataset.items)}).join(counted, on="item_id", how="left")
         frames.append(items.with_columns(pl.lit(name).alias("table"), pl.col("training", "users").fill_null(0)))
-    frame = pl.concat([each.select(pl.col(name).cast(kind) for name, kind in ITEMS.items()) for each in frames])
+    frame = pl.concat([item.select(pl.col(name).cast(kind) for name, kind in ITEMS.items()) for item in frames])
     with replacing(path) as draft:
         frame.write_parquet(draft)
 
@@ -442,22 +444,22 @@ def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, s
         _details(
             len({record.user_id for record in row.records}),
             _slices(study, row, cases, headline, protocols),
-            by_position(found) if found is not None else None,
+            by_position(result) if result is not None else None,
             bias,
         )
-        for row, found, bias in zip(rows, placed, biases, strict=True)
+        for row, result, bias in zip(rows, placed, biases, strict=True)
     ]
 
 
 def _details(
     users: int, slices: tuple[SliceOfRow, ...], positions: tuple[AtPosition, ...] | None, bias: PositionBias | None
 ) -> Details:
-    found = Details(users=users, slices=slices)
+    result = Details(users=users, slices=slices)
     if positions is not None:
-        found["by_position"] = positions
+        result["by_position"] = positions
     if bias is not None:
-        found["position_bias"] = bias
-    return found
+        result["position_bias"] = bias
+    return result
 
 
 def _slices(
@@ -508,9 +510,9 @@ def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
     """Return HR@1 from the stored answers, for a recipe without the cutoff 1."""
     standings = []
     for record, candidates in zip(row.records, sets, strict=True):
-        found = json.loads(record.parsed) or {"items": (), "scores": ()}
+        result = json.loads(record.parsed) or {"items": (), "scores": ()}
         answer = Ranking(
-            request_id=record.request_id, items=tuple(found["items"]), scores=tuple(map(float, found["scores"]))
+            request_id=record.request_id, items=tuple(result["items"]), scores=tuple(map(float, result["scores"]))
         )
         standings.append(ranking.standing(answer, record.truth, len(candidates)))
     greater = np.array([standing.greater for standing in standings], dtype=np.int64)
@@ -519,11 +521,11 @@ def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
 
 def by_position(placed: Placed) -> tuple[AtPosition, ...]:
     """Return HR@1 and the mean rank of each position, those without requests left out."""
-    found = []
+    results = []
     for position in np.unique(placed.position):
         here = placed.position == position
         rank = placed.rank[here]
-        found.append(
+        results.append(
             AtPosition(
                 position=int(position),
                 n=int(here.sum()),
@@ -532,7 +534,7 @@ def by_position(placed: Placed) -> tuple[AtPosition, ...]:
                 rank_sd=float(rank.std(ddof=1)) if len(rank) > 1 else None,
             )
         )
-    return tuple(found)
+    return tuple(results)
 
 
 def _biases(
@@ -542,12 +544,12 @@ def _biases(
     tested = [row.figures.arm != "baseline" and at is not None for row, at in zip(rows, placed, strict=True)]
     # As for comparisons: enough draws that the smallest p stays small after Holm.
     resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
-    found = [
+    results = [
         position_bias(at.position, at.rank, resamples=resamples, seed=seed) if at is not None and chosen else None
         for at, chosen in zip(placed, tested, strict=True)
     ]
-    adjusted = iter(holm([float(each.p or 0.0) for each in found if each is not None]))
-    return [None if each is None else each.model_copy(update={"p": next(adjusted)}) for each in found]
+    adjusted = iter(holm([float(item.p or 0.0) for item in results if item is not None]))
+    return [None if item is None else item.model_copy(update={"p": next(adjusted)}) for item in results]
 
 
 def position_bias(

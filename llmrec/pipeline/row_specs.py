@@ -94,7 +94,7 @@ def profile_of(study: Study, family: str) -> str:
 def files_of(spec: RowSpec, study: Study) -> Hashes:
     """Return hashes of the files that a row reads besides the data; most read none."""
     known = study.baselines(spec.family) if spec.arm == "baseline" else ()
-    return next((hashes_of(each.name, each.parameters) for each in known if each.label == spec.predictor), {})
+    return next((hashes_of(item.name, item.parameters) for item in known if item.label == spec.predictor), {})
 
 
 def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
@@ -103,13 +103,13 @@ def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
     if spec.template is not None:
         return [family, (STRATEGIES, spec.predictor)]
     known = study.baselines(spec.family)
-    return [family, *((BASELINES, each.name) for each in known if each.label == spec.predictor)]
+    return [family, *((BASELINES, item.name) for item in known if item.label == spec.predictor)]
 
 
 def unused_settings(spec: RowSpec, study: Study) -> set[str]:
     """Return the keys that affect evaluation and have no part in a row; a strategy's own are read by `asking_of`."""
     family, model = family_of(spec.family), spec.template is not None
-    named = {f"tasks.{each}" for each in study.tasks if each != spec.family}
+    named = {f"tasks.{task}" for task in study.tasks if task != spec.family}
     named |= {f"eval.{key}" for keys in (*(entry.keys for entry in STRATEGIES.values()), DEBIAS) for key in keys}
     return (
         named

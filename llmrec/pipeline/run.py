@@ -73,9 +73,9 @@ class Run(Displayed):
     report: Path
 
     def _summary(self) -> Summary:
-        found = Results.model_validate(self.results)._summary()
+        result = Results.model_validate(self.results)._summary()
         where = {"folder": str(self.folder), "report": str(self.report)}
-        return replace(found, title=f"Run {self.results['recipe'].get('name', '')!r}", facts={**where, **found.facts})
+        return replace(result, title=f"Run {self.results['recipe'].get('name', '')!r}", facts={**where, **result.facts})
 
 
 def run(
@@ -200,7 +200,7 @@ def check(
     """
     with only_for_a_moment() as (folder, _):
         study = checked_study(with_frames(as_recipe(recipe, overrides), folder, data, items))
-    warnings = [leak_warning(table, found) for table in study.tables if (found := study.leaks(table))]
+    warnings = [leak_warning(table, result) for table in study.tables if (result := study.leaks(table))]
     warnings += [cut for table in study.tables if (cut := baskets(table))]
     warnings += [wide] if (wide := too_wide(study)) else []
     cases = {family: len(study.cases(family)) for family in study.tasks}
@@ -333,8 +333,8 @@ class Session:
         """Return the training record of this recipe in a run folder; None if no tuned model is evaluated."""
         if "tuned" not in self.study.recipe.eval.arms:
             return None
-        found = trained(self.study, self.start, home)
-        if found is None:
+        result = trained(self.study, self.start, home)
+        if result is None:
             raise RecipeError(
                 f"{home} holds no adapter made by this recipe, which the tuned setting needs; run `llmrec train` "
                 "first, or evaluate other settings with 'eval.arms=[zero-shot, few-shot]'",
@@ -342,7 +342,7 @@ class Session:
                 at=home,
                 column="eval.arms",
             )
-        return found
+        return result
 
     def train(self) -> Trained:
         """Train, or reuse the stored adapter."""

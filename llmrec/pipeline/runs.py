@@ -71,10 +71,10 @@ def open_run(run: Path) -> Source:
             at=path,
             column="train",
         )
-    found = weights_sha256(run / "adapter")
-    if found != recorded:
+    result = weights_sha256(run / "adapter")
+    if result != recorded:
         raise LlmrecError(
-            f"the weights in {run / 'adapter'} are not those that training recorded: their sha256 is {found}, and "
+            f"the weights in {run / 'adapter'} are not those that training recorded: their sha256 is {result}, and "
             f"{path} says {recorded}. Put the right files back, or train again with `llmrec train`",
             kind="damaged",
             at=run / "adapter",
@@ -248,7 +248,7 @@ def _held(section: DataSection) -> Mapping[str, object]:
 
 def _one_name(value: Any) -> Any:
     if isinstance(value, Mapping):
-        return {key: _one_name(each) for key, each in value.items()}
+        return {key: _one_name(item) for key, item in value.items()}
     path = Path(value).expanduser() if isinstance(value, str) else None
     return str(path.resolve()) if path is not None and path.exists() else value
 

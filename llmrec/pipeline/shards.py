@@ -91,10 +91,10 @@ def finish(
     folder: Path, command: Command, shard: Shard, key: str, files: Sequence[str], told: Mapping[str, Any]
 ) -> Finished:
     """Record in one step that a shard is finished."""
-    found = {name: sha256_of(folder / name) for name in files}
+    result = {name: sha256_of(folder / name) for name in files}
     values = {"llmrec": __version__, "command": command, "shard": shard.index, "of": shard.count, "key": key}
-    write_checked(folder / SHARD, {**values, "files": found, "told": told})
-    return Finished(folder, command, shard, key, found, told)
+    write_checked(folder / SHARD, {**values, "files": result, "told": told})
+    return Finished(folder, command, shard, key, result, told)
 
 
 def read(folder: Path) -> Finished:
@@ -104,15 +104,15 @@ def read(folder: Path) -> Finished:
         raise LlmrecError(
             f"{folder} holds no finished shard ({SHARD} is missing); {_AGAIN}", kind="missing-file", at=folder
         )
-    found = read_json(path, _AGAIN)
+    result = read_json(path, _AGAIN)
     try:
-        command, shard = found["command"], Shard(int(found["shard"]), int(found["of"]))
+        command, shard = result["command"], Shard(int(result["shard"]), int(result["of"]))
         if command not in get_args(Command) or not 1 <= shard.index <= shard.count:
             raise ValueError(f"{command} {shard}")
-        if any(Path(name).name != name for name in found["files"]):
+        if any(Path(name).name != name for name in result["files"]):
             raise ValueError("a file that counts lies elsewhere")
         return Finished(
-            folder, cast("Command", command), shard, str(found["key"]), dict(found["files"]), dict(found["told"])
+            folder, cast("Command", command), shard, str(result["key"]), dict(result["files"]), dict(result["told"])
         )
     except (KeyError, TypeError, ValueError) as error:
         raise LlmrecError(f"{path} is no record of a shard ({error!r}); {_AGAIN}", kind="damaged", at=path) from None
@@ -121,17 +121,17 @@ def read(folder: Path) -> Finished:
 def done_before(folder: Path, key: str) -> Finished | None:
     """Return the finished shard of the same inputs, if its files are unchanged."""
     try:
-        found = read(folder)
+        result = read(folder)
     except LlmrecError as error:
         if error.kind != "missing-file":
             log.warning("%s", error)
         return None
-    if found.key != key:
+    if result.key != key:
         return None
-    if (name := found.damaged()) is not None:
+    if (name := result.damaged()) is not None:
         log.warning("%s was changed since it was written; it is made again", folder / name)
         return None
-    return found
+    return result
 
 
 def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
@@ -155,18 +155,18 @@ def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
         target: What the job makes.
         folders: The shards; by default those in `shards_of`.
     """
-    found = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
-    first = found[0]
-    for each in found:
-        _same_job(first, each)
-    for one, other in pairwise(found):
+    results = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
+    first = results[0]
+    for item in results:
+        _same_job(first, item)
+    for one, other in pairwise(results):
         if one.shard == other.shard:
             raise LlmrecError(
                 f"{one.folder} and {other.folder} are both shard {one.shard}; name each shard once",
                 kind="duplicate",
                 at=other.folder,
             )
-    there = {each.shard.index for each in found}
+    there = {item.shard.index for item in results}
     if missing := [number for number in range(1, first.shard.count + 1) if number not in there]:
         names = ", ".join(f"{number}/{first.shard.count}" for number in missing[:8])
         raise LlmrecError(
@@ -175,14 +175,14 @@ def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
             kind="missing-file",
             at=shards_of(target),
         )
-    for each in found:
-        if (name := each.damaged()) is not None:
+    for item in results:
+        if (name := item.damaged()) is not None:
             raise LlmrecError(
-                f"{each.folder / name} is not as shard {each.shard} wrote it; {_AGAIN}, or copy the folder once more",
+                f"{item.folder / name} is not as shard {item.shard} wrote it; {_AGAIN}, or copy the folder once more",
                 kind="damaged",
-                at=each.folder / name,
+                at=item.folder / name,
             )
-    return found
+    return results
 
 
 def _same_job(first: Finished, other: Finished) -> None:

@@ -100,12 +100,12 @@ class Study:
 
     @cached_property
     def _read(self) -> Mapping[str, SplitDataset]:
-        found = {}
+        result = {}
         for family in self.recipe.tasks.present():
             used = self._table(family)
             part = family_of(family).writes
-            found[family] = written(used, part) if part is not None else used
-        return found
+            result[family] = written(used, part) if part is not None else used
+        return result
 
     @property
     def tables(self) -> tuple[SplitDataset, ...]:
@@ -230,7 +230,7 @@ def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) ->
     """
     if not any(item.fields or item.title != item.item_id for item in items.values()):
         return known
-    reads = any(lookup(BASELINES, each.name, "baseline").READS == "texts" for each in known)
+    reads = any(lookup(BASELINES, entry.name, "baseline").READS == "texts" for entry in known)
     return known if reads else (*known, *named(_BY_TEXT))
 
 
@@ -327,11 +327,11 @@ def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
 
     Of millions of users a run may ask about hundreds, and only their sets are drawn.
     """
-    ranking = {name: each for name, each in recipe.tasks.present().items() if family_of(name).ranks_for_users}
+    ranking = {name: item for name, item in recipe.tasks.present().items() if family_of(name).ranks_for_users}
     most = max(section.users or recipe.eval.users for section in ranking.values())
     apart = weighers(recipe, next(iter(ranking)), data) if recipe.eval.split == "valid" else frozenset()
-    found = data.holdouts(recipe.eval.split).first_users(most + 1, but=apart | set(leaking_users(profile_leaks(data))))
-    return None if len(found) <= most else frozenset(found[:most])
+    result = data.holdouts(recipe.eval.split).first_users(most + 1, but=apart | set(leaking_users(profile_leaks(data))))
+    return None if len(result) <= most else frozenset(result[:most])
 
 
 def draw_sets(
@@ -517,7 +517,7 @@ def profile_leaks(data: SplitDataset) -> tuple[ProfileLeak, ...]:
 
 def leaking_users(leaks: tuple[ProfileLeak, ...]) -> tuple[str, ...]:
     """Return the users of leaking profiles."""
-    return tuple(dict.fromkeys(each.user_id for each in leaks))
+    return tuple(dict.fromkeys(leak.user_id for leak in leaks))
 
 
 def leak_warning(data: SplitDataset, leaks: tuple[ProfileLeak, ...]) -> str:

@@ -82,8 +82,8 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
         since = 0
         tasks, users = study.training_tasks, study.data.users()
         sources = Sources(tasks, study.training_examples, users, section, study.training_seed, paired)
-        found, weights = streams(sources, shares, encoder)
-        for _, (family, drawn) in interleave(found, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
+        result, weights = streams(sources, shares, encoder)
+        for _, (family, drawn) in interleave(result, weights, study.training_seed, size=lambda drawn: _size(drawn[1])):
             row = classes.row(drawn) if classes is not None and drawn is not None else drawn
             if row is None:
                 if section.examples is not None:
@@ -128,7 +128,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     soft = soft_prompt_of(study, labels) if labels is not None else None
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
-        valid = {f: [made for each in own if (made := classes.row(each))] for f, own in valid.items()}
+        valid = {f: [made for item in own if (made := classes.row(item))] for f, own in valid.items()}
     balanced = weighted(steps, families)
     return Plan(balanced.steps, counts, dropped, valid, balanced.shares, soft=soft)
 
@@ -237,7 +237,10 @@ def _finding(recipe: Recipe) -> dict[str, object] | None:
     finder = fused_finder(recipe)
     if finder is None:
         return None
-    baselines = [[each.model_dump(mode="json"), hashes_of(each.name, each.parameters)] for each in finder.baselines]
+    baselines = [
+        [baseline.model_dump(mode="json"), hashes_of(baseline.name, baseline.parameters)]
+        for baseline in finder.baselines
+    ]
     return {"baselines": baselines, "reserved": finder.reserved, "seed": finder.seed}
 
 
@@ -328,15 +331,15 @@ def train_stage(
 
 def _stored(folder: Path, key: str) -> dict[str, Any]:
     """Return the record that the first process has written."""
-    found = read_stage(folder / "train.json", key, _record_of)
-    if found is None:
+    result = read_stage(folder / "train.json", key, _record_of)
+    if result is None:
         raise LlmrecError(
             f"{folder / 'train.json'} was written by the first process, and this one does not see it; put the run "
             "folder on storage that all machines share",
             kind="missing-file",
             at=folder,
         )
-    return found
+    return result
 
 
 @told_of_full_memory("training", TRAINING, "train.batch_tokens")
@@ -435,10 +438,10 @@ def clear_foreign(folder: Path, key: str) -> None:
     from llmrec.train.checkpoint import checkpoints
 
     mark = folder / "checkpoints" / "key"
-    found = checkpoints(folder / "checkpoints")
+    result = checkpoints(folder / "checkpoints")
     if mark.is_file() and mark.read_text(encoding="utf-8") == key:
         return
-    for checkpoint in found:
+    for checkpoint in result:
         shutil.rmtree(checkpoint)
     forget(folder)
     write_text(mark, key)

@@ -33,9 +33,11 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
     able = own.ranks_for_users or own.answer in (Rating, Probability)
     if not able or not section.fusion.controls or section.split != "test":
         return ()
-    reads = [reads_of(each.name, each.parameters) for each in study.baselines(family) if each.name != NOTHING]
+    reads = [
+        reads_of(baseline.name, baseline.parameters) for baseline in study.baselines(family) if baseline.name != NOTHING
+    ]
     return tuple(
-        kind for kind in get_args(Reads) if kind in reads and sum(widest([each, kind]) == kind for each in reads) > 1
+        kind for kind in get_args(Reads) if kind in reads and sum(widest([read, kind]) == kind for read in reads) > 1
     )
 
 
@@ -96,11 +98,11 @@ class Weighing:
             log.warning("%s: no fusion of the baselines: %s", family, error)
             return []
         cases = of_first_users(able, MOST, among=set(weighers.frame["user_id"].to_list()), but=aside)
-        found = len({case.request.user_id for case in cases})
-        if found < 2 * FOLDS:
+        result = len({case.request.user_id for case in cases})
+        if result < 2 * FOLDS:
             log.warning(
                 "%s: no fusion of the baselines, which needs %d validation users to weigh it; there are %d",
-                *(family, 2 * FOLDS, found),
+                *(family, 2 * FOLDS, result),
             )
             return []
         return cases
@@ -115,12 +117,12 @@ def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequen
         parts: Baselines with answers to all cases, and others behind them.
         cases: All that weigh the baselines.
     """
-    found: list[ListEnsemble | Blend] = []
+    results: list[ListEnsemble | Blend] = []
     for kind in fusible(study, family) if cases else ():
         able = [part for part in parts if widest([part.reads, kind]) == kind]
         if len(able) < len(parts):
-            found.append(join(FUSIONS[kind], able, cases, family_of(family).answer, onto=found, dissect=False))
-    return found
+            results.append(join(FUSIONS[kind], able, cases, family_of(family).answer, onto=results, dissect=False))
+    return results
 
 
 def fusions_of(study: Study, rows: Sequence[Row]) -> list[Fused]:

@@ -51,7 +51,7 @@ class SuiteRow(Section):
             )
         if self.grid and not (self.baseline and self.tune):
             raise ValueError("rows: a grid belongs to a row with a baseline that is tuned; drop it")
-        if bool(self.mix) != bool(self.weights) or any(len(each) != len(self.mix) for each in self.weights):
+        if bool(self.mix) != bool(self.weights) or any(len(weight) != len(self.mix) for weight in self.weights):
             raise ValueError("rows.weights: a mix needs lists of weights, each with one number for each of its rows")
         return self
 
@@ -134,15 +134,15 @@ class Suite(Section):
     @property
     def skipped(self) -> tuple[str, ...]:
         """The rows that are left out: those of ``skip``, and those that join one of them."""
-        found: list[str] = []
+        results: list[str] = []
         for row in self.rows:
-            if row.label in self.skip or any(part in found for part in row.parts):
-                found.append(row.label)
-        return tuple(found)
+            if row.label in self.skip or any(part in results for part in row.parts):
+                results.append(row.label)
+        return tuple(results)
 
     def seeds_of(self, row: SuiteRow) -> tuple[int, ...]:
         """Return the seeds of a stochastic row: as many as each row that it joins has."""
-        own = [each.seeds for each in (row, *(other for other in self.rows if other.label in row.parts))]
+        own = [item.seeds for item in (row, *(other for other in self.rows if other.label in row.parts))]
         return self.seeds[: min((many for many in own if many is not None), default=None)]
 
     @model_validator(mode="after")

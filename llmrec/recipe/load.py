@@ -282,8 +282,8 @@ def _find(path: Path, home: str) -> Path:
     ]
     beside: list[str] = []
     with suppress(OSError):  # there is no such folder
-        found = [page for page in path.parent.iterdir() if page.suffix in (".yaml", ".yml")]
-        beside = [str(page) for page in found if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
+        results = [page for page in path.parent.iterdir() if page.suffix in (".yaml", ".yml")]
+        beside = [str(page) for page in results if get_close_matches(path.stem, [page.stem], cutoff=0.7)]
     close = did_you_mean(str(path), [*beside, *names])
     raise RecipeError(
         f"page {_shortened(str(path))} does not exist{close}; name a file, or a page that comes with llmrec, such as "
@@ -332,7 +332,7 @@ def _explained(
     details = error.errors(include_url=False)
     # A list with wrong entries alone is not reported as too short, too.
     inner = {tuple(detail["loc"])[:-1] for detail in details}
-    details = [each for each in details if each["type"] != "too_short" or tuple(each["loc"]) not in inner]
+    details = [item for item in details if item["type"] != "too_short" or tuple(item["loc"]) not in inner]
     more = len(details) - _MOST_FAULTS
     details = details[:_MOST_FAULTS]
     paths: list[KeyPath] = [
@@ -345,7 +345,7 @@ def _explained(
         for path in paths
     ]
     first = places[0]
-    below = next((each.file for each in places if isinstance(each, Place) and each.file != str(file)), None)
+    below = next((place.file for place in places if isinstance(place, Place) and place.file != str(file)), None)
     return RecipeError(
         "; ".join(f"{where}: {problem}" for where, problem in zip(places, problems, strict=True))
         + (f"; and {more:,} more" if more > 0 else "")
@@ -457,7 +457,7 @@ class Named:
 
 def plug_ins(values: Mapping[str, Json]) -> list[Named]:
     """Return the plug-ins that the values of a recipe or a suite name."""
-    return [each for each in _named(values) if is_plugin(TABLES[each.group], each.name)]
+    return [item for item in _named(values) if is_plugin(TABLES[item.group], item.name)]
 
 
 @contextmanager
@@ -475,21 +475,21 @@ def imported(
     plugins.refuse_faults(TABLES)
     named, folder = plug_ins(values), values.get(PLUGINS)
     beside = folder if isinstance(folder, str) else None
-    addresses = [each for each in named if plugins.is_address(each.name)]
-    with plugins.allowed([each.name for each in addresses], beside) if given else nullcontext():
-        for each in addresses:
-            with _told(each, line_of, file):
-                plugins.consent(each.name, beside)
+    addresses = [item for item in named if plugins.is_address(item.name)]
+    with plugins.allowed([address.name for address in addresses], beside) if given else nullcontext():
+        for item in addresses:
+            with _told(item, line_of, file):
+                plugins.consent(item.name, beside)
         # A folder on the Python path serves every import, so one that only a run folder names is used for nothing
         # but modules in it that the user consented to.
-        if given or (beside is not None and any(plugins.lies_in(each.name, beside) for each in addresses)):
+        if given or (beside is not None and any(plugins.lies_in(address.name, beside) for address in addresses)):
             plugins.use(beside)
-        for each in named:
-            with _told(each, line_of, file):
-                if each.group == "tasks":
-                    open_family(each.name)
+        for item in named:
+            with _told(item, line_of, file):
+                if item.group == "tasks":
+                    open_family(item.name)
                 else:
-                    lookup(TABLES[each.group], each.name, KINDS[each.group].what)
+                    lookup(TABLES[item.group], item.name, KINDS[item.group].what)
         yield
 
 
@@ -527,24 +527,24 @@ def _named(values: Mapping[str, Any]) -> Iterator[Named]:
         ("backends", "eval", "scorer"),
         ("baselines", "eval", "candidates", "retriever"),
     ):
-        found: Any = values
+        result: Any = values
         for part in key:
-            found = _mapping({"": found}, "").get(part)
-        if isinstance(found, str):
-            yield Named(group, found, tuple(key))
+            result = _mapping({"": result}, "").get(part)
+        if isinstance(result, str):
+            yield Named(group, result, tuple(key))
 
 
 def _listed(group: str, values: object, key: KeyPath, called: str) -> Iterator[Named]:
     """Yield the names in a list of texts or mappings."""
-    for index, each in enumerate(values if isinstance(values, list | tuple) else ()):
-        name = each.get(called) if isinstance(each, dict) else each
+    for index, item in enumerate(values if isinstance(values, list | tuple) else ()):
+        name = item.get(called) if isinstance(item, dict) else item
         if isinstance(name, str):
             yield Named(group, name, (*key, index))
 
 
 def _mapping(values: Mapping[str, Any], key: str) -> Mapping[Any, Any]:
-    found = values.get(key)
-    return found if isinstance(found, dict) else {}
+    result = values.get(key)
+    return result if isinstance(result, dict) else {}
 
 
 def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
@@ -558,20 +558,20 @@ def located(values: dict[str, Json], beside: Path) -> dict[str, Json]:
         beside: The page's folder.
     """
     made, prompts = dict(values), values.get(PROMPTS)
-    found = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
+    result = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, list | tuple) else []
     tasks = dict(_mapping(values, "tasks"))
     for family, section in tasks.items():
         for key in ("templates", "eval_templates", "untuned_templates"):
             names = _mapping({"": section}, "").get(key)
             if not isinstance(names, list | tuple):
                 continue
-            if files := [each for each in names if _is_file(each)]:
-                found += [_whole(each, beside, f"tasks.{family}.{key}") for each in files]
-                names = [Path(each).stem if each in files else each for each in names]
+            if files := [name for name in names if _is_file(name)]:
+                result += [_whole(file, beside, f"tasks.{family}.{key}") for file in files]
+                names = [Path(name).stem if name in files else name for name in names]
                 tasks[family] = {**tasks[family], key: names}
                 made["tasks"] = tasks
-    if found:
-        paths = [_whole(each, beside, PROMPTS) if isinstance(each, str) else each for each in found]
+    if result:
+        paths = [_whole(item, beside, PROMPTS) if isinstance(item, str) else item for item in result]
         made[PROMPTS] = list(dict.fromkeys(paths))
     folder = values.get(PLUGINS)
     if isinstance(folder, str):

@@ -87,10 +87,10 @@ class _Loader(yaml.SafeLoader):
 
     def _unfit(self, node: Any) -> yaml.MarkedYAMLError:
         kind = str(node.tag).rpartition(":")[2]
-        found = str(node.value) if isinstance(node, yaml.ScalarNode) else "this"
-        found = found if len(found) <= 40 else found[:39] + "…"
+        result = str(node.value) if isinstance(node, yaml.ScalarNode) else "this"
+        result = result if len(result) <= 40 else result[:39] + "…"
         return yaml.constructor.ConstructorError(
-            problem=f"{found!r} is no {kind} that can be used; put a text in quotes", problem_mark=node.start_mark
+            problem=f"{result!r} is no {kind} that can be used; put a text in quotes", problem_mark=node.start_mark
         )
 
 

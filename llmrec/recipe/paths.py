@@ -53,7 +53,7 @@ def placed(values: dict[str, Json], folder: Path, sought: dict[str, Path]) -> No
         named = section.get(last) if isinstance(section, dict) else None
         if not isinstance(section, dict) or not isinstance(named, str) or not named:
             continue
-        head = found.group() if (found := _DATABASE.match(named)) else ""
+        head = result.group() if (result := _DATABASE.match(named)) else ""
         path = named.removeprefix(head)
         if "://" in path or path.startswith("~") or Path(path).is_absolute() or _is_there(path):
             continue

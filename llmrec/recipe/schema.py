@@ -75,7 +75,7 @@ def _known(table: Mapping[str, str], *but: str) -> AfterValidator:
     """Return a validator of names: those of a registry table, or plug-ins of its kind."""
 
     def check(name: str) -> str:
-        known = [each for each in table if each not in but]
+        known = [item for item in table if item not in but]
         if name not in known and not is_plugin(table, name):
             raise PydanticCustomError(
                 "unknown_name",
@@ -96,7 +96,7 @@ class Section(BaseModel):
     @classmethod
     def _no_truth_is_a_number(cls, value: Any, info: ValidationInfo) -> Any:
         given = value if isinstance(value, list | tuple) else (value,)
-        if any(isinstance(each, bool) for each in given) and not _takes_truth(cls, str(info.field_name)):
+        if any(isinstance(item, bool) for item in given) and not _takes_truth(cls, str(info.field_name)):
             raise PydanticCustomError(
                 "number", "write a number; on, off, yes, no, true and false are yes or no in YAML"
             )
@@ -1111,7 +1111,7 @@ class ShotSection(Section):
 
 def _one_or_several(value: Any) -> Any:
     """Reject what is neither a string nor a list of strings."""
-    if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(each, str) for each in value)):
+    if isinstance(value, str) or (isinstance(value, list | tuple) and all(isinstance(item, str) for item in value)):
         return value
     raise PydanticCustomError("not_addresses", "write an address, or a list of addresses")
 
@@ -1225,8 +1225,8 @@ _SET_HERE = frozenset(
 def _names(value: Any) -> list[str]:
     """Return the keys of a value and of all that is in it."""
     if isinstance(value, list):
-        return [name for each in value for name in _names(each)]
-    return [name for key, each in value.items() for name in (key, *_names(each))] if isinstance(value, dict) else []
+        return [name for item in value for name in _names(item)]
+    return [name for key, item in value.items() for name in (key, *_names(item))] if isinstance(value, dict) else []
 
 
 BEST_BASELINE = "best-baseline"
