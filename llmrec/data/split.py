@@ -1,7 +1,7 @@
-"""What is held out, what is known before it, which text a family writes, and when a rating is a yes.
+"""Splits a data set, orders ties in time, and returns histories, requests and texts of held-out interactions.
 
-Ties in time fall by a seeded hash of (user, item): not by item id and not by file order, since both leak the
-target where many events carry the same timestamp. Without timestamps the file order is the time order.
+Ties in time are ordered by a seeded hash of (user, item), not by item id or file order: both leak the target when many
+events have the same timestamp. Without timestamps, file order is time order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _no_rows() -> pl.DataFrame:
 
 
 class Holdouts(Sequence[Interaction]):
-    """Held-out interactions in columns; each is made when it is asked for."""
+    """Held-out interactions in columns; `Interaction` objects are created on request."""
 
     def __init__(self, frame: pl.DataFrame) -> None:
         self.frame = frame.select(*SCHEMA)
@@ -54,14 +54,14 @@ class Holdouts(Sequence[Interaction]):
         return (Interaction(**row) for row in self.frame.iter_rows(named=True))
 
     def of(self, users: Collection[str] | None) -> Holdouts:
-        """Return those of some users, in their order; None: all."""
+        """Return the interactions of these users, in order; None: all."""
         if users is None:
             return self
         names, rows = codes(self.frame["user_id"])
         return Holdouts(self.frame.filter(names.is_in(list(users)).to_numpy()[rows]))
 
     def first_users(self, count: int, *, but: Collection[str] = ()) -> tuple[str, ...]:
-        """Return the first so many users who have any, others than those of ``but``."""
+        """Return the first ``count`` users with interactions, without those of ``but``."""
         result = self.frame["user_id"].unique(maintain_order=True).cast(pl.String)
         return tuple(result.filter(~result.is_in(list(but))).head(count))
 
@@ -73,22 +73,22 @@ class Holdouts(Sequence[Interaction]):
 
 @dataclass(frozen=True)
 class SplitDataset:
-    """A dataset cut into training, validation and test interactions.
+    """A data set split into training, validation and test interactions.
 
-    Frames hold the interaction columns, by user, each user's rows in time order.
+    Frames hold the interaction columns, grouped by user, each user's rows in time order.
 
     Attributes:
-        dataset: What was split.
+        dataset: The data set.
         kind: One of `llmrec.data.split_kinds.KINDS`.
-        seed: Decides ties in time, which users are held out, and the order of `holdouts`.
-        train: What may be learned from.
-        valid: Held-out interactions for choosing.
-        test: Held-out interactions for reporting.
+        seed: Seed of ties in time, of the held-out users, and of the order of `holdouts`.
+        train: Training interactions.
+        valid: Held-out interactions for validation.
+        test: Held-out interactions for testing.
         held_out: Every (user_id, item_id) of ``valid`` or ``test``, and all others of ``cold`` items; none of them is
             in ``train``.
-        known: Events that are shown as history and never learned from: the past of held-out users.
-        cold: Items that are held out wholly: no event on them is in ``train``, in ``known`` or in a history.
-        drawn: Numbers by which rows of ``valid`` are sampled, the smallest first; None: hashes of their names.
+        known: Events shown as history but never used for training: the past of held-out users.
+        cold: Cold-start items: no event on them is in ``train``, in ``known`` or in a history.
+        drawn: Numbers that order the sampling of ``valid`` rows, smallest first; None: hashes of their ids.
     """
 
     dataset: Dataset
@@ -104,11 +104,11 @@ class SplitDataset:
 
     @property
     def measures(self) -> bool:
-        """Whether anything is held out, so that figures can be measured."""
+        """Whether anything is held out, so that metrics can be computed."""
         return bool(self.valid.height or self.test.height)
 
     def without(self, pairs: frozenset[tuple[str, str]]) -> SplitDataset:
-        """Return this split with another table's held-out pairs taken out of ``train`` and ``known``."""
+        """Return this split with another table's held-out pairs removed from ``train`` and ``known``."""
         if not pairs:
             return self
         named = pl.DataFrame(sorted(pairs), schema=dict.fromkeys(PAIR, pl.String), orient="row")
@@ -122,54 +122,54 @@ class SplitDataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over the data and over which row went where."""
+        """SHA-256 over the data and the part of every row."""
         frames = (self.train, self.valid, self.test, self.known)
         return digest_strings([self.dataset.fingerprint, self.kind, *[digest_frame(frame) for frame in frames]])
 
     @cached_property
     def readable(self) -> str:
-        """SHA-256 over what may be read of it: training rows, and those that are history alone."""
+        """SHA-256 over the readable interactions: training rows, and rows that are only history."""
         return digest_strings([digest_frame(self.train), digest_frame(self.known)])
 
     def users(self) -> tuple[str, ...]:
-        """Return every user of the dataset, sorted."""
+        """Return all users of the data set, sorted."""
         return self._users
 
     def train_events(self, user_id: str) -> tuple[Event, ...]:
-        """Return a user's training events, oldest first; empty for a user without any."""
+        """Return a user's training events, oldest first; empty for an unknown user."""
         return self._events["train"].of(user_id)
 
     def known_events(self, user_id: str) -> tuple[Event, ...]:
-        """Return the events of a user that are history alone, oldest first; empty for a user without any."""
+        """Return a user's events that are only history, oldest first; empty for an unknown user."""
         return self._events["known"].of(user_id)
 
     def train_count(self, user_id: str) -> int:
-        """Return how many training events a user has."""
+        """Return a user's number of training events."""
         return self._events["train"].count(user_id)
 
     def train_counts(self, *, rated: bool = False) -> Mapping[str, int]:
-        """Return how many training events, or rated ones, each user has, by user in sorted order; 0 is left out."""
+        """Return the number of training events, or of rated ones, by user in sorted order, without zeros."""
         return self._events["train"].counts(rated=rated)
 
     def history(self, user_id: str, split: SplitName) -> tuple[Event, ...]:
-        """Return what is known of a user before a split's held-out events, oldest first.
+        """Return a user's history before the held-out events of a split, oldest first.
 
-        For ``train`` and ``valid`` these are the training events, for ``test`` the validation events follow them.
-        A held-out user of a user-disjoint split brings the events before the held-out one. With ``global_time``
-        all events before the split's period are known, and none inside it. With ``given`` it is what the source says,
-        whatever the time of the held-out event.
+        For ``train`` and ``valid`` these are the training events; for ``test`` the validation events follow them. A
+        held-out user of a user-disjoint split has the events before the held-out one. With ``global_time`` all events
+        before the split's period are included, and none of that period. With ``given`` the source decides, regardless
+        of the time of the held-out event.
         """
         past = self._events["known"].of(user_id) + self._events["train"].of(user_id)
         if split == "test":
             past += self._events["valid"].of(user_id)
-        # A source may hold out what is older than its training rows.
+        # A source may hold out events that are older than its training rows.
         return past if self.kind != "given" else tuple(sorted(past, key=lambda event: event.timestamp or 0.0))
 
     def holdouts(self, split: SplitName) -> Holdouts:
-        """Return a split's held-out interactions by a seeded hash, so that the first n are an unbiased sample.
+        """Return a split's held-out interactions ordered by a seeded hash, so that the first n are an unbiased sample.
 
         Raises:
-            DataError: If asked for the training split, which holds nothing out.
+            DataError: If asked for the training split, which has no held-out interactions.
         """
         if split == "train":
             raise DataError("the training split holds nothing out; ask for 'valid' or 'test'", kind="bad-value")
@@ -191,21 +191,22 @@ class SplitDataset:
 
 
 def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset]:
-    """Return a split with the validation rows of users that choose, and one with those of users that weigh.
+    """Return two splits: the validation rows of the users for selection, and those of the users for weighting.
 
-    What is joined by weights must not have been chosen by the users that weigh it: neither a parameter nor an epoch.
+    Members combined by weights must not be selected, by a hyperparameter or an epoch, on the users that set the
+    weights.
 
     Args:
         data: The split.
-        share: Share of the users that weigh, by a seeded hash of the user.
+        share: Share of the users for weighting, chosen by a seeded hash of the user.
     """
     weighs = hash64("reserved", data.seed, data.valid["user_id"]) < np.uint64(share * 2**64)
     return replace(data, valid=data.valid.filter(~weighs)), replace(data, valid=data.valid.filter(weighs))
 
 
 def _in_hash_order(frame: pl.DataFrame, seed: int) -> Holdouts:
-    # Not the hash of the tie rule: of tied events the one with the highest hash is held out, so that a sample
-    # ordered by the same hash would hold fewer of the users who have ties.
+    # Not the hash that orders ties: of tied events the one with the highest hash is held out, so a sample ordered by
+    # the same hash would have fewer of the users with ties.
     key = hash64("holdouts", seed, frame["user_id"], frame["item_id"])
     return Holdouts(frame[np.argsort(key, kind="stable")])
 
@@ -213,16 +214,16 @@ def _in_hash_order(frame: pl.DataFrame, seed: int) -> Holdouts:
 def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     """Hold out validation and test interactions.
 
-    A (user, item) pair that is held out occurs nowhere else: earlier interactions of the same pair are dropped.
-    The order of rows does not matter, unless there are no timestamps.
+    A held-out (user, item) pair occurs nowhere else: earlier interactions of the same pair are dropped. The order of
+    rows does not matter if there are timestamps.
 
     Args:
-        dataset: What to split.
+        dataset: The data set to split.
         section: The recipe's ``data.split``.
         seed: The run's seed.
 
     Raises:
-        DataError: If there are fewer interactions or users than the split needs.
+        DataError: If there are too few interactions or users for the split.
     """
     if (
         section.kind in ("last_share", "global_time", "user_disjoint", "prefix", "cold_items")
@@ -248,7 +249,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
     if section.kind == "cold_items":
         cold = rows.frame.filter(cold_parts(dataset, rows, section, seed) != TRAIN)
     return SplitDataset(
-        # What a source lacks is made up here, where it is known what may be learned from.
+        # What the source lacks is derived here, where the training interactions are known.
         dataset=derived(dataset, frames[0], seed=seed),
         kind=section.kind,
         seed=seed,
@@ -262,7 +263,7 @@ def split(dataset: Dataset, section: Split, *, seed: int) -> SplitDataset:
 
 
 def whole(dataset: Dataset, *, seed: int) -> SplitDataset:
-    """Hold nothing out: what is trained on it answers, and no figure can be measured with it."""
+    """Hold out nothing: a model trained on the result can answer requests, but no metrics can be computed."""
     rows = Rows(_in_time_order(dataset, seed, moments=False))
     train = _of_users(rows, np.ones(rows.frame.height, dtype=np.bool_))
     none = train.clear()
@@ -279,12 +280,12 @@ def _in_time_order(dataset: Dataset, seed: int, *, moments: bool) -> pl.DataFram
 
 
 def time_order(dataset: Dataset, seed: int, *, moments: bool = False) -> NDArray[np.integer]:
-    """Return the places of the interactions, the oldest first; data without times is in order as it stands.
+    """Return the row indices of the interactions, oldest first; without timestamps in row order.
 
     Args:
-        dataset: Holds them.
-        seed: Decides ties.
-        moments: Whether it matters in which order the events of different users at one moment stand.
+        dataset: The data set.
+        seed: Seed of the order of ties.
+        moments: Whether the order of different users' events at the same time matters.
     """
     frame = dataset.interactions
     if not dataset.has_time:
@@ -293,20 +294,20 @@ def time_order(dataset: Dataset, seed: int, *, moments: bool = False) -> NDArray
     order = np.argsort(times, kind="stable")
     tied = _tied(times[order], None if moments else codes(frame["user_id"])[1][order])
     if len(tied):
-        # Of events at moments of their own the hash decides nothing.
+        # The hash matters only for events at the same time as another.
         rows = frame[order[tied]]
         tie = hash64("tie", seed, rows["user_id"], rows["item_id"])
-        # Ratings and texts only order repeats of one pair within one moment.
+        # Ratings and texts order only repeats of one pair at the same time.
         keys = [rows["timestamp"], pl.Series("_tie", tie), *rows.select(*PAIR, "rating", "text")]
         order[tied] = order[tied][pl.DataFrame(keys).with_row_index("_row").sort(pl.exclude("_row"))["_row"].to_numpy()]
     return order
 
 
 def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDArray[np.int64]:
-    """Return the places of events that share a moment with another one, of their own user where users are given.
+    """Return the indices of events at the same time as another event, of the same user if users are given.
 
     Args:
-        times: Ascending, shape (n,).
+        times: Ascending times, shape (n,).
         users: Code of each event's user, shape (n,).
     """
     same = times[1:] == times[:-1]
@@ -322,9 +323,9 @@ def _tied(times: NDArray[np.float64], users: NDArray[np.integer] | None) -> NDAr
 
 
 def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
-    """Return chosen rows by user, each user's in the order of time."""
+    """Return the selected rows grouped by user, each user's in time order."""
     places = np.flatnonzero(chosen)
-    # User and place in one number: sorting numbers takes less memory than sorting places by something.
+    # User and row index in one number: sorting numbers takes less memory than sorting indices by a key.
     keys = rows.users[places].astype(np.uint64)
     keys <<= np.uint64(32)
     keys |= places.astype(np.uint32)
@@ -334,13 +335,13 @@ def _of_users(rows: Rows, chosen: NDArray[np.bool_]) -> pl.DataFrame:
 
 
 def earlier(train: pl.DataFrame, held: pl.DataFrame) -> int:
-    """Count held-out interactions that are earlier than a training interaction of their user; 0 without timestamps."""
+    """Return the number of held-out interactions before a training interaction of their user; 0 without timestamps."""
     last = train.group_by("user_id").agg(pl.col("timestamp").max().alias("_last"))
     return held.join(last, on="user_id").filter(pl.col("timestamp") < pl.col("_last")).height
 
 
 def request_id(user_id: str, item_id: str) -> str:
-    """Return the name of a held-out pair: both ids around ``|``, any ``|`` or backslash in them escaped."""
+    """Return the id of a held-out pair: both ids joined by ``|``, with any ``|`` or backslash in them escaped."""
     return "|".join(part.replace("\\", "\\\\").replace("|", "\\|") for part in (user_id, item_id))
 
 
@@ -353,15 +354,15 @@ def request_of(
     candidates: tuple[str, ...] | None = None,
     context: Mapping[str, str] | None = None,
 ) -> Request:
-    """Return the question about a held-out interaction, with the history that its split shows.
+    """Return the request for a held-out interaction, with the history of its split.
 
     Args:
         data: The split data.
         held: The interaction.
-        split: Which one it is held out in.
+        split: The split in which it is held out.
         item: The item to rate or to explain.
         candidates: Items to rank; None: the whole catalogue.
-        context: Further text by name.
+        context: Further texts by name.
     """
     return Request(
         id=request_id(held.user_id, held.item_id),
@@ -374,18 +375,18 @@ def request_of(
 
 
 def others(events: Sequence[Event], item: str | None) -> tuple[Event, ...]:
-    """Leave out earlier events of the item that is judged: they would tell the answer."""
+    """Return events without earlier ones of the evaluated item, which would reveal the answer."""
     return tuple(event for event in events if event.item_id != item)
 
 
 def threshold(scale: tuple[float, float], liked: float | None) -> float:
-    """Return the lowest rating that is a like; by default three quarters up the scale, 4 of 1 to 5."""
+    """Return the lowest rating that counts as a like; by default three quarters up the scale, 4 of 1 to 5."""
     low, high = scale
     return low + 0.75 * (high - low) if liked is None else liked
 
 
 def scale_of(data: SplitDataset) -> tuple[float, float]:
-    """Return the lowest and the highest rating that the recipe or the source names, or else those of training.
+    """Return the lowest and highest rating, as set by the recipe or the source, or else those of training.
 
     Raises:
         DataError: If training has no ratings.
@@ -407,10 +408,10 @@ Part = Literal["sentence", "headline"]
 
 
 def written(data: SplitDataset, part: Part) -> SplitDataset:
-    """Return a split with one part of each review as its texts; data without reviews as it is.
+    """Return a split with one part of each review as its text; data without reviews unchanged.
 
-    The task, the baselines and the metrics of a family then read the same column. An interaction without that part
-    has no text. Beside sentences the frames have a column ``feature``.
+    The task, baselines and metrics of a family then read the same column. An interaction without that part has no text.
+    With sentences, the frames have an additional column ``feature``.
     """
     reviews = data.dataset.reviews
     if not reviews:

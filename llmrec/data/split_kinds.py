@@ -1,6 +1,6 @@
-"""The kinds of splits: which interactions each holds out.
+"""The kinds of splits: which interactions each of them holds out.
 
-Each takes the interactions in the order of time, oldest first, and gives a label a row.
+Each function takes the interactions in time order, oldest first, and returns one label per row.
 """
 
 from __future__ import annotations
@@ -20,22 +20,22 @@ from llmrec.recipe.schema import Split
 
 PAIR = ["user_id", "item_id"]
 TRAIN, VALID, TEST, KNOWN = range(4)
-"""Labels of rows: learned from, held out for validation or for test, or shown as history alone."""
+"""Labels of rows: training, held out for validation, held out for test, or history only."""
 GONE = 4
-"""The label of what stands in no part: earlier interactions of a pair that is held out, others on cold items."""
+"""The label of rows in no part: earlier ones of a held-out pair, and the other interactions with cold items."""
 _LEAST = 3
-"""Items, or moments, of a user of whom something is held out for validation and for test."""
+"""Minimum number of items, or of different times, of a user with held-out validation and test interactions."""
 
 Labels = NDArray[np.int8]
 
 
 class Rows:
-    """Interactions in the order of time, oldest first.
+    """Interactions in time order, oldest first.
 
     Attributes:
         frame: The columns of `llmrec.data.dataset.SCHEMA`.
         users: Code of each row's user, shape (n,).
-        names: The users that codes stand for.
+        names: The users by code.
     """
 
     def __init__(self, frame: pl.DataFrame) -> None:
@@ -44,7 +44,7 @@ class Rows:
 
     @cached_property
     def latest(self) -> NDArray[np.int64]:
-        """Places of the latest interactions of all pairs, oldest first."""
+        """Indices of the latest interactions of all pairs, oldest first."""
         keys = pairs(self.frame["user_id"], self.frame["item_id"])
         if all_different(keys):
             return np.arange(len(keys))
@@ -52,12 +52,12 @@ class Rows:
         return np.sort(len(keys) - 1 - first)
 
     def labels(self, valid: NDArray[np.int64], test: NDArray[np.int64], rest: Labels | int = TRAIN) -> Labels:
-        """Return labels.
+        """Return the label of every row.
 
         Args:
-            valid: Places of what is held out for validation, among the `latest`.
-            test: For test.
-            rest: Labels of all others.
+            valid: Indices of the validation rows, among `latest`.
+            test: Indices of the test rows, among `latest`.
+            rest: Labels of all other rows.
         """
         result = np.full(len(self.users), rest, dtype=np.int8) if isinstance(rest, int) else rest
         if len(self.latest) < len(result):
@@ -67,7 +67,7 @@ class Rows:
         return result
 
     def by_user(self, places: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return places user by user, how many their user has, and how many of them come later, shape (n,) each."""
+        """Return indices by user, their user's number of indices, and how many of them follow, shape (n,) each."""
         users = self.users[places]
         places = places[np.argsort(users, kind="stable")]
         counts = np.bincount(users, minlength=len(self.names))
@@ -92,15 +92,15 @@ def _leave_one_out(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
 
 
 def _last(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the last place of every user that has one; places are ascending."""
+    """Return the last index of every user that has one; indices are ascending."""
     result = _lasts(rows, places)
     return result[result >= 0]
 
 
 def _lasts(rows: Rows, places: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the last place of every user, -1 where there is none, shape (users,); places are ascending."""
+    """Return the last index of every user, -1 without any, shape (users,); indices are ascending."""
     result = np.full(len(rows.names), -1, dtype=np.int64)
-    # Of several values for one index the last one counts.
+    # With several values for one index, the last one is kept.
     result[rows.users[places]] = places
     return result
 
@@ -122,10 +122,10 @@ def _last_shares(
     labels: Labels | int = TRAIN,
     after: str = "",
 ) -> Labels:
-    """Hold out the last shares of each user's places among those given; the other places keep their labels.
+    """Hold out the last shares of each user's rows among the given indices; other rows keep their labels.
 
     Raises:
-        DataError: No user has an interaction for each share and one more.
+        DataError: If no user has an interaction for each share and one more.
     """
     wanted = sum(share > 0 for share in (section.valid, section.test))
     places, sizes, later = rows.by_user(among)
@@ -144,9 +144,9 @@ def _last_shares(
 
 
 def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """What each user took at the last moment is for test, at the moment before for validation.
+    """Each user's items at the last time are for test, those at the time before for validation.
 
-    Of an item that was taken again the last time counts. Users with fewer than three moments stay in training.
+    For repeated items the last time counts. Users with fewer than three different times stay in training.
     """
     if not dataset.has_time:
         raise DataError.at(
@@ -159,7 +159,7 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
     users, times = rows.users[places], rows.frame["timestamp"].to_numpy()[places]
     last = np.concatenate([users[1:] != users[:-1], [True]])
     begins = np.concatenate([[True], (times[1:] != times[:-1]) | last[:-1]])
-    # Moments are counted over all users; a user's own are those up to that of the last row.
+    # Times are counted over all users; a user's own are those up to that of the last row.
     moment = np.cumsum(begins)
     counts = np.bincount(users, minlength=len(rows.names))
     ends, starts = (np.repeat(moment[bound], counts[counts > 0]) for bound in _bounds(counts))
@@ -176,27 +176,28 @@ def _last_basket(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
 
 
 def _bounds(counts: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Return the last and the first place of every user with rows, where rows lie user by user."""
+    """Return the last and the first index of every user with rows, where rows are grouped by user."""
     ends = np.cumsum(counts)
     return (ends - 1)[counts > 0], (ends - counts)[counts > 0]
 
 
 def _part(share: float, sizes: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return how many of a user's items a share is: rounded down, and at least 1 of a share above 0."""
-    # A tenth of 30 is 3 whichever side of it the product falls in binary.
+    """Return the number of items for a share of each user's items: rounded down, and at least 1 for a share above 0."""
+    # A tenth of 30 is 3, despite the rounding of the binary product.
     whole: NDArray[np.int64] = np.floor(sizes * share + 1e-9).astype(np.int64)
     return np.maximum(whole, int(share > 0))
 
 
 def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """The last share of all interactions is for test, the share before for validation; cold ones are kept."""
+    """The last share of all interactions is for test, the share before for validation; cold-start ones are kept."""
     total = len(rows.users)
     tests, valids = round(total * section.test), round(total * section.valid)
     middle = total - tests
     first = max(0, middle - valids)
     test = rows.latest[rows.latest >= middle]
     early = Rows(rows.frame[:middle])
-    # What is tested is held out nowhere else, and of what is validated the latest before the middle counts.
+    # Test pairs are held out nowhere else, and of a validation pair the latest interaction before the test period
+    # counts.
     later = pairs(rows.frame["user_id"], rows.frame["item_id"])
     valid = early.latest[early.latest >= first]
     valid = valid[~np.isin(later[valid], later[test])]
@@ -209,9 +210,9 @@ def _global_time(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Lab
 
 
 def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """A share of users is held out entirely: their last interaction is asked for, the earlier ones are history.
+    """A share of users is held out entirely: their last interaction is the target, the earlier ones are history.
 
-    The history of a user with one interaction is empty, as that of a new user is.
+    A user with one interaction has an empty history, as a new user does.
     """
     able = np.flatnonzero(np.bincount(rows.users, minlength=len(rows.names)))
     order = able[np.argsort(hash64("held-out users", seed, rows.names.gather(able)), kind="stable")]
@@ -225,10 +226,10 @@ def _user_disjoint(dataset: Dataset, rows: Rows, section: Split, seed: int) -> L
 
 
 def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Each user's first interactions are history alone; of the others the last shares are held out, as by last_share.
+    """Each user's first interactions are only history; of the others the last shares are held out, as in last_share.
 
-    What is history may be read by a language model that writes features, so that what is learned from them later has
-    not been seen by their texts (Xi et al., RecSys 2024, split so).
+    A language model that writes features may read the history-only rows, so the texts have not seen the interactions
+    that a later model is trained on (Xi et al., RecSys 2024, split in this way).
     """
     places, sizes, later = rows.by_user(np.arange(len(rows.users)))
     first = np.minimum(np.ceil(sizes * section.prefix - 1e-9), section.prefix_most).astype(np.int64)
@@ -243,11 +244,12 @@ def _prefix(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
 def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
     """Return for each row whether its item is cold for test or for validation, or warm (the label `TRAIN`).
 
-    Each item falls by a hash of its own, so that it is cold in every table and under every filter. With ``after``
-    items that first appear then or later are cold for test, and only those of validation fall by the hash.
+    Items are chosen by a hash of the item, so an item is cold in every table and with every filter. With ``after``,
+    items that first appear at or after that time are cold for test, and only those for validation are chosen by the
+    hash.
 
     Raises:
-        DataError: If there is an ``after`` and the data has no times.
+        DataError: If ``after`` is set and the data has no timestamps.
     """
     names, items = codes(rows.frame["item_id"])
     drawn = hash64("cold items", seed, names) / 2.0**64
@@ -268,10 +270,10 @@ def cold_parts(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Label
 
 
 def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """Items are held out wholly: some are asked for in test, others in validation, and nobody's events on them stay.
+    """Items are held out entirely: some are targets in test, others in validation, and no event on them remains.
 
-    A user is asked about the last cold item that comes after all that stays of the user, and about the last warm item.
-    Users are asked in test or in validation alone, so that no history holds a cold item.
+    A user's targets are the last cold item after all of the user's remaining events, and the last warm item. Users are
+    evaluated only in test or only in validation, so that no history has a cold item.
     """
     part = cold_parts(dataset, rows, section, seed)
     of_latest = part[rows.latest]
@@ -289,7 +291,7 @@ def _cold_items(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labe
 
 
 def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
-    """The source says which pairs are held out, and whose other events are history only."""
+    """The source defines the held-out pairs, and the users whose other events are only history."""
     given = dataset.given
     if given is None:
         raise DataError.at(
@@ -305,7 +307,7 @@ def _given(dataset: Dataset, rows: Rows, section: Split, seed: int) -> Labels:
         known = in_codes_of(frame, rows.frame)
         return rows.latest[np.isin(keys[rows.latest], pairs(known["user_id"], known["item_id"]))]
 
-    # A pair that is in both parts is for test alone.
+    # A pair in both parts is for test only.
     valid, test = named(given.valid - given.test), named(given.test)
     if not len(valid) and not len(test):
         raise DataError.at(
@@ -339,4 +341,4 @@ KINDS: Mapping[str, Callable[[Dataset, Rows, Split, int], Labels]] = {
     "cold_items": _cold_items,
     "given": _given,
 }
-"""What holds out, by the name that recipes use."""
+"""Functions that label the rows, by the kind's name in recipes."""

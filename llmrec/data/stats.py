@@ -1,8 +1,8 @@
-"""What a dataset and its split look like in figures, and the statistics that prompts may show.
+"""Statistics of a data set and its split, and the statistics that prompts may show.
 
-What is said of a user and an item never counts an interaction of the two: the number of times that an item was chosen
-and its mean rating would tell the rating of a training row that is one of them. A held-out interaction is in no
-training split, so a row that is learned and a question that is asked leave out the same.
+Statistics of a user and an item never count an interaction of the two: the popularity and mean rating of an item would
+reveal the rating of a training row included in them. A held-out interaction is in no training split, so training rows
+and evaluated requests leave out the same.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _QUANTILES = {"min": 0.0, "q25": 0.25, "median": 0.5, "q75": 0.75, "max": 1.0}
 
 
 def statistics(data: SplitDataset) -> dict[str, object]:
-    """Return named figures of a split dataset; every value can be written as JSON.
+    """Return named statistics of a split data set; every value can be written as JSON.
 
-    Shares lie in [0, 1]. ``tied_last_share`` is the share of users whose last two events carry one timestamp,
-    so that the tie rule decides what is held out; it is None without timestamps, and so is ``tied_with_history``, the
-    share of `moments_shared`. A held-out event is *cold* when its user or its item has no training interaction.
+    Shares are in [0, 1]. ``tied_last_share`` is the share of users whose last two events have the same timestamp, so
+    that the tie rule decides which is held out; it is None without timestamps, and so is ``tied_with_history``, the
+    share of `moments_shared`. A held-out event is *cold* if its user or its item has no training interaction.
     """
     dataset = data.dataset
     rows = dataset.interactions
@@ -76,20 +76,20 @@ def tied_last_share(rows: pl.DataFrame) -> float | None:
 
 
 BASKETS = 0.2
-"""Share of `moments_shared` from which on a split is said to cut through baskets."""
+"""Share of `moments_shared` from which a split is reported to cut through baskets."""
 
 
 def moments_shared(data: SplitDataset) -> float | None:
-    """Return the share of held-out events that stand at the moment of one that their history shows; None without times.
+    """Return the share of held-out events at the same time as an event of their history; None without timestamps.
 
-    Where several are bought or rated at once, a history so holds the rest of the basket that is asked about.
+    When several items are bought or rated at once, the history then contains the rest of the target's basket.
     """
     if not data.dataset.has_time:
         return None
     tied = held = 0
     for part, before in ((data.test, [data.train, data.valid, data.known]), (data.valid, [data.train, data.known])):
         key = ["user_id", "timestamp"]
-        # Of a long history only what stands at a moment that is asked about.
+        # Of long histories, only events at the time of a target matter.
         near = [rows.select(key).join(part.select(key), on=key, how="semi").unique() for rows in before]
         tied += part.join(pl.concat(near), on=key, how="semi").height
         held += part.height
@@ -97,7 +97,7 @@ def moments_shared(data: SplitDataset) -> float | None:
 
 
 def baskets(data: SplitDataset) -> str:
-    """Say that a split cuts through baskets, and what to do about it; empty where it does not."""
+    """Return a message that the split cuts through baskets, with the fix; empty if it does not."""
     share = moments_shared(data)
     if share is None or share <= BASKETS:
         return ""
@@ -109,11 +109,11 @@ def baskets(data: SplitDataset) -> str:
 
 
 def wide_cutoffs(cutoffs: Sequence[int], count: int) -> str:
-    """Say which cut-offs are not below the number of ranked items; empty where all are.
+    """Return a message about cut-offs that are not below the number of ranked items; empty if there are none.
 
     Args:
         cutoffs: Ranks at which metrics are cut.
-        count: Items that are ranked for a request.
+        count: Number of items ranked per request.
     """
     wide = sorted(k for k in cutoffs if k >= count)
     if not wide:
@@ -138,27 +138,27 @@ def _per(rows: pl.DataFrame, column: str) -> dict[str, float]:
 
 
 def _cold(held: pl.DataFrame, train: pl.DataFrame, column: str) -> int:
-    """Return how many held-out events have a user or an item that training never saw."""
+    """Return the number of held-out events whose user or item is not in training."""
     names, known = codes(train[column])
     warm = np.bincount(known, minlength=len(names)) > 0
     return int((~warm[codes(held[column])[1]]).sum())
 
 
-# Sums of ratings that differ by less are one sum: the order of adding up must not decide a rounded mean.
+# Digits of sums of ratings: the order of addition must not decide a rounded mean.
 _DIGITS = 6
-# Means are shown in half points. Whoever knew an item's sum by heart could take an exact mean of the others from it and
-# have the rating of the row; what a mean says of the item it says in half points too (docs/m6.md has figures).
+# Means are shown in steps of 0.5. Whoever knows the sum of an item's ratings could derive the rating of a row from an
+# exact mean of the others. A mean describes the item equally well in half points (figures in docs/m6.md).
 _STEP = 0.5
 
 
 @dataclass(frozen=True, slots=True)
 class Tally:
-    """A number of interactions.
+    """Counts of a set of interactions.
 
     Attributes:
-        count: All of them.
-        rated: Those with a rating.
-        total: Sum of these ratings.
+        count: Number of interactions.
+        rated: Number of rated ones.
+        total: Sum of the ratings.
     """
 
     count: int = 0
@@ -166,16 +166,16 @@ class Tally:
     total: float = 0.0
 
     def __add__(self, other: Tally) -> Tally:
-        """Return both together."""
+        """Return the sum of both."""
         return Tally(self.count + other.count, self.rated + other.rated, self.total + other.total)
 
     def __sub__(self, other: Tally) -> Tally:
-        """Return this without a part of it."""
+        """Return this without the interactions of a subset."""
         return Tally(self.count - other.count, self.rated - other.rated, self.total - other.total)
 
     @property
     def shown(self) -> dict[str, object] | None:
-        """``count``, and ``mean`` in half points or None where nothing is rated; None where nothing is counted."""
+        """``count``, and ``mean`` in half points or None without ratings; None if nothing is counted."""
         if not self.count:
             return None
         if not self.rated:
@@ -185,18 +185,18 @@ class Tally:
 
 
 class Tallies:
-    """The training interactions of every user and item, counted."""
+    """Counts of the training interactions of every user and item."""
 
     def __init__(self, data: SplitDataset) -> None:
         self._data = data
         self._latest: tuple[str, Mapping[str, Tally]] | None = None
 
     def user(self, user_id: str, without: Collection[str]) -> Tally:
-        """Return a user's training interactions, without those with some items."""
+        """Return the counts of a user's training interactions, without those with the given items."""
         return sum((tally for item, tally in self._of(user_id).items() if item not in without), Tally())
 
     def item(self, item_id: str, without: str) -> Tally:
-        """Return an item's training interactions, without those of one user."""
+        """Return the counts of an item's training interactions, without those of one user."""
         return self._items.get(item_id, Tally()) - self._of(without).get(item_id, Tally())
 
     @cached_property
@@ -206,7 +206,7 @@ class Tallies:
         return {item: Tally(count, rated, total) for item, count, rated, total in counted.iter_rows()}
 
     def _of(self, user_id: str) -> Mapping[str, Tally]:
-        """Return a user's tallies by item; a row asks of one user many times, so the latest are kept."""
+        """Return a user's counts by item; cached, because a row requests those of one user many times."""
         if self._latest is None or self._latest[0] != user_id:
             self._latest = user_id, _by_item(self._data.train_events(user_id))
         return self._latest[1]

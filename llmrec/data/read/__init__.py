@@ -1,1 +1,1 @@
-"""Files of any kind to typed columns."""
+"""Reads files of any format as typed columns."""

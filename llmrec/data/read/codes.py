@@ -1,4 +1,4 @@
-"""Ids as codes: a column of ids is held as numbers into the sorted list of its values, four bytes a row at most."""
+"""Ids as codes: a column of ids is stored as indices into its sorted values, at most four bytes per row."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from numpy.typing import NDArray
 
 
 def coded(ids: pl.Series) -> pl.Series:
-    """Return a column of ids as codes of their sorted values; one that is coded already stays as it is."""
+    """Return a column of ids as codes of their sorted values; a coded column unchanged."""
     if isinstance(ids.dtype, pl.Enum):
         return ids
     result = ids.cast(pl.String).to_arrow().dictionary_encode()
-    # Arrow's own way to numpy loads pandas, where that is installed.
+    # Arrow's own conversion to numpy imports pandas, if it is installed.
     rows = pl.Series(result.indices).to_numpy()
     return from_dictionary(ids.name, pl.Series(result.dictionary, dtype=pl.String), [rows])
 
 
 def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.integer]]) -> pl.Series:
-    """Return the codes of a column whose rows are numbers into a list of values in any order, in several parts."""
+    """Return a coded column from a list of values in any order and indices into it, in several parts."""
     order = values.arg_sort()
     rank = np.empty(len(values), dtype=np.uint32)
     rank[order.to_numpy()] = np.arange(len(values), dtype=np.uint32)
@@ -31,16 +31,16 @@ def from_dictionary(name: str, values: pl.Series, numbers: Iterable[NDArray[np.i
 
 
 def stacked(name: str, parts: Sequence[pl.Series]) -> pl.Series:
-    """Return coded columns as one, behind each other."""
+    """Return the concatenation of coded columns."""
     known = [codes(part) for part in parts]
     values = pl.concat([own for own, _ in known]).unique().sort()
     return from_dictionary(name, values, (values.search_sorted(own).to_numpy()[rows] for own, rows in known))
 
 
 def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
-    """Return the values that codes stand for, sorted, and the code of each row, shape (n,).
+    """Return the sorted values of a coded column, and the code of each row, shape (n,).
 
-    Not every value need occur: a part of a table has the codes of the whole.
+    A value need not occur: a part of a table has the codes of the whole table.
     """
     ids = coded(ids)
     assert isinstance(ids.dtype, pl.Enum)
@@ -48,18 +48,18 @@ def codes(ids: pl.Series) -> tuple[pl.Series, NDArray[np.integer]]:
 
 
 def in_numbers(ids: pl.Series, number: Callable[[Sequence[str]], NDArray[np.int64]]) -> NDArray[np.int32]:
-    """Return what a numbering of names gives each row, shape (n,); every name is looked up once.
+    """Return the number of each row's name, shape (n,); every name is looked up once.
 
     Args:
-        ids: The rows.
-        number: Numbers names.
+        ids: Names by row.
+        number: Returns the numbers of names.
     """
     names, result = codes(ids)
     return number(names.to_list()).astype(np.int32)[result] if len(names) else np.empty(0, dtype=np.int32)
 
 
 class Names(Sequence[str]):
-    """The values that codes stand for, sorted; one is found by bisection, so that no dictionary has to hold them."""
+    """The sorted values of codes; a value is found by bisection, without a dictionary."""
 
     def __init__(self, values: pl.Series) -> None:
         self._values = values.to_arrow()
@@ -78,37 +78,37 @@ class Names(Sequence[str]):
         return result.to_pylist() if isinstance(place, slice) else result.as_py()  # type: ignore[no-any-return]
 
     def code(self, name: str) -> int | None:
-        """Return the code of a value; None for one that has none."""
+        """Return the code of a value; None for an unknown one."""
         place = bisect_left(self, name)
         return place if place < len(self) and self[place] == name else None
 
 
 class Runs:
-    """Where the rows of every user stand in a table whose rows lie user by user.
+    """The row ranges of every user in a table grouped by user.
 
     Attributes:
-        users: The users that codes stand for, sorted.
-        ends: Where the rows of each begin, and behind the last one their number, shape (users + 1,).
+        users: The users by code, sorted.
+        ends: The first row of each user, followed by the number of rows, shape (users + 1,).
     """
 
     def __init__(self, users: pl.Series, rows: NDArray[np.integer]) -> None:
-        """Count.
+        """Find the row range of every user.
 
         Args:
-            users: The users that codes stand for.
+            users: The users by code.
             rows: Code of each row's user, in any order.
         """
         self.users, self._names = users, Names(users)
         self.ends = np.concatenate([[0], np.cumsum(np.bincount(rows, minlength=len(users)))])
 
     def of(self, user: str) -> slice:
-        """Return the rows of a user; none for one that is not known."""
+        """Return the row range of a user; empty for an unknown one."""
         code = self._names.code(user)
         return slice(0, 0) if code is None else slice(int(self.ends[code]), int(self.ends[code + 1]))
 
 
 def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
-    """Return a number for each pair of user and item, shape (n,): equal for equal pairs of one table."""
+    """Return a number for each pair of user and item, shape (n,), which is equal for equal pairs of one table."""
     result = codes(users)[1].astype(np.uint64)
     result <<= np.uint64(32)
     result |= codes(items)[1].astype(np.uint64)
@@ -116,7 +116,7 @@ def pairs(users: pl.Series, items: pl.Series) -> NDArray[np.uint64]:
 
 
 def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
-    """Return the places of the numbers that stand there more than once, ascending."""
+    """Return the indices of the numbers that occur more than once, ascending."""
     ordered = pl.Series(numbers).sort().to_numpy()
     twice = np.unique(ordered[1:][ordered[1:] == ordered[:-1]])
     del ordered
@@ -126,18 +126,18 @@ def repeated(numbers: NDArray[np.uint64]) -> NDArray[np.int64]:
 
 
 def different(numbers: NDArray[np.uint64]) -> int:
-    """Return how many different numbers there are."""
+    """Return the number of different numbers."""
     ordered = pl.Series(numbers).sort().to_numpy()
     return int((ordered[1:] != ordered[:-1]).sum()) + bool(len(ordered))
 
 
 def all_different(numbers: NDArray[np.uint64]) -> bool:
-    """Whether no number stands twice."""
+    """Whether no number is repeated."""
     return different(numbers) == len(numbers)
 
 
 def in_codes_of(frame: pl.DataFrame, other: pl.DataFrame) -> pl.DataFrame:
-    """Return a frame with the codes of another one in its columns of ids; rows whose ids have none are left out."""
+    """Return a frame with the id codes of another frame, without rows whose ids are not in it."""
     names = ("user_id", "item_id")
     cast = [pl.col(name).cast(pl.String).cast(other[name].dtype, strict=False) for name in names]
     return frame.with_columns(cast).drop_nulls(names)

@@ -1,4 +1,4 @@
-"""Columns of a table that is read a block at a time, in few bytes a row: ids as codes, numbers as numbers."""
+"""Columns of a table that is read block by block, in few bytes per row: ids as codes, numbers as floats."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from llmrec.data.read.tables import Table
 from llmrec.data.read.typed import floats
 
 Kind = Literal["id", "number", "text", "maybe"]
-"""What a column holds: values that stand in many rows, numbers, or texts that are all different.
+"""The kind of a column's values: ids that repeat in many rows, numbers, or texts that all differ.
 
-``maybe`` are texts that an object may lack.
+``maybe`` columns are texts that an object may lack.
 """
 
 _TEXTS = (pl.String, pl.Categorical, pl.Enum)
 
 
 class Unusual(Exception):
-    """Values that a fast reader leaves to the careful one."""
+    """Raised when a fast reader finds values that only the careful reader handles."""
 
 
 class NoNumbers(Exception):
-    """A column that should hold numbers and holds something else, such as dates.
+    """Raised for a column that should have numbers and has other values, such as dates.
 
     Attributes:
         name: The column.
@@ -41,12 +41,12 @@ class NoNumbers(Exception):
 
 
 class Column:
-    """The values of a column, block by block."""
+    """The values of a column, added block by block."""
 
     def __init__(self, name: str, kind: Kind) -> None:
         self.name, self.kind = name, kind
         self._categories = pl.Categorical(pl.Categories.random())
-        # The library forgets what numbers stand for as soon as no series has them.
+        # The library drops the categories of codes when no series uses them.
         self._alive = pl.Series([""], dtype=self._categories)
         self._blocks: list[NDArray[Any] | pl.Series] = []
 
@@ -54,7 +54,7 @@ class Column:
         """Append rows.
 
         Raises:
-            NoNumbers: If some are no finite numbers, and should be.
+            NoNumbers: If the column should be numeric and a value is not a finite number.
         """
         if self.kind == "id" and (values.dtype in _TEXTS or values.dtype.is_integer()):
             values = values.cast(pl.String).fill_null("").cast(self._categories)
@@ -68,16 +68,16 @@ class Column:
             self._blocks.append(values)
 
     def add_coded(self, values: pa.Array, numbers: pa.Array) -> None:
-        """Append rows of an id, as places in a list of values; nothing counts as an empty text."""
+        """Append rows of an id column, as indices into a list of values; null counts as an empty text."""
         known = pl.concat([pl.Series(values).cast(pl.String), pl.Series([""])]).cast(self._categories)
         places = numbers.fill_null(len(values)).to_numpy(zero_copy_only=False)
         self._blocks.append(known.to_physical().to_numpy()[places])
 
     def whole(self) -> pl.Series:
-        """Return all rows; of ids their codes.
+        """Return all rows; id columns as codes.
 
         Raises:
-            Unusual: If there are none, or blocks are of different types.
+            Unusual: If there are no rows, or blocks have different types.
         """
         blocks, self._blocks = self._blocks, []
         if not blocks:
@@ -107,18 +107,18 @@ def table_of(
     lines: Sequence[Sequence[int]] = (),
     unusable: Mapping[str, str] | None = None,
 ) -> Table:
-    """Return a table in which the columns that were not read are there by name alone.
+    """Return a table; columns that were not read are only listed by name.
 
     Args:
         name: The file.
-        names: All its columns.
-        columns: Those that were read.
-        sha256: Of the file.
-        lines: The line of each row, block by block; none: row n is in line n.
+        names: All columns of the file.
+        columns: The columns that were read.
+        sha256: Hash of the file.
+        lines: The line of each row, block by block; empty if row n is on line n.
         unusable: See `Table`.
 
     Raises:
-        Unusual: If there are no rows, or blocks of a column are of different types.
+        Unusual: If there are no rows, or blocks of a column have different types.
     """
     read = {column.name: column.whole() for column in columns}
     rows = len(next(iter(read.values()), ()))
@@ -132,7 +132,7 @@ def table_of(
 
 
 def numbered(name: str, lines: Sequence[Sequence[int]]) -> Table:
-    """Return a table without columns that names a row of the whole file in errors.
+    """Return a table without columns that locates rows of the whole file for errors.
 
     Args:
         name: The file.

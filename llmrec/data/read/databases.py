@@ -1,4 +1,4 @@
-"""Reads what a query of a database gives: of SQLite and DuckDB files and of PostgreSQL, never with leave to write."""
+"""Reads the results of queries of SQLite, DuckDB and PostgreSQL databases, which are always opened read-only."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _MARKS = (("sqlite", 0, b"SQLite format 3\0"), ("duckdb", 8, b"DUCK"))
 
 
 def is_database(path: str) -> bool:
-    """Whether ``data.path`` names a database, by how it begins: ``sqlite://``, ``duckdb://`` or ``postgresql://``."""
+    """Whether ``data.path`` names a database by its prefix: ``sqlite://``, ``duckdb://`` or ``postgresql://``."""
     return urlsplit(path).scheme in _READ and "://" in path
 
 
 def database_at(path: Path) -> str | None:
-    """Return what names a file as a database, if its first bytes say that it is one of SQLite or DuckDB."""
+    """Return the database URL of a file whose first bytes are those of SQLite or DuckDB."""
     if no_file(path):
         return None  # a pipe would block
     try:
@@ -43,16 +43,16 @@ def database_at(path: Path) -> str | None:
 def read_query(url: str, query: str) -> Table:
     """Read the rows of a query.
 
-    The password of a server never stands in a recipe, which is copied into results: PGPASSWORD or ~/.pgpass has it.
+    The password of a server is never part of a recipe, which is copied into results: use PGPASSWORD or ~/.pgpass.
 
     Args:
         url: ``sqlite:///FILE``, ``duckdb:///FILE`` (a fourth slash for a path from the root), or
             ``postgresql://USER@HOST:PORT/NAME``.
-        query: One SELECT. Without times its order is the order in time, so that it needs ORDER BY then.
+        query: One SELECT. Without timestamps its row order is the time order, so it then needs ORDER BY.
 
     Raises:
-        DataError: If the database cannot be opened, the query fails or gives no rows, or the URL holds a password.
-        MissingExtra: If the package that reads this kind is not installed.
+        DataError: If the database cannot be opened, the query fails or returns no rows, or the URL contains a password.
+        MissingExtra: If the package for this kind of database is not installed.
     """
     parts = urlsplit(url)
     if parts.password or "password" in parts.query.lower():
@@ -63,11 +63,11 @@ def read_query(url: str, query: str) -> Table:
             column="data.path",
         )
     try:
-        # The hash is that of the rows, whatever blocks they came in.
+        # The hash is over the rows, independent of the blocks in which they arrive.
         table = _READ[parts.scheme](url, query).combine_chunks()
     except (DataError, MissingExtra):
         raise
-    except Exception as error:  # each library has errors of its own
+    except Exception as error:  # each library has its own errors
         raise DataError.at(
             url, "unreadable", f": the query cannot be answered ({reason(error)}); correct {KEY}, or data.path", KEY
         ) from error
@@ -98,7 +98,7 @@ def _sha256(table: pa.Table) -> str:
 
 
 class _Sink:
-    """A file whose bytes are hashed and dropped."""
+    """A file object that hashes and discards its bytes."""
 
     closed = False
 
@@ -110,14 +110,14 @@ class _Sink:
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing."""
+        """Ignore the call."""
 
     def close(self) -> None:
-        """Do nothing."""
+        """Ignore the call."""
 
 
 def file_of(url: str) -> Path:
-    """Return the file that an address such as ``sqlite:///shop.db`` names."""
+    """Return the file of a URL such as ``sqlite:///shop.db``."""
     return Path(url.partition(":///")[2]).expanduser()
 
 
@@ -134,7 +134,7 @@ def _sqlite(url: str, query: str) -> Any:
 
 def _duckdb(url: str, query: str) -> Any:
     with closing(require("duckdb", "tables").connect(str(_file(url)), read_only=True)) as connection:
-        # Nothing but this file is read: neither other files nor the network.
+        # Only this file is read: no other files and no network.
         connection.execute("SET enable_external_access = false")
         result = connection.sql(query)
         if result is None:
@@ -160,17 +160,17 @@ _HUB = "hf://"
 
 
 def is_hub(path: str) -> bool:
-    """Whether ``data.path`` names a data set on the hub: ``hf://NAME`` or ``hf://NAME:SPLIT``."""
+    """Whether ``data.path`` names a data set on the Hugging Face hub: ``hf://NAME`` or ``hf://NAME:SPLIT``."""
     return path.startswith(_HUB)
 
 
 def hub_name(path: str) -> str:
-    """Return the name of the data set."""
+    """Return the data set's name."""
     return path.removeprefix(_HUB).partition(":")[0]
 
 
 def read_hub(path: str) -> Table:
-    """Read ``hf://NAME[:SPLIT]`` through the datasets library; the split is ``train`` unless named.
+    """Read ``hf://NAME[:SPLIT]`` with the datasets library; the default split is ``train``.
 
     Raises:
         DataError: If it cannot be loaded.

@@ -1,7 +1,7 @@
-"""Delimited text, a block of lines at a time: plain blocks through pyarrow, any other row by row with care.
+"""Reads delimited text block by block: plain blocks with pyarrow, all others carefully row by row.
 
-The careful path understands every row, or names the first one that cannot be used. Its rows are those of `fields`, with
-which request files are read too; they go on behind a row that is none.
+The careful reader parses every row, or reports the first one that cannot be used. It uses `fields`, as request files
+do, which continue after a broken row.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from llmrec.terminal import logger
 log = logger(__name__)
 
 _LONGEST_HEADER = 2**20
-# Most lines above a header, lines that show that it is one, and characters that are looked at for them.
+# Maximum lines above a header, lines needed to recognise it, and characters examined for both.
 _MOST_ABOVE, _ALIKE, _HEAD = 20, 4, 2**16
 _PARSED = 2 * 2**20
 _LINE = re.compile(r"[\r\n]*([^\r\n]+)(?:\r\n|\r|\n|$)")
-_FIELD = "\x1f"  # a separator of one character, which stands in for a longer one
+_FIELD = "\x1f"  # a one-character separator that replaces a longer one
 
-# The library's own limit is 128 KiB a field, which a long text or a set of a thousand candidates can pass.
+# The library's default limit is 128 KiB per field, which a long text or a set of a thousand candidates can exceed.
 csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
 
 
@@ -44,13 +44,13 @@ csv.field_size_limit(max(csv.field_size_limit(), LONGEST))
 
 
 class BrokenRow(Exception):
-    """A row that is no CSV.
+    """Raised for a row that is not valid CSV.
 
     Attributes:
         line: Its 0-based line in the text.
-        start: Where it begins in the text.
+        start: Offset of the row in the text.
         unfinished: Whether the text ended within double quotes.
-        problem: What is wrong with it, and the fix.
+        problem: The problem and its fix.
     """
 
     def __init__(self, error: csv.Error, line: int, start: int) -> None:
@@ -68,18 +68,18 @@ class BrokenRow(Exception):
 def fields(
     text: str, separator: str | None, *, quoted: bool = True, newline: str = "", start: int = 0, line: int = 0
 ) -> Iterator[tuple[int, list[str]]]:
-    """Yield rows with their 0-based lines; a blank line is a row without fields.
+    """Yield rows with their 0-based line numbers; a blank line is a row without fields.
 
     Args:
         text: Whole lines.
-        separator: Between the fields; None: white space.
+        separator: Separator between fields; None: white space.
         quoted: Whether a double quote opens a field in which separators and line breaks are text.
-        newline: What ends a row: a line feed, or, if empty, a lone carriage return too.
-        start: Where in the text to begin, such as behind a `BrokenRow`.
-        line: The 0-based line there.
+        newline: End of a row: a line feed, or, if empty, also a lone carriage return.
+        start: Offset at which to begin, such as after a `BrokenRow`.
+        line: The 0-based line number at that offset.
 
     Raises:
-        BrokenRow: If a row is no CSV.
+        BrokenRow: If a row is not valid CSV.
     """
     if not quoted:
         if "\r" in text:
@@ -103,22 +103,22 @@ def fields(
 
 
 def delimited(source: Source, form: Form, wanted: Mapping[str, Kind] | None = None) -> Table:
-    """Read a table of the user.
+    """Read a user's table.
 
     Args:
         source: The file.
-        form: How it is written; one with a header that lacks the separator may have another one, see `separator_of`.
-        wanted: The columns to keep and what they hold; the others are there by name alone. None: all of them.
+        form: Its format; a table whose header lacks the separator may have another one, see `separator_of`.
+        wanted: The columns to keep, with the kinds of their values; others are only listed by name. None: all columns.
 
     Raises:
-        DataError: If it is no text, a row has another number of fields than the header, or a quote stays open.
+        DataError: If it is not text, a row and the header differ in the number of fields, or a quote is not closed.
     """
     file, kinds = Delimited(source, form), dict(wanted or {})
     while True:
         try:
             return _gathered(file, source.name, kinds)
         except NoNumbers as odd:
-            kinds[odd.name] = "text"  # such as dates, which are texts until somebody knows them
+            kinds[odd.name] = "text"  # such as dates, which are texts until they are parsed
 
 
 def _gathered(file: Delimited, name: str, kinds: Mapping[str, Kind]) -> Table:
@@ -141,15 +141,15 @@ class Delimited:
     """A delimited file.
 
     Attributes:
-        names: Its columns, once the header was read.
+        names: Its columns, after the header was read.
     """
 
     def __init__(self, source: Source, form: Form) -> None:
-        """Take a file.
+        """Set up for a file.
 
         Args:
-            source: The file. One of the user may have titles or notes above its header, and another separator.
-            form: How it is written.
+            source: The file. A user's file may have titles or notes above its header, and another separator.
+            form: Its format.
         """
         self.names: tuple[str, ...] = ()
         self._source, self._form, self._warned = source, form, False
@@ -169,12 +169,12 @@ class Delimited:
         raise self._empty()
 
     def blocks(self, wanted: Mapping[str, Kind] | None = None, floats: Collection[str] = ()) -> Iterator[Table]:
-        """Read the rows.
+        """Yield the rows in blocks.
 
         Args:
-            wanted: The columns to read; None: all. A published file must have all of them; of a table of the user those
-                that it has are read, or all where it has none.
-            floats: Columns to read as numbers, as far as that is possible; the others are texts.
+            wanted: The columns to read; None: all. A published file must have all of them; of a user's table those it
+                has are read, or all columns if it has none of them.
+            floats: Columns to read as numbers where possible; the others are texts.
 
         Raises:
             DataError: If the file is damaged or empty, lacks a column, or has a row that cannot be read.
@@ -217,7 +217,7 @@ class Delimited:
     # ---------------------------------------------------------------------- the header
 
     def _begin(self, piece: Piece, pieces: Pieces) -> Piece | None:
-        """Take the header from the first lines that hold something, and return the lines below it."""
+        """Take the header from the first lines that are not blank, and return the lines after it."""
         name, form = self._source.name, self._form
         self._separator, self._quoted = form.separator, form.quoted and len(form.separator) == 1
         if form.columns:
@@ -245,7 +245,7 @@ class Delimited:
         return Piece(self._source, piece.raw[body:], piece.line + piece.raw.count(b"\n", 0, body))
 
     def _above(self, text: str) -> str:
-        """Return the lines above a header, and take the separator of the header."""
+        """Return the lines above a header, and set the separator from the header."""
         name = self._source.name
         skipped = preamble(text, self._form.separator)
         *above, below = text.split("\n", skipped)
@@ -266,10 +266,10 @@ class Delimited:
         return text[: len(text) - len(below)]
 
     def _first_row(self, text: str) -> tuple[list[str], int]:
-        """Return the fields of the first row that is not blank, and where it ends.
+        """Return the fields of the first row that is not blank, and the offset of its end.
 
         Raises:
-            BrokenRow: If it is no CSV.
+            BrokenRow: If it is not valid CSV.
         """
         if not self._quoted:
             first = _LINE.match(text)
@@ -282,7 +282,7 @@ class Delimited:
             raise BrokenRow(error, 0, 0) from error
 
     def _second_header(self, piece: Piece, block: Table) -> int | None:
-        """Return the first row in which every column holds its own name, as where two files were put together."""
+        """Return the first row that repeats the header, as in concatenated files."""
         frame, first = block.frame, block.frame.columns[0]
         if any(kind != pl.String for kind in frame.dtypes) or not (frame[first] == first).any():
             return None
@@ -299,7 +299,7 @@ class Delimited:
     # ---------------------------------------------------------------------- the rows
 
     def _fast(self, piece: Piece, chosen: Sequence[str], floats: Collection[str], row: int) -> Table | None:
-        """Read plain lines, each of which is a row; None if they must be read with care."""
+        """Return the table of plain lines with one row each; None if they need the careful reader."""
         raw, height = piece.raw, piece.height
         if (self._quoted and b'"' in raw) or b"\0" in raw:
             return None
@@ -322,7 +322,7 @@ class Delimited:
         return Table(self._source.name, pl.DataFrame(pl.from_arrow(table)), lines=lines, rows=range(row, row + height))
 
     def _careful(self, piece: Piece, pieces: Pieces, chosen: Sequence[str], row: int) -> Table:
-        """Read lines row by row; those of a row that goes on behind them are kept for the next piece."""
+        """Read lines row by row; an unfinished row is kept for the next piece."""
         name, published = self._source.name, self._source.published
         header = None if published else 0 if self._form.columns else 1
         text = decoded(piece, self._encoding, header=header)
@@ -371,7 +371,7 @@ class Delimited:
 def _parsed(
     raw: bytes, separator: str, names: Sequence[str], chosen: Sequence[str], floats: Collection[str]
 ) -> pa.Table | None:
-    """Return columns of lines; None if a row is ragged, a text is not UTF-8, or a number is none."""
+    """Return columns of lines; None if a row is ragged, a text is not UTF-8, or a numeric value is not a number."""
     try:
         return pa_csv.read_csv(
             in_arrow(raw),
@@ -392,10 +392,10 @@ def _parsed(
 
 
 def preamble(text: str, usual: str) -> int:
-    """Return how many lines stand above the header: titles, notes and comments, as spreadsheets export them.
+    """Return the number of lines above the header: titles, notes and comments, as spreadsheets export them.
 
-    They hold no separator, and what follows them are three lines at least that hold one, each as often as the others;
-    or they begin with ``#``.
+    They have no separator and are followed by at least three lines that all have the same number of one; or they begin
+    with ``#``.
     """
     lines = text[:_HEAD].split("\n")[: _MOST_ABOVE + _ALIKE]
     for index, line in enumerate(lines[:_MOST_ABOVE]):
@@ -411,5 +411,5 @@ def preamble(text: str, usual: str) -> int:
 
 
 def separator_of(header: str, usual: str) -> str:
-    """Return what stands between the fields of a header: the usual separator, ``::``, or one that is often used."""
+    """Return the separator of a header: the usual one, ``::``, or another common one."""
     return next((mark for mark in (usual, "::", ";", "\t", "|", ",") if mark in header), usual)

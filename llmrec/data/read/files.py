@@ -1,4 +1,4 @@
-"""Files as they are stored: plain, packed or members of an archive, opened as streams and never unpacked to disk."""
+"""Opens stored files, plain, compressed or in an archive, as streams that are never unpacked to disk."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ STREAMS: Mapping[str, Callable[[Any], Any]] = {
     ".xz": lambda stored: lzma.LZMAFile(stored),  # noqa: SIM115 - who opens it closes it
     ".zst": lambda stored: pa.CompressedInputStream(pa.PythonFile(stored, mode="r"), "zstd"),
 }
-"""How files that are packed by themselves are opened, by ending."""
+"""Functions that open single compressed files, by ending."""
 PACKED = (*STREAMS, ".zip")
-"""Endings of packed files."""
+"""Endings of compressed files."""
 _KINDS = {".gz": "gzip", ".bz2": "bzip2", ".xz": "xz", ".zst": "zstd"}
 _BLOCK = 4 * 2**20
 _HEAD = 2**16
@@ -49,20 +49,20 @@ _JSON = (".json", ".jsonl", ".ndjson")
 
 
 class Source(Protocol):
-    """A file that can be opened several times."""
+    """A file that can be opened repeatedly."""
 
     @property
     def name(self) -> str:
-        """As errors call it."""
+        """Its name in errors."""
         ...
 
     @property
     def published(self) -> bool:
-        """Whether errors advise to fetch the file again, rather than to correct it."""
+        """Whether errors advise to download the file again instead of correcting it."""
         ...
 
     def open(self) -> AbstractContextManager[Any]:
-        """Open it for reading, unpacked."""
+        """Open it for reading, decompressed."""
         ...
 
 
@@ -70,10 +70,10 @@ class Source(Protocol):
 
 
 def check_path(path: Path) -> None:
-    """Check that a table is a file.
+    """Check that a table is a regular file.
 
     Raises:
-        DataError: If it is missing, or no file.
+        DataError: If it is missing or not a file.
     """
     if no_file(path) == "does not exist":
         raise DataError.at(path, "missing-file", f": there is no such file{_near(path)}; {_MEND}")
@@ -81,14 +81,14 @@ def check_path(path: Path) -> None:
 
 
 def user_path(text: str) -> Path:
-    """Return a path from a recipe, with ``~`` for the home folder.
+    """Return a path of a recipe, with ``~`` for the home folder.
 
     Raises:
-        DataError: If it can be the path of no file.
+        DataError: If it cannot be a path.
     """
     try:
         path = Path(text).expanduser()
-    except RuntimeError:  # no such user: the file of that name will be reported as missing
+    except RuntimeError:  # unknown user: the file of that name will be reported as missing
         path = Path(text)
     try:
         path.exists()
@@ -112,30 +112,30 @@ def _near(path: Path) -> str:
 
 
 class Stored:
-    """A file of the user, unpacked and hashed while it is read.
+    """A user's file, decompressed and hashed while it is read.
 
     Attributes:
-        name: The path, as errors call it.
-        sha256: Of the file as it is stored, once it was read to its end.
+        name: The path, for errors.
+        sha256: Hash of the file as stored, after it was read to its end.
     """
 
     published = False
 
     def __init__(self, path: Path, packing: str = "", *, limit: int | None = None, fix: str = _MEND) -> None:
-        """Take a file.
+        """Set up for a file.
 
         Args:
             path: The file.
-            packing: How it is packed, as an ending; empty: not at all.
-            limit: Most bytes of it, unpacked.
-            fix: What to do where it cannot be read, for the error.
+            packing: Its compression, as an ending; empty if it is not compressed.
+            limit: Maximum decompressed bytes.
+            fix: The advice in the error if it cannot be read.
         """
         self.name, self.sha256 = str(path), ""
         self._path, self._packing, self._limit, self._fix = path, packing, limit, fix
 
     @contextmanager
     def open(self) -> Iterator[Any]:
-        """Open it for reading, unpacked.
+        """Open it for reading, decompressed.
 
         Raises:
             DataError: If it is unreadable, damaged or too large.
@@ -165,7 +165,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Given:
-    """Bytes that were read already, or that stand for a file."""
+    """Bytes in memory in place of a file."""
 
     name: str
     raw: bytes
@@ -178,7 +178,7 @@ class Given:
 
 
 class _Hashed:
-    """A file that is hashed while it is read."""
+    """A file object that hashes what is read."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self.digest = file, hashlib.sha256()
@@ -195,18 +195,18 @@ class _Hashed:
         return True
 
     def close(self) -> None:
-        """Do nothing: who opened the file closes it."""
+        """Ignore the call: the code that opened the file closes it."""
 
 
 def read_bytes(path: Path, *, text: bool = True) -> tuple[bytes, str]:
-    """Return a file's bytes, unpacked if it is packed by itself, and the SHA-256 of the file as it is stored.
+    """Return a file's bytes, decompressed if needed, and the SHA-256 of the file as stored.
 
     Args:
         path: The file.
-        text: Whether it must be text; one that is none is then refused before it is read.
+        text: Whether it must be text; other files are then rejected before they are read.
 
     Raises:
-        DataError: If it is missing, no file, unreadable, empty, damaged or too large.
+        DataError: If it is missing, not a file, unreadable, empty, damaged or too large.
     """
     check_path(path)
     packing = path.suffix.lower() if path.suffix.lower() in STREAMS else ""
@@ -229,7 +229,7 @@ def _damaged(name: str, packing: str, error: BaseException) -> DataError:
 
 
 def _all_of(stream: Any) -> bytes:
-    """Read a stream to its end, a block at a time: room for all that might come is never asked for."""
+    """Read a stream to its end in blocks, so that memory grows only with the data."""
     return b"".join(iter(partial(stream.read, _BLOCK), b""))
 
 
@@ -239,10 +239,10 @@ def only_member(path: Path, stored: bytes, endings: tuple[str, ...]) -> tuple[st
     Args:
         path: The archive, for errors.
         stored: Its bytes.
-        endings: Of tables.
+        endings: Endings of tables.
 
     Raises:
-        DataError: If there is no table or several, or the archive is damaged or plays tricks.
+        DataError: If there is no table or several, or the archive is damaged or malicious.
     """
     try:
         with zipfile.ZipFile(io.BytesIO(stored)) as archive:
@@ -274,9 +274,9 @@ class Member:
     """One file, in a folder or in an archive.
 
     Attributes:
-        name: What errors call it.
+        name: Its name in errors.
         path: The file itself, or the archive.
-        inner: Its name in the archive; None outside of archives.
+        inner: Its name in the archive; None outside an archive.
     """
 
     name: str
@@ -286,20 +286,20 @@ class Member:
 
     @property
     def plain(self) -> str:
-        """The last part of its name, without ``.gz`` and with ``.json`` for every sort of JSON Lines."""
+        """The last part of its name, without ``.gz`` and with ``.json`` for all JSON Lines endings."""
         return plain_name(PurePosixPath(self.inner).name if self.inner is not None else self.path.name)
 
     @property
     def folder(self) -> str:
-        """Where it lies."""
+        """Its folder."""
         return str(PurePosixPath(self.inner).parent) if self.inner is not None else str(self.path.parent)
 
     @contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """Open it for reading, unpacked.
+        """Open it for reading, decompressed.
 
         Raises:
-            DataError: If it is missing, unreadable or damaged, here or while it is read.
+            DataError: If it is missing, unreadable or damaged, now or while it is read.
         """
         packed = (self.inner or self.path.name).lower().endswith(".gz")
         if no_file(self.path) == "does not exist":
@@ -330,7 +330,7 @@ class Member:
 
     @property
     def sha256(self) -> str:
-        """Of the file as it is stored; for a member of an archive, of the archive."""
+        """Hash of the file as stored; for a member of an archive, of the archive."""
         try:
             with self.path.open("rb") as stored:
                 return hashlib.file_digest(stored, "sha256").hexdigest()
@@ -341,7 +341,7 @@ class Member:
 
 
 def plain_name(name: str) -> str:
-    """Return a file's name without ``.gz`` and with ``.json`` for every sort of JSON Lines."""
+    """Return a file's name without ``.gz`` and with ``.json`` for all JSON Lines endings."""
     name = name[:-3] if name.lower().endswith(".gz") else name
     for ending in _JSON:
         if name.lower().endswith(ending):

@@ -1,8 +1,8 @@
-"""What may be opened, and how much may come out of it.
+"""Limits on the files that may be opened and on their decompressed size.
 
-A path may name a pipe that nobody writes to, a device without end or a link that leads in a circle; a small packed
-file may unpack to more than the memory; a file may be something quite different from what its ending says. All of
-these end in an error before they do harm.
+A path may name a pipe without a writer, an endless device or a circular link; a small compressed file may unpack to
+more than the memory; a file may be something else than its ending says. All of these end in an error before they do
+harm.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ from typing import BinaryIO
 from llmrec.errors import DataError, ErrorKind, Place
 
 MAX_BYTES = 8 * 2**30
-"""Largest table, unpacked; tables are held in memory whole."""
+"""Maximum decompressed size of a table; tables are held in memory as a whole."""
 FREE_BYTES = 16 * 2**20
-"""A file may unpack to so many bytes however small it is."""
+"""Decompressed bytes allowed for a file of any size."""
 MAX_RATIO = 100
-"""Beyond that, to so many times its size: data seldom packs better than 20 to 1, a bomb packs 1,000 to 1."""
+"""Decompressed size allowed beyond that, in file sizes: data rarely compresses more than 20 to 1, a bomb 1,000 to 1."""
 ID_LIMIT = 1000
-"""Longest id in characters; ids are copied into rows, results and reports as they are."""
+"""Maximum length of an id in characters; ids are copied unchanged into rows, results and reports."""
 WHOLE = 2**53
-"""Floats tell whole numbers apart up to this one; two larger ids can be the same float."""
+"""Largest integer up to which floats are exact; two larger ids can be the same float."""
 MAX_MEMBERS = 100_000
-"""Most files in an archive."""
+"""Maximum number of files in an archive."""
 
 BROKEN = (OSError, EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, NotImplementedError, RuntimeError)
-"""What a damaged or unreadable file raises while it is read."""
+"""Exceptions raised while reading a damaged or unreadable file."""
 
 _GZIP = b"\x1f\x8b"
-# How files begin, what they are, and what to do about it.
+# First bytes of other file types, their names, and the fix.
 _STRANGERS: tuple[tuple[bytes, str, str], ...] = (
     (_GZIP, "a gzip file", "give it a name that ends in .gz"),
     (b"PK\x03\x04", "a zip archive or a spreadsheet", "unpack it, or save its sheet as CSV"),
@@ -63,34 +63,34 @@ _PAGES = (b"<!doctype html", b"<html")
 
 
 def reason(error: BaseException) -> str:
-    """Return another library's message in one short line, to be quoted in ours."""
+    """Return another library's message as one short line, to be quoted in ours."""
     return shortened(printable(" ".join(str(error).split())), 200)
 
 
 def is_no_text(text: str) -> bool:
-    """Whether a string holds NUL, or half of a surrogate pair, which cannot be stored as UTF-8."""
+    """Whether a string has NUL or a lone surrogate, which cannot be stored as UTF-8."""
     return "\0" in text or (not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text))
 
 
 def printable(text: str) -> str:
-    """Return a text with a sign in place of each character that cannot be printed."""
+    """Return a text with a replacement for each character that cannot be printed."""
     return text if text.isprintable() else "".join(mark if mark.isprintable() else "\ufffd" for mark in text)
 
 
 def shown(value: object) -> str:
-    """Return a value from a file in quotes, on one line, cut where it is long."""
+    """Return a value from a file in quotes, on one line, shortened if it is long."""
     if isinstance(value, str) and len(value) > 80:
         value = value[:80] + "…"
     return shortened(repr(value), 100)
 
 
 def shortened(text: str, limit: int) -> str:
-    """Cut a text."""
+    """Return a text cut to a maximum length."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def enumerated(names: Sequence[str]) -> str:
-    """Return the names of columns, as many as fit one line."""
+    """Return column names as text, as many as fit on one line."""
     result = ", ".join(name if name.isprintable() else repr(name) for name in (shortened(n, 60) for n in names[:40]))
     return shortened(result, 500) + (f" and {len(names) - 40} more" if len(names) > 40 else "")
 
@@ -102,7 +102,7 @@ _ABSENT = ("does not exist", "is a link to nothing")
 
 
 def no_file(path: Path) -> str:
-    """Return why a path is no file that can be read; an empty text if it is one."""
+    """Return why a path is not a readable file; empty if it is one."""
     try:
         mode = path.stat().st_mode
     except FileNotFoundError:
@@ -115,20 +115,20 @@ def no_file(path: Path) -> str:
 
 
 def stands(path: Path) -> bool:
-    """Whether something is there that is no folder, be it a file or not; reading it says what it is."""
+    """Whether a path exists and is not a folder, regardless of its type."""
     return path.is_symlink() or (path.exists() and not path.is_dir())
 
 
 def require_file(path: Path, fix: str, what: str = "") -> None:
-    """Check that a path is a file; a pipe would block for ever, and a device may have no end.
+    """Check that a path is a regular file; a pipe would block for ever, and a device may be endless.
 
     Args:
         path: The path.
-        fix: What to do about it, for the error.
+        fix: The advice in the error.
         what: What the file is, for the error: ``the table of items``.
 
     Raises:
-        DataError: If it is none.
+        DataError: If it is not a regular file.
     """
     problem = no_file(path)
     if problem:
@@ -137,7 +137,7 @@ def require_file(path: Path, fix: str, what: str = "") -> None:
 
 
 def stranger(head: bytes) -> str:
-    """Say what a file is that should be text, as its first bytes show, and the fix; empty if they show nothing."""
+    """Return what a file is instead of text, by its first bytes, and the fix; empty if unknown."""
     for start, what, fix in _STRANGERS:
         if head.startswith(start):
             return f"this is {what}; {fix}"
@@ -147,10 +147,10 @@ def stranger(head: bytes) -> str:
 
 
 def check_head(place: Place, head: bytes) -> None:
-    """Refuse a file that begins like something else than text in UTF-8.
+    """Reject a file whose first bytes are not those of UTF-8 text.
 
     Raises:
-        DataError: Naming what it is.
+        DataError: With the type of the file.
     """
     if head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         raise DataError.at(place, "encoding", ": this looks like UTF-16; save the file as UTF-8")
@@ -163,7 +163,7 @@ def check_head(place: Place, head: bytes) -> None:
 
 
 class Capped:
-    """A stream that ends in an error where it gives more than its file can be expected to hold."""
+    """A stream that raises an error if it returns more than its file may contain."""
 
     def __init__(self, name: str, stream: BinaryIO, stored: int, limit: int | None = None) -> None:
         self._name, self._stream, self._stored = name, stream, stored
@@ -199,12 +199,12 @@ class Capped:
 
 
 def archived(place: Path, archive: zipfile.ZipFile) -> list[zipfile.ZipInfo]:
-    """Return the files of an archive, once none of its entries tries a trick.
+    """Return the files of an archive after checking all entries.
 
-    Nothing is ever unpacked to disk; still, an archive with such an entry is not the published one.
+    Nothing is ever unpacked to disk; still, an archive with a malicious entry is not the published one.
 
     Raises:
-        DataError: If an entry is a link or leaves the archive, a name stands twice, or there are too many.
+        DataError: If an entry is a link or leaves the archive, a name is repeated, or there are too many.
     """
     entries = archive.infolist()
     if len(entries) > MAX_MEMBERS:

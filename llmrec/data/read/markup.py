@@ -1,4 +1,4 @@
-"""HTML in titles and texts, as shops and scraped pages write it: what is decoded, left out, and no title at all."""
+"""Removes HTML from titles and texts, as shops and scraped pages write it."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import re
 from html.entities import html5
 
 _ENTITY = re.compile(r"&(?:#[0-9]{1,7}|#[xX][0-9a-fA-F]{1,6}|[A-Za-z][A-Za-z0-9]{1,31});")
-# Tags within a word or a line, and those that part two of them.
+# Inline tags, and tags that separate words or lines.
 _INLINE = "a|abbr|b|big|em|font|i|nobr|small|span|strike|strong|sub|sup|tt|u|wbr"
 _BLOCK = (
     "article|blockquote|body|br|center|dd|div|dl|dt|figure|h[1-6]|head|hr|html|img|input|li|ol|p|pre|section|table|"
     "tbody|td|tfoot|th|thead|tr|ul"
 )
-# What stands between these is no text.
+# The content of these elements is not text.
 _CODE = "iframe|link|meta|script|style"
 _TAG = re.compile(rf"</?(?:({_INLINE})|{_BLOCK})(?:\s[^<>]*)?/?>|<!--[^<>]*-->", re.IGNORECASE)
-# A tag, whole or cut off, and what is left of one whose beginning was cut off.
+# A tag, complete or cut off at either end.
 _MARKUP = re.compile(
     rf"</?(?:{_INLINE}|{_BLOCK}|{_CODE})(?:\s[^<>]*)?(?:/?>|$)|\b(?:class|href|id|src|style|data-[\w-]+|aria-\w+)=[\"']",
     re.IGNORECASE,
@@ -24,15 +24,15 @@ _MARKUP = re.compile(
 
 
 def has_markup(text: str) -> bool:
-    """Whether a text holds HTML; where it does after `plain`, a scraped page was cut off, and it is no title."""
+    """Whether a text has HTML; if it does after `plain`, a scraped page was cut off, and it is not a title."""
     return ("<" in text or "=" in text) and _MARKUP.search(text) is not None
 
 
 def plain(text: str) -> str:
-    """Return a text without HTML tags and with its entities decoded, once: ``<p>A &amp; B</p>`` becomes ``A & B``.
+    """Return a text without HTML tags and with its entities decoded once: ``<p>A &amp; B</p>`` becomes ``A & B``.
 
-    ``AT&T``, ``<3`` and tags that are not of HTML stay. Tags that were written as entities go too, as feeds of shops
-    have them. A tag of a block parts words; where tags went, white space becomes single spaces.
+    ``AT&T``, ``<3`` and tags unknown to HTML stay. Tags written as entities are removed too, because feeds of shops
+    have them. A block tag separates words; where tags were removed, white space becomes single spaces.
     """
     if "&" not in text and "<" not in text:
         return text
@@ -45,6 +45,6 @@ def _untagged(text: str) -> str:
 
 
 def _meant(found: re.Match[str]) -> str:
-    # The library also decodes names without a semicolon, and so the start of a longer word.
+    # The library also decodes names without a semicolon, and so the beginning of a longer word.
     meant = html.unescape(found[0]) if found[0][1] == "#" else html5.get(found[0][1:], found[0])
-    return meant.replace("\xa0", " ")  # a space that only says where no line may end
+    return meant.replace("\xa0", " ")  # a no-break space

@@ -1,4 +1,4 @@
-"""Columns within columns: ``user.id`` of an object, and ``lines[].sku`` of a list, of which every element is a row."""
+"""Columns within columns: ``user.id`` of an object, and ``lines[].sku`` of a list with one row per element."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from llmrec.data.read.limits import shortened
 from llmrec.errors import DataError
 
 EACH = "[]"
-"""Behind the name of a list: each of its elements."""
+"""Suffix of a list's name that stands for each of its elements."""
 _EACH = re.compile(r"\[\]")
-# Objects within objects, and keys of one object; more of them are a map by ids and not columns.
+# Maximum depth of objects and number of keys per object; with more keys an object is a map by id, not columns.
 DEEPEST, MOST_KEYS = 20, 200
 OBJECTS, LISTS = "objects", "lists"
 
@@ -26,12 +26,12 @@ OBJECTS, LISTS = "objects", "lists"
 
 
 def is_path(name: str) -> bool:
-    """Whether a name may be that of a column within another one."""
+    """Whether a name may be the path of a column within another one."""
     return "." in name or EACH in name
 
 
 def head(name: str) -> str:
-    """Return the column that a path begins in."""
+    """Return the column in which a path begins."""
     return name.partition(EACH)[0].partition(".")[0]
 
 
@@ -41,12 +41,12 @@ def leaf(name: str) -> str:
 
 
 def lists_in(name: str) -> list[str]:
-    """Return the lists that a path goes through, the outermost first."""
+    """Return the lists on a path, the outermost first."""
     return [name[: result.end()] for result in _EACH.finditer(name)]
 
 
 def paths_within(name: str, kind: Any) -> Iterator[str]:
-    """Yield the paths of the values that can be read within a column of a type."""
+    """Yield the paths of the readable values within a column of a type."""
     if pa.types.is_struct(kind):
         for inner in kind:
             yield from paths_within(f"{name}.{inner.name}", inner.type)
@@ -72,19 +72,19 @@ def is_plain(kind: Any) -> bool:
 
 
 def is_text(kind: Any) -> bool:
-    """Return whether a column holds texts, each in its own row."""
+    """Return whether a column has texts, one in each row."""
     return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
 
 
 def is_read(kind: Any) -> bool:
-    """Return whether a column holds something that can be read, within objects and lists too."""
+    """Return whether a column has readable values, including those within objects and lists."""
     if pa.types.is_struct(kind):
         return any(is_read(inner.type) for inner in kind)
     return is_plain(kind) or _is_list(kind)
 
 
 def _is_list(kind: Any) -> bool:
-    """Whether a column holds lists whose elements can be rows: objects, texts or whole numbers."""
+    """Whether a column has lists whose elements can be rows: objects, texts or integers."""
     if not (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
         return False
     inner = kind.value_type
@@ -92,7 +92,7 @@ def _is_list(kind: Any) -> bool:
 
 
 def held(kind: Any) -> str:
-    """Say what a column holds that has no plain values."""
+    """Return a description of the values of a column without plain values."""
     if is_read(kind):
         return OBJECTS if pa.types.is_struct(kind) else LISTS
     return shortened(str(kind), 60)
@@ -103,13 +103,13 @@ def held(kind: Any) -> str:
 
 @dataclass
 class Opened:
-    """What columns hold once the objects in them are opened.
+    """The columns of a file after objects in them are opened.
 
     Attributes:
-        file: Where they are, for errors.
-        columns: Those with a plain value in each row, by path.
-        lists: Those with a list in each row, by path with `EACH`.
-        unusable: What the others hold.
+        file: The file, for errors.
+        columns: Columns with a plain value in each row, by path.
+        lists: Columns with a list in each row, by path with `EACH`.
+        unusable: Descriptions of the other columns.
     """
 
     file: str
@@ -118,7 +118,7 @@ class Opened:
     unusable: dict[str, str] = field(default_factory=dict)
 
     def add(self, name: str, column: Any, depth: int = 0) -> None:
-        """Open a column.
+        """Add a column and the columns within it.
 
         Raises:
             DataError: If a path is the name of another column.
@@ -145,7 +145,7 @@ class Opened:
 
 
 def opened(file: str, columns: Mapping[str, Any]) -> Opened:
-    """Open the columns of Arrow of a file; see `Opened`."""
+    """Open the Arrow columns of a file; see `Opened`."""
     result = Opened(file)
     for name, column in columns.items():
         result.add(name, column)
@@ -153,18 +153,18 @@ def opened(file: str, columns: Mapping[str, Any]) -> Opened:
 
 
 def in_polars(columns: Mapping[str, Any]) -> pl.DataFrame:
-    """Return plain columns of Arrow as a frame.
+    """Return plain Arrow columns as a frame.
 
     Raises:
-        pyarrow.ArrowException, ValueError: If a text is no UTF-8 or a column cannot be read.
+        pyarrow.ArrowException, ValueError: If a text is not UTF-8 or a column cannot be read.
     """
     table = pa.table([_bare(column) for column in columns.values()], names=list(columns))
-    table.validate(full=True)  # Arrow itself does not look whether texts are UTF-8
+    table.validate(full=True)  # Arrow itself does not check that texts are UTF-8
     return pl.DataFrame(pl.from_arrow(table))
 
 
 def _bare(column: Any) -> Any:
-    """Return a column without names inside of its type and notes, which may be no text; nothing needs them."""
+    """Return a column without field names and metadata in its type, which may not be text and are not needed."""
     kind = column.type
     if pa.types.is_list(kind) or pa.types.is_large_list(kind):
         return column.cast(pa.large_list(kind.value_type))
