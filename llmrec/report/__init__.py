@@ -1,1 +1,1 @@
-"""Results to one HTML page, Markdown, CSV, LaTeX and console tables."""
+"""Reports of results as one HTML page, Markdown, CSV, LaTeX and console tables."""

@@ -1,4 +1,4 @@
-"""The audit of a run as the report shows it; a run that leaks gets no table."""
+"""The audit of a run for its report; a run with a leak gets no table."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ from llmrec.report.escape import flat, without_surrogates
 
 AUDIT = "audit.json"
 VERDICT = "This run leaks, so it gets no table."
-# What a reader must look at comes first.
+# The most serious findings come first.
 _ORDER = ("leak", "notice", "clean")
 
 
 class LeakError(LlmrecError):
-    """A run whose audit found held-out data where it must not be."""
+    """Raised for a run whose audit found held-out data in training data or prompts."""
 
 
 class AuditLine(Record):
-    """One check of ``audit.json``: what was looked at and what came out."""
+    """One check of ``audit.json``: its name, finding and verdict."""
 
     name: str
     found: str
@@ -35,12 +35,12 @@ class AuditLine(Record):
 
 
 def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
-    """Return the lines of a run's audit, leaks first, then notices, else as written; None where it was not audited.
+    """Return the lines of a run's audit, leaks first, then notices, then the rest; None if the run was not audited.
 
-    An audit of other results, as a run leaves that was killed between its results and its audit, is none of these.
+    A stale audit of earlier results, left by a run that was killed between results and audit, counts as no audit.
 
     Raises:
-        DataError: If ``audit.json`` is there and cannot be read.
+        DataError: If ``audit.json`` exists and cannot be read.
     """
     path = run_dir / AUDIT
     if not path.is_file():
@@ -61,7 +61,7 @@ def audit_lines(run_dir: Path) -> tuple[AuditLine, ...] | None:
 
 
 def lines_of(checks: Iterable[Mapping[str, Any]]) -> tuple[AuditLine, ...]:
-    """Return checks as `audit_lines` does."""
+    """Return checks as audit lines, in the order of `audit_lines`."""
     return tuple(sorted((AuditLine(**check) for check in checks), key=lambda line: _ORDER.index(line.verdict)))
 
 
@@ -71,7 +71,7 @@ def how_to_audit(run_dir: Path) -> str:
 
 
 def audit_sentence(lines: Sequence[AuditLine]) -> str:
-    """Say how many checks there were and what came out."""
+    """Return a sentence with the number of checks, leaks and notices."""
 
     def many(count: int, what: str) -> str:
         return f"no {what}" if not count else f"1 {what}" if count == 1 else f"{count} {what}s"
@@ -82,7 +82,7 @@ def audit_sentence(lines: Sequence[AuditLine]) -> str:
 
 
 def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
-    """Refuse a run whose audit, the ``lines``, found a leak.
+    """Reject a run whose audit ``lines`` contain a leak.
 
     Raises:
         LeakError: If there is a leak.
@@ -94,7 +94,7 @@ def refuse_leaks(run_dir: Path, lines: Sequence[AuditLine]) -> None:
 
 
 def refusal(lines: Sequence[AuditLine]) -> str:
-    """Say what leaks and what to do about it; empty where nothing does."""
+    """Return what leaks and how to fix it; empty if nothing leaks."""
     leaks = [line for line in lines if line.verdict == "leak"]
     if not leaks:
         return ""

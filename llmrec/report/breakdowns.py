@@ -1,8 +1,8 @@
-"""Figures broken down: by slice, and by the position of the target among its candidates.
+"""Figures by slice and by the position of the target among its candidates.
 
-Slices are one compact table a task, with the best row of each setting and the best baseline. Neighbouring positions are
-pooled into bands of some twenty requests each. Intervals of bands take requests for independent, which they are where
-each user has one: Wilson's for the share of hits (JASA 1927), which also has a width where all or no requests hit, and
+Each task has one compact table of slices, with the best row of each setting and the best baseline. Neighbouring
+positions are pooled into bands of about twenty requests. Intervals of bands assume independent requests, which holds if
+each user has one: Wilson's for the share of hits (JASA 1927), which has a width even if all or no requests hit, and
 Student's for the mean rank.
 """
 
@@ -51,15 +51,15 @@ _NAMES = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceLine:
-    """One slice over the table's rows.
+    """One slice: a line of the table, with a figure for each row.
 
     Attributes:
         title: Its name in words.
         n: Number of cases.
-        users: Number of their users, where it is known.
-        small: Whether the cases are too few to say much.
-        figures: One figure a row; None where a row has none.
-        best: The best value among them; None where there are few cases, or nothing to choose.
+        users: Number of their users, if known.
+        small: Whether there are too few cases for a conclusion.
+        figures: One figure for each row; None for a row without one.
+        best: The best value among them; None with few cases or fewer than two values.
     """
 
     title: str
@@ -72,13 +72,13 @@ class SliceLine:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceTable:
-    """A task's slices.
+    """The table of a task's slices.
 
     Attributes:
-        metric: What is shown.
+        metric: The metric shown.
         rows: The columns: the best row of each setting, then the best baseline.
-        lines: Slices that hold cases.
-        empty: Names, in words, of those that hold none.
+        lines: Slices with cases.
+        empty: Names, in words, of slices without cases.
     """
 
     metric: str
@@ -88,18 +88,18 @@ class SliceTable:
 
 
 def in_words(name: str) -> str:
-    """Return a slice's name in words; an unknown one as it is."""
+    """Return a slice's name in words; an unknown name unchanged."""
     for pattern, words in _NAMES:
         match = re.fullmatch(pattern, name)
         if match:
             share = f"{100 * float(match[1]):g} %" if "{share}" in words else ""
-            # Names and values of attributes are percent-encoded, and what others wrote.
+            # Names and values of attributes are percent-encoded and untrusted.
             return words.format(*(clean(unquote(part)) for part in match.groups()), share=share)
     return name
 
 
 def slice_table(results: Results, task: str) -> SliceTable | None:
-    """Return a task's slices, or None where its rows have none."""
+    """Return a task's table of slices, or None if its rows have none."""
     rows = [row for row in _columns(results, task) if row.slices]
     if not rows:
         return None
@@ -124,7 +124,7 @@ def _columns(results: Results, task: str) -> list[Row]:
 
 
 def _metric(results: Results, task: str, rows: list[Row]) -> str:
-    """Return the headline metric if slices carry it; AUC has no slices, and another metric stands in."""
+    """Return the headline metric if slices have it, else another metric: AUC has no slices."""
     carried = dict.fromkeys(name for row in rows for part in row.slices for name in part.metrics)
     headline = results.headline[task]
     return headline if headline in carried else next(iter(carried), headline)
@@ -138,7 +138,7 @@ def _line(part: SliceOfRow, figures: list[Metric | None], metric: str) -> SliceL
         n=part.n,
         users=part.users,
         small=part.small,
-        # One case has no spread to take an interval from.
+        # A single case has no variance, so no interval.
         figures=tuple(figures if part.n > 1 else map(_bare, figures)),
         best=(min(values) if lower(metric) else max(values)) if chosen else None,
     )
@@ -158,7 +158,7 @@ _Z = float(ndtri(0.975))
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Band:
-    """Requests whose target stands from place ``first`` to place ``last``; hits and ranks with 95 % intervals."""
+    """Requests whose target is at positions ``first`` to ``last``; hit share and mean rank with 95 % intervals."""
 
     first: int
     last: int
@@ -172,25 +172,25 @@ class Band:
 
     @property
     def name(self) -> str:
-        """The places as text, such as ``5–8``."""
+        """The positions as text, such as ``5–8``."""
         return str(self.first) if self.first == self.last else f"{self.first}–{self.last}"
 
     @property
     def mean_rank(self) -> str:
-        """The mean rank with one decimal; few requests bear no more."""
+        """The mean rank with one decimal; a few requests justify no more."""
         return f"{self.rank:.1f}"
 
     @property
     def rank_bounds(self) -> str:
-        """Its interval; empty for a single request."""
+        """The interval of the mean rank; empty for a single request."""
         low, high = self.rank_low, self.rank_high
         return "" if low is None or high is None else f"[{low:.1f}, {high:.1f}]".replace("-", "−")
 
 
 def shown_rows(results: Results, task: str) -> tuple[Row, ...]:
-    """Return the language-model rows with positions, as they were evaluated, and the best baseline as the control.
+    """Return the language-model rows with positions, in order of evaluation, and the best baseline as control.
 
-    A classic recommender does not see the order of its candidates, so that a run of these alone has none.
+    Classic recommenders do not see the order of their candidates, so a run of these alone has no such rows.
     """
     rows = [row for row in results.rows if row.task == task and row.arm != "baseline" and bands(row)]
     control = best_baseline(results, task)
@@ -198,7 +198,7 @@ def shown_rows(results: Results, task: str) -> tuple[Row, ...]:
 
 
 def bands(row: Row) -> tuple[Band, ...]:
-    """Pool a row's positions into bands of neighbours, as alike in width as can be."""
+    """Pool a row's positions into bands of neighbours, as equal in width as possible."""
     entries = sorted((entry for entry in row.by_position if _usable(entry)), key=lambda entry: entry.position)
     if not entries:
         return ()
@@ -221,7 +221,7 @@ def _band(first: int, last: int, entries: Sequence[AtPosition]) -> Band:
     n = sum(entry.n for entry in entries)
     hit = sum(entry.n * (entry.hit or 0.0) for entry in entries) / n
     rank = sum(entry.n * (entry.rank or 0.0) for entry in entries) / n
-    # Squares within the positions and between them, as in an analysis of variance.
+    # Sums of squares within and between positions, as in an analysis of variance.
     squares = sum(
         (entry.n - 1) * (entry.rank_sd or 0.0) ** 2 + entry.n * ((entry.rank or 0.0) - rank) ** 2 for entry in entries
     )
@@ -241,16 +241,16 @@ def _band(first: int, last: int, entries: Sequence[AtPosition]) -> Band:
 
 
 def wilson(share: float, n: int) -> tuple[float, float]:
-    """Return the 95 % score interval of a share of n requests."""
+    """Return Wilson's 95 % score interval of a share of n requests."""
     centre = (share + _Z**2 / (2 * n)) / (1 + _Z**2 / n)
     half = _Z / (1 + _Z**2 / n) * math.sqrt(max(0.0, share * (1 - share) / n + _Z**2 / (4 * n**2)))
     return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def sentences(results: Results, task: str) -> tuple[str, ...]:
-    """Say of which rows of language models the position of the target changes its rank, and of which it is not shown.
+    """Return sentences that name the language-model rows with significant position bias, and those without.
 
-    Rows of one setting and strategy, which differ in their template, are named together.
+    Rows that differ only in their template are named together.
     """
     tested = [row for row in results.rows if row.task == task and row.position_bias is not None]
     biased, others = ([row for row in tested if _is_biased(row) == way] for way in (True, False))
@@ -265,7 +265,7 @@ def sentences(results: Results, task: str) -> tuple[str, ...]:
 
 
 def bias_words(bias: PositionBias) -> str:
-    """Return how much of the target's rank its position explains, and the corrected p, in words."""
+    """Return in words the share of the rank's variance that position explains, and the corrected p."""
     return _explained([bias])
 
 
@@ -274,7 +274,7 @@ def _is_biased(row: Row) -> bool:
 
 
 def _named(rows: Sequence[Row], tested: Sequence[Row]) -> str:
-    """Return one name for the rows of a setting and strategy, with what was found where they are biased."""
+    """Return one name for each setting and strategy, with the measured effect if it is biased."""
     groups: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         groups.setdefault((row.arm, row.predictor), []).append(row)
@@ -300,7 +300,7 @@ def _explained(biases: Sequence[PositionBias]) -> str:
 
 
 def _ends(values: Sequence[float | None], written: Callable[[float], str]) -> str:
-    """Return the smallest and the largest of some values."""
+    """Return the smallest and the largest value as text."""
     known = sorted(value for value in values if value is not None)
     ends = list(dict.fromkeys(written(value) for value in known[:1] + known[-1:]))
     return " to ".join(ends) or DASH

@@ -1,7 +1,7 @@
-"""Shapes of a plot, which the template ``svg.html.j2`` writes as SVG: coordinates are numbers, texts are escaped there.
+"""Shapes of a plot, which the template ``svg.html.j2`` renders as SVG and whose texts it escapes.
 
-Colours are classes of the style sheet, so that a plot follows the scheme of the reader; a plot has no script, no id and
-no style of its own.
+Colours are classes of the style sheet, so a plot follows the reader's colour scheme; a plot has no script, id or inline
+style.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from llmrec.report.escape import flat
 
 
 _STEPS = (1.0, 2.0, 2.5, 5.0, 10.0)
-_WIDE = 4.0  # a log axis from this ratio of the largest to the smallest value on
+_WIDE = 4.0  # the smallest ratio of largest to smallest value for a log axis
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,8 +29,8 @@ class Scale:
         low: The value at ``start``; above 0 on a logarithmic scale.
         high: The value at ``end``, above ``low``.
         start: Pixels.
-        end: Pixels; before ``start`` for an axis that rises.
-        log: Whether equal ratios are equally far apart.
+        end: Pixels; less than ``start`` for a vertical axis.
+        log: Whether the scale is logarithmic.
     """
 
     low: float
@@ -40,7 +40,7 @@ class Scale:
     log: bool = False
 
     def __call__(self, value: float) -> float:
-        """Return the pixel of a value; values beyond the ends are put at the ends."""
+        """Return the pixel of a value; values beyond the ends are clipped."""
         inside = min(self.high, max(self.low, value))
         if self.log:
             part = math.log(inside / self.low) / math.log(self.high / self.low)
@@ -70,7 +70,7 @@ def _linear(low: float, high: float, wanted: int) -> tuple[float, ...]:
 
 
 def fitted(values: Iterable[float | None], start: float, end: float, *, holds: Sequence[float] = ()) -> Scale:
-    """Return a linear scale with some room around its values, and none beyond ``holds`` where these are its ends."""
+    """Return a linear scale with some padding around its values, but none beyond the limits ``holds``."""
     known = [value for value in values if value is not None]
     every = [*known, *holds]
     low, high = min(every, default=0.0), max(every, default=1.0)
@@ -84,7 +84,7 @@ def fitted(values: Iterable[float | None], start: float, end: float, *, holds: S
 
 
 def spanning(values: Sequence[float], start: float, end: float) -> Scale:
-    """Return a scale that no single value flattens: logarithmic where positive values differ by a factor of four."""
+    """Return a scale, logarithmic where positive values differ by a factor of four."""
     low, high = min(values), max(values)
     if low > 0 and high / low >= _WIDE:
         return Scale(low=low / 1.1, high=high * 1.1, start=start, end=end, log=True)
@@ -92,20 +92,20 @@ def spanning(values: Sequence[float], start: float, end: float) -> Scale:
 
 
 def tick_text(value: float) -> str:
-    """Return a tick as text, without needless zeros."""
+    """Return a tick as text, without trailing zeros."""
     text = f"{value:,.6g}" if abs(value) >= 1000 else f"{value:.6g}"
     return text.replace("-", "−").replace(",", "\u2009")
 
 
 def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[float]:
-    """Move places along a line until neighbours are ``gap`` apart, as little as can be; the order stays."""
+    """Move positions on a line as little as possible until neighbours are ``gap`` apart, in the same order."""
     order = sorted(range(len(places)), key=lambda index: places[index])
     gap = min(gap, (high - low) / max(1, len(places) - 1))
     result = [0.0] * len(places)
     reached = low - gap
     for index in order:
         reached = result[index] = max(places[index], reached + gap)
-    # What was pushed past the end is pushed back.
+    # Positions that were pushed past the end are pushed back.
     reached = high + gap
     for index in reversed(order):
         reached = result[index] = min(result[index], reached - gap)
@@ -115,23 +115,23 @@ def apart(places: Sequence[float], gap: float, low: float, high: float) -> list[
 Tag = Literal["line", "rect", "path", "text"]
 Anchor = Literal["start", "middle", "end"]
 WIDE, NARROW, HALF = 960, 350, 540
-"""Widths in pixels: of a plot of the page's width, of one on a telephone, and of one beside another."""
+"""Widths in pixels: of a full-width plot, of one on a phone, and of one of two side by side."""
 SMALL, NORMAL = 12, 13
 """Sizes of text in pixels."""
 MARKS = {"zero-shot": "circle", "few-shot": "diamond", "tuned": "triangle", "baseline": "square"}
-"""The form of a mark by setting, so that colour is not needed to tell them apart."""
+"""The form of a mark by setting, so that settings are distinguishable without colour."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shape:
-    """One element.
+    """One SVG element.
 
     Attributes:
-        tag: Its kind.
+        tag: The tag.
         look: Classes of the style sheet.
-        at: Names and values of its geometry.
-        text: What it writes; untrusted.
-        title: What hovering shows; untrusted.
+        at: Geometry attributes.
+        text: The text content; untrusted.
+        title: The tooltip; untrusted.
     """
 
     tag: Tag
@@ -163,13 +163,13 @@ class Canvas:
         self.shapes.append(Shape(tag="path", look=look, at=(("d", f"M{steps}"),)))
 
     def mark(self, form: str, x: float, y: float, look: str, *, size: float = 5, title: str = "") -> None:
-        """Draw a mark of some form, centred, ``2 * size`` pixels wide."""
+        """Draw a centred mark of the given form, ``2 * size`` pixels wide."""
         self.shapes.append(Shape(tag="path", look=look, at=(("d", _outline(form, x, y, size)),), title=title))
 
     def text(
         self, x: float, y: float, text: str, look: str = "", *, anchor: Anchor = "start", width: float | None = None
     ) -> None:
-        """Write one line of text on its base line, cut to ``width`` pixels; hovering then shows the whole."""
+        """Draw a line of text at its baseline, cut to ``width`` pixels; the tooltip then has the full text."""
         line = flat(text)
         shown = line if width is None else cut(line, width)
         at = (("x", _figure(x)), ("y", _figure(y)), ("text-anchor", anchor))
@@ -240,13 +240,13 @@ def _outline(form: str, x: float, y: float, size: float) -> str:
 
 
 def text_width(text: str, size: float = NORMAL) -> float:
-    """Return about how many pixels a line of text takes; a browser's font may differ by a tenth."""
+    """Return the approximate width of a line of text in pixels; a browser's font may differ by a tenth."""
     wide = sum(1.0 if unicodedata.east_asian_width(character) in "WF" else 0.58 for character in text)
     return size * wide
 
 
 def cut(text: str, width: float, size: float = NORMAL) -> str:
-    """Return text that fits a width, its end replaced by an ellipsis where it does not."""
+    """Return text cut to a width, with an ellipsis if it was cut."""
     if text_width(text, size) <= width:
         return text
     shown = ""

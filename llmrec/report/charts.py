@@ -1,4 +1,4 @@
-"""The plots of a report: rows of figures and bars, training curves, quality against cost, figures by position."""
+"""Draws the plots of a report: forest plots, bars, training curves, quality by cost, figures by position."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from llmrec.results import Verdict
 
 
 def pictures(plot: Plot) -> tuple[Canvas, Canvas]:
-    """Return a plot as it is drawn on a wide page and on a telephone; the page shows one of them."""
+    """Return a plot drawn for a wide page and for a phone; the page shows one of them."""
     one_line = plot["kind"] == "lines" and len(plot["series"]) == 1
     wide = HALF if one_line or plot["kind"] in ("differences", "cost") else WIDE
     return draw(plot, wide), draw(plot, NARROW)
@@ -35,7 +35,7 @@ def draw(plot: Plot, width: float) -> Canvas:
     """Draw a plot.
 
     Args:
-        plot: Its numbers and texts.
+        plot: The data of the plot.
         width: Pixels.
     """
     match plot["kind"]:
@@ -62,11 +62,11 @@ _WORDS: dict[Verdict | None, str] = {
     "shown": "better", "contradicted": "worse", "not shown": "no significant difference", None: "exploratory",
 }  # fmt: skip
 _MARGIN = 12
-_SHARE = 0.42  # of the width for names beside a plot, at most
+_SHARE = 0.42  # the largest share of the width for names next to a plot
 
 
 def differences(plot: Differences, width: float) -> Canvas:
-    """Draw what models gain over controls: a mark and an interval a family, zero, and what would have been detected."""
+    """Draw models' gains over controls: a mark and interval per family, zero, and the detectable difference."""
     rows, step, top = plot["rows"], 54, 30
     canvas = Canvas(width=width, height=top + step * len(rows) + 64)
     bottom = top + step * len(rows)
@@ -92,7 +92,7 @@ def differences(plot: Differences, width: float) -> Canvas:
 
 
 def _verdicts(canvas: Canvas, verdicts: Sequence[Verdict | None]) -> None:
-    """Write what the marks mean along the top."""
+    """Draw the legend of the marks along the top."""
     x = float(_MARGIN)
     for verdict in verdicts:
         canvas.mark(_FORMS[verdict], x + 5, 10, f"mark-{_LOOKS[verdict]}")
@@ -125,12 +125,12 @@ def forest(plot: Forest, width: float) -> Canvas:
 
 
 def settings(canvas: Canvas, arms: Sequence[str]) -> None:
-    """Write along the top which mark stands for which setting."""
+    """Draw the legend of settings along the top."""
     legend(canvas, [(arm, form, arm) for arm, form in MARKS.items() if arm in arms], _MARGIN)
 
 
 def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) -> None:
-    """Write along the top which mark stands for what: its name, form and colour, from ``start`` on."""
+    """Draw a legend of names, forms and colours along the top, from ``start``."""
     x = float(start)
     for name, form, hue in marks:
         canvas.mark(form, x + 5, 10, f"fill {hue}")
@@ -139,7 +139,7 @@ def legend(canvas: Canvas, marks: Sequence[tuple[str, str, str]], start: float) 
 
 
 def bars(plot: Bars, width: float) -> Canvas:
-    """Draw bars from zero, each with its name at the left and its value in words at the right."""
+    """Draw bars from zero, each with its name at the left and its value as text at the right."""
     narrow = width <= NARROW
     step, top = 40 if narrow else 26, 4
     entries, values = plot["bars"], [0.0, *(bar[end] for bar in plot["bars"] for end in ("value", "low", "high"))]
@@ -166,18 +166,18 @@ def bars(plot: Bars, width: float) -> Canvas:
 
 
 def _names(names: Sequence[str], width: float) -> float:
-    """Return the width that names beside a plot get."""
+    """Return the width of the names next to a plot."""
     return min(_SHARE * width, 8 + max((text_width(name) for name in names), default=0.0))
 
 
 _HUES = ("zero-shot", "few-shot", "good", "baseline", "bad")
 _SERIES_FORMS = ("circle", "diamond", "square", "triangle", "right")
-_MARKED = 30  # a line of more points than this has no marks
+_MARKED = 30  # the most points of a line that has marks
 _LEFT, _RIGHT = 54, 12
 
 
 def lines(plot: Lines, width: float) -> Canvas:
-    """Draw lines by optimiser step, each with its name at its end; no single point flattens the others."""
+    """Draw lines by optimiser step, each with its name at its end, on a scale robust to outliers."""
     series = [entry for entry in plot["series"] if entry["x"]]
     narrow = width <= NARROW
     named = [entry for entry in series if len(series) > 1]
@@ -221,7 +221,7 @@ def _curve(canvas: Canvas, series: Series, along: Scale, rise: Scale, hue: str, 
 
 
 def cost(plot: CostPlot, width: float) -> Canvas:
-    """Draw figures against tokens; named points have numbers, which the list below explains."""
+    """Draw figures by tokens; named points have numbers, which the list below the plot explains."""
     points = sorted(plot["points"], key=lambda point: point["tokens"])
     named = [point for point in points if point["named"]]
     top, bottom = 30, 250
@@ -265,7 +265,7 @@ def cost(plot: CostPlot, width: float) -> Canvas:
 def _free(
     x: float, y: float, taken: list[tuple[float, float]], right: float, sides: tuple[float, float]
 ) -> tuple[float, float]:
-    """Return where a number stands beside its mark: the nearest place that no mark and no number has."""
+    """Return the position of a number next to its mark: the nearest one free of marks and numbers."""
     around = [
         (x + reach * math.cos(turn * math.pi / 4), y + reach * math.sin(turn * math.pi / 4))
         for reach in (14, 22, 30, 40)
@@ -277,7 +277,7 @@ def _free(
 
 
 def positions(plot: Positions, width: float) -> Canvas:
-    """Draw a panel a row and measure; those of one measure share their range, and the control is a dashed line."""
+    """Draw a panel for each row and measure; panels of a measure share their range, and the control is dashed."""
     gap, head, body, foot = 18, 42, 112, 30
     across = width - _LEFT - _RIGHT
     most = max(1, int((across + gap) // (140 if width <= NARROW else 210)))

@@ -1,6 +1,6 @@
-"""What answering cost: by row and by setting, in tokens and seconds a request.
+"""Inference cost by row and by setting, in tokens and seconds per request.
 
-An ensemble costs what its members cost and what joining them costs; a setting counts every row once.
+The cost of an ensemble includes that of its members; a setting counts every row once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ class RowCost:
         read: Prompt tokens.
         written: Completion tokens.
         seconds: Wall-clock time.
-        forwards_per_request: Model calls, where a generated token is one; None where they are not known.
+        forwards_per_request: Model calls, one per generated token; None if unknown.
         tokens_per_request: Tokens read and written; None for a row without requests.
-        tokens_per_user: The same over users, or over requests where users are not known.
-        seconds_per_request: Wall-clock time over requests: batches share an engine, so it is no latency.
+        tokens_per_user: The same over users, or over requests if users are unknown.
+        seconds_per_request: Wall-clock time over requests; not a latency, since requests are batched.
     """
 
     row: Row
@@ -39,7 +39,7 @@ class RowCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ArmCost:
-    """The cost of all rows of one setting, added up."""
+    """The total cost of all rows of one setting."""
 
     arm: str
     rows: int
@@ -55,7 +55,7 @@ def cost_of(row: Row, members: Sequence[Row] = ()) -> RowCost:
 
     Args:
         row: The row.
-        members: What it joins, if it is an ensemble; they answered the same requests.
+        members: The members of an ensemble; they answered the same requests.
     """
     costs = [entry.cost for entry in (row, *members)]
     read, written = sum(cost.prompt_tokens for cost in costs), sum(cost.completion_tokens for cost in costs)
@@ -79,7 +79,7 @@ def cost_by_row(results: Results, task: str) -> tuple[RowCost, ...]:
 
 
 def cost_by_arm(results: Results) -> tuple[ArmCost, ...]:
-    """Add up rows, requests, tokens and seconds of each setting."""
+    """Return the total rows, requests, tokens and seconds of each setting."""
     matches = []
     for arm in ARMS:
         costs = [cost_of(row) for row in results.rows if row.arm == arm]

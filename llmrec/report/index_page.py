@@ -1,7 +1,7 @@
-"""Writes the page of an item index: how its codes are used, how they branch, and which items stand together.
+"""Writes the page of an item index: usage of its codes, their branching, and groups of similar items.
 
-It is made like the page of a run (`llmrec.report.page`): one file, in which titles and codes are escaped, and whose
-policy admits no script.
+Like the page of a run (`llmrec.report.page`) it is one file with escaped titles and codes, and its
+Content-Security-Policy allows no script.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from llmrec.report.render import environment, style
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IndexPage:
-    """What the page shows.
+    """The content of an item index's page.
 
     Attributes:
-        name: Of the recipe.
+        name: Name of the recipe.
         data: Name of the data.
         noun: What its items are called.
-        made: Whether the data was made up, not collected.
-        seed: Of the recipe.
-        digest: Of the index.
-        seconds: Time that building it took; None where that was not measured.
+        made: Whether the data is synthetic.
+        seed: Seed of the recipe.
+        digest: Digest of the index.
+        seconds: Build time; None if not measured.
         found: Figures.
-        groups: Items that stand together.
+        groups: Groups of similar items.
         examples: Items with their codes.
-        version: Of llmrec.
-        run: Whether a run's report stands beside the page.
+        version: Version of llmrec.
+        run: Whether a run's report is in the same folder.
     """
 
     name: str

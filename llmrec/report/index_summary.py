@@ -1,4 +1,4 @@
-"""What a page says of an item index: the scheme in a sentence, its figures by name, and one line for a run's report."""
+"""Describes an item index: a sentence on its scheme, its figures by name, and a line for a run's report."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from llmrec.report.escape import flat
 from llmrec.report.wording import count, number, rough, share
 
 PAGE = "item-index.html"
-"""The page of a run's index, beside the run's report."""
+"""The page of a run's index, in the folder of the run's report."""
 FOLDER, DIAGNOSTICS, NEIGHBOURS = "index", "diagnostics.json", "neighbours.json"
-"""Where a run folder keeps its index, and the files in it that hold its figures and the items that stand together."""
+"""The index folder of a run, and its files of figures and of groups of similar items."""
 
 SCHEMES: Mapping[str, str] = {
     "title": "An item is written as its title. Of items that share one, each is told apart by a field in brackets, "
@@ -36,7 +36,7 @@ SCHEMES: Mapping[str, str] = {
 }
 HYBRID = "The last token belongs to the item alone (hybrid)."
 
-# How a scheme names what it saw -> what the page calls it, and how it is written.
+# Key of a figure in a scheme -> its name on the page, and its format.
 _FIGURES = {
     "collisions": ("Items that shared a code before repair", share),
     "largest_bucket": ("Most items of one code before repair", count),
@@ -57,25 +57,25 @@ _FIGURES = {
 
 
 def sentence(found: Diagnostics) -> str:
-    """Say what the scheme is."""
+    """Return a sentence that describes the scheme."""
     text = SCHEMES.get(found.scheme, "")
     return f"{text} {HYBRID}".strip() if found.hybrid else text
 
 
 def level_title(level: Level) -> str:
-    """Return how a level's tokens are written: ``<a_…>``."""
+    """Return the form of a level's tokens: ``<a_…>``."""
     return f"<{level.name}_…>"
 
 
 def spread(found: Spread) -> str:
-    """Return ``3`` where all are alike, else ``2 to 5, 3.4 on average``."""
+    """Return counts as ``3`` if all are equal, else as ``2 to 5, 3.4 on average``."""
     if found.least == found.most:
         return count(found.most)
     return f"{count(found.least)} to {count(found.most)}, {rough(found.mean)} on average"
 
 
 def key_figures(found: Diagnostics) -> dict[str, str]:
-    """Return figures by name, in the order in which they are read."""
+    """Return the key figures by name, in display order."""
     rows = {"Items": count(found.items)}
     if found.pieces is not None:
         rows |= {"New tokens": count(found.tokens), "Tokens of a code": spread(found.pieces)}
@@ -90,7 +90,7 @@ def key_figures(found: Diagnostics) -> dict[str, str]:
         rows["Most codes that differ in the last token alone"] = count(found.bucket)
     rows["Duplicate codes"] = count(found.duplicates)
     what = "Codes that are the start of another"
-    # The end of a line ends a code of text, so that it may begin another one.
+    # A line break ends a text code, so a code may be a prefix of another.
     rows[what] = f"{count(found.begun)}{' (the end of the line tells them apart)' if found.begun else ''}"
     if found.tokens and found.begun:
         rows[what] = f"{count(found.begun)}: not prefix-free"
@@ -100,7 +100,7 @@ def key_figures(found: Diagnostics) -> dict[str, str]:
 def _figure(entry: tuple[str, float]) -> tuple[str, str]:
     name, value = entry[0], float(entry[1])
     if name.startswith("perplexity_"):
-        return "", ""  # The table of levels holds it, as it is after repair.
+        return "", ""  # The table of levels has it, after repair.
     other = flat(name.replace("_", " ").capitalize()), count if value.is_integer() else number
     label, written = _FIGURES.get(name, other)
     return label, written(value)
@@ -110,10 +110,10 @@ def _figure(entry: tuple[str, float]) -> tuple[str, str]:
 
 
 def line(run_dir: Path) -> str:
-    """Return one line on a run's index; nothing where its report has no page of one.
+    """Return a line on a run's index; empty if its report has no page on one.
 
     Raises:
-        DataError: If the page is there and the index's figures cannot be read.
+        DataError: If the page exists and the index's figures cannot be read.
     """
     path = run_dir / FOLDER / DIAGNOSTICS
     if not (run_dir / "report" / PAGE).is_file():
@@ -130,10 +130,10 @@ def _damaged(path: Path, error: Exception) -> DataError:
 
 
 def neighbours(run_dir: Path) -> tuple[Group, ...]:
-    """Return items of a run's index that stand together; none where the run kept none.
+    """Return the groups of similar items of a run's index; empty if the run stored none.
 
     Raises:
-        DataError: If the file is there and cannot be read.
+        DataError: If the file exists and cannot be read.
     """
     path = run_dir / FOLDER / NEIGHBOURS
     try:
@@ -153,7 +153,7 @@ def neighbours(run_dir: Path) -> tuple[Group, ...]:
 
 
 def line_of(found: Mapping[str, Any]) -> str:
-    """Return that line from the content of the file of figures."""
+    """Return the line of `line` from the content of the file of figures."""
     length = found["pieces"] or found["characters"]
     shown = spread(Spread(least=int(length["least"]), mean=float(length["mean"]), most=int(length["most"])))
     unit = "tokens" if found["pieces"] else "characters"

@@ -1,4 +1,4 @@
-"""What each headline figure shows against its controls, and how far it depends on the words of the prompt."""
+"""Comparisons of headline figures with their controls, and their spread over prompt templates."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from llmrec.report.wording import arm_label, facing, label
 from llmrec.results import Comparison, Results, Row, Verdict
 
 SIGNS: dict[Verdict, str] = {"shown": "✓", "not shown": "○", "contradicted": "✗"}
-"""Signs beside the words, for the eye only."""
+"""Signs shown next to the verdict in words."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Mark:
-    """The two marks of one row; None where the pair was not planned, or would be the row itself.
+    """The two marks of a row; None if the comparison was not planned or would be with the row itself.
 
     Attributes:
         zero_shot: ``row - zero-shot`` with the same strategy and template.
@@ -53,12 +53,12 @@ def marks(results: Results, task: str) -> dict[str, Mark]:
 
 
 def has_marks(results: Results, task: str) -> bool:
-    """Say whether any row of a task carries a mark."""
+    """Return whether any row of a task has a mark."""
     return any(mark.zero_shot or mark.baseline for mark in marks(results, task).values())
 
 
 def legend(results: Results, task: str) -> str:
-    """Say in words what the marks of a task's table set against what; empty where it has none."""
+    """Return a sentence on what the marks of a task's table compare; empty if it has none."""
     if not has_marks(results, task):
         return ""
     control = best_baseline(results, task)
@@ -70,17 +70,17 @@ def legend(results: Results, task: str) -> str:
 
 
 def planned(results: Results, task: str | None = None) -> list[Comparison]:
-    """Return the comparisons with a verdict, of one task or of all."""
+    """Return the planned comparisons, which have a verdict, of one task or all."""
     return [entry for entry in results.comparisons if entry.verdict is not None and task in (None, entry.task)]
 
 
 def exploratory(results: Results, task: str | None = None) -> list[Comparison]:
-    """Return the comparisons without a verdict, of one task or of all."""
+    """Return the exploratory comparisons, which have no verdict, of one task or all."""
     return [entry for entry in results.comparisons if entry.verdict is None and task in (None, entry.task)]
 
 
 def rule(results: Results) -> str:
-    """Say in words when a difference is significant, and what is said of one that is not."""
+    """Return the rule of significance in words; empty without planned comparisons."""
     result = planned(results)
     if not result:
         return ""
@@ -97,7 +97,7 @@ SINGLE = "single template"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Over:
-    """The headline figures over some templates."""
+    """Mean and range of headline figures over templates."""
 
     templates: tuple[str, ...]
     mean: float
@@ -107,7 +107,7 @@ class Over:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """One setting and strategy over its templates; None where it has none of that kind."""
+    """A setting and strategy over its seen and unseen templates; None if it has none of that kind."""
 
     arm: str
     predictor: str
@@ -116,7 +116,7 @@ class Spread:
 
     @property
     def single(self) -> bool:
-        """Whether the result stands on one template alone."""
+        """Whether the result is based on a single template."""
         return sum(len(over.templates) for over in (self.seen, self.unseen) if over) == 1
 
     @property

@@ -1,7 +1,7 @@
 """Writes a run's report folder: one HTML page, a Markdown page, a CSV and a LaTeX table.
 
-The HTML page is one file that loads nothing: its plots are inline SVG. Its Content-Security-Policy admits no script,
-and only a style that carries a nonce; the nonce is a hash over the data, so that no title or model output can hold it.
+The HTML page is one file that loads nothing: its plots are inline SVG. Its Content-Security-Policy allows no script and
+only a style with a nonce; the nonce is a hash of the data, so no title or model output can contain it.
 """
 
 from __future__ import annotations
@@ -17,26 +17,26 @@ from llmrec.report.results import Made, content_of, failure_reasons, fix_for, re
 from llmrec.report.table import csv_text
 
 PAGES = {"html": "index.html", "markdown": "report.md", "csv": "table.csv", "latex": "table.tex"}
-"""The files of a report that hold figures."""
+"""The files of a report that contain figures."""
 
 
 def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
     """Write ``run_dir/report`` from ``results.json``, ``predictions.parquet`` and ``audit.json`` of a run.
 
-    Each file is written beside its place and moved there, so a reader never sees half of one.
+    Each file is written to a temporary file and renamed, so a reader never sees an incomplete one.
 
     Args:
         run_dir: The run folder.
-        made: What the three files hold; None: they are read.
+        made: The content of the three files; None to read them.
 
     Returns:
         The written files under ``html``, ``markdown``, ``csv`` and ``latex``.
 
     Raises:
         DataError: If one of the first two files is missing, or one of the three cannot be read.
-        LeakError: If the run leaks. The two pages then say so and hold no figure; tables that an earlier call wrote are
+        LeakError: If the run leaks. The two pages then say so without any figure, and tables of an earlier call are
             removed.
-        LlmrecError: If rows of different protocols, or a task without a baseline, would stand in one table.
+        LlmrecError: If a table would mix rows of different protocols, or a task has no baseline.
     """
     run_dir = Path(run_dir)
     if made is None:
@@ -65,7 +65,7 @@ def write(run_dir: Path, made: Made | None = None) -> dict[str, Path]:
 
 
 def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
-    """Write the pages of a run that leaks: what leaks stands at their head, and there is no figure."""
+    """Write the pages of a run that leaks: they begin with the leak and have no figures."""
     refuse_link(run_dir / "report")
     folder = run_dir / "report"
     folder.mkdir(exist_ok=True)
@@ -76,7 +76,7 @@ def _refuse(run_dir: Path, audit: Sequence[AuditLine]) -> None:
 
 
 def _put(path: Path, content: bytes) -> None:
-    """Write a file in one step, unless it is there already."""
+    """Write a file atomically, unless it has this content already."""
     if path.is_file() and path.stat().st_size == len(content) and path.read_bytes() == content:
         return
     with replacing(path) as draft:

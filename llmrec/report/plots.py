@@ -1,6 +1,6 @@
-"""The numbers and texts behind the plots of a run's report.
+"""The data of the plots of a run's report.
 
-Colours, places and texts that fit are the work of `llmrec.report.charts`.
+`llmrec.report.charts` draws them.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from llmrec.results import Results, Row, Verdict
 
 
 class Bar(TypedDict):
-    """A value with its interval, if it has one, and both in words."""
+    """A value with its interval, if any, and both as text."""
 
     label: str
     value: float
@@ -49,7 +49,7 @@ class RowBar(Bar):
 
 
 class Forest(TypedDict):
-    """Rows above each other, best first, and a reference line."""
+    """Rows of a forest plot, best first, and a reference line."""
 
     kind: Literal["forest"]
     metric: str
@@ -59,7 +59,7 @@ class Forest(TypedDict):
 
 
 class Difference(Bar):
-    """The model of one family less its control; above 0 is better."""
+    """The difference model − control of a family; above 0 is better."""
 
     beside: str
     detectable: float | None
@@ -67,7 +67,7 @@ class Difference(Bar):
 
 
 class Differences(TypedDict):
-    """What models gain over their controls, a row a family, with the unit of the axis and which side is better."""
+    """Gains of models over their controls, a row per family, with the axis unit and the better side."""
 
     kind: Literal["differences"]
     unit: str
@@ -76,7 +76,7 @@ class Differences(TypedDict):
 
 
 class Bars(TypedDict):
-    """Bars from zero: the weights of an ensemble, the heaviest first, or the seconds of stages in their order."""
+    """Bars from zero: the weights of an ensemble, largest first, or the seconds of stages in order."""
 
     kind: Literal["bars"]
     unit: str
@@ -93,7 +93,7 @@ class Series(TypedDict):
 
 
 class Lines(TypedDict):
-    """Lines of one unit."""
+    """Lines with a common unit."""
 
     kind: Literal["lines"]
     unit: str
@@ -109,7 +109,7 @@ class Curve(TypedDict):
 
 
 class Panel(TypedDict):
-    """A row by the position of the target."""
+    """The curves of a row by the position of the target."""
 
     label: str
     title: list[str]
@@ -122,14 +122,14 @@ class Panel(TypedDict):
 
 
 class Measure(TypedDict):
-    """Which curve of a panel is drawn, and its name."""
+    """A measure: the curve of a panel to draw, and its name."""
 
     key: str
     title: str
 
 
 class Positions(TypedDict):
-    """Panels beside each other, each with the control."""
+    """Panels side by side, each with the control."""
 
     kind: Literal["positions"]
     panels: list[Panel]
@@ -138,7 +138,7 @@ class Positions(TypedDict):
 
 
 class Point(RowBar):
-    """One row with the tokens that it cost, both numbers in few characters, and whether it is named."""
+    """A row with its token cost, both numbers as short text, and whether the point is named."""
 
     tokens: float
     short: str
@@ -146,9 +146,9 @@ class Point(RowBar):
 
 
 class CostPlot(TypedDict):
-    """Quality against tokens a user or a request, and a reference line.
+    """Quality by tokens per user or request, and a reference line.
 
-    Where some points are not named, a line joins those that are.
+    If some points are unnamed, a line connects the named ones.
     """
 
     kind: Literal["cost"]
@@ -164,7 +164,7 @@ Plot = Differences | Forest | Bars | Lines | Positions | CostPlot
 
 
 def plots(results: Results) -> dict[str, Plot]:
-    """Return every plot's data by the id of the element that holds it."""
+    """Return every plot's data by the id of its HTML element."""
     result: dict[str, Plot] = {}
     gains = differences(results)
     if gains["rows"]:
@@ -222,9 +222,9 @@ def forest(results: Results, task: str) -> Forest:
 
 
 def differences(results: Results) -> Differences:
-    """Return what the model of each family gains over its control.
+    """Return the gain of each family's model over its control.
 
-    Families of one metric are drawn in its units; those of several as shares of the control's figure, in per cent.
+    If all families have one metric the unit is that metric, else the percentage of the control's figure.
     """
     matches = [summary.headline(results, task) for task in results.tasks]
     matches = [entry for entry in matches if entry.difference is not None and entry.difference.value is not None]
@@ -237,7 +237,7 @@ def differences(results: Results) -> Differences:
 
 
 def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
-    """Return one family's gain, as a share of the control's figure or as it is; None where that is not defined."""
+    """Return a family's gain, absolute or relative to the control's figure; None if undefined."""
     entry, model, control = found.difference, found.model, found.control
     if entry is None or entry.value is None or model is None or control is None:
         return None
@@ -260,7 +260,7 @@ def _difference(found: summary.Headline, *, share: bool) -> Difference | None:
 
 
 def weights(row: Row) -> Bars:
-    """Return the weights of an ensemble, the heaviest first."""
+    """Return the weights of an ensemble, largest first."""
     bars: list[Bar] = [
         {
             "label": flat(part.name),
@@ -283,21 +283,21 @@ def losses(results: Results) -> Lines:
     for name in names:
         points = [(line.step, (line.valid_loss or {}).get(name)) for line in log]
         series.append(_series(f"valid: {title(name)}", "valid", points))
-    # A preference's loss is a mean over lists, and a reward's is a policy gradient's.
+    # A preference loss is a mean over lists, and the loss of rewards is that of a policy gradient.
     other = results.training is not None and (results.training.figured or any(line.reward for line in log))
     return {"kind": "lines", "unit": "loss" if other else "loss, nats a token", "series": series}
 
 
 def figured(training: Training, name: str) -> Lines:
-    """Return what a loss says of its steps under a name, by optimiser step."""
+    """Return a logged quantity of a loss by optimiser step."""
     points = [(line.step, (line.figures or {}).get(name)) for line in training.log]
     return {"kind": "lines", "unit": name, "series": [_series(name, "train", points)]}
 
 
 def judged(training: Training, judge: Judged) -> Lines:
-    """Return validation NDCG@10 by optimiser step, and what classic recommenders reach on the same cases.
+    """Return validation NDCG@10 by optimiser step, and that of classic recommenders on the same cases.
 
-    Of these popularity, the best single one and their fusions are drawn.
+    Of these, popularity, the best single one and their ensembles are drawn.
     """
     points = [(line.step, line.valid_ndcg) for line in training.log]
     shown = [name for name in judge.controls if name == "popularity" or name.startswith("fusion")]
@@ -312,7 +312,7 @@ def judged(training: Training, judge: Judged) -> Lines:
 
 
 def rewards(training: Training) -> Lines:
-    """Return what rollouts earned by optimiser step, beside what says whether they teach anything."""
+    """Return rewards of rollouts by optimiser step, with diagnostics of the learning signal."""
     names = {
         "mean reward": "reward",
         "groups with the true item": "hit",
@@ -328,9 +328,9 @@ def rewards(training: Training) -> Lines:
 
 
 def speed(results: Results) -> Lines:
-    """Return training tokens a second by optimiser step."""
+    """Return training tokens per second by optimiser step."""
     log = results.training.log if results.training else ()
-    # Before the first step nothing was read.
+    # No tokens were read before the first step.
     points = [(line.step, line.tokens_per_second or None) for line in log]
     return {"kind": "lines", "unit": "tokens/s", "series": [_series("tokens/s", "speed", points)]}
 
@@ -341,7 +341,7 @@ def _series(name: str, kind: str, points: list[tuple[int, float | None]]) -> Ser
 
 
 def budget(results: Results) -> Bars:
-    """Return seconds a stage, in the order in which the stages ran."""
+    """Return seconds per stage, in the order in which the stages ran."""
     bars: list[Bar] = [
         {
             "label": flat(entry.stage),
@@ -356,7 +356,7 @@ def budget(results: Results) -> Bars:
 
 
 def by_position(results: Results, task: str) -> Positions:
-    """Return HR@1 and mean rank by position of every language-model row, and those of the best baseline beside each."""
+    """Return HR@1 and mean rank by target position for every language-model row, each with the best baseline."""
     rows = shown_rows(results, task)
     return {
         "kind": "positions",
@@ -367,7 +367,7 @@ def by_position(results: Results, task: str) -> Positions:
 
 
 def _panel(row: Row) -> Panel:
-    """Return one row's curve, with setting and strategy in one line of its title and the template in the other."""
+    """Return a row's panel; its title has setting and strategy in one line and the template in the other."""
     own = bands(row)
     lines = (arm_label(row.arm, row.predictor), short_template(row))
     return {
@@ -383,7 +383,7 @@ def _panel(row: Row) -> Panel:
 
 
 def quality_by_tokens(results: Results, task: str) -> CostPlot | None:
-    """Return the headline values of language-model rows against tokens a user; None where no row used a token."""
+    """Return headline values of language-model rows by tokens per user; None if no row used tokens."""
     metric = results.headline[task]
     points: list[Point] = []
     for cost in cost_by_row(results, task):

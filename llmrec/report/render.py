@@ -1,8 +1,8 @@
-"""One view of the results in three forms, HTML, Markdown and LaTeX: templates, each of which escapes what it prints.
+"""Renders results as HTML, Markdown and LaTeX, with templates that escape all untrusted text.
 
-Every plain string that a template prints is taken for text that others wrote and is escaped for its form. Markup that
-is finished (what macros give, and the filters marked so here) is printed as it is; it must not be joined with text
-inside an expression, which would escape that text for HTML alone.
+Every plain string that a template prints counts as untrusted and is escaped for the output format. Finished markup (the
+output of macros, and of the filters marked so here) is printed unchanged; it must not be concatenated with text in an
+expression, which would escape that text for HTML only.
 """
 
 from __future__ import annotations
@@ -46,15 +46,15 @@ def html_page(
     item_index: str = "",
     neighbours: Sequence[Group] = (),
 ) -> str:
-    """Render the page.
+    """Render the HTML page of a run.
 
     Args:
         results: Checked results.
         reasons: Row id to failure reason to count.
-        audit: Lines of the audit; None where there was none.
-        fix: The command that makes the audit.
-        item_index: A line on the run's index, whose page stands beside this one; empty where there is none.
-        neighbours: Items of that index that stand together.
+        audit: Lines of the audit; None without one.
+        fix: The command that audits the run.
+        item_index: A line on the run's index, whose page is in the same folder; empty without an index.
+        neighbours: Groups of similar items of that index.
     """
     parts = [results.model_dump_json(), *(line.model_dump_json() for line in audit or ()), repr(reasons), fix]
     parts += [item_index, repr(neighbours)]
@@ -66,20 +66,20 @@ def html_page(
 
 
 def markdown_page(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, *, fix: str) -> str:
-    """Return what the HTML page says, without plots, example prompts and raw answers; see `html_page`."""
+    """Render the Markdown page: the HTML page without plots, example prompts and raw answers; see `html_page`."""
     return markdown_engine().get_template("report.md.j2").render(**_view(results, reasons, audit, fix))
 
 
 def latex(results: Results) -> str:
-    """Return one table environment a task, with booktabs, in the order of the report, to be included in a paper.
+    """Return a LaTeX table environment for each task, in the order of the report, for inclusion in a paper.
 
-    The file needs no package but booktabs, and no engine with Unicode fonts.
+    The only package needed is booktabs; the engine needs no Unicode fonts.
     """
     return _latex().get_template("table.tex.j2").render(results=results, signatures=facts.signatures(results))
 
 
 def refused_pages(name: str, audit: Sequence[AuditLine]) -> dict[str, str]:
-    """Return the HTML and the Markdown page of a run that leaks: what leaks stands at their head."""
+    """Return the HTML and Markdown pages of a run that leaks; they begin with the leak."""
     view = {
         "name": name, "verdict": VERDICT, "advice": refusal(audit), "audit": audit, "audited": audit_sentence(audit),
         "mend": "", "nonce": hashlib.sha256(repr(audit).encode()).hexdigest()[:32], "style": style(),
@@ -90,7 +90,7 @@ def refused_pages(name: str, audit: Sequence[AuditLine]) -> dict[str, str]:
 
 
 def picture(canvas: Canvas, name: str) -> str:
-    """Return a drawing as an SVG file of its own, with the part of the style sheet that it needs."""
+    """Return a plot as a standalone SVG file, with the styles that it needs."""
     rules = style().splitlines()
     colours = rules[: rules.index("* { box-sizing: border-box; }")]
     look = "\n".join([*colours, *(line for line in rules if line.startswith(".plot ") and " svg " not in line)])
@@ -103,7 +103,7 @@ def style() -> str:
 
 
 def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None, fix: str) -> dict[str, object]:
-    """Return what the HTML and the Markdown page are made from."""
+    """Return the template variables of the HTML and Markdown pages."""
     verdicts = {task: wording.verdict(results, task) for task in results.tasks}
     headlines = {task: summaries.headline(results, task) for task in results.tasks}
     return {
@@ -122,7 +122,7 @@ def _view(results: Results, reasons: Reasons, audit: Sequence[AuditLine] | None,
 
 @functools.cache
 def environment() -> ImmutableSandboxedEnvironment:
-    """Return the template engine of HTML; control characters are written out."""
+    """Return the HTML template engine, which shows control characters as escapes."""
     result = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True, finalize=lambda value: escape.visible(value) if type(value) is str else value,
@@ -132,10 +132,10 @@ def environment() -> ImmutableSandboxedEnvironment:
 
 @functools.cache
 def markdown_engine(folder: Path = _HERE) -> ImmutableSandboxedEnvironment:
-    """Return the template engine of Markdown: every plain string is escaped, as `escape.cell` does.
+    """Return the Markdown template engine, which escapes every plain string with `escape.cell`.
 
     Args:
-        folder: Where the templates are.
+        folder: The template folder.
     """
     result = ImmutableSandboxedEnvironment(
         loader=FileSystemLoader(folder), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
@@ -150,7 +150,7 @@ def markdown_engine(folder: Path = _HERE) -> ImmutableSandboxedEnvironment:
 
 @functools.cache
 def _latex() -> ImmutableSandboxedEnvironment:
-    # LaTeX is full of braces, percent and hash signs.
+    # LaTeX uses braces, percent and hash signs, so the delimiters differ.
     result = ImmutableSandboxedEnvironment(
         "<%", "%>", "<<", ">>", "<#", "#>", loader=FileSystemLoader(_HERE), autoescape=True, undefined=StrictUndefined,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True, finalize=_escaped(escape.tex),
@@ -164,7 +164,7 @@ def _latex() -> ImmutableSandboxedEnvironment:
 
 
 def _escaped(form: Callable[[str], str]) -> Callable[[object], object]:
-    """Return what turns a printed value into finished markup of a form; numbers and finished markup stay."""
+    """Return a finalizer that escapes printed values with ``form``, except numbers and finished markup."""
 
     def finalize(value: object) -> object:
         known = isinstance(value, Markup | Undefined | int | float)
@@ -174,12 +174,12 @@ def _escaped(form: Callable[[str], str]) -> Callable[[object], object]:
 
 
 def _finished(write: Callable[..., str]) -> Callable[..., Markup]:
-    """Return a function whose text is printed as it is."""
+    """Return a function whose result is printed unescaped."""
     return lambda *args, **named: Markup(write(*args, **named))
 
 
 def _filled(found: ImmutableSandboxedEnvironment) -> ImmutableSandboxedEnvironment:
-    """Give an engine everything that the templates call."""
+    """Add the functions and filters of the templates to an engine."""
     found.globals.update(
         interval=wording.interval, favours=wording.favours, detectable=wording.DETECTABLE, dash=wording.DASH,
         signs=marks.SIGNS, marks_of=marks.marks, has_marks=marks.has_marks, legend_of=marks.legend,

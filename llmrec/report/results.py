@@ -1,6 +1,6 @@
-"""Reads what a run left behind: results.json as checked records, predictions.parquet as counts, the run's facts.
+"""Reads the files of a run: results.json as validated records, failure counts from predictions.parquet.
 
-Results that no honest table can hold are refused: mixed protocols, missing controls, parts that do not fit together.
+Results that make no valid table are rejected: mixed protocols, missing controls, inconsistent rows.
 """
 
 from __future__ import annotations
@@ -36,12 +36,11 @@ _UNSAID = "(unsaid)"
 
 
 def check(results: Results, *, source: str = "results.json") -> None:
-    """Refuse results that no honest table can hold.
+    """Reject results that make no valid table.
 
     Raises:
         LlmrecError: If rows of a task were measured under different protocols or on different candidates, if a task has
-            no baseline measured by its headline metric, or if rows, headline metrics and comparisons do not fit
-            together.
+            no baseline measured by its headline metric, or if rows, headline metrics and comparisons are inconsistent.
     """
     if not results.rows:
         raise LlmrecError(
@@ -84,7 +83,7 @@ def check(results: Results, *, source: str = "results.json") -> None:
 
 
 def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) -> None:
-    """Refuse a table without the family's compulsory controls, measured by its headline metric."""
+    """Reject a table without the family's required controls, measured by its headline metric."""
     there = [row.method for row in rows if row.arm == "baseline" and metric in row.metrics]
     lacking = missing_controls(task, there) if is_family(task) else []
     if lacking or not there:
@@ -99,7 +98,7 @@ def _check_controls(task: str, metric: str, rows: Sequence[Row], source: str) ->
 
 
 def _check_protocol(task: str, rows: Sequence[Row], source: str) -> None:
-    """Refuse rows that were measured on different candidates, or whose signatures do not fit together."""
+    """Reject rows that were measured on different candidates or have incompatible signatures."""
     _same_candidates(task, rows, source)
     seen: dict[tuple[str, str], tuple[str, str]] = {}
     for row in rows:
@@ -125,7 +124,7 @@ def _signatures(row: Row) -> Iterator[tuple[tuple[str, str], str]]:
 
 
 def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
-    """Refuse rows that ranked different candidate sets, or of which only some say which they ranked."""
+    """Reject rows that ranked different candidate sets, or of which only some name their set."""
     digests: dict[str | None, str] = {}
     for row in rows:
         digests.setdefault(row.candidates, row.id)
@@ -141,7 +140,7 @@ def _same_candidates(task: str, rows: Sequence[Row], source: str) -> None:
 
 
 def _check_candidates(results: Results, source: str) -> None:
-    """Refuse rows that ranked other candidate sets than those that the run describes."""
+    """Reject rows that ranked candidate sets other than those that the run describes."""
     known = {drawn.digest for drawn in results.candidates.values() if drawn is not None}
     for row in results.rows:
         if known and row.candidates is not None and row.candidates not in known:
@@ -159,10 +158,10 @@ def _digest(digest: str | None) -> str:
 
 
 def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
-    """Refuse rows of which neither was measured under all protocols of the other.
+    """Reject pairs of rows of which neither was measured under all protocols of the other.
 
-    Rows may carry a metric under several protocols, such as seen items filtered and not filtered; then one row
-    may lack one of them. A field that a signature leaves out, such as ``users`` or ``slice``, counts as one value.
+    Rows may have a metric under several protocols, such as seen items filtered and not filtered; then one row
+    may lack one of them. A field missing in a signature, such as ``users`` or ``slice``, counts as one value.
     """
     parts = {row.id: [_fields(metric.signature) for metric in row.metrics.values()] for row in rows if row.metrics}
     names = sorted({key for fields in parts.values() for entry in fields for key in entry})
@@ -182,13 +181,13 @@ def _same_fields(task: str, rows: Sequence[Row], source: str) -> None:
 
 
 def _fields(signature: str) -> dict[str, str]:
-    """Return the fields of a signature, ``metric|field:value|...``, that bear on every metric of a table."""
+    """Return the fields of a signature, ``metric|field:value|...``, that concern every metric of a table."""
     parts = (part.partition(":") for part in signature.split("|")[1:])
     return {key: value for key, _, value in parts if key not in _OF_A_METRIC}
 
 
 def _same_slices(task: str, rows: Sequence[Row], source: str) -> None:
-    """Refuse rows whose slices of one name hold different numbers of cases."""
+    """Reject rows whose slices of the same name have different numbers of cases."""
     sizes: dict[str, tuple[str, int]] = {}
     for row in rows:
         for part in row.slices:
@@ -206,7 +205,7 @@ def _mixed(task: str, one: str, two: str, source: str) -> str:
 
 
 def _check_comparisons(results: Results, source: str) -> None:
-    """Refuse a comparison whose rows are not there, or are rows of another task."""
+    """Reject a comparison of rows that are missing or belong to another task."""
     task_of = {row.id: row.task for row in results.rows}
     for position, comparison in enumerate(results.comparisons):
         for side in (comparison.a, comparison.b):
@@ -222,13 +221,13 @@ def _check_comparisons(results: Results, source: str) -> None:
 
 @dataclass(frozen=True)
 class Made:
-    """What the files of a run hold, where it was made in this process and need not be read.
+    """The content of a run's files, if this process made them and need not read them.
 
     Attributes:
         results: The content of ``results.json``.
-        predictions: That of ``predictions.parquet``.
+        predictions: The content of ``predictions.parquet``.
         audit: The lines of ``audit.json``.
-        item_index: See `llmrec.report.index_summary.line`; None: it is to be read.
+        item_index: See `llmrec.report.index_summary.line`; None to read it.
     """
 
     results: Mapping[str, Any]
@@ -238,12 +237,12 @@ class Made:
 
 
 def results_of(content: Results | Mapping[str, Any], *, source: str = "results.json", fix: str = "") -> Results:
-    """Turn the content of results.json into checked records.
+    """Return the content of results.json as validated records.
 
     Args:
-        content: The parsed JSON, or records, which are checked again.
-        source: What to call it in an error.
-        fix: A sentence for the end of an error that says what to do.
+        content: The parsed JSON, or records, which are validated again.
+        source: Its name in errors.
+        fix: A sentence on what to do, appended to errors.
 
     Raises:
         DataError: If a key is missing or has the wrong type.
@@ -259,7 +258,7 @@ def results_of(content: Results | Mapping[str, Any], *, source: str = "results.j
 
 
 def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> DataError:
-    """Name the first key that is wrong, and what is wrong with it."""
+    """Return an error that names the first invalid key and its problem."""
     if isinstance(error, RecursionError):
         deep = "it is nested too deeply to be a results file"
         return DataError(f"{source}: {deep}. {fix}".strip(), kind="wrong-format", at=source)
@@ -279,7 +278,7 @@ def _unfit(error: ValidationError | RecursionError, source: str, fix: str) -> Da
 
 
 def fix_for(run_dir: Path) -> str:
-    """Return the sentence that says how to write a run's files anew."""
+    """Return the sentence on how to write a run's files again."""
     return f"Write it again with: llmrec eval RECIPE --out {shlex.quote(str(run_dir))}"
 
 
@@ -300,19 +299,19 @@ def content_of(run_dir: Path) -> Mapping[str, Any]:
     """Read ``run_dir/results.json``.
 
     Raises:
-        DataError: If the file is missing, does not fit its checksum, or is no JSON object.
+        DataError: If the file is missing, does not match its checksum, or is not a JSON object.
     """
     fix = fix_for(run_dir)
-    # Half a character from a server's answer is no reason to refuse a report: it is escaped where it is shown.
+    # A lone surrogate from a server's answer must not prevent a report: it is escaped where it is shown.
     return read_json(run_dir / "results.json", fix[0].lower() + fix[1:], json.loads)
 
 
 def refuse_other_answers(run_dir: Path, files: Mapping[str, str]) -> None:
-    """Refuse the answers of a run that are not those that its results were written with.
+    """Reject a file of answers that differs from the one its results were written with.
 
     Args:
         run_dir: The run folder.
-        files: Sha256 by name, as ``results.json`` has them; those of earlier versions have none.
+        files: SHA-256 by name, from ``results.json``; empty in results of earlier versions.
 
     Raises:
         DataError: If the file is missing, cannot be read or was changed.
@@ -338,14 +337,14 @@ def failure_reasons(
 
     Args:
         run_dir: The run folder.
-        results: What it found.
-        predictions: The content of its ``predictions.parquet``; None: it is read.
+        results: The results of the run.
+        predictions: The content of its ``predictions.parquet``; None to read it.
 
     Returns:
         Row id to reason to number of requests.
 
     Raises:
-        DataError: If the file is missing, unreadable, or holds other rows or row counts than results.json.
+        DataError: If the file is missing, unreadable, or differs from results.json in rows or row counts.
     """
     path, fix = run_dir / "predictions.parquet", fix_for(run_dir)
     if predictions is None:
@@ -353,7 +352,7 @@ def failure_reasons(
     try:
         if predictions is None:
             predictions = pl.read_parquet(path, columns=["row_id", "error"])
-        # In order, so that one run has one page: its nonce is a hash over these counts too.
+        # Sorted, so that the page of a run is reproducible: its nonce is a hash that includes these counts.
         counts = predictions.group_by("row_id", "error", maintain_order=True).len()
     except (pl.exceptions.PolarsError, OSError, ValueError) as error:
         reason = str(error).split("\n")[0] or type(error).__name__
@@ -379,11 +378,11 @@ def failure_reasons(
     }
 
 
-_LONGEST = 20_000  # characters of one prompt or raw answer on the page
+_LONGEST = 20_000  # the most characters of a prompt or raw answer on the page
 
 
 def signatures(results: Results) -> dict[str, dict[str, list[str]]]:
-    """Return each task's protocols, which all its rows share, with the metrics measured under them."""
+    """Return the protocols of each task, shared by its rows, with the metrics measured under them."""
     result: dict[str, dict[str, list[str]]] = {}
     for task in results.tasks:
         for row in results.rows:
@@ -396,18 +395,18 @@ def signatures(results: Results) -> dict[str, dict[str, list[str]]]:
 
 
 def made_data(results: Results) -> list[str]:
-    """Return the names of data sets that were made up, not collected."""
+    """Return the names of synthetic data sets."""
     return list(dict.fromkeys(data.name for data in results.data.values() if data and data.made))
 
 
 def clip(text: str) -> str:
-    """Return text, cut where it would swamp the page; the cut is said."""
+    """Return text, truncated with a note if it is too long for the page."""
     kept = cut(text, _LONGEST)
     return text if kept == text else f"{kept}\n[… {count(len(text) - len(kept))} more characters]"
 
 
 def answer(value: object) -> str:
-    """Return a parsed answer or a truth as text: strings as they are, anything else as JSON."""
+    """Return a parsed answer or a truth as text: strings unchanged, anything else as JSON."""
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

@@ -1,9 +1,9 @@
-"""The opening of a report: is the model better than the best baseline, what does it or an ensemble add, what was run.
+"""The summary at the start of a report: what was run, and whether the model or an ensemble is better.
 
-The model is the best row of a language model by itself; without one it is the row that is served, or else the best
-ensemble of classic recommenders. The control is the best baseline; of an ensemble the best single recommender. An
-ensemble that contains the language model is neither: what the model contributes to it is reported apart
-(`contribution`). Differences are model - control everywhere, as in the table of comparisons.
+The model is the best row of a language model alone; without one it is the row that is served, or else the best
+ensemble of classic recommenders. The control is the best baseline; for an ensemble the best single recommender. An
+ensemble that contains the language model is neither: the model's contribution to it is reported separately
+(`contribution`). Differences are always model - control, as in the table of comparisons.
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ from llmrec.results import Comparison, Results, Row, Verdict
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Headline:
-    """The model of one family beside its control.
+    """The model of a family and its control.
 
     Attributes:
         task: The family.
         metric: Its headline metric.
-        model: The best row of a language model by itself; where the run has none the row that is served, or an
-            ensemble; None where there is neither.
-        control: The best baseline; of an ensemble without a language model the best single one, and of a single one
+        model: The best row of a language model alone; in a run without one the row that is served, or an ensemble;
+            None if there is neither.
+        control: The best baseline; for an ensemble without a language model the best single one, for a single one
             that is served the best other row.
         difference: ``model - control``, if it was computed.
-        names: Of model and control; parameters of a method only where rows differ in nothing else.
-        served: The model is the one that is served where nobody says which: the best on validation users.
+        names: Names of model and control; with parameters only if rows differ in nothing else.
+        served: Whether the model is the one served by default: the best on validation users.
     """
 
     task: str
@@ -64,23 +64,23 @@ class Headline:
 
     @property
     def verdict(self) -> Verdict | None:
-        """What a planned comparison found; None for one that was not planned, or not computed."""
+        """The verdict of the comparison; None if it was not planned or not computed."""
         return self.difference.verdict if self.difference else None
 
     @property
     def relative_to(self) -> float | None:
-        """The control's figure, if a difference can be stated as a share of it."""
+        """The control's figure, if a difference can be relative to it."""
         value = None if self.control is None else self.control.metrics[self.metric].value
         return value if value is not None and value > 0 else None
 
 
 def headline(results: Results, task: str, model: Row | None = None) -> Headline:
-    """Find the model and the control of a family, and the comparison of the two.
+    """Return the model and the control of a family, and their comparison.
 
     Args:
-        results: Of a run.
+        results: Results of a run.
         task: The family.
-        model: The row that is asked about, where it is not the one that `Headline` says.
+        model: The row to compare, if not the default of `Headline`.
     """
     metric = results.headline[task]
     rows = with_figures(results, task)
@@ -108,7 +108,7 @@ def headline(results: Results, task: str, model: Row | None = None) -> Headline:
 
 
 def served_row(results: Results, task: str) -> Row | None:
-    """Return the row of a task that is served where nobody says which; None where none of it was chosen."""
+    """Return the row of a task that is served by default; None if the choice is not of this task."""
     choice = results.choice
     return next((row for row in results.rows if choice and (row.task, row.id) == (task, choice.row)), None)
 
@@ -123,7 +123,7 @@ def question(results: Results, found: Iterable[Headline]) -> str:
 
 
 def sentence(found: Headline) -> str:
-    """Say whether the model is better than the control, by how much and how surely, without the family's name."""
+    """Return a sentence on whether the model beats the control, with difference and interval."""
     if found.model is None or found.control is None:
         lacking = "language-model row or fusion" if found.model is None else "control"
         return f"There is no {lacking} with a figure for {found.metric}."
@@ -139,12 +139,12 @@ def sentence(found: Headline) -> str:
 
 
 def gain(metric: str, value: float) -> float:
-    """Return a difference so that above 0 is better, whichever way the metric goes."""
+    """Return a difference with a sign such that above 0 is better for every metric."""
     return -value if lower(metric) else value
 
 
 def first_sentence(results: Results) -> str:
-    """Return what the model adds to the classic recommenders, or without one which of these is served and why."""
+    """Return what the model adds to the classic recommenders, or else which of these is served and why."""
     if _asks(results):
         served = [brought(results, task) for task in results.tasks if served_row(results, task) is not None]
         return " ".join(filter(None, (*served, added(results))))
@@ -152,16 +152,16 @@ def first_sentence(results: Results) -> str:
 
 
 def summary(results: Results) -> str:
-    """Return the opening paragraph: what was run, what tuning did, where a baseline is ahead, what the model adds."""
+    """Return the first paragraph: what was run, the effect of tuning, leading baselines, the model's addition."""
     verdicts = [verdict(results, task) for task in results.tasks]
     tallies = (tuning_tally(verdicts), _control_tally(verdicts)) if _asks(results) else ()
     return " ".join(filter(None, (_what_ran(results), *tallies, first_sentence(results), caution(results))))
 
 
 def contribution(results: Results, task: str) -> Comparison | None:
-    """Return what the tuned model adds to the ensemble of classic recommenders: with the model, less without it.
+    """Return the tuned model's contribution to the ensemble of classic recommenders: with it − without it.
 
-    Where there are several ensembles without it, the best of those that it was planned to be compared with.
+    With several ensembles without it, the best one of the planned comparisons counts.
     """
     metric, rows = results.headline[task], {row.id: row for row in results.rows}
     places = {row.id: index for index, row in enumerate(results.standings(task))}
@@ -177,7 +177,7 @@ def contribution(results: Results, task: str) -> Comparison | None:
 
 
 def unweighed(results: Results, ensemble: str) -> bool:
-    """Say whether an ensemble gives the language model among its members no weight."""
+    """Return whether an ensemble gives its language-model member weight 0."""
     row = results.row(ensemble)
     classic = {entry.predictor for entry in results.rows if entry.task == row.task and entry.arm == "baseline"}
     weights = [part.weight for part in row.fusion.parts if part.name not in classic] if row.fusion else []
@@ -185,10 +185,10 @@ def unweighed(results: Results, ensemble: str) -> bool:
 
 
 def added(results: Results) -> str:
-    """Say what the tuned model adds to the ensemble of the classic recommenders, apart from its own figures.
+    """Return a sentence on the tuned model's contribution to the ensemble of classic recommenders.
 
     Returns:
-        One sentence; nothing for a run without a tuned model.
+        One sentence; empty for a run without a tuned model.
     """
     if not any(row.arm == "tuned" for row in results.rows):
         return ""
@@ -204,14 +204,14 @@ def added(results: Results) -> str:
 
 
 def caution(results: Results, name: Callable[[str], str] = title) -> str:
-    """Say what makes a run exploratory: one training seed, which is all that a run has, or few users.
+    """Return why a run is exploratory: a single training seed, as in every training run, or few users.
 
     Args:
-        results: Of the run.
-        name: How a task is named.
+        results: Results of the run.
+        name: Returns the name of a task.
 
     Returns:
-        One sentence; nothing for a run with enough of both.
+        One sentence; empty for a run with enough of both.
     """
     few = [name(task) for task in results.tasks if few_users(results, task)]
     short = [
@@ -223,7 +223,7 @@ def caution(results: Results, name: Callable[[str], str] = title) -> str:
 
 
 def few_users(results: Results, task: str) -> bool:
-    """Say whether a task has too few users for a claim; False where results do not say how many it has."""
+    """Return whether a task has too few users for a claim; False if their number is unknown."""
     return any(row.task == task and row.users is not None and row.users < USERS for row in results.rows)
 
 
@@ -232,12 +232,12 @@ def _asks(results: Results) -> bool:
 
 
 def brought(results: Results, task: str) -> str:
-    """Say which recommender of a task is served and why, what it reaches on test users, and what its parts bring.
+    """Return which recommender of a task is served and why, its test figure, and what its members contribute.
 
-    Where no row was chosen it is about the best fusion.
+    Without a chosen row it is about the best ensemble.
 
     Returns:
-        Some sentences; nothing for a task with neither.
+        Sentences; empty for a task with neither.
     """
     metric, served = results.headline[task], served_row(results, task)
     joined = [row for row in with_figures(results, task) if row.fusion is not None]
@@ -257,7 +257,7 @@ def brought(results: Results, task: str) -> str:
 
 
 def _choice(results: Results, task: str) -> str:
-    """Say which row is served, and how it was chosen; nothing where none of the task was."""
+    """Return which row is served and how it was chosen; empty if the choice is not of this task."""
     choice, row = results.choice, served_row(results, task)
     if choice is None or row is None:
         return ""
@@ -272,7 +272,7 @@ def _choice(results: Results, task: str) -> str:
 
 
 def _parts(row: Row, results: Results) -> str:
-    """Say what a fusion loses without each of its parts."""
+    """Return a sentence on what an ensemble loses without each of its members."""
     if row.fusion is None:
         return ""
     short = {entry.predictor: name for entry, name in _short_parts(row, results)}
@@ -313,7 +313,7 @@ def _what_ran(results: Results) -> str:
 
 
 def tuning_tally(verdicts: Sequence[TaskVerdict]) -> str:
-    """Say in which tasks the planned comparison of the tuned with the zero-shot row came out how."""
+    """Return the verdicts of tuned against zero-shot rows, with their tasks."""
     tested = [result for result in verdicts if result.tuned and result.tuned.verdict is not None]
     if not tested:
         return "No comparison of tuned with zero-shot rows was planned."

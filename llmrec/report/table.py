@@ -1,4 +1,4 @@
-"""Results as CSV and as tables for the console, and how finished cells become a Markdown table."""
+"""Results as CSV and as console tables, and the layout of Markdown tables."""
 
 from __future__ import annotations
 
@@ -53,9 +53,9 @@ CSV_COLUMNS = (
 def grid(
     header: Sequence[str], rows: Sequence[Sequence[str]], numeric_from: int = 1, numeric_to: int | None = None
 ) -> str:
-    """Lay out finished cells as a Markdown table.
+    """Return escaped cells as a Markdown table.
 
-    Columns from ``numeric_from`` on are right-aligned, those from ``numeric_to`` on are not.
+    Columns from ``numeric_from`` up to ``numeric_to`` are right-aligned.
     """
     numeric = range(len(header))[numeric_from:numeric_to]
     rule = ["---:" if place in numeric else "---" for place in range(len(header))]
@@ -66,7 +66,7 @@ def grid(
 
 
 def csv_text(results: Results | Mapping[str, Any]) -> str:
-    """Return one line a row and metric, under `CSV_COLUMNS`.
+    """Return results as CSV: a line per row and metric, with the columns `CSV_COLUMNS`.
 
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
@@ -109,7 +109,7 @@ def _csv_figures(row: Row, name: str) -> tuple[object, ...]:
 
 
 def _csv_missing(row: Unevaluated, metric: str) -> tuple[object, ...]:
-    """Return the line of a row that was not evaluated: which it is, and why it has no figure."""
+    """Return the line of a row that was not evaluated, with the reason."""
     known = {
         **{name: getattr(row, name) for name in ("task", "arm", "predictor", "template", "template_use", "shots")},
         **{"row": row.id, "metric": metric, "undefined": f"{NOT_EVALUATED}: {row.reason}"},
@@ -118,7 +118,7 @@ def _csv_missing(row: Unevaluated, metric: str) -> tuple[object, ...]:
 
 
 def _csv_undefined(metric: Metric) -> str | None:
-    """Return why a figure has no value; nothing where it has one."""
+    """Return why a figure has no value; empty if it has one."""
     return None if metric.value is not None else metric.undefined or UNDEFINED
 
 
@@ -138,7 +138,7 @@ def _csv_costs(row: Row, members: Sequence[Row]) -> tuple[object, ...]:
 
 
 def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
-    """Return one rich table a task, and one of planned comparisons if there are any; each fits into eighty columns.
+    """Return a rich table per task, and one of planned comparisons if any; each fits into 80 columns.
 
     Raises:
         LlmrecError: If the content is incomplete or its rows must not share a table.
@@ -149,13 +149,13 @@ def console_tables(results: Results | Mapping[str, Any]) -> list[Table]:
 
 
 def plain(text: str, style: str = "") -> Text:
-    """Return text that rich takes as it is: no markup, no escape sequences."""
+    """Return text that rich prints literally: no markup, no escape sequences."""
     return Text(flat(text), style=style)
 
 
 def _task_table(results: Results, task: str) -> Table:
     names = results.metrics(task)[:2]
-    # What all rows read without a failure needs no column.
+    # A figure that all rows share, without failures, needs no column.
     parsed = any(row.parse_rate is not None and row.parse_rate < 1 for row in results.standings(task))
     table = table_of(title(task), undefined(results, task))
     table.add_column("Row", overflow="fold")
@@ -203,7 +203,7 @@ def _comparison_table(results: Results) -> Table:
 
 
 def table_of(head: str, notes: Sequence[str]) -> Table:
-    """Return a table of eighty columns without frames between its columns, and with notes under it."""
+    """Return a table of 80 columns without vertical rules, with notes below it."""
     caption = plain("\n".join(notes)) if notes else None
     return Table(
         title=plain(head, "bold"), title_justify="left", header_style="bold", caption=caption, caption_justify="left",

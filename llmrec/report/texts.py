@@ -1,4 +1,4 @@
-"""Texts beside each other: what every row wrote for one request, and what its question told."""
+"""Generated texts side by side: the answers of every row to a request, and what its prompt contained."""
 
 from __future__ import annotations
 
@@ -9,27 +9,27 @@ from llmrec.report.wording import count, listed, rough
 from llmrec.results import Results, Row
 
 OPEN = 5
-"""Requests of a task that stand open on the page, and that the Markdown page holds."""
+"""Number of requests of a task that are expanded on the page, and that the Markdown page has."""
 
 
 def text_tasks(results: Results) -> list[str]:
-    """Return the tasks with texts to read, in the order of the tables."""
+    """Return the tasks with sample texts, in the order of the tables."""
     return [task for task in results.tasks if samples(results, task)]
 
 
 def samples(results: Results, task: str) -> list[Sample]:
-    """Return a task's requests with texts."""
+    """Return the sample requests of a task."""
     return [sample for sample in results.texts if sample.task == task]
 
 
 def answered(results: Results, sample: Sample) -> list[tuple[Row, Written]]:
-    """Return a request's rows with what each wrote, in the order of the task's table."""
+    """Return a request's rows with their texts, in the order of the task's table."""
     rows = results.standings(sample.task)
     return [(row, sample.answers[row.id]) for row in rows if row.id in sample.answers]
 
 
 def asked_by(results: Results, sample: Sample, fact: Told) -> str:
-    """Say which questions show something; nothing where all do."""
+    """Return which questions show the extra information; empty if all do."""
     templates = dict.fromkeys(row.template for row in results.rows if row.task == sample.task and row.template)
     if not fact.by:
         return "shown by no question"
@@ -37,7 +37,7 @@ def asked_by(results: Results, sample: Sample, fact: Told) -> str:
 
 
 def about_choice(results: Results, found: Sequence[Sample]) -> str:
-    """Say how many requests there are to read, of how many, and how they were chosen."""
+    """Return a sentence on the number of sample requests and how they were chosen."""
     asked = max((row.n for row in results.rows if row.task == found[0].task), default=len(found))
     if len(found) >= asked:
         return f"All {len(found)} requests, in an order drawn by the seed." if asked > 1 else "The only request."
@@ -50,7 +50,7 @@ def who(sample: Sample) -> str:
 
 
 def rank_words(shown: ExampleUser) -> str:
-    """Say at which rank the held-out item of an example stands."""
+    """Return the rank of an example's held-out item in words."""
     if shown.rank is None:
         return "not in the list"
     return f"rank {rough(shown.rank)}{f' of {count(shown.pool)}' if shown.pool else ''}"

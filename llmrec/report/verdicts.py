@@ -1,4 +1,4 @@
-"""The last screen of a run: the headline figures as a table, and what tuning and an ensemble did."""
+"""The final console output of a run: a table of headline figures, and the effects of tuning and ensembles."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from llmrec.results import Results, Row, Verdict
 
 WIDTH = 80
 STYLES = {"significantly better": "green", "significantly worse": "red", "no significant difference": "yellow"}
-"""Colours of verdicts on a terminal, which stand beside the words and never in place of them."""
+"""Colours of verdicts on a terminal, in addition to the words."""
 _ARMS = ("zero-shot", "few-shot", "tuned")
-# The sign of what was not planned, as the report has it.
+# The report's sign for comparisons that were not planned.
 _OPEN = "◇"
-# Stages that are named of a run's time.
+# Number of stages named in a run's time.
 _LONGEST = 3
 
 
 def metrics_table(results: Results) -> Table:
-    """Return the table that a run ends with: for each task its headline metric by setting, and the best baseline.
+    """Return the final table of a run: the headline metric of each task by setting, and the best baseline.
 
-    A setting has the best row of the model by itself. The last column is the difference that the report answers first
-    (`llmrec.report.summary`). A run without a language model has its best single recommender and its ensemble.
+    A setting shows the best row of the model alone. The last column is the first difference of the report
+    (`llmrec.report.summary`). A run without a language model shows its best single recommender and its ensemble.
     """
     firsts = {task: headline(results, task) for task in results.tasks}
     asks = any(row.arm != "baseline" for row in results.rows)
@@ -70,12 +70,12 @@ def metrics_table(results: Results) -> Table:
 
 
 def _best(results: Results, task: str, arm: str) -> Row | None:
-    """Return the best row of a setting that is no ensemble; None where none has a figure."""
+    """Return the best row of a setting that is not an ensemble; None if none has a figure."""
     return next((row for row in with_figures(results, task) if row.arm == arm and alone(row)), None)
 
 
 def _difference(found: Headline) -> Text:
-    """Return the difference of model and control with a sign for its verdict; its interval stands below it."""
+    """Return the difference of model and control with a sign for its verdict, above its interval."""
     entry = found.difference
     if entry is None:
         return Text(DASH)
@@ -90,10 +90,10 @@ def _legend(verdicts: Iterable[Verdict | None]) -> str:
 
 
 def screen(results: Results) -> list[str]:
-    """Return what a run says below its table, as lines of at most `WIDTH` columns.
+    """Return the text below the final table, as lines of at most `WIDTH` columns.
 
-    Why tasks have no figure, what the model or the members contribute to an ensemble, what tuning did, and what makes
-    the run exploratory.
+    It names the reasons of missing figures, the contributions to an ensemble, the effect of tuning, and why the run
+    is exploratory.
     """
     matches = [verdict(results, task) for task in results.tasks]
     lines = [line for task in results.tasks for text in undefined(results, task) for line in wrapped(text)]
@@ -107,24 +107,24 @@ def screen(results: Results) -> list[str]:
 
 
 def coloured() -> Iterator[tuple[re.Pattern[str], str]]:
-    """Yield what finds each verdict, wherever lines are broken, and its style."""
+    """Yield a pattern for each verdict, independent of line breaks, and its style."""
     for words, style in STYLES.items():
         yield re.compile(r"\s+".join(words.split())), style
 
 
 def spent(results: Results) -> str:
-    """Return how long a run took, and its longest stages."""
+    """Return the duration of a run and its longest stages."""
     longest = sorted((stage for stage in results.budget if stage.seconds), key=lambda stage: -(stage.seconds or 0))
     named = ", ".join(f"{flat(stage.stage)} {duration(stage.seconds)}" for stage in longest[:_LONGEST])
     return f"{duration(results.seconds)}{f' ({named})' if named else ''}"
 
 
 def wrapped(text: str, *, hang: int = 2) -> list[str]:
-    """Return a paragraph in lines of at most `WIDTH` columns, those after the first indented by ``hang``.
+    """Wrap a paragraph at `WIDTH` columns, with lines after the first indented by ``hang``.
 
-    A name that is longer stays whole.
+    A longer name is not broken.
     """
-    # A number stays beside its interval, and an interval in one piece.
+    # No line break within an interval or between it and its number.
     text = re.sub(r"\[(\S+), (\S+)\]", "[\\1,\N{NO-BREAK SPACE}\\2]", text)
     result = textwrap.wrap(text, WIDTH, subsequent_indent=" " * hang, break_on_hyphens=False, break_long_words=False)
     return [line.replace("\N{NO-BREAK SPACE}", " ") for line in result]

@@ -1,4 +1,4 @@
-"""Numbers and verdicts in plain words, shared by the page, the Markdown and the console."""
+"""Formats numbers and verdicts as text for the HTML page, the Markdown page and the console."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from llmrec.results import Comparison, Metric, Reads, Results, Row, Setting, Ver
 from llmrec.tasks.family import family_of
 
 USERS, SEEDS = 200, 3
-"""The least number of users and of training seeds behind a claim."""
+"""The minimum number of users and of training seeds for a claim."""
 DASH = "–"
 UNDEFINED = "undefined"
 NOT_EVALUATED = "not evaluated"
@@ -36,9 +36,9 @@ KINDS: Mapping[Reads | None, str] = {
     "language model": "a language model or fine-tuned text encoder",
     None: "",
 }
-"""What rows know items by; each kind stands apart, since a claim for one is made against the best of those above it."""
+"""What rows read of items; the kinds are separated, since a claim for one is against the best of the kinds above it."""
 
-# Logarithm of what an item of the history is worth from which on it comes behind all others.
+# At this log weight or less, items of the history rank behind all others.
 _BEHIND = -1e6
 
 FORMS: Mapping[str, str] = {
@@ -47,7 +47,7 @@ FORMS: Mapping[str, str] = {
     "pool": "a linear pool: shares",
     "alone": "one part alone",
 }
-"""What a fusion can be; see `llmrec.ensembles.rankers`."""
+"""The forms of an ensemble; see `llmrec.ensembles.rankers`."""
 
 
 def title(task: str) -> str:
@@ -56,9 +56,9 @@ def title(task: str) -> str:
 
 
 def number(value: float | None, *, sign: bool = False) -> str:
-    """Return a metric with three decimals, or one from 10 on; a dash where there is none.
+    """Return a metric with three decimals, or one decimal from 10 on; a dash for None.
 
-    With ``sign`` it is a difference or an end of its interval: one that is not 0 is not written as 0.
+    With ``sign`` it is a difference or an end of its interval, and a nonzero value is never written as 0.
     """
     if value is None:
         return DASH
@@ -68,12 +68,12 @@ def number(value: float | None, *, sign: bool = False) -> str:
 
 
 def figure(metric: Metric | None) -> str:
-    """Return a row's figure: a dash for a metric that it does not have, a word for one that is not defined."""
+    """Return a row's figure as text: a dash for a missing metric, a word for an undefined value."""
     return DASH if metric is None else UNDEFINED if metric.value is None else number(metric.value)
 
 
 def undefined(results: Results, task: str) -> list[str]:
-    """Say which figures of a task are not defined, of which rows and why."""
+    """Return sentences on the undefined figures of a task: their rows and reasons."""
     rows = [row for row in results.rows if row.task == task]
     matches = [
         (label(row), name, entry.undefined)
@@ -85,11 +85,11 @@ def undefined(results: Results, task: str) -> list[str]:
 
 
 def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: str) -> list[str]:
-    """Say which figures of a table are not defined, and why.
+    """Return sentences on the undefined figures of a table, with reasons.
 
     Args:
-        found: Row, metric and reason of each; the reason is empty in results that do not say.
-        rows: How many rows the table has; a figure of all of them names none.
+        found: Row, metric and reason of each; the reason is empty if unknown.
+        rows: Number of rows of the table; a figure that is undefined in all of them names none.
         headline: The metric that rows are compared by.
     """
     grouped: dict[tuple[str, str], list[str]] = {}
@@ -105,7 +105,7 @@ def undefined_lines(found: Iterable[tuple[str, str, str]], rows: int, headline: 
 
 
 def interval(low: float | None, high: float | None, *, sign: bool = False) -> str:
-    """Return ``[low, high]``, or an empty string where there is no interval."""
+    """Return ``[low, high]``, or an empty string without an interval."""
     return "" if low is None or high is None else f"[{number(low, sign=sign)}, {number(high, sign=sign)}]"
 
 
@@ -115,7 +115,7 @@ def with_interval(value: float | None, low: float | None, high: float | None, *,
 
 
 def share(value: float | None) -> str:
-    """Return a fraction as a percentage that never rounds to 0 or 100 unless it is."""
+    """Return a fraction as a percentage that is never rounded to 0 or 100."""
     if value is None:
         return DASH
     text = f"{100 * value:.1f}"
@@ -125,12 +125,12 @@ def share(value: float | None) -> str:
 
 
 def outcome(verdict: Verdict | None) -> str:
-    """Return a verdict as people read it, of the first row against the second; files keep the older words."""
+    """Return a verdict on the first row against the second in words; files keep the older words."""
     return "exploratory" if verdict is None else _OUTCOMES[verdict]
 
 
 def outcome_of(entry: Comparison) -> str:
-    """Return the verdict of a comparison; where it was not planned, what its interval says, as `in_words` has it."""
+    """Return the verdict of a comparison, or if it was not planned, the direction of its interval."""
     if entry.verdict is not None or entry.value is None or entry.low is None or entry.high is None:
         return outcome(entry.verdict)
     if entry.low <= 0 <= entry.high:
@@ -139,12 +139,12 @@ def outcome_of(entry: Comparison) -> str:
 
 
 def in_words(entry: Comparison, a: str, b: str) -> str:
-    """Say how two rows compare; where it was not planned, what the interval says, and that it claims nothing.
+    """Return how two rows compare in words; marked as exploratory if the comparison was not planned.
 
     Args:
         entry: The comparison a - b.
-        a: What the first row is called.
-        b: The second.
+        a: Name of the first row.
+        b: Name of the second row.
     """
     text = outcome_of(entry)
     if text.startswith("no "):
@@ -162,10 +162,10 @@ def coverage(level: float | None) -> str:
 
 
 def history_worth(repeat: float | None) -> str:
-    """Say what a fusion gives an item of the history; nothing where none can be ranked.
+    """Return how an ensemble weighs items of the history; empty if none can be ranked.
 
     Args:
-        repeat: The logarithm.
+        repeat: The log weight.
     """
     if not repeat:
         return ""
@@ -175,7 +175,7 @@ def history_worth(repeat: float | None) -> str:
 
 
 def difference(value: float | None, low: float | None, high: float | None, digits: int = 3) -> str:
-    """Return a difference with its interval, both with their sign; an end that is not 0 is never written as 0."""
+    """Return a signed difference with its interval; a nonzero number is never written as 0."""
     if value is None or low is None or high is None:
         return DASH
     return f"{_signed(value, digits)} [{_signed(low, digits)}, {_signed(high, digits)}]"
@@ -199,14 +199,14 @@ def count(value: float | None) -> str:
 
 
 def rough(value: float | None) -> str:
-    """Return a mean of counts: one decimal below 100, a whole number from there on."""
+    """Return a mean of counts as text: one decimal below 100, else a whole number."""
     if value is None:
         return DASH
     return count(value) if value >= 99.95 else f"{value:.1f}".removesuffix(".0")
 
 
 def favours(metrics: Sequence[str]) -> str:
-    """Say which sign of a difference a - b is in favour of a."""
+    """Return a sentence on which sign of a difference a - b favours a."""
     turned = sorted({metric for metric in metrics if lower(metric)})
     if not turned:
         return "A positive difference favours a."
@@ -214,7 +214,7 @@ def favours(metrics: Sequence[str]) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as the two largest units, such as ``6 min 1 s``."""
+    """Return seconds in the two largest units, such as ``6 min 1 s``."""
     if seconds is None:
         return DASH
     if seconds < 60:
@@ -231,14 +231,14 @@ def short_template(row: Setting) -> str:
 
 
 def label(row: Setting) -> str:
-    """Return what tells a row from its neighbours, such as ``tuned · likelihood · continue-list``."""
+    """Return the label of a row, such as ``tuned · likelihood · continue-list``."""
     return flat(row.label)
 
 
 def short_names(rows: Sequence[Row]) -> dict[str, str]:
-    """Return what a sentence calls rows, by id: their methods, with parameters only where one method has several rows.
+    """Return short names of rows by id: the method, with parameters only if a method has several rows.
 
-    Of the parameters one is enough where it tells all rows of the method apart.
+    A single parameter is given if it distinguishes all rows of the method.
     """
     result: dict[str, str] = {}
     for row in rows:
@@ -265,7 +265,7 @@ def _settings(row: Row) -> list[str]:
 
 
 def arm_label(arm: str, predictor: str) -> str:
-    """Return what rows that differ only in their template share, such as ``tuned · likelihood``."""
+    """Return the common label of rows that differ only in template, such as ``tuned · likelihood``."""
     return flat(f"{arm} · {predictor}")
 
 
@@ -274,15 +274,14 @@ def arm_label(arm: str, predictor: str) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TaskVerdict:
-    """How one task came out on its headline metric; ensembles that contain the language model are left aside.
+    """The outcome of a task on its headline metric; ensembles that contain the language model are excluded.
 
     Attributes:
         best: The first row; None if no row has a value.
         rival: The best row of the other side: a baseline if a model is first, a model if a baseline is.
         lead: The comparison ``best - rival``, if it was computed.
-        tuned: The comparison of a tuned with a zero-shot row, as ``tuned - zero-shot``: the planned one, or where there
-            is none that of the best tuned row.
-        joined: Whether an ensemble that contains the language model was left aside.
+        tuned: The comparison ``tuned - zero-shot``: the planned one, or else that of the best tuned row.
+        joined: Whether an ensemble that contains the language model was excluded.
     """
 
     task: str
@@ -322,7 +321,7 @@ def _numbers(comparison: Comparison) -> dict[str, float | None]:
 
 
 def alone(row: Row) -> bool:
-    """Say whether a row is a language model by itself, and no ensemble that has one among its members."""
+    """Return whether a row is a language model alone, not an ensemble that contains one."""
     return row.arm != "baseline" and row.fusion is None
 
 
@@ -333,7 +332,7 @@ def with_figures(results: Results, task: str) -> list[Row]:
 
 
 def compared(results: Results, first: Row | None, other: Row | None) -> Comparison | None:
-    """Return ``first - other`` on their headline metric, the planned comparison before one that was described."""
+    """Return the comparison ``first - other`` on the headline metric, preferably the planned one."""
     if first is None or other is None:
         return None
     ends, key = {first.id, other.id}, (first.task, results.headline[first.task])
@@ -346,7 +345,7 @@ def compared(results: Results, first: Row | None, other: Row | None) -> Comparis
 
 
 def verdict(results: Results, task: str) -> TaskVerdict:
-    """Work out who is first on a task, and what tuning did."""
+    """Return the outcome of a task: the best row, its rival, and the effect of tuning."""
     metric = results.headline[task]
     every = with_figures(results, task)
     rows = [row for row in every if row.arm == "baseline" or alone(row)]
@@ -369,7 +368,7 @@ def verdict(results: Results, task: str) -> TaskVerdict:
 
 
 def winner_sentence(found: TaskVerdict) -> str:
-    """Say which row is first, and plainly so if it is a control."""
+    """Return a sentence on which row is first, explicit if it is a control."""
     if found.best is None:
         return f"No row has a value for {found.metric}."
     score = found.best.metrics[found.metric]
@@ -390,7 +389,7 @@ def winner_sentence(found: TaskVerdict) -> str:
 
 
 def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
-    """Say whether the tuned row is better than its zero-shot row, with interval and verdict."""
+    """Return a sentence on the tuned against the zero-shot row, with interval and verdict."""
     if found.tuned is None:
         tuned = any(row.task == found.task and row.arm == "tuned" for row in rows)
         return "No tuned row was compared with a zero-shot row." if tuned else "This run has no tuned row."
@@ -404,7 +403,7 @@ def tuning_sentence(found: TaskVerdict, rows: Sequence[Row]) -> str:
 
 
 def stated(comparison: Comparison) -> str:
-    """Return a difference with its metric and interval, and which sign is the better one where lower is."""
+    """Return a difference with its metric and interval, with a note if lower is better."""
     text = f"{comparison.metric} {with_interval(comparison.value, comparison.low, comparison.high, sign=True)}"
     return f"{text} (lower is better)" if lower(comparison.metric) else text
 
