@@ -318,7 +318,7 @@ def test_every_setting_of_a_new_section_affects_its_stages() -> None:
 
 def test_code_is_found_by_imports() -> None:
     """Each baseline has the code that it imports, and none that it does not."""
-    digests = {name: code_digest(address.partition(":")[0]) for name, address in BASELINES.items()}
+    digests = {name: code_digest(entry.address.partition(":")[0]) for name, entry in BASELINES.items()}
     assert digests["ease"] != digests["sasrec"] and digests["markov"] == digests["markov-1"]
     assert code_digest("llmrec.metrics.ranking") == code_digest("llmrec.metrics.ranking", "llmrec.errors")
     assert code_digest("no.such", "llmrec.none") == code_digest()
