@@ -191,10 +191,9 @@ class SplitDataset:
 
 
 def halves(data: SplitDataset, share: float) -> tuple[SplitDataset, SplitDataset]:
-    """Return two splits: the validation rows of the users for selection, and those of the users for weighting.
+    """Return the split twice: with the validation rows of the users for selection, and of the users for weighting.
 
-    Members combined by weights must not be selected, by a hyperparameter or an epoch, on the users that set the
-    weights.
+    Users that set the weights of an ensemble must not have been used to choose a member's hyperparameters or epoch.
 
     Args:
         data: The split.

@@ -1,4 +1,4 @@
-"""Tables of objects: JSON Lines, and JSON files that are one array."""
+"""Reads tables of objects: JSON Lines, and JSON files with a single array."""
 
 from __future__ import annotations
 
@@ -29,27 +29,27 @@ from llmrec.terminal import logger
 log = logger(__name__)
 
 _ODD = "nested values"
-# The type of what can be no column.
+# Type of a value that cannot be a column.
 _NOTHING = pa.binary()
-# Reading a literal takes some 500 times its memory and seconds a megabyte; real ones have a few thousand characters.
+# Parsing a literal takes some 500 times its memory and seconds per megabyte; real ones have a few thousand characters.
 _LONGEST_LITERAL = 2**20
 
 
 def json_lines(source: Source, wanted: Mapping[str, Kind] | None = None) -> Table:
-    """Read one JSON object a line. Numbers become text again; lists of texts are joined by commas.
+    """Read one JSON object per line. Numbers become texts; lists of texts are joined by commas.
 
     Args:
         source: The file.
         wanted: The columns to keep, see `llmrec.data.read.delimited.delimited`. None: all of them.
 
     Raises:
-        DataError: If a line is no JSON object, a key stands twice in it, or a value is nested.
+        DataError: If a line is not a JSON object, a key is repeated in it, or a value is nested.
     """
     if wanted is not None:
         try:
             return _gathered(source, wanted)
         except (Unusual, NoNumbers, LlmrecError, pa.ArrowException):
-            pass  # the careful path understands it, or says what is wrong
+            pass  # the careful reader parses it, or reports the problem
     return in_any_encoding(source, _lines_with_care)
 
 
@@ -65,10 +65,10 @@ def _lines_with_care(source: Source) -> Table:
 
 
 def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, object]]]:
-    """Yield the objects of lines with their places; blank lines are no rows.
+    """Yield the objects of lines with their places, skipping blank lines.
 
     Raises:
-        DataError: If a line is no JSON object, or a key stands twice in it.
+        DataError: If a line is not a JSON object, or a key is repeated in it.
     """
     row = 0
     for line, text in numbered_lines(decode(name, raw)):
@@ -79,14 +79,14 @@ def json_records(name: str, raw: bytes) -> Iterator[tuple[Place, dict[str, objec
 
 
 def json_file(source: Source) -> Table:
-    """Read a JSON file that is one array of objects, or has an object a line.
+    """Read a JSON file with an array of objects, or with one object per line.
 
     Raises:
-        DataError: As `json_lines`; of an array without the line.
+        DataError: As `json_lines`; for an array without the line.
     """
 
     def read(source: Source) -> Table:
-        # In another encoding the reader refuses it, and it is looked at again as UTF-8.
+        # Another encoding makes the reader fail; the file is then checked again as UTF-8.
         is_array = whole(source).removeprefix(BOM_UTF8).lstrip()[:1] == b"["
         return (_array if is_array else _lines_with_care)(source)
 
@@ -113,14 +113,14 @@ def _array(source: Source) -> Table:
 
 
 def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]], lines: list[int]) -> Table:
-    """Return the table of objects; those within them are opened, and what can be no column is left out."""
+    """Return the table of objects; nested ones are opened, and values that cannot be a column are left out."""
     rows: list[dict[str, str]] = []
     names: dict[str, None] = {}
     places: dict[str, Place] = {}
     within: dict[str, dict[int, object]] = {}
     plain: set[str] = set()
     single: set[str] = set()
-    # Rows whose number is whole and written as 1.0, and columns of other fractions.
+    # Rows with integers written as 1.0, and columns with other fractions.
     whole: dict[str, list[int]] = {}
     fractions: set[str] = set()
     for place, record in records:
@@ -155,12 +155,12 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
     if not names:
         what = "holds objects without keys" if rows else "is empty"
         raise DataError.at(name, "empty", f" {what}; write the table again")
-    # Where some values are plain, a nested one is a fault of its row.
+    # If some values of a column are plain, a nested one is an error in its row.
     bad = next((key for key in places if key in plain), None)
     if bad is not None:
         what = f", column {shown(bad)} is a nested value; flatten it or leave it out"
         raise DataError.at(places[bad], "bad-value", what, bad)
-    # As in any other table: an id is the same however a library spelled it.
+    # As in other tables, an id does not depend on how a library wrote it.
     for key in whole.keys() - fractions:
         for at in whole[key]:
             rows[at][key] = str(int(float(rows[at][key])))
@@ -175,7 +175,7 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
             inner = {path: column for path, column in result.columns.items() if path not in before and path != key}
             columns.extend(_as_texts(in_polars(inner)) if inner else ())
             if key in places and result.columns.pop(key, None) is not None:
-                result.unusable[key] = LISTS  # of numbers, which are not joined
+                result.unusable[key] = LISTS  # lists of numbers, which are not joined
     column_names(name, (column.name for column in columns))
     unusable = {path: _ODD if held == str(_NOTHING) else held for path, held in result.unusable.items()}
     odd = [path for path, held in unusable.items() if held == _ODD]
@@ -189,13 +189,13 @@ def _of_objects(name: str, records: Iterable[tuple[Place, Mapping[str, object]]]
 
 
 def _as_texts(frame: pl.DataFrame) -> list[pl.Series]:
-    """Return columns as those of objects are: lists of texts joined by commas, and empty texts for what is missing."""
+    """Return columns as those of objects: lists of texts joined by commas, and empty texts for missing values."""
     joined = frame.with_columns(pl.col(pl.List(pl.String)).list.join(", "))
     return joined.with_columns(pl.all().cast(pl.String).fill_null("")).get_columns()
 
 
 class _Shape:
-    """What the values at one path are, and which values they hold."""
+    """The types of the values at one path, and of those within them."""
 
     def __init__(self) -> None:
         self.objects = self.lists = self.single = self.floats = self.fractions = self.odd = False
@@ -203,10 +203,10 @@ class _Shape:
         self.elements: _Shape | None = None
 
     def see(self, value: object, depth: int = 0) -> None:
-        """Take one more value.
+        """Add a value.
 
         Raises:
-            ValueError: If a key is no text.
+            ValueError: If a key is not text.
         """
         if isinstance(value, dict):
             self.objects = True
@@ -226,22 +226,22 @@ class _Shape:
             self.fractions = self.fractions or (isinstance(value, float) and not value.is_integer())
 
     def kind(self) -> pa.DataType:
-        """Return their type, in which single values are texts; `_NOTHING` of what can be no column."""
+        """Return the type, with single values as texts; `_NOTHING` for values that cannot be a column."""
         if self.odd or self.objects + self.lists + self.single > 1:
             return _NOTHING
         if self.objects:
             return pa.struct([(key, inner.kind()) for key, inner in self.keys.items()])
         if self.elements is not None:
             inner = self.elements.kind()
-            # Of lists of lists, and of fractions as in vectors, no element is an id.
+            # Elements of lists of lists, and of lists of fractions such as vectors, cannot be ids.
             return _NOTHING if inner == _NOTHING or self.elements.lists or self.elements.floats else pa.list_(inner)
         return pa.string() if self.single else pa.null()
 
     def value(self, value: Any, kind: pa.DataType) -> object:
-        """Return a value of the type.
+        """Return a value converted to the type.
 
         Raises:
-            ValueError: If a text is none.
+            ValueError: If a text cannot be stored.
         """
         if value is None or kind == _NOTHING:
             return None
@@ -249,7 +249,7 @@ class _Shape:
             return {field.name: self.keys[field.name].value(value.get(field.name), field.type) for field in kind}
         if self.elements is not None:
             return [self.elements.value(inner, kind.value_type) for inner in value]
-        # As in any other table: an id is the same however a library spelled it.
+        # As in other tables, an id does not depend on how a library wrote it.
         return _checked(str(int(value) if isinstance(value, float) and not self.fractions else value))
 
 
@@ -263,7 +263,7 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
     """Return a column of objects or lists.
 
     Raises:
-        DataError: If a text in it is none.
+        DataError: If a text in it cannot be stored.
     """
     shape = _Shape()
 
@@ -282,7 +282,7 @@ def _in_arrow(key: str, values: Sequence[object], name: str, lines: Sequence[int
 
 
 def is_nested(value: object) -> bool:
-    """Whether a value of an object can be no cell of a table; a list of texts can."""
+    """Whether a value of an object cannot be a cell of a table; a list of texts can."""
     return isinstance(value, dict) or (isinstance(value, list) and not all(isinstance(part, str) for part in value))
 
 
@@ -290,7 +290,7 @@ def json_object(place: Place | str, line: str) -> dict[str, object]:
     """Read one object.
 
     Raises:
-        DataError: If the line holds none, or a key stands twice in it.
+        DataError: If the line is not an object, or a key is repeated in it.
     """
     try:
         record = json.loads(line, object_pairs_hook=_once, parse_float=as_written)
@@ -304,16 +304,16 @@ def json_object(place: Place | str, line: str) -> dict[str, object]:
 
 
 def as_written(number: str) -> float | int:
-    """Read a number of JSON; a whole one too large for a float to tell from its neighbours becomes an exact integer.
+    """Parse a JSON number; an integer too large to be exact as a float becomes an exact integer.
 
-    Otherwise two ids such as 9007199254740992.0 and 9007199254740993.0 would be one.
+    Otherwise two ids such as 9007199254740992.0 and 9007199254740993.0 would be equal.
     """
     result = float(number)
     return int(Decimal(number)) if abs(result) >= WHOLE and math.isfinite(result) else result
 
 
 class _Twice(Exception):
-    """A key that stands twice in one object."""
+    """A key that is repeated in one object."""
 
 
 def _twice(place: Place | str, twice: _Twice) -> DataError:
@@ -348,24 +348,24 @@ def _text(place: Place, what: str, column: str, value: object) -> str:
 
 
 def _fast(piece: Piece, schema: pa.Schema) -> pa.Table | None:
-    """Return the columns of lines; None if some line is not JSON, or a value is of another type."""
+    """Return the columns of lines; None if a line is not JSON, or a value has another type."""
     try:
         table = pa_json.read_json(
             in_arrow(piece.raw),
             read_options=pa_json.ReadOptions(block_size=len(piece.raw) + 1),
             parse_options=pa_json.ParseOptions(explicit_schema=schema, unexpected_field_behavior="ignore"),
         )
-        table.validate(full=True)  # its parser does not look whether texts are UTF-8
+        table.validate(full=True)  # the JSON parser does not check that texts are UTF-8
     except pa.ArrowException:
         return None
     return table if table.num_rows == piece.height else None  # blank lines, or two objects in one line
 
 
 def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
-    """Read a table; the first line says which columns there are, and whether ids are texts or whole numbers.
+    """Read a table; the first line defines the columns, and whether ids are texts or integers.
 
     Raises:
-        Unusual: If some line is unlike the first one.
+        Unusual: If a line differs in structure from the first one.
     """
     names: list[str] = []
     columns: dict[tuple[str, ...], Column] = {}
@@ -374,7 +374,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
         for piece in Pieces(source, stream):
             if not names:
                 names, columns, schema = _first_object(piece.raw, wanted)
-                # A key that begins further down belongs to a table whose rows are not alike.
+                # A key that first occurs further down means that the rows of the table differ.
                 lacking = wanted.keys() - {column.name for column in columns.values()}
                 absent = [json.dumps(name, ensure_ascii=plain).encode() for name in lacking for plain in (True, False)]
             table = None if any(key in piece.raw for key in absent) else _fast(piece, schema)
@@ -392,7 +392,7 @@ def _gathered(source: Source, wanted: Mapping[str, Kind]) -> Table:
 def _first_object(
     piece: bytes, wanted: Mapping[str, Kind]
 ) -> tuple[list[str], dict[tuple[str, ...], Column], pa.Schema]:
-    """Return the columns, those of them that are kept by their keys within each other, and the types of these."""
+    """Return the columns, the kept ones among them by their nested keys, and their types."""
     try:
         record = json.loads(piece[: piece.find(b"\n") + 1 or len(piece)])
     except (ValueError, RecursionError):
@@ -403,7 +403,7 @@ def _first_object(
     names = {".".join(keys): keys for keys in plain}
     if not 0 < len(names) == len(plain) <= MAX_COLUMNS:
         raise Unusual
-    # Lists, and objects that are empty here, are read with care.
+    # Lists, and objects that are empty here, need the careful reader.
     if any(name not in names and (name in record or is_path(name)) for name in wanted):
         raise Unusual
     columns: dict[tuple[str, ...], Column] = {}
@@ -425,7 +425,7 @@ def _first_object(
 def _plain_values(
     record: Mapping[str, object], above: tuple[str, ...] = ()
 ) -> Iterator[tuple[tuple[str, ...], object]]:
-    """Yield the values of an object and of those within it, with the keys that lead to them."""
+    """Yield the values of an object and of nested objects, with their key paths."""
     for key, value in record.items():
         if isinstance(value, dict) and len(above) < DEEPEST and len(value) <= MOST_KEYS:
             yield from _plain_values(value, (*above, key))
@@ -445,7 +445,7 @@ def _type_of(value: object, kind: Kind) -> pa.DataType:
 
 
 def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
-    """Return the types of columns, of objects those of what is in them."""
+    """Return the types of columns; of an object, the types of its columns."""
     return [(key, pa.struct(_typed(held)) if isinstance(held, dict) else held) for key, held in types.items()]
 
 
@@ -453,7 +453,7 @@ def _typed(types: Mapping[str, Any]) -> list[tuple[str, pa.DataType]]:
 
 
 def object_blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:
-    """Read columns of a published file of objects, whose missing values are nulls.
+    """Read columns of a published file of objects, with nulls for missing values.
 
     Raises:
         DataError: If the file is damaged, lacks a column, or has a line that cannot be read.
@@ -488,7 +488,7 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[
     """Read a published file of objects one by one.
 
     Raises:
-        DataError: If the file is damaged, or has a line that cannot be read.
+        DataError: If the file is damaged, or a line cannot be read.
     """
     row = 0
     with source.open() as stream:
@@ -499,7 +499,7 @@ def object_records(source: Source, form: Form) -> Iterator[tuple[Place, Mapping[
 
 
 def _objects(piece: Piece, form: Form, row: int) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Yield the objects of lines with their places; blank lines are no rows."""
+    """Yield the objects of lines with their places, skipping blank lines."""
     for line, text in numbered_lines(decoded(piece)):
         if text.strip():
             row += 1
@@ -520,10 +520,10 @@ def _cell(place: Place, name: str, value: object) -> str | None:
 
 
 def checked(place: Place, name: str, text: str) -> str:
-    """Return a text that can be stored as UTF-8.
+    """Return a text after checking that it can be stored as UTF-8.
 
     Raises:
-        DataError: If it holds half of a surrogate pair, or NUL.
+        DataError: If it has a lone surrogate or NUL.
     """
     if not text.isascii() and any("\ud800" <= mark <= "\udfff" for mark in text):
         raise DataError.at(
@@ -552,7 +552,7 @@ def _object(place: Place, text: str, form: Form) -> Mapping[str, object]:
 
 
 def _literal(place: Place, text: str) -> object:
-    """Read a Python literal; `ast.literal_eval` builds values and runs nothing."""
+    """Parse a Python literal; `ast.literal_eval` builds values and runs no code."""
     if len(text) > _LONGEST_LITERAL:
         raise DataError.at(
             place,

@@ -1,4 +1,4 @@
-"""Reads Parquet files, and takes the plain columns of Arrow tables."""
+"""Reads Parquet files, and the plain columns of Arrow tables."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ FAULTS = (
     *(pa.ArrowException, pl.exceptions.PolarsError, OSError, MemoryError, ArithmeticError),
     *(LookupError, TypeError, ValueError, pl.exceptions.PanicException),
 )
-"""What the libraries raise on a damaged file."""
+"""Exceptions that the libraries raise for a damaged file."""
 
 FREE_BYTES = 2**30
-"""A table may take so many bytes of memory however small its file is: repeated texts are stored once."""
-# Rows that are decoded at a time: few enough that one long text in all of them ends before the memory does.
+"""Memory allowed for the table of a file of any size: repeated texts are stored once."""
+# Rows decoded at a time: few enough that a long text repeated in all of them is detected before memory runs out.
 _BATCH, _FEW = 2048, 64
 _ROWS = 2**20
 _LONG_ROW = 4096
@@ -46,7 +46,7 @@ def parquet(name: str, raw: bytes, sha256: str = "") -> Table:
     """Read a Parquet file.
 
     Raises:
-        DataError: If it is not Parquet, is damaged, unpacks to far more than it holds, or has no rows.
+        DataError: If it is not Parquet, is damaged, unpacks to far more than its size, or has no rows.
     """
     with parquet_file(name, raw) as file:
         table = _read(name, file, len(raw))
@@ -59,11 +59,11 @@ def parquet_file(name: str, source: Path | bytes) -> Iterator[pq.ParquetFile]:
     """Open a Parquet file.
 
     Args:
-        name: What errors call it.
+        name: Its name in errors.
         source: Its path, or its bytes.
 
     Raises:
-        DataError: If it is not Parquet or is damaged, here or while it is read, or says that it holds far too much.
+        DataError: If it is not Parquet or is damaged, now or while it is read, or declares far too much data.
     """
     try:
         file = pq.ParquetFile(io.BytesIO(source) if isinstance(source, bytes) else source)
@@ -76,10 +76,10 @@ def parquet_file(name: str, source: Path | bytes) -> Iterator[pq.ParquetFile]:
 
 
 def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
-    """Check what a file says of itself.
+    """Check the sizes that a file declares.
 
     Raises:
-        DataError: If it names a column twice, or claims more rows or bytes than it can hold.
+        DataError: If a column name is repeated, or it declares more rows or bytes than it can contain.
     """
     column_names(name, file.schema_arrow.names)
     rows, groups = file.metadata.num_rows, range(file.metadata.num_row_groups)
@@ -94,12 +94,12 @@ def check_size(name: str, file: pq.ParquetFile, stored: int) -> None:
 
 
 def room(stored: int) -> int:
-    """Return how many bytes a file of a size may unpack to."""
+    """Return the maximum decompressed bytes for a file size."""
     return min(limits.MAX_BYTES, max(FREE_BYTES, limits.MAX_RATIO * stored))
 
 
 def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
-    """Read the columns that hold something that can be read; the others are not even decoded."""
+    """Read the columns with readable values; others are not even decoded."""
     schema = file.schema_arrow
     wanted = [field.name for field in schema if is_read(field.type)]
     if not wanted:
@@ -123,7 +123,7 @@ def _read(name: str, file: pq.ParquetFile, stored: int) -> pa.Table:
 
 
 def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
-    """Read plain columns of a Parquet file, batch by batch; None if it has to be read with care.
+    """Read plain columns of a Parquet file, batch by batch; None if it needs the careful reader.
 
     Args:
         path: The file.
@@ -135,10 +135,10 @@ def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
         file = pq.ParquetFile(path)
         check_size(str(path), file, path.stat().st_size)
         schema = file.schema_arrow
-        # What is asked for may be within a column that is not plain.
+        # A requested path may be within a column that is not plain.
         if any(is_path(name) and head(name) in schema.names and name not in schema.names for name in wanted):
             return None
-        # Texts that stand in many rows are stored once; spelled out, a long one would fill the memory.
+        # Texts that repeat in many rows are stored once; with a copy per row, a long one would fill the memory.
         coded = [field.name for field in schema if wanted.get(field.name) == "id" and is_text(field.type)]
         if any(is_text(field.type) for field in schema if wanted.get(field.name, "id") != "id"):
             return None
@@ -166,7 +166,7 @@ def columns_of(path: Path, wanted: Mapping[str, Kind]) -> Table | None:
 
 
 def spelled_out(column: Any) -> int:
-    """Return the bytes that texts take once each row has its own; 0 where they have that already."""
+    """Return the bytes that texts take with a copy per row; 0 if they are stored like that already."""
     if not pa.types.is_dictionary(column.type):
         return 0
     lengths = pc.binary_length(column.dictionary)
@@ -174,10 +174,10 @@ def spelled_out(column: Any) -> int:
 
 
 def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
-    """Take the columns of an Arrow table, those within objects by their paths.
+    """Return the table of an Arrow table; columns within objects are named by their paths.
 
     Raises:
-        DataError: If there are no rows, or two columns have one name.
+        DataError: If there are no rows, or a column name is repeated.
     """
     try:
         column_names(name, table.column_names)
@@ -210,5 +210,5 @@ def from_arrow(name: str, table: Any, sha256: str = "") -> Table:
 
 
 def unread(schema: pa.Schema, reads: Callable[[Any], bool] = is_read) -> dict[str, str]:
-    """Return the columns of types that are not read, with what they hold."""
+    """Return the columns of unreadable types, with descriptions of their values."""
     return {field.name: held(field.type) for field in schema if not reads(field.type)}

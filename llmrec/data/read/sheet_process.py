@@ -1,11 +1,11 @@
-"""Reads one sheet in a process whose memory is bounded; `sheets` starts it by its path, and it imports no llmrec.
+"""Reads one sheet in a process with limited memory; `sheets` runs this file by its path, and it does not import llmrec.
 
-A few bytes of a spreadsheet can name a cell in the last column of the last row. The library then asks for memory for
-every cell up to there, and where that is refused it ends the process that called it.
+A few bytes of a spreadsheet can name a cell in the last column of the last row. The library then requests memory for
+every cell up to there and, if that is refused, ends the process that called it.
 
 Standard input: a line of JSON, ``{"sheet": NAME or null, "load": bool, "bytes": N, "columns": N}``, and then the file.
 Standard output: a line of JSON, ``{"error": TEXT}`` or ``{"names": [...], "head": [...]}``, and then the sheet in the
-IPC format of Arrow.
+Arrow IPC format.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import fastexcel
 import polars as pl
 
 _LARGE = r"^-?\d{16,}(\.\d+)?$"
-"""What numbers look like from 10^15 on; floats tell whole numbers apart up to 2^53, which is 9 * 10^15."""
+"""Format of numbers from 10^15 on; floats are exact for integers up to 2^53, which is 9 * 10^15."""
 
 
 def limit(more: int) -> None:
-    """Let this process take this much memory in addition to what its libraries have reserved, where the system can."""
+    """Limit this process to this much memory in addition to what its libraries have reserved, if the system can."""
     try:
         import resource
 
@@ -35,10 +35,10 @@ def limit(more: int) -> None:
 
 
 def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[str, Any], pl.DataFrame | None]:
-    """Return the names of the sheets, the first row of the chosen one, and its table, every cell as text.
+    """Return the sheet names, the first row of the chosen sheet, and its table, with every cell as text.
 
-    Numbers of a spreadsheet are floats. Columns of them that hold some so large that two whole numbers are the same
-    float stay floats: whoever reads ids from them must know. A sheet of more columns than ``most`` is not loaded.
+    Numbers of a spreadsheet are floats. Columns with some so large that two integers are the same float stay floats, so
+    that code that reads ids can detect them. A sheet of more columns than ``most`` is not loaded.
     """
     book = fastexcel.read_excel(raw)
     names = list(book.sheet_names)
@@ -62,14 +62,14 @@ def sheet(raw: bytes, name: str | None, *, load: bool, most: int) -> tuple[dict[
 
 
 def main() -> None:
-    """Answer one question."""
+    """Answer one request."""
     asked = json.loads(sys.stdin.buffer.readline())
     raw = sys.stdin.buffer.read()
     limit(asked["bytes"])
     frame = None
     try:
         answer, frame = sheet(raw, asked["sheet"], load=asked["load"], most=asked["columns"])
-    except BaseException as error:  # a panic of a library in Rust is no Exception
+    except BaseException as error:  # a panic of a Rust library is not an Exception
         answer = {"error": str(error)}
     sys.stdout.buffer.write(json.dumps(answer).encode() + b"\n")
     if frame is not None:

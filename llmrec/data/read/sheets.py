@@ -1,4 +1,4 @@
-"""Reads a sheet of a spreadsheet, every cell as text: ``orders.xlsx``, or ``orders.xlsx#Sheet 2``."""
+"""Reads a sheet of a spreadsheet, with every cell as text: ``orders.xlsx``, or ``orders.xlsx#Sheet 2``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ log = logger(__name__)
 SHEETS = (".xlsx", ".xlsm", ".xlsb", ".xls", ".ods")
 """Endings of spreadsheets."""
 _MEMORY, _MEMORY_PER_BYTE = 2**30, 40
-"""Bytes of memory that reading may take, and as many more for each byte of the unpacked file: a cell takes about 24."""
+"""Memory allowed for reading in bytes, and in bytes per byte of the decompressed file: a cell takes about 24."""
 
 
 def split_sheet(path: Path) -> tuple[Path, str | None]:
-    """Return a spreadsheet and the sheet that stands behind ``#``; other paths as they are."""
+    """Return a spreadsheet's path and the sheet name after ``#``; other paths unchanged."""
     book, mark, sheet = str(path).rpartition("#")
     if mark and Path(book).suffix.lower() in SHEETS and not path.exists():
         return Path(book), sheet
@@ -34,31 +34,31 @@ def split_sheet(path: Path) -> tuple[Path, str | None]:
 
 
 def sheets_of(path: Path) -> list[str]:
-    """Return a spreadsheet's sheets as recipes name them, ``orders.xlsx#Sheet 2``; none if it cannot be read.
+    """Return a spreadsheet's sheets as named in recipes, ``orders.xlsx#Sheet 2``; empty if it cannot be read.
 
     Raises:
         MissingExtra: If ``fastexcel`` is not installed.
     """
     try:
         names, _, _ = _asked(path, path.read_bytes(), None, load=False)
-    except (OSError, DataError):  # whoever reads the sheet is told what is wrong with it
+    except (OSError, DataError):  # reading the sheet reports what is wrong with it
         return []
     return [f"{path}#{name}" for name in names]
 
 
 def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
-    """Read one sheet; dates become ISO dates, and nothing is calculated: a formula has the value that was saved.
+    """Read one sheet; dates become ISO dates, and nothing is calculated: a formula has its saved value.
 
-    All columns are text but those of numbers too large for ids, see `sheet_process`.
+    All columns are texts, except those of numbers too large for ids; see `sheet_process`.
 
     Args:
         path: The spreadsheet, for errors.
         raw: Its bytes.
-        sha256: Of them.
-        sheet: Which one; None: the first, with a warning where there are others.
+        sha256: Their hash.
+        sheet: The sheet; None: the first, with a warning if there are others.
 
     Raises:
-        DataError: If it is damaged, plays tricks, or has no such sheet or no rows.
+        DataError: If the spreadsheet is damaged or malicious, or the sheet is missing or has no rows.
         MissingExtra: If ``fastexcel`` is not installed.
     """
     names, head, frame = _asked(path, raw, sheet, load=True)
@@ -77,11 +77,11 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
         others = enumerated(names[1:])
         log.warning("%s: the first sheet is read, %s; name another as %s#SHEET: %s", path, chosen, path, others)
     name = f"{path}#{chosen}" if len(names) > 1 else str(path)
-    # The library gives a column that stands twice another name.
+    # The library renames a repeated column.
     column_names(name, [text for text in head if text])
     columns = [column.strip() for column in frame.columns]
     frame = frame.rename(dict(zip(frame.columns, columns, strict=True))).fill_null("")
-    # Rows that were emptied and not deleted stand below the last one.
+    # Rows that were cleared but not deleted follow the last one.
     result = (pl.all().cast(pl.String).str.strip_chars() != "").fill_null(value=False)
     filled = frame.select(pl.any_horizontal(result)).to_series() if columns else pl.Series([])
     rows = filled.arg_true().to_list() if len(filled) else []
@@ -93,7 +93,7 @@ def sheet_of(path: Path, raw: bytes, sha256: str, sheet: str | None) -> Table:
 def _asked(
     path: Path, raw: bytes, sheet: str | None, *, load: bool
 ) -> tuple[list[str], list[str | None], pl.DataFrame | None]:
-    """Return the names of the sheets, the first row of the chosen one, and its table; see `sheet_process`."""
+    """Return the sheet names, the first row of the chosen sheet, and its table; see `sheet_process`."""
     require("fastexcel", "tables")
     size = _refuse_tricks(path, raw)
     question = json.dumps(
@@ -102,7 +102,7 @@ def _asked(
     done = subprocess.run(
         [sys.executable, "-P", str(Path(__file__).with_name("sheet_process.py"))],
         input=question.encode() + b"\n" + raw,
-        # The bound counts what each thread reserves, too.
+        # The limit also counts what each thread reserves.
         env={**os.environ, "POLARS_MAX_THREADS": "1", "RAYON_NUM_THREADS": "1"},
         capture_output=True,
         check=False,
@@ -127,7 +127,7 @@ def _asked(
 
 
 def _refuse_tricks(path: Path, raw: bytes) -> int:
-    """Refuse an archive that unpacks to far more than it holds, before anything unpacks it, and return that size."""
+    """Reject an archive that unpacks to far more than its size, before it is unpacked, and return the unpacked size."""
     if not raw.startswith(b"PK"):
         return len(raw)
     try:

@@ -1,4 +1,4 @@
-"""Reads a table of any kind, as its ending says: a file, packed or not, or all files of a folder or a pattern."""
+"""Reads a table in any format, by its ending: a file, compressed or not, or all files of a folder or pattern."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from llmrec.data.read.text import Form, in_any_encoding
 from llmrec.errors import DataError, Place
 
 ATOMIC = (".inter", ".item", ".user")
-"""RecBole's files, whose header says what kind a column is of."""
+"""Endings of RecBole's files, whose header gives the types of the columns."""
 _ATOMIC_KINDS = (":token", ":float", ":token_seq", ":float_seq")
 SEPARATORS = {".csv": ",", ".tsv": "\t", ".txt": "\t", ".psv": "|", **dict.fromkeys(ATOMIC, "\t")}
 _JSON = (".jsonl", ".ndjson", ".json")
 _PARQUET = (".parquet", ".pq")
 _TABLES = (*SEPARATORS, *_JSON, *_PARQUET)
-# Bytes that are looked at to tell how many rows there are, and what a row takes at the peak.
+# Bytes examined to estimate the number of rows, and the peak memory of a row.
 _HEAD, _ROW = 2**16, 100
 
 
 def read_table(path: Path, wanted: Mapping[str, Kind] | None = None) -> Table:
-    """Read a CSV, TSV, JSON or Parquet file, packed or not; or all files of a folder or a pattern as one table.
+    """Read a CSV, TSV, JSON or Parquet file, compressed or not, or all files of a folder or pattern as one table.
 
-    Text that is no UTF-8 is read as UTF-16 or Windows-1252 where it seems to be that, with a warning.
+    Text that is not UTF-8 is read as UTF-16 or Windows-1252 if it seems to be one of them, with a warning.
 
     Args:
         path: The file, the folder or the pattern.
-        wanted: The columns that are needed, of those that are there, and what they hold; the other columns may be there
-            by name alone. None: all of them.
+        wanted: The needed columns, where they exist, with the kinds of their values; others may be only listed by name.
+            None: all columns.
 
     Raises:
         DataError: If it is missing, empty or malformed.
@@ -103,15 +103,15 @@ def _text(source: Source, kind: str, wanted: Mapping[str, Kind] | None) -> Table
 
 
 def blocks(source: Source, form: Form, wanted: Mapping[str, Kind]) -> Iterator[Table]:
-    """Read columns of a published file, some rows at a time.
+    """Read columns of a published file, in blocks of rows.
 
     Args:
         source: The file.
-        form: How it is written.
-        wanted: The columns, with what they hold. Delimited text gives texts for numbers too.
+        form: Its format.
+        wanted: The columns, with the kinds of their values. Delimited text gives texts for numbers too.
 
     Raises:
-        DataError: If the file is damaged or empty, lacks a column, or has a line that cannot be read.
+        DataError: If the file is damaged or empty, lacks a column, or a line cannot be read.
     """
     if form.kind == "delimited":
         yield from Delimited(source, form).blocks(wanted)
@@ -135,7 +135,7 @@ def header(source: Source, form: Form) -> tuple[str, ...]:
 
 
 def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tuple[Place, Mapping[str, object]]]:
-    """Read a published file row by row, as its place and its values by column; what a row lacks is left out.
+    """Read a published file row by row, as place and values by column; missing values are left out.
 
     Raises:
         DataError: As `blocks`.
@@ -157,11 +157,11 @@ def records(source: Source, form: Form, columns: Sequence[str]) -> Iterator[tupl
 
 
 def of_atomic(path: Path, ending: str) -> Path | None:
-    """Return one of RecBole's files of a data set, by its ending; None if it is not beside the interactions.
+    """Return a RecBole file of a data set by its ending; None if it is not next to the interactions.
 
     Args:
-        path: The file of interactions, or of a part of them (``NAME.train.inter``); or the folder that holds one, or
-            one that is called like the folder.
+        path: The file of interactions, or of a part of them (``NAME.train.inter``); or the folder with one, or with one
+            that has the folder's name.
         ending: ``.inter``, ``.item`` or ``.user``.
     """
     result = sorted(path.glob("*.inter")) if path.is_dir() else [path]
@@ -173,25 +173,25 @@ def of_atomic(path: Path, ending: str) -> Path | None:
 
 
 def is_pattern(path: Path) -> bool:
-    """Whether a path stands for the files that fit it, such as ``part-*.csv``; a file of that very name goes first."""
+    """Whether a path is a pattern such as ``part-*.csv``; an existing file of that exact name takes precedence."""
     return glob.has_magic(str(path)) and not split_sheet(path)[0].exists()
 
 
 def fitting(pattern: Path) -> list[Path]:
-    """Return what fits a pattern, by name."""
+    """Return the paths that match a pattern, by name."""
     start = Path(pattern.anchor)
     return sorted(start.glob(str(pattern.relative_to(start))) if pattern.anchor else Path().glob(str(pattern)))
 
 
 def _endings(path: Path) -> tuple[str, str]:
-    """Return the ending that says what a file holds, and the one that says how it is packed; empty where none does."""
+    """Return the ending of a file's format and the ending of its compression; empty for an unknown one."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packing = suffixes.pop() if suffixes and suffixes[-1] in PACKED else ""
     return (suffixes[-1] if suffixes else ""), packing
 
 
 def without_kinds(table: Table) -> Table:
-    """Return a table without the kinds in the names of its columns, where all of them have one."""
+    """Return a table without the types in its column names, if all of them have one."""
     columns = table.frame.columns
     if not all(name.endswith(_ATOMIC_KINDS) for name in columns):
         return table
@@ -200,10 +200,10 @@ def without_kinds(table: Table) -> Table:
 
 
 def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
-    """Read the tables of a folder, or those that fit a pattern, in the order of their names."""
+    """Read the tables of a folder or pattern, in the order of their names."""
     result = sorted(path.iterdir()) if path.is_dir() else fitting(path)
     if (events := of_atomic(path, ".inter")) is not None:
-        result = [events]  # its other tables are about items and users
+        result = [events]  # the other tables are about items and users
     shown = [file for file in result if file.is_file() and not file.name.startswith((".", "_"))]
     files = [file for file in shown if _endings(file)[0] in _TABLES or _endings(file)[1] == ".zip"]
     if not files:
@@ -219,10 +219,10 @@ def _several(path: Path, wanted: Mapping[str, Kind] | None) -> Table:
 
 
 def check_memory(path: Path) -> None:
-    """Refuse a table whose rows, as their number seems to be, will not fit the memory.
+    """Reject a table whose estimated number of rows does not fit in memory.
 
     Raises:
-        DataError: With both figures.
+        DataError: With both sizes.
     """
     try:
         with path.open("rb") as file:

@@ -1,4 +1,4 @@
-"""Tables in memory: where their rows are in the files, several tables as one, lists as rows, finding columns."""
+"""Tables in memory: the places of rows in files, concatenation, lists as rows, and the search for columns."""
 
 from __future__ import annotations
 
@@ -23,28 +23,28 @@ from llmrec.terminal import logger
 log = logger(__name__)
 
 MAX_COLUMNS = 2000
-"""Most columns of a table; more of them are rows that a wrong line end or separator has put side by side."""
+"""Maximum number of columns; more result from rows joined by a wrong line end or separator."""
 _LONGEST_NAME = 1000
 NONE = "none"
-"""What a key of ``data.columns`` says where no column is meant, though one has the name that llmrec looks for."""
+"""Value of a key of ``data.columns`` that disables a column, although one has llmrec's default name."""
 _COMPULSORY = ("data.columns.user", "data.columns.item")
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table as read.
+    """A table as read from a file.
 
     Attributes:
-        name: The file, as errors call it.
-        frame: The values: strings from text files, any type from Parquet.
-        sha256: Of the file as it is stored; empty if it is not a file.
-        lines: The line of each row, or None if row n is in line n + ``header``.
-        header: Lines before the first row.
-        unusable: Columns that are left out, with what they hold.
-        parts: The tables of which this one is made, one behind the other; empty for a single file.
-        rows: The 0-based place of each row in the file, where rows were left out; None: all stand there.
-        unread: Columns that are there by name alone, since nobody asked for them.
-        lists: Columns of Arrow with a list in each row, by path; see `llmrec.data.read.nested`.
+        name: The file, for errors.
+        frame: The values: texts from text files, any type from Parquet.
+        sha256: Hash of the file as stored; empty if it is not a file.
+        lines: The line of each row, or None if row n is on line n + ``header``.
+        header: Number of lines before the first row.
+        unusable: Columns that are left out, with descriptions of their values.
+        parts: The concatenated tables; empty for a single file.
+        rows: The 0-based index of each row in the file, if rows were left out; None: all rows are there.
+        unread: Columns that are only listed by name, because they were not requested.
+        lists: Arrow columns with a list in each row, by path; see `llmrec.data.read.nested`.
     """
 
     name: str
@@ -62,7 +62,7 @@ class Table:
         """Return a column.
 
         Raises:
-            LookupError: If it was not read: whoever asks for it must say so when the table is read.
+            LookupError: If it was not read: columns must be requested when the table is read.
         """
         if name in self.unread:
             raise LookupError(f"column {name!r} of {self.name} was not read")
@@ -83,10 +83,10 @@ class Table:
 
 
 def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> list[str]:
-    """Return the names of columns, without blanks around them.
+    """Return column names without surrounding blanks.
 
     Raises:
-        DataError: If one stands there twice, or there are too many.
+        DataError: If one is repeated, or there are too many.
     """
     names = [column.strip() for column in found]
     if len(names) > MAX_COLUMNS:
@@ -112,10 +112,10 @@ def column_names(name: str, found: Iterable[str], fix: str = "rename one") -> li
 
 
 def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> None:
-    """Check that a file has the columns that are asked for.
+    """Check that a file has the requested columns.
 
     Raises:
-        DataError: If it lacks one.
+        DataError: If one is missing.
     """
     for column in wanted:
         if column not in names:
@@ -132,22 +132,22 @@ def check_columns(name: str, names: Sequence[str], wanted: Iterable[str]) -> Non
 
 
 def paths(table: Table) -> list[str]:
-    """Return the names of the columns in the lists of a table."""
+    """Return the column names within the lists of a table."""
     first = table.parts[0] if table.parts else table
     return [path for name, column in first.lists.items() for path in paths_within(name, column.type.value_type)]
 
 
 def find(table: Table, name: str | None, default: str, key: str) -> str | None:
-    """Return the column that a recipe means.
+    """Return the column for a recipe's key.
 
     Args:
-        table: Where to look.
-        name: The recipe's value; None means ``default``, if there is such a column, and `NONE` none at all.
-        default: llmrec's own name.
+        table: The table.
+        name: The recipe's value; None means ``default`` if there is such a column, and `NONE` no column.
+        default: llmrec's default name.
         key: The recipe's key, for the error.
 
     Raises:
-        DataError: If the recipe names a column that is not there.
+        DataError: If the recipe names a missing column.
     """
     columns = table.frame.columns
     if name == NONE and name not in columns and key not in _COMPULSORY:
@@ -168,10 +168,10 @@ def find(table: Table, name: str | None, default: str, key: str) -> str | None:
 
 
 def check_usable(table: Table, column: str, key: str) -> None:
-    """Refuse a column that is there and was left out, since nobody would notice.
+    """Reject a column that exists but was left out, which would otherwise go unnoticed.
 
     Raises:
-        DataError: Naming what it holds.
+        DataError: With a description of its values.
     """
     if column not in table.unusable:
         return
@@ -185,15 +185,15 @@ def check_usable(table: Table, column: str, key: str) -> None:
 
 
 def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
-    """Refuse a table of users none of whom has interactions: its ids must be written otherwise.
+    """Reject a user table without any user of the interactions: its ids must have another format.
 
     Args:
-        name: Of the table.
+        name: Name of the table.
         own: Its users.
         known: Users of the interactions.
 
     Raises:
-        DataError: If it is one.
+        DataError: If no user matches.
     """
     own, known = (ids.cast(pl.String).unique() for ids in (own, known))
     result = int(known.is_in(own.implode()).sum())
@@ -212,10 +212,10 @@ def check_matched(name: str, own: pl.Series, known: pl.Series) -> None:
 
 
 def joined(tables: Sequence[Table]) -> Table:
-    """Return tables of the same columns as one, the rows of each behind those before; errors name the file of a row.
+    """Return the concatenation of tables with the same columns; errors name the file of a row.
 
     Raises:
-        DataError: If a column is not in all of them, or holds values that do not go together.
+        DataError: If a column is missing in one of them, or has incompatible values.
     """
     first = tables[0]
     for table in tables[1:]:
@@ -250,7 +250,7 @@ def joined(tables: Sequence[Table]) -> Table:
 
 
 def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> pl.Series:
-    """Return the values of a column of several tables."""
+    """Return a column of concatenated tables."""
     if name in unread:
         return pl.repeat(None, sum(map(len, parts)), dtype=pl.Null, eager=True).alias(name)
     if all(isinstance(part.dtype, pl.Enum) for part in parts):
@@ -265,16 +265,16 @@ def _stacked(name: str, parts: Sequence[pl.Series], unread: frozenset[str]) -> p
 
 
 def rows_of(table: Table, names: Iterable[str | None]) -> Table:
-    """Return a table with a row for each element of the list that columns are named in; others as they are.
+    """Return a table with a row per element of the list that the columns are in; other tables unchanged.
 
-    Rows keep their place in the file, so that errors name it. A row whose list is empty gives none.
+    Rows keep their place in the file for errors. A row with an empty list is left out.
 
     Args:
-        table: As it was read.
-        names: The columns that are needed, such as ``lines[].sku``.
+        table: The table as read.
+        names: The needed columns, such as ``lines[].sku``.
 
     Raises:
-        DataError: If columns of two lists are named, or all lists are empty.
+        DataError: If the columns are in two lists, or all lists are empty.
     """
     chosen = tuple(name for name in names if name is not None and EACH in name)
     if not chosen:
@@ -290,7 +290,7 @@ def rows_of(table: Table, names: Iterable[str | None]) -> Table:
 
 
 def _along(table: Table, names: Sequence[str]) -> Table:
-    """Return the rows of one file, of which there may be none."""
+    """Return the rows of one file, possibly none."""
     wanted = {name: lists_in(name) for name in names if name not in table.frame.columns}
     wanted = {name: lists for name, lists in wanted.items() if lists and lists[0] in table.lists}
     if not wanted:
@@ -312,7 +312,7 @@ def _along(table: Table, names: Sequence[str]) -> Table:
 
 
 def _exploded(table: Table, name: str) -> Table:
-    """Return a table with a row for each element of a list."""
+    """Return a table with a row per element of a list."""
     column = table.lists[name]
     counts = pc.list_value_length(column).fill_null(0).to_numpy()
     rows = np.repeat(np.arange(len(counts)), counts)
@@ -339,7 +339,7 @@ def _exploded(table: Table, name: str) -> Table:
 
 
 def _bytes(texts: pl.Series) -> pl.Series:
-    """Return the bytes of the texts in each row."""
+    """Return the number of bytes of the texts in each row."""
     if texts.dtype == pl.String:
         return texts.str.len_bytes().cast(pl.Int64).fill_null(0)
     return texts.list.eval(pl.element().str.len_bytes().cast(pl.Int64)).list.sum().fill_null(0)

@@ -1,4 +1,4 @@
-"""Text files as whole lines, some megabytes at a time, decoded; in UTF-8 or in the encoding that they seem to have."""
+"""Reads text files as blocks of whole lines, decoded from UTF-8 or from the encoding that they seem to have."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ log = logger(__name__)
 Read = TypeVar("Read")
 
 BLOCK = 8 * 2**20
-"""Bytes that are read at a time."""
+"""Bytes read at a time."""
 LONGEST = 64 * 2**20
-"""Bytes of the longest line and field; a file of one endless line stops here and not when memory is full."""
+"""Maximum bytes of a line or field, so that a file with one endless line fails before memory is full."""
 _LINE = re.compile(r"[^\n]+")
 _MARK = re.compile(b"(?m)^(?:%b)+" % codecs.BOM_UTF8)
 
 
 class Form(Section):
-    """How a file is written.
+    """The format of a file.
 
     Attributes:
-        kind: ``json``: one JSON object a line; ``dicts``: one JSON object or Python dictionary a line.
-        separator: Between the fields of delimited text; may be longer than one character.
-        columns: Names of the columns of a file without a header.
+        kind: ``json``: one JSON object per line; ``dicts``: one JSON object or Python dictionary per line.
+        separator: Separator between the fields of delimited text; may have more than one character.
+        columns: Column names of a file without a header.
         quoted: Whether a double quote opens a field in which separators and line breaks are text.
-        encodings: The first one in which the whole file can be read is taken.
+        encodings: Encodings to try; the first that fits the whole file is used.
     """
 
     kind: Literal["delimited", "json", "dicts"]
@@ -63,12 +63,12 @@ class Form(Section):
 
 @dataclass(frozen=True)
 class Piece:
-    """Some whole lines of a file.
+    """Whole lines of a file.
 
     Attributes:
         source: The file.
         raw: The lines.
-        line: Lines of the file before these.
+        line: Number of lines of the file before these.
     """
 
     source: Source
@@ -82,28 +82,28 @@ class Piece:
 
 
 class TooLong(DataError):
-    """A line, or a row whose quoted field does not end, of more than `LONGEST` bytes."""
+    """Raised for a line, or a row with an unclosed quoted field, of more than `LONGEST` bytes."""
 
 
 class Pieces:
-    """The lines of an open file, some megabytes at a time.
+    """Iterates over the lines of an open file in blocks of several megabytes.
 
     Attributes:
-        line: Lines before the next piece.
-        ended: Whether nothing follows the latest piece.
+        line: Number of lines before the next block.
+        ended: Whether the latest block was the last.
     """
 
     def __init__(
         self, source: Source, stream: Any, *, quoted: bool = False, head: Place | None = None, block: int | None = None
     ) -> None:
-        """Take a file.
+        """Set up for a file.
 
         Args:
             source: The file.
             stream: Its bytes.
             quoted: Whether fields may be quoted, for errors.
-            head: What errors call its beginning.
-            block: Bytes that are read at a time; `BLOCK` by default.
+            head: The place of its beginning, for errors.
+            block: Bytes read at a time; `BLOCK` by default.
         """
         self.line, self.ended = 0, False
         self._source, self._stream, self._quoted = source, stream, quoted
@@ -117,11 +117,11 @@ class Pieces:
         return self
 
     def __next__(self) -> Piece:
-        """Return the next lines, without the byte order marks that they begin with where files were put together.
+        """Return the next lines, without the byte order marks at the beginnings of concatenated files.
 
         Raises:
-            DataError: If the file begins like something else than text, or a line is too long; the next call then goes
-                on behind that line.
+            DataError: If the file begins like something else than text, or a line is too long; the next call continues
+                after that line.
         """
         raw = self._next()
         if not raw:
@@ -135,7 +135,7 @@ class Pieces:
         return piece if raw else next(self)
 
     def _next(self) -> bytes:
-        """Return lines until the last line end that was read; at the end of the file all that is left."""
+        """Return the lines up to the last line end that was read, or all remaining ones at the end of the file."""
         data: bytes = self._rest
         while not self.ended:
             chunk: bytes = self._stream.read(self._block)
@@ -156,12 +156,12 @@ class Pieces:
         return data
 
     def keep(self, raw: bytes) -> None:
-        """Put back lines at the end of the latest piece, to be the beginning of the next one."""
+        """Put back lines from the end of the latest block, so that the next block begins with them."""
         self._rest = raw + self._rest
         self.line -= raw.count(b"\n")
 
     def too_long(self) -> TooLong:
-        """Return the error for a line or a row that is too long."""
+        """Return the error for a line or row that is too long."""
         published = self._source.published
         return TooLong.at(
             self._source.name,
@@ -173,7 +173,7 @@ class Pieces:
 
 
 def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
-    """Yield the lines that hold something with their 0-based numbers; millions of empty ones cost little."""
+    """Yield the non-blank lines with their 0-based numbers; fast for millions of blank ones."""
     line = last = 0
     for match in _LINE.finditer(text):
         line += text.count("\n", last, match.start())
@@ -184,9 +184,8 @@ def numbered_lines(text: str) -> Iterator[tuple[int, str]]:
 def in_arrow(raw: bytes) -> pa.BufferReader:
     """Return bytes as a file in Arrow's own memory.
 
-    Arrow's threads may let go of a file after the call that read it has returned. One that is a Python object needs the
-    interpreter for that, and a program that ends in this moment is aborted ("terminate called without an active
-    exception").
+    Arrow's threads may release a file after the call that read it has returned. For a Python object they need the
+    interpreter, so a program that exits at that time is aborted ("terminate called without an active exception").
     """
     memory = pa.allocate_buffer(len(raw))
     pa.FixedSizeBufferWriter(memory).write(raw)
@@ -197,15 +196,15 @@ def in_arrow(raw: bytes) -> pa.BufferReader:
 
 
 def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None) -> str:
-    """Decode lines.
+    """Return lines as text.
 
     Args:
         piece: The lines.
-        encoding: Of the file.
-        header: Lines of the file before its first row, with which errors name the row; None: the line alone.
+        encoding: Encoding of the file.
+        header: Number of lines before the first row, so that errors name the row; None: only the line.
 
     Raises:
-        DataError: If some byte does not belong to the encoding, or is NUL.
+        DataError: If a byte is invalid in the encoding, or NUL.
     """
     published = piece.source.published
 
@@ -230,10 +229,10 @@ def decoded(piece: Piece, encoding: str = "utf-8", *, header: int | None = None)
 
 
 def decode(name: str, raw: bytes) -> str:
-    """Decode a whole file of UTF-8, without byte order marks.
+    """Return a whole UTF-8 file as text, without byte order marks.
 
     Raises:
-        DataError: If it is something else than text, or some byte is not UTF-8 or NUL.
+        DataError: If it is not text, or a byte is not UTF-8 or NUL.
     """
     check_head(Place(name, 1, 1), raw)
     return decoded(Piece(Given(name, raw), raw := _MARK.sub(b"", raw) if codecs.BOM_UTF8 in raw else raw, 0), header=0)
@@ -263,14 +262,14 @@ def whole(source: Source) -> bytes:
 
 
 def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
-    """Read a table as UTF-8, or else in the encoding that it seems to have, with a warning that says which.
+    """Read a table as UTF-8, or else in the encoding that it seems to have, with a warning.
 
     Args:
         source: The file.
-        read: Reads UTF-8.
+        read: Reads a UTF-8 source.
 
     Raises:
-        DataError: As ``read``, where no other encoding is likely.
+        DataError: As ``read``, if no other encoding is likely.
     """
     try:
         return read(source)
@@ -291,20 +290,20 @@ def in_any_encoding(source: Source, read: Callable[[Source], Read]) -> Read:
 
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
-# UTF-32 begins like UTF-16 with a NUL character.
+# UTF-32 begins like UTF-16 followed by a NUL character.
 _UTF32_MARKS = (codecs.BOM_UTF32_LE, codecs.BOM_UTF32_BE)
 _BEYOND = re.compile(rb"[\x80-\xff]+")
-# Longest mean run of bytes beyond ASCII: single letters in Western languages, whole words elsewhere.
+# Maximum mean run of non-ASCII bytes: single letters in Western languages, whole words in others.
 _LONGEST_RUN = 1.5
 _LOOKED_AT = 200_000
-# Characters beyond ASCII of Western languages; nearly all of those in a file must be among them.
+# Non-ASCII characters of Western languages; nearly all of those in a file must be among them.
 _LETTERS = "äáàâãåæçéèêëíìîïñóòôöõøœúùûüßýžšðþ"
 _USUAL = frozenset(_LETTERS + _LETTERS.upper() + "‘’‚“”„–—…•·«»‹›°ºª¡¿€£¥§©®™\xa0´²³½¼")
 _LEAST = 0.9
 
 
 def _other(raw: bytes) -> tuple[str, str] | None:
-    """Return the name of an encoding and the text; None if none is likely."""
+    """Return the name of the likely encoding and the text; None if none is likely."""
     if raw.startswith(_UTF16_MARKS) and not raw.startswith(_UTF32_MARKS):
         try:
             return "UTF-16", raw.decode("utf-16")
@@ -318,7 +317,7 @@ def _other(raw: bytes) -> tuple[str, str] | None:
     except UnicodeDecodeError:
         pass
     else:
-        return None  # what is wrong with it is no matter of its encoding
+        return None  # the problem is not the encoding
     try:
         text = raw.decode("cp1252")
     except UnicodeDecodeError:

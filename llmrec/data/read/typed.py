@@ -1,4 +1,4 @@
-"""Gives columns of tables, and of blocks of large files, their types, and names the first row that does not fit."""
+"""Converts columns of tables, and of blocks of large files, to types, and reports the first invalid row."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from llmrec.errors import DataError, Place
 
 # --------------------------------------------------------------------------- dates, as people and programs write them
 
-# Where 03/04/2024 may be in March or in April, the whole column decides: 31/05/2024 in another row shows that the day
+# Where 03/04/2024 may be in March or April, the whole column decides: 31/05/2024 in another row shows that the day
 # comes first. With dots it does by convention.
 
 
@@ -27,9 +27,9 @@ ORDERS: tuple[DateOrder, ...] = ("day-first", "month-first")
 
 Found = TypeVar("Found")
 
-# What polars and Python read alike, from the year 1 on; whatever else Python takes for a date is rare, and read by it.
+# Dates that polars and Python read in the same way, from the year 1 on; other dates are rare and read by Python.
 _ISO = r"^(?:[1-9]\d{3}|0[1-9]\d{2}|00[1-9]\d|000[1-9])-\d{2}-\d{2}([T ]\d{2}:\d{2}:[0-5]\d(\.\d{1,6})?Z?)?$"
-# Where the clock begins. A column has few different days and few different times of a day, so each is read once.
+# Start of the clock time. A column has few different days and few different times of day, so each is read once.
 _APART = r"[ T,]+(\d{1,2}[:.h]\d{2}(?:[^\d].*)?)$"
 _CLOCK = re.compile(
     r"(\d{1,2})[:.h](\d{2})(?:[:.](\d{2}))?(?:[.,](\d+))?\s*([ap]\.?m\.?)?\s*(Z|UTC|GMT|[+-]\d{2}:?\d{2})?",
@@ -44,7 +44,7 @@ _SPACED = re.compile(r"(\d{1,2})( )(\d{1,2}), (\d{4})")
 _GERMAN = {"mär": 3, "mrz": 3, "mai": 5, "okt": 10, "dez": 12}
 _ENGLISH = "jan feb mar apr may jun jul aug sep oct nov dec"
 _MONTHS = {name: number for number, name in enumerate(_ENGLISH.split(), start=1)} | _GERMAN
-# The year 69 is 2069, and 70 is 1970.
+# Two-digit years: 69 is 2069, and 70 is 1970.
 _THIS_CENTURY = 70
 _SECOND = 1_000_000
 _DAY = 86_400 * _SECOND
@@ -55,9 +55,10 @@ class Dates:
     """A column of dates.
 
     Attributes:
-        seconds: Since 1970, UTC unless the text says otherwise; null where a text is no date, or nothing shows which.
-        unsure: Rows in which day and month could change places.
-        order: Which of the two stands first in these; None where there are none, or where nothing shows it.
+        seconds: Seconds since 1970, in UTC unless the text has an offset; null if a text is not a date, or is
+            ambiguous.
+        unsure: Rows in which day and month could be swapped.
+        order: Which of the two comes first in these rows; None without such rows, or if nothing shows it.
     """
 
     seconds: pl.Series
@@ -76,7 +77,7 @@ class _Day:
     dotted: bool = False
 
     def number(self, order: DateOrder | None) -> int | None:
-        """Return the days since 1970; None if there is no such day, or nothing says which number is the month."""
+        """Return the days since 1970; None if there is no such day, or it is unknown which number is the month."""
         if not self.sure and order is None:
             return None
         month, day = (self.two, self.one) if not self.sure and order == "day-first" else (self.one, self.two)
@@ -87,11 +88,11 @@ class _Day:
 
 
 def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
-    """Read a column of dates, without blanks around them.
+    """Return a column of dates, read without surrounding blanks.
 
     Args:
         texts: The column.
-        order: What stands first in dates such as 03/04/2024; None: as the column shows.
+        order: What comes first in dates such as 03/04/2024; None: decided from the column.
     """
     seconds = _iso(texts)
     others = seconds.is_null().arg_true()
@@ -107,20 +108,20 @@ def read_dates(texts: pl.Series, order: DateOrder | None = None) -> Dates:
     clock = _read(parts["clock"], _each(parts["clock"], _clock)).set(parts["clock"].is_null(), 0)
     read = in_seconds(_read(parts["day"], numbers) * _DAY + clock)
     open_rows = parts["day"].is_in(open_days)
-    # Python knows further forms of ISO 8601.
+    # Python reads further forms of ISO 8601.
     further = _each(rest.filter(read.is_null() & ~open_rows), _by_python)
     read = read.fill_null(in_seconds(_read(rest, further))) if further else read
     return Dates(seconds.scatter(others, read), unsure.scatter(others, open_rows), result if open_days else None)
 
 
 def in_seconds(micro: pl.Series) -> pl.Series:
-    """Return microseconds as seconds; numpy rounds as Python does, polars multiplies by the inverse."""
+    """Return microseconds as seconds; numpy rounds as Python does, while polars multiplies by the inverse."""
     seconds = pl.Series(micro.name, micro.fill_null(0).to_numpy() / _SECOND)
     return seconds.set(micro.is_null(), None)
 
 
 def _each(texts: pl.Series, read: Callable[[str], Found | None]) -> dict[str, Found]:
-    """Return what the different texts of a column mean; those without a meaning are left out."""
+    """Return the parsed values of the different texts of a column, without those that cannot be parsed."""
     return {text: result for text in texts.drop_nulls().unique() if (result := read(text)) is not None}
 
 
@@ -129,7 +130,7 @@ def _read(texts: pl.Series, known: Mapping[str, int]) -> pl.Series:
 
 
 def _iso(texts: pl.Series) -> pl.Series:
-    """Return the seconds of plain ISO dates, and nulls for all else."""
+    """Return the seconds of plain ISO dates, and null for other texts."""
     plain = texts.set(~texts.str.contains(_ISO), None).str.strip_suffix("Z").str.replace("T", " ", literal=True)
     result = pl.Series(texts.name, [None], dtype=pl.Float64).new_from_index(0, len(texts))
     for form in ("%Y-%m-%d %H:%M:%S%.f", "%Y-%m-%d"):
@@ -138,7 +139,7 @@ def _iso(texts: pl.Series) -> pl.Series:
 
 
 def _by_python(text: str) -> int | None:
-    """Return the microseconds of what Python takes for ISO 8601."""
+    """Return the microseconds of a text that Python reads as ISO 8601."""
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
@@ -181,7 +182,7 @@ def _clock(text: str) -> int | None:
 
 
 def _order(days: Sequence[_Day]) -> DateOrder | None:
-    """Return what stands first: a number above 12 is a day, and so is the first one before a dot."""
+    """Return what comes first: a number above 12 is a day, and so is the first one before a dot."""
     first, second = sum(day.one > 12 for day in days), sum(day.two > 12 for day in days)
     if first or second:
         return "day-first" if first >= second else "month-first"
@@ -190,16 +191,16 @@ def _order(days: Sequence[_Day]) -> DateOrder | None:
 
 Unit = Literal["seconds", "milliseconds"]
 
-# No data set reaches beyond the year 5138 in seconds, or back before 1973 in milliseconds.
+# No data set has seconds beyond the year 5138, or milliseconds before 1973.
 _MILLISECONDS_FROM = 1e11
 
 
 class Rows(Protocol):
-    """A table, or a block of one."""
+    """A table or a block of one."""
 
     @property
     def name(self) -> str:
-        """As errors call it."""
+        """Its name in errors."""
         ...
 
     def column(self, name: str, /) -> pl.Series:
@@ -215,7 +216,7 @@ class Rows(Protocol):
 
 
 def texts(rows: Rows, column: str) -> pl.Series:
-    """Return a column as text; missing values become empty texts, lists are joined by commas."""
+    """Return a column as texts; missing values become empty texts, and lists are joined by commas."""
     series = _dated(rows, column)
     if isinstance(series.dtype, pl.List):
         series = series.list.join(", ")
@@ -225,9 +226,9 @@ def texts(rows: Rows, column: str) -> pl.Series:
 
 
 def as_whole(series: pl.Series) -> pl.Series:
-    """Return floats that are all whole as integers, and anything else as it is.
+    """Return floats as integers if all are whole; other columns unchanged.
 
-    Whole numbers turn into floats on their way through other libraries; ids must survive that.
+    Other libraries convert integers to floats; ids must not change by that.
     """
     if not series.dtype.is_float():
         return series
@@ -237,7 +238,7 @@ def as_whole(series: pl.Series) -> pl.Series:
 
 
 def unescaped(rows: Rows, column: str) -> pl.Series:
-    """Return texts without HTML, see `markup.plain`; blank ones are nulls."""
+    """Return texts without HTML, see `markup.plain`, with null for blank ones."""
     result = texts(rows, column)
     places = result.str.contains("[<&]").arg_true()
     if len(places):
@@ -246,11 +247,10 @@ def unescaped(rows: Rows, column: str) -> pl.Series:
 
 
 def ids(rows: Rows, *columns: str) -> pl.Series:
-    """Return ids as text, in codes where the table has codes: of several columns the first that is not blank.
+    """Return ids as text, coded if the table's are: the first of several columns that is not blank.
 
     Raises:
-        DataError: If one is missing, or a float that stands for several whole numbers; ids of nothing but blanks are
-            missing.
+        DataError: If an id is missing or blank, or is a float too large to be exact.
     """
     for column in columns:
         _exact(rows, column)
@@ -270,7 +270,7 @@ def ids(rows: Rows, *columns: str) -> pl.Series:
 
 
 def _exact(rows: Rows, column: str) -> None:
-    """Refuse floats so large that neighbouring whole numbers are the same float: two ids would be one."""
+    """Reject floats so large that neighbouring integers are the same float: two ids would be equal."""
     series = rows.column(column)
     row = _first((series.fill_nan(None).abs() >= WHOLE).fill_null(False)) if series.dtype.is_float() else None
     if row is not None:
@@ -284,7 +284,7 @@ def _exact(rows: Rows, column: str) -> None:
 
 
 def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
-    """Return one text per item: the most frequent non-blank one, of several the first in the alphabet."""
+    """Return one text per item: the most frequent non-blank one, or of several the first in alphabetical order."""
     counts = pl.DataFrame({"item": items, "text": _spelled(rows, column)}).group_by("item", "text").len()
     counts = counts.with_columns(pl.col("text").cast(pl.String)).filter(pl.col("text").str.strip_chars() != "")
     counts = counts.sort(["item", "len", "text"], descending=[False, True, False])
@@ -292,7 +292,7 @@ def one_per_item(rows: Rows, items: pl.Series, column: str) -> dict[str, str]:
 
 
 def _spelled(rows: Rows, column: str) -> pl.Series:
-    """Return a column as text, in codes where the table has codes."""
+    """Return a column as texts, coded if the table's are."""
     if not isinstance(rows.column(column).dtype, pl.Enum):
         return texts(rows, column)
     result = rows.column(column)
@@ -313,10 +313,10 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
     """Return a column of finite numbers.
 
     Args:
-        rows: Where it is.
+        rows: The table or block.
         column: Its name.
-        what: What it holds, for the error.
-        absent: A number that stands for a missing one, and becomes a null.
+        what: Description of the values, for errors.
+        absent: A number that stands for a missing value and becomes null.
 
     Raises:
         DataError: If a value is missing, not a number, NaN or infinite.
@@ -335,17 +335,17 @@ def numbers(rows: Rows, column: str, what: str, *, absent: float | None = None) 
 
 
 def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
-    """Return a column of times as numbers; dates become seconds since 1970 (UTC unless they say otherwise).
+    """Return a column of times as numbers; dates become seconds since 1970 (UTC unless they have an offset).
 
-    A column holds numbers or dates, as its first row shows.
+    The first row decides whether a column has numbers or dates.
 
     Args:
-        rows: Where it is.
+        rows: The table or block.
         column: Its name.
-        order: What stands first in dates such as 03/04/2024; None: as the column shows.
+        order: What comes first in dates such as 03/04/2024; None: decided from the column.
 
     Raises:
-        DataError: If a value is missing or is neither, or if nothing shows which of two dates it is.
+        DataError: If a value is missing or is neither, or if the order of day and month is ambiguous.
     """
     series = _dated(rows, column)
     if series.dtype.is_temporal():
@@ -392,14 +392,14 @@ def times(rows: Rows, column: str, order: DateOrder | None = None) -> pl.Series:
 
 
 _DAY_UNITS = {"ms": 86_400_000, "us": 86_400_000_000, "ns": 86_400_000_000_000}
-# Days since 1970 of the first and the last day that dates are written with.
+# The first and the last day that a date can be, in days since 1970.
 _FIRST_DAY, _LAST_DAY = (day.toordinal() - date(1970, 1, 1).toordinal() for day in (date.min, date.max))
 
 
 def off_calendar(series: pl.Series) -> int | None:
-    """Return the first row whose date is outside of the years 1 to 9999, which no library can write; None if none is.
+    """Return the first row with a date outside the years 1 to 9999, which no library can write; None if there is none.
 
-    Damaged files hold them, and so do files of other libraries where a sentinel stands for a missing date.
+    Damaged files have such dates, and other libraries write sentinels for missing dates.
     """
     if not isinstance(series.dtype, pl.Date | pl.Datetime):
         return None
@@ -409,7 +409,7 @@ def off_calendar(series: pl.Series) -> int | None:
 
 
 def _dated(rows: Rows, column: str) -> pl.Series:
-    """Return a column whose dates, if it holds any, are dates of the calendar."""
+    """Return a column after checking that its dates, if any, are in the calendar."""
     series = rows.column(column)
     row = off_calendar(series)
     if row is not None:
@@ -422,26 +422,26 @@ def _dated(rows: Rows, column: str) -> pl.Series:
     return series
 
 
-# Since 1970, from 1973 on: what later times begin at in seconds, milliseconds, microseconds and nanoseconds.
+# The smallest plausible times since 1970, from 1973 on, in each unit.
 _UNITS = {"seconds": 1e8, "milliseconds": _MILLISECONDS_FROM, "microseconds": 1e14, "nanoseconds": 1e17}
 
 
 def per_second(latest: float) -> float:
-    """Return units of time in a second, by the latest time of a table: 1, or more where it can be no seconds."""
+    """Return the time units per second, from the latest time of a table: 1, or more if it cannot be in seconds."""
     begins = [begin for name, begin in _UNITS.items() if name != "seconds"]
     return 1000.0 ** sum(latest >= begin for begin in begins)
 
 
 def since_1970(latest: float) -> bool:
-    """Whether the latest time of a table looks like one since 1970, in whatever unit, and not like an order."""
+    """Whether the latest time of a table looks like a time since 1970 in any unit, and not like an order."""
     return latest >= _UNITS["seconds"]
 
 
 def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
-    """Return numbers as they are, if those that look like times since 1970 have one unit.
+    """Return numbers unchanged, after checking that those that look like times since 1970 have one unit.
 
     Raises:
-        DataError: If not: a row of the other unit would come before or after all others, whenever it was.
+        DataError: If not: a row in another unit would be before or after all others, whatever its time.
     """
     begins = [*_UNITS.values(), float("inf")]
     place = {
@@ -462,21 +462,21 @@ def _one_unit(rows: Rows, column: str, found: pl.Series) -> pl.Series:
 
 
 def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit]:
-    """Return times as seconds since 1970, from seconds or milliseconds, as the first row of the file shows.
+    """Return times as seconds since 1970, from seconds or milliseconds as in the first row of the file.
 
     Args:
-        rows: Where they are.
-        column: Their name.
-        unit: The unit of the blocks before; None for the first one.
+        rows: The table or block.
+        column: Its name.
+        unit: The unit of the earlier blocks; None for the first one.
 
     Raises:
-        DataError: If a value is missing, not a number, or of another unit than the first one.
+        DataError: If a value is missing, not a number, or in another unit than the first one.
     """
     result = numbers(rows, column, "time")
     large = result.abs() >= _MILLISECONDS_FROM
     unit = unit or ("milliseconds" if large[0] else "seconds")
     row = _first(~large if unit == "milliseconds" else large)
-    # Zero and less is before 1970 in either unit, which no data set here holds in milliseconds.
+    # Zero and below is before 1970 in either unit, which no supported data set has in milliseconds.
     if row is not None:
         raise DataError.at(
             rows.where(row),
@@ -489,10 +489,10 @@ def moments(rows: Rows, column: str, unit: Unit | None) -> tuple[pl.Series, Unit
 
 
 def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
-    """Return dates as seconds since 1970, UTC unless they say otherwise.
+    """Return dates as seconds since 1970, in UTC unless they have an offset.
 
     Raises:
-        DataError: If a value has none of the formats.
+        DataError: If a value matches none of the formats.
     """
     series = rows.column(column).cast(pl.String).str.strip_chars()
     result = pl.Series(column, [None] * series.len(), pl.Float64)
@@ -513,7 +513,7 @@ def dates(rows: Rows, column: str, formats: Sequence[str]) -> pl.Series:
 
 
 def floats(series: pl.Series) -> pl.Series:
-    """Return values as numbers; null or NaN where one is none."""
+    """Return values as floats; null or NaN if one is not a number."""
     if series.dtype == pl.String:
         series = series.str.strip_chars()
     if series.dtype.is_temporal():
@@ -528,12 +528,12 @@ def floats(series: pl.Series) -> pl.Series:
 
 
 def _first(bad: pl.Series) -> int | None:
-    """Return the first True row."""
+    """Return the index of the first True row."""
     return int(bad.arg_max() or 0) if bad.any() else None
 
 
 def _first_of(found: pl.Series, bad: Callable[[pl.Series], pl.Series]) -> int | None:
-    """Return the first row whose text is bad; of codes every text is looked at once."""
+    """Return the first row whose text is bad; for codes, every different text is checked once."""
     if not isinstance(found.dtype, pl.Enum):
         return _first(bad(found))
     values, rows = codes(found)

@@ -1,6 +1,6 @@
-"""Which rows of a table are kept: a comparison of its columns, in a small part of Python's own grammar.
+"""Filters the rows of a table by a comparison of its columns, in a small subset of Python's grammar.
 
-Nothing of an expression is run. It is parsed, and every part of it is one of those named in `_GRAMMAR`, or an error.
+No code of an expression is run: it is parsed, and every node must be one of `_GRAMMAR`.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _COMPARED: Mapping[type[ast.cmpop], Callable[[pl.Expr, Any], pl.Expr]] = {
     ast.Gt: lambda one, two: one > two,
     ast.GtE: lambda one, two: one >= two,
 }
-# What stands on the other side of a comparison that is written the other way round.
+# The mirrored operator of a comparison with the sides swapped.
 _TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
     ast.Eq: ast.Eq,
     ast.NotEq: ast.NotEq,
@@ -48,17 +48,17 @@ _TURNED: Mapping[type[ast.cmpop], type[ast.cmpop]] = {
 
 
 def kept(table: Table, where: str) -> Table:
-    """Return the rows of a table for which an expression holds; errors name rows by their place in the whole table.
+    """Return the rows of a table that satisfy an expression; errors name rows by their place in the whole table.
 
-    A cell without a value is neither equal, unequal, less nor more than anything.
+    A missing value is neither equal to, unequal to, less than nor greater than anything.
 
     Args:
-        table: As it was read.
-        where: Such as ``event == 'purchase' and quantity > 0``. Texts are compared as they stand, numbers as numbers.
+        table: The table as read.
+        where: Such as ``event == 'purchase' and quantity > 0``. Texts are compared exactly, numbers as numbers.
 
     Raises:
-        RecipeError: If the expression is of another grammar.
-        DataError: If there is no such column, a cell that is compared with a number is none, or no row is left.
+        RecipeError: If the expression is outside the grammar.
+        DataError: If a column is missing, a cell compared with a number is not a number, or no row is left.
     """
     results = [rows for part in table.parts or (table,) if (rows := _some(part, where)).frame.height]
     if not results:
@@ -69,9 +69,9 @@ def kept(table: Table, where: str) -> Table:
 
 
 def _some(table: Table, where: str) -> Table:
-    """Return the rows of one file for which an expression holds, which may be none."""
+    """Return the rows of one file that satisfy an expression, possibly none."""
     chosen = _Parser(table).parsed(where)
-    # Codes are compared as the texts that they stand for; only columns that are named are spelled out.
+    # Codes are compared as texts; only the named columns are expanded.
     frame = table.frame.lazy().with_columns(selectors.enum().cast(pl.String))
     held = frame.select(chosen.fill_null(value=False).alias("held")).collect()["held"]
     rows = held.arg_true()
@@ -113,7 +113,7 @@ class _Parser:
         raise _wrong(f"{_said(node)} is neither true nor false; compare a column with something")
 
     def _comparison(self, node: ast.Compare) -> pl.Expr:
-        """Return a comparison, of a chain such as ``1 <= stars <= 5`` all of them."""
+        """Return a comparison; for a chain such as ``1 <= stars <= 5``, the conjunction of its comparisons."""
         sides = [node.left, *node.comparators]
         first, *rest = (self._pair(one, op, two) for one, op, two in zip(sides, node.ops, sides[1:], strict=False))
         for other in rest:
@@ -153,7 +153,7 @@ class _Parser:
         return ~result if out else result
 
     def _both(self, one: str, two: str) -> tuple[pl.Expr, pl.Expr]:
-        """Return two columns as what can be compared: numbers where both hold nothing else, times, or texts."""
+        """Return two columns in a comparable type: numbers if both have only numbers, times, or texts."""
         kinds = [self.table.frame[name].dtype for name in (one, two)]
         if all(kind.is_temporal() for kind in kinds):
             return self._time(one), self._time(two)
@@ -174,7 +174,7 @@ class _Parser:
         return pl.col(column).cast(pl.Datetime("us")).dt.replace_time_zone(None)
 
     def _alike(self, column: str, value: Any) -> tuple[pl.Expr, Any]:
-        """Return the cells of a column and a value as what can be compared."""
+        """Return the cells of a column and a value in a comparable type."""
         kind = self.table.frame[column].dtype
         if isinstance(value, bool):
             if kind == pl.Boolean:
@@ -190,7 +190,7 @@ class _Parser:
         return self._text(column), value
 
     def _text(self, column: str) -> pl.Expr:
-        # Spelled as it is loaded: whole numbers that became floats are whole numbers.
+        # Written as loaded: integers that became floats are integers.
         cells = pl.lit(texts(self.table, column))
         return pl.when(cells.str.strip_chars() == "").then(None).otherwise(cells)
 
@@ -211,7 +211,7 @@ class _Parser:
         return self._text(column).str.strip_chars().cast(pl.Float64)
 
     def _name(self, node: ast.expr) -> str | None:
-        """Return the column that is named; None where none is."""
+        """Return the named column; None if the node is not a name."""
         if isinstance(node, ast.Name | ast.Attribute) and _DOTTED.fullmatch(name := ast.unparse(node)):
             pass
         elif isinstance(node, ast.Call):
@@ -235,12 +235,12 @@ class _Parser:
 
 
 def _finite(cells: pl.Series) -> pl.Series:
-    """Return which texts are finite numbers."""
+    """Return whether each text is a finite number."""
     return cells.cast(pl.Float64, strict=False).is_finite().fill_null(value=False)
 
 
 def _value(node: ast.expr) -> Any:
-    """Return a text, a number, a truth or None."""
+    """Return a text, a number, a boolean or None."""
     if isinstance(node, ast.UnaryOp) and isinstance(node.op, ast.USub):
         number = _value(node.operand)
         if isinstance(number, int | float) and not isinstance(number, bool):

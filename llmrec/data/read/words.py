@@ -1,4 +1,4 @@
-"""What the names of columns say, in several languages and spellings; what values say is known to `llmrec init`."""
+"""The meaning of column names, in several languages and spellings; `llmrec init` interprets the values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from llmrec.data.read.nested import EACH, is_path
 
-# Weight 1 is a word that means one thing in tables of interactions; lower ones are also used for other things.
+# Weight 1 is an unambiguous word in tables of interactions; words with lower weights have other uses too.
 _WORDS: Mapping[str, Mapping[float, str]] = {
     "user": {
         1.0: """user customer cust member reviewer client buyer shopper purchaser visitor reader viewer listener player
@@ -54,7 +54,7 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
             opinia recenzja отзыв комментарий 评论 評論 レビュー コメント 리뷰 후기""",
         0.8: "feedback message explanation reason tip content notes note reviewtext reviewbody",
     },
-    # Of texts, those that are about an item by their name alone; a comment may be about an order.
+    # Text columns whose name alone refers to an item; a comment may be about an order.
     "review": {
         1.0: """review reviews reviewtext reviewbody opinion opinions explanation rezension meinung avis resena
             opiniones recensione resenha opiniao recensie opinia recenzja отзыв 评论 評論 レビュー 리뷰 후기""",
@@ -78,14 +78,14 @@ _WORDS: Mapping[str, Mapping[float, str]] = {
             rechnung auftrag commande facture pedido factura ordine fattura bestelling zamowienie
             заказ 订单 注文 주문 unnamed""",
     },
-    # A time of something else: its release, its delivery, its last change.
+    # A time of something else: a release, a delivery, the last change.
     "other": {1.0: "updated modified changed shipped delivered delivery birth born release released published due"},
     "id": {
         1.0: """id ids nr no number num nummer code key idx pk uuid guid hash numero ref kode codigo codice номер код
             编号 番号 번호""",
     },
 }
-# Words before or after others that decide nothing themselves.
+# Words that decide nothing by themselves.
 _FILLERS = frozenset(
     {"e", "the", "of", "de", "del", "di", "du", "da", "la", "le", "les", "unix", "parent", "main", "raw"}
 )
@@ -104,7 +104,7 @@ def _table() -> dict[str, dict[str, float]]:
 
 
 def _plain(text: str) -> str:
-    """Return lower case without accents."""
+    """Return a text in lower case without accents."""
     apart = unicodedata.normalize("NFKD", text.replace("ł", "l").replace("Ł", "L").replace("ß", "ss"))
     bare = "".join(c for c in apart if not "\u0300" <= c <= "\u036f")
     return unicodedata.normalize("NFKC", bare).casefold()
@@ -115,36 +115,36 @@ _MEANING = _table()
 
 @dataclass(frozen=True)
 class Named:
-    """What a column's name says.
+    """The meaning of a column's name.
 
     Attributes:
-        roles: Weight in (0, 1] of each role that a word of the name stands for.
-        is_id: Whether a word of it says that this is an id or a number.
+        roles: Weight in (0, 1] of each role that a word of the name has.
+        is_id: Whether a word of it means an id or a number.
     """
 
     roles: Mapping[str, float]
     is_id: bool
 
     def weight(self, role: str) -> float:
-        """Return how strongly the name stands for a role; 0: not at all."""
+        """Return the weight of a role for the name; 0 if it does not have the role."""
         return self.roles.get(role, 0.0)
 
 
 def tokens(name: str) -> list[str]:
-    """Cut a name into words: ``unixReviewTime`` gives unix, review, time; accents and case go."""
+    """Return the words of a name without case and accents: ``unixReviewTime`` gives unix, review, time."""
     apart = re.sub(r"(?<=[a-zà-ÿ0-9])(?=[A-ZÀ-Þ])|(?<=[A-Z])(?=[A-Z][a-z])", " ", name)
     return [part for part in re.split(r"[\W_]+", _plain(apart)) if part]
 
 
 def _words(name: str) -> list[str]:
-    """Cut a name into words that are known, as far as there are any."""
+    """Return the words of a name, split into known words where possible."""
     return [word for token in tokens(name) for word in _parts(token.rstrip("0123456789") or token)]
 
 
 def _spoken(path: str) -> str:
-    """Return what the last name of a path says: ``sku`` of ``lines[].sku``, and ``user id`` of ``user.id``.
+    """Return the last name of a path: ``sku`` of ``lines[].sku``, and ``user id`` of ``user.id``.
 
-    An id or a name is that of what it is in; of a list, of one of its elements.
+    An id or a name belongs to the object around it; in a list, to one of its elements.
     """
     *outer, last = (_one(part) for part in path.split("."))
     text = [_MEANING.get(word, {}) for word in _words(last)]
@@ -153,18 +153,18 @@ def _spoken(path: str) -> str:
 
 
 def _one(part: str) -> str:
-    """Return the name of an element of a list, and other names as they are."""
+    """Return the name of a list's elements, and other names unchanged."""
     name = part.removesuffix(EACH)
     return name[:-1] if part != name and name.endswith("s") and _plain(name[:-1]) in _MEANING else name
 
 
 def named(name: str) -> Named:
-    """Return what a name says. Attributes go before the thing they belong to: ``product_rating`` is a rating."""
+    """Return the meaning of a name. Attributes come before their noun: ``product_rating`` is a rating."""
     words = _words(_spoken(name) if is_path(name) else name)
     roles: dict[str, float] = {}
     for word in words:
         for role, weight in _MEANING.get(word, {}).items():
-            # A bare id is no item, and an at or on says something only beside another word.
+            # A bare id is not an item, and "at" or "on" has a meaning only with another word.
             if not (word in ("at", "on") and len(words) == 1):
                 roles[role] = max(weight, roles.get(role, 0.0))
     unknown = any(word not in _MEANING and word not in _FILLERS and not word.isdigit() for word in words)
@@ -174,20 +174,20 @@ def named(name: str) -> Named:
     is_id = roles.pop("id", 0.0) > 0
     settled = _settled(roles, is_id)
     if both and "field" in settled and not any("item" in _MEANING.get(word, {}) for word in set(words) - both):
-        settled["item"] = 0.6  # an artist is a field of a song, and what is listened to where there are no songs
+        settled["item"] = 0.6  # an artist is a field of a song, and the item if there are no songs
     if unknown and not is_id:
-        # A customer's city is no customer.
+        # A customer's city is not a customer.
         settled = {r: 0.6 * weight if r in ("user", "item") else weight for r, weight in settled.items()}
     return Named(settled, is_id)
 
 
 def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
-    """Drop what the other words of a name rule out."""
+    """Return roles without those that the other words of a name rule out."""
     gone: set[str] = set()
     if "count" in roles:
         gone = set(roles) - {"count"}
     elif is_id:
-        # A review's id, a category's number: no text, no field.
+        # The id of a review or the number of a category is neither a text nor a field.
         gone = {"rating", "time", "title", "text", "field", "other"}
         if gone & roles.keys() and not {"user", "item"} & roles.keys():
             roles = {**roles, "row": 1.0}
@@ -199,7 +199,7 @@ def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
         gone = {"title", "text"} if roles["text"] == 1.0 else {"text"}
         roles = {**roles, "headline": 1.0}
     elif {"user", "title"} <= roles.keys():
-        # A user name may stand for the user, where there is no id.
+        # A user name can identify the user if there is no id.
         roles = {**roles, "user": 0.7}
         gone = {"title", "item"}
     if {"rating", "title", "text", "field"} & (roles.keys() - gone):
@@ -212,7 +212,7 @@ def _settled(roles: dict[str, float], is_id: bool) -> dict[str, float]:
 
 
 def _parts(token: str) -> list[str]:
-    """Cut a compound such as ``kundennummer`` or ``movieid`` into two known words, if it is one."""
+    """Return the two known words of a compound such as ``kundennummer`` or ``movieid``, if it is one."""
     if token in _MEANING or token in _FILLERS:
         return [token]
     for cut in range(len(token) - 2, 1, -1):
@@ -233,7 +233,7 @@ def _parts(token: str) -> list[str]:
 
 
 def noun_of(word: str) -> str | None:
-    """Return an English plural for what a column or file name calls its items; None where it says nothing."""
+    """Return an English plural for the items of a column or file name; None if the name does not show it."""
     for part in (part for token in tokens(word) for part in _parts(token.rstrip("0123456789") or token)):
         result = _NOUNS.get(part) or (part if part in _NOUNS.values() else None)
         if result is not None:
@@ -241,7 +241,7 @@ def noun_of(word: str) -> str | None:
     return None
 
 
-# Kinds of events that shops and trackers log, the strongest sign of interest first.
+# Events that shops and trackers log, the strongest sign of interest first.
 _EVENTS = (
     "purchase purchased buy bought order ordered sale transaction checkout kauf bestellung achat compra acquisto",
     "cart addtocart basket addtobasket warenkorb",
@@ -254,21 +254,21 @@ _OTHER_EVENTS = frozenset({"removefromcart", "remove", "return", "refund", "canc
 
 
 def event_rank(value: str) -> int | None:
-    """Return how strong an event of a kind is, 0 the strongest (a purchase); None for a value that is no such kind."""
+    """Return the rank of an event by its strength, 0 the strongest (a purchase); None for an unknown value."""
     word = "".join(tokens(value))
     if word in _OTHER_EVENTS:
         return len(_EVENTS)
     return _EVENT_WORDS.get(word, _EVENT_WORDS.get(word.removeprefix("add").removeprefix("to")))
 
 
-# Words of columns about an order and its way to the customer.
+# Words of columns about an order and its delivery.
 _ORDER = """order bestell bestellung commande pedido ordine bestelling delivery deliver shipping shipment liefer
     lieferung versand livraison envio entrega consegna courier gift internal admin"""
 _ORDER_WORDS = frozenset(_ORDER.split())
 
 
 def about_orders(name: str) -> bool:
-    """Whether a column's name says that it is about an order or its delivery, such as ``delivery_note``."""
+    """Whether a column name is about an order or its delivery, such as ``delivery_note``."""
     return any(part in _ORDER_WORDS for token in tokens(name) for part in (token, *_parts(token)))
 
 
