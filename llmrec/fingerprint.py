@@ -160,11 +160,11 @@ def code_digest(*modules: str) -> str:
 def _source(module: str) -> tuple[bytes, tuple[str, ...]] | None:
     """Return the hash of a module's source and the names that it imports; None for what is no module.
 
-    The package itself is left out: it imports every public name when that is first asked for.
+    The package and the registry are left out: they name every public name and every component.
     """
     path = _PACKAGE.joinpath(*module.split(".")[1:])
     path = path.with_suffix(".py") if path.with_suffix(".py").is_file() else path / "__init__.py"
-    if module == "llmrec" or not module.startswith("llmrec.") or not path.is_file():
+    if module in {"llmrec", "llmrec.registry"} or not module.startswith("llmrec.") or not path.is_file():
         return None
     content = path.read_bytes()
     imported = list[str]()

@@ -212,7 +212,7 @@ class Catalogue:
     def of(data: SplitDataset) -> Catalogue:
         """Number the items of a dataset."""
         ids = tuple(sorted(data.dataset.items))
-        return Catalogue(ids=ids, index={item: place for place, item in enumerate(ids)})
+        return Catalogue(ids=ids, index={item: index for index, item in enumerate(ids)})
 
     def places(self, items: Iterable[str]) -> NDArray[np.int64]:
         """Return each item's number, -1 for an unknown one."""
@@ -220,8 +220,8 @@ class Catalogue:
 
     def history(self, request: Request) -> NDArray[np.int64]:
         """Return the numbers of the items of a request's history, oldest first; unknown ones are left out."""
-        found = self.places(event.item_id for event in request.history)
-        return found[found >= 0]
+        result = self.places(event.item_id for event in request.history)
+        return result[result >= 0]
 
 
 @dataclass(frozen=True)
@@ -243,9 +243,9 @@ class Log:
     @staticmethod
     def of(data: SplitDataset, catalogue: Catalogue) -> Log:
         """Number the training interactions."""
-        _, found = codes(data.train["user_id"])
-        present = np.bincount(found) > 0
-        users = (np.cumsum(present) - 1).astype(np.int32)[found]
+        _, result = codes(data.train["user_id"])
+        present = np.bincount(result) > 0
+        users = (np.cumsum(present) - 1).astype(np.int32)[result]
         items = in_numbers(data.train["item_id"], catalogue.places)
         times = data.train["timestamp"].to_numpy().astype(np.float64, copy=False)
         if (users[1:] < users[:-1]).any():
@@ -258,9 +258,9 @@ class Log:
         ends = np.concatenate([[0], np.cumsum(np.bincount(self.users, minlength=self.user_count))])
         shape = (self.user_count, columns)
         # Rows lie user by user already; the indices are the matrix's own, since it sorts them.
-        found = sparse.csr_array((np.ones(len(self.items)), self.items.copy(), ends.astype(np.int32)), shape=shape)
-        found.sum_duplicates()
-        return found
+        result = sparse.csr_array((np.ones(len(self.items)), self.items.copy(), ends.astype(np.int32)), shape=shape)
+        result.sum_duplicates()
+        return result
 
     def steps(self, gap: int, size: int, weight: float = 1.0) -> Any:
         """Return how often each item followed another so many places later, times a weight, sparse, (items, items)."""
@@ -273,16 +273,16 @@ class Log:
             part, after = (slice(start + by, min(start + _STEPS, whole) + by) for by in (0, gap))
             same = self.users[after] == self.users[part]
             places = self.items[part][same], self.items[after][same]
-            found = sparse.csr_array((np.full(len(places[0]), weight, dtype=kind), places), shape=(size, size))
-            found.sum_duplicates()
-            total = total + found if start else found
+            result = sparse.csr_array((np.full(len(places[0]), weight, dtype=kind), places), shape=(size, size))
+            result.sum_duplicates()
+            total = total + result if start else result
         return total
 
     def binary(self, columns: int) -> Any:
         """Return whether each user had each item as 0 or 1, sparse, shape (users, columns)."""
-        found = self.matrix(columns)
-        found.data[:] = 1.0
-        return found
+        result = self.matrix(columns)
+        result.data[:] = 1.0
+        return result
 
 
 def counts(log: Log, catalogue: Catalogue) -> NDArray[np.float64]:
@@ -325,11 +325,11 @@ class Warm:
     @staticmethod
     def of(log: Log, catalogue: Catalogue) -> Warm:
         """Number the warm items."""
-        found = counts(log, catalogue)
-        places = np.flatnonzero(found)
+        result = counts(log, catalogue)
+        places = np.flatnonzero(result)
         column = np.full(len(catalogue.ids), -1, dtype=np.int64)
         column[places] = np.arange(len(places))
-        return Warm(catalogue=catalogue, places=places, column=column, popular=found[places] / found.max(initial=1.0))
+        return Warm(catalogue=catalogue, places=places, column=column, popular=result[places] / result.max(initial=1.0))
 
     def log(self, log: Log) -> Log:
         """Return the same interactions with warm numbers."""
@@ -340,7 +340,7 @@ class Warm:
     def histories(self, requests: Sequence[Request]) -> list[NDArray[np.int64]]:
         """Return the warm items of each history, oldest first; others are left out."""
         numbers = [self.column[self.catalogue.history(request)] for request in requests]
-        return [found[found >= 0] for found in numbers]
+        return [result[result >= 0] for result in numbers]
 
     def spread(
         self, scores: NDArray[np.floating[Any]], histories: Sequence[NDArray[np.int64]]
@@ -351,7 +351,7 @@ class Warm:
             scores: Of the warm items, shape (b, warm).
             histories: As `histories` gives them.
         """
-        scores[[place for place, history in enumerate(histories) if not len(history)]] = self.popular
+        scores[[index for index, history in enumerate(histories) if not len(history)]] = self.popular
         lowest = scores.min(axis=1, keepdims=True) if len(self.places) else np.zeros((len(scores), 1), scores.dtype)
         whole = np.repeat(lowest - 1, len(self.catalogue.ids), axis=1)
         whole[:, self.places] = scores
@@ -372,9 +372,9 @@ def fading(histories: Sequence[NDArray[np.int64]], columns: int, decay: float, d
     """
     # Turned round, so that the first place of an item is its latest; columns come sorted, whatever else is asked.
     latest = [np.unique(history[::-1], return_index=True) for history in histories]
-    items = np.concatenate([np.empty(0, dtype=np.int64), *(found for found, _ in latest)])
+    items = np.concatenate([np.empty(0, dtype=np.int64), *(result for result, _ in latest)])
     ages = np.concatenate([np.empty(0, dtype=np.int64), *(ages for _, ages in latest)])
-    ends = np.cumsum([0, *(len(found) for found, _ in latest)])
+    ends = np.cumsum([0, *(len(result) for result, _ in latest)])
     return sparse.csr_array(
         ((decay ** ages.astype(np.float64)).astype(dtype), items, ends), shape=(len(latest), columns)
     )

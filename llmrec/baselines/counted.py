@@ -133,15 +133,15 @@ class Counted:
             DataError: If the training interactions carry no ratings.
         """
         known = ratings(data, name)
-        found = Counts.of(known, liked)
-        past = _Past.of(data, known, found)
-        rows = _others(known, found, past, before=before)
+        result = Counts.of(known, liked)
+        past = _Past.of(data, known, result)
+        rows = _others(known, result, past, before=before)
         if decay is not None:
             rows = np.column_stack([rows, _before(past, decay)])
         mean, scale = rows.mean(axis=0), rows.std(axis=0)
         # A feature that is the same in every row has a spread of rounding errors, which may not be blown up to 1.
         scale[scale <= _ROUNDING * np.maximum(np.abs(mean), 1.0)] = 1.0
-        return Counted(found, mean, scale, decay), known, (rows - mean) / scale
+        return Counted(result, mean, scale, decay), known, (rows - mean) / scale
 
     def row(self, request: Request) -> NDArray[np.float64]:
         """Return the numbers of a request, shape (k,)."""
@@ -149,11 +149,11 @@ class Counted:
 
     def plain(self, request: Request) -> list[float]:
         """Return the numbers of a request before they are centred."""
-        found, item = self.counts, request.item or ""
-        (user_share, user_count), (item_share, item_count) = found.of_history(request), found.of_item(item)
-        left = found.residuals(request)
+        result, item = self.counts, request.item or ""
+        (user_share, user_count), (item_share, item_count) = result.of_history(request), result.of_item(item)
+        left = result.residuals(request)
         row = [_odds(user_share), float(np.log1p(user_count)), _odds(item_share), float(np.log1p(item_count))]
-        row += [found.level(item), float(left.sum() / (len(left) + _OF_USER))]
+        row += [result.level(item), float(left.sum() / (len(left) + _OF_USER))]
         if self.decay is not None:
             weights = self.decay ** np.arange(len(left) - 1, -1, -1, dtype=np.float64)
             row.append(float((weights * left).sum() / (weights.sum() + _LATELY)))
@@ -194,7 +194,7 @@ class _Past:
     def of(data: SplitDataset, known: Ratings, found: Counts) -> _Past:
         train = data.train.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
         early = data.known.drop_nulls("rating").select("user_id", "item_id", "rating", "timestamp")
-        frames = [each.with_columns(pl.col("user_id", "item_id").cast(pl.String)) for each in (early, train)]
+        frames = [entry.with_columns(pl.col("user_id", "item_id").cast(pl.String)) for entry in (early, train)]
         whole = pl.concat(frames).with_row_index("_row")
         number = whole["user_id"].replace_strict(dict(known.user_index), default=None, return_dtype=pl.Int64)
         whole = whole.with_columns(number.alias("_user")).drop_nulls("_user")
@@ -221,7 +221,7 @@ def _others(known: Ratings, found: Counts, past: _Past, *, before: bool = False)
     Of a user the ratings before alone, where ``before`` says so.
     """
     truth = (known.values >= found.liked).astype(np.float64)
-    count, likes, left = (past.summed(each, before=before) for each in (np.ones(len(past.left)), past.likes, past.left))
+    count, likes, left = (past.summed(item, before=before) for item in (np.ones(len(past.left)), past.likes, past.left))
     columns = []
     of_item = np.bincount(known.items)[known.items] - 1.0
     liked = np.bincount(known.items, weights=truth)[known.items] - truth

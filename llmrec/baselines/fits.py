@@ -28,6 +28,8 @@ from llmrec.progress import Bar
 from llmrec.resources import cache_dir
 
 if TYPE_CHECKING:
+    import torch
+
     from llmrec.data.split import SplitDataset
 
 if TYPE_CHECKING:
@@ -69,7 +71,7 @@ class Storable(Protocol):
         ...
 
 
-def fit_key(model: Any, data: SplitDataset, seed: int) -> str:
+def fit_key(model: torch.nn.Module, data: SplitDataset, seed: int) -> str:
     """Return the fingerprint of a fit."""
     config = model.config.model_dump(mode="json", exclude=model.AT_ANSWER | _SHOWN)
     return fingerprint(
@@ -186,11 +188,11 @@ def _limit() -> float:
 
 
 def _digest(state: State, seconds: str) -> str:
-    found = hashlib.sha256(seconds.encode())
+    result = hashlib.sha256(seconds.encode())
     for name, array in sorted(state.items()):
-        found.update(f"{name} {array.dtype} {array.shape}".encode())
-        found.update(np.asarray(array, order="C").tobytes())
-    return found.hexdigest()
+        result.update(f"{name} {array.dtype} {array.shape}".encode())
+        result.update(np.asarray(array, order="C").tobytes())
+    return result.hexdigest()
 
 
 def _version(package: str) -> str | None:

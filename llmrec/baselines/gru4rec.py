@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field
 
 from llmrec.baselines.neural import ProfiledConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Width
+
+if TYPE_CHECKING:
+    import torch
 
 
 class GRU4RecConfig(ProfiledConfig):
@@ -52,7 +55,7 @@ class GRU4Rec(SequenceNetwork[GRU4RecConfig]):
         nn.init.normal_(network["table"].weight, std=0.02)
         return network
 
-    def _encode(self, network: Any, items: Any) -> Any:
+    def _encode(self, network: torch.nn.Module, items: Any) -> Any:
         functional = require("torch", "baselines").nn.functional
         given = functional.dropout(self._embedded(network, items), self._config.dropout, network.training)
         state = functional.dropout(network["recur"](given)[0], self._config.dropout, network.training)

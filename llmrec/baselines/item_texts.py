@@ -155,11 +155,11 @@ def text_vectors(
         return _stored(data, ids, folder)[order]
     items = [data.dataset.items[item] for item in ids]
     texts = texts_of(items)
-    said = texts if change is None else [change(text) for text in texts]
+    message = texts if change is None else [change(text) for text in texts]
     if config.encoder == LSA:
-        return latent(texts, said)[order]
+        return latent(texts, message)[order]
     if change is not None:
-        return fitting(config.encoder, data)(said)[order]
+        return fitting(config.encoder, data)(message)[order]
     return item_vectors(items, item_fields(items, SemanticIndex()), fitting(config.encoder, data))[order]
 
 
@@ -171,12 +171,12 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
             held-out one.
     """
     store = FeatureStore.open(folder, split=data.readable)
-    if told := store.seen(kind) & data.held_out:
-        user, item = min(told)
+    if leaked := store.seen(kind) & data.held_out:
+        user, item = min(leaked)
         raise DataError.at(
             folder,
             "leak",
-            f": texts of {PLURALS[kind]} have seen {len(told)} held-out interactions, such as user {user!r} with item "
+            f": texts of {PLURALS[kind]} have seen {len(leaked)} held-out interactions, such as user {user!r} with item "
             f"{item!r}; write them from the training part of this split",
         )
     return store
@@ -217,7 +217,7 @@ def latent(texts: Sequence[str], said: Sequence[str]) -> NDArray[np.float64]:
         basis = matrix @ np.linalg.qr(matrix.T @ np.linalg.qr(basis)[0])[0]
     rows = (matrix.T @ np.linalg.qr(basis)[0]).T
     directions = np.linalg.svd(rows, full_matrices=False)[2][:width]
-    found = (matrix if said is texts else model.vectors(said)) @ directions.T
-    lengths = np.linalg.norm(found, axis=1, keepdims=True)
-    vectors: NDArray[np.float64] = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 1e-9)
+    result = (matrix if said is texts else model.vectors(said)) @ directions.T
+    lengths = np.linalg.norm(result, axis=1, keepdims=True)
+    vectors: NDArray[np.float64] = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 1e-9)
     return vectors

@@ -89,12 +89,12 @@ def _votes(
 
     def near() -> NDArray[np.float64]:
         places = np.arange(len(both))
-        found = np.zeros(both.shape)
+        result = np.zeros(both.shape)
         # Without a reader in common nothing is alike, whatever stands in the divisor.
         with np.errstate(divide="ignore", invalid="ignore"):
-            np.copyto(found, similar(both, places[:, None], places[None]), where=both > 0)
-        np.fill_diagonal(found, 0.0)
-        return found
+            np.copyto(result, similar(both, places[:, None], places[None]), where=both > 0)
+        np.fill_diagonal(result, 0.0)
+        return result
 
     return np.asarray(weights.tocsr() @ model.kept("near", (matrix_key, key), near))
 

@@ -26,6 +26,7 @@ from llmrec.results import Reads
 from llmrec.types import Request
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -91,9 +92,9 @@ class Towers:
         histories = self.histories(requests)
         self.network.eval()
         with torch.no_grad():
-            found = (self.query(histories) @ self.item_vectors(self.vectors).T).numpy()
-        found[[place for place, history in enumerate(histories) if not len(history)]] = self.popular
-        return np.asarray(found)
+            result = (self.query(histories) @ self.item_vectors(self.vectors).T).numpy()
+        result[[index for index, history in enumerate(histories) if not len(history)]] = self.popular
+        return np.asarray(result)
 
     def item_vectors(self, vectors: Any) -> Any:
         """Return what items are compared by, of length 1, shape (n, dim)."""
@@ -102,8 +103,8 @@ class Towers:
     def query(self, histories: Sequence[NDArray[np.int64]]) -> Any:
         """Return what users are compared by, as long as the factor of cosines, shape (n, dim)."""
         normalize = require("torch", "baselines").nn.functional.normalize
-        found = self.of_users(self.network, self.vectors, histories)
-        return normalize(found, dim=1) * self.network["scale"][0].exp()
+        result = self.of_users(self.network, self.vectors, histories)
+        return normalize(result, dim=1) * self.network["scale"][0].exp()
 
 
 class TextTowers(ScoredBaseline[T, Towers]):
@@ -175,7 +176,11 @@ class TextTowers(ScoredBaseline[T, Towers]):
         ]
 
     def _epoch(
-        self, model: Towers, rows: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator
+        self,
+        model: Towers,
+        rows: Sequence[NDArray[np.int64]],
+        optimiser: torch.optim.Optimizer,
+        rng: np.random.Generator,
     ) -> float:
         """Train on all rows once and return the mean loss, with the softmax over all items outside the history."""
         torch, config = require("torch", "baselines"), self._config
@@ -203,7 +208,7 @@ class TextTowers(ScoredBaseline[T, Towers]):
         """Return a ``torch.nn.ModuleDict`` with the map ``item``, for vectors of this length."""
         raise NotImplementedError
 
-    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+    def _query(self, network: torch.nn.Module, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
         """Return what users are compared by, of any length; see `Query`."""
         raise NotImplementedError
 
@@ -212,13 +217,13 @@ class TextTowers(ScoredBaseline[T, Towers]):
         return self._fitted.scores(requests)
 
 
-def item_vectors(network: Any, vectors: Any, dropout: float) -> Any:
+def item_vectors(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
     """Return what items of text vectors are compared by, of length 1, shape (n, dim)."""
     nn = require("torch", "baselines").nn.functional
     return nn.normalize(network["item"](nn.dropout(vectors, dropout, network.training)), dim=-1)
 
 
-def turn(network: Any, names: Sequence[str]) -> None:
+def turn(network: torch.nn.Module, names: Sequence[str]) -> None:
     """Make linear maps of a network parts of one random rotation."""
     torch = require("torch", "baselines")
     turned = torch.nn.init.orthogonal_(torch.empty_like(network[names[0]].weight))
@@ -280,12 +285,12 @@ class TextMatcher(TextTowers[TextMatcherConfig]):
         turn(network, ["item"])
         return network
 
-    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
-        torch, longest = require("torch", "baselines"), max((len(each) for each in histories), default=1) or 1
+    def _query(self, network: torch.nn.Module, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+        torch, longest = require("torch", "baselines"), max((len(history) for history in histories), default=1) or 1
         places = np.zeros((len(histories), longest), dtype=np.int64)
-        for row, each in enumerate(histories):
-            places[row, : len(each)] = each
-        lengths = np.array([len(each) for each in histories], dtype=np.int64)
+        for row, item in enumerate(histories):
+            places[row, : len(item)] = item
+        lengths = np.array([len(history) for history in histories], dtype=np.int64)
         mask = torch.from_numpy(np.arange(longest)[None, :] < lengths[:, None])
         items = item_vectors(network, vectors[torch.from_numpy(places)], self._config.dropout)
         if self._config.heads:
@@ -293,7 +298,7 @@ class TextMatcher(TextTowers[TextMatcherConfig]):
         return (weights(network["weigh"], items, mask)[:, :, None] * items).sum(dim=1)
 
 
-def attended(network: Any, items: Any, mask: Any, heads: int) -> Any:
+def attended(network: torch.nn.Module, items: Any, mask: torch.Tensor, heads: int) -> Any:
     """Return the items of each history after they attended to each other (NRMS, section 2.2), shape (b, n, d).
 
     Args:
@@ -309,7 +314,7 @@ def attended(network: Any, items: Any, mask: Any, heads: int) -> Any:
     return (shares(likeness, mask[:, None, None, :]) @ value).transpose(1, 2).flatten(2)
 
 
-def weights(weigh: Any, items: Any, mask: Any) -> Any:
+def weights(weigh: Any, items: Any, mask: torch.Tensor) -> Any:
     """Return how much each item counts, shape (b, n): together 1, of padding 0: additive attention.
 
     Args:
@@ -320,7 +325,7 @@ def weights(weigh: Any, items: Any, mask: Any) -> Any:
     return shares(weigh(items)[:, :, 0], mask)
 
 
-def shares(scores: Any, mask: Any) -> Any:
+def shares(scores: torch.Tensor, mask: torch.Tensor) -> Any:
     """Return the softmax of those scores of the last axis that are under the mask; 0 for others, and where none is."""
     torch = require("torch", "baselines")
     # Of a row without any, a softmax of minus infinities would be no number.

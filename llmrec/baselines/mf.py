@@ -62,8 +62,8 @@ class _Factors:
 
             def of_items(items: Sequence[str]) -> NDArray[np.float64]:
                 places = np.array([known.item_index.get(item, -1) for item in items])
-                found = self.item_bias[places] + self.items[places] @ vector
-                return np.asarray(level + np.where(places >= 0, found, 0.0), dtype=np.float64)
+                result = self.item_bias[places] + self.items[places] @ vector
+                return np.asarray(level + np.where(places >= 0, result, 0.0), dtype=np.float64)
 
             return of_items
 
@@ -227,5 +227,5 @@ def _solve(
     diagonal = np.repeat(penalty * number[:, None], width, axis=1)
     diagonal[:, 0] = bias_penalty
     normal[:, np.arange(width), np.arange(width)] += diagonal
-    found = np.asarray(np.linalg.solve(normal, right[:, :, None])[:, :, 0], dtype=np.float64)
-    return found[:, 0], found[:, 1:]
+    result = np.asarray(np.linalg.solve(normal, right[:, :, None])[:, :, 0], dtype=np.float64)
+    return result[:, 0], result[:, 1:]

@@ -28,6 +28,8 @@ from llmrec.recipe.schema import Positive, Section
 from llmrec.types import Case, CatalogueScorer, Request
 
 if TYPE_CHECKING:
+    import torch
+
     Encode = Callable[[Any, Any], Any]
     from numpy.typing import NDArray
 
@@ -178,8 +180,8 @@ def _padded(rows: Sequence[NDArray[np.int64]]) -> Batch:
     longest = max(len(row) for row in rows) - 1
     items = np.zeros((len(rows), longest), dtype=np.int64)
     targets = np.full((len(rows), longest), -1, dtype=np.int64)
-    for place, row in enumerate(rows):
-        items[place, : len(row) - 1], targets[place, : len(row) - 1] = row[:-1], row[1:]
+    for index, row in enumerate(rows):
+        items[index, : len(row) - 1], targets[index, : len(row) - 1] = row[:-1], row[1:]
     return Batch(items, targets)
 
 
@@ -312,13 +314,13 @@ class Trained:
         table = self.network["table"].weight
         if self.profiles is not None:
             histories = self.profiles.before(histories, [request.user_id for request in requests], len(table))
-        found = np.zeros((len(requests), len(table)), dtype=np.float32)
+        result = np.zeros((len(requests), len(table)), dtype=np.float32)
         self.network.eval()
         with torch.no_grad():
             for rows in of_one_length(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows])).to(table.device)
-                found[rows] = (self.encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
-        return self.warm.spread(found, histories)
+                result[rows] = (self.encode(self.network, items)[:, -1] @ table.T).cpu().numpy()
+        return self.warm.spread(result, histories)
 
 
 N = TypeVar("N", bound=ProfiledConfig)
@@ -382,14 +384,14 @@ class SequenceNetwork(ScoredBaseline[N, Trained]):
             network["profiles"] = self._profiles.build(network["table"].embedding_dim)
         return network
 
-    def _embedded(self, network: Any, items: Any) -> Any:
+    def _embedded(self, network: torch.nn.Module, items: Any) -> Any:
         """Return the vectors of numbered items, and of the user before them where there are features."""
         return network["table"](items) if self._profiles is None else self._profiles.embedded(network, items)
 
     def _build(self, items: int) -> Any:
         raise NotImplementedError
 
-    def _encode(self, network: Any, items: Any) -> Any:
+    def _encode(self, network: torch.nn.Module, items: Any) -> Any:
         raise NotImplementedError
 
 
@@ -445,12 +447,12 @@ def stopped_by(cases: Sequence[Case]) -> frozenset[str]:
     return frozenset(case.request.user_id for case in cases)
 
 
-def weights_of(network: Any) -> dict[str, NDArray[Any]]:
+def weights_of(network: torch.nn.Module) -> dict[str, NDArray[Any]]:
     """Return the weights of a network as arrays."""
     return {f"network.{name}": tensor.detach().cpu().numpy() for name, tensor in network.state_dict().items()}
 
 
-def put_back(network: Any, state: Mapping[str, NDArray[Any]]) -> None:
+def put_back(network: torch.nn.Module, state: Mapping[str, NDArray[Any]]) -> None:
     """Put weights into a network that was built for them, which from then on is asked and not trained."""
     torch = require("torch", "baselines")
     own = {name.removeprefix("network."): array for name, array in state.items() if name.startswith("network.")}
@@ -492,14 +494,16 @@ def until_best(
     return until_least(model, judge, config, learn, measure="NDCG@10", sign=-1, rates=rates, learned=learned)
 
 
-def _epoch(network: Any, encode: Encode, batches: Iterator[Batch], optimiser: Any, loss: Any) -> float:
+def _epoch(
+    network: torch.nn.Module, encode: Encode, batches: Iterator[Batch], optimiser: torch.optim.Optimizer, loss: Any
+) -> float:
     torch = require("torch", "baselines")
     network.train()
     total, count = 0.0, 0
     table = network["table"].weight
     for batch in batches:
         optimiser.zero_grad(set_to_none=True)
-        wanted, items = (torch.from_numpy(each).to(table.device) for each in (batch.targets, batch.items))
+        wanted, items = (torch.from_numpy(item).to(table.device) for item in (batch.targets, batch.items))
         rows = wanted >= 0
         vectors = encode(network, items)[rows]
         with torch.no_grad():
@@ -515,7 +519,7 @@ def _epoch(network: Any, encode: Encode, batches: Iterator[Batch], optimiser: An
 
 
 def over_all(
-    vectors: Any, table: Any, targets: Any, *, half: bool = False, hidden: Any = None
+    vectors: Any, table: Any, targets: torch.Tensor, *, half: bool = False, hidden: Any = None
 ) -> tuple[float, Any, Any]:
     """Return the mean cross-entropy over all items and its gradients.
 
@@ -551,7 +555,7 @@ def over_all(
     return total / len(vectors), of_vectors / len(vectors), of_table / len(vectors)
 
 
-def info_nce(logits: Any, hidden: Any) -> Any:
+def info_nce(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
     """Return the mean of ``-log(exp(l_ii) / sum_j exp(l_ij))`` over rows i (van den Oord et al., arXiv 1807.03748).
 
     Args:
@@ -563,7 +567,7 @@ def info_nce(logits: Any, hidden: Any) -> Any:
     return torch.nn.functional.cross_entropy(masked, torch.arange(len(logits), device=logits.device))
 
 
-def info_nce_both(logits: Any, hidden: Any) -> Any:
+def info_nce_both(logits: torch.Tensor, hidden: torch.Tensor) -> Any:
     """Return the mean of `info_nce` of rows among columns and of columns among rows."""
     return (info_nce(logits, hidden) + info_nce(logits.T, hidden.T)) / 2
 
@@ -582,7 +586,7 @@ class _Sampled:
         self._negatives = negatives
         self._rng = np.random.default_rng([seed, 1])
 
-    def __call__(self, vectors: Any, table: Any, targets: Any) -> tuple[float, Any, Any]:
+    def __call__(self, vectors: Any, table: Any, targets: torch.Tensor) -> tuple[float, Any, Any]:
         torch = require("torch", "baselines")
         drawn = self._rng.choice(len(self._chance), size=self._negatives, p=self._chance)
         offset = torch.from_numpy(np.log(self._negatives * self._chance[drawn])).to(vectors)

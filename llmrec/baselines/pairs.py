@@ -28,6 +28,7 @@ from llmrec.recipe.schema import Positive
 from llmrec.types import Request
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -91,18 +92,18 @@ class Pairs:
         # That an item follows itself says nothing about texts.
         total.setdiag(0)
         total.eliminate_zeros()
-        found = total.tocoo()
-        first, then = (np.asarray(each, dtype=np.int64) for each in found.coords)
-        return Pairs(first, then, found.data / max(found.data.sum(), 1e-300), total)
+        result = total.tocoo()
+        first, then = (np.asarray(coord, dtype=np.int64) for coord in result.coords)
+        return Pairs(first, then, result.data / max(result.data.sum(), 1e-300), total)
 
     def unknown(self, first: NDArray[np.int64], then: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Return which later items are negatives of which earlier ones: all but those that follow them, shape (n, n).
 
         The pair itself, on the diagonal, counts too: it is what the others are set against.
         """
-        found: NDArray[np.bool_] = np.asarray(self.seen[first][:, then].toarray()) == 0
-        np.fill_diagonal(found, True)
-        return found
+        result: NDArray[np.bool_] = np.asarray(self.seen[first][:, then].toarray()) == 0
+        np.fill_diagonal(result, True)
+        return result
 
 
 @dataclass
@@ -168,8 +169,8 @@ class TransitionsTuned(TransitionsText):
         torch, config = require("torch", "train"), self._config
         refuse_unpretrained(self.name, config.encoder, "transitions-text")
         own = texts_of([data.dataset.items[item] for item in steps.catalogue.ids])
-        said = [own[place] for place in config.order(len(own))]
-        encoder = TunedEncoder(find_encoder(config.encoder)[0], said, blocks=config.blocks)
+        text = [own[place] for place in config.order(len(own))]
+        encoder = TunedEncoder(find_encoder(config.encoder)[0], text, blocks=config.blocks)
         cases = stop_cases(data, config, _STOP_CASES)
         self.looked_at = stopped_by(cases)
         pairs = Pairs.of(steps, config.apart, config.nearby)
@@ -215,7 +216,7 @@ class _Epoch:
         self._often = np.log(np.maximum(often, 1e-12))
         self._done = 0
 
-    def __call__(self, optimiser: Any) -> float:
+    def __call__(self, optimiser: torch.optim.Optimizer) -> float:
         """Take the steps of one epoch, and return the mean loss in nats."""
         config, total = self._config, 0.0
         for _ in range(config.steps):
@@ -245,5 +246,5 @@ def _read(encoder: TunedEncoder, rows: NDArray[np.int64]) -> Any:
     torch = require("torch", "train")
     groups = batches_of([encoder.length(int(row)) for row in rows])
     order = torch.tensor([place for group in groups for place in group])
-    found = torch.cat([encoder([int(rows[place]) for place in group]) for group in groups])
-    return found[torch.argsort(order)]
+    result = torch.cat([encoder([int(rows[place]) for place in group]) for group in groups])
+    return result[torch.argsort(order)]

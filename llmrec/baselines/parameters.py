@@ -78,17 +78,17 @@ def hashes_of(name: str, parameters: Mapping[str, Any]) -> Hashes:
         DataError: As `stores_of`.
     """
     config, stores = config_of(name, parameters, "parameters"), stores_of(name, parameters)
-    found: dict[str, str | dict[str, str] | None] = {"stores": stores}
+    result: dict[str, str | dict[str, str] | None] = {"stores": stores}
     # What a parameter of a plug-in means is its own; its code has a stamp.
     if type(config).__module__.startswith("llmrec."):
         held = config.model_dump(mode="json")
         start, words = Path(held.get("start") or "") / MANIFEST, Path(held.get("lexicon") or "")
-        found["encoder"] = weights_of(held.get("encoder"))
-        found["align"] = weights_of((held.get("align") or {}).get("encoder"))
-        found["model"] = weights_of(held.get("model"))
-        found["start"] = sha256_of(start) if start.is_file() and held.get("start") else None
-        found["lexicon"] = sha256_of(words) if words.is_file() else None
-    return {key: value for key, value in found.items() if value}
+        result["encoder"] = weights_of(held.get("encoder"))
+        result["align"] = weights_of((held.get("align") or {}).get("encoder"))
+        result["model"] = weights_of(held.get("model"))
+        result["start"] = sha256_of(start) if start.is_file() and held.get("start") else None
+        result["lexicon"] = sha256_of(words) if words.is_file() else None
+    return {key: value for key, value in result.items() if value}
 
 
 def weights_of(name: str | None) -> str | None:

@@ -77,8 +77,8 @@ class Random(_SameForAll[NoParameters]):
             return ranking(request, request.candidates, np.zeros(len(request.candidates)))
         places = unseen(request, catalogue)
         drawn = np.random.default_rng(hash_one("random baseline", 0, request.id)).permutation(places)[:TOP]
-        found = top_of(request, catalogue, drawn, np.zeros(len(drawn)))
-        return replace(found, unlisted=len(places) - len(drawn))
+        result = top_of(request, catalogue, drawn, np.zeros(len(drawn)))
+        return replace(result, unlisted=len(places) - len(drawn))
 
 
 class Popularity(_SameForAll[NoParameters]):

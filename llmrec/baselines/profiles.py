@@ -15,6 +15,7 @@ from llmrec.data.features import FeatureKind, FeatureStore, Pair
 from llmrec.errors import DataError, require
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -74,11 +75,11 @@ class Table:
         """Return whitened vectors of length 1, shape (n, k); of unknown names zeros."""
         asked = names if self.shuffled is None else [self.shuffled.get(name, name) for name in names]
         vectors, known = self.store.get(self.kind, asked)
-        found = (vectors - self.centre) @ self.whitening
+        result = (vectors - self.centre) @ self.whitening
         # The mean of all is the centre: what is left of it is rounding, and no direction.
-        found[~known] = 0
-        lengths = np.linalg.norm(found, axis=1, keepdims=True)
-        long = np.divide(found, lengths, out=np.zeros_like(found), where=lengths > 0)
+        result[~known] = 0
+        lengths = np.linalg.norm(result, axis=1, keepdims=True)
+        long = np.divide(result, lengths, out=np.zeros_like(result), where=lengths > 0)
         return np.asarray(long, dtype=np.float32)
 
 
@@ -148,7 +149,7 @@ class Adaptor:
 
     def columns(self, rows: Entities) -> list[Columns]:
         """Return the vectors of each table for some rows."""
-        found = []
+        results = []
         for table in self.tables:
             names, places = np.unique(
                 (rows.user_names if table.kind == "user" else rows.item_names).astype(str), return_inverse=True
@@ -156,8 +157,8 @@ class Adaptor:
             vectors = table.vectors(names.tolist())
             wide = np.zeros((len(vectors), self.width), dtype=np.float32)
             wide[:, : table.width] = vectors
-            found.append(Columns(wide, places.astype(np.int64)))
-        return found
+            results.append(Columns(wide, places.astype(np.int64)))
+        return results
 
     def build(self, dim: int, experts: int) -> Any:
         """Return the network: experts that all tables share, and for each table its own and a gate over both."""
@@ -175,7 +176,7 @@ class Adaptor:
         )
 
 
-def adapt(network: Any, table: int, vectors: Any) -> Any:
+def adapt(network: torch.nn.Module, table: int, vectors: Any) -> Any:
     """Return what experts make of vectors, weighed by the gate: KAR's equation 8.
 
     Args:
@@ -250,7 +251,7 @@ class Profiles:
         numbers = self.numbers(users, items)
         return [np.concatenate([numbers[row : row + 1], history]) for row, history in enumerate(histories)]
 
-    def embedded(self, network: Any, items: Any) -> Any:
+    def embedded(self, network: torch.nn.Module, items: Any) -> Any:
         """Return one vector a step, of the user and of the items behind, shape (b, t, dim)."""
         torch, table = require("torch", "baselines"), network["table"]
         adaptor = network["profiles"]

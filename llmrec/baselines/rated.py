@@ -81,8 +81,8 @@ def ratings(data: SplitDataset, name: str) -> Ratings:
         items=items.astype(np.int64),
         values=values,
         order=rated["order"].to_numpy().astype(np.int64),
-        user_index={user: place for place, user in enumerate(user_names.tolist())},
-        item_index={item: place for place, item in enumerate(item_names.tolist())},
+        user_index={user: index for index, user in enumerate(user_names.tolist())},
+        item_index={item: index for index, item in enumerate(item_names.tolist())},
         mean=float(values.mean()),
         scale=scale_of(data),
     )

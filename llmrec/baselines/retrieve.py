@@ -148,14 +148,14 @@ def retrieve(
                     )
                 sets[request.id] = shuffled(items, request.id, seed)
     sets = {name: sets[name] for name in (request_id(one.user_id, one.item_id) for one in held)}
-    found = CandidateSets.of(f"retrieved-{finder.name}", section.count, seed, sets, users)
+    result = CandidateSets.of(f"retrieved-{finder.name}", section.count, seed, sets, users)
     log.info(
         "%s finds %.1f %% of the held-out items among %d",
         finder.name,
-        100 * ceiling(found, {request_id(one.user_id, one.item_id): one.item_id for one in held}),
+        100 * ceiling(result, {request_id(one.user_id, one.item_id): one.item_id for one in held}),
         section.count,
     )
-    return found
+    return result
 
 
 @dataclass(frozen=True)
@@ -202,7 +202,7 @@ class Lists:
     @cached_property
     def _made(self) -> Mapping[str, Sequence[tuple[int, tuple[str, ...]]]]:
         finder = self.finder or finder_of(self.section, self.seed)
-        found: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
+        result: dict[str, list[tuple[int, tuple[str, ...]]]] = {}
         users = [user for user in self.data.users() if len(self.data.train_events(user)) > 1]
         parts, looked = {user: hash_one("retrieved lists", self.seed, user) % _FOLDS for user in users}, 0
         for part in sorted(set(parts.values())):
@@ -223,11 +223,11 @@ class Lists:
                         items = [item for item in items if item not in had][: self.section.count]
                     enough = len(items) >= (self.least or self.section.count)
                     if enough and (self.others or events[at].item_id in items):
-                        found.setdefault(user, []).append((at, tuple(items)))
-        count = sum(map(len, found.values()))
+                        result.setdefault(user, []).append((at, tuple(items)))
+        count = sum(map(len, result.values()))
         if not self.others:
             log.info("%s finds %d of %d training events among %d", finder.name, count, looked, self.section.count)
-        return found
+        return result
 
     def _places(self, user: str) -> list[int]:
         places = range(1, len(self.data.train_events(user)))
@@ -271,20 +271,20 @@ def best(model: CatalogueScorer, requests: Sequence[Request], count: int) -> lis
     """
     scores = np.array(model.scores(requests), dtype=np.float64)
     column = {item: place for place, item in enumerate(model.items)}
-    found = []
+    results = []
     for request, row in zip(requests, scores, strict=True):
         row[[column[event.item_id] for event in request.history if event.item_id in column]] = -np.inf
         drawn = np.random.default_rng(hash_one("retrieved ties", 0, request.id)).random(len(row))
         places = np.lexsort((drawn, -row))[: min(count, int(np.isfinite(row).sum()))]
-        found.append([model.items[place] for place in places])
-    return found
+        results.append([model.items[place] for place in places])
+    return results
 
 
 def shuffled(items: Sequence[str], request: str, seed: int) -> tuple[str, ...]:
     """Return retrieved items in an order by a hash of the request's id, which tells nothing of the retriever's."""
-    found = sorted(items)
-    keyed("retrieved candidates", seed, request).shuffle(found)
-    return tuple(found)
+    results = sorted(items)
+    keyed("retrieved candidates", seed, request).shuffle(results)
+    return tuple(results)
 
 
 def ceiling(sets: CandidateSets, targets: Mapping[str, str]) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -11,6 +11,9 @@ from llmrec.baselines.base import Auto
 from llmrec.baselines.neural import ProfiledConfig, SequenceConfig, SequenceNetwork
 from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Width
+
+if TYPE_CHECKING:
+    import torch
 
 
 class AttentionConfig(SequenceConfig):
@@ -62,7 +65,7 @@ class SASRec(SequenceNetwork[SASRecConfig]):
         parts = {"table": nn.Embedding(items, dim), "places": nn.Embedding(self._config.steps, dim)}
         return start_small(nn.ModuleDict({**parts, "blocks": blocks, "last_norm": nn.LayerNorm(dim)}))
 
-    def _encode(self, network: Any, items: Any) -> Any:
+    def _encode(self, network: torch.nn.Module, items: Any) -> Any:
         return attended(network, self._embedded(network, items), self._config.heads, self._config.dropout)
 
 
@@ -83,7 +86,7 @@ def blocks_of(dim: int, layers: int) -> Any:
     return nn.ModuleList([nn.ModuleDict(block) for block in blocks])
 
 
-def start_small(network: Any) -> Any:
+def start_small(network: torch.nn.Module) -> Any:
     """Draw all matrices of a network from a narrow normal distribution, set biases to 0, and return it."""
     init = require("torch", "baselines").nn.init
     for name, parameter in network.named_parameters():
@@ -94,7 +97,7 @@ def start_small(network: Any) -> Any:
     return network
 
 
-def attended(network: Any, items: Any, heads: int, dropout: float) -> Any:
+def attended(network: torch.nn.Module, items: Any, heads: int, dropout: float) -> Any:
     """Return one vector a position, each from its own and earlier positions only, shape (b, t, dim).
 
     Padding stands on the right, and no position sees what follows it: it needs no mask.

@@ -56,7 +56,7 @@ class TfIdf:
         words = sorted(word for word, count in frequency.items() if count >= least)
         have = np.array([frequency[word] for word in words], dtype=np.float64)
         return TfIdf(
-            index={word: place for place, word in enumerate(words)},
+            index={word: index for index, word in enumerate(words)},
             weights=np.log((1 + len(texts)) / (1 + have)) + 1,
             longest=longest,
         )
@@ -191,8 +191,8 @@ class FirstSentence(Baseline[NoParameters, str]):
 
 def first_sentence(text: str) -> str:
     """Return what comes before the first full stop, question or exclamation mark, with it; all of it without one."""
-    found = _SENTENCE.match(text)
-    return found.group(1).strip() if found else ""
+    result = _SENTENCE.match(text)
+    return result.group(1).strip() if result else ""
 
 
 # --------------------------------------------------------------------------- ratings from texts
@@ -264,8 +264,8 @@ class TextRidge(Baseline[TextRidgeConfig, _Read]):
             rmatvec=lambda errors: vectors.T @ errors - centre * errors.sum(),
             dtype=np.float64,
         )
-        found = lsqr(centred, values - mean, damp=float(np.sqrt(config.penalty)), atol=1e-8, btol=1e-8, iter_lim=1000)
-        weights = np.asarray(found[0], dtype=np.float64)
+        result = lsqr(centred, values - mean, damp=float(np.sqrt(config.penalty)), atol=1e-8, btol=1e-8, iter_lim=1000)
+        weights = np.asarray(result[0], dtype=np.float64)
         self._model = _Read(model, weights, float(centre @ weights), mean, known.scale)
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
@@ -302,8 +302,8 @@ def _texts(data: SplitDataset, name: str) -> _Texts:
 
 def _places(names: Sequence[str]) -> dict[str, NDArray[np.int64]]:
     rows: dict[str, list[int]] = {}
-    for place, name in enumerate(names):
-        rows.setdefault(name, []).append(place)
+    for index, name in enumerate(names):
+        rows.setdefault(name, []).append(index)
     return {name: np.array(places) for name, places in rows.items()}
 
 
@@ -324,8 +324,8 @@ def _nearest(request: Request, library: _Library) -> str:
     title = library.titles.get(item, "")
     if item in library.of_item:
         places = library.of_item[item]
-        said = [event.text for event in request.history if event.text]
-        query = library.model.vectors([" ".join([title, *request.context.values(), *said])])
+        text = [event.text for event in request.history if event.text]
+        query = library.model.vectors([" ".join([title, *request.context.values(), *text])])
         near = (library.vectors[places] @ query.T).toarray().ravel()
     elif request.user_id in library.of_user:
         places = library.of_user[request.user_id]

@@ -176,8 +176,8 @@ def nearest(vectors: NDArray[np.floating[Any]], count: int) -> Any:
         cosines[np.arange(len(cosines)), np.arange(start, start + len(cosines))] = -np.inf
         border = np.partition(cosines, items - count, axis=1)[:, items - count, None]
         parts.append(sparse.csr_array(np.where(cosines >= np.maximum(border, 1e-9), cosines, 0.0)))
-    found = sparse.vstack(parts, format="csr")
-    return found if found.shape[0] == items else sparse.csr_array((items, items))
+    result = sparse.vstack(parts, format="csr")
+    return result if result.shape[0] == items else sparse.csr_array((items, items))
 
 
 def counted(data: SplitDataset) -> Steps:
@@ -210,7 +210,7 @@ def _normalised(model: Steps, config: TransitionsConfig) -> Any:
 
 def _shares(near: Any, sharpness: float) -> Any:
     """Return likenesses to a power, rows scaled to sum 1."""
-    found = near.copy()
-    found.data = found.data**sharpness
-    total = np.asarray(found.sum(axis=1)).ravel()
-    return (sparse.diags_array(np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)) @ found).tocsr()
+    result = near.copy()
+    result.data = result.data**sharpness
+    total = np.asarray(result.sum(axis=1)).ravel()
+    return (sparse.diags_array(np.divide(1.0, total, out=np.zeros_like(total), where=total > 0)) @ result).tocsr()

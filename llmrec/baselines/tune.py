@@ -85,8 +85,8 @@ def ladder(values: Sequence[Any], start: Any) -> tuple[Any, ...]:
     """Return the values of a parameter with the one that a search begins at, numbers ascending."""
     if start in values:
         return tuple(values)
-    found = (*values, start)
-    return tuple(sorted(found)) if _ordered(found) else found
+    result = (*values, start)
+    return tuple(sorted(result)) if _ordered(result) else result
 
 
 def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tuple[str, ...]:
@@ -107,10 +107,10 @@ def borders(config: type[Section], grid: Grid, point: Mapping[str, Any]) -> tupl
 
 
 def _size(grid: Grid) -> int:
-    found = 1
+    result = 1
     for values in grid.values():
-        found *= len(values)
-    return found
+        result *= len(values)
+    return result
 
 
 def _ordered(values: Sequence[Any]) -> bool:
@@ -128,10 +128,10 @@ def _allowed(config: type[Section], point: Mapping[str, Any], name: str, *, belo
 
 
 def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
-    found = judge(start)
-    if found is None:
+    result = judge(start)
+    if result is None:
         return
-    best, value = start, found[table]
+    best, value = start, result[table]
     for _ in range(_ROUNDS):
         before = best
         for name, values in ladders.items():
@@ -139,10 +139,10 @@ def _climb(ladders: Grid, start: Point, table: str, judge: Judge) -> None:
                 improved, missed = False, 0
                 for other in others:
                     point = {**best, name: other}
-                    if (found := judge(point)) is None:
+                    if (result := judge(point)) is None:
                         return
-                    if found[table] > value:
-                        best, value, improved, missed = point, found[table], True, 0
+                    if result[table] > value:
+                        best, value, improved, missed = point, result[table], True, 0
                     else:
                         missed += 1
                     if missed == _PATIENCE and _ordered(values):
@@ -306,7 +306,7 @@ class _Search:
 
     def _try(self, point: dict[str, Any]) -> Trial:
         like = [self._last, *(model for _, model in self._models.values())]
-        model = fitted(self.name, point, self.data, seed=self.seed, like=[each for each in like if each is not None])
+        model = fitted(self.name, point, self.data, seed=self.seed, like=[item for item in like if item is not None])
         self.recalled += model.recalled
         trial = Trial(point, self.measure(model, point))
         log.info("%s %s: validation %s %s", self.name, point, self.metric, trial.values)

@@ -98,7 +98,7 @@ def mean_ndcgs(
         The means by convention.
     """
     ranked = rank_catalogue(scorer, cases, cutoffs=(), seen=conventions(seen))
-    return {each: float(ndcg(found.greater, found.tied, k).mean()) for each, found in ranked.items()}
+    return {item: float(ndcg(result.greater, result.tied, k).mean()) for item, result in ranked.items()}
 
 
 def root_mean_squared_error(predictor: Predictor, cases: Sequence[Case]) -> float:

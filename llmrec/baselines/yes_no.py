@@ -115,9 +115,9 @@ class Logistic(Baseline[LogisticConfig, _Linear]):
         users: Mapping[str, int] = known.user_index if config.features == "ids" else {}
         items: Mapping[str, int] = known.item_index if config.features == "ids" else {}
         if users:
-            each, ones = np.arange(len(truth)), np.ones(len(truth))
-            of_users = sparse.csr_array((ones, (each, known.users)), shape=(len(truth), len(users)))
-            of_items = sparse.csr_array((ones, (each, known.items)), shape=(len(truth), len(items)))
+            item, ones = np.arange(len(truth)), np.ones(len(truth))
+            of_users = sparse.csr_array((ones, (item, known.users)), shape=(len(truth), len(users)))
+            of_items = sparse.csr_array((ones, (item, known.items)), shape=(len(truth), len(items)))
             rows = sparse.hstack([sparse.csr_array(rows), of_users, of_items]).tocsr()
             penalties = np.append(penalties, np.full(len(users) + len(items), config.id_penalty))
         weights = _weights(rows, truth, penalties)
@@ -158,8 +158,8 @@ def _weights(features: Any, truth: NDArray[np.float64], penalties: NDArray[np.fl
     # Takes a tenth of a second to import, and most commands fit nothing.
     from scipy.optimize import minimize
 
-    found = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"gtol": 1e-9})
-    best: NDArray[np.float64] = found.x
+    result = minimize(loss, np.zeros(features.shape[1] + 1), jac=True, method="L-BFGS-B", options={"gtol": 1e-9})
+    best: NDArray[np.float64] = result.x
     return best
 
 

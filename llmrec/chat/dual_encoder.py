@@ -20,7 +20,9 @@ from llmrec.errors import DataError, require
 from llmrec.models.text_encoder import text_embedder
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
+    from torch.optim import Optimizer
 
     from llmrec.chat.transcripts import Turn
     from llmrec.data.knowledge import Embed
@@ -206,7 +208,7 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
             with torch.no_grad():
                 return float(loss(judged))
 
-        def learn_once(optimiser: Any) -> float:
+        def learn_once(optimiser: Optimizer) -> float:
             network.train()
             order, total = rng.permutation(rows), 0.0
             for batch in np.array_split(order, -(-len(order) // _BATCH)):
@@ -254,7 +256,7 @@ def _maps(width: int) -> Any:
     return network
 
 
-def _moved(network: Any, name: str, vectors: Any) -> Any:
+def _moved(network: torch.nn.Module, name: str, vectors: Any) -> Any:
     """Return vectors with what a map adds to them, of length 1, shape (n, d)."""
     nn = require("torch", "train").nn.functional
     vectors = nn.dropout(vectors, _DROPOUT, network.training)

@@ -108,15 +108,15 @@ class Ensemble:
         bases = {base.name: _Base(base, self.names, users) for base in onto}
         fits |= {(base.of.fitted.form, name): base.as_is for name, base in bases.items()}
         beside = {f"{name} and {base.others(self.names)}": base for name, base in bases.items()}
-        for said, base in beside.items():
+        for text, base in beside.items():
             form: Form = "pool" if base.of.fitted.form == "pool" else "logit"
-            fits[form, said] = base.put(known, base.free)
+            fits[form, text] = base.put(known, base.free)
         if only is not None:
             fits = {form: fit for form, fit in fits.items() if form == (only.form, only.name)}
         whole = {form: fit(every, None) for form, fit in fits.items()}
         if only is None:
             values = {form: known.crossed(fit, whole[form], folds) for form, fit in fits.items()}
-            self.tried = tuple(Tried(form, part, float(found.mean())) for (form, part), found in values.items())
+            self.tried = tuple(Tried(form, part, float(result.mean())) for (form, part), result in values.items())
         else:
             self.tried = (only,)
         best = max(self.tried, key=lambda each: each.value)
@@ -131,11 +131,11 @@ class Ensemble:
                 base = beside[best.name]
                 first = known.crossed(fits[best.form, best.name], self.weights, folds)
                 less = [
-                    known.crossed(base.put(known, [each for each in base.free if each != place]), self.weights, folds)
+                    known.crossed(base.put(known, [item for item in base.free if item != place]), self.weights, folds)
                     for place in base.free
                 ]
                 self.without = tuple(
-                    left_out(self.names[place], first, each, users) for place, each in zip(base.free, less, strict=True)
+                    left_out(self.names[place], first, item, users) for place, item in zip(base.free, less, strict=True)
                 )
             return
         if best.form == "logit":
@@ -149,7 +149,7 @@ class Ensemble:
                 few.crossed(partial(fit, off=place), self.weights, folds[:count]) for place in range(len(self.names))
             ]
             self.without = tuple(
-                left_out(name, all_parts, each, users[:count]) for name, each in zip(self.names, rest, strict=True)
+                left_out(name, all_parts, item, users[:count]) for name, item in zip(self.names, rest, strict=True)
             )
 
 
@@ -160,7 +160,7 @@ def settled(bases: Sequence[Ensemble]) -> set[tuple[Form, str]]:
 
 def free_of(base: Ensemble, names: Sequence[str]) -> tuple[int, ...]:
     """Return the places of the parts that a fusion lacks."""
-    return tuple(place for place, name in enumerate(names) if name not in base.names)
+    return tuple(index for index, name in enumerate(names) if name not in base.names)
 
 
 class _Base:
@@ -182,9 +182,9 @@ class _Base:
     def as_is(self, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
         """Return its weights over all parts; users whose cases are not among ``rows`` have no say in them."""
         inside = {self._users[row] for row in rows.tolist()}
-        found = self.of.apart_from(frozenset(self._users) - inside)
-        known = dict(zip(self.of.names, found.parts, strict=True))
-        return Weights(found.form, tuple(known.get(name, 0.0) for name in self._names), found.repeat)
+        result = self.of.apart_from(frozenset(self._users) - inside)
+        known = dict(zip(self.of.names, result.parts, strict=True))
+        return Weights(result.form, tuple(known.get(name, 0.0) for name in self._names), result.repeat)
 
     def put(self, known: WeighedCases, free: Sequence[int]) -> Fit:
         """Return what fits it with some of the parts that it lacks beside it."""

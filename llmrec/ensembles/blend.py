@@ -102,14 +102,14 @@ class Blend(Ensemble):
         self._refuse(self.parts, cases)
         users = [case.request.user_id for case in cases]
         folds = folds_of(self.name, users)
-        said = self._said([case.request for case in cases])
+        text = self._said([case.request for case in cases])
         self._mute = np.array(
-            [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in said.T]
+            [values[~np.isnan(values)].mean() if (~np.isnan(values)).any() else 0 for values in text.T]
         )
         bases = [base for base in onto if isinstance(base, Blend)]
         for base in bases:
             self._mute[[self.names.index(name) for name in base.names]] = base._mute
-        features = self._features(said)
+        features = self._features(text)
         truth = np.array([float(case.truth) for case in cases])
         self._bounds = (0.0, 1.0) if self._judges else (float(truth.min()), float(truth.max()))
         if bases:
@@ -117,11 +117,11 @@ class Blend(Ensemble):
         every = np.arange(len(users))
         fits, beside = self._forms(bases, truth, users)
         if only is not None:
-            fits = {each: fit for each, fit in fits.items() if each == (only.form, only.name)}
-        crossed = {each: self._crossed(fit, features, truth, folds) for each, fit in fits.items()}
-        errors = {each: float(found.mean()) for each, found in crossed.items()}
+            fits = {item: fit for item, fit in fits.items() if item == (only.form, only.name)}
+        crossed = {item: self._crossed(fit, features, truth, folds) for item, fit in fits.items()}
+        errors = {item: float(result.mean()) for item, result in crossed.items()}
         # As the table prints it: RMSE of ratings, log loss of probabilities.
-        printed = {each: error if self._judges else error**0.5 for each, error in errors.items()}
+        printed = {item: error if self._judges else error**0.5 for item, error in errors.items()}
         self.tried = tuple(Tried(form, name, -error) for (form, name), error in printed.items())
         best = min(errors, key=lambda each: errors[each])
         form, name = best
@@ -137,12 +137,12 @@ class Blend(Ensemble):
             if dissect:
                 put = beside[name]
                 rest = [
-                    self._crossed(put.fit([each for each in put.free if each != place]), features, truth, folds)
+                    self._crossed(put.fit([item for item in put.free if item != place]), features, truth, folds)
                     for place in put.free
                 ]
                 self.without = tuple(
-                    left_out(self.names[place], each, crossed[best], users, statistic)
-                    for place, each in zip(put.free, rest, strict=True)
+                    left_out(self.names[place], item, crossed[best], users, statistic)
+                    for place, item in zip(put.free, rest, strict=True)
                 )
             return
         if form == "alone":
@@ -206,15 +206,15 @@ class Blend(Ensemble):
         fits: dict[tuple[Form, str], _Fit] = {
             (form, f"penalty {penalty:g}"): partial(plain, penalty) for penalty in _PENALTIES
         }
-        for place, name in enumerate(self.names):
+        for index, name in enumerate(self.names):
             if ("alone", name) in settled(bases):
                 continue
-            fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[place]))
+            fits["alone", name] = partial(given, _Line(0.0, np.eye(len(self.names))[index]))
         beside = {}
         for base in bases:
             for penalty in _PENALTIES:
                 put = _Put(self, base, free_of(base, self.names), penalty, truth, users)
-                name = f"{base.name} and {' and '.join(self.names[each] for each in put.free)}, penalty {penalty:g}"
+                name = f"{base.name} and {' and '.join(self.names[item] for item in put.free)}, penalty {penalty:g}"
                 beside[name], fits[form, name] = put, put.fit(put.free)
             # With nothing beside it no penalty counts.
             fits[base.fitted.form, base.name] = put.fit([])
@@ -224,12 +224,12 @@ class Blend(Ensemble):
         self, fit: _Fit, features: NDArray[np.float64], truth: NDArray[np.float64], folds: NDArray[np.int64]
     ) -> NDArray[np.float64]:
         """Return the error of each case under weights that were fitted to the other folds, shape (n,)."""
-        found = np.empty(len(truth))
+        result = np.empty(len(truth))
         for fold in range(FOLDS):
             outside = folds == fold
             line = fit(np.flatnonzero(~outside), features)
-            found[outside] = self._error(line.of(features[outside]), truth[outside])
-        return found
+            result[outside] = self._error(line.of(features[outside]), truth[outside])
+        return result
 
     def onto(
         self,
@@ -241,11 +241,11 @@ class Blend(Ensemble):
     ) -> _Line:
         """Return a line with further parts beside it; the penalty draws what the whole counts to 1, the parts to 0."""
         whole, places = line.of(features), list(free)
-        found = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
-        counts = 1 + found.weights[0]
+        result = self._weigh(penalty, np.column_stack([whole, features[:, places]]), truth, offset=whole)
+        counts = 1 + result.weights[0]
         weights = counts * line.weights
-        weights[places] = found.weights[1:]
-        return _Line(float(found.intercept + counts * line.intercept), weights)
+        weights[places] = result.weights[1:]
+        return _Line(float(result.intercept + counts * line.intercept), weights)
 
     def _weigh(
         self,
@@ -274,9 +274,9 @@ class Blend(Ensemble):
         # Takes a tenth of a second to import, and most commands fit nothing.
         from scipy.optimize import minimize
 
-        found = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
-        weights = found[1:] / scales
-        return _Line(float(found[0] - means @ weights), weights)
+        result = minimize(loss, np.zeros(count + 1), jac=True, method="L-BFGS-B", options={"maxiter": 200}).x
+        weights = result[1:] / scales
+        return _Line(float(result[0] - means @ weights), weights)
 
     def _error(self, values: NDArray[np.float64], truth: NDArray[np.float64]) -> NDArray[np.float64]:
         """Return squared errors of ratings, and the log-loss of probabilities, shape (n,)."""
@@ -316,8 +316,8 @@ class _Put:
 
     def _fitted(self, free: tuple[int, ...], rows: NDArray[np.int64], features: NDArray[np.float64]) -> _Line:
         inside = {self.users[row] for row in rows.tolist()}
-        found = self.base.line_apart_from(frozenset(self.users) - inside)
+        result = self.base.line_apart_from(frozenset(self.users) - inside)
         weights = np.zeros(features.shape[1])
-        weights[[self.blend.names.index(name) for name in self.base.names]] = found.weights
-        line = _Line(found.intercept, weights)
+        weights[[self.blend.names.index(name) for name in self.base.names]] = result.weights
+        line = _Line(result.intercept, weights)
         return self.blend.onto(line, free, self.penalty, features[rows], self.truth[rows]) if free else line

@@ -36,27 +36,27 @@ def carry(data: SplitDataset, items: Path, run: Path, draft: Path) -> None:
     Raises:
         ModelError: If the run has no fusion of rankings, or the folder no catalogue.
     """
-    found = stored.read(run)
-    if not found.fusions or not items.is_file():
+    result = stored.read(run)
+    if not result.fusions or not items.is_file():
         lacks = "fusion of rankings; evaluate its recipe with eval.fusion.controls=true"
         what = lacks if items.is_file() else "catalogue to go with its interactions; drop --no-items"
         raise ModelError(
             f"--with-interactions: {run} has no {what}", kind="missing-value", at=run, column="--with-interactions"
         )
-    choosing = halves(data, found.fusions[0].reserved)[0]
+    choosing = halves(data, result.fusions[0].reserved)[0]
     # Ranks alone: from a hash somebody could find out whose it is.
     order = np.argsort(np.argsort(drawn(choosing), kind="stable"), kind="stable").astype(np.uint64)
     chooses = choosing.valid.with_columns(part=pl.lit("valid"), drawn=order)
     both = pl.concat([data.train.with_columns(part=pl.lit("train")), chooses], how="diagonal")
     names = both["user_id"].unique().sort()
     width = len(str(len(names)))
-    told = [f"{NUMBERED}{place:0{width}d}" for place in range(len(names))]
-    numbers = pl.DataFrame({"user_id": names, "user": told})
+    message = [f"{NUMBERED}{place:0{width}d}" for place in range(len(names))]
+    numbers = pl.DataFrame({"user_id": names, "user": message})
     rows = both.join(numbers, on="user_id", how="left", maintain_order="left")
     rows = rows.select(pl.col("user").alias("user_id"), pl.col("item_id").cast(pl.String), *_KEPT, "part", "drawn")
     rows.write_parquet(draft / FILE)
     # The users that weigh are not among them.
-    stored.save(draft, stored.settled(found))
+    stored.save(draft, stored.settled(result))
 
 
 def carried(folder: Path, *, seed: int) -> SplitDataset | None:

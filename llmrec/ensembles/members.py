@@ -92,33 +92,33 @@ def join(
         onto: Fusions of some of the parts, onto which the others may be put; more cases may have weighed them.
         dissect: Say what is lost without each part.
     """
-    found: ListEnsemble | Blend
+    result: ListEnsemble | Blend
     if answer is Ranking:
-        found = ListEnsemble(name, [ListMember(part.name, part, part.kind) for part in parts])
+        result = ListEnsemble(name, [ListMember(part.name, part, part.kind) for part in parts])
     else:
-        found = Blend(name, [(part.name, part) for part in parts], judges=answer is Probability)
-    found.fit(cases, dissect=dissect, onto=onto)
-    return found
+        result = Blend(name, [(part.name, part) for part in parts], judges=answer is Probability)
+    result.fit(cases, dissect=dissect, onto=onto)
+    return result
 
 
 def weights_of(model: Any) -> FusionWeights | None:
     """Return the weights of a fusion as records have them, None of any other model."""
     if not isinstance(model, CatalogueEnsemble | ListEnsemble | Blend):
         return None
-    found = model.fitted
-    low, high = found.low or (None,) * len(found.parts), found.high or (None,) * len(found.parts)
-    losses = {each.name: {"loss": each.loss, "loss_low": each.low, "loss_high": each.high} for each in model.without}
+    result = model.fitted
+    low, high = result.low or (None,) * len(result.parts), result.high or (None,) * len(result.parts)
+    losses = {item.name: {"loss": item.loss, "loss_low": item.low, "loss_high": item.high} for item in model.without}
     parts = [
         PartWeight(name=name, weight=weight, low=least, high=most, **losses.get(name, {}))
-        for name, weight, least, most in zip(model.names, found.parts, low, high, strict=False)
+        for name, weight, least, most in zip(model.names, result.parts, low, high, strict=False)
     ]
-    return FusionWeights(form=found.form, parts=tuple(parts), repeat=found.repeat or None)
+    return FusionWeights(form=result.form, parts=tuple(parts), repeat=result.repeat or None)
 
 
 def widest(reads: Sequence[Reads | None]) -> Reads:
     """Return what a joined row knows items by: what any of its parts does."""
     order = get_args(Reads)
-    return max((each or order[0] for each in reads), key=order.index)
+    return max((read or order[0] for read in reads), key=order.index)
 
 
 def kind_of(baseline: str) -> Kind:
@@ -139,7 +139,7 @@ def reads_of(baseline: str, parameters: Mapping[str, Any]) -> Reads:
 def answers_of(said: Mapping[str, Json], records: Sequence[Prediction]) -> dict[str, Answer]:
     """Return answers by request id: those that are `remembered`, and those that a row's records hold."""
     known = {**said, **{record.request_id: json.loads(record.parsed) for record in records}}
-    return {request: _answer(request, each) for request, each in known.items()}
+    return {request: _answer(request, item) for request, item in known.items()}
 
 
 def weighed_by(parts: Sequence[object], cases: Sequence[Case]) -> str:

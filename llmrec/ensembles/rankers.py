@@ -101,7 +101,7 @@ class CatalogueEnsemble(Ensemble):
 
 def _known(fusion: CatalogueEnsemble, cases: Sequence[Case]) -> WeighedCases:
     requests = [case.request for case in cases]
-    column = {item: place for place, item in enumerate(fusion.items)}
+    column = {item: index for index, item in enumerate(fusion.items)}
     truth = np.array([column[str(case.truth)] for case in cases])
     had = _history(fusion, requests)
     if fusion.filtered:
@@ -121,7 +121,7 @@ def _known(fusion: CatalogueEnsemble, cases: Sequence[Case]) -> WeighedCases:
 
 
 def _history(fusion: CatalogueEnsemble, requests: Sequence[Request]) -> NDArray[np.bool_]:
-    column: Mapping[str, int] = {item: place for place, item in enumerate(fusion.items)}
+    column: Mapping[str, int] = {item: index for index, item in enumerate(fusion.items)}
     had = np.zeros((len(requests), len(column)), dtype=bool)
     for row, request in enumerate(requests):
         had[row, [column[event.item_id] for event in request.history if event.item_id in column]] = True
@@ -201,18 +201,18 @@ class ListEnsemble(Ensemble):
         """
         self._refuse([(part.name, part.predictor) for part in self.parts], cases)
         requests = [case.request for case in cases]
-        said = [part.predictor.answer(requests) for part in self.parts]
-        sets = _sets(requests, said)
+        text = [part.predictor.answer(requests) for part in self.parts]
+        sets = _sets(requests, text)
         able = [place for place, case in enumerate(cases) if str(case.truth) in sets[place]]
         known = self._known(
             [cases[place] for place in able],
             [sets[place] for place in able],
-            [[answers[place] for place in able] for answers in said],
+            [[answers[place] for place in able] for answers in text],
         )
         self._choose(known, [cases[place].request.user_id for place in able], dissect=dissect, onto=onto)
         assert self.crossed is not None
-        found = zip((requests[place].id for place in able), self.crossed.tolist(), strict=True)
-        self.validation = {**dict.fromkeys((request.id for request in requests), 0.0), **dict(found)}
+        result = zip((requests[place].id for place in able), self.crossed.tolist(), strict=True)
+        self.validation = {**dict.fromkeys((request.id for request in requests), 0.0), **dict(result)}
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank the candidates of each request; see `Predictor.answer`.
@@ -221,26 +221,26 @@ class ListEnsemble(Ensemble):
         no part knows comes last.
         """
         weights, kinds = self.fitted, [part.kind for part in self.parts]
-        said = [part.predictor.answer(requests) for part in self.parts]
+        text = [part.predictor.answer(requests) for part in self.parts]
         answers: list[Answer] = []
-        for place, (request, candidates) in enumerate(zip(requests, _sets(requests, said), strict=True)):
+        for index, (request, candidates) in enumerate(zip(requests, _sets(requests, text), strict=True)):
             if not candidates:
                 answers.append(Unparsed(request_id=request.id, reason="no part has an answer for the request"))
                 continue
             # One request at a time, so that no other one changes a digit.
             strange = np.array([[not part.has(item) for item in candidates] for part in self.parts])
             rows = [
-                _told(_scores(each[place], candidates, part.kind), new, weight)[None]
-                for each, part, new, weight in zip(said, self.parts, strange, weights.parts, strict=True)
+                _told(_scores(entry[index], candidates, part.kind), new, weight)[None]
+                for entry, part, new, weight in zip(text, self.parts, strange, weights.parts, strict=True)
             ]
             had = _had(request, candidates)[None]
-            (found,) = combined(weights, rows, kinds, had, None).astype(np.float64)
-            order = np.lexsort((strange.all(axis=0), -found)).tolist()
+            (result,) = combined(weights, rows, kinds, had, None).astype(np.float64)
+            order = np.lexsort((strange.all(axis=0), -result)).tolist()
             answers.append(
                 Ranking(
                     request_id=request.id,
-                    items=tuple(candidates[each] for each in order),
-                    scores=tuple(found[order].tolist()),
+                    items=tuple(candidates[entry] for entry in order),
+                    scores=tuple(result[order].tolist()),
                 )
             )
         return answers
@@ -256,13 +256,13 @@ class ListEnsemble(Ensemble):
             had[row, : len(candidates)] = _had(case.request, candidates)
         raw = []
         for part, answers in zip(self.parts, said, strict=True):
-            found = np.zeros(shape, dtype=np.float32)
+            result = np.zeros(shape, dtype=np.float32)
             for row, (answer, candidates) in enumerate(zip(answers, sets, strict=True)):
                 scores = _scores(answer, candidates, part.kind)
                 # What fills up must not be the greatest score, which the others are compared with.
-                found[row] = scores.min() if part.kind == "logits" else 0
-                found[row, : len(candidates)] = scores
-            raw.append(found)
+                result[row] = scores.min() if part.kind == "logits" else 0
+                result[row, : len(candidates)] = scores
+            raw.append(result)
         truth = [candidates.index(str(case.truth)) for case, candidates in zip(cases, sets, strict=True)]
         return WeighedCases(
             raw,
@@ -281,8 +281,8 @@ def _sets(requests: Sequence[Request], said: Sequence[Sequence[Answer]]) -> list
     """
     return [
         sorted(request.candidates or ())
-        or sorted({item for answers in said if isinstance(each := answers[place], Ranking) for item in each.items})
-        for place, request in enumerate(requests)
+        or sorted({item for answers in said if isinstance(entry := answers[index], Ranking) for item in entry.items})
+        for index, request in enumerate(requests)
     ]
 
 
@@ -306,7 +306,7 @@ def _scores(answer: Answer, candidates: Sequence[str], kind: Kind) -> NDArray[np
     if answer.scores:
         known = dict(zip(answer.items, answer.scores, strict=True))
     else:
-        known = {item: -float(np.log(place)) for place, item in enumerate(answer.items, start=1)}
+        known = {item: -float(np.log(index)) for index, item in enumerate(answer.items, start=1)}
     # What a ranking leaves out stands behind what it has; what a search leaves out, `feature` knows.
     least = min(known.values(), default=0.0) * {"logits": 1.0, "counts": 0.5, "beams": 0.0}[kind]
     return np.array([known.get(item, least) for item in candidates], dtype=np.float64)

@@ -74,7 +74,7 @@ class FusedFinder:
         Raises:
             RecipeError: If there are fewer than two.
         """
-        found = []
+        results = []
         for section in self.baselines:
             made = lookup(BASELINES, section.name, "baseline")
             encoder = str(section.parameters.get("encoder", LSA))
@@ -83,15 +83,15 @@ class FusedFinder:
             if encoder != LSA and learned_from(encoder):
                 continue
             model = fitted(section.name, section.parameters, data, seed=self.seed)
-            found.append(Member(section.label, model, made.SCORES))
-        if len(found) < 2:
+            results.append(Member(section.label, model, made.SCORES))
+        if len(results) < 2:
             raise RecipeError(
                 f"eval.candidates.retriever: {FUSED} joins two baselines or more that choose no epoch by validation; "
                 "name them in the family's baselines, or choose another retriever",
                 kind="contradiction",
                 column="eval.candidates.retriever",
             )
-        return found
+        return results
 
 
 def _weighed(parts: Sequence[Member], cases: Sequence[Case]) -> CatalogueEnsemble:

@@ -80,7 +80,7 @@ def fused_of(row: Row, baselines: Sequence[BaselineSection], *, seed: int, reser
         reserved: Share of validation users that weighed.
     """
     assert row.fusion is not None
-    known = {each.label: each for each in baselines}
+    known = {baseline.label: baseline for baseline in baselines}
     parts = [
         FusedPart(name=part.name, baseline=known[part.name].name, parameters=known[part.name].parameters)
         if part.name in known
@@ -134,11 +134,11 @@ def read(folder: Path) -> Stored:
     if not path.is_file():
         return Stored()
     try:
-        found = checked(path.read_bytes())
-        if found["format"] == FORMAT:
-            chosen = found.get("choice")
+        result = checked(path.read_bytes())
+        if result["format"] == FORMAT:
+            chosen = result.get("choice")
             return Stored(
-                [Fused.model_validate(each) for each in found["fusions"]],
+                [Fused.model_validate(item) for item in result["fusions"]],
                 None if chosen is None else Choice.model_validate(chosen),
             )
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
@@ -164,15 +164,15 @@ def named(fusions: Sequence[Fused], families: Sequence[str], arm: str) -> dict[s
         families: That rank, the first one first.
         arm: Of the language model that is at hand; fusions with another are left out.
     """
-    found: dict[str, Fused] = {}
+    result: dict[str, Fused] = {}
     for family in families:
-        for each in fusions:
-            if each.family == family and each.arm in ("baseline", arm):
-                name = each.id.split("/")[2]
-                names = (name, f"{name} ({arm})") if each.arm != "baseline" else (name,)
-                free = [one for one in names if one not in found]
-                found[free[0] if free and family == families[0] else each.id] = each
-    return found
+        for fusion in fusions:
+            if fusion.family == family and fusion.arm in ("baseline", arm):
+                name = fusion.id.split("/")[2]
+                names = (name, f"{name} ({arm})") if fusion.arm != "baseline" else (name,)
+                free = [one for one in names if one not in result]
+                result[free[0] if free and family == families[0] else fusion.id] = fusion
+    return result
 
 
 def name_of(choice: Choice, fusions: Mapping[str, Fused], model: str) -> str:
@@ -234,12 +234,12 @@ def chosen(rows: Sequence[Answered], cases: Mapping[str, Sequence[Case]]) -> Cho
     """
     for family in ranking_families():
         able = [row for row in rows if row.figures.task == family and row.figures.arm in _ARMS and not _is_part(row)]
-        judged = {row.figures.id: found for row in able if (found := validated(row, cases.get(family, ())))}
-        common = set.intersection(*(set(found) for found in judged.values())) if judged else set()
+        judged = {row.figures.id: result for row in able if (result := validated(row, cases.get(family, ())))}
+        common = set.intersection(*(set(result) for result in judged.values())) if judged else set()
         if not common:
             continue
         # Users who say nothing about one row say nothing about any: all are judged by the same ones.
-        figures = {name: float(np.mean([found[each] for each in sorted(common)])) for name, found in judged.items()}
+        figures = {name: float(np.mean([result[item] for item in sorted(common)])) for name, result in judged.items()}
         single = {row.figures.id for row in able if row.figures.fusion is None}
         order = sorted(figures, key=lambda name: name not in single)
         best = max(order, key=lambda name: round(figures[name], _SAME))
@@ -256,13 +256,15 @@ def validated(row: Answered, cases: Sequence[Case]) -> Mapping[str, float]:
     known = [case for case in cases if case.request.id in answers]
     if not known:
         return {}
-    found = []
+    results = []
     for case in known:
         answer = answers[case.request.id]
         items = answer.items if isinstance(answer, Ranking) else ()
         ranking = answer if isinstance(answer, Ranking) else Ranking(request_id=case.request.id, items=(), scores=())
-        found.append(standing(ranking, str(case.truth), max(len(items), len(case.request.candidates or ()))))
-    greater, tied = (np.array([getattr(each, name) for each in found], dtype=np.int64) for name in ("greater", "tied"))
+        results.append(standing(ranking, str(case.truth), max(len(items), len(case.request.candidates or ()))))
+    greater, tied = (
+        np.array([getattr(item, name) for item in results], dtype=np.int64) for name in ("greater", "tied")
+    )
     values = ndcg(greater, tied, CUT)
     return {case.request.id: float(value) for case, value in zip(known, values, strict=True)}
 

@@ -181,9 +181,9 @@ def share(scores: NDArray[Any], kind: Kind, out: NDArray[np.bool_] | None) -> ND
     if out is not None:
         values[out] = 0
     totals = values.sum(axis=1, keepdims=True)
-    found = np.full_like(values, 1 / values.shape[1])
-    np.divide(values, totals, out=found, where=totals > 0)
-    return found
+    result = np.full_like(values, 1 / values.shape[1])
+    np.divide(values, totals, out=result, where=totals > 0)
+    return result
 
 
 def left_out(
@@ -194,8 +194,8 @@ def left_out(
     statistic: StatisticName = "mean",
 ) -> Without:
     """Return what is lost without a part, the first figure less the second, from the values of each case."""
-    found = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
-    return Without(name, found.value, found.low, found.high)
+    result = paired(first, second, resamples=_RESAMPLES, seed=0, users=users, statistic=statistic)
+    return Without(name, result.value, result.low, result.high)
 
 
 # --------------------------------------------------------------------------- fitting
@@ -237,8 +237,8 @@ class WeighedCases:
         if self._features is None:
             shape = len(self.truth), len(self.raw) + self.repeats, self.had.shape[1]
             self._features = np.empty(shape, dtype=np.float32)
-            for place, (raw, kind) in enumerate(zip(self.raw, self.kinds, strict=True)):
-                self._features[:, place] = feature(raw, kind, self.out)
+            for index, (raw, kind) in enumerate(zip(self.raw, self.kinds, strict=True)):
+                self._features[:, index] = feature(raw, kind, self.out)
             if self.repeats:
                 self._features[:, -1] = self.had
         return self._features
@@ -248,7 +248,7 @@ class WeighedCases:
         part = slice(count)
         out = None if self.out is None else self.out[part]
         shares = None if self._shares is None else (self._shares[0][part], self._shares[1][part])
-        raw = [each[part] for each in self.raw]
+        raw = [item[part] for item in self.raw]
         return WeighedCases(
             raw, self.kinds, self.had[part], self.truth[part], out, self.repeats, self.features()[part], shares
         )
@@ -280,16 +280,16 @@ class WeighedCases:
         from scipy.optimize import minimize
 
         fitted = minimize(loss, begin[used], jac=True, method="L-BFGS-B", options={"maxiter": 100, "ftol": 1e-8}).x
-        found = np.zeros(count)
-        found[used] = fitted / scales[used]
-        weights = tuple(float(weight) for weight in found[:parts])
-        return Weights("logit", weights, float(found[-1]) if self.repeats else 0.0)
+        result = np.zeros(count)
+        result[used] = fitted / scales[used]
+        weights = tuple(float(weight) for weight in result[:parts])
+        return Weights("logit", weights, float(result[-1]) if self.repeats else 0.0)
 
     def _spread(self, place: int, rows: NDArray[np.int64]) -> float:
         """Return the standard deviation of a feature over the candidates of some cases."""
         values = self.features()[rows, place]
-        found = values if self.out is None else values[~self.out[rows]]
-        return float(found.std(dtype=np.float64))
+        result = values if self.out is None else values[~self.out[rows]]
+        return float(result.std(dtype=np.float64))
 
     def _likelihood(
         self, weights: NDArray[np.float64], rows: NDArray[np.int64], *, curvature: bool = False
@@ -303,7 +303,7 @@ class WeighedCases:
         features, single = self.features(), weights.astype(np.float32)
         count = len(weights)
         value, gradient = 0.0, np.zeros(count)
-        each, matrix = [], np.zeros((count, count))
+        item, matrix = [], np.zeros((count, count))
         block = max(1, CELLS // (features.shape[2] * count))
         inside = np.zeros(len(self.truth), dtype=bool)
         inside[rows] = True
@@ -326,12 +326,12 @@ class WeighedCases:
             wide = means - features[part][np.arange(len(total)), :, self.truth[part]]
             gradient += wide[counted].sum(axis=0)
             if curvature:
-                each.append(wide[counted])
+                item.append(wide[counted])
                 both = np.einsum("nkm,nm,nlm->kl", features[part][counted], chances[counted], features[part][counted])
                 matrix += both - means[counted].T @ means[counted]
         if not curvature:
             return value, gradient, np.empty(0)
-        return value, gradient, np.concatenate([*each, matrix])
+        return value, gradient, np.concatenate([*item, matrix])
 
     def limits(self, weights: Weights, users: Sequence[str]) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Return 95 % limits of a logit's weights, robust and clustered over users (White, Econometrica 1982)."""
@@ -349,7 +349,7 @@ class WeighedCases:
             off: A part that is left out.
         """
         used = [place for place in range(len(self.raw)) if place != off]
-        own, seen = (each[rows][:, used] for each in self.shares())
+        own, seen = (item[rows][:, used] for item in self.shares())
 
         def loss(free: NDArray[np.float64]) -> float:
             shares = _softmax(free[: own.shape[1]])
@@ -363,10 +363,10 @@ class WeighedCases:
         begin = np.zeros(own.shape[1] + self.repeats)
         from scipy.optimize import minimize
 
-        found = minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x
+        result = minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x
         shares = np.zeros(len(self.raw))
-        shares[used] = _softmax(found[: own.shape[1]])
-        return Weights("pool", tuple(float(each) for each in shares), float(found[-1]) if self.repeats else 0.0)
+        shares[used] = _softmax(result[: own.shape[1]])
+        return Weights("pool", tuple(float(item) for item in shares), float(result[-1]) if self.repeats else 0.0)
 
     def onto(
         self, base: Weights, free: Sequence[int], rows: NDArray[np.int64], start: Weights | None = None
@@ -390,7 +390,7 @@ class WeighedCases:
         ranked = inside if self.out is None else inside[~self.out[rows]]
         # Where all items of the history come last, their part of the sum says nothing of its spread.
         spread = float(ranked[ranked > _NEVER / 2].std(dtype=np.float64))
-        scales = np.array([max(each, 1e-6) for each in (spread, *(self._spread(place, rows) for place in places))])
+        scales = np.array([max(item, 1e-6) for item in (spread, *(self._spread(place, rows) for place in places))])
         begin = np.array([1.0, *(0.0 for _ in places)])
 
         def placed(numbers: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -407,13 +407,13 @@ class WeighedCases:
         bounds = [(0.0, None), *((None, None) for _ in places)]
         from scipy.optimize import minimize
 
-        found = placed(minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds).x)
-        parts = tuple(float(weight) for weight in found[: len(self.raw)])
-        return Weights("logit", parts, float(found[-1]) if self.repeats else 0.0)
+        result = placed(minimize(loss, begin, jac=True, method="L-BFGS-B", bounds=bounds).x)
+        parts = tuple(float(weight) for weight in result[: len(self.raw)])
+        return Weights("logit", parts, float(result[-1]) if self.repeats else 0.0)
 
     def _pooled_onto(self, base: Weights, free: Sequence[int], rows: NDArray[np.int64]) -> Weights:
         own, seen = (
-            np.column_stack([each[rows] @ np.array(base.parts), each[rows][:, list(free)]]) for each in self.shares()
+            np.column_stack([item[rows] @ np.array(base.parts), item[rows][:, list(free)]]) for item in self.shares()
         )
         worth = np.exp(base.repeat)
         factor = np.where(self.had[rows, self.truth[rows]], worth, 1.0)
@@ -429,15 +429,15 @@ class WeighedCases:
         shares = _softmax(minimize(loss, begin, method="L-BFGS-B", bounds=[(-12, 12)] * len(begin)).x)
         parts = shares[0] * np.array(base.parts)
         parts[list(free)] = shares[1:]
-        return Weights("pool", tuple(float(each) for each in parts), base.repeat)
+        return Weights("pool", tuple(float(part) for part in parts), base.repeat)
 
     def alone(self, place: int, rows: NDArray[np.int64]) -> float:
         """Return what is added to the scores of items of the history for a part alone: nothing, or all others first."""
-        found = []
+        results = []
         for worth in (0.0, _NEVER):
-            weights = Weights("alone", tuple(float(place == each) for each in range(len(self.raw))), worth)
-            found.append((self.ndcg(weights, rows).mean(), worth))
-        return max(found)[1]
+            weights = Weights("alone", tuple(float(place == item) for item in range(len(self.raw))), worth)
+            results.append((self.ndcg(weights, rows).mean(), worth))
+        return max(results)[1]
 
     def shares(self) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
         """Return the probability of each target by each part, and of all items of the history, shape (n, parts)."""
@@ -463,14 +463,14 @@ class WeighedCases:
             out = None if self.out is None else self.out[part]
             if weights.form == "logit":
                 values = np.array([*weights.parts, *([weights.repeat] if self.repeats else [])], dtype=np.float32)
-                found = np.matmul(values, self.features()[part])
+                result = np.matmul(values, self.features()[part])
             else:
-                found = combined(weights, [each[part] for each in self.raw], self.kinds, self.had[part], out)
+                result = combined(weights, [item[part] for item in self.raw], self.kinds, self.had[part], out)
             if out is not None:
-                found = np.where(out, -np.inf, found)
-            own = found[np.arange(len(part)), self.truth[part]][:, None]
-            greater.append((found > own).sum(axis=1))
-            tied.append((found == own).sum(axis=1))
+                result = np.where(out, -np.inf, result)
+            own = result[np.arange(len(part)), self.truth[part]][:, None]
+            greater.append((result > own).sum(axis=1))
+            tied.append((result == own).sum(axis=1))
         return np.asarray(ndcg(np.concatenate(greater), np.concatenate(tied), CUT))
 
     def crossed(self, fit: Fit, whole: Weights, folds: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -481,23 +481,23 @@ class WeighedCases:
             whole: The form fitted to all cases, near which those of the folds lie.
             folds: Of each case.
         """
-        found = np.zeros(len(self.truth))
+        result = np.zeros(len(self.truth))
         for fold in range(FOLDS):
             outside = np.flatnonzero(folds == fold)
-            found[outside] = self.ndcg(fit(np.flatnonzero(folds != fold), whole), outside)
-        return found
+            result[outside] = self.ndcg(fit(np.flatnonzero(folds != fold), whole), outside)
+        return result
 
 
 def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    found = np.exp(values - values.max())
-    return np.asarray(found / found.sum())
+    result = np.exp(values - values.max())
+    return np.asarray(result / result.sum())
 
 
 def forms(known: WeighedCases, names: Sequence[str]) -> dict[tuple[Form, str], Fit]:
     """Return what fits each form to some of the cases, by form and name; a part alone has that of the part."""
 
     def alone(place: int, rows: NDArray[np.int64], start: Weights | None = None) -> Weights:
-        weights = tuple(float(place == each) for each in range(len(names)))
+        weights = tuple(float(place == item) for item in range(len(names)))
         return Weights("alone", weights, known.alone(place, rows) if known.repeats else 0.0)
 
     parts = {("alone", name): partial(alone, place) for place, name in enumerate(names)}

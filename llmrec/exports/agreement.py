@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,9 @@ from llmrec.strategies.asking import Prompting, strategy_of
 from llmrec.tasks.family import family_of
 from llmrec.train.batches import fit_row, padded
 from llmrec.train.lora import QUANTISED
+
+if TYPE_CHECKING:
+    import torch
 
 _SMALLER = "give fewer --check-users, 0 for none, or set model.device=cpu"
 # An exact merge needs few rows to be proven.
@@ -164,7 +167,7 @@ def _rows(study: Study, family: str, encoder: Encoder, count: int) -> list[Token
 
 @told_of_full_memory("measuring the export", _SMALLER, "--check-users")
 def _figures(
-    model: Any, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
+    model: torch.nn.Module, study: Study, encoder: Encoder, rows: Mapping[str, list[TokenRow]], scored: Iterable[str]
 ) -> _Figures:
     torch = require("torch", "train")
     plain = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -191,18 +194,18 @@ def _figures(
 
 
 @told_of_full_memory("measuring the export", _SMALLER, "--check-users")
-def _placed(model: Any, section: ModelSection) -> Any:
+def _placed(model: torch.nn.Module, section: ModelSection) -> Any:
     """Put a model where it fits; a quantised one is placed by its loader and must not be moved."""
     if getattr(model, "is_loaded_in_4bit", False) or _eight_bit(model):
         return model
     return placed(model, device(section))
 
 
-def _eight_bit(model: Any) -> bool:
+def _eight_bit(model: torch.nn.Module) -> bool:
     return bool(getattr(model, "is_loaded_in_8bit", False))
 
 
-def _loss(model: Any, rows: list[TokenRow], pad: int) -> float:
+def _loss(model: torch.nn.Module, rows: list[TokenRow], pad: int) -> float:
     """Return the mean loss over a family's targets, in nats a token."""
     from llmrec.train.loss import label_loss
 
@@ -217,7 +220,7 @@ def _loss(model: Any, rows: list[TokenRow], pad: int) -> float:
     return total / max(count, 1)
 
 
-def _logits(model: Any, rows: list[TokenRow]) -> NDArray[np.float32]:
+def _logits(model: torch.nn.Module, rows: list[TokenRow]) -> NDArray[np.float32]:
     """Return the logits after the last token of each row, shape (rows, vocabulary)."""
     torch = require("torch", "train")
     result = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from llmrec import processes
 from llmrec.backends.encode import Encoder, TokenRow
@@ -36,6 +36,8 @@ from llmrec.train.steps import Plan
 from llmrec.types import Case, CatalogueScorer, Predictor, Probability, Ranking, Rating, Request
 
 if TYPE_CHECKING:
+    import torch
+
     from llmrec.decode.token_tree import Catalogue
     from llmrec.train.reward.objective import RewardObjective
 
@@ -308,7 +310,7 @@ class Judge:
             )
         return Judge(asked, family, task, cases, encoder)
 
-    def model(self, model: Any) -> float:
+    def model(self, model: torch.nn.Module) -> float:
         """Return NDCG@10 of a model in training, by the first strategy of the family; it is left in evaluation mode."""
         section = self.study.recipe.eval
         # Adapters are parts of the model's modules, so that the backend needs no change.

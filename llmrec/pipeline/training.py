@@ -49,6 +49,8 @@ from llmrec.train.steps import Plan, weighted
 from llmrec.train.trackers import forget
 
 if TYPE_CHECKING:
+    import torch
+
     from llmrec.train.sft import Training
 
 log = logging.getLogger(__name__)
@@ -404,7 +406,7 @@ def _train(
     return training
 
 
-def _head(study: Study, encoder: Encoder, model: Any, planned: Plan) -> RatingHead | None:
+def _head(study: Study, encoder: Encoder, model: torch.nn.Module, planned: Plan) -> RatingHead | None:
     """Attach the recipe's rating head to the model; it starts from the ratings of the planned rows."""
     classes = classes_of(study, encoder)
     section = study.recipe.tasks.rating

@@ -109,10 +109,10 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
     """
     made = lookup(STRATEGIES, name, "strategy")
     if not is_plugin(STRATEGIES, name):
-        found: Strategy = made(asker, **options)
-        return found
+        result: Strategy = made(asker, **options)
+        return result
     try:
-        found = made(asker, **options)
+        result = made(asker, **options)
     except TypeError as error:
         given = ", ".join(["a Prompting", *options])
         raise RecipeError(
@@ -121,14 +121,14 @@ def strategy_of(name: str, asker: Prompting, **options: object) -> Strategy:
             kind="defect",
             at=name,
         ) from error
-    lacking = [each for each in ("asker", "engine", "answer") if not hasattr(found, each)]
+    lacking = [item for item in ("asker", "engine", "answer") if not hasattr(result, item)]
     if lacking:
         raise RecipeError(
             f"the strategy {name!r} lacks {', '.join(lacking)}; see llmrec.strategies.asking.Strategy",
             kind="defect",
             at=name,
         )
-    return found
+    return result
 
 
 @runtime_checkable
@@ -158,8 +158,8 @@ def scored(asker: Prompting, requests: Sequence[Request], *, closed: bool | None
     for part, prompts in asker.batches(requests):
         texts = [asker.task.continuations(request, template=asker.template) for request in part]
         closing = any(is_nested(labels) for labels in set(texts)) if closed is None else closed
-        found = asker.backend.score(prompts, texts, closed=closing)
-        for request, prompt, asked, scores in zip(part, prompts, texts, found, strict=True):
+        result = asker.backend.score(prompts, texts, closed=closing)
+        for request, prompt, asked, scores in zip(part, prompts, texts, result, strict=True):
             yield Scored(request, asked, scores, prompt_hash(prompt))
 
 
@@ -167,11 +167,11 @@ def score_in_chunks(
     backend: Backend, prompts: Sequence[Prompt], texts: Sequence[Sequence[str]], *, closed: bool
 ) -> list[Scores]:
     """Score any number of prompts, `Backend.score`, some hundred at a time: a kill loses no more than these."""
-    found: list[Scores] = []
+    results: list[Scores] = []
     for start in range(0, len(prompts), _CHUNK):
         part = slice(start, start + _CHUNK)
-        found += backend.score(prompts[part], texts[part], closed=closed)
-    return found
+        results += backend.score(prompts[part], texts[part], closed=closed)
+    return results
 
 
 def is_nested(labels: tuple[str, ...]) -> bool:

@@ -62,7 +62,7 @@ class CatalogueRanker:
                 _refuse_candidates(request)
             if not self._texts:
                 self._write(part[0])
-            found = self.asker.backend.search(
+            result = self.asker.backend.search(
                 prompts,
                 self._texts,
                 k=self._beams,
@@ -70,8 +70,8 @@ class CatalogueRanker:
                 excluded=[self._gone(request) for request in part],
                 exact=self._exact,
             )
-            for request, prompt, each in zip(part, prompts, found, strict=True):
-                answers.append(self._ranking(request, each, prompt_hash(prompt)))
+            for request, prompt, item in zip(part, prompts, result, strict=True):
+                answers.append(self._ranking(request, item, prompt_hash(prompt)))
         return answers
 
     def _write(self, request: Request) -> None:
@@ -92,7 +92,7 @@ class CatalogueRanker:
         for item, text in zip(task.catalogue, task.continuations(request, template=self.asker.template), strict=True):
             groups.setdefault(text, []).append(item)
         self._texts, self._groups = tuple(groups), list(groups.values())
-        self._places = {item: place for place, items in enumerate(self._groups) for item in items}
+        self._places = {item: index for index, items in enumerate(self._groups) for item in items}
 
     def _gone(self, request: Request) -> list[int]:
         """Return the texts whose items are all left out."""
@@ -149,7 +149,7 @@ class SearchedCatalogue:
         """
         self.name, self.items = name, tuple(items)
         self._ranker = ranker
-        self._column = {item: place for place, item in enumerate(self.items)}
+        self._column = {item: index for index, item in enumerate(self.items)}
         # A mixture asks once for each of its declared weights.
         self._known: dict[tuple[str, int], tuple[NDArray[np.int32], NDArray[np.float32]]] = {}
 
@@ -160,11 +160,11 @@ class SearchedCatalogue:
             assert isinstance(answer, Ranking)  # a search always finds something
             columns = np.array([self._column[item] for item in answer.items], dtype=np.int32)
             self._known[_key(request)] = columns, np.array(answer.scores, dtype=np.float32)
-        found = np.zeros((len(requests), len(self.items)))
+        result = np.zeros((len(requests), len(self.items)))
         for row, request in enumerate(requests):
             columns, logprobs = self._known[_key(request)]
-            found[row, columns] = np.exp(logprobs, dtype=np.float64)
-        return found
+            result[row, columns] = np.exp(logprobs, dtype=np.float64)
+        return result
 
 
 def _key(request: Request) -> tuple[str, int]:

@@ -36,8 +36,8 @@ def questions_of(strategy: str, candidates: int, section: EvalSection) -> Count 
     Returns:
         The count; None for strategies that score no labels or that ask once in words of their own.
     """
-    found = _COUNTS.get(strategy)
-    return found(candidates, section) if found is not None else None
+    result = _COUNTS.get(strategy)
+    return result(candidates, section) if result is not None else None
 
 
 def _label(n: int, section: EvalSection) -> Count:

@@ -34,9 +34,9 @@ class LikelihoodRanker:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rank every request's candidates; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self.asker, requests, closed=True):
-            self.engine = found.scores.engine
-            answers.append(ranked(found))
+        for result in scored(self.asker, requests, closed=True):
+            self.engine = result.scores.engine
+            answers.append(ranked(result))
         return answers
 
 
@@ -62,16 +62,16 @@ class PriorRanker:
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
-            found = list(scored(self.asker, part, closed=True))
-            texts = [self._bare(each.request) for each in found]
+            results = list(scored(self.asker, part, closed=True))
+            texts = [self._bare(item.request) for item in results]
             extra = self._learn(sorted({text for group in texts for text in group} - self._priors.keys()))
-            for each, group in zip(found, texts, strict=True):
-                self.engine = each.scores.engine
+            for item, group in zip(results, texts, strict=True):
+                self.engine = item.scores.engine
                 less = tuple(
                     score - self._weight * self._priors[text]
-                    for score, text in zip(each.scores.logprobs, group, strict=True)
+                    for score, text in zip(item.scores.logprobs, group, strict=True)
                 )
-                plain = ranked(replace(each, scores=replace(each.scores, logprobs=less)))
+                plain = ranked(replace(item, scores=replace(item.scores, logprobs=less)))
                 # Priors belong to no request in particular: they are booked on the first one that needed them.
                 answers.append(replace(plain, cost=plain.cost + extra))
                 extra = Cost()
@@ -87,8 +87,8 @@ class PriorRanker:
         slices = [texts[start : start + _PRIORS] for start in range(0, len(texts), _PRIORS)]
         prompt = self.asker.task.prompt(_NOBODY, template=self.asker.template, shots=self.asker.shots)
         scores = score_in_chunks(self.asker.backend, [prompt] * len(slices), slices, closed=True)
-        for part, each in zip(slices, scores, strict=True):
-            self._priors.update(zip(part, each.logprobs, strict=True))
+        for part, item in zip(slices, scores, strict=True):
+            self._priors.update(zip(part, item.logprobs, strict=True))
         return sum(map(cost_of, scores), Cost())
 
 
@@ -126,18 +126,18 @@ class YesRanker:
         prompts = [self._ask(request, item) for request in part for item in _candidates(request)]
         yes, no = self.asker.task.words(self.asker.template).spellings()
         texts = [yes + no] * len(prompts)
-        found = score_in_chunks(self.asker.backend, prompts, texts, closed=False)
-        odds = iter([(prompt_hash(prompt), scores) for prompt, scores in zip(prompts, found, strict=True)])
+        result = score_in_chunks(self.asker.backend, prompts, texts, closed=False)
+        odds = iter([(prompt_hash(prompt), scores) for prompt, scores in zip(prompts, result, strict=True)])
         answers: list[Answer] = []
         for request in part:
-            said: dict[str, float] = {}
+            text: dict[str, float] = {}
             hashes, cost = [], Cost()
             for item, (digest, scores) in zip(_candidates(request), odds, strict=False):
                 self.engine = scores.engine
-                said[item] = yes_over_no(scores.logprobs, len(yes))
+                text[item] = yes_over_no(scores.logprobs, len(yes))
                 hashes.append(digest)
                 cost += cost_of(scores)
-            order = by_score(said)
+            order = by_score(text)
             answers.append(
                 Ranking(
                     request_id=request.id,

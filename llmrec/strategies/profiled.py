@@ -56,29 +56,31 @@ class TwoStepRanker:
         answers: list[Answer] = []
         for start in range(0, len(requests), self.asker.batch):
             part = requests[start : start + self.asker.batch]
-            told = self._profiles(part)
-            self._told |= {id(request): (request, said) for request, (said, _) in zip(part, told, strict=True)}
-            second = self._second.answer([_with(request, said) for request, (said, _) in zip(part, told, strict=True)])
-            for (said, cost), answer in zip(told, second, strict=True):
+            message = self._profiles(part)
+            self._told |= {id(request): (request, text) for request, (text, _) in zip(part, message, strict=True)}
+            second = self._second.answer(
+                [_with(request, text) for request, (text, _) in zip(part, message, strict=True)]
+            )
+            for (text, cost), answer in zip(message, second, strict=True):
                 assert isinstance(answer, Ranking)
-                answers.append(replace(answer, cost=answer.cost + cost, raw=said))
+                answers.append(replace(answer, cost=answer.cost + cost, raw=text))
         return answers
 
     def first_prompt(self, request: Request) -> Prompt:
         """Return the second step's prompt, with the profile that the first one wrote for this very request."""
-        _, said = self._told.get(id(request), (request, None))
-        return self._second.first_prompt(_with(request, said))
+        _, text = self._told.get(id(request), (request, None))
+        return self._second.first_prompt(_with(request, text))
 
     def _profiles(self, requests: Sequence[Request]) -> list[tuple[str | None, Cost]]:
         """Return the profile that was written for each request and what it cost; None where it brought one."""
         asked = [request for request in requests if not request.context.get("profile")]
         prompts = [self._task.profile_prompt(request) for request in asked]
-        found = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])
-        told: list[tuple[str | None, Cost]] = []
+        result = iter(self.asker.backend.generate(prompts, max_tokens=self._task.profile_tokens) if prompts else [])
+        message: list[tuple[str | None, Cost]] = []
         for request in requests:
-            done = None if request.context.get("profile") else next(found)
-            told.append((None, Cost()) if done is None else (clean(done.text), cost_of(done)))
-        return told
+            done = None if request.context.get("profile") else next(result)
+            message.append((None, Cost()) if done is None else (clean(done.text), cost_of(done)))
+        return message
 
 
 def _with(request: Request, told: str | None) -> Request:

@@ -33,14 +33,14 @@ class ExpectedRater:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Rate every request's item; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self.asker, requests, closed=None):
-            self.engine = found.scores.engine
+        for result in scored(self.asker, requests, closed=None):
+            self.engine = result.scores.engine
             answers.append(
                 Rating(
-                    request_id=found.request.id,
-                    value=expected([float(text) for text in found.texts], found.scores.logprobs),
-                    prompt_hash=found.prompt_hash,
-                    cost=Cost(prompt_tokens=found.scores.prompt_tokens, completion_tokens=1, forwards=1),
+                    request_id=result.request.id,
+                    value=expected([float(text) for text in result.texts], result.scores.logprobs),
+                    prompt_hash=result.prompt_hash,
+                    cost=Cost(prompt_tokens=result.scores.prompt_tokens, completion_tokens=1, forwards=1),
                 )
             )
         return answers
@@ -125,14 +125,14 @@ class YesNoJudge:
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Judge every request's item; see `Predictor.answer`."""
         answers: list[Answer] = []
-        for found in scored(self.asker, requests, closed=None):
-            self.engine = found.scores.engine
+        for result in scored(self.asker, requests, closed=None):
+            self.engine = result.scores.engine
             answers.append(
                 Probability(
-                    request_id=found.request.id,
-                    value=expected((1.0, 0.0), found.scores.logprobs),
-                    prompt_hash=found.prompt_hash,
-                    cost=cost_of(found.scores),
+                    request_id=result.request.id,
+                    value=expected((1.0, 0.0), result.scores.logprobs),
+                    prompt_hash=result.prompt_hash,
+                    cost=cost_of(result.scores),
                 )
             )
         return answers
@@ -229,8 +229,8 @@ def fit_curve(said: Sequence[float], truth: Sequence[float]) -> Curve:
     # Takes a tenth of a second to import, and most commands fit nothing.
     from scipy.optimize import minimize
 
-    found = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
-    return Curve(scale=math.exp(found.x[0]), bias=float(found.x[1]))
+    result = minimize(loss, np.zeros(2), method="L-BFGS-B", bounds=[(-12, 12), (-20, 20)])
+    return Curve(scale=math.exp(result.x[0]), bias=float(result.x[1]))
 
 
 def _odds(value: float) -> float:

@@ -132,14 +132,14 @@ class Rounds:
         asked = [(game, question, self._orders(game.request, question)) for game in games for question in game.waiting]
         posed = [(game, self._pose(game.request, order)) for game, _, orders in asked for order in orders]
         biases = {size: self._bias_of(size) for size in {len(question.shown) for _, question, _ in asked}}
-        found = iter(self._score([each for _, each in posed]))
-        for game, each in posed:
-            game.hashes.append(prompt_hash(each.prompt))
+        result = iter(self._score([entry for _, entry in posed]))
+        for game, entry in posed:
+            game.hashes.append(prompt_hash(entry.prompt))
         replies: dict[int, list[Said]] = {id(game): [] for game in games}
         for game, question, orders in asked:
             sums = dict.fromkeys((item for item in question.shown if item not in question.given), 0.0)
             for order in orders:
-                scores = next(found)
+                scores = next(result)
                 self.engine = scores.engine
                 game.cost += cost_of(scores)
                 worth = dict(zip(order.shown, biases[len(order.shown)].tolist(), strict=True))
@@ -173,9 +173,9 @@ class Rounds:
         return _Posed(longer, items, tuple(f" {labels[item]}" for item in items))
 
     def _score(self, posed: Sequence[_Posed]) -> list[Scores]:
-        texts = [each.texts for each in posed]
+        texts = [item.texts for item in posed]
         closed = any(is_nested(labels) for labels in set(texts))
-        return score_in_chunks(self.asker.backend, [each.prompt for each in posed], texts, closed=closed)
+        return score_in_chunks(self.asker.backend, [item.prompt for item in posed], texts, closed=closed)
 
     def _bias_of(self, size: int) -> NDArray[np.float64]:
         """Return what each of ``size`` positions is worth by itself, in nats with mean 0, shape (size,).
@@ -198,12 +198,12 @@ class Rounds:
                     column="eval.debias",
                 )
             posed = [self._pose(request, Question((request.candidates or ())[:size])) for request in usable]
-            found = self._score(posed)
-            logs = np.array([scores.logprobs for scores in found], dtype=np.float64)
+            result = self._score(posed)
+            logs = np.array([scores.logprobs for scores in result], dtype=np.float64)
             logs -= np.logaddexp.reduce(logs, axis=1, keepdims=True)
             mean = logs.mean(axis=0)
             self._bias[size] = mean - mean.mean()
-            for scores in found:
+            for scores in result:
                 self._unbooked += cost_of(scores)
         return self._bias[size]
 
@@ -234,13 +234,13 @@ def mixed(request: Request, items: Sequence[str]) -> tuple[str, ...]:
 
 def _places(request: Request, items: Sequence[str]) -> list[str]:
     """Name items by their places in the stored order: a request may call them by ids that mean nothing elsewhere."""
-    stored = {item: place for place, item in enumerate(request.candidates or ())}
+    stored = {item: index for index, item in enumerate(request.candidates or ())}
     return [str(stored[item]) for item in items]
 
 
 def placed(best: Sequence[str], rest: Sequence[str] = ()) -> Order:
     """Score items by their places counted from the end; those of ``rest`` share the last place."""
-    return [*((item, float(len(best) - place)) for place, item in enumerate(best)), *((item, 0.0) for item in rest)]
+    return [*((item, float(len(best) - index)) for index, item in enumerate(best)), *((item, 0.0) for item in rest)]
 
 
 def by_score(said: Said) -> Order:
@@ -293,8 +293,8 @@ def label_ranker(asker: Prompting, *, permutations: int = 1, training: Sequence[
 
 
 def _at_once(request: Request) -> Steps:
-    (said,) = yield [Question(request.candidates or ())]
-    return by_score(said)
+    (text,) = yield [Question(request.candidates or ())]
+    return by_score(text)
 
 
 def permutation_ranker(
@@ -318,17 +318,17 @@ def permutation_ranker(
 def _one_by_one(request: Request, *, depth: int) -> Steps:
     pool = request.candidates or ()
     chosen: tuple[str, ...] = ()
-    said: Said = dict.fromkeys(pool, 0.0)
+    text: Said = dict.fromkeys(pool, 0.0)
     for _ in range(min(depth, len(pool) - 1)):
-        (said,) = yield [Question(pool, chosen)]
-        chosen = (*chosen, max(said, key=lambda item: said[item]))
-    return _behind(chosen, by_score({item: value for item, value in said.items() if item not in chosen}))
+        (text,) = yield [Question(pool, chosen)]
+        chosen = (*chosen, max(text, key=lambda item: text[item]))
+    return _behind(chosen, by_score({item: value for item, value in text.items() if item not in chosen}))
 
 
 def _behind(chosen: Sequence[str], rest: Order) -> Order:
     """Put the chosen items before the rest, whose scores are nats below the best of them."""
     best = rest[0][1] if rest else 0.0
-    places = [(item, float(len(chosen) - place)) for place, item in enumerate(chosen)]
+    places = [(item, float(len(chosen) - index)) for index, item in enumerate(chosen)]
     return [*places, *((item, value - best) for item, value in rest)]
 
 
@@ -375,8 +375,8 @@ def window_ranker(
 def _slide(request: Request, *, window: int, step: int) -> Steps:
     items = list(request.candidates or ())
     for begin, end in window_places(len(items), window, step):
-        (said,) = yield [Question(mixed(request, items[begin:end]))]
-        items[begin:end] = sorted(items[begin:end], key=lambda item: -said[item])
+        (text,) = yield [Question(mixed(request, items[begin:end]))]
+        items[begin:end] = sorted(items[begin:end], key=lambda item: -text[item])
     return placed(items)
 
 
@@ -415,8 +415,8 @@ def _compare(request: Request, *, all_pairs: int, depth: int) -> Steps:
         return placed(items)
     if len(items) <= all_pairs:
         pairs = list(arrangements(items, 2))
-        said = yield [Question(pair) for pair in pairs]
-        return by_score(_wins(items, dict(zip(pairs, said, strict=True))))
+        text = yield [Question(pair) for pair in pairs]
+        return by_score(_wins(items, dict(zip(pairs, text, strict=True))))
     passes = min(depth, len(items) - 1)
     for front in range(passes):
         for place in range(len(items) - 1, front, -1):
@@ -483,8 +483,8 @@ def _heap(request: Request, *, children: int, depth: int) -> Steps:
 def _sift(request: Request, heap: list[str], node: int, children: int) -> Generator[list[Question], list[Said], None]:
     """Let an item sink until it is the best of its set; of equal ones the upper stays."""
     while places := range(node * children + 1, min((node + 1) * children + 1, len(heap))):
-        (said,) = yield [Question(mixed(request, [heap[place] for place in (node, *places)]))]
-        best = max((node, *places), key=lambda place: said[heap[place]])
+        (text,) = yield [Question(mixed(request, [heap[place] for place in (node, *places)]))]
+        best = max((node, *places), key=lambda place: text[heap[place]])
         if best == node:
             return
         heap[node], heap[best] = heap[best], heap[node]

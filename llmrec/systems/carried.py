@@ -43,7 +43,7 @@ class Carried:
             folder: Is made anew.
             data: What was learned from.
         """
-        told = {
+        fields = {
             "format": 1,
             **self.shape,
             "encoder": self.config.encoder,
@@ -55,9 +55,9 @@ class Carried:
         }
         with replacing(folder) as draft:
             draft.mkdir()
-            arrays = {each: array for each, array in weights_of(self.network).items() if self.own not in each}
+            arrays = {item: array for item, array in weights_of(self.network).items() if self.own not in item}
             require("safetensors.numpy", "train").save_file(arrays, draft / f"{self.name}.safetensors")
-            write_json(draft / f"{self.name}.json", told)
+            write_json(draft / f"{self.name}.json", fields)
             seal(draft)
 
     def load(self, folder: str, data: SplitDataset) -> None:
@@ -72,18 +72,18 @@ class Carried:
             raise ModelError(
                 f"start: {folder} holds no weights of {self.name} as they were written; {fix}", kind="damaged", at=path
             )
-        told = read_json(path / f"{self.name}.json", fix)
+        message = read_json(path / f"{self.name}.json", fix)
         for key, value in {**self.shape, "stamp": find_encoder(self.config.encoder)[1]}.items():
-            if told.get(key) != value:
+            if message.get(key) != value:
                 raise ModelError(
-                    f"start: {folder} was learned with {key}={told.get(key)!r}, and here it is {value!r}; "
+                    f"start: {folder} was learned with {key}={message.get(key)!r}, and here it is {value!r}; "
                     "give both the same parameters and encoder",
                     kind="mismatch",
                     at=path,
                     column=key,
                 )
-        same = told.get("data") == data.dataset.name or told.get("fingerprint") == data.dataset.fingerprint
-        if same and told.get("train") != digest_frame(data.train):
+        same = message.get("data") == data.dataset.name or message.get("fingerprint") == data.dataset.fingerprint
+        if same and message.get("train") != digest_frame(data.train):
             raise DataError(
                 f"start: {folder} was learned from {data.dataset.name} under another split, and may know what is held "
                 "out here; learn it anew from the training part of this one",
@@ -92,5 +92,5 @@ class Carried:
                 column="start",
             )
         arrays = require("safetensors.numpy", "train").load_file(path / f"{self.name}.safetensors")
-        kept = {each: array for each, array in weights_of(self.network).items() if self.own in each}
+        kept = {item: array for item, array in weights_of(self.network).items() if self.own in item}
         put_back(self.network, {**arrays, **kept})

@@ -30,6 +30,7 @@ from llmrec.systems.ctr.fields import Fields, Rows
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -95,11 +96,11 @@ class Sentences:
         embed: Embed = words if config.encoder == LSA else fitting(config.encoder, data)
 
         def vectors(said: Sequence[str], side: str) -> NDArray[np.float32]:
-            told = [place for place, text in enumerate(said) if text and config.sides in ("both", side)]
-            read = embed([said[place] for place in told]) if told else np.zeros((0, 1))
-            found = np.zeros((len(said), read.shape[1]), dtype=np.float32)
-            found[told] = read
-            return np.concatenate([np.zeros_like(found[:1]), found[config.order(len(said))]])
+            message = [place for place, text in enumerate(said) if text and config.sides in ("both", side)]
+            read = embed([said[place] for place in message]) if message else np.zeros((0, 1))
+            result = np.zeros((len(said), read.shape[1]), dtype=np.float32)
+            result[message] = read
+            return np.concatenate([np.zeros_like(result[:1]), result[config.order(len(said))]])
 
         users, titles, items = texts(data, fields)
         return Sentences(vectors(users, "user"), vectors(titles, "user"), vectors(items, "item"))
@@ -107,7 +108,7 @@ class Sentences:
     @property
     def width(self) -> int:
         """Length of the vector of a row."""
-        return sum(each.shape[1] for each in (self.users, self.titles, self.items))
+        return sum(item.shape[1] for item in (self.users, self.titles, self.items))
 
     def of_rows(self, rows: Rows) -> NDArray[np.float32]:
         """Return user, mean title of the events and item beside each other, shape (n, width)."""
@@ -125,7 +126,8 @@ def texts(data: SplitDataset, fields: Fields) -> tuple[list[str], list[str], lis
     """Return what is known of users, titles of items, and titles with fields, in the order of their numbers."""
     profiles = [fields.profiles.get(user, {}) for user in fields.users]
     users = [
-        ", ".join(f"{name}: {clean(said, TEXT_LIMIT)}" for name, said in each.items() if said) for each in profiles
+        ", ".join(f"{name}: {clean(text, TEXT_LIMIT)}" for name, text in profile.items() if text)
+        for profile in profiles
     ]
     items = [data.dataset.items[item] for item in fields.items]
     return users, [clean(item.title) for item in items], texts_of(items)
@@ -141,7 +143,7 @@ class Told:
 
 def first_stage(
     config: Align,
-    network: Any,
+    network: torch.nn.Module,
     rows: Rows,
     *,
     represent: Forward,
@@ -183,8 +185,8 @@ def first_stage(
                 loss = torch.nn.functional.binary_cross_entropy_with_logits(judge(part), truth)
             else:
                 some = rows.of(part)
-                said = maps["texts"](torch.from_numpy(sentences.of_rows(some)))
-                alike = similar(maps["rows"](represent(part)), said, config.parts) / config.temperature
+                text = maps["texts"](torch.from_numpy(sentences.of_rows(some)))
+                alike = similar(maps["rows"](represent(part)), text, config.parts) / config.temperature
                 hidden = torch.from_numpy(same(some))
                 loss = info_nce_both(alike, hidden)
                 first = alike.masked_fill(hidden, -math.inf).argmax(dim=1)
@@ -207,13 +209,13 @@ def similar(rows: Any, sentences: Any, parts: int) -> Any:
     Returns:
         Shape (n, k).
     """
-    own, told = (each.unflatten(1, (parts, -1)).unbind(1) for each in (rows, sentences))
+    own, message = (item.unflatten(1, (parts, -1)).unbind(1) for item in (rows, sentences))
     larger = require("torch", "baselines").maximum
-    return sum(reduce(larger, [part @ other.T for other in told]) for part in own)
+    return sum(reduce(larger, [part @ other.T for other in message]) for part in own)
 
 
 def same(rows: Rows) -> NDArray[np.bool_]:
     """Return which other rows are of the same user or item, and no negatives, shape (n, n)."""
-    found: NDArray[np.bool_] = (rows.users[:, None] == rows.users) | (rows.items[:, None] == rows.items)
-    np.fill_diagonal(found, val=False)
-    return found
+    result: NDArray[np.bool_] = (rows.users[:, None] == rows.users) | (rows.items[:, None] == rows.items)
+    np.fill_diagonal(result, val=False)
+    return result

@@ -45,13 +45,13 @@ class Attribute:
         for fields in entries:
             for name, value in fields.items():
                 counts.setdefault(name, Counter()).update(_parts(value))
-        found = []
+        results = []
         for name, counted in sorted(counts.items()):
             values = sorted(value for value, count in counted.items() if count >= _LEAST)
             longest = max(map(len, values), default=0)
             if len(values) > 1 and len(values) <= _MOST_VALUES and longest <= _LONGEST_VALUE:
-                found.append(Attribute(name, {value: place for place, value in enumerate(values, start=1)}))
-        return tuple(found)
+                results.append(Attribute(name, {value: index for index, value in enumerate(values, start=1)}))
+        return tuple(results)
 
     def of(self, entries: Sequence[Mapping[str, str]]) -> NDArray[np.int64]:
         """Return the numbers of each entry's values, shape (n, values), padded with 0."""
@@ -103,7 +103,7 @@ class Rows:
             self.items[places],
             self.user_names[places],
             self.item_names[places],
-            tuple(each[places] for each in self.of_users),
+            tuple(of_user[places] for of_user in self.of_users),
             self.events[places],
             self.liked[places],
             self.numbers[places],
@@ -145,7 +145,7 @@ class Fields:
             DataError: If the training interactions carry no ratings.
         """
         counted, known, numbers = Counted.of(data, name, liked, decay, before=True)
-        items = {item: place for place, item in enumerate(sorted(data.dataset.items), start=1)}
+        items = {item: index for index, item in enumerate(sorted(data.dataset.items), start=1)}
         warm = np.zeros(len(items) + 1, dtype=np.int64)
         places = np.array([items[item] for item in known.item_index])
         warm[places] = places
@@ -153,11 +153,11 @@ class Fields:
         attributes = Attribute.all_of(entries)
         profiles = {user: dict(data.dataset.users.get(user, {})) for user in known.user_index}
         fields = Fields(
-            users={user: place for place, user in enumerate(known.user_index, start=1)},
+            users={user: index for index, user in enumerate(known.user_index, start=1)},
             items=items,
             warm=warm,
             item_attributes=attributes,
-            item_values=tuple(each.of(entries) for each in attributes),
+            item_values=tuple(attribute.of(entries) for attribute in attributes),
             user_attributes=Attribute.all_of(profiles.values()),
             profiles=data.dataset.users,
             counted=counted,
@@ -194,18 +194,18 @@ class Fields:
             items=items,
             user_names=user_names,
             item_names=both["item_id"].to_numpy()[order],
-            of_users=tuple(each.of(profiles) for each in self.user_attributes),
+            of_users=tuple(user_attribute.of(profiles) for user_attribute in self.user_attributes),
             events=events,
             liked=liked,
             numbers=np.zeros((len(items), numbers.shape[1]), dtype=np.float32),
             truth=likes.astype(np.float32),
         )
-        found = rows.of(learned)
+        result = rows.of(learned)
         # In the order of the training frame, as the numbers are.
         back_in_order = np.argsort(order[learned])
-        found = found.of(back_in_order)
-        found.numbers[:] = numbers
-        return found
+        result = result.of(back_in_order)
+        result.numbers[:] = numbers
+        return result
 
     def asked(self, requests: Sequence[Request], truth: Sequence[float] | None = None) -> Rows:
         """Return requests as questions; a request without an item asks about an unknown one."""
@@ -226,7 +226,7 @@ class Fields:
             items=np.array([self.items.get(request.item or "", 0) for request in requests], dtype=np.int64),
             user_names=np.array([request.user_id for request in requests], dtype=object),
             item_names=np.array([request.item or "" for request in requests], dtype=object),
-            of_users=tuple(each.of(profiles) for each in self.user_attributes),
+            of_users=tuple(user_attribute.of(profiles) for user_attribute in self.user_attributes),
             events=events,
             liked=liked,
             numbers=np.array(numbers, dtype=np.float32).reshape(len(requests), len(self.counted.mean)),

@@ -25,7 +25,9 @@ from llmrec.systems.ctr.fields import Fields, Rows
 from llmrec.types import Answer, Case, Probability, Request, Unparsed
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
+    from torch.optim import Optimizer
 
     from llmrec.data.split import SplitDataset
 
@@ -229,11 +231,11 @@ class Host(Baseline[H, Fitted]):
         """Return a ``torch.nn.ModuleDict`` for these sizes."""
         raise NotImplementedError
 
-    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
         """Return what the last layer reads, one or more parts of shape (b, k)."""
         raise NotImplementedError
 
-    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+    def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
         """Return the log-odds of a yes of what `_represent` made, shape (b,)."""
         raise NotImplementedError
 
@@ -243,10 +245,10 @@ class Host(Baseline[H, Fitted]):
         """Leave out the rows that a text has seen: beside them it would be trusted too much."""
         if not adaptor.seen:
             return rows
-        if told := adaptor.seen & data.held_out:
-            user, item = min(told)
+        if message := adaptor.seen & data.held_out:
+            user, item = min(message)
             raise DataError(
-                f"{self.name}: a feature's text has seen {len(told)} held-out interactions, such as that of user "
+                f"{self.name}: a feature's text has seen {len(message)} held-out interactions, such as that of user "
                 f"{user!r} with item {item!r}; write the texts from the training part of this split (llmrec augment)",
                 kind="leak",
             )
@@ -272,8 +274,8 @@ class Host(Baseline[H, Fitted]):
     def _whole(self, fields: Fields, adaptor: Adaptor) -> Any:
         nn, config = require("torch", "baselines").nn, self._config
         numbers = len(fields.counted.mean) if config.numbers else 0
-        of_items = [len(each.numbers) for each in fields.item_attributes]
-        of_users = [len(each.numbers) for each in fields.user_attributes]
+        of_items = [len(item_attribute.numbers) for item_attribute in fields.item_attributes]
+        of_users = [len(user_attribute.numbers) for user_attribute in fields.user_attributes]
         width = config.dim + self.FIRST_ORDER
         count = 1 + len(of_items) + len(of_users) + config.user_id + self.POOLED + len(adaptor.tables)
         network = nn.ModuleDict(
@@ -300,7 +302,7 @@ class Host(Baseline[H, Fitted]):
     def _align(
         self,
         align: Align,
-        network: Any,
+        network: torch.nn.Module,
         fields: Fields,
         rows: Rows,
         columns: Sequence[Columns],
@@ -309,22 +311,22 @@ class Host(Baseline[H, Fitted]):
         """Train the network beside texts; these end with this call, and nothing of them is kept."""
 
         def represent(part: NDArray[np.int64]) -> Any:
-            seen = self._see(network, fields, rows.of(part), [each.of(part) for each in columns])
+            seen = self._see(network, fields, rows.of(part), [column.of(part) for column in columns])
             return require("torch", "baselines").cat(self._represent(network["body"], seen), dim=1)
 
         def judge(part: NDArray[np.int64]) -> Any:
-            return self._forward(network, fields, rows.of(part), [each.of(part) for each in columns])
+            return self._forward(network, fields, rows.of(part), [column.of(part) for column in columns])
 
         sentences = None if align.longer else Sentences.of(data, fields, align)
-        for number, told in enumerate(
+        for number, message in enumerate(
             first_stage(align, network, rows, represent=represent, judge=judge, sentences=sentences, seed=self._seed), 1
         ):
             level = logging.DEBUG if self._config.quiet else logging.INFO
-            log.log(level, "stage one, epoch %d: loss %.4f, own text first %.4f", number, told.loss, told.right)
+            log.log(level, "stage one, epoch %d: loss %.4f, own text first %.4f", number, message.loss, message.right)
 
     def _train(
         self,
-        network: Any,
+        network: torch.nn.Module,
         fields: Fields,
         learned: tuple[Rows, list[Columns]],
         judged: tuple[Rows, list[Columns]],
@@ -334,13 +336,13 @@ class Host(Baseline[H, Fitted]):
         loss_of, rng = torch.nn.functional.binary_cross_entropy_with_logits, np.random.default_rng(self._seed)
         rows, columns = learned
 
-        def learn(optimiser: Any) -> float:
+        def learn(optimiser: Optimizer) -> float:
             network.train()
             order, total = rng.permutation(len(rows)), 0.0
             for start in range(0, len(order), config.batch):
                 batch = order[start : start + config.batch]
                 optimiser.zero_grad(set_to_none=True)
-                logits = self._forward(network, fields, rows.of(batch), [each.of(batch) for each in columns])
+                logits = self._forward(network, fields, rows.of(batch), [column.of(batch) for column in columns])
                 loss = loss_of(logits, torch.from_numpy(rows.truth[batch]))
                 loss.backward()
                 optimiser.step()
@@ -348,30 +350,32 @@ class Host(Baseline[H, Fitted]):
             return total / max(1, len(order))
 
         def judge() -> float:
-            said = self._judge(network, fields, *judged)
-            return float(np.logaddexp(0, -(2 * judged[0].truth - 1) * said).mean())
+            text = self._judge(network, fields, *judged)
+            return float(np.logaddexp(0, -(2 * judged[0].truth - 1) * text).mean())
 
         model = _Learner(network, self.name)
         return until_least(model, judge if len(judged[0]) else None, config, learn, measure="log-loss")
 
-    def _judge(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> NDArray[np.float64]:
+    def _judge(
+        self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]
+    ) -> NDArray[np.float64]:
         """Return the log-odds of all rows, shape (n,)."""
         torch = require("torch", "baselines")
         network.eval()
-        found = np.zeros(len(rows))
+        result = np.zeros(len(rows))
         with torch.no_grad():
             for start in range(0, len(rows), _ROWS):
                 part = np.arange(start, min(start + _ROWS, len(rows)))
-                some = [each.of(part) for each in columns]
-                found[part] = self._forward(network, fields, rows.of(part), some).double().numpy()
-        return found
+                some = [column.of(part) for column in columns]
+                result[part] = self._forward(network, fields, rows.of(part), some).double().numpy()
+        return result
 
-    def _forward(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Any:
+    def _forward(self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Any:
         seen = self._see(network, fields, rows, columns)
         logits = self._output(network["body"], self._represent(network["body"], seen))
         return logits + network["numbers"](seen.numbers)[:, 0] if self._config.numbers else logits
 
-    def _see(self, network: Any, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Seen:
+    def _see(self, network: torch.nn.Module, fields: Fields, rows: Rows, columns: Sequence[Columns]) -> Seen:
         torch, config, kind = require("torch", "baselines"), self._config, network["item"].weight.dtype
 
         def vectors(table: Any, numbers: NDArray[np.int64]) -> Any:
@@ -387,8 +391,8 @@ class Host(Baseline[H, Fitted]):
         parts += [mean(table, numbers) for table, numbers in zip(network["of_users"], rows.of_users, strict=True)]
         if config.user_id:
             parts.append(vectors(network["users"], rows.users))
-        for place, each in enumerate(columns):
-            parts.append(adapt(network["adaptor"], place, torch.from_numpy(each.vectors[each.places]).to(kind)))
+        for index, entry in enumerate(columns):
+            parts.append(adapt(network["adaptor"], index, torch.from_numpy(entry.vectors[entry.places]).to(kind)))
         events = vectors(network["item"], fields.warm[rows.events]) + vectors(network["likes"], rows.liked)
         for table, values in zip(network["of_items"], fields.item_values, strict=True):
             events = events + mean(table, values[rows.events])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from pydantic import Field, model_validator
 
 from llmrec.errors import require
 from llmrec.recipe.schema import Positive, Width
 from llmrec.systems.ctr.host import Host, HostConfig, Seen, Sizes, all_fields, layers
+
+if TYPE_CHECKING:
+    import torch
 
 
 class DINConfig(HostConfig):
@@ -35,17 +38,17 @@ class DIN(Host[DINConfig]):
             }
         )
 
-    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
         interest = attended(body["weigh"], seen.item, seen.events, seen.mask)
         wide = torch.cat([seen.fields.flatten(1), interest, seen.numbers], dim=1)
         return (body["deep"][:-1](wide),)
 
-    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+    def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
         return body["deep"][-1](parts[0])[:, 0]
 
 
-def attended(weigh: Any, item: Any, events: Any, mask: Any) -> Any:
+def attended(weigh: Any, item: Any, events: Any, mask: torch.Tensor) -> Any:
     """Return the weighted sum of events, shape (b, d).
 
     Args:
@@ -79,13 +82,13 @@ class DeepFM(Host[DeepFMConfig]):
         nn, config = require("torch", "baselines").nn, self._config
         return nn.ModuleDict({"deep": layers((sizes.wide, *config.widths), config.dropout)})
 
-    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
-        torch, found = require("torch", "baselines"), all_fields(seen)
-        fields, weights = found[:, :, :-1], found[:, :, -1]
+    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
+        torch, result = require("torch", "baselines"), all_fields(seen)
+        fields, weights = result[:, :, :-1], result[:, :, -1]
         deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
         return deep, weights, products(fields)[:, None]
 
-    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+    def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
         deep, weights, pairs = parts
         return weights.sum(dim=1) + pairs[:, 0] + body["deep"][-1](deep)[:, 0]
 
@@ -118,12 +121,12 @@ class DCN(Host[DCNConfig]):
             }
         )
 
-    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
         torch = require("torch", "baselines")
         first = torch.cat([all_fields(seen).flatten(1), seen.numbers], dim=1)
         return (torch.cat([crossed(body["cross"], first), body["deep"](first)], dim=1),)
 
-    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+    def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
         return body["last"](parts[0])[:, 0]
 
 
@@ -169,14 +172,14 @@ class AutoInt(Host[AutoIntConfig]):
             }
         )
 
-    def _represent(self, body: Any, seen: Seen) -> tuple[Any, ...]:
+    def _represent(self, body: torch.nn.Module, seen: Seen) -> tuple[Any, ...]:
         torch, fields = require("torch", "baselines"), all_fields(seen)
         deep = body["deep"][:-1](torch.cat([fields.flatten(1), seen.numbers], dim=1))
         for block in body["blocks"]:
             fields = attend(block, fields, self._config.heads)
         return deep, fields.flatten(1)
 
-    def _output(self, body: Any, parts: tuple[Any, ...]) -> Any:
+    def _output(self, body: torch.nn.Module, parts: tuple[Any, ...]) -> Any:
         deep, fields = parts
         return body["last"](fields)[:, 0] + body["deep"][-1](deep)[:, 0]
 

@@ -24,6 +24,7 @@ from llmrec.types import Answer, Event, Item, Probability, Request, Unparsed
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -76,16 +77,16 @@ class Late:
 
     def title(self, item: str) -> str:
         """Return what an item is called."""
-        found = self.items.get(item)
-        return found.title if found is not None else item
+        result = self.items.get(item)
+        return result.title if result is not None else item
 
     def user(self, events: Sequence[Event]) -> list[Part]:
         """Return the segments of what is known: how many events were liked, and each event."""
         rated = [event for event in events if event.rating is not None][-self.history :]
         kinds = [LIKED if float(event.rating or 0) >= self.liked else DISLIKED for event in rated]
-        told = {LIKED: "Liked", DISLIKED: "Did not like"}
+        fields = {LIKED: "Liked", DISLIKED: "Did not like"}
         profile = Part(f"Liked {kinds.count(LIKED)} of {len(kinds)}.", PROFILE)
-        shown = [Part(f"{told[k]}: {self.title(e.item_id)}.", k) for k, e in zip(kinds, rated, strict=True)]
+        shown = [Part(f"{fields[k]}: {self.title(e.item_id)}.", k) for k, e in zip(kinds, rated, strict=True)]
         return [profile, *shown]
 
     def candidate(self, item: str) -> Part:
@@ -94,14 +95,14 @@ class Late:
 
     def embedded(self, segments: Sequence[Part]) -> Any:
         """Return the states of segments one behind the other, with their kinds, shape (tokens, d)."""
-        torch, states = require("torch", "train"), self.lower.states([each.text for each in segments])
+        torch, states = require("torch", "train"), self.lower.states([segment.text for segment in segments])
         kinds = self.parts["kinds"].weight
-        return torch.cat([own + kinds[each.kind] for own, each in zip(states, segments, strict=True)])
+        return torch.cat([own + kinds[item.kind] for own, item in zip(states, segments, strict=True)])
 
     def logits(self, user: Sequence[Part], candidates: Sequence[Part]) -> Any:
         """Return the log-odds of a yes for some candidates behind one user, which is read once; shape (n,)."""
         torch, before = require("torch", "train"), self.embedded(user)
-        after = [self.embedded([each]) for each in candidates]
+        after = [self.embedded([candidate]) for candidate in candidates]
         if not self.depth:
             mean = before.mean(0)
             return self._head(torch.stack([torch.cat([mean, own[-1]]) for own in after]))
@@ -127,11 +128,11 @@ class Late:
     def _padded(self, texts: Sequence[Any]) -> tuple[Any, Any, Any]:
         """Return states padded on the right, where tokens are, and how many."""
         torch = require("torch", "train")
-        lengths = torch.tensor([len(each) for each in texts])
+        lengths = torch.tensor([len(text) for text in texts])
         rows = torch.nn.utils.rnn.pad_sequence(list(texts), batch_first=True)
         return rows, (torch.arange(rows.shape[1]) < lengths[:, None]).long(), lengths
 
-    def _head(self, states: Any) -> Any:
+    def _head(self, states: torch.Tensor) -> Any:
         normal = require("torch", "train").nn.functional.layer_norm(states, states.shape[-1:])
         return self.parts["head"](normal)[:, 0]
 
@@ -167,7 +168,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
             torch.manual_seed(self._seed)
             model = self._late(self._lower(), data)
             prompts, truth = self._questions(data, model)
-            model.lower.keep({each.text for prompt in prompts for each in prompt})
+            model.lower.keep({item.text for prompt in prompts for item in prompt})
             self._train(model, prompts, truth)
         self._model = model
 
@@ -183,7 +184,7 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Answer with the probability that each request's item is liked; one history is read once."""
-        model, found = self._fitted, dict[int, Answer]()
+        model, result = self._fitted, dict[int, Answer]()
         torch = require("torch", "train")
         # A user's questions need not follow each other.
         groups: dict[tuple[str, tuple[Event, ...]], list[int]] = {}
@@ -197,9 +198,9 @@ class LateInteraction(Baseline[LateConfig, Late]):
                 with torch.no_grad():
                     logits = model.logits(user, [model.candidate(str(requests[n].item)) for n in part])
                 for n, chance in zip(part, logits.sigmoid().tolist(), strict=True):
-                    found[n] = Probability(request_id=requests[n].id, value=chance)
+                    result[n] = Probability(request_id=requests[n].id, value=chance)
         return [
-            found.get(n) or Unparsed(request_id=request.id, reason="the request names no item to judge")
+            result.get(n) or Unparsed(request_id=request.id, reason="the request names no item to judge")
             for n, request in enumerate(requests)
         ]
 
@@ -222,13 +223,13 @@ class LateInteraction(Baseline[LateConfig, Late]):
 
     def _questions(self, data: SplitDataset, model: Late) -> tuple[list[list[Part]], list[float]]:
         """Return prompts about training ratings, each behind the ratings before it, and what is true."""
-        rng, found = np.random.default_rng(self._seed), []
+        rng, result = np.random.default_rng(self._seed), []
         for user in data.train.get_column("user_id").unique().sort().to_list():
             events = [event for event in data.history(user, "valid") if event.rating is not None]
             # What is history alone is shown and never learned from.
             own = set(data.train_events(user))
-            found += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
-        if not found:
+            result += [(events[:at], events[at]) for at in range(1, len(events)) if events[at] in own]
+        if not result:
             raise DataError(
                 f"{self.name}: no training rating of {data.dataset.name} stands behind another one of its user; give "
                 "ratings, or leave the baseline out",
@@ -236,8 +237,8 @@ class LateInteraction(Baseline[LateConfig, Late]):
                 at=data.dataset.name,
                 column="rating",
             )
-        chosen = rng.permutation(len(found))[: self._config.rows]
-        rows = [found[n] for n in chosen]
+        chosen = rng.permutation(len(result))[: self._config.rows]
+        rows = [result[n] for n in chosen]
         prompts = [[*model.user(others(past, event.item_id)), model.candidate(event.item_id)] for past, event in rows]
         return prompts, [float(float(event.rating or 0) >= model.liked) for _, event in rows]
 

@@ -18,6 +18,7 @@ from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Positive
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
     from llmrec.data.split import SplitDataset
@@ -127,8 +128,8 @@ class StateTower(TextTowers[StateTowerConfig]):
         read = self.reader.after(self._lead, self._said([piece[:-1] for piece in pieces]), most=_TITLE)
         for piece, states in zip(pieces, read, strict=True):
             self._known |= {piece[: at + 1].tobytes(): state for at, state in enumerate(states)}
-        found = Turned.of(np.stack(list(self._known.values()) or [np.zeros(self.reader.width, np.float32)]))
-        self._lens = found.centre.astype(np.float32), found.whitening(config.whitening).astype(np.float32)
+        result = Turned.of(np.stack(list(self._known.values()) or [np.zeros(self.reader.width, np.float32)]))
+        self._lens = result.centre.astype(np.float32), result.whitening(config.whitening).astype(np.float32)
         self._owners = np.repeat(owners, [len(piece) - 1 for piece in pieces])
         self._taken = events.binary(int(events.items.max(initial=0)) + 1)
         return [piece[: at + 1] for piece in pieces for at in range(1, len(piece))]
@@ -138,11 +139,11 @@ class StateTower(TextTowers[StateTowerConfig]):
 
     def states(self, histories: Sequence[NDArray[np.int64]]) -> NDArray[np.float32]:
         """Return the states after histories, as catalogue numbers; of an empty one 0; shape (n, d)."""
-        keys = [each.tobytes() for each in histories]
-        new = {key: each for key, each in zip(keys, histories, strict=True) if key and key not in self._known}
+        keys = [history.tobytes() for history in histories]
+        new = {key: item for key, item in zip(keys, histories, strict=True) if key and key not in self._known}
         read = self.reader.last(self._lead, self._said(list(new.values())), most=_TITLE)
-        found = dict(zip(new, read, strict=True)) | {b"": np.zeros(self.reader.width, dtype=np.float32)}
-        return np.stack([found[key] if key in found else self._known[key] for key in keys])
+        result = dict(zip(new, read, strict=True)) | {b"": np.zeros(self.reader.width, dtype=np.float32)}
+        return np.stack([result[key] if key in result else self._known[key] for key in keys])
 
     def _build(self, width: int) -> Any:
         nn, dim = require("torch", "baselines").nn, self._config.dim
@@ -159,13 +160,17 @@ class StateTower(TextTowers[StateTowerConfig]):
             model.network["scale"].requires_grad_(False)[0].fill_(-math.log(self._config.temperature))
         return model
 
-    def _query(self, network: Any, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
+    def _query(self, network: torch.nn.Module, vectors: Any, histories: Sequence[NDArray[np.int64]]) -> Any:
         torch, (centre, whitening) = require("torch", "baselines"), self._lens
         states = torch.from_numpy(unit((self.states(histories) - centre) @ whitening))
         return network["user"](torch.nn.functional.dropout(states, self._config.dropout, network.training))
 
     def _epoch(
-        self, model: Towers, rows: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator
+        self,
+        model: Towers,
+        rows: Sequence[NDArray[np.int64]],
+        optimiser: torch.optim.Optimizer,
+        rng: np.random.Generator,
     ) -> float:
         torch, config = require("torch", "baselines"), self._config
         targets = np.array([row[-1] for row in rows])

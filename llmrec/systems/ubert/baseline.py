@@ -30,6 +30,7 @@ from llmrec.types import Answer, Case, Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch.optim import Optimizer
 
     from llmrec.data.split import SplitDataset
 
@@ -89,10 +90,10 @@ class UBert(Baseline[UBertConfig, Reviewed]):
 
             def judge() -> float:
                 model.settle()
-                found = _rated(model, [case.request for case in cases])
-                return rmse(np.clip(found, *model.known.scale), truth)
+                result = _rated(model, [case.request for case in cases])
+                return rmse(np.clip(result, *model.known.scale), truth)
 
-            def learn(optimiser: Any) -> float:
+            def learn(optimiser: Optimizer) -> float:
                 return _epoch(model, optimiser, rng)
 
             until_least(model, judge if cases else None, config, learn, measure="RMSE")
@@ -171,7 +172,9 @@ class UBert(Baseline[UBertConfig, Reviewed]):
     def answer(self, requests: Sequence[Request]) -> list[Answer]:
         """Predict the rating of each request's item."""
         model = self._fitted
-        values = iter(np.round(_rated(model, [each for each in requests if each.item is not None]), _DIGITS).tolist())
+        values = iter(
+            np.round(_rated(model, [entry for entry in requests if entry.item is not None]), _DIGITS).tolist()
+        )
         return rate(requests, model.known.scale, lambda user, item, request: float(next(values)))
 
     def _cases(self, data: SplitDataset) -> list[Case]:
@@ -201,7 +204,7 @@ class UBert(Baseline[UBertConfig, Reviewed]):
         return model
 
 
-def _epoch(model: Reviewed, optimiser: Any, rng: np.random.Generator) -> float:
+def _epoch(model: Reviewed, optimiser: Optimizer, rng: np.random.Generator) -> float:
     """Pass once over the training ratings, and return the mean loss."""
     torch, known, total = require("torch", "baselines"), model.known, 0.0
     model.network.train()
@@ -218,8 +221,8 @@ def _epoch(model: Reviewed, optimiser: Any, rng: np.random.Generator) -> float:
 def _rated(model: Reviewed, requests: Sequence[Request]) -> NDArray[np.float64]:
     """Return the ratings of requests for an item, not clipped, shape (n,)."""
     known = model.known
-    users = np.array([known.user_index.get(each.user_id, -1) for each in requests], dtype=np.int64)
-    items = np.array([known.item_index.get(str(each.item), -1) for each in requests], dtype=np.int64)
+    users = np.array([known.user_index.get(request.user_id, -1) for request in requests], dtype=np.int64)
+    items = np.array([known.item_index.get(str(request.item), -1) for request in requests], dtype=np.int64)
     return model.rate(users, items)
 
 

@@ -17,6 +17,7 @@ from llmrec.recipe.schema import Positive, Width
 from llmrec.systems.ubert.reviews import SIDES, Reviews, Side, Tokens
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
 # Pairs that are answered together.
@@ -95,8 +96,8 @@ class Reviewed:
             return self.tokens.values[torch.from_numpy(places)].to(self.network["down"].weight.dtype)
         # Tokens that several pairs read go through the projection once.
         unique, where = np.unique(places, return_inverse=True)
-        found = projected(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
-        return found[torch.from_numpy(where.reshape(places.shape))]
+        result = projected(self.network, self.tokens.values[torch.from_numpy(unique)], self.config.dropout)
+        return result[torch.from_numpy(where.reshape(places.shape))]
 
     def side(self, side: Side, users: NDArray[np.int64], items: NDArray[np.int64]) -> tuple[Any, Any, Any]:
         """Return the vectors of one side of pairs and of its tokens, and a mask: (b, dim), (b, t, dim), (b, t)."""
@@ -124,13 +125,13 @@ class Reviewed:
     def rate(self, users: NDArray[np.int64], items: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return ratings of pairs, not clipped, shape (n,); -1 is an unknown user or item."""
         torch = require("torch", "baselines")
-        found = np.zeros(len(users))
+        result = np.zeros(len(users))
         self.network.eval()
         with torch.no_grad():
             for start in range(0, len(users), _ROWS):
                 part = slice(start, start + _ROWS)
-                found[part] = self.forward(users[part], items[part]).double().numpy()
-        return self.known.mean + self.spread * found
+                result[part] = self.forward(users[part], items[part]).double().numpy()
+        return self.known.mean + self.spread * result
 
     def vectors(self, side: Side) -> Any:
         """Return the vectors of all users, or items, with training ratings, who read all their reviews; (n, dim)."""
@@ -151,14 +152,14 @@ class Reviewed:
         self.usual = {side: self.vectors(side).mean(dim=0) for side in SIDES}
 
 
-def projected(network: Any, states: Any, dropout: float) -> Any:
+def projected(network: torch.nn.Module, states: torch.Tensor, dropout: float) -> Any:
     """Return what is read of frozen states of tokens, shape (n, d) -> (n, dim)."""
     functional = require("torch", "baselines").nn.functional
-    found = functional.gelu(network["down"](states.to(network["down"].weight.dtype)))
-    return functional.dropout(found, dropout, network.training)
+    result = functional.gelu(network["down"](states.to(network["down"].weight.dtype)))
+    return functional.dropout(result, dropout, network.training)
 
 
-def attended(query: Any, keys: Any, values: Any, mask: Any) -> Any:
+def attended(query: Any, keys: Any, values: Any, mask: torch.Tensor) -> Any:
     """Return values weighed by the softmax of scaled products of query and keys; 0 where there is nothing to read.
 
     Args:
@@ -177,7 +178,7 @@ def attended(query: Any, keys: Any, values: Any, mask: Any) -> Any:
     return (weights @ values) * mask.any(dim=1)[:, None, None]
 
 
-def encoded(side: Any, own: Any, tokens: Any, mask: Any) -> Any:
+def encoded(side: Any, own: Any, tokens: Any, mask: torch.Tensor) -> Any:
     """Return review-aware vectors: an id's embedding, that of the domain, and what both attend to; shape (b, dim).
 
     Args:

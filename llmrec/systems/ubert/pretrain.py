@@ -49,20 +49,20 @@ def lexicon(config: UBertConfig, texts: Sequence[str], ratings: NDArray[np.float
                 at=config.lexicon,
                 column="lexicon",
             ) from error
-        found = sorted(word for word in words if _WORD.fullmatch(word))
-        if not found:
+        results = sorted(word for word in words if _WORD.fullmatch(word))
+        if not results:
             raise RecipeError(
                 f"lexicon: {config.lexicon} holds no word; write opinion words, one per line",
                 kind="empty",
                 at=config.lexicon,
                 column="lexicon",
             )
-        return tuple(found)
+        return tuple(results)
     above: dict[str, list[float]] = defaultdict(list)
     for text, rating in zip(texts, (ratings - ratings.mean()).tolist(), strict=True):
-        for word in {each.lower() for each in _WORD.findall(text)}:
+        for word in {item.lower() for item in _WORD.findall(text)}:
             above[word].append(rating)
-    telling = {word: abs(sum(each)) / len(each) ** 0.5 for word, each in above.items() if len(each) >= _LEAST}
+    telling = {word: abs(sum(item)) / len(item) ** 0.5 for word, item in above.items() if len(item) >= _LEAST}
     return tuple(sorted(sorted(telling, key=lambda word: (-telling[word], word))[: config.opinions]))
 
 
@@ -95,15 +95,15 @@ class Hidden:
     ) -> Hidden:
         """Mask each opinion word by chance, with all its tokens, but at least one of a text that has any."""
         number = {word: place for place, word in enumerate(words)}
-        hidden, found = [list(ids) for ids in encoded], []
+        hidden, result = [list(ids) for ids in encoded], []
         for row, text in enumerate(texts):
-            opinions = [each for each in _WORD.finditer(text) if each.group().lower() in number]
+            opinions = [item for item in _WORD.finditer(text) if item.group().lower() in number]
             # What was cut off behind the last token cannot be masked.
-            opinions = [each for each in opinions if any(e >= each.end() for s, e in spans[row] if e > s)]
+            opinions = [item for item in opinions if any(e >= item.end() for s, e in spans[row] if e > s)]
             chosen = rng.random(len(opinions)) < share
             if len(opinions) and not chosen.any():
                 chosen[rng.integers(len(opinions))] = True
-            for opinion in (each for each, drawn in zip(opinions, chosen.tolist(), strict=True) if drawn):
+            for opinion in (item for item, drawn in zip(opinions, chosen.tolist(), strict=True) if drawn):
                 own = [
                     place
                     for place, (start, end) in enumerate(spans[row])
@@ -112,8 +112,8 @@ class Hidden:
                 for place in own:
                     hidden[row][place] = mask
                 before = sum(end > start for start, end in spans[row][: own[0]])
-                found.append((row, before, number[opinion.group().lower()]))
-        columns = np.array(found, dtype=np.int64).reshape(-1, 3).T
+                result.append((row, before, number[opinion.group().lower()]))
+        columns = np.array(result, dtype=np.int64).reshape(-1, 3).T
         return Hidden(hidden, columns[0], columns[1], columns[2])
 
 
@@ -172,9 +172,9 @@ def pretrained(model: Reviewed, frozen: Frozen, seed: int) -> None:
                 tokens = model.read(places)
                 users = encoded(network["user"], torch.from_numpy(reviews.users[part]), tokens, torch.from_numpy(mask))
                 loss = config.beta * nn.functional.mse_loss(heads["rating"](users)[:, 0], wanted[part])
-                told = [(row, place) for row, text in enumerate(part.tolist()) for place in of_text[text]]
-                if told:
-                    rows, which = np.array(told).T
+                message = [(row, place) for row, text in enumerate(part.tolist()) for place in of_text[text]]
+                if message:
+                    rows, which = np.array(message).T
                     joint = torch.cat([tokens[rows, hidden.places[which]], users[rows]], dim=1)
                     loss = loss + nn.functional.cross_entropy(
                         heads["words"](joint), torch.from_numpy(hidden.words[which])

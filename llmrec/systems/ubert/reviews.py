@@ -54,13 +54,13 @@ class Reviews:
         rated = data.train.drop_nulls("rating").select("user_id", "item_id", "timestamp", "text")
         rated = rated.unique(["user_id", "item_id"], keep="last", maintain_order=True)
         rated = rated.sort("timestamp", maintain_order=True)
-        told = data.dataset.reviews
-        found = []
+        note = data.dataset.reviews
+        results = []
         for user, item, _, text in rated.iter_rows():
-            said = told[user, item].text if (user, item) in told else "" if told else text or ""
-            if said.strip():
-                found.append((known.user_index[user], known.item_index[item], said))
-        if not found:
+            message = note[user, item].text if (user, item) in note else "" if note else text or ""
+            if message.strip():
+                results.append((known.user_index[user], known.item_index[item], message))
+        if not results:
             raise DataError(
                 f"the baseline 'ubert' reads reviews, and no training rating of {data.dataset.name!r} has one; use a "
                 "source of reviews, such as amazon-reviews, or name the text column under data.columns.text",
@@ -68,7 +68,7 @@ class Reviews:
                 at=data.dataset.name,
                 column="text",
             )
-        users, items, texts = zip(*found, strict=True)
+        users, items, texts = zip(*results, strict=True)
         dealt = [texts[place] for place in order(len(texts))]
         return Reviews.of_rows(known, np.array(users), np.array(items), dealt)
 
@@ -100,15 +100,15 @@ class Reviews:
         owner = user if side == "user" else item
         if owner < 0:
             return np.zeros(0, dtype=np.int64)
-        found = self.of[side][owner]
-        same = (self.users[found] == user) & (self.items[found] == item)
+        result = self.of[side][owner]
+        same = (self.users[result] == user) & (self.items[result] == item)
         if user >= 0 and item >= 0:
             own = self.of["user"][user]
-            said = {self.texts[row] for row in own[self.items[own] == item].tolist()}
-            if said:
-                by = self.users[found] == user
-                same |= by & np.array([self.texts[row] in said for row in found.tolist()], dtype=bool)
-        kept: NDArray[np.int64] = found[~same][-most:]
+            text = {self.texts[row] for row in own[self.items[own] == item].tolist()}
+            if text:
+                by = self.users[result] == user
+                same |= by & np.array([self.texts[row] in text for row in result.tolist()], dtype=bool)
+        kept: NDArray[np.int64] = result[~same][-most:]
         return kept
 
 
@@ -130,13 +130,13 @@ class Tokens:
         Args:
             rows: Texts that are read one behind the other, for each of b readers.
         """
-        spans = [[np.arange(self.starts[row], self.starts[row + 1]) for row in each] for each in rows]
-        whole = [np.concatenate(each) if each else np.zeros(0, dtype=np.int64) for each in spans]
+        spans = [[np.arange(self.starts[row], self.starts[row + 1]) for row in item] for item in rows]
+        whole = [np.concatenate(span) if span else np.zeros(0, dtype=np.int64) for span in spans]
         longest = max([1, *map(len, whole)])
         places = np.zeros((len(rows), longest), dtype=np.int64)
         mask = np.zeros((len(rows), longest), dtype=bool)
-        for row, each in enumerate(whole):
-            places[row, : len(each)], mask[row, : len(each)] = each, True
+        for row, item in enumerate(whole):
+            places[row, : len(item)], mask[row, : len(item)] = item, True
         return places, mask
 
 
@@ -162,8 +162,8 @@ class Frozen:
     @property
     def mask(self) -> int | None:
         """The token that stands for a hidden one; None: the encoder has none."""
-        found: int | None = self._encoder.tokenizer.mask_token_id
-        return found
+        result: int | None = self._encoder.tokenizer.mask_token_id
+        return result
 
     def tokens(self, texts: Sequence[str]) -> tuple[list[list[int]], list[list[Span]]]:
         """Return the tokens of each text, and which characters each stands for; a frame stands for none."""
@@ -177,8 +177,8 @@ class Frozen:
             spans: Their characters.
         """
         torch = require("torch", "baselines")
-        kept = [[place for place, (start, end) in enumerate(each) if end > start] for each in spans]
-        starts = np.concatenate([[0], np.cumsum([len(each) for each in kept])]).astype(np.int64)
+        kept = [[index for index, (start, end) in enumerate(span) if end > start] for span in spans]
+        starts = np.concatenate([[0], np.cumsum([len(item) for item in kept])]).astype(np.int64)
         values = torch.zeros(int(starts[-1]), self._encoder.model.config.hidden_size, dtype=torch.float16)
         for rows, states, _ in states_of(self._encoder, encoded):
             for row, own in zip(rows, states, strict=True):

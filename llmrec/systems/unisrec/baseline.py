@@ -31,6 +31,7 @@ from llmrec.types import Request
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
+    from torch.optim import Optimizer
 
     from llmrec.data.split import SplitDataset
 
@@ -85,10 +86,10 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
             if config.start is not None:
                 for name in ("places", "blocks", "last_norm"):
                     model.network[name].requires_grad_(False)
-            rates = [{"params": [each for each in model.network.parameters() if each.requires_grad]}]
+            rates = [{"params": [parameter for parameter in model.network.parameters() if parameter.requires_grad]}]
             begun = config.start is not None or config.pretrain > 0
 
-            def learn(optimiser: Any) -> float:
+            def learn(optimiser: Optimizer) -> float:
                 return _epoch(model, pieces, optimiser, rng)
 
             until_best(model, cases, config, learn, rates=rates, learned=begun)
@@ -190,16 +191,16 @@ class UniSRec(ScoredBaseline[UniSRecConfig, Universal]):
         numbers = model.own[events.items].astype(np.int32)
         pieces = pieces_of(replace(events, items=numbers), config.max_len)
         if config.pretrain:
-            rng, said = np.random.default_rng([self._seed, 1]), None
+            rng, text = np.random.default_rng([self._seed, 1]), None
             if config.word_drop and not config.encoder.startswith(STORE):
                 less = text_vectors(data, catalogue.ids, config, Fewer(config.word_drop, self._seed))
-                said = torch.from_numpy(less.astype(np.float32))[model.warm]
+                text = torch.from_numpy(less.astype(np.float32))[model.warm]
             optimiser = torch.optim.AdamW(
                 model.network.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
             )
             with Bar(f"{self.name}: contrast", config.pretrain, unit="epochs", quiet=config.quiet, passing=True) as bar:
                 for epoch in range(config.pretrain):
-                    contrasted(model, pieces, said, optimiser, rng)
+                    contrasted(model, pieces, text, optimiser, rng)
                     bar.reach(epoch + 1)
         return model, pieces
 
@@ -208,7 +209,9 @@ def _vectors(data: SplitDataset, catalogue: Catalogue, config: UniSRecConfig) ->
     return require("torch", "baselines").from_numpy(text_vectors(data, catalogue.ids, config).astype(np.float32))
 
 
-def _epoch(model: Universal, pieces: Sequence[NDArray[np.int64]], optimiser: Any, rng: np.random.Generator) -> float:
+def _epoch(
+    model: Universal, pieces: Sequence[NDArray[np.int64]], optimiser: Optimizer, rng: np.random.Generator
+) -> float:
     """Pass once over the sequences under the softmax over all items of training, and return the mean loss."""
     torch, config, warm = require("torch", "baselines"), model.config, model.warm
     model.network.train()

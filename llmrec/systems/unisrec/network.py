@@ -18,6 +18,7 @@ from llmrec.recipe.schema import Positive
 from llmrec.types import Request
 
 if TYPE_CHECKING:
+    import torch
     from numpy.typing import NDArray
 
 
@@ -110,12 +111,12 @@ class Universal:
             vectors: Of texts, in place of their own, shape (n, d).
         """
         torch, network = require("torch", "baselines"), self.network
-        found = adapted(network, self.vectors[places] if vectors is None else vectors, self.config.dropout)
+        result = adapted(network, self.vectors[places] if vectors is None else vectors, self.config.dropout)
         if "table" in network:
             own = torch.from_numpy(self.own[places])
             # Items that training does not have keep the vector of their text.
-            found = found + network["table"](own.clamp(min=0)) * (own >= 0)[:, None]
-        return found
+            result = result + network["table"](own.clamp(min=0)) * (own >= 0)[:, None]
+        return result
 
     def encoded(self, items: Any) -> Any:
         """Return a vector of length 1 a position, shape (b, t, dim); ``items`` are vectors, padded on the right."""
@@ -126,15 +127,15 @@ class Universal:
         """Score every item after each history, shape (n, items); popularity decides for an empty one."""
         torch = require("torch", "baselines")
         histories = [self.catalogue.history(request)[-self.config.max_len :] for request in requests]
-        found = np.tile(self.popular.astype(np.float32), (len(requests), 1))
+        result = np.tile(self.popular.astype(np.float32), (len(requests), 1))
         self.network.eval()
         with torch.no_grad():
             raw = self.represented(np.arange(len(self.items))) if self.table is None else self.table
             compared = torch.nn.functional.normalize(raw, dim=1).T / self.config.temperature
             for rows in of_one_length(histories, _ROWS):
                 items = torch.from_numpy(np.stack([histories[row] for row in rows]))
-                found[rows] = (self.encoded(raw[items])[:, -1] @ compared).numpy()
-        return found
+                result[rows] = (self.encoded(raw[items])[:, -1] @ compared).numpy()
+        return result
 
     def finished(self) -> Universal:
         """Return it with the table of what items are compared by."""
@@ -144,7 +145,7 @@ class Universal:
             return replace(self, table=self.represented(np.arange(len(self.items))))
 
 
-def adapted(network: Any, vectors: Any, dropout: float) -> Any:
+def adapted(network: torch.nn.Module, vectors: Any, dropout: float) -> Any:
     """Return the mixture of parametric whitenings of text vectors, shape (n, d) -> (n, dim)."""
     functional, own = require("torch", "baselines").nn.functional, network["adaptor"]
     gates = gates_of(network, vectors)
@@ -155,7 +156,7 @@ def adapted(network: Any, vectors: Any, dropout: float) -> Any:
     return (gates[:, :, None] * centred).sum(dim=1)
 
 
-def gates_of(network: Any, vectors: Any) -> Any:
+def gates_of(network: torch.nn.Module, vectors: Any) -> Any:
     """Return how much each whitening counts, shape (n, d) -> (n, experts); with noise in training alone."""
     torch, own = require("torch", "baselines"), network["adaptor"]
     logits = vectors @ own["gate"]
@@ -201,7 +202,11 @@ def contrastive(left: Any, right: Any, same: Any, temperature: float) -> Any:
 
 
 def contrasted(
-    model: Universal, pieces: Sequence[NDArray[np.int64]], said: Any, optimiser: Any, rng: np.random.Generator
+    model: Universal,
+    pieces: Sequence[NDArray[np.int64]],
+    said: Any,
+    optimiser: torch.optim.Optimizer,
+    rng: np.random.Generator,
 ) -> None:
     """Pass once over the sequences under the two contrastive losses.
 

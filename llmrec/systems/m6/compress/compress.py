@@ -157,8 +157,8 @@ def front(rows: Sequence[Row], found: Compressed, width: float) -> Canvas:
     for row in rows:
         form, hue = _LOOKS[row.dtype]
         at, up = along(row.ms), rise(float(row.quality or 0))
-        told = f"{row.layers} layers, {row.dtype}: {row.quality:.4g}, {row.ms:.0f} ms, {row.mb:.0f} MB"
-        canvas.mark(form, at, up, f"fill {hue}", size=8 if row == found.chosen else 5, title=told)
+        message = f"{row.layers} layers, {row.dtype}: {row.quality:.4g}, {row.ms:.0f} ms, {row.mb:.0f} MB"
+        canvas.mark(form, at, up, f"fill {hue}", size=8 if row == found.chosen else 5, title=message)
         canvas.text(at, up - (14 if row == found.chosen else 10), str(row.layers), "tick halo", anchor="middle")
     return canvas
 
@@ -208,16 +208,16 @@ def compress(
     family = _family(study)
     metric, merged = family_of(family).headline_at(source.recipe.eval.cutoffs), run / "merged"
     kinds = [kind for kind in KINDS if kind != "int8" or find_spec("bitsandbytes") is not None]
-    found = []
+    results = []
     for kind in kinds:
         try:
-            found.append(_measured(study, family, merged, kind, depths))
+            results.append(_measured(study, family, merged, kind, depths))
         except ModelError as error:
             if kind != "int8":
                 raise
             # What was measured before is not lost for a package that does not work here.
             log.warning("int8 is left out: %s", error)
-    rows = with_front([row for own in found for row in own], lower=lower_better(metric))
+    rows = with_front([row for own in results for row in own], lower=lower_better(metric))
     best = chosen(rows, target_ms, lower=lower_better(metric))
     made = Compressed(
         f"{metric} of {family}", len(study.cases(family)), target_ms, rows, best, out if best is not None else None
@@ -252,10 +252,10 @@ def cut(merged: Path, draft: Path, recipe: Recipe, row: Row) -> None:
     """
     model = opened(merged, row.dtype, recipe)
     body, text = model.get_decoder(), model.config.get_text_config()
-    for each in (body.config, text):
-        each.num_hidden_layers = row.layers
-        if getattr(each, "layer_types", None):
-            each.layer_types = list(each.layer_types)[: row.layers]
+    for item in (body.config, text):
+        item.num_hidden_layers = row.layers
+        if getattr(item, "layer_types", None):
+            item.layer_types = list(item.layer_types)[: row.layers]
     body.layers = body.layers[: row.layers]
     for file in (*draft.glob("model*.safetensors*"), draft / bottleneck.WEIGHTS):
         file.unlink(missing_ok=True)
@@ -301,8 +301,8 @@ def opened(folder: Path, kind: Kind, recipe: Recipe) -> Any:
     require("bitsandbytes", "quant")
     if getattr(load_config(str(folder), section), "quantization_config", None) is not None:
         return load_model(str(folder), section)
-    said = require("transformers", "train").BitsAndBytesConfig(load_in_8bit=True)
-    return load_model(str(folder), section, quantization_config=said)
+    text = require("transformers", "train").BitsAndBytesConfig(load_in_8bit=True)
+    return load_model(str(folder), section, quantization_config=text)
 
 
 def _section(folder: Path, kind: Kind, recipe: Recipe) -> ModelSection:
@@ -332,7 +332,7 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
     layers = len(model.get_decoder().layers)
     protocols = Evaluation(study, encoder, Path(), Budget(), quiet=True)
     template, own = study.eval_templates(family)[0], family_of(family)
-    found = []
+    results = []
     for depth in sorted({max(1, round(layers * part / 6)) for part in range(1, 7)} if not depths else set(depths)):
         backend = HFBackend(model, encoder, exit=depth)
         asker = Prompting(backend=backend, task=study.tasks[family], template=template.name)
@@ -351,7 +351,7 @@ def _measured(study: Study, family: str, folder: Path, kind: Kind, depths: Seque
         unused = {id(p) for layer in list(model.get_decoder().layers)[depth:] for p in layer.parameters()}
         size = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in unused)
         ms = 1e3 * CANDIDATES * timed.seconds / len(cases)
-        found.append(Row(depth, kind, None if quality is None else float(quality), ms, size / 1e6))
+        results.append(Row(depth, kind, None if quality is None else float(quality), ms, size / 1e6))
     del model
     release_memory()
-    return found
+    return results
