@@ -1,1 +1,1 @@
-"""Metrics, their statistics and their signatures: numpy and scipy only."""
+"""Metrics, their statistics and their signatures, with numpy and scipy only."""

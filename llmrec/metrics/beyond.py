@@ -1,7 +1,7 @@
-"""Metrics of lists beyond accuracy: coverage, novelty, concentration, popularity, cold items, diversity, serendipity.
+"""Beyond-accuracy metrics of lists: coverage, novelty, concentration, popularity, cold start, diversity, serendipity.
 
-Lists are integer arrays of shape (n, k): item numbers from 0, best first, -1 where a list is shorter. Which of equally
-scored items a list shows is drawn by whoever makes the lists; these figures take lists as they are.
+Lists are integer arrays of shape (n, k): item numbers from 0, best first, -1 where a list is shorter. Ties are broken
+when the lists are made, not here.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
     Lists = NDArray[np.integer[Any]]
 
-# Cells of a block of item vectors: 32 MB of float64.
+# Cells of a block of item vectors, 32 MB of float64.
 _CELLS = 1 << 22
 
 
 class Contents(Protocol):
-    """What tells items apart: words or vectors."""
+    """Item contents that diversity compares: words or vectors."""
 
     @property
     def words(self) -> Sequence[frozenset[str]] | None:
@@ -35,28 +35,28 @@ class Contents(Protocol):
 
     @property
     def field(self) -> str | None:
-        """Where the words come from."""
+        """The item field of the words."""
         ...
 
     @property
     def vectors(self) -> Any:
-        """A vector of each item, shape (items, d), where there are no words."""
+        """A vector of each item, shape (items, d), in place of words."""
         ...
 
     @property
     def encoder(self) -> str | None:
-        """What made the vectors."""
+        """The encoder of the vectors."""
         ...
 
 
 def coverage(lists: ArrayLike, k: int, items: int) -> float:
-    """Coverage@k: the share of the catalogue that stands in some list (Ge et al., RecSys 2010, "catalog coverage").
+    """Coverage@k: the share of the catalogue that is in at least one list (Ge et al., RecSys 2010).
 
     It grows with the number of lists, so compare only over the same requests.
 
     Args:
         lists: See the module.
-        k: Length at which lists are cut.
+        k: Cut-off of the lists.
         items: Size of the catalogue.
 
     Returns:
@@ -66,28 +66,28 @@ def coverage(lists: ArrayLike, k: int, items: int) -> float:
 
 
 def exposure(lists: ArrayLike, k: int, items: int) -> NDArray[np.int64]:
-    """Count in how many lists each item stands, shape (items,)."""
+    """Return the number of lists that contain each item, shape (items,)."""
     cut = _cut(lists, k, items)
     return np.bincount(cut[cut >= 0], minlength=items)
 
 
 def gini(lists: ArrayLike, k: int, items: int) -> float:
-    """Gini@k: how unequally items are shown, 0 for all alike and 1 for one item alone.
+    """Gini@k: the inequality of item exposure, 0 for equal exposure and 1 for a single item.
 
-    ``sum over j of (2 j - m - 1) x_j / ((m - 1) sum x)`` over the m items by rising exposure x, those that are never
-    shown included (Castells, Hurley and Vargas, "Novelty and Diversity in
+    ``sum over j of (2 j - m - 1) x_j / ((m - 1) sum x)`` over the m items by increasing exposure x, including items
+    that are never shown (Castells, Hurley and Vargas, "Novelty and Diversity in
     Recommender Systems", Recommender Systems Handbook, 2nd edition, 2015).
 
     Args:
         lists: See the module.
-        k: Length at which lists are cut.
+        k: Cut-off of the lists.
         items: Size of the catalogue.
 
     Returns:
         A value in [0, 1]; 0 for a catalogue of one item.
 
     Raises:
-        ValueError: If no list shows anything.
+        ValueError: If all lists are empty.
     """
     shown = np.sort(exposure(lists, k, items)).astype(np.float64)
     if shown.sum() == 0:
@@ -99,14 +99,14 @@ def gini(lists: ArrayLike, k: int, items: int) -> float:
 
 
 def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
-    """Novelty@k: mean self-information of a list's items, in bits, shape (n,); an empty list has 0.
+    """Novelty@k: mean self-information of a list's items in bits, shape (n,); 0 for an empty list.
 
     ``log2(users / count)``, where count is the number of training users of the item (Zhou et al., PNAS 2010). An item
-    without any counts as one with a single user, since it would be infinitely novel otherwise.
+    without any counts as having one user, since its novelty would be infinite otherwise.
 
     Args:
         lists: See the module.
-        k: Length at which lists are cut.
+        k: Cut-off of the lists.
         counts: Training users of each item, shape (items,).
         users: Number of training users.
     """
@@ -115,20 +115,20 @@ def novelty(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[
 
 
 def popularity(lists: ArrayLike, k: int, counts: ArrayLike, users: int) -> NDArray[np.float64]:
-    """Mean popularity of a list's items, the share of training users who have each, shape (n,)."""
+    """Mean popularity of a list's items, their shares of training users, shape (n,)."""
     held = np.asarray(counts, dtype=np.float64)
     return _mean_over_list(_cut(lists, k, len(held)), held / max(users, 1))
 
 
 def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[np.float64]:
-    """Exposure@k: the share of a list's places that go to items without a training interaction, shape (n,).
+    """Exposure@k: the share of a list's positions held by items without training interactions, shape (n,).
 
-    How visible new items are before anybody has chosen one. Exposure of a group of items is what Singh and Joachims
-    (KDD 2018) call it; here all places count alike.
+    The visibility of cold-start items: exposure of a group of items (Singh and Joachims, KDD 2018) with equal weight
+    for all positions.
 
     Args:
         lists: See the module.
-        k: Length at which lists are cut.
+        k: Cut-off of the lists.
         cold_counts: Training users of each item, shape (items,).
     """
     cold = np.asarray(cold_counts) == 0
@@ -136,7 +136,7 @@ def cold_exposure(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> NDArray[n
 
 
 def cold_shown(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> int:
-    """ColdItems@k: how many different items without a training interaction stand in some list."""
+    """ColdItems@k: the number of different items without training interactions that are in some list."""
     cold = np.asarray(cold_counts) == 0
     return int(np.count_nonzero(exposure(lists, k, len(cold))[cold]))
 
@@ -144,9 +144,9 @@ def cold_shown(lists: ArrayLike, k: int, cold_counts: ArrayLike) -> int:
 def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> Statistic:
     """PopularityLift@k as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
-    How much more popular the lists are than what their users had: ``(mean of lists - mean of histories) / mean of
+    The relative difference in popularity of lists and histories: ``(mean of lists - mean of histories) / mean of
     histories`` over users, both as mean popularity of the items (Abdollahpouri et al., RecSys 2020, "The Connection
-    Between Popularity Bias, Calibration, and Fairness"). 0 for lists as popular as the histories, 1 for twice as
+    Between Popularity Bias, Calibration, and Fairness"). It is 0 for lists as popular as the histories, 1 for twice as
     popular.
 
     Args:
@@ -154,7 +154,7 @@ def popularity_lift_statistic(of_lists: ArrayLike, of_histories: ArrayLike) -> S
         of_histories: Mean popularity of each user's history, shape (n,).
 
     Raises:
-        ValueError: If the two differ in length, are empty, or histories have no popularity.
+        ValueError: If the two differ in length or are empty, or if histories have no popularity.
     """
     after, before = np.asarray(of_lists, dtype=np.float64), np.asarray(of_histories, dtype=np.float64)
     if after.shape != before.shape or after.ndim != 1 or not after.size:
@@ -178,15 +178,15 @@ def popularity_lift(
     histories: Sequence[NDArray[np.int64]],
     owners: Sequence[str],
 ) -> Taken:
-    """PopularityLift@k over the users with a history, as `popularity_lift_statistic`.
+    """PopularityLift@k over the users with a history; see `popularity_lift_statistic`.
 
     Args:
         lists: See the module.
-        k: Length at which lists are cut.
+        k: Cut-off of the lists.
         counts: Training users of each item, shape (items,).
         users: Number of training users.
         histories: Item numbers of each request's history.
-        owners: Whose the requests are; those of one user are resampled together.
+        owners: The user of each request; requests of a user are resampled together.
     """
     share = counts / max(users, 1)
     some = np.array([len(history) > 0 for history in histories])
@@ -199,7 +199,7 @@ def popularity_lift(
 
 
 def diversity(lists: ArrayLike, k: int, contents: Contents) -> Taken:
-    """ILD@k by words of items, or by their vectors; see `diversity_by_fields` and `diversity_by_vectors`."""
+    """ILD@k by words or vectors of items; see `diversity_by_fields` and `diversity_by_vectors`."""
     if contents.words is not None:
         values, how = diversity_by_fields(lists, k, contents.words), f"jaccard-{contents.field}"
     else:
@@ -208,15 +208,15 @@ def diversity(lists: ArrayLike, k: int, contents: Contents) -> Taken:
 
 
 def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArray[np.float64]:
-    """ILD@k by vectors: mean of ``1 - cosine`` over the pairs of a list, shape (n,).
+    """ILD@k by vectors: the mean of ``1 - cosine`` over the pairs of a list, shape (n,).
 
-    Intra-list distance of Ziegler et al. (WWW 2005). An item whose vector is zero is like no other (distance 1); a list
+    Intra-list distance of Ziegler et al. (WWW 2005). An item with a zero vector has distance 1 to every other; a list
     with fewer than two items has diversity 0.
 
     Args:
         lists: See the module.
-        k: Length at which lists are cut.
-        vectors: One vector an item, shape (items, d).
+        k: Cut-off of the lists.
+        vectors: One vector per item, shape (items, d).
     """
     table = np.asarray(vectors, dtype=np.float64)
     cut = _cut(lists, k, len(table))
@@ -228,7 +228,7 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
     for start in range(0, len(cut), step):
         part = cut[start : start + step]
         mine = part >= 0
-        # The squared length of a sum of unit vectors is their number and twice the cosines of all pairs.
+        # The squared length of a sum of unit vectors is their number plus twice the cosines of all pairs.
         total = np.einsum("nkd,nk->nd", unit[np.maximum(part, 0)], mine)
         alone = np.sum(known[np.maximum(part, 0)] * mine, axis=1)
         alike[start : start + step] = (np.einsum("nd,nd->n", total, total) - alone) / 2
@@ -236,14 +236,14 @@ def diversity_by_vectors(lists: ArrayLike, k: int, vectors: ArrayLike) -> NDArra
 
 
 def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str]]) -> NDArray[np.float64]:
-    """ILD@k by fields: mean of ``1 - Jaccard`` over the pairs of a list, shape (n,).
+    """ILD@k by fields: the mean of ``1 - Jaccard`` over the pairs of a list, shape (n,).
 
     The Jaccard index of two items is the share of their words, such as genres, that they have in common. Items without
-    any are like no other (distance 1); a list with fewer than two items has diversity 0.
+    words have distance 1 to every other; a list with fewer than two items has diversity 0.
 
     Args:
         lists: See the module.
-        k: Length at which lists are cut.
+        k: Cut-off of the lists.
         fields: The words of each item, in item order.
     """
     cut = _cut(lists, k, len(fields))
@@ -263,15 +263,15 @@ def diversity_by_fields(lists: ArrayLike, k: int, fields: Sequence[frozenset[str
 
 
 def serendipity(lists: ArrayLike, k: int, expected: ArrayLike, targets: ArrayLike) -> NDArray[np.float64]:
-    """Serendipity@k: the share of a list that is relevant and not expected, shape (n,).
+    """Serendipity@k: the share of a list that is relevant and unexpected, shape (n,).
 
-    ``|(list without the expected list) and relevant| / k``: what a primitive recommender, such as popularity, shows the
-    same user in its first k is expected (Murakami et al., 2008; Ge et al., RecSys 2010). With one target a
+    ``|(list without the expected list) and relevant| / k``: the first k items that a primitive recommender, such as
+    popularity, shows the same user are expected (Murakami et al., 2008; Ge et al., RecSys 2010). With one target per
     request it is at most 1 / k.
 
     Args:
         lists: See the module.
-        k: Length at which both lists are cut.
+        k: Cut-off of both lists.
         expected: Lists of the primitive recommender, shape (n, at least k).
         targets: The held-out items, shape (n,) or, with -1 for none, (n, t).
     """
@@ -305,7 +305,7 @@ def _mean_over_list(cut: Lists, of_item: NDArray[np.float64]) -> NDArray[np.floa
 
 
 def _one_minus_mean(alike: NDArray[np.float64], cut: Lists) -> NDArray[np.float64]:
-    """Turn sums of likeness over pairs into mean distances."""
+    """Return mean distances from sums of similarities over pairs."""
     size = np.sum(cut >= 0, axis=1)
     pairs = size * (size - 1) / 2
     return np.where(pairs > 0, np.clip(1.0 - alike / np.maximum(pairs, 1), 0.0, 2.0), 0.0)

@@ -1,9 +1,9 @@
-"""What generated explanations talk about: features named, covered, spread and made up, and sentences that repeat.
+"""Metrics of generated explanations: feature match, coverage, diversity, hallucination, and unique sentences.
 
 FMR, FCR, DIV and USR are those of Li et al., "Generate Neural Template Explanations for Recommendation" (NETE, CIKM
-2020), which Li et al., "Personalized Transformer for Explainable Recommendation" (PETER, ACL 2021), takes over. A
-*feature* is a word or phrase that a review is about, such as "battery life"; a text holds it where its lower-cased
-words stand in the text one after the other, as whole words.
+2020), which Li et al., "Personalized Transformer for Explainable Recommendation" (PETER, ACL 2021), adopts. A *feature*
+is a word or phrase that a review is about, such as "battery life"; a text names it if its lower-cased words occur
+consecutively in the text, as whole words.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- copies
-# Generated texts that are training texts again, found exactly and without comparing all pairs.
+# Detects generated texts that copy training texts, exactly and without comparing all pairs.
 #
-# Two texts are alike by ROUGE-L's F-measure (Lin, 2004) on lower-cased words: twice the length of the longest
+# The similarity of two texts is ROUGE-L's F-measure (Lin, 2004) on lower-cased words: twice the length of the longest
 # common subsequence over the sum of both lengths. A pair that reaches a threshold shares most of its words, and
 # so at least one of the rarest words of each (prefix filtering: Chaudhuri et al., ICDE 2006; Bayardo et al., WWW
 # 2007). An inverted index over rare words alone therefore finds every pair that can reach it, and only those are
@@ -35,11 +35,11 @@ if TYPE_CHECKING:
 
 
 COPIED = 0.9
-"""From which likeness on a text counts as a copy."""
+"""Similarity from which a text counts as a copy."""
 
 _WORD = re.compile(r"\w+")
 _SENTENCE_END = re.compile(r"(?<=[.!?])\s+")
-# A share of whole words may fall on either side of a whole number in binary.
+# Rounding may put a share of whole words on either side of a whole number.
 _EPS = 1e-9
 
 Words = tuple[str, ...]
@@ -47,20 +47,20 @@ Words = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True)
 class Library:
-    """Training texts, and their sentences, by their rarest words.
+    """Index of training texts and their sentences by their rarest words.
 
-    A *piece* is a word and how often it has occurred before in its text, so that a text is a set of pieces. Pieces are
-    numbered by the number of texts that hold them, rarest first.
+    A *piece* is a word with the number of its earlier occurrences in the text, so that a text is a set of pieces.
+    Pieces are numbered by the number of texts that contain them, rarest first.
 
     Attributes:
         texts: Different word sequences, shape (n,).
-        same: The same sequences, to be looked up.
+        same: The same sequences as a set, for lookup.
         number: Number of each piece.
         pieces: Numbers of all texts' pieces, one text after the other, shape (total,).
-        starts: Where each text's pieces begin, and the end, shape (n + 1,).
-        holders: Texts that hold a piece among their rarest ones, one piece after the other.
-        held: Where each piece's holders begin, and the end, shape (pieces + 1,).
-        threshold: Likeness from which on a text counts as a copy.
+        starts: Start of each text's pieces, and the end, shape (n + 1,).
+        holders: Texts with a piece among their rarest ones, one piece after the other.
+        held: Start of each piece's holders, and the end, shape (pieces + 1,).
+        threshold: Similarity from which a text counts as a copy.
     """
 
     texts: tuple[Words, ...]
@@ -74,7 +74,7 @@ class Library:
 
 
 def words_of(text: str) -> Words:
-    """Return a text's lower-cased words: the cut of Distinct-n."""
+    """Return a text's lower-cased words, split as for Distinct-n."""
     return tuple(_WORD.findall(text.lower()))
 
 
@@ -90,7 +90,7 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
     known = tuple(dict.fromkeys(unit for unit in units if unit))
     results = [piece for unit in known for piece in _pieces(unit)]
     frequency = Counter(results)
-    # Equally rare pieces fall in their own order, so that the index does not depend on that of the texts.
+    # Equally rare pieces are ordered by themselves, so that the index does not depend on the order of texts.
     number = {piece: index for index, piece in enumerate(sorted(frequency, key=lambda each: (frequency[each], each)))}
     lengths = np.array([len(unit) for unit in known], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
@@ -113,10 +113,10 @@ def library(texts: Iterable[str], *, threshold: float = COPIED) -> Library:
 
 
 def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
-    """Say of each generated text whether some training text or sentence is alike to the library's threshold.
+    """Return whether each generated text is as similar to a training text or sentence as the threshold.
 
-    A text without words is no copy. A short text is one easily: beside the share of copies among generated texts stands
-    that among the true ones.
+    A text without words is not a copy. Short texts are copies easily, so the share of copies among generated texts is
+    reported with that among the true ones.
 
     Returns:
         Shape (n,).
@@ -127,7 +127,7 @@ def copied(texts: Sequence[str], known: Library) -> NDArray[np.bool_]:
 
 
 def alike(a: Words, b: Words) -> float:
-    """Return ROUGE-L's F-measure of two word sequences, in [0, 1]; 0 where one of them is empty."""
+    """Return ROUGE-L's F-measure of two word sequences, in [0, 1]; 0 if one of them is empty."""
     return 2 * _common(a, b) / (len(a) + len(b)) if a and b else 0.0
 
 
@@ -149,9 +149,9 @@ def _pieces(words: Words) -> list[tuple[str, int]]:
 
 
 def _prefixes(lengths: NDArray[np.int64], threshold: float) -> NDArray[np.int64]:
-    """Return how many of a text's rarest pieces hold one that it shares with any text that is alike.
+    """Return how many of a text's rarest pieces must include one shared with every similar text.
 
-    The shortest text that can be alike to one of n words has ``n t / (2 - t)``, all of them shared.
+    The shortest text that can be similar to one of n words has ``n t / (2 - t)`` words, all of them shared.
     """
     shared = np.ceil(lengths * threshold / (2 - threshold) - _EPS).astype(np.int64)
     prefixes: NDArray[np.int64] = lengths - np.maximum(shared, 1) + 1
@@ -162,7 +162,7 @@ def _is_copy(words: Words, known: Library) -> bool:
     if not words or words in known.same:
         return bool(words)
     size, threshold = len(words), known.threshold
-    # Pieces that no training text holds are the rarest of all, and lead to none.
+    # Pieces that are in no training text are the rarest of all and lead to none.
     own = sorted(known.number.get(piece, -1) for piece in _pieces(words))
     rare = [piece for piece in own[: int(_prefixes(np.array([size]), threshold)[0])] if piece >= 0]
     if not rare:
@@ -174,7 +174,7 @@ def _is_copy(words: Words, known: Library) -> bool:
     if not len(texts):
         return False
     shared = _shared(np.array(own), known, texts, lengths)
-    # The most shared words first: a copy is found at once.
+    # The texts with the most shared words come first, so that a copy is found at once.
     for place in np.argsort(-shared, kind="stable"):
         if shared[place] >= least[place] and _common(words, known.texts[texts[place]]) >= least[place]:
             return True
@@ -184,7 +184,7 @@ def _is_copy(words: Words, known: Library) -> bool:
 def _shared(
     own: NDArray[np.int64], known: Library, texts: NDArray[np.int64], lengths: NDArray[np.int64]
 ) -> NDArray[np.int64]:
-    """Count the pieces that one text has in common with each of several, shape (texts,)."""
+    """Return the number of pieces that a text has in common with each of several, shape (texts,)."""
     ends = np.cumsum(lengths)
     places = np.arange(ends[-1]) + np.repeat(known.starts[texts] - (ends - lengths), lengths)
     hits = np.isin(known.pieces[places], own)
@@ -193,7 +193,7 @@ def _shared(
 
 
 def _common(a: Words, b: Words) -> int:
-    """Return the length of the longest common subsequence, one column of the table as the bits of a number.
+    """Return the length of the longest common subsequence, with table columns as bits of an integer.
 
     Crochemore et al., "A fast and practical bit-vector algorithm for the longest common subsequence problem" (2001).
     """
@@ -210,12 +210,12 @@ def _common(a: Words, b: Words) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """The features of a data set, by what training reviews say.
+    """The features of a data set according to its training reviews.
 
     Attributes:
         vocabulary: Every feature of the training reviews, as its lower-cased words.
-        of_item: The features that some training review of an item holds, or was extracted from, by item.
-        asked: The feature of each (user, item), held-out pairs included, where there is one.
+        of_item: By item, the features that a training review of it names or was annotated with.
+        asked: The feature of each (user, item), including held-out pairs, if it has one.
     """
 
     vocabulary: frozenset[Words]
@@ -225,7 +225,7 @@ class Features:
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """What generated explanations are held against: training texts, and features where the data knows them."""
+    """The reference for generated explanations: training texts, and features if the data has them."""
 
     texts: Library
     features: Features | None = None
@@ -237,14 +237,14 @@ def background(
     texts: Sequence[str | None],
     features: Mapping[tuple[str, str], str] | None = None,
 ) -> Background:
-    """Take training texts, and the features of pairs, as what explanations are held against.
+    """Return the reference for explanations from training texts and the features of pairs.
 
     Args:
-        users: Users of the training interactions, shape (n,); an interaction with several texts stands several times.
+        users: Users of the training interactions, shape (n,); an interaction with several texts is repeated.
         items: Their items.
-        texts: Their texts; None where there is none.
-        features: The feature of each (user, item); None where the data knows none. Pairs that are no training
-            interactions are held-out ones: their features are asked for, and are in no vocabulary by that.
+        texts: Their texts; None for no text.
+        features: The feature of each (user, item); None if the data has none. Pairs that are not training interactions
+            are held out: their features are requested, but do not enter the vocabulary.
 
     Raises:
         ValueError: If the three differ in length.
@@ -264,9 +264,9 @@ def background(
 
 
 def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[frozenset[Words]]:
-    """Return the features that each text holds.
+    """Return the features that each text names.
 
-    Where one feature is a part of another, such as "battery" of "battery life", a text with the longer holds both.
+    If a feature is part of another, such as "battery" of "battery life", a text with the longer one names both.
     """
     sizes = sorted({len(words) for words in vocabulary})
     results = []
@@ -278,11 +278,11 @@ def features_of(texts: Iterable[str], vocabulary: frozenset[Words]) -> list[froz
 
 
 def feature_match(texts: Sequence[str], asked: Sequence[Words]) -> NDArray[np.bool_]:
-    """Say of each text whether it holds the feature of its reference; their mean is the feature matching ratio, FMR.
+    """Return whether each text names the feature of its reference; the mean is the feature matching ratio, FMR.
 
     Args:
         texts: Generated texts.
-        asked: The feature of each one's reference, as `words_of` cuts it.
+        asked: The feature of each reference, split by `words_of`.
 
     Returns:
         Shape (n,).
@@ -295,7 +295,7 @@ def feature_match(texts: Sequence[str], asked: Sequence[Words]) -> NDArray[np.bo
 
 
 def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Words]) -> float:
-    """Return the feature coverage ratio, FCR: features that some text holds over all features of the training data.
+    """Return the feature coverage ratio, FCR: features named by some text over all features of the training data.
 
     It grows with the number of texts, so compare only over the same requests.
 
@@ -308,13 +308,13 @@ def feature_coverage(found: Sequence[frozenset[Words]], vocabulary: frozenset[Wo
 
 
 def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
-    """Return DIV: how many features two generated texts share, the mean over all pairs; lower is more diverse.
+    """Return DIV: the mean number of features shared by two generated texts; lower is more diverse.
 
-    A feature that c texts hold is shared by c (c - 1) / 2 pairs, so that no pair has to be looked at. Texts without
-    any feature share none, and lower the figure: read it beside FCR.
+    A feature that c texts name is shared by c (c - 1) / 2 pairs, so pairs need not be enumerated. Texts without
+    features share none and lower the figure, so read it together with FCR.
 
     Returns:
-        A value of 0 or more; None for fewer than two texts, which have no pair.
+        A value of 0 or more; None for fewer than two texts.
     """
     if len(found) < 2:
         return None
@@ -324,9 +324,9 @@ def feature_diversity(found: Sequence[frozenset[Words]]) -> float | None:
 
 
 def unique_sentences(texts: Sequence[str]) -> float:
-    """Return the unique sentence ratio, USR: different texts over all texts, by their lower-cased words.
+    """Return the unique sentence ratio, USR: distinct texts over all texts, by their lower-cased words.
 
-    A text without words is no sentence and makes nothing different. The figure falls with the number of texts.
+    A text without words does not count as distinct. The figure decreases with the number of texts.
 
     Raises:
         ValueError: If there are no texts.
@@ -339,13 +339,13 @@ def unique_sentences(texts: Sequence[str]) -> float:
 def hallucinated(
     found: Sequence[frozenset[Words]], items: Sequence[str], of_item: Mapping[str, frozenset[Words]]
 ) -> NDArray[np.float64]:
-    """Count the features that each text holds, and those of them that no training review of its item holds.
+    """Count the features that each text names, and those that no training review of its item names.
 
-    The rate of hallucinated features is the sum of the latter over that of the former. An item without training
-    reviews supports no feature.
+    The hallucination rate is the sum of the latter over that of the former. An item without training reviews supports
+    no feature.
 
     Returns:
-        Shape (n, 2): held, and of these without support.
+        Shape (n, 2): named features, and of these the unsupported ones.
 
     Raises:
         ValueError: If texts and items differ in number.
@@ -356,14 +356,14 @@ def hallucinated(
 
 
 def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -> Statistic:
-    """The rate of hallucinated features as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
+    """The hallucination rate as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
     Args:
         counts: From `hallucinated`, shape (n, 2).
-        users: Whose each text is; the function counts users in sorted order.
+        users: The user of each text; the function numbers users in sorted order.
 
     Returns:
-        A function from index arrays of shape (b, m) to b values; 0 where no text holds a feature.
+        A function from index arrays of shape (b, m) to b values; 0 if no text names a feature.
     """
     names, owner = np.unique(np.array(users, dtype=object), return_inverse=True)
     total = np.zeros((len(names), 2))
@@ -378,16 +378,16 @@ def hallucination_statistic(counts: NDArray[np.float64], users: Sequence[str]) -
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Named:
-    """What a row's texts do with features.
+    """The feature statistics of a row's texts.
 
     Attributes:
         known: Requests whose reference has a feature, shape (m,).
-        match: Whether their texts hold it, shape (m,).
+        match: Whether their texts name it, shape (m,).
         coverage: FCR.
         diversity: DIV; None for a single text.
-        counts: Features held, and of these without support, shape (n, 2).
-        found: The features that each text holds, n of them.
-        vocabulary: How many features there are.
+        counts: Named features, and of these the unsupported ones, shape (n, 2).
+        found: The features that each of the n texts names.
+        vocabulary: Number of features.
     """
 
     known: NDArray[np.intp]
@@ -400,18 +400,18 @@ class Named:
 
     @property
     def how(self) -> str:
-        """What sets figures of features apart: another vocabulary gives others."""
+        """The signature part of feature figures, since they depend on the vocabulary."""
         return f"features-{self.vocabulary}"
 
     @property
     def hallucination(self) -> float | None:
-        """The share of features without support among those that the texts hold; None where they hold none."""
+        """The share of unsupported features among those that the texts name; None if they name none."""
         held, made_up = self.counts.sum(axis=0)
         return float(made_up / held) if held else None
 
 
 def named(texts: Sequence[str], users: Sequence[str], items: Sequence[str], features: Features) -> Named:
-    """Measure what generated texts, each to a user about an item, do with features."""
+    """Return the feature statistics of generated texts, each for a user and an item."""
     asked = [features.asked.get(pair) for pair in zip(users, items, strict=True)]
     known = [place for place, words in enumerate(asked) if words]
     result = features_of(texts, features.vocabulary)
@@ -457,5 +457,5 @@ def hallucination_rate(named: Named, owners: Sequence[str]) -> Taken:
 
 
 def copies(texts: Sequence[str], known: Background) -> NDArray[np.float64]:
-    """Say of each text, 1 or 0, whether it is a copy of a training text or sentence; their mean is the copy rate."""
+    """Return 1 for each text that copies a training text or sentence, else 0; the mean is the copy rate."""
     return copied(texts, known.texts).astype(np.float64)

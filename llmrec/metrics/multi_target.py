@@ -1,12 +1,12 @@
-"""Ranking metrics with several relevant items a request, as exact expectations over tied scores.
+"""Ranking metrics with several relevant items per request, as exact expectations over tied scores.
 
 The expectations over the orders of tied blocks have closed forms (McSherry and Najork, "Computing Information Retrieval
-Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008), which are taken here for all requests at
-once. Without ties the figures are those of trec_eval: in particular precision divides by k, and recall and average
-precision by the number of relevant items, whether or not k is smaller.
+Performance Measures Efficiently in the Presence of Tied Scores", ECIR 2008), which are computed here for all requests
+at once. Without ties the figures are those of trec_eval: in particular precision divides by k, and recall and average
+precision by the number of relevant items, even if k is smaller.
 
-A relevant item that the ranking leaves out stands in every denominator and gains nothing. All functions take what
-`llmrec.metrics.multi_target.judge` made of the rankings.
+A relevant item that the ranking omits counts in every denominator and gains nothing. All functions take the result of
+`llmrec.metrics.multi_target.judge`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- matching
-# Matches rankings with their relevant items: what the metrics of `llmrec.metrics.multi_target` are taken of.
+# Matches rankings with their relevant items, for the metrics of `llmrec.metrics.multi_target`.
 #
-# A ranking is cut into blocks of equal scores. Every order of a block is equally likely, so that each of its
-# ``tied`` items is equally likely at each of the ranks ``greater + 1 .. greater + tied``.
+# A ranking is split into blocks of equal scores. Every order of a block is equally likely, so each of its ``tied``
+# items is equally likely at each of the ranks ``greater + 1 .. greater + tied``.
 
 
-# Bytes of the table in which pairs are looked up, for as many requests at a time as it holds: it stays in the cache.
+# Bytes of the lookup table of pairs, which limits the requests per pass so that it fits into the processor's cache.
 _TABLE = 1 << 18
 
 
@@ -51,10 +51,10 @@ class Pairs:
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """Where the relevant items of n requests stand: one entry a block of equal scores that holds any.
+    """The ranks of the relevant items of n requests, one entry per block of equal scores that contains any.
 
     Attributes:
-        request: Number of the block's request, shape (b,), not decreasing; blocks of a request stand best first.
+        request: Number of the block's request, shape (b,), not decreasing; blocks of a request are best first.
         greater: Ranked items with a strictly higher score, shape (b,).
         tied: Items in the block, shape (b,).
         relevant: Relevant items in the block, at least 1, shape (b,).
@@ -80,13 +80,13 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
     """Match rankings with the relevant items.
 
     Args:
-        ranked: Items with scores, higher is better. Quickest where requests stand together, best first.
+        ranked: Items with scores, higher is better. Fastest if sorted by request, best first.
         relevant: Relevant items with their gains, such as 1 each.
         n: Number of requests.
 
     Raises:
         LlmrecError: If a score is NaN.
-        ValueError: If a request number is not below n, an item stands twice in a request, or a gain is not above 0.
+        ValueError: If a request number is not below n, an item is twice in a request, or a gain is not above 0.
     """
     request, item, score, begins = _sorted(ranked, n)
     wanted, goal, gain, goal_begins = _sorted(relevant, n)
@@ -115,19 +115,19 @@ def judge(ranked: Pairs, relevant: Pairs, n: int) -> Judged:
 
 
 def place(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Find the one target of each request: what the metrics of `llmrec.metrics.ranking` are taken of.
+    """Find the single target of each request, for the metrics of `llmrec.metrics.ranking`.
 
     Args:
         ranked: See `judge`.
         targets: Item number of each request's target, shape (n,).
 
     Returns:
-        ``greater`` and ``tied``, shape (n,): items with a higher score than the target, and with its score, the target
-        included; a target that is not ranked has 0 tied.
+        ``greater`` and ``tied``, shape (n,): items with a higher score than the target, and with the same score,
+        including the target; a target that is not ranked has 0 tied.
 
     Raises:
         LlmrecError: If a score is NaN.
-        ValueError: If a request number is not below n, or a target stands twice in its ranking.
+        ValueError: If a request number is not below n, or a target is twice in its ranking.
     """
     n = len(targets)
     request, item, score, begins = _sorted(ranked, n)
@@ -142,11 +142,11 @@ def place(ranked: Pairs, targets: NDArray[np.int64]) -> tuple[NDArray[np.int64],
 
 
 def numbered(ids: ArrayLike, known: ArrayLike) -> NDArray[np.int64]:
-    """Replace ids by their places in a sorted list of ids; quickest where equal ids stand together.
+    """Replace ids by their indices in a sorted list of ids; fastest if equal ids are adjacent.
 
     Args:
-        ids: Such as the user of every row, shape (m,).
-        known: Sorted different ids, which hold all of them.
+        ids: Ids, such as the user of every row, shape (m,).
+        known: Sorted distinct ids that include all of them.
 
     Raises:
         ValueError: If an id is not among the known ones.
@@ -167,16 +167,16 @@ def numbered(ids: ArrayLike, known: ArrayLike) -> NDArray[np.int64]:
 def _sorted(
     pairs: Pairs, n: int
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float64], NDArray[np.int64]]:
-    """Return the columns by request, largest value first, and where each request begins, shape (n + 1,).
+    """Return the columns by request, largest value first, and the start of each request, shape (n + 1,).
 
-    Columns that are sorted already are not moved.
+    Sorted columns are not copied.
     """
     request = np.asarray(pairs.request, dtype=np.int64)
     item = np.asarray(pairs.item, dtype=np.int64)
     value = np.asarray(pairs.value, dtype=np.float64)
     if not request.shape == item.shape == value.shape or request.ndim != 1:
         raise ValueError(f"columns must be flat and alike, not of shapes {request.shape}, {item.shape}, {value.shape}")
-    # One NaN makes a sum NaN; so do two infinities, hence the second look.
+    # A NaN makes the sum NaN, but so do two infinities, hence the second check.
     with np.errstate(invalid="ignore"):
         total = value.sum()
     if np.isnan(total) and np.isnan(value).any():
@@ -199,7 +199,7 @@ def _matches(
     goal: NDArray[np.int64],
     goal_begins: NDArray[np.int64],
 ) -> NDArray[np.int64]:
-    """Return the rows of the ranking that are relevant, and refuse doubled items."""
+    """Return the rows of the ranking that are relevant, and reject duplicate items."""
     n = len(begins) - 1
     width = int(max(item.max(initial=0), goal.max(initial=0))) + 1
     step = max(1, _TABLE // width)
@@ -223,15 +223,15 @@ def _matches(
 
 
 def _changes(values: NDArray[Any]) -> NDArray[np.int64]:
-    """Return where a run of equal values begins."""
+    """Return the starts of runs of equal values."""
     return np.flatnonzero(np.concatenate([[True], values[1:] != values[:-1]])[: len(values)])
 
 
 def _blocks(
     request: NDArray[np.int64], score: NDArray[np.float64], hits: NDArray[np.int64]
 ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-    """Return where blocks of equal scores begin, their sizes, and the block of each hit."""
-    # Where no hit has an equal neighbour, every hit is a block of its own, and no other block matters.
+    """Return the starts of blocks of equal scores, their sizes, and the block of each hit."""
+    # If no hit has an equal neighbour, every hit is its own block, and no other block matters.
     last = len(score) - 1
     above, below = np.maximum(hits - 1, 0), np.minimum(hits + 1, last)
     tied = ((above < hits) & (score[above] == score[hits]) & (request[above] == request[hits])) | (
@@ -262,10 +262,10 @@ def _gains(
 
 
 def hit_rate(judged: Judged, k: int) -> NDArray[np.float64]:
-    """HR@k, success at k: the chance that at least one relevant item is among the first k.
+    """HR@k, success at k: the probability that at least one relevant item is among the first k.
 
-    A block that rank k cuts shows ``m`` of its ``tied`` items; none of them is relevant with the hypergeometric chance
-    ``C(tied - relevant, m) / C(tied, m)``.
+    A block that rank k cuts shows ``m`` of its ``tied`` items; none of them is relevant with the hypergeometric
+    probability ``C(tied - relevant, m) / C(tied, m)``.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -295,7 +295,7 @@ def recall(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def precision(judged: Judged, k: int) -> NDArray[np.float64]:
-    """Precision@k: expected relevant items among the first k, over k, also where fewer than k are ranked.
+    """Precision@k: expected relevant items among the first k, over k, even if fewer than k are ranked.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -331,8 +331,8 @@ def ndcg(judged: Judged, k: int) -> NDArray[np.float64]:
 def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float64]:
     """Average precision, whose mean is MAP: the mean over relevant items of the precision at their rank.
 
-    For rank ``greater + i`` of a block with ``before`` relevant items above it, an item is relevant with chance
-    ``relevant / tied``, and then ``before + 1 + (i - 1) (relevant - 1) / (tied - 1)`` relevant ones are expected up to
+    For rank ``greater + i`` of a block with ``before`` relevant items above it, an item is relevant with probability
+    ``relevant / tied``, and then ``before + 1 + (i - 1) (relevant - 1) / (tied - 1)`` relevant items are expected up to
     it (McSherry and Najork 2008). Summed over i this is a difference of harmonic numbers.
 
     Args:
@@ -356,8 +356,8 @@ def average_precision(judged: Judged, k: int | None = None) -> NDArray[np.float6
 def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]:
     """Reciprocal rank of the first relevant item; its mean is MRR.
 
-    The first relevant item is in the best block that holds one. Its place j in that block has the chance
-    ``C(tied - j, relevant - 1) / C(tied, relevant)``; the sum over j is taken once for each kind of block.
+    The first relevant item is in the best block that contains one. Its position j in that block has the probability
+    ``C(tied - j, relevant - 1) / C(tied, relevant)``; the sum over j is computed once for each kind of block.
 
     Args:
         judged: See `judge`.
@@ -382,12 +382,12 @@ def reciprocal_rank(judged: Judged, k: int | None = None) -> NDArray[np.float64]
 
 
 def auc(judged: Judged, pool: ArrayLike) -> NDArray[np.float64]:
-    """AUC of each request: the chance that a relevant item stands above one that is not, ties counting half.
+    """AUC of each request: the probability that a relevant item ranks above another, ties counting half.
 
     Args:
         judged: See `judge`.
-        pool: Items that could be ranked, relevant ones included, shape (n,) or one number. What a ranking leaves out
-            counts as tied below everything that it ranks.
+        pool: Number of rankable items, including relevant ones, shape (n,) or one number. Items that a ranking omits
+            count as tied below all that it ranks.
 
     Returns:
         Values in [0, 1], shape (n,); NaN for a request whose pool holds one class only.
@@ -417,7 +417,7 @@ def _positive(k: int) -> int:
 
 
 def _within(judged: Judged, k: int) -> NDArray[np.int64]:
-    """Return the blocks that begin among the first k."""
+    """Return the blocks that start among the first k ranks."""
     return np.flatnonzero(judged.greater < _positive(k))
 
 
@@ -429,12 +429,12 @@ def _found(judged: Judged, k: int) -> NDArray[np.float64]:
 
 
 def _sum(judged: Judged, at: NDArray[np.int64], of_block: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Add the chosen blocks of each request, shape (n,)."""
+    """Return the sum over the given blocks of each request, shape (n,)."""
     return np.bincount(judged.request[at], of_block, minlength=len(judged.total)).astype(np.float64)
 
 
 def _of_all(sums: NDArray[np.float64], judged: Judged) -> NDArray[np.float64]:
-    """Divide by the number of relevant items; a request without any gets 0."""
+    """Divide by the number of relevant items; 0 for a request without any."""
     share: NDArray[np.float64] = np.clip(sums / np.maximum(judged.total, 1), 0.0, 1.0)
     return share
 
@@ -449,7 +449,7 @@ def _first_of_block(greater: int, tied: int, relevant: int, k: int | None) -> fl
     places = np.arange(1, tied - relevant + 2)
     if k is not None:
         places = places[places <= k - greater]
-    # chance(1) = relevant / tied; chance(j + 1) / chance(j) = (tied - j - relevant + 1) / (tied - j)
+    # p(1) = relevant / tied; p(j + 1) / p(j) = (tied - j - relevant + 1) / (tied - j)
     steps = places[:-1]
     ratios = (tied - steps - relevant + 1) / np.maximum(tied - steps, 1)
     chance = relevant / tied * np.concatenate([[1.0], np.cumprod(ratios)])[: len(places)]

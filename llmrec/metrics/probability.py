@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
 
 CLIP = 1e-15
-"""Probabilities count as at least this before a logarithm is taken."""
+"""The lower bound of probabilities in logarithms."""
 
 BINS = 10
-"""Bins of the calibration error."""
+"""Number of bins of the calibration error."""
 
 Weights = Literal["users", "requests"]
 Binning = Literal["width", "mass"]
@@ -27,14 +27,14 @@ Binning = Literal["width", "mass"]
 
 @dataclass(frozen=True, slots=True)
 class Within:
-    """AUC inside each user, and its mean over the users who have both classes.
+    """AUC within each user, and its mean over the users with both classes.
 
     Attributes:
         value: The mean; NaN if no user has both classes.
         users: Names of all users, sorted, shape (u,).
         values: AUC of each user, NaN where a class is missing, shape (u,).
         weights: Weight of each user, 0 where a class is missing, shape (u,).
-        left_out: Number of users left out because all their answers are of one class.
+        left_out: Number of users excluded because all their truths are of one class.
     """
 
     value: float
@@ -46,10 +46,10 @@ class Within:
 
 @dataclass(frozen=True, slots=True)
 class Bin:
-    """Answers that say about the same.
+    """A bin of answers with similar P(yes).
 
     Attributes:
-        n: How many they are.
+        n: Number of answers.
         said: Their mean P(yes).
         so: The share of them whose truth is yes.
     """
@@ -60,32 +60,32 @@ class Bin:
 
 
 def auc(scores: ArrayLike, labels: ArrayLike) -> float:
-    """Area under the ROC curve: the chance that a yes outscores a no, ties counting half (Mann and Whitney 1947).
+    """Area under the ROC curve: the probability that a yes outscores a no, ties counting half (Mann and Whitney 1947).
 
     Args:
-        scores: Anything that is higher for a likelier yes, shape (n,).
+        scores: Scores, higher for a more likely yes, shape (n,).
         labels: 1 for yes and 0 for no, shape (n,).
 
     Returns:
-        A value in [0, 1]; NaN where a class is missing.
+        A value in [0, 1]; NaN if a class is missing.
 
     Raises:
-        ValueError: If the two differ in length, are empty, or hold anything but numbers and 0 or 1.
+        ValueError: If the two differ in length or are empty, a score is not a number, or a label is not 0 or 1.
     """
     guess, truth = _checked(scores, labels)
     return float(_auc_by(np.zeros(len(guess), dtype=np.int64), guess, truth, 1)[0])
 
 
 def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: Weights = "users") -> Within:
-    """AUC within users, averaged over the users who have both classes.
+    """GAUC: AUC within users, averaged over the users with both classes.
 
-    It cannot be raised by telling users apart, which pooled AUC can: a rule that knows only how often a user says yes
-    gets 0.5 here. Zhu et al. (KDD 2017) weigh users by impressions (``requests``); the default weighs them alike.
+    Unlike pooled AUC it does not reward distinguishing users: a rule that knows only how often a user says yes gets 0.5
+    here. Zhu et al. (KDD 2017) weight users by impressions (``requests``); the default weights them equally.
 
     Args:
         scores: See `auc`.
         labels: See `auc`.
-        users: Whose request each one is.
+        users: The user of each request.
         weights: ``users`` or ``requests``.
 
     Raises:
@@ -104,7 +104,7 @@ def gauc(scores: ArrayLike, labels: ArrayLike, users: Sequence[str], weights: We
 
 
 def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
-    """AUC over all answers together, as a statistic over the users whose requests they are; see `auc_statistic`."""
+    """AUC over all answers, as a statistic over their users; see `auc_statistic`."""
     truth = np.asarray(labels)
     if truth.min() == truth.max():
         return Taken(result=None, undefined="all truths are of one class, so there is no pair of a yes and a no")
@@ -112,7 +112,7 @@ def pooled_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str
 
 
 def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[str]) -> Taken:
-    """AUC of each user who has both classes, all users alike; see `gauc`."""
+    """AUC of each user with both classes, with equal weights; see `gauc`."""
     within = gauc(probabilities, labels, owners)
     both = within.weights > 0
     if not both.any():
@@ -124,11 +124,11 @@ def grouped_auc(probabilities: ArrayLike, labels: ArrayLike, owners: Sequence[st
 def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]:
     """Negative log-likelihood of each answer, in nats, shape (n,); LogLoss is its mean.
 
-    ``-log p``, where p is the probability that what was true was given, at least 1e-15: a sure answer that is wrong
-    costs 34.5.
+    ``-log p``, where p, at least 1e-15, is the predicted probability of the truth: a certain answer that is wrong costs
+    34.5.
 
     Raises:
-        ValueError: See `auc`; also if a probability lies outside [0, 1].
+        ValueError: See `auc`; also if a probability is outside [0, 1].
     """
     guess, truth = _probabilities(probabilities, labels)
     lost: NDArray[np.float64] = -np.log(np.maximum(np.where(truth == 1, guess, 1 - guess), CLIP))
@@ -138,23 +138,23 @@ def log_loss(probabilities: ArrayLike, labels: ArrayLike) -> NDArray[np.float64]
 def calibration_error(
     probabilities: ArrayLike, labels: ArrayLike, *, bins: int = BINS, binning: Binning = "mass"
 ) -> float:
-    """Expected calibration error of P(yes): the mean distance between what was said and what was so, over bins.
+    """Expected calibration error of P(yes): the mean gap between mean probability and share of yes over bins.
 
     ``sum over bins of (size / n) |mean probability - share of yes|`` (Naeini et al., AAAI 2015). It is biased upwards
-    where bins are small, so compare only over the same number of answers.
+    with small bins, so compare only over the same number of answers.
 
     Args:
         probabilities: P(yes), shape (n,).
         labels: 1 for yes and 0 for no, shape (n,).
         bins: Number of bins.
-        binning: ``width`` cuts [0, 1] into equal parts, ``mass`` cuts the answers into equally many (Nguyen and
-            O'Connor, EMNLP 2015); equal probabilities are never parted, so bins may then differ in size.
+        binning: ``width`` splits [0, 1] into equal intervals, ``mass`` the answers into equal numbers (Nguyen and
+            O'Connor, EMNLP 2015); equal probabilities stay in one bin, so bins may then differ in size.
 
     Returns:
         A value in [0, 1].
 
     Raises:
-        ValueError: See `log_loss`; also if there is no bin.
+        ValueError: See `log_loss`; also if ``bins`` is below 1.
     """
     _, text, so = _binned(probabilities, labels, bins, binning)
     return float(np.abs(text - so).sum() / len(np.ravel(probabilities)))
@@ -163,13 +163,13 @@ def calibration_error(
 def reliability(
     probabilities: ArrayLike, labels: ArrayLike, *, bins: int = BINS, binning: Binning = "mass"
 ) -> tuple[Bin, ...]:
-    """What was said beside what was so: the bins behind `calibration_error`, those without an answer left out.
+    """Return the reliability curve: the non-empty bins of `calibration_error`.
 
     Args:
-        probabilities: See `calibration_error`, as all others.
-        labels: See there.
-        bins: See there.
-        binning: See there.
+        probabilities: See `calibration_error`.
+        labels: See `calibration_error`.
+        bins: See `calibration_error`.
+        binning: See `calibration_error`.
 
     Raises:
         ValueError: See `calibration_error`.
@@ -190,10 +190,10 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
     Args:
         scores: See `auc`.
         labels: See `auc`.
-        users: Whose request each one is; None means that each has a user of its own.
+        users: The user of each request; None if each has a different user.
 
     Returns:
-        A function from index arrays of shape (b, m), entries into the sorted users, to b values.
+        A function from arrays of shape (b, m), indices into the sorted users, to b values.
 
     Raises:
         ValueError: See `auc`.
@@ -223,7 +223,7 @@ def auc_statistic(scores: ArrayLike, labels: ArrayLike, users: Sequence[str] | N
 def _binned(
     probabilities: ArrayLike, labels: ArrayLike, bins: int, binning: Binning
 ) -> tuple[NDArray[np.int64], NDArray[np.float64], NDArray[np.float64]]:
-    """Return of each bin its size, its sum of probabilities and its number of yes, shape (bins,) each."""
+    """Return size, sum of probabilities and number of yes of each bin, shape (bins,) each."""
     guess, truth = _probabilities(probabilities, labels)
     if bins < 1:
         raise ValueError(f"a calibration error needs at least 1 bin, not {bins}")
@@ -239,7 +239,7 @@ def _binned(
 def _auc_by(
     group: NDArray[np.int64], scores: NDArray[np.float64], labels: NDArray[np.float64], groups: int
 ) -> NDArray[np.float64]:
-    """Return the AUC inside each group by midranks; NaN where a class is missing."""
+    """Return the AUC within each group by midranks; NaN where a class is missing."""
     order = np.lexsort((scores, group))
     group, scores, labels = group[order], scores[order], labels[order]
     new = np.r_[True, (group[1:] != group[:-1]) | (scores[1:] != scores[:-1])]

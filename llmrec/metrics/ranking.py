@@ -1,15 +1,15 @@
-"""Ranking metrics with one relevant item a request, as exact expectations over tied scores.
+"""Ranking metrics with one relevant item per request, as exact expectations over tied scores.
 
-Where a predictor gives the target's score to other items too, every order of the tied block is equally likely,
-so the target's rank is uniform on ``greater + 1 .. greater + tied``. Each metric here is the mean over those
+If other items share the target's score, every order of the tied block is equally likely, so the target's rank is
+uniform on ``greater + 1 .. greater + tied``. Each metric here is the mean over those
 ranks in closed form (McSherry and Najork, "Computing Information Retrieval Performance Measures Efficiently in
-the Presence of Tied Scores", ECIR 2008). Neither the order of the candidates nor a sort's stability can move it.
+the Presence of Tied Scores", ECIR 2008). They depend neither on the order of candidates nor on the stability of a sort.
 
-All functions take two integer arrays of shape (n,), one entry a request:
+All functions take two integer arrays of shape (n,), one entry per request:
 
-- ``greater``: how many other items score strictly higher than the target;
-- ``tied``: how many items share the target's score, **the target itself included**; 0 means that the target was
-  left out of the ranking, which counts as 0 in every metric.
+- ``greater``: the number of items that score strictly higher than the target;
+- ``tied``: the number of items with the target's score, **including the target**; 0 means that the ranking omits the
+  target, which counts as 0 in every metric.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """Where the target stands in one ranking.
+    """The standing of the target in a ranking.
 
     Attributes:
         greater: Number of items with a strictly higher score; the pool's size if the target is missing.
-        tied: Size of the target's block of equal scores, the target included; 0 if it is missing.
-        missing: Whether the ranking leaves the target out.
+        tied: Size of the target's block of equal scores, including the target; 0 if it is missing.
+        missing: Whether the ranking omits the target.
     """
 
     greater: int
@@ -44,17 +44,16 @@ class Standing:
 
 
 def standing(ranking: Ranking, target: str, pool: int) -> Standing:
-    """Find the target in a ranking by score; the order of ``ranking.items`` is not looked at.
+    """Return the target's standing in a ranking by score, independent of the order of ``ranking.items``.
 
     Args:
         ranking: Items with scores.
         target: The held-out item.
-        pool: How many items could have been ranked: candidates of the request, or the catalogue less what is
-            excluded.
+        pool: Number of rankable items: candidates of the request, or the catalogue without excluded items.
 
     Raises:
         LlmrecError: If a score is NaN.
-        ValueError: If items and scores differ in number, an item stands twice, or more than ``pool`` are ranked.
+        ValueError: If items and scores differ in number, an item is duplicate, or more than ``pool`` are ranked.
     """
     items, scores = ranking.items, ranking.scores
     if len(items) != len(scores):
@@ -83,7 +82,7 @@ def standing(ranking: Ranking, target: str, pool: int) -> Standing:
 
 
 def hit_rate(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
-    """HR@k, which with one relevant item is recall@k: the chance that the target is among the first k.
+    """HR@k, which with one relevant item is recall@k: the probability that the target is among the first k.
 
     ``clip(k - greater, 0, tied) / tied``.
 
@@ -99,7 +98,7 @@ def ndcg(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64]:
     """NDCG@k with one relevant item of gain 1 (Järvelin and Kekäläinen, TOIS 2002).
 
     The ideal list has the target first, so the ideal DCG is 1 and NDCG is ``1 / log2(rank + 1)`` for ranks up to
-    k, counted from 1, else 0. Over a tied block it is the mean of that discount over the block's ranks.
+    k, counted from 1, else 0. For a tied block it is the mean of that discount over the block's ranks.
 
     Returns:
         Values in [0, 1], shape (n,).
@@ -141,23 +140,23 @@ def precision(greater: ArrayLike, tied: ArrayLike, k: int) -> NDArray[np.float64
 def average_precision(greater: ArrayLike, tied: ArrayLike, k: int | None = None) -> NDArray[np.float64]:
     """Average precision with one relevant item, whose mean is MAP: the reciprocal rank, by definition.
 
-    Precision at the target's rank is 1 / rank, and there is nothing else to average over.
+    Precision at the target's rank is 1 / rank, the only term of the average.
     """
     return reciprocal_rank(greater, tied, k)
 
 
 def auc(greater: ArrayLike, tied: ArrayLike, pool: ArrayLike) -> NDArray[np.float64]:
-    """AUC of each request: the share of other items below the target, tied ones counting half.
+    """AUC of each request: the share of other items ranked below the target, ties counting half.
 
-    ``1 - (greater + (tied - 1) / 2) / (pool - 1)``; a target that was left out has every item above it.
+    ``1 - (greater + (tied - 1) / 2) / (pool - 1)``; a missing target ranks below every item.
 
     Args:
         greater: See the module.
         tied: See the module.
-        pool: Number of items that could be ranked, the target included, shape (n,) or one number.
+        pool: Number of rankable items, including the target, shape (n,) or one number.
 
     Returns:
-        Values in [0, 1], shape (n,); 0.5 where the target is the whole pool, since nothing tells.
+        Values in [0, 1], shape (n,); 0.5 if the target is the whole pool.
     """
     above, block = _checked(greater, tied, 1)
     others = np.broadcast_to(np.asarray(pool, dtype=np.int64), above.shape) - 1
@@ -174,7 +173,7 @@ def expected_rank(greater: ArrayLike, tied: ArrayLike) -> NDArray[np.float64]:
 
 
 def tie_rate(tied: ArrayLike) -> float:
-    """Share of requests in which the target shares its score with another item; a missing target does not."""
+    """Share of requests in which the target ties with another item; a missing target does not."""
     block = np.asarray(tied)
     if block.size == 0:
         raise ValueError("the tie rate of no requests is not defined")
@@ -200,5 +199,5 @@ def _integers(values: ArrayLike, name: str) -> NDArray[np.int64]:
 
 
 def _mean_over_block(total: NDArray[np.float64], block: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Divide by the block's size; a missing target (size 0) gets 0."""
+    """Divide by the block's size; 0 for a missing target (size 0)."""
     return np.where(block > 0, np.clip(total / np.maximum(block, 1), 0.0, 1.0), 0.0)

@@ -20,7 +20,7 @@ def squared_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64]
     """Squared error of each request, shape (n,); RMSE is its root mean.
 
     Raises:
-        ValueError: If the two differ in length, or a value is not finite.
+        ValueError: If the two differ in length or a value is not finite.
     """
     return _difference(predicted, truth) ** 2
 
@@ -29,13 +29,13 @@ def absolute_error(predicted: ArrayLike, truth: ArrayLike) -> NDArray[np.float64
     """Absolute error of each request, shape (n,); MAE is its mean.
 
     Raises:
-        ValueError: If the two differ in length, or a value is not finite.
+        ValueError: If the two differ in length or a value is not finite.
     """
     return np.abs(_difference(predicted, truth))
 
 
 def liked_auc(predicted: NDArray[np.float64], truth: NDArray[np.float64], liked: float, owners: Sequence[str]) -> Taken:
-    """AUC of predicted ratings: the probability that an item rated at least ``liked`` is predicted above another."""
+    """AUC of predicted ratings: the probability that an item rated ``liked`` or more is predicted above another."""
     result = pooled_auc(predicted, (truth >= liked).astype(np.float64), owners)
     return replace(result, how=f"from-{liked:g}")
 

@@ -1,9 +1,9 @@
-"""The string that says how a metric was taken, so that figures of different protocols never share a table.
+"""Signatures: strings with the protocol of a metric, so that different protocols never share a table.
 
 Example: ``NDCG@10|gain:binary|ties:expected|cand:full|seen:excluded|split:loo/test|llmrec:0.1.0``.
-The order of the parts is fixed; parts that do not bear on a metric are left out, so ratings have neither ties nor
-candidates, and text metrics say how words were cut. ``users`` and ``slice`` stand where a figure is over some cases
-only, or says over how many; ``how`` holds what else a metric has to say, such as the bins of a calibration error.
+The order of the parts is fixed. Parts that do not apply to a metric are omitted, so ratings have neither ties nor
+candidates, and text metrics name the tokenisation. ``users`` and ``slice`` name the cases of a figure or their number;
+``how`` has further details of a metric, such as the bins of a calibration error.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _KEYS = ("gain", "ties", "cand", "seen", "users", "slice", "text", "how", "split
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Signature:
-    """The parts of a signature, in their order; None where a part does not bear on the metric."""
+    """The parts of a signature, in order; None for a part that does not apply to the metric."""
 
     metric: str
     gain: str | None = None
@@ -57,23 +57,23 @@ def signature(
     split: str,
     version: str,
 ) -> str:
-    """Write the signature of a metric.
+    """Return the signature of a metric.
 
     Args:
-        metric: A name of `llmrec.registry.METRICS`, with its cut-off where it has one, such as ``NDCG@10``.
-        gain: Gain of the relevant item; only ranking metrics have one.
-        ties: How tied scores are treated by ranking metrics. Lists show one draw of the tied items: ``seeded``.
-        candidates: ``full``, or kind and number such as ``uniform-20``; needed by metrics of rankings and lists.
-        seen: ``excluded`` or ``included``: whether items of the history can be ranked; needed by the same metrics.
-        users: Which or how many users were evaluated; None leaves it unsaid.
-        slice: Which cases the figure is over; None for all.
-        how: What else sets figures of this metric apart, such as ``jaccard-genres``.
+        metric: A name of `llmrec.registry.METRICS`, with its cut-off if any, such as ``NDCG@10``.
+        gain: Gain of the relevant item, for ranking metrics only.
+        ties: Treatment of tied scores by ranking metrics. Lists show one draw of the tied items: ``seeded``.
+        candidates: ``full``, or kind and number such as ``uniform-20``; required by metrics of rankings and lists.
+        seen: ``excluded`` or ``included``: whether items of the history can be ranked; required by the same metrics.
+        users: Which or how many users were evaluated; None to omit it.
+        slice: The cases of the figure; None for all.
+        how: Further details that distinguish figures of this metric, such as ``jaccard-genres``.
         split: Kind of the split.
         version: Version of llmrec.
 
     Raises:
-        ValueError: If the metric is unknown, one of rankings or lists lacks candidates or seen, or a part holds ``|``
-            or white space.
+        ValueError: If the metric is unknown, one of rankings or lists lacks candidates or seen, or a part contains
+            ``|`` or white space.
     """
     entry = metric_of(metric)
     if entry is None:
@@ -98,7 +98,7 @@ def signature(
 
 
 def parse_signature(text: str) -> Signature:
-    """Read a signature back; ``str(parse_signature(text)) == text``.
+    """Parse a signature; ``str(parse_signature(text)) == text``.
 
     Raises:
         ValueError: If a part is unknown, empty, missing or out of order.

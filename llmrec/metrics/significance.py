@@ -1,11 +1,11 @@
-"""Paired tests by flipping signs, averages over seeds, and how small a difference a comparison could find.
+"""Paired sign-flip tests, averages over seeds, and the smallest detectable difference.
 
-If two systems do equally well, swapping a user's two results changes nothing, so that every pattern of swaps is equally
-likely. The test counts how many patterns give a difference at least as large as the observed one (Fisher 1935; for
-retrieval, Smucker, Allan and Carterette, CIKM 2007). The interval holds the differences that the test would not
-reject: it is read off the means over random halves of the users, each user in or out with chance 1/2 (Hartigan,
-"Using Subsample Values as Typical Values", JASA 1969). Neither needs a normal distribution; false positives stay at
-their level for few users and for the many zeros of hit rates, where bootstrap intervals of differences do not keep it
+If two systems are equally good, a user's two results are exchangeable, so every pattern of swaps is equally likely. The
+test counts the patterns with a difference at least as large as the observed one (Fisher 1935; for retrieval, Smucker,
+Allan and Carterette, CIKM 2007). The interval contains the differences that the test would not reject: its ends are
+percentiles of the means over random halves of the users, each user in or out with probability 1/2 (Hartigan, "Using
+Subsample Values as Typical Values", JASA 1969). Neither assumes a normal distribution; the false-positive rate keeps
+its level for few users and for the many zeros of hit rates, unlike that of bootstrap intervals of differences
 (``eval/benchmarks/calibration.py`` measures all of them).
 """
 
@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 
 EXACT = 1 << 16
-"""Up to so many different patterns are counted one by one; beyond, patterns are drawn."""
+"""The largest number of patterns that are enumerated; more are sampled."""
 
-# Signs drawn at a time: 4 MB of them as numbers.
+# Signs drawn at a time, 4 MB of them.
 _CHUNK = 1 << 19
 
 
@@ -43,18 +43,18 @@ def signflip(
     statistic: StatisticName = "mean",
     users: Sequence[str] | None = None,
 ) -> Sampled:
-    """Compare two systems over the same requests, a less b: the difference, the two-sided p, and halves for intervals.
+    """Compare two systems over the same requests, a − b: difference, two-sided p, and random halves for intervals.
 
     Args:
         a: Values of the first system, shape (n,).
         b: Values of the second system in the same order of requests, shape (n,).
-        resamples: Number of patterns drawn, for the interval and, where there are too many to count, for p.
-        seed: Seeds them.
-        statistic: ``root_mean`` for squared errors, whose comparison is one of RMSE.
-        users: Whose request each value is; all requests of a user are swapped together. None means one each.
+        resamples: Number of patterns drawn, for the interval and, if there are too many to enumerate, for p.
+        seed: Seed of the patterns.
+        statistic: ``root_mean`` for squared errors, to compare RMSE.
+        users: The user of each request; all requests of a user are swapped together. None if each has a different user.
 
     Raises:
-        ValueError: If the systems differ in length, are empty or hold values that are not finite.
+        ValueError: If the systems differ in length, are empty or have values that are not finite.
     """
     left, right, sizes = _arms(a, b, statistic, users)
     value = float(root_or_not(left.sum() / sizes.sum(), statistic) - root_or_not(right.sum() / sizes.sum(), statistic))
@@ -65,23 +65,23 @@ def signflip(
 
 
 def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
-    """Return the two-sided p of a sum of differences under random signs.
+    """Return the two-sided p-value of a sum of differences under random signs.
 
     Users with equal absolute differences are exchangeable, so only their number with each sign matters: hits of
     thousands of users have few different patterns, and p is then exact (for hits it is McNemar's exact test). Other
     differences get ``(1 + as large) / (1 + resamples)`` from drawn patterns (Phipson and Smyth 2010), which is never 0.
-    Root means are served too: for a swap, RMSE of a less RMSE of b rises and falls with the difference of their sums.
+    It also applies to root means: under a swap, the difference of RMSE is monotonic in the difference of the sums.
 
     Args:
-        differences: One value a user, shape (n,); the order does not matter.
-        resamples: Number of patterns drawn, where there are more than `EXACT`.
-        seed: Seeds them.
+        differences: One value per user, shape (n,); the order does not matter.
+        resamples: Number of patterns drawn if there are more than `EXACT`.
+        seed: Seed of the patterns.
     """
     item = np.asarray(differences, dtype=np.float64)
     size = np.abs(item)
     if not size.any():
         return 1.0
-    # Scaled, so that neither tiny nor huge values leave the range of floats.
+    # Scaled, so that neither tiny nor huge values exceed the range of floats.
     unit = float(size.max())
     observed = abs(float(np.sum(item / unit)))
     values, counts = _groups(size[size > 0] / unit)
@@ -96,17 +96,17 @@ def flip_p(differences: ArrayLike, *, resamples: int, seed: int) -> float:
 
 
 def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
-    """Return the largest p up to alpha that `flip_p` could have given for these absolute differences.
+    """Return the largest p-value up to alpha that `flip_p` can give for these absolute differences.
 
-    The test calls equal systems different with just this chance. Where few users differ it is far below alpha, and 0 if
-    no outcome at all could have been significant: of 5 users who differ alike, even 5 of one sign have a p of 0.06.
+    It is the test's false-positive rate. If few users differ it is far below alpha, and 0 if no outcome could have been
+    significant: of 5 users with equal differences, even 5 of one sign have a p of 0.06.
 
     Args:
-        differences: One value a user, shape (n,).
+        differences: One value per user, shape (n,).
         alpha: Largest p that counts as significant.
 
     Returns:
-        A level in [0, alpha]; alpha where there are more patterns than `EXACT`, which leave no gaps.
+        A level in [0, alpha]; alpha with more patterns than `EXACT`, whose p-values leave no gaps.
     """
     size = np.abs(np.asarray(differences, dtype=np.float64))
     if not size.any():
@@ -117,7 +117,7 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
     sums, weights = _all_patterns(values, counts)
     order = np.argsort(-np.abs(sums), kind="stable")
     far, mass = np.abs(sums)[order], np.cumsum(weights[order])
-    # A p counts all patterns as far out as its own.
+    # A p-value counts all patterns that are at least as extreme.
     last = np.append(far[1:] < far[:-1] - 1e-9 * float(values @ counts), True)
     levels = mass[last & (mass <= alpha)]
     return float(levels[-1]) if len(levels) else 0.0
@@ -125,10 +125,10 @@ def attainable(differences: ArrayLike, *, alpha: float = 0.05) -> float:
 
 @dataclass(frozen=True, slots=True)
 class OverSeeds:
-    """Several training seeds as one system.
+    """The average of several training seeds as one system.
 
     Attributes:
-        values: Mean over seeds of each request's value, shape (n,): what is paired with another system.
+        values: Mean over seeds of each request's value, shape (n,), for pairing with another system.
         figures: The figure of each seed.
         value: The figure of ``values``.
         sd: Standard deviation of ``figures``, with n - 1; None for a single seed.
@@ -141,17 +141,17 @@ class OverSeeds:
 
 
 def over_seeds(values_by_seed: Sequence[ArrayLike], *, statistic: StatisticName = "mean") -> OverSeeds:
-    """Average seeds per request before systems are paired, so that users stay the unit of chance.
+    """Average seeds per request before systems are paired, so that users remain the sampling unit.
 
     Pooling seeds as if they were further users would count every user several times. The interval over users does not
-    cover the choice of seeds; ``sd`` says how large that is.
+    cover the variance over seeds, which ``sd`` gives.
 
     Args:
-        values_by_seed: One array a seed, shape (n,) each, over the same requests in the same order.
+        values_by_seed: One array per seed, shape (n,) each, over the same requests in the same order.
         statistic: ``root_mean`` for squared errors: the figure is then the root of the mean over requests and seeds.
 
     Raises:
-        ValueError: If there is no seed, or seeds differ in their number of requests.
+        ValueError: If there is no seed or seeds differ in their number of requests.
     """
     arrays = [finite(values, statistic) for values in values_by_seed]
     if not arrays or len({array.size for array in arrays}) != 1:
@@ -172,24 +172,24 @@ def detectable(
     alpha: float = 0.05,
     power: float = 0.8,
 ) -> float | None:
-    """Return the smallest true difference that a comparison with these users would show with the given power.
+    """Return the smallest true difference that a comparison of these users detects with the given power.
 
     ``(t(1 - alpha / (2 m)) + t(power)) sd / sqrt(n)`` with the standard deviation of the n users' differences,
-    quantiles of Student's t with n - 1 degrees of freedom, and m comparisons: alpha / m is the level that Holm asks of
-    the smallest p, so the figure is on the safe side. Where the true difference is smaller, no significant difference
-    says little.
+    quantiles of Student's t with n - 1 degrees of freedom, and m comparisons: alpha / m is the level of Holm's method
+    for the smallest p, so the figure is conservative. If the true difference is smaller, a result of no significant
+    difference says little.
 
     Args:
         a: Values of the first system, shape (n,).
         b: Values of the second system, in the same order of requests.
-        comparisons: How many comparisons are corrected together.
+        comparisons: Number of comparisons corrected together.
         statistic: See `signflip`; for root means, users' differences are those of the linearised RMSE.
         users: See `signflip`.
         alpha: Level after correction.
-        power: Chance to show it.
+        power: Probability of detection.
 
     Returns:
-        A difference above 0, in units of the figure; None if all users differ alike, which gives nothing to go by.
+        A difference above 0, in units of the figure; None if the differences of all users are equal.
     """
     left, right, sizes = _arms(a, b, statistic, users)
     influence = _influence(left, sizes, statistic) - _influence(right, sizes, statistic)
@@ -203,11 +203,11 @@ def detectable(
 def detectable_from(
     error: float, users: int, *, comparisons: int = 1, alpha: float = 0.05, power: float = 0.8
 ) -> float | None:
-    """Return what `detectable` does from the standard error of a difference, for figures that are no means.
+    """Return the detectable difference from its standard error, for figures that are not means; see `detectable`.
 
     Args:
         error: Standard error of the difference, such as the standard deviation of its resamples.
-        users: Number of users behind it.
+        users: Number of users.
         comparisons: See `detectable`.
         alpha: See `detectable`.
         power: See `detectable`.
@@ -219,13 +219,13 @@ def detectable_from(
 
 
 def detectable_line(metric: str, found: Sequence[float | None], *, users: int, comparisons: int) -> str:
-    """Say in one line what the comparisons of a table could have shown.
+    """Return a sentence on the detectable differences of a table's comparisons.
 
     Args:
         metric: Name of the metric.
         found: `detectable` of each comparison.
         users: Number of users.
-        comparisons: How many were planned and corrected together; 0 for exploratory ones, whose intervals stand alone.
+        comparisons: Number of planned comparisons corrected together; 0 for exploratory ones.
     """
     known = sorted(value for value in found if value is not None)
     if not known:
@@ -255,7 +255,7 @@ def _arms(
 
 
 def _influence(sums: NDArray[np.float64], sizes: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return each user's part in the figure: its standard error is their standard deviation over sqrt(n)."""
+    """Return each user's influence on the figure, whose standard error is their standard deviation over sqrt(n)."""
     mean = sums.sum() / sizes.sum()
     moved: NDArray[np.float64] = (sums - mean * sizes) / sizes.mean()
     if statistic == "mean":
@@ -285,7 +285,7 @@ def _halves(
     resamples: int,
     seed: int,
 ) -> NDArray[np.float64]:
-    """Return the difference over random halves; a half without users has none."""
+    """Return the differences over random halves; an empty half has none."""
     rng = np.random.default_rng(seed)
     columns = np.stack([left - right, sizes] if statistic == "mean" else [left, right, sizes], axis=1)
     drawn = []
@@ -297,7 +297,7 @@ def _halves(
 
 
 def _groups(sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return the different absolute differences and how often each occurs; rounding does not part equal ones."""
+    """Return the distinct absolute differences, up to rounding, and their counts."""
     ordered = np.sort(sizes)
     starts = np.flatnonzero(np.r_[True, np.diff(ordered) > 1e-12])
     return ordered[starts], np.diff(np.r_[starts, len(ordered)])
@@ -306,7 +306,7 @@ def _groups(sizes: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np
 def _all_patterns(
     values: NDArray[np.float64], counts: NDArray[np.int64]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return every possible sum with its chance."""
+    """Return every possible sum with its probability."""
     sums, weights = np.zeros(1), np.ones(1)
     for value, count in zip(values, counts, strict=True):
         up = np.arange(count + 1)
@@ -331,33 +331,32 @@ def _drawn(
 
 
 # --------------------------------------------------------------------------- several tests
-# Several tests of one family: Holm's correction, and intervals that say the same as the corrected p.
+# Several tests of one family: Holm's correction, and intervals that agree with the corrected p.
 #
 # Holm's procedure (1979) tests the smallest of m p-values at alpha / m, the next one at alpha / (m - 1), and so
 # on; at the first that fails it stops, and rejects neither that one nor any later one. Each difference was thus
 # tested at one level last: its own step's if it was rejected, else that of the step at which the procedure
-# stopped. Its interval is the inversion of that very test. An interval of a fixed 95 % beside a corrected p may
-# leave out 0 where p is above .05. Alone each interval covers at least 1 - alpha; that all of them cover at once
-# is not claimed.
+# stopped. Its interval is the inversion of that test. A fixed 95 % interval could exclude 0 although the
+# corrected p is above .05. Each interval covers at least 1 - alpha; simultaneous coverage is not claimed.
 
 
 ALPHA = 0.05
-"""Largest corrected p at which a difference is called significant."""
-# Draws beyond each end of the interval at the smallest level: fewer, and its ends are mostly noise.
+"""The largest corrected p of a significant difference."""
+# Draws beyond each end of the interval at the smallest level; with fewer its ends are mostly noise.
 _BEYOND = 20
 
 
 @dataclass(frozen=True, slots=True)
 class Decision:
-    """What the tests of a family say of one difference.
+    """The result of one difference after correction over its family.
 
     Attributes:
         value: The difference.
-        low: Lower end of the interval at ``level``; 0 is outside exactly where ``p`` is at most alpha.
+        low: Lower end of the interval at ``level``; 0 is outside exactly if ``p`` is at most alpha.
         high: Upper end.
         p: Corrected by Holm's method over the family.
         p_raw: Before correction.
-        level: Coverage of the interval by itself.
+        level: Coverage of the single interval.
     """
 
     value: float
@@ -369,9 +368,9 @@ class Decision:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Adjust p-values for their number (Holm, 1979), in the order given.
+    """Return Holm-adjusted p-values (Holm, 1979), in the given order.
 
-    The i-th smallest of m is multiplied by ``m - i + 1``, kept from falling below a smaller one's, and capped at 1.
+    The i-th smallest of m is multiplied by ``m - i + 1``, made monotonic and capped at 1.
 
     Raises:
         ValueError: If a p-value is outside [0, 1].
@@ -384,10 +383,10 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
-    """Return the level at which Holm's procedure tested each difference last, in the order given.
+    """Return the level at which Holm's procedure last tested each difference, in the given order.
 
-    ``alpha / (m - i + 1)`` for the i-th smallest if it is rejected; for the others that of the step which failed. A
-    p-value is at most its level exactly if the adjusted one is at most alpha.
+    ``alpha / (m - i + 1)`` for the i-th smallest if it is rejected; for the others that of the failed step. A p-value
+    is at most its level exactly if the adjusted one is at most alpha.
 
     Raises:
         ValueError: If a p-value is outside [0, 1].
@@ -404,9 +403,8 @@ def holm_levels(p_values: Sequence[float], alpha: float = ALPHA) -> list[float]:
 def at_most(p_values: Sequence[float]) -> list[float]:
     """Return the largest p-values before correction that Holm's method could have adjusted to these.
 
-    They are the very values wherever each step is above the one before and below 1. Equal ones do not tell which was
-    which, and all of them have the bound of the last. Correcting bounds anew, in a larger family, errs on the side of
-    no difference.
+    They are exact where each step is above the previous one and below 1. Equal adjusted values all get the bound of the
+    last. Correcting the bounds again, in a larger family, is conservative.
 
     Raises:
         ValueError: If a p-value is outside [0, 1].
@@ -417,26 +415,26 @@ def at_most(p_values: Sequence[float]) -> list[float]:
 
 
 def enough(resamples: int, comparisons: int) -> int:
-    """Return how many resamples a family needs: 20 of them lie beyond each end of its widest interval.
+    """Return the number of resamples a family needs: 20 beyond each end of its widest interval.
 
     Args:
-        resamples: The number asked for, which is never lowered.
-        comparisons: How many differences are corrected together.
+        resamples: The minimum number.
+        comparisons: Number of differences corrected together.
     """
     return max(resamples, math.ceil(2 * _BEYOND * comparisons / ALPHA))
 
 
 def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> list[Decision]:
-    """Correct the p-values of a family, and give each difference the interval that agrees with its own.
+    """Correct the p-values of a family, and return each difference with an interval that agrees with its p.
 
-    The interval is read off resamples, p may be counted exactly or on other draws, so that at the border the two can
-    disagree. The p decides, and the end in question moves: to 0 where the difference is not significant, and where it
-    is, to the resampled difference nearest to 0 on its side.
+    The interval comes from resamples, p from an exact count or other draws, so the two can disagree at the border. Then
+    p decides, and the end in question moves: to 0 if the difference is not significant, else to the resampled
+    difference nearest to 0 on its side.
 
     Args:
-        found: The differences; see `enough` for how many resamples they need.
-        alpha: Largest corrected p that is called significant.
-        more: Further differences of the family that are not known yet; they count as if each had p 1.
+        found: The differences; see `enough` for the required resamples.
+        alpha: Largest corrected p that is significant.
+        more: Number of differences of the family that are not yet known; they count with p = 1.
     """
     p_values = [*(item.p for item in found), *[1.0] * more]
     decisions = []
@@ -448,7 +446,7 @@ def decide(found: Sequence[Sampled], alpha: float = ALPHA, *, more: int = 0) -> 
 
 
 def _agreeing(low: float, high: float, found: Sampled, *, differs: bool) -> tuple[float, float]:
-    """Return the ends, moved so that 0 is outside exactly if the difference is significant."""
+    """Return the interval, moved so that 0 is outside exactly if the difference is significant."""
     if not differs:
         return min(low, 0.0), max(high, 0.0)
     side = 1.0 if found.value > 0 else -1.0

@@ -1,10 +1,10 @@
-"""Intervals, paired differences and verdicts by the bootstrap over users; `significance` has the permutation test.
+"""Bootstrap over users: intervals, paired differences and verdicts; `significance` has the permutation test.
 
-The unit that is resampled is the user with all of their requests: requests of one user are alike, and taking them
-for independent makes intervals too narrow. With one request a user, as in leave-one-out, ``users`` may be left out.
+The resampling unit is the user with all of their requests: requests of one user are correlated, and treating them as
+independent makes intervals too narrow. With one request per user, as in leave-one-out, ``users`` may be omitted.
 Resampling with replacement follows Efron and Tibshirani, "An Introduction to the Bootstrap" (1993): percentile
-intervals (chapter 13), BCa intervals (chapter 14). A bootstrap only knows the values it was given: where every
-request has the same value, for instance no hit at all, the interval has no width, which does not mean certainty.
+intervals (chapter 13), BCa intervals (chapter 14). If every request has the same value, for instance
+no hit at all, the interval has width 0, which does not mean certainty.
 """
 
 from __future__ import annotations
@@ -28,21 +28,21 @@ if TYPE_CHECKING:
 StatisticName = Literal["mean", "root_mean"]
 Method = Literal["percentile", "bca"]
 
-# Indices drawn at a time: 4 MB of them, so that gathered values stay in the cache.
+# Indices drawn at a time, 4 MB of them, so that gathered values stay in the cache.
 _CHUNK = 1 << 19
-# Percentiles of few users are kept from 0 and 1, whose normal quantiles are infinite.
+# Keeps percentiles of few users away from 0 and 1, whose normal quantiles are infinite.
 _OUTERMOST = 1e-9
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Taken:
-    """What a metric returns where an array, a number or a `Statistic` does not say it all.
+    """The result of a metric, if an array, a number or a `Statistic` is not enough.
 
     Attributes:
-        result: Values whose mean is the figure, shape (n,), a number or a statistic over users; None: not defined.
-        users: Whose the values are, or over whom the statistic is; None: one per request.
-        how: What sets the figure apart, for its signature.
-        undefined: Why the figure is not defined.
+        result: Values whose mean is the figure, shape (n,), a number or a statistic over users; None if undefined.
+        users: The users of the values or of the statistic; None if each request has a different user.
+        how: Further details of the figure, for its signature.
+        undefined: Why the figure is undefined.
     """
 
     result: NDArray[np.float64] | float | Statistic | None
@@ -62,7 +62,7 @@ class Interval:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """A figure of system a less the same figure of system b, its interval and the two-sided p for no difference."""
+    """The difference of a figure of systems a and b, a − b, with its interval and two-sided p-value."""
 
     value: float
     low: float
@@ -72,11 +72,11 @@ class Difference:
 
 @dataclass(frozen=True, slots=True)
 class Sampled:
-    """A difference with its resamples, before it is known which level its interval is asked for.
+    """A difference with its resamples, from which intervals of any level can be taken.
 
     Attributes:
-        value: A figure of system a less the same figure of system b.
-        p: Two-sided, for no difference.
+        value: The difference a − b of the figures.
+        p: Two-sided p-value of no difference.
         draws: The resampled differences, whose percentiles are the ends of intervals.
     """
 
@@ -85,7 +85,7 @@ class Sampled:
     draws: NDArray[np.float64]
 
     def at(self, level: float = 0.95) -> Difference:
-        """Return the difference with its interval at a level of coverage."""
+        """Return the difference with its interval at a confidence level."""
         low, high = np.quantile(self.draws, _tails(level))
         return Difference(self.value, float(low), float(high), self.p)
 
@@ -101,24 +101,24 @@ def interval(
     widen: bool = False,
     level: float = 0.95,
 ) -> Interval:
-    """Bootstrap the mean, or the root of the mean, of per-request values, or its average over several rows of values.
+    """Bootstrap the mean (or root mean) of per-request values, or its average over training seeds.
 
     Args:
-        values: One value a request, shape (n,), such as NDCG, or squared errors with ``root_mean`` for RMSE. Of several
-            training seeds shape (seeds, n): each resample takes the same users of all of them.
+        values: One value per request, shape (n,), such as NDCG, or squared errors with ``root_mean`` for RMSE; for
+            several training seeds shape (seeds, n): each resample takes the same users for all of them.
         resamples: Number of bootstrap samples.
-        seed: Equal seeds and values give equal intervals. The order of the values does not alter what is
-            estimated, but it does alter which resamples are drawn.
-        statistic: What is taken of the values.
-        users: Whose request each value belongs to; None means that every request has a user of its own.
-        method: ``bca`` corrects bias and skew; it moves few figures and costs nothing for means.
-        widen: Take percentiles further out for few users, as Student's t does against the normal distribution
+        seed: Equal seeds and values give equal intervals. The order of the values changes the resamples, but not the
+            estimand.
+        statistic: The statistic of the values.
+        users: The user of each request; None if each has a different user.
+        method: ``bca`` corrects bias and skewness; it changes few figures and costs nothing for means.
+        widen: Widen percentiles for few users, as Student's t does compared with the normal distribution
             (Hesterberg, "What Teachers Should Know About the Bootstrap", 2015): plain ones are too narrow by a factor
-            of sqrt(1 - 1 / n) and the ratio of the quantiles of t and z. From some 200 users on it moves nothing.
-        level: Coverage aimed at.
+            of sqrt(1 - 1 / n) and the ratio of the quantiles of t and z. From about 200 users on it has no effect.
+        level: Nominal coverage.
 
     Raises:
-        ValueError: If there are no values, or some are not finite.
+        ValueError: If there are no values or some are not finite.
     """
     rows = [by_user(finite(item, statistic), users) for item in np.atleast_2d(np.asarray(values, dtype=np.float64))]
     draws = _resample(mean_of([_statistic(*row, statistic) for row in rows]), rows[0][0].size, resamples, seed)
@@ -129,18 +129,18 @@ def interval(
 
 
 def mean_of(statistics: Sequence[Statistic]) -> Statistic:
-    """Return the average of several statistics, each of the same resampled users."""
+    """Return the average of several statistics over the same resampled users."""
     return lambda rows: np.mean([statistic(rows) for statistic in statistics], axis=0)
 
 
 def interval_of(
     statistic: Statistic, n: int, *, resamples: int, seed: int, method: Method = "percentile", level: float = 0.95
 ) -> Interval:
-    """Bootstrap a figure that is no mean, such as corpus BLEU, over n users.
+    """Bootstrap a figure that is not a mean, such as corpus BLEU, over n users.
 
     Args:
         statistic: Function from index arrays of shape (b, m), entries below n, to b values.
-        n: Number of users; with one request a user, of requests.
+        n: Number of users, or of requests with one request per user.
         resamples: See `interval`.
         seed: See `interval`.
         method: See `interval`; ``bca`` adds n evaluations of the statistic.
@@ -171,10 +171,9 @@ def paired(
     method: Method = "percentile",
     level: float = 0.95,
 ) -> Difference:
-    """Bootstrap the difference of two systems over the same requests, a less b.
+    """Bootstrap the difference of two systems over the same requests, a − b.
 
-    Each resample draws users once and takes both systems on them, so that what makes a user easy or hard for both
-    cancels out.
+    Each resample draws users once for both systems, so that the difficulty of a user for both cancels out.
 
     Args:
         a: Values of the first system, shape (n,).
@@ -183,22 +182,22 @@ def paired(
         seed: See `interval`.
         statistic: See `interval`.
         users: See `interval`.
-        method: See `interval`. For differences ``bca`` leaves out 0 too often where users are few.
+        method: See `interval`. For differences ``bca`` excludes 0 too often with few users.
         level: See `interval`.
 
     Returns:
         The difference with its interval. ``p`` is twice the smaller share of resamples at or beyond 0,
-        counting the observed one, so it is below ``1 - level`` (about) when the interval leaves out 0.
+        counting the observed one, so it is below ``1 - level`` (about) if the interval excludes 0.
 
     Raises:
-        ValueError: If the systems differ in length, are empty or hold values that are not finite.
+        ValueError: If the systems differ in length, are empty or have values that are not finite.
     """
     first, second = finite(a, statistic), finite(b, statistic)
     if first.shape != second.shape:
         raise ValueError(f"paired systems must have the same requests: {first.size} values against {second.size}")
     (sums, sizes), (others, _) = by_user(first, users), by_user(second, users)
     if statistic == "mean":
-        # One gather instead of two, and equal systems differ by exactly 0.
+        # One gather instead of two, and the difference of equal systems is exactly 0.
         difference = _statistic(sums - others, sizes, "mean")
     else:
         left, right = _statistic(sums, sizes, statistic), _statistic(others, sizes, statistic)
@@ -208,7 +207,7 @@ def paired(
 
 
 def paired_of(difference: Statistic, n: int, *, resamples: int, seed: int) -> Sampled:
-    """Bootstrap a difference that is itself a function of resampled users, such as that of two corpus BLEUs."""
+    """Bootstrap a difference that is a function of resampled users, such as that of two corpus BLEUs."""
     draws = _resample(difference, n, resamples, seed)
     return Sampled(_at_all(difference, n), _p_of(draws), draws)
 
@@ -220,16 +219,16 @@ def verdict(
     p: float | None = None,
     alpha: float = 0.05,
 ) -> Verdict:
-    """Say what a difference shows of the claim that system a beats system b.
+    """Return the verdict of a difference on the claim that system a is better than system b.
 
     Args:
-        difference: System a less system b.
+        difference: The difference a − b.
         better: Whether higher or lower figures are better.
-        p: The p-value after correction for several comparisons; None takes the difference's own.
-        alpha: Largest p at which a difference is called real.
+        p: The p-value after correction for several comparisons; None for the difference's own.
+        alpha: Largest p of a significant difference.
 
     Returns:
-        ``"shown"`` or ``"contradicted"`` if the interval leaves out 0 and p is at most alpha, by the sign; otherwise
+        ``"shown"`` or ``"contradicted"`` if the interval excludes 0 and p is at most alpha, by the sign; otherwise
         ``"not shown"``.
     """
     own = difference.p if p is None else p
@@ -245,7 +244,7 @@ def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
     """Return per-request values as an array.
 
     Raises:
-        ValueError: If there are none, some are not finite, or a root mean is to be taken of negative ones.
+        ValueError: If there are none, some are not finite, or some are negative with a root mean.
     """
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != 1 or array.size == 0:
@@ -258,20 +257,20 @@ def finite(values: ArrayLike, statistic: StatisticName) -> NDArray[np.float64]:
 
 
 def root_or_not(means: NDArray[np.float64], statistic: StatisticName) -> NDArray[np.float64]:
-    """Return means, or their roots where the statistic is a root mean."""
-    # Rounding may take a mean of zeros that had a value subtracted just below 0.
+    """Return means, or their roots if the statistic is a root mean."""
+    # A mean of zeros may be slightly negative by rounding after a subtraction.
     return np.sqrt(np.maximum(means, 0.0)) if statistic == "root_mean" else means
 
 
 def mean_ranks(values: ArrayLike) -> NDArray[np.float64]:
-    """Return ranks from 1, rising; equal values share the mean of theirs. Shape (n,)."""
-    # scipy.stats.rankdata is the same, and takes most of a second to import.
+    """Return ascending ranks from 1, shape (n,); equal values share their mean rank."""
+    # Same as scipy.stats.rankdata, whose import takes most of a second.
     _, place, counts = np.unique(np.asarray(values), return_inverse=True, return_counts=True)
     return (np.cumsum(counts) - (counts - 1) / 2)[place]
 
 
 def by_user(array: NDArray[np.float64], users: Sequence[str] | None) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return each user's sum of values and number of them."""
+    """Return each user's sum and number of values."""
     if users is None:
         return array, np.ones(array.size)
     if len(users) != array.size:
@@ -311,13 +310,13 @@ def _difference(
 
 
 def _p_of(draws: NDArray[np.float64]) -> float:
-    """Return twice the smaller share of resamples at or beyond 0, counting the observed one."""
+    """Return twice the smaller share of resamples at or beyond 0, including the observed value."""
     below, above = int(np.sum(draws <= 0)), int(np.sum(draws >= 0))
     return min(1.0, 2 * (min(below, above) + 1) / (len(draws) + 1))
 
 
 def times_drawn(rows: NDArray[np.intp], n: int) -> NDArray[np.float64]:
-    """Count how often each of n users stands in each row of a resample, shape (b, n)."""
+    """Return the count of each of n users in each resample, shape (b, n)."""
     flat = (rows + n * np.arange(len(rows))[:, None]).ravel()
     return np.bincount(flat, minlength=len(rows) * n).reshape(len(rows), n).astype(np.float64)
 
@@ -340,7 +339,7 @@ def _resample(statistic: Statistic, n: int, resamples: int, seed: int) -> NDArra
 
 
 def _tails(level: float, widened_for: int | None = None) -> NDArray[np.float64]:
-    """Return the two percentiles of an interval; for ``widened_for`` users see ``widen`` of `interval`."""
+    """Return the two percentiles of an interval; for ``widened_for`` see ``widen`` of `interval`."""
     tails = np.array([(1 - level) / 2, (1 + level) / 2])
     if widened_for is None or widened_for < 2:
         return tails
@@ -365,19 +364,19 @@ def _bounds(
 def _bca_tails(
     tails: NDArray[np.float64], draws: NDArray[np.float64], value: float, left_out: NDArray[np.float64]
 ) -> NDArray[np.float64]:
-    """Move the percentiles by the bias and the skew of the bootstrap (Efron 1987, equations 2.3 and 6.6)."""
-    # Half of the ties: discrete figures such as HR give many resamples equal to the value.
+    """Adjust the percentiles for bias and skewness of the bootstrap (Efron 1987, equations 2.3 and 6.6)."""
+    # Half of the ties count: discrete figures such as HR have many resamples equal to the value.
     below = float(np.mean(draws < value) + np.mean(draws == value) / 2)
     deviation = left_out.mean() - left_out if left_out.size else np.zeros(1)
     largest = float(np.abs(deviation).max())
     if not 0 < below < 1 or largest == 0:
         return tails
     bias = float(ndtri(below))
-    # Skew does not depend on the unit; scaling first keeps powers of tiny deviations from becoming 0.
+    # Skewness is scale-free; scaling first keeps powers of tiny deviations from underflowing.
     deviation = deviation / largest
     acceleration = float(np.sum(deviation**3) / (6 * np.sum(deviation**2) ** 1.5))
     z = bias + ndtri(tails)
-    # Beyond the pole of the formula, which only a few skewed values come near, the percentile is the last one.
+    # Beyond the pole of the formula, which occurs only with few skewed values, the percentile is the last one.
     room = 1 - acceleration * z
     moved: NDArray[np.float64] = ndtr(np.where(room > 0, bias + z / np.where(room > 0, room, 1.0), np.sign(z) * np.inf))
     return moved

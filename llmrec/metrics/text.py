@@ -1,7 +1,7 @@
 """Text metrics: BLEU-4, ROUGE-1, ROUGE-2, ROUGE-L and Distinct-n, all as fractions in [0, 1].
 
-sacrebleu and rouge-score do the counting, so that figures agree with other people's; multiply by 100 to compare
-with papers that print percentages.
+They use sacrebleu and rouge-score, so that figures agree with published ones; multiply by 100 to compare with papers
+that print percentages.
 """
 
 from __future__ import annotations
@@ -28,13 +28,12 @@ _ROUGE = {"ROUGE-1": "rouge1", "ROUGE-2": "rouge2", "ROUGE-L": "rougeL"}
 def bleu4_statistic(texts: Sequence[str], references: Sequence[str], owners: Sequence[str] | None = None) -> Statistic:
     """Corpus BLEU-4 as a function of resampled users, for `llmrec.metrics.stats.interval_of`.
 
-    A corpus BLEU is no mean over requests; it is a function of sums of n-gram counts, which are taken once here.
+    Corpus BLEU is not a mean over requests but a function of sums of n-gram counts, which are computed once.
 
     Args:
         texts: Generated texts.
-        references: One reference a text.
-        owners: Whose each text is; None means that every text has a user of its own. The function then counts users,
-            in sorted order.
+        references: One reference per text.
+        owners: The user of each text; None if each has a different user. The function numbers users in sorted order.
 
     Returns:
         A function from index arrays of shape (b, m) to b values.
@@ -74,7 +73,7 @@ def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
     # Exponential smoothing: the j-th order without a match counts as 2**-j matches.
     empty = (matches == 0) & (totals > 0)
     smoothed = np.where(empty, 0.5 ** np.cumsum(empty, axis=1), matches)
-    # sacrebleu's rule without effective order: a corpus with no match at all, or too short for 4-grams, scores 0.
+    # As sacrebleu without effective order: a corpus without any match, or too short for 4-grams, scores 0.
     scored: NDArray[np.bool_] = np.all(totals > 0, axis=1) & np.any(matches > 0, axis=1)
     log_precision = np.log(np.where(scored[:, None], smoothed / np.maximum(totals, 1), 1.0)).mean(axis=1)
     brevity = np.minimum(0.0, 1 - reference / np.maximum(length, 1))
@@ -84,7 +83,7 @@ def _bleu(sums: NDArray[np.float64]) -> NDArray[np.float64]:
 def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[np.float64]]:
     """ROUGE-1, ROUGE-2 and ROUGE-L F-measures (Lin, 2004) of each request by rouge-score, without stemming.
 
-    rouge-score keeps the ASCII letters and digits of lower-cased text only: text in other scripts scores 0.
+    rouge-score keeps only ASCII letters and digits of lower-cased text, so text in other scripts scores 0.
 
     Returns:
         ``{"ROUGE-1": (n,), "ROUGE-2": (n,), "ROUGE-L": (n,)}``, values in [0, 1].
@@ -102,18 +101,18 @@ def rouge(texts: Sequence[str], references: Sequence[str]) -> dict[str, NDArray[
 
 
 def rouge_of(rouge: Mapping[str, NDArray[np.float64]], name: str) -> NDArray[np.float64]:
-    """Return one of the figures of `rouge`, shape (n,)."""
+    """Return one figure of `rouge`, shape (n,)."""
     return rouge[name]
 
 
 def distinct_n(texts: Sequence[str], n: int = 2) -> float:
     """Distinct n-grams over all n-grams of the texts (Li et al., NAACL 2016), on lower-cased words.
 
-    It falls with the number of texts, so compare only over the same requests, and do not bootstrap it: a resample
-    repeats texts and with them every n-gram.
+    It decreases with the number of texts, so compare only over the same requests, and do not bootstrap it: a resample
+    repeats texts and thus their n-grams.
 
     Returns:
-        A value in [0, 1]; 0 where no text has n words.
+        A value in [0, 1]; 0 if no text has n words.
     """
     if n < 1:
         raise ValueError(f"n must be at least 1, not {n}")
