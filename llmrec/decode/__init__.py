@@ -1,1 +1,1 @@
-"""Only real items, and the best of them: search over the tokens of a whole catalogue, and scores of candidate sets."""
+"""Constrained decoding over a catalogue: exact search that returns only real items, and scores of candidate sets."""

@@ -1,13 +1,13 @@
-"""Exact constrained beam search over a catalogue: only real items, the best of them, and a proof where there is one.
+"""Exact constrained beam search over a catalogue: only real items, the best of them, with a proof where possible.
 
-The search is numpy over the catalogue's arrays; log-probabilities come from a `TreeEngine`, under the full softmax.
-The unit of pruning is a branch: of all branches that the kept prefixes open, and of the items that are complete, the
-best ``width`` are kept for each request. The forced tokens behind a branch are scored together in one forward, so a
-search takes as many forward passes as its paths have branches, not as they have tokens.
+The search uses numpy arrays of the catalogue; log-probabilities come from a `TreeEngine`, under the full softmax.
+Pruning works on branches: of all branches of the kept prefixes and all complete items, the best ``width`` are kept per
+request. The forced tokens after a branch are scored together in one forward pass, so a search takes as many forward
+passes as its paths have branches, not tokens.
 
-A prefix's log-probability bounds that of everything it begins. So if nothing that was pruned was better than the k-th
-item, no search could have found a better list: the result is *certified*. That holds for the scores that the engine
-gave in this search; in half precision another layout of the same tokens rounds otherwise.
+A prefix's log-probability is an upper bound for all its continuations. So if nothing that was pruned was better than
+the k-th item, no search could find a better list: the result is *certified*. This holds for the engine's scores in this
+search; in half precision, another layout of the same tokens is rounded differently.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from llmrec.decode.token_tree import ROOT, Catalogue, Index
 from llmrec.types import Found
 
 WIDEST = 4096
-"""Most prefixes that an exact search keeps: what it holds grows with the square of them."""
+"""Maximum number of prefixes of an exact search: its memory grows with their square."""
 
 Floats = NDArray[np.float64]
 
@@ -34,9 +34,9 @@ class Fed:
     """Tokens to be read, each after another one.
 
     Attributes:
-        users: Whose, shape (n,).
-        parents: What each follows: the number of a token fed before, or of a user's prompt; shape (n,). Prompts are
-            numbered 0 to users - 1, and fed tokens onwards in the order in which they are fed.
+        users: The request of each token, shape (n,).
+        parents: The number of the preceding token, or of a request's prompt; shape (n,). Prompts are numbered 0 to
+            users - 1, and fed tokens after them in the order in which they are fed.
         tokens: Token ids, shape (n,).
     """
 
@@ -47,11 +47,11 @@ class Fed:
 
 @dataclass(frozen=True)
 class Wanted:
-    """Log-probabilities that are asked for.
+    """Log-probabilities to compute.
 
     Attributes:
-        after: The number of the prompt or token after which a token would stand, ascending, shape (m,).
-        tokens: That token, shape (m,).
+        after: The number of the prompt or token before the wanted token, ascending, shape (m,).
+        tokens: The wanted token, shape (m,).
     """
 
     after: Index
@@ -59,33 +59,33 @@ class Wanted:
 
 
 class TreeEngine(Protocol):
-    """Reads trees of tokens behind prompts, and says how likely tokens are after them, under the full softmax."""
+    """Reads trees of tokens after prompts, and returns log-probabilities of next tokens under the full softmax."""
 
     def open(self, prompts: Sequence[Sequence[int]], wanted: Wanted) -> Floats:
-        """Read prompts, and return the log-probabilities that are wanted after them, shape (m,)."""
+        """Read prompts, and return the wanted log-probabilities after them, shape (m,)."""
         ...
 
     def feed(self, fed: Fed, wanted: Wanted) -> Floats:
-        """Read tokens, and return the log-probabilities that are wanted after them, shape (m,)."""
+        """Read tokens, and return the wanted log-probabilities after them, shape (m,)."""
         ...
 
     def close(self) -> None:
-        """Forget the prompts and all that followed them."""
+        """Discard the prompts and all tokens after them."""
         ...
 
 
 @dataclass
 class Beams:
-    """What is kept of all requests: prefixes at a node with several children, and whole items.
+    """The kept beams of all requests: prefixes at nodes with several children, and complete items.
 
     Attributes:
-        users: Whose, shape (n,).
-        nodes: Where in the catalogue.
-        lows: Where the node's items begin among the sorted paths.
-        highs: Where they end.
-        scores: Log-probability so far.
-        handles: Number of the last token fed; of a whole item it has no meaning.
-        whole: Whether it is an item.
+        users: The request of each, shape (n,).
+        nodes: The node in the catalogue.
+        lows: The first of the node's items among the sorted paths.
+        highs: The end of the node's items.
+        scores: Log-probability of the prefix.
+        handles: Number of the last token fed; meaningless for a complete item.
+        whole: Whether it is a complete item.
     """
 
     users: Index
@@ -97,12 +97,12 @@ class Beams:
     whole: NDArray[np.bool_]
 
     def take(self, rows: NDArray[Any]) -> Self:
-        """Return some of them, in the order of ``rows``."""
+        """Return the selected rows, in the order of ``rows``."""
         return type(self)(**{name: array[rows] for name, array in vars(self).items()})
 
     @classmethod
     def join(cls, *parts: Self) -> Self:
-        """Return all of several, one behind the other."""
+        """Return the concatenation of several beams."""
         return cls(**{name: np.concatenate([vars(part)[name] for part in parts]) for name in vars(parts[0])})
 
 
@@ -111,7 +111,7 @@ _Kind = TypeVar("_Kind", bound=Beams)
 
 @dataclass
 class _Search:
-    """One search: the catalogue, what each request may not be given, what was pruned, and tokens that were fed."""
+    """The state of one search: catalogue, excluded items, bounds of what was pruned, and numbers of fed tokens."""
 
     catalogue: Catalogue
     width: int
@@ -132,20 +132,20 @@ def beam(
     excluded: Sequence[Sequence[int]] = (),
     exact: bool = False,
 ) -> list[Found]:
-    """Search the catalogue behind each prompt.
+    """Search the catalogue after each prompt.
 
     Args:
-        engine: Where log-probabilities come from.
+        engine: Computes log-probabilities.
         catalogue: The legal outputs.
         prompts: Token ids of each request.
         k: Items to return.
-        width: Prefixes to keep for each request; at least ``k`` are kept.
-        excluded: For each request the items that it must not be given, as the catalogue numbers them.
-        exact: Widen the search of a request, twice as wide each time, until its result is certified, or `WIDEST`
-            prefixes were kept.
+        width: Prefixes to keep per request, at least ``k``.
+        excluded: The excluded items of each request, as catalogue indices.
+        exact: Double the width of a request's search until its result is certified, or until `WIDEST` prefixes were
+            kept.
 
     Returns:
-        One result a request, in order: ``k`` items, or all that are left if those are fewer.
+        One result per request, in order: ``k`` items, or all remaining ones if they are fewer.
     """
     if k < 1 or width < 1:
         raise ValueError(f"k and width are at least 1, not {k} and {width}")
@@ -155,7 +155,7 @@ def beam(
     value = _run(engine, catalogue, prompts, barred, k, max(k, width))
     for n, result in enumerate(value if exact else ()):
         wide = result.width
-        # One by one, so that what a wide search holds is that of one request. A score that is no number proves nothing.
+        # One by one, so that a wide search holds the memory of one request. A score that is NaN proves nothing.
         while not value[n].certified and np.isfinite(value[n].scores).all() and wide < min(len(catalogue), WIDEST):
             wide = min(2 * wide, WIDEST)
             (wider,) = _run(engine, catalogue, [prompts[n]], [barred[n]], k, wide)
@@ -175,9 +175,9 @@ def _run(
     k: int,
     width: int,
 ) -> list[Found]:
-    """Search once, with one width for all."""
+    """Search once, with the same width for all requests."""
     users, size = len(prompts), len(catalogue)
-    # One sorted sequence tells how many barred items lie in any range of any request.
+    # One sorted array gives the number of excluded items in any range of any request.
     offset = np.concatenate([_none(), *(places + n * size for n, places in enumerate(barred))])
     search = _Search(catalogue, width, offset, np.full(users, -np.inf), engine, users, np.zeros(users, np.int64))
     left = np.array([size - len(places) for places in barred])
@@ -186,7 +186,7 @@ def _run(
 
 
 def start(users: Index, size: int) -> Beams:
-    """Return the roots of requests over a catalogue of so many items."""
+    """Return the root beams of requests over a catalogue of ``size`` items."""
     return Beams(
         users=users,
         nodes=np.full(len(users), ROOT, dtype=np.int64),
@@ -205,14 +205,14 @@ def descend(
     beams: _Kind,
     keep: Callable[[_Kind, Branches, Floats], _Kind],
 ) -> _Kind:
-    """Go from the roots of all requests to whole items, as `beam` does, and keep of every branching what is said.
+    """Descend from the roots of all requests to complete items, as `beam` does, with a custom pruning function.
 
     Args:
-        engine: Where log-probabilities come from.
+        engine: Computes log-probabilities.
         catalogue: The legal outputs.
         prompts: Token ids of each request.
-        beams: One root a request, in their order.
-        keep: What was kept, the branches that this opens and their log-probabilities -> what is kept of both.
+        beams: One root per request, in order.
+        keep: Takes the kept beams, their branches and the branches' log-probabilities, and returns the beams to keep.
     """
     users = len(prompts)
     fed = np.zeros(users, np.int64)
@@ -227,7 +227,7 @@ def _descended(
     keep: Callable[[_Kind, Branches, Floats], _Kind],
 ) -> _Kind:
     try:
-        # The first tokens are wanted before anything is fed; a catalogue may begin with one that all paths share.
+        # The first tokens are scored before anything is fed; all paths of a catalogue may share a first token.
         branches = _branches(search, beams)
         logprobs = search.engine.open(prompts, Wanted(beams.handles[branches.parents], branches.tokens))
         while True:
@@ -241,7 +241,7 @@ def _descended(
 
 @dataclass(frozen=True)
 class Branches:
-    """Children of kept prefixes: ``parents`` are rows of the prefixes, in ascending order."""
+    """Children of kept prefixes: ``parents`` are rows of the prefixes, ascending."""
 
     parents: Index
     nodes: Index
@@ -251,7 +251,7 @@ class Branches:
 
 
 def _branches(search: _Search, beams: Beams) -> Branches:
-    """Return all children of all kept prefixes that hold an item which may be given."""
+    """Return all children of all kept prefixes that have an allowed item."""
     catalogue = search.catalogue
     live = np.flatnonzero(~beams.whole)
     below = catalogue.below(beams.nodes[live], beams.lows[live], beams.highs[live])
@@ -265,7 +265,7 @@ def _branches(search: _Search, beams: Beams) -> Branches:
 
 
 def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
-    """Return branches as prefixes, with all that was noted of their parents."""
+    """Return branches as prefixes, with the other fields of their parents."""
     return replace(
         beams.take(branches.parents),
         nodes=branches.nodes,
@@ -277,11 +277,11 @@ def opened(beams: _Kind, branches: Branches, logprobs: Floats) -> _Kind:
 
 
 def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
-    """Return prefixes request by request, the highest of each first, and the place of each among its request's.
+    """Return the order of prefixes by request, the best first, and the rank of each within its request.
 
     Args:
         pool: Prefixes.
-        worth: What they are ordered by, shape (n,); equals by their paths.
+        worth: The values to order by, shape (n,); ties by path.
     """
     order = np.lexsort((pool.lows, -worth, pool.users))
     counts = np.bincount(pool.users)
@@ -289,21 +289,21 @@ def ranked(pool: Beams, worth: Floats) -> tuple[Index, Index]:
 
 
 def _kept(search: _Search, beams: Beams, branches: Branches, logprobs: Floats) -> Beams:
-    """Return the best branches and whole items of each request, and note the best of what is pruned."""
+    """Return the best branches and complete items of each request, and record the best score that is pruned."""
     pool = Beams.join(beams.take(np.flatnonzero(beams.whole)), opened(beams, branches, logprobs))
-    # Equal scores fall by the order of paths, which no batch or width changes.
+    # Ties fall by the order of paths, which does not depend on batch or width.
     order, rank = ranked(pool, pool.scores)
     pruned = order[rank >= search.width]
-    # A score that is no number bounds nothing and stays one.
+    # A NaN score bounds nothing and stays NaN.
     with np.errstate(invalid="ignore"):
         np.maximum.at(search.bounds, pool.users[pruned], pool.scores[pruned])
     return pool.take(order[rank < search.width])
 
 
 def _onward(search: _Search, beams: _Kind) -> tuple[_Kind, Branches, Floats]:
-    """Follow every kept branch to the next node with several children or to its item, and score what lies behind.
+    """Follow every kept branch to the next node with several children or to its item, and score the next branches.
 
-    One call of the engine: the branch's own token, the forced ones after it, and the children of where they lead. The
+    One call of the engine: the branch's own token, the forced ones after it, and the children of the node reached. The
     last token of an item is scored but never read.
     """
     catalogue = search.catalogue
@@ -345,7 +345,7 @@ def _scored(
     wanted: Sequence[tuple[Index, Index]],
     wanted_rows: Sequence[Index],
 ) -> tuple[_Kind, Branches, Floats]:
-    """Ask the engine once, add what forced tokens cost, and return the log-probabilities of the branches."""
+    """Call the engine once, add the scores of forced tokens, and return the log-probabilities of the branches."""
     after = np.concatenate([*(pair[0] for pair in wanted), beams.handles[branches.parents]])
     tokens = np.concatenate([*(pair[1] for pair in wanted), branches.tokens])
     order = np.argsort(after, kind="stable")
@@ -367,7 +367,7 @@ def _found(search: _Search, beams: Beams, user: int, k: int, left: int) -> Found
     places = beams.lows[own]
     scores = tuple(float(score) for score in beams.scores[own])
     short = "" if len(own) == k else f"only {left} of {len(search.catalogue)} items may be given"
-    # What was pruned counts even where fewer than k are left: then nothing was.
+    # Pruning counts even if fewer than k items are left: then nothing was pruned.
     certified = not len(scores) or float(search.bounds[user]) <= scores[-1]
     items = tuple(int(item) for item in search.catalogue.order[places])
     return Found(

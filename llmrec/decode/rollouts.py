@@ -1,16 +1,16 @@
-"""Items that a model chooses for a prompt, drawn from the tree of legal outputs: what a policy gradient learns from.
+"""Rollouts for policy gradients: items drawn for a prompt from the model's distribution over a catalogue.
 
-The policy is that of the model at a temperature, renormalised at every branching over the branches that a catalogue
-has: p(item) is a product of softmaxes over siblings, so every rollout is an item. A group comes in one of three ways.
+The policy is the model at a temperature, renormalised at every branching over the branches of the catalogue: p(item) is
+a product of softmaxes over siblings, so every rollout is an item. There are three ways to draw a group:
 
-- ``beam``: the best items of a constrained beam search. All different, and no sample: a mean over them is biased.
-- ``sampled``: independent draws. Equal ones become one with a weight, so that what they share is read once.
+- ``beam``: the best items of a constrained beam search. All different, but not a sample: a mean over them is biased.
+- ``sampled``: independent draws. Equal ones are merged into one with a weight, so that they are computed once.
 - ``without-replacement``: the Gumbel-top-k trick over the tree (Kool et al., Stochastic Beams and Where to Find Them,
-  ICML 2019, algorithm 1). All different, and with the weights p / P(drawn) of their section 4.2 a mean over them
-  estimates that over the catalogue.
+  ICML 2019, algorithm 1). All different; with the weights p / P(drawn) of their section 4.2, a mean over them estimates
+  the mean over the catalogue.
 
-Whatever the way, a group's weights sum to 1, and random numbers are those of each prompt's own generator: what else is
-in a batch changes no draw.
+In each case, a group's weights sum to 1, and every prompt has its own random generator: draws do not depend on the rest
+of the batch.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Group:
     """The rollouts of one prompt, all different, the most likely first.
 
     Attributes:
-        items: Places in the catalogue, as its paths were given, shape (n,).
-        weights: What each counts in a mean over the group; they sum to 1, shape (n,).
+        items: Catalogue indices, in the order of the given paths, shape (n,).
+        weights: The weight of each in a mean over the group; they sum to 1, shape (n,).
         scores: Full-softmax log-probability of each at temperature 1, in nats, shape (n,).
     """
 
@@ -57,13 +57,13 @@ def rollouts(
     """Draw a group of items for each prompt.
 
     Args:
-        engine: Where log-probabilities come from.
+        engine: Computes log-probabilities.
         catalogue: The legal outputs.
         prompts: Token ids of each prompt.
         way: See the module.
-        count: Rollouts a prompt: fewer different ones where some are drawn twice, or the catalogue has no more.
-        temperature: What log-probabilities are divided by before they are renormalised; a beam reads them as they are.
-        seeds: Of each prompt's random numbers.
+        count: Rollouts per prompt; fewer different ones if some are drawn repeatedly, or the catalogue has no more.
+        temperature: Divisor of log-probabilities before they are renormalised; not used by a beam.
+        seeds: Seed of each prompt's generator.
     """
     if way == "beam":
         result = beam(engine, catalogue, prompts, k=count, width=count)
@@ -71,7 +71,7 @@ def rollouts(
     generators = [np.random.default_rng(seed) for seed in seeds]
     roots = vars(start(np.arange(len(prompts)), len(catalogue)))
     keep, finish = (_split, _counted) if way == "sampled" else (_highest, _weighed)
-    # Of one more than are asked for, the last is the threshold that says how likely the others were to be drawn.
+    # One more is drawn than requested: the last is the threshold for the inclusion probabilities of the others.
     drawn = count if way == "sampled" else count + 1
     first = np.array([float(count) if way == "sampled" else generator.gumbel() for generator in generators])
     beams = _Drawn(**roots, logq=np.zeros(len(prompts)), marks=first)
@@ -85,7 +85,7 @@ class _Drawn(Beams):
 
     Attributes:
         logq: Log-probability under the renormalised policy, shape (n,).
-        marks: How many of the draws it has, or its perturbed log-probability; shape (n,).
+        marks: The number of draws of each, or its perturbed log-probability; shape (n,).
     """
 
     logq: Floats
@@ -93,7 +93,7 @@ class _Drawn(Beams):
 
 
 def _renormalised(temperature: float, beams: _Drawn, branches: Branches, logprobs: Floats) -> _Drawn:
-    """Return branches as prefixes whose ``logq`` is that of their parents and their share among siblings."""
+    """Return branches as prefixes whose ``logq`` is their parents' plus their log-share among siblings."""
     if not len(logprobs):
         return opened(beams, branches, logprobs)
     heads, sizes = _runs(branches.parents)
@@ -113,7 +113,7 @@ def _split(
     branches: Branches,
     logprobs: Floats,
 ) -> _Drawn:
-    """Divide the draws of every prefix among its branches: a multinomial each."""
+    """Distribute the draws of every prefix among its branches, by a multinomial."""
     result = _renormalised(temperature, beams, branches, logprobs)
     heads, sizes = _runs(branches.parents)
     for begin, end in zip(heads, heads + sizes, strict=True):
@@ -146,18 +146,18 @@ def _highest(
 
 
 def _in_order(pool: _Drawn) -> _Drawn:
-    """Return prefixes in the order of prompts and paths, in which random numbers are drawn."""
+    """Return prefixes ordered by prompt and path, the order in which random numbers are drawn."""
     return pool.take(np.lexsort((pool.lows, pool.users)))
 
 
 def _runs(numbers: Index) -> tuple[Index, Index]:
-    """Return where equal numbers side by side begin, and how many there are: siblings, or what is of one prompt."""
+    """Return the starts and lengths of runs of equal numbers: siblings, or the prefixes of one prompt."""
     heads = np.flatnonzero(np.diff(numbers, prepend=-1))
     return heads, np.diff(heads, append=len(numbers))
 
 
 def _below(parents: Floats, free: Floats, highest: Floats) -> Floats:
-    """Return Gumbels under the condition that the highest of siblings is their parent's; appendix B.3 of the paper."""
+    """Return Gumbels conditioned on the highest among siblings being their parent's; appendix B.3 of the paper."""
     with np.errstate(divide="ignore"):
         gap = parents - free + np.log1p(-np.exp(free - highest))
     bounded: Floats = parents - np.maximum(gap, 0) - np.log1p(np.exp(-np.abs(gap)))
@@ -169,7 +169,7 @@ def _counted(catalogue: Catalogue, own: _Drawn, _: int) -> Group:
 
 
 def _weighed(catalogue: Catalogue, own: _Drawn, count: int) -> Group:
-    """Weigh each item by its probability over that of being among the drawn: above the threshold."""
+    """Weight each item by its probability divided by that of being drawn, which is to exceed the threshold."""
     order = np.argsort(-own.marks, kind="stable")
     kept = own.take(order[:count])
     weights = np.exp(kept.logq)

@@ -1,9 +1,9 @@
-"""The one index of legal outputs: the token paths of a catalogue, as a tree of at most three integers a node.
+"""The index of legal outputs: the token paths of a catalogue, as a tree with at most three integers per node.
 
-Every item is a path of token ids that ends where no other goes on. Sorted, the paths below a node are a range, and the
-children of a node stand side by side among the nodes of the next depth. So a node is its token, where its children
-begin, and where its range begins. At the last depth, where most nodes are, no node has children, and the range of a
-node right above it is as long as the number of its children: what follows from that is not stored. Nothing here grows
+Every item is a path of token ids, and no path is a prefix of another. In sorted order, the paths below a node are a
+range, and the children of a node are adjacent among the nodes of the next depth. So a node is its token, the index of
+its first child, and the start of its range. At the last depth, where most nodes are, no node has children, and the
+range of a node directly above has the length of its number of children, so these values are not stored. No array grows
 with the vocabulary, and no step of a search grows with the catalogue.
 """
 
@@ -30,18 +30,18 @@ ROOT = 0
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Token paths of a set of items; nodes by depth and, within one, in the order of their paths.
+    """Token paths of a set of items; nodes by depth and, within one depth, in path order.
 
     Attributes:
-        marks: The last token of each node's path, less the lowest of all, in as few bytes as hold it, shape (nodes,);
-            node 0 is the root, which has none. `tokens` tells them.
-        lowest: The lowest token.
-        firsts: The first child of each node above the last depth, and one past the last node, shape
-            (starts[depth] + 1,); those of node v end where those of v + 1 begin.
-        lows: Where each node's items begin among the sorted paths, of all nodes whose children may have children,
-            shape (starts[depth - 1],). `below` tells the others.
+        marks: The last token of each node's path minus the lowest token, in the smallest sufficient type, shape
+            (nodes,); node 0 is the root, which has no token. `tokens` returns the token ids.
+        lowest: The lowest token id.
+        firsts: The first child of each node above the last depth, and one past the last node, shape (starts[depth] +
+            1,); those of node v end where those of v + 1 begin.
+        lows: The first of each node's items among the sorted paths, for all nodes whose children may have children,
+            shape (starts[depth - 1],). `below` returns the others.
         starts: The first node of each depth, and one past the last node; depth 0 is the root.
-        order: Which item each sorted path is, as its place in the sequence that was given, shape (items,).
+        order: The item index of each sorted path, in the order of the given paths, shape (items,).
     """
 
     marks: NDArray[np.unsignedinteger[Any]]
@@ -56,10 +56,10 @@ class Catalogue:
         """Build the tree.
 
         Args:
-            paths: One path an item; or equally long ones as an array, shape (items, length).
+            paths: One path per item; or paths of equal length as an array, shape (items, length).
 
         Raises:
-            DataError: If a path is empty, two are equal, or one begins another.
+            DataError: If a path is empty, two are equal, or one is a prefix of another.
         """
         table, lengths = _table(paths)
         order = _sorted(table)
@@ -71,7 +71,7 @@ class Catalogue:
 
     @property
     def depth(self) -> int:
-        """Tokens of the longest path."""
+        """Number of tokens of the longest path."""
         return len(self.starts) - 2
 
     @property
@@ -81,7 +81,7 @@ class Catalogue:
 
     @cached_property
     def places(self) -> Ints:
-        """Where each item stands among the sorted paths, shape (items,)."""
+        """The rank of each item among the sorted paths, shape (items,)."""
         result = np.empty(len(self.order), dtype=np.int32)
         result[self.order] = np.arange(len(self.order), dtype=np.int32)
         return result
@@ -92,7 +92,7 @@ class Catalogue:
         return result
 
     def spans(self, nodes: NDArray[np.integer[Any]]) -> tuple[Index, Index]:
-        """Return the first child of each node and how many it has, shape (n,) each."""
+        """Return the first child and the number of children of each node, shape (n,) each."""
         last = len(self.firsts) - 1
         first = self.firsts[np.minimum(nodes, last)].astype(np.int64)
         return first, self.firsts[np.minimum(nodes + 1, last)] - first
@@ -101,9 +101,9 @@ class Catalogue:
         """Return the children of nodes.
 
         Args:
-            nodes: Where, shape (n,).
-            lows: Where the items of each begin among the sorted paths.
-            highs: Where they end.
+            nodes: The nodes, shape (n,).
+            lows: The first of each node's items among the sorted paths.
+            highs: The end of each node's items.
         """
         first, counts = self.spans(nodes)
         parents = np.repeat(np.arange(len(nodes)), counts)
@@ -112,7 +112,7 @@ class Catalogue:
         deep = children >= len(self.lows)
         begins = np.empty(0, dtype=np.int64)
         if deep.any():
-            # What lies below these are single tokens, each the end of an item, or nothing where they end one.
+            # Below these are single tokens, each the end of an item, or nothing if they end an item.
             sizes = np.maximum(self.spans(children)[1], 1)
             passed = np.cumsum(sizes) - sizes
             begins = np.repeat(lows - passed[np.minimum(heads, len(passed) - 1)], counts) + passed
@@ -124,11 +124,11 @@ class Catalogue:
         return Below(parents, children, begins, ends)
 
     def path(self, place: int) -> tuple[int, ...]:
-        """Return the tokens of the path at a place of the sorted order."""
+        """Return the tokens of a path, by its rank in sorted order."""
         return tuple(token for token, _ in self.choices(place))
 
     def choices(self, place: int) -> list[tuple[int, Index]]:
-        """Return the tokens of the path at a place of the sorted order, each beside all that may stand there."""
+        """Return the tokens of a path, by its rank in sorted order, each with all legal tokens at its position."""
         results: list[tuple[int, Index]] = []
         opened = self.below(np.array([ROOT]), np.array([0]), np.array([len(self)]))
         while len(opened.nodes):
@@ -139,7 +139,7 @@ class Catalogue:
         return results
 
     def save(self, file: Path) -> None:
-        """Write the arrays as safetensors, in one step."""
+        """Write the arrays as safetensors, atomically."""
         arrays = {name: getattr(self, name) for name in ("marks", "firsts", "lows", "order")}
         numbers = {name: np.array(getattr(self, name), dtype=np.int64) for name in ("starts", "lowest")}
         with replacing(file) as draft:
@@ -147,7 +147,7 @@ class Catalogue:
 
     @staticmethod
     def load(file: Path) -> Catalogue:
-        """Read what `save` wrote.
+        """Read a catalogue written by `save`.
 
         Raises:
             DataError: If the file cannot be read.
@@ -165,13 +165,13 @@ class Catalogue:
 
 @dataclass(frozen=True)
 class Below:
-    """Children of nodes, side by side.
+    """The children of nodes, concatenated.
 
     Attributes:
-        parents: Which of the nodes each is a child of, ascending, shape (n,).
+        parents: The index of each child's parent among the nodes, ascending, shape (n,).
         nodes: The children.
-        lows: Where the items of each begin among the sorted paths.
-        highs: Where they end.
+        lows: The first of each child's items among the sorted paths.
+        highs: The end of each child's items.
     """
 
     parents: Index
@@ -181,7 +181,7 @@ class Below:
 
 
 def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[Ints, Ints]:
-    """Return paths as rows, -1 behind their ends, and their lengths."""
+    """Return paths as rows padded with -1, and their lengths."""
     if isinstance(paths, np.ndarray):
         table = paths.astype(np.int32, copy=False)
         lengths = np.full(len(table), table.shape[1], dtype=np.int32)
@@ -202,11 +202,11 @@ def _table(paths: Sequence[Sequence[int]] | NDArray[np.integer[Any]]) -> tuple[I
 
 
 def _sorted(table: Ints) -> NDArray[np.int64]:
-    """Return the order of rows by their tokens."""
+    """Return the sorted order of rows by their tokens."""
     lowest = table.min(axis=0).astype(np.int64)
     bits = [int(high - low).bit_length() for high, low in zip(table.max(axis=0).tolist(), lowest.tolist(), strict=True)]
     if sum(bits) <= _LONGEST_KEY:
-        # One integer a path sorts several times faster than its columns one by one.
+        # One integer per path sorts several times faster than separate columns.
         key = np.zeros(len(table), dtype=np.int64)
         for column, width, low in zip(table.T, bits, lowest, strict=True):
             key <<= width
@@ -217,8 +217,8 @@ def _sorted(table: Ints) -> NDArray[np.int64]:
 
 
 def _tree(table: Ints, lengths: Ints, order: NDArray[np.int64]) -> Catalogue:
-    """Cut sorted rows into nodes."""
-    # A node begins where a path differs from the one before it in its own token or an earlier one.
+    """Build the nodes of sorted rows."""
+    # A node begins where a path differs from the previous one in the same or an earlier token.
     fresh = np.zeros(len(table), dtype=bool)
     fresh[0] = True
     lows = [np.zeros(1, dtype=np.int64)]

@@ -1,1 +1,1 @@
-"""What a recipe may name as data."""
+"""The data sources that a recipe may name."""

@@ -1,4 +1,4 @@
-"""Finds the files of a published set: in a folder, in a zip archive or beside a file; downloads are kept."""
+"""Finds the files of a published data set: in a folder, in a zip archive or next to a file; downloads are cached."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from llmrec.resources import cache_dir
 
 @dataclass(frozen=True)
 class Found:
-    """The files of one variant of a set.
+    """The files of one variant of a data set.
 
     Attributes:
         where: The folder or archive.
-        layout: Which variant.
-        category: What ``*`` stands for in the pattern of the file of interactions.
+        layout: The variant.
+        category: The text that ``*`` matches in the pattern of the file of interactions.
         events: The file of interactions.
         items: The file of items.
         people: The file of user profiles.
@@ -46,15 +46,15 @@ class Found:
 
 
 def locate(known: Known, path: str | None, items: str | None) -> Found:
-    """Find the files of a set.
+    """Find the files of a data set.
 
     Args:
-        known: What is looked for.
+        known: The data set.
         path: ``data.path``: a folder, an archive, or the file of interactions. None: llmrec's cache folder.
-        items: ``data.items``: the file of items, where it lies elsewhere.
+        items: ``data.items``: the file of items, if it is stored elsewhere.
 
     Raises:
-        DataError: If a file is missing, or several could be meant.
+        DataError: If a file is missing or ambiguous.
     """
     chosen = user_path(path) if path is not None else _cached(known)
     if stands(chosen) and not chosen.is_dir():
@@ -104,7 +104,7 @@ def _cached(known: Known) -> Path:
     if (folder := _wheel_folder(known)) is not None and _fitting(known, listing(folder)):
         return folder
     home = cache_dir() / "data"
-    # A page of somebody's own is named by its path.
+    # A user's own description is named by its path, which is not a folder of the cache.
     for folder in (*known.folders, *((known.name,) if known.shipped else ())):
         for place in (home / folder, home / f"{folder}.zip"):
             if place.exists():
@@ -127,7 +127,7 @@ def _cached(known: Known) -> Path:
 
 
 def _wheel_folder(known: Known) -> Path | None:
-    """Return the folder inside an installed package, without importing it; None if there is none."""
+    """Return the data folder of an installed package, without importing the package; None if there is none."""
     package, _, folder = (known.wheel or "").partition("/")
     try:
         spec = find_spec(package) if package else None
@@ -139,13 +139,13 @@ def _wheel_folder(known: Known) -> Path | None:
 
 
 def captured(pattern: str, name: str) -> str | None:
-    """Return what ``*`` stands for where a name fits a pattern with at most one; None where it does not fit."""
+    """Return the text that ``*`` matches in a pattern with at most one; None if the name does not match."""
     result = re.fullmatch(re.escape(pattern).replace(r"\*", "(.+)"), name, flags=re.IGNORECASE)
     return None if result is None else (result[1] if result.groups() else "")
 
 
 def fits(layout: Layout, name: str) -> str | None:
-    """Return the category of a file of interactions, by its plain name, or None if it is another file."""
+    """Return the category of a file of interactions by its plain name, or None if it is another file."""
     if any(fnmatchcase(name.lower(), pattern) for pattern in layout.events.skip):
         return None
     tried = (captured(pattern, name) for pattern in layout.events.files)
@@ -158,7 +158,7 @@ def _fitting(known: Known, members: Sequence[Member]) -> list[tuple[Layout, str,
         for member in members:
             category = fits(layout, member.plain)
             if category is not None:
-                # A file that lies there packed and unpacked is one file; the unpacked one sorts first.
+                # A file stored both compressed and uncompressed counts once; the uncompressed one sorts first.
                 result.setdefault((member.folder, member.plain), (layout, category, member))
     return list(result.values())
 
@@ -177,7 +177,7 @@ def _only(known: Known, where: str, fitting: list[tuple[Layout, str, Member]]) -
 
 
 def _layout_of(known: Known, events: Member) -> tuple[Layout, str]:
-    """Return the variant that a file named by the user belongs to: by its name, or else by its ending."""
+    """Return the variant of a file named by the user: by its name, or else by its ending."""
     for layout in known.layouts:
         category = fits(layout, events.plain)
         if category is not None:
@@ -203,7 +203,7 @@ def _complete(
     members: Sequence[Member],
     items: str | None,
 ) -> Found:
-    """Add the other files of the set, from beside the file of interactions."""
+    """Return the files of the data set, those next to the file of interactions included."""
     near = [member for member in members if member.folder == events.folder]
 
     def beside(patterns: Sequence[str]) -> Member | None:
@@ -242,15 +242,15 @@ _CHUNK = 2**20
 
 
 def fetch(url: str, target: Path, *, md5: str | None = None) -> None:
-    """Download a file under a temporary name, check it, then move it to its place.
+    """Download a file under a temporary name, check it, then move it to its path.
 
     Args:
-        url: Where it is published.
-        target: Where it goes.
+        url: The URL.
+        target: The path.
         md5: Its published checksum, if there is one.
 
     Raises:
-        DataError: If it cannot be fetched or written, is too large, or is not the published file.
+        DataError: If it cannot be downloaded or written, is too large, or is not the published file.
     """
     digest = hashlib.md5(usedforsecurity=False)
     try:

@@ -1,7 +1,7 @@
-"""The MIND news set (Wu et al., ACL 2020): clicks from the logs of one part, train or dev.
+"""The MIND news data set (Wu et al., ACL 2020): clicks from the logs of one part, train or dev.
 
-A user's click history comes first, in its own order; it carries no times. The clicked items of the impressions
-follow, by the time of the impression. Items that were shown and not clicked are left out.
+A user's click history comes first, in its own order; it has no timestamps. The clicked items of the impressions follow,
+by the time of the impression. Items shown without a click are left out.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ _LINE = "line"
 
 
 def mind(section: DataSection, *, seed: int) -> Dataset:
-    """Load MIND; news carry ``category`` and ``subcategory``.
+    """Load MIND; news have ``category`` and ``subcategory``.
 
     Raises:
-        DataError: If a file is missing or damaged, or holds a row that cannot be used.
+        DataError: If a file is missing or damaged, or has an invalid row.
     """
     page = known("mind")
     check_known_keys(page, section)
@@ -76,7 +76,7 @@ def mind(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _longest(frame: pl.DataFrame) -> pl.DataFrame:
-    """Return the longest history of each user; all rows of a user carry the same one in the published files."""
+    """Return the longest history of each user; in the published files, all rows of a user have the same one."""
     order = frame.with_columns(pl.col("items").str.len_bytes().alias("_size"))
     order = order.sort("_size", descending=True, maintain_order=True)
     return order.unique("user_id", keep="first", maintain_order=True).drop("_size")

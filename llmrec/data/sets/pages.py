@@ -1,7 +1,7 @@
-"""Pages that describe data sets: which file holds what, in which form, under which names.
+"""Descriptions of data sets: their files, formats and column names.
 
-Those of published sets are ``llmrec/data/sets/*.yaml``. A page has the keys of `Known`, but for ``name``, and may have
-a ``base``: the name of a published set, or another page beside it.
+Those of published data sets are ``llmrec/data/sets/*.yaml``. A description has the keys of `Known`, except ``name``,
+and may have a ``base``: the name of a published data set, or a description next to it.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from llmrec.registry import SETS
 
 
 class Events(Section):
-    """The file of interactions, one a row.
+    """The file of interactions, one per row.
 
     Attributes:
-        files: Patterns of its name, without ``.gz`` and with ``.json`` for every sort of JSON Lines; the first that
-            fits counts. What ``*`` stands for is the category.
-        skip: Patterns of names that are something else.
-        form: How it is written.
+        files: Patterns of its name, without ``.gz`` and with ``.json`` for all JSON Lines endings; the first that
+            matches counts. The text that ``*`` matches is the category.
+        skip: Patterns of names of other files.
+        form: Its format.
         user: Column of the user.
-        item: Columns of the item; of several the first that is not blank.
+        item: Columns of the item; the first that is not blank counts.
         rating: Column of the rating.
-        unrated: A number that means that there is no rating.
-        time: Column of the time; without one, a seeded hash decides the order.
-        clock: Formats of dates, UTC unless they say otherwise; none: seconds or milliseconds since 1970.
-        texts: Columns with a text by the user; the first one is taken unless a recipe names another.
-        title: Column with the item's title, where there is no file of items.
+        unrated: A number that stands for a missing rating.
+        time: Column of the time; without it, a seeded hash decides the order.
+        clock: Formats of dates, in UTC unless they have an offset; empty: seconds or milliseconds since 1970.
+        texts: Columns with texts of the user; the first one is used unless a recipe names another.
+        title: Column with the item's title, if there is no file of items.
     """
 
     files: tuple[str, ...]
@@ -55,17 +55,17 @@ class Events(Section):
 
 
 class Attribute(Section):
-    """A further field of items or users.
+    """An additional field of items or users.
 
     Attributes:
-        name: What templates call it.
-        column: Where it is.
-        flags: Columns in place of it, each of which holds 1 where its name is one of the values.
-        split: What separates several values inside one text.
-        join: What stands between several values in the result.
-        keep: A regular expression that the whole value must match; others count as missing.
-        words: Codes with their meaning.
-        missing: What stands for a missing value.
+        name: Its name in templates.
+        column: Its column.
+        flags: Columns that replace it, each with 1 in the rows for which the column's name is a value.
+        split: Separator of several values in one text.
+        join: Separator of several values in the result.
+        keep: A regular expression that the whole value must match; other values count as missing.
+        words: Meanings of codes.
+        missing: Text that stands for a missing value.
     """
 
     name: str
@@ -79,7 +79,7 @@ class Attribute(Section):
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """The columns that are read."""
+        """The columns to read."""
         return self.flags or (self.column,)
 
     @model_validator(mode="after")
@@ -103,16 +103,16 @@ class Items(Section):
 
     Attributes:
         files: Patterns of its name; ``{}`` is the category of the file of interactions.
-        form: How it is written.
+        form: Its format.
         item: Column of the id.
-        titles: Columns of the title; of several the first that is not blank.
-        year: Column of the year, which is put behind titles in brackets.
-        words: Titles with what they should be.
-        junk: A piece of text that no real title holds.
-        attributes: Further fields.
-        film: Whether titles end in a year and carry their article last, as in ``"Fugitive, The (1993)"``.
-        complete: Whether every item must have an entry and a title; otherwise its id stands in.
-        gaps: Whether rows without an id are left out, since nobody can correct a published file; otherwise refused.
+        titles: Columns of the title; the first that is not blank counts.
+        year: Column of the year, appended to titles in parentheses.
+        words: Corrections of titles.
+        junk: Text that no valid title contains.
+        attributes: Additional fields.
+        film: Whether titles end in a year and have their article last, as in ``"Fugitive, The (1993)"``.
+        complete: Whether every item must have an entry and a title; otherwise its id is used.
+        gaps: Whether rows without an id are left out, because a published file cannot be corrected; otherwise rejected.
     """
 
     files: tuple[str, ...]
@@ -138,7 +138,7 @@ class People(Section):
 
 
 class Renames(Section):
-    """A file that says which item id of the interactions is which one in the file of items."""
+    """A file that maps item ids of the interactions to those of the file of items."""
 
     files: tuple[str, ...]
     form: Form
@@ -147,7 +147,7 @@ class Renames(Section):
 
 
 class Layout(Section):
-    """The files of one variant of a set."""
+    """The files of one variant of a data set."""
 
     events: Events
     items: Items | None = None
@@ -156,13 +156,13 @@ class Layout(Section):
 
 
 class Published(Section):
-    """What the set's page or a paper says of the size of its files.
+    """The published size of a data set's files, from its web page or a paper.
 
     Attributes:
-        origin: Who says so.
-        rounded: Whether the page rounds to tenths of a thousand or of a million.
+        origin: The source of the numbers.
+        rounded: Whether they are rounded to tenths of a thousand or of a million.
         files: Users, items and interactions by the name of the file of interactions, without ``.gz`` and with ``.json``
-            for JSON Lines; null where a number is not published.
+            for JSON Lines; null for an unpublished number.
     """
 
     origin: str
@@ -170,29 +170,29 @@ class Published(Section):
     files: Mapping[str, tuple[int | None, int | None, int]]
 
     def of(self, file: str) -> Counts | None:
-        """Return the counts of a file of interactions; None where none are published."""
+        """Return the counts of a file of interactions; None if none are published."""
         return Counts(*self.files[file], self.origin, self.rounded) if file in self.files else None
 
 
 class Known(Section):
-    """A data set with files of its own form.
+    """A data set with its own file format.
 
     Attributes:
-        name: The source's name in recipes; of a page in a file of yours its path.
-        noun: What its items are called, in the plural.
+        name: The source's name in recipes; for a user's description its path.
+        noun: Name of its items, in the plural.
         scale: Lowest and highest rating.
-        folders: Names of the folder or archive in which it is published.
-        wheel: A folder in a package with its files, which is looked for first: ``PACKAGE/FOLDER``.
-        page: Where it is published.
-        fetch: Which files to fetch there.
-        download: An archive that may be fetched without asking, into the cache folder; None: it is left to the user.
-        md5: Of the archive.
+        folders: Names of the published folder or archive.
+        wheel: A folder with its files in a package, which is searched first: ``PACKAGE/FOLDER``.
+        page: URL of its web page.
+        fetch: Files to download there.
+        download: An archive that may be downloaded to the cache without asking; None: the user downloads it.
+        md5: MD5 of the archive.
         licence: Its terms, in one line.
-        notes: What a user must know of the figures, such as that there are no times.
+        notes: What users need to know about results, such as missing timestamps.
         layouts: Its variants.
-        item_width: Characters of an item's id; a file whose users have as many, and whose items have not, has its
+        item_width: Characters of an item's id; a file with user ids of that width, and item ids of another, has its
             columns in another order.
-        counts: What is published of its size.
+        counts: The published sizes.
     """
 
     name: str
@@ -212,32 +212,32 @@ class Known(Section):
 
     @property
     def shipped(self) -> bool:
-        """Whether it is one of the package's own, named by a word and not by a path."""
+        """Whether it is one of the package's, named by a word instead of a path."""
         return not self.name.lower().endswith((".yaml", ".yml"))
 
 
 PAGE = (".yaml", ".yml")
-"""What the path of a page ends with."""
+"""Endings of a description's path."""
 
 
 def is_page(source: str) -> bool:
-    """Whether a source is the path of a page."""
+    """Whether a source is the path of a description."""
     return source.lower().endswith(PAGE)
 
 
 def published() -> list[Known]:
-    """Return all published sets, by name."""
+    """Return all published data sets by name."""
     return [known(name) for name in sorted(SETS)]
 
 
 def known(source: str) -> Known:
-    """Return what a page says.
+    """Return the description of a data set.
 
     Args:
-        source: The name of a published set, or the path of a page.
+        source: The name of a published data set, or the path of a description.
 
     Raises:
-        RecipeError: If there is no such page, or a key or a value is wrong; the message names file, line and key.
+        RecipeError: If it is missing, or has an invalid key or value; the message names file, line and key.
     """
     return load_page(Known, Path(source), {"name": source}, SETS) if is_page(source) else _published(source)
 
@@ -252,14 +252,14 @@ def _published(name: str) -> Known:
 
 @dataclass(frozen=True)
 class Counts:
-    """Numbers of users, of items and of interactions.
+    """Numbers of users, items and interactions.
 
     Attributes:
-        users: Users with an interaction; None where it is not published.
-        items: Items with an interaction; None where it is not published.
-        interactions: Rows.
-        origin: Who says so.
-        rounded: Whether the page rounds to tenths of a thousand or of a million.
+        users: Users with an interaction; None if not published.
+        items: Items with an interaction; None if not published.
+        interactions: Number of rows.
+        origin: The source of the numbers.
+        rounded: Whether they are rounded to tenths of a thousand or of a million.
     """
 
     users: int | None
@@ -269,7 +269,7 @@ class Counts:
     rounded: bool = False
 
     def agrees(self, other: Counts) -> bool:
-        """Whether another count is the same, as far as this one says."""
+        """Whether another count is the same, as far as these numbers are known."""
         pairs = (
             (self.users, other.users),
             (self.items, other.items),
@@ -290,14 +290,14 @@ class Counts:
 
 
 def comparison(known: Counts, here: Counts) -> tuple[str, bool]:
-    """Say how data compares with what is published about its file.
+    """Compare the size of data with the published one.
 
     Args:
-        known: What is published.
-        here: What was read, before any filter.
+        known: The published numbers.
+        here: The numbers read, before any filter.
 
     Returns:
-        A sentence, and whether the counts differ.
+        A sentence, and whether the numbers differ.
     """
     if known.agrees(here):
         return f"as published: {known} ({known.origin})", False

@@ -1,4 +1,4 @@
-"""Reads a data set from its own files, as its page describes them: `llmrec.data.sets.pages`."""
+"""Loads a data set from its own files, as described by `llmrec.data.sets.pages`."""
 
 from __future__ import annotations
 
@@ -28,17 +28,17 @@ from llmrec.types import Item
 log = logger(__name__)
 
 NO_TEXT = "none"
-"""What ``data.columns.text`` says to leave texts out."""
+"""Value of ``data.columns.text`` that leaves texts out."""
 _UNTIMED = 0.0
 _YEAR = "year"
 
 
 def published(section: DataSection, *, seed: int) -> Dataset:
-    """Load the set whose page the section's source names.
+    """Load the data set named by the section's source.
 
     Raises:
-        RecipeError: If the page has a key or a value that it cannot have.
-        DataError: If a file is missing or damaged, or holds a row that cannot be used.
+        RecipeError: If its description has an invalid key or value.
+        DataError: If a file is missing or damaged, or has an invalid row.
     """
     return load(known(section.source), section)
 
@@ -47,14 +47,14 @@ def published(section: DataSection, *, seed: int) -> Dataset:
 
 
 def load(page: Known, section: DataSection) -> Dataset:
-    """Load a published set.
+    """Load a published data set.
 
     Args:
-        page: What is known of it.
+        page: Its description.
         section: The recipe's ``data`` or ``reviews``.
 
     Raises:
-        DataError: If a file is missing or damaged, or holds a row that cannot be used.
+        DataError: If a file is missing or damaged, or has an invalid row.
     """
     check_known_keys(page, section)
     result = locate(page, section.path, section.items)
@@ -93,7 +93,7 @@ def load(page: Known, section: DataSection) -> Dataset:
 
 
 def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
-    """Return what provenance says about published counts, after a warning where they differ."""
+    """Return the provenance entries about published counts, after a warning if they differ."""
     counted = page.counts.of(file) if page.counts is not None else None
     if counted is None:
         return {}
@@ -105,7 +105,7 @@ def compared(page: Known, file: str, frame: pl.DataFrame) -> dict[str, str]:
 
 
 def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
-    """Refuse columns in the order of another edition, which would look fine and mean nothing."""
+    """Reject columns in the order of another edition, whose values would be wrong without an error."""
     if page.item_width is None:
         return
     first = frame.head(1000)
@@ -128,7 +128,7 @@ def _check_widths(page: Known, frame: pl.DataFrame, file: str) -> None:
 
 
 def check_known_keys(known: Known, section: DataSection) -> None:
-    """Refuse keys that have no meaning for a set that knows its own columns."""
+    """Reject keys without meaning for a data set with known columns."""
     if section.columns != Columns(text=section.columns.text):
         raise DataError(
             f"data.columns: source {known.name!r} knows its own columns; only data.columns.text can be chosen, or use "
@@ -159,12 +159,12 @@ def _text_column(known: Known, events: Events, section: DataSection) -> str | No
 
 @dataclass(frozen=True)
 class Read:
-    """Interactions as read.
+    """Interactions as read from the file.
 
     Attributes:
         frame: Columns of `llmrec.data.dataset.SCHEMA`.
-        table: Names their rows in errors.
-        titles: Titles by item, where they stand beside the interactions.
+        table: Locates their rows for errors.
+        titles: Titles by item, if they are stored with the interactions.
     """
 
     frame: pl.DataFrame
@@ -176,13 +176,13 @@ def read_events(member: Member, spec: Events, text: str | None, also: Sequence[s
     """Read interactions.
 
     Args:
-        member: Their file.
-        spec: Its map.
-        text: The column to take as text.
-        also: Further columns of texts, which rows may lack; in the frame under their own names.
+        member: The file.
+        spec: Its description.
+        text: The column for texts.
+        also: Further text columns with optional values; in the frame under their own names.
 
     Raises:
-        DataError: If a row cannot be used; the message names it.
+        DataError: If a row is invalid; the message names it.
     """
     wanted: dict[str, Kind] = dict.fromkeys((spec.user, spec.item[0]), "text")
     wanted |= dict.fromkeys((*spec.item[1:], *also, *(column for column in (text, spec.title) if column)), "maybe")
@@ -220,7 +220,7 @@ def read_events(member: Member, spec: Events, text: str | None, also: Sequence[s
 
 @dataclass(frozen=True)
 class Catalogue:
-    """Entries of items, and what a user must know of them."""
+    """Entries of items, and notes for the user."""
 
     items: Mapping[str, Item]
     notes: tuple[str, ...] = ()
@@ -230,12 +230,12 @@ def catalogue_of(found: Found, item_ids: set[str], titles: Mapping[str, str]) ->
     """Return the entries of items.
 
     Args:
-        found: The files.
-        item_ids: Which ones are wanted.
-        titles: Titles that stand beside the interactions, by item.
+        found: The files of the data set.
+        item_ids: The wanted items.
+        titles: Titles stored with the interactions, by item.
 
     Raises:
-        DataError: If a row of the file of items cannot be used.
+        DataError: If a row of the file of items is invalid.
     """
     spec = found.layout.items
     if spec is None or found.items is None:
@@ -244,7 +244,7 @@ def catalogue_of(found: Found, item_ids: set[str], titles: Mapping[str, str]) ->
         return Catalogue(items, untitled(found.where, len(item_ids - titles.keys()), len(items)))
     names = {item: item for item in item_ids}
     if found.renames is not None and found.layout.renames is not None:
-        # An item that the file does not name gets no entry, whatever its number happens to mean elsewhere.
+        # An item that is not in the renaming file gets no entry, even if its number is another item's id.
         names = dict.fromkeys(item_ids, "") | _renamed(found.renames, found.layout.renames, item_ids)
     listed = read_items(found.items, spec, set(names.values()))
     blank = {attribute.name: attribute.missing for attribute in spec.attributes}
@@ -260,7 +260,7 @@ def catalogue_of(found: Found, item_ids: set[str], titles: Mapping[str, str]) ->
 
 
 def untitled(where: str, missing: int, total: int) -> tuple[str, ...]:
-    """Return a note on items without a title, after a warning; none if all have one."""
+    """Return a note on items without a title, after a warning; empty if all have one."""
     if not missing:
         return ()
     note = f"{missing} of {total} items have no title in {where}; their ids stand in, which say little to a model"
@@ -277,18 +277,18 @@ def _renamed(member: Member, spec: Renames, item_ids: set[str]) -> dict[str, str
 
 
 Entries = dict[str, tuple[str | None, dict[str, str]]]
-"""Title and fields by item; the title is None where there is none."""
+"""Title and fields by item; the title is None if it is missing."""
 
 
 @dataclass(frozen=True)
 class Listed:
-    """What a file of items holds.
+    """The content of a file of items.
 
     Attributes:
-        entries: Those of the items that are kept.
-        repeated: Rows that list one of them again.
-        nameless: Rows without an id, which say nothing of any item.
-        markup: Items with HTML in place of a title.
+        entries: Entries of the wanted items.
+        repeated: Rows that list an item again.
+        nameless: Rows without an id.
+        markup: Items with HTML instead of a title.
     """
 
     entries: Entries
@@ -297,7 +297,7 @@ class Listed:
     markup: int
 
     def notes(self, file: str) -> tuple[str, ...]:
-        """Return what a user must know of it, after a warning where something is missing."""
+        """Return notes on what is missing, after a warning."""
         lost = {
             f"{self.nameless} rows of {file} have no id and are left out": self.nameless,
             f"{self.markup} titles in {file} are HTML and count as missing": self.markup,
@@ -313,12 +313,12 @@ def read_items(member: Member, spec: Items, wanted: set[str]) -> Listed:
     """Read the titles and fields of items.
 
     Args:
-        member: Their file.
-        spec: Its map.
-        wanted: Ids of the items that are kept.
+        member: The file.
+        spec: Its description.
+        wanted: Ids of the items to keep.
 
     Raises:
-        DataError: If a row cannot be used, or lacks a title that it must have.
+        DataError: If a row is invalid, or lacks a required title.
     """
     result: Entries = {}
     repeated = nameless = markup = 0
@@ -367,7 +367,7 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
     """Read the profiles of users.
 
     Raises:
-        DataError: If a row cannot be used.
+        DataError: If a row is invalid.
     """
     people = {}
     columns = [spec.user, *(column for attribute in spec.attributes for column in attribute.columns)]
@@ -382,10 +382,10 @@ def read_people(member: Member, spec: People) -> dict[str, dict[str, str]]:
 
 
 def value_text(place: Place, column: str, value: object) -> str:
-    """Return a single value as text; what is no text or number counts as missing.
+    """Return a single value as text; values that are neither texts nor numbers count as missing.
 
     Raises:
-        DataError: If it holds something that is no text.
+        DataError: If a text in it cannot be stored.
     """
     if value is None or isinstance(value, bool) or not isinstance(value, str | int | float):
         return ""
@@ -395,13 +395,13 @@ def value_text(place: Place, column: str, value: object) -> str:
 
 
 def rendered(place: Place, attribute: Attribute, row: Mapping[str, object]) -> str:
-    """Return a further field as one text: lists joined, codes in words, entities decoded; HTML is dropped."""
+    """Return an additional field as one text: lists joined, codes in words, entities decoded, HTML removed."""
     if attribute.flags:
         value: object = [flag for flag in attribute.flags if value_text(place, flag, row.get(flag)).strip() == "1"]
     else:
         value = row.get(attribute.column)
     if isinstance(value, list) and value and all(isinstance(path, list) for path in value):
-        value = value[0]  # several paths of categories: the first is the main one
+        value = value[0]  # with several category paths, the first is the main one
     if isinstance(value, list):
         parts = [value_text(place, attribute.column, part) for part in value]
     else:
@@ -425,10 +425,10 @@ _BRACKET = re.compile(r"\(([^()]*)\)")
 
 
 def movie_title(raw: str) -> tuple[str, str]:
-    """Return a film's title as people write it, with its year, and the year alone.
+    """Return a film's title in the usual form with its year, and the year.
 
-    ``"Fugitive, The (1993)"`` becomes ``"The Fugitive (1993)"``; articles in further titles in brackets are put
-    back too. The year is ``"unknown"`` where the title has none.
+    ``"Fugitive, The (1993)"`` becomes ``"The Fugitive (1993)"``; articles in further titles in parentheses are moved
+    too. The year is ``"unknown"`` if the title has none.
     """
     ending = _ENDING.match(raw.strip())
     title = ending["title"] if ending else raw.strip()

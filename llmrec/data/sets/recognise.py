@@ -1,4 +1,4 @@
-"""Recognises data sets by their files: folders and archives of published sets and of sequences, columns of tables."""
+"""Recognises data sets by their files: folders and archives of published data sets, sequences, columns of tables."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from llmrec.data.sets.locate import captured, fits
 from llmrec.data.sets.pages import Events, Known, Layout, published
 from llmrec.errors import LlmrecError
 
-# What anybody may call a column.
+# Column names too common to identify a data set.
 _COMMON = frozenset(
     ("user", "user_id", "item", "item_id", "id", "product_id", "rating", "time", "timestamp", "date", "title", "text")
 )
@@ -22,9 +22,9 @@ _SAMPLES = ("train", "valid", "test")
 
 
 def sources_with(columns: Collection[str]) -> tuple[str, ...]:
-    """Return the names of the published sets whose files of interactions have what a table's columns are called.
+    """Return the names of the published data sets whose interaction files have a table's column names.
 
-    A set is named only if its users and its items stand under names of their own; files without a header have none.
+    A data set is returned only if its user and item columns have distinctive names; files without a header have none.
     """
     return tuple(page.name for page in published() if any(_fits(layout, columns) for layout in page.layouts))
 
@@ -44,9 +44,9 @@ def _names(events: Events) -> set[str]:
 
 
 def source_of(place: Path) -> str | None:
-    """Return the source that reads what is at a place: a folder, a zip archive, or a file that is no table.
+    """Return the source that reads a path: a folder, a zip archive, or a file that is not a table.
 
-    None where it is a table, or nothing that a source knows.
+    None if the path is a table, or unknown to all sources.
 
     Raises:
         DataError: If a folder or an archive cannot be read.
@@ -62,7 +62,7 @@ def source_of(place: Path) -> str | None:
     member = Member(str(place), place)
     if member.plain.lower().endswith(".txt"):
         return "sequences" if _holds_sequences(member) else None
-    # A table with a header is a table, whose columns may be chosen; others are known by the names of their files.
+    # A file with a header is a table with columns to choose; other files are recognised by name.
     for page in _sets([member], alone=True):
         if all(layout.events.form.columns for layout in page.layouts if fits(layout, member.plain) is not None):
             return page.name
@@ -80,7 +80,7 @@ def _first_line(member: Member) -> str:
 
 
 def _holds_sequences(member: Member) -> bool:
-    """Whether the first lines are a user and its items, separated by spaces, of users that do not repeat."""
+    """Whether the first lines are a user and its items, separated by spaces, with different users."""
     try:
         with member.open() as stream:
             lines = [stream.readline(_LONGEST).decode("utf-8", "replace").strip() for _ in range(_LINES)]
@@ -95,11 +95,11 @@ def _holds_sequences(member: Member) -> bool:
 
 
 def _sets(members: Sequence[Member], *, alone: bool = False) -> Iterator[Known]:
-    """Yield the published sets whose files these are, the likeliest first.
+    """Yield the published data sets with these files, the most likely first.
 
     Args:
         members: Files of a folder or an archive.
-        alone: Do not look for the file of items.
+        alone: Do not search for the file of items.
     """
     fitting = [
         (_specific(layout, member.plain), page, member)
@@ -125,7 +125,7 @@ def _plain(name: str) -> str:
 
 
 def _specific(layout: Layout, name: str) -> int:
-    """Return how much of a name the best pattern of a set says itself."""
+    """Return the number of literal characters of a data set's best pattern for a file name."""
     return max(len(pattern.replace("*", "")) for pattern in layout.events.files if captured(pattern, name) is not None)
 
 
@@ -137,7 +137,7 @@ def _has_items(layout: Layout, events: Member, members: Sequence[Member]) -> boo
 
 
 def _reads(events: Events, member: Member) -> bool:
-    """Whether a file has the columns of a set: those of its header or first record, or as many where it has none."""
+    """Whether a file has the columns of a data set: in its header or first record, or else as many columns."""
     if events.form.columns:
         named = not any(pattern.startswith("*") for pattern in events.files)
         return named and len(_first_line(member).split(events.form.separator)) == len(events.form.columns)
@@ -153,7 +153,7 @@ def _reads(events: Events, member: Member) -> bool:
 
 
 def _counted(page: Known, member: Member) -> bool:
-    """Whether a file has as many rows as are published of it."""
+    """Whether a file has the published number of rows."""
     counts = page.counts.of(member.plain) if page.counts is not None else None
     if counts is None:
         return False

@@ -1,4 +1,4 @@
-"""Reviews as people wrote them: one category of the Amazon 5-core sets of 2014, with texts, headlines and stars."""
+"""Original reviews: one category of the Amazon 5-core data sets of 2014, with texts, headlines and stars."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ _SCALE = (1.0, 5.0)
 
 
 def amazon_reviews(section: DataSection, *, seed: int) -> Dataset:
-    """Load a file of the 2014 form, one JSON object a line, gzipped or plain.
+    """Load a file in the 2014 format, one JSON object per line, gzipped or plain.
 
-    HTML entities are decoded once. Ratings are stars from 1 to 5, times are by the day, texts are whole reviews;
-    headlines and keyphrases stand in `Dataset.reviews`. Names of reviewers are not read: the split makes pseudonyms.
-    Titles come from ``data.items``, a table with item_id and title; without one the split makes them of training
-    reviews.
+    HTML entities are decoded once. Ratings are stars from 1 to 5, timestamps are days, texts are whole reviews;
+    headlines and keyphrases are stored in `Dataset.reviews`. Names of reviewers are not read: the split makes
+    pseudonyms. Titles come from ``data.items``, a table with item_id and title; without it the split derives them from
+    training reviews.
 
     Raises:
-        DataError: If the file is missing or damaged, or holds a row that cannot be used.
+        DataError: If the file is missing or damaged, or has an invalid row.
     """
     if section.path is None:
         raise DataError(
@@ -87,7 +87,7 @@ def _said(titles: bool) -> str:
 
 
 def _reviews(rows: pl.DataFrame, headlines: pl.DataFrame) -> dict[tuple[str, str], Review]:
-    # Of a pair that stands twice the latest row was kept, and its headline is the one that is written last here.
+    # Of a repeated pair the latest row was kept, and so is its headline, as the last one written here.
     latest = headlines.with_row_index("_row").sort("timestamp", "_row")
     above = {
         (user, item): message for user, item, message in latest.select("user_id", "item_id", "headline").iter_rows()

@@ -1,11 +1,11 @@
-"""Ready-made samples with their own split: train, valid and test files whose rows are a history and a target.
+"""Published samples with their own split: train, valid and test files whose rows are a history and a target.
 
-Each row is one request, with the history that it was published with, and so the figures are those of the papers that
-use the files. A held-out row becomes a user of its own, whose history is shown and never learned from. Training rows
-of one person are put together, so that an interaction is learned from once.
+Each row is one request with its published history, so metrics are comparable with the papers that use the files. A
+held-out row becomes a separate user, whose history is shown but never used for training. Training rows of one person
+are merged, so that each interaction is used once.
 
-Rows of one person are found by their histories: a row continues the one whose history and target it repeats. So a
-person's held-out items can be taken out of the training rows even where these name nobody.
+Rows of one person are found by their histories: a row continues another if its history is the other's history and
+target. A person's held-out items can thus be removed from the training rows even if these name no users.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ class _Row(NamedTuple):
 
 
 def samples(section: DataSection, *, seed: int) -> Dataset:
-    """Load samples; `data.split.kind` must be ``given``.
+    """Load samples; requires `data.split.kind` ``given``.
 
     Raises:
-        DataError: If a file is missing, or holds a row or item that cannot be used.
+        DataError: If a file is missing, or has an invalid row or item.
     """
     check_keys("samples", section)
     if section.split.kind != "given":
@@ -66,7 +66,7 @@ def samples(section: DataSection, *, seed: int) -> Dataset:
             column="data.split.kind",
         )
     members = members_of("samples", section.path)
-    # Where the path names one file, it stands for its folder: all three are needed.
+    # A path of one file stands for its folder: all three files are needed.
     result = {
         part: member_of(members, names, section.path, f"with the columns {_HISTORY} and {_TARGET}")
         for part, names in _PARTS.items()
@@ -130,18 +130,18 @@ def _read(member: Member) -> Iterator[_Row]:
 
 @dataclass
 class _Person:
-    """The rows of one person, part by part, in the order of the files."""
+    """The rows of one person, by part, in file order."""
 
     name: str
     rows: dict[str, list[_Row]] = field(default_factory=lambda: {part: [] for part in _PARTS})
 
 
 def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
-    """Put the rows of each person together, whatever their order in the files, shorter histories first.
+    """Return the rows grouped by person, regardless of the order in the files, shorter histories first.
 
-    People are told apart by their names where training rows have some, and otherwise by what continues what. Histories
-    may be cut to their latest items: the longest one says how many are kept. People with one and the same history
-    cannot be told apart, and need not be.
+    People are identified by user names if training rows have some, and otherwise by rows that continue others.
+    Histories may be cut to their latest items: the longest one gives the limit. People with the same history cannot be
+    told apart, and need not be.
     """
     longest = max(len(row.history) for part_rows in rows.values() for row in part_rows)
     named = any(row.user for row in rows["train"])
@@ -164,14 +164,14 @@ def _follow(rows: Mapping[str, Sequence[_Row]]) -> list[_Person]:
 
 
 def _first_place(person: _Person) -> tuple[int, int]:
-    """Return the part and the line of the first row of a person."""
+    """Return the part and the line of a person's first row."""
     part = next(number for number, part_rows in enumerate(person.rows.values()) if part_rows)
     return part, min(row.line for row in list(person.rows.values())[part])
 
 
 @dataclass
 class _Built:
-    """Interactions in the making: their user, item, file and line, and the users that are held out."""
+    """Interactions under construction: their user, item, file and line, and the held-out users."""
 
     users: list[str] = field(default_factory=list)
     items: list[str] = field(default_factory=list)
@@ -187,14 +187,14 @@ class _Built:
 
 
 def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> int:
-    """Add each person's training events, and return how many are left out as held-out later."""
+    """Add each person's training events, and return the number left out because they are held out later."""
     dropped = 0
     for person in people:
         held = {row.target for part in ("valid", "test") for row in person.rows[part]}
         had: list[str] = []
         for row in person.rows["train"]:
-            # A row that continues what is there adds its target, also where its history is cut; another one, of a
-            # person who is known by name, what it has more.
+            # A row that continues the known events adds its target, even if its history is cut; another row of a person
+            # known by name adds its additional events.
             continues = bool(row.history) and tuple(had[-len(row.history) :]) == row.history
             events = [row.target] if continues else [item for item in (*row.history, row.target) if item not in had]
             kept = [item for item in events if item not in held]
@@ -205,7 +205,7 @@ def _add_training(built: _Built, people: Sequence[_Person], member: Member) -> i
 
 
 def _add_held_out(built: _Built, people: Sequence[_Person], part: str, member: Member) -> frozenset[tuple[str, str]]:
-    """Add held-out rows, each as a user of its own, and return their held-out pairs."""
+    """Add held-out rows, each as a separate user, and return their held-out pairs."""
     pairs = set()
     for person in people:
         for number, row in enumerate(person.rows[part], start=1):

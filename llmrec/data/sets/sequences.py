@@ -1,7 +1,7 @@
-"""Sequences without times: one line a user, its items oldest first, beside a table of items.
+"""Sequences without timestamps: one line per user, its items oldest first, with a table of items.
 
-This is the form of S3-Rec and the systems that evaluate on its files: ``sequences.txt`` with lines such as
-``u1 i7 i3 i9``, and ``items.tsv`` with ``item_id``, ``title`` and further columns; each may be gzipped.
+This is the format of S3-Rec and of systems that use its files: ``sequences.txt`` with lines such as ``u1 i7 i3 i9``,
+and ``items.tsv`` with ``item_id``, ``title`` and further columns; each may be gzipped.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ _PAIR = ["user_id", "item_id"]
 
 
 def sequences(section: DataSection, *, seed: int) -> Dataset:
-    """Load sequences; the order in a line is the order in time.
+    """Load sequences; the order in a line is the time order.
 
     Raises:
-        DataError: If a file is missing, or holds a line or item that cannot be used.
+        DataError: If a file is missing, or has an invalid line or item.
     """
     check_keys("sequences", section)
     members = members_of("sequences", section.path)
@@ -70,7 +70,7 @@ def sequences(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _read(main: Member) -> tuple[pl.DataFrame, list[int]]:
-    """Return one row an interaction, and the line of each."""
+    """Return one row per interaction, and the line of each."""
     with main.open() as stream:
         frames = [_sequences_of(piece) for piece in Pieces(main, stream) if not piece.raw.isspace()]
     if not frames or all(frame.is_empty() for frame in frames):
@@ -109,7 +109,7 @@ def _sequences_of(piece: Piece) -> pl.DataFrame:
 
 
 def check_keys(source: str, section: DataSection) -> None:
-    """Refuse keys that have no meaning for files without interaction columns."""
+    """Reject keys without meaning for files without interaction columns."""
     columns = section.columns
     if columns != Columns(item=columns.item, title=columns.title, fields=columns.fields):
         raise DataError(
@@ -121,7 +121,7 @@ def check_keys(source: str, section: DataSection) -> None:
 
 
 def members_of(source: str, path: str | None) -> list[Member]:
-    """Return the files of the folder or archive that ``data.path`` names, or of the folder around the file it names.
+    """Return the files of the folder or archive of ``data.path``, or of the folder that contains the file it names.
 
     Raises:
         DataError: If there is none.
@@ -152,7 +152,7 @@ def is_file_named(path: str | None) -> bool:
 
 
 def member_of(members: Sequence[Member], names: Sequence[str], path: str | None, what: str) -> Member:
-    """Return the file of one of these names.
+    """Return the file with one of these names.
 
     Raises:
         DataError: If there is none.
@@ -173,27 +173,27 @@ def _first(members: Sequence[Member], names: Sequence[str]) -> Member | None:
 
 
 def items_member(members: Sequence[Member], section: DataSection) -> Member | None:
-    """Return the table of items: the one that ``data.items`` names, or ``items.tsv`` or ``items.csv``."""
+    """Return the table of items: the one of ``data.items``, or ``items.tsv`` or ``items.csv``."""
     if section.items is not None:
         return Member(section.items, user_path(section.items))
     return _first(members, ("items.tsv", "items.csv"))
 
 
 def table_form(member: Member) -> Form:
-    """Return how a table is written, as its ending says."""
+    """Return a table's format, by its ending."""
     return Form(kind="delimited", separator="," if member.plain.lower().endswith(".csv") else "\t", quoted=True)
 
 
 def items_of(
     section: DataSection, item_ids: pl.Series, entries: Member | None, place: Callable[[int], Place]
 ) -> tuple[Mapping[str, Item], tuple[str, ...]]:
-    """Return the entries of items, and notes on what is missing.
+    """Return the entries of items, and notes on missing data.
 
     Args:
         section: The recipe's section.
         item_ids: The item of each interaction.
         entries: The table of items, if there is one.
-        place: Names an interaction in errors.
+        place: Returns the place of an interaction for errors.
 
     Raises:
         DataError: If an item is not in the table, or the table lacks a column.
@@ -240,10 +240,10 @@ def _all_listed(item_ids: pl.Series, known: Iterable[str], entries: Member, plac
 
 
 def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[int], Place]) -> None:
-    """Refuse a user's second interaction with an item, unless the recipe keeps the latest.
+    """Reject a user's second interaction with an item, unless the recipe keeps the latest.
 
     Raises:
-        DataError: Naming the first one.
+        DataError: With the place of the first one.
     """
     if section.duplicates != "error":
         return
@@ -259,7 +259,7 @@ def refuse_repeats(section: DataSection, frame: pl.DataFrame, place: Callable[[i
 
 
 def name_of(main: Member, usual: str) -> str:
-    """Return a short name: that of the file, or of what it lies in where the file has its usual name."""
+    """Return a short name: that of the file, or that of its folder or archive if the file has its usual name."""
     stem = main.plain.split(".")[0]
     around = Path(main.folder if main.inner is None else main.path.stem).name
     return (around or stem) if stem == usual else stem

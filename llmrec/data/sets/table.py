@@ -1,7 +1,7 @@
-"""Tables of the user's own, and explanations with profile texts; `load` is the door to every source.
+"""Loads users' own tables, and explanations with profile texts; `load` is the entry point of all sources.
 
-A source is one entry of `llmrec.registry.SOURCES`. Explanations are in the form of XRec (Ma et al., EMNLP Findings
-2024), which has a language model write the profiles and explanations from real reviews.
+A source is an entry of `llmrec.registry.SOURCES`. Explanations have the format of XRec (Ma et al., EMNLP Findings
+2024), in which a language model writes the profiles and explanations from real reviews.
 """
 
 from __future__ import annotations
@@ -48,24 +48,24 @@ SPELLED: Mapping[str, str] = {
     **dict.fromkeys(("valid", "validation", "val", "dev"), "valid"),
     "test": "test",
 }
-"""What a column of parts may say, in lower case, and the part that it means."""
+"""Values of a column of parts, in lower case, and the parts that they mean."""
 _KEY = "data.columns.split"
 
 
 def part_of(said: str) -> str | None:
-    """Return the part that a cell names, in any spelling; None if it names none."""
+    """Return the part that a cell names, in any spelling; None if it is unknown."""
     return SPELLED.get(said.strip().lower())
 
 
 def parts_of(section: DataSection, table: Table) -> pl.Series | None:
-    """Return the part of every row, as its place in `PARTS`; None unless the split is the source's own.
+    """Return the index of every row's part in `PARTS`; None unless the split is given by the source.
 
     Args:
         section: The recipe's section.
-        table: Its table, the files of the parts one behind the other.
+        table: Its table, with the files of the parts concatenated.
 
     Raises:
-        DataError: If nothing says what is held out, a value is no part, or no row is of the training or the test part.
+        DataError: If nothing defines the held-out rows, a value is not a part, or training or test has no rows.
     """
     if section.split.kind != "given":
         return None
@@ -112,11 +112,11 @@ def _all_parts(table: Table, column: str, found: pl.Series) -> None:
 
 
 def told(parts: pl.Series, frame: pl.DataFrame) -> dict[str, str]:
-    """Return what the provenance says of the parts, after a warning where their times overlap.
+    """Return the provenance entries about the parts, after a warning if their times overlap.
 
     Args:
-        parts: From `parts_of`.
-        frame: The interactions, with ``user_id`` and, if there are times, ``timestamp``.
+        parts: The result of `parts_of`.
+        frame: The interactions, with ``user_id`` and, if available, ``timestamp``.
     """
     sizes = ", ".join(f"{name} {int((parts == index).sum())}" for index, name in enumerate(PARTS))
     notes = []
@@ -137,11 +137,11 @@ def load(section: DataSection, *, seed: int) -> Dataset:
 
     Args:
         section: The recipe's ``data`` or ``reviews``.
-        seed: The run's seed; only sources that draw something use it.
+        seed: The run's seed, used only by sources with random choices.
 
     Raises:
-        RecipeError: If there is no such source, or its page is wrong.
-        DataError: If the data or documents are missing or malformed, or the filters leave less than 2 items.
+        RecipeError: If the source is missing, or its description is invalid.
+        DataError: If the data or documents are missing or malformed, or the filters leave fewer than 2 items.
     """
     source = published if is_page(section.source) else lookup(SOURCES, section.source, "data source", key="data.source")
     section = located(section)
@@ -172,7 +172,7 @@ def load(section: DataSection, *, seed: int) -> Dataset:
 
 
 def located(section: DataSection) -> DataSection:
-    """Return a section whose paths are where the data lies: its own, or those under the folder of LLMREC_DATA."""
+    """Return a section whose paths exist: its own, or those under the folder LLMREC_DATA."""
     folder = os.environ.get("LLMREC_DATA")
     if not folder:
         return section
@@ -194,13 +194,13 @@ def _fits(pattern: Path) -> bool:
 
 
 def table(section: DataSection, *, seed: int) -> Dataset:
-    """Load a CSV, TSV, JSON Lines or Parquet table, or a dataset from the Hugging Face hub.
+    """Load a CSV, TSV, JSON Lines or Parquet table, or a data set from the Hugging Face hub.
 
-    With ``data.split.kind: given`` a column of the table, or one file a part, says what is held out.
+    With ``data.split.kind: given``, a column of the table, or one file per part, defines what is held out.
 
     Raises:
         DataError: If a file, column or row cannot be used; the message names it.
-        MissingExtra: If a hub dataset is asked for and ``datasets`` is not installed.
+        MissingExtra: If a hub data set is requested and ``datasets`` is not installed.
     """
     main = _main(section)
     columns = section.columns
@@ -246,7 +246,7 @@ def table(section: DataSection, *, seed: int) -> Dataset:
 
 
 def _main(section: DataSection) -> Table:
-    """Read the rows of interactions that are kept, of one table or of the files of its parts as one."""
+    """Return the interaction rows that the recipe keeps, of one table or of the concatenated files of the parts."""
     if section.files is not None:
         named = [path for part in PARTS if (path := getattr(section.files, part)) is not None]
         return joined([_rows(path, section) for path in named])
@@ -288,7 +288,7 @@ def _named(columns: Columns) -> tuple[str | None, ...]:
 
 
 def _wanted(columns: Columns) -> dict[str, Kind]:
-    """Return what is read of a table: nothing of the columns that no key names and that have no name of ours."""
+    """Return the columns to read: those that a key names or that have a default name."""
     fields: dict[str, Kind] = dict.fromkeys((*columns.fields, *columns.user_fields), "id")
     return fields | {
         columns.user or "user_id": "id",
@@ -302,7 +302,7 @@ def _wanted(columns: Columns) -> dict[str, Kind]:
 
 
 def _name(section: DataSection) -> str:
-    """Return what the data is called: a hub's name, the file without its ending, or the folder of several files."""
+    """Return the name of the data: the hub's, the file's without its ending, or the folder's for several files."""
     path = section.path or (section.files.train if section.files else "")
     path = split_sheet(Path(path))[0].name if not is_database(path) and "#" in path else path
     if is_hub(path):
@@ -319,13 +319,13 @@ _COLUMNS = ("uid", "iid", "title", "user_summary", "item_summary", "explanation"
 
 
 def explanations(section: DataSection, *, seed: int) -> Dataset:
-    """Load a JSON Lines file, gzipped or plain, of rows with the keys of `_COLUMNS`.
+    """Load a JSON Lines file, gzipped or plain, with the keys of `_COLUMNS`.
 
-    Texts are the explanations; what is said of an item is its field ``about``, what is said of a user the profile
-    ``taste``. There are no ratings and no times, so the order of the file is the order in time.
+    Texts are the explanations; the text about an item is its field ``about``, that about a user the profile ``taste``.
+    There are no ratings and no timestamps, so file order is time order.
 
     Raises:
-        DataError: If the file is missing or damaged, a key is not there, or a row cannot be used.
+        DataError: If the file is missing or damaged, a key is missing, or a row is invalid.
     """
     if section.path is None:
         raise DataError(
@@ -383,12 +383,12 @@ def explanations(section: DataSection, *, seed: int) -> Dataset:
 
 
 def made_reviews(section: DataSection, *, seed: int) -> Dataset:
-    """Load the shipped table of synthetic reviews: 120 users, 40 products, about 1,400 reviews with texts.
+    """Load the included table of synthetic reviews: 120 users, 40 products, about 1,400 reviews with texts.
 
-    Products carry ``category``, ``brand`` and ``price``.
+    Products have ``category``, ``brand`` and ``price``.
 
     Raises:
-        DataError: If the recipe gives it a path or columns, which it has by itself.
+        DataError: If the recipe sets a path or columns, which this source defines itself.
     """
     if section.path is not None or section.items is not None or section.columns != Columns():
         raise DataError(
