@@ -63,17 +63,17 @@ def checked(extension: str, folder: Path) -> str | None:
             shutil.rmtree(folder / home / name, ignore_errors=True)
         # A contract may not forbid what is not there.
         settings.write_text(re.sub(rf', "llmrec\.{name}"|"llmrec\.{name}", ', "", settings.read_text()))
-    python = [sys.executable, "-m"]
+    programs = Path(sys.executable).parent
     ignored = [f"--ignore={name}" for name in WHOLE]
     for file in sorted((folder / "tests").rglob("*.py")):
         if OF_EVAL.search(file.read_text(encoding="utf-8")):
             ignored.append(f"--ignore={file.relative_to(folder)}")
     commands = (
         [sys.executable, "-c", IMPORTS],
-        [*python, "llmrec", "--help"],
-        [str(Path(sys.executable).with_name("lint-imports"))],
-        [*python, "pytest", "-q", "--collect-only", *ignored],
-        [*python, "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", "not reference"],
+        [sys.executable, "-m", "llmrec", "--help"],
+        [str(programs / "lint-imports")],
+        [str(programs / "pytest"), "-q", "--collect-only", *ignored],
+        [str(programs / "pytest"), "-q", "-p", "no:cacheprovider", *TESTS, "-k", "not reference"],
     )
     for command in commands:
         done = subprocess.run(

@@ -55,7 +55,7 @@ def test_every_command_has_them_once() -> None:
     root = get_command(cli.app)
     context = typer.Context(root)  # type: ignore[arg-type]
     found = dict(commands(root, context))
-    assert {"run", "check", "rank", "serve", "features show"} <= set(found)
+    assert {"run", "check", "rank", "features show"} <= set(found)
     for name, command in found.items():
         names = [option for param in command.get_params(context) for option in param.opts]
         for option in ("--json", "-v", "-q", "--log-level"):
