@@ -190,6 +190,7 @@ def breaches() -> tuple[list[str], str]:
     if written != checked:
         problems.append("docs/design.md: its layers are not those of pyproject.toml")
     problems += [f"import circle: {', '.join(group)}" for group in circles(graph)]
+    problems += [f"folder circle: {', '.join(group)}" for group in circles(folder_graph(graph, known))]
     return problems, f"{len(known)} modules, {lines} lines"
 
 

@@ -23,7 +23,6 @@ import torch
 
 from eval.benchmarks.timing import alternated
 from llmrec.backends.hf.backend import HFBackend
-from llmrec.backends.segments import Lower
 from llmrec.durable import write_json
 from llmrec.machine import command_line, machine, versions
 from llmrec.models.load import load_model, resolve
@@ -31,6 +30,7 @@ from llmrec.pipeline.study import build_study, encoder_of
 from llmrec.recipe.load import load_recipe
 from llmrec.systems.m6.compress.compress import opened
 from llmrec.systems.m6.late import Late, LateInteraction
+from llmrec.systems.m6.segments import Lower
 from llmrec.types import Request
 
 RECIPE = "recipes/movielens-100k/yes-no.yaml"

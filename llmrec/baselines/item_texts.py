@@ -176,8 +176,8 @@ def opened(data: SplitDataset, folder: str, kind: FeatureKind) -> FeatureStore:
         raise DataError.at(
             folder,
             "leak",
-            f": texts of {PLURALS[kind]} have seen {len(leaked)} held-out interactions, such as user {user!r} with item "
-            f"{item!r}; write them from the training part of this split",
+            f": texts of {PLURALS[kind]} have seen {len(leaked)} held-out interactions, such as user {user!r} with "
+            f"item {item!r}; write them from the training part of this split",
         )
     return store
 

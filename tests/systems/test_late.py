@@ -11,8 +11,6 @@ import polars as pl
 import pytest
 import torch
 
-from llmrec.backends import segments
-from llmrec.backends.segments import Lower, Part
 from llmrec.baselines.fits import Storable, fit_key
 from llmrec.data.dataset import Dataset, conform
 from llmrec.data.features import FeatureStore, writing
@@ -20,7 +18,9 @@ from llmrec.data.split import SplitDataset, split
 from llmrec.errors import ModelError, RecipeError
 from llmrec.models.load import load_model
 from llmrec.recipe.schema import ModelSection, Split
+from llmrec.systems.m6 import segments
 from llmrec.systems.m6.late import CANDIDATE, LateInteraction
+from llmrec.systems.m6.segments import Lower, Part
 from llmrec.types import Item, Probability, Request, Unparsed
 from tests.conftest import make_model, make_tokenizer
 from tests.contracts.test_predictors import _split

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.backends.segments import Lower, Part
 from llmrec.baselines.base import AboveZero, Baseline
 from llmrec.baselines.neural import put_back, weights_of
 from llmrec.baselines.yes_no import LikeRatioConfig
@@ -19,6 +18,7 @@ from llmrec.models.load import cpu_has_bf16, resolve
 from llmrec.progress import Bar
 from llmrec.recipe.schema import Depth, ModelSection, Positive
 from llmrec.results import Reads
+from llmrec.systems.m6.segments import Lower, Part
 from llmrec.types import Answer, Event, Item, Probability, Request, Unparsed
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 from pydantic import Field
 
-from llmrec.backends.end_states import EndStates, end_states
 from llmrec.baselines.base import AboveZero, Catalogue, Log
 from llmrec.baselines.item_texts import WHITENINGS, Turned, refuse_unpretrained, texts_of, unit
 from llmrec.baselines.matcher import TextTowers, Towers, TowersConfig, turn
 from llmrec.baselines.neural import info_nce, pieces_of
 from llmrec.errors import require
 from llmrec.recipe.schema import Depth, Positive
+from llmrec.systems.m6.end_states import EndStates, end_states
 
 if TYPE_CHECKING:
     import torch
