@@ -1,1 +1,1 @@
-"""Evaluation: a predictor and cases in, figures out."""
+"""Evaluation of predictors on cases."""

@@ -1,7 +1,7 @@
-"""Ranks the whole catalogue for every request: scores in batches -> where each target stands -> figures.
+"""Full ranking: scores the whole catalogue in batches, finds the rank of each target, and computes figures.
 
-One comparison of each batch with its targets' scores serves both conventions about the history: what stands above a
-target with seen items excluded is what stands above it with all items, less the seen items that do.
+One comparison of each batch with its targets' scores serves both conventions about the history: the items above a
+target with seen items excluded are those above it among all items, without the seen ones.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ BOTH: tuple[Seen, ...] = ("excluded", "included")
 
 
 def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
-    """Return what says whether items of the history can be ranked.
+    """Return the conventions about whether items of the history can be ranked.
 
     Raises:
         ValueError: If a name is neither ``excluded`` nor ``included``.
@@ -44,22 +44,22 @@ def conventions(names: Sequence[str]) -> tuple[Seen, ...]:
     return result
 
 
-# Cells of a batch of scores: 64 MB of float64, and about three times that while its lists are cut out.
+# Cells of a batch of scores: 64 MB of float64, and about three times that while its lists are made.
 _CELLS = 1 << 23
-# Cells that stay in a processor's cache through the passes that cut out lists.
+# Cells that fit into the processor's cache while lists are made.
 _CACHED = 1 << 17
 
 
 @dataclass(frozen=True, slots=True)
 class Standings:
-    """Where the target of each request stands in the ranking of the catalogue.
+    """The standing of each request's target in the ranking of the catalogue.
 
     Attributes:
         greater: Items with a strictly higher score, shape (n,); the pool's size for a target outside the catalogue.
-        tied: Items with the target's score, the target included, shape (n,); 0 for a target outside the catalogue.
-        pool: Items that could be ranked, shape (n,).
-        lists: The first items as numbers of ``scorer.items``, best first, -1 where there are fewer, shape (n, k).
-        scores: Their scores, NaN where there is no item, shape (n, k).
+        tied: Items with the target's score, including the target, shape (n,); 0 for a target outside the catalogue.
+        pool: Number of rankable items, shape (n,).
+        lists: The first items as indices into ``scorer.items``, best first, padded with -1, shape (n, k).
+        scores: Their scores, padded with NaN, shape (n, k).
     """
 
     greater: NDArray[np.int64]
@@ -79,25 +79,25 @@ def rank_catalogue(
     seed: int = 0,
     progress: Callable[[int], None] | None = None,
 ) -> Mapping[str, Standings]:
-    """Rank every item for every case, candidates or not.
+    """Rank every item of the catalogue for every case, whatever its candidates.
 
     With ``excluded``, items of a request's history cannot be ranked; its target always can, since a repeated item may
     be the truth. With ``included``, all items can.
 
     Args:
-        scorer: Scores the catalogue; float32 scores are compared as they are.
+        scorer: Scores the catalogue; float32 scores are compared unchanged.
         cases: Requests with an item as truth.
-        cutoffs: Lists are as long as the largest; none gives lists without items, which saves half of the time.
+        cutoffs: The largest is the length of lists; without any, lists are empty, which saves half of the time.
         seen: Which conventions to return.
-        batch: Requests scored at a time; by default as many as 64 MB of scores hold.
-        seed: Decides which of equally scored items a list shows, by request and item: no order of anything can move it.
-        progress: Is told how many more requests are done.
+        batch: Requests scored at a time; by default as many as fit into 64 MB of scores.
+        seed: Breaks ties in lists by request and item, independent of any order.
+        progress: Called with the number of further requests done.
 
     Returns:
         Standings by convention.
 
     Raises:
-        LlmrecError: If there are no cases, or scores are not finite or not one a request and item.
+        LlmrecError: If there are no cases, or scores are not finite or not one per request and item.
     """
     if not cases:
         raise LlmrecError("there is no case to rank; lower the filters or choose another split", kind="empty")
@@ -134,19 +134,20 @@ def evaluate_catalogue(
     batch: int | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> dict[str, Evaluated]:
-    """Rank the catalogue and measure, in the form that `evaluate` gives.
+    """Evaluate a scorer by full ranking, with results as those of `evaluate`.
 
     Args:
         scorer: A fitted baseline, or anything that scores the catalogue.
-        cases: Requests with an item as truth; candidates are not looked at.
-        protocol: See `EvalProtocol`; its candidates become ``full``, and its users, if unsaid, their number.
+        cases: Requests with an item as truth; candidates are ignored.
+        protocol: See `EvalProtocol`; its candidates become ``full``, and its users, if None, their number.
         seen: Which conventions to measure.
-        background: What list metrics need, see `llmrec.evaluate.lists`; None leaves them out.
+        background: Inputs of list metrics, see `llmrec.evaluate.lists`; None omits these metrics.
         batch: See `rank_catalogue`.
         progress: See `rank_catalogue`.
 
     Returns:
-        Figures, per-request values and records by convention. The seconds are those of the one pass for all of them.
+        Figures, per-request values and records by convention. The seconds are those of the single pass for all
+        conventions.
 
     Raises:
         LlmrecError: See `rank_catalogue`; also if the scorer's catalogue is not the protocol's.
@@ -170,7 +171,7 @@ def evaluate_catalogue(
 
 
 def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
-    """Return a protocol as full ranking signs it: all candidates, and the number of users unless it says which."""
+    """Return the protocol of a full ranking: all candidates, and the number of users unless given."""
     users = protocol.users or str(len({case.request.user_id for case in cases}))
     return replace(protocol, candidates="full", users=users)
 
@@ -180,7 +181,7 @@ def whole(protocol: EvalProtocol, cases: Sequence[Case]) -> EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class _Place:
-    """The seen items of a batch without the targets, one entry a (request, item)."""
+    """The seen items of a batch without the targets, one entry per (request, item)."""
 
     rows: NDArray[np.int64]
     columns: NDArray[np.int64]
@@ -253,7 +254,7 @@ def _standings(
 def _top(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> tuple[NDArray[np.int32], NDArray[np.float64]]:
-    """Return the first items of each row, equal scores in the order of a hash of request and item."""
+    """Return the top items of each row, with ties ordered by a hash of request and item."""
     n, items = scores.shape
     if length == 0:
         return np.empty((n, 0), dtype=np.int32), np.empty((n, 0))
@@ -270,9 +271,9 @@ def _top(
 def _by_hash(
     scores: NDArray[Any], length: int, row_hash: NDArray[np.uint64], item_hash: NDArray[np.uint64]
 ) -> NDArray[np.int64]:
-    """Return the first items of each row in any order; which of those with the last one's score, says the hash.
+    """Return the top items of each row in any order; the hash decides among ties at the cut-off.
 
-    A partition alone would choose among them by their position.
+    A plain partition would choose among ties by position.
     """
     n, items = scores.shape
     border = np.partition(scores, items - length, axis=1)[:, items - length]

@@ -1,4 +1,4 @@
-"""Compares rows over the same users: planned comparisons, tested as one family, and exploratory ones, which are not."""
+"""Compares rows over the same users: planned comparisons, tested as one family, and untested exploratory ones."""
 
 from __future__ import annotations
 
@@ -29,18 +29,18 @@ from llmrec.results import Figure, Pair, Verdict
 if TYPE_CHECKING:
     from llmrec.metrics.stats import Statistic
 
-# Differences of less are rounding.
+# Smaller differences are rounding errors.
 _DUST = 1e-12
 
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """A row as comparisons need it.
+    """The data of a row for comparisons.
 
     Attributes:
-        name: Of the row.
-        value: Its figure; a row whose figure is not defined, None, is compared with none.
-        values: Its values as `compare` takes them.
+        name: Name of the row.
+        value: Its figure; None if undefined, and the row is then not compared.
+        values: Its values, as for `compare`.
     """
 
     name: str
@@ -50,7 +50,7 @@ class Standing:
 
 @dataclass(frozen=True, slots=True)
 class Contrast:
-    """Two rows that are to be compared, a less b, on one metric over the same requests of ``users``."""
+    """Two rows to be compared, a − b, on one metric over the same requests of ``users``."""
 
     metric: str
     a: Standing
@@ -62,11 +62,11 @@ class Contrast:
         return sampled(self.metric, self.a.values, self.b.values, self.users, resamples=resamples, seed=seed)
 
     def detectable(self, found: Sampled, comparisons: int) -> float | None:
-        """Return the smallest true difference that would be found in 80 of 100 repetitions.
+        """Return the smallest true difference that is detected with a power of 80 %.
 
         Args:
-            found: What `sampled` gives; the standard error of a metric that is no mean is that of the resamples.
-            comparisons: How many are corrected together.
+            found: The result of `sampled`; its resamples give the standard error of a metric that is not a mean.
+            comparisons: Number of comparisons corrected together.
         """
         if not _is_mean(self.metric):
             error = float(np.std(found.draws, ddof=1)) if len(found.draws) > 1 else 0.0
@@ -80,10 +80,10 @@ class Plan:
     """The comparisons of one table.
 
     Attributes:
-        metric: What its rows are compared by.
-        planned: What was planned beforehand.
-        described: What was not: exploratory.
-        partial: What was planned on some of the requests; the sentence on detectable differences leaves it out.
+        metric: The metric of the comparisons.
+        planned: Comparisons planned beforehand.
+        described: Exploratory comparisons.
+        partial: Planned comparisons on some of the requests; the sentence on detectable differences omits them.
     """
 
     metric: str
@@ -94,7 +94,7 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Comparisons:
-    """The results of a `Plan`, in its order, and what its comparisons could have detected."""
+    """The results of a `Plan`, in its order, and its detectable differences."""
 
     planned: Sequence[Pair]
     described: Sequence[Pair]
@@ -103,13 +103,13 @@ class Comparisons:
 
 
 def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, more: int = 0) -> list[Comparisons]:
-    """Test the planned comparisons of all tables as one family, and describe the others.
+    """Test the planned comparisons of all tables as one family, and estimate the exploratory ones.
 
     Args:
         tables: The comparisons of each table.
         resamples: See `planned`.
-        seed: Seeds the resamples.
-        more: Further planned comparisons whose rows have not been run.
+        seed: Seed of the resamples.
+        more: Number of planned comparisons whose rows were not run.
     """
     family = [contrast for table in tables for contrast in (*table.planned, *table.partial)]
     tested = iter(planned(family, resamples=resamples, seed=seed, more=more))
@@ -117,7 +117,7 @@ def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, mor
     for table in tables:
         own, partial = ([next(tested) for _ in contrasts] for contrasts in (table.planned, table.partial))
         described = exploratory(table.described, resamples=resamples, seed=seed)
-        # Rows may have been measured on different numbers of users.
+        # The rows may have different numbers of users.
         groups: dict[int, list[Pair]] = {}
         for contrast, pair in zip((*table.planned, *table.described), (*own, *described), strict=True):
             groups.setdefault(len(set(contrast.users)), []).append(pair)
@@ -129,16 +129,16 @@ def compare_tables(tables: Sequence[Plan], *, resamples: int, seed: int = 0, mor
 
 
 def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, more: int = 0) -> list[Pair]:
-    """Test what was planned beforehand as one family, whatever tables its rows stand in.
+    """Test the planned comparisons of all tables as one family.
 
     p-values are Holm-adjusted over all of them, and each interval is at the level of its own Holm step, so that it
-    leaves out 0 exactly if the adjusted p is at most .05; see `llmrec.metrics.significance.decide`.
+    excludes 0 exactly if the adjusted p is at most .05; see `llmrec.metrics.significance.decide`.
 
     Args:
         contrasts: All planned comparisons of a file.
-        resamples: The number asked for; the smallest level of the family may need more.
-        seed: Seeds them.
-        more: Further planned comparisons whose rows have not been run.
+        resamples: Minimum number; the smallest level of the family may need more.
+        seed: Seed of the resamples.
+        more: Number of planned comparisons whose rows were not run.
     """
     size = len(contrasts) + more
     results = [contrast.sampled(resamples=enough(resamples, size), seed=seed) for contrast in contrasts]
@@ -160,7 +160,7 @@ def planned(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0, mor
 
 
 def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0) -> list[Pair]:
-    """Describe differences that nobody planned: each with an unadjusted 95 % interval, without p and verdict."""
+    """Return exploratory differences, each with an unadjusted 95 % interval, without p and verdict."""
     pairs = []
     for contrast in contrasts:
         drawn = contrast.sampled(resamples=resamples, seed=seed)
@@ -179,13 +179,13 @@ def exploratory(contrasts: Sequence[Contrast], *, resamples: int, seed: int = 0)
 
 
 def reach(metric: str, pairs: Sequence[Pair], *, users: int, comparisons: int) -> str:
-    """Say what the comparisons of one table could have shown: the planned ones, and those that are exploratory.
+    """Return a sentence on the detectable differences of a table's planned and exploratory comparisons.
 
     Args:
-        metric: What the rows of the table are compared by.
+        metric: The metric that the rows of the table are compared by.
         pairs: Its comparisons of both kinds.
         users: Number of users.
-        comparisons: How many planned comparisons the file holds.
+        comparisons: Number of planned comparisons of the file.
     """
     lines = []
     for many in dict.fromkeys((comparisons, 0)):
@@ -209,7 +209,7 @@ def compare(
     resamples: int,
     seed: int,
 ) -> Difference:
-    """Compare two rows by themselves, with an unadjusted 95 % interval; see `sampled`."""
+    """Compare two rows with an unadjusted 95 % interval; see `sampled`."""
     return sampled(metric, a, b, users, resamples=resamples, seed=seed).at()
 
 
@@ -222,25 +222,25 @@ def sampled(
     resamples: int,
     seed: int,
 ) -> Sampled:
-    """Pair two rows over the same requests of ``users``, a less b.
+    """Return the paired difference of two rows over the same requests of ``users``, a − b.
 
     Means are compared by flipping signs over users, see `significance`: RMSE as a root mean of squared errors, GAUC
-    over the users who have both classes. AUC is no mean and gets the paired bootstrap.
+    over the users with both classes. AUC is not a mean and gets the paired bootstrap.
 
-    A row may have been made with several seeds. Values are averaged over them first; of metrics that are no means of a
-    request's values, the figures are: the AUC of averaged probabilities would be that of an ensemble.
+    A row may have several seeds. Values are averaged over them first; for metrics that are not means of a request's
+    values the figures are averaged: the AUC of averaged probabilities would be that of an ensemble.
 
     Args:
         metric: Name of the metric.
-        a: Values of the first row as `Evaluated.values` has them, shape (n,), or (seeds, n). For metrics that are no
-            means over requests these are the probabilities, with a minus sign (also before 0) where the truth is no.
+        a: Values of the first row from `Evaluated.values`, shape (n,) or (seeds, n). For metrics that are not means
+            over requests these are probabilities, with a minus sign (also for 0) where the truth is no.
         b: Values of the second row.
-        users: Whose request each value is.
+        users: The user of each request.
         resamples: Number of resamples.
-        seed: Seeds them.
+        seed: Seed of the resamples.
 
     Raises:
-        LlmrecError: If rows of probabilities have different truths, or the metric is not defined for one.
+        LlmrecError: If rows of probabilities have different truths, or the metric is undefined for one.
     """
     if not _is_mean(metric):
         truth = _truth(metric, *np.atleast_2d(a), *np.atleast_2d(b))
@@ -251,7 +251,7 @@ def sampled(
 
 
 def is_by_request(metric: str) -> bool:
-    """Whether a figure is a mean over requests, so that values of several seeds can be averaged first."""
+    """Return whether a metric is a mean over requests, so that values can be averaged over seeds first."""
     entry = metric_of(metric)
     return entry is None or entry.unit == "request"
 
@@ -264,11 +264,11 @@ def _is_mean(metric: str) -> bool:
 def _means(
     metric: str, a: NDArray[np.float64], b: NDArray[np.float64], users: Sequence[str]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64], Sequence[str] | None]:
-    """Return the values of two rows, averaged over seeds, and whose they are; or one for each user."""
+    """Return the values of two rows, averaged over seeds, with their users; or one value per user."""
     left, right = np.atleast_2d(a), np.atleast_2d(b)
     if is_by_request(metric):
         first, second = left.mean(axis=0), right.mean(axis=0)
-        # Means of the same numbers over one and over three seeds differ in their last digit.
+        # Means of equal numbers over one and over three seeds differ in the last digit.
         return first, np.where(np.abs(first - second) < _DUST, first, second), users
     truth = _truth(metric, *left, *right)
     of_users = ([_again(metric, row, truth, users) for row in seeds] for seeds in (left, right))
@@ -277,7 +277,7 @@ def _means(
 
 
 def _again(metric: str, values: NDArray[np.float64], truth: NDArray[np.bool_], users: Sequence[str]) -> Taken:
-    """Take a metric of probabilities again from the values of a row."""
+    """Recompute a metric of probabilities from the values of a row."""
     entry = metric_of(metric)
     assert entry is not None
     inputs = {"probabilities": np.abs(values), "labels": truth, "owners": users}
@@ -297,7 +297,7 @@ def _statistics(
 
 
 def _truth(metric: str, *rows: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return the truths that rows hold in the signs of their values."""
+    """Return the truths, which rows encode in the signs of their values."""
     truth: NDArray[np.bool_] = ~np.signbit(rows[0])
     if any(not np.array_equal(truth, ~np.signbit(row)) for row in rows):
         raise LlmrecError(f"{metric}: the two rows have different truths, so they cannot be paired", kind="mismatch")
@@ -312,19 +312,18 @@ def over_runs(
     users: Sequence[str],
     resamples: int,
 ) -> Figure:
-    """Average a figure over training seeds: an interval covers the choice of users, ``sd`` is the seeds' own spread.
+    """Average a figure over training seeds; the interval is over users, ``sd`` over seeds.
 
     Args:
-        figures: One a seed.
-        values: Values of the requests of each seed as `Evaluated.values` has them: users are resampled, and each
-            resample is measured with all seeds. Without them the interval is the mean of the seeds' intervals, which is
-            wider.
+        figures: One per seed.
+        values: Request values of each seed from `Evaluated.values`; users are resampled, jointly for all seeds.
+            Without them the interval is the mean of the seeds' intervals, which is wider.
         metric: Name of the metric.
-        users: Whose request each value is.
+        users: The user of each request.
         resamples: Number of resamples.
 
     Returns:
-        The signature of the first one, or of the first that is not defined, with its reason.
+        The average, with the signature of the first figure; or the first undefined figure with its reason.
     """
     result = next((figure for figure in figures if figure.value is None), figures[0])
     if len(figures) == 1:
@@ -350,7 +349,7 @@ def over_runs(
 
 
 def _interval(metric: str, seeds: Sequence[NDArray[np.float64]], users: Sequence[str], resamples: int) -> Interval:
-    """Return the interval of a figure that is averaged over seeds, as that of a single seed is made."""
+    """Return the interval of a figure averaged over seeds, by the method for a single seed."""
     values, owners = np.array(seeds, dtype=np.float64), list(users)
     if not _is_mean(metric):
         statistic = mean_of(_statistics(metric, values, _truth(metric, *values), users))

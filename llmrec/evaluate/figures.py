@@ -1,4 +1,4 @@
-"""What makes figures comparable, and one figure from per-request values: a mean with its interval and signature."""
+"""Evaluation protocols, and figures from per-request values: means with intervals and signatures."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from llmrec.results import Metric
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EvalProtocol:
-    """What makes figures comparable; it is written into every signature.
+    """The evaluation protocol, which is part of every signature.
 
     Attributes:
         split: Kind of split.
         candidates: Such as ``"uniform-20"``, or ``"full"``.
         cutoffs: Ranks at which HR and NDCG are cut.
         resamples: Bootstrap samples over users.
-        seed: Seeds the bootstrap.
-        catalogue: Number of items, the pool where a request has no candidates.
-        users: Which or how many users were evaluated, for the signatures; None leaves it unsaid.
-        liked: Lowest rating that counts as liked, for the AUC of ratings; None: that figure is not taken.
+        seed: Seed of the bootstrap.
+        catalogue: Number of items, the pool of requests without candidates.
+        users: Which or how many users were evaluated, for the signatures; None to omit it.
+        liked: Lowest rating that counts as liked, for the AUC of ratings; None omits that metric.
     """
 
     split: str
@@ -46,10 +46,10 @@ class EvalProtocol:
         """Return a metric's signature.
 
         Args:
-            metric: Its name.
+            metric: The metric's name.
             seen: ``excluded`` or ``included``, see `signature`.
-            slice: Which cases the figure is over; None for all.
-            how: What else sets the figure apart.
+            slice: The cases of the figure; None for all.
+            how: Further details of the figure.
         """
         return signature(
             metric,
@@ -65,7 +65,7 @@ class EvalProtocol:
 
 @dataclass(frozen=True, slots=True)
 class Measurements:
-    """Figures by metric, and the per-request values by which rows are compared, shape (n,) each."""
+    """Figures by metric, and the per-request values for comparisons of rows, shape (n,) each."""
 
     metrics: dict[str, Metric] = field(default_factory=dict)
     values: dict[str, NDArray[np.float64]] = field(default_factory=dict)
@@ -81,15 +81,15 @@ def measure(
     full: bool = False,
     seen: str = "excluded",
 ) -> Measurements:
-    """Take every metric of a kind that its inputs are there for; see `llmrec.entries.MetricEntry`.
+    """Compute every metric of a kind whose inputs are available; see `llmrec.entries.MetricEntry`.
 
     Args:
-        kind: What is measured.
-        inputs: Arguments of the functions of metrics by name; None where there is none.
-        users: Whose request each value is.
-        protocol: What figures are signed with.
-        cutoffs: Of metrics that are cut.
-        full: Take the metrics of full ranking, and no others.
+        kind: The kind of metrics.
+        inputs: Arguments of the metric functions by name; None if unavailable.
+        users: The user of each request.
+        protocol: The protocol, for signatures.
+        cutoffs: Cut-offs of metrics that have them.
+        full: Compute only the metrics of full ranking.
         seen: ``excluded`` or ``included``, see `signature`.
     """
     entries = {name: entry for name, entry in METRICS.items() if entry.kind == kind and entry.full == full}
@@ -116,7 +116,7 @@ def measure(
 
 
 def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken | None:
-    """Call a metric's function; None where an input is missing, or it is not for rankings with one relevant item."""
+    """Return the result of a metric's function; None if an input is missing or it needs several relevant items."""
     if not entry.function:
         return None
     function = attribute(entry.function)
@@ -137,7 +137,7 @@ def taken(name: str, entry: MetricEntry, inputs: Mapping[str, object]) -> Taken 
 
 
 def statistic_of(metric: str) -> StatisticName:
-    """Return how a metric's figure comes from per-request values."""
+    """Return the statistic that gives a metric's figure from per-request values."""
     entry = metric_of(metric)
     return "root_mean" if entry is not None and entry.root else "mean"
 
@@ -163,7 +163,7 @@ def mean_figure(
 
 
 def figure(value: float | None, low: float | None, high: float | None, signature: str, undefined: str = "") -> Metric:
-    """Return one metric; where it is not defined, the reason in place of a number."""
+    """Return the figure of a metric, or the reason why it is undefined."""
     if value is None:
         return Metric(value=None, low=low, high=high, signature=signature, undefined=undefined)
     return Metric(value=value, low=low, high=high, signature=signature)

@@ -1,4 +1,4 @@
-"""List metrics of one row: what they need from the training data, and their figures beside the accuracy of the row."""
+"""List metrics of a row: their inputs from the training data, and their figures."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _USUAL = 10
 
 @dataclass(frozen=True, slots=True)
 class Background:
-    """What list metrics need beside the lists, from training data and item fields only.
+    """The inputs of list metrics other than the lists, from training data and item fields only.
 
     Attributes:
         items: The catalogue, in the order of all arrays.
         counts: Training users of each item, shape (items,).
         users: Number of training users.
         words: Words of each item, such as its genres, for diversity.
-        field: Which field they come from.
+        field: The field of the words.
         vectors: A vector of each item, shape (items, d), for diversity in place of words; without both there is none.
-        encoder: What made them.
+        encoder: The encoder of the vectors.
     """
 
     items: tuple[str, ...]
@@ -46,11 +46,11 @@ class Background:
 
     @staticmethod
     def of(data: SplitDataset, *, field: str | None = None) -> Background:
-        """Count the training users of every item.
+        """Return the background of a data set.
 
         Args:
-            data: Its training interactions are counted, and nothing else.
-            field: Item field with words that ``|``, ``,``, ``;`` or ``>`` part, such as ``genres``; for diversity.
+            data: The data; only training interactions are counted.
+            field: Item field with words separated by ``|``, ``,``, ``;`` or ``>``, such as ``genres``; for diversity.
 
         Raises:
             LlmrecError: If no item has the field.
@@ -77,9 +77,9 @@ class Lists:
     """The lists of one row.
 
     Attributes:
-        numbers: Item numbers, best first, -1 where there are fewer, shape (n, k).
-        items: What the numbers stand for.
-        seen: Whether items of the history may stand in them, ``excluded`` or ``included``.
+        numbers: Item numbers, best first, padded with -1, shape (n, k).
+        items: The item of each number.
+        seen: Whether lists may contain items of the history, ``excluded`` or ``included``.
     """
 
     numbers: NDArray[np.int32]
@@ -88,11 +88,11 @@ class Lists:
 
 
 def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, background: Background) -> Measurements:
-    """Return the list metrics of a row, at 10 where the protocol cuts there, else at its largest cut-off.
+    """Return the list metrics of a row, at cut-off 10 if the protocol has it, else at its largest.
 
-    Coverage, Gini and ColdItems are figures of all lists together; a resample shows fewer different lists, so they have
-    no interval. Figures of cold items are those of a catalogue that has some. Serendipity takes for expected what
-    training popularity would show the same user.
+    Coverage, Gini and ColdItems are figures of all lists together; a resample has fewer different lists, so they have
+    no interval. Cold-start figures require a catalogue with cold-start items. Serendipity counts as expected the items
+    that training popularity would show the same user.
 
     Raises:
         LlmrecError: If the background is of another catalogue.
@@ -126,13 +126,13 @@ def list_figures(lists: Lists, cases: Sequence[Case], protocol: EvalProtocol, ba
 def cold_figures(
     cases: Sequence[Case], background: Background, values: Mapping[str, NDArray[np.float64]], names: Sequence[str]
 ) -> dict[str, float]:
-    """Return the means over requests whose target has no training interaction, and their number as ``n``.
+    """Return means over requests whose target has no training interactions, and their number as ``n``.
 
     Args:
         cases: Requests with an item as truth.
         background: Counts of the same catalogue.
         values: Per-request values by metric.
-        names: Metrics to average; without such requests there is nothing but ``n``.
+        names: Metrics to average; without such requests the result is ``n`` only.
     """
     counts = dict(zip(background.items, background.counts.tolist(), strict=True))
     cold = np.array([counts.get(str(case.truth), 0.0) == 0 for case in cases], dtype=bool)
@@ -154,7 +154,7 @@ def _places(items: Sequence[str], index: Mapping[str, int]) -> NDArray[np.int64]
 def _popular(
     background: Background, hidden: Sequence[NDArray[np.int64]], targets: NDArray[np.int64], k: int
 ) -> NDArray[np.int64]:
-    """Return the k most popular items that each request can be shown, equal counts by id, shape (n, k)."""
+    """Return the k most popular rankable items of each request, ties by id, shape (n, k)."""
     order = np.argsort(-background.counts, kind="stable")
     lists = np.full((len(hidden), k), -1, dtype=np.int64)
     for row, (gone, target) in enumerate(zip(hidden, targets, strict=True)):

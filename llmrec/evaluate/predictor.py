@@ -1,7 +1,7 @@
 """Runs one predictor over the cases of one task: answers -> per-request values -> figures with intervals.
 
-Nothing is dropped: an answer that cannot be read stays in the denominator as a miss, a fallback rating or
-probability, or an empty text, and is counted in the parse rate.
+No answer is dropped: one that cannot be parsed counts in the denominator as a miss, a fallback rating or probability,
+or an empty text, and lowers the parse rate.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ from llmrec.types import Answer, Case, Predictor, Probability, Ranking, Rating, 
 
 
 UNKNOWN = 0.5
-"""What a yes/no answer that cannot be read counts as, where there is no better fallback."""
+"""The default fallback of a yes/no answer that cannot be parsed."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Found:
-    """What answers of one kind come to.
+    """The measurements of answers of one kind.
 
     Attributes:
         metrics: Figures by metric.
         values: Per-request values by metric, shape (n,) each.
-        rates: What this kind has beside its metrics.
+        rates: Further figures of this kind.
         tie_rate: Share of answers that tie.
-        columns: What each answer came to, one value a request, by the fields of `llmrec.results.Prediction`.
+        columns: Per-request values by field of `llmrec.results.Prediction`.
     """
 
     metrics: dict[str, Metric]
@@ -58,7 +58,7 @@ Measure = Callable[[Sequence[Case], Sequence[Answer], EvalProtocol, Fallback], F
 
 
 def measure_of(kind: type[Answer], background: explained.Background | None) -> Measure:
-    """Return what measures answers of a kind; ``background`` as `llmrec.evaluate.predictor.evaluate` takes it."""
+    """Return the function that measures answers of a kind; for ``background`` see `evaluate`."""
     texts: Measure = partial(_texts, background=background)
     kinds: Mapping[type[Answer], Measure] = {Rating: _ratings, Text: texts, Probability: _probabilities}
     return kinds.get(kind, _rankings)
@@ -91,7 +91,7 @@ def _users(cases: Sequence[Case]) -> list[str]:
 def standing_columns(
     greater: NDArray[np.int64], tied: NDArray[np.int64], pool: NDArray[np.int64]
 ) -> dict[str, Sequence[object]]:
-    """Return what the stored predictions say of where each target stands: its block, and its expected rank."""
+    """Return the prediction columns of each target's standing: its block of ties and its expected rank."""
     ranks = [None if np.isnan(rank) else float(rank) for rank in rank_metrics.expected_rank(greater, tied)]
     return {"rank": ranks, "above": greater.tolist(), "tied": tied.tolist(), "pool": pool.tolist()}
 
@@ -145,13 +145,13 @@ def _texts(
     if background is None:
         return Found(metrics=taken.metrics, values=taken.values)
     copies, own = explained.copies(written, background), explained.copies(truth, background)
-    # Short texts recur by themselves: how often people's own do is what a copy rate is held against.
+    # Short texts recur naturally: the copy rate of the true texts is the reference.
     columns: dict[str, Sequence[object]] = {"copied": (copies == 1).tolist(), "truth_copied": (own == 1).tolist()}
     if features is None or named is None:
         rates = Rates(truth_copy_rate=float(own.mean()))
         return Found(metrics=taken.metrics, values=taken.values, rates=rates, columns=columns)
     people = explained.named(truth, users, items, features)
-    # Few reviews of an item say all that there is to say: people's own texts name what no other does too.
+    # Reviews of an item are incomplete: true texts too name features that no other review names.
     rates = Rates(
         truth_copy_rate=float(own.mean()),
         truth_hallucination_rate=people.hallucination,
@@ -192,7 +192,7 @@ def _probabilities(
     users = _users(cases)
     inputs = {"probabilities": text, "labels": truth, "owners": users}
     taken = measure("probability", inputs, users, protocol)
-    # What is no mean over requests is compared by the probabilities, with a minus sign where the truth is no.
+    # Figures that are not means are compared by the probabilities, with a minus sign where the truth is no.
     signed = np.copysign(text, np.where(truth == 1, 1.0, -1.0))
     values = {name: taken.values.get(name, signed) for name in compared_metrics("probability")}
     bins = tuple(Reliability(**asdict(item)) for item in probability.reliability(text, truth))
@@ -203,7 +203,7 @@ def _probabilities(
 
 
 def background_of(data: SplitDataset) -> explained.Background:
-    """Return the training texts of a split, and the features of its pairs where its interactions have a column."""
+    """Return the training texts of a split, and the features of its pairs if its interactions have them."""
     columns = ["user_id", "item_id", "feature"]
     features: dict[tuple[str, str], str] | None = None
     if "feature" in data.train.columns:
@@ -211,7 +211,7 @@ def background_of(data: SplitDataset) -> explained.Background:
         rows = (row for part in parts for row in part.select(columns).drop_nulls().iter_rows())
         features = {(user, item): feature for user, item, feature in rows}
     message = list(data.train.select("user_id", "item_id", "text").iter_rows())
-    # Where a text is one sentence of a review, the rest of it supports features and can be copied too.
+    # If a text is one sentence of a review, the rest supports features and can be copied too.
     reviews = ((user, item, data.dataset.reviews.get((user, item))) for user, item, _ in message)
     message += [(user, item, review.text) for user, item, review in reviews if review is not None]
     users, items, texts = zip(*message, strict=True)
@@ -223,13 +223,13 @@ _SHOWN_FAILURES = 5
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """One row of a table.
+    """The evaluation of one row.
 
     Attributes:
         figures: Metrics with intervals and signatures, rates, cost.
         values: Per-request values behind each mean, shape (n,), for paired comparisons; see
             `llmrec.evaluate.compare.compare` for AUC.
-        records: One a request.
+        records: One per request.
     """
 
     figures: Measured
@@ -247,21 +247,21 @@ def evaluate(
     fallback: Callable[[Request], float] | None = None,
     background: explained.Background | None = None,
 ) -> Evaluated:
-    """Ask a predictor and measure its answers.
+    """Evaluate a predictor on cases.
 
     Args:
         predictor: A baseline or a language model.
         cases: Requests with their truth; the predictor sees the requests only.
-        name: What the table is called in messages, such as the family.
-        kind: The answers that are wanted, which says what metrics apply.
+        name: Name of the table in messages, such as the family.
+        kind: The expected kind of answers, which determines the metrics.
         protocol: See `EvalProtocol`.
-        fallback: For ratings and yes/no answers, what stands in for one that cannot be read, such as the user's mean;
-            yes/no answers may do without, and then count 0.5.
-        background: For explanations, the training texts and features that they are held against; None: the figures that
-            need them are left out.
+        fallback: For ratings and yes/no answers, the value of one that cannot be parsed, such as the user's mean;
+            for yes/no answers the default is 0.5.
+        background: For explanations, the training texts and features to compare with; None omits the metrics that
+            need them.
 
     Raises:
-        LlmrecError: If there are no cases, or the predictor leaves a request out.
+        LlmrecError: If there are no cases, or the predictor omits a request.
     """
     if not cases:
         raise LlmrecError(
@@ -303,7 +303,7 @@ def evaluate(
 
 
 def _foreign(answer: Answer) -> Unparsed:
-    """Count an answer of another family's kind as a failure."""
+    """Return answers with those of another kind replaced by failures."""
     return Unparsed(
         request_id=answer.request_id,
         reason=f"a {type(answer).__name__} does not answer this task",

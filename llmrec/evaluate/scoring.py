@@ -1,4 +1,4 @@
-"""Ranked lists of any system and what is relevant -> every ranking metric with its interval, and two lists compared."""
+"""Scores ranked lists of any system: every ranking metric with its interval, and the comparison of two lists."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class ScoredLists(Record):
 
     Attributes:
         name: The file.
-        metrics: By name; those without a cut-off are over whole lists.
-        judged: Users (or requests) with something relevant: the denominator.
-        without_list: How many of them have no list, which counts as 0 in every metric.
-        without_truth: How many lists belong to nobody with something relevant; they are left out.
-        short: How many of the judged lists are shorter than the largest cut-off.
-        tied: Share of the judged whose relevant items share a score with other items.
-        order: What ranks: a score, a rank, or the order of the rows.
+        metrics: Figures by name; those without a cut-off are over whole lists.
+        judged: Number of users (or requests) with relevant items: the denominator.
+        without_list: Number of them without a list, which counts as 0 in every metric.
+        without_truth: Number of lists without relevant items, which are excluded.
+        short: Number of judged lists shorter than the largest cut-off.
+        tied: Share of the judged whose relevant items tie with other items.
+        order: The order of a list: a score, a rank, or the order of the rows.
     """
 
     name: str
@@ -51,16 +51,16 @@ class ScoredLists(Record):
 
 
 class Scores(Displayed, Record):
-    """What `llmrec.score` returns.
+    """The result of `llmrec.score`.
 
     Attributes:
-        truth: The file of what is relevant.
-        unit: What has a list: a user, or a request.
-        users: How many users are judged, the units of chance.
-        relevant: How many pairs are relevant.
-        barren: How many users of the truth have nothing relevant, and are left out.
+        truth: The file of relevant items.
+        unit: The owner of a list: a user or a request.
+        users: Number of judged users, the sampling units.
+        relevant: Number of relevant pairs.
+        barren: Number of users of the truth without relevant items, who are excluded.
         lists: One file of lists, or the two that are compared.
-        comparisons: Of two files, the first less the second, a metric each.
+        comparisons: For two files, first − second, by metric.
     """
 
     truth: str
@@ -100,14 +100,14 @@ def _with_interval(found: Metric | Pair, sign: str = "") -> str:
 
 @dataclass(frozen=True)
 class Judging:
-    """How lists are judged.
+    """Settings for judging lists.
 
     Attributes:
         cutoffs: Ranks at which metrics are cut.
         resamples: Bootstrap samples over users.
-        seed: Seeds them.
-        graded: NDCG takes the relevance for its gain; else every relevant item has a gain of 1.
-        planned: The metric that a comparison was planned on: it is tested; the others are described.
+        seed: Seed of the bootstrap.
+        graded: Use the relevance as gain of NDCG; otherwise every relevant item has gain 1.
+        planned: The metric of the planned comparison, which is tested; the others are exploratory.
     """
 
     cutoffs: tuple[int, ...]
@@ -118,22 +118,22 @@ class Judging:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The metrics."""
+        """The names of the metrics."""
         return tuple(name for name, *_ in _several(self.cutoffs))
 
 
 def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
-    """Judge lists, and compare the second with the first where there are two.
+    """Judge lists, and compare them if there are two.
 
     Ties are taken as the expectation over all orders of equal scores; see `llmrec.metrics.multi_target`.
 
     Args:
-        lists: One or two.
-        truth: What is relevant.
+        lists: One or two files of lists.
+        truth: The relevant items.
         how: See `Judging`.
 
     Raises:
-        DataError: If no list belongs to anybody with something relevant.
+        DataError: If no list belongs to a user or request with relevant items.
     """
     keys = truth.frame["key"].unique().sort()
     owners = truth.frame.group_by("key").agg(pl.col("owner").first()).sort("key")["owner"].to_list()
@@ -165,7 +165,7 @@ def score_lists(lists: Sequence[Lists], truth: Truth, how: Judging) -> Scores:
 
 
 def _judged(lists: Lists, truth: Truth, keys: pl.Series, how: Judging) -> tuple[Judged, dict[str, int | float]]:
-    """Match lists with what is relevant, and count what does not match."""
+    """Match lists with relevant items, and count unmatched ones."""
     known = set(keys.to_list())
     listed = set(lists.frame["key"].unique().to_list())
     strangers = (listed | lists.empty) - known
@@ -200,7 +200,7 @@ def _numbers(names: pl.Series, known: pl.Series) -> NDArray[np.int64]:
 
 
 def _several(cutoffs: Sequence[int]) -> list[tuple[str, MetricEntry, int | None]]:
-    """Return the metrics that allow several relevant items, with their cut-offs: those of whole lists last."""
+    """Return the metrics that allow several relevant items, with their cut-offs; those of whole lists last."""
     entries = {name: entry for name, entry in METRICS.items() if entry.several}
     whole = [(name, entry, None) for name, entry in entries.items() if entry.both or not entry.cut]
     cut = [(f"{name}@{k}", entry, k) for k in cutoffs for name, entry in entries.items() if entry.cut or entry.both]
@@ -212,7 +212,7 @@ def _values(judged: Judged, how: Judging) -> dict[str, NDArray[np.float64]]:
 
 
 def _figure(name: str, values: NDArray[np.float64], owners: Sequence[str], how: Judging) -> Metric:
-    # What could be ranked, and which items of the history, only whoever made the lists knows.
+    # The pool, and the treatment of the history, are unknown for external lists.
     protocol = EvalProtocol(
         split="given", candidates="given", cutoffs=how.cutoffs, resamples=how.resamples, seed=how.seed, catalogue=0
     )

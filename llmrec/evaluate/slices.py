@@ -1,9 +1,8 @@
-"""Figures by slice: cold and long-tail items, short and long histories, quiet and busy users, attributes of users.
+"""Figures by slice: cold-start and long-tail items, history length, user activity, user attributes.
 
-What puts a case into a slice is counted in training interactions, or known of its user (`llmrec.evaluate.slices`).
-On a split by time it is also how long after training the user was asked, the age of what was learned.
-The thresholds stand in the slice's name, which stands in the signature: figures of different slices, or of one slice by
-different thresholds, cannot be mixed up.
+Slices are defined by counts of training interactions or attributes of users, and on a split by time also by the time
+since training. The thresholds are part of the slice's name, which is part of the signature, so figures of different
+slices or thresholds cannot be mixed up.
 """
 
 from __future__ import annotations
@@ -38,35 +37,34 @@ if TYPE_CHECKING:
 
 
 # --------------------------------------------------------------------------- attributes of users
-# Slices by what a source knows of a user, such as gender or age.
+# Slices by user attributes of a source, such as gender or age.
 #
-# Where a slice begins and ends is read off all users of the data, evaluated or not, and stands in its name.
-# Values are what others wrote, so that a name holds them percent-encoded: no value can end a name, or pass for
-# another slice.
+# The limits of slices are computed from all users of the data, evaluated or not, and are part of their names. Values
+# are untrusted, so names contain them percent-encoded: no value can end a name or imitate another slice.
 
 
 MOST = 8
-"""An attribute of more values is cut: numbers into quartiles, words into the most frequent and the others."""
-# A leading zero marks a code, such as a postcode, and no number.
+"""An attribute with more values is binned: numbers into quartiles, words into the most frequent and the rest."""
+# A leading zero marks a code, such as a postcode, not a number.
 _NUMBER = re.compile(r"[+-]?(?:0|[1-9]\d*)(?:\.\d+)?")
 _LONG = 60
 
 
 def attributes_of(dataset: Dataset) -> tuple[str, ...]:
-    """Return the names of the attributes that some user of the data has, sorted."""
+    """Return the sorted names of the user attributes of the data."""
     return tuple(sorted({name for known in dataset.users.values() for name, value in known.items() if _said(value)}))
 
 
 def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[str, NDArray[np.bool_]]:
-    """Say for each slice of one attribute which cases belong to it.
+    """Return the membership of cases in each slice of an attribute.
 
     Args:
         users: The user of every case, shape (n,).
-        dataset: Says who its users are.
+        dataset: The data with its users.
         name: One of `attributes_of`.
 
     Returns:
-        Membership by slice name, shape (n,) each; together they hold every case once. The last slice is that of users
+        Membership by slice name, shape (n,) each; the slices partition the cases. The last slice is that of users
         without a value.
     """
     known = {user: text for user, item in dataset.users.items() if (text := _said(item.get(name, "")))}
@@ -76,16 +74,16 @@ def attribute_slices(users: Sequence[str], dataset: Dataset, name: str) -> dict[
     label, none = _labels(counts, start), f"{start}:none"
     labels = np.array([none if value is None else label(value) for value in own], dtype=object)
     names = dict.fromkeys(label(value) for value in sorted(counts, key=_order(counts)))
-    # A slice of the rest stands behind those with a name of their own.
+    # The slice of the rest comes after the named values.
     ordered = sorted(names, key=lambda slice: slice.endswith(":other"))
     return {slice: labels == slice for slice in (*ordered, none)}
 
 
 def _labels(counts: Counter[str], start: str) -> Callable[[str], str]:
-    """Return what gives a value the name of its slice."""
+    """Return a function from a value to the name of its slice."""
     if len(counts) > MOST and _are_numbers(counts):
         numbers = np.array([float(value) for value in counts.elements()], dtype=np.float64)
-        # Edges are values that users have; of edges that fall together, as where most users share a value, one stays.
+        # Edges are values of users; equal edges, as if most users share a value, are merged.
         edges = np.unique(np.quantile(numbers, (0.25, 0.5, 0.75), method="higher"))
         above = numbers[numbers > numbers.min()]
         return _quartiles(
@@ -103,7 +101,7 @@ def _quartiles(start: str, edges: NDArray[np.float64]) -> Callable[[str], str]:
 
 
 def _order(counts: Counter[str]) -> Callable[[str], tuple[float, str]]:
-    """Sort numbers by size, and words by how many users have them."""
+    """Return values in order: numbers by size, words by number of users."""
     if _are_numbers(counts):
         return lambda value: (float(value), value)
     return lambda value: (-counts[value], value)
@@ -121,22 +119,22 @@ def _said(value: str) -> str:
     return clean(value, _LONG)
 
 
-# First values of the bins of `target_slices` after the first.
+# Lower limits of the bins of `target_slices` after the first.
 _COUNTS, _WORDS = (1, 5, 20, 100), (8, 16, 32)
 
 FEW = 20
-"""A slice of fewer cases is shown and marked as small."""
+"""A slice with fewer cases is marked as small."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SliceRules:
-    """Where slices begin and end.
+    """The thresholds of slices.
 
     Attributes:
         cold: An item with fewer training interactions is cold.
-        head: The most popular items that make this share of training interactions are the head, the rest the long tail.
-        history: First lengths of the history bins after the first, rising: (5, 10) gives 0-4, 5-9 and 10 on.
-        activity: The same for the user's number of training interactions.
+        head: The most popular items with this share of training interactions are the head, the rest the long tail.
+        history: Ascending lower limits of the history bins after the first: (5, 10) gives 0-4, 5-9 and 10 or more.
+        activity: As ``history``, for the user's number of training interactions.
     """
 
     cold: int = 5
@@ -160,16 +158,16 @@ class SliceRules:
 def slices_of(
     cases: Sequence[Case], data: SplitDataset, rules: SliceRules | None = None, attributes: Sequence[str] = ()
 ) -> dict[str, NDArray[np.bool_]]:
-    """Say for each slice which cases belong to it.
+    """Return the membership of cases in each slice.
 
-    Item slices are made where the item of every request, or else its truth, is an item of the catalogue; for other
-    tasks they are left out. Together the slices of one kind hold every case once.
+    Item slices exist only if the item of every request, or else its truth, is in the catalogue. The slices of one kind
+    partition the cases.
 
     Args:
         cases: The evaluated cases.
-        data: Its training interactions are counted.
-        rules: The thresholds; None takes the defaults.
-        attributes: Attributes of users by which cases are sliced too; one that no user of the data has is passed over.
+        data: The data, whose training interactions are counted.
+        rules: The thresholds; None for the defaults.
+        attributes: Attributes of users to slice by; one that no user of the data has is skipped.
 
     Returns:
         Membership by slice name, shape (n,) each.
@@ -203,16 +201,16 @@ def slices_of(
 
 
 def target_slices(cases: Sequence[Case], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
-    """Say which cases have targets of how many training interactions, and how many words, and histories how long.
+    """Return the membership of cases in slices by the target's training count and words, and history length.
 
     Finer than `slices_of`, for comparisons over many users.
 
     Args:
         cases: Evaluated cases with an item as truth.
-        data: Its training interactions and its items' titles and fields are counted.
+        data: The data, with training interactions and the items' titles and fields.
 
     Returns:
-        Membership by slice name, shape (n,) each; together the slices of one kind hold every case once.
+        Membership by slice name, shape (n,) each; the slices of one kind partition the cases.
     """
     counts = dict(data.train.group_by("item_id").len().iter_rows())
     targets = [str(case.truth) for case in cases]
@@ -235,23 +233,23 @@ def slice_figures(
     rules: SliceRules | None = None,
     attributes: Sequence[str] = (),
 ) -> tuple[SliceOfRow, ...]:
-    """Average per-request values inside each slice, with intervals over the slice's users.
+    """Return the figures of each slice, with intervals over the slice's users.
 
     Args:
-        values: Per-request values by metric, shape (n,) each, as `Evaluated.values` has them. Metrics that are no
-            means of them, such as AUC, are left out.
+        values: Per-request values by metric from `Evaluated.values`, shape (n,) each. Metrics that are not means of
+            them, such as AUC, are omitted.
         cases: The cases in the same order.
         data: See `slices_of`.
-        metrics: The row's figures, ``Evaluated.figures.metrics``, whose signatures the slices' figures carry on.
-        protocol: Says how intervals are drawn.
+        metrics: The row's figures, ``Evaluated.figures.metrics``, whose signatures the slices' figures extend.
+        protocol: The settings of intervals.
         rules: See `slices_of`.
         attributes: See `slices_of`.
 
     Returns:
-        One entry a slice, those without cases too.
+        One entry per slice, including empty ones.
 
     Raises:
-        ValueError: If there are not as many values as cases.
+        ValueError: If values and cases differ in number.
     """
     for metric, item in values.items():
         if len(item) != len(cases):
@@ -278,7 +276,7 @@ def slice_figures(
 
 
 def item_of(case: Case, data: SplitDataset) -> str | None:
-    """Return the item of the catalogue that a case is about: that of its request, or its truth."""
+    """Return the catalogue item of a case: that of its request, or its truth."""
     for item in (case.request.item, case.truth):
         if isinstance(item, str) and item in data.dataset.items:
             return item
@@ -286,7 +284,7 @@ def item_of(case: Case, data: SplitDataset) -> str | None:
 
 
 def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
-    """Return the count from which on items are the head; items that tie with its last one belong to it."""
+    """Return the minimum count of head items; items that tie with the last one belong to the head."""
     if not counts.size:
         return 1
     falling = np.sort(counts)[::-1]
@@ -295,7 +293,7 @@ def _least_of_head(counts: NDArray[np.int64], share: float) -> int:
 
 
 def _ages(cases: Sequence[Case], items: Sequence[str | None], data: SplitDataset) -> dict[str, NDArray[np.bool_]]:
-    """Return the quarters of the held-out interactions in order of time; nothing where a case has no time."""
+    """Return the quarters of held-out interactions by time; empty if a case has no time."""
     asked = pl.DataFrame(
         {"user_id": [case.request.user_id for case in cases], "item_id": items},
         schema=dict.fromkeys(PAIR, pl.String),
