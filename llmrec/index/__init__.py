@@ -1,1 +1,1 @@
-"""How an item is written: titles, numbers, tokens, and codes that say what it is or who chose it."""
+"""Item indexes: items written as titles, numbers, tokens, or codes from categories, co-occurrence or text."""

@@ -1,4 +1,4 @@
-"""Codes of what an item is filed under: the path of its categories, and a token that tells the items of a path apart.
+"""Category codes: the path of an item's categories, and a token that distinguishes the items of a path.
 
 (Hua et al., "How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023, section 4.4: SemID, and its
 hybrid with item tokens.)
@@ -28,10 +28,10 @@ Path = tuple[str, ...]
 
 
 class Category:
-    """A token for each category of an item, most general first, and one that all paths share for their n-th item.
+    """One token for each category of an item, most general first, and a last token that numbers the items of a path.
 
-    The number of a category's token is its rank by items among the categories of its level. Items of a path are
-    counted by training interactions, then by hash. An item of no category is filed under one more token of the first
+    The number of a category's token is its rank by number of items among the categories of its level. Items of a path
+    are numbered by training interactions, then by hash. Items without a category share an additional token of the first
     level.
     """
 
@@ -41,7 +41,7 @@ class Category:
 
         Raises:
             DataError: If the items have no fields.
-            RecipeError: If they have none of a name that the recipe gives.
+            RecipeError: If no item has a field that the recipe names.
         """
         items = data.dataset.items
         filing = _Filing.of(section.category, items, data.dataset.name)
@@ -65,7 +65,7 @@ class Category:
         return ItemIndex(
             "category",
             {item: codes[item] for item in sorted(codes)},
-            # One more at the first level: no category.
+            # One more at the first level, for items without a category.
             tokens=(
                 *(token(level, n) for level, names in enumerate(ranked) for n in range(len(names) + (level == 0))),
                 *map(own_token, range(ends)),
@@ -87,11 +87,10 @@ class Category:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """File further items under the longest beginning of their paths that is known; see `Scheme`.
+        """Place further items under the longest known prefix of their paths; see `Scheme`.
 
-        Where the known last tokens of a path are used up, items move to the next shorter beginning, at last to none.
-        Only if that is full too, or if ``item_token`` is set, they get further tokens, which a trained model does not
-        know.
+        If the known last tokens of a path are used up, items move to the next shorter prefix, finally to the empty one.
+        Only if that is full too, or with ``item_token``, they get new tokens, which a trained model does not know.
         """
         filing = _Filing.read(index.settings)
         numbers = [{name: number for number, name in enumerate(names)} for names in index.settings["names"]]
@@ -109,12 +108,12 @@ class Category:
 
 @dataclass(frozen=True)
 class _Filing:
-    """Where categories stand.
+    """The fields and separators that define category paths.
 
     Attributes:
         fields: Item fields, most general first.
-        separators: What cuts the value of each field; nothing cuts it where the separator is empty.
-        levels: Longest path.
+        separators: Separator of each field's value; empty if the value is not split.
+        levels: Maximum path length.
     """
 
     fields: tuple[str, ...]
@@ -164,12 +163,12 @@ class _Filing:
 
 
 def _ranked(names: Iterable[str]) -> list[str]:
-    """Return different names, the most frequent first, ties by name."""
+    """Return the different names, the most frequent first, ties by name."""
     return [name for name, _ in sorted(Counter(names).items(), key=lambda entry: (-entry[1], entry[0]))]
 
 
 def _tokens(path: Path, numbers: Sequence[Mapping[str, int]]) -> Path:
-    """Return the tokens of a path as far as it is known; one that stands for no category if nothing is."""
+    """Return the tokens of the known prefix of a path; the token for no category if the prefix is empty."""
     results = []
     for level, (name, known) in enumerate(zip(path, numbers, strict=False)):
         if name not in known:

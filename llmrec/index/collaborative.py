@@ -1,7 +1,7 @@
-"""Codes of what the same users chose: paths in a tree that spectral clustering of the co-occurrence graph grows.
+"""Collaborative codes: paths in a tree of items, built by spectral clustering of the co-occurrence graph.
 
-An edge joins two items of one user's training history and weighs as much as there are such users. The graph itself is
-never held: its product with a vector is two products with the users' histories, which a long history makes no dearer.
+An edge joins two items of a user's training history; its weight is the number of such users. The graph itself is never
+stored: its product with a vector is two products with the users' histories, so long histories cost no more.
 (Hua et al., "How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023, section 4.3: CID and CID+IID.)
 """
 
@@ -31,17 +31,17 @@ Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 Path = tuple[int, ...]
 
-# Up to so many items a whole decomposition is quicker than an iteration, and exact.
+# Up to this many items, a full decomposition is faster than an iteration, and exact.
 _DENSE = 400
-# Steps of the iteration that stands in where Lanczos' does not converge.
+# Steps of the iteration that is used if Lanczos' method does not converge.
 _STEPS = 300
 
 
 class Collaborative:
-    """The path of an item's clusters, and a token that stands for its place in the last of them.
+    """The path of an item's clusters, and a token for its position in the last cluster.
 
-    Items without training interactions have a branch of their own, below one more token of the first level. No
-    training row shows that token, so a model gives it little chance; new items come there too.
+    Items without training interactions have a separate branch, below an additional token of the first level. No
+    training row has that token, so a model gives it a low probability; new items are placed there too.
     """
 
     @staticmethod
@@ -84,7 +84,7 @@ class Collaborative:
         return ItemIndex(
             "collaborative",
             {name: codes[name] for name in names},
-            # One more at the first level: the branch of items that nobody chose in training.
+            # One more at the first level: the branch of items without training interactions.
             tokens=(
                 *(token(level, n) for level in range(levels) for n in range(shape.clusters + (level == 0))),
                 *map(own_token, range(ends)),
@@ -95,9 +95,9 @@ class Collaborative:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Give further items the next places of the branch for items without interactions; see `Scheme`.
+        """Place further items in the branch for items without interactions; see `Scheme`.
 
-        With ``item_token`` each gets a further token of its own, which a trained model does not know.
+        With ``item_token`` each gets a new item token, which a trained model does not know.
 
         Raises:
             DataError: If the branch is full.
@@ -115,12 +115,12 @@ class Collaborative:
         for position, name in enumerate(shuffled(items, int(known["seed"]))):
             last = own_token(_number(known, start + position, first + position))
             codes[name] = (*_cold_path(known, start + position), last)
-        # Known tokens are not added a second time.
+        # Known tokens are not added again.
         return index.adding(codes, [pieces[-1] for pieces in codes.values()], cold=start + len(items))
 
 
 def _histories(data: SplitDataset, names: Sequence[str]) -> Any:
-    """Return 1 where a user chose an item in training, sparse, shape (users, items)."""
+    """Return the training interactions as a sparse binary matrix, shape (users, items)."""
     place = {name: number for number, name in enumerate(names)}
     columns = in_numbers(data.train["item_id"], lambda known: np.array([place.get(name, -1) for name in known]))
     _, rows = np.unique(codes(data.train["user_id"])[1], return_inverse=True)
@@ -177,9 +177,9 @@ def _cold_room(clusters: int, leaf: int, levels: int) -> int:
 
 
 def _cold_path(settings: Mapping[str, Any], slot: int) -> tuple[str, ...]:
-    """Return the path of a place in the branch; the shortest paths are filled first."""
+    """Return the path of a position in the branch; the shortest paths are filled first."""
     clusters, leaf, levels = (int(settings[name]) for name in ("clusters", "leaf", "levels"))
-    # Items with tokens of their own may share a path beyond all bounds.
+    # Items with item tokens may share a path without limit.
     number, digits = slot // leaf % (_cold_room(clusters, leaf, levels) // leaf), []
     while number:
         number, digit = divmod(number - 1, clusters)
@@ -195,15 +195,15 @@ def _number(settings: Mapping[str, Any], slot: int, own: int) -> int:
 
 
 def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = ()) -> Iterator[tuple[Path, Ints]]:
-    """Cluster items again and again, and yield the path and the members of every leaf.
+    """Cluster items recursively, and yield the path and the members of every leaf.
 
-    No part is larger than what its remaining levels can hold: a leaf is never too large, whatever clustering gives.
+    No cluster is larger than its remaining levels can hold, so a leaf is never too large, whatever the clustering.
 
     Args:
         users: Histories, shape (users, n).
-        members: Numbers of the columns, shape (n,).
-        shape: Bounds of the tree; it can hold the members.
-        path: Of these items.
+        members: Column indices, shape (n,).
+        shape: Limits of the tree, which can hold the members.
+        path: Path of these items.
     """
     if len(members) <= shape.leaf:
         yield path, members
@@ -218,10 +218,10 @@ def _leaves(users: Any, members: Ints, shape: CollaborativeIndex, path: Path = (
 
 
 def _clustered(users: Any, k: int) -> list[Ints]:
-    """Cut items into at most k clusters; 1 <= k <= items.
+    """Divide items into at most k clusters; 1 <= k <= items.
 
-    Components that could fill a cluster get clusters in proportion to their size, and small ones are put together
-    whole: what no edge joins has no place in the spectrum that would tell it from others.
+    Components large enough to fill a cluster get clusters in proportion to their size, and small ones are merged whole:
+    without edges between them, the spectrum cannot separate them.
     """
     components = _components(users)
     large = [c for c in components if len(components) <= k or len(c) * k >= users.shape[1]]
@@ -241,7 +241,7 @@ def _components(users: Any) -> list[Ints]:
 
 
 def _shares(sizes: Sequence[int], k: int) -> list[int]:
-    """Deal k clusters to groups, at least one each, by the method of D'Hondt."""
+    """Distribute k clusters among groups, at least one each, by the D'Hondt method."""
     shares = [1] * len(sizes)
     for _ in range(k - len(sizes)):
         shares[int(np.argmax([size / (share + 1) for size, share in zip(sizes, shares, strict=True)]))] += 1
@@ -249,7 +249,7 @@ def _shares(sizes: Sequence[int], k: int) -> list[int]:
 
 
 def _packed(components: Sequence[Ints], k: int) -> list[Ints]:
-    """Put components together in at most k clusters of like size: each joins the smallest, the largest come first."""
+    """Merge components into at most k clusters of similar size: the largest first, each into the smallest cluster."""
     bins: list[list[Ints]] = [[] for _ in range(k)]
     smallest = [(0, number) for number in range(k)]
     for members in components:
@@ -267,10 +267,10 @@ def _spectral(users: Any, component: Ints, k: int) -> list[Ints]:
 
 
 def cluster_qr(vectors: Floats) -> Ints:
-    """Return clusters of the rows of an orthonormal basis, shape (n, k), whatever its rotation and signs.
+    """Return the clusters of the rows of an orthonormal basis, shape (n, k), invariant to its rotation and signs.
 
     Damle, Minden and Ying, "Simple, direct and efficient multi-way spectral clustering", Information and Inference
-    8(1), 2019, Algorithm 1: pivots name one row a cluster, and the nearest rotation turns the basis towards them.
+    8(1), 2019, Algorithm 1: pivots select one row per cluster, and the nearest rotation aligns the basis with them.
     """
     pivots = linalg.qr(vectors.T, mode="r", pivoting=True)[1][: vectors.shape[1]]
     left, _, right = linalg.svd(vectors[pivots].T)
@@ -279,7 +279,7 @@ def cluster_qr(vectors: Floats) -> Ints:
 
 
 def _in_order(users: Any) -> Ints:
-    """Return items component by component, each in the order of its second eigenvector: neighbours share users."""
+    """Return items by component, each in the order of its second eigenvector, so that neighbours share users."""
     results = []
     for component in _components(users):
         if len(component) > 2:
@@ -295,7 +295,7 @@ def _in_order(users: Any) -> Ints:
 
 
 def _within(users: Any, members: Ints) -> Any:
-    """Return the histories of some items alone; users with fewer than two of them join nothing and are left out."""
+    """Return the histories restricted to some items, without users that have fewer than two of them."""
     inside = users[:, members]
     inside = inside[np.diff(inside.indptr) > 1]
     inside.sort_indices()
@@ -303,7 +303,7 @@ def _within(users: Any, members: Ints) -> Any:
 
 
 def _degrees(users: Any) -> Floats:
-    """Return the weight of each item's edges, shape (n,)."""
+    """Return the total weight of each item's edges, shape (n,)."""
     result: Floats = users.T @ users.sum(axis=1) - users.sum(axis=0)
     return result
 
@@ -326,7 +326,7 @@ def _spectrum(users: Any, k: int) -> Floats:
     start = np.random.default_rng(0).uniform(-1, 1, (size, k))
     operator = LinearOperator((size, size), matvec=times, matmat=times, dtype=np.float64)
     try:
-        # Values in ascending order.
+        # Eigenvalues are in ascending order.
         result = eigsh(operator, k=k, which="LA", v0=start[:, 0])[1]
         return result[:, ::-1]
     except ArpackError:
@@ -334,7 +334,7 @@ def _spectrum(users: Any, k: int) -> Floats:
 
 
 def _iterated(times: Any, block: Floats) -> Floats:
-    """Return about the first eigenvectors by orthogonal iteration, which always ends; eigenvalues lie in [-1, 1]."""
+    """Return approximate first eigenvectors by orthogonal iteration, which always ends; eigenvalues are in [-1, 1]."""
     for _ in range(_STEPS):
         block = linalg.qr(block + times(block), mode="economic")[0]
     turn = linalg.eigh(block.T @ times(block))[1]

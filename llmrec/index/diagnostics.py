@@ -1,6 +1,6 @@
-"""What an index is like: how evenly its tokens are used, how its codes branch, and which items stand together.
+"""Diagnostics of an index: the use of its tokens, the branching of its codes, and items with similar codes.
 
-Everything here is computed from the codes themselves; only what was so before a repair comes from the index's figures.
+Everything is computed from the codes themselves, except values before a repair, which the index recorded.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Pieces = tuple[str, ...]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spread:
-    """The least, the mean and the most of a number over all items."""
+    """Minimum, mean and maximum of a number over all items."""
 
     least: int
     mean: float
@@ -32,12 +32,13 @@ class Level:
     """The tokens of one kind, such as ``<a_0>``, ``<a_1>``, ...
 
     Attributes:
-        name: What the tokens begin with: a letter, or ``item``.
-        available: Tokens that the index lists.
-        counts: Items of each used token, most first.
-        perplexity: Exponential of the entropy of items over tokens, in nats: how many equally used ones they are worth.
-        perplexity_trained: The same with every item weighted by its training interactions; None without counts.
-        untrained: Used tokens that no training interaction holds; None without counts.
+        name: Prefix of the tokens: a letter, or ``item``.
+        available: Number of tokens that the index lists.
+        counts: Number of items of each used token, largest first.
+        perplexity: Exponential of the entropy of items over tokens, in nats: the equivalent number of equally used
+            tokens.
+        perplexity_trained: The same with items weighted by training interactions; None without counts.
+        untrained: Number of used tokens without training interactions; None without counts.
     """
 
     name: str
@@ -49,26 +50,26 @@ class Level:
 
     @property
     def used(self) -> int:
-        """Tokens that stand in at least one code."""
+        """Number of tokens used in at least one code."""
         return len(self.counts)
 
     @property
     def share(self) -> float:
-        """Share of the most used token among the items that have one of the level."""
+        """Share of the most used token among the items with a token of the level."""
         return self.counts[0] / sum(self.counts) if self.counts else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Depth:
-    """All prefixes of one length that go on.
+    """All prefixes of one length that can be continued.
 
     Attributes:
-        length: Pieces; 0 is the start of every code.
-        prefixes: How many there are.
+        length: Number of pieces; 0 is the start of every code.
+        prefixes: Number of prefixes.
         fan_out: Mean number of pieces that follow a prefix.
-        most_fan_out: The largest number.
-        items: Mean number of items under a prefix.
-        most_items: The largest number.
+        most_fan_out: Maximum number.
+        items: Mean number of items with a prefix.
+        most_items: Maximum number.
     """
 
     length: int
@@ -81,7 +82,7 @@ class Depth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstWords:
-    """How codes of several words begin: different first words, the most frequent one, and the items that have it."""
+    """First words of codes with several words: number of different ones, the most frequent one, and its items."""
 
     different: int
     common: str
@@ -95,17 +96,18 @@ class Diagnostics:
     Attributes:
         scheme: Name of the scheme.
         items: Number of items.
-        tokens: New tokens of the vocabulary; 0 where codes are ordinary text.
-        hybrid: Whether the last piece is a token of the item's own.
-        levels: One for each kind of token; none where codes are ordinary text.
-        depths: One for each length of a prefix that goes on; none where codes are ordinary text.
-        pieces: Tokens of a code; None where codes are ordinary text.
-        characters: Characters of a code; None where codes are tokens.
-        first_words: Of codes of several words; None for others.
-        bucket: Most items whose codes differ in the last piece alone; None where codes have one piece or are text.
-        duplicates: Items that their own code does not lead back to.
-        begun: Codes with which another one begins; 0: prefix-free.
-        figures: What building the index showed.
+        tokens: Number of new tokens of the vocabulary; 0 if codes are ordinary text.
+        hybrid: Whether the last piece is an item token.
+        levels: One for each kind of token; empty if codes are ordinary text.
+        depths: One for each prefix length; empty if codes are ordinary text.
+        pieces: Number of tokens per code; None if codes are ordinary text.
+        characters: Number of characters per code; None if codes are tokens.
+        first_words: For codes of several words; None for others.
+        bucket: Maximum number of items whose codes differ only in the last piece; None if codes have one piece or are
+            text.
+        duplicates: Number of items whose code does not decode to them.
+        begun: Number of codes that are a prefix of another; 0 means prefix-free.
+        figures: Figures recorded when the index was built.
     """
 
     scheme: str
@@ -124,11 +126,11 @@ class Diagnostics:
 
     @property
     def collisions(self) -> float | None:
-        """Share of items that shared their code before it was repaired, where building the index showed it."""
+        """Share of items whose code was not unique before the repair, if the index recorded it."""
         return self.figures.get("collisions")
 
     def as_json(self) -> dict[str, Json]:
-        """Return the figures as JSON; of counts of single tokens, the number and the largest share are kept."""
+        """Return the figures as JSON; counts of single tokens are reduced to their number and largest share."""
         result = asdict(self)
         for level, entry in zip(self.levels, result["levels"], strict=True):
             del entry["counts"]
@@ -147,14 +149,14 @@ class Entry:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Group:
-    """Items that stand together.
+    """Items with similar codes.
 
     Attributes:
-        length: Pieces that their codes share; 0 for consecutive numbers.
+        length: Number of shared pieces; 0 for consecutive numbers.
         prefix: The shared pieces, or the first and the last number.
-        said: What the prefix stands for, where the scheme has words for it: ``Beauty > Hair Care``.
-        size: How many items there are.
-        entries: Some of them.
+        said: The meaning of the prefix, if the scheme has words for it: ``Beauty > Hair Care``.
+        size: Number of items.
+        entries: Some of the items.
     """
 
     length: int
@@ -169,7 +171,7 @@ def diagnose(index: ItemIndex, counts: Mapping[str, int] | None = None) -> Diagn
 
     Args:
         index: At least one item.
-        counts: Training interactions by item; items that are not in it have none.
+        counts: Number of training interactions by item; missing items have none.
     """
     codes = index.codes
     texts = {item: "".join(pieces) for item, pieces in codes.items()}
@@ -201,14 +203,14 @@ def neighbours(
     members: int = 8,
     counts: Mapping[str, int] | None = None,
 ) -> tuple[Group, ...]:
-    """Return the prefixes of each length with the most items, or stretches of consecutive numbers where codes are.
+    """Return, for each length, the prefixes with the most items, or ranges of numbers if codes are numbers.
 
     Args:
-        index: Codes of one piece have no prefixes: there are no groups then.
-        titles: By item; an item without one is shown by its id.
-        prefixes: Groups of each length.
-        members: Items of a group that are kept, the most chosen ones first.
-        counts: Training interactions by item.
+        index: The index. Codes with one piece have no prefixes, and so no groups.
+        titles: Titles by item; an item without one is shown by its id.
+        prefixes: Number of groups per length.
+        members: Number of items kept per group, the most popular first.
+        counts: Number of training interactions by item.
     """
     if not index.tokens:
         return _stretches(index, titles, prefixes, members)
@@ -229,10 +231,10 @@ def neighbours(
 
 
 def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int = 5) -> tuple[Entry, ...]:
-    """Return the other items that share the longest prefix with an item; none where codes share no piece or are text.
+    """Return the other items with the longest shared prefix; empty if codes share no piece or are text.
 
     Raises:
-        DataError: If the index does not hold the item.
+        DataError: If the item is not in the index.
     """
     index.encode(item)
     own = index.codes[item]
@@ -243,10 +245,10 @@ def nearest(index: ItemIndex, item: str, titles: Mapping[str, str], *, most: int
 
 
 def examples(index: ItemIndex, titles: Mapping[str, str], most: int, first: Sequence[str] = ()) -> tuple[Entry, ...]:
-    """Return items with their codes: those asked for, then others at equal steps through the index.
+    """Return items with their codes: the requested ones, then others at regular steps through the index.
 
     Raises:
-        DataError: If the index does not hold an item that was asked for.
+        DataError: If a requested item is not in the index.
     """
     for item in first:
         index.encode(item)
@@ -285,7 +287,7 @@ def _levels(index: ItemIndex, counts: Mapping[str, int] | None) -> tuple[Level, 
 
 
 def _kind(name: str) -> str:
-    """Return what a token begins with: ``a`` of ``<a_12>``."""
+    """Return the prefix of a token: ``a`` of ``<a_12>``."""
     return name[1:].rpartition("_")[0]
 
 
@@ -331,7 +333,7 @@ def _first_words(texts: Sequence[str]) -> FirstWords | None:
 
 
 def _begun(paths: Iterable[Sequence[str]]) -> int:
-    """Count the codes with which a different one begins; in order of the alphabet, one such stands right after."""
+    """Return the number of codes that are a prefix of another; in sorted order, these directly precede one."""
     ordered = sorted({tuple(path) if not isinstance(path, str) else path for path in paths})
     return sum(after[: len(before)] == before for before, after in pairwise(ordered))
 
@@ -344,7 +346,7 @@ def _common(a: Pieces, b: Pieces) -> int:
 
 
 def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members: int) -> tuple[Group, ...]:
-    """Return stretches of consecutive numbers at equal steps; none where codes are no numbers."""
+    """Return ranges of consecutive numbers at regular steps; empty if codes are not numbers."""
     texts = {item: "".join(pieces) for item, pieces in index.codes.items()}
     if not all(text.isascii() and text.isdecimal() for text in texts.values()):
         return ()
@@ -361,7 +363,7 @@ def _stretches(index: ItemIndex, titles: Mapping[str, str], groups: int, members
 
 
 def _said(index: ItemIndex, prefix: Pieces) -> str:
-    """Return the categories that the pieces of a prefix stand for, where the index names them by level and number."""
+    """Return the categories that the pieces of a prefix mean, if the index names them by level and number."""
     names = index.settings.get("names")
     if index.scheme != "category" or not names:
         return ""

@@ -1,4 +1,4 @@
-"""Codes that were found elsewhere, read from a file."""
+"""Codes made by other programs, read from a file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 Kind = Literal["tokens", "numbers", "text"]
 Pieces = tuple[str, ...]
 
-# The reader of JSON Lines joins a list of texts by commas.
+# The JSON Lines reader joins a list of texts by commas.
 _TOKENS = re.compile(r"\s*(?:<[^<>\s]+>[\s,]*)+")
 _NUMBERS = re.compile(r"[0-9]+(?:[-\s]+[0-9]+)*")
 _MOST = 9  # digits of a number
@@ -35,11 +35,11 @@ _FORMS = "a list of numbers, a list of item tokens such as <a_3>, or text"
 
 
 class External:
-    """The codes of a file.
+    """The codes in a file.
 
-    It is a JSON object of item ids, or a table with the columns ``item_id`` and ``code``. A code is a list of numbers,
-    one a level (in a table with blanks or hyphens between them), item tokens side by side, or text. Codes of items
-    that the data does not hold wait in the settings, so that `extend` can place them.
+    The file is a JSON object with item ids as keys, or a table with the columns ``item_id`` and ``code``. A code is a
+    list of numbers, one per level (in a table separated by blanks or hyphens), concatenated item tokens, or text. Codes
+    of items that are not in the data are kept in the settings, so that `extend` can place them.
     """
 
     @staticmethod
@@ -47,8 +47,8 @@ class External:
         """Return the codes; see `Scheme`.
 
         Raises:
-            DataError: If the file cannot be read, a code is malformed, two items share one, a code begins another, or
-                an item of the data has none.
+            DataError: If the file cannot be read, a code is malformed, two items share one, a code is a prefix of
+                another, or an item of the data has none.
         """
         path = user_path(section.path or "")
         require_file(path, "check index.path")
@@ -79,12 +79,12 @@ class External:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Give further items their codes in the file; see `Scheme`.
+        """Add further items with their codes of the file; see `Scheme`.
 
-        Tokens that no earlier item had are added; a trained model does not know them.
+        Tokens that no earlier item has are added; a trained model does not know them.
 
         Raises:
-            DataError: If the file had no code for an item.
+            DataError: If the file has no code for an item.
         """
         spare: Mapping[str, Sequence[str]] = index.settings["spare"]
         missing = [item for item in sorted(items) if item not in spare]
@@ -102,13 +102,13 @@ class External:
 
 @dataclass(frozen=True)
 class _Row:
-    """One code as it stands in a file.
+    """One code of a file.
 
     Attributes:
         place: The file, and the row of a table.
-        where: The same with the item, as errors name it.
+        where: The same with the item, for errors.
         item: Its item.
-        code: A text as a table holds it, or a list.
+        code: Text as in a table, or a list.
     """
 
     place: Place
@@ -210,7 +210,7 @@ def _table(path: Path) -> tuple[list[_Row], str]:
 
 
 def _kind(rows: Sequence[_Row]) -> Kind:
-    """Return what the codes of a file are. A single number counts as text where other codes are text.
+    """Return the kind of a file's codes. A single number counts as text if other codes are text.
 
     Raises:
         DataError: If a code is empty or malformed, or codes are of several kinds.
@@ -269,7 +269,7 @@ def _pieces(row: _Row, kind: Kind) -> Pieces:
     """Return the pieces of a code.
 
     Raises:
-        DataError: If the code is no single line of text, or no tokens can be made of it.
+        DataError: If the code is not a single line of text, or cannot be converted to tokens.
     """
     code = row.code
     if kind == "text":
@@ -324,14 +324,14 @@ def _line(row: _Row, text: str) -> str:
 
 
 def _told_apart(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -> None:
-    """Check that no two items share a code, and that no code of tokens begins another.
+    """Check that no two items share a code, and that no token code is a prefix of another.
 
     Raises:
-        DataError: Naming both items.
+        DataError: With both items.
     """
     first: dict[Pieces, str] = {}
     for row in rows:
-        # White space in text does not count when a code is read back.
+        # White space in text is ignored when a code is decoded.
         pieces = tuple(" ".join(piece.split()) for piece in codes[row.item])
         other = first.setdefault(pieces, row.item)
         if other != row.item:
@@ -358,6 +358,6 @@ def _told_apart(rows: Sequence[_Row], codes: Mapping[str, Pieces], kind: Kind) -
 
 
 def _place(piece: str) -> tuple[int, str, int, str]:
-    """Order tokens by level and number; those of single items come last."""
+    """Return a sort key by level and number, with item tokens last."""
     name, _, number = piece[1:-1].rpartition("_")
     return len(name), name, int(number), number

@@ -1,8 +1,8 @@
-"""Codes that say nothing: numbers dealt at random or in training order, and one token an item.
+"""Codes without meaning: random numbers, numbers in training order, and one token per item.
 
-Numbers are ordinary text, which the tokenizer cuts as it likes, or with ``index.digits`` new tokens of so many digits;
-a token is one piece of the vocabulary. (Hua et al., "How to Index Item IDs for Recommendation Foundation Models",
-SIGIR-AP 2023: RID, SID and IID.)
+Numbers are ordinary text, which the tokenizer splits, or new tokens of ``index.digits`` digits each; an item token is
+one entry of the vocabulary. (Hua et al., "How to Index Item IDs for Recommendation Foundation Models", SIGIR-AP 2023:
+RID, SID and IID.)
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class RandomNumbers:
-    """Numbers dealt by a seeded hash of the item's id."""
+    """Numbers assigned by a seeded hash of the item's id."""
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
@@ -33,16 +33,16 @@ class RandomNumbers:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Deal the next numbers to further items; see `Scheme`."""
+        """Assign the next numbers to further items; see `Scheme`."""
         return _more(index, items)
 
 
 class SequentialNumbers:
-    """Numbers in the order in which items first appear when the users' training histories are read one by one.
+    """Numbers in the order in which items first occur in the users' training histories, read one user after another.
 
-    Items that one user chose one after another get neighbouring numbers. Held-out interactions are not read: items
-    without training interactions are numbered last, by hash. In P5's published files they were read, and the next
-    number alone finds the answer (`docs/index-sequential.md`).
+    Consecutive items of a user get neighbouring numbers. Held-out interactions are not read: items without training
+    interactions are numbered last, by hash. P5's published files include them, so that the next number alone gives the
+    answer (`docs/index-sequential.md`).
     """
 
     @staticmethod
@@ -60,7 +60,7 @@ class SequentialNumbers:
 
 
 class OwnTokens:
-    """One new token an item: nothing is shared between items, and everything is to be learned."""
+    """One new token per item: items share nothing, and everything must be learned."""
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None = None) -> ItemIndex:
@@ -70,7 +70,7 @@ class OwnTokens:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Give further items further tokens, which a trained model does not know; see `Scheme`."""
+        """Add a new token for each further item, which a trained model does not know; see `Scheme`."""
         start = len(index.tokens)
         order = shuffled(items, int(index.settings["seed"]))
         codes = {item: (own_token(n),) for n, item in enumerate(order, start)}
@@ -85,13 +85,13 @@ def user_tokens(users: Iterable[str], seed: int) -> dict[str, str]:
 
 
 def shuffled(items: Mapping[str, Item] | Sequence[str], seed: int) -> list[str]:
-    """Return items by a seeded hash of their ids."""
+    """Return items ordered by a seeded hash of their ids."""
     names = sorted(items)
     return [names[place] for place in np.argsort(hash64("item codes", seed, names), kind="stable")]
 
 
 def user_order(histories: Mapping[str, Sequence[str]], order: str, seed: int) -> list[str]:
-    """Return users by id (numbers in ids by value), by length of training history, or by hash; ties by id."""
+    """Return users ordered by id (by value if numeric), by length of training history, or by hash; ties by id."""
     users = sorted(histories, key=_natural)
     if order == "random":
         return [users[place] for place in np.argsort(hash64("user order", seed, users), kind="stable")]
@@ -117,7 +117,7 @@ def _numbered(scheme: str, order: Sequence[str], section: IndexSection, seed: in
 
 
 def _cut(number: int, digits: int, levels: int) -> tuple[str, ...]:
-    """Return a number as tokens of so many digits each, the highest first: 1023 in two levels of two is 10 and 23."""
+    """Return a number as tokens of ``digits`` digits each, highest first: 1023 in two levels of two is 10 and 23."""
     written = str(number).zfill(levels * digits)
     return tuple(token(level, int(written[level * digits : (level + 1) * digits])) for level in range(levels))
 

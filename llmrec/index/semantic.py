@@ -1,7 +1,7 @@
-"""Semantic codes: texts become vectors, and vectors become a few numbers, most telling first.
+"""Semantic IDs: texts become embeddings, and embeddings become a few numbers, the most informative first.
 
-Items of similar text share the first pieces of their codes (TIGER: Rajput et al., NeurIPS 2023; LC-Rec: Zheng et al.,
-ICDE 2024). Items that the numbers do not tell apart are repaired, so every item has a code of its own.
+Items with similar texts share the first pieces of their codes (TIGER: Rajput et al., NeurIPS 2023; LC-Rec: Zheng et
+al., ICDE 2024). Items with equal numbers are repaired, so that every code is unique.
 """
 
 from __future__ import annotations
@@ -45,13 +45,13 @@ if TYPE_CHECKING:
 
 
 _WEIGHT_DECAY = 1e-4
-# Steps of Lloyd's algorithm for the first codewords; training moves them anyway.
+# Steps of Lloyd's algorithm for the initial codewords, which training then moves.
 _FIRST_STEPS = 10
 _ROWS = 4096
 
 
 class Losses(NamedTuple):
-    """Means over a batch of squared norms: reconstruction, codewords to residuals, residuals to codewords."""
+    """Batch means of squared norms: reconstruction, codewords to residuals, residuals to codewords."""
 
     reconstruction: Any
     codebook: Any
@@ -60,26 +60,26 @@ class Losses(NamedTuple):
 
 @dataclass(frozen=True)
 class Network:
-    """Layers as (weight, bias), ReLU between them, and codebooks of shape (levels, k, dim)."""
+    """Layers as (weight, bias), with ReLU between them, and codebooks of shape (levels, k, dim)."""
 
     encoder: Sequence[tuple[Any, Any]]
     decoder: Sequence[tuple[Any, Any]]
     codebooks: Any
 
     def parameters(self) -> list[Any]:
-        """Return every tensor that is learned."""
+        """Return all trainable tensors."""
         return [tensor for layer in (*self.encoder, *self.decoder) for tensor in layer] + [self.codebooks]
 
 
 @dataclass(frozen=True)
 class RQVAE:
-    """What training leaves.
+    """A trained RQ-VAE.
 
     Attributes:
-        weights: Of the encoder, ``encoder.0.weight`` of shape (out, in), ``encoder.0.bias`` and so on.
+        weights: Encoder weights: ``encoder.0.weight`` of shape (out, in), ``encoder.0.bias`` and so on.
         codebooks: Shape (levels, k, dim).
-        error: Mean squared norm of x - decoded, over that of x.
-        loss: Mean loss of the first epoch and of the last.
+        error: Mean squared norm of x - decoded, divided by that of x.
+        loss: Mean loss of the first and of the last epoch.
     """
 
     weights: Mapping[str, Floats]
@@ -89,17 +89,17 @@ class RQVAE:
 
 
 def fit(x: Floats, section: RQVAEIndex, levels: int, k: int, *, seed: int = 0, quiet: bool = False) -> RQVAE:
-    """Train where ``section.device`` says; the same seed gives the same numbers on the same machine and threads.
+    """Train on the device of ``section.device``; deterministic for a seed on the same machine and number of threads.
 
-    The first codewords are residual k-means of the first batch's encodings. A codeword that no vector of an epoch chose
-    moves to the residual of a vector drawn at random.
+    The initial codewords are residual k-means of the first batch's encodings. A codeword that no vector of an epoch
+    selected is moved to the residual of a random vector.
 
     Args:
-        x: Vectors, shape (n, d).
+        x: Embeddings, shape (n, d).
         section: The recipe's ``index.semantic.rqvae``.
-        levels: Codebooks.
-        k: Codewords of each.
-        seed: Of weights and batches.
+        levels: Number of codebooks.
+        k: Codewords per codebook.
+        seed: Seed of weights and batches.
         quiet: Show no progress bar.
     """
     torch, place = require("torch", "train"), _place(section)
@@ -131,7 +131,7 @@ def _place(section: RQVAEIndex) -> str:
     """Return the device of training.
 
     Raises:
-        RecipeError: If a GPU is asked for and there is none.
+        RecipeError: If a GPU is requested and there is none.
     """
     if section.device == "cpu":
         return "cpu"
@@ -148,11 +148,11 @@ def _place(section: RQVAEIndex) -> str:
 
 
 def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
-    """Return what the encoder makes of vectors, shape (n, dim); numpy alone.
+    """Return the encodings of embeddings, shape (n, dim), with numpy only.
 
     Args:
-        weights: Those of `RQVAE`.
-        x: Shape (n, d).
+        weights: Weights of an `RQVAE`.
+        x: Embeddings, shape (n, d).
     """
     depth = sum(name.endswith(".weight") for name in weights)
     results = []
@@ -166,14 +166,14 @@ def encode(weights: Mapping[str, Floats], x: Floats) -> Floats:
 
 
 def made(width: int, section: RQVAEIndex, levels: int, k: int, seed: int, *, place: str = "cpu") -> Network:
-    """Return an untrained network for vectors of a width; layers start as He et al. (ICCV 2015) say, codewords at 0."""
+    """Return an untrained network; layers are initialised as in He et al. (ICCV 2015), codewords with 0."""
     torch = require("torch", "train")
     generator = torch.Generator().manual_seed(seed)
 
     def layers(sizes: Sequence[int]) -> list[tuple[Any, Any]]:
         results = []
         for inside, outside in pairwise(sizes):
-            # Drawn on the CPU, so that a GPU begins with the same weights.
+            # Drawn on the CPU, so that training on a GPU starts with the same weights.
             weight = (torch.randn(outside, inside, generator=generator) * (2 / inside) ** 0.5).to(place)
             results.append((weight.requires_grad_(), torch.zeros(outside, device=place).requires_grad_()))
         return results
@@ -196,7 +196,7 @@ def forward(network: Network, x: Any) -> tuple[Losses, Any]:
         chosen = torch.nn.functional.embedding(codes[-1], level)
         codebook = codebook + (rest.detach() - chosen).square().sum(1).mean()
         commitment = commitment + (rest - chosen.detach()).square().sum(1).mean()
-        # Without gradient, else the next levels' commitment would move this level's codewords.
+        # Without gradient, or the next levels' commitment loss would move this level's codewords.
         rest, total = rest - chosen.detach(), total + chosen.detach()
     decoded = _through(network.decoder, z + (total - z).detach())
     return Losses((x - decoded).square().sum(1).mean(), codebook, commitment), torch.stack(codes, 1)
@@ -220,7 +220,7 @@ def _first_codewords(network: Network, batch: Any, seed: int) -> None:
 
 
 def _revive(network: Network, source: Any, used: Any, rng: np.random.Generator) -> None:
-    """Move codewords that nothing chose to residuals of their level."""
+    """Move unused codewords to residuals of their level."""
     torch = require("torch", "train")
     dead = (~used).cpu().numpy()
     if not dead.any():
@@ -249,32 +249,32 @@ def _numbers(network: Network, x: Floats, loss: tuple[float, float]) -> RQVAE:
 
 
 # ----------------------------------------------------------------------------
-# Residual k-means: each level clusters what the levels before left over, in clusters of bounded size if asked.
+# Residual k-means: each level clusters the residuals of the previous levels, optionally in clusters of bounded size.
 #
-# An item's code has one number a level, and the sum of the centroids it names approximates its vector. Clusters
-# of bounded size use the vocabulary more fully; OneRec (arXiv 2502.18965, section 3.1) balances its levels for
-# that reason.
+# An item's code has one number per level, and the sum of the corresponding centroids approximates its embedding.
+# Clusters of bounded size use the vocabulary more evenly; OneRec (arXiv 2502.18965, section 3.1) balances its levels
+# for that reason.
 
 
 Floats = NDArray[np.float32]
 Ints = NDArray[np.int64]
 
 _BLOCK = 2048
-# Vectors among which the first centroids are drawn, a centroid.
+# Vectors per centroid from which the initial centroids are drawn.
 _SAMPLE = 16
-# Bound of the first step, in multiples of an even share, and the steps after which it is seen whether it helped.
+# Bound of the first step, as a multiple of an even share, and the steps after which its cost is compared.
 _OPENING, _OPENING_STEPS = 1.2, 5
-# Bids rise by this share of the mean cost, and an assignment costs at most that much more than the best one.
+# Minimum bid as a share of the mean cost; an assignment costs at most that much more than the best one.
 _BID = 1e-3
-# In multiples of the range of costs; smaller ones are lost to rounding.
+# As a multiple of the range of costs; smaller bids are lost to rounding.
 _LEAST_BID = 1e-5
-# Rounds of bidding after which bids grow, and by how much in each further round.
+# Rounds of bidding after which bids grow, and the growth factor of each further round.
 _PATIENCE, _GROWTH = 30, 1.05
 
 
 @dataclass(frozen=True)
 class Clusters:
-    """Centroids of shape (k, d), and the number of each vector's, shape (n,)."""
+    """Centroids of shape (k, d), and the index of each vector's centroid, shape (n,)."""
 
     centroids: Floats
     codes: Ints
@@ -295,11 +295,11 @@ def residual_kmeans(
 
     Args:
         x: Vectors, shape (n, d), at least one.
-        levels: Numbers in a code.
-        k: Codes of a level; there may be more than vectors.
-        balance: Most vectors of a code, in multiples of n / k and at least 1; 0: no bound.
-        seed: Of the first centroids.
-        iterations: Most steps of Lloyd's algorithm a level.
+        levels: Numbers per code.
+        k: Codes per level; may exceed the number of vectors.
+        balance: Maximum vectors per code, as a multiple of n / k and at least 1; 0: no bound.
+        seed: Seed of the initial centroids.
+        iterations: Maximum steps of Lloyd's algorithm per level.
     """
     rest, result = np.array(x, np.float32, order="C"), []
     for level in range(levels):
@@ -319,7 +319,7 @@ def nearest(x: Floats, codebooks: Floats) -> Ints:
 
 
 def reconstructed(codes: Ints, codebooks: Floats) -> Floats:
-    """Return the sum of the centroids that codes name, shape (n, d)."""
+    """Return the sums of the centroids of codes, shape (n, d)."""
     total = np.zeros((len(codes), codebooks.shape[2]), np.float32)
     for level, centroids in enumerate(codebooks):
         total += centroids[codes[:, level]]
@@ -327,24 +327,24 @@ def reconstructed(codes: Ints, codebooks: Floats) -> Floats:
 
 
 def perplexity(codes: Ints, k: int) -> float:
-    """Return the exponential of the entropy of codes: how many of k equally used ones they are worth."""
+    """Return the exponential of the entropy of codes: the equivalent number of equally used codes, out of k."""
     share = np.bincount(codes, minlength=k) / len(codes)
     used = share[share > 0]
     return float(np.exp(-(used * np.log(used)).sum()))
 
 
 def kmeans(x: Floats, k: int, *, most: int = 0, seed: int | Sequence[int] = 0, iterations: int = 25) -> Clusters:
-    """Cluster vectors by Lloyd's algorithm from greedy k-means++; the same seed gives the same clusters.
+    """Cluster vectors by Lloyd's algorithm after greedy k-means++; deterministic for a seed.
 
-    A bound is kept in the last third of the iterations only: without it they are cheaper, and end near the same place.
-    With it, the distances of all vectors to all centroids are held at once: 4 n k bytes.
+    A bound is applied only in the last third of the iterations: without it they are cheaper and converge to similar
+    centroids. With it, the distances of all vectors to all centroids are held at once: 4 n k bytes.
 
     Args:
         x: Vectors, shape (n, d).
-        k: Clusters; some stay empty where there are fewer different vectors.
-        most: Most vectors of a cluster, with ``most * k >= n``; 0: no bound.
-        seed: Of the first centroids.
-        iterations: Most steps.
+        k: Clusters; some stay empty if there are fewer different vectors.
+        most: Maximum vectors per cluster, with ``most * k >= n``; 0: no bound.
+        seed: Seed of the initial centroids.
+        iterations: Maximum steps.
     """
     centroids = _opened(x, _first(x, k, np.random.default_rng(seed)))
     bounded_steps = iterations // 3 if most else 0
@@ -354,7 +354,7 @@ def kmeans(x: Floats, k: int, *, most: int = 0, seed: int | Sequence[int] = 0, i
 
 
 def _lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats, float]:
-    """Return centroids after some steps, fewer if they settle, and the total cost in the last one."""
+    """Return the centroids after some steps, fewer if they converge, and the total cost of the last one."""
     before, total = np.full(len(x), -1), math.inf
     for _ in range(steps):
         codes, cost = _assigned(x, centroids, most)
@@ -366,11 +366,11 @@ def _lloyd(x: Floats, centroids: Floats, most: int, steps: int) -> tuple[Floats,
 
 
 def _opened(x: Floats, first: Floats) -> Floats:
-    """Return centroids some steps on, of which the first was free or kept clusters near one size: what ends better.
+    """Return the centroids after a few steps, the first of which was unbounded or tightly bounded: the cheaper result.
 
-    Residuals lie around zero in all directions: left free, one centroid in the middle may take most of them and keep
-    them, while others hold a few far ones. A single step with a tight bound cuts the middle in pieces, and free steps
-    do not put it together again.
+    Residuals lie around zero in all directions: without a bound, one centroid in the middle may take most of them and
+    keep them, while others hold a few distant ones. A single step with a tight bound divides the middle, and unbounded
+    steps do not merge it again.
     """
     results = []
     for most in (0, math.ceil(_OPENING * len(x) / len(first))):
@@ -381,7 +381,7 @@ def _opened(x: Floats, first: Floats) -> Floats:
 
 
 def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
-    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 3): of a few draws the one that helps most."""
+    """Greedy k-means++ (Arthur and Vassilvitskii, SODA 2007, section 3): of several draws the cheapest one."""
     if len(x) > _SAMPLE * k:
         x = x[np.sort(rng.choice(len(x), _SAMPLE * k, replace=False))]
     norms, trials = np.einsum("ij,ij->i", x, x), 2 + int(math.log(k))
@@ -390,7 +390,7 @@ def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
     while len(chosen) < k:
         steps = np.cumsum(cost, dtype=np.float64)
         if steps[-1] <= 0:
-            # No vector is left that is not a centroid: any repetition is as good.
+            # All vectors are centroids already: any repetition is as good.
             chosen += [chosen[0]] * (k - len(chosen))
             break
         drawn = np.searchsorted(steps, rng.random(trials) * steps[-1], side="right").clip(max=len(x) - 1)
@@ -403,13 +403,13 @@ def _first(x: Floats, k: int, rng: np.random.Generator) -> Floats:
 
 def _distances(x: Floats, norms: Floats, of: list[int] | Ints) -> Floats:
     result = norms[None, :] + norms[of, None] - 2 * (x[of] @ x.T)
-    # What rounding leaves between equal vectors would be drawn again and again.
+    # Otherwise rounding errors between equal vectors would be drawn repeatedly.
     result[result < 1e-6 * (norms[of, None] + norms[None, :])] = 0
     return result
 
 
 def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats]:
-    """Return the code of each vector, nearest or within the bound, and its squared distance from that centroid."""
+    """Return the code of each vector, nearest or within the bound, and its squared distance to that centroid."""
     codes, part = np.empty(len(x), np.int64), np.empty(len(x), np.float32)
     table = np.empty((len(x) if most else 0, len(centroids)), np.float32)
     offset, turned = np.einsum("ij,ij->i", centroids, centroids), np.ascontiguousarray(-2 * centroids.T)
@@ -428,16 +428,16 @@ def _assigned(x: Floats, centroids: Floats, most: int = 0) -> tuple[Ints, Floats
 
 
 def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
-    """Give each row a column, none more than ``most`` times, at nearly the least total cost.
+    """Assign each row to a column, at most ``most`` rows per column, at nearly minimum total cost.
 
-    Bertsekas' auction (Annals of Operations Research 14, 1988) with all of a column's rows at once: a column that too
-    many rows want raises its price until only ``most`` of them still want it. The mean cost is at most one bid above
-    the least possible; bids grow where prices have not settled after some rounds. Ties fall by row.
+    Bertsekas' auction (Annals of Operations Research 14, 1988) for all rows of a column at once: a column wanted by too
+    many rows raises its price until only ``most`` of them still want it. The mean cost is at most one bid above the
+    minimum; bids grow if prices have not converged after some rounds. Ties fall by row.
 
     Args:
         costs: Shape (n, k).
-        most: Rows of a column; ``most * k >= n``.
-        bid: Least rise of a price; 0: a thousandth of the range of costs.
+        most: Maximum rows per column; ``most * k >= n``.
+        bid: Minimum rise of a price; 0: a thousandth of the range of costs.
     """
     k, spread = costs.shape[1], float(np.ptp(costs)) or 1.0
     bid = max(bid or _BID * spread, _LEAST_BID * spread)
@@ -449,7 +449,7 @@ def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
         offers = costs[rows] + prices
         kept = offers[place, own]
         offers[place, own] = np.inf
-        # What a row would lose by its next best column: those with the least to lose leave.
+        # The loss of each row in its next best column: rows with the smallest loss leave.
         margin = np.maximum(offers.min(axis=1) - kept, 0)
         order = np.lexsort((rows, -margin, own))
         leaving = order[place - np.searchsorted(own[order], own[order]) >= most]
@@ -464,7 +464,7 @@ def bounded(costs: Floats, most: int, *, bid: float = 0.0) -> Ints:
 
 
 def _means(x: Floats, codes: Ints, cost: Floats, before: Floats) -> Floats:
-    """Return the means of clusters; empty ones move to the vectors that are farthest from their centroids."""
+    """Return the means of clusters; empty ones move to the vectors farthest from their centroids."""
     counts = np.bincount(codes, minlength=len(before))
     member = csr_array((np.ones(len(x), np.float32), codes, np.arange(len(x) + 1)), shape=(len(x), len(before)))
     centroids: Floats = np.asarray(member.T.tocsr() @ x)
@@ -478,12 +478,12 @@ def _means(x: Floats, codes: Ints, cost: Floats, before: Floats) -> Floats:
 
 
 class Semantic:
-    """Residual quantisation of text vectors.
+    """Residual quantisation of text embeddings.
 
-    ``repair: extra_level`` counts items of an equal code in one more piece, 0 for the one most popular in training, as
-    in TIGER. ``repair: last_level`` gives the items that share all pieces but the last one different last pieces, with
-    the least sum of squared distances, as LC-Rec's uniform mapping does within its batches. With ``index.item_token``
-    the last piece is a token of the item's own instead.
+    ``repair: extra_level`` numbers items with equal codes in an additional piece, 0 for the most popular in training,
+    as in TIGER. ``repair: last_level`` gives items that share all but the last piece different last pieces with the
+    minimum sum of squared distances, as LC-Rec's uniform mapping does within its batches. With ``index.item_token`` the
+    last piece is an item token instead.
     """
 
     @staticmethod
@@ -491,8 +491,8 @@ class Semantic:
         """Return the codes; see `Scheme`.
 
         Raises:
-            RecipeError: If a field that the recipe names is in no item, or items cannot be told apart as it asks.
-            DataError: If there is no encoder, or its vectors cannot be used.
+            RecipeError: If no item has a field that the recipe names, or items cannot be distinguished as it requires.
+            DataError: If there is no encoder, or its embeddings are unusable.
         """
         semantic = section.semantic
         names = sorted(data.dataset.items)
@@ -521,13 +521,13 @@ class Semantic:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Place further items at the nearest codes with room, in the order of their ids; see `Scheme`.
+        """Assign further items to the nearest codes with room, in the order of their ids; see `Scheme`.
 
-        The vocabulary stays as it is, except with ``item_token``. Where the nearest code is full, the nearest last
-        number with room is taken, then the nearest number of the level before, and so on.
+        The vocabulary does not change, except with ``item_token``. If the nearest code is full, the nearest last number
+        with room is used, then the nearest number of the level before, and so on.
 
         Raises:
-            DataError: If there is no encoder, its vectors are not those of the index, or every code is full.
+            DataError: If there is no encoder, its embeddings differ from those of the index, or every code is full.
         """
         names, arrays = sorted(items), dict(index.arrays)
         x = _vectors([item_text(items[name], index.settings["fields"]) for name in names], embed)
@@ -568,21 +568,21 @@ def _pieces(numbers: Sequence[int]) -> tuple[str, ...]:
 
 
 def item_vectors(items: Sequence[Item], fields: Sequence[str], embed: Embed | None) -> Floats:
-    """Return vectors of length 1 of what is said of items, shape (n, d).
+    """Return embeddings of the texts of items, normalised to length 1, shape (n, d).
 
     Args:
         items: The items.
-        fields: Which of their fields are read, after the title.
+        fields: Item fields to read after the title.
         embed: The text encoder.
 
     Raises:
-        DataError: If there is no encoder, or its vectors cannot be used.
+        DataError: If there is no encoder, or its embeddings are unusable.
     """
     return _vectors([item_text(item, fields) for item in items], embed)
 
 
 def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...]:
-    """Return the fields that a recipe names, by default all that items have.
+    """Return the fields that a recipe names, by default all fields of the items.
 
     Raises:
         RecipeError: If no item has a field of that name.
@@ -600,13 +600,13 @@ def item_fields(items: Sequence[Item], section: SemanticIndex) -> tuple[str, ...
 
 
 def item_text(item: Item, fields: Sequence[str]) -> str:
-    """Return what is said of an item as one line: ``title. categories: Skin Care``; its id where that is nothing."""
+    """Return an item's text on one line: ``title. categories: Skin Care``; its id if the text is empty."""
     text = [f"{name}: {value}" for name in fields if (value := clean(item.fields.get(name, ""), TEXT_LIMIT))]
     return ". ".join(part for part in (clean(item.title), *text) if part) or item.item_id
 
 
 def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
-    """Return vectors of length 1, shape (n, d)."""
+    """Return embeddings normalised to length 1, shape (n, d)."""
     if embed is None:
         raise DataError(
             "index semantic: it is built from texts, and no text encoder was given; pass embed=",
@@ -630,7 +630,7 @@ def _vectors(texts: Sequence[str], embed: Embed | None) -> Floats:
 def _quantised(
     x: Floats, section: SemanticIndex, seed: int
 ) -> tuple[Floats, Quantised, dict[str, NDArray[Any]], dict[str, float]]:
-    """Return what is quantised, its codes, what encodes further vectors, and figures."""
+    """Return the quantised embeddings, their codes, the function that encodes further embeddings, and figures."""
     arrays: dict[str, NDArray[Any]] = {}
     if section.quantizer == "kmeans":
         if 0 < section.balance < 1:
@@ -663,7 +663,7 @@ def _quantised(
 
 
 def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitDataset, seed: int) -> list[int]:
-    """Return each item's number among those of its code: by training popularity, then by hash."""
+    """Return each item's number among those with the same code: by training popularity, then by hash."""
     popular = Counter(dict(data.train.group_by("item_id").len().iter_rows()))
     chance = hash64("semantic codes", seed, names)
     numbers, seen = [0] * len(names), Counter[tuple[int, ...]]()
@@ -674,7 +674,7 @@ def _counted(rows: Sequence[tuple[int, ...]], names: Sequence[str], data: SplitD
 
 
 def _moved(vectors: Floats, found: Quantised) -> Ints:
-    """Return last numbers, shape (n,), different within each group of items that share all the others."""
+    """Return last numbers, shape (n,), which differ within each group of items that share all other numbers."""
     first, codebook = found.codes[:, :-1], found.codebooks[-1]
     rest = vectors - reconstructed(first, found.codebooks[:-1])
     _, group = np.unique(first, axis=0, return_inverse=True)
@@ -689,9 +689,9 @@ def _moved(vectors: Floats, found: Quantised) -> Ints:
                 column="index.semantic.repair",
             )
         if len(np.unique(moved[rows])) < len(rows):
-            # A row's own norm is left out: it is the same wherever the item goes.
+            # A row's own norm is left out: it does not depend on the item's code.
             costs = np.square(codebook).sum(axis=1) - 2 * rest[rows] @ codebook.T
-            # Takes a tenth of a second to import, and most commands fit nothing.
+            # The import takes a tenth of a second, and most commands do not need it.
             from scipy.optimize import linear_sum_assignment
 
             moved[rows] = linear_sum_assignment(costs)[1]
@@ -699,7 +699,7 @@ def _moved(vectors: Floats, found: Quantised) -> Ints:
 
 
 def _by_distance(rest: Floats, codebooks: Floats, before: tuple[int, ...] = ()) -> Iterator[tuple[int, ...]]:
-    """Yield all codes, the nearest number of each level first; the last level turns fastest."""
+    """Yield all codes, the nearest number of each level first; the last level varies fastest."""
     level = len(before)
     if level == len(codebooks):
         yield before

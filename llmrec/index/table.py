@@ -1,8 +1,8 @@
-"""The table of codes: which text stands for which item.
+"""The table of codes: the text of every item.
 
-An index is data: an item's code is a tuple of *pieces*, and its text is the pieces side by side. A piece is a new token
-of the vocabulary, such as ``<a_12>``, or ordinary text, such as a title or a number; no code mixes the two. How codes
-are found is the matter of one `Scheme` each; `llmrec.registry.INDEXES` lists them.
+An index is data: an item's code is a tuple of *pieces*, and its text is their concatenation. A piece is a new token of
+the vocabulary, such as ``<a_12>``, or ordinary text, such as a title or a number; no code has both. Codes are made by a
+`Scheme`; `llmrec.registry.INDEXES` lists the schemes.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
 Embed = Callable[[Sequence[str]], NDArray[np.float32]]
-"""Texts to vectors, shape (n, d), one a text."""
+"""Function that returns the embeddings of texts, shape (n, d)."""
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 _CODES, _ARRAYS = "index.json", "index.safetensors"
@@ -37,51 +37,51 @@ _FORMAT = 1
 
 
 def token(level: int, number: int) -> str:
-    """Return the token of a number at a level of a code, counted from 0: ``<a_12>``."""
+    """Return the token for a number at a level of a code, counted from 0: ``<a_12>``."""
     return f"<{LETTERS[level]}_{number}>"
 
 
 def own_token(number: int) -> str:
-    """Return the token that belongs to one item alone, or stands at the leaf of a tree: ``<item_12>``."""
+    """Return the token of a single item or of a position in a leaf of a tree: ``<item_12>``."""
     return f"<item_{number}>"
 
 
 def user_token(number: int) -> str:
-    """Return the token that belongs to one user: ``<user_12>``."""
+    """Return the token of a single user: ``<user_12>``."""
     return f"<user_{number}>"
 
 
 class Scheme(Protocol):
-    """A way to find codes."""
+    """A method that makes codes."""
 
     @staticmethod
     def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed | None) -> ItemIndex:
-        """Return the codes of every item of a dataset.
+        """Return an index of every item of a data set.
 
-        It may learn from the texts of all items, and from training interactions. ``embed`` turns texts into vectors,
-        shape (n, d); it is None where the recipe's scheme needs none.
+        It may use the texts of all items, and training interactions. ``embed`` returns the embeddings of texts, shape
+        (n, d); it is None if the recipe's scheme does not need it.
         """
         ...
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None) -> ItemIndex:
-        """Return an index that holds further items too; no known item's code moves."""
+        """Return an index with further items; codes of known items do not change."""
         ...
 
 
 @dataclass(frozen=True)
 class ItemIndex:
-    """Codes of a catalogue: one item a code, one code an item.
+    """Codes of a catalogue: one code per item, one item per code.
 
     Attributes:
         scheme: Name in `llmrec.registry.INDEXES`.
         codes: Pieces by item id.
-        tokens: New tokens of the vocabulary, in the order of their ids; empty where codes are ordinary text.
-        settings: What the scheme was told and what `extend` must know, as JSON.
-        arrays: What `extend` must know, as arrays, such as codebooks of shape (levels, codes, d).
-        figures: What building it showed, such as collisions before they were repaired.
-        users: Tokens of users by id, beside ``tokens``; empty where users are written as text.
-        writes_ids: Whether templates that say ``item_id`` show the item's code.
+        tokens: New tokens of the vocabulary, in the order of their ids; empty if codes are ordinary text.
+        settings: Settings of the scheme and values that `extend` needs, as JSON.
+        arrays: Arrays that `extend` needs, such as codebooks of shape (levels, codes, d).
+        figures: Figures recorded when the index was built, such as collisions before the repair.
+        users: User tokens by id, in addition to ``tokens``; empty if users are written as text.
+        writes_ids: Whether ``item_id`` in templates shows the item's code.
     """
 
     scheme: str
@@ -94,11 +94,11 @@ class ItemIndex:
     writes_ids: bool = False
 
     def __post_init__(self) -> None:
-        """Refuse codes that do not tell items apart.
+        """Reject codes that do not distinguish items.
 
         Raises:
-            DataError: If two items share a code, a code is empty or no single line, or holds what is not in ``tokens``;
-                or if users share a token, or have one of items.
+            DataError: If two items share a code, a code is empty or not a single line, or has pieces not in ``tokens``;
+                or if users share a token with each other or with items.
         """
         known = set(self.tokens)
         wrong = [name for name in self.vocabulary if not is_item_token(name)]
@@ -129,14 +129,14 @@ class ItemIndex:
 
     @property
     def vocabulary(self) -> tuple[str, ...]:
-        """All new tokens, those of items before those of users."""
+        """All new tokens, item tokens before user tokens."""
         return (*self.tokens, *self.users.values())
 
     def encode(self, item: str) -> str:
-        """Return an item's code as it stands in prompts: a `Code` where it is made of tokens.
+        """Return an item's code as shown in prompts: a `Code` if it consists of tokens.
 
         Raises:
-            DataError: If the index does not hold the item.
+            DataError: If the item is not in the index.
         """
         if item not in self.codes:
             raise DataError(
@@ -148,15 +148,15 @@ class ItemIndex:
         return Code(text) if self.tokens else text
 
     def decode(self, text: str) -> str | None:
-        """Return the item of a code; None for any other text. White space around and between pieces does not count."""
+        """Return the item of a code; None for other text. White space around and between pieces is ignored."""
         return self._items.get(_key(text))
 
     def extend(self, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Return an index that holds these items too; known items keep their codes, whatever is said of them.
+        """Return an index with further items; known items keep their codes, even if their texts changed.
 
         Args:
-            items: By id.
-            embed: As it was when the index was built, where the scheme needs it.
+            items: Items by id.
+            embed: The encoder with which the index was built, if the scheme needs it.
 
         Raises:
             DataError: If the scheme cannot place an item.
@@ -168,7 +168,7 @@ class ItemIndex:
         return scheme.extend(self, new, embed=embed)
 
     def adding(self, codes: Mapping[str, tuple[str, ...]], tokens: Sequence[str] = (), **settings: Any) -> ItemIndex:
-        """Return a copy with further codes, further tokens after the known ones, and changed settings."""
+        """Return a copy with additional codes, additional tokens after the known ones, and changed settings."""
         known = set(self.tokens)
         return replace(
             self,
@@ -179,7 +179,7 @@ class ItemIndex:
 
     @cached_property
     def digest(self) -> str:
-        """A SHA-256 over everything but the figures."""
+        """A SHA-256 over everything except the figures."""
         parts: list[object] = [self.scheme, sorted(self.codes.items()), self.tokens, self.settings]
         parts += [sorted(self.users.items()), self.writes_ids] if self.users or self.writes_ids else []
         total = hashlib.sha256(json.dumps(parts, sort_keys=True).encode())
@@ -192,7 +192,7 @@ class ItemIndex:
         return {_key("".join(pieces)): item for item, pieces in self.codes.items()}
 
     def save(self, folder: Path) -> None:
-        """Write the index to a folder as JSON and safetensors, in one step."""
+        """Write the index to a folder as JSON and safetensors, atomically."""
         with replacing(folder) as draft:
             draft.mkdir()
             content: dict[str, Json] = {
@@ -213,10 +213,10 @@ class ItemIndex:
 
     @staticmethod
     def load(folder: Path) -> ItemIndex:
-        """Read an index that `save` wrote.
+        """Read an index written by `save`.
 
         Raises:
-            DataError: If the folder holds none, or a file cannot be read.
+            DataError: If the folder has no index, or a file cannot be read.
         """
         file, arrays = folder / _CODES, folder / _ARRAYS
         if not file.is_file():
@@ -232,7 +232,7 @@ class ItemIndex:
                     at=file,
                     column="format",
                 )
-            # Folders of before say nothing of their arrays.
+            # Folders of older versions have no hash of the arrays.
             if "arrays_sha256" in result and sha256_of(arrays) != result["arrays_sha256"]:
                 raise DataError(f"{arrays} does not fit its checksum; build the index again", kind="damaged", at=arrays)
             return ItemIndex(
@@ -242,16 +242,16 @@ class ItemIndex:
                 settings=result["settings"],
                 arrays=require("safetensors.numpy", "train").load_file(arrays) if arrays.is_file() else {},
                 figures=result["figures"],
-                # Folders that were written before ids could be codes say nothing of them.
+                # Folders written before ids could be codes have no users.
                 users={str(user): str(name) for user, name in result.get("users", {}).items()},
                 writes_ids=bool(result.get("writes_ids", False)),
             )
         except DataError as error:
             if error.file is not None:
                 raise
-            # What the codes of an index must be is said of any; here they stand in a file.
+            # The check of codes does not know the file; name it here.
             raise DataError(f"{file}: {error}; build the index again", kind=error.kind, at=file) from error
-        except Exception as error:  # a damaged file of numbers ends in an error of its library's own
+        except Exception as error:  # a damaged file of arrays raises errors of its library
             raise DataError(
                 f"{file} cannot be read ({type(error).__name__}: {error}); build the index again",
                 kind="damaged",
@@ -260,7 +260,7 @@ class ItemIndex:
 
 
 def _key(text: str) -> str:
-    """Return what makes two codes the same: tokens without the spaces between them, or text with single spaces."""
+    """Return the normal form of a code: tokens without spaces between them, or text with single spaces."""
     bare = "".join(text.split())
     return bare if is_item_token(bare.partition(">")[0] + ">") else " ".join(text.split())
 
@@ -270,12 +270,12 @@ def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed 
 
     Args:
         section: The recipe's section.
-        data: Its catalogue is numbered; of its interactions only those of ``train`` may be looked at.
+        data: The split data: codes of its catalogue are made; only its ``train`` interactions may be used.
         seed: The run's seed.
-        embed: Texts to vectors; needed by the scheme ``semantic``.
+        embed: Function that returns the embeddings of texts; required by the scheme ``semantic``.
 
     Raises:
-        DataError: If the scheme finds no code for an item.
+        DataError: If the scheme makes no code for an item.
         RecipeError: If there is no such scheme.
     """
     scheme: Scheme = lookup(INDEXES, section.scheme, "index scheme")
@@ -288,5 +288,5 @@ def build(section: IndexSection, data: SplitDataset, *, seed: int, embed: Embed 
             at=section.scheme,
             column="index.scheme",
         )
-    # A plug-in need not know the name that the recipe has for it.
+    # A plug-in need not know its name in the recipe.
     return built if built.scheme == section.scheme else replace(built, scheme=section.scheme)

@@ -1,4 +1,4 @@
-"""Titles as codes: every item's title, told apart where several items share one."""
+"""Titles as codes: every item's title, made unique if several items share one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from llmrec.types import Item
 if TYPE_CHECKING:
     from llmrec.data.split import SplitDataset
 
-# Soft hyphens, joiners, marks of direction, variation selectors and tags.
+# Soft hyphens, joiners, direction marks, variation selectors and tags.
 UNSEEN = re.compile(
     "[\u00ad\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff\U000e0000-\U000e01ef]"
 )
-# What tells two items apart must stand beside a title, not replace it.
+# The text that distinguishes items must fit next to a title, not replace it.
 _LONGEST_FIELD = 40
 
 
 class Titles:
-    """Titles, as prompts show them without an index, but unique.
+    """Titles as in prompts without an index, but unique.
 
-    Titles that differ in case or punctuation alone count as equal. Of items that share one, each gets the first field
-    that none of the others has, in brackets; where no field tells all of them apart, they are counted: ``(2)``.
+    Titles that differ only in case or punctuation count as equal. Each of the items with the same title gets the first
+    field whose value is different for all of them, in parentheses; if there is none, they are numbered: ``(2)``.
     """
 
     @staticmethod
@@ -40,16 +40,16 @@ class Titles:
 
     @staticmethod
     def extend(index: ItemIndex, items: Mapping[str, Item], *, embed: Embed | None = None) -> ItemIndex:
-        """Write further items by their titles, told apart from the known ones; see `Scheme`."""
+        """Add further items by their titles, made different from the known ones; see `Scheme`."""
         codes, _ = _told_apart(items, {title_key(title) for (title,) in index.codes.values()})
         return index.adding(codes)
 
 
 @lru_cache(maxsize=65536)
 def title_key(title: str) -> str:
-    """Return what makes two titles the same: letters, marks and digits, case folded, with single spaces.
+    """Return the normal form of a title: letters, marks and digits, case folded, with single spaces.
 
-    What cannot be seen, such as a joiner inside a Persian word or the variation selector of an emoji, does not count.
+    Invisible characters, such as a joiner inside a Persian word or the variation selector of an emoji, are ignored.
     """
     folded = UNSEEN.sub("", unicodedata.normalize("NFKC", title).casefold())
     kept = "".join(c if c.isalnum() or unicodedata.category(c).startswith("M") else " " for c in folded)
@@ -62,13 +62,13 @@ def shown(item_id: str, item: Item) -> str:
 
 
 def _told_apart(items: Mapping[str, Item], taken: Collection[str]) -> tuple[dict[str, tuple[str, ...]], int]:
-    """Return unique titles by item, and how many items shared theirs."""
+    """Return unique titles by item, and the number of items that shared theirs."""
     groups: dict[str, list[str]] = defaultdict(list)
     for item in sorted(items):
         groups[title_key(shown(item, items[item]))].append(item)
     used = {*taken}
     codes: dict[str, tuple[str, ...]] = {}
-    # Titles of one item alone come first: none of them may be pushed aside by what another group is given.
+    # Titles of a single item come first, so that titles generated for other groups cannot replace them.
     alone = [key for key, group in groups.items() if len(group) == 1 and key not in used]
     for key in alone:
         (item,) = groups.pop(key)
@@ -93,7 +93,7 @@ def _forms(title: str, remark: str) -> Iterator[str]:
 
 
 def _remarks(group: Mapping[str, Item]) -> dict[str, str]:
-    """Return the value of the first field that is short and different for every item of a group; else nothing."""
+    """Return the values of the first short field that differs between all items of a group; empty if there is none."""
     names = dict.fromkeys(name for item in group.values() for name in item.fields)
     for name in names:
         values = {item: clean(entry.fields.get(name, "")) for item, entry in group.items()}

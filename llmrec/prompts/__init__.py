@@ -1,1 +1,1 @@
-"""The template language of prompts; what a model finally reads is made in `llmrec.backends.encode`."""
+"""The template language of prompts; `llmrec.backends.encode` makes the final model input."""

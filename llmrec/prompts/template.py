@@ -1,8 +1,8 @@
-"""Prompt templates: versioned YAML, a small whitelisted Jinja grammar, and data that can forge nothing.
+"""Prompt templates: versioned YAML in a small, whitelisted Jinja grammar, safe against injection from data.
 
-A data value never enters a template as text. Each one is rendered as a placeholder made of private-use characters,
-which neither cleaned data nor a template can hold, and the output is split back into segments. So a title that
-reads ``{{ 7*7 }}`` stays literal, and a title can write neither template words nor a line of its own.
+A data value never enters a template as text. Each one is rendered as a placeholder of private-use characters, which
+neither cleaned data nor a template can contain, and the output is split back into segments. So a title ``{{ 7*7 }}``
+stays literal, and a title can neither imitate template text nor add a line.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from llmrec.resources import resource
 from llmrec.types import Message, Role, Segment
 
 # ----------------------------------------------------------------------------
-# The small part of Jinja that prompt templates may use: whitelisted on the syntax tree, then compiled.
+# The subset of Jinja that prompt templates may use: checked on the syntax tree, then compiled.
 #
-# Variables, one attribute deep; ``if`` with comparisons, ``and``, ``or``, ``not``; one level of ``for`` over a
-# list variable with ``loop.first``, ``loop.last``, ``loop.index``. There are no calls, filters, arithmetic or
-# nested loops, so a template can neither reach outside its values nor run for long.
+# Variables with one level of attributes; ``if`` with comparisons, ``and``, ``or``, ``not``; one level of ``for`` over a
+# list variable with ``loop.first``, ``loop.last``, ``loop.index``. There are no calls, filters, arithmetic or nested
+# loops, so a template can neither access anything but its values nor run for long.
 
 
 FORBIDDEN = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\uf8ff\U000f0000-\U0010ffff]")
-"""Characters that no template may hold: control and line separators, surrogates, private use."""
+"""Characters forbidden in templates: control and line separators, surrogates, private use."""
 
 _DEPTH_LIMIT = 24
 _LOOP = ("first", "last", "index")
@@ -46,7 +46,7 @@ _EXPRESSIONS = (nodes.Name, nodes.Getattr, nodes.Const, nodes.Compare, nodes.Ope
 
 
 class Refused(Exception):
-    """A construct outside the grammar, at a line of the template text."""
+    """Raised for a construct outside the grammar, with the line of the template text."""
 
     def __init__(self, line: int, construct: str) -> None:
         super().__init__(construct)
@@ -56,19 +56,19 @@ class Refused(Exception):
 
 @dataclass(frozen=True)
 class Compiled:
-    """A template text that keeps to the grammar, with the variables that it mentions."""
+    """A checked template text, with the variables that it uses."""
 
     names: frozenset[str]
     source: str
 
     @cached_property
     def template(self) -> JinjaTemplate:
-        """What renders it; compiled when it is first asked for, since most of the shipped ones are only checked."""
+        """The compiled Jinja template; compiled on first use, because most included templates are only checked."""
         return _ENVIRONMENT.from_string(self.source)
 
     @cached_property
     def _plain(self) -> tuple[str | tuple[str, str], ...] | None:
-        """Texts, and fields of variables; None where there is more than that."""
+        """Texts and fields of variables; None if the template has anything else."""
         results: list[str | tuple[str, str]] = []
         for node in _ENVIRONMENT.parse(self.source).body:
             for piece in node.nodes if isinstance(node, nodes.Output) else (node,):
@@ -84,16 +84,16 @@ class Compiled:
         """Yield the text in pieces.
 
         Args:
-            values: Of every variable, wrapped by a `Ledger`.
+            values: Values of all variables, wrapped by a `Ledger`.
 
         Raises:
-            TemplateError, RecipeError, TypeError, ValueError: If a value does not do.
+            TemplateError, RecipeError, TypeError, ValueError: If a value is invalid.
         """
         plain = self._plain
         if plain is None or not all(isinstance(values[piece[0]], Record) for piece in plain if type(piece) is tuple):
             yield from self.template.generate(values)
             return
-        # Most leads and targets, one for each step of a list: a context of Jinja would cost more than the text.
+        # Most leads and targets, one per step of a list: a Jinja context would cost more than the text.
         for piece in plain:
             yield piece if isinstance(piece, str) else str(_finalize(getattr(values[piece[0]], piece[1])))
 
@@ -110,7 +110,7 @@ def _finalize(value: object) -> object:
 
 class _Sandbox(ImmutableSandboxedEnvironment):
     def getattr(self, obj: object, attribute: str) -> object:
-        # Nothing but data can be reached there, and the grammar knows no name that begins with an underscore.
+        # Only data can be reached there, and the grammar has no names that begin with an underscore.
         return getattr(obj, attribute) if type(obj) is Record else super().getattr(obj, attribute)
 
 
@@ -127,7 +127,7 @@ def compiled(source: str) -> Compiled:
     """Check a template text against the grammar.
 
     Raises:
-        Refused: If it holds anything else; naming the line and the construct.
+        Refused: If it has anything else, with the line and the construct.
     """
     names: set[str] = set()
     try:
@@ -141,7 +141,7 @@ def compiled(source: str) -> Compiled:
 
 
 def _walk(node: nodes.Node, depth: int, bound: str | None, names: set[str]) -> None:
-    """Refuse whatever is not on the whitelist, and collect free variables; ``bound`` is the loop's own name."""
+    """Reject nodes outside the whitelist, and collect free variables; ``bound`` is the loop's own name."""
     if depth > _DEPTH_LIMIT:
         raise Refused(node.lineno, f"more than {_DEPTH_LIMIT} levels of nesting")
     if not isinstance(node, _STATEMENTS + _EXPRESSIONS):
@@ -183,7 +183,7 @@ def _walk_for(node: nodes.For, depth: int, bound: str | None, names: set[str]) -
     if not isinstance(node.iter, nodes.Name) or not isinstance(node.target, nodes.Name):
         raise Refused(node.lineno, "a for over something that is no plain list variable")
     if node.target.name == "loop":
-        # Jinja refuses it when it compiles, which is done when the text is first rendered.
+        # Jinja rejects this only when it compiles, at the first rendering.
         raise Refused(node.lineno, "a loop variable of the name loop, which is the loop itself")
     _walk(node.iter, depth + 1, None, names)
     for child in node.body:
@@ -197,7 +197,7 @@ __all__ = ["Template", "clean", "load_templates", "neutralise"]
 SOURCE_LIMIT = 16 * 1024
 _PARTS = ("system", "user", "lead", "target")
 _KEYS = ("family", "name", "version", "use", "shape", "system", "user", "lead", "target", "tail")
-# What is said about a template; it changes no prompt, and so not the hash. Words of a language do, and are hashed.
+# Metadata of a template, which changes no prompt and is not hashed; words of a language change it and are hashed.
 _NOTES = ("set", "number", "also", "leak", "needs", "language")
 _ALL_KEYS = (*_KEYS, *_NOTES)
 _USES = ("seen", "named", "unseen")
@@ -214,29 +214,29 @@ _ITEM = frozenset({"item"})
 
 @dataclass(frozen=True)
 class Template:
-    """One way to put a task into words.
+    """One wording of a task.
 
     Attributes:
-        family: The task that it belongs to.
-        name: Unique inside the family; the file carries the same name.
-        version: Raised whenever the words change.
-        use: ``seen`` templates train, ``named`` ones where a recipe names them or their set, ``unseen`` ones never.
-        shape: In a ``list`` the answer is continued step by step, each step being lead, target and tail. A ``chat``
-            has one answer, the target, closed by the end of turn.
-        system: Text of the system turn; empty: none.
-        user: Text of the user turn.
-        lead: Words before a list's target, such as the title whose rating follows.
-        target: What is learned.
-        tail: Literal text that ends a step of a list; it starts with a newline and is learned too. A list of nothing
-            but codes of item tokens needs none, since no code begins another.
-        set: The published set that it is an equivalent of, such as ``p5``; a recipe may name the whole set.
-        number: Which template of the set has the same fields, such as ``1-3``.
-        also: A further set and the number in it, such as ``p5-yelp 3-2``.
-        leak: What its question could give away of the answer, in a few words; empty: nothing.
-        needs: ``reviews`` where it shows what only data with reviews have: a headline, a feature, the review itself.
-            Without them it is used only where it is named, and then refused.
-        language: Code of the language that it is written in.
-        words: What code writes and reads in that language: yes and no, numbers; see `Words`.
+        family: The task of the template.
+        name: Unique inside the family; also the name of the file.
+        version: Increased whenever the words change.
+        use: ``seen`` templates are for training, ``named`` ones if a recipe names them or their set, ``unseen`` never.
+        shape: A ``list`` is continued step by step, each step consisting of lead, target and tail. A ``chat`` has one
+            answer, the target, closed by the end of turn.
+        system: Text of the system message; empty for none.
+        user: Text of the user message.
+        lead: Text before a list's target, such as the title whose rating follows.
+        target: The text to learn.
+        tail: Literal text that ends a step of a list; it starts with a newline and is learned too. A list with only
+            codes of item tokens needs none, because no code is a prefix of another.
+        set: The published set with an equivalent template, such as ``p5``; a recipe may name the whole set.
+        number: The number of the template of the set with the same fields, such as ``1-3``.
+        also: Another set and the number in it, such as ``p5-yelp 3-2``.
+        leak: What its question could reveal of the answer, in a few words; empty if nothing.
+        needs: ``reviews`` if it shows data that only reviews have: a headline, a feature, the review itself. Without
+            them it is used only if it is named, and then rejected.
+        language: Code of its language.
+        words: Words that code writes and reads in that language: yes and no, numbers; see `Words`.
     """
 
     family: str
@@ -262,7 +262,7 @@ class Template:
         """Check every part against the grammar.
 
         Raises:
-            RecipeError: If a part or the shape cannot be used.
+            RecipeError: If a part or the shape is invalid.
         """
         _check_fields(self)
         for part in _PARTS:
@@ -276,12 +276,12 @@ class Template:
         object.__setattr__(self, "sha", hashlib.sha256(content.encode()).hexdigest()[:12])
 
     def stored(self) -> dict[str, Any]:
-        """Return what a model folder keeps of it, so that it asks alike elsewhere; `of_stored` reads it."""
+        """Return the entry of a model folder, with which prompts are the same elsewhere; `of_stored` reads it."""
         return {key: getattr(self, key) for key in _ALL_KEYS} | {"words": self.words.model_dump(mode="json")}
 
     @staticmethod
     def of_stored(entry: Mapping[str, Any]) -> Template:
-        """Return a template that was `stored`; older ones, without words, are English.
+        """Return a template from a `stored` entry; older ones, without words, are in English.
 
         Raises:
             RecipeError: As `Template`.
@@ -296,13 +296,13 @@ class Template:
 
     @property
     def sets(self) -> Mapping[str, str]:
-        """The sets that it belongs to, and its number in each."""
+        """The sets that contain it, with its number in each."""
         name, _, number = self.also.partition(" ")
         return {key: value for key, value in ((self.set, self.number), (name, number)) if key}
 
     @property
     def writes_codes(self) -> bool:
-        """Whether a part shows an item by its code, which takes an item index."""
+        """Whether a part shows an item by its code, which requires an item index."""
         return any(_CODE.search(getattr(self, part)) for part in _PARTS)
 
     @property
@@ -319,7 +319,7 @@ class Template:
 
     @property
     def asks_with_code(self) -> bool:
-        """Whether an item's code stands before the answer."""
+        """Whether an item's code comes before the answer."""
         return any(_CODE.search(getattr(self, part)) for part in _PARTS if part != "target")
 
     @property
@@ -329,28 +329,28 @@ class Template:
 
     @property
     def shows_profile(self) -> bool:
-        """Whether a question has a place for what is known of the user."""
+        """Whether a question shows the user's profile."""
         return "profile" in self.names("system", "user")
 
     def names(self, *parts: str) -> frozenset[str]:
-        """Return the variables that some parts mention, of ``system``, ``user``, ``lead`` and ``target``."""
+        """Return the variables that the given parts use, of ``system``, ``user``, ``lead`` and ``target``."""
         return frozenset().union(*(compiled(getattr(self, part)).names for part in parts))
 
     def check(self, *, turns: Collection[str], lead: Collection[str], target: Collection[str]) -> None:
-        """Refuse variables that a part may not see, so that no question can show its own answer.
+        """Reject variables that a part may not use, so that no question can show its own answer.
 
         Raises:
-            RecipeError: Naming the template, the variable and the known ones.
+            RecipeError: With the template, the variable and the known ones.
         """
         for part, known in (("system", turns), ("user", turns), ("lead", lead), ("target", target)):
             for name in sorted(self.names(part)):
                 self._require(part, name, known)
 
     def turns(self, values: Mapping[str, object]) -> tuple[Message, ...]:
-        """Render the system turn, if there is one, and the user turn.
+        """Render the system message, if there is one, and the user message.
 
         Raises:
-            RecipeError: If a variable is unknown or the text grows past its limit.
+            RecipeError: If a variable is unknown or the text exceeds its limit.
         """
         roles: tuple[tuple[Role, str], ...] = (("system", "system"), ("user", "user"))
         rendered = ((role, self._render(part, values)) for role, part in roles)
@@ -358,13 +358,13 @@ class Template:
 
     @property
     def bare(self) -> bool:
-        """Whether codes stand one behind the other: a list of nothing else, or a chat whose question has no words."""
+        """Whether the prompt has only codes: a list without other text, or a chat whose question has no words."""
         if self.lead or self.tail or self.target.strip() != "{{ item.code }}":
             return False
         return self.shape == "list" or not _WORDS.search(_TAG.sub("", self.user))
 
     def opening(self, values: Mapping[str, object]) -> tuple[Segment, ...]:
-        """Render the lead alone, which stands before an answer that is still asked for."""
+        """Render the lead without the target, for an answer that is still to be generated."""
         return self._render("lead", values)
 
     def step(self, values: Mapping[str, object]) -> tuple[tuple[Segment, ...], tuple[Segment, ...]]:
@@ -372,7 +372,7 @@ class Template:
         return self.opening(values), (Segment("target", self.answer(values) + self.tail),)
 
     def answer(self, values: Mapping[str, object]) -> str:
-        """Render the target without its tail: the text whose likelihood is asked for."""
+        """Render the target without its tail: the text whose likelihood is scored."""
         return "".join(segment.text for segment in self._render("target", values))
 
     def _require(self, part: str, name: str, known: Collection[str]) -> None:
@@ -417,14 +417,14 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
 
     Args:
         family: Name of a task.
-        extra: Files and folders of further templates, of this family and others; in a folder, ``<family>/*.yaml`` where
-            that exists. None is passed over.
+        extra: Files and folders of further templates, of this family and others; in a folder, ``<family>/*.yaml`` if
+            that exists. None is ignored.
 
     Returns:
         Templates by name: seen before named before unseen, lists before chats, then by name. The first is the default.
 
     Raises:
-        RecipeError: If a file is not a template of this grammar, or a name stands twice.
+        RecipeError: If a file is not a template of this grammar, or a name is repeated.
     """
     files = sorted(resource("prompts").joinpath(family).glob("*.yaml"))
     mixed: list[Path] = []
@@ -465,7 +465,7 @@ def load_templates(family: str, *extra: Path | str | None) -> dict[str, Template
 
 
 def _fault(key: str, kind: ErrorKind, problem: str) -> RecipeError:
-    """Return what is wrong with one key; the loader adds the file and the line."""
+    """Return the error about one key; the loader adds the file and the line."""
     return RecipeError(problem, kind=kind, column=key)
 
 

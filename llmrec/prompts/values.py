@@ -1,4 +1,4 @@
-"""Data values in templates: each is handed out as a placeholder, and comes out of the rendered text as a segment."""
+"""Data values in templates: each becomes a placeholder, which becomes a segment of the rendered text."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from llmrec.types import Code, CodedId, Segment
 
 OUTPUT_LIMIT = 256 * 1024
 LOOKUP_LIMIT = 256 * 1024
-"""Most values that one rendering may look up or compare; a loop can keep busy without writing anything."""
+"""Maximum values that one rendering may look up or compare; a loop can run without writing anything."""
 _MARK = re.compile("\ue000([0-9]+)\ue001")
 
 
 class Fields(dict[str, object]):
-    """An item's title and further fields, which stay as they are; one that the item lacks reads as None.
+    """An item's title and further fields, which do not change; a missing field reads as None.
 
     Attributes:
-        rendered: What templates that show nothing else make of it, by their text. A list writes an item again for every
-            user who had it.
+        rendered: The rendered segments of templates that show only these fields, by template text. A list writes an
+            item again for every user who had it.
     """
 
     __slots__ = ("rendered",)
@@ -30,12 +30,12 @@ class Fields(dict[str, object]):
         self.rendered: dict[str, tuple[Segment, ...]] = {}
 
     def __missing__(self, key: str) -> object:
-        """Let templates ask ``{% if item.genres %}`` of any catalogue."""
+        """Let templates use ``{% if item.genres %}`` with any catalogue."""
         return None
 
 
 class Ledger:
-    """Hands out placeholders for data values and turns them back into segments."""
+    """Creates placeholders for data values and converts them back into segments."""
 
     def __init__(self) -> None:
         self.texts: list[str] = []
@@ -43,9 +43,9 @@ class Ledger:
         self.lookups = 0
 
     def wrap(self, value: object) -> object:
-        """Replace strings by data, mappings by records; numbers and None pass. Only a code may hold item tokens.
+        """Replace strings by data and mappings by records; numbers and None stay. Only codes may have item tokens.
 
-        A function gives its value: what takes time to find is found where a template mentions it.
+        A function is called for its value, so that an expensive value is computed only if a template uses it.
         """
         if callable(value):
             return self.wrap(value())
@@ -62,7 +62,7 @@ class Ledger:
         return value
 
     def spend(self, characters: int) -> None:
-        """Count characters of the rendered text.
+        """Add to the number of characters of the rendered text.
 
         Raises:
             RecipeError: If there are more than `OUTPUT_LIMIT`.
@@ -75,7 +75,7 @@ class Ledger:
             )
 
     def look(self) -> None:
-        """Count a value that is looked up or compared.
+        """Count the lookup or comparison of a value.
 
         Raises:
             RecipeError: If there are more than `LOOKUP_LIMIT`.
@@ -93,7 +93,7 @@ class Ledger:
         return f"\ue000{len(self.texts) - 1}\ue001"
 
     def segments(self, rendered: str) -> tuple[Segment, ...]:
-        """Return a rendered text with the values in place of their placeholders."""
+        """Return the segments of a rendered text, with values instead of their placeholders."""
         pieces = _MARK.split(rendered)
         both = [
             Segment("item", self.texts[int(piece)]) if index % 2 else Segment("text", piece)
@@ -103,7 +103,7 @@ class Ledger:
 
 
 class _Datum:
-    """One data value: compared and tested by what it says, printed as a placeholder."""
+    """One data value: compared and tested by its text, rendered as a placeholder."""
 
     __slots__ = ("_ledger", "_text")
 
@@ -130,7 +130,7 @@ class _Datum:
 
 
 class Record:
-    """Named data values such as an item's title; a name that the mapping lacks is an error."""
+    """Named data values such as an item's title; a missing name is an error."""
 
     __slots__ = ("_known", "_ledger", "_source")
 
@@ -142,7 +142,7 @@ class Record:
     def __getattr__(self, name: str) -> object:
         self._ledger.look()
         try:
-            # A long text is cleaned once, however often a template asks for it.
+            # A long text is cleaned once, however often a template uses it.
             if name not in self._known:
                 self._known[name] = self._ledger.wrap(self._source[name])
             return self._known[name]

@@ -1,7 +1,7 @@
-"""The words of a language that code writes into prompts and looks for in answers: yes and no, numbers, "out of".
+"""Words of a language that code writes into prompts and finds in answers: yes and no, numbers, "out of".
 
-One page a language, ``prompts/languages/<code>.yaml``; docs/languages.md says how one is added. All other words of a
-prompt stand in its template.
+One file per language, ``prompts/languages/<code>.yaml``; docs/languages.md explains how to add one. All other words of
+a prompt are in its template.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _CODE = r"[a-z]{2,3}(-[a-z0-9]{2,8})*"
 
 
 class Words(Section):
-    """One language. A template names it by its key ``language``; without the key it is English."""
+    """The words of one language. A template selects it by its key ``language``; the default is English."""
 
     language: str = Field(pattern=rf"^{_CODE}$", description="its code, as BCP 47 has it, small")
     says_yes: str = Field(min_length=1, description="what `{{ answer }}` writes for a yes")
@@ -55,12 +55,12 @@ class Words(Section):
 
     @cached_property
     def scale(self) -> re.Pattern[str]:
-        """What follows a rating where its scale is said: ``/5``, ``out of 5``."""
+        """The suffix of a rating that names its scale: ``/5``, ``out of 5``."""
         return re.compile(rf"\s*(?:{_any('/', *self.out_of)})\s*(\d+)", re.IGNORECASE)
 
     @cached_property
     def lead(self) -> re.Pattern[str]:
-        """What may stand before an answer, in small letters: ``the answer is``; nothing without a word for answer."""
+        """Pattern of text before an answer, in lower case: ``the answer is``; matches nothing without such a word."""
         if not self.answer:
             return re.compile("(?!)")
         before = rf"(?:(?:{_any(*self.before_answer)})\s+)*" if self.before_answer else ""
@@ -68,11 +68,11 @@ class Words(Section):
         return re.compile(rf"{before}{re.escape(self.answer)}{after}\b[\s:]*")
 
     def said(self, *, yes: bool) -> str:
-        """Return the word for a yes or a no."""
+        """Return the word for yes or no."""
         return self.says_yes if yes else self.says_no
 
     def spellings(self) -> tuple[tuple[str, ...], tuple[str, ...]]:
-        """Return how a yes and a no may be written; none begins another, so that their probabilities add up."""
+        """Return the spellings of yes and of no; none is a prefix of another, so their probabilities can be added."""
         return _cases(self.says_yes), _cases(self.says_no)
 
 
@@ -81,10 +81,10 @@ def words_of(language: str, *folders: Path) -> Words:
 
     Args:
         language: Its code.
-        folders: Where its page is looked for before those of the package.
+        folders: Folders searched for its file before those of the package.
 
     Raises:
-        RecipeError: If there is no page of it, or a page cannot be used.
+        RecipeError: If its file is missing, or a file is invalid.
     """
     for folder in (*folders, resource("prompts", FOLDER)) if re.fullmatch(_CODE, language) else ():
         if (page := folder / f"{language}.yaml").is_file():
