@@ -1,1 +1,1 @@
-"""One run: study, training, evaluation, audit, results, and what lets it be resumed."""
+"""The stages of a run: study, training, evaluation, audit and results, and how a run is resumed."""

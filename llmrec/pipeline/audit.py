@@ -51,9 +51,9 @@ from llmrec.types import Backend, Prompt
 log = logging.getLogger(__name__)
 
 FILE = "audit.json"
-# Packages that fits of baselines depend on.
+# Packages that the results of fitting baselines depend on.
 _FITTING = ("numpy", "scipy", "torch", "implicit", "polars")
-# Rows of a family that are checked where nothing was trained.
+# The number of rows of a family that are checked if no model was trained.
 _UNTRAINED = 100
 
 
@@ -64,10 +64,10 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
 
     Args:
         folder: The run folder.
-        memory: Also ask the untuned model for the catalogue, which loads it.
+        memory: Also check whether the untuned model has memorised the catalogue, which loads it.
 
     Raises:
-        LlmrecError: If the folder holds no finished run, or a file of it is damaged.
+        LlmrecError: If the folder has no finished run, or one of its files is damaged.
     """
     recipe, stored = folder / "recipe.yaml", folder / "results.json"
     # On a read-only disk nothing can be locked or written.
@@ -96,7 +96,7 @@ def audit(folder: Path, *, memory: bool = False) -> list[Check]:
 
 
 def _predictions(folder: Path) -> pl.DataFrame:
-    """Read the answers of a run."""
+    """Return the stored answers of a run."""
     path = folder / "predictions.parquet"
     try:
         return pl.read_parquet(path)
@@ -112,10 +112,10 @@ def examine(
     """Yield every check that needs no model.
 
     Args:
-        study: The run's.
+        study: The study of the run.
         results: Its ``results.json``.
         predictions: Its ``predictions.parquet``.
-        kept: File of what is known of its baselines, which take long to fit; None: they are fitted again.
+        kept: File with the stored check of its baselines, which take long to fit; None: they are fitted again.
     """
     split = study.recipe.eval.split
     for data in filter(None, (study.data, study.reviews)):
@@ -152,7 +152,7 @@ def examine(
 
 
 def _baselines(study: Study, kept: Path) -> Check:
-    """Return the stored check of the baselines, or make it."""
+    """Return the check of the baselines, stored or computed."""
     used = {family: study.task_data(family) for family in study.tasks}
     key = fingerprint(
         "audit",
@@ -185,12 +185,12 @@ def _stores(study: Study) -> list[Hashes]:
 
 
 def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine, ...]:
-    """Write ``audit.json``, the checks and how many of them are leaks; return them as the report shows them.
+    """Write ``audit.json``, the checks and the number of leaks, and return its content for the report.
 
     Args:
         folder: The run folder.
-        checks: What was found.
-        of: The sha256 of its ``results.json``, so that the report never shows the audit of others.
+        checks: The results of the checks.
+        of: The sha256 of its ``results.json``, so that the report never shows the audit of other results.
     """
     results = [asdict(check) for check in checks]
     leaks = sum(check.verdict == "leak" for check in checks)
@@ -199,7 +199,7 @@ def write(folder: Path, checks: Sequence[Check], *, of: str) -> tuple[AuditLine,
 
 
 def _rows_of(training: Mapping[str, Any] | None, family: str) -> int:
-    """Return how many rows training drew from a family's stream, those that were too long included."""
+    """Return the number of rows that training drew from a family's stream, including those that were too long."""
     if training is None:
         return _UNTRAINED
     return int(training["rows"].get(family, 0)) + int(training.get("dropped", {}).get(family, 0))
@@ -233,7 +233,7 @@ _ROUNDS = 20
 
 
 def id_arithmetic(data: SplitDataset, split: str) -> Check:
-    """HR@5 of a rule that only counts on from the numbers in ids: largest + 1, last + 1, largest + 2, last + 2, ...
+    """Return HR@5 of a rule that predicts ids by counting: largest + 1, last + 1, largest + 2, last + 2, ...
 
     It is compared with the same rule over permuted ids. If it is well above that, the numbering predicts the next item:
     legitimate if ids follow training order, a leak if held-out interactions took part in it (P5's published ids reach
@@ -246,10 +246,10 @@ def id_arithmetic(data: SplitDataset, split: str) -> Check:
 
 
 def code_arithmetic(index: ItemIndex, data: SplitDataset, split: str) -> Check:
-    """The same rule over an index: its numbers, or the places of its codes when they are sorted piece by piece.
+    """Return HR@5 of the same rule over an index: its numbers, or the ranks of its codes when sorted piece by piece.
 
-    What it reaches above a random ranking, a model can reach by counting on from the codes of the history. Numbers in
-    training order tell something honestly, as do codes of a tree in which neighbours were chosen together.
+    A model can reach the same HR@5 by counting from the codes of the history. Values above those of a random ranking
+    are legitimate for numbers in training order, and for codes of a tree in which neighbours were chosen together.
     """
     name = "code arithmetic"
     if index.scheme == "title":
@@ -324,7 +324,7 @@ def near_duplicates(sets: Sequence[frozenset[str]], threshold: float) -> list[tu
                 buckets[band, part.tobytes()].append(n)
     result: dict[tuple[int, int], float] = {}
     for crowd in buckets.values():
-        # In a group of equal sets each is compared with the first alone.
+        # In a group of equal sets each is compared with the first only.
         pairs = combinations(crowd, 2) if len(crowd) <= _CROWD else ((crowd[0], other) for other in crowd[1:])
         for a, b in pairs:
             if (a, b) not in result:
@@ -363,7 +363,7 @@ def duplicate_items(data: SplitDataset, threshold: float = 0.85) -> Check:
 
 
 def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> Check:
-    """Report held-out users with a near-duplicate in training, who chose the held-out item too."""
+    """Report held-out users with a near-duplicate user in training who also chose the held-out item."""
     held = {h.user_id: h.item_id for h in data.holdouts(split)}  # type: ignore[arg-type]
     trained = {user: frozenset(e.item_id for e in data.train_events(user)) for user in data.users()}
     users = [user for user in data.users() if len(trained[user]) >= 3]
@@ -387,16 +387,16 @@ def duplicate_users(data: SplitDataset, split: str, threshold: float = 0.9) -> C
 def memorisation(backend: Backend, data: SplitDataset, *, seed: int, titles: int = 200) -> Check:
     """Measure whether a model completes titles of the catalogue from their first half, compared with mixed halves.
 
-    Each prompt shows a few whole titles and the first words of another; a completion counts where its letters and
-    digits equal the rest of the title. The control deals the second halves out anew, so that no such title exists: what
-    it reaches is chance. (Di Palma et al., "Do LLMs Memorize Recommendation Datasets?", SIGIR 2025, ask for
+    Each prompt shows a few whole titles and the first words of another; a completion is correct if its letters and
+    digits equal the rest of the title. The control permutes the second halves, so that no such title exists: it gives
+    the chance level. (Di Palma et al., "Do LLMs Memorize Recommendation Datasets?", SIGIR 2025, ask for
     MovieLens-1M's records in the same spirit.)
 
     Args:
         backend: The untuned model.
-        data: Whose catalogue.
+        data: The dataset with the catalogue.
         seed: Draws the titles.
-        titles: How many are asked.
+        titles: The number of titles to complete.
     """
     name = f"memorisation of {data.dataset.name}"
     halves = _halves(data)

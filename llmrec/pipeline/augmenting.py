@@ -1,4 +1,4 @@
-"""`llmrec augment`: texts of users and items by a language model, their vectors, and the feature store."""
+"""`llmrec augment`: generates texts on users and items with a language model, and stores them with their vectors."""
 
 from __future__ import annotations
 
@@ -67,10 +67,10 @@ class Plan:
     """The questions of a recipe's `augment` section.
 
     Attributes:
-        data: The split.
+        data: The split data.
         asked: Questions by kind.
         encoder: Tokenizer of the model.
-        base: Its folder.
+        base: Folder of the model.
     """
 
     data: SplitDataset
@@ -87,13 +87,13 @@ class Plan:
 
 @dataclass(frozen=True)
 class Augmented:
-    """The feature store that was written.
+    """The result of `augment`.
 
     Attributes:
-        folder: The store.
-        texts: How many of each kind.
+        folder: The feature store.
+        texts: The number of texts by kind.
         cost: Tokens of all questions and answers, stored ones included.
-        seconds: Spent now.
+        seconds: Duration of this call.
     """
 
     folder: Path
@@ -111,9 +111,9 @@ def plan(recipe: Recipe) -> Plan:
 
 
 def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Asked]]]:
-    """Return the split and its questions, without a model; errors as `plan` raises them."""
+    """Return the split data and its questions, without a model; raises the same errors as `plan`."""
     section = _section(recipe)
-    # The texts do not exist yet, and none is written from another.
+    # The texts do not exist yet, and none depends on another.
     tables = {"data": recipe.data, "reviews": recipe.reviews}
     plain = {key: table and table.model_copy(update={"texts": None}) for key, table in tables.items()}
     data, _ = load_tables(recipe.model_copy(update=plain))
@@ -121,7 +121,7 @@ def questions(recipe: Recipe) -> tuple[SplitDataset, dict[FeatureKind, list[Aske
 
 
 def refuse_other_store(recipe: Recipe, store: Path) -> None:
-    """Reject a recipe that writes texts and shows those of another store in its prompts."""
+    """Reject a recipe that writes texts but shows those of another store in its prompts."""
     texts = recipe.data.texts
     if recipe.augment is None or texts is None or Path(texts.path).expanduser().resolve() == store.resolve():
         return
@@ -134,11 +134,11 @@ def refuse_other_store(recipe: Recipe, store: Path) -> None:
 
 
 def without_model(recipe: Recipe, out: Path) -> Augmented:
-    """Publish a feature store of the same events and items without a language model: the control for its texts.
+    """Publish a feature store of the same interactions without a language model, as the control for generated texts.
 
-    An item has its title and fields; a user the mean vector of the liked items among those whose events the question
-    shows, less that of the others, for it shows the ratings too. Without ratings it is the mean of all. A user has seen
-    the same interactions as the text would.
+    An item has its title and fields. A user has the mean vector of the liked items in the question's interactions minus
+    that of the others, since the question shows ratings too; without ratings the mean of all. The vector therefore
+    depends on the same interactions as the generated text.
     """
     section, begin = _section(recipe), time.perf_counter()
     data, asked = questions(recipe)
@@ -156,7 +156,7 @@ def without_model(recipe: Recipe, out: Path) -> Augmented:
     place_of = {item: place for place, item in enumerate(every.ids)}
     tables = []
     if "item" in asked:
-        # The users and items of the questions, which augment.limit bounds.
+        # The users and items of the questions, limited by augment.limit.
         places = [place_of[entry.id] for entry in asked["item"] if entry.id in place_of]
         names = [every.ids[place] for place in places]
         written = [every.texts[place] for place in places]
@@ -194,21 +194,21 @@ def estimate(planned: Plan, section: AugmentSection) -> dict[str, str]:
 
 
 def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[Finished] = ()) -> Augmented:
-    """Write texts and vectors, and publish both; a killed call resumes.
+    """Generate texts and vectors, and publish both; a killed call is resumed by the next one.
 
     An existing store of the same inputs is kept, with its corrections and erasures.
 
     Args:
-        recipe: With the section ``augment``.
-        out: The store.
+        recipe: A recipe with the section ``augment``.
+        out: The feature store.
         quiet: Show no progress.
-        shards: What `augment_shard` left, whose answers are taken over.
+        shards: Folders of `augment_shard`, whose answers are reused.
 
     Raises:
         RecipeError: See `plan`.
-        DataError: See `plan`; or if no text came out.
+        DataError: See `plan`; or if no text was generated.
         BackendError: If the engine fails.
-        LlmrecError: If the folder holds other things, another process writes to it, or shards are of other inputs.
+        LlmrecError: If the folder has foreign files, another process writes to it, or shards have other inputs.
     """
     section, begin = _section(recipe), time.perf_counter()
     planned = plan(recipe)
@@ -225,7 +225,7 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
                 store.join(item.folder / ANSWERS)
             interests: dict[str, str] = {}
             for kind, planned_of_it in planned.asked.items():
-                # The prompt of a synthetic item shows the text on its user.
+                # The prompt of a synthetic item shows the text on its user, which is generated first.
                 asked = _asked(recipe, planned.data, kind, interests) if kind == "synthetic" else planned_of_it
                 written, spent = _write(backend, asked, kind, section, recipe.eval.batch, quiet=quiet)
                 interests = written if kind == "user" else interests
@@ -239,12 +239,12 @@ def augment(recipe: Recipe, out: Path, *, quiet: bool = False, shards: Sequence[
 
 
 def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = False) -> Path:
-    """Write the texts of one shard of the users and items into a folder beside the store, as answers.
+    """Generate the texts of one shard of users and items, and store them as answers next to the feature store.
 
     Args:
-        recipe: With the section ``augment``.
-        out: The store that `merge_augment` makes.
-        shard: Which piece: whole batches of the texts of each kind.
+        recipe: A recipe with the section ``augment``.
+        out: The feature store that `merge_augment` writes.
+        shard: The shard: whole batches of the texts of each kind.
         quiet: Show no progress.
 
     Returns:
@@ -261,7 +261,7 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
         cost, count = Cost(), 0
         with _asking(recipe, planned, folder, budget) as (backend, *_):
             for kind, asked in planned.asked.items():
-                # These depend on texts of users, which no shard has in full: merging asks for them.
+                # Synthetic items depend on texts of users, of which no shard has all: merging generates them.
                 part = [] if kind == "synthetic" else shard.share(asked, recipe.eval.batch)
                 with budget.stage(PLURALS[kind]):
                     cost += _write(backend, part, kind, section, recipe.eval.batch, quiet=quiet)[1]
@@ -273,11 +273,11 @@ def augment_shard(recipe: Recipe, out: Path, shard: Shard, *, quiet: bool = Fals
 
 
 def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = False) -> Augmented:
-    """Merge the shards into the store that one process would write.
+    """Merge shards into the feature store that a single process would write.
 
     Args:
-        out: The store, as the shards were told.
-        folders: The shards' folders; by default those beside the store.
+        out: The feature store, as given to the shards.
+        folders: The shards' folders; by default those next to the store.
         quiet: Show no progress.
     """
     result = gathered(out, folders)
@@ -288,7 +288,7 @@ def merge_augment(out: Path, folders: Sequence[Path] = (), *, quiet: bool = Fals
 def _asking(
     recipe: Recipe, planned: Plan, folder: Path, budget: Budget
 ) -> Iterator[tuple[CachedBackend, AnswerStore, Engines]]:
-    """Provide the backend, the store of its answers, and the engines."""
+    """Open the backend, its answer cache, and the engines."""
     store = AnswerStore(folder / ANSWERS)
     engines = _engines(recipe, planned, budget, store)
     try:
@@ -318,10 +318,10 @@ def _weights(engine: str, planned: Plan) -> str:
 
 
 def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -> Provenance:
-    """Return the provenance of texts, without the encoder: equal provenance means equal texts."""
+    """Return the provenance of texts without the text encoder: equal provenance means equal texts."""
     section, data = _section(recipe), planned.data
     template = template_of(kind, str(_template(section, kind)), recipe.prompts)
-    # Texts on items show no interaction, and belong to no split; but for titles that are made of training reviews.
+    # Texts on items use no interactions and no split, except for titles made of training reviews.
     of_split = kind in OF_PERSONS or TITLES in data.dataset.derives
     shown = section.model_dump(mode="json", exclude={"dtype", "encoder"})
     return Provenance(
@@ -335,7 +335,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
             "decoding": "greedy",
             "max_tokens": section.max_tokens,
             "seed": recipe.seed,
-            # Whole questions: titles and fields may change where ids do not.
+            # Whole questions: titles and fields may change while ids stay the same.
             "asked": _digest([part for item in planned.asked[kind] for part in (item.id, repr(item.prompt))]),
             **({"synthetic": True} if kind == "synthetic" else {}),
         },
@@ -346,7 +346,7 @@ def _provenance(recipe: Recipe, planned: Plan, kind: FeatureKind, engine: str) -
 def _made_so(
     folder: Path, made: Mapping[str, Mapping[FeatureKind, Provenance]], section: AugmentSection
 ) -> FeatureStore | None:
-    """Return the existing store if it has the same provenance with any of the engines; else None."""
+    """Return the existing store if its provenance matches with one of the engines; otherwise None."""
     try:
         store = FeatureStore.open(folder)
     except DataError:

@@ -1,7 +1,7 @@
 """The description of a model folder (tasks, templates, rating scale) for use without its run.
 
-``llmrec.json`` holds the tasks with their settings, the exact templates, what items are called and the rating scale.
-It holds no data: no item, no user, no path. The codes of a model that was tuned on codes lie in ``index/``.
+``llmrec.json`` holds the tasks with their settings, the exact templates, the noun for items and the rating scale.
+It contains no data: no item, user or path. The codes of a model that was tuned on codes are stored in ``index/``.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ class Bundle:
     """A model with its tasks and prompts.
 
     Attributes:
-        folder: The weights: a folder, or a hub name. Where the run asked no language model (``eval.arms: []``) it is
-            empty, or the folder that was refreshed.
-        run: The run folder that it was opened from, if it was one; its recipe names the data.
-        model: How to load it; ``name`` is ``folder``.
-        tasks: Settings of each family that it was tuned on; of a plain model, the ranking families' defaults.
+        folder: The weights: a folder, or a hub name. If the run has no language model (``eval.arms: []``), it is
+            empty or the refreshed folder.
+        run: The run folder that it was opened from, if any; its recipe names the data.
+        model: How to load the model; ``name`` is ``folder``.
+        tasks: Settings of each family that it was tuned on; the defaults of ranking families for a plain model.
         templates: By family and name.
-        noun: What items are called in prompts, in the plural.
-        rating_scale: Lowest and highest rating, where it rates.
-        seed: Of the recipe that tuned it.
-        tuned: Whether the folder says how it was tuned; a plain pretrained model does not.
-        index: Codes of items, where it was tuned on codes.
-        weights: Whether there is a language model in it.
+        noun: The plural noun for items in prompts.
+        rating_scale: Lowest and highest rating, if it predicts ratings.
+        seed: Seed of the recipe that it was tuned with.
+        tuned: Whether the folder records how it was tuned; false for a plain pretrained model.
+        index: Codes of items, if it was tuned on codes.
+        weights: Whether it has a language model.
     """
 
     folder: str
@@ -64,12 +64,12 @@ class Bundle:
 
     @property
     def called(self) -> str:
-        """Its name in messages."""
+        """The name of the model in messages."""
         return self.folder or str(self.run)
 
 
 def describe(study: Study) -> dict[str, Json]:
-    """Return what `write` stores."""
+    """Return the content of ``llmrec.json``."""
     recipe = study.recipe
     return {
         "format": _FORMAT,
@@ -100,7 +100,7 @@ def read(name: str, model: ModelSection | None = None) -> Bundle:
 
     Args:
         name: The folder or hub name.
-        model: How to load it, without its name; by default as it was tuned, or the recipe's defaults.
+        model: How to load it, without its name; by default as in its tuning, or with the recipe's defaults.
     """
     run = Path(name).expanduser() if (Path(name).expanduser() / "recipe.yaml").is_file() else None
     if run is not None and not (run / "merged" / "config.json").is_file():
@@ -171,7 +171,7 @@ def refuse_changed(opened: Bundle, weights: str) -> None:
     """Reject a model that was changed after training or export.
 
     Args:
-        opened: A run folder, an export or any model; of the last nothing is known.
+        opened: A run folder, an export, or any other model, which cannot be checked.
         weights: The `llmrec.models.load.weights_stamp` of its folder.
     """
     if opened.run is not None:

@@ -1,4 +1,4 @@
-"""Which rows of a run are compared: planned comparisons, which are tested as one family, and exploratory ones."""
+"""Selects the comparisons of a run: planned ones, which are tested as one family, and exploratory ones."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from llmrec.tasks.family import family_of
 
 @dataclass(frozen=True)
 class Versus:
-    """A comparison of two rows of a family, a with b, on its headline metric."""
+    """A comparison of rows a and b of a task family on its headline metric."""
 
     family: str
     metric: str
@@ -29,11 +29,11 @@ class Versus:
 
     @property
     def ids(self) -> tuple[str, str]:
-        """The ids of both rows."""
+        """The ids of the two rows."""
         return self.a.figures.id, self.b.figures.id
 
     def contrast(self) -> Contrast:
-        """Return the two rows as `compare` takes them."""
+        """Return the comparison as an argument of `compare`."""
         users = [record.user_id for record in self.a.records]
         return Contrast(self.metric, _standing(self.a, self.metric), _standing(self.b, self.metric), users)
 
@@ -45,11 +45,11 @@ def compare_rows(
 
     Args:
         study: The study.
-        rows: Of its run.
+        rows: Rows of its run.
         choice: The row that is served.
 
     Returns:
-        The comparisons, and for each task one line on what they could have shown.
+        The comparisons, and for each task one line on their statistical power.
     """
     meant = list(planned_of(study, rows))
     known = {ends for pair in meant for ends in (pair.ids, pair.ids[::-1])}
@@ -78,11 +78,11 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
     """Yield the planned comparisons: those of ``eval.planned``, or the default.
 
     By default the tuned row of each family, under its scored strategy and first template, is compared with the untuned
-    row of the same strategy and template, and with each of `_rivals`; and the fusion with the tuned row, where there is
-    one, with the fusion without it.
+    row of the same strategy and template, and with each of `_rivals`. If there is an ensemble with the tuned row, it is
+    compared with the ensemble without it.
 
-    The scored strategy is a rating head where there is one, else the first that the recipe names. The base model has no
-    head and is asked by the first strategy that it can answer. A row whose figure is not defined is compared with none.
+    The scored strategy is the rating head if there is one, otherwise the first strategy of the recipe. The base model
+    has no head and uses the first strategy that it can answer. A row with an undefined metric is not compared.
     """
     if study.recipe.eval.planned is not None:
         yield from _named(study, rows, study.recipe.eval.planned)
@@ -100,10 +100,10 @@ def planned_of(study: Study, rows: Sequence[ResultRow]) -> Iterator[Versus]:
 
 
 def _rivals(family_rows: Sequence[ResultRow], metric: str) -> list[ResultRow]:
-    """Return the controls of a claim for the tuned model: the best baseline, and the ensemble of all.
+    """Return the controls for claims about the tuned model: the best baseline, and the ensemble of all baselines.
 
-    Which one is best is seen on the very requests that it is tested on, to the control's advantage: the test is
-    conservative for a claim that the model is better, and not for one that it is worse.
+    The best one is selected on the same requests as the test, which favours the control: the test is conservative for
+    a claim that the model is better, but not for a claim that it is worse.
     """
     controls = [row for row in family_rows if row.figures.arm == "baseline"]
     best = best_of([row for row in controls if row.figures.fusion is None], metric)
@@ -120,13 +120,12 @@ def _added(family: str, metric: str, family_rows: Sequence[ResultRow]) -> Iterat
 
 
 def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | None = None) -> Iterator[Versus]:
-    """Yield the exploratory comparisons; a pair may be planned, too.
+    """Yield the exploratory comparisons, which may include planned pairs.
 
-    Every tuned and few-shot row is paired with its zero-shot row, that of a rating head with those of every strategy,
-    since the base model has no head; the tuned rows of a head, or else of the first strategy that the recipe names,
-    with every baseline; and every other row of a language model with the best baseline. Where no language model
-    answers, each fusion is paired with the best single baseline, and a single one that is served with the best other
-    row.
+    Every tuned and few-shot row is compared with its zero-shot row; a rating head with the zero-shot rows of all
+    strategies, since the base model has no head. Tuned rows of a head, or otherwise of the recipe's first strategy, are
+    compared with every baseline, and all other language-model rows with the best baseline. Without a language model,
+    each ensemble is compared with the best single baseline, and a served single baseline with the best other row.
     """
     for family, metric, family_rows in _tables(study, rows):
         controls = [row for row in family_rows if row.figures.arm == "baseline"]
@@ -138,7 +137,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
             served = next((row for row in controls if choice is not None and row.figures.id == choice.row), None)
             if served is not None and served.figures.fusion is None:
                 facing = best_of([row for row in controls if row.figures.differs(served.figures)], metric)
-                # An ensemble and the best single row are a pair already.
+                # An ensemble and the best single row are already compared.
                 if facing is not None and not (facing in joined and served is single):
                     yield Versus(family, metric, served, facing)
         for row in family_rows:
@@ -153,7 +152,7 @@ def exploratory_of(study: Study, rows: Sequence[ResultRow], choice: Choice | Non
 
 
 def refuse_unknown(study: Study) -> None:
-    """Reject planned comparisons of rows that the run will not have, before anything is trained."""
+    """Reject planned comparisons of rows that the run will not have, before training."""
     arms: tuple[Arm, ...] = ("baseline", *study.recipe.eval.arms)
     known = [spec.id for arm in arms for spec in specs_of(study, arm)]
     known += [f"{family}/{BEST_BASELINE}" for family in study.tasks]
@@ -172,7 +171,7 @@ def refuse_unknown(study: Study) -> None:
 
 
 def best_of(rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row with the best value of a metric; None if no row has one."""
+    """Return the row with the best value of a metric; None if it is undefined for all rows."""
     scored = [row for row in rows if row.figures.metrics[metric].value is not None]
     sign = 1 if lower(metric) else -1
     return min(scored, key=lambda row: sign * (row.figures.metrics[metric].value or 0.0), default=None)
@@ -191,7 +190,7 @@ def _named(study: Study, rows: Sequence[ResultRow], pairs: Sequence[tuple[str, s
 
 
 def _row(name: str, family_rows: Sequence[ResultRow], metric: str) -> ResultRow | None:
-    """Return the row of an id; None if its metric is not defined."""
+    """Return the row with an id; None if its metric is undefined."""
     if name.partition("/")[2] == BEST_BASELINE:
         return best_of([row for row in family_rows if row.figures.arm == "baseline"], metric)
     return next((row for row in family_rows if row.figures.id == name), None)
@@ -202,7 +201,7 @@ def _family(name: str) -> str:
 
 
 def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str, list[ResultRow]]]:
-    """Yield each family with its headline metric and the rows that have it."""
+    """Yield each task family with its headline metric and the rows for which it is defined."""
     for family in study.tasks:
         metric = family_of(family).headline_at(study.recipe.eval.cutoffs)
         family_rows = [row for row in rows if row.figures.task == family and metric in row.values]
@@ -210,7 +209,7 @@ def _tables(study: Study, rows: Sequence[ResultRow]) -> Iterator[tuple[str, str,
 
 
 def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> ResultRow | None:
-    """Return the tuned row that represents a family: its head or first strategy, and the first template."""
+    """Return the tuned row that represents a family: that of its head or first strategy, with the first template."""
     templates = [template.id for template in study.asked_with(family, "tuned")]
     strategies = ("head", study.section(family).strategies[0])
     tuned = [row for row in family_rows if row.figures.arm == "tuned" and row.figures.predictor in strategies]
@@ -223,9 +222,9 @@ def _scored(study: Study, family: str, family_rows: Sequence[ResultRow]) -> Resu
 
 
 def _asked_alike(study: Study, row: ResultRow, zero: ResultRow) -> bool:
-    """Whether two rows have one template and strategy; the base model, which has no head, is asked by the others.
+    """Return whether two rows have the same template and strategy; a head matches any strategy of the base model.
 
-    Where the untuned settings have templates of their own, the first of them stands for all.
+    If the untuned settings have custom templates, only the first of them matches.
     """
     same = row.figures.template == zero.figures.template
     family = row.figures.task

@@ -17,22 +17,22 @@ from llmrec.recipe.schema import Recipe
 
 
 def tune_encoder(recipe: Recipe, out: Path, config: TransitionsTunedConfig) -> dict[str, Json]:
-    """Fine-tune a text encoder as `TransitionsTuned` does, and write it to a folder for ``encoder`` settings.
+    """Fine-tune a text encoder like `TransitionsTuned`, and write it to a folder for ``encoder`` settings.
 
-    The best epoch is chosen by the validation users that do not weigh fusions.
+    The best epoch is selected on the validation users that do not weigh ensembles.
 
     Args:
-        recipe: Its data, seed and ``eval.fusion.reserved`` count.
-        out: The folder: a text encoder with a file that says what it learned from.
-        config: How it is tuned.
+        recipe: The recipe, of which data, seed and ``eval.fusion.reserved`` are used.
+        out: The folder of the text encoder, with a file on its training data.
+        config: The tuning configuration.
 
     Returns:
-        What that file says.
+        The content of that file.
 
     Raises:
-        LlmrecError: If the folder holds something else.
+        LlmrecError: If the folder has foreign files.
         DataError: If no item has a text.
-        ModelError: If there is no such encoder.
+        ModelError: If the encoder is missing.
     """
     written = json.loads((out / TUNED).read_text(encoding="utf-8")).get("files", []) if (out / TUNED).is_file() else []
     refuse_foreign(out, lambda name: name == TUNED or name in written)

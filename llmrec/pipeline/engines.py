@@ -35,7 +35,7 @@ from llmrec.types import Backend
 
 log = logging.getLogger(__name__)
 
-# Strategies that read trees of tokens behind a prompt; everything else reads one label or generates.
+# Strategies that score trees of tokens after a prompt; all others score one label or generate.
 TREES = frozenset({"likelihood", "likelihood-prior", "search"})
 
 
@@ -48,7 +48,7 @@ class _Keeper:
         """Whether vLLM failed in an earlier piece."""
 
     def get(self, inputs: str, start: Callable[[], Backend]) -> Backend:
-        """Return the engine that the same inputs gave, or start one in place of another."""
+        """Return the open engine if it has the same inputs; otherwise close it and start another."""
         if self._held is None or self._held[0] != inputs:
             if self._held is not None:
                 self._held[1].close()
@@ -62,7 +62,7 @@ _keeper: _Keeper | None = None
 
 
 def keep_engine() -> None:
-    """Keep the last engine of this process open, so that it need not start again for the next shard."""
+    """Keep the last engine of this process open, so that the next shard can reuse it."""
     global _keeper
     _keeper = _keeper or _Keeper()
 
@@ -70,15 +70,15 @@ def keep_engine() -> None:
 class Engines:
     """Opens backends for model folders, one at a time.
 
-    A backend answers from the store what it has answered before, and starts its engine at the first new question.
+    A backend returns cached answers, and starts its engine at the first new question.
 
     Args:
         model: The recipe's model section.
         section: The recipe's eval section.
         encoder: Tokenizer and chat template, shared by every engine.
         seed: Engine seed.
-        budget: Where start-up time is booked.
-        store: Where answers are remembered; None: nowhere.
+        budget: The budget to which start-up time is added.
+        store: The answer cache; None: no cache.
     """
 
     def __init__(
@@ -94,23 +94,23 @@ class Engines:
         self._seed, self._budget, self._store = seed, budget, store
         self._open: tuple[tuple[str, str, str], CachedBackend] | None = None
         self._served: dict[str, bool] = {}
-        # vLLM failed and is not tried again.
+        # Set after vLLM failed, so that it is not tried again.
         self._is_broken = _keeper is not None and _keeper.is_broken
 
     def engine_for(self, strategy: str, folder: str) -> str:
-        """Return the engine's name for a strategy, as the recipe and this machine decide.
+        """Return the name of the engine for a strategy, given the recipe and this machine.
 
-        Likelihoods and searches under ``scorer: auto`` run on hf on the CPU, where a masked forward shares the prompt
-        among all that follows it and vLLM takes a request for each node, and on the evaluation backend on a GPU.
+        Under ``scorer: auto``, likelihoods and searches use hf on the CPU, where one masked forward pass shares the
+        prompt among all continuations while vLLM needs a request per node. On a GPU they use the evaluation backend.
 
         Args:
             strategy: Its name.
-            folder: The model folder that is asked.
+            folder: The model folder.
         """
         return self.choices(strategy, folder)[0]
 
     def choices(self, strategy: str, folder: str) -> tuple[str, ...]:
-        """Return the engines that may answer for a strategy, the one that is asked first: under ``auto`` two may."""
+        """Return the engines that may answer for a strategy, the preferred one first; ``auto`` allows two."""
         section = self._section
         if strategy in TREES and section.scorer != AUTO:
             return (section.scorer,)
@@ -124,7 +124,7 @@ class Engines:
         return ("hf", "vllm") if self._is_broken else ("vllm", "hf")
 
     def _serves(self, folder: str) -> bool:
-        """Whether vLLM is installed, runs here, and knows the architecture of a model."""
+        """Return whether vLLM is installed, runs on this machine, and supports the architecture of a model."""
         if folder not in self._served:
             runs = installed("vllm") and (_on_gpu(self._model) or not _for_gpus())
             self._served[folder] = (
@@ -135,14 +135,14 @@ class Engines:
     def get(self, engine: str, folder: str, weights: str, tokens: Callable[[], int] | None = None) -> CachedBackend:
         """Return a backend over a model folder.
 
-        Under ``eval.backend: auto``, transformers take the place of a vLLM engine that does not start or breaks down.
+        Under ``eval.backend: auto``, transformers replaces a vLLM engine that fails to start or crashes.
 
         Args:
             engine: Its name in the registry.
             folder: The model folder.
-            weights: A digest of what lies in it; see `llmrec.models.load.weights_stamp`.
-            tokens: Returns the tokens of the largest batch that the backend will be asked, prompts and answers; it is
-                called when the engine is started. None: as many as a batch can have.
+            weights: A digest of its content; see `llmrec.models.load.weights_stamp`.
+            tokens: Returns the number of tokens in the largest batch, prompts and answers; called when the engine
+                starts. None: the maximum of a batch.
         """
         asked = engine, folder, weights
         if self._open is not None and self._open[0] == asked:
@@ -165,10 +165,10 @@ class Engines:
         return backend
 
     def _slower(self) -> str:
-        """Describe the cost of transformers in place of vLLM."""
+        """Return a note on the speed of transformers compared with vLLM."""
         if _on_gpu(self._model):
             return "which is slower (how much has not been measured on a GPU)"
-        # Of SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels behind 280 tokens 93 and 138 s.
+        # SmolLM2-135M: 16 texts of 48 tokens took 39 and 20 s, 64 labels after 280 tokens 93 and 138 s.
         return "which takes about twice as long for generated texts, and about as long for everything else"
 
     def _offer(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Offer:
@@ -176,7 +176,7 @@ class Engines:
         return Offer(self.identity(engine, weights), kind, partial(self._begin, engine, folder, weights, tokens))
 
     def identity(self, engine: str, weights: str) -> dict[str, Json]:
-        """Return everything besides the prompt that can change an answer."""
+        """Return all inputs other than the prompt that can change an answer."""
         if engine == "openai":
             return {
                 "engine": engine,
@@ -213,7 +213,7 @@ class Engines:
             self._open = None
 
     def _kept(self, engine: str) -> bool:
-        # The tokens that a server's client spends belong to the store of its shard.
+        # The token usage of a server's client is recorded in the store of its shard.
         return _keeper is not None and engine != "openai"
 
     def _begin(self, engine: str, folder: str, weights: str, tokens: Callable[[], int]) -> Backend:
@@ -229,7 +229,7 @@ class Engines:
         )
 
     def _encoder_of(self, folder: str) -> Encoder:
-        """Return the encoder of a model; the tokenizer of a model with soft prompts has them in its chat template."""
+        """Return the encoder of a model; if it has soft prompts, its tokenizer has them in the chat template."""
         if not (Path(folder) / soft_prompt.CONFIG).is_file():
             return self._encoder
         return Encoder(load_tokenizer(folder, self._model), max_length=self._encoder.max_length)
@@ -259,7 +259,7 @@ class Engines:
                     column="eval.backend",
                 )
             check_weights(folder, self._model)
-            # A text encoder, baselines and what was trained before leave memory with torch, which vLLM finds taken.
+            # Torch still holds memory of earlier models, which vLLM could not allocate.
             release_memory()
             try:
                 started: Backend = lookup(BACKENDS, "vllm", "backend")(
@@ -277,7 +277,7 @@ class Engines:
                 return started
             except MissingExtra as error:
                 if self._section.backend == AUTO:
-                    # It is installed, and cannot be imported.
+                    # It is installed, but cannot be imported.
                     raise EngineFailure(str(error), kind="not-installed", column="eval.backend") from error
                 raise MissingExtra(
                     f"{error} Or set eval.backend=hf, which needs no vLLM.", kind="not-installed", column="eval.backend"
@@ -309,7 +309,7 @@ def _has_bottleneck(folder: str) -> bool:
 
 
 def _server(section: EvalSection) -> ServerSection:
-    """Return the server of a recipe; every recipe that asks one names it."""
+    """Return the server of a recipe, which every recipe with the server backend names."""
     assert section.server is not None
     return section.server
 
@@ -339,7 +339,7 @@ def refuse_device(model: ModelSection, section: EvalSection) -> None:
 
 
 def _for_gpus() -> bool:
-    """Whether the vLLM that is installed runs on GPUs alone: a build for the CPU says so in its name or version."""
+    """Return whether the installed vLLM requires a GPU: CPU builds have it in their name or version."""
     return "cpu" not in versions().get("vllm", "cpu")
 
 

@@ -70,23 +70,23 @@ from llmrec.types import Case, Predictor, Prompt, Rating, Request
 log = logging.getLogger(__name__)
 
 _EXAMPLES = 2
-# Prompts of a row that are read to size the engine's cache, and tokens of an answer.
+# The prompts of a row that are tokenised to size the engine's cache, and the tokens of an answer.
 _SAMPLE, _ANSWER = 16, 128
 
 
 @dataclass(frozen=True, repr=False)
 class ResultRow(Displayed):
-    """A finished row with what the report, comparisons and ensembles need.
+    """A finished row with the data for the report, comparisons and ensembles.
 
     Attributes:
-        figures: Its line in ``results.json``.
+        figures: Its entry in ``results.json``.
         values: Metrics by request.
         records: Answers by request.
         examples: Prompts with their answers.
-        weighing: Answers to the validation users that weigh ensembles, by request id.
-        validation: Of an ensemble its cross-fitted metric for these users' cases, by request id.
+        weighing: Answers for the validation users that weigh ensembles, by request id.
+        validation: For an ensemble, its cross-fitted metric on the cases of these users, by request id.
         key: Its fingerprint.
-        looked_at: Validation users that chose something of the model, and must not weigh it.
+        looked_at: Validation users that some choice for the model was based on, and which must not weigh it.
     """
 
     figures: Row
@@ -106,7 +106,7 @@ class ResultRow(Displayed):
 
 
 class Evaluation:
-    """Evaluates the rows of a study; a row that is stored under the same fingerprint is reused."""
+    """Evaluates the rows of a study; rows stored under the same fingerprint are reused."""
 
     def __init__(
         self, study: Study, encoder: Encoder | None, folder: Path, budget: Budget, *, quiet: bool = False
@@ -150,7 +150,7 @@ class Evaluation:
                 seed=self._study.recipe.seed,
                 where=f"tasks.{family}.baselines",
             )
-            # A fit that is read from the store costs what it cost then.
+            # A stored fit counts with its original cost.
             self._budget.add("baselines", self._fitted[shared].recalled)
         model = self._fitted[shared]
         predictor = self._calibrated(family, model)
@@ -171,14 +171,14 @@ class Evaluation:
     def arms(
         self, weights: Mapping[Arm, tuple[str, str]], engines: Engines, baselines: Sequence[ResultRow] = ()
     ) -> list[ResultRow]:
-        """Evaluate language models; rows of one model and one engine run one after the other.
+        """Evaluate language models; rows of the same model and engine run consecutively.
 
-        A row whose engine fails is not evaluated, and is listed in ``missing``. A later call evaluates it.
+        A row whose engine fails is listed in ``missing``, and a later call evaluates it.
 
         Args:
-            baselines: What `baselines` gave, to be joined with the rows of a language model where that is asked for.
-            weights: For each setting its model folder and the hash that stands for the weights in it.
-            engines: Where backends come from.
+            baselines: The rows of `baselines`, which are joined with language-model rows if the recipe says so.
+            weights: The model folder and the hash of its weights, by setting.
+            engines: Provides the backends.
         """
         controls = {
             family: [row for row in baselines if row.figures.task == family and row.figures.fusion is None]
@@ -198,7 +198,7 @@ class Evaluation:
         results = []
         specs = [spec for arm in weights for spec in specs_of(self._study, arm)]
         for index, spec in enumerate(specs):
-            # An ensemble follows the row of the language model that it joins with the baselines.
+            # An ensemble follows its language-model row.
             model = specs[index - 1].id if spec.joins else spec.id
             if model in self.missing:
                 self.missing[spec.id] = Unevaluated(**spec.asked, reason=self.missing[model].reason)
@@ -209,7 +209,7 @@ class Evaluation:
         return results
 
     def choice(self, rows: Sequence[ResultRow]) -> Choice | None:
-        """Return the best row on validation users, which is served; None if no users weigh ensembles."""
+        """Return the best row on validation users, which will be served; None if no users weigh ensembles."""
         ranks = [family for family in self._study.tasks if family_of(family).ranks_for_users]
         return chosen(rows, {family: self._weighing.cases(family) for family in ranks})
 
@@ -222,13 +222,13 @@ class Evaluation:
         alike: Sequence[RowSpec],
         failed: Mapping[str, EngineFailure],
     ) -> ResultRow:
-        """Return the stored row of any engine that may answer, or ask the first one.
+        """Return the row as stored for any permitted engine, or evaluate it on the first one.
 
         Args:
-            spec: Of the row.
-            engines: Where backends come from.
+            spec: The row to evaluate.
+            engines: Provides the backends.
             folder: The model folder.
-            digest: Of the weights in it.
+            digest: Digest of its weights.
             alike: The rows of the same engine and model.
             failed: Failures of engines that are not tried again.
         """
@@ -246,8 +246,8 @@ class Evaluation:
                 replaced = backend.replaced
                 strategy = self.strategy(spec, backend, bar.advance)
                 predictor = self._calibrated(spec.family, strategy)
-                # A row costs what its own cases cost, also where a killed run had answered them; cases of calibration
-                # are none of them, and the engine's start is a stage of its own.
+                # The cost of a row is that of its own cases, including those that a killed run answered, but without
+                # calibration cases and the start of the engine, which is a separate stage.
                 before = backend.recalled_seconds - backend.start_seconds
                 result = evaluate(predictor, self._cases[spec.family], **self._measuring(spec.family))
                 result = _with_seconds(result, backend.recalled_seconds - backend.start_seconds - before)
@@ -255,9 +255,9 @@ class Evaluation:
                 weighing = self._weighing_answers(spec, predictor)
                 if backend.replaced == replaced:
                     break
-                # No row mixes the answers of two engines.
+                # A row never mixes the answers of two engines.
                 bar.restart()
-        # What a killed run had answered already costs what it cost then.
+        # Answers of a killed run count with their original cost.
         self._budget.add(spec.arm, backend.recalled_seconds - recalled)
         engine = engines.engine_for(spec.predictor, folder)
         looked_at = self._calibrated_by(spec.family)
@@ -275,14 +275,14 @@ class Evaluation:
         )
 
     def _largest(self, specs: Sequence[RowSpec], backend: CachedBackend) -> int:
-        """Return the tokens of the largest batch that rows ask, from the prompts of the longest histories."""
+        """Return the number of tokens in the largest batch of some rows, from the prompts of the longest histories."""
         section, most = self._study.recipe.eval, 0
         for spec in specs:
             strategy = self.strategy(spec, backend, lambda done: None)
             prompt = strategy.first_prompt if isinstance(strategy, AsksFirst) else strategy.asker.prompt
             cases = sorted(self._cases[spec.family], key=lambda case: -len(case.request.history))[:_SAMPLE]
             longest = max((self._tokens(prompt(case.request)) for case in cases), default=0)
-            # A search keeps an eighth of the cache for prompts, and each order of the candidates is a prompt.
+            # A search reserves an eighth of the cache for prompts, and each order of the candidates is a prompt.
             times = 8 if spec.predictor in TREES else section.permutations if is_positional(spec.predictor) else 1
             most = max(most, times * (longest + _ANSWER))
         return section.batch * most
@@ -302,11 +302,11 @@ class Evaluation:
             for spec, arm in specs
             if not spec.joins
         ]
-        # One start per model and engine; hf first, since a vLLM process keeps its memory.
+        # One start per model and engine; hf runs first, since a vLLM process keeps its memory.
         return sorted(planned, key=lambda p: (list(weights.values()).index(p[2:]), p[1] == "vllm"))
 
     def _joined(self, spec: RowSpec, parts: Sequence[ResultRow]) -> list[ResultRow]:
-        """Return the row of an ensemble, none if no users weigh it."""
+        """Return the row of an ensemble in a list; empty if no users weigh it."""
         cases = self._weighing.cases(spec.family, model=spec.arm != "baseline")
         able = [row for row in parts if all(case.request.id in row.weighing for case in cases)]
         if not cases or len(able) < 2:
@@ -350,7 +350,7 @@ class Evaluation:
         return self._folder / "rows" / (spec.id.replace("/", ".") + ".json")
 
     def _kept(self, spec: RowSpec, key: str) -> ResultRow | None:
-        """Return the stored row with a fingerprint, if there is one."""
+        """Return the stored row with a fingerprint, or None."""
         stored = read_stage(self._path(spec), key, row_of)
         if stored is None:
             return None
@@ -407,7 +407,7 @@ class Evaluation:
             row=spec.id,
             template=spec.template.sha if spec.template else None,
             engine=engine,
-            # Weights, versions, device and dtype: a CPU and a GPU do not give the same answers.
+            # Weights, versions, device and dtype, since answers differ between CPU and GPU.
             identity=identity,
             data=study.task_data(spec.family).fingerprint,
             noun=study.task_data(spec.family).dataset.noun,
@@ -435,7 +435,7 @@ class Evaluation:
         return self._weighing.cases(spec.family, model=spec.template is not None) if spec.predictor != NOTHING else []
 
     def _weighing_answers(self, spec: RowSpec, predictor: Predictor) -> dict[str, Json]:
-        """Return the answers of a row to the validation users that weigh ensembles, by request id."""
+        """Return the answers of a row for the validation users that weigh ensembles, by request id."""
         requests = [case.request for case in self._weighers(spec)]
         return {item.request_id: remembered(item) for item in predictor.answer(requests)} if requests else {}
 
@@ -463,7 +463,7 @@ class Evaluation:
         return Calibrated(predictor, self._calibrating(family))
 
     def _measuring(self, family: str) -> dict[str, Any]:
-        """Return what `evaluate` takes besides a predictor and its cases."""
+        """Return the keyword arguments of `evaluate`."""
         kind = family_of(family)
         return {
             "name": family,
@@ -487,11 +487,11 @@ class Evaluation:
         return frozenset(case.request.user_id for case in self._calibrating(family))
 
     def protocol(self, family: str) -> EvalProtocol:
-        """Return the protocol of a family's table."""
+        """Return the evaluation protocol of a family's table."""
         return protocol_of(self._study, family)
 
     def _user_mean(self) -> Callable[[Request], float]:
-        """Return the fallback for a rating that cannot be parsed."""
+        """Return a function that maps a request to its user's mean rating, the fallback for unparsable answers."""
         means = UserMean()
         means.fit(self._study.data)
         return lambda request: cast("Rating", means.answer([request])[0]).value
@@ -518,14 +518,14 @@ class Evaluation:
         return tuple(shown)
 
     def questions(self, spec: RowSpec) -> tuple[list[Case], ...]:
-        """Return the cases of a row, call by call: for calibration, its own, and those that weigh ensembles."""
+        """Return the cases of a row, one list per call: for calibration, its own, and those that weigh ensembles."""
         return self._calibrating(spec.family), self._cases[spec.family], self._weighers(spec)
 
     def _progress(self, spec: RowSpec) -> BatchBar:
         return self.progress(spec, [[case.request for case in cases] for cases in self.questions(spec)], self._quiet)
 
     def progress(self, spec: RowSpec, asked: Sequence[Sequence[Request]], quiet: bool) -> BatchBar:
-        """Return a progress bar for requests of a row, call by call; it counts candidates, if there are any."""
+        """Return a progress bar for the calls of a row, in candidates if requests have any, otherwise in requests."""
         requests, section = [request for part in asked for request in part], self._study.recipe.eval
         sizes = [len(request.candidates or ()) for request in requests]
         counted = questions_of(spec.predictor, max(sizes, default=0), section)
@@ -540,7 +540,7 @@ class Evaluation:
 
 
 def _with_seconds(found: Evaluated, seconds: float) -> Evaluated:
-    """Return results with further seconds of cost."""
+    """Return results with seconds added to their cost."""
     cost = found.figures.cost.model_copy(update={"seconds": (found.figures.cost.seconds or 0.0) + seconds})
     return replace(found, figures=found.figures.model_copy(update={"cost": cost}))
 

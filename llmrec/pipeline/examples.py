@@ -1,4 +1,4 @@
-"""Examples in the report: users, items and answers, drawn by a seed and never by an answer."""
+"""Examples for the report: users, items and answers, drawn by the seed and independently of the answers."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ def drawn(requests: Sequence[str], seed: int, count: int = COUNT) -> list[int]:
 
 
 def user_of(dataset: Dataset, user_id: str) -> User:
-    """Describe the user of a request as prompts do."""
+    """Return the user of a request as prompts describe users."""
     return User(id=user_id, name=clean(dataset.users.get(user_id, {}).get("name", "")))
 
 
 def product_of(dataset: Dataset, item_id: str) -> Product:
-    """Describe the item of a request as prompts do."""
+    """Return the item of a request as prompts describe items."""
     item = dataset.items[item_id]
     fields = {clean(name): shortened(clean(value)) for name, value in item.fields.items() if clean(value)}
     return Product(id=item_id, title=clean(item.title), fields=fields)
 
 
 def shortened(text: str, limit: int = INPUT) -> str:
-    """Return the beginning of a long text, and how long it is."""
+    """Return the beginning of a long text, followed by its length."""
     return text if len(text) <= limit else f"{cut(text, limit)} … ({len(text)} characters)"
 
 
 def ranked(parsed: str) -> list[str]:
-    """Return the items of a ranking in order; none for another answer."""
+    """Return the items of a ranking in order; empty for other answers."""
     answer = json.loads(parsed)
     return [str(item) for item in answer["items"]] if isinstance(answer, dict) else []
 
@@ -68,11 +68,11 @@ _HISTORY, _LISTED = 8, 5
 
 
 def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, str]) -> ExampleUser | None:
-    """Return ``example`` of results.json.
+    """Return the entry ``example`` of results.json: one user with a ranking.
 
-    The row is the best tuned one of the first task that ranks for users, which is the sequential one where there is
-    one; without a tuned model the best row of a language model by itself, and without that the best baseline. The user
-    is drawn by the seed among those with a history, and not by how good the list is.
+    The row is the best tuned one of the first task that ranks for users (the sequential task if present); without a
+    tuned model the best row of a language model alone, otherwise the best baseline. The user is drawn by the seed among
+    those with a history, independently of the quality of the list.
 
     Args:
         study: Its cases are those of the rows, in order.
@@ -80,9 +80,9 @@ def example_user(study: Study, rows: Sequence[ResultRow], headline: Mapping[str,
         headline: The metric by which rows of a family are ordered.
 
     Returns:
-        None where no row ranks for users.
+        None if no row ranks for users.
     """
-    # In the order of tables, where the sequential task is first.
+    # In the order of the tables: the sequential task comes first.
     for family in (family for family in study.tasks if family_of(family).ranks_for_users):
         row = _row(family, headline[family], rows)
         if row is not None:
@@ -139,9 +139,9 @@ _READ = 6
 
 
 def exhibits(study: Study, rows: Sequence[ResultRow]) -> list[Exhibit]:
-    """Return ``gallery`` of results.json: features of a few requests, and what they change.
+    """Return the entry ``gallery`` of results.json: features of a few requests, and their effect on answers.
 
-    Of each family the first baseline that reads features is shown, beside the rows of the same baseline.
+    It shows the first baseline with features of each family, and the other rows of the same baseline.
     """
     return [exhibit for family in study.tasks for exhibit in _exhibits(study, family, rows)]
 
@@ -193,21 +193,21 @@ def _said(record: Prediction, item: str) -> str:
 # --------------------------------------------------------------------------- samples
 
 
-# Characters of an answer that could not be parsed.
+# The number of characters shown of an answer that could not be parsed.
 _RAW = 500
 _TITLES = 3
 _STATISTICS = {"user_stats": "chosen by the user", "item_stats": "chosen by others"}
 
 
 def text_samples(study: Study, rows: Sequence[ResultRow]) -> list[Sample]:
-    """Return ``texts`` of results.json, family by family.
+    """Return the entry ``texts`` of results.json: generated texts, grouped by family.
 
     Args:
         study: Its cases are those of the rows, in order.
         rows: Finished rows.
 
     Returns:
-        One a request, in the order of the draw.
+        One sample per request, in the order of the draw.
     """
     return [
         sample for family in study.tasks if family_of(family).answer is Text for sample in _samples(study, family, rows)
@@ -232,7 +232,7 @@ def _samples(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator[S
 
 
 def _told(study: Study, family: str, request: Request, view: View) -> Iterator[Told]:
-    """Yield the request's context, which baselines read too, and further fields of templates."""
+    """Yield the inputs of a request: its context, which baselines read too, and further fields of templates."""
     templates = study.eval_templates(family)
     for name, text in request.context.items():
         yield Told(name=name, text=shortened(clean(text, len(text))), by=_showing(templates, {name}))
@@ -267,7 +267,7 @@ def _pairs(fields: Mapping[str, str]) -> str:
 
 
 def _answer(record: Prediction) -> Written:
-    """Return the parsed answer, or the reason why there is none."""
+    """Return the parsed answer, or the reason why it is missing."""
     text = json.loads(record.parsed)
     if text is not None:
         return Written(text=str(text))
@@ -286,10 +286,10 @@ _ITEMS, _NEAR, _VISITS = 6, 4, 2
 
 
 def newcomers(study: Study, rows: Sequence[ResultRow]) -> list[Newcomer]:
-    """Return ``newcomers`` of results.json: a few cold-start items.
+    """Return the entry ``newcomers`` of results.json: a few cold-start items.
 
-    They are drawn by the seed among those that some user is asked for, never by who finds them. Of each family that
-    ranks for users; nothing where the split has no cold items.
+    They are drawn for each family that ranks for users, by the seed among the cold-start targets and independently of
+    the rankings; empty if the split has no cold-start items.
     """
     return [
         newcomer
@@ -329,7 +329,7 @@ def _newcomers(study: Study, family: str, rows: Sequence[ResultRow]) -> Iterator
 
 
 def _one_a_user(found: Sequence[tuple[int, int]], cases: Sequence[Case]) -> list[tuple[int, int]]:
-    """Keep one list of each user."""
+    """Return one list of each user."""
     first = {cases[n].request.user_id: (n, place) for n, place in reversed(found)}
     return sorted(first.values())
 
@@ -346,7 +346,7 @@ def _visit(study: Study, family: str, case: Case, place: int, item: str) -> Visi
 
 
 def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tuple[Nearby, ...]]:
-    """Return the most similar training items of each item by the text encoder; none without an encoder."""
+    """Return the training items most similar to each item by the text encoder; empty without an encoder."""
     data, result = study.task_data(family), dict[str, tuple[Nearby, ...]]()
     warm = sorted(data.train["item_id"].unique().cast(pl.String).to_list())
     shown = {item: data.dataset.items[item] for item in (*asked, *warm)}
@@ -354,7 +354,7 @@ def _neighbours(study: Study, family: str, asked: Sequence[str]) -> dict[str, tu
         vectors = vectors_of(shown, study.recipe.encoder)
         likeness = vectors.of(asked) @ vectors.of(warm).T
     except LlmrecError as error:
-        # Everything is measured by now, and must not be lost for this.
+        # All metrics are computed by now, and must not be lost because of an example.
         log.warning("new items stand without neighbours in the report: %s", error)
         return dict.fromkeys(asked, ())
     for item, row in zip(asked, likeness, strict=True):

@@ -1,4 +1,4 @@
-"""Joins the rows of finished runs: fusions of what was already answered, in a folder like that of a run."""
+"""Builds ensembles from the stored answers of finished runs, and writes them to a folder like that of a run."""
 
 from __future__ import annotations
 
@@ -28,24 +28,24 @@ from llmrec.types import Case
 
 @dataclass(frozen=True)
 class FusedRuns:
-    """What was written, and the rows behind it."""
+    """The written results and their rows."""
 
     written: Written
     rows: Sequence[ResultRow]
 
 
 def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
-    """Join the rows of runs over the same cases, and write results as a run has them.
+    """Build ensembles of the rows of runs over the same cases, and write their results like a run.
 
-    Every family gets the fusion of its rows that know events alone, of those that read texts too, and of all. Their
-    weights come from the validation users whom all parts answered, so that the three can be compared.
+    Every family gets an ensemble of its rows that read interactions only, one of those that also read texts, and one of
+    all rows. Weights are fitted on the validation users that all members answered, so that the three are comparable.
 
     Args:
-        runs: Folders of finished runs; the first one's recipe says what is held out and whom it was asked about.
-        out: A folder of its own.
+        runs: Folders of finished runs; the recipe of the first one defines the held-out data and the evaluated users.
+        out: The output folder, separate from those of the runs.
 
     Raises:
-        DataError: If a run is not finished, is about other data or cases, or no rows can be joined.
+        DataError: If a run is not finished or has other data or cases, or no rows can be joined.
     """
     study = build_study(load_stored(runs[0]))
     budget, weighing = Budget(), Weighing(study)
@@ -72,7 +72,7 @@ def fuse_runs(runs: Sequence[Path], out: Path) -> FusedRuns:
 
 
 def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
-    """Return rows as parts under names of their own: two templates or settings of one strategy have one predictor."""
+    """Return rows as members with unique names: rows of several templates or settings share a predictor name."""
     many = Counter(row.figures.predictor for row in rows)
     parts = [(row, part_of(row)) for row in rows]
     return [
@@ -81,10 +81,10 @@ def _named(rows: Sequence[ResultRow]) -> list[Recalled]:
 
 
 def _rows(run: Path, study: Study) -> list[ResultRow]:
-    """Return the rows of a run that are no fusions.
+    """Return the rows of a run that are not ensembles.
 
     Raises:
-        DataError: If it is not finished, or is about other data or cases.
+        DataError: If it is not finished, or has other data or cases.
     """
     results = finished(run)
     data = results.data["main"]
@@ -119,7 +119,7 @@ def _same_sets(row: ResultRow, study: Study) -> bool:
 
 
 def _distinct(found: Sequence[tuple[str, Sequence[ResultRow]]]) -> list[ResultRow]:
-    """Return all rows under ids of their own; a row that two runs made alike stands once."""
+    """Return all rows with unique ids; a row that is equal in two runs is included once."""
     rows: dict[str, ResultRow] = {}
     for name, own in found:
         for row in own:

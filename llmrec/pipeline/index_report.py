@@ -1,4 +1,4 @@
-"""Item indexes with metrics and a page: `llmrec index`, and the index page of a run."""
+"""Item indexes with their metrics and HTML page: `llmrec index`, and the index page of a run."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from llmrec.report.wording import share
 _PAGE = "index.html"
 _FILES = {"index.json", "index.safetensors", index_summary.DIAGNOSTICS, index_summary.NEIGHBOURS, _PAGE}
 _EXAMPLES = 20
-# Groups of one prefix length, and items of each.
+# The number of groups shown per prefix length, and of items per group.
 _GROUPS, _MEMBERS = 8, 8
-# Groups in the report of a run.
+# The number of groups in the report of a run.
 _SHOWN = 6
-# Characters of a code or title on the console.
+# The maximum width of a code or title on the console.
 _LINE = 60
 
 
@@ -39,13 +39,13 @@ class Indexed:
     """An index that was built and written.
 
     Attributes:
-        data: What it was built from.
+        data: The data that it was built from.
         index: The codes.
-        found: Its figures.
-        seconds: Time to build it, or to read it back where it was built before.
-        folder: Where it lies.
-        page: Its page.
-        items: Ids that were asked for.
+        found: Its metrics.
+        seconds: Time to build the index, or to read a stored one.
+        folder: Its folder.
+        page: Its HTML page.
+        items: The requested item ids.
     """
 
     data: SplitDataset
@@ -61,14 +61,14 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
     """Build the index of a recipe and write it with its page; only the data is loaded.
 
     Args:
-        recipe: Has a section ``index``.
+        recipe: A recipe with a section ``index``.
         out: The folder; ``runs/<name>/index`` by default.
-        items: Ids that come first among the examples.
+        items: Item ids to show first among the examples.
 
     Raises:
         RecipeError: If the recipe has no index.
-        DataError: If the index cannot be built, or lacks an item that was asked for.
-        LlmrecError: If the folder holds something else.
+        DataError: If the index cannot be built, or lacks a requested item.
+        LlmrecError: If the folder has foreign files.
     """
     folder = out if out is not None else folder_of(recipe, None) / index_summary.FOLDER
     if _holds_more(folder):
@@ -98,20 +98,20 @@ def index(recipe: Recipe, out: Path | None = None, *, items: Sequence[str] = ())
 
 
 def _holds_more(folder: Path) -> bool:
-    """Whether a folder holds more than an index and its page, which a new index would remove."""
+    """Return whether a folder has files other than an index and its page, which a new index would remove."""
     result = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     return (folder.exists() and not folder.is_dir()) or bool(result - _FILES) or bool(result and not _digest(folder))
 
 
 def indexed_data(recipe: Recipe) -> SplitDataset:
-    """Return the main data of a recipe as `build_study` gives it to the index."""
+    """Return the main data of a recipe that `build_study` builds the index from."""
     return load_tables(recipe)[0]
 
 
 def write_run(study: Study, folder: Path) -> str:
-    """Write the index of a study, its figures and its page into a run folder; remove the page of an earlier one.
+    """Write the index of a study, its metrics and its page to a run folder; remove the page of an earlier index.
 
-    An index that lies there already is left as it is. Returns the line on it for the run's report; nothing without one.
+    An existing equal index is kept. Returns the line on the index for the run's report; empty without an index.
     """
     where, page = folder / index_summary.FOLDER, folder / "report" / index_summary.PAGE
     page.unlink(missing_ok=True)
@@ -205,7 +205,7 @@ def _shown(value: str) -> str:
 
 
 def _digest(folder: Path) -> str:
-    """Return the digest of the index in a folder; None if there is none that can be read."""
+    """Return the digest of the index in a folder; None if it is missing or unreadable."""
     try:
         return ItemIndex.load(folder).digest
     except LlmrecError:

@@ -38,16 +38,16 @@ FOLDER = "index"
 """Where a model folder keeps its index."""
 LEARNED = "collaborative"
 """The value of ``index.tokens`` for rows that start from a recommender's item vectors."""
-# The stamp of the text encoder.
+# The file with the stamp of the text encoder.
 _STAMP = "encoder_stamp"
-# Schemes that are slow to build, and cached.
+# Schemes that are slow to build and therefore cached.
 _SLOW = ("collaborative", "semantic")
 
 
 def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool = False) -> ItemIndex:
     """Build an index, or read the cached one of the same settings, data and seed, unless ``fresh``.
 
-    With ``index.ids: tokens`` every user with training interactions has a token of its own.
+    With ``index.ids: tokens`` every user with training interactions also has a token.
     """
     index = _item_index(section, data, seed=seed, fresh=fresh)
     if section.ids == "text":
@@ -59,8 +59,8 @@ def build_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: bool) -> ItemIndex:
     """Return the codes of the items.
 
-    The key covers held-out interactions, too, so that the audit's rebuild with other held-out interactions never reads
-    the cache.
+    The cache key covers held-out interactions too, so that the audit's rebuild with other held-out interactions never
+    reads the cached index.
     """
     embed = fitting(section.semantic.encoder, data) if section.scheme == "semantic" else None
     if section.scheme not in _SLOW:
@@ -87,7 +87,7 @@ def _item_index(section: IndexSection, data: SplitDataset, *, seed: int, fresh: 
 
 
 def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
-    """Return the index in a model folder; titles need none."""
+    """Return the index in a model folder; an empty one for titles, None without a scheme."""
     if scheme is None:
         return None
     if (folder / FOLDER).is_dir():
@@ -105,7 +105,7 @@ def stored_index(folder: Path, scheme: str | None) -> ItemIndex | None:
 
 
 def embed_of(index: ItemIndex) -> Embed | None:
-    """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None where it needed none."""
+    """Return the `Embed` that an index was built with, for `ItemIndex.extend`; None if it needed none."""
     stored = index.settings.get("semantic")
     if stored is None:
         return None
@@ -121,7 +121,7 @@ def embed_of(index: ItemIndex) -> Embed | None:
 
 
 def placed(index: ItemIndex, items: Mapping[str, Item]) -> ItemIndex:
-    """Return an index with these items added; the text encoder is loaded only if one of them is new."""
+    """Return an index with items added; the text encoder is loaded only if one of them is new."""
     if all(item in index.codes for item in items):
         return index
     return index.extend(items, embed=embed_of(index))
@@ -143,11 +143,11 @@ def with_tokens(
 ) -> str:
     """Return the folder of a base model with an index's tokens: ``folder/base``, made once.
 
-    Where the alignment task holds items out, their words give nothing to their tokens: a token of one item's own would
-    say its title before any training.
+    The tokens of items held out by the alignment task are not initialised from their words: a token of a single item
+    would reveal its title before training.
 
-    A model needs none where codes are ordinary text: its own folder is returned, and the copy that an earlier recipe
-    left is removed.
+    If codes are ordinary text, no tokens are needed: the model's own folder is returned, and the copy of an earlier
+    recipe is removed.
     """
     if index is None or not index.vocabulary:
         if (folder / "base.json").is_file():
@@ -188,7 +188,7 @@ def with_tokens(
 def _vectors(
     section: IndexSection, items: Mapping[str, Item], data: SplitDataset, seed: int
 ) -> dict[str, NDArray[np.float32]]:
-    """Return vectors of items, from texts or from training interactions; some items may have none."""
+    """Return item vectors from texts or training interactions; some items may have none."""
     if section.tokens == LEARNED:
         model = fitted(section.recommender, {}, data, seed=seed)
         return {item: vector for item, vector in model.item_vectors().items() if item in items}

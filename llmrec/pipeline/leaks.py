@@ -1,6 +1,6 @@
 """Checks for test leakage: the split, profiles, candidates, training rows, prompts, fitted baselines, the item index.
 
-A check reads what the run used (drawn sets, stored answers) and returns its result; it repairs nothing.
+A check reads the data of the run (drawn sets, stored answers) and returns its result; it repairs nothing.
 """
 
 from __future__ import annotations
@@ -53,11 +53,11 @@ class Check:
     """One line of an audit.
 
     Attributes:
-        name: What was checked.
+        name: The subject of the check.
         found: The result, in one sentence.
         verdict: ``leak`` fails the run; ``notice`` is for readers of the report.
-        examples: The first places where something is wrong.
-        figures: Numbers behind the sentence.
+        examples: The first locations with an error.
+        figures: The numbers behind the sentence.
     """
 
     name: str
@@ -68,7 +68,7 @@ class Check:
 
 
 def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
-    """Return a check that is a leak if there is any place."""
+    """Return a check whose verdict is a leak if any locations are given."""
     if not places:
         return Check(name, f"none in {looked_at}")
     return Check(name, f"{len(places)} in {looked_at}", "leak", tuple(places[:_SHOWN]))
@@ -78,7 +78,7 @@ def verdict(name: str, looked_at: str, places: Sequence[str]) -> Check:
 
 
 def training_interactions(data: SplitDataset) -> Check:
-    """Check training interactions: none is held out, later than a held-out one of its user, or on a cold item."""
+    """Check that no training interaction is held out, after a held-out one of its user, or with a cold-start item."""
     train = data.train.select("user_id", "item_id", "timestamp")
     places = [
         f"user {user}, item {item} is held out and trained on"
@@ -109,7 +109,7 @@ def training_interactions(data: SplitDataset) -> Check:
 
 
 def profiles(data: SplitDataset) -> Check:
-    """Check profiles for held-out titles; such users are set aside from evaluation."""
+    """Check profiles for held-out titles; users with such profiles are excluded from evaluation."""
     name, result = f"user profiles of {data.dataset.name}", profile_leaks(data)
     if not result:
         return Check(name, f"none names a held-out item in {len(data.dataset.users):,} profiles")
@@ -121,7 +121,7 @@ def profiles(data: SplitDataset) -> Check:
 
 
 def candidate_sets(study: Study) -> list[Check]:
-    """Check candidate sets: one target, no other items of the user, and a position that does not reveal the target."""
+    """Check candidate sets: one target, no other items of the user, and positions that do not reveal the target."""
     data, sets, split = study.data, study.candidates, study.recipe.eval.split
     if sets is None:
         return []
@@ -138,7 +138,7 @@ def candidate_sets(study: Study) -> list[Check]:
         taken += [f"request {name}: {item}" for item in items if item != held.item_id and item in by_user[held.user_id]]
     looked = f"{len(sets.sets):,} candidate sets"
     if study.recipe.eval.candidates.kind == "retrieved":
-        # As in use, a retrieved set may lack the target, or hold what the user chooses later.
+        # As in production, a retrieved set may lack the target, or contain later choices of the user.
         result = len(sets.sets) - len(lacking)
         about = [
             Check("retrieved sets", f"{result:,} of {len(sets.sets):,} hold the target, which bounds HR over them")
@@ -197,7 +197,7 @@ def _correlation(values: np.ndarray[Any, Any]) -> float:
 
 
 def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, study: Study) -> list[Check]:
-    """Check that rows of a table have the same candidates, and that answers rank these."""
+    """Check that rows of a table have the same candidates, and that answers rank these candidates."""
     unequal, foreign = [], []
     item_answers = [name for name, family in families().items() if family.answers_with_items]
     for family in item_answers:
@@ -232,16 +232,16 @@ def stored_rows(rows: Sequence[Mapping[str, Any]], predictions: pl.DataFrame, st
 def redrawn(
     data: SplitDataset, split: str, seed: int = 1, toward: Mapping[str, Sequence[str]] | None = None
 ) -> SplitDataset:
-    """Return the data with other held-out items, ratings and texts in a split; everything else stays the same.
+    """Return the data with the held-out items, ratings and texts of a split replaced by others.
 
-    Items are drawn from the catalogue: dealing the same items out among other users would leave every count of items as
-    it was, and miss a prior that counted them.
+    Items are drawn from the catalogue: a permutation of the same items among users would leave item counts unchanged,
+    and miss a prior that depends on them.
 
     Args:
         data: The split data.
         split: ``valid`` or ``test``.
-        seed: Of the draw.
-        toward: Some users' held-out items are drawn from these.
+        seed: Seed of the draw.
+        toward: Items by user, from which the held-out items of these users are drawn.
     """
     rng, items, ratings = np.random.default_rng(seed), sorted(data.dataset.items), data.train["rating"].drop_nulls()
     parts, pools = {"valid": data.valid, "test": data.test}, toward or {}
@@ -268,8 +268,8 @@ def redrawn(
 
 
 def baselines(study: Study) -> Check:
-    """Check that no baseline answers differently when only the evaluated interactions change."""
-    # A baseline of two families that read the same data is fitted once for both.
+    """Check that the answers of baselines stay the same when only the evaluated interactions change."""
+    # A baseline of two families with the same data is fitted once.
     asked: dict[tuple[int, str], list[str]] = defaultdict(list)
     made = {}
     for family in study.tasks:
@@ -281,10 +281,10 @@ def baselines(study: Study) -> Check:
     for (number, name), asking in asked.items():
         data = study.task_data(asking[0])
         if (seen := _seen(made[name])) or number not in others:
-            # A baseline refuses features that have seen what is held out, and that is no change of an answer.
+            # A baseline rejects features made of held-out interactions, which is not a changed answer.
             others[number] = redrawn(data, study.recipe.eval.split, toward=_unseen(data, seen))
         asked_of = [[case.request for case in study.cases(family)[:_SCORED]] for family in asking]
-        # What the run fitted may be kept. Another number of threads may have rounded it otherwise: no leak.
+        # The fit of the run may be reused; another number of threads may round differently, which is no leak.
         first = fitted(made[name].name, made[name].parameters, data, seed=study.recipe.seed)
         answers, others_answers = (
             [*map(item.answer, asked_of)] for item in (first, _anew(study, made[name], others[number]))
@@ -305,13 +305,13 @@ def _anew(study: Study, baseline: BaselineSection, data: SplitDataset) -> Any:
 
 
 def _seen(baseline: BaselineSection) -> frozenset[Pair]:
-    """Return the interactions that the texts of a baseline's features were made of."""
+    """Return the interactions from which the texts of a baseline's features were generated."""
     stores = stores_of(baseline.name, baseline.parameters)
     return frozenset().union(*(FeatureStore.open(folder).seen() for folder in stores))
 
 
 def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
-    """Return the training items that users' texts were not made of, for users whose texts were made of any."""
+    """Return, for users with generated texts, the training items that were not used for these texts."""
     read: dict[str, set[str]] = defaultdict(set)
     for user, item in seen:
         read[user].add(item)
@@ -320,7 +320,7 @@ def _unseen(data: SplitDataset, seen: frozenset[Pair]) -> dict[str, list[str]]:
 
 
 def feature_texts(study: Study) -> Check | None:
-    """Check that no feature text of a baseline was made of a held-out interaction; None without features."""
+    """Check that no feature text of a baseline was generated from a held-out interaction; None without features."""
     stores = {
         folder: family
         for family in study.tasks
@@ -345,7 +345,7 @@ def feature_texts(study: Study) -> Check | None:
 def item_index(study: Study) -> Check | None:
     """Check that item codes stay the same when only held-out interactions change.
 
-    The index is rebuilt with other held-out items, and must have the same bytes.
+    The index is rebuilt with other held-out items, and must be equal in every byte.
     """
     section, index = study.recipe.index, study.index
     if section is None or index is None:
@@ -358,7 +358,7 @@ def item_index(study: Study) -> Check | None:
         other = redrawn(other, split)
     again = build_index(section, other, seed=study.recipe.seed)
     if again.digest != index.digest:
-        # The index may have been read back from where another number of threads rounded otherwise.
+        # The stored index may come from another number of threads, which round differently.
         index = build_index(section, study.data, seed=study.recipe.seed, fresh=True)
     if again.digest == index.digest:
         return Check(name, f"none: {len(index.codes):,} codes are the same bytes without them")
@@ -370,20 +370,20 @@ def item_index(study: Study) -> Check | None:
 # --------------------------------------------------------------------------- rows
 
 
-# A text this short ("good", "love it") is written by many people about many things.
+# Shorter texts ("good", "love it") are written by many users about many items.
 _TELLING = 24
-# Of longer texts the beginning is looked for: prompts cut them.
+# The length of the beginning that is searched for in prompts, which truncate longer texts.
 _TEXT = 120
-# Names of the item that a template asks about.
+# Template variables with the title of the item that a template asks about, and its code.
 _TITLES, _CODES = re.compile(r"\bitem\.title\b"), re.compile(r"\bitem(?:\.code|_id)\b")
-# Rows of a family, and requests, that are rendered again with other held-out data.
+# The number of rows of a family, and of requests, that are rendered again with other held-out data.
 _ROWS, _REQUESTS = 5000, 200
 
 
 class _Secrets:
     """Titles and texts of a user's held-out items that are not in the user's training interactions.
 
-    With an index, for templates that write codes, it is codes and not titles.
+    With an index, for templates that write codes, these are codes instead of titles.
     """
 
     def __init__(self, data: SplitDataset, index: ItemIndex | None = None) -> None:
@@ -411,7 +411,7 @@ class _Secrets:
                     self.titles[user][title] = item
                 for whole in parts(user, item, text):
                     message = whole[:_TEXT]
-                    # Some users write the same sentences about everything: what is in training is no secret.
+                    # Some users repeat sentences: a text that is also in training is no secret.
                     if len(message) >= _TELLING and not any(message in earlier for earlier in wrote[user]):
                         self.texts[user][message] = item
 
@@ -419,9 +419,9 @@ class _Secrets:
         """Yield the held-out items of a user that segments show by title or text.
 
         Args:
-            user: Whose items.
-            segments: What is shown.
-            drawn: Titles that stand there as drawn negatives, and how often they may.
+            user: The user of the items.
+            segments: The segments that are shown.
+            drawn: Titles of drawn negatives, with the permitted number of occurrences.
         """
         titles, written, left = self.titles.get(user, {}), self.texts.get(user, {}), Counter(drawn)
         for segment in segments:
@@ -436,11 +436,11 @@ class _Secrets:
             )
 
     def negatives(self, example: Example, template: Template) -> Mapping[str, int]:
-        """Return the titles of a row's drawn negatives, and how often they may stand in its question.
+        """Return the titles of a row's drawn negatives, and their permitted number of occurrences in its question.
 
-        Each may as often as the candidate that is named least, or as a template about one item names it: a held-out
-        item that is in the history too, or in a hint, stands there once more. A question that lists no candidates and
-        asks about no item shows none: what is rejected stands in other answers.
+        The number is that of the candidate named least often, or that of the item in a template about one item: a
+        held-out item that is also in the history, or in a hint, occurs once more. Questions without candidates or an
+        item contain no negatives: these are in rejected answers.
         """
         texts = self.drawn(example)
         if not texts or not (family_of(example.task).lists or asks_for(template) == "yes"):
@@ -451,12 +451,12 @@ class _Secrets:
         else:
             named = Counter(clean(segment.text) for segment in _segments(example.messages) if segment.kind != "text")
             listed = texts + Counter(self._written[item] for _, item in example.pairs[-1:])
-            # A title that is cut or escaped is not found, and has no effect on the others.
+            # A title that is truncated or escaped is not found, and does not affect the others.
             often = min((named[text] // times for text, times in listed.items() if named[text]), default=0)
         return {text: times * often for text, times in texts.items()}
 
     def drawn(self, example: Example) -> Counter[str]:
-        """Return the titles of a row's drawn negatives, and how often each was drawn."""
+        """Return the titles of a row's drawn negatives with the number of times that each was drawn."""
         return Counter(self._written[item] for item in example.negatives)
 
 
@@ -467,10 +467,10 @@ def _segments(messages: Iterable[Message], answer: Iterable[Segment] = ()) -> It
 
 
 def training_rows(study: Study, family: str, count: int) -> Check:
-    """Check the training rows of a family for held-out pairs: those a row declares, and those its text shows.
+    """Check the training rows of a family for held-out pairs, both those that a row declares and those in its text.
 
-    A held-out item may be a negative, since it is drawn without knowing that it is held out: see `rows_drawn_again`.
-    It may stand nowhere else.
+    A held-out item may be a negative, since negatives are drawn without reading held-out data (`rows_drawn_again`).
+    It may occur nowhere else.
     """
     data = study.task_data(family)
     both = [study.data, *([study.reviews] if study.reviews else [])]
@@ -491,7 +491,7 @@ def training_rows(study: Study, family: str, count: int) -> Check:
 
 
 def _drawn(study: Study, task: Task, count: int) -> Iterator[Example]:
-    """Yield the first rows of a task's stream, and as many of those that share a history where rows are packed."""
+    """Yield the first rows of a task's stream; if rows are packed, also the same number that share a history."""
     section = study.recipe.train
     if section.reward is not None:
         template = task.eval_templates[0]
@@ -514,14 +514,14 @@ def _told(example: Example, secrets: _Secrets, template: Template) -> Iterator[s
     question = tuple(_segments(example.messages))
     yield from secrets.shown(example.user_id, question, secrets.negatives(example, template))
     yield from secrets.shown(example.user_id, example.answer)
-    # Rejected texts are of other users, who may have written the same.
+    # Rejected texts are by other users, who may have written the same.
     if family_of(example.task).answers_with_items:
         rejected = [Segment("target", text) for text in example.rejected]
         yield from secrets.shown(example.user_id, rejected, secrets.drawn(example))
 
 
 def questions(study: Study, family: str) -> Check:
-    """Check that no question shows its answer: in the history, a profile, or anywhere in the rendered prompt."""
+    """Check that no question contains its answer, in the history, a profile or elsewhere in the rendered prompt."""
     cases, places = study.cases(family), []
     titles = frozenset(study.task_data(family).dataset.titles.values() if family_of(family).answers_with_items else ())
     for case in cases:
@@ -536,15 +536,15 @@ def questions(study: Study, family: str) -> Check:
 
 
 def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str]) -> Iterator[str]:
-    """Yield the templates whose prompt shows the answer; ``titles``: the catalogue's, where it is an item."""
+    """Yield the templates whose prompt contains the answer; ``titles`` are those of the catalogue if it is an item."""
     data, request = study.task_data(family), case.request
     kind = family_of(family)
     ranked = kind.answers_with_items
     secret = data.dataset.titles[str(case.truth)] if ranked else clean(str(case.truth))[:_TEXT]
-    # A review may well hold the words of its headline: reading them there is the task.
+    # A review may contain the words of its headline: finding them there is the task.
     if kind.quotes or (not ranked and len(secret) < _TELLING):
         return
-    # What the user wrote about an earlier item too ("as described, came quickly") is no secret: the history tells it.
+    # A text that the user also wrote about an earlier item ("as described") is no secret: it is in the history.
     if not ranked and any(secret in clean(event.text or "") for event in request.history):
         return
     others = {data.dataset.titles[event.item_id] for event in request.history}
@@ -572,29 +572,29 @@ def _answers_itself(study: Study, family: str, case: Case, titles: frozenset[str
                 continue
             text = clean(segment.text)
             if text in others or (listed and text == secret):
-                continue  # a namesake in the history
-            # In a list of titles one may be part of another ("Alien", "Aliens").
+                continue  # another item with the same title in the history
+            # A title may be contained in another ("Alien", "Aliens").
             if text == secret or (text not in titles and len(secret) >= NAMED and secret in text):
                 yield f"the prompt of {template.id} shows the answer"
                 break
 
 
 def _other_than(case: Case, data: SplitDataset) -> str | None:
-    """Return a candidate with another title than the answer: a prompt about it must not name the answer."""
+    """Return a candidate with another title than the answer; a prompt about it must not name the answer."""
     titles, truth = data.dataset.titles, str(case.truth)
     return next((item for item in case.request.candidates or () if titles[item] != titles[truth]), None)
 
 
 def _secret_forms(family: Family, template: Template) -> tuple[bool, bool]:
-    """Return whether a template's prompt must not contain the answer's code, and whether its title."""
+    """Return whether a template's prompt must not contain the code of the answer, and its title."""
     if family.candidates == "items":
-        # The question contains one of the two, and the other one is the answer.
+        # The question contains either the title or the code; the other one is the answer.
         return template.answers_with_code, not template.answers_with_code
     return template.writes_codes, template.writes_titles or not template.writes_codes
 
 
 def shots(study: Study, family: str) -> Check:
-    """Check the few-shot examples of the evaluated requests for held-out pairs."""
+    """Check the few-shot examples of evaluated requests for held-out pairs."""
     recipe, task, data = study.recipe, study.tasks[family], study.task_data(family)
     places: list[str] = []
     secrets, cases = _Secrets(data), study.cases(family)
@@ -672,7 +672,7 @@ _Way = tuple[Request, Template, Want]
 
 
 def _ways(study: Study, family: str, request: Request) -> Iterator[_Way]:
-    """Yield the prompts of a request in evaluation: every template, about all candidates and about one."""
+    """Yield the evaluation prompts of a request: every template, about all candidates and about a single one."""
     for template in study.eval_templates(family):
         one, asks = replace(request, candidates=(request.candidates or ())[:1]), asks_for(template)
         if not family_of(family).lists:
@@ -704,7 +704,7 @@ def _again(
 
     def other(data: SplitDataset) -> SplitDataset:
         for split in splits:
-            # Another table has users and items of its own.
+            # Another table has different users and items.
             data = redrawn(data, split, toward=toward if data.dataset.items is items else None)
         return data
 
@@ -716,15 +716,15 @@ def _again(
 def _toward(
     study: Study, family: str, shown_by: Iterable[tuple[str, Iterable[Segment], Iterable[str]]]
 ) -> Mapping[str, Sequence[str]]:
-    """Return the items that a user's rows name and the user has not in training, by user.
+    """Return, by user, the items that the user's rows name and that are not in the user's training interactions.
 
-    These are what held-out items are drawn among: a row whose negatives are no held-out items moves if one of them
-    becomes one. Drawn from the whole catalogue, another held-out item would seldom be one that a row could show.
+    Other held-out items are drawn from these: a row that avoids held-out items as negatives changes if one of its own
+    becomes held out. An item drawn from the whole catalogue would rarely be one that a row could show.
 
     Args:
-        study: The run's.
-        family: Whose rows or prompts.
-        shown_by: Users with what is shown of them, and items that are known to be shown.
+        study: The study of the run.
+        family: The family of the rows or prompts.
+        shown_by: Users with their segments, and items that are known to be shown.
     """
     data, index = study.task_data(family), study.codes(family)
     items: dict[str, set[str]] = defaultdict(set)
@@ -751,8 +751,8 @@ def alignment_checks(study: Study, count: int) -> Iterator[Check]:
     """Yield the checks of the alignment task, if the study has it.
 
     Args:
-        study: What was run.
-        count: How many training rows were drawn.
+        study: The study of the run.
+        count: The number of training rows that were drawn.
     """
     if study.held is None:
         return
@@ -789,7 +789,7 @@ class _Pairs:
         yield from (f"item {item}" for _, item in row.pairs if item in self._held)
         segments = chain(*(message.segments for message in row.messages), row.answer)
         lines = {_line(segment.text) for segment in segments if segment.kind != "text"}
-        # A code of digits may equal a year by chance, so that it alone means nothing.
+        # A code of digits may equal a year by chance, so that a code alone is no evidence.
         for item in sorted(self._items[text] for text in lines & self._items.keys()):
             if self._titles[item] in lines:
                 yield f"code and title of item {item}"
@@ -800,7 +800,7 @@ def _line(text: str) -> str:
 
 
 def _wrong(case: Case, part: set[str]) -> Iterator[str]:
-    """Yield what is wrong with a set of candidates: it contains the answer, and only items of the evaluated part."""
+    """Yield the errors of a candidate set, which must contain the answer, and only items of the evaluated part."""
     candidates, name = case.request.candidates or (), case.request.id
     if case.truth not in candidates:
         yield f"request {name}: the answer is missing"

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Classes | None:
-    """Return the classes that replace target tokens, if the recipe trains a rating head."""
+    """Return the classes that replace target tokens if the recipe trains a rating head."""
     rating = study.recipe.tasks.rating
     if rating is None or rating.head is None:
         return None
@@ -67,7 +67,7 @@ def classes_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Class
 
 
 def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
-    """Return the loss over lists of candidates, or from preference, if the recipe has one."""
+    """Return the listwise or preference loss of the recipe, or None."""
     tasks, recipe = {family: study.training_tasks[family] for family in study.shares}, study.recipe
     refused = recipe.model.name if paired else None
     result = common(tasks, preference=recipe.train.preference is not None, paired=refused)
@@ -89,7 +89,7 @@ def listwise_of(study: Study, *, paired: bool = False) -> Listwise | None:
 
 
 def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels | None:
-    """Return the labels of training rows, if the recipe trains soft prompts."""
+    """Return the labels of training rows if the recipe trains soft prompts."""
     train = study.recipe.train
     if train.method not in METHODS:
         return None
@@ -118,7 +118,7 @@ def labels_of(study: Study, encoder: Encoder, *, paired: bool = False) -> Labels
 
 
 def _said(study: Study, family: str) -> Iterator[str]:
-    """Yield all answers of a family whose answers are labels."""
+    """Yield all answers of a family whose answers are labels (ratings or probabilities)."""
     if family_of(family).answer not in (Rating, Probability):
         return
     task, anybody = study.tasks[family], Request(id="labels", user_id="")
@@ -128,7 +128,7 @@ def _said(study: Study, family: str) -> Iterator[str]:
 
 
 def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
-    """Return the soft prompt of the labels in the training rows; no label is added later."""
+    """Return the soft prompt for the labels of the training rows; later labels are not added."""
     labels.closed = True
     result = tuple(labels.ids)
     return SoftPrompt(study.recipe.train.soft.prompts, result, tied=labels.tied, seed=study.training_seed)
@@ -137,12 +137,12 @@ def soft_prompt_of(study: Study, labels: Labels) -> SoftPrompt:
 # --------------------------------------------------------------------------- rewarding
 
 
-# Consecutive questions that are too long before training gives up.
+# The number of consecutive questions that are too long after which training ends with an error.
 _PATIENCE = 2000
 
 
 def rewarded(study: Study, *, paired: bool) -> str:
-    """Return the family that is trained on rewards."""
+    """Return the family that is trained with reinforcement learning."""
     section = _section(study)
     (family, *others) = study.shares
     why = ""
@@ -171,14 +171,14 @@ def rewarded(study: Study, *, paired: bool) -> str:
 
 
 def plan_questions(study: Study, encoder: Encoder, valid: Mapping[str, list[TokenRow]]) -> Plan:
-    """Cut training questions into steps, as many as the recipe's optimiser steps need.
+    """Group training questions into the optimiser steps of the recipe.
 
-    A question counts with the tokens that its rollouts will add.
+    The size of a question includes the tokens of its rollouts.
 
     Args:
         study: The study.
         encoder: The tokenizer.
-        valid: Validation rows of the one family that is trained.
+        valid: Validation rows of the trained family.
     """
     section, train, (family,) = _section(study), study.recipe.train, valid
     task = study.training_tasks[family]
@@ -235,7 +235,7 @@ def _section(study: Study) -> RewardSection:
 
 
 def _catalogue(study: Study, encoder: Encoder, family: str) -> Catalogue:
-    """Return the paths of all items, as the first template of evaluation writes them."""
+    """Return the token paths of all items, as written by the first evaluation template."""
     task = study.training_tasks[family]
     template = task.eval_templates[0]
     anybody = Request(id="catalogue", user_id="")
@@ -250,12 +250,12 @@ METRIC = "NDCG@10"
 
 
 def judged(study: Study) -> list[str]:
-    """Return the trained families that rank items for users; a model in training is judged on the first."""
+    """Return the trained families that rank items for users; a model in training is evaluated on the first."""
     return [family for family in study.tasks if family in study.shares and family_of(family).ranks_for_users]
 
 
 def judges(study: Study) -> frozenset[str]:
-    """Return the validation users that judge a model in training; none of them weighs an ensemble."""
+    """Return the validation users for models in training; none of them weighs an ensemble."""
     section, able = study.recipe.train.judge, judged(study)
     if section is None or not able:
         return frozenset()
@@ -265,13 +265,13 @@ def judges(study: Study) -> frozenset[str]:
 
 @dataclass(frozen=True)
 class Judge:
-    """Measures a model on the validation cases of one family.
+    """Evaluates a model in training on the validation cases of one family.
 
     Attributes:
         study: The study, with the candidate sets of its validation split.
         family: The first family that is trained and ranks items for users.
         task: Its task over these sets.
-        cases: Those of the validation users who choose; none of them weighs a fusion.
+        cases: The cases of the validation users for model selection, none of whom weighs an ensemble.
         encoder: The tokenizer of the model.
     """
 
@@ -283,7 +283,7 @@ class Judge:
 
     @staticmethod
     def of(study: Study, encoder: Encoder) -> Judge | None:
-        """Return the judge of a recipe, None without one."""
+        """Return the judge of a recipe; None if it has none."""
         section = study.recipe.train.judge
         if section is None:
             return None
@@ -311,9 +311,9 @@ class Judge:
         return Judge(asked, family, task, cases, encoder)
 
     def model(self, model: torch.nn.Module) -> float:
-        """Return NDCG@10 of a model in training, by the first strategy of the family; it is left in evaluation mode."""
+        """Return NDCG@10 of a model in training with the family's first strategy; leaves it in evaluation mode."""
         section = self.study.recipe.eval
-        # Adapters are parts of the model's modules, so that the backend needs no change.
+        # Adapters are part of the model's modules, so the backend needs no change.
         live = model.get_base_model() if hasattr(model, "get_base_model") else model
         asker = Prompting(
             backend=HFBackend(live, self.encoder),

@@ -29,11 +29,11 @@ from llmrec.types import Text
 
 
 def refuse(recipe: Recipe, *, asks: bool) -> None:
-    """Reject what would fail after minutes of work.
+    """Reject a recipe that would fail after minutes of work.
 
     Args:
         recipe: The recipe.
-        asks: A language model is evaluated or trained.
+        asks: Whether a language model is evaluated or trained.
     """
     if any(family_of(name).answer is Text for name in recipe.tasks.present()):
         require("sacrebleu", "text")
@@ -52,7 +52,7 @@ def refuse(recipe: Recipe, *, asks: bool) -> None:
 
 
 def refuse_together(recipe: Recipe) -> None:
-    """Reject a loss that is no sum over targets if several processes train."""
+    """Reject a loss that is not a sum over targets in training with several processes."""
     teacher = recipe.train.teacher
     if processes.size() > 1 and teacher is not None and teacher.relations:
         raise RecipeError(
@@ -79,7 +79,7 @@ def refuse_engine(recipe: Recipe) -> None:
 
 
 def refuse_shape(recipe: Recipe) -> None:
-    """Reject a new encoder-decoder with vLLM, before it is made."""
+    """Reject a new encoder-decoder with vLLM before it is created."""
     shape = recipe.model.shape
     if shape is not None and shape.kind == "encoder-decoder" and "vllm" in (recipe.eval.backend, recipe.eval.scorer):
         raise RecipeError(
@@ -91,7 +91,7 @@ def refuse_shape(recipe: Recipe) -> None:
 
 
 def refuse_weights(recipe: Recipe) -> None:
-    """Reject a local model folder without weights that can be loaded."""
+    """Reject a local model folder without loadable weights."""
     folder = Path(recipe.model.name).expanduser()
     section = recipe.eval
     loaded = "tuned" in section.arms or section.backend in ("auto", "hf", "vllm") or section.scorer in ("hf", "vllm")
@@ -109,7 +109,7 @@ def refuse_weights(recipe: Recipe) -> None:
 
 
 def _writable(recipe: Recipe) -> Recipe:
-    """Return a recipe without the feature store that its run has not yet written."""
+    """Return a recipe without the feature store of its run, if that is not written yet."""
     store, texts = folder_of(recipe, None) / FEATURES, recipe.data.texts
     refuse_other_store(recipe, store)
     if recipe.augment is None or texts is None or (store / "current").is_file():
@@ -118,13 +118,13 @@ def _writable(recipe: Recipe) -> Recipe:
 
 
 def checked_study(recipe: Recipe) -> Study:
-    """Build a recipe's study and check what a run would check, without loading weights or writing a folder."""
+    """Build a recipe's study with all checks of a run, without loading weights or writing a folder."""
     study = build_study(_writable(recipe))
     refuse_unknown(study)
     asks = bool(recipe.eval.arms)
     refuse(recipe, asks=asks)
     if recipe.eval.backend == "openai" and recipe.eval.server is not None:
-        # A run may have all answers in its store, so that only this check needs a key.
+        # A run may have all answers in its cache, so only this check requires the key.
         key_of(recipe.eval.server)
     if not asks:
         return study
@@ -153,10 +153,10 @@ def checked_study(recipe: Recipe) -> Study:
 def _opened(study: Study, base: str) -> tuple[Encoder, bool]:
     """Open the tokenizer, and return whether the model is an encoder-decoder; without transformers if possible."""
     recipe = study.recipe
-    # A run that training builds on has a tokenizer to compare with, setting by setting.
+    # The tokenizer is compared with that of the run that training builds on.
     if recipe.train.start is None and recipe.train.teacher is None and is_plain_decoder(base, recipe.model):
         tokenizer = plain_tokenizer(base, recipe.model)
-        with suppress(LlmrecError):  # transformers has the last word on a tokenizer that is refused
+        with suppress(LlmrecError):  # transformers decides about a tokenizer that was rejected
             if tokenizer is not None:
                 return encoder_of(study, base, tokenizer), False
     encoder = encoder_of(study, base)

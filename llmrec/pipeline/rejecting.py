@@ -1,4 +1,4 @@
-"""Hard negatives of preference optimisation: items that a baseline, or the model itself, ranks high."""
+"""Finds hard negatives for preference optimisation: items that a baseline or the model itself ranks high."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ if TYPE_CHECKING:
 _DRAWN = ("uniform", "popularity", "ratings")
 BEAM = "beam"
 """Value of ``train.preference.rejected``: what the model finds itself."""
-# Training events of a user that the model is asked about.
+# The number of a user's training events that the model is queried about.
 _EVENTS = 4
 
 
 def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> EventLists | None:
-    """Return what finds the rejected items of a family, by ``train.preference.rejected``; None if they are drawn.
+    """Return the finder of rejected items of ``train.preference.rejected``; None if they are drawn at random.
 
     Args:
-        recipe: The recipe, which learns from preference.
+        recipe: A recipe with preference optimisation.
         family: A family that is trained.
-        data: What it reads.
-        seed: Of training.
-        plain: Makes the family's task as it is without preference.
+        data: The data of the family.
+        seed: Training seed.
+        plain: Builds the family's task without preference optimisation.
     """
     section = recipe.train.preference
     if section is None or section.rejected in _DRAWN or not family_of(family).ranks_for_users:
@@ -48,10 +48,10 @@ def hard_of(recipe: Recipe, family: str, data: SplitDataset, seed: int, plain: C
 
 
 class Beams:
-    """Finds rejected items by a beam search with the model that training starts from.
+    """Finds rejected items by beam search with the model that training starts from.
 
-    It is asked about a few training events of a user when the user's first row is made, with the events before as
-    history. Items that the user has had in training are left out, as wherever items are rejected.
+    It searches for a few training events of a user when the user's first row is built, with the earlier events as
+    history. The user's training items are excluded, as for all rejected items.
     """
 
     def __init__(self, recipe: Recipe, data: SplitDataset, seed: int, plain: Callable[[], Task]) -> None:
@@ -82,7 +82,7 @@ class Beams:
         asked = [Request(id=f"beam/{user}/{at}", user_id=user, history=events[:at]) for at in drawn]
         results = []
         for at, answer in zip(drawn, ranker.answer(asked), strict=True):
-            assert isinstance(answer, Ranking)  # a search always finds something
+            assert isinstance(answer, Ranking)  # a search always returns a ranking
             if len(answer.items) < section.negatives:
                 raise DataError(
                     f"user {user!r} has had all but {len(answer.items)} of the items in training; set "

@@ -60,8 +60,8 @@ def write_results(
 ) -> Written:
     """Write ``results.json``, ``predictions.parquet`` and ``items.parquet`` to the run folder, each atomically.
 
-    ``missing`` are the rows that no engine could answer.
-    ``budget`` holds what each stage cost when it last ran: a stage that this invocation reused keeps its figure.
+    ``missing`` are the rows that no engine could answer. ``budget`` has the cost of each stage in its last execution: a
+    stage that this invocation reused keeps its cost.
     """
     recipe = study.recipe
     spent = {**_spent_before(folder / "results.json", recipe_hash(recipe)), **budget.stages}
@@ -117,7 +117,7 @@ def write_results(
 
 
 def too_wide(study: Study) -> str:
-    """Return a warning about cutoffs that are not below the number of drawn candidates; empty if there is none."""
+    """Return a warning about cutoffs not below the number of drawn candidates; empty if there are none."""
     section, drawn = study.recipe.eval, study.candidates
     if drawn is None or section.candidates.kind == "retrieved" or "cutoffs" not in section.model_fields_set:
         return ""
@@ -125,12 +125,12 @@ def too_wide(study: Study) -> str:
 
 
 def of_another(file: Path, key: str, hashed: str) -> str:
-    """Return a warning if results of another recipe will be overwritten; empty otherwise.
+    """Return a warning if the results of another recipe will be overwritten; empty otherwise.
 
     Args:
-        file: Where results go.
-        key: Under which they have the hash of their page.
-        hashed: The page's hash now.
+        file: The results file.
+        key: The key of the recipe file's hash in the results.
+        hashed: The current hash of the recipe file.
     """
     try:
         earlier = loads(file.read_bytes()).get(key)
@@ -151,7 +151,7 @@ def _spent_before(path: Path, hashed: str) -> dict[str, float]:
 
 
 def describe(data: SplitDataset) -> DataInfo:
-    """Return a dataset's counts and hashes."""
+    """Return the counts and hashes of a dataset."""
     rows = data.dataset.interactions
     users, items = rows["user_id"].n_unique(), len(data.dataset.items)
     return DataInfo(
@@ -247,7 +247,7 @@ def notes(study: Study) -> list[str]:
 
 
 def _training_notes(study: Study) -> list[str]:
-    """Return notes on what the tuned model was trained on."""
+    """Return notes on the training data of the tuned model."""
     results = []
     weighted = [family for family in study.tasks if asks(study.recipe, family, "tuned")]
     untaught = [family for family in weighted if family not in study.shares]
@@ -269,7 +269,7 @@ def _training_notes(study: Study) -> list[str]:
 
 
 def _ceilings(study: Study) -> dict[str, float]:
-    """Return the share of targets among their retrieved candidates, by family; empty where candidates are drawn."""
+    """Return the share of targets among their retrieved candidates, by family; empty if candidates are drawn."""
     if study.candidates is None or study.recipe.eval.candidates.kind != "retrieved":
         return {}
     asked = {family: study.cases(family) for family in ranking_families() if family in study.tasks}
@@ -281,7 +281,7 @@ def _ceilings(study: Study) -> dict[str, float]:
 
 def _candidates(study: Study) -> dict[str, Candidates | None]:
     drawn = {"main": study.candidates, "alignment": study.aligned}
-    # Families may have different users: the highest ceiling holds for all.
+    # Families may have different users: the highest ceiling is valid for all.
     most = max(_ceilings(study).values(), default=None)
     return {
         name: Candidates(digest=sets.digest, count=sets.count, kind=sets.kind, ceiling=most if name == "main" else None)
@@ -341,7 +341,7 @@ ITEMS: Mapping[str, Any] = {"table": pl.String, "item_id": pl.String, "training"
 
 
 def write_predictions(study: Study, rows: Sequence[ResultRow], path: Path) -> pl.DataFrame:
-    """Write one line per row and request, and return them.
+    """Write one line per row and request, and return the table.
 
     Args:
         study: Its cases are those of the rows, in order.
@@ -397,7 +397,7 @@ def write_items(study: Study, path: Path) -> None:
 
 
 _FOR_EACH_ROW = 100
-# Permuted positions drawn at a time: 4 MB of them.
+# The number of permuted positions drawn at a time (4 MB).
 _CHUNK = 1 << 19
 
 
@@ -406,9 +406,9 @@ class Placed:
     """Positions of a row's targets among the candidates, and their ranks.
 
     Attributes:
-        position: Place of the target in the stored order of its candidates, from 1, shape (n,).
+        position: Position of the target in the stored order of its candidates, from 1, shape (n,).
         hit: HR@1, shape (n,).
-        rank: Expected rank, shape (n,); a target that an answer leaves out counts as last.
+        rank: Expected rank, shape (n,); a target missing from an answer counts as last.
     """
 
     position: NDArray[np.int64]
@@ -431,10 +431,10 @@ def breakdowns(study: Study, rows: Sequence[ResultRow], headline: Mapping[str, s
     Args:
         study: Its cases are those of the rows, in order.
         rows: Finished rows.
-        headline: The metric by which slices of a family are compared.
+        headline: The metric for the slices of a family.
 
     Returns:
-        One mapping a row. Positions stand on rows with candidates, the test for a bias on those of language models.
+        One mapping per row. Rows with candidates have positions, and those of language models the test for bias.
     """
     cases = {family: study.cases(family) for family in study.tasks}
     protocols = {family: protocol_of(study, family) for family in study.tasks}
@@ -470,7 +470,7 @@ def _slices(
     protocols: Mapping[str, EvalProtocol],
 ) -> tuple[SliceOfRow, ...]:
     family = row.figures.task
-    # A slice has no figure of a metric that is no mean over requests, such as AUC: log loss is sliced instead.
+    # A metric that is not a mean over requests, such as AUC, has no value per slice: log loss is sliced instead.
     metric = mean_metric(headline[family])
     if metric not in row.values:
         return ()
@@ -488,7 +488,7 @@ def _slices(
 
 
 def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
-    """Return the position of each target among its candidates; None where requests have no candidates."""
+    """Return the position of each target among its candidates; None if requests have no candidates."""
     if not cases or any(case.request.candidates is None for case in cases):
         return None
     sets = [case.request.candidates or () for case in cases]
@@ -507,7 +507,7 @@ def place(row: ResultRow, cases: Sequence[Case]) -> Placed | None:
 
 
 def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
-    """Return HR@1 from the stored answers, for a recipe without the cutoff 1."""
+    """Return HR@1 from the stored answers, for recipes without the cutoff 1."""
     standings = []
     for record, candidates in zip(row.records, sets, strict=True):
         result = json.loads(record.parsed) or {"items": (), "scores": ()}
@@ -520,7 +520,7 @@ def _hits(row: ResultRow, sets: Sequence[Sequence[str]]) -> NDArray[np.float64]:
 
 
 def by_position(placed: Placed) -> tuple[AtPosition, ...]:
-    """Return HR@1 and the mean rank of each position, those without requests left out."""
+    """Return HR@1 and the mean rank of each position that has requests."""
     results = []
     for position in np.unique(placed.position):
         here = placed.position == position
@@ -542,7 +542,7 @@ def _biases(
 ) -> list[PositionBias | None]:
     """Test the rows of language models for position bias; p-values are Holm-adjusted over these rows."""
     tested = [row.figures.arm != "baseline" and at is not None for row, at in zip(rows, placed, strict=True)]
-    # As for comparisons: enough draws that the smallest p stays small after Holm.
+    # As for comparisons: enough draws for the smallest p-value to stay small after Holm's adjustment.
     resamples = max(resamples, _FOR_EACH_ROW * sum(tested))
     results = [
         position_bias(at.position, at.rank, resamples=resamples, seed=seed) if at is not None and chosen else None
@@ -557,18 +557,18 @@ def position_bias(
 ) -> PositionBias | None:
     """Test whether the target's rank depends on its position, with the statistic of Kruskal and Wallis (JASA 1952).
 
-    Positions are drawn at random when candidate sets are made, so that without a bias every assignment of the
-    positions to the requests is equally likely, whatever users and items are like: p is the share of drawn assignments
-    that explain at least as much, ``(1 + as much) / (1 + resamples)``.
+    Positions are drawn at random when candidate sets are made, so without a bias every assignment of positions to
+    requests is equally likely, for any users and items: p is the share of drawn assignments with at least the observed
+    statistic, ``(1 + number of these) / (1 + resamples)``.
 
     Args:
-        position: Of the target among its candidates, shape (n,).
-        rank: Of the target, shape (n,).
-        resamples: Assignments that are drawn.
-        seed: Seeds them.
+        position: Position of the target among its candidates, shape (n,).
+        rank: Rank of the target, shape (n,).
+        resamples: Number of assignments that are drawn.
+        seed: Seed of the draws.
 
     Returns:
-        None where all positions or all ranks are equal, or no position has two requests.
+        None if all positions or all ranks are equal, or no position has two requests.
     """
     order = np.argsort(position, kind="stable")
     _, starts, sizes = np.unique(position[order], return_index=True, return_counts=True)
@@ -579,7 +579,7 @@ def position_bias(
         return None
 
     def explained(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        # Squares between the positions over all squares; values of a position stand together.
+        # The sum of squares between positions over the total; values are grouped by position.
         return (np.add.reduceat(values, starts, axis=-1) ** 2 / sizes).sum(axis=-1) / total  # type: ignore[no-any-return]
 
     observed = float(explained(y))

@@ -1,4 +1,4 @@
-"""Run folders: one process at a time, files of others kept safe, and stages that a second run reuses."""
+"""Run folders: locking, protection of foreign files, and stored stages that a later run reuses."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ log = logging.getLogger(__name__)
 
 
 def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]) -> dict[str, Any] | None:
-    """Return a stage that `write_checked` stored if it was made from the same inputs.
+    """Return a stage stored by `write_checked` if it has the same inputs; otherwise None.
 
     Args:
         path: Its file.
         key: See `llmrec.fingerprint.fingerprint`.
-        form: Reads what was stored; where it cannot, the file is damaged, and the stage is made again.
+        form: Parses the stored stage; if that fails, the file is damaged and the stage is computed again.
     """
     if not path.is_file():
         return None
@@ -45,10 +45,10 @@ def read_stage(path: Path, key: str, form: Callable[[Mapping[str, Any]], object]
 
 
 class Budget:
-    """Seconds by stage, in the order they were spent.
+    """Seconds by stage, in the order of execution.
 
     Args:
-        quiet: Write no lines into a log while a stage goes on.
+        quiet: Write no log lines while a stage is running.
     """
 
     def __init__(self, *, quiet: bool = False) -> None:
@@ -71,7 +71,7 @@ class Budget:
                 self._inner[-1] += spent
 
     def add(self, name: str, seconds: float) -> None:
-        """Add seconds that a killed run spent on work that this one continues."""
+        """Add seconds of a killed run whose work this one continues."""
         self.stages[name] = self.stages.get(name, 0.0) + seconds
 
 
@@ -80,12 +80,12 @@ def locked(folder: Path, names: Iterable[str] | Callable[[str], bool] = ()) -> I
     """Lock a folder against other processes.
 
     Args:
-        folder: The folder; where it is not there it is made, for its owner alone.
-        names: Names of the files to write, or which names they have; see `refuse_foreign`. By default none.
+        folder: The folder; created if missing, accessible to its owner only.
+        names: Names of the files to write, or a test for their names; see `refuse_foreign`. By default none.
     """
     refuse_foreign(folder, names)
     try:
-        # Results are as private as their data.
+        # Results are as confidential as their data.
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
         raise LlmrecError(
@@ -123,11 +123,11 @@ SUITE = ("rows", "models", LOG)
 
 
 def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -> None:
-    """Reject a folder whose files could be lost.
+    """Reject a folder with foreign files that could be overwritten.
 
     Args:
-        folder: The folder; it need not be there.
-        names: Names of the files to write, or, if the whole folder is llmrec's, which names they have.
+        folder: The folder, which may be missing.
+        names: Names of the files to write or, if llmrec owns the whole folder, a test for their names.
     """
     if callable(names):
         refuse_link(folder)
@@ -149,7 +149,7 @@ def refuse_foreign(folder: Path, names: Iterable[str] | Callable[[str], bool]) -
 
 
 def open_lock(folder: Path) -> IO[str]:
-    """Open a folder's ``.lock`` without following a link or changing what is in it."""
+    """Open a folder's ``.lock`` without following a link or changing its content."""
     path = folder / LOCK
     refuse_link(path)
     if path.exists() and not path.is_file():

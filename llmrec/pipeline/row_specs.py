@@ -1,4 +1,4 @@
-"""The rows of a study, and the settings that affect each."""
+"""The rows of a study, and the settings that affect each row."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ class RowSpec:
 
     @property
     def id(self) -> str:
-        """A name that is unique in a run."""
+        """The name of the row, unique in a run."""
         parts = [self.family, self.arm, self.predictor]
         return "/".join([*parts, self.template.name] if self.template else parts)
 
     @property
     def joins(self) -> bool:
-        """Whether it is an ensemble of other rows."""
+        """Whether the row is an ensemble of other rows."""
         return self.predictor in FUSIONS.values()
 
     @property
     def asked(self) -> Mapping[str, Any]:
-        """Its description in records."""
+        """The description of the row in records."""
         return {
             "id": self.id,
             "task": self.family,
@@ -61,7 +61,7 @@ class RowSpec:
 
 
 def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
-    """Whether a family is asked in a setting; one without a weight has no tuned rows."""
+    """Return whether a family is evaluated in a setting; one without a weight has no tuned rows."""
     section = recipe.tasks.present()[family]
     if arm == "tuned" and section.weight == 0:
         return False
@@ -69,7 +69,7 @@ def asks(recipe: Recipe, family: str, arm: Arm) -> bool:
 
 
 def specs_of(study: Study, arm: Arm) -> Iterator[RowSpec]:
-    """Yield the rows that a study's setting will have."""
+    """Yield the rows of a study in a setting."""
     for family, task in study.tasks.items():
         section = study.section(family)
         if arm == "baseline":
@@ -92,7 +92,7 @@ def profile_of(study: Study, family: str) -> str:
 
 
 def files_of(spec: RowSpec, study: Study) -> Hashes:
-    """Return hashes of the files that a row reads besides the data; most read none."""
+    """Return hashes of the files that a row reads in addition to the data; usually none."""
     known = study.baselines(spec.family) if spec.arm == "baseline" else ()
     return next((hashes_of(item.name, item.parameters) for item in known if item.label == spec.predictor), {})
 
@@ -107,7 +107,7 @@ def made_by(spec: RowSpec, study: Study) -> list[tuple[Table, str]]:
 
 
 def unused_settings(spec: RowSpec, study: Study) -> set[str]:
-    """Return the keys that affect evaluation and have no part in a row; a strategy's own are read by `asking_of`."""
+    """Return the evaluation keys without effect on a row; those of its strategy are added by `asking_of`."""
     family, model = family_of(spec.family), spec.template is not None
     named = {f"tasks.{task}" for task in study.tasks if task != spec.family}
     named |= {f"eval.{key}" for keys in (*(entry.keys for entry in STRATEGIES.values()), DEBIAS) for key in keys}
@@ -120,20 +120,20 @@ def unused_settings(spec: RowSpec, study: Study) -> set[str]:
 
 
 def encoder_stamp(spec: RowSpec, study: Study) -> str | None:
-    """Return the stamp of the text encoder where prompts show what is similar by it."""
+    """Return the stamp of the text encoder if prompts show similar items."""
     near = spec.shots and study.recipe.eval.shots.choice in BY_TEXT
     relevant = spec.template is not None and study.section(spec.family).past == "relevant"
     return text_embedder(study.recipe.encoder).stamp if near or relevant else None
 
 
 def asking_of(strategy: str, section: EvalSection) -> dict[str, Json]:
-    """Return the settings of evaluation that a strategy reads."""
+    """Return the evaluation settings that a strategy reads."""
     measured = is_positional(strategy) and section.debias != "none"
     return options_of(strategy, section) | ({key: getattr(section, key) for key in DEBIAS} if measured else {})
 
 
 def protocol_of(study: Study, family: str) -> EvalProtocol:
-    """Return the protocol of a family's table."""
+    """Return the evaluation protocol of a family's table."""
     recipe, data, task = study.recipe, study.task_data(family), study.tasks[family]
     return EvalProtocol(
         split=f"{data.kind}/{recipe.eval.split}",
@@ -155,7 +155,7 @@ def _candidates(sets: CandidateSection, family: str) -> str:
 
 
 def left_out(spec: RowSpec, study: Study) -> str:
-    """Return a note if a family was not trained; empty otherwise."""
+    """Return a note if a family was not trained; otherwise an empty text."""
     return "; trained on other families alone" if spec.arm == "tuned" and spec.family not in study.shares else ""
 
 

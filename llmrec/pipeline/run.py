@@ -1,4 +1,4 @@
-"""`llmrec run`: the stages of a recipe in order, each reused where its inputs are unchanged."""
+"""`llmrec run`: the stages of a recipe in order; a stage with unchanged inputs is reused."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ class Run(Displayed):
 
     Attributes:
         folder: The run folder.
-        results: What ``results.json`` holds.
-        rows: Its rows in the same order, with their figures by request.
+        results: The content of ``results.json``.
+        rows: Its rows in the same order, with metrics by request.
         report: Path of the HTML page.
     """
 
@@ -92,26 +92,26 @@ def run(
 ) -> Run:
     """Run a whole recipe and return its results.
 
-    The stages: texts as features, where the recipe asks for them (`llmrec.pipeline.augmenting`); data and base model
-    (`open_session`); plan, train and merge (`llmrec.pipeline.training`); baselines,
-    then language-model rows (`llmrec.pipeline.evaluation`); results, audit, report.
+    The stages: generated texts, if the recipe has them (`llmrec.pipeline.augmenting`); data and base model
+    (`open_session`); plan, train and merge (`llmrec.pipeline.training`); baselines, then language-model rows
+    (`llmrec.pipeline.evaluation`); results, audit, report.
 
     Args:
-        recipe: From `llmrec.load_recipe`, the path of a page, or its sections as a mapping.
+        recipe: A recipe of `llmrec.load_recipe`, the path of a recipe file, or its sections as a mapping.
         out: The run folder; ``runs/<name>`` by default. A mapping in its place is read as ``overrides``.
         overrides: Changed keys, such as ``{"train.steps": 5}``.
         data: Interactions as a frame, in place of ``data.path``; see `llmrec.data.frames.with_frames`.
-        items: One row an item, as a frame, in place of ``data.items``.
+        items: Items as a frame, one row per item, in place of ``data.items``.
         quiet: Show no progress bars.
-        may_train: Train where the folder holds no adapter of this recipe; otherwise that is an error. Without it no
-            texts are written either.
-        before: Called when everything is read and nothing is trained or asked yet.
-        choice: The row to serve where no validation users are left to say which is the best. With it the best one is
-            served of a run with a language model too, which is served by that model otherwise.
+        may_train: Train if the folder has no adapter of this recipe; if false, that is an error, and no texts are
+            generated either.
+        before: Called when all inputs are read, before training and evaluation.
+        choice: The row to serve if no validation users are left for the selection. If given, the best row is also
+            served for a run with a language model; otherwise such a run serves that model.
 
     Raises:
         RecipeError: If the tuned setting has no adapter and ``may_train`` is off.
-        EngineFailure: If no engine could answer some of the rows, once the report is written, which names them.
+        EngineFailure: If no engine could answer some rows; raised after the report, which names them, is written.
     """
     if isinstance(out, Mapping):
         overrides, out = out, None
@@ -162,12 +162,12 @@ def _incomplete(done: Run, failures: Sequence[EngineFailure]) -> EngineFailure:
 
 @dataclass(frozen=True, repr=False)
 class Checked(Displayed):
-    """What `check` found.
+    """The result of `check`.
 
     Attributes:
-        cases: How many held-out cases each family is asked about.
-        statistics: Of the data and its split, as `llmrec data` prints them.
-        warnings: Where profiles name what is held out, or the split cuts through baskets.
+        cases: The number of held-out cases by family.
+        statistics: Statistics of the data and its split, as printed by `llmrec data`.
+        warnings: Warnings about profiles that name held-out items, and about baskets divided by the split.
     """
 
     cases: Mapping[str, int]
@@ -184,17 +184,17 @@ class Checked(Displayed):
 def check(
     recipe: Recipe | str | Path | Mapping[str, Any], overrides: Overrides = (), *, data: Any = None, items: Any = None
 ) -> Checked:
-    """Check a recipe, its data, names and model as `run` does, without weights and without a run folder.
+    """Check a recipe, its data, names and model like `run`, without weights and without a run folder.
 
     Args:
         recipe: See `run`.
-        overrides: See there.
-        data: See there.
-        items: See there.
+        overrides: See `run`.
+        data: See `run`.
+        items: See `run`.
 
     Raises:
         DataError: If the data cannot be used.
-        ModelError: If the model is not there, or its configuration or tokenizer cannot be opened.
+        ModelError: If the model is missing, or its configuration or tokenizer cannot be opened.
         RecipeError: If the recipe cannot be used.
         MissingExtra: If a package that it needs is not installed.
     """
@@ -210,13 +210,13 @@ def check(
 def train(recipe: Recipe, out: Path | None = None, *, quiet: bool = False, data: SplitDataset | None = None) -> Trained:
     """Train a recipe's model, and return the training record.
 
-    In several processes, as torchrun starts them, the first one writes the folder, and the others read what it found.
+    In several processes (torchrun), the first one writes the folder and the others read its results.
 
     Args:
         recipe: The recipe.
         out: The run folder.
         quiet: Show no progress bars.
-        data: The data if it is at hand; by default what the recipe names.
+        data: The data if already loaded; by default that of the recipe.
     """
     folder = folder_of(recipe, out)
     if processes.size() > 1:
@@ -247,14 +247,14 @@ def as_folder(run: Run | str | Path) -> Path:
 
 
 def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
-    """Join the rows of finished runs over the same cases, with weights from users of the validation split.
+    """Build ensembles of the rows of finished runs over the same cases, with weights fitted on validation users.
 
     Args:
         runs: Finished runs, or their folders.
         out: The folder to write.
 
     Raises:
-        DataError: If a run is not finished, is about other data or cases, or no rows can be joined.
+        DataError: If a run is not finished or has other data or cases, or no rows can be joined.
     """
     folder = Path(out)
     made = fuse_runs([as_folder(run) for run in runs], folder)
@@ -264,7 +264,7 @@ def fuse(runs: Sequence[Run | str | Path], out: str | Path) -> Run:
 def report(folder: Path) -> Path:
     """Write the report of a run folder and return the page's path.
 
-    It shows stored results, so that plug-ins that cannot be imported are no error.
+    It shows stored results, so plug-ins that cannot be imported are not an error.
     """
     try:
         import_stored(folder)
@@ -282,7 +282,7 @@ class OpenedModel:
         base: The folder of the model before training.
         start: The folder that training continues from; differs from ``base`` if the recipe names a run
         (``train.start``).
-        teacher: The folder of the model that teaches, where the recipe names a run (``train.teacher``).
+        teacher: The folder of the teacher model, if the recipe names a run (``train.teacher``).
     """
 
     encoder: Encoder
@@ -326,7 +326,7 @@ class Session:
         return self.model
 
     def trained(self) -> Trained | None:
-        """Return the training record of this recipe in the folder, if there is one."""
+        """Return the training record of this recipe in the folder, or None."""
         return trained(self.study, self.model.start, self.folder) if self.model else None
 
     def tuned(self, home: Path) -> Trained | None:
@@ -352,7 +352,7 @@ class Session:
         )
 
     def evaluation(self) -> Evaluation:
-        """Return the rows of the recipe, which are stored in the folder."""
+        """Return the evaluation of the recipe's rows, which are stored in the folder."""
         encoder = self.model.encoder if self.model else None
         return Evaluation(self.study, encoder, self.folder, self.budget, quiet=self.quiet)
 
@@ -363,10 +363,10 @@ class Session:
         missing: tuple[Unevaluated, ...],
         choice: Choice | None,
     ) -> Written:
-        """Write rows, comparisons and ``results.json``, and hand metrics to trackers.
+        """Write rows, comparisons and ``results.json``, and send metrics to trackers.
 
         Args:
-            rows: All that were evaluated.
+            rows: All evaluated rows.
             training: The training record.
             missing: Rows that no engine could answer.
             choice: See `run`.
@@ -385,12 +385,12 @@ class Session:
     def asking(
         self, training: Trained | None, home: Path, *, remembers: bool = True
     ) -> Iterator[tuple[Weights, Engines]]:
-        """Provide the model of each setting, and engines with the store of answers in the folder.
+        """Open the model of each setting, and engines with the answer cache of the folder.
 
         Args:
-            training: What training left.
-            home: The folder that it left it in.
-            remembers: Without it the store of answers is not opened.
+            training: The training record.
+            home: The folder of the training.
+            remembers: Whether to open the answer cache.
         """
         recipe, model = self.study.recipe, self._asked
         store = AnswerStore(self.folder / ANSWERS) if remembers else None
@@ -409,17 +409,17 @@ class Session:
                 store.close()
 
     def _model_info(self) -> Mapping[str, str]:
-        """Return which language model was evaluated; empty if none was."""
+        """Return the description of the evaluated language model; empty if there is none."""
         recipe = self.study.recipe
         if self.model is None:
             return {}
         if recipe.eval.server is not None:
-            # Of the model folder the tokenizer is used at most.
+            # At most the tokenizer of the model folder is used.
             return {"name": recipe.eval.server.model, "folder": recipe.eval.server.where, "dtype": "as served"}
         return {"name": recipe.model.name, "folder": Path(self.model.base).name, "dtype": dtype_name(recipe.model)}
 
     def audit(self, written: Written) -> tuple[AuditLine, ...]:
-        """Check for test leakage; there is no report of a run that leaks."""
+        """Check the run for test leakage; a run that leaks gets no report."""
         kept = self.folder / "audit-baselines.json"
         checks = list(audit.examine(self.study, written.results, written.predictions, kept=kept))
         lines = audit.write(self.folder, checks, of=written.sha256)
@@ -432,14 +432,14 @@ class Session:
 def open_session(
     recipe: Recipe, folder: Path, *, quiet: bool = False, data: SplitDataset | None = None, trains: bool = False
 ) -> Session:
-    """Build the study, find the model, and write the resolved recipe, candidates and index to the run folder.
+    """Build the study, resolve the model, and write the resolved recipe, candidates and index to the run folder.
 
     Args:
-        recipe: The recipe. One without ``eval.arms`` measures classic recommenders and needs no language model.
+        recipe: The recipe. Without ``eval.arms`` it evaluates classic recommenders and needs no language model.
         folder: The run folder.
         quiet: Show no progress bars.
-        data: The data if it is at hand; by default what the recipe names.
-        trains: The model is to be trained, whatever the recipe evaluates.
+        data: The data if already loaded; by default that of the recipe.
+        trains: Whether the model is trained, regardless of the evaluated settings.
     """
     asks = bool(recipe.eval.arms) or trains
     refuse(recipe, asks=asks)
@@ -463,7 +463,7 @@ def open_session(
 
 
 def _beside(recipe: Recipe, folder: Path, data: SplitDataset | None) -> Session:
-    """Open a session whose folder another process has opened, without writing there."""
+    """Open a session in a folder that another process has opened, without writing to it."""
     quiet_libraries()
     budget, study = Budget(quiet=True), build_study(recipe, data)
     return Session(study, _opened(study, folder, budget), folder, budget, quiet=True)
@@ -485,7 +485,7 @@ def _opened(study: Study, folder: Path, budget: Budget) -> OpenedModel:
         base = base if study.untuned_without_codes() else start
         encoder = Encoder(load_tokenizer(start, recipe.model), max_length=recipe.model.max_length)
         with both_places(recipe):
-            # A missing teacher is reported before a stored training is taken for another recipe's.
+            # A missing teacher is reported before a stored training is mistaken for that of another recipe.
             teacher = teacher_of(study, encoder, folder)
             return OpenedModel(encoder, base, start_of(study, encoder, start, folder), teacher)
 
@@ -497,6 +497,6 @@ def _figures(rows: Sequence[ResultRow]) -> dict[str, float]:
 
 
 def _by_model(arms: Sequence[str]) -> list[Arm]:
-    """Sort settings so that those of the base model are neighbours, for one engine start."""
+    """Sort settings so that those of the base model are adjacent and share one engine start."""
     order: tuple[Arm, ...] = ("zero-shot", "few-shot", "tuned")
     return [arm for arm in order if arm in arms]

@@ -1,7 +1,4 @@
-"""Opens finished runs: verified weights, the start or teacher of a further training, and stored rows.
-
-And which run teaches one.
-"""
+"""Opens finished runs: verified weights, the start or teacher of a further training, and stored rows."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from llmrec.recipe.schema import DataSection, Recipe
 from llmrec.report.results import content_of, fix_for, results_of
 from llmrec.results import Results, Row
 
-# Keys of a table that name files.
+# Keys of a table's section that name files.
 _PLACES = ("path", "items", "users", "files", "facts", "texts")
 
 
@@ -39,7 +36,7 @@ class Source:
 
 
 def open_run(run: Path) -> Source:
-    """Read a run folder and verify that its adapter is the one of its training record."""
+    """Open a run folder and verify that its adapter is that of its training record."""
     if not (run / "recipe.yaml").is_file():
         raise LlmrecError(
             f"{run} is no run folder, since it holds no recipe.yaml; name one such as runs/quickstart",
@@ -93,14 +90,14 @@ def weights_sha256(folder: Path) -> str:
 
 
 def _sound(merged: Path, record: Mapping[str, Any]) -> str | None:
-    """Return the dtype of a merged model that is as training left it, else None."""
+    """Return the dtype of a merged model if it is unchanged since training; otherwise None."""
     if not (merged / "config.json").is_file() or record.get("merged_sha256") != weights_stamp(str(merged)):
         return None
     config = loads((merged / "config.json").read_text(encoding="utf-8"))
     return str(config.get("dtype") or config.get("torch_dtype"))
 
 
-# Settings of the model that two stages must have in common.
+# Model settings that two training stages must have in common.
 _MODEL = ("name", "shape", "revision", "whole_words")
 
 
@@ -109,7 +106,7 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
 
     Args:
         study: The study.
-        encoder: The tokenizer of its base model, with the tokens of its index.
+        encoder: The tokenizer of the study's base model, with the tokens of its index.
         base: Folder of that model.
         folder: The run folder.
     """
@@ -118,13 +115,13 @@ def start_of(study: Study, encoder: Encoder, base: str, folder: Path) -> str:
 
 
 def teacher_of(study: Study, encoder: Encoder, folder: Path) -> str | None:
-    """Return the folder of the merged model of the run in ``train.teacher``; None without one. Raises as `start_of`."""
+    """Return the merged model of the run in ``train.teacher``; None without one. Raises errors like `start_of`."""
     teacher = study.recipe.train.teacher
     return None if teacher is None else _merged(study, encoder, Path(teacher.run), folder, "train.teacher", ())
 
 
 def refuse_runs(recipe: Recipe) -> None:
-    """Reject missing runs that training builds on, and runs that may have learned what this recipe holds out."""
+    """Reject runs to build on that are missing or may have been trained on data that this recipe holds out."""
     teacher = recipe.train.teacher
     for key, run in (("train.start", recipe.train.start), ("train.teacher", teacher.run if teacher else None)):
         if run is not None and "tuned" in recipe.eval.arms:
@@ -132,7 +129,7 @@ def refuse_runs(recipe: Recipe) -> None:
 
 
 def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, alike: Sequence[str]) -> str:
-    """Return the merged model of a run that this one builds on; the settings ``model.*`` of ``alike`` must be equal."""
+    """Return the merged model of a run to build on; the settings ``model.*`` in ``alike`` must be equal."""
     run = run.expanduser()
     if run.resolve() == folder.resolve():
         raise RecipeError(
@@ -159,7 +156,7 @@ def _merged(study: Study, encoder: Encoder, run: Path, folder: Path, key: str, a
 
 
 def earlier(run: Path, key: str = "train.start") -> Source:
-    """Open the run that another one builds on, which the recipe names as ``key``."""
+    """Open the run to build on that the recipe names in ``key``."""
     try:
         source = open_run(run)
     except LlmrecError as error:
@@ -189,7 +186,7 @@ def _same_model(first: Recipe, second: Recipe, run: Path, key: str, alike: Seque
 
 
 def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
-    """Reject an index with other codes; titles need no index."""
+    """Reject an index with different codes; titles need no index."""
     theirs, ours = source.recipe.index, study.recipe.index
     if (theirs and theirs.scheme) != (ours and ours.scheme):
         raise RecipeError(
@@ -214,7 +211,7 @@ def _same_index(source: Source, study: Study, run: Path, key: str) -> None:
 
 
 def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.start") -> None:
-    """Reject a first stage on the same table that held out other interactions, or other items of alignment."""
+    """Reject a first stage on the same table with other held-out interactions, or other held-out items of alignment."""
     for theirs in filter(None, (first.data, first.reviews)):
         for ours in filter(None, (second.data, second.reviews)):
             one, other = _held(theirs), _held(ours)
@@ -241,7 +238,7 @@ def _nothing_seen(first: Recipe, second: Recipe, run: Path, key: str = "train.st
 
 
 def _held(section: DataSection) -> Mapping[str, object]:
-    """Return the settings that decide which interactions are held out, with resolved paths."""
+    """Return the settings that determine the held-out interactions, with resolved paths."""
     settings = located(section).model_dump(exclude={"noun", "rating_scale"})
     return settings | {key: _one_name(settings[key]) for key in _PLACES}
 
@@ -257,7 +254,7 @@ def _one_name(value: Any) -> Any:
 
 
 def finished(run: Path) -> Results:
-    """Return the results of a run folder that holds its rows too."""
+    """Return the results of a run folder; its rows must be present too."""
     path = run / "results.json"
     if not path.is_file() or not (run / "rows").is_dir():
         raise DataError(
@@ -269,11 +266,11 @@ def finished(run: Path) -> Results:
 
 
 def stored_row(run: Path, figures: Row) -> ResultRow:
-    """Return a row of a run folder as it was stored.
+    """Return a stored row of a run folder.
 
     Args:
         run: The folder.
-        figures: The row, as the results have it.
+        figures: The entry of the row in the results.
     """
     path = run / "rows" / (figures.id.replace("/", ".") + ".json")
     if not path.is_file():

@@ -1,9 +1,9 @@
-"""Shards of a job: their folders, what an evaluation shard asks, and which shards can be merged.
+"""Shards of a job: their folders, the evaluation of a shard, and checks before merging.
 
-    TARGET.shards/2-of-4/            beside what the job makes: a file of rankings, a run folder, a store of features
+    TARGET.shards/2-of-4/            next to the output of the job: a rankings file, a run folder, a feature store
     TARGET.shards/2-of-4/shard.json  written last: command, shard, key of all inputs, checksums of the files that count
 
-A shard can be copied anywhere as a folder; nothing in it names its place.
+A shard is a folder that can be copied anywhere; nothing in it depends on its path.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class Finished:
 
     Attributes:
         folder: Its folder.
-        command: The command that made it.
-        shard: Which it is.
+        command: The command that wrote it.
+        shard: Its index and the number of shards.
         key: Hash of every input that can change an answer; equal in all shards of a job.
-        files: The sha256 of the files that count, by name.
+        files: The sha256 of its result files, by name.
         told: Further facts that the command stored.
     """
 
@@ -58,7 +58,7 @@ class Finished:
     told: Mapping[str, Any]
 
     def damaged(self) -> str | None:
-        """Return the first file that was changed; None if none was."""
+        """Return the first file that was changed; None if all are intact."""
         for name, digest in self.files.items():
             path = self.folder / name
             if not path.is_file() or sha256_of(path) != digest:
@@ -66,7 +66,7 @@ class Finished:
         return None
 
     def refuse_other(self, key: str) -> None:
-        """Reject a shard that was made of other inputs."""
+        """Reject a shard with other inputs."""
         if self.key != key:
             raise LlmrecError(
                 f"{self.folder} was made from another recipe, data, model, device or versions than are here "
@@ -77,7 +77,7 @@ class Finished:
 
 
 def shards_of(target: Path) -> Path:
-    """Return the folder that holds the shards of a job."""
+    """Return the folder with the shards of a job."""
     folder = target if target.name not in ("", "..") else target.resolve()
     return folder.with_name(f"{folder.name}.shards")
 
@@ -90,7 +90,7 @@ def shard_folder(target: Path, shard: Shard) -> Path:
 def finish(
     folder: Path, command: Command, shard: Shard, key: str, files: Sequence[str], told: Mapping[str, Any]
 ) -> Finished:
-    """Record in one step that a shard is finished."""
+    """Mark a shard as finished by writing its record atomically."""
     result = {name: sha256_of(folder / name) for name in files}
     values = {"llmrec": __version__, "command": command, "shard": shard.index, "of": shard.count, "key": key}
     write_checked(folder / SHARD, {**values, "files": result, "told": told})
@@ -119,7 +119,7 @@ def read(folder: Path) -> Finished:
 
 
 def done_before(folder: Path, key: str) -> Finished | None:
-    """Return the finished shard of the same inputs, if its files are unchanged."""
+    """Return the finished shard with the same inputs if its files are unchanged; otherwise None."""
     try:
         result = read(folder)
     except LlmrecError as error:
@@ -135,7 +135,7 @@ def done_before(folder: Path, key: str) -> Finished | None:
 
 
 def folders_of(target: Path, folders: Sequence[Path] = ()) -> Sequence[Path]:
-    """Return the folders of a job's shards: the named ones, or all in `shards_of`."""
+    """Return the folders of a job's shards: the given ones, or all in `shards_of`."""
     shards = shards_of(target)
     if not folders and shards.is_dir():
         folders = sorted(path for path in shards.iterdir() if path.is_dir())
@@ -152,7 +152,7 @@ def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
     """Return all shards of a job in order, verified.
 
     Args:
-        target: What the job makes.
+        target: The output of the job.
         folders: The shards; by default those in `shards_of`.
     """
     results = sorted(map(read, folders_of(target, folders)), key=attrgetter("shard.index"))
@@ -186,7 +186,7 @@ def gathered(target: Path, folders: Sequence[Path] = ()) -> list[Finished]:
 
 
 def _same_job(first: Finished, other: Finished) -> None:
-    """Reject shards of two jobs."""
+    """Reject shards of different jobs."""
     for what, one, two in (
         ("command", f"llmrec {first.command}", f"llmrec {other.command}"),
         ("number of shards", first.shard.count, other.shard.count),
@@ -225,17 +225,17 @@ def ask(
     batch: int,
     quiet: bool = False,
 ) -> None:
-    """Ask language models one shard of all cases.
+    """Evaluate language models on one shard of all cases.
 
-    A row is asked whole batches of its cases, so that the same questions are put together as in one process.
+    Every row gets whole batches of its cases, so that batches are the same as in a single process.
 
     Args:
-        evaluation: All rows.
-        weights: What answers.
-        engines: Where backends come from; what their store holds is not asked again.
-        shard: Which piece.
-        budget: Where seconds are booked.
-        batch: Cases handed to an engine at a time.
+        evaluation: The evaluation of all rows.
+        weights: The model folder and the hash of its weights, by setting.
+        engines: Provides the backends; cached answers are not computed again.
+        shard: The shard to evaluate.
+        budget: The budget to which seconds are added.
+        batch: Number of cases per call of an engine.
         quiet: Show no progress bars.
     """
     for spec, engine, folder, digest in evaluation.asked(weights, engines):

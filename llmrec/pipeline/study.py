@@ -1,4 +1,4 @@
-"""Builds data, candidate sets and tasks from a recipe: everything that needs no model."""
+"""Builds data, candidate sets and tasks from a recipe, all of which need no model."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from llmrec.types import Case, Example, Item, Probability, Rating, SplitName
 if TYPE_CHECKING:
     from llmrec.ensembles.retrieving import FusedFinder
 
-# A baseline that ranks by texts alone, in seconds and without a download.
+# A baseline that ranks by texts only, in seconds and without a download.
 _BY_TEXT = "content"
 
 
@@ -56,16 +56,16 @@ class Study:
 
     Attributes:
         recipe: The whole recipe.
-        data: Main data; its held-out pairs are held out by every task.
-        reviews: The second table, where the recipe names one.
-        candidates: Stored candidate sets of the users who are asked about in the evaluated split, for ranking tasks;
-            None where the catalogue is ranked.
-        index: Codes of the items, where the recipe has an index.
+        data: Main data; its held-out pairs are held out in every task.
+        reviews: The second table, if the recipe names one.
+        candidates: Stored candidate sets of the evaluated users in the evaluated split, for ranking tasks; None if the
+            whole catalogue is ranked.
+        index: Codes of the items, if the recipe has an index.
         tasks: Chosen families by name.
         templates: All templates of the chosen families, ``family -> name -> template``.
-        held: Items whose code and text no training row may show together; None without the alignment task.
-        aligned: Stored candidate sets of the questions about them.
-        trained: The tasks that training rows come from, where ``train.seed`` draws them apart; else those above.
+        held: Items whose code and text no training row may contain together; None without the alignment task.
+        aligned: Stored candidate sets of the questions about these items.
+        trained: The tasks of training rows if ``train.seed`` draws them separately; otherwise ``tasks``.
     """
 
     recipe: Recipe
@@ -81,21 +81,21 @@ class Study:
 
     @property
     def training_seed(self) -> int:
-        """The seed of training rows, their order, dropout and adapters; splits and candidates have the recipe's."""
+        """The seed of training rows, their order, dropout and adapters; splits and candidates use the recipe's seed."""
         seed = self.recipe.train.seed
         return self.recipe.seed if seed is None else seed
 
     @property
     def training_tasks(self) -> Mapping[str, Task]:
-        """The tasks that training rows come from."""
+        """The tasks that training rows are drawn from."""
         return self.trained or self.tasks
 
     def section(self, family: str) -> TaskSection:
-        """Return a family's recipe section."""
+        """Return the recipe section of a family."""
         return self.recipe.tasks.present()[family]
 
     def task_data(self, family: str) -> SplitDataset:
-        """Return the data of a family; the text column holds the part of a review that the family writes."""
+        """Return the data of a family; the text column has the part of a review that the family generates."""
         return self._read[family]
 
     @cached_property
@@ -109,7 +109,7 @@ class Study:
 
     @property
     def tables(self) -> tuple[SplitDataset, ...]:
-        """The main data, and the second table where there is one."""
+        """The main data, and the second table if there is one."""
         return tuple(filter(None, (self.data, self.reviews)))
 
     def table_name(self, family: str) -> str:
@@ -135,13 +135,13 @@ class Study:
     def cases(self, family: str, split: SplitName | None = None) -> list[Case]:
         """Return the evaluated cases: those of the first ``users`` users in seeded order, with all their cases.
 
-        Users whose profile names a held-out item are left out, and from the validation split those who weigh ensembles:
-        nothing else may be chosen or calibrated by them. A family that asks about
-        items and not about users has its first cases.
+        Users whose profile names a held-out item are excluded. The validation split also excludes those that weigh
+        ensembles, which must not be used for any other choice or calibration. A family about items instead of users has
+        its first cases.
 
         Args:
             family: A chosen family.
-            split: None for the evaluated one.
+            split: The split; None: the evaluated one.
         """
         split = split or self.recipe.eval.split
         if (family, split) not in self._asked:
@@ -162,11 +162,11 @@ class Study:
         return of_first_users(cases, count, but=but)
 
     def set_aside(self, family: str) -> frozenset[str]:
-        """Return the users who are not evaluated, since their profile names an item that is held out for them."""
+        """Return the users who are not evaluated because their profile names one of their held-out items."""
         return frozenset(leaking_users(self.leaks(self._table(family))))
 
     def leaks(self, table: SplitDataset) -> tuple[ProfileLeak, ...]:
-        """Return where profiles of a table name an item that is held out for their user."""
+        """Return the profile fields of a table that name a held-out item of their user."""
         return self._leaks[id(table)]
 
     @cached_property
@@ -175,40 +175,40 @@ class Study:
 
     @cached_property
     def shares(self) -> Mapping[str, float]:
-        """Shares of training tokens of the families that are trained, relative to each other."""
+        """The relative shares of training tokens, by trained family."""
         return shares(self.recipe.trained(), self.training_size, self.recipe.train)
 
     def training_size(self, family: str) -> int:
         """Return the number of training interactions, or items, that a family can learn from.
 
-        Where a pool of rows is repeated (``train.examples``), every family has as many.
+        If a pool of rows is repeated (``train.examples``), it is the size of the pool for every family.
         """
         if self.recipe.train.examples is not None:
             return self.recipe.train.examples
         return self.tasks[family].training_size()
 
     def training_examples(self, family: str) -> Iterator[Example]:
-        """Yield the training rows of a family, without end; those of the pool where ``train.examples`` is set."""
+        """Yield the training rows of a family, without end; with ``train.examples`` those of the pool."""
         return training_examples(self.training_tasks[family], self.recipe.train.examples, self.training_seed)
 
     def eval_templates(self, family: str) -> tuple[Template, ...]:
-        """Return the templates of evaluation in all settings; by default the first training template."""
+        """Return the evaluation templates of all settings; by default the first training template."""
         return tuple(self.templates[family][name] for name in self.tasks[family].eval_templates)
 
     def asked_with(self, family: str, arm: Arm) -> tuple[Template, ...]:
-        """Return the templates of evaluation in one setting; see `TaskSection.untuned_templates`."""
+        """Return the evaluation templates of one setting; see `TaskSection.untuned_templates`."""
         section, templates = self.section(family), self.eval_templates(family)
         untuned = {name.rpartition("/")[2] for name in section.untuned_templates}
         if not untuned:
             return templates
         if arm != "tuned":
             return tuple(template for template in templates if template.name in untuned)
-        # A template may be named for both.
+        # A template may be listed for both.
         both = {name.rpartition("/")[2] for name in section.eval_templates}
         return tuple(template for template in templates if template.name not in untuned - both)
 
     def untuned_without_codes(self) -> bool:
-        """Whether zero-shot or few-shot rows are asked for, and none of them shows or answers with an item's code."""
+        """Return whether there are zero-shot or few-shot rows, none of which has item codes in prompts or answers."""
         asked = [
             template
             for family in self.tasks
@@ -220,12 +220,12 @@ class Study:
 
 
 def with_texts(known: tuple[BaselineSection, ...], items: Mapping[str, Item]) -> tuple[BaselineSection, ...]:
-    """Return the baselines of a family that ranks, with one that ranks by texts where items have any.
+    """Return the baselines of a ranking family, with one that ranks by texts if items have any.
 
-    A language model adds to the similarity of texts only if it beats that baseline.
+    A language model that does not beat this baseline adds nothing to text similarity.
 
     Args:
-        known: Those of the recipe.
+        known: The baselines of the recipe.
         items: The catalogue.
     """
     if not any(item.fields or item.title != item.item_id for item in items.values()):
@@ -247,11 +247,11 @@ def _check_parameters(family: str, baseline: BaselineSection) -> None:
 
 
 def build_study(recipe: Recipe, data: SplitDataset | None = None) -> Study:
-    """Load, split and check everything that a recipe names.
+    """Load, split and check all data of a recipe.
 
     Args:
         recipe: The recipe.
-        data: The main data where it is at hand already, in place of what the recipe's section names.
+        data: The main data if already loaded, in place of that of the recipe.
     """
     families = recipe.tasks.present()
     for family, section in families.items():
@@ -315,7 +315,7 @@ def _check_slices(study: Study) -> None:
 
 
 def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
-    """Return the validation users who weigh the ensembles of a family, and choose nothing; see `Weighing`."""
+    """Return the validation users who only weigh the ensembles of a family; see `Weighing`."""
     kind, section = family_of(family), recipe.eval.fusion
     if not section.controls or not (kind.ranks_for_users or kind.answer in (Rating, Probability)):
         return frozenset()
@@ -323,9 +323,9 @@ def weighers(recipe: Recipe, family: str, data: SplitDataset) -> frozenset[str]:
 
 
 def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
-    """Return the users that are evaluated with candidate sets; None: all.
+    """Return the users that are evaluated with candidate sets; None for all.
 
-    Of millions of users a run may ask about hundreds, and only their sets are drawn.
+    A run may evaluate hundreds of users out of millions, and only their sets are drawn.
     """
     ranking = {name: item for name, item in recipe.tasks.present().items() if family_of(name).ranks_for_users}
     most = max(section.users or recipe.eval.users for section in ranking.values())
@@ -337,13 +337,13 @@ def _asked_users(recipe: Recipe, data: SplitDataset) -> frozenset[str] | None:
 def draw_sets(
     recipe: Recipe, data: SplitDataset, split: SplitName, users: frozenset[str] | None = None
 ) -> CandidateSets | None:
-    """Draw or retrieve the candidate sets of a split, as the recipe says; None where the catalogue is ranked.
+    """Draw or retrieve the candidate sets of a split; None if the whole catalogue is ranked.
 
     Args:
         recipe: The recipe.
-        data: The data that it ranks.
+        data: The data with the items to rank.
         split: ``valid`` or ``test``.
-        users: Whose sets; None: those of all.
+        users: The users of the sets; None: all.
     """
     section = recipe.eval.candidates
     if section.kind == "catalogue":
@@ -354,7 +354,7 @@ def draw_sets(
 
 
 def fused_finder(recipe: Recipe) -> FusedFinder | None:
-    """Return the ensemble of baselines that retrieves candidates; None where a single baseline does."""
+    """Return the ensemble of baselines that retrieves candidates; None if a single baseline does."""
     if recipe.eval.candidates.retriever != FUSED:
         return None
     from llmrec.ensembles.retrieving import FusedFinder
@@ -372,7 +372,7 @@ def _tasks(study: Study, seed: int) -> dict[str, Task]:
 
 
 def build_task(study: Study, family: str, section: TaskSection, templates: Mapping[str, Template], seed: int) -> Task:
-    """Build a family's task over a study's data, with its own or other settings and templates."""
+    """Build the task of a family over a study's data, with the given settings and templates."""
     used = study.task_data(family)
     inputs = TaskInputs(
         data=used,
@@ -395,7 +395,7 @@ def build_task(study: Study, family: str, section: TaskSection, templates: Mappi
 
 
 def _lists(recipe: Recipe, family: str, data: SplitDataset, seed: int) -> Lists | None:
-    """Return the retrieved candidate lists of a family's training rows; None where candidates are drawn."""
+    """Return the retrieved candidate lists of a family's training rows; None if candidates are drawn."""
     section = recipe.eval.candidates
     if not family_of(family).lists or section.kind != "retrieved":
         return None
@@ -413,15 +413,15 @@ def vectors_of(items: Mapping[str, Item], encoder: str) -> ItemVectors:
 
 
 def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[SplitDataset, SplitDataset | None]:
-    """Return a recipe's tables as its tasks know them: the data, and where it names a second table, the reviews.
+    """Return the tables of a recipe as its tasks use them: the main data and, if named, the second table.
 
-    Where the two share pairs, each keeps out what the other holds out: there is one held-out set for all tasks.
+    If the two share pairs, each excludes those that the other holds out: all tasks have one held-out set.
 
     Args:
         recipe: The recipe.
-        data: The main data where it is at hand already. If it holds nothing out, the reviews hold nothing out either.
+        data: The main data if already loaded. If it holds nothing out, the reviews hold nothing out either.
     """
-    texts = recipe.data.texts if data is None else None  # data at hand has its texts already
+    texts = recipe.data.texts if data is None else None  # loaded data already has its texts
     with both_places(recipe):
         data, reviews = data or _split(recipe.data, recipe.seed), None
         if recipe.reviews is not None:
@@ -432,7 +432,7 @@ def load_tables(recipe: Recipe, data: SplitDataset | None = None) -> tuple[Split
 
 
 def load_split(section: DataSection, seed: int) -> SplitDataset:
-    """Load what a data section names, and split it."""
+    """Load and split the data of a recipe section."""
     return described(_split(section, seed), section.texts)
 
 
@@ -476,7 +476,7 @@ def encoder_of(study: Study, base: str, tokenizer: Any = None) -> Encoder:
     Args:
         study: The study.
         base: Folder of the model.
-        tokenizer: The tokenizer where it is at hand; None: transformers loads it.
+        tokenizer: The tokenizer if already loaded; None: transformers loads it.
     """
     section = study.recipe.model
     tokenizer = load_tokenizer(base, section) if tokenizer is None else tokenizer
@@ -495,7 +495,7 @@ def folder_of(recipe: Recipe, out: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class ProfileLeak:
-    """A field of a user's profile that names an item held out for this user."""
+    """A field of a user's profile that names a held-out item of this user."""
 
     user_id: str
     field: str
@@ -503,7 +503,7 @@ class ProfileLeak:
 
 
 def profile_leaks(data: SplitDataset) -> tuple[ProfileLeak, ...]:
-    """Return where profiles, as prompts show them, name an item that is held out for their user."""
+    """Return the profile fields, as shown in prompts, that name a held-out item of their user."""
     profiles = data.dataset.users
     held = held_titles(data, profiles)
     return tuple(
@@ -516,12 +516,12 @@ def profile_leaks(data: SplitDataset) -> tuple[ProfileLeak, ...]:
 
 
 def leaking_users(leaks: tuple[ProfileLeak, ...]) -> tuple[str, ...]:
-    """Return the users of leaking profiles."""
+    """Return the users with leaking profiles."""
     return tuple(dict.fromkeys(leak.user_id for leak in leaks))
 
 
 def leak_warning(data: SplitDataset, leaks: tuple[ProfileLeak, ...]) -> str:
-    """Return a warning about users that are set aside; empty if there are none."""
+    """Return a warning about users that are excluded for their profiles; empty if there are none."""
     count, first = len(leaking_users(leaks)), leaks[0] if leaks else None
     if first is None:
         return ""

@@ -1,4 +1,4 @@
-"""The training stage: mixture, planned steps, adapter, merged model."""
+"""The training stage: task mixture, planned steps, adapter and merged model."""
 
 from __future__ import annotations
 
@@ -55,12 +55,12 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-# Consecutive rows that are too long before training gives up.
+# The number of consecutive rows that are too long after which training ends with an error.
 _PATIENCE = 2000
 
 
 def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Plan:
-    """Draw rows by weight until the recipe's steps are full; for an encoder-decoder (``paired``) one per target."""
+    """Draw rows by task weight to fill the recipe's steps; for an encoder-decoder (``paired``) one per target."""
     section = study.recipe.train
     if study.recipe.model.whole_words and not paired:
         refuse_words(study.recipe.model.name)
@@ -126,7 +126,7 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
     for numbers in steps.numbers():
         for n in numbers:
             counts[families[n]] += 1
-    # Before validation rows are read: soft prompts must not start from labels of validation alone.
+    # Before validation rows are read: soft prompts must not be initialised from labels only seen in validation.
     soft = soft_prompt_of(study, labels) if labels is not None else None
     valid = {family: _valid_rows(study, family, encoder, paired=paired) for family in _followed(study)}
     if classes is not None:
@@ -136,9 +136,9 @@ def plan_training(study: Study, encoder: Encoder, *, paired: bool = False) -> Pl
 
 
 def _followed(study: Study) -> list[str]:
-    """Return the families with a validation loss: those without training, too, to see what transfers.
+    """Return the families with a validation loss, including untrained ones to measure transfer.
 
-    With a rating head or tied soft prompts, which have their own loss, no other family has one.
+    A rating head or tied soft prompts have their own loss; then no other family has a validation loss.
     """
     rating = study.recipe.tasks.rating
     if study.recipe.train.method in TIED or (rating is not None and rating.head is not None):
@@ -159,7 +159,7 @@ def _valid_rows(study: Study, family: str, encoder: Encoder, *, paired: bool) ->
 def training_key(study: Study, folder: str) -> str:
     """Return the fingerprint of the adapter.
 
-    It does not cover code, so that an edit does not discard a long training; see `_code`.
+    It does not include code, so that an edit does not discard a long training; see `_code`.
     """
     recipe = study.recipe
     lists = any(family_of(family).lists for family in study.tasks)
@@ -183,13 +183,13 @@ def training_key(study: Study, folder: str) -> str:
 
 
 def _code(study: Study) -> str:
-    """Return a hash of the code that trains: families, rows and the training loop."""
+    """Return a hash of the training code: families, rows and the training loop."""
     families = modules_of((TASKS, written(family)) for family in study.tasks)
     return code_digest("llmrec.train.lora", "llmrec.train.rows", "llmrec.train.sft", *sorted(families))
 
 
 def _teaching(recipe: Recipe) -> str | None:
-    """Return the stamp of the teacher's weights, where a recipe has one."""
+    """Return the stamp of the teacher's weights if the recipe has a teacher."""
     if recipe.train.teacher is None:
         return None
     merged = Path(recipe.train.teacher.run).expanduser() / "merged"
@@ -197,20 +197,20 @@ def _teaching(recipe: Recipe) -> str | None:
 
 
 def _scorers(recipe: Recipe) -> list[tuple[Table, str]]:
-    """Return the baseline whose scores are a reward, or whose best items are rejected, where there is one."""
+    """Return the baselines whose scores are a reward or whose best items are rejected, if any."""
     reward, preference = recipe.train.reward, recipe.train.preference
     named = [reward.baseline if reward is not None else None, preference.rejected if preference is not None else None]
     return [(BASELINES, name) for name in named if name is not None]
 
 
 def _encoder_stamp(study: Study) -> str | None:
-    """Return the stamp of the text encoder, where rows show the part of a history that is similar by it."""
+    """Return the stamp of the text encoder if rows show the similar part of a history."""
     rules = {study.section(family).past for family in study.tasks}
     return text_embedder(study.recipe.encoder).stamp if "relevant" in rules else None
 
 
 def _judging(study: Study) -> dict[str, object] | None:
-    """Return the settings of evaluation that decide which adapter is kept, where a judge does."""
+    """Return the evaluation settings that affect which adapter is kept, if a judge selects it."""
     recipe = study.recipe
     if recipe.train.judge is None:
         return None
@@ -227,7 +227,7 @@ def _judging(study: Study) -> dict[str, object] | None:
 
 
 def _beam(study: Study) -> list[object] | None:
-    """Return the settings of the search whose results are rejected, where a beam is."""
+    """Return the settings of the beam search whose results are rejected, if there is one."""
     preference = study.recipe.train.preference
     if preference is None or preference.rejected != BEAM:
         return None
@@ -235,7 +235,7 @@ def _beam(study: Study) -> list[object] | None:
 
 
 def _finding(recipe: Recipe) -> dict[str, object] | None:
-    """Return the inputs of the ensemble that retrieves candidates, where one does."""
+    """Return the inputs of the ensemble that retrieves candidates, if there is one."""
     finder = fused_finder(recipe)
     if finder is None:
         return None
@@ -247,7 +247,7 @@ def _finding(recipe: Recipe) -> dict[str, object] | None:
 
 
 def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
-    """Return the record of a finished training with the same inputs, if its merged model is unchanged."""
+    """Return the record of a finished training with the same inputs if its merged model is unchanged."""
     done = read_stage(folder / "train.json", training_key(study, base), _record_of)
     if done is None:
         return None
@@ -261,7 +261,7 @@ def trained(study: Study, base: str, folder: Path) -> dict[str, Any] | None:
 
 
 def _record_of(stored: Mapping[str, Any]) -> tuple[TrainingRecord, str]:
-    """Return a stored training, and the stamp of the weights that it left."""
+    """Return a stored training record and the stamp of its weights."""
     return TrainingRecord.model_validate(stored), str(stored["merged_sha256"])
 
 
@@ -275,7 +275,7 @@ def train_stage(
     teacher: str | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Train and merge, or reuse a finished training; returns the ``training`` part of results.json."""
+    """Train and merge, or reuse a finished training; return the ``training`` part of results.json."""
     done = trained(study, base, folder) if not processes.rank() else None
     if done is not None:
         log.info("training: reusing %s", folder / "adapter")
@@ -288,7 +288,7 @@ def train_stage(
     if world.agree(done is not None):
         return done or _stored(folder, key)
     if world.first:
-        # A record must not belong to weights of another run that was killed.
+        # A record must not describe the weights of another, killed run.
         (folder / "train.json").unlink(missing_ok=True)
     if study.recipe.train.method in METHODS:
         from llmrec.train.heads import soft_encoder
@@ -332,7 +332,7 @@ def train_stage(
 
 
 def _stored(folder: Path, key: str) -> dict[str, Any]:
-    """Return the record that the first process has written."""
+    """Return the training record that the first process has written."""
     result = read_stage(folder / "train.json", key, _record_of)
     if result is None:
         raise LlmrecError(
@@ -407,7 +407,7 @@ def _train(
 
 
 def _head(study: Study, encoder: Encoder, model: torch.nn.Module, planned: Plan) -> RatingHead | None:
-    """Attach the recipe's rating head to the model; it starts from the ratings of the planned rows."""
+    """Attach the recipe's rating head to the model, initialised from the ratings of the planned rows."""
     classes = classes_of(study, encoder)
     section = study.recipe.tasks.rating
     if classes is None or section is None or section.head is None:

@@ -1,4 +1,4 @@
-"""Validation users who weigh the ensembles of a run, and the ensembles that a family has."""
+"""The validation users on which the ensembles of a run are weighed, and the ensembles of a family."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ log = logging.getLogger(__name__)
 
 
 def fusible(study: Study, family: str) -> tuple[Reads, ...]:
-    """Return the kinds of fusions of a family's baselines, judged by users that do not weigh them.
+    """Return the kinds of ensembles of a family's baselines; each is evaluated on users that do not weigh it.
 
-    There is one for each kind that a baseline is of: of two or more that say something, itself and all that know less.
+    There is one for each kind of input, over the baselines that read at most this input, if these are two or more.
     """
     own, section = family_of(family), study.recipe.eval
     able = own.ranks_for_users or own.answer in (Rating, Probability)
@@ -42,7 +42,7 @@ def fusible(study: Study, family: str) -> tuple[Reads, ...]:
 
 
 def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
-    """Whether the rows of a language model in a setting, under a strategy, are joined with the family's baselines."""
+    """Return whether language-model rows of a setting and strategy are joined with the family's baselines."""
     first, section = ("head", study.section(family).strategies[0]), study.recipe.eval.fusion
     if section.model_users == 0 or (section.arms is not None and arm not in section.arms):
         return False
@@ -50,7 +50,7 @@ def joins_model(study: Study, family: str, arm: str, strategy: str) -> bool:
 
 
 class Weighing:
-    """The validation users of a study who weigh its fusions, and what its rows answer them."""
+    """The validation users that weigh the ensembles of a study, with their cases."""
 
     def __init__(self, study: Study) -> None:
         self._study = study
@@ -58,13 +58,13 @@ class Weighing:
         self._choosing: dict[tuple[int, str], SplitDataset] = {}
 
     def cases(self, family: str, *, model: bool = False) -> list[Case]:
-        """Return the cases that weigh a family's fusion; none where it has no fusion.
+        """Return the cases that weigh the ensembles of a family; empty if it has none.
 
-        A fusion needs validation users who are not evaluated, and two baselines that say something.
+        An ensemble needs validation users who are not evaluated, and two baselines with predictions.
 
         Args:
             family: A chosen family.
-            model: Those that the rows of a language model answer too, the first ones.
+            model: Return only the first cases, which language-model rows answer too.
         """
         if family not in self._cases:
             self._cases[family] = self._drawn(family)
@@ -72,7 +72,7 @@ class Weighing:
         return of_first_users(self._cases[family], most)
 
     def choosing(self, name: str, data: SplitDataset) -> SplitDataset:
-        """Return what a baseline is fitted on; see `choosing`."""
+        """Return the data that a baseline is fitted on; see `choosing`."""
         section = self._study.recipe.eval.fusion
         if not section.controls:
             return data
@@ -109,13 +109,13 @@ class Weighing:
 
 
 def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequence[Case]) -> list[ListEnsemble | Blend]:
-    """Return the fusions of a family's baselines that join some of the parts and not all, onto which others may be put.
+    """Return the ensembles of only some of the members, which larger ensembles can build on.
 
     Args:
         study: The study.
         family: A chosen family.
-        parts: Baselines with answers to all cases, and others behind them.
-        cases: All that weigh the baselines.
+        parts: The members: baselines with answers to all cases, followed by others.
+        cases: All cases that weigh the baselines.
     """
     results: list[ListEnsemble | Blend] = []
     for kind in fusible(study, family) if cases else ():
@@ -126,7 +126,7 @@ def bases_of(study: Study, family: str, parts: Sequence[Recalled], cases: Sequen
 
 
 def fusions_of(study: Study, rows: Sequence[Row]) -> list[Fused]:
-    """Return the ensembles of rankings among a run's rows, as they are stored."""
+    """Return the ranking ensembles among a run's rows in their stored form."""
     ranks = [row for row in rows if family_of(row.task).ranks_for_users and row.fusion is not None]
     section, seed = study.recipe.eval.fusion, study.recipe.seed
     return [fused_of(row, study.baselines(row.task), seed=seed, reserved=section.reserved) for row in ranks]
