@@ -6,8 +6,8 @@ numpy.
     current           the name of the version that counts
     VERSION/meta.json           format, numbers of rows and columns, provenance
     VERSION/KIND-ids.npy        ids as UTF-8 bytes, sorted; KIND is user, item or synthetic
-    VERSION/KIND-vectors.npy    float32 or float16, shape (n, d), a row an id
-    VERSION/KIND-fallback.npy   what an unknown id has, shape (d,)
+    VERSION/KIND-vectors.npy    float32 or float16, shape (n, d), a row per id
+    VERSION/KIND-fallback.npy   the vector of unknown ids, shape (d,)
     VERSION/features.sqlite     tables texts (kind, id, text) and seen (kind, id, user, item)
     VERSION/manifest.json       size and sha256 of each of these files
 
@@ -387,7 +387,7 @@ def write_version(
     """
     if not tables or len({table.kind for table in tables}) != len(tables):
         raise DataError("a store has one table of each kind; give users once and items once", kind="duplicate")
-    # What killed calls left.
+    # Drafts of killed calls.
     for path in [path for path in place.iterdir() if _DRAFT.fullmatch(path.name)]:
         shutil.rmtree(path, ignore_errors=True)
     name = secrets.token_hex(8)

@@ -58,7 +58,7 @@ class RequestFile:
     Attributes:
         path: The file.
         suffix: Its type, without ``.gz``.
-        sha256: Of the file as it is stored.
+        sha256: Hash of the file as stored.
         rows: Number of requests.
         blank: Number of blank lines between requests.
         bare: Whether requests may lack candidates.

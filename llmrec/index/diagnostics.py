@@ -333,7 +333,7 @@ def _first_words(texts: Sequence[str]) -> FirstWords | None:
 
 
 def _begun(paths: Iterable[Sequence[str]]) -> int:
-    """Return the number of codes that are a prefix of another; in sorted order, these directly precede one."""
+    """Return the number of codes that are a prefix of another, which is then the next code in sorted order."""
     ordered = sorted({tuple(path) if not isinstance(path, str) else path for path in paths})
     return sum(after[: len(before)] == before for before, after in pairwise(ordered))
 

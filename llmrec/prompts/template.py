@@ -562,7 +562,7 @@ def _read(file: Path) -> Template:
         )
         return Template(**values, words=spoken)
     except RecipeError as fault:
-        if fault.file is not None:  # the page of words
+        if fault.file is not None:  # the file of words
             raise
         place = places.get((fault.column or "",), Place(str(file), line=1))
         raise RecipeError(f"{place}: {fault}", kind=fault.kind, at=place, column=fault.column) from None

@@ -229,7 +229,7 @@ def check_memory(path: Path) -> None:
             head = file.read(_HEAD)
         rows = path.stat().st_size * max(1, head.count(b"\n")) / max(1, len(head))
     except OSError:
-        return  # reading it says why
+        return  # reading it reports why
     needed, free = rows * _ROW, psutil.virtual_memory().available
     if needed > free:
         raise DataError.at(
