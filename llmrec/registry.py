@@ -17,9 +17,8 @@ from types import ModuleType
 from typing import Any, TypeVar
 
 from llmrec import plugins
-from llmrec.command import Command
 from llmrec.durable import Json
-from llmrec.entries import BaselineEntry, Better, Kind, MetricEntry, StrategyEntry
+from llmrec.entries import BaselineEntry, Better, Command, Kind, MetricEntry, StrategyEntry
 from llmrec.errors import LlmrecError, RecipeError, did_you_mean
 
 _Entry = TypeVar("_Entry")

@@ -201,8 +201,8 @@ class Classic:
         translated = [self._naming.request(request) for request in requests]
         if question.verb != RANK:
             pairs = [
-                replace(each, candidates=None, item=each.candidates[0] if each.candidates else None)
-                for each in translated
+                replace(item, candidates=None, item=item.candidates[0] if item.candidates else None)
+                for item in translated
             ]
             return [Answered(answer=answer) for answer in self.model.answer(pairs)]
         check_only_auto(self, question)
@@ -310,8 +310,8 @@ def retrieved(
     """
     question = Question(depth=min(MOST_ORDERED, max(depth, _RETRIEVED)))
     filled = []
-    for request, found in zip(requests, finder.answer(requests, question), strict=True):
-        names = found.answer.items if isinstance(found.answer, Ranking) else ()
+    for request, result in zip(requests, finder.answer(requests, question), strict=True):
+        names = result.answer.items if isinstance(result.answer, Ranking) else ()
         candidates = tuple((items or {})[name] for name in names)
         filled.append(replace(request, candidates=candidates, retrieved=len(names)))
     return filled

@@ -36,7 +36,7 @@ def fusion_of(bundle: Bundle, way: Asking, joined: str) -> Fused:
     if joined == "model":
         name = bundle.templates[way.family][way.template].id
         asked = [result for result in results if result.template == name and result.parts[-1].name == way.strategy]
-        results = [each for each in asked if each.arm == ("tuned" if bundle.tuned else "zero-shot")]
+        results = [item for item in asked if item.arm == ("tuned" if bundle.tuned else "zero-shot")]
     if results:
         # Of the fusions of baselines the last one joins the most.
         return results[-1]
@@ -108,7 +108,7 @@ class Ensemble:
         able = [request for request in filled if request.candidates]
         ranked = None
         if self._model is not None and able:
-            ranked = [each.answer for each in self._model.answer(able, Question(depth=depth))]
+            ranked = [item.answer for item in self._model.answer(able, Question(depth=depth))]
         joined = iter(self.join(able, ranked))
         answers: list[Answered] = []
         for request, given in zip(filled, requests, strict=True):
@@ -135,8 +135,8 @@ class Ensemble:
         """
         translated = [self._naming.request(request) for request in requests]
         answers: dict[str, Answer] = {}
-        for n, each in enumerate(ranked or ()):
-            answers[str(n)] = self._naming.renamed(each, requests[n]) if isinstance(each, Ranking) else each
+        for n, item in enumerate(ranked or ()):
+            answers[str(n)] = self._naming.renamed(item, requests[n]) if isinstance(item, Ranking) else item
         # A language model reads the title of an item that no table has.
         parts = [
             ListMember(

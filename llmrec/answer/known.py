@@ -334,7 +334,7 @@ def profiles_of(folder: str, users: Callable[[], Users] | None = None) -> Callab
         users: Returns the fields of the run's users; by default they are read at the first call.
     """
     bundle = bundles.read(folder)
-    shown = [each for known in bundle.templates.values() for each in known.values()]
+    shown = [item for known in bundle.templates.values() for item in known.values()]
     if bundle.run is None or not any(
         {"profile", "user_name"} & template.names("system", "user", "lead") for template in shown
     ):

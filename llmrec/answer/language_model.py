@@ -353,7 +353,7 @@ class LanguageModel:
         """See `Recommender`."""
         if question.verb != RANK:
             return [
-                Answered(answer=each) for each in self.about(requests, way_about(self.bundle, question.verb), listener)
+                Answered(answer=item) for item in self.about(requests, way_about(self.bundle, question.verb), listener)
             ]
         answers: dict[int, Answered] = {}
         for n, request in enumerate(requests):
@@ -390,7 +390,7 @@ class LanguageModel:
             replace(request, candidates=self._items_of(answer)) for request, answer in zip(requests, lists, strict=True)
         ]
         with self.backend("list") as backend:
-            return reasoner.write(pools, [each.answer for each in lists], None, backend)
+            return reasoner.write(pools, [item.answer for item in lists], None, backend)
 
     def prompt(self, request: RankRequest, question: Question) -> str:
         """Return the first prompt of a request, as the model's tokenizer gets it.
@@ -492,10 +492,10 @@ class LanguageModel:
             reason = f"{self.name} cannot search a catalogue; give 'candidates', or serve a run, whose data finds them"
             return [Answered(answer=Unparsed(request_id=request.id, reason=reason)) for request in requests]
         filled = retrieved(requests, self.finder, question.depth, self.items)
-        ranked = iter(self.answer([each for each in filled if each.candidates], question))
+        ranked = iter(self.answer([item for item in filled if item.candidates], question))
         return [
-            next(ranked) if each.candidates else Answered(answer=Unparsed(request_id=each.id, reason=NOTHING_LEFT))
-            for each in filled
+            next(ranked) if item.candidates else Answered(answer=Unparsed(request_id=item.id, reason=NOTHING_LEFT))
+            for item in filled
         ]
 
     def _items_of(self, answer: Answered) -> tuple[Item, ...]:
@@ -528,8 +528,8 @@ class LanguageModel:
             else:
                 ranked = iter(self._with_model(way, able, advance, part))
         return [
-            Answered(answer=each) if isinstance(each, Unparsed) else self._answered(way, each, *next(ranked))
-            for each in ready
+            Answered(answer=item) if isinstance(item, Unparsed) else self._answered(way, item, *next(ranked))
+            for item in ready
         ]
 
     def _retrieved(self, way: Way, requests: Sequence[RankRequest | Unparsed]) -> Sequence[RankRequest | Unparsed]:

@@ -322,8 +322,8 @@ class Loaded(Displayed):
                 if isinstance(answer, LlmrecError):
                     add(row, number, requests[number].notes if number in requests else (), error=str(answer))
                     continue
-                for rank, each in enumerate(_scored(answer), start=1):
-                    add(row, number, answer.notes, rank=rank, item_id=each.item_id, title=each.title, score=each.score)
+                for rank, item in enumerate(_scored(answer), start=1):
+                    add(row, number, answer.notes, rank=rank, item_id=item.item_id, title=item.title, score=item.score)
         return pa.table(columns, schema=_SCHEMA)
 
     def _about(self, family: str, item: Any, *, model: str | None = None, **who: Any) -> float | str:
@@ -400,4 +400,4 @@ def _read(rows: Sequence[Mapping[str, Any]]) -> Sequence[Mapping[str, Any]]:
 
 def _scored(answer: Answered) -> list[Scored]:
     ranking = ranking_of(answer)
-    return [Scored(*each) for each in zip(ranking.items, answer.titles, ranking.scores, strict=True)]
+    return [Scored(*item) for item in zip(ranking.items, answer.titles, ranking.scores, strict=True)]

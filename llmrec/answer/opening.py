@@ -136,7 +136,7 @@ class Models:
         lists = question.verb in (SIMILAR, POPULAR)
         answers = model.answer(requests, replace(question, verb=RANK) if lists else question, listener)
         if question.verb == POPULAR and self.popular is not None:
-            return [replace(each, cold=True, notes=(*each.notes, COLD)) for each in answers]
+            return [replace(item, cold=True, notes=(*item.notes, COLD)) for item in answers]
         return answers
 
     def prompt(self, question: Question, request: RankRequest) -> str | None:
@@ -362,22 +362,22 @@ def open_classics(recipe: Recipe, names: Sequence[str], items: Path | None = Non
         LlmrecError: If the data cannot be read, or there is no baseline of a name.
     """
     chosen = [_section(recipe.tasks, name) for name in names]
-    for each in chosen:
-        if "(" in each.name:
+    for item in chosen:
+        if "(" in item.name:
             rows = dict.fromkeys(own.label for part in recipe.tasks.present().values() for own in part.baselines)
             raise RecipeError(
-                f"--baseline: the recipe has no row {each.name!r}; its rows are {', '.join(rows)}",
+                f"--baseline: the recipe has no row {item.name!r}; its rows are {', '.join(rows)}",
                 kind="unknown-name",
                 column="--baseline",
             )
-        check_retriever(each.name, "--baseline")
+        check_retriever(item.name, "--baseline")
     data = load_tables(recipe)[0]
     known = dict(data.dataset.items if items is None else read_items(items))
     models = Models(opened={}, items=known, data=data, scale=data.dataset.rating_scale, blank=data)
     fusion = recipe.eval.fusion
-    for each in chosen:
-        models.opened[each.label] = _classic(
-            each, data, known, seed=recipe.seed, reserved=fusion.reserved if fusion.controls else 0.0
+    for item in chosen:
+        models.opened[item.label] = _classic(
+            item, data, known, seed=recipe.seed, reserved=fusion.reserved if fusion.controls else 0.0
         )
     return models
 
@@ -438,8 +438,8 @@ def _classic(
         # What was removed and has been chosen keeps its text; `Classic` lists only what the catalogue has.
         data = replace(data, dataset=replace(data.dataset, items={**data.dataset.items, **items}))
     model = fitted(name, parameters, choosing(name, data, reserved) if reserved else data, seed=seed)
-    about = (each for each in families().values() if not each.answers_with_items)
-    family = next((each.name for each in about if answers(each, BASELINES, name, silent=False)), None)
+    about = (item for item in families().values() if not item.answers_with_items)
+    family = next((item.name for item in about if answers(item, BASELINES, name, silent=False)), None)
     known = {"baseline": name, "parameters": dict(parameters), "seed": seed, "read": hashes_of(name, parameters)}
     return Classic(section.label, model, data, items, family, known)
 

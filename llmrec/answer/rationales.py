@@ -128,4 +128,4 @@ class Reasoner:
 
 def _first_line(text: str) -> str:
     """Return the first line that says something; a small model may go on to lists and turns of its own."""
-    return next((line for each in text.splitlines() if (line := clean(each))), "")
+    return next((line for item in text.splitlines() if (line := clean(item))), "")

@@ -169,7 +169,7 @@ def settings_of(strategy: str, settings: Sequence[str]) -> EvalSection:
                 column=f"eval.{key}",
             )
         if key not in known:
-            takes = ", ".join(f"eval.{each}" for each in known) or "none"
+            takes = ", ".join(f"eval.{item}" for item in known) or "none"
             raise RecipeError(
                 f"--set eval.{key}: the strategy {strategy!r} does not take it{did_you_mean(key, known)}; it takes "
                 f"{takes}",
@@ -219,7 +219,7 @@ def _template(bundle: Bundle, family: str, strategy: str, asked: str | None) -> 
         return names[0]
     shows = [name for name in names if name in known and known[name].shows_profile]
     if not shows:
-        could = ", ".join(name for name, each in known.items() if each.shows_profile) or "none"
+        could = ", ".join(name for name, item in known.items() if item.shows_profile) or "none"
         raise RecipeError(
             f"--template {asked}: two-step puts what it learned of the user into the profile, which this template does "
             f"not show; those of {bundle.folder} that do: {could}",

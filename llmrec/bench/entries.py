@@ -1,6 +1,6 @@
 """What benchmarks add to the registry."""
 
-from llmrec.command import Command
+from llmrec.entries import Command
 
 COMMANDS = {
     "compare": Command(

@@ -116,7 +116,7 @@ def talks(
         wanted = told_of(facts, guest.target, guest.liked, own)
         if knows:
             attributes = {field: values for field, values in wanted.attributes.items() if field in knows}
-            unwanted = tuple(each for each in wanted.unwanted if each[0] in knows)
+            unwanted = tuple(item for item in wanted.unwanted if item[0] in knows)
             wanted = replace(wanted, attributes=attributes, unwanted=unwanted)
         user = SimulatedUser(wanted, facts.numeric, own)
         yield guest, hold(conversation, user, guest.target, turns, guest.state)

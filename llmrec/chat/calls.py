@@ -150,8 +150,8 @@ def legal(state: State, facts: Facts, intents: Set[str] = frozenset(), *, ending
         intents: Read in that line, without the words of titles (`llmrec.chat.reading.Heard`).
         ending: Endings alone, as after the last tool of a turn.
     """
-    found: list[Call] = list(_endings(state, facts, intents))
-    return found if ending else [*_tools(state, facts), *found]
+    results: list[Call] = list(_endings(state, facts, intents))
+    return results if ending else [*_tools(state, facts), *results]
 
 
 def _said(state: State) -> str:

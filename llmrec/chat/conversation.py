@@ -85,10 +85,10 @@ class Conversation:
             LlmrecError: If an engine fails.
         """
         begun = time.perf_counter()
-        said = clean(text, TEXT_LIMIT)
-        state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", said)
-        heard = Heard() if self.reader is None else self.reader.read(said, state)
-        state, told = self._heard(state, heard)
+        message = clean(text, TEXT_LIMIT)
+        state = self._sound(state).with_(turn=min(state.turn + 1, MOST_TURNS)).saying("user", message)
+        heard = Heard() if self.reader is None else self.reader.read(message, state)
+        state, note = self._heard(state, heard)
         start = state
         made: list[tuple[Call, str]] = []
         cost, outcome = Cost(), Outcome()
@@ -97,12 +97,12 @@ class Conversation:
             cost += took
             state, outcome = self.tools.apply(call, state)
             cost += outcome.cost
-            told += outcome.told
+            note += outcome.told
             made.append((call, outcome.note))
             called(call)
         # What a list holds is looked up once more: a tool that is added later cannot show what is not there.
         items = tuple(name for name in outcome.items if name in self.tools.titles)
-        answer = self._wording(made[-1][0], told, items, outcome.ask)
+        answer = self._wording(made[-1][0], note, items, outcome.ask)
         calls = tuple(call for call, _ in made)
         spent = time.perf_counter() - begun
         return Reply(answer, items, calls, state.saying("assistant", answer), heard, cost, spent)
@@ -131,7 +131,7 @@ class Conversation:
         }
         kept = [wish for wish in wishes if wish.op not in ("is", "or") or wish.key not in bans]
         new = {wish.key for wish in wishes if wish.op == "not"}
-        told = [
+        message = [
             _BANNED.format(value=clean(wish.value))
             for wish in wishes
             if wish not in kept and wish.hard and wish.key not in new
@@ -149,7 +149,7 @@ class Conversation:
         state = state.with_(profile=fresh(changed, state.turn), buffer=buffer, query=query)
         # Nothing new can be concluded from the same items: what was, grows old. A state may begin with likes.
         named = state.turn == 1 or any(wish.field == ITEM for wish in wishes)
-        return (self.tools.concluded(state) if named else state), told
+        return (self.tools.concluded(state) if named else state), message
 
     def _wording(self, call: Call, told: list[str], items: tuple[str, ...], ask: str) -> str:
         lines = list(told)
@@ -158,7 +158,7 @@ class Conversation:
         if isinstance(call, Say):
             lines.append(_SAY[call.what])
         if items:
-            titles = [f"{place}. {self.tools.titles[name]}" for place, name in enumerate(items, start=1)]
+            titles = [f"{index}. {self.tools.titles[name]}" for index, name in enumerate(items, start=1)]
             lines += [_LIST, *titles]
         if ask:
             lines.append(self._question(ask))

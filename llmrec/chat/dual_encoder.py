@@ -66,12 +66,12 @@ class Asked:
         Those are the moment's own target, where another one has it too, and what is `apart`.
         """
         targets = self.targets[rows]
-        found: NDArray[np.bool_] = np.equal(targets[:, None], targets[None, :])
-        for place, row in enumerate(rows):
+        result: NDArray[np.bool_] = np.equal(targets[:, None], targets[None, :])
+        for index, row in enumerate(rows):
             if self.apart[row]:
-                found[place] |= np.isin(targets, list(self.apart[row]))
-        np.fill_diagonal(found, False)
-        return found
+                result[index] |= np.isin(targets, list(self.apart[row]))
+        np.fill_diagonal(result, False)
+        return result
 
 
 @dataclass(frozen=True)
@@ -118,13 +118,13 @@ class DualEncoder:
 
 def heard(turns: Sequence[Turn]) -> list[str]:
     """Return what was said last before each answer of a conversation: the last utterances of both sides."""
-    said: list[str] = []
-    found = []
+    text: list[str] = []
+    results = []
     for turn in turns:
-        said.append(turn.user or "")
-        found.append(" ".join(said[-LAST:]))
-        said.append(turn.text)
-    return found
+        text.append(turn.user or "")
+        results.append(" ".join(text[-LAST:]))
+        text.append(turn.text)
+    return results
 
 
 def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> Asked:
@@ -139,14 +139,14 @@ def of_transcript(turns: Sequence[Turn], items: Sequence[str], encoder: str) -> 
         {item: row for row, item in enumerate(items)},
         [n for n, turn in enumerate(turns) if turn.user is None],
     )
-    said, targets, dialogues = [], [], []
+    text, targets, dialogues = [], [], []
     for number, (start, end) in enumerate(pairwise([*begun, len(turns)])):
         lines = heard(turns[start + 1 : end])
-        said += lines
+        text += lines
         targets += [place[turns[start].items[0]]] * len(lines)
         dialogues += [number] * len(lines)
     nothing: frozenset[int] = frozenset()
-    return Asked(text_embedder(encoder)(said), np.array(targets), [nothing] * len(said), np.array(dialogues))
+    return Asked(text_embedder(encoder)(text), np.array(targets), [nothing] * len(text), np.array(dialogues))
 
 
 def embedders(name: str) -> tuple[Embed, Embed]:
@@ -159,8 +159,8 @@ def embedders(name: str) -> tuple[Embed, Embed]:
 
 def mapped(vectors: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
     """Return mapped vectors with length 1, shape (n, d)."""
-    found = vectors @ weights.T
-    unit: NDArray[np.float32] = found / np.maximum(np.linalg.norm(found, axis=1, keepdims=True), 1e-12)
+    result = vectors @ weights.T
+    unit: NDArray[np.float32] = result / np.maximum(np.linalg.norm(result, axis=1, keepdims=True), 1e-12)
     return unit
 
 
@@ -199,9 +199,9 @@ def learn(encoder: str, asked: Asked, items: NDArray[np.float32], seed: int = 0)
         network = _maps(items.shape[1])
 
         def loss(batch: NDArray[np.int64]) -> Any:
-            said = _moved(network, "context", vectors[batch]) * network["scale"][0].exp()
+            text = _moved(network, "context", vectors[batch]) * network["scale"][0].exp()
             own = _moved(network, "item", table[targets[batch]])
-            return info_nce_both(said @ own.T, torch.from_numpy(asked.false(batch)))
+            return info_nce_both(text @ own.T, torch.from_numpy(asked.false(batch)))
 
         def judge() -> float:
             network.eval()

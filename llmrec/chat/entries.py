@@ -1,6 +1,6 @@
 """What conversations add to the registry."""
 
-from llmrec.command import Command
+from llmrec.entries import Command
 
 COMMANDS = {
     "chat": Command("llmrec.chat.command:chat", "Serve", "Talk with a recommender about its catalogue."),

@@ -82,10 +82,10 @@ class Facts:
 
     def matches(self, item: str, wish: Wish) -> bool:
         """Whether an item has the value that a wish on a field names, or lies within its bound."""
-        said = self._held[item].get(wish.field, ())
+        text = self._held[item].get(wish.field, ())
         if wish.op in ("from", "until"):
-            return any(_inside(value, wish) for value in said)
-        return wish.value.casefold() in {value.casefold() for value in said}
+            return any(_inside(value, wish) for value in text)
+        return wish.value.casefold() in {value.casefold() for value in text}
 
     def told(self, item: str) -> list[tuple[str, str]]:
         """Return what the closed fields say of an item, as (field, values)."""
@@ -107,8 +107,8 @@ class Facts:
         for order in orders:
             joined[order] += 1 / (_RANK + np.arange(len(order)))
         names = list(self.items)
-        found = [names[place] for place in np.argsort(-joined, kind="stable") if joined[place] > 0]
-        return [name for name in found if allowed is None or name in allowed]
+        results = [names[place] for place in np.argsort(-joined, kind="stable") if joined[place] > 0]
+        return [name for name in results if allowed is None or name in allowed]
 
     def known_words(self, words: Sequence[str]) -> list[str]:
         """Return those words that the text of some item has."""
@@ -128,7 +128,7 @@ class Facts:
     def _held(self) -> Mapping[str, Mapping[str, tuple[str, ...]]]:
         """Values of each item's closed fields."""
         return {
-            name: {field: said for field in self.values if (said := tuple(_values(item.fields.get(field, ""))))}
+            name: {field: text for field in self.values if (text := tuple(_values(item.fields.get(field, ""))))}
             for name, item in self.items.items()
         }
 
@@ -164,10 +164,10 @@ def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
     """Return the values of every field that has a closed list of them, the most frequent first."""
     counts: dict[str, Counter[str]] = defaultdict(Counter)
     for item in items:
-        for field, said in item.fields.items():
+        for field, text in item.fields.items():
             if field not in (FIELD, ITEM, "title") and len(field) <= _LONGEST_FIELD:
-                counts[field].update(_values(said))
-    found = {}
+                counts[field].update(_values(text))
+    result = {}
     for field, counted in counts.items():
         if not counted:
             continue
@@ -176,8 +176,8 @@ def _closed(items: Iterable[Item]) -> dict[str, tuple[str, ...]]:
             spelt.setdefault(value.casefold(), value)
         words = sum(len(value.split()) for value in spelt.values()) / max(1, len(spelt))
         if words <= _LONGEST and (counted.total() > len(spelt) or _are_numbers(spelt)):
-            found[field] = tuple(spelt.values())
-    return found
+            result[field] = tuple(spelt.values())
+    return result
 
 
 def _values(said: str) -> list[str]:

@@ -77,7 +77,7 @@ def shares(logprobs: Sequence[float]) -> list[float]:
 
 def expected(logprobs: Sequence[float]) -> float:
     """Return the expected place of the phrases, the first of them 0 and the last 1."""
-    return sum(place * share for place, share in enumerate(shares(logprobs))) / (len(logprobs) - 1)
+    return sum(index * share for index, share in enumerate(shares(logprobs))) / (len(logprobs) - 1)
 
 
 def joined(items: Sequence[str], scores: Sequence[float]) -> list[str]:
@@ -109,7 +109,7 @@ class FitJudge:
         """
         first = list(items[: self.most])
         judged, cost = self.judge(facts, state, first)
-        return [*joined(first, [each.score for each in judged]), *items[self.most :]], cost
+        return [*joined(first, [item.score for item in judged]), *items[self.most :]], cost
 
     def judge(self, facts: Facts, state: State, items: Sequence[str]) -> tuple[list[Judged], Cost]:
         """Grade items, one by one: none is seen beside another.
@@ -121,15 +121,15 @@ class FitJudge:
             return [], Cost()
         reasons = [reason(facts, state, name) for name in items]
         prompts = [self.prompt(facts, state, name, why) for name, why in zip(items, reasons, strict=True)]
-        found = self.backend.score(prompts, [PHRASES] * len(prompts))
+        result = self.backend.score(prompts, [PHRASES] * len(prompts))
         judged = [
-            Judged(expected(each.logprobs), PHRASES[max(range(len(PHRASES)), key=each.logprobs.__getitem__)], why)
-            for each, why in zip(found, reasons, strict=True)
+            Judged(expected(item.logprobs), PHRASES[max(range(len(PHRASES)), key=item.logprobs.__getitem__)], why)
+            for item, why in zip(result, reasons, strict=True)
         ]
         cost = Cost(
-            prompt_tokens=sum(each.prompt_tokens for each in found),
-            completion_tokens=sum(sum(each.tokens) for each in found),
-            forwards=len(found),
+            prompt_tokens=sum(item.prompt_tokens for item in result),
+            completion_tokens=sum(sum(item.tokens) for item in result),
+            forwards=len(result),
         )
         return judged, cost
 
@@ -140,13 +140,13 @@ class FitJudge:
         def told(wishes: Sequence[Wish]) -> list[dict[str, str]]:
             return [{"value": cut(wish.told(titles), _LETTERS)} for wish in wishes[-_WISHES:]]
 
-        said = [line.text for line in state.lines if line.role == "user"][-_LINES:]
+        message = [line.text for line in state.lines if line.role == "user"][-_LINES:]
         return Prompt(
             messages=self.template.turns(
                 {
                     "phrases": [{"text": phrase} for phrase in PHRASES],
                     # What all items share stands first, so that it is read once.
-                    "lines": [{"text": cut(text, _LETTERS)} for text in said],
+                    "lines": [{"text": cut(text, _LETTERS)} for text in message],
                     "profile": told([wish for wish in state.profile if wish.op != "seen"]),
                     "title": cut(titles[item], _LETTERS),
                     "fields": [

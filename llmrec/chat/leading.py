@@ -42,36 +42,36 @@ def tuned(
     if turns is None:
         turns = _simulated(conversation, options.simulate or 0, options.seed, USUAL)
     moments = taught(conversation, turns)
-    allowed = [each for each in moments if each.allowed]
+    allowed = [moment for moment in moments if moment.allowed]
     trained, held = parted(allowed, page.seed)
     asked = {"held out": _drawn(held, page.seed)}
     if past is None:
         others = taught(conversation, _simulated(conversation, max(10, len(held) // 4), options.seed + 1, OTHER))
-        asked["in other words"] = _drawn([each for each in others if each.allowed], page.seed)
-    names = sorted({each.conversation for each in moments})
+        asked["in other words"] = _drawn([other for other in others if other.allowed], page.seed)
+    names = sorted({moment.conversation for moment in moments})
     left_out = len(moments) - len(allowed)
     say(f"{len(trained)} rows of {len(names)} conversations; {left_out} calls that no model may make are left out")
-    found: dict[str, dict[str, Agreement]] = {"usual": _asked(UsualManager.of(trained), asked)}
+    result: dict[str, dict[str, Agreement]] = {"usual": _asked(UsualManager.of(trained), asked)}
     with opened(resolve(page.model, seed=page.seed), k=options.k, dtype=options.dtype) as made:
-        found["untrained"] = _asked(made(options.seed), asked)
+        result["untrained"] = _asked(made(options.seed), asked)
     folder = folder_of(page, None)
     done = tuning.tune(page, trained, held, folder, quiet=False)
     with opened(str(folder), k=options.k, dtype=options.dtype) as made:
-        found["tuned"] = _asked(made(options.seed), asked)
+        result["tuned"] = _asked(made(options.seed), asked)
     losses = [line["valid_loss"]["chat"] for line in done.log if line.get("valid_loss")]
     say(f"{done.steps} steps in {done.seconds:.0f} s; held-out loss {', '.join(f'{loss:.3f}' for loss in losses)}")
-    for name, each in found.items():
-        for part, one in each.items():
+    for name, item in result.items():
+        for part, one in item.items():
             say(f"{name}, {part}: {one.call:.3f} of {one.moments} calls, {one.tool:.3f} of the tools")
     tell(
         rows=len(trained),
         conversations=len(names),
         left_out=left_out,
-        known={part: round(known(each, trained), 4) for part, each in asked.items()},
+        known={part: round(known(item, trained), 4) for part, item in asked.items()},
         held_out_loss=[round(loss, 4) for loss in losses],
         steps=done.steps,
         seconds=round(done.seconds, 1),
-        agreement={name: tuning.told(each) for name, each in found.items()},
+        agreement={name: tuning.told(item) for name, item in result.items()},
     )
     say(f"the manager is tuned: llmrec chat {options.model} --manager {folder}")
     return () if past is not None else turns
@@ -87,4 +87,4 @@ def _drawn(moments: Sequence[Taught], seed: int) -> list[Taught]:
 
 
 def _asked(manager: Manager, asked: dict[str, list[Taught]]) -> dict[str, Agreement]:
-    return {part: agreement(manager, each) for part, each in asked.items()}
+    return {part: agreement(manager, item) for part, item in asked.items()}

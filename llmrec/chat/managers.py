@@ -124,15 +124,15 @@ class RuleManager:
                 return [Say(what="decline")]
             question = self._question(state, facts)
             return [Ask(field=question) if question else Say(what="hello")]
-        found: list[Call] = []
+        results: list[Call] = []
         if "similar" in wants and heard.places and state.shown:
-            found.append(Similar(items=heard.places[:2]))
+            results.append(Similar(items=heard.places[:2]))
         elif state.liked and any(wish.value in state.liked for wish in heard.wishes):
-            found.append(Similar())
+            results.append(Similar())
         # What was searched for still is where only what may be shown has changed.
         elif query := heard.rest[:LONGEST] or (state.query if heard.wishes or heard.revoked else ""):
-            found.append(Search(text=query, k=50))
-        return [*found, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
+            results.append(Search(text=query, k=50))
+        return [*results, Rank(), Show(k=self.k, ask=self._question(state, facts) if self.asks else "")]
 
     def _question(self, state: State, facts: Facts) -> str:
         """Return the field to ask about next: one with few values first; empty: none is left."""
@@ -176,9 +176,9 @@ class ModelManager:
         asked = self.prompt(moment)
         tool, cost = self._tool(asked, tuple(sorted({call.tool for call in calls})))
         texts = [written(call) for call in calls if call.tool == tool]
-        (found,) = self.backend.search([asked], texts, k=1, width=_BEAMS)
-        cost += Cost(prompt_tokens=found.prompt_tokens, completion_tokens=found.tokens, forwards=1)
-        return read_call(texts[found.items[0]]), cost
+        (result,) = self.backend.search([asked], texts, k=1, width=_BEAMS)
+        cost += Cost(prompt_tokens=result.prompt_tokens, completion_tokens=result.tokens, forwards=1)
+        return read_call(texts[result.items[0]]), cost
 
     def _tool(self, asked: Prompt, tools: tuple[str, ...]) -> tuple[str, Cost]:
         prompts = [asked]
@@ -186,11 +186,11 @@ class ModelManager:
             prompts.append(Prompt(messages=self.template.turns(dict.fromkeys(_READS, ()))))
         # What a tuned model learned goes on behind the name with one token of several signs.
         begins = [f'{{"tool": "{tool}' + ("" if self.tuned else '"') for tool in tools]
-        told, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
-        self._empty.update((tools, each) for each in plain)
+        message, *plain = self.backend.score(prompts, [begins] * len(prompts), closed=False)
+        self._empty.update((tools, item) for item in plain)
         without = (0.0,) * len(tools) if self.tuned else self._empty[tools].logprobs
-        gains = [with_ - prior for with_, prior in zip(told.logprobs, without, strict=True)]
-        cost = Cost(prompt_tokens=sum(each.prompt_tokens for each in (told, *plain)), forwards=len(prompts))
+        gains = [with_ - prior for with_, prior in zip(message.logprobs, without, strict=True)]
+        cost = Cost(prompt_tokens=sum(item.prompt_tokens for item in (message, *plain)), forwards=len(prompts))
         return tools[max(range(len(tools)), key=gains.__getitem__)], cost
 
     def prompt(self, moment: Moment) -> Prompt:

@@ -76,10 +76,10 @@ class Reader:
                     if not english.STOP.issuperset(form.split()):
                         self._phrases[form].append((field, value))
         # Twice: one word may stand for a value by way of another.
-        for said, meant in (*english.MEANS.items(), *english.MEANS.items()):
+        for text, meant in (*english.MEANS.items(), *english.MEANS.items()):
             known = self._values(title_key(meant))
-            if known and not self._values(title_key(said)):
-                self._phrases[title_key(said)] += known
+            if known and not self._values(title_key(text)):
+                self._phrases[title_key(text)] += known
         self._longest = max((len(form.split()) for form in self._phrases), default=1)
         self._years = facts.years
 
@@ -95,12 +95,12 @@ class Reader:
         rest: list[str] = []
         mentions = list(self._mentions(text))
         # Titles and names go first: their words are none of a clause's.
-        titles = [each for each in mentions if each.field == ITEM]
-        names = [each for each in mentions if each.field == ITEM or _is_name(text, each)]
+        titles = [mention for mention in mentions if mention.field == ITEM]
+        names = [mention for mention in mentions if mention.field == ITEM or _is_name(text, mention)]
         plain = _without(text, names)
         for start, end in _clauses(text, names):
             bare = plain[start:end]
-            inside = [each for each in mentions if start <= each.start < end]
+            inside = [mention for mention in mentions if start <= mention.start < end]
             for wish, back in self._wishes(bare, start, inside, state):
                 if back:
                     again.append((wish.field, wish.value))
@@ -126,25 +126,25 @@ class Reader:
         banned = {(wish.field, wish.value) for wish in state.profile if wish.op == "not"}
         wanted = bool(english.WANT.search(bare)) or len(english.WORD.findall(bare)) <= _BARE
         last: _Mention | None = None
-        for each in inside:
-            before, after = bare[: each.start - start], bare[each.end - start :]
+        for item in inside:
+            before, after = bare[: item.start - start], bare[item.end - start :]
             borne = bool(english.TOLERATED.search(before))
-            unwanted = _negated(before, after, each.field == ITEM)
-            if each.field == ITEM:
+            unwanted = _negated(before, after, item.field == ITEM)
+            if item.field == ITEM:
                 if not _unseen(before):
-                    yield Wish(field=ITEM, op=_op(bare, unwanted), value=each.value, hard=False, turn=state.turn), False
+                    yield Wish(field=ITEM, op=_op(bare, unwanted), value=item.value, hard=False, turn=state.turn), False
                 continue
             back = bool(english.AGAIN.search(bare)) and (
-                ((each.field, each.value) in banned and not unwanted) or bool(english.LIFTED.search(bare))
+                ((item.field, item.value) in banned and not unwanted) or bool(english.LIFTED.search(bare))
             )
             if borne and not unwanted and not back:
                 continue
-            joined = last is not None and last.field == each.field
-            between = "" if last is None else bare[last.end - start : each.start - start]
+            joined = last is not None and last.field == item.field
+            between = "" if last is None else bare[last.end - start : item.start - start]
             op: Op = "not" if unwanted else "or" if joined and english.OR.fullmatch(between) else "is"
             hard = unwanted or (wanted and not (english.LIKE.search(before) and not english.WOULD.search(before)))
-            yield Wish(field=each.field, op=op, value=each.value, hard=hard, turn=state.turn), back
-            last = None if unwanted else each
+            yield Wish(field=item.field, op=op, value=item.value, hard=hard, turn=state.turn), back
+            last = None if unwanted else item
 
     def _times(self, bare: str, state: State) -> Iterator[Wish]:
         """Yield bounds on the year: *after 1990*, *the nineties*, *80s*."""
@@ -155,13 +155,13 @@ class Reader:
             return Wish(field=self._years, op=op, value=str(year), turn=state.turn, ban=ban)
 
         for pattern, newer in english.BOUNDS:
-            for found in pattern.finditer(bare):
+            for result in pattern.finditer(bare):
                 # What is not wanted before a year begins with it.
-                ban = bool(english.NO.search(bare[: found.start()]))
-                yield bound("from" if newer != ban else "until", found[1], ban)
-        said = [int(found[1]) for found in english.DECADE.finditer(bare)]
-        said += [decade for name, decade in english.DECADES.items() if re.search(rf"\b{name}\b", bare, re.IGNORECASE)]
-        years = [year if year > 100 else 1900 + year if year >= 20 else 2000 + year for year in said]
+                ban = bool(english.NO.search(bare[: result.start()]))
+                yield bound("from" if newer != ban else "until", result[1], ban)
+        text = [int(result[1]) for result in english.DECADE.finditer(bare)]
+        text += [decade for name, decade in english.DECADES.items() if re.search(rf"\b{name}\b", bare, re.IGNORECASE)]
+        years = [year if year > 100 else 1900 + year if year >= 20 else 2000 + year for year in text]
         if not years or english.NO.search(bare):
             return
         if english.OLDER.search(bare):
@@ -175,12 +175,12 @@ class Reader:
         """Return the words of a clause that a search may use: none of a negated one."""
         if english.NO.search(bare) or english.TOLERATED.search(bare):
             return []
-        taken = [(each.start - start, each.end - start) for each in inside]
+        taken = [(item.start - start, item.end - start) for item in inside]
         free = [
-            found.group()
-            for found in english.WORD.finditer(bare)
-            if not any(low <= found.start() < high for low, high in taken)
-            and found.group().casefold() not in english.STOP
+            result.group()
+            for result in english.WORD.finditer(bare)
+            if not any(low <= result.start() < high for low, high in taken)
+            and result.group().casefold() not in english.STOP
         ]
         return self._facts.known_words([word for word in free if len(word) > 2])
 
@@ -188,15 +188,15 @@ class Reader:
 
     def _mentions(self, text: str) -> Iterator[_Mention]:
         """Yield what of the catalogue stands in a text, the longest first at each place."""
-        words = [(found.start(), found.end(), title_key(found.group())) for found in english.WORD.finditer(text)]
+        words = [(result.start(), result.end(), title_key(result.group())) for result in english.WORD.finditer(text)]
         at = 0
         while at < len(words):
-            found = self._mention(text, words[at : at + self._longest])
-            if found is None:
+            result = self._mention(text, words[at : at + self._longest])
+            if result is None:
                 at += 1
                 continue
-            yield found
-            while at < len(words) and words[at][0] < found.end:
+            yield result
+            while at < len(words) and words[at][0] < result.end:
                 at += 1
 
     def _mention(self, text: str, words: Sequence[tuple[int, int, str]]) -> _Mention | None:
@@ -238,8 +238,8 @@ class Reader:
 def title_of(title: str) -> str:
     """Return a title as it is said: without its year, and with its article in front."""
     bare = title
-    while (found := _BRACKET.search(bare)) is not None and found.start() > 0:
-        bare = bare[: found.start()]
+    while (result := _BRACKET.search(bare)) is not None and result.start() > 0:
+        bare = bare[: result.start()]
     moved = _ARTICLE.match(bare)
     return f"{moved[2]} {moved[1]}" if moved else bare
 
@@ -258,49 +258,49 @@ def _is_title(text: str, start: int, end: int, form: str) -> bool:
 
 def _is_name(text: str, value: _Mention) -> bool:
     """Whether a value, such as a brand, is written as a name."""
-    said = text[value.start : value.end]
-    return said[:1].isupper() and _is_title(text, value.start, value.end, title_key(said))
+    message = text[value.start : value.end]
+    return message[:1].isupper() and _is_title(text, value.start, value.end, title_key(message))
 
 
 def _clauses(text: str, names: Sequence[_Mention]) -> Iterator[tuple[int, int]]:
     """Yield where clauses begin and end; what ends one inside a title or a name does not."""
     begin = 0
-    for found in english.CLAUSE.finditer(text):
+    for result in english.CLAUSE.finditer(text):
         # Spaces before a word belong to what ends a clause.
-        if any(found.start() < each.end and each.start < found.end() for each in names):
+        if any(result.start() < name.end and name.start < result.end() for name in names):
             continue
-        if text[begin : found.start()].strip():
-            yield begin, found.start()
-        begin = found.end()
+        if text[begin : result.start()].strip():
+            yield begin, result.start()
+        begin = result.end()
     if text[begin:].strip():
         yield begin, len(text)
 
 
 def _without(text: str, names: Sequence[_Mention]) -> str:
     """Return a text of the same length whose titles are blotted out, and whose names are words that say nothing."""
-    found = text
-    for each in names:
-        said = text[each.start : each.end]
-        blot = "\u00b7" * len(said) if each.field == ITEM else _LETTER.sub("x", said)
-        found = found[: each.start] + blot + found[each.end :]
-    return found
+    result = text
+    for name in names:
+        message = text[name.start : name.end]
+        blot = "\u00b7" * len(message) if name.field == ITEM else _LETTER.sub("x", message)
+        result = result[: name.start] + blot + result[name.end :]
+    return result
 
 
 def _negated(before: str, after: str, item: bool) -> bool:
     """Whether what stands between two texts is negated: by the last negation before it, or one right behind it."""
-    found = list(english.NO.finditer(english.TOLERATED.sub(lambda said: "\u00b7" * len(said.group()), before)))
-    if not found and english.OUT[0].search(before) and english.OUT[1].match(after):
+    results = list(english.NO.finditer(english.TOLERATED.sub(lambda said: "\u00b7" * len(said.group()), before)))
+    if not results and english.OUT[0].search(before) and english.OUT[1].match(after):
         return True
-    if found:
-        between = before[found[-1].end() :]
+    if results:
+        between = before[results[-1].end() :]
         return not re.match(r"\s+only\b", between, re.IGNORECASE) and not english.TURN.search(between)
     return bool(english.IS_NOT.match(after)) or (item and bool(english.DID_NOT.match(after)))
 
 
 def _unseen(before: str) -> bool:
     """Whether the words before a title say that it was not seen, which is no wish."""
-    found = list(english.UNSEEN.finditer(before))
-    return bool(found) and not english.TURN.search(before[found[-1].end() :])
+    results = list(english.UNSEEN.finditer(before))
+    return bool(results) and not english.TURN.search(before[results[-1].end() :])
 
 
 def _op(bare: str, unwanted: bool) -> Op:
@@ -315,17 +315,17 @@ def _places(text: str, count: int) -> tuple[int, ...]:
     """Return the places of a list that are named: numbers, *the first one*, *last*."""
     if not count:
         return ()
-    found = [int(each[1]) if each[1] else english.ORDINALS[each[2].lower()] for each in english.PLACE.finditer(text)]
+    results = [int(item[1]) if item[1] else english.ORDINALS[item[2].lower()] for item in english.PLACE.finditer(text)]
     if alone := re.fullmatch(r"\s*(\d{1,2})\s*[.!?]?\s*", text):
-        found.append(int(alone[1]))
-    full = [count if place == -1 else place for place in found]
+        results.append(int(alone[1]))
+    full = [count if place == -1 else place for place in results]
     return tuple(dict.fromkeys(place for place in full if 1 <= place <= count))
 
 
 def _about_list(text: str, state: State, places: Sequence[int], intents: frozenset[str]) -> Iterator[Wish]:
     """Yield wishes about the items of the list that the user points at."""
     every = range(1, len(state.shown) + 1) if english.THESE.search(text) else ()
-    seen, liked, unwanted = (bool(each.search(text)) for each in (english.SEEN, english.LIKE, english.NO))
+    seen, liked, unwanted = (bool(item.search(text)) for item in (english.SEEN, english.LIKE, english.NO))
     if not (seen or liked or unwanted) or (places and "similar" in intents) or english.UNSEEN.search(text):
         return
     op: Op = "seen" if seen and (not liked or unwanted) else "not" if unwanted else "is"

@@ -128,11 +128,11 @@ def _held(conversation: Conversation, options: ChatOptions) -> Iterator[transcri
     if sys.stdin.isatty():
         say(_HELLO)
     for line in sys.stdin:
-        if not (said := clean(line, TEXT_LIMIT)):
+        if not (text := clean(line, TEXT_LIMIT)):
             break
-        reply = conversation.answer(state, said)
+        reply = conversation.answer(state, text)
         state = reply.state
-        yield transcripts.Turn.of(said, reply)
+        yield transcripts.Turn.of(text, reply)
         _say(reply.text)
         if options.calls:
             calls = "; ".join(map(written, reply.calls))
@@ -156,9 +156,9 @@ def _replayed(conversation: Conversation, past: list[transcripts.Turn]) -> int:
     different = list(transcripts.differences(past, conversation))
     for line in different:
         _say(line)
-    said = sum(turn.user is not None for turn in past)
-    tell(turns=said, different=different)
-    say(f"{said} turns, {len(different)} of them different")
+    text = sum(turn.user is not None for turn in past)
+    tell(turns=text, different=different)
+    say(f"{text} turns, {len(different)} of them different")
     return int(bool(different))
 
 

@@ -145,14 +145,14 @@ class SimulatedUser:
             lines.append(self._random.choice(self.words.begin))
             if self._likes:
                 lines.append(self._random.choice(self.words.likes).format(title=self._likes.pop(0)))
-        told = next((pair for pair in self._left if pair[0] == asked), None)
-        if asked and told is None:
+        message = next((pair for pair in self._left if pair[0] == asked), None)
+        if asked and message is None:
             lines.append(self._random.choice(self.words.free))
-        if told is None and self._left and (not first or self._random.random() < 0.5):
-            told = self._left[0]
-        if told is not None:
-            self._left.remove(told)
-            lines.append(self._wish(*told))
+        if message is None and self._left and (not first or self._random.random() < 0.5):
+            message = self._left[0]
+        if message is not None:
+            self._left.remove(message)
+            lines.append(self._wish(*message))
         if self._unwanted and self._random.random() < 0.3:
             lines.append(self._random.choice(self.words.unwanted).format(value=self._unwanted.pop(0)[1]))
         return " ".join(lines) or self._random.choice(self.words.more)
@@ -163,11 +163,11 @@ class SimulatedUser:
 
     def _beside(self, shown: int) -> str:
         """Return a line that tells of no wish; who has everything forgotten begins again."""
-        said = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
-        if said == "forget":
+        text = self._aside.choice([name for name in self.words.asides if shown or name not in ("explain", "similar")])
+        if text == "forget":
             self._left = [(name, value) for name, values in self.wanted.attributes.items() for value in values]
         place = self._aside.randrange(min(shown, len(_NTH))) if shown else 0
-        return self._aside.choice(self.words.asides[said]).format(n=place + 1, nth=_NTH[place])
+        return self._aside.choice(self.words.asides[text]).format(n=place + 1, nth=_NTH[place])
 
     def _wish(self, name: str, value: str) -> str:
         if name in self.numeric:
@@ -289,8 +289,8 @@ def told_of(facts: Facts, target: str, liked: Sequence[str], seed: int, likes: i
     """
     drawn, title = random.Random(seed), title_of(facts.titles[target])
     attributes = {
-        name: tuple(value for value in said.split(", ") if not near(value, title))
-        for name, said in facts.told(target)
+        name: tuple(value for value in text.split(", ") if not near(value, title))
+        for name, text in facts.told(target)
         if name not in facts.numeric or name == facts.years
     }
     names = list(attributes)

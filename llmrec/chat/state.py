@@ -70,10 +70,10 @@ class Wish(BaseModel):
             titles: Of items, by id.
         """
         if self.field == ITEM:
-            said = f"{_ABOUT_ITEMS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
+            text = f"{_ABOUT_ITEMS.get(self.op, self.op)} {titles.get(self.value, self.value)}"
         else:
-            said = f"{'' if self.hard else 'rather: '}{self.field} {_WORDS[self.op]} {self.value}"
-        return clean(said, TEXT_LIMIT)
+            text = f"{'' if self.hard else 'rather: '}{self.field} {_WORDS[self.op]} {self.value}"
+        return clean(text, TEXT_LIMIT)
 
 
 class Line(BaseModel):
@@ -187,15 +187,15 @@ def alternatives(profile: Iterable[Wish]) -> list[list[Wish]]:
 
     ``or`` joins the last constraint on its field of the same turn; alone it is a constraint of its own.
     """
-    found: list[list[Wish]] = []
+    results: list[list[Wish]] = []
     for wish in (wish for wish in profile if wish.hard and wish.field != ITEM and wish.op != "not"):
-        said = (group for group in reversed(found) if (group[0].field, group[0].turn) == (wish.field, wish.turn))
-        last = next(said, None) if wish.op == "or" else None
+        text = (group for group in reversed(results) if (group[0].field, group[0].turn) == (wish.field, wish.turn))
+        last = next(text, None) if wish.op == "or" else None
         if last is None:
-            found.append([wish])
+            results.append([wish])
         else:
             last.append(wish)
-    return found
+    return results
 
 
 def revoked(profile: Iterable[Wish], field: str, value: str) -> tuple[Wish, ...]:

@@ -155,14 +155,14 @@ class Tools:
     def apply(self, call: Call, state: State) -> tuple[State, Outcome]:
         """Do what a call says; one that points at nothing does nothing."""
         if isinstance(call, Search):
-            found = self.facts.search(call.text, self.allowed(state))[: call.k]
-            return _with_buffer(state.with_(query=call.text), found, f"search found {len(found)}")
+            result = self.facts.search(call.text, self.allowed(state))[: call.k]
+            return _with_buffer(state.with_(query=call.text), result, f"search found {len(result)}")
         if isinstance(call, Filter):
             return self._filter(call, state)
         if isinstance(call, Similar):
             named = [state.shown[place - 1] for place in call.items if place <= len(state.shown)] or list(state.liked)
-            found = self._tried(self.lists.similar, named, state) if named else []
-            return _with_buffer(state.with_(query=""), found, f"similar found {len(found)}")
+            result = self._tried(self.lists.similar, named, state) if named else []
+            return _with_buffer(state.with_(query=""), result, f"similar found {len(result)}")
         if isinstance(call, Rank):
             return self._rank(call, state)
         if isinstance(call, Explain):
@@ -180,8 +180,8 @@ class Tools:
     def profile(self, state: State) -> tuple[str, ...]:
         """Return the profile in words, numbered as `Forget` takes them."""
         return tuple(
-            f"{place}. {wish.told(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
-            for place, wish in enumerate(state.profile, start=1)
+            f"{index}. {wish.told(self.titles)}{' (concluded)' if wish.source == 'inferred' else ''}"
+            for index, wish in enumerate(state.profile, start=1)
         )
 
     def concluded(self, state: State) -> State:
@@ -191,9 +191,9 @@ class Tools:
             named = [wish.value for wish in profile if wish.field == ITEM and wish.op == op]
             counts: dict[tuple[str, str], int] = {}
             for name in named:
-                for fact, said in self.facts.told(name):
+                for fact, text in self.facts.told(name):
                     if fact not in self.facts.numeric:
-                        for value in said.split(", "):
+                        for value in text.split(", "):
                             counts[fact, value] = counts.get((fact, value), 0) + 1
             profile = learned(
                 profile,
@@ -243,13 +243,13 @@ class Tools:
         rules = self.facts.rules(state.profile).joined(Rules(block=frozenset() if shown else state.barred))
         further = {"candidates": candidates} if candidates else {}
         try:
-            found: list[str] = ask(history, rules, MOST_BUFFER, **further)  # type: ignore[operator]
+            result: list[str] = ask(history, rules, MOST_BUFFER, **further)  # type: ignore[operator]
         except DataError as error:
             # A model without interactions knows no neighbours, and says so each time.
             if error.kind not in ("empty", "unsupported"):
                 raise
             return []
-        return [name for name in found if name in self.facts.items]
+        return [name for name in result if name in self.facts.items]
 
     def _softened(self, order: Sequence[str], state: State) -> list[str]:
         """Move items up that meet soft wishes, and others down."""
@@ -267,8 +267,8 @@ class Tools:
         if call.item > len(state.shown):
             return Outcome(note="there is no such place in the list")
         name = state.shown[call.item - 1]
-        said = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.told(name))
-        lines = [f"{self.titles[name]}: {said}"]
+        text = "; ".join(clean(f"{fact}: {values}", TEXT_LIMIT) for fact, values in self.facts.told(name))
+        lines = [f"{self.titles[name]}: {text}"]
         why, graded, cost = reason(self.facts, state, name), "", Cost()
         if self.judge is not None:
             (judged,), cost = self.judge.judge(self.facts, state, [name])
@@ -279,35 +279,35 @@ class Tools:
         if graded and why.missed:
             lines.append("It does not fit: " + "; ".join(wish.told(self.titles) for wish in why.missed))
         if state.liked:
-            lines.append("You like: " + ", ".join(self.titles[each] for each in state.liked if each in self.titles))
+            lines.append("You like: " + ", ".join(self.titles[item] for item in state.liked if item in self.titles))
         if graded:
             lines.append(f"A language model calls it: {graded}.")
         return Outcome(told=tuple(lines), note="explained", cost=cost)
 
     def _show(self, call: Show, state: State) -> tuple[State, Outcome]:
-        told: list[str] = []
-        found, cost = self._listed(state)
-        while not found:
+        message: list[str] = []
+        result, cost = self._listed(state)
+        while not result:
             profile, out = eased(state.profile)
             if out is None:
                 break
-            told.append(f"Nothing is left, so this is only a preference now: {out.told(self.titles)}.")
+            message.append(f"Nothing is left, so this is only a preference now: {out.told(self.titles)}.")
             state, made = self._rank(Rank(), state.with_(profile=profile, buffer=()))
-            found, took = self._listed(state)
+            result, took = self._listed(state)
             cost += made.cost + took
-        items = tuple(found[: call.k])
+        items = tuple(result[: call.k])
         if not items:
-            told.append("There is nothing left to show under these wishes.")
+            message.append("There is nothing left to show under these wishes.")
         asked = (*state.asked, call.ask)[-MOST_WISHES:] if call.ask else state.asked
         past = (*state.past, *items)[-MOST_SHOWN:]
-        return state.with_(shown=items, past=past, asked=asked), Outcome(items, tuple(told), call.ask, cost=cost)
+        return state.with_(shown=items, past=past, asked=asked), Outcome(items, tuple(message), call.ask, cost=cost)
 
     def _listed(self, state: State) -> tuple[list[str], Cost]:
         """Return what may be shown: of the candidates, or of the whole catalogue where none of them is left."""
         allowed = self.allowed(state)
-        found = [name for name in state.buffer if name in allowed]
-        if found or not allowed:
-            return found, Cost()
+        results = [name for name in state.buffer if name in allowed]
+        if results or not allowed:
+            return results, Cost()
         ranked, made = self._rank(Rank(), state.with_(buffer=()))
         return [name for name in ranked.buffer if name in allowed], made.cost
 
@@ -326,8 +326,8 @@ def _joined(order: Sequence[str], pool: Sequence[str]) -> list[str]:
     """Join the order of a recommender, which holds what may be listed, with that of a search by reciprocal ranks."""
     if not pool:
         return list(order)
-    at = {name: place for place, name in enumerate(order)}
-    worth = {name: 1 / (_RANK + place) + 1 / (_RANK + at[name]) for place, name in enumerate(pool) if name in at}
+    at = {name: index for index, name in enumerate(order)}
+    worth = {name: 1 / (_RANK + index) + 1 / (_RANK + at[name]) for index, name in enumerate(pool) if name in at}
     return sorted(worth, key=lambda name: -worth[name])
 
 

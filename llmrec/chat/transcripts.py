@@ -70,12 +70,12 @@ def read(file: Path) -> list[Turn]:
         lines = file.read_text(encoding="utf-8").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"the transcript {file} cannot be read: {error}", kind="unreadable", at=file) from None
-    found = []
+    results = []
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
-            found.append(Turn.model_validate_json(line))
+            results.append(Turn.model_validate_json(line))
         except ValidationError as error:
             first = error.errors()[0]
             key = ".".join(map(str, first["loc"])) or "line"
@@ -85,7 +85,7 @@ def read(file: Path) -> list[Turn]:
                 at=file,
                 column=key,
             ) from None
-    return found
+    return results
 
 
 def differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[str]:
@@ -102,9 +102,9 @@ def differences(turns: Sequence[Turn], conversation: Conversation) -> Iterator[s
         reply = conversation.answer(state, turn.user)
         state, now = reply.state, Turn.of(turn.user, reply)
         for key in ("calls", "items", "text"):
-            then, found = turn.model_dump()[key], now.model_dump()[key]
-            if then != found:
-                yield f"line {number}, {turn.user[:60]!r}: {key} were {_short(then)}, are {_short(found)}"
+            then, result = turn.model_dump()[key], now.model_dump()[key]
+            if then != result:
+                yield f"line {number}, {turn.user[:60]!r}: {key} were {_short(then)}, are {_short(result)}"
                 break
 
 

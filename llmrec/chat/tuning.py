@@ -121,7 +121,7 @@ def taught(conversation: Conversation, turns: Sequence[Turn]) -> list[Taught]:
 
 def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Taught]]:
     """Return the moments to train on, and those of a tenth of the conversations, which are held out."""
-    names = sorted({each.conversation for each in moments})
+    names = sorted({moment.conversation for moment in moments})
     if len(names) < FEWEST:
         raise DataError(
             f"{len(names)} conversations are too few to tune a model on: a tenth is held out; give at least {FEWEST}",
@@ -131,8 +131,8 @@ def parted(moments: Sequence[Taught], seed: int) -> tuple[list[Taught], list[Tau
     keyed("chat", seed, "held out").shuffle(names)
     aside = frozenset(names[: len(names) // 10])
     return (
-        [each for each in moments if each.conversation not in aside],
-        [each for each in moments if each.conversation in aside],
+        [moment for moment in moments if moment.conversation not in aside],
+        [moment for moment in moments if moment.conversation in aside],
     )
 
 
@@ -174,12 +174,12 @@ def agreement(manager: Manager, moments: Sequence[Taught]) -> Agreement:
     Raises:
         LlmrecError: If an engine fails.
     """
-    chosen = [manager.choose(each.moment)[0] for each in moments]
+    chosen = [manager.choose(moment.moment)[0] for moment in moments]
     size = max(1, len(moments))
     return Agreement(
         len(moments),
-        sum(call == each.call for call, each in zip(chosen, moments, strict=True)) / size,
-        sum(call.tool == each.call.tool for call, each in zip(chosen, moments, strict=True)) / size,
+        sum(call == item.call for call, item in zip(chosen, moments, strict=True)) / size,
+        sum(call.tool == item.call.tool for call, item in zip(chosen, moments, strict=True)) / size,
     )
 
 
@@ -194,8 +194,8 @@ class UsualManager:
     def of(moments: Sequence[Taught]) -> UsualManager:
         """Count the calls of training."""
         counts: dict[tuple[str, ...], Counter[Call]] = {}
-        for each in moments:
-            counts.setdefault(_made(each.moment), Counter())[each.call] += 1
+        for moment in moments:
+            counts.setdefault(_made(moment.moment), Counter())[moment.call] += 1
         return UsualManager(counts)
 
     def choose(self, moment: Moment) -> tuple[Call, Cost]:
@@ -212,8 +212,8 @@ def _made(moment: Moment) -> tuple[str, ...]:
 def known(moments: Sequence[Taught], trained: Sequence[Taught]) -> float:
     """Return the share of moments at which a model reads exactly what it reads in some row of training."""
     template = load_templates(_FAMILY)["manage"]
-    seen = {_text(told_to_model(each.moment, template)) for each in trained}
-    return sum(_text(told_to_model(each.moment, template)) in seen for each in moments) / max(1, len(moments))
+    seen = {_text(told_to_model(item.moment, template)) for item in trained}
+    return sum(_text(told_to_model(moment.moment, template)) in seen for moment in moments) / max(1, len(moments))
 
 
 def _text(prompt: Prompt) -> str:
@@ -267,7 +267,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
         )
     encoder = Encoder(load_tokenizer(base, page.model), max_length=page.model.max_length)
     limit = section.max_row_tokens
-    rows = followed((example(each, n, template) for n, each in enumerate(trained)), encoder, limit, paired=False)
+    rows = followed((example(item, n, template) for n, item in enumerate(trained)), encoder, limit, paired=False)
     # A call that is cut is none.
     rows = [row for row in rows if row.labels[-1] == encoder.end_id]
     if len(rows) < len(trained):
@@ -278,7 +278,7 @@ def tune(page: Recipe, trained: Sequence[Taught], held: Sequence[Taught], folder
             kind="too-large",
             column="train.max_row_tokens",
         )
-    valid = [example(each, n, template) for n, each in enumerate(held[: section.valid_rows], start=len(trained))]
+    valid = [example(item, n, template) for n, item in enumerate(held[: section.valid_rows], start=len(trained))]
     steps = plan(
         _passes(rows, seed),
         steps=section.steps,
@@ -360,4 +360,4 @@ def leading(name: str) -> tuple[str, bool]:
 
 def told(figures: Mapping[str, Agreement]) -> dict[str, dict[str, float]]:
     """Return agreements by name as plain data."""
-    return {name: {key: round(value, 4) for key, value in asdict(each).items()} for name, each in figures.items()}
+    return {name: {key: round(value, 4) for key, value in asdict(item).items()} for name, item in figures.items()}

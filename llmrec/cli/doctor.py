@@ -182,8 +182,8 @@ def _group(name: str, needs: list[Wanted], packages: Packages, *, needed: bool) 
         (want, fault) for want in needs if want.name in there and (fault := misfit(there[want.name], want.specifier))
     ]
     if wrong:
-        told = ", ".join(f"{want.name} is {fault} for {want.specifier}" for want, fault in wrong)
-        return Finding(name, f"{text}; {told}", _install([want for want, _ in wrong], packages))
+        message = ", ".join(f"{want.name} is {fault} for {want.specifier}" for want, fault in wrong)
+        return Finding(name, f"{text}; {message}", _install([want for want, _ in wrong], packages))
     if len(there) == len(versions):
         return Finding(name, text)
     if needed:
@@ -242,11 +242,11 @@ def check_versions(packages: Packages) -> Iterator[Finding]:
                 if version and (fault := misfit(version, want.specifier)):
                     clashes.setdefault(want.name, []).append((holder, want, fault))
     for name, result in sorted(clashes.items()):
-        told = "; ".join(
+        message = "; ".join(
             f"{fault} beside {holder} {packages.versions[holder]}, which needs {want.specifier}"
             for holder, want, fault in result
         )
-        yield Finding(name, f"{packages.versions[name]} is {told}", _settle(name, result, packages))
+        yield Finding(name, f"{packages.versions[name]} is {message}", _settle(name, result, packages))
     if not clashes:
         yield Finding("versions", "fit each other")
 

@@ -155,10 +155,10 @@ def _written(error: BaseException) -> str | None:
 
 def _errno_of(text: str) -> int:
     """Return the error number that a message names; 0: none."""
-    told = _TOLD.search(text)
-    if told is None:
+    message = _TOLD.search(text)
+    if message is None:
         return 0
-    return int(told[1]) if told[1] else errno.ENOSPC
+    return int(message[1]) if message[1] else errno.ENOSPC
 
 
 @contextmanager
@@ -206,13 +206,13 @@ def last_line(words: list[str], *, ended: bool = True) -> str:
     command = next((word for word in words if not word.startswith("-")), "")
     if command == "auto" and not ended:
         return "\n"
-    said = " ".join(filter(None, ("stopped", _at())))
+    text = " ".join(filter(None, ("stopped", _at())))
     if command not in COMMANDS or not COMMANDS[command].resumes:
-        return f"\n{said}\n"
+        return f"\n{text}\n"
     folder = terminal.folder()
     kept = _kept(folder) if folder is not None else []
     what = f"; kept in {visible(str(folder))}: {', '.join(kept)}" if kept else ""
-    return f"\n{said}{what}\nthe same command resumes: {visible(shlex.join(['llmrec', *words]))}\n"
+    return f"\n{text}{what}\nthe same command resumes: {visible(shlex.join(['llmrec', *words]))}\n"
 
 
 def _at() -> str:

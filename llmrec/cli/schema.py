@@ -160,8 +160,8 @@ def _plain(model: type[BaseModel]) -> Schema:
         if "description" in owner:
             owner["description"] = " ".join(owner["description"].split())
         for key in owner.get("properties", {}).values():
-            if "description" not in key and (said := _said_of(key, made.get("$defs", {}))):
-                key["description"] = said
+            if "description" not in key and (text := _said_of(key, made.get("$defs", {}))):
+                key["description"] = text
     return made
 
 
@@ -176,6 +176,6 @@ def _said_of(key: Mapping[str, Any], defs: Mapping[str, Schema]) -> str:
     """Return what the docstring of a key's section says first."""
     for option in (key, *key.get("anyOf", ())):
         if "$ref" in option:
-            said: str = defs[option["$ref"].rpartition("/")[2]].get("description", "")
-            return said.split("\n\n")[0]
+            text: str = defs[option["$ref"].rpartition("/")[2]].get("description", "")
+            return text.split("\n\n")[0]
     return ""

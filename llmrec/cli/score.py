@@ -179,5 +179,5 @@ def _cell(value: float | None, low: float | None, high: float | None) -> str:
 
 
 def _difference(pair: Pair) -> str:
-    told = f"{pair.value:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
-    return told if pair.verdict is None else f"{told}  p {pair.p:.3g}, {pair.verdict}"
+    message = f"{pair.value:+.4f} [{pair.low:+.4f}, {pair.high:+.4f}]"
+    return message if pair.verdict is None else f"{message}  p {pair.p:.3g}, {pair.verdict}"

@@ -111,14 +111,14 @@ def cluster(address: str, asked: RaySection) -> Iterator[Any]:
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     ray = require("ray", _EXTRA)
     require("ray.data", _EXTRA)
-    told: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    fields: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address == LOCAL:
         cpus = max(processor().usable, math.ceil((asked.actors or 0) * asked.cpus)) + 1
-        told |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
+        fields |= {"num_cpus": cpus, "include_dashboard": False, "object_store_memory": _STORE}
     else:
         knock(address)
     try:
-        ray.init(address=address, **told)
+        ray.init(address=address, **fields)
     except Exception as error:
         raise LlmrecError(
             f"--ray {address}: {str(error).splitlines()[0] if str(error) else type(error).__name__}; "
@@ -243,8 +243,8 @@ def work_on(
         first()
         default = EACH * here.actors
         count = count_of(job.target, asked.shards, default if most is None else max(1, min(default, most)))
-        told = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
-        done = work_all(job, count, partial(spread, ray, told, asked))
+        fields = {"folder": str(shards_of(job.target).absolute()), "token": token, "count": count}
+        done = work_all(job, count, partial(spread, ray, fields, asked))
         nodes, processes, tokens = facts_of(done)
         spent = sum(entry.seconds for entry in done)
         cost = {"tokens": f"{tokens:,}"} if tokens else {}
@@ -259,7 +259,7 @@ def work_on(
         if here.gpus and job.command != "rank":
             # What was answered belongs to the device that answered: it is put together on one like it.
             merge = ray.remote(num_cpus=here.cpus, num_gpus=here.gpus, max_retries=0)(_merge)
-            ray.get(merge.remote(told["folder"], token))
+            ray.get(merge.remote(fields["folder"], token))
     return here.gpus > 0
 
 

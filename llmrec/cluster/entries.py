@@ -1,6 +1,6 @@
 """What the work of many machines adds to the registry."""
 
-from llmrec.command import Command
+from llmrec.entries import Command
 
 COMMANDS = {
     "merge": Command("llmrec.cluster.command:merge", "Advanced", "Put the shards of a job together.", resumes=True),

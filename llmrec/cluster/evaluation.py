@@ -71,8 +71,8 @@ def evaluate_shard(
             with session.asking(training, home) as (weights, engines):
                 ask(evaluation, weights, engines, shard, budget, batch=batch, quiet=quiet)
             with closing(AnswerStore(folder / ANSWERS)) as store:
-                told = {"answers": len(store), "seconds": dict(budget.stages)}
-            finish(folder, "eval", shard, key, [STORED, ANSWERS], told)
+                fields = {"answers": len(store), "seconds": dict(budget.stages)}
+            finish(folder, "eval", shard, key, [STORED, ANSWERS], fields)
         for name in _SPARE:
             path = folder / name
             shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)

@@ -75,8 +75,8 @@ class Job:
             if isinstance(asked, Recipe)
             else TypeAdapter(RankOptions).dump_python(asked, mode="json")
         )
-        told = {"command": self.command, "target": str(self.target.absolute()), "at": str(Path.cwd())}
-        write_checked(shards_of(self.target) / JOB, {**told, "token": token, "asked": plain})
+        fields = {"command": self.command, "target": str(self.target.absolute()), "at": str(Path.cwd())}
+        write_checked(shards_of(self.target) / JOB, {**fields, "token": token, "asked": plain})
 
     def opened(self) -> Callable[[Shard], Path]:
         """Return what works a shard and returns its folder, and does not open anew what the one before opened.
@@ -100,10 +100,10 @@ def read_job(folder: Path, token: str) -> Job:
         LlmrecError: If this machine does not see the folder, or another one under its name.
     """
     try:
-        told = read_json(folder / JOB, "start the command again")
+        fields = read_json(folder / JOB, "start the command again")
     except LlmrecError:
-        told = {}
-    if told.get("token") != token:
+        fields = {}
+    if fields.get("token") != token:
         raise LlmrecError(
             f"{folder} is not the folder here that it is where the command was started; give --out a folder on a file "
             "system that all nodes share, under one path",
@@ -112,17 +112,17 @@ def read_job(folder: Path, token: str) -> Job:
             column="--out",
         )
     try:
-        chdir(told["at"])
+        chdir(fields["at"])
     except OSError as error:
         raise LlmrecError(
-            f"{told['at']}, where the command was started, cannot be opened here: {error.strerror}; start it in a "
+            f"{fields['at']}, where the command was started, cannot be opened here: {error.strerror}; start it in a "
             "folder that all nodes share",
             kind="missing-file",
-            at=told["at"],
+            at=fields["at"],
         ) from None
-    ranks = told["command"] == "rank"
-    asked = TypeAdapter(RankOptions).validate_python(told["asked"]) if ranks else as_recipe(told["asked"])
-    return Job(told["command"], Path(told["target"]), asked)
+    ranks = fields["command"] == "rank"
+    asked = TypeAdapter(RankOptions).validate_python(fields["asked"]) if ranks else as_recipe(fields["asked"])
+    return Job(fields["command"], Path(fields["target"]), asked)
 
 
 @dataclass(frozen=True)
@@ -177,13 +177,13 @@ class Worker:
         shard = Shard(number, self._count)
         try:
             self._work = self._work or read_job(self._folder, self._token).opened()
-            told = read(_patiently(self._work, shard)).told
+            message = read(_patiently(self._work, shard)).told
         except Exception as error:
             wrong = fix_of(error)
-            said = str(wrong) if wrong else "".join(traceback.format_exception(error))
-            return Worked(number, self._node, self._process, time.monotonic() - begin, error=said)
-        cost = told.get("cost") or {}
-        tokens = told.get("fresh_tokens") or sum(cost.get(f"{name}_tokens", 0) for name in ("prompt", "completion"))
+            text = str(wrong) if wrong else "".join(traceback.format_exception(error))
+            return Worked(number, self._node, self._process, time.monotonic() - begin, error=text)
+        cost = message.get("cost") or {}
+        tokens = message.get("fresh_tokens") or sum(cost.get(f"{name}_tokens", 0) for name in ("prompt", "completion"))
         return Worked(number, self._node, self._process, time.monotonic() - begin, tokens)
 
 

@@ -279,8 +279,8 @@ def origin(section: ModelSection, folder: str) -> BaseFacts:
     snapshot = re.search(r"/snapshots/([0-9a-f]{40})$", Path(folder).as_posix())
     if snapshot:
         revision = snapshot[1]
-    said = result.get("language")
-    languages = said if isinstance(said, list) else [said] if isinstance(said, str) else []
+    text = result.get("language")
+    languages = text if isinstance(text, list) else [text] if isinstance(text, str) else []
     return BaseFacts(
         name=Path(section.name).expanduser().name if local else section.name,
         hub=hub,

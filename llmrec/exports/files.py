@@ -111,16 +111,16 @@ def put_bundle(source: Source, study: Study | None, draft: Path, made_from: str)
     stored = source.folder / "merged" / bundle.FILE
     if stored.is_file():
         bundle.read(str(source.folder))  # what is damaged is refused here and not by whoever gets the export
-        told: Mapping[str, Any] = read_json(stored, _ANEW)
+        message: Mapping[str, Any] = read_json(stored, _ANEW)
     elif study is not None:
-        told = bundle.describe(study)
+        message = bundle.describe(study)
     else:
         raise LlmrecError(
             f"{stored} is gone and the data cannot be read; train again with `llmrec train`",
             kind="missing-file",
             at=stored,
         )
-    write_checked(draft / bundle.FILE, {**told, "made_from": made_from})
+    write_checked(draft / bundle.FILE, {**message, "made_from": made_from})
 
 
 def put_index(source: Source, draft: Path, *, titles: bool) -> None:
@@ -129,8 +129,8 @@ def put_index(source: Source, draft: Path, *, titles: bool) -> None:
     Raises:
         LlmrecError: If the merged model has lost them.
     """
-    index, told = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _ANEW)
-    if told.get("index") is None or (told["index"] == "title" and not titles):
+    index, message = source.folder / "merged" / FOLDER, read_json(draft / bundle.FILE, _ANEW)
+    if message.get("index") is None or (message["index"] == "title" and not titles):
         return
     if not index.is_dir():
         raise LlmrecError(

@@ -223,7 +223,7 @@ def _route(service: Service, verb: Verb) -> Callable[..., Any]:
 
 def _batch_route(service: Service, verb: Verb) -> Callable[..., Any]:
     async def answer(request: Request, body: Any) -> Any:
-        asking = asyncio.gather(*(verb.ask(service, each) for each in body.requests), return_exceptions=True)
+        asking = asyncio.gather(*(verb.ask(service, item) for item in body.requests), return_exceptions=True)
         return answers_of(verb.answer)(answers=_each(await _while_there(service, request, asking)))
 
     answer.__annotations__ = {"request": Request, "body": batch_of(verb.body)}
@@ -256,7 +256,7 @@ def _knowledge(service: Service, auth: Auth) -> APIRouter:
     @router.put("/v1/items", responses=failures(*_POSTED), dependencies=[Depends(auth.admin)])
     async def put_items(body: schema.ItemsBody) -> schema.Stored:
         """Add or replace items; questions from then on know them."""
-        results = [Item(item_id=each.item_id, title=each.title, fields=dict(each.fields)) for each in body.items]
+        results = [Item(item_id=entry.item_id, title=entry.title, fields=dict(entry.fields)) for entry in body.items]
         return schema.Stored(stored=await service.put_items(results))
 
     @router.delete("/v1/items/{item_id:path}", responses=failures(404), dependencies=[Depends(auth.admin)])

@@ -122,8 +122,8 @@ class Batcher:
         if self._task is not None:
             self._task.cancel()
             await asyncio.gather(self._task, return_exceptions=True)
-        for each in asked:
-            _settle(each.future, _stopping())
+        for item in asked:
+            _settle(item.future, _stopping())
         self._fail(_stopping())
         # Nobody waits for what it may still be doing.
         self._thread.shutdown(wait=False, cancel_futures=True)
@@ -198,7 +198,7 @@ class Batcher:
         )
 
     def _busy(self) -> bool:
-        return bool(self.load.waiting or self._others or any(not each.future.done() for each in self._asked))
+        return bool(self.load.waiting or self._others or any(not item.future.done() for item in self._asked))
 
     def _drop(self, question: Question, waiting: _Waiting) -> None:
         queue = self._queues.get(question)
@@ -237,19 +237,19 @@ class Batcher:
         requests = [waiting.request for waiting in batch]
         try:
             answers = await self._called(lambda: self._engine(question, requests))
-            for each, answer in zip(batch, answers, strict=True):
-                _settle(each.future, answer)
+            for item, answer in zip(batch, answers, strict=True):
+                _settle(item.future, answer)
         except LlmrecError as error:
-            for each in batch:
-                _settle(each.future, error)
+            for item in batch:
+                _settle(item.future, error)
             if isinstance(error, EngineLost):
                 self._fail(error)
             return
         except Exception:
             # Nothing would be answered any more if this went further.
             log.exception("a batch failed that should not have")
-            for each in batch:
-                _settle(each.future, LlmrecError("this question failed; the log says where", kind="defect"))
+            for item in batch:
+                _settle(item.future, LlmrecError("this question failed; the log says where", kind="defect"))
             return
         took = time.monotonic() - begun
         self._each = 0.8 * self._each + 0.2 * took / len(batch)

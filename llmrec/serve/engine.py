@@ -257,8 +257,8 @@ class Supervisor:
             self._closed.set()
             engine, self._engine = self._engine, None
             opening = list(self._opening)
-        for each in opening:
-            each.kill()
+        for item in opening:
+            item.kill()
         if self._starting is not None:
             self._starting.join()
         if engine is not None:

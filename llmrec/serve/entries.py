@@ -1,6 +1,6 @@
 """What the service adds to the registry."""
 
-from llmrec.command import Command
+from llmrec.entries import Command
 
 COMMANDS = {
     "serve": Command(

@@ -149,7 +149,7 @@ def _keys(request: Request) -> list[str]:
     field = getattr(request.scope.get("route"), "body_field", None)
     model = getattr(getattr(field, "field_info", None), "annotation", None)
     whole = model.model_json_schema() if model is not None else {}
-    return [key for each in (whole, *whole.get("$defs", {}).values()) for key in each.get("properties", ())]
+    return [key for item in (whole, *whole.get("$defs", {}).values()) for key in item.get("properties", ())]
 
 
 def _closest(errors: Sequence[Mapping[str, Any]]) -> Mapping[str, Any]:

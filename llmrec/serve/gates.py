@@ -106,7 +106,7 @@ class StrictRoute(APIRoute):
 
     def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
         """See `APIRoute.get_route_handler`."""
-        handle, known = super().get_route_handler(), [each.alias for each in self.dependant.query_params]
+        handle, known = super().get_route_handler(), [query_param.alias for query_param in self.dependant.query_params]
 
         async def strict(request: Request) -> Response:
             for name in request.query_params:

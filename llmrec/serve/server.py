@@ -73,7 +73,11 @@ def _limited(timeout: float, most: int) -> type[H11Protocol]:
                 line.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(1000 * timeout))
             self._watch()
             if len(self.connections) > most:
-                waiting = [each for each in self.connections if isinstance(each, Limited) and each._late is not None]
+                waiting = [
+                    connection
+                    for connection in self.connections
+                    if isinstance(connection, Limited) and connection._late is not None
+                ]
                 min(waiting, key=lambda each: each._late.when())._end()  # type: ignore[union-attr]
 
         def data_received(self, data: bytes) -> None:

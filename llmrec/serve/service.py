@@ -413,7 +413,7 @@ class Conversations:
         if self._closed:
             raise EngineLost("the service is stopping; ask again in a moment", kind="failed")
         # A turn is over not when its client leaves, but when its thread is free again.
-        self._turns = {each for each in self._turns if not each.done()}
+        self._turns = {entry for entry in self._turns if not entry.done()}
         if len(self._turns) >= self._service.settings.room:
             self._service.batcher.load.refused += 1
             raise Full.for_now(1.0)

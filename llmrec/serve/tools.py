@@ -370,8 +370,8 @@ def check_items(service: Service, asked: BaseModel) -> None:
 
 def _named(asked: BaseModel) -> Iterator[str]:
     for key in ("history", "candidates", "item_ids"):
-        for each in getattr(asked, key, None) or ():
-            yield each.item_id if isinstance(each, Past) else each
+        for item in getattr(asked, key, None) or ():
+            yield item.item_id if isinstance(item, Past) else item
     if isinstance(asked, AboutItem):
         yield asked.item_id
 

@@ -102,8 +102,8 @@ def search(asked: Asked) -> None:
     recipe = load_recipe(asked.recipe)
     data = load_split(recipe.data, recipe.seed)
     choosing, _ = halves(data, asked.reserved)
-    for place, part in enumerate(asked.parts):
-        write_json(Path(asked.at), place)
+    for index, part in enumerate(asked.parts):
+        write_json(Path(asked.at), index)
         key = trial_key(data.fingerprint, part.baseline, part.fixed, asked.reserved)
         known = done(Path(part.out), key)
         if not (asked.first and (known or _slow(part, choosing, recipe.seed, key, asked.within))):

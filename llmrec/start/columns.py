@@ -196,8 +196,8 @@ def in_lists(table: Table, asked: Asked) -> tuple[str, ...]:
     They are those that the user named, or else one that is called like the item, where no other column is as much.
     """
     inner = paths(table)
-    said = (*(asked.of(role) for role in ROLES), *(asked.fields or ()))
-    chosen = tuple(name for name in said if name in inner)
+    text = (*(asked.of(role) for role in ROLES), *(asked.fields or ()))
+    chosen = tuple(name for name in text if name in inner)
     if chosen or asked.item is not None or not inner:
         return chosen
     best = max(inner, key=lambda path: named(path).weight("item"))
@@ -257,9 +257,9 @@ class _Guess:
         return replace(roles, dates=self._asked.dates) if ordered else roles
 
     def _one(self, role: str, find: Callable[[], str | None]) -> str | None:
-        said = self._asked.of(role)
-        if said is not None:
-            return None if said == NONE else said
+        text = self._asked.of(role)
+        if text is not None:
+            return None if text == NONE else text
         result = find()
         if result is not None and role != "title":
             self._used.add(result)
@@ -285,13 +285,13 @@ class _Guess:
 
     def _entities(self) -> None:
         for role in ("user", "item"):
-            said = self._asked.of(role)
-            if said is not None and (fault := no_id(self._profiles[said], named=True)):
+            text = self._asked.of(role)
+            if text is not None and (fault := no_id(self._profiles[text], named=True)):
                 raise DataError.at(
                     self._name,
                     "bad-value",
-                    f": the column {said!r} cannot be the {role}, since {fault}; name another --{role}",
-                    said,
+                    f": the column {text!r} cannot be the {role}, since {fault}; name another --{role}",
+                    text,
                 )
         user = self._asked.user or self._by_name("user", self._asked.item)
         item = self._asked.item or self._by_name("item", user)
@@ -396,11 +396,11 @@ class _Guess:
         return None
 
     def _nothing_fits(self, missing: Sequence[str]) -> str:
-        said = [f"{shown(c)!r} is {why}" for c, why in self._why.items() if why.startswith("called like")]
+        text = [f"{shown(c)!r} is {why}" for c, why in self._why.items() if why.startswith("called like")]
         columns = ", ".join(f"{shown(c)} ({h.distinct} values)" for c, h in self._profiles.items())
         return (
             f"{self._name}: no column could be told to be the {' or the '.join(missing)}"
-            + (f" ({'; '.join(said)})" if said else "")
+            + (f" ({'; '.join(text)})" if text else "")
             + f"; say which it is with {' '.join(f'--{role} COLUMN' for role in missing)}. The columns of "
             f"{self._rows()} rows are: {columns}"
             + (f"; those in lists are: {', '.join(map(shown, self._inner))}" if self._inner else "")

@@ -1,6 +1,6 @@
 """What the first steps add to the registry: a recipe or a recommender from a table, and tuning."""
 
-from llmrec.command import Command
+from llmrec.entries import Command
 
 COMMANDS = {
     "init": Command("llmrec.start.command:init", "Start", "Write a recipe for a table of interactions."),

@@ -88,22 +88,22 @@ def _numbers(peek: Peek, roles: Roles) -> Fault | None:
     rows, row = _bad(col, values)
     name, place = shown(col.name), "--rating none leaves ratings out"
     if form == "no numbers":
-        said = f"{_place(peek, col, row, 'rating')}, which is not a number"
-        return Fault(col.name, peek.place(row), said, "", place)
+        text = f"{_place(peek, col, row, 'rating')}, which is not a number"
+        return Fault(col.name, peek.place(row), text, "", place)
     if form not in READABLE:
         commas = col.cells.str.contains(",", literal=True)
         kind = "a decimal comma" if form == "decimal commas" else "a thousands separator"
         first = int(commas.arg_max() or 0)
-        said = f"{_place(peek, col, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
-        said += ", where llmrec reads 4.5"
+        text = f"{_place(peek, col, first, 'rating')}, with {kind} ({int(commas.sum())} such rows)"
+        text += ", where llmrec reads 4.5"
         return Fault(
-            col.name, peek.place(first), said, f"{name} is written with decimal points{_left_out(rows)}", place
+            col.name, peek.place(first), text, f"{name} is written with decimal points{_left_out(rows)}", place
         )
     if not rows:
         return None
-    said = f"{_place(peek, col, row, 'rating')}, which is no number ({rows} of {col.rows} rows)"
-    said += "; ratings stand in every row or in none"
-    return Fault(col.name, peek.place(row), said, f"rows without a number in {name} are left out", place)
+    text = f"{_place(peek, col, row, 'rating')}, which is no number ({rows} of {col.rows} rows)"
+    text += "; ratings stand in every row or in none"
+    return Fault(col.name, peek.place(row), text, f"rows without a number in {name} are left out", place)
 
 
 def _times(peek: Peek, roles: Roles) -> Fault | None:
@@ -120,18 +120,18 @@ def _times(peek: Peek, roles: Roles) -> Fault | None:
     if form == "no times":
         return Fault(col.name, peek.place(first), f"{filled}, which is neither a number nor a date", "", place)
     if form == "dates whose day and month cannot be told apart":
-        said = f"{filled}, in which day and month cannot be told apart, here as in all others"
+        text = f"{filled}, in which day and month cannot be told apart, here as in all others"
         return Fault(
             col.name,
             peek.place(first),
-            said,
+            text,
             "",
             f"--dates day-first or --dates month-first says which stands first. {place}",
         )
     if not rows:
         return None
-    said = f"{_place(peek, col, row, 'time')}, which is no time like the others ({rows} of {col.rows} rows)"
-    return Fault(col.name, peek.place(row), said, f"rows without a time in {shown(col.name)} are left out", place)
+    text = f"{_place(peek, col, row, 'time')}, which is no time like the others ({rows} of {col.rows} rows)"
+    return Fault(col.name, peek.place(row), text, f"rows without a time in {shown(col.name)} are left out", place)
 
 
 def _read(values: pl.Series, plain: bool) -> pl.Series:
@@ -206,7 +206,7 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
         copy: Where a fixed copy could be written; None: the table is a frame in memory, of which none is.
     """
     parts = [fault.said for fault in listed]
-    told = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
+    message = "; ".join(f"({n}) {part}" for n, part in enumerate(parts, start=1)) if len(parts) > 1 else parts[0]
     instead = list(dict.fromkeys(fault.instead for fault in listed if fault.instead))
     mends = list(dict.fromkeys(fault.mend for fault in listed if fault.mend))
     ways = []
@@ -214,7 +214,7 @@ def refusal(name: str, listed: Sequence[Fault], copy: Path | None) -> str:
         instead = instead or ["Fix the frame"]
     elif all(fault.mend for fault in listed):
         ways.append(f"`--mend {shell(str(copy))}` writes a copy of the table and a recipe for it: {', '.join(mends)}")
-    return f"{told}. {'. '.join([*ways, *map(_capital, instead)])}"
+    return f"{message}. {'. '.join([*ways, *map(_capital, instead)])}"
 
 
 def _a(word: str) -> str:

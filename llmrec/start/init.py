@@ -143,9 +143,9 @@ def init(
     page = replace(page, query=query, where=next((_where(col, kinds, plan) for col, kinds in _events(roles)), ""))
     check = used.whole and plan.facts.rows <= _CHECKED_ROWS
     plan, recipe, cut = _write(page, target, check=check)
-    told = [*_columns(read, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
-    told += [*_told_tasks(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
-    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)), tuple(notes))
+    message = [*_columns(read, seen, listed), *_notes(notes), *_figures(events, plan, whole=used.whole)]
+    message += [*_told_tasks(plan), *_listed(_hints(path, roles, items_path, used, plan, cut))]
+    return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)), tuple(notes))
 
 
 def _from_source(source: str, path: Path, name: str, target: Path, backend: str) -> Made:
@@ -155,14 +155,14 @@ def _from_source(source: str, path: Path, name: str, target: Path, backend: str)
     dataset = load(section, seed=0)
     events = events_in(dataset)
     plan = replace(decide(events, (), whole=False, backend=backend), noun=dataset.noun)
-    kept, said = dataset.interactions.height, dataset.provenance["rows"]
-    rows = int(said) if said.isdigit() else kept
+    kept, text = dataset.interactions.height, dataset.provenance["rows"]
+    rows = int(text) if text.isdigit() else kept
     duplicates = f"{rows - kept} rows repeat a user with an item; the latest of each is kept" if rows > kept else ""
     page = Page(name, path.name, _written(path, target), None, Columns(), {}, duplicates, plan, source=source)
     plan, recipe, cut = _write(page, target, check=True, dataset=dataset)
-    told = [f"{path}: files of {source}, which llmrec reads as they were published (docs/data.md)"]
-    told += [*_figures(events, plan, whole=True), *_told_tasks(plan), *_listed(_plan_hints(plan, cut))]
-    return Made(target, "\n".join(told), "\n".join(_next(recipe, target, plan)))
+    message = [f"{path}: files of {source}, which llmrec reads as they were published (docs/data.md)"]
+    message += [*_figures(events, plan, whole=True), *_told_tasks(plan), *_listed(_plan_hints(plan, cut))]
+    return Made(target, "\n".join(message), "\n".join(_next(recipe, target, plan)))
 
 
 # --------------------------------------------------------------------------- files and names

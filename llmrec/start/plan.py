@@ -269,9 +269,9 @@ def _baskets(once: pl.DataFrame) -> _Baskets:
 
 def _held(users: pl.Series, parts: pl.Series) -> tuple[int, int]:
     """Count users with training and test rows, and users with two or more training rows."""
-    said = parts.str.strip_chars().str.to_lowercase()
-    learned = users.filter(said == "train").value_counts()
-    tested = users.filter(said == "test").unique()
+    text = parts.str.strip_chars().str.to_lowercase()
+    learned = users.filter(text == "train").value_counts()
+    tested = users.filter(text == "test").unique()
     return int(tested.is_in(learned[users.name].implode()).sum()), int((learned["count"] >= 2).sum())
 
 

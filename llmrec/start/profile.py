@@ -366,8 +366,8 @@ def no_id(col: Profile, *, named: bool = False) -> str:
 
 def looks_like_ids(col: Profile) -> bool:
     """Whether values repeat as ids do and mean nothing else."""
-    said = col.named
-    if any(said.weight(role) for role in ("rating", "time", "text", "field", "count", "headline")):
+    text = col.named
+    if any(text.weight(role) for role in ("rating", "time", "text", "field", "count", "headline")):
         return False
     unix = col.times.low is not None and any(low <= col.times.low for low, _ in UNIX[1:])
     few = col.numeric and col.distinct <= 21

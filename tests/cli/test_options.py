@@ -11,7 +11,7 @@ from llmrec import registry
 from llmrec.answer.rank.options import RankOptions
 from llmrec.cli import main
 from llmrec.cli.main import app_of
-from llmrec.command import Command
+from llmrec.entries import Command
 
 NEEDED = ["--model", "m", "--in", "a.jsonl", "--out", "b.csv"]
 FILES = {"model": "m", "requests": Path("a.jsonl"), "out": Path("b.csv")}

@@ -442,21 +442,21 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
         "ranked": f"{summary['ranked']:,} of {summary['lines']:,} lines",
         "failed": f"{summary['failed']:,}",
     }
-    for each in summary["failures"]:
-        rows[f"  line {each['line']}"] = each["error"]
+    for item in summary["failures"]:
+        rows[f"  line {item['line']}"] = item["error"]
     if summary["failed"] > len(summary["failures"]):
         rows["  and more"] = f"see the column 'error' of {summary['out']}"
     rows["with notes"] = f"{summary['with_notes']:,}"
-    for each in summary["notes"]:
-        note = "; ".join(each["notes"])
-        rows[f"  note on line {each['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
+    for item in summary["notes"]:
+        note = "; ".join(item["notes"])
+        rows[f"  note on line {item['line']}"] = note if len(note) <= _LONGEST else f"{note[: _LONGEST - 1]}…"
     if summary["requests_per_second"] is not None:
         tokens = "" if "signature" in summary else f", {summary['tokens_per_second']:,.0f} tokens/s"
         rows["speed"] = f"{summary['requests_per_second']:,.2f} requests/s{tokens}"
     if summary["seconds_per_request"] is not None:
-        each = summary["seconds_per_request"]
+        item = summary["seconds_per_request"]
         rows["seconds a request"] = (
-            f"{each['mean']:.3f}, from {each['fastest_part']:.3f} in the fastest part to {each['slowest_part']:.3f}"
+            f"{item['mean']:.3f}, from {item['fastest_part']:.3f} in the fastest part to {item['slowest_part']:.3f}"
         )
     if "signature" not in summary:
         rows["cost"] = _cost(summary)
@@ -480,12 +480,12 @@ def console_rows(summary: Mapping[str, Any]) -> dict[str, str]:
 
 def _cost(spent: Mapping[str, Any]) -> str:
     """Write a cost in words: its sums, and its tokens and forward passes a ranked line."""
-    prompts, answers, each = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
+    prompts, answers, item = spent["prompt_tokens"], spent["completion_tokens"], spent["per_request"]
     text = f"{prompts:,} tokens in prompts, {answers:,} in answers, {spent['forwards']:,} forward passes"
-    if each is None:
+    if item is None:
         return text
-    tokens = each["prompt_tokens"] + each["completion_tokens"]
-    return f"{text}; {tokens:,.0f} tokens and {each['forwards']:,.1f} forward passes a ranked line"
+    tokens = item["prompt_tokens"] + item["completion_tokens"]
+    return f"{text}; {tokens:,.0f} tokens and {item['forwards']:,.1f} forward passes a ranked line"
 
 
 @dataclass(frozen=True)
@@ -562,6 +562,6 @@ def _seconds(tally: Tally) -> dict[str, float] | None:
     """Return seconds a request in the parts that this invocation ranked: over all of them, the fastest, the slowest."""
     if not tally.parts:
         return None
-    each = [part.seconds / part.lines for part in tally.parts]
+    item = [part.seconds / part.lines for part in tally.parts]
     whole = sum(part.seconds for part in tally.parts) / sum(part.lines for part in tally.parts)
-    return {"mean": round(whole, 4), "fastest_part": round(min(each), 4), "slowest_part": round(max(each), 4)}
+    return {"mean": round(whole, 4), "fastest_part": round(min(item), 4), "slowest_part": round(max(item), 4)}

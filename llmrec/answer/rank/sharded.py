@@ -142,7 +142,7 @@ def merge_rank(target: Path, folders: Sequence[Path] = ()) -> Mapping[str, Any]:
 
 
 def _merged(found: Sequence[Finished], asked: Asked) -> Mapping[str, Any]:
-    paths = [each.folder / name for each in found for name in each.files]
+    paths = [item.folder / name for item in found for name in item.files]
     tally = Tally()
     owners: dict[str, int] = {}
     for path in paths:

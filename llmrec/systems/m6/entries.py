@@ -1,7 +1,6 @@
 """What M6-Rec adds to the registry: retrieval heads, late interaction, and smaller versions of a tuned model."""
 
-from llmrec.command import Command
-from llmrec.entries import BaselineEntry
+from llmrec.entries import BaselineEntry, Command
 
 COMMANDS = {
     "compress": Command(
