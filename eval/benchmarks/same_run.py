@@ -273,7 +273,7 @@ class Recorder:
             out, err = _output(files)
             code = os.waitstatus_to_exitcode(status)
             # Requests that wait for models are logged when they are answered.
-            log = "\n".join(sorted(err.splitlines()))
+            log = "\n".join(sorted(normal(err, self.folders).splitlines()))
             self.note(" ".join(["llmrec", *words[:-2]]), f"exit code {code}\n{out}\n{log}")
 
     def _step(
